@@ -1,0 +1,43 @@
+"""What can go wrong for a user: one type per exit code, one sentence per error (what, where, what to do)."""
+
+
+class LLMCompressError(Exception):
+    """The run failed. Subclasses say why; the command line exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class RecipeError(LLMCompressError):
+    """The recipe (or a command-line argument) asks for something impossible."""
+
+    exit_code = 2
+
+
+class NumericsError(LLMCompressError):
+    """NaN, Inf, a matrix that cannot be factored, or a result outside the recipe's quality gates."""
+
+    exit_code = 3
+
+
+class DiskError(LLMCompressError):
+    """The output cannot be written: it exists, is not writable, or does not fit on its disk."""
+
+    exit_code = 4
+
+
+class InputError(LLMCompressError):
+    """The model or the calibration data are missing, corrupt or of a kind that cannot be compressed."""
+
+    exit_code = 5
+
+
+class LockedError(LLMCompressError):
+    """Another run is writing the same output."""
+
+    exit_code = 6
+
+
+class MemoryLimitError(LLMCompressError):
+    """The machine has less memory than the run needs."""
+
+    exit_code = 7

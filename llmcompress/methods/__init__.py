@@ -1,0 +1,17 @@
+"""Layer -> Layer, one file each. Importing this package registers them all."""
+
+from llmcompress.methods import (
+    alternate,
+    eora,
+    gptq,
+    lqer,
+    magnitude,
+    pb_llm,
+    rotate,
+    rtn,
+    sparsegpt,
+    svd,
+    wanda,
+)
+
+__all__ = ["alternate", "eora", "gptq", "lqer", "magnitude", "pb_llm", "rotate", "rtn", "sparsegpt", "svd", "wanda"]

@@ -1,0 +1,55 @@
+"""Alternation of a base and a low-rank term, as in LoftQ (arXiv 2310.08659) and CALDERA (arXiv 2405.18886).
+
+Each round fits the base to what the low-rank term leaves, then the low-rank term to what the base leaves. Neither
+step is an exact minimiser, so the best round on the calibration inputs is kept. Stores Sum(base, LowRank).
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator
+
+from llmcompress.layer import Layer, StepConfig, methods, method, relative_error, step
+from llmcompress.methods.low_rank import LowRankConfig
+from llmcompress.weight import Weight
+
+
+class Alternate(StepConfig):
+    """Arguments of `alternate`: two steps, and how many rounds of them."""
+
+    method: Literal["alternate"] = "alternate"
+    base: SerializeAsAny[StepConfig]
+    low_rank: SerializeAsAny[StepConfig]
+    rounds: int = Field(3, ge=1, le=50)
+    examples = (
+        {"base": {"method": "gptq", "bits": 2}, "low_rank": {"method": "eora", "rank": 1}, "rounds": 2},
+        {"base": {"method": "sparsegpt", "sparsity": 0.5}, "low_rank": {"method": "svd", "rank": 1}, "rounds": 2},
+    )
+
+    @field_validator("base", "low_rank", mode="before")
+    @classmethod
+    def _step(cls, value: Any) -> Any:
+        return step(value) if isinstance(value, dict) else value
+
+    @field_validator("low_rank")
+    @classmethod
+    def _is_low_rank(cls, value: StepConfig) -> StepConfig:
+        if not isinstance(value, LowRankConfig):
+            raise ValueError(f"low_rank is the method {value.method!r}, which makes no low-rank term")
+        return value
+
+    def sketch(self, approx: Weight) -> Weight:
+        """See `StepConfig.sketch`."""
+        return self.low_rank.sketch(self.base.sketch(approx))
+
+
+@method("alternate", Alternate, needs={"outer"})
+def alternate(layer: Layer, config: Alternate) -> Layer:
+    """The best of `rounds` rounds of base, then low rank."""
+    best, best_error = layer, float("inf")
+    for _ in range(config.rounds):
+        for half in (config.base, config.low_rank):
+            layer = methods()[half.method].run(layer, half)
+        error = relative_error(layer.weight, layer.approx, layer.inputs)
+        if error < best_error:
+            best, best_error = layer, error
+    return best

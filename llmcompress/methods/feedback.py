@@ -1,0 +1,70 @@
+"""Error feedback: project one input column after the other, and let the later columns make up for the error.
+
+Optimal brain surgeon as in GPTQ (arXiv 2210.17323) and SparseGPT (arXiv 2301.00774): minimises tr(E H E^T) for
+E = W - W_approx greedily. With `inverse(H) = U^T U`, column j costs `e = (w_j - q_j) / U_jj` and each later column k
+gets `w_k -= e U_jk`. What a column may become is the business of a `Projection`; all methods share this loop.
+
+Works on the transpose, `current [in, out]`, where a column of W is contiguous. Updates are applied at once within a
+lazy block and as one product beyond it; a projection that fits parameters sees up-to-date weights up to the end of
+its stride.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llmcompress.weight import Weight
+
+LAZY = 64  # columns per lazy block; changes speed, never the result
+
+
+class Projection(Protocol):
+    """What columns may become. The only state in a method: parameters fitted on the way."""
+
+    stride: int  # columns that must be up to date together when parameters are fitted
+
+    def begin(self, column: int, current: Tensor) -> None:
+        """Called before each column; `current [in, out]` holds the weights as compensated so far."""
+
+    def project(self, column: int, values: Tensor) -> Tensor:
+        """The stored values `[out]` for a column that would like to be `values [out]`."""
+
+    def weight(self, values: Tensor) -> Weight:
+        """The expression for the projected matrix `values [out, in]`."""
+
+
+def feedback(weight: Tensor, factor: Tensor | None, projection: Projection, order: Tensor | None = None) -> Weight:
+    """`weight [out, in]` projected column by column; without a `factor` (U, `[in, in]`) errors are not fed back.
+
+    `order [in]` is the sequence of columns that the factor was made for; the projection counts in that sequence.
+    """
+    start_from = weight if order is None else weight[:, order]
+    current = start_from.T.contiguous()
+    for start, stop in _lazy_blocks(len(current), projection.stride):
+        errors = torch.empty(stop - start, current.shape[1])
+        for column in range(start, stop):
+            projection.begin(column, current)
+            wanted = current[column]
+            stored = projection.project(column, wanted)
+            if factor is not None:
+                error = torch.sub(wanted, stored, out=errors[column - start]).div_(factor[column, column])
+                current[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
+            current[column] = stored
+        if factor is not None and stop < len(current):
+            current[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    if order is not None:
+        current = current[order.argsort()]
+    return projection.weight(current.T.contiguous())
+
+
+def _lazy_blocks(width: int, stride: int) -> Iterator[tuple[int, int]]:
+    """Blocks of about `LAZY` columns that never run across the start of a stride."""
+    if stride <= LAZY:
+        step = LAZY // stride * stride
+        yield from ((start, min(start + step, width)) for start in range(0, width, step))
+        return
+    for segment in range(0, width, stride):
+        end = min(segment + stride, width)
+        yield from ((start, min(start + LAZY, end)) for start in range(segment, end, LAZY))

@@ -1,0 +1,55 @@
+"""RTN: every weight goes to the nearest point of its group's grid.
+
+Minimises |W - W_approx|^2 (the clip range by search); needs no data. Stores a Grid. The baseline of every
+quantization method. A base that was pruned before stays pruned: only what is kept is fitted and stored.
+"""
+
+from typing import Literal
+
+from llmcompress.layer import Layer, base_target, join, method, split, support, with_base
+from llmcompress.methods.feedback import Projection, feedback
+from llmcompress.methods.grid import GridConfig, grid_sketch
+from llmcompress.methods.projection import Pruned, Quantized, Selected
+from llmcompress.weight import Weight, Where, shape
+
+
+class RTN(GridConfig):
+    """Arguments of `rtn`."""
+
+    method: Literal["rtn"] = "rtn"
+    examples = (
+        {"bits": 1},
+        {"bits": "ternary"},
+        {"bits": 2, "group_size": 16},
+        {"bits": 3, "symmetric": False},
+        {"bits": 8, "clip": False},
+    )
+
+    def sketch(self, approx: Weight) -> Weight:
+        """See `StepConfig.sketch`."""
+        return quantized_sketch(approx, self)
+
+
+@method("rtn", RTN)
+def rtn(layer: Layer, config: RTN) -> Layer:
+    """Rounds to nearest, without feedback."""
+    target = base_target(layer)
+    kept = Quantized(config.grid_format(), target.shape[1])
+    return with_base(layer, feedback(target, None, within_support(layer.approx, kept)))
+
+
+def within_support(approx: Weight, kept: Quantized) -> Projection:
+    """`kept`, or zero where an earlier step pruned."""
+    base = split(approx)[0]
+    keep = support(approx)
+    if keep is None or not isinstance(base, Where):
+        return kept
+    index = base.index
+    return Selected(kept, Pruned(), lambda now, start: keep.T[start : start + len(now)], keep.shape[1], lambda _: index)
+
+
+def quantized_sketch(approx: Weight, config: GridConfig) -> Weight:
+    """The base as a grid without values, where it is not pruned."""
+    base, term = split(approx)
+    grid = grid_sketch(shape(base), config.grid_format())
+    return join(grid if support(approx) is None else Where(base.index, grid, base.outside), term)  # type: ignore[union-attr]

@@ -1,0 +1,82 @@
+"""SparseGPT (arXiv 2301.00774): prune in the feedback loop, so that kept weights make up for the pruned ones.
+
+Minimises tr(E H E^T) greedily over mask and values; with `bits`, what is kept is quantized in the same loop (joint).
+Stores Where(keep, Dense or Grid, Zero). The mask of a block of columns is chosen by w^2 / U_jj^2 when the loop gets
+there: over all rows of the block (unstructured), or within every n:m group. Counts are exact, unlike the official
+threshold, which prunes one weight and all ties too many.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from llmcompress.layer import Layer, base_target, method, with_base
+from llmcompress.methods.feedback import feedback
+from llmcompress.methods.grid import GridFormat, grid_sketch
+from llmcompress.methods.hessian import inverse_factor, second_moment
+from llmcompress.methods.projection import Kept, Pruned, Quantized, Selected, Side, largest, largest_of_each
+from llmcompress.methods.sparsity import PruneConfig, check_pattern, prune_sketch
+from llmcompress.weight import Weight, shape
+
+SPAN = 128  # columns over which unstructured sparsity is even
+
+
+class SparseGPT(PruneConfig):
+    """Arguments of `sparsegpt`; the last four ask for joint quantization of what is kept."""
+
+    method: Literal["sparsegpt"] = "sparsegpt"
+    damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
+    bits: int | None = Field(None, ge=1, le=8)
+    group_size: int | None = Field(None, ge=1)
+    symmetric: bool = True
+    clip: bool = True
+    examples = (
+        {"sparsity": 0.5},
+        {"pattern": "2:4"},
+        {"pattern": "4:8"},
+        {"sparsity": 0.5, "bits": 4},
+        {"pattern": "2:4", "bits": 3, "group_size": 16, "symmetric": False},
+    )
+
+    @model_validator(mode="after")
+    def _grid(self) -> Self:
+        if self.bits == 1 and not self.symmetric:
+            raise ValueError("bits: 1 needs symmetric: true")
+        return self
+
+    def grid_format(self) -> GridFormat | None:
+        """The format of the kept part; None where it stays bfloat16."""
+        return None if self.bits is None else GridFormat(2**self.bits, self.group_size, self.symmetric, self.clip)
+
+    def sketch(self, approx: Weight) -> Weight:
+        """See `StepConfig.sketch`."""
+        form = self.grid_format()
+        return prune_sketch(approx, self, None if form is None else grid_sketch(shape(approx), form))
+
+
+@method("sparsegpt", SparseGPT, needs={"outer"})
+def sparsegpt(layer: Layer, config: SparseGPT) -> Layer:
+    """Prunes (and quantizes) column by column with error feedback."""
+    target = base_target(layer)
+    width = target.shape[1]
+    factor, notes = inverse_factor(layer.inputs, config.damping)
+    pivots = factor.diagonal().square()[:, None]
+    structure = config.structure()
+
+    def choose(current: Tensor, start: int) -> Tensor:
+        saliency = current.square() / pivots[start : start + len(current)]
+        if structure is not None:
+            return largest_of_each(saliency, *structure)
+        return largest(saliency, current.numel() - int(current.numel() * float(config.sparsity or 0.0)))
+
+    form = config.grid_format()
+    group = 1 if form is None else form.group(width)
+    if structure is not None:
+        check_pattern(*structure, width)
+        span = structure[1]
+    else:
+        span = group if group > SPAN else SPAN // group * group  # a quantization group lies in one span
+    kept: Side = Kept() if form is None else Quantized(form, width, second_moment(layer.inputs).diagonal().float())
+    projection = Selected(kept, Pruned(), choose, min(span, width), config.index)
+    return with_base(layer, feedback(target, factor, projection), notes)

@@ -1,0 +1,80 @@
+"""What calibration remembers of a layer's inputs: sums over tokens, so batches, shards and ranks add.
+
+X is `[tokens, in]`. A token may carry a weight w: its row counts as sqrt(w) * x in the second moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+STATISTICS = frozenset({"square", "outer", "cross"})
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over tokens; a statistic nobody asked for is None.
+
+    `tokens`: total token weight. `square` `[in]`: sums of x^2. `outer` `[in, in]`: X^T X. `cross` `[in, in]`:
+    X_dense^T X, the inputs that the dense model would have seen against those seen.
+    """
+
+    tokens: float
+    square: Tensor | None = None
+    outer: Tensor | None = None
+    cross: Tensor | None = None
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @staticmethod
+    def of(
+        x: Tensor, needs: frozenset[str], weights: Tensor | None = None, dense_inputs: Tensor | None = None
+    ) -> Moments:
+        """The moments of `x [tokens, in]`, with token `weights [tokens]`; `dense_inputs` like x, for `cross`."""
+        tokens = float(len(x))
+        if weights is not None:
+            tokens = float(weights.sum())
+            root = weights.sqrt().to(x.dtype)[:, None]
+            x = x * root
+            dense_inputs = None if dense_inputs is None else dense_inputs * root
+        return Moments(
+            tokens,
+            square=x.square().sum(0) if "square" in needs else None,
+            outer=(x.T @ x).float() if "outer" in needs else None,
+            cross=(dense_inputs.T @ x).float() if "cross" in needs and dense_inputs is not None else None,
+        )
+
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of both sets of tokens."""
+
+        def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return a if b is None else b if a is None else a + b
+
+        return Moments(
+            self.tokens + other.tokens,
+            plus(self.square, other.square),
+            plus(self.outer, other.outer),
+            plus(self.cross, other.cross),
+        )
+
+    def memo(self, key: Any, compute: Callable[[], T]) -> T:
+        """`compute()`, remembered under `key` for every layer that reads this input (a Cholesky factor, say)."""
+        if key not in self.derived:
+            self.derived[key] = compute()
+        return self.derived[key]
+
+
+def capped_weights(x: Tensor, cap: float) -> Tensor:
+    """Token weights `[sequences, length]` that limit the norm of a token of `x [sequences, length, in]` to `cap`
+    times the median norm of its sequence.
+
+    The first token of a sequence can carry 99.9 % of a layer's energy; uncapped, it alone would decide the fit.
+    """
+    norm = x.float().norm(dim=-1)
+    limit = cap * norm.median(dim=1, keepdim=True).values
+    return (limit / norm.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0).square()

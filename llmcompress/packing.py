@@ -1,0 +1,63 @@
+"""Integer codes <-> bytes.
+
+Codes with `levels` values are stored in one of two ways, whichever is smaller:
+a bit stream of `ceil(log2 levels)` bits a code (lowest bits first), or as many base-`levels` digits as fit in
+one byte (5 ternary digits: 1.6 bits a code; 3 digits of the six 2:4 patterns: 2.67 bits).
+"""
+
+import torch
+from torch import Tensor
+
+
+def stream_bits(levels: int) -> int:
+    """Bits a code takes in a bit stream."""
+    return max(1, (levels - 1).bit_length())
+
+
+def digits_per_byte(levels: int) -> int:
+    """How many base-`levels` digits one byte holds; 0 where a bit stream is at least as small."""
+    digits = 1
+    while levels ** (digits + 1) <= 256:
+        digits += 1
+    return digits if digits * stream_bits(levels) > 8 else 0
+
+
+def packed_bits(levels: int, count: int) -> int:
+    """Stored bits of `count` codes, before the last byte is padded."""
+    digits = digits_per_byte(levels)
+    return 8 * -(-count // digits) if digits else count * stream_bits(levels)
+
+
+def pack(codes: Tensor, levels: int) -> Tensor:
+    """Codes of any shape, each in [0, levels), as a flat uint8 tensor. Raises ValueError for a code out of range."""
+    flat = codes.reshape(-1)
+    if flat.numel() and int(flat.max()) >= levels:
+        raise ValueError(f"code {int(flat.max())} does not fit in {levels} levels")
+    digits = digits_per_byte(levels)
+    if digits:
+        powers = torch.tensor([levels**k for k in range(digits)], dtype=torch.int32)
+        return (_rows(flat, digits).to(torch.int32) * powers).sum(1).to(torch.uint8)
+    bits = stream_bits(levels)
+    # eight codes fill exactly `bits` bytes; a 64-bit word carries them across
+    word = (_rows(flat, 8).to(torch.int64) << (torch.arange(8) * bits)).sum(1)
+    octets = ((word[:, None] >> (8 * torch.arange(bits))) & 255).to(torch.uint8)
+    return octets.reshape(-1)[: -(-flat.numel() * bits // 8)].clone()
+
+
+def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
+    """The first `count` codes of what `pack` wrote, as a flat uint8 tensor."""
+    digits = digits_per_byte(levels)
+    if digits:
+        octets = torch.arange(256, device=packed.device)
+        table = torch.stack([(octets // levels**k) % levels for k in range(digits)], 1).to(torch.uint8)
+        return table[packed.long()].reshape(-1)[:count]
+    bits = stream_bits(levels)
+    shifts = torch.arange(8, device=packed.device)
+    word = (_rows(packed, bits).to(torch.int64) << (8 * shifts[:bits])).sum(1)
+    return ((word[:, None] >> (bits * shifts)) & ((1 << bits) - 1)).to(torch.uint8).reshape(-1)[:count]
+
+
+def _rows(flat: Tensor, width: int) -> Tensor:
+    """`flat` as rows of `width`, the last row filled up with zeros."""
+    missing = -flat.numel() % width
+    return torch.nn.functional.pad(flat, (0, missing)).reshape(-1, width)
