@@ -1,0 +1,228 @@
+"""llmcompress and llm-compressor side by side: same model, calibration tokens, threads and evaluator.
+
+Runs alternate between the tools (and swap who goes first with every repeat), each in a fresh process of its own
+environment; afterwards every tool's dequantized weights are put into one dense model and scored. Prints a Markdown
+table and writes it with all runs to OUT/compare.json. How to make the peer's environment: README.md here.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+RECIPES = HERE.parents[2] / "configs" / "smollm2-135m"
+OURS, PEER = "llmcompress", "llm-compressor"
+GROUPED_3_BIT = 3 + (16 + 3) / 64  # codes, and per 64 of them an fp16 scale and a zero point as wide as a code
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What both tools do: our recipe, and the peer's bits per weight (None: bitmap + 16 bits per kept weight)."""
+
+    recipe: str
+    peer_bpw: float | None = None
+
+
+ARMS = {
+    "wanda50": Arm("wanda-50"),
+    "sparsegpt50": Arm("sparsegpt-50"),
+    "sparsegpt24": Arm("sparsegpt-2-4"),
+    "gptq3g64": Arm("gptq-3-g64", GROUPED_3_BIT),
+    "gptq3g64mse": Arm("gptq-3-g64", GROUPED_3_BIT),
+}
+
+
+def windows(model: Path, text: Path, count: int, length: int) -> "Tensor":
+    """The first `count` windows of `length` tokens of the whole text, tokenized once without special tokens."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokens = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    if len(tokens) < count * length:
+        sys.exit(f"{text} has {len(tokens)} tokens but {count} windows of {length} were asked for; name a longer text.")
+    return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+
+
+def run_once(tool: str, arm: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One fresh process; its report. Weights land in OUT/<tool>-<arm>.safetensors (a repeat writes them again)."""
+    common = ["--model", given.model, "--arm", arm, "--threads", given.threads, "--out", weights_of(tool, arm, given)]
+    if tool == PEER:
+        command = [given.peer_python, HERE / "llm_compressor.py", "--tokens", given.out / "tokens.safetensors"]
+        command += ["--dtype", given.peer_dtype]
+    else:
+        command = [sys.executable, HERE / "ours.py", "--recipe", RECIPES / f"{ARMS[arm].recipe}.yaml"]
+        command += ["--text", given.text, "--sequences", given.sequences, "--length", given.length]
+    threads = str(given.threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    print(f"running {tool} {arm}", file=sys.stderr, flush=True)
+    log = given.out / f"{tool}-{arm}.log"
+    words = [str(word) for word in command + common]
+    begun = time.monotonic()
+    with log.open("w", encoding="utf-8") as errors:
+        done = subprocess.run(
+            words, check=False, env=environment, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
+        )
+    if done.returncode != 0:
+        sys.exit(f"{tool} failed on {arm} with exit code {done.returncode}; its messages are in {log}.")
+    report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return report | {"process_seconds": time.monotonic() - begun}
+
+
+def weights_of(tool: str, arm: str, given: argparse.Namespace) -> Path:
+    """Where a tool's dequantized weights lie."""
+    folder: Path = given.out
+    return folder / f"{tool}-{arm}.safetensors"
+
+
+def measure(given: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """{"<tool>-<arm>": its runs}. With --reuse, a pair that OUT already holds is not run again."""
+    record = given.out / "runs.json"
+    runs: dict[str, list[dict[str, Any]]] = json.loads(record.read_text()) if given.reuse and record.exists() else {}
+    kept = {key for key, reports in runs.items() if len(reports) >= given.repeats}
+    runs = {key: reports for key, reports in runs.items() if key in kept}
+    for arm in given.arms:
+        for repeat in range(given.repeats):
+            for tool in given.tools if repeat % 2 == 0 else given.tools[::-1]:
+                if f"{tool}-{arm}" in kept:
+                    continue
+                runs.setdefault(f"{tool}-{arm}", []).append(run_once(tool, arm, given))
+                record.write_text(json.dumps(runs, indent=1))
+    return runs
+
+
+def perplexity(model: Any, sequences: "Tensor") -> float:
+    """exp of the mean negative log-likelihood over all predicted tokens, float32, windows one at a time."""
+    import torch
+
+    total, count = 0.0, 0
+    for window in sequences:
+        with torch.inference_mode():
+            logits = model(window[None], use_cache=False).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+        count += len(window) - 1
+    return math.exp(total / count)
+
+
+def score(pairs: list[tuple[str, str]], given: argparse.Namespace) -> tuple[float, dict[str, dict[str, float]]]:
+    """The dense perplexity, and per "<tool>-<arm>" the perplexity and the fraction of nonzero decoder weights."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(given.threads)
+    sequences = windows(given.model, given.eval_text, given.windows, given.eval_length)
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)  # comes in evaluation mode
+    linears = {name: weight for name, weight in model.named_parameters() if name.endswith("_proj.weight")}
+    dense = perplexity(model, sequences)
+    scores = {}
+    for tool, arm in pairs:
+        file = weights_of(tool, arm, given)
+        weights = load_file(file)
+        if weights.keys() != linears.keys():
+            sys.exit(f"{file} does not hold exactly the model's decoder linears: {weights.keys() ^ linears.keys()}.")
+        kept = sum(int(weight.count_nonzero()) for weight in weights.values())
+        with torch.no_grad():
+            for name, weight in weights.items():
+                linears[name].copy_(weight)
+        total = sum(weight.numel() for weight in weights.values())
+        scores[f"{tool}-{arm}"] = {"perplexity": perplexity(model, sequences), "nonzero": kept / total}
+        print(f"{tool} {arm}: perplexity {scores[f'{tool}-{arm}']['perplexity']:.3f}", file=sys.stderr, flush=True)
+    return dense, scores
+
+
+def row(tool: str, arm: str, runs: list[dict[str, Any]], scored: dict[str, float]) -> dict[str, Any]:
+    """One line of the table: median seconds, largest peak; the peer's bits by rule, ours as reported."""
+    by_rule = ARMS[arm].peer_bpw or 1 + 16 * scored["nonzero"]
+    return {
+        "tool": tool,
+        "arm": arm,
+        "bpw": by_rule if tool == PEER else runs[-1]["bpw"],
+        "ppl": scored["perplexity"],
+        "seconds": statistics.median(run["seconds"] for run in runs),
+        "cpu_seconds": statistics.median(run["cpu_seconds"] for run in runs),
+        "process_seconds": statistics.median(run["process_seconds"] for run in runs),
+        "peak_mb": max(run["peak_rss_bytes"] for run in runs) / 1e6,
+        "threads": runs[-1]["threads"],
+        "runs": len(runs),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; on our rows the ratios to the peer's row of the same arm, where it was measured."""
+    heads = ("tool", "arm", "bpw", "ppl", "seconds", "CPU s", "times faster", "peak MB", "of the peer's peak")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    peers = {entry["arm"]: entry for entry in rows if entry["tool"] == PEER}
+    for entry in rows:
+        faster = share = "-"
+        if entry["tool"] == OURS and entry["arm"] in peers:
+            peer = peers[entry["arm"]]
+            faster = f"{peer['seconds'] / entry['seconds']:.2f}"
+            share = f"{entry['peak_mb'] / peer['peak_mb']:.2f}"
+        cells = [entry["tool"], entry["arm"], f"{entry['bpw']:.3f}", f"{entry['ppl']:.2f}"]
+        cells += [f"{entry['seconds']:.1f}", f"{entry['cpu_seconds']:.1f}", faster, f"{entry['peak_mb']:.0f}", share]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="dense Hugging Face folder with its tokenizer")
+    parser.add_argument("--text", type=Path, required=True, help="calibration text")
+    parser.add_argument("--eval-text", type=Path, required=True, help="another text, for perplexity")
+    parser.add_argument("--peer-python", type=Path, help="python of the peer's environment")
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, logs and figures")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--tools", nargs="+", choices=(OURS, PEER), default=[OURS, PEER])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--reuse", action="store_true", help="keep the runs that OUT already holds; score again")
+    parser.add_argument("--peer-dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--sequences", type=int, default=16, help="calibration windows")
+    parser.add_argument("--length", type=int, default=1024, help="tokens in a calibration window")
+    parser.add_argument("--windows", type=int, default=32, help="scored windows")
+    parser.add_argument("--eval-length", type=int, default=1024, help="tokens in a scored window")
+    given = parser.parse_args()
+    if PEER in given.tools and given.peer_python is None:
+        parser.error(f"--peer-python is needed to run {PEER}; README.md beside this script says how to make one")
+    return given
+
+
+def main() -> None:
+    """Tokens, runs, scores, table."""
+    given = arguments()
+    given.out.mkdir(parents=True, exist_ok=True)
+    from safetensors.torch import load_file, save_file
+
+    sequences = windows(given.model, given.text, given.sequences, given.length)
+    tokens = given.out / "tokens.safetensors"
+    if given.reuse and tokens.exists() and not load_file(tokens)["sequences"].equal(sequences):
+        sys.exit(
+            f"{tokens} holds other calibration tokens than {given.text} gives; leave out --reuse or name a new --out."
+        )
+    save_file({"sequences": sequences}, tokens)
+    runs = measure(given)
+    pairs = [(tool, arm) for arm in given.arms for tool in given.tools]
+    dense, scores = score(pairs, given)
+    rows = [row(tool, arm, runs[f"{tool}-{arm}"], scores[f"{tool}-{arm}"]) for tool, arm in pairs]
+    printed = table(rows)
+    print(f"dense perplexity {dense:.3f}, {given.threads} thread(s)\n\n{printed}")
+    settings = {key: str(value) for key, value in vars(given).items()}
+    result = {"dense_perplexity": dense, "rows": rows, "runs": runs, "settings": settings, "table": printed}
+    (given.out / "compare.json").write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
