@@ -10,6 +10,7 @@ its stride.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from llmcompress.weight import Weight
 
 LAZY = 64  # columns per lazy block; changes speed, never the result
+PARALLEL_ROWS = 8192  # columns of at least this many rows are worth several threads
 
 
 class Projection(Protocol):
@@ -44,19 +46,31 @@ def feedback(weight: Tensor, factor: Tensor | None, projection: Projection, orde
     current = start_from.T.contiguous()
     for start, stop in _lazy_blocks(len(current), projection.stride):
         errors = torch.empty(stop - start, current.shape[1])
-        for column in range(start, stop):
-            projection.begin(column, current)
-            wanted = current[column]
-            stored = projection.project(column, wanted)
-            if factor is not None:
-                error = torch.sub(wanted, stored, out=errors[column - start]).div_(factor[column, column])
-                current[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
-            current[column] = stored
+        with _few_threads(current.shape[1]):
+            for column in range(start, stop):
+                projection.begin(column, current)
+                wanted = current[column]
+                stored = projection.project(column, wanted)
+                if factor is not None:
+                    error = torch.sub(wanted, stored, out=errors[column - start]).div_(factor[column, column])
+                    current[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
+                current[column] = stored
         if factor is not None and stop < len(current):
             current[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     if order is not None:
         current = current[order.argsort()]
     return projection.weight(current.T.contiguous())
+
+
+@contextmanager
+def _few_threads(rows: int) -> Iterator[None]:
+    """One thread for short columns: waking others costs more than they do, and on a busy machine very much more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if rows < PARALLEL_ROWS else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _lazy_blocks(width: int, stride: int) -> Iterator[tuple[int, int]]:

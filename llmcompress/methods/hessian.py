@@ -48,9 +48,8 @@ def inverse_factor(moments: Moments, damping: float, order: Tensor | None = None
             lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping * step).flip(0, 1))
             if not failed:
                 # with J the reversal, J H J = L L^T gives U = J inverse(L) J: one factorisation, one triangular inverse
-                eye = torch.eye(len(lower), dtype=lower.dtype)
-                upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
-                return upper.float(), () if step == 1 else (f"damping raised to {damping * step:g}",)
+                upper = torch.linalg.solve_triangular(lower.float(), torch.eye(len(lower)), upper=False).flip(0, 1)
+                return upper.contiguous(), () if step == 1 else (f"damping raised to {damping * step:g}",)
         raise NumericsError(f"its input statistics cannot be factored even with damping {damping * LADDER[-1]:g}")
 
     key = ("inverse_factor", damping, None if order is None else order.numpy(force=True).tobytes())

@@ -1,0 +1,122 @@
+"""A linear layer that holds a compressed weight, and putting it into a model.
+
+`CompressedLinear` subclasses `nn.Linear`, so that whatever looks for linears (PEFT, for one) finds it; its parameters
+are the encoded payload under the names of `weight.encode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress import weight as expression
+
+DTYPES = {
+    "U8": torch.uint8,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a checkpoint must say of a compressed linear so that it can be built before its tensors are read."""
+
+    size: tuple[int, int]  # (out, in)
+    header: dict[str, Any]  # of `weight.encode`
+    tensors: dict[str, tuple[str, int]]  # payload name -> (dtype, elements); all are flat
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry for a checkpoint's config."""
+        return {"size": list(self.size), "header": self.header, "tensors": {k: list(v) for k, v in self.tensors.items()}}
+
+    @staticmethod
+    def from_json(entry: dict[str, Any]) -> Layout:
+        """The inverse of `to_json`. Raises KeyError or ValueError for an entry of another form."""
+        out, width = entry["size"]
+        tensors = {name: (str(dtype), int(count)) for name, (dtype, count) in entry["tensors"].items()}
+        if "weight" not in tensors or not {dtype for dtype, _ in tensors.values()} <= DTYPES.keys():
+            raise ValueError(f"the payload {tensors} is not of a known form")
+        return Layout((int(out), int(width)), entry["header"], tensors)
+
+
+class CompressedLinear(nn.Linear):
+    """`x @ W.T + bias` for a compressed `W [out, in]`, decoded at every call unless inside `decoded(model)`."""
+
+    def __init__(self, layout: Layout, bias: Tensor | None = None, device: str | torch.device | None = None) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
+        self.out_features, self.in_features = layout.size
+        self.layout = layout
+        for name, (dtype, count) in layout.tensors.items():
+            payload = torch.zeros(count, dtype=DTYPES[dtype], device=device)
+            self.register_parameter(name, nn.Parameter(payload, requires_grad=False))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.ready: expression.Weight | None = None
+
+    @staticmethod
+    def of(w: expression.Weight, bias: Tensor | None = None) -> CompressedLinear:
+        """The layer for an expression."""
+        header, tensors = expression.encode(w)
+        listed = {name: (NAMES[tensor.dtype], tensor.numel()) for name, tensor in tensors.items()}
+        layer = CompressedLinear(Layout(expression.shape(w), header, listed), bias, device="meta")
+        for name, tensor in tensors.items():
+            setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+        return layer
+
+    def payload(self) -> dict[str, Tensor]:
+        """The stored tensors, by name."""
+        return {name: getattr(self, name).detach() for name in self.layout.tensors}
+
+    def expression(self) -> expression.Weight:
+        """The compressed weight."""
+        return expression.decode(self.layout.header, self.payload())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input [..., in]` to `[..., out]`, in the input's dtype."""
+        output = expression.matmul(input, self.expression() if self.ready is None else self.ready)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
+        """Moves the payload between devices, but never casts it: `model.to(dtype)` must not round scales."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype or tensor is self.bias else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replaces the submodule called `name`. Raises AttributeError if there is none."""
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(name)
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
+    """Every compressed linear of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+@contextmanager
+def decoded(model: nn.Module) -> Iterator[None]:
+    """Keeps every compressed linear decoded while the context lasts: dense memory, no decoding, the same results."""
+    layers = list(compressed_linears(model).values())
+    for layer in layers:
+        layer.ready = expression.decoded(layer.expression())
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.ready = None
