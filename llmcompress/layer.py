@@ -33,7 +33,7 @@ class Layer:
     weight: Tensor  # [out, in] float32: what to approximate, the dense teacher's
     approx: Weight  # what stands for it so far (Dense at first)
     inputs: Moments
-    seed: int = 0  # the same for layers that read the same input
+    seed: str = ""  # the same for layers that read the same input
     rotation: Rotation | None = None
     notes: tuple[str, ...] = ()  # fallbacks taken, for the report
 

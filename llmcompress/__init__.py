@@ -1,0 +1,57 @@
+"""Compress Hugging Face language models: prune, partially binarize, compensate, score, publish.
+
+    import llmcompress as lc
+    result = lc.compress("smollm2", "recipe.yaml")
+    result.save("out")
+
+Importing the package teaches transformers to load what it writes, and does nothing else; what it offers is loaded
+when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from llmcompress import plugin
+
+if TYPE_CHECKING:
+    from llmcompress.driver import Result, compress, plan
+    from llmcompress.errors import LLMCompressError
+    from llmcompress.modules import decoded
+    from llmcompress.recipe import Recipe, Rule
+    from llmcompress.report import Report, read
+    from llmcompress.tokens import Calibration
+
+__version__ = "0.1.0"
+__all__ = [
+    "Calibration",
+    "LLMCompressError",
+    "Recipe",
+    "Report",
+    "Result",
+    "Rule",
+    "compress",
+    "decoded",
+    "plan",
+    "read",
+]
+
+_HOMES = {
+    "Calibration": "tokens",
+    "LLMCompressError": "errors",
+    "Recipe": "recipe",
+    "Report": "report",
+    "Result": "driver",
+    "Rule": "recipe",
+    "compress": "driver",
+    "decoded": "modules",
+    "plan": "driver",
+    "read": "report",
+}
+
+plugin.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

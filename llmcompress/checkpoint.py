@@ -1,0 +1,161 @@
+"""Writing a checkpoint so that it is either complete or not there.
+
+Everything goes to `OUT.partial`, one safetensors file per part as soon as that part is done (so memory never holds
+the whole model), is fsynced, hashed into a manifest, and renamed to OUT at the end. A lock beside it keeps two runs
+from writing the same output.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmcompress.errors import DiskError, LockedError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def check_output(output: Path, needed: int) -> None:
+    """Raises DiskError unless a folder with `needed` bytes can be made at `output`, which must not exist yet."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DiskError(f"{output} exists already; remove it or choose another output folder")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise DiskError(f"{parent} is not writable; choose another output folder")
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise DiskError(f"{output} needs {megabytes(needed)} and its disk has {megabytes(free)} free; choose another")
+
+
+def megabytes(count: int) -> str:
+    """A byte count for people."""
+    return f"{count / 1e6:.1f} MB"
+
+
+class Writer:
+    """Collects the files of a checkpoint in its staging folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.parts: list[dict[str, int]] = []  # per shard: tensor name -> bytes
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Writes the tensors of one part of the model. Raises DiskError when the disk is full."""
+        contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        path = self._shard(len(self.parts))
+        try:
+            save_file(contiguous, path, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
+        _sync(path)
+        self.parts.append({name: tensor.numel() * tensor.element_size() for name, tensor in contiguous.items()})
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a text file. Raises DiskError when the disk is full."""
+        path = self.folder / name
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
+
+    def _shard(self, index: int) -> Path:
+        return self.folder / f"part-{index:05}.safetensors"
+
+    def close(self) -> int:
+        """Names the shards as Hugging Face loaders expect them and writes their index; returns the weights' bytes."""
+        names = [f"model-{index + 1:05}-of-{len(self.parts):05}.safetensors" for index in range(len(self.parts))]
+        for index, name in enumerate(names):
+            self._shard(index).rename(self.folder / name)
+        total = sum(sum(part.values()) for part in self.parts)
+        weight_map = {key: name for name, part in zip(names, self.parts, strict=True) for key in part}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        self.write("model.safetensors.index.json", json.dumps(index, indent=2))
+        return sum((self.folder / name).stat().st_size for name in names)
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[Writer]:
+    """A `Writer` whose files become the folder `output` when the context ends well, and vanish when it does not.
+
+    Raises LockedError while another process writes there, DiskError when the folder cannot be made or filled.
+    """
+    staging = output.with_name(output.name + ".partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(staging.with_name(staging.name + ".lock"), timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise LockedError(f"{output} is being written by another process; wait, or choose another output") from error
+    except OSError as error:
+        raise DiskError(f"{output} cannot be written ({error.strerror}); choose another output folder") from error
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
+        staging.mkdir()
+        yield Writer(staging)
+        _publish(staging, output)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise DiskError(f"{output}: the disk is full; free some space and start again") from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _publish(staging: Path, output: Path) -> None:
+    hashes = {path.name: _digest(path) for path in sorted(staging.iterdir()) if path.is_file()}
+    manifest = {"format_version": FORMAT_VERSION, "sha256": hashes}
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    for path in staging.iterdir():
+        _sync(path)
+    if output.exists():
+        output.rmdir()  # empty, or check_output would have refused it
+    staging.rename(output)
+    _sync(output.parent)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies a finished checkpoint to `target`, all or nothing. Raises DiskError as `check_output` does."""
+    size = sum(path.stat().st_size for path in source.iterdir())
+    check_output(target, size)
+    with writing(target) as writer:
+        for path in source.iterdir():
+            if path.name != MANIFEST:
+                shutil.copyfile(path, writer.folder / path.name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of ours."""
+    entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return entries
+
+
+def _digest(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,264 @@
+"""The driver: a dense model and a recipe to a compressed checkpoint and a report.
+
+    recipe -> tokens -> walk -> moments -> methods -> expressions -> checkpoint
+
+Blocks are written as soon as they are done, so memory follows one block, whatever the model's depth.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmcompress import report as reports
+from llmcompress.calibrate import Block, walk
+from llmcompress.checkpoint import FORMAT_VERSION, Writer, check_output, copy_folder, writing
+from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.hf import NAME
+from llmcompress.layer import Layer, apply, methods, relative_error
+from llmcompress.methods.hessian import damped
+from llmcompress.modules import CompressedLinear
+from llmcompress.moments import Moments
+from llmcompress.planning import Job, Plan, lay, plan_of, warnings
+from llmcompress.recipe import Recipe, dump, read_recipe
+from llmcompress.report import LayerReport, Report
+from llmcompress.source import Source, resolve
+from llmcompress.tokens import CalibrationTokens, calibration_tokens
+from llmcompress.weight import Dense, Weight, bits, describe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TARGET_DAMPING = 0.1  # of the solve that aims at the dense model's outputs
+
+Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
+
+
+@dataclass(eq=False)
+class Result:
+    """A compressed checkpoint on disk and its report. A result without an `output` lives in a temporary folder."""
+
+    folder: Path
+    report: Report
+    _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The compressed model, loaded anew at every call."""
+        from transformers import AutoModelForCausalLM
+
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder)
+        return loaded
+
+    def save(self, path: str | Path) -> Path:
+        """Copies the checkpoint to `path`, which must not exist. Raises DiskError otherwise."""
+        copy_folder(self.folder, Path(path))
+        return Path(path)
+
+
+def plan(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revision: str | None = None) -> Plan:
+    """What `compress` would do, from headers alone. Raises InputError and RecipeError as it would."""
+    return plan_of(lay(resolve(str(model), revision), read_recipe(recipe)))
+
+
+def compress(
+    model: str | Path,
+    recipe: Recipe | str | Path | dict[str, Any],
+    output: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Result:
+    """Compresses a dense causal LM (folder, Hub id or `smollm2`) as `recipe` says, into the new folder `output`.
+
+    Raises an LLMCompressError, in one sentence, for whatever is wrong; then nothing is left behind.
+    """
+    started = time.monotonic()
+    job = lay(resolve(str(model), revision), read_recipe(recipe))
+    planned = plan_of(job)
+    if job.assignment.unmatched:
+        raise RecipeError(job.assignment.complaint())
+    temporary = None
+    if output is None:
+        temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")
+        output = Path(temporary.name) / "model"
+    check_output(Path(output), planned.bytes + planned.bytes // 20)
+    tokens = _tokens(job)
+    with writing(Path(output)) as writer:
+        rows, layouts = _compress_blocks(job, tokens, writer, device, progress)
+        _write_rest(job, layouts, writer)
+        size = writer.close()
+        report = _report(job, tokens, rows, size, time.monotonic() - started)
+        writer.write(reports.FILE, json.dumps(report.to_json(), indent=2))
+        writer.write(reports.RECIPE, dump(job.recipe))
+    return Result(Path(output), report, temporary)
+
+
+def _tokens(job: Job) -> CalibrationTokens | None:
+    """The calibration tokens; None for a recipe without calibration, whose methods must then need no data."""
+    config = job.recipe.calibration
+    if config is None:
+        hungry = {s.method for steps in job.steps.values() for s in steps if methods()[s.method].needs}
+        if hungry or job.recipe.asymmetric:
+            raise RecipeError(f"{', '.join(sorted(hungry)) or 'asymmetric'} needs calibration; add it to the recipe")
+        return None
+    source = job.source
+    return calibration_tokens(config, source.tokenizer(), lambda: _teacher(source), source.config)
+
+
+def _teacher(source: Source) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    return loaded
+
+
+def _blocks(job: Job, tokens: CalibrationTokens | None, device: str, progress: Progress | None) -> Iterator[Block]:
+    """The walk over the model; without tokens, blocks with empty moments."""
+    recipe = job.recipe
+    if tokens is None:
+        raise NotImplementedError
+    yield from walk(
+        job.source,
+        job.arch,
+        tokens.sequences,
+        held_out=tokens.held_out,
+        needs=job.needs(),
+        cap=recipe.cap,
+        prefix=recipe.prefix,
+        dense_stream=recipe.asymmetric > 0,
+        device=device,
+        progress=progress,
+    )
+
+
+def _compress_blocks(
+    job: Job, tokens: CalibrationTokens | None, writer: Writer, device: str, progress: Progress | None
+) -> tuple[list[LayerReport], dict[str, Any]]:
+    """Compresses and writes block after block; returns the rows of the report and the layouts for the config."""
+    rows: list[LayerReport] = []
+    layouts: dict[str, Any] = {}
+    for block in _blocks(job, tokens, device, progress):
+        done: dict[str, Weight] = {}
+        payload: dict[str, Tensor] = {}
+        for group in block.groups:
+            for name in group.names:
+                if name not in job.steps:
+                    continue
+                layer = _layer(job, name, group.names[0], block.weight(name), group.inputs)
+                compressed = apply(layer, job.steps[name])
+                done[name] = compressed.expression()
+                rows.append(_row(job, layer, compressed, group.held_out))
+                module = CompressedLinear.of(done[name])
+                layouts[name] = module.layout.to_json()
+                payload.update({f"{name}.{key}": tensor for key, tensor in module.payload().items()})
+        block.swap(done)
+        weights = {f"{name}.weight" for name in done}
+        inside = (n for n in job.source.tensors if n.startswith(f"{block.path}.") and n not in weights)
+        writer.add(payload | {name: job.source.read(name) for name in inside})
+    return rows, layouts
+
+
+def _layer(job: Job, name: str, group: str, weight: Tensor, inputs: Moments) -> Layer:
+    """The layer as methods see it; layers that read the same input get the same seed."""
+    target = weight
+    if inputs.cross is not None and inputs.outer is not None:
+        target = _dense_target(weight, inputs.outer, inputs.cross, job.recipe.asymmetric)
+    seed = f"{job.recipe.seed}/{group}"
+    return Layer(name, target, Dense(target.to(torch.bfloat16)), inputs, seed)
+
+
+def _dense_target(weight: Tensor, outer: Tensor, cross: Tensor, share: float) -> Tensor:
+    """The matrix whose outputs on the inputs seen come closest to the dense layer's on the dense inputs `[out, in]`.
+
+    W C inverse(H) with C = X_dense^T X and H = X^T X (GPTAQ, arXiv 2504.02692), taken `share` of the way from W.
+    """
+    correction = torch.linalg.solve(damped(outer.double(), TARGET_DAMPING), (cross - outer).double(), left=False)
+    return weight + share * (weight.double() @ correction).float()
+
+
+def _row(job: Job, layer: Layer, compressed: Layer, held_out: Moments | None) -> LayerReport:
+    stored = compressed.expression()
+    error = relative_error(layer.weight, stored, layer.inputs)
+    if not error < float("inf"):
+        raise NumericsError(f"{layer.name}: the compressed weight holds NaN or Inf; choose other steps for it")
+    size = (layer.weight.shape[0], layer.weight.shape[1])
+    return LayerReport(
+        name=layer.name,
+        shape=size,
+        steps=tuple(s.method for s in job.steps[layer.name]),
+        bpw=bits(stored) / prod(size),
+        error=error,
+        error_heldout=None if held_out is None else relative_error(layer.weight, stored, held_out),
+        fallback="; ".join(compressed.notes) or None,
+        stored=describe(stored),
+    )
+
+
+def _write_rest(job: Job, layouts: dict[str, Any], writer: Writer) -> None:
+    """Everything but the decoder blocks: embeddings, head, config, tokenizer, and what else the dense folder holds."""
+    inside = tuple(f"{layout.path}." for layout in job.arch.blocks)
+    rest = [name for name in job.source.tensors if not name.startswith(inside)]
+    writer.add({name: job.source.read(name) for name in rest})
+    config = json.loads((job.source.folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {
+        "quant_method": NAME,
+        "format_version": FORMAT_VERSION,
+        "versions": reports.versions(),
+        "layers": layouts,
+    }
+    writer.write("config.json", json.dumps(config, indent=1))
+    for path in sorted(job.source.folder.iterdir()):
+        if path.is_file() and (path.suffix in COMPANIONS or path.name.startswith("LICENSE")) and path.name not in OURS:
+            shutil.copyfile(path, writer.folder / path.name)
+
+
+COMPANIONS = {".json", ".jinja", ".model", ".tiktoken", ".txt"}  # tokenizer, chat template, generation config
+OURS = {"config.json", "model.safetensors.index.json", reports.FILE, "manifest.json"}
+
+
+def _report(
+    job: Job, tokens: CalibrationTokens | None, rows: list[LayerReport], size: int, seconds: float
+) -> Report:
+    fallbacks = [row.name for row in rows if row.fallback]
+    if len(fallbacks) > job.recipe.gates.max_fallback_layers * len(rows):
+        raise NumericsError(
+            f"{len(fallbacks)} of {len(rows)} layers needed a fallback, {fallbacks[0]} first "
+            f"({next(row.fallback for row in rows if row.fallback)}); calibrate on more text"
+        )
+    weights = sum(prod(row.shape) for row in rows)
+    return Report(
+        model=job.source.name,
+        revision=job.source.revision,
+        recipe=job.recipe.name,
+        dense_bytes=job.source.bytes,
+        bytes=size,
+        bpw=sum(row.bpw * prod(row.shape) for row in rows) / weights,
+        model_bpw=size * 8 / job.source.parameters,
+        parameters=job.source.parameters,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory(),
+        calibration=None if tokens is None else tokens.report(),
+        layers=tuple(rows),
+        warnings=warnings(job),
+        versions=reports.versions(),
+    )
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

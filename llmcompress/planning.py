@@ -1,0 +1,160 @@
+"""What a run would do, from the model's config and tensor headers alone: no weight is read.
+
+`plan_of` is the first half of every compression, so what it prints is what will happen; bits are counted on the
+expression that each step announces for the layer's shape.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from llmcompress.architecture import Architecture, architecture
+from llmcompress.errors import RecipeError
+from llmcompress.layer import StepConfig, methods, sketch
+from llmcompress.recipe import Assignment, Recipe, assign
+from llmcompress.source import Source
+from llmcompress.weight import bits, describe
+
+LIBRARIES = 450_000_000  # bytes that torch and transformers take before any work
+COLUMN_SECONDS = 8e-5  # per column of a feedback loop, whatever the length of the column
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What will happen to one linear."""
+
+    name: str
+    shape: tuple[int, int]  # (out, in)
+    steps: tuple[str, ...]
+    bits: int
+    bpw: float
+    description: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run. `bytes` of the weights on disk; `seconds` and `peak_memory_bytes` are estimates for this machine."""
+
+    model: str
+    recipe: str
+    layers: tuple[LayerPlan, ...]
+    bytes: int
+    dense_bytes: int
+    bpw: float
+    model_bpw: float
+    peak_memory_bytes: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, keys as in the fields."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe laid over a model: what both planning and compressing start from."""
+
+    source: Source
+    arch: Architecture
+    recipe: Recipe
+    assignment: Assignment
+
+    @property
+    def steps(self) -> dict[str, tuple[StepConfig, ...]]:
+        """The linears that will be compressed, and how."""
+        return {name: steps for name, steps in self.assignment.steps.items() if steps}
+
+    def needs(self) -> dict[str, frozenset[str]]:
+        """The statistics that each compressed linear's methods read, and those its error is computed from."""
+        known = methods()
+        extra = {"outer", "cross"} if self.recipe.asymmetric else {"outer"}
+        return {name: frozenset(extra).union(*(known[s.method].needs for s in steps)) for name, steps in self.steps.items()}
+
+
+def lay(source: Source, recipe: Recipe) -> Job:
+    """The recipe laid over the model. Raises InputError for a model that is not understood."""
+    arch = architecture(source.config, source.skeleton())
+    return Job(source, arch, recipe, assign(recipe, list(arch.linears())))
+
+
+def plan_of(job: Job) -> Plan:
+    """What the job will do. Raises RecipeError where a step cannot work on a layer's shape."""
+    linears = job.arch.linears()
+    rows = []
+    for name, steps in job.steps.items():
+        size = linears[name].shape
+        stored = sketch(name, size, steps)
+        count = bits(stored)
+        rows.append(LayerPlan(name, size, tuple(s.method for s in steps), count, count / prod(size), describe(stored)))
+    if not rows:
+        raise RecipeError(f"recipe {job.recipe.name!r} compresses no layer of {job.source.name}; give a rule with steps")
+    weights = sum(prod(row.shape) for row in rows)
+    stored_bits = sum(row.bits for row in rows)
+    # what a run leaves as it is keeps its own type
+    dense = {f"{row.name}.weight" for row in rows}
+    kept = sum(header.bytes for name, header in job.source.tensors.items() if name not in dense)
+    total = kept + sum(-(-row.bits // 8) for row in rows)
+    return Plan(
+        model=job.source.name,
+        recipe=job.recipe.name,
+        layers=tuple(rows),
+        bytes=total,
+        dense_bytes=job.source.bytes,
+        bpw=stored_bits / weights,
+        model_bpw=total * 8 / job.source.parameters,
+        peak_memory_bytes=_memory(job),
+        seconds=_seconds(job),
+        warnings=warnings(job),
+    )
+
+
+def warnings(job: Job) -> tuple[str, ...]:
+    """What a user should know before: patterns that match nothing, and linears that stay dense."""
+    unmatched = [f"pattern {pattern!r} matches no linear layer" for pattern in job.assignment.unmatched]
+    dense = [name for name, steps in job.assignment.steps.items() if not steps]
+    outside = [linear.name for linear in job.arch.outside]
+    left = [f"{name} stays dense" for name in (*dense, *outside, *job.arch.other)]
+    return (*job.source.notes, *unmatched, *left)
+
+
+def _tokens(job: Job) -> int:
+    calibration = job.recipe.calibration
+    return 0 if calibration is None else calibration.samples * calibration.length
+
+
+def _memory(job: Job) -> int:
+    """Bytes at the peak: one block twice, its statistics, the hidden states, or the embeddings, whichever is more."""
+    block = max(sum(prod(lin.shape) for group in layout.groups for lin in group) for layout in job.arch.blocks)
+    widths = [group[0].shape[1] for group in job.arch.blocks[0].groups]
+    hidden = _tokens(job) * min(widths) * 4 * (2 if job.recipe.asymmetric else 1)
+    statistics = sum(width**2 * 8 for width in widths) + max(widths) ** 2 * 40
+    embeddings = max(prod(header.shape) for header in job.source.tensors.values()) * 4
+    batch = 4096 * max(widths) * 4 * 6
+    return LIBRARIES + hidden + batch + max(block * 4 * 3 + statistics, 2 * embeddings)
+
+
+def _seconds(job: Job) -> float:
+    """Two forward passes, one product X^T X per input, and the column loops, at the speed that this machine shows."""
+    tokens = _tokens(job)
+    linears = job.arch.linears()
+    work = 2 * sum(2 * tokens * prod(lin.shape) for lin in linears.values())
+    work += sum(2 * tokens * group[0].shape[1] ** 2 for layout in job.arch.blocks for group in layout.groups)
+    work += sum(linears[name].shape[0] * linears[name].shape[1] ** 2 for name in job.steps)
+    columns = sum(linears[name].shape[1] * len(steps) for name, steps in job.steps.items())
+    return work / _speed() + columns * COLUMN_SECONDS
+
+
+def _speed() -> float:
+    """Floating-point operations a second of a float32 product, measured."""
+    a = torch.ones(512, 512)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(8):
+        a @ a
+    return 8 * 2 * 512**3 / (time.perf_counter() - started)

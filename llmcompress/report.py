@@ -1,0 +1,82 @@
+"""What a run did, layer by layer: the numbers that a checkpoint carries, `inspect` prints and a card quotes."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from llmcompress.checkpoint import read_json
+from llmcompress.errors import InputError
+
+FILE = "report.json"
+RECIPE = "recipe.yaml"
+PACKAGES = ("llmcompress", "torch", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear. Errors are relative output errors |(W - W_approx) X|^2 / |W X|^2, on calibration and held-out text."""
+
+    name: str
+    shape: tuple[int, int]  # (out, in)
+    steps: tuple[str, ...]
+    bpw: float
+    error: float
+    error_heldout: float | None
+    fallback: str | None  # what had to be done differently than asked, if anything
+    stored: str  # the expression, for people
+
+
+@dataclass(frozen=True)
+class Report:
+    """A compression run. `bpw`: stored bits of the compressed linears / their weights; `model_bpw`: of the whole file."""
+
+    model: str
+    revision: str | None
+    recipe: str
+    dense_bytes: int
+    bytes: int
+    bpw: float
+    model_bpw: float
+    parameters: int
+    seconds: float
+    peak_memory_bytes: int
+    calibration: dict[str, Any] | None
+    layers: tuple[LayerReport, ...]
+    warnings: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, keys as in the fields."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(entries: dict[str, Any]) -> Report:
+        """The inverse of `to_json`. Raises InputError for entries of another form."""
+        try:
+            layers = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in entries["layers"]]
+            return Report(**{**entries, "layers": tuple(layers), "warnings": tuple(entries["warnings"])})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{FILE} is not a report of this version of llmcompress ({error})") from error
+
+
+def read(folder: Path) -> Report:
+    """The report of a compressed checkpoint. Raises InputError for a folder without one."""
+    try:
+        return Report.from_json(read_json(folder / FILE))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no {FILE}, so it was not written by llmcompress; give such a folder") from error
+
+
+def versions() -> dict[str, str]:
+    """The versions that made a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
