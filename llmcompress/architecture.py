@@ -1,0 +1,203 @@
+"""Model families as data: where the decoder blocks are, which linears they hold, which of them read the same input.
+
+A family is one row of `FAMILIES`. A model whose type has no row is understood by its structure (one list of as many
+blocks as the config announces, each linear an input group of its own) or refused with a sentence that says why.
+Whether a block can be run on its own is not decided here: the walk checks that when it records the blocks' arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from llmcompress.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Groups = tuple[tuple[str, ...], ...]
+
+LLAMA: Groups = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+FUSED: Groups = (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))
+OPT: Groups = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.out_proj",),
+    ("fc1",),
+    ("fc2",),
+)
+NEOX: Groups = (
+    ("attention.query_key_value",),
+    ("attention.dense",),
+    ("mlp.dense_h_to_4h",),
+    ("mlp.dense_4h_to_h",),
+)
+GPT2: Groups = (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: the module path of the block list, and each block's linears; those of one group read the same tensor."""
+
+    model_type: str
+    blocks: str = "model.layers"
+    groups: Groups = LLAMA
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama"),  # and SmolLM, SmolLM2
+        Family("mistral"),
+        Family("smollm3"),
+        Family("qwen2"),
+        Family("qwen3"),
+        Family("gemma2"),
+        Family("gemma3_text"),
+        Family("phi3", groups=FUSED),
+        Family("opt", blocks="model.decoder.layers", groups=OPT),
+        Family("gpt_neox", blocks="gpt_neox.layers", groups=NEOX),
+        Family("gpt2", blocks="transformer.h", groups=GPT2),
+    )
+}
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear: module path, shape `(out, in)`; `transposed`: its weight is `[in, out]` (transformers' Conv1D)."""
+
+    name: str
+    shape: tuple[int, int]
+    transposed: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """One decoder block: its module path, and its linears grouped by the tensor they read."""
+
+    path: str
+    groups: tuple[tuple[Linear, ...], ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a walk, a plan and a loader need to know of a model. `family` is None when the structure was discovered.
+
+    `outside`: linears that belong to no block (the output head), left dense. `other`: weights of two or more
+    dimensions inside blocks that are no linear layer, left dense too. `tied`: the output head is the embedding.
+    """
+
+    model_type: str
+    family: Family | None
+    stack: str
+    blocks: tuple[BlockLayout, ...]
+    outside: tuple[Linear, ...]
+    other: tuple[str, ...]
+    tied: bool
+
+    def linears(self) -> dict[str, Linear]:
+        """Every linear of every block by module path, in depth order."""
+        return {linear.name: linear for block in self.blocks for group in block.groups for linear in group}
+
+
+def architecture(config: PreTrainedConfig, model: nn.Module) -> Architecture:
+    """The layout of a causal language model (its weights may be on meta).
+
+    Raises InputError for mixture-of-experts models, for blocks that cannot be told apart from the rest of the model,
+    and for a known family whose blocks hold other linears than its row says.
+    """
+    _refuse_experts(config, model)
+    family = FAMILIES.get(config.model_type)
+    stack = family.blocks if family else _discover_stack(config, model)
+    blocks = tuple(
+        _layout(family, f"{stack}.{index}", block) for index, block in enumerate(model.get_submodule(stack).children())
+    )
+    inside = tuple(f"{block.path}." for block in blocks)
+    everywhere = _linears(model)
+    grouped = {linear.name for block in blocks for group in block.groups for linear in group}
+    return Architecture(
+        model_type=config.model_type,
+        family=family,
+        stack=stack,
+        blocks=blocks,
+        outside=tuple(linear for name, linear in everywhere.items() if not name.startswith(inside)),
+        other=tuple(
+            name
+            for name, parameter in model.named_parameters()
+            if name.startswith(inside) and parameter.dim() >= 2 and name.rpartition(".")[0] not in grouped
+        ),
+        tied=bool(getattr(model, "all_tied_weights_keys", None)),
+    )
+
+
+def _layout(family: Family | None, path: str, block: nn.Module) -> BlockLayout:
+    linears = _linears(block, path)
+    if family is None:
+        if not linears:
+            raise InputError(f"{path} holds no linear layer, so there is nothing to compress in it; name another model")
+        return BlockLayout(path, tuple((linear,) for linear in linears.values()))
+    rows = tuple(tuple(f"{path}.{name}" for name in group) for group in family.groups)
+    expected = {name for group in rows for name in group}
+    if expected != set(linears):
+        raise InputError(
+            f"{path} is not the block that model type {family.model_type!r} is known to have "
+            f"(unexpected: {_listed(set(linears) - expected)}, absent: {_listed(expected - set(linears))}); "
+            f"a table row for this variant is needed"
+        )
+    return BlockLayout(path, tuple(tuple(linears[name] for name in group) for group in rows))
+
+
+def _linears(module: nn.Module, path: str = "") -> dict[str, Linear]:
+    """The linear layers below `module`, by module path, in the order the model defines them."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = {}
+    for name, child in module.named_modules(prefix=path):
+        if isinstance(child, (nn.Linear, Conv1D)):
+            rows, columns = child.weight.shape
+            transposed = isinstance(child, Conv1D)
+            shape = (columns, rows) if transposed else (rows, columns)
+            found[name] = Linear(name, shape, transposed, child.bias is not None)
+    return found
+
+
+def _discover_stack(config: PreTrainedConfig, model: nn.Module) -> str:
+    """The path of the only list of `num_hidden_layers` modules that is not inside another such list."""
+    count = getattr(config, "num_hidden_layers", None)
+    unknown = f"model type {config.model_type!r} is not in the table of families and its structure was not understood"
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"{unknown}: the config gives no num_hidden_layers; choose a model of a known family")
+    stacks = [name for name, child in model.named_modules() if isinstance(child, nn.ModuleList) and len(child) == count]
+    outermost = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
+    if len(outermost) != 1:
+        raise InputError(
+            f"{unknown}: {len(outermost)} lists have the {count} modules that num_hidden_layers announces "
+            f"({_listed(set(outermost))}), exactly one was expected; choose a model of a known family"
+        )
+    return outermost[0]
+
+
+def _refuse_experts(config: PreTrainedConfig, model: nn.Module) -> None:
+    counts = {key: getattr(config, key, None) for key in EXPERT_COUNTS}
+    announced = [f"{key}: {value}" for key, value in counts.items() if isinstance(value, int) and value > 1]
+    modules = [name for name, child in model.named_modules() if "experts" in f"{name} {type(child).__name__}".lower()]
+    if announced or modules:
+        raise InputError(
+            f"model type {config.model_type!r} is a mixture of experts ({(announced or modules)[0]}), which cannot be "
+            f"compressed yet; choose a dense model"
+        )
+
+
+def _listed(names: set[str], most: int = 3) -> str:
+    shown = sorted(names)[:most]
+    more = len(names) - len(shown)
+    return (", ".join(shown) or "none") + (f" and {more} more" if more else "")

@@ -1,0 +1,222 @@
+"""The walk: a model streamed through calibration one decoder block at a time.
+
+    for block in walk(source, arch, sequences, held_out=16, needs=frozenset({"outer"})):
+        block.swap({linear.name: compressed(block.weight(linear.name), group.inputs) ...})
+
+Peak memory is one block, the hidden states of all sequences, and the statistics of that block, whatever the depth of
+the model. A block is loaded in float32, run once on the sequences to gather the moments of its linears' inputs, handed
+to the caller, run again with what the caller swapped in, and dropped; the second run's outputs are the next block's
+inputs, so later layers see the errors of earlier ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.architecture import Architecture, BlockLayout, Linear
+from llmcompress.blocks import Batch, Run, drop, embed, load
+from llmcompress.errors import InputError
+from llmcompress.modules import CompressedLinear, decoded, put
+from llmcompress.moments import Moments, capped_weights
+from llmcompress.source import Source
+from llmcompress.weight import Weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HELD_OUT = frozenset({"outer"})  # what an honest layer error is computed from
+TOKENS_PER_BATCH = 4096
+
+Needs = frozenset[str] | Mapping[str, frozenset[str]]
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class InputGroup:
+    """Linears that read the same tensor, by module path, and the moments of it.
+
+    `inputs`: over the calibration sequences; `held_out`: over the others, None if there are none.
+    """
+
+    names: tuple[str, ...]
+    inputs: Moments
+    held_out: Moments | None
+
+
+@dataclass(eq=False)
+class Block:
+    """One decoder block while the walk stands at it: loaded in float32, its input moments gathered.
+
+    `hidden [sequences, length, width]` is the buffer of the block's inputs, calibration sequences first; it holds the
+    outputs once the walk has moved on. Everything else here is dropped then.
+    """
+
+    index: int
+    path: str
+    module: nn.Module
+    groups: tuple[InputGroup, ...]
+    hidden: Tensor
+    linears: dict[str, Linear] = field(repr=False)
+
+    def weight(self, name: str) -> Tensor:
+        """The dense matrix `[out, in]` of the linear at module path `name`, float32; not to be written to."""
+        linear = self.linears[name]
+        weight = self._linear(name).get_parameter("weight").detach()
+        return weight.T.contiguous() if linear.transposed else weight
+
+    def swap(self, weights: Mapping[str, Weight]) -> None:
+        """Puts compressed linears in the place of those at the module paths `weights` names; biases stay."""
+        for name, weight in weights.items():
+            bias = dict(self._linear(name).named_parameters()).get("bias")
+            put(self.module, self._relative(name), CompressedLinear.of(weight, bias))
+
+    def _relative(self, name: str) -> str:
+        return name.removeprefix(f"{self.path}.")
+
+    def _linear(self, name: str) -> nn.Module:
+        return self.module.get_submodule(self._relative(name))
+
+
+def walk(
+    source: Source,
+    arch: Architecture,
+    sequences: Tensor,
+    *,
+    held_out: int = 0,
+    needs: Needs = frozenset(),
+    cap: float | None = 4.0,
+    prefix: Literal["compressed", "dense"] = "compressed",
+    dense_stream: bool = False,
+    device: torch.device | str = "cpu",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Block]:
+    """Yields the model's blocks in depth order, each with the moments of its linears' inputs.
+
+    `sequences`: token ids `[sequences, length]`, the last `held_out` of which are only measured on. `needs`: the
+    statistics every linear's method reads, or those of each linear by module path; groups of linears that are not
+    named are left out. `cap`: see `moments.capped_weights`; None weighs all tokens alike. `prefix`: whether a block's
+    inputs come from the blocks as the caller left them, or from the dense ones. `dense_stream`: carry the dense
+    model's hidden states beside the compressed prefix's, for the moment `cross`. `batch_size`: sequences per forward
+    (as many as make 4096 tokens). `progress(blocks done, blocks, tokens per second)` is called after every block.
+
+    Raises InputError when the sequences do not suit the model or its blocks cannot be run on their own, NumericsError,
+    naming the layer, when weights or activations are not finite.
+    """
+    if dense_stream and prefix == "dense":
+        raise ValueError("a dense stream beside a dense prefix would be the same stream twice")
+    model = source.skeleton()
+    _check_sequences(model, sequences, held_out)
+    batches = _batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
+    hidden, calls = embed(model, source, arch, sequences, batches, torch.device(device))
+    dense_hidden = hidden[: len(hidden) - held_out].clone() if dense_stream else None
+    linears = arch.linears()
+    started = time.monotonic()
+    for index, layout in enumerate(arch.blocks):
+        module = model.get_submodule(layout.path)
+        load(module, layout.path, source, hidden.device)
+        run = Run(module, layout.path, {size: blocks[index] for size, blocks in calls.items()})
+        wanted = _wanted(layout, needs)
+        groups = _gather(run, wanted, batches, hidden, dense_hidden, cap, keep_outputs=prefix == "dense")
+        block = Block(index, layout.path, module, groups, hidden, linears)
+        del groups  # the block holds them, until the walk moves on
+        yield block
+        block.groups = ()
+        if prefix == "compressed":
+            with torch.no_grad(), decoded(module):
+                for batch in batches:
+                    hidden[batch.rows] = run(hidden[batch.rows])
+        drop(module)
+        if progress is not None:
+            seconds = max(time.monotonic() - started, 1e-9)
+            progress(index + 1, len(arch.blocks), (index + 1) * sequences.numel() / seconds)
+
+
+@torch.no_grad()
+def _gather(
+    run: Run,
+    wanted: dict[tuple[str, ...], frozenset[str]],
+    batches: list[Batch],
+    hidden: Tensor,
+    dense_hidden: Tensor | None,
+    cap: float | None,
+    keep_outputs: bool,
+) -> tuple[InputGroup, ...]:
+    """The moments of each input group over all batches.
+
+    `dense_hidden` moves on to the block's outputs for it; so does `hidden` if `keep_outputs`.
+    """
+    readers = {names[0]: names for names in wanted}  # one linear stands for its group
+    totals: dict[tuple[str, bool], Moments] = {}
+    for batch in batches:
+        dense_inputs: dict[str, Tensor] = {}
+        if dense_hidden is not None and not batch.held_out:
+            rows = dense_hidden[batch.rows]
+            dense_hidden[batch.rows] = run(rows, dense_inputs.__setitem__, tuple(readers))
+
+        def add(name: str, x: Tensor, held: bool = batch.held_out, dense: dict[str, Tensor] = dense_inputs) -> None:
+            needs = HELD_OUT if held else wanted[readers[name]]
+            moments = _moments(x, dense.pop(name, None), needs, cap)
+            totals[name, held] = totals[name, held] + moments if (name, held) in totals else moments
+
+        output = run(hidden[batch.rows], add, tuple(readers))
+        if keep_outputs:
+            hidden[batch.rows] = output
+    return tuple(InputGroup(names, totals[name, False], totals.get((name, True))) for name, names in readers.items())
+
+
+def _moments(x: Tensor, dense_inputs: Tensor | None, needs: frozenset[str], cap: float | None) -> Moments:
+    """The moments of one batch of a linear's inputs `[sequences, length, in]`."""
+    weights = None if cap is None else capped_weights(x, cap).flatten()
+    return Moments.of(x.flatten(0, 1), needs, weights, None if dense_inputs is None else dense_inputs.flatten(0, 1))
+
+
+def _check_sequences(model: PreTrainedModel, sequences: Tensor, held_out: int) -> None:
+    count, length = sequences.shape
+    if not 0 <= held_out < count:
+        raise InputError(
+            f"{held_out} of {count} calibration sequences are to be held out, so none is left to calibrate on; "
+            f"hold out fewer or use more text"
+        )
+    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+    low, high = int(sequences.min()), int(sequences.max())
+    if low < 0 or high >= vocabulary:
+        raise InputError(
+            f"the calibration text has token {high if high >= vocabulary else low} but the model's vocabulary ends at "
+            f"{vocabulary - 1}; use the model's own tokenizer"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and length > positions:
+        raise InputError(
+            f"calibration sequences of {length} tokens are longer than the model's {positions} positions; "
+            f"set a length of at most {positions}"
+        )
+
+
+def _batches(count: int, held_out: int, size: int) -> list[Batch]:
+    """Batches of at most `size` rows, calibration first."""
+    parts = ((0, count - held_out, False), (count - held_out, count, True))
+    return [
+        Batch(slice(first, min(first + size, stop)), held)
+        for start, stop, held in parts
+        for first in range(start, stop, size)
+    ]
+
+
+def _wanted(layout: BlockLayout, needs: Needs) -> dict[tuple[str, ...], frozenset[str]]:
+    """The groups of a block to gather, each with what the methods of its linears need together."""
+    wanted = {}
+    for group in layout.groups:
+        names = tuple(linear.name for linear in group)
+        if isinstance(needs, Mapping):
+            if any(name in needs for name in names):
+                wanted[names] = frozenset().union(*(needs.get(name, frozenset()) for name in names))
+        else:
+            wanted[names] = needs
+    return wanted

@@ -1,0 +1,325 @@
+"""A dense model to compress: its config, the headers of its tensors, and one tensor at a time when asked.
+
+Nothing here holds weights. `resolve` reads the config and the safetensors headers and refuses what cannot be
+compressed before any work is done; `Source.read` opens one file, copies one tensor and lets the file go.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmcompress.errors import InputError
+from llmcompress.locate import Place, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of dense dtypes, bytes per value
+RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk; GPT-NeoX
+BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # what a persistent buffer may be stored as besides
+
+
+@dataclass(frozen=True)
+class Header:
+    """One stored tensor: its shape, its dtype in safetensors' words, and where it lies."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    key: str
+
+    @property
+    def bytes(self) -> int:
+        """Size of the values on disk."""
+        return prod(self.shape) * {**FLOATS, **BUFFERS}[self.dtype]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A dense causal language model on disk.
+
+    `tensors` are keyed by the names the model itself uses, whatever the file calls them; `tied` maps names that are
+    stored under another one (the output head, mostly). `revision` is the Hub commit; `notes` are for the report.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    config: PreTrainedConfig
+    tensors: dict[str, Header]
+    tied: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the model has; tied ones count once."""
+        return sum(prod(header.shape) for header in self.tensors.values())
+
+    @property
+    def bytes(self) -> int:
+        """What the weights take on disk; tied ones count once."""
+        return sum(header.bytes for header in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name` in its stored dtype, in memory of its own. Raises InputError if its file is damaged."""
+        return _read(self.tensors[self.tied.get(name, name)])
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model with weights on meta and real buffers, in eval mode; a new one at every call."""
+        return _skeleton(self.config, self.folder)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Raises InputError when the folder has none that transformers can read."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise InputError(
+                f"{self.folder} has no tokenizer that can be read ({_reason(error)}); "
+                f"put the model's tokenizer files beside its weights"
+            ) from error
+
+
+def resolve(model: str, revision: str | None = None) -> Source:
+    """The dense model that `model` names (see `locate`), checked from its config and its tensors' headers alone.
+
+    Raises InputError, in one sentence, for a missing, empty or damaged folder, for anything but a causal language
+    model with plain floating-point safetensors, and for weights that are missing or have other shapes than the
+    config says.
+    """
+    return open_source(locate(model, revision))
+
+
+def open_source(place: Place) -> Source:
+    """`resolve` for a model that was already located."""
+    config = read_config(place.folder)
+    stored = _read_headers(place.folder)
+    skeleton = _skeleton(config, place.folder)
+    tensors, tied, unused = _match(skeleton, stored, place.folder)
+    note = f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one" if unused else ""
+    notes = (*place.notes, note) if note else place.notes
+    return Source(place.name, place.folder, place.revision, config, tensors, tied, notes)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of the dense causal language model in `folder`. Raises InputError for any other folder."""
+    from transformers import AutoConfig
+
+    entries = _read_json(folder / "config.json", folder)
+    kind = entries.get("model_type")
+    if method := (entries.get("quantization_config") or {}).get("quant_method"):
+        raise InputError(
+            f"{folder} is already compressed (quant_method {str(method)!r}); start from the dense checkpoint"
+        )
+    if "auto_map" in entries and not _known_type(kind):
+        raise InputError(
+            f"{folder} needs its own Python code to load, which is not run; choose a model type of transformers"
+        )
+    if not isinstance(kind, str) or not _known_type(kind):
+        raise InputError(
+            f"{folder / 'config.json'} names model_type {kind!r}, which the installed transformers does not know; "
+            f"install a newer transformers or choose another model"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except _config_errors() as error:
+        raise InputError(f"{folder / 'config.json'} is not a valid config ({_reason(error)}); correct it") from error
+    _refuse_other_tasks(config, folder)
+    return config
+
+
+def _config_errors() -> tuple[type[Exception], ...]:
+    """What transformers and torch raise for a config with impossible values, or with needs that are not installed."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    values = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+    return (*values, OSError, ImportError, StrictDataclassError)
+
+
+def _known_type(kind: object) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return isinstance(kind, str) and kind in CONFIG_MAPPING
+
+
+def _refuse_other_tasks(config: PreTrainedConfig, folder: Path) -> None:
+    """The config's type must have a causal language model, and the checkpoint must be of it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    names = [causal] if isinstance(causal, str) else list(causal or ())
+    given = list(getattr(config, "architectures", None) or ())
+    if not names or getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{folder} is a {config.model_type} model, not a causal language model; choose one that is")
+    if given and not any(name in names for name in given):
+        raise InputError(
+            f"{folder} holds a {given[0]}, not a causal language model ({names[0]}); choose a checkpoint that is one"
+        )
+
+
+def _skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    except _config_errors() as error:
+        raise InputError(
+            f"{folder / 'config.json'} does not describe a {config.model_type} model that can be built "
+            f"({_reason(error)}); correct it"
+        ) from error
+    return model.eval()
+
+
+def _read_headers(folder: Path) -> dict[str, Header]:
+    """The headers of every tensor in the folder's safetensors files, by the names in the files."""
+    stored: dict[str, Header] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - an open file is not a mapping
+                    piece = file.get_slice(key)
+                    if key in stored:
+                        raise InputError(
+                            f"tensor {key} is stored twice, in {stored[key].file.name} and {path.name} of {folder}; "
+                            f"remove the file that is not part of the model"
+                        )
+                    stored[key] = Header(tuple(piece.get_shape()), piece.get_dtype(), path, key)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from error
+    return stored
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model, as transformers would choose them."""
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if (folder / INDEX).is_file():
+        names = _read_json(folder / INDEX, folder).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise InputError(f"{folder / INDEX} has no weight_map; download the model again")
+        files = sorted({str(name) for name in names.values()})
+        outside = [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]
+        if outside:
+            raise InputError(
+                f"{folder / INDEX} names {outside[0]!r}, which is no safetensors file of the folder; correct it"
+            )
+        absent = [name for name in files if not (folder / name).is_file()]
+        if absent:
+            raise InputError(f"{folder} lacks {_listed(absent)}, which {INDEX} names; download the model again")
+        return [folder / name for name in files]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise InputError(
+            f"{folder} has its weights only as pickle files, which can run code; save them as safetensors first"
+        )
+    raise InputError(f"{folder} has no model.safetensors and no {INDEX}; give a folder with the model's weights")
+
+
+def _match(
+    skeleton: PreTrainedModel, stored: dict[str, Header], folder: Path
+) -> tuple[dict[str, Header], dict[str, str], list[str]]:
+    """The stored headers by model names, the tied names, and the stored names that the model has no use for.
+
+    Checkpoints of the bare model lack the head model's prefix (`transformer.` in GPT-2), and the other way round.
+    """
+    prefix = f"{skeleton.base_model_prefix}."
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    found: dict[str, Header] = {}
+    for name, value in {**skeleton.state_dict(), **parameters}.items():
+        candidates = (name, name.removeprefix(prefix), prefix + name, RENAMED.get(name, name))
+        key = next((key for key in candidates if key in stored), None)
+        if key is not None:
+            found[name] = _checked(stored[key], tuple(value.shape), name in parameters)
+    used = {header.key for header in found.values()}
+    tied = _tie(dict(getattr(skeleton, "all_tied_weights_keys", None) or {}), found)
+    missing = [name for name in parameters if tied.get(name, name) not in found]
+    if missing:
+        raise InputError(
+            f"{folder} lacks weights its config asks for: {_listed(missing)}; download the model again or correct "
+            f"config.json"
+        )
+    return found, tied, [key for key in stored if key not in used]
+
+
+def _checked(header: Header, shape: tuple[int, ...], is_weight: bool) -> Header:
+    if header.shape != shape:
+        raise InputError(
+            f"{header.key} in {header.file} has shape {list(header.shape)} where the config asks for {list(shape)}; "
+            f"config.json and the weights do not belong together"
+        )
+    if is_weight and header.dtype not in FLOATS:
+        raise InputError(
+            f"{header.key} in {header.file} is stored as {header.dtype}, so it is already compressed; "
+            f"start from a checkpoint in bfloat16, float16 or float32"
+        )
+    return header
+
+
+def _tie(declared: dict[str, str], found: dict[str, Header]) -> dict[str, str]:
+    """Which of the `declared` ties (alias to origin) hold, as transformers decides it; moves `found` to the origins.
+
+    A file may keep the shared tensor under either name, or both; two tensors that differ are not tied.
+    """
+    tied = {}
+    for alias, origin in declared.items():
+        if alias in found and origin in found and not torch.equal(_read(found[alias]), _read(found[origin])):
+            continue
+        header = found.pop(alias, None)
+        if header is not None:
+            found.setdefault(origin, header)
+        tied[alias] = origin
+    return tied
+
+
+def _read(header: Header) -> Tensor:
+    """One tensor in memory of its own, its file closed again."""
+    try:
+        with safe_open(header.file, framework="pt") as file:
+            return file.get_tensor(header.key).clone()  # the original is a window into the mapped file
+    except (SafetensorError, OSError) as error:
+        raise _damaged(header.file, error) from error
+
+
+def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+    if not path.is_file():
+        empty = not any(folder.iterdir())
+        raise InputError(
+            f"the folder {folder} is empty; give a model folder"
+            if empty
+            else f"{folder} has no {path.name}; give a folder with a Hugging Face model"
+        )
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not readable JSON ({_reason(error)}); download it again") from error
+    if not isinstance(entries, dict):
+        raise InputError(f"{path} holds no JSON object; download it again")
+    return entries
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is damaged ({_reason(error)}); download or copy it again")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library said."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _listed(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
