@@ -1,0 +1,180 @@
+"""Text that the dense model writes itself, for calibration without any data (LLM-QAT, arXiv 2305.17888, section 3.1).
+
+Sampled at temperature 1 the text follows the model's own distribution, which is what a compressed model has to keep.
+A row of the batch is a stream of documents: when the model ends one, the start of the next is fed in, token by token,
+while the other rows go on sampling. So rows never pad, every sequence is full, and one cache serves all of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import NumericsError, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROWS = 16  # sequences written side by side; part of what the seed means
+
+PROMPTS = (
+    "Explain how a bicycle stays upright.",
+    "Write a short story about a lighthouse keeper.",
+    "What are the main causes of inflation?",
+    "Give me a recipe for vegetable soup.",
+    "Write a Python function that counts the words in a text.",
+    "Summarize the life of a honey bee.",
+    "How do I prepare for a job interview?",
+    "Describe the water cycle to a ten-year-old.",
+    "Compare trains and airplanes for a trip of 500 kilometres.",
+    "Write a polite letter that asks a landlord to repair a window.",
+    "Who were the Vikings, and how did they live?",
+    "Solve step by step: a shop sells 3 pens for 4 dollars. What do 12 pens cost?",
+    "What should I know before I adopt a dog?",
+    "Write a poem about the first snow.",
+    "How does a computer store a photograph?",
+    "Plan a weekend in a city by the sea.",
+    "What is the difference between a virus and a bacterium?",
+    "Tell me about an important invention of the nineteenth century.",
+    "How can I save energy at home?",
+    "Write a dialogue between a teacher and a curious student about the moon.",
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How much text is written and how: `sequences` of `length` tokens each."""
+
+    sequences: int
+    length: int
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """sequences: int64 [n, length]. bos: each starts with the BOS token. eos: documents in them end with EOS."""
+
+    sequences: Tensor
+    documents: int
+    kind: str
+    bos: bool
+    eos: bool
+
+
+def teacher_sequences(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    chat: Literal["auto"] | bool = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Written:
+    """Sequences that `model` writes: free text after BOS (chat false), answers to short prompts (true), or in turn.
+
+    The same seed gives the same text on one machine and library version; the global random state is left alone.
+    Raises RecipeError when the tokenizer has no token to start from, NumericsError when the model's output is NaN.
+    """
+    if chat is True and not tokenizer.chat_template:
+        raise RecipeError("calibration.chat_template is true, but the tokenizer has no chat template; set it to false")
+    kinds = (["free text"] if chat is not True else []) + (
+        ["answers to prompts"] if tokenizer.chat_template and chat is not False else []
+    )
+    starts = [
+        _starts(tokenizer, row, prompted=kinds[row % len(kinds)] != "free text") for row in range(sampling.sequences)
+    ]
+    generator = torch.Generator().manual_seed(sampling.seed)
+    total = sampling.sequences * sampling.length
+    batches, documents = [], 0
+    for first in range(0, sampling.sequences, ROWS):
+        rows = starts[first : first + ROWS]
+
+        def report(position: int, before: int = first * sampling.length, width: int = len(rows)) -> None:
+            if progress is not None:
+                progress(before + position * width, total)
+
+        tokens, begun = _write(model, tokenizer, rows, sampling, generator, report)
+        batches.append(tokens)
+        documents += begun
+    sequences = torch.cat(batches)
+    bos = tokenizer.bos_token_id is not None and bool((sequences[:, 0] == tokenizer.bos_token_id).all())
+    return Written(sequences, documents, " and ".join(kinds), bos, eos=tokenizer.eos_token_id is not None)
+
+
+def _starts(tokenizer: PreTrainedTokenizerBase, row: int, prompted: bool) -> Iterator[list[int]]:
+    """How the documents of one row start, without end."""
+    for document in count(row):
+        if prompted:
+            message = [{"role": "user", "content": PROMPTS[document % len(PROMPTS)]}]
+            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            yield tokenizer(str(text), add_special_tokens=False).input_ids
+            continue
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if start is None:
+            raise RecipeError(
+                "the model cannot write calibration text: its tokenizer has neither a BOS nor an EOS token to start "
+                "from; calibrate on dataset 'stdlib' or on a file"
+            )
+        yield [start]
+
+
+@torch.no_grad()
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    starts: list[Iterator[list[int]]],
+    sampling: Sampling,
+    generator: torch.Generator,
+    report: Callable[[int], None],
+) -> tuple[Tensor, int]:
+    """-> int64 [len(starts), length], and how many documents were begun."""
+    ends = _end_tokens(model, tokenizer)
+    forced = [deque(next(start)) for start in starts]  # tokens that are fed in rather than sampled
+    documents = len(starts)
+    rows: list[list[int]] = [[] for _ in starts]
+    sampled = [0] * len(starts)
+    cache = None
+    for position in range(sampling.length):
+        for row, queue in enumerate(forced):
+            if queue:
+                rows[row].append(queue.popleft())
+                continue
+            rows[row].append(sampled[row])
+            if sampled[row] in ends and position + 1 < sampling.length:
+                start = next(starts[row])
+                queue.extend(start if start != [sampled[row]] else [])  # EOS may be what a document starts with, too
+                documents += 1
+        report(position + 1)
+        if position + 1 < sampling.length:
+            newest = torch.tensor([row[-1:] for row in rows], device=model.device)
+            output = model(input_ids=newest, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            sampled = _sample(output.logits[:, -1], sampling, generator)
+    return torch.tensor(rows, dtype=torch.int64), documents
+
+
+def _sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:
+    """One token per row, drawn on the CPU in float32 so that the generator means the same on every device."""
+    logits = logits_BV.to("cpu", torch.float32)
+    if not bool(logits.isfinite().all()):
+        raise NumericsError(
+            "the dense model's logits are NaN or infinite while it writes calibration text; check its weights"
+        )
+    chances = (logits / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        ordered, index = chances.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
+        chances = torch.zeros_like(chances).scatter_(-1, index, ordered)
+    return torch.multinomial(chances, 1, generator=generator).squeeze(-1).tolist()
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}

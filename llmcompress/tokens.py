@@ -1,0 +1,386 @@
+"""What calibration looks at: `Calibration` says which text, `calibration_tokens` turns it into token sequences.
+
+All sequences have one length. The last ones are held out: statistics never see them, errors are reported on them.
+Special tokens are put in here, not by the tokenizer, so that the report can say where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor
+
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.teacher import Sampling, teacher_sequences
+from llmcompress.text import Document, is_file, read_documents, shuffled, stdlib_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PIECE = 1_000_000  # characters of one document tokenized at a time
+SHORTFALL = 0.1  # the share of the asked-for sequences that may be missing
+Switch = Literal["auto"] | bool
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+class Calibration(BaseModel, extra="forbid", frozen=True):
+    """Which text calibration runs on. Every field that says "auto" is resolved and reported."""
+
+    dataset: str = Field("stdlib", min_length=1)
+    """A name for `datasets`, a local .txt/.jsonl/.parquet file, "stdlib" (documentation that Python ships), or "self"
+    (the dense model writes the text itself)."""
+    subset: str | None = None
+    """The configuration of a data set that has several ("wikitext-2-raw-v1")."""
+    revision: str | None = None
+    """Commit, tag or branch of a data set."""
+    split: str | None = None
+    """"train" when not given."""
+    column: str | None = None
+    """The column with text or messages; not given: `messages`, else `text`, else the only column of strings."""
+    streaming: bool = True
+    """Fetch only the rows that are needed; false downloads the data set first, and uses its cache when offline."""
+    samples: int = Field(128, ge=1, le=1_000_000)
+    """Sequences, the held-out ones included."""
+    length: int = Field(1024, ge=2, le=1_048_576)
+    """Tokens per sequence."""
+    packing: bool = True
+    """True: documents are joined and cut into sequences. False: one document per sequence, short ones are dropped."""
+    bos: Switch = "auto"
+    """Every sequence starts with the BOS token; auto: when the tokenizer itself puts it."""
+    eos: Switch = "auto"
+    """Every document ends with the EOS token; auto: when the tokenizer itself puts it. Without it, a blank line
+    stands between packed texts."""
+    chat_template: Switch = "auto"
+    """Messages are rendered with the tokenizer's chat template; auto: when it has one. With "self": the model answers
+    prompts; auto: in every other sequence when it has a template, the rest is free text."""
+    held_out: float = Field(0.125, ge=0)
+    """Below 1: the share of the sequences that is held out (at least one when there are two). From 1: their number."""
+    shuffle: bool = True
+    """Documents in random order."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    temperature: float = Field(1.0, gt=0, le=10)
+    """Of the text that "self" writes."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Of the text that "self" writes."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Calibration:
+        if self.held_out >= 1 and self.held_out != int(self.held_out):
+            raise ValueError(f"held_out {self.held_out} is neither a share below 1 nor a whole number of sequences")
+        if self.held_out >= self.samples and self.held_out >= 1:
+            raise ValueError(f"held_out {int(self.held_out)} leaves none of the {self.samples} samples to fit on")
+        local = self.dataset in ("self", "stdlib") or is_file(self.dataset)
+        given = [name for name in ("subset", "revision") if local and getattr(self, name) is not None]
+        if self.split is not None and local and self.dataset != "stdlib":
+            given.append("split")
+        if self.column is not None and self.dataset in ("self", "stdlib"):
+            given.append("column")
+        if given:
+            raise ValueError(f"{' and '.join(given)} cannot be chosen for dataset {self.dataset!r}; leave it out")
+        if self.dataset == "self" and not self.packing:
+            raise ValueError("the text of dataset 'self' is always packed; leave packing true")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationTokens:
+    """Token sequences and how they came about.
+
+    sequences: int64 [n, length], the last `held_out` of them held out. `requested`: sequences asked for. `documents`:
+    documents read for them, `dropped`: documents left out because they were too short for a sequence of their own.
+    """
+
+    sequences: Tensor
+    held_out: int
+    source: str
+    requested: int
+    bos: bool = False
+    eos: bool = False
+    packing: bool = True
+    documents: int = 0
+    dropped: int = 0
+
+    @property
+    def obtained(self) -> int:
+        """Number of sequences."""
+        return self.sequences.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence."""
+        return self.sequences.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all sequences, the held-out ones included."""
+        return self.sequences.numel()
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the tokens as little-endian 64-bit integers, row by row."""
+        return hashlib.sha256(self.sequences.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+    def report(self) -> dict[str, Any]:
+        """What a report says about calibration: plain values only."""
+        return {
+            "source": self.source,
+            "tokens": self.tokens,
+            "hash": self.hash,
+            "sequences": self.obtained,
+            "requested": self.requested,
+            "held_out": self.held_out,
+            "length": self.length,
+            "bos": self.bos,
+            "eos": self.eos,
+            "packing": self.packing,
+            "documents": self.documents,
+            "dropped": self.dropped,
+        }
+
+
+def calibration_tokens(
+    config: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
+    model_config: PreTrainedConfig | None = None,
+    progress: Progress | None = None,
+) -> CalibrationTokens:
+    """The token sequences that `config` asks for; the same ones every time.
+
+    `model` (or a function that loads it) is needed for dataset "self" only. `model_config` lets tokens be checked
+    against the vocabulary and the context of the model. Raises InputError for text that cannot serve (unreadable,
+    empty, too short, one token only, outside the vocabulary) and RecipeError for what the tokenizer cannot do.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        model_config = model.config
+    _check_length(config.length, model_config)
+    if config.dataset == "self":
+        found = _written_by_teacher(config, tokenizer, model, progress)
+    else:
+        found = _read(config, tokenizer)
+    _check_amount(found, config)
+    check_tokens(found.sequences, found.source, model_config)
+    return found
+
+
+def given_tokens(
+    sequences: Tensor, held_out: float = 0.125, source: str = "given", model_config: PreTrainedConfig | None = None
+) -> CalibrationTokens:
+    """Calibration on token sequences [n, length] that the caller made. Raises InputError when they cannot serve."""
+    if sequences.ndim != 2 or sequences.is_floating_point() or sequences.numel() == 0:
+        raise InputError(f"calibration tokens are integers [sequences, length], not {list(sequences.shape)}")
+    sequences = sequences.detach().to("cpu", torch.int64)
+    check_tokens(sequences, source, model_config)
+    count = len(sequences)
+    return CalibrationTokens(sequences, held_out_count(held_out, count), source, requested=count, documents=count)
+
+
+def held_out_count(held_out: float, sequences: int) -> int:
+    """How many of `sequences` are held out: a share below 1 (at least one of two or more) or a number, never all."""
+    if held_out >= 1:
+        return min(int(held_out), sequences - 1)
+    return min(max(1, round(held_out * sequences)), sequences - 1) if held_out > 0 else 0
+
+
+def check_tokens(sequences: Tensor, source: str, model_config: PreTrainedConfig | None = None) -> None:
+    """Raises InputError unless the tokens [n, length] vary and lie in the vocabulary of `model_config`."""
+    lowest, highest = int(sequences.min()), int(sequences.max())
+    if lowest == highest:
+        raise InputError(f"calibration text from {source} is one token ({lowest}) repeated; use ordinary text")
+    size = getattr(model_config.get_text_config(), "vocab_size", None) if model_config is not None else None
+    if lowest < 0 or (size is not None and highest >= size):
+        wrong = lowest if lowest < 0 else highest
+        raise InputError(
+            f"calibration text from {source} has token {wrong}, outside the model's vocabulary of {size}; "
+            "use the model's own tokenizer"
+        )
+
+
+def _check_length(length: int, model_config: PreTrainedConfig | None) -> None:
+    context = context_length(model_config)
+    if context is not None and length > context:
+        raise RecipeError(
+            f"calibration length {length} is more than the model's context of {context}; use at most that"
+        )
+
+
+def context_length(model_config: PreTrainedConfig | None) -> int | None:
+    """The longest sequence a model is made for, None when its config does not say."""
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None) if model_config else None
+    return context if isinstance(context, int) and context > 0 else None
+
+
+def _check_amount(found: CalibrationTokens, config: Calibration) -> None:
+    got, wanted = found.obtained, config.samples
+    if found.documents == 0:
+        raise InputError(f"calibration text from {found.source} is empty; give a file or data set with text")
+    if got < wanted * (1 - SHORTFALL):
+        short = f", and {found.dropped} documents were shorter than that" if found.dropped else ""
+        raise InputError(
+            f"calibration text from {found.source} gives {got} of {wanted} sequences of {config.length} tokens{short}; "
+            "give more text, or lower samples or length"
+        )
+
+
+# --- text that exists -------------------------------------------------------------------------------------------
+
+
+def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> CalibrationTokens:
+    documents: Iterable[Document] = read_documents(
+        config.dataset,
+        subset=config.subset,
+        revision=config.revision,
+        split=config.split,
+        column=config.column,
+        streaming=config.streaming,
+    )
+    if config.shuffle:
+        documents = shuffled(documents, config.seed)
+    bos, eos = special_tokens(tokenizer, config.bos, config.eos)
+    encoded = (_encode(document, tokenizer, config.chat_template, eos, config.packing) for document in documents)
+    collect = _packed if config.packing else _one_each
+    sequences, read, dropped = collect(encoded, bos, config.length, config.samples)
+    tokens = torch.tensor(sequences, dtype=torch.int64).reshape(len(sequences), config.length)
+    return CalibrationTokens(
+        sequences=tokens,
+        held_out=held_out_count(config.held_out, len(sequences)),
+        source=_source(config),
+        requested=config.samples,
+        bos=bos is not None,
+        eos=eos is not None,
+        packing=config.packing,
+        documents=read,
+        dropped=dropped,
+    )
+
+
+def _source(config: Calibration) -> str:
+    if config.dataset == "stdlib":
+        return f"{stdlib_source()}, split {config.split or 'train'}"
+    if is_file(config.dataset):
+        return config.dataset
+    subset = f", subset {config.subset}" if config.subset else ""
+    return f"{config.dataset}@{config.revision or 'main'}{subset}, split {config.split or 'train'}"
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase, bos: Switch, eos: Switch) -> tuple[int | None, int | None]:
+    """The BOS and EOS tokens to put in, None where none is wanted; "auto" does what the tokenizer does by itself."""
+    full = tokenizer("a").input_ids
+    if bos == "auto":
+        bos = tokenizer.bos_token_id is not None and full[0] == tokenizer.bos_token_id
+    if eos == "auto":
+        eos = tokenizer.eos_token_id is not None and full[-1] == tokenizer.eos_token_id
+    for name, wanted, token in (("bos", bos, tokenizer.bos_token_id), ("eos", eos, tokenizer.eos_token_id)):
+        if wanted and token is None:
+            raise RecipeError(
+                f"calibration.{name} is true, but the tokenizer has no {name.upper()} token; set it to false"
+            )
+    return (tokenizer.bos_token_id if bos else None), (tokenizer.eos_token_id if eos else None)
+
+
+def _encode(
+    document: Document, tokenizer: PreTrainedTokenizerBase, chat_template: Switch, eos: int | None, joined: bool
+) -> Iterator[list[int]]:
+    """The tokens of one document, piece by piece, and what ends it."""
+    rendered = not isinstance(document, str) and chat_template is not False and bool(tokenizer.chat_template)
+    if chat_template is True and not tokenizer.chat_template:
+        raise RecipeError("calibration.chat_template is true, but the tokenizer has no chat template; set it to false")
+    if isinstance(document, str):
+        text = document
+    elif rendered:
+        text = str(tokenizer.apply_chat_template(document, tokenize=False))
+    else:
+        text = "\n\n".join(message["content"] for message in document)
+    for piece in _pieces(text):
+        yield tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+    if eos is not None:
+        yield [eos]
+    elif joined and not rendered:  # a chat template ends its turns itself
+        yield tokenizer("\n\n", add_special_tokens=False).input_ids
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts a long text at ends of lines, so that a large file is tokenized only as far as it is needed."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE) + 1
+        end = end or len(text)
+        yield text[start:end]
+        start = end
+
+
+def _packed(
+    documents: Iterable[Iterator[list[int]]], bos: int | None, length: int, samples: int
+) -> tuple[list[list[int]], int, int]:
+    """-> at most `samples` sequences of `length` tokens cut out of the joined documents, documents read, 0 dropped."""
+    sequences: list[list[int]] = []
+    stream: list[int] = []
+    read = 0
+    for read, document in enumerate(documents, start=1):
+        for piece in document:
+            stream.extend(piece)
+            used = 0
+            while len(stream) - used >= length and len(sequences) < samples:
+                first = [bos] if bos is not None and stream[used] != bos else []  # a rendered chat may bring its own
+                take = length - len(first)
+                sequences.append(first + stream[used : used + take])
+                used += take
+            del stream[:used]
+            if len(sequences) == samples:
+                return sequences, read, 0
+    return sequences, read, 0
+
+
+def _one_each(
+    documents: Iterable[Iterator[list[int]]], bos: int | None, length: int, samples: int
+) -> tuple[list[list[int]], int, int]:
+    """-> the first `length` tokens of each of `samples` documents, documents read, and how many were too short."""
+    sequences: list[list[int]] = []
+    read = 0
+    for document in documents:
+        read += 1
+        row: list[int] = []
+        for piece in document:
+            if not row and bos is not None and piece[:1] != [bos]:
+                row.append(bos)
+            row.extend(piece)
+            if len(row) >= length:
+                sequences.append(row[:length])
+                break
+        if len(sequences) == samples:
+            break
+    return sequences, read, read - len(sequences)
+
+
+# --- text that the teacher writes -------------------------------------------------------------------------------
+
+
+def _written_by_teacher(
+    config: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | Callable[[], PreTrainedModel] | None,
+    progress: Progress | None,
+) -> CalibrationTokens:
+    if model is None:
+        raise RecipeError("calibration.dataset 'self' needs the dense model to write text; pass it as `model`")
+    from transformers import PreTrainedModel
+
+    teacher = model if isinstance(model, PreTrainedModel) else model()
+    sampling = Sampling(config.samples, config.length, config.seed, config.temperature, config.top_p)
+    wrote = teacher_sequences(teacher, tokenizer, sampling, config.chat_template, progress)
+    return CalibrationTokens(
+        sequences=wrote.sequences,
+        held_out=held_out_count(config.held_out, config.samples),
+        source=f"self ({wrote.kind}, temperature {config.temperature:g}, top_p {config.top_p:g}, seed {config.seed})",
+        requested=config.samples,
+        bos=wrote.bos,
+        eos=wrote.eos,
+        documents=wrote.documents,
+    )
