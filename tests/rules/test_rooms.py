@@ -1,0 +1,81 @@
+"""The order of the house: what may import what, and what a file may be called."""
+
+from __future__ import annotations
+
+from graphlib import TopologicalSorter
+
+import pytest
+
+from tests.rules.source_tree import MODULES, ROOT, Module, repository_files
+
+# From the foundation up to the command line; a room may import only rooms before it.
+ROOMS = (
+    "errors",
+    "packing",  # codes <-> bytes
+    "weight",  # what a compressed weight is
+    "moments",  # additive calibration statistics
+    "layer",  # Layer, @method
+    "methods",  # Layer -> Layer
+    "architecture",  # model families as data
+    "locate",  # where a model is
+    "source",  # a dense model on disk
+    "text",  # where text comes from
+    "teacher",  # text the model writes itself
+    "tokens",  # text -> calibration sequences
+    "modules",  # CompressedLinear
+    "blocks",  # one decoder block at a time
+    "calibrate",  # the walk
+    "strict_yaml",  # YAML as recipes use it
+    "complaints",  # what is wrong with a recipe, in words
+    "recipe",  # what the user asked for
+    "planning",  # what a run would do, from headers alone
+    "checkpoint",  # disk
+    "hf",  # the transformers plug-in
+    "plugin",  # when to load it
+    "evaluate",
+    "report",
+    "driver",  # model + recipe -> checkpoint + report
+    "cli",
+)
+# A method shares code with others through the files of methods/ that register none. The one exception:
+SIBLINGS = {"llmcompress.methods.gptq": {"llmcompress.methods.rtn"}}  # rtn with feedback
+NOUNS_MISSING = {"utils", "util", "common", "base", "manager", "helpers", "misc"}
+
+ROOM_MODULES = [module for module in MODULES if module.room]
+METHODS = {module.name for module in MODULES if "\n@method(" in module.text}
+
+
+@pytest.mark.parametrize("module", ROOM_MODULES, ids=str)
+def test_every_file_has_a_room(module: Module) -> None:
+    assert module.room in ROOMS, f"{module} is in no room; put it in one, or add its room to ROOMS where it belongs"
+
+
+@pytest.mark.parametrize("module", ROOM_MODULES, ids=str)
+def test_imports_point_upward(module: Module) -> None:
+    above = ROOMS[: ROOMS.index(module.room) + 1] if module.room in ROOMS else ROOMS
+    rooms = {name: (name.split(".") + [""])[1] for name in module.local_imports()}
+    low = sorted(name for name, room in rooms.items() if room not in above)
+    assert not low, f"{module} imports {low}; a room may import only rooms above it. Move the shared part up."
+
+
+def test_imports_have_no_circle() -> None:
+    TopologicalSorter({module.name: module.local_imports() - {module.name} for module in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.room == "methods"], ids=str)
+def test_methods_do_not_import_methods(module: Module) -> None:
+    if module.name == "llmcompress.methods":
+        return
+    others = module.local_imports() & METHODS - {module.name} - SIBLINGS.get(module.name, set())
+    assert not others, f"{module} imports the methods {sorted(others)}; move the shared part to a file without @method"
+
+
+def test_every_method_is_registered() -> None:
+    [index] = [module for module in MODULES if module.name == "llmcompress.methods"]
+    absent = METHODS - index.local_imports()
+    assert not absent, f"methods/__init__.py does not import {sorted(absent)}"
+
+
+def test_no_file_is_named_after_nothing() -> None:
+    named = [str(path.relative_to(ROOT)) for path in repository_files() if path.stem in NOUNS_MISSING]
+    assert not named, f"{named}: a function without a room shows a missing noun; name the file after what it holds"
