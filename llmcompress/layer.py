@@ -118,12 +118,19 @@ def sketch(name: str, size: tuple[int, int], steps: Sequence[StepConfig]) -> Wei
         try:
             after = config.sketch(approx)
             if isinstance(after, Rotated):
+                _check_untouched(approx, outer)
                 outer, after = after, after.inner
             _check_order(approx, after)
         except RecipeError as error:
             raise RecipeError(f"{name}: {config.method}: {error}") from error
         approx = after
     return approx if outer is None else replace(outer, inner=approx)
+
+
+def _check_untouched(approx: Weight, rotation: object | None) -> None:
+    """Raises RecipeError for a rotation of what is compressed or rotated already."""
+    if not isinstance(approx, Dense) or rotation is not None:
+        raise RecipeError("a rotation must come before every other step, and once; move it to the front")
 
 
 def _check_order(before: Weight, after: Weight) -> None:
@@ -183,8 +190,7 @@ def support(approx: Weight) -> Tensor | None:
 
 def rotated(layer: Layer, rotation: Rotation) -> Layer:
     """The layer seen in another input basis; `expression()` leads back. Only before anything was compressed."""
-    if not isinstance(layer.approx, Dense) or layer.rotation is not None:
-        raise RecipeError("rotate must come before every other step")
+    _check_untouched(layer.approx, layer.rotation)
 
     def turn(moments: Moments) -> Moments:
         if moments.outer is None:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
-from llmcompress.layer import Layer, StepConfig, methods, method, relative_error, step
+from llmcompress.layer import Layer, StepConfig, method, methods, relative_error, step
 from llmcompress.methods.low_rank import LowRankConfig
+from llmcompress.methods.rotate import Rotate
 from llmcompress.weight import Weight
 
 
@@ -29,6 +30,13 @@ class Alternate(StepConfig):
     @classmethod
     def _step(cls, value: Any) -> Any:
         return step(value) if isinstance(value, dict) else value
+
+    @field_validator("base")
+    @classmethod
+    def _is_base(cls, value: StepConfig) -> StepConfig:
+        if isinstance(value, LowRankConfig | Rotate):
+            raise ValueError(f"base is the method {value.method!r}, which makes no base")
+        return value
 
     @field_validator("low_rank")
     @classmethod

@@ -35,17 +35,22 @@ class GPTQ(GridConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
+        _check_act_order(approx, self)
         return quantized_sketch(approx, self)
 
 
 @method("gptq", GPTQ, needs={"outer"})
 def gptq(layer: Layer, config: GPTQ) -> Layer:
     """Quantizes the base with error feedback; a pruned base stays pruned."""
+    _check_act_order(layer.approx, config)
     target = base_target(layer)
     energy = second_moment(layer.inputs).diagonal().float()
-    if config.act_order and support(layer.approx) is not None:
-        raise RecipeError("act_order does not go with a pruned base; set act_order: false")
     order = energy.argsort(descending=True, stable=True) if config.act_order else None
     factor, notes = inverse_factor(layer.inputs, config.damping, order)
     kept = Quantized(config.grid_format(), target.shape[1], energy, order)
     return with_base(layer, feedback(target, factor, within_support(layer.approx, kept), order), notes)
+
+
+def _check_act_order(approx: Weight, config: GPTQ) -> None:
+    if config.act_order and support(approx) is not None:
+        raise RecipeError("act_order does not go with a pruned base; set act_order: false")
