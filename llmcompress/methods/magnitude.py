@@ -7,7 +7,7 @@ from typing import Literal
 
 from llmcompress.layer import Layer, base_target, method, with_base
 from llmcompress.methods.projection import largest
-from llmcompress.methods.sparsity import PruneConfig, keep_largest_of_rows, prune_sketch, pruned
+from llmcompress.methods.sparsity import PruneConfig, keep_largest_of_rows, kept_of, prune_sketch, pruned
 from llmcompress.weight import Weight
 
 
@@ -19,7 +19,7 @@ class Magnitude(PruneConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        return prune_sketch(approx, self)
+        return prune_sketch(approx, self, lambda out, width: [out * width])
 
 
 @method("magnitude", Magnitude)
@@ -29,5 +29,5 @@ def magnitude(layer: Layer, config: Magnitude) -> Layer:
     if config.sparsity is None:
         keep = keep_largest_of_rows(target.abs(), config)
     else:
-        keep = largest(target.abs(), target.numel() - int(target.numel() * config.sparsity))
+        keep = largest(target.abs(), kept_of(target.numel(), config.sparsity))
     return with_base(layer, pruned(target, keep, config))

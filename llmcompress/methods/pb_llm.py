@@ -78,11 +78,17 @@ class PBLLM(StepConfig):
         precise: Weight = Dense(torch.empty(size, dtype=torch.bfloat16, device="meta"))
         if self.salient_bits != 16:
             precise = grid_sketch(size, GridFormat(2**self.salient_bits))
+        _check_salient(self, size[1])
         return join(Where(_index_sketch(self, size), precise, grid_sketch(size, self.binary())), term)
 
     def binary(self) -> GridFormat:
         """The format of the binarized part."""
         return GridFormat(2, self.group_size)
+
+    def span(self, width: int) -> int:
+        """Columns whose salient elements are chosen at once; a group of scales lies in one span."""
+        group = self.binary().group(width)
+        return min(group if group > SPAN else SPAN // group * group, width)
 
 
 @method("pb_llm", PBLLM, needs={"outer"})
@@ -111,12 +117,9 @@ def _selection(
     taken once on the weights as given.
     """
     width = target.shape[1]
-    group = config.binary().group(width)
+    _check_salient(config, width)
     if isinstance(config.salient, str):
         kept, size = parse_pattern(config.salient)
-        check_pattern(kept, size, width)
-        if group % size and size % group:
-            raise RecipeError(f"group_size {group} and the pattern {config.salient} do not divide each other")
 
         def by_pattern(current: Tensor, start: int) -> Tensor:
             return largest_of_each(current.square() * weights[start : start + len(current), None], kept, size)
@@ -131,17 +134,29 @@ def _selection(
     def by_element(current: Tensor, start: int) -> Tensor:
         return largest(current.square() * weights[start : start + len(current), None], round(current.numel() * share))
 
-    span = group if group > SPAN else SPAN // group * group  # a group of scales lies in one span
-    return by_element, min(span, width), bitmap
+    return by_element, config.span(width), bitmap
+
+
+def _check_salient(config: PBLLM, width: int) -> None:
+    """Raises RecipeError for a salient pattern that does not fit the width or the groups of scales."""
+    if isinstance(config.salient, str):
+        kept, size = parse_pattern(config.salient)
+        check_pattern(kept, size, width)
+        group = config.binary().group(width)
+        if group % size and size % group:
+            raise RecipeError(
+                f"group_size {group} and the pattern {config.salient} do not divide each other; change one of them"
+            )
 
 
 def _index_sketch(config: PBLLM, size: tuple[int, int]) -> Index:
     if isinstance(config.salient, str):
         kept, group = parse_pattern(config.salient)
-        check_pattern(kept, group, size[1])
         return Pattern((torch.arange(size[1]) % group < kept).expand(size), kept, group)
     if config.structure == "columns":
         return Columns(torch.arange(size[1]) < round(size[1] * config.salient))
     inside = torch.zeros(size, dtype=torch.bool)
-    inside.view(-1)[: round(inside.numel() * config.salient)] = True
+    span = config.span(size[1])
+    spans = [size[0] * min(span, size[1] - start) for start in range(0, size[1], span)]
+    inside.view(-1)[: sum(round(count * config.salient) for count in spans)] = True
     return Bitmap(inside)

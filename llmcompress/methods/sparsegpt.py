@@ -16,7 +16,7 @@ from llmcompress.methods.feedback import feedback
 from llmcompress.methods.grid import GridFormat, grid_sketch
 from llmcompress.methods.hessian import inverse_factor, second_moment
 from llmcompress.methods.projection import Kept, Pruned, Quantized, Selected, Side, largest, largest_of_each
-from llmcompress.methods.sparsity import PruneConfig, check_pattern, prune_sketch
+from llmcompress.methods.sparsity import PruneConfig, check_pattern, kept_of, prune_sketch
 from llmcompress.weight import Weight, shape
 
 SPAN = 128  # columns over which unstructured sparsity is even
@@ -49,10 +49,23 @@ class SparseGPT(PruneConfig):
         """The format of the kept part; None where it stays bfloat16."""
         return None if self.bits is None else GridFormat(2**self.bits, self.group_size, self.symmetric, self.clip)
 
+    def span(self, width: int) -> int:
+        """Columns whose mask is chosen at once; a quantization group lies in one span."""
+        structure, form = self.structure(), self.grid_format()
+        if structure is not None:
+            return structure[1]
+        group = 1 if form is None else form.group(width)
+        return min(group if group > SPAN else SPAN // group * group, width)
+
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         form = self.grid_format()
-        return prune_sketch(approx, self, None if form is None else grid_sketch(shape(approx), form))
+
+        def spans(out: int, width: int) -> list[int]:
+            span = self.span(width)
+            return [out * min(span, width - start) for start in range(0, width, span)]
+
+        return prune_sketch(approx, self, spans, None if form is None else grid_sketch(shape(approx), form))
 
 
 @method("sparsegpt", SparseGPT, needs={"outer"})
@@ -68,15 +81,11 @@ def sparsegpt(layer: Layer, config: SparseGPT) -> Layer:
         saliency = current.square() / pivots[start : start + len(current)]
         if structure is not None:
             return largest_of_each(saliency, *structure)
-        return largest(saliency, current.numel() - int(current.numel() * float(config.sparsity or 0.0)))
+        return largest(saliency, kept_of(current.numel(), config.sparsity or 0.0))
 
-    form = config.grid_format()
-    group = 1 if form is None else form.group(width)
     if structure is not None:
         check_pattern(*structure, width)
-        span = structure[1]
-    else:
-        span = group if group > SPAN else SPAN // group * group  # a quantization group lies in one span
+    form = config.grid_format()
     kept: Side = Kept() if form is None else Quantized(form, width, second_moment(layer.inputs).diagonal().float())
-    projection = Selected(kept, Pruned(), choose, min(span, width), config.index)
+    projection = Selected(kept, Pruned(), choose, config.span(width), config.index)
     return with_base(layer, feedback(target, factor, projection), notes)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -78,7 +79,7 @@ def keep_largest_of_rows(scores: Tensor, config: PruneConfig) -> Tensor:
         kept = structure[0]
     else:
         grouped = scores[:, None, :]
-        kept = width - int(width * float(config.sparsity or 0.0))
+        kept = kept_of(width, config.sparsity or 0.0)
     ranked = grouped.argsort(dim=2, descending=True, stable=True)[..., :kept]
     return torch.zeros(grouped.shape, dtype=torch.bool).scatter_(2, ranked, True).reshape(scores.shape)
 
@@ -88,15 +89,26 @@ def pruned(values: Tensor, keep: Tensor, config: PruneConfig) -> Weight:
     return Where(config.index(keep), Dense(values.to(torch.bfloat16)), Zero((values.shape[0], values.shape[1])))
 
 
-def prune_sketch(approx: Weight, config: PruneConfig, kept: Weight | None = None) -> Weight:
-    """A pruned base without values: what `plan` counts bits of. `kept`: how the kept part is stored (bfloat16)."""
+def kept_of(count: int, sparsity: float) -> int:
+    """How many of `count` weights stay: exact for decimal fractions, so that 0.29 prunes 29 of 100."""
+    return count - int(count * sparsity + 1e-9)
+
+
+def prune_sketch(
+    approx: Weight, config: PruneConfig, sets: Callable[[int, int], list[int]], kept: Weight | None = None
+) -> Weight:
+    """A pruned base without values: what `plan` counts bits of.
+
+    `sets(out, in)`: the sizes of the sets of weights that are each pruned to the same sparsity. `kept`: how the kept
+    part is stored (bfloat16).
+    """
     base, term = split(approx)
     size = shape(base)
     inside = Dense(torch.empty(size, dtype=torch.bfloat16, device="meta")) if kept is None else kept
     structure = config.structure()
     if structure is None:
         keep = torch.zeros(size, dtype=torch.bool)
-        keep.view(-1)[: round(keep.numel() * (1 - float(config.sparsity or 0.0)))] = True
+        keep.view(-1)[: sum(kept_of(count, config.sparsity or 0.0) for count in sets(*size))] = True
         return join(Where(Bitmap(keep), inside, Zero(size)), term)
     check_pattern(*structure, size[1])
     keep = (torch.arange(size[1]) % structure[1] < structure[0]).expand(size)

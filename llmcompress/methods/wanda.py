@@ -20,7 +20,7 @@ class Wanda(PruneConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        return prune_sketch(approx, self)
+        return prune_sketch(approx, self, lambda out, width: [width] * out)
 
 
 @method("wanda", Wanda, needs={"outer"})
