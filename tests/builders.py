@@ -1,0 +1,167 @@
+"""What several tests build: inputs, layers, and every kind of compressed weight. Seeded, small, no download."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import llmcompress.methods  # noqa: F401  (registers them)
+from llmcompress.layer import Layer, apply, step
+from llmcompress.moments import STATISTICS, Moments
+from llmcompress.weight import (
+    Bitmap,
+    Columns,
+    Dense,
+    Grid,
+    LowRank,
+    Pattern,
+    Rotated,
+    Sum,
+    Weight,
+    Where,
+    Zero,
+)
+
+LEVELS = (2, 3, 4, 5, 8, 16, 100, 256)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own, so that no test depends on another."""
+    return torch.Generator().manual_seed(seed)
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+def correlated(tokens: int, width: int, seed: int = 0, basis: int = 0) -> Tensor:
+    """Inputs `[tokens, width]` as layers see them: few strong directions (1/k) and channels of unlike size.
+
+    The same covariance for one `basis`, other tokens for another `seed`.
+    """
+    random = seeded(1000 + basis)
+    mixing = torch.randn(width, width, generator=random)
+    channels = (0.8 * torch.randn(width, generator=random)).exp()
+    spectrum = torch.arange(1, width + 1).float().reciprocal().sqrt()
+    return (torch.randn(tokens, width, generator=seeded(seed)) * spectrum) @ mixing * channels
+
+
+def gaussian(out: int, width: int, seed: int = 0) -> Tensor:
+    """A weight `[out, width]` of standard normal entries with a few large ones, as trained weights have."""
+    weight = torch.randn(out, width, generator=seeded(seed)) * 0.05
+    large = torch.rand(out, width, generator=seeded(seed + 1)) < 0.02
+    return torch.where(large, weight * 5, weight)
+
+
+def moments(inputs: Tensor) -> Moments:
+    """Every statistic of `inputs [tokens, width]`."""
+    return Moments.of(inputs, STATISTICS, dense_inputs=inputs)
+
+
+def layer(weight: Tensor, inputs: Tensor, seed: int = 0) -> Layer:
+    """A layer nobody has touched."""
+    return Layer("block.0.linear", weight, Dense(weight.to(torch.bfloat16)), moments(inputs), seed=seed)
+
+
+def compressed(weight: Tensor, inputs: Tensor, *steps: dict[str, Any]) -> Layer:
+    """The layer after `steps`, spelled as in a recipe."""
+    return apply(layer(weight, inputs), [step(arguments) for arguments in steps])
+
+
+def payload_bits(tensors: dict[str, Tensor]) -> int:
+    """Bits that `encode`'s tensors occupy on disk."""
+    return sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def grid(size: Sequence[int], levels: int, group_size: int, seed: int, symmetric: bool, one_row: bool = False) -> Grid:
+    """A grid with random codes and scales; `one_row`: all rows share their scales."""
+    random = seeded(seed)
+    out, width = size
+    group_size = min(group_size, width)
+    parameters = (1 if one_row else out, -(-width // group_size))
+    codes = torch.randint(levels, (out, width), generator=random, dtype=torch.uint8)
+    scale = (torch.rand(parameters, generator=random) + 0.1).half()
+    zero = None if symmetric else torch.randint(levels, parameters, generator=random, dtype=torch.uint8)
+    return Grid(codes, scale, zero, levels, group_size)
+
+
+def pattern(size: Sequence[int], kept: int, group: int, seed: int) -> Pattern:
+    """A random n:m choice."""
+    scores = torch.rand(size[0], size[1] // group, group, generator=seeded(seed))
+    inside = torch.zeros(scores.shape, dtype=torch.bool)
+    inside.scatter_(2, scores.argsort(2)[..., :kept], True)
+    return Pattern(inside.reshape(size[0], size[1]), kept, group)
+
+
+def every_node() -> list[Weight]:
+    """Each node by itself, each index, each number of levels, ragged groups, a matrix of one element, empty sets."""
+    random = seeded(0)
+
+    def values(*size: int, dtype: torch.dtype = torch.float32) -> Dense:
+        return Dense(torch.randn(*size, generator=random).to(dtype))
+
+    size = (7, 24)
+    half = torch.rand(size, generator=random) < 0.5
+    nodes: list[Weight] = [Zero(size), Zero((1, 1)), values(1, 1)]
+    nodes += [values(*size, dtype=dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    nodes += [grid(size, levels, 24, levels, symmetric=True) for levels in LEVELS]
+    nodes += [grid(size, levels, 8, levels, symmetric=False) for levels in LEVELS[1:]]
+    nodes += [grid((5, 33), levels, 16, levels, symmetric) for levels in (2, 3, 8) for symmetric in (True, False)]
+    nodes += [grid((1, 1), 4, 1, 0, symmetric=False), grid(size, 8, 7, 0, symmetric=True, one_row=True)]
+    nodes += [
+        LowRank(values(7, 2), values(2, 24)),
+        LowRank(grid((7, 3), 16, 3, 1, True), grid((3, 24), 16, 8, 2, False)),
+    ]
+    nodes += [Rotated(values(*size), torch.rand(24, generator=random) < 0.5, block) for block in (1, 4, 8)]
+    nodes += [Sum((values(*size),)), Sum((grid(size, 2, 24, 3, True), grid(size, 2, 24, 4, True), values(*size)))]
+    for index in (
+        Columns(half[0]),
+        Bitmap(half),
+        pattern(size, 2, 4, 0),
+        pattern(size, 1, 8, 1),
+        pattern(size, 2, 3, 2),
+    ):
+        nodes.append(Where(index, grid(size, 256, 24, 5, symmetric=True), grid(size, 2, 8, 6, symmetric=True)))
+        nodes.append(Where(index, values(*size, dtype=torch.bfloat16), Zero(size)))
+    for inside in (torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool)):
+        nodes.append(Where(Bitmap(inside), grid(size, 3, 24, 7, symmetric=True), values(*size)))
+    return nodes
+
+
+def random_nestings(seed: int, count: int, depth: int = 4) -> list[Weight]:
+    """Random expressions; widths that divide by 4 (for patterns and rotations) and some that do not."""
+    random = seeded(seed)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (1,), generator=random))
+
+    def build(size: tuple[int, int], depth: int) -> Weight:
+        out, width = size
+        even = width % 4 == 0
+        match draw(3 if depth == 0 else 9):
+            case 0:
+                return Zero(size)
+            case 1:
+                dtype = (torch.float32, torch.float16, torch.bfloat16)[draw(3)]
+                return Dense(torch.randn(size, generator=random).to(dtype))
+            case 2:
+                return grid(size, LEVELS[draw(len(LEVELS))], 1 + draw(width), draw(10**6), symmetric=draw(2) == 0)
+            case 3 | 4:
+                rank = 1 + draw(3)
+                return LowRank(build((out, rank), depth - 1), build((rank, width), depth - 1))
+            case 5:
+                return Rotated(build(size, depth - 1), torch.rand(width, generator=random) < 0.5, 4 if even else 1)
+            case 6:
+                return Sum(tuple(build(size, depth - 1) for _ in range(1 + draw(3))))
+            case _:
+                inside = torch.rand(size, generator=random) < 0.3
+                indices = [Columns(inside[0]), Bitmap(inside)] + ([pattern(size, 2, 4, draw(10**6))] if even else [])
+                index = indices[draw(len(indices))]
+                return Where(index, build(size, depth - 1), build(size, depth - 1))
+
+    return [build((1 + draw(9), (1 + draw(9)) * (4 if draw(2) else 1)), depth) for _ in range(count)]
