@@ -1,0 +1,43 @@
+"""Every method has a recipe that people run, and every such recipe has its measured row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcompress.layer import methods
+from llmcompress.recipe import read_recipe
+from tests.rules.source_tree import ROOT
+
+RECIPES = sorted((ROOT / "configs").glob("*/*.yaml"))
+
+
+def _methods_in(value: Any) -> Iterator[str]:
+    """The methods of a recipe's plain values, those inside other steps too."""
+    if isinstance(value, dict):
+        if isinstance(value.get("method"), str):
+            yield value["method"]
+        value = list(value.values())
+    for entry in value if isinstance(value, list) else ():
+        yield from _methods_in(entry)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipe_is_valid(path: Path) -> None:
+    assert read_recipe(path).name == path.stem, "a recipe is called what its file is called"
+
+
+def test_every_method_has_a_recipe() -> None:
+    paths = [path for path in RECIPES if path.parent.name == "smollm2-135m"]
+    used = {name for path in paths for name in _methods_in(read_recipe(path).model_dump(mode="json"))}
+    absent = sorted(methods().keys() - used)
+    assert not absent, f"no recipe in configs/smollm2-135m/ uses {absent}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipe_has_a_row_of_results(path: Path) -> None:
+    rows = [line for line in (ROOT / "RESULTS.md").read_text().splitlines() if line.startswith("|")]
+    assert any(path.stem in row for row in rows), f"RESULTS.md has no row for {path.relative_to(ROOT)}"
