@@ -1,0 +1,220 @@
+"""What pydantic finds wrong with a recipe, in one sentence: where, what, which values are possible."""
+
+from __future__ import annotations
+
+import functools
+import json
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from llmcompress.errors import RecipeError
+from llmcompress.layer import StepConfig, methods
+from llmcompress.strict_yaml import Path, Places
+
+_BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A place in a recipe: the schema that rules there, what to call it, and the key inside it (None: all of it)."""
+
+    model: type[BaseModel] | None
+    label: str
+    key: str | None
+
+
+def first_complaint(error: ValidationError, model: type[BaseModel], values: Any, places: Places) -> str:
+    """The sentence for what comes first in the file."""
+    found = [
+        (_trimmed(path, values), path, details)
+        for path, details in _flattened(error, ())
+        if not (details["type"] == "too_short" and details["input"])  # too few valid items: those have their own errors
+    ]
+    order = list(places)
+
+    def rank(one: tuple[Path, Path, Any]) -> tuple[bool, int]:
+        """Document order, but a misspelt key before the key that is missing because of it."""
+        return one[2]["type"] == "missing", order.index(one[0]) if one[0] in places else len(order)
+
+    path, whole, details = min(found, key=rank)
+    spot = locate(model, values, path)
+    message = details["msg"].removeprefix("Value error, ")
+    match details["type"]:
+        case "extra_forbidden":
+            return at(path, places) + unknown_key(str(path[-1]), locate(model, values, path[:-1]))
+        case "missing":
+            return at(path, places) + f'{_intro(spot)}the key "{whole[-1]}" is missing'
+        case "value_error" | "assertion_error":
+            if spot.key is not None and message.startswith("the "):
+                message = f"{spot.key} is {message}"
+            elif spot.key is not None and spot.key not in message:
+                message = f"{spot.key}: {message}"
+        case kind:
+            short = kind in ("too_short", "string_too_short")
+            message = _misfit(
+                spot, path, details["input"], "not be empty" if short else f"be {requirement(spot, path)}"
+            )
+    return at(path, places) + _intro(spot) + message
+
+
+def check_booleans(model: type[BaseModel], values: Any, places: Places) -> None:
+    """Raises RecipeError for true or false where a number is wanted: pydantic would take them for 1 and 0."""
+    for path in _booleans(values, ()):
+        spot = locate(model, values, path)
+        wanted = requirement(spot, path)
+        if spot.key is not None and "number" in wanted and "true" not in wanted:
+            value = functools.reduce(_inside, path, values)
+            raise RecipeError(at(path, places) + _intro(spot) + _misfit(spot, path, value, f"be {wanted}"))
+
+
+def unknown_key(key: str, spot: Spot) -> str:
+    """The sentence about a key that the schema at `spot` does not have."""
+    known = [] if spot.model is None else list(spot.model.model_fields)
+    return f'unknown key "{key}" in {spot.label or "the recipe"}; {hint(key, known)}'
+
+
+def hint(name: str, known: Sequence[str]) -> str:
+    """The nearest of the known names, or all of them."""
+    near = get_close_matches(name, known, n=1)
+    return f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}"
+
+
+def locate(model: type[BaseModel], values: Any, path: Path) -> Spot:
+    """The schema that rules at `path` of the raw `values`."""
+    spot = Spot(model, "", None)
+    rules: type[BaseModel] | None = model
+    label = ""
+    for part in path:
+        values = _inside(values, part)
+        if isinstance(part, int):
+            label = f"rule {part + 1}" if label == "rules" else label
+        else:
+            spot = Spot(rules, "" if rules is model else label, part)
+            field = None if rules is None else rules.model_fields.get(part)
+            rules, label = (None if field is None else _model(field.annotation)), part
+        if isinstance(values, dict) and rules is not None:
+            if issubclass(rules, StepConfig):
+                name = values.get("method")
+                known = methods().get(name) if isinstance(name, str) else None
+                rules, label = (StepConfig, "") if known is None else (known.config, f"step {name}")
+            spot = Spot(rules, label, None)
+    return spot
+
+
+def at(path: Path, places: Places) -> str:
+    """ "recipe.yaml:14: " for the place of `path`, or of what encloses it; without places the path itself."""
+    for length in range(len(path), -1, -1):
+        if path[:length] in places:
+            return f"{places[path[:length]]}: "
+    return f"{dotted(path)}: " if path else ""
+
+
+def dotted(path: Path) -> str:
+    """A path as `--set` spells it: "rules[0].steps[1].rank"."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def requirement(spot: Spot, path: Path) -> str:
+    """What the field at `path` takes, for people: "a number at least 0 and at most 1 or null"."""
+    field = None if spot.model is None or spot.key is None else spot.model.model_fields.get(spot.key)
+    if field is None:
+        return "a map of keys"
+    if isinstance(path[-1], int):
+        return " or ".join(_kinds(get_args(field.annotation)[0]))
+    bounds = [
+        f"{words} {getattr(limit, name)}"
+        for limit in field.metadata
+        for name, words in _BOUNDS.items()
+        if getattr(limit, name, None) is not None
+    ]
+    kinds = list(dict.fromkeys(_kinds(field.annotation)))
+    numeric = next((i for i, kind in enumerate(kinds) if "number" in kind), None)
+    if bounds and numeric is not None:
+        kinds[numeric] += f" {' and '.join(bounds)}"
+    return " or ".join(kinds)
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe would spell it, shortened."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _misfit(spot: Spot, path: Path, value: Any, wanted: str) -> str:
+    what = f"item {path[-1] + 1} of {spot.key}" if path and isinstance(path[-1], int) else spot.key
+    return f"{what or 'the recipe'} is {shown(value)}; it must {wanted}"
+
+
+def _booleans(values: Any, path: Path) -> Iterator[Path]:
+    if isinstance(values, bool):
+        yield path
+    for key, value in _entries(values):
+        yield from _booleans(value, (*path, key))
+
+
+def _entries(values: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(values, dict):
+        return values.items()
+    return enumerate(values) if isinstance(values, list | tuple) else ()
+
+
+def _kinds(annotation: Any) -> Iterator[str]:
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        for option in get_args(annotation):
+            yield from _kinds(option)
+    elif origin is Literal:
+        yield from (shown(option) for option in get_args(annotation))
+    elif origin in (tuple, list):
+        yield "a list"
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield "a map of keys"
+    else:
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+        yield names.get(annotation, str(annotation))
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """The schema inside an annotation such as `Gates | None` or `tuple[Rule, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for option in get_args(annotation) if (found := _model(option)) is not None), None)
+
+
+def _flattened(error: ValidationError, path: Path) -> Iterator[tuple[Path, Any]]:
+    """The errors, also those of steps, which are validated in a validation of their own."""
+    for details in error.errors():
+        inner = details.get("ctx", {}).get("error")
+        here = (*path, *details["loc"])
+        if isinstance(inner, ValidationError):
+            yield from _flattened(inner, here)
+        else:
+            yield here, details
+
+
+def _trimmed(path: Path, values: Any) -> Path:
+    """The part of a pydantic location that exists in the values; the rest names types of a union, or missing keys."""
+    for length, part in enumerate(path):
+        if not _has(values, part):
+            return path[:length]
+        values = _inside(values, part)
+    return path
+
+
+def _has(values: Any, part: str | int) -> bool:
+    if isinstance(part, int):
+        return isinstance(values, list | tuple) and part < len(values)
+    return isinstance(values, dict) and part in values
+
+
+def _inside(values: Any, part: str | int) -> Any:
+    return values[part] if _has(values, part) else None
+
+
+def _intro(spot: Spot) -> str:
+    return f"{spot.label}: " if spot.label else ""

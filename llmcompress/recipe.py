@@ -1,0 +1,347 @@
+"""What the user asked for: which steps for which layers, on which text. Strict, versioned, saved with the result.
+
+    version: 1
+    name: pb-eora
+    calibration: {dataset: stdlib, samples: 64}
+    rules:                                   # the first rule that matches a layer wins
+      - match: ['*.mlp.down_proj']           # globs on module paths; 're:' starts a regular expression
+        steps: [{method: gptq, bits: 3, group_size: 64}]
+      - match: '*'
+        steps: []                            # stays dense, said on purpose
+
+The same classes can be built in Python. Whatever is wrong is a RecipeError of one sentence that names the line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from fnmatch import fnmatchcase
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+import llmcompress.methods  # noqa: F401 (registers them)
+from llmcompress.complaints import at, check_booleans, dotted, first_complaint, locate, unknown_key
+from llmcompress.errors import RecipeError
+from llmcompress.layer import StepConfig, step
+from llmcompress.strict_yaml import EXPONENT, Path, Places, parse
+from llmcompress.tokens import Calibration
+
+VERSION = 1
+REGEX = "re:"
+
+
+def _step(value: Any) -> Any:
+    """A step from its map of arguments. Raises ValueError (pydantic's kind is one) for what is not a step."""
+    if not isinstance(value, dict):
+        if isinstance(value, StepConfig):
+            return value
+        raise ValueError("a step is a map such as {method: rtn, bits: 4}")
+    _check_plain(value)
+    return step(value)
+
+
+def _check_plain(arguments: dict[str, Any]) -> None:
+    """Raises ValueError for what `step` takes for granted of a map, and of the steps inside it."""
+    if not isinstance(arguments.get("method"), str):
+        raise ValueError('a step needs the key "method" with the name of a method')
+    for key, value in arguments.items():
+        if not isinstance(key, str):
+            raise ValueError(f"the key {key!r} is not text")
+        if isinstance(value, dict) and "method" in value:
+            _check_plain(value)
+
+
+Step = Annotated[SerializeAsAny[StepConfig], BeforeValidator(_step)]
+
+
+class Rule(BaseModel):
+    """The steps for the layers that match one of the patterns. No steps: these layers stay dense."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    match: tuple[str, ...] = Field(min_length=1, description="globs on module paths, or regular expressions as 're:…'")
+    steps: tuple[Step, ...]
+
+    @field_validator("match", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("match")
+    @classmethod
+    def _readable(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if not pattern.removeprefix(REGEX).strip():
+                raise ValueError(f"match has the empty pattern {pattern!r}; write '*' for every layer")
+            if pattern.startswith(REGEX):
+                try:
+                    re.compile(pattern.removeprefix(REGEX))
+                except re.error as error:
+                    raise ValueError(f"match has {pattern!r}, which is no regular expression ({error})") from error
+        return patterns
+
+
+class Gates(BaseModel):
+    """What a run must reach to count as done."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    max_fallback_layers: float = Field(
+        default=0.02, ge=0, le=1, description="share of layers that may need a numeric fallback"
+    )
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a recipe was read from. All origins are equal, so that recipes compare by what they ask for."""
+
+    places: Places = field(default_factory=dict, compare=False)
+
+
+class Recipe(BaseModel):
+    """A compression run. `read_recipe` makes one from a file or from plain values."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    version: Literal[1] = 1
+    name: str = Field(default="recipe", min_length=1, max_length=200)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    calibration: Calibration | None = Field(
+        default=None, description="text for the statistics; null: no method needs any"
+    )
+    prefix: Literal["compressed", "dense"] = Field(
+        default="compressed", description="what the inputs of a layer went through"
+    )
+    asymmetric: float = Field(
+        default=0.0, ge=0, le=1, description="share of the way to the dense layer's outputs (GPTAQ)"
+    )
+    cap: float | None = Field(
+        default=4.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="most a token's norm counts, in medians of its sequence; null: all",
+    )
+    rules: tuple[Rule, ...] = Field(min_length=1)
+    gates: Gates = Gates()
+    _origin: _Origin = PrivateAttr(default_factory=_Origin)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.asymmetric and self.prefix == "dense":
+            raise ValueError("asymmetric: with prefix: dense every layer sees dense inputs anyway; set one of them")
+        return self
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A recipe laid over a model's linears.
+
+    `steps`: of every linear, empty where it stays dense. `unmatched`: the patterns that no linear matches. `unruled`:
+    linears that no rule speaks about. `shadowed`: patterns whose linears all belong to earlier rules.
+    """
+
+    steps: dict[str, tuple[StepConfig, ...]]
+    unmatched: tuple[str, ...]
+    unruled: tuple[str, ...]
+    shadowed: tuple[str, ...]
+    complaints: tuple[str, ...]  # a sentence for each unmatched pattern
+
+    def complaint(self) -> str:
+        """What is wrong with the first pattern that matches nothing."""
+        return self.complaints[0]
+
+
+def assign(recipe: Recipe, names: Iterable[str], others: Sequence[str] = ()) -> Assignment:
+    """The steps for each linear in `names` (module paths): those of the first rule that matches.
+
+    `others` are modules that are never compressed, such as the head: a rule without steps may name them.
+    """
+    names = list(names)
+    steps: dict[str, tuple[StepConfig, ...]] = {}
+    unmatched, shadowed, complaints = [], [], []
+    for number, rule in enumerate(recipe.rules):
+        before = set(steps)
+        for index, pattern in enumerate(rule.match):
+            found = [name for name in names if matches(pattern, name)]
+            steps.update({name: rule.steps for name in found if name not in steps})
+            elsewhere = [name for name in others if matches(pattern, name)]
+            if not found and (rule.steps or not elsewhere):
+                unmatched.append(pattern)
+                where = at(("rules", number, "match", index), recipe._origin.places) if recipe._origin.places else ""
+                complaints.append(f"{where}rule {number + 1} {_nothing(pattern, names, elsewhere)}")
+            elif found and before.issuperset(found):
+                shadowed.append(pattern)
+    unruled = tuple(name for name in names if name not in steps)
+    return Assignment(
+        {name: steps.get(name, ()) for name in names}, tuple(unmatched), unruled, tuple(shadowed), tuple(complaints)
+    )
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a recipe's pattern means the module `name`: a glob on the whole path, or 're:' and a full match."""
+    if pattern.startswith(REGEX):
+        return re.fullmatch(pattern.removeprefix(REGEX), name) is not None
+    return fnmatchcase(name, pattern)
+
+
+def _nothing(pattern: str, names: Sequence[str], elsewhere: Sequence[str]) -> str:
+    if elsewhere:
+        return f'has steps for {elsewhere[0]} ("{pattern}"), which is never compressed; give it steps: [], or drop it'
+    if not names:
+        return f'matches no layer ("{pattern}"): the model has none that can be compressed'
+    bare = pattern.removeprefix(REGEX)
+    nearest = max(names, key=lambda name: SequenceMatcher(None, bare, name, autojunk=False).ratio())
+    return f'matches no layer of the model ("{pattern}"); the nearest name is {nearest}'
+
+
+def read_recipe(source: Recipe | str | FilePath | Mapping[str, Any], settings: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file, from plain values, or as it is; `settings` as `overrides` takes them.
+
+    Raises RecipeError for the first thing wrong with it.
+    """
+    if isinstance(source, Recipe):
+        return _validated(source.model_dump(mode="json"), {}, settings) if settings else source
+    if isinstance(source, Mapping):
+        return _validated(dict(source), {}, settings)
+    path = FilePath(source).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); a recipe is a YAML file") from error
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read ({error.strerror}); give a YAML file") from error
+    return parse_recipe(text, path.name, settings)
+
+
+def parse_recipe(text: str, name: str = "recipe.yaml", settings: Sequence[str] = ()) -> Recipe:
+    """A recipe from YAML text; `name` is the file's, for errors and for a recipe without a name of its own.
+
+    Raises RecipeError for the first thing wrong with it.
+    """
+    values, places = parse(text, name)
+    if not isinstance(values, dict):
+        raise RecipeError(f"{name}: a recipe is a map that starts with version: {VERSION}; this is {_kind(values)}")
+    return _validated({"name": FilePath(name).stem, **values}, places, settings)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML text with every value written out; reads back equal."""
+    return yaml.dump(_flow(recipe.model_dump(mode="json")), Dumper=_Dumper, sort_keys=False, width=110)
+
+
+def overrides(values: dict[str, Any], settings: Sequence[str], places: Places | None = None) -> dict[str, Any]:
+    """A copy of a recipe's plain `values` with settings such as "rules[0].steps[1].rank=16" applied.
+
+    A setting changes a key that is there, or one the schema knows. `places` learns who set what. Raises RecipeError.
+    """
+    values = deepcopy(values)
+    places = {} if places is None else places
+    for setting in settings:
+        path, value = _parsed_setting(setting)
+        where = f"--set {setting}"
+        inside: Any = values
+        for length, part in enumerate(path[:-1], start=1):
+            _check_part(values, path[:length], inside, where)
+            if isinstance(inside, dict) and inside.get(part) is None:
+                inside[part] = {}
+            inside = inside[part]
+        _check_part(values, path, inside, where)
+        inside[path[-1]] = value
+        for old in [place for place in places if place[: len(path)] == path]:
+            del places[old]
+        places[path] = where
+    return values
+
+
+def _validated(values: dict[str, Any], places: Places, settings: Sequence[str]) -> Recipe:
+    places = dict(places)
+    if settings:
+        values = overrides(values, settings, places)
+    version = values.get("version")
+    if version is None:
+        raise RecipeError(f"{at((), places)}the recipe has no version; write version: {VERSION}")
+    if isinstance(version, int) and version > VERSION:
+        raise RecipeError(
+            f"{at(('version',), places)}version is {version}, and this llmcompress reads up to {VERSION}; upgrade it"
+        )
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(first_complaint(error, Recipe, values, places)) from error
+    check_booleans(Recipe, values, places)
+    recipe._origin = _Origin(places)
+    return recipe
+
+
+_PART = re.compile(r"([A-Za-z_][A-Za-z_0-9]*)((?:\[\d+\])*)")
+
+
+def _parsed_setting(setting: str) -> tuple[Path, Any]:
+    """The path and the value of "rules[0].steps[1].rank=16"."""
+    target, equals, text = setting.partition("=")
+    path: list[str | int] = []
+    for word in target.strip().split("."):
+        found = _PART.fullmatch(word)
+        if not found or not equals:
+            raise RecipeError(f"--set {setting}: this is not of the form key=value, such as rules[0].steps[1].rank=16")
+        path += [found[1], *(int(index) for index in re.findall(r"\d+", found[2]))]
+    if not text.strip():
+        raise RecipeError(f"--set {setting}: there is no value; write null for none")
+    return tuple(path), parse(text, f"--set {setting}")[0]
+
+
+def _check_part(values: dict[str, Any], path: Path, inside: Any, where: str) -> None:
+    """Raises RecipeError when the last part of `path` is not in `inside` and cannot be put there."""
+    part, outer = path[-1], dotted(path[:-1])
+    if isinstance(part, int):
+        if not isinstance(inside, list):
+            raise RecipeError(f"{where}: {outer} is not a list")
+        if part >= len(inside):
+            raise RecipeError(f"{where}: {outer} has {len(inside)} entries, counted from 0; there is no [{part}]")
+    elif not isinstance(inside, dict):
+        raise RecipeError(f"{where}: {outer} has no keys, so there is no {dotted(path)}")
+    elif part not in inside:
+        spot = locate(Recipe, values, path[:-1])
+        if spot.model is None or part not in spot.model.model_fields:
+            raise RecipeError(f"{where}: {unknown_key(part, spot)}")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Steps and other small maps on one line, quotes where YAML 1.1 would read something else."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        """List items are indented below their key."""
+        return super().increase_indent(flow, False)
+
+
+class _Flow(dict[str, Any]):
+    """A map to be written on one line."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))  # text like 1e-4 gets quotes
+_Dumper.add_representer(
+    _Flow, lambda dumper, values: dumper.represent_mapping("tag:yaml.org,2002:map", values, flow_style=True)
+)
+
+
+def _flow(values: dict[str, Any]) -> dict[str, Any]:
+    rules = [{**rule, "steps": [_Flow(one) for one in rule["steps"]]} for rule in values["rules"]]
+    return {**values, "rules": rules}
+
+
+def _kind(value: Any) -> str:
+    return "empty" if value is None else f"a {'list' if isinstance(value, list) else 'single value'}"

@@ -1,0 +1,94 @@
+"""YAML as recipes use it: plain data, small, no key twice, and the line of every entry for error messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from llmcompress.errors import RecipeError
+
+Path = tuple[str | int, ...]  # ("rules", 0, "match"): where an entry is
+Places = dict[Path, str]  # "recipe.yaml:14": where its author wrote it
+
+MOST_CHARACTERS = 250_000
+MOST_ENTRIES = 50_000  # aliases count once for each use, so that a small file cannot stand for a huge one
+DEEPEST = 20
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 takes 1e-4 for text
+_PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")}
+
+
+def parse(text: str, name: str) -> tuple[Any, Places]:
+    """The value that `text` stands for, and the place of each entry as `name:line`. Raises RecipeError."""
+    if len(text) > MOST_CHARACTERS:
+        raise RecipeError(f"{name} has {len(text)} characters; a recipe has at most {MOST_CHARACTERS}")
+    try:
+        loader = yaml.SafeLoader(text)  # not the C one, which dies of deep nesting
+        node = loader.get_single_node()
+        places: Places = {}
+        value = None if node is None else _Reader(loader, name, places).value(node, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = name if mark is None else f"{name}:{mark.line + 1}"
+        raise RecipeError(f"{where}: this is not YAML ({error.problem or error.context})") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}: this is not YAML ({str(error).splitlines()[0]})") from error
+    except RecursionError as error:
+        raise RecipeError(f"{name}: entries are nested too deeply; a recipe needs at most {DEEPEST} levels") from error
+    return value, places
+
+
+class _Reader:
+    """Turns YAML nodes into values and notes their places."""
+
+    def __init__(self, loader: yaml.SafeLoader, name: str, places: Places) -> None:
+        self.loader, self.name, self.places = loader, name, places
+        self.entries = 0
+
+    def value(self, node: yaml.Node, path: Path) -> Any:
+        """The value of a node."""
+        self.entries += 1
+        if self.entries > MOST_ENTRIES or len(path) > DEEPEST:
+            limit = f"{MOST_ENTRIES} entries" if self.entries > MOST_ENTRIES else f"{DEEPEST} levels"
+            raise RecipeError(f"{self._line(node)}: this is more than a recipe needs (at most {limit}); shorten it")
+        self.places.setdefault(path, self._line(node))
+        if node.tag not in _PLAIN:
+            raise RecipeError(f"{self._line(node)}: the tag {node.tag} is not allowed here; write plain values")
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item, (*path, number)) for number, item in enumerate(node.value)]
+        return dict(self._items(node, path))
+
+    def _items(self, node: yaml.Node, path: Path) -> Iterator[tuple[str, Any]]:
+        seen: dict[str, str] = {}
+        for key_node, value_node in node.value:
+            where = self._line(key_node)
+            key = key_node.value
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f"{where}: a key is a list or a map; write a word")
+            if not key_node.tag.endswith((":str", ":merge")):
+                raise RecipeError(f'{where}: the key {_short(key)} is not text; write it as "{_short(key)}"')
+            if key in seen:
+                raise RecipeError(f'{where}: the key "{key}" stands here a second time (first: {seen[key]}); drop one')
+            seen[key] = where
+            self.places[(*path, key)] = where
+            yield key, self.value(value_node, (*path, key))
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        if node.style is None and node.tag.endswith(":str") and EXPONENT.fullmatch(node.value):
+            return float(node.value)
+        try:
+            return self.loader.construct_object(node)
+        except ValueError as error:
+            raise RecipeError(f"{self._line(node)}: {_short(node.value)} is not a value ({error})") from error
+
+    def _line(self, node: yaml.Node) -> str:
+        return f"{self.name}:{node.start_mark.line + 1}"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
