@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]  # (done, total)
 class Calibration(BaseModel, extra="forbid", frozen=True):
     """Which text calibration runs on. Every field that says "auto" is resolved and reported."""
 
-    dataset: str = Field("stdlib", min_length=1)
+    dataset: str = Field(default="stdlib", min_length=1)
     """A name for `datasets`, a local .txt/.jsonl/.parquet file, "stdlib" (documentation that Python ships), or "self"
     (the dense model writes the text itself)."""
     subset: str | None = None
@@ -44,9 +44,9 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
     """The column with text or messages; not given: `messages`, else `text`, else the only column of strings."""
     streaming: bool = True
     """Fetch only the rows that are needed; false downloads the data set first, and uses its cache when offline."""
-    samples: int = Field(128, ge=1, le=1_000_000)
+    samples: int = Field(default=128, ge=1, le=1_000_000)
     """Sequences, the held-out ones included."""
-    length: int = Field(1024, ge=2, le=1_048_576)
+    length: int = Field(default=1024, ge=2, le=1_048_576)
     """Tokens per sequence."""
     packing: bool = True
     """True: documents are joined and cut into sequences. False: one document per sequence, short ones are dropped."""
@@ -58,14 +58,14 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
     chat_template: Switch = "auto"
     """Messages are rendered with the tokenizer's chat template; auto: when it has one. With "self": the model answers
     prompts; auto: in every other sequence when it has a template, the rest is free text."""
-    held_out: float = Field(0.125, ge=0)
+    held_out: float = Field(default=0.125, ge=0)
     """Below 1: the share of the sequences that is held out (at least one when there are two). From 1: their number."""
     shuffle: bool = True
     """Documents in random order."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    temperature: float = Field(1.0, gt=0, le=10)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    temperature: float = Field(default=1.0, gt=0, le=10)
     """Of the text that "self" writes."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Of the text that "self" writes."""
 
     @model_validator(mode="after")

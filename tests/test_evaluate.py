@@ -1,0 +1,251 @@
+"""Scores equal slow float64 computations, and lm-eval runs offline without leaving traces."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from llmcompress.errors import InputError, NumericsError, RecipeError
+from llmcompress.evaluate import PAIRS, compare, compare_models, evaluate, perplexity, run_tasks, text_windows
+from llmcompress.evaluate.harness import PAIRS_FILE, _scores
+from llmcompress.evaluate.perplexity import POSITIONS
+from llmcompress.text import stdlib_text
+from tests.tiny import VOCABULARY, tiny, tiny_tokenizer
+
+TEXT = "Some plain text for windows, long enough for a few of them. " * 20
+
+
+def reader(seed: int = 0) -> PreTrainedModel:
+    """A tiny model that can read a whole sentence of bytes."""
+    return tiny("llama", seed=seed, max_position_embeddings=1024)
+
+
+def log_probabilities(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.double()(ids).logits.log_softmax(-1)
+
+
+# --- perplexity -------------------------------------------------------------------------------------------------
+
+
+def test_windows_are_the_text_tokenized_once() -> None:
+    whole = tiny_tokenizer()(TEXT, add_special_tokens=False).input_ids
+    ids = text_windows(tiny_tokenizer(), TEXT, windows=3, length=50)
+    assert ids.flatten().tolist() == whole[:150]
+    assert text_windows(tiny_tokenizer(), TEXT, windows=10**6, length=50).shape == (len(whole) // 50, 50)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_perplexity_equals_the_definition(batch_size: int) -> None:
+    model, ids = reader(), text_windows(tiny_tokenizer(), TEXT * 3, windows=3, length=POSITIONS + 44)
+    measured = perplexity(model, ids, batch_size)
+    logs = log_probabilities(model, ids)
+    nll = -sum(float(logs[w, i, ids[w, i + 1]]) for w in range(3) for i in range(ids.shape[1] - 1))
+    assert measured.tokens == 3 * (POSITIONS + 43)
+    assert math.isclose(measured.nll, nll / measured.tokens, rel_tol=1e-6)
+    assert math.isclose(measured.value, math.exp(measured.nll))
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity() -> None:
+    model = reader()
+    model.get_output_embeddings().weight.data.zero_()
+    assert math.isclose(perplexity(model, torch.randint(0, 256, (2, 16))).value, VOCABULARY, rel_tol=1e-6)
+
+
+def test_nan_is_an_error_not_a_score() -> None:
+    model = reader()
+    model.get_output_embeddings().weight.data.fill_(float("nan"))
+    with pytest.raises(NumericsError, match="NaN"):
+        perplexity(model, torch.randint(0, 256, (1, 8)))
+
+
+def test_windows_that_cannot_be_cut() -> None:
+    with pytest.raises(InputError, match="has 3 tokens, less than one window of 8"):
+        text_windows(tiny_tokenizer(), "abc", length=8)
+    with pytest.raises(RecipeError, match="context of 64"):
+        text_windows(tiny_tokenizer(), TEXT, length=65, model_config=tiny("llama").config)
+    with pytest.raises(RecipeError, match="at least one window"):
+        text_windows(tiny_tokenizer(), TEXT, windows=0)
+
+
+# --- compare ----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_does_not_differ_from_itself() -> None:
+    model = reader()
+    found = compare(model, copy.deepcopy(model), torch.randint(0, 256, (2, 40)))
+    assert (found.kl, found.top1_agreement, found.tokens) == (0.0, 1.0, 78)
+    assert found.teacher == found.student
+
+
+def test_compare_equals_the_definition() -> None:
+    teacher, student, ids = reader(0), reader(1), torch.randint(0, 256, (3, POSITIONS + 10))
+    found = compare(teacher, student, ids, batch_size=2)
+    alone = perplexity(teacher, ids), perplexity(student, ids)
+    p, q = (log_probabilities(model, ids)[:, :-1] for model in (teacher, student))
+    divergence = float((p.exp() * (p - q)).sum(-1).mean())  # KL(teacher || student)
+    assert math.isclose(found.kl, divergence, rel_tol=1e-5)
+    assert not math.isclose(found.kl, float((q.exp() * (q - p)).sum(-1).mean()), rel_tol=1e-3)
+    assert found.top1_agreement == float((p.argmax(-1) == q.argmax(-1)).double().mean())
+    assert (found.teacher, found.student) == alone
+
+
+def test_other_vocabularies_are_refused() -> None:
+    with pytest.raises(InputError, match="vocabulary of 264, the other of 300"):
+        compare(reader(), tiny("llama", vocab_size=300), torch.randint(0, 256, (1, 8)))
+
+
+# --- one call for everything ------------------------------------------------------------------------------------
+
+
+def test_evaluate_has_the_promised_keys(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    alone = evaluate(reader(), tiny_tokenizer(), path, windows=2, length=32)
+    assert set(alone) == {"perplexity", "tokens", "tasks", "kl", "top1_agreement"}
+    assert (alone["tokens"], alone["tasks"], alone["kl"], alone["top1_agreement"]) == (62, {}, None, None)
+
+
+def test_both_ways_to_compare_agree_and_read_the_standard_library_by_default() -> None:
+    dense, other, tokenizer = reader(0), reader(1), tiny_tokenizer()
+    sizes: dict[str, Any] = {"windows": 2, "length": 48}
+    both = compare_models(dense, other, tokenizer, **sizes)
+    assert both["compressed"] == evaluate(other, tokenizer, against=dense, **sizes)
+    assert both["dense"] == evaluate(dense, tokenizer, against=dense, **sizes)
+    assert both["dense"]["perplexity"] == evaluate(dense, tokenizer, stdlib_text("test"), **sizes)["perplexity"]
+    assert json.loads(json.dumps(both)) == both
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------
+
+
+def pairs() -> list[dict[str, str]]:
+    return [json.loads(line) for line in PAIRS_FILE.read_text().splitlines()]
+
+
+def sentence_score(model: PreTrainedModel, sentence: str) -> float:
+    ids = torch.tensor([tiny_tokenizer()(sentence).input_ids])  # BOS first
+    logs = log_probabilities(model, ids)[0, :-1]
+    return float(logs.gather(-1, ids[0, 1:, None]).sum())
+
+
+def test_embedded_pairs_are_many_distinct_and_evenly_spread() -> None:
+    rows = pairs()
+    assert len(rows) >= 120
+    assert len({row["sentence_good"] for row in rows} | {row["sentence_bad"] for row in rows}) == 2 * len(rows)
+    assert set(collections.Counter(row["phenomenon"] for row in rows).values()) == {12}
+    assert len({row["phenomenon"] for row in rows[:14]}) == 14  # so that a limit sees all of them
+
+
+def test_pairs_are_scored_as_by_hand_and_nothing_is_left_behind(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    model, tokenizer = reader().train(), tiny_tokenizer()
+    tokenizer.pad_token = None
+    states = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].copy(), dict(os.environ)
+    scores = run_tasks(model, tokenizer, [PAIRS], limit=40, batch_size=8)
+    assert capfd.readouterr().out == ""
+    assert torch.equal(torch.random.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()
+    assert dict(os.environ) == states[3]
+    assert model.training
+    assert tokenizer.pad_token is None
+    model.eval()
+    right = [
+        sentence_score(model, row["sentence_good"]) > sentence_score(model, row["sentence_bad"]) for row in pairs()
+    ]
+    assert scores[PAIRS]["acc"] == sum(right[:40]) / 40
+    assert scores[PAIRS]["samples"] == 40
+
+
+def test_local_files_and_folders_are_tasks(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    own = tmp_path / "own_pairs.jsonl"
+    own.write_text("\n".join(json.dumps(row) for row in pairs()[:6]))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "same.yaml").write_text(
+        f"""
+task: same_pairs
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: "{own}"}}, cache_dir: "{tmp_path / "cache"}"}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: ""
+doc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"
+doc_to_target: 0
+target_delimiter: ""
+"""
+    )
+    model = reader()
+    for tasks in ([str(own), str(tmp_path / "tasks")], [str(own), str(tmp_path / "tasks" / "same.yaml")]):
+        scores = run_tasks(model, tiny_tokenizer(), tasks)
+        assert scores["own_pairs"]["acc"] == scores["same_pairs"]["acc"]
+        assert scores["same_pairs"]["samples"] == 6
+
+
+def test_tasks_that_cannot_run(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("task: [")
+    no_pairs = tmp_path / "no.jsonl"
+    no_pairs.write_text('{"sentence_good": "a"}')
+    (tmp_path / "empty").mkdir()
+    for task, kind, message in (
+        ("arc_eazy", RecipeError, "did you mean 'arc_easy'"),
+        (str(tmp_path / "missing.yaml"), InputError, "no task file"),
+        (str(tmp_path / "missing.jsonl"), InputError, "cannot be read"),
+        (str(broken), InputError, "cannot be loaded"),
+        (str(no_pairs), InputError, "line 1 is no minimal pair"),
+        (str(tmp_path / "empty"), InputError, "has no lm-eval task files"),
+    ):
+        with pytest.raises(kind, match=message):
+            run_tasks(reader(), tiny_tokenizer(), [task])
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(RecipeError, match="neither"):
+        run_tasks(reader(), tokenizer, [PAIRS])
+
+
+def test_missing_lm_eval_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(RecipeError, match=r'pip install "llmcompress\[eval\]"'):
+        run_tasks(reader(), tiny_tokenizer(), [PAIRS])
+
+
+def test_results_are_read_with_care() -> None:
+    entry = {
+        "alias": "x",
+        "sample_len": 3,
+        "acc,none": 0.5,
+        "acc_stderr,none": "N/A",
+        "exact_match,strict": 1,
+        "ok": True,
+    }
+    assert _scores({"results": {"x": entry, "group": {" ": " "}}}) == {
+        "x": {"acc": 0.5, "exact_match,strict": 1.0, "samples": 3}
+    }
+    assert _scores(None) == {}
+
+
+def test_importing_evaluation_imports_nothing_large() -> None:
+    program = (
+        "import sys, llmcompress.evaluate, llmcompress.tokens\n"
+        "print([name for name in ('lm_eval', 'datasets', 'pyarrow', 'sklearn') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
