@@ -141,7 +141,8 @@ class Selected:
         if column == 0:
             self.chosen = torch.zeros(current.shape, dtype=torch.bool)
         if column % self.stride == 0:
-            for start in range(column, min(column + self.stride, len(current)), self.span):
+            first = -(-column // self.span) * self.span  # a span that began before this stride is chosen already
+            for start in range(first, min(column + self.stride, len(current)), self.span):
                 self.chosen[start : start + self.span] = self.choose(current[start : start + self.span], start)
         elif column % self.span == 0:
             self.chosen[column : column + self.span] = self.choose(current[column : column + self.span], column)
