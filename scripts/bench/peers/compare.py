@@ -6,8 +6,8 @@ table and writes it with all runs to OUT/compare.json. How to make the peer's en
 """
 
 import argparse
+import hashlib
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -45,14 +45,14 @@ ARMS = {
 
 def windows(model: Path, text: Path, count: int, length: int) -> "Tensor":
     """The first `count` windows of `length` tokens of the whole text, tokenized once without special tokens."""
-    import torch
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokens = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    if len(tokens) < count * length:
-        sys.exit(f"{text} has {len(tokens)} tokens but {count} windows of {length} were asked for; name a longer text.")
-    return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+    from llmcompress.evaluate.perplexity import text_windows
+
+    found = text_windows(AutoTokenizer.from_pretrained(model), text.read_text(encoding="utf-8"), count, length)
+    if len(found) < count:
+        sys.exit(f"{text} has only {len(found)} of the {count} windows of {length} tokens; name a longer text.")
+    return found
 
 
 def run_once(tool: str, arm: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -77,6 +77,8 @@ def run_once(tool: str, arm: str, given: argparse.Namespace) -> dict[str, Any]:
     if done.returncode != 0:
         sys.exit(f"{tool} failed on {arm} with exit code {done.returncode}; its messages are in {log}.")
     report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    if report.get("tokens_sha256", given.tokens_sha256) != given.tokens_sha256:
+        sys.exit(f"{tool} made other calibration tokens of {given.text} for {arm} than the peer was given.")
     return report | {"process_seconds": time.monotonic() - begun}
 
 
@@ -102,30 +104,19 @@ def measure(given: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     return runs
 
 
-def perplexity(model: Any, sequences: "Tensor") -> float:
-    """exp of the mean negative log-likelihood over all predicted tokens, float32, windows one at a time."""
-    import torch
-
-    total, count = 0.0, 0
-    for window in sequences:
-        with torch.inference_mode():
-            logits = model(window[None], use_cache=False).logits[0, :-1]
-            total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
-        count += len(window) - 1
-    return math.exp(total / count)
-
-
 def score(pairs: list[tuple[str, str]], given: argparse.Namespace) -> tuple[float, dict[str, dict[str, float]]]:
     """The dense perplexity, and per "<tool>-<arm>" the perplexity and the fraction of nonzero decoder weights."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
+    from llmcompress.evaluate.perplexity import perplexity
+
     torch.set_num_threads(given.threads)
     sequences = windows(given.model, given.eval_text, given.windows, given.eval_length)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)  # comes in evaluation mode
     linears = {name: weight for name, weight in model.named_parameters() if name.endswith("_proj.weight")}
-    dense = perplexity(model, sequences)
+    dense = perplexity(model, sequences).value
     scores = {}
     for tool, arm in pairs:
         file = weights_of(tool, arm, given)
@@ -137,8 +128,9 @@ def score(pairs: list[tuple[str, str]], given: argparse.Namespace) -> tuple[floa
             for name, weight in weights.items():
                 linears[name].copy_(weight)
         total = sum(weight.numel() for weight in weights.values())
-        scores[f"{tool}-{arm}"] = {"perplexity": perplexity(model, sequences), "nonzero": kept / total}
-        print(f"{tool} {arm}: perplexity {scores[f'{tool}-{arm}']['perplexity']:.3f}", file=sys.stderr, flush=True)
+        value = perplexity(model, sequences).value
+        scores[f"{tool}-{arm}"] = {"perplexity": value, "nonzero": kept / total}
+        print(f"{tool} {arm}: perplexity {value:.3f}", file=sys.stderr, flush=True)
     return dense, scores
 
 
@@ -213,6 +205,7 @@ def main() -> None:
             f"{tokens} holds other calibration tokens than {given.text} gives; leave out --reuse or name a new --out."
         )
     save_file({"sequences": sequences}, tokens)
+    given.tokens_sha256 = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
     runs = measure(given)
     pairs = [(tool, arm) for arm in given.arms for tool in given.tools]
     dense, scores = score(pairs, given)

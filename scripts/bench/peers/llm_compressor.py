@@ -18,7 +18,7 @@ DECODER_LINEARS = r"re:.*(q|k|v|o|gate|up|down)_proj$"
 
 def sparsegpt(mask_structure: str) -> Any:
     """SparseGPT at 50 %; everything not named here is the peer's default."""
-    from llmcompressor.modifiers.pruning import (  # type: ignore[import-not-found,unused-ignore]
+    from llmcompressor.modifiers.pruning import (
         SparseGPTModifier,
     )
 
@@ -27,7 +27,7 @@ def sparsegpt(mask_structure: str) -> Any:
 
 def wanda(mask_structure: str) -> Any:
     """Wanda at 50 %; everything not named here is the peer's default."""
-    from llmcompressor.modifiers.pruning import (  # type: ignore[import-not-found,unused-ignore]
+    from llmcompressor.modifiers.pruning import (
         WandaPruningModifier,
     )
 
@@ -36,11 +36,11 @@ def wanda(mask_structure: str) -> Any:
 
 def gptq(bits: int, observer: str | None) -> Any:
     """Asymmetric GPTQ in groups of 64; observer None leaves the peer's default (min-max)."""
-    from compressed_tensors.quantization import (  # type: ignore[import-not-found,unused-ignore]
+    from compressed_tensors.quantization import (
         QuantizationArgs,
         QuantizationScheme,
     )
-    from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found,unused-ignore]
+    from llmcompressor.modifiers.gptq import GPTQModifier
 
     chosen = {} if observer is None else {"observer": observer}
     weights = QuantizationArgs(num_bits=bits, type="int", symmetric=False, strategy="group", group_size=64, **chosen)
@@ -69,8 +69,8 @@ def peak_rss_bytes() -> int:
 def run(model_folder: Path, tokens: Path, arm: str, out: Path, dtype: str, threads: int) -> dict[str, Any]:
     """Compress, write the weights to `out`, return the report. The tokens are `sequences` [n, length] int64."""
     import torch
-    from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
-    from llmcompressor import oneshot  # type: ignore[import-not-found,unused-ignore]
+    from datasets import Dataset
+    from llmcompressor import oneshot
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 

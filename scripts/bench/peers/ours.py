@@ -1,7 +1,8 @@
 """One arm of llmcompress on the same model and the same calibration tokens; the sibling of llm_compressor.py.
 
-Same arguments, same output file, same JSON line; `seconds` is the whole of `llmcompress.compress`, so reading the
-model and tokenizing the text count on our side and not on the peer's.
+Same output file and JSON line; the tokens come from the text as in ordinary use, and their hash shows that they are
+the peer's. `seconds` is the whole of `llmcompress.compress`: reading the model, tokenizing the text and writing the
+checkpoint count on our side and not on the peer's.
 """
 
 import argparse
@@ -25,26 +26,21 @@ def compressed(
     from llmcompress.recipe import read_recipe
     from llmcompress.weight import dense
 
-    recipe = read_recipe(
-        recipe_file,
-        overrides=(
-            f"calibration.source={text}",
-            f"calibration.sequences={sequences}",
-            f"calibration.length={length}",
-            "calibration.held_out=0",
-        ),
-    )
+    chosen = {"dataset": text, "samples": sequences, "length": length, "held_out": 0}
+    same_tokens = {"packing": "true", "bos": "false", "eos": "false", "shuffle": "false"}
+    settings = [f"calibration.{key}={value}" for key, value in (chosen | same_tokens).items()]
+    recipe = read_recipe(recipe_file, settings)
     begun, cpu_begun = time.monotonic(), time.process_time()
-    result = llmcompress.compress(str(model_folder), recipe)
+    result = llmcompress.compress(model_folder, recipe)
     facts = {
         "seconds": time.monotonic() - begun,
         "cpu_seconds": time.process_time() - cpu_begun,
         "peak_rss_bytes": peak_rss_bytes(),
         "bpw": result.report.bpw,
-        "calibration": result.report.calibration.hash,
+        "tokens_sha256": (result.report.calibration or {}).get("hash"),
     }
     parts = result.model.named_modules()
-    return {name: dense(part.approx) for name, part in parts if isinstance(part, CompressedLinear)}, facts
+    return {name: dense(part.expression()) for name, part in parts if isinstance(part, CompressedLinear)}, facts
 
 
 def main() -> None:
