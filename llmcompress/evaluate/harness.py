@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import yaml
 
@@ -73,7 +72,7 @@ def run_tasks(
             bootstrap_iters=100,  # standard errors of means need none; the slow ones are capped by this
             log_samples=False,
             random_seed=seed,
-            numpy_random_seed=seed,
+            numpy_random_seed=None,  # NumPy's global generator stays as it is
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
@@ -201,7 +200,7 @@ def _scores(results: dict[str, Any] | None) -> Scores:
 def _contained() -> Iterator[None]:
     """Keeps lm-eval's habits inside: printing, progress bars where nobody looks, seeding, setting variables."""
     screen = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    environment, python, numpy = dict(os.environ), random.getstate(), np.random.get_state()
+    environment, state = dict(os.environ), random.getstate()
     logger = logging.getLogger("lm_eval")
     level = logger.level
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
@@ -215,8 +214,7 @@ def _contained() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-            random.setstate(python)
-            np.random.set_state(numpy)
+            random.setstate(state)
             for name in os.environ.keys() - environment.keys():
                 del os.environ[name]
             os.environ.update(environment)
