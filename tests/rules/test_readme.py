@@ -37,9 +37,8 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a tiny model called `smollm2` (a folder wins over the name) and the README's recipe."""
+    """A working folder with the README's recipe, made short."""
     monkeypatch.chdir(tmp_path)
-    save_tiny("llama", tmp_path / "smollm2", hidden_size=64, intermediate_size=96, num_key_value_heads=4)
     [text] = blocks("yaml")
     (tmp_path / "recipe.yaml").write_text(dump(parse_recipe(text, settings=SHORT)))
     (tmp_path / "small").mkdir()
@@ -48,6 +47,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_programs_run(place: Path) -> None:
     (place / "small").rmdir()
+    # a folder wins over the name of the embedded model
+    save_tiny("llama", place / "smollm2", hidden_size=64, intermediate_size=96, num_key_value_heads=4)
     names: dict[str, object] = {}
     for program in blocks("python"):
         exec(compile(program, "README.md", "exec"), names)

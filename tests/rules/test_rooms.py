@@ -35,6 +35,9 @@ ROOMS = (
     "evaluate",
     "report",
     "driver",  # model + recipe -> checkpoint + report
+    "scoring",  # a model by its name, scored
+    "terminal",  # how a command speaks and ends
+    "tables",  # plans, reports and scores for people
     "cli",
 )
 # A method shares code with others through the files of methods/ that register none. The one exception:
