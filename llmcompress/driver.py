@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,15 +127,13 @@ def _teacher(source: Source) -> PreTrainedModel:
 
 
 def _blocks(job: Job, tokens: CalibrationTokens | None, device: str, progress: Progress | None) -> Iterator[Block]:
-    """The walk over the model; without tokens, blocks with empty moments."""
+    """The walk over the model; without tokens, the moments are empty."""
     recipe = job.recipe
-    if tokens is None:
-        raise NotImplementedError
-    yield from walk(
+    return walk(
         job.source,
         job.arch,
-        tokens.sequences,
-        held_out=tokens.held_out,
+        None if tokens is None else tokens.sequences,
+        held_out=0 if tokens is None else tokens.held_out,
         needs=job.needs(),
         cap=recipe.cap,
         prefix=recipe.prefix,
@@ -230,9 +228,7 @@ COMPANIONS = {".json", ".jinja", ".model", ".tiktoken", ".txt"}  # tokenizer, ch
 OURS = {"config.json", "model.safetensors.index.json", reports.FILE, "manifest.json"}
 
 
-def _report(
-    job: Job, tokens: CalibrationTokens | None, rows: list[LayerReport], size: int, seconds: float
-) -> Report:
+def _report(job: Job, tokens: CalibrationTokens | None, rows: list[LayerReport], size: int, seconds: float) -> Report:
     fallbacks = [row.name for row in rows if row.fallback]
     if len(fallbacks) > job.recipe.gates.max_fallback_layers * len(rows):
         raise NumericsError(

@@ -84,7 +84,5 @@ def _empty(model: nn.Module, name: str, layout: Layout) -> CompressedLinear:
     return CompressedLinear(layout, bias, device=torch.device("meta"))
 
 
-def register() -> None:
-    """Makes transformers know our checkpoints; safe to call again."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(NAME, LLMCompressConfig)
-    AUTO_QUANTIZER_MAPPING.setdefault(NAME, LLMCompressQuantizer)
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(NAME, LLMCompressConfig)
+AUTO_QUANTIZER_MAPPING.setdefault(NAME, LLMCompressQuantizer)

@@ -35,7 +35,11 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """The entry for a checkpoint's config."""
-        return {"size": list(self.size), "header": self.header, "tensors": {k: list(v) for k, v in self.tensors.items()}}
+        return {
+            "size": list(self.size),
+            "header": self.header,
+            "tensors": {k: list(v) for k, v in self.tensors.items()},
+        }
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Layout:

@@ -74,13 +74,16 @@ class Job:
         """The statistics that each compressed linear's methods read, and those its error is computed from."""
         known = methods()
         extra = {"outer", "cross"} if self.recipe.asymmetric else {"outer"}
-        return {name: frozenset(extra).union(*(known[s.method].needs for s in steps)) for name, steps in self.steps.items()}
+        return {
+            name: frozenset(extra).union(*(known[s.method].needs for s in steps)) for name, steps in self.steps.items()
+        }
 
 
 def lay(source: Source, recipe: Recipe) -> Job:
     """The recipe laid over the model. Raises InputError for a model that is not understood."""
     arch = architecture(source.config, source.skeleton())
-    return Job(source, arch, recipe, assign(recipe, list(arch.linears())))
+    others = [linear.name for linear in arch.outside] + [name.rpartition(".")[0] for name in source.tensors]
+    return Job(source, arch, recipe, assign(recipe, list(arch.linears()), others))
 
 
 def plan_of(job: Job) -> Plan:
@@ -93,7 +96,9 @@ def plan_of(job: Job) -> Plan:
         count = bits(stored)
         rows.append(LayerPlan(name, size, tuple(s.method for s in steps), count, count / prod(size), describe(stored)))
     if not rows:
-        raise RecipeError(f"recipe {job.recipe.name!r} compresses no layer of {job.source.name}; give a rule with steps")
+        raise RecipeError(
+            f"recipe {job.recipe.name!r} compresses no layer of {job.source.name}; give a rule with steps"
+        )
     weights = sum(prod(row.shape) for row in rows)
     stored_bits = sum(row.bits for row in rows)
     # what a run leaves as it is keeps its own type

@@ -6,12 +6,14 @@ llmcompress` leaves a finder that waits for that one module and adds ours behind
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
 REGISTRY = "transformers.quantizers.auto"
+PLUGIN = "llmcompress.hf"  # registers itself when it is imported
 
 
 class _Then(Loader):
@@ -25,7 +27,7 @@ class _Then(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _register()
+        import_module(PLUGIN)
 
 
 class _Waiting(MetaPathFinder):
@@ -46,12 +48,6 @@ class _Waiting(MetaPathFinder):
 def install() -> None:
     """Registers now if transformers' registry is loaded, else when it will be; safe to call again."""
     if REGISTRY in sys.modules:
-        _register()
+        import_module(PLUGIN)
     elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Waiting())
-
-
-def _register() -> None:
-    from llmcompress.hf import register
-
-    register()

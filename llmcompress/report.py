@@ -57,7 +57,8 @@ class Report:
     def from_json(entries: dict[str, Any]) -> Report:
         """The inverse of `to_json`. Raises InputError for entries of another form."""
         try:
-            layers = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in entries["layers"]]
+            tuples = [{**row, "shape": tuple(row["shape"]), "steps": tuple(row["steps"])} for row in entries["layers"]]
+            layers = [LayerReport(**row) for row in tuples]
             return Report(**{**entries, "layers": tuple(layers), "warnings": tuple(entries["warnings"])})
         except (KeyError, TypeError) as error:
             raise InputError(f"{FILE} is not a report of this version of llmcompress ({error})") from error
@@ -68,7 +69,9 @@ def read(folder: Path) -> Report:
     try:
         return Report.from_json(read_json(folder / FILE))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no {FILE}, so it was not written by llmcompress; give such a folder") from error
+        raise InputError(
+            f"{folder} holds no {FILE}, so it was not written by llmcompress; give such a folder"
+        ) from error
 
 
 def versions() -> dict[str, str]:
