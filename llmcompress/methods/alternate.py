@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
+from llmcompress.errors import RecipeError
 from llmcompress.layer import Layer, StepConfig, method, methods, relative_error, step
 from llmcompress.methods.low_rank import LowRankConfig
-from llmcompress.methods.rotate import Rotate
-from llmcompress.weight import Weight
+from llmcompress.weight import Rotated, Weight
+
+ROTATES = "its base is a rotation; make that a step of its own, before alternate"
 
 
 class Alternate(StepConfig):
@@ -34,7 +36,7 @@ class Alternate(StepConfig):
     @field_validator("base")
     @classmethod
     def _is_base(cls, value: StepConfig) -> StepConfig:
-        if isinstance(value, LowRankConfig | Rotate):
+        if isinstance(value, LowRankConfig):
             raise ValueError(f"base is the method {value.method!r}, which makes no base")
         return value
 
@@ -47,7 +49,10 @@ class Alternate(StepConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        return self.low_rank.sketch(self.base.sketch(approx))
+        base = self.base.sketch(approx)
+        if isinstance(base, Rotated):
+            raise RecipeError(ROTATES)
+        return self.low_rank.sketch(base)
 
 
 @method("alternate", Alternate, needs={"outer"})
@@ -57,6 +62,8 @@ def alternate(layer: Layer, config: Alternate) -> Layer:
     for _ in range(config.rounds):
         for half in (config.base, config.low_rank):
             layer = methods()[half.method].run(layer, half)
+        if layer.rotation is not best.rotation:
+            raise RecipeError(ROTATES)
         error = relative_error(layer.weight, layer.approx, layer.inputs)
         if error < best_error:
             best, best_error = layer, error

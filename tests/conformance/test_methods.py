@@ -346,6 +346,18 @@ def test_the_plan_refuses_what_the_run_refuses(steps: tuple[Step, ...]) -> None:
     assert refusal(SIZE, *steps) is not None, "plan promises what the run cannot do"
 
 
+def test_a_rotation_is_not_a_base_to_alternate_with() -> None:
+    turning = {"method": "alternate", "base": ROTATE, "low_rank": {"method": "svd", "rank": 1}, "rounds": 1}
+    assert "a step of its own" in str(refusal(SIZE, turning))
+    with pytest.raises(RecipeError, match="a step of its own"):
+        compressed(gaussian(*SIZE), calibration(SIZE[1]), turning)
+    for base in ("svd", "eora"):
+        with pytest.raises(ValueError, match="makes no base"):
+            step({**turning, "base": {"method": base, "rank": 1}})
+    with pytest.raises(ValueError, match="makes no low-rank term"):
+        step({**turning, "low_rank": {"method": "rtn"}})
+
+
 def test_unknown_methods_and_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="did you mean 'gptq'"):
         step({"method": "gptg"})
