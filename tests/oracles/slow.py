@@ -117,7 +117,8 @@ def slow_gptq(
 def slow_sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float | tuple[int, int], span: int) -> Tensor:
     """SparseGPT (arXiv 2301.00774, alg. 1): mask by w^2 / P_00 at the start of every `span` columns, values by OBS.
 
-    A fraction is pruned over all rows of a span at once; `(kept, group)` keeps that many of a row's group, group = span.
+    A fraction is pruned over all rows of a span at once; `(kept, group)` keeps that many of a row's group, and the span
+    is the group.
     """
     keep = torch.ones(weight.shape, dtype=torch.bool)
 
