@@ -82,8 +82,8 @@ class Writer:
             self._shard(index).rename(self.folder / name)
         total = sum(sum(part.values()) for part in self.parts)
         weight_map = {key: name for name, part in zip(names, self.parts, strict=True) for key in part}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        self.write("model.safetensors.index.json", json.dumps(index, indent=2))
+        listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        self.write("model.safetensors.index.json", json.dumps(listing, indent=2))
         return sum((self.folder / name).stat().st_size for name in names)
 
 

@@ -30,7 +30,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
                 f"this checkpoint has format version {format_version}, this llmcompress reads {FORMAT_VERSION}; "
                 f"install the version of llmcompress that wrote it"
             )
-        self.quant_method = NAME
+        self.quant_method = NAME  # type: ignore[assignment]  # an enum of the built-in methods; a string works
         self.format_version = format_version
         self.layers = dict(layers or {})
         self.versions = more.get("versions", {})
@@ -49,6 +49,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
 class LLMCompressQuantizer(HfQuantizer):
     """Puts compressed linears into a model that transformers is about to load."""
 
+    quantization_config: LLMCompressConfig
     requires_calibration = True  # refuses from_pretrained(dense, quantization_config=...): compress first
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

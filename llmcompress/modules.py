@@ -94,7 +94,7 @@ class CompressedLinear(nn.Linear):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype or tensor is self.bias else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return]
+        return super()._apply(keep_dtype, recurse)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

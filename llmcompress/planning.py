@@ -38,7 +38,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run. `bytes` of the weights on disk; `seconds` and `peak_memory_bytes` are estimates for this machine."""
+    """The whole run. `bytes`: of the weights on disk. `seconds`, `peak_memory_bytes`: estimates for this machine."""
 
     model: str
     recipe: str

@@ -18,7 +18,7 @@ PACKAGES = ("llmcompress", "torch", "transformers", "safetensors")
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear. Errors are relative output errors |(W - W_approx) X|^2 / |W X|^2, on calibration and held-out text."""
+    """One linear. Errors: relative output errors |(W - W_approx) X|^2 / |W X|^2, on calibration and held-out text."""
 
     name: str
     shape: tuple[int, int]  # (out, in)
@@ -32,7 +32,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """A compression run. `bpw`: stored bits of the compressed linears / their weights; `model_bpw`: of the whole file."""
+    """A run. `bpw`: stored bits of the compressed linears / their weights; `model_bpw`: file bits / all parameters."""
 
     model: str
     revision: str | None

@@ -148,9 +148,7 @@ def test_layers_that_no_rule_compresses_are_reported(folder: Path, tmp_path: Pat
     assert lc.compress(folder, recipe(text, rules=rules), tmp_path / "out").report.warnings == planned.warnings
 
 
-def test_an_idle_pattern_is_a_warning_in_the_plan_and_an_error_in_the_run(
-    folder: Path, tmp_path: Path, text: Path
-) -> None:
+def test_an_idle_pattern_warns_in_the_plan_and_stops_the_run(folder: Path, tmp_path: Path, text: Path) -> None:
     rules = [{"match": "*.attn.v", "steps": ROTATED}, {"match": "*", "steps": ROTATED}]
     assert any("*.attn.v" in warning for warning in lc.plan(folder, recipe(text, rules=rules)).warnings)
     with pytest.raises(RecipeError, match="nearest name"):
