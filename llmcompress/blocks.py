@@ -7,6 +7,8 @@ blocks cannot be run that way is refused.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -199,10 +201,14 @@ def load(module: nn.Module, path: str, source: Source, device: torch.device, ski
 
 
 def drop(module: nn.Module, skip: nn.Module | None = None) -> None:
-    """Puts the weights of `module` back on meta."""
+    """Puts the weights of `module` back on meta, and gives the memory back to the system."""
     for _, owner in _owners(module, "", skip):
         for leaf, parameter in list(owner.named_parameters(recurse=False)):
             setattr(owner, leaf, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+    # glibc keeps what lies between long-lived allocations: without this, 24 blocks of 28 MB left 370 MB behind
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _owners(module: nn.Module, path: str, skip: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:

@@ -86,7 +86,7 @@ class Block:
 def walk(
     source: Source,
     arch: Architecture,
-    sequences: Tensor,
+    sequences: Tensor | None,
     *,
     held_out: int = 0,
     needs: Needs = frozenset(),
@@ -99,7 +99,8 @@ def walk(
 ) -> Iterator[Block]:
     """Yields the model's blocks in depth order, each with the moments of its linears' inputs.
 
-    `sequences`: token ids `[sequences, length]`, the last `held_out` of which are only measured on. `needs`: the
+    `sequences`: token ids `[sequences, length]`, the last `held_out` of which are only measured on; None for methods
+    without data: then nothing is run, and the moments are of no tokens. `needs`: the
     statistics every linear's method reads, or those of each linear by module path; groups of linears that are not
     named are left out. `cap`: see `moments.capped_weights`; None weighs all tokens alike. `prefix`: whether a block's
     inputs come from the blocks as the caller left them, or from the dense ones. `dense_stream`: carry the dense
@@ -112,6 +113,9 @@ def walk(
     if dense_stream and prefix == "dense":
         raise ValueError("a dense stream beside a dense prefix would be the same stream twice")
     model = source.skeleton()
+    if sequences is None:
+        yield from _without_data(model, source, arch, needs, torch.device(device), progress)
+        return
     _check_sequences(model, sequences, held_out)
     batches = _batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
     hidden, calls = embed(model, source, arch, sequences, batches, torch.device(device))
@@ -136,6 +140,25 @@ def walk(
         if progress is not None:
             seconds = max(time.monotonic() - started, 1e-9)
             progress(index + 1, len(arch.blocks), (index + 1) * sequences.numel() / seconds)
+
+
+def _without_data(
+    model: PreTrainedModel,
+    source: Source,
+    arch: Architecture,
+    needs: Needs,
+    device: torch.device,
+    progress: Progress | None,
+) -> Iterator[Block]:
+    linears = arch.linears()
+    for index, layout in enumerate(arch.blocks):
+        module = model.get_submodule(layout.path)
+        load(module, layout.path, source, device)
+        groups = tuple(InputGroup(names, Moments(0.0), None) for names in _wanted(layout, needs))
+        yield Block(index, layout.path, module, groups, torch.empty(0), linears)
+        drop(module)
+        if progress is not None:
+            progress(index + 1, len(arch.blocks), 0.0)
 
 
 @torch.no_grad()

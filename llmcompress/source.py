@@ -315,9 +315,10 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} is damaged ({_reason(error)}); download or copy it again")
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what a library said."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _reason(error: Exception, most: int = 200) -> str:
+    """What a library said, on one line of at most `most` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= most else f"{text[:most]}...").rstrip(".")
 
 
 def _listed(names: Iterable[str], most: int = 3) -> str:
