@@ -37,16 +37,18 @@ class Moments:
     ) -> Moments:
         """The moments of `x [tokens, in]`, with token `weights [tokens]`; `dense_inputs` like x, for `cross`."""
         tokens = float(len(x))
+        x = x.float()  # float16 squares overflow from 256 on
+        dense_inputs = None if dense_inputs is None else dense_inputs.float()
         if weights is not None:
             tokens = float(weights.sum())
-            root = weights.sqrt().to(x.dtype)[:, None]
+            root = weights.float().sqrt()[:, None]
             x = x * root
             dense_inputs = None if dense_inputs is None else dense_inputs * root
         return Moments(
             tokens,
             square=x.square().sum(0) if "square" in needs else None,
-            outer=(x.T @ x).float() if "outer" in needs else None,
-            cross=(dense_inputs.T @ x).float() if "cross" in needs and dense_inputs is not None else None,
+            outer=x.T @ x if "outer" in needs else None,
+            cross=dense_inputs.T @ x if "cross" in needs and dense_inputs is not None else None,
         )
 
     def __add__(self, other: Moments) -> Moments:

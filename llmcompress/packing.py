@@ -31,8 +31,8 @@ def packed_bits(levels: int, count: int) -> int:
 def pack(codes: Tensor, levels: int) -> Tensor:
     """Codes of any shape, each in [0, levels), as a flat uint8 tensor. Raises ValueError for a code out of range."""
     flat = codes.reshape(-1)
-    if flat.numel() and int(flat.max()) >= levels:
-        raise ValueError(f"code {int(flat.max())} does not fit in {levels} levels")
+    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < levels:
+        raise ValueError(f"codes {int(flat.min())}..{int(flat.max())} do not fit in {levels} levels")
     digits = digits_per_byte(levels)
     if digits:
         powers = torch.tensor([levels**k for k in range(digits)], dtype=torch.int32)

@@ -79,11 +79,18 @@ def test_only_what_was_asked_for_is_kept() -> None:
     assert Moments.of(x, frozenset({"cross"})).cross is None, "there is no cross moment without dense inputs"
 
 
-def test_half_precision_inputs_give_float32_moments() -> None:
-    x = torch.full((4096, WIDTH), 0.5, dtype=torch.float16)
-    m = Moments.of(x.float(), frozenset({"square", "outer"}))
-    assert m.outer is not None and m.outer.dtype == torch.float32
-    assert float(m.outer[0, 1]) == 1024.0
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_half_precision_inputs_are_summed_in_float32(dtype: torch.dtype, weighted: bool) -> None:
+    """300 squared is beyond float16, and bfloat16 stops counting ones at 256."""
+    x = torch.full((1000, WIDTH), 300.0, dtype=dtype)
+    weights = torch.full((1000,), 4.0) if weighted else None
+    m = Moments.of(x, STATISTICS, weights, dense_inputs=x)
+    for sums in (m.square, m.outer, m.cross):
+        assert sums is not None and sums.dtype == torch.float32
+        assert bool(
+            (sums == 1000 * (300.0 if dtype == torch.float16 else float(x[0, 0])) ** 2 * (4 if weighted else 1)).all()
+        )
 
 
 def test_what_is_remembered_is_computed_once_and_not_carried_into_a_sum() -> None:

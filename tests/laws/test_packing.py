@@ -55,5 +55,7 @@ def test_any_shape_is_packed_in_row_order() -> None:
 
 @pytest.mark.parametrize("levels", [2, 3, 6, 200])
 def test_a_code_out_of_range_is_refused(levels: int) -> None:
-    with pytest.raises(ValueError, match=f"does not fit in {levels} levels"):
+    with pytest.raises(ValueError, match=rf"codes 0\.\.{levels} do not fit in {levels} levels"):
         pack(torch.tensor([0, levels], dtype=torch.uint8), levels)
+    with pytest.raises(ValueError, match=f"codes -1..0 do not fit in {levels} levels"):
+        pack(torch.tensor([0, -1]), levels)
