@@ -1,0 +1,212 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from llmcompress.tables import plan_view, report_view, score_view, summarized
+from llmcompress.terminal import Terminal
+
+
+class Commands(TyperGroup):
+    """The commands; with `--json`, mistakes in the arguments are a JSON object too."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Runs the command line and exits, as typer does."""
+        words = sys.argv[1:] if args is None else list(args)
+        as_json = standalone_mode and "--json" in words
+        try:
+            code = super().main(
+                args, prog_name, complete_var, standalone_mode and not as_json, windows_expand_args, **extra
+            )
+        except typer.TyperException as error:
+            if not as_json:
+                raise
+            code, message = error.exit_code, error.format_message()
+            typer.echo(json.dumps({"error": {"code": code, "message": message}}, indent=2))
+            typer.echo(f"[{code}] {message}", err=True)
+        if not as_json:
+            return code
+        sys.exit(code)
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Makes a Hugging Face language model smaller and tells you what that cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"token_normalize_func": lambda word: word.replace("_", "-")},
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a Hub id (org/name, org/name@revision) or smollm2.")
+]
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override the recipe, as in rules[0].steps[1].rank=16; repeatable."
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="Override the recipe's seed.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, all else on stderr.")]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Every layer; -vv: tracebacks too.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and JSON).")]
+
+
+@app.command()
+def compress(
+    model: Model,
+    recipe: RecipeFile,
+    output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
+    settings: Settings = None,
+    revision: Revision = None,
+    seed: Seed = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Compress MODEL as RECIPE says into the folder OUT, which is there when it is complete.
+
+    Example: llmcompress compress smollm2 recipe.yaml -o small --set rules[0].steps[0].bits=4
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.driver import compress as run
+        from llmcompress.recipe import read_recipe
+
+        asked = read_recipe(recipe, _settings(settings, seed))
+        result = run(model, asked, output, revision=revision, device=device, progress=terminal.progress)
+        terminal.warn(summarized(result.report.warnings))
+        terminal.show(result.report.to_json(), report_view)
+        if not as_json and not quiet:
+            typer.echo(f"next    llmcompress eval {output} --against {model}")
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeFile,
+    settings: Settings = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Say what RECIPE would do to each layer of MODEL, and what that takes; reads headers only, writes nothing.
+
+    Example: llmcompress plan smollm2 recipe.yaml
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.driver import plan as run
+        from llmcompress.recipe import read_recipe
+
+        found = run(model, read_recipe(recipe, _settings(settings)), revision)
+        terminal.warn(summarized(found.warnings))
+        terminal.show(found.to_json(), plan_view)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Show what is inside a compressed checkpoint: expressions, bits and errors by layer, and its recipe.
+
+    Example: llmcompress inspect small -v
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress import report
+        from llmcompress.recipe import dump, read_recipe
+
+        found = report.read(folder)
+        recipe = read_recipe(folder / report.RECIPE)
+        terminal.warn(summarized(found.warnings))
+        values = found.to_json() | ({"recipe": recipe.model_dump(mode="json")} if as_json else {})
+        terminal.show(values, report_view)
+        if not as_json and not quiet:
+            typer.echo("\n" + dump(recipe), nl=False)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text for perplexity; by default documentation of Python.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks or task files, separated by commas.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Items per task, or a share; not a result to quote.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in a task's prompt; by default the task's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of tasks; moves their scores a little.")] = 8,
+    against: Annotated[
+        str | None, typer.Option(metavar="DENSE", help="Also KL and top-1 agreement with this model.")
+    ] = None,
+    revision: Revision = None,
+    seed: Annotated[int, typer.Option(help="Of few-shot examples and samples.")] = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Score MODEL, dense or compressed: perplexity, tasks, and the distance to the dense model.
+
+    Example: llmcompress eval small --against smollm2 --tasks arc_easy --limit 100
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.scoring import score
+
+        found = score(
+            model,
+            revision=revision,
+            against=against,
+            text=text,
+            windows=windows,
+            length=length,
+            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+            limit=int(limit) if limit is not None and limit >= 1 else limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+        )
+        terminal.show(found, score_view)
+
+
+def main() -> None:
+    """The program `llmcompress`."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    app()
+
+
+def _settings(settings: list[str] | None, seed: int | None = None) -> list[str]:
+    return [*(settings or ()), *([] if seed is None else [f"seed={seed}"])]

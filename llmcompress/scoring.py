@@ -1,0 +1,121 @@
+"""A model by its name, scored: quality beside size, for `llmcompress eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from llmcompress import report as reports
+from llmcompress.architecture import architecture
+from llmcompress.errors import InputError
+from llmcompress.evaluate import evaluate
+from llmcompress.locate import Place, locate
+from llmcompress.source import Source, open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model takes. `bpw`: bits per weight of the decoder's linears, None where they cannot be told apart."""
+
+    bytes: int
+    bpw: float | None
+    model_bpw: float
+
+
+def score(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    against: str | None = None,
+    text: Path | None = None,
+    windows: int = 32,
+    length: int = 1024,
+    tasks: Sequence[str] = (),
+    limit: int | float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What `evaluate` finds of a dense or compressed model, in float32, with its bytes, bpw and model_bpw.
+
+    `against` is the dense model that KL and top-1 agreement are measured from. Raises InputError for a model that
+    cannot be loaded.
+    """
+    place = locate(str(model), revision)
+    teacher = None if against is None else locate(against)
+    size = size_of(place)
+    found = evaluate(
+        load(place, device),
+        load_tokenizer(place),
+        text,
+        windows=windows,
+        length=length,
+        tasks=tasks,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        against=None if teacher is None else load(teacher, device),
+        seed=seed,
+    )
+    return found | {"bytes": size.bytes, "bpw": size.bpw, "model_bpw": size.model_bpw}
+
+
+def size_of(place: Place) -> Size:
+    """From the report of a compressed checkpoint, else from the headers of a dense one, which is checked thereby."""
+    if (place.folder / reports.FILE).is_file():
+        report = reports.read(place.folder)
+        return Size(report.bytes, report.bpw, report.model_bpw)
+    source = open_source(place)
+    return Size(source.bytes, _dense_bpw(source), source.bytes * 8 / source.parameters)
+
+
+def load(place: Place, device: str = "cpu") -> PreTrainedModel:
+    """The model in float32, in eval mode. Raises InputError when it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            place.folder, dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"{place.name} cannot be loaded ({_first_line(error)}); download or write it again") from error
+    placed: nn.Module = model
+    placed.to(device)
+    return model.eval()
+
+
+def load_tokenizer(place: Place) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises InputError when its files are missing or damaged."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place.folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            f"{place.name} has no tokenizer that can be read ({_first_line(error)}); put its files beside the weights"
+        ) from error
+    return tokenizer
+
+
+def _dense_bpw(source: Source) -> float | None:
+    try:
+        linears = architecture(source.config, source.skeleton()).linears()
+    except InputError:  # it can be scored all the same
+        return None
+    headers = [source.tensors[f"{name}.weight"] for name in linears]
+    values = sum(torch.Size(header.shape).numel() for header in headers)
+    return sum(header.bytes for header in headers) * 8 / values
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,122 @@
+"""Plans, reports and scores as people read them on a terminal; every view takes the object that `--json` prints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.terminal import duration
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+Row = dict[str, Any]
+
+
+def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
+    """What would happen to each layer, and the sizes. Layers that only differ in the block's number share a line."""
+    yield f"plan    {plan['recipe']} on {plan['model']}"
+    table = _table(("layers", "", "shape", "steps", "bpw", "stored as"), right=(1, 4))
+    for name, rows in grouped(plan["layers"], ("shape", "steps", "bits"), every):
+        row = rows[0]
+        table.add_row(name, _times(rows), _shape(row), _steps(row), f"{row['bpw']:.3f}", row["description"])
+    yield table
+    yield f"sizes   {_sizes(plan)}"
+    yield f"needs   about {_bytes(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}"
+
+
+def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
+    """What was done to each layer and how well it went, then the sizes, the text and the cost."""
+    yield f"recipe  {report['recipe']} on {report['model']}" + (f" at {report['revision']}" * bool(report["revision"]))
+    headings = ("layers", "", "shape", "steps", "bpw", "error", "held out", "worst", "stored as")
+    table = _table(headings, right=(1, 4, 5, 6, 7))
+    for name, rows in grouped(report["layers"], ("shape", "steps"), every):
+        fitted, unseen = [row["error"] for row in rows], [row["error_heldout"] for row in rows]
+        seen = [value for value in unseen if value is not None]
+        bpw = sum(row["bpw"] for row in rows) / len(rows)
+        held_out, worst = (f"{median(seen):.4f}", f"{max(seen):.4f}") if seen else ("", f"{max(fitted):.4f}")
+        cells = (f"{bpw:.3f}", f"{median(fitted):.4f}", held_out, worst)
+        table.add_row(name, _times(rows), _shape(rows[0]), _steps(rows[0]), *cells, rows[0]["stored"])
+    yield table
+    yield f"sizes   {_sizes(report)}"
+    if (text := report["calibration"]) is not None:
+        yield f"data    {text['source']} · {text['tokens']:,} tokens · sha256 {text['hash'][:12]}…"
+    fallbacks = [row for row in report["layers"] if row["fallback"]]
+    yield from (f"note    {row['name']}: {row['fallback']}" for row in fallbacks)
+    yield f"cost    {duration(report['seconds'])} · {_bytes(report['peak_memory_bytes'])} of memory at the peak"
+
+
+def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
+    """A model's quality beside its size."""
+    yield f"size    {_bytes(scores['bytes'])} · {_number(scores['bpw'])} bpw · model_bpw {_number(scores['model_bpw'])}"
+    yield f"text    perplexity {scores['perplexity']:.3f} over {scores['tokens']:,} tokens"
+    if scores["kl"] is not None:
+        yield f"dense   KL {scores['kl']:.4f} nats/token · top-1 agreement {scores['top1_agreement']:.4f}"
+    if scores["tasks"]:
+        table = _table(("task", "metric", "value"), right=(2,))
+        for task, metrics in scores["tasks"].items():
+            for metric, value in metrics.items():
+                table.add_row(task, metric, f"{value:,.4f}".rstrip("0").rstrip("."))
+        yield table
+
+
+def grouped(rows: Sequence[Row], same: Sequence[str], every: bool = False) -> Iterator[tuple[str, list[Row]]]:
+    """Rows in order, those together that agree in `same` and in their name up to numbers: ("layers.*.q_proj", rows)."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        name = row["name"] if every else starred(row["name"])
+        groups.setdefault((name, *(repr(row[key]) for key in same)), []).append(row)
+    for (name, *_), members in groups.items():
+        yield (members[0]["name"] if len(members) == 1 else name), members
+
+
+def summarized(sentences: Iterable[str]) -> list[str]:
+    """Sentences that only differ in a block's number, said once with their count."""
+    groups: dict[str, list[str]] = {}
+    for sentence in sentences:
+        groups.setdefault(starred(sentence), []).append(sentence)
+    return [same[0] if len(same) == 1 else f"{text} ({len(same)} times)" for text, same in groups.items()]
+
+
+def starred(name: str) -> str:
+    """The module path with a star for every number."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _table(headings: Sequence[str], right: Sequence[int]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index in right else "left", overflow="fold")
+    return table
+
+
+def _sizes(values: Row) -> str:
+    return (
+        f"{_bytes(values['dense_bytes'])} -> {_bytes(values['bytes'])} · "
+        f"{_number(values['bpw'])} bpw · model_bpw {_number(values['model_bpw'])}"
+    )
+
+
+def _times(rows: Sequence[Row]) -> str:
+    return f"x{len(rows)}" if len(rows) > 1 else ""
+
+
+def _shape(row: Row) -> str:
+    return " x ".join(map(str, row["shape"]))
+
+
+def _steps(row: Row) -> str:
+    return ", ".join(row["steps"]) or "stays dense"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3f}"

@@ -1,0 +1,194 @@
+"""How a command speaks and ends: the result on standard output, all else on standard error, an exit code for its end.
+
+With `--json`, standard output carries one JSON object and nothing else, whatever libraries print meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+import typer
+
+from llmcompress.errors import DiskError, LLMCompressError, MemoryLimitError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import Progress
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch says it in a RuntimeError
+WIDE = 160  # columns, where the output is not a terminal
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; raised in the main thread, so that everything half-done is cleaned up."""
+
+
+class Terminal:
+    """The surroundings of one command, as a context.
+
+    Errors inside become a line on standard error, or `{"error": {"code", "message"}}` as the JSON object, and an exit
+    code. An error that no one foresaw keeps its traceback.
+    """
+
+    def __init__(self, as_json: bool = False, verbose: int = 0, quiet: bool = False) -> None:
+        self.as_json, self.verbose, self.quiet = as_json, verbose, quiet
+        self._output: TextIO = sys.stdout
+        self._descriptor: int | None = None
+        self._previous: Any = None
+        self._result: dict[str, Any] | None = None
+        self._bar: Progress | None = None
+        self._first: tuple[int, float] | None = None  # blocks done at the first report, and when that was
+
+    def __enter__(self) -> Self:
+        self._output = sys.stdout
+        if self.as_json:
+            sys.stdout.flush()
+            self._descriptor = os.dup(1)
+            os.dup2(2, 1)
+            sys.stdout = sys.stderr
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, _terminate)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+        if error is None:
+            if self._result is not None:
+                self._emit(self._result)
+            return
+        if isinstance(error, typer.Exit):
+            return
+        found = verdict(error)
+        code, message = found or (1, f"{type(error).__name__}: {error}")
+        if self.as_json and not isinstance(error, BrokenPipeError):
+            self._emit({"error": {"code": code, "message": message}})
+        if found is None:
+            return
+        if self.verbose > 1:
+            typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+        typer.echo(f"[{code}] {message}", err=True)
+        raise typer.Exit(code) from None
+
+    def show(self, values: dict[str, Any], view: Callable[[dict[str, Any], bool], Iterable[RenderableType]]) -> None:
+        """Prints a result: `values` as JSON, or what `view(values, every layer?)` makes of them for people."""
+        self._stop_bar()
+        if self.as_json:
+            self._result = values  # written when the command has ended well, and no library can print any more
+        elif not self.quiet:
+            from rich.console import Console
+
+            width = None if self._output.isatty() else WIDE
+            console = Console(file=self._output, width=width, highlight=False, markup=False)
+            for part in view(values, self.verbose > 0):
+                console.print(part)
+
+    def warn(self, sentences: Iterable[str]) -> None:
+        """Prints warnings on standard error."""
+        for sentence in () if self.quiet else sentences:
+            typer.echo(f"warning: {sentence}", err=True)
+
+    def progress(self, done: int, total: int, tokens_per_second: float) -> None:
+        """Reports blocks done: a bar on a terminal, else a line for every tenth."""
+        if self.quiet:
+            return
+        text = f"block {done}/{total} · {tokens_per_second:,.0f} tokens/s{self._remaining(done, total)}"
+        if sys.stderr.isatty():
+            self._draw(done, total, text)
+        elif done == total or done * 10 // total > (done - 1) * 10 // total:
+            typer.echo(text, err=True)
+
+    def _remaining(self, done: int, total: int) -> str:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (done, now)
+        before, then = self._first
+        if done in (before, total):
+            return ""
+        return f" · eta {duration((now - then) / (done - before) * (total - done))}"
+
+    def _draw(self, done: int, total: int, text: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        if self._bar is None:
+            console = Console(file=sys.stderr, highlight=False, markup=False)
+            self._bar = Progress(
+                BarColumn(), TextColumn("{task.percentage:>3.0f} %  {task.description}"), console=console
+            )
+            self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=done, description=text)
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _restore(self) -> None:
+        self._stop_bar()
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+        if self._descriptor is not None:
+            ctypes.CDLL(None).fflush(None)  # what C libraries printed is still in their buffer
+            os.dup2(self._descriptor, 1)
+            os.close(self._descriptor)
+            sys.stdout = self._output
+
+    def _emit(self, values: dict[str, Any]) -> None:
+        self._output.write(json.dumps(_finite(values), indent=2) + "\n")
+        self._output.flush()
+
+
+def verdict(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the sentence for an error that a user can do something about; None for any other."""
+    match error:
+        case LLMCompressError():
+            return error.exit_code, str(error)
+        case KeyboardInterrupt():
+            return 130, "stopped from the keyboard; nothing was left behind"
+        case Terminated():
+            return 143, "stopped by a signal; nothing was left behind"
+        case OSError() if error.errno in NO_SPACE:
+            return DiskError.exit_code, f"the disk is full ({error.filename or 'no file named'}); free some space"
+        case MemoryError():
+            return MemoryLimitError.exit_code, "there is not enough memory; take a smaller model or fewer samples"
+        case RuntimeError() if any(words in str(error).lower() for words in NO_MEMORY):
+            return MemoryLimitError.exit_code, "there is not enough memory; take a smaller model or fewer samples"
+        case _:
+            return None
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "48 s", "3 min 20 s" or "1 h 2 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _finite(value: Any) -> Any:
+    """The same plain value with null for NaN and Inf, which JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,445 @@
+"""The command line: what reaches the functions behind it, what is printed where, and how every command ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import llmcompress.driver
+import llmcompress.scoring
+from llmcompress import errors
+from llmcompress.cli import app
+from llmcompress.planning import LayerPlan, Plan
+from llmcompress.recipe import dump, parse_recipe
+from llmcompress.report import FILE, RECIPE, LayerReport, Report
+from llmcompress.tables import grouped, summarized
+from llmcompress.terminal import Terminal, duration, verdict
+from tests.tiny import save_tiny
+
+TEXT = """\
+version: 1
+name: three
+calibration: {samples: 4, length: 32}
+rules:
+  - match: '*.mlp.*'
+    steps: [{method: rtn, bits: 3}, {method: svd, rank: 2}]
+"""
+COMPRESS_KEYS = {"bytes", "bpw", "model_bpw", "seconds", "peak_memory_bytes", "calibration", "layers"}
+LAYER_KEYS = {"name", "shape", "steps", "bpw", "error", "error_heldout", "fallback"}
+EVAL_KEYS = {"perplexity", "tokens", "tasks", "kl", "top1_agreement", "bytes", "bpw", "model_bpw"}
+LAYERS = [f"model.layers.{block}.mlp.{name}" for block in range(3) for name in ("up_proj", "down_proj")]
+REPORT = Report(
+    model="tiny",
+    revision=None,
+    recipe="three",
+    dense_bytes=2_000_000_000,
+    bytes=400_000,
+    bpw=3.25,
+    model_bpw=4.5,
+    parameters=1_000_000,
+    seconds=75.0,
+    peak_memory_bytes=500_000_000,
+    calibration={"source": "stdlib", "tokens": 128, "hash": "0123456789abcdef"},
+    layers=tuple(
+        LayerReport(name, (48, 32), ("rtn", "svd"), 3.25, 0.01 * index, 0.02 * index, None, "3-bit row")
+        for index, name in enumerate(LAYERS)
+    ),
+    warnings=("lm_head stays dense",),
+)
+PLAN = Plan(
+    model="tiny",
+    recipe="three",
+    layers=tuple(LayerPlan(name, (48, 32), ("rtn", "svd"), 4992, 3.25, "3-bit row [x]") for name in LAYERS),
+    bytes=400_000,
+    dense_bytes=900_000,
+    bpw=3.25,
+    model_bpw=4.5,
+    peak_memory_bytes=500_000_000,
+    seconds=3.0,
+    warnings=("pattern '*.foo' matches no linear layer", *(f"model.layers.{i}.q stays dense" for i in range(3))),
+)
+SCORES = {
+    "perplexity": 24.0061,
+    "tokens": 32736,
+    "tasks": {"arc_easy": {"acc": 0.5, "samples": 100.0}},
+    "kl": 0.1,
+    "top1_agreement": 0.9,
+    "bytes": 400_000,
+    "bpw": None,
+    "model_bpw": 4.5,
+}
+
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def run(*words: object) -> Any:
+    """The command line with these words, in this process."""
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe in a file."""
+    path = tmp_path / "three.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What the commands asked the functions behind them; those only return."""
+    made: Calls = []
+
+    def returning(value: Any) -> Callable[..., Any]:
+        def fake(*given: Any, **named: Any) -> Any:
+            made.append((given, named))
+            return value
+
+        return fake
+
+    monkeypatch.setattr(llmcompress.driver, "compress", returning(SimpleNamespace(report=REPORT)))
+    monkeypatch.setattr(llmcompress.driver, "plan", returning(PLAN))
+    monkeypatch.setattr(llmcompress.scoring, "score", returning(SCORES))
+    return made
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
+    """Makes `plan` do this."""
+    monkeypatch.setattr(llmcompress.driver, "plan", lambda *given, **named: act())
+
+
+def raising(error: BaseException) -> Callable[[], Any]:
+    """Something that raises `error`."""
+
+    def act() -> None:
+        raise error
+
+    return act
+
+
+# --- what reaches the functions -----------------------------------------------------------------------------------
+
+
+def test_compress_passes_its_options_on(recipe: Path, tmp_path: Path, calls: Calls) -> None:
+    words = ["--set", "rules[0].steps[1].rank=16", "--set", "cap=null", "--seed", 7, "--revision", "main"]
+    done = run("compress", "org/name", recipe, "-o", tmp_path / "out", *words, "--device", "cuda")
+    assert done.exit_code == 0, done.output
+    [((model, asked, output), named)] = calls
+    assert (model, output) == ("org/name", tmp_path / "out")
+    assert (asked.seed, asked.cap, asked.rules[0].steps[1].rank) == (7, None, 16)
+    assert (named["revision"], named["device"]) == ("main", "cuda")
+
+
+def test_eval_passes_its_options_on(calls: Calls) -> None:
+    words = [
+        "--text",
+        "a.txt",
+        "--windows",
+        4,
+        "--length",
+        64,
+        "--tasks",
+        "a, b",
+        "--limit",
+        20,
+        "--against",
+        "smollm2",
+    ]
+    assert run("eval", "small", *words, "--batch_size", 2, "--num_fewshot", 3).exit_code == 0
+    [((model,), named)] = calls
+    assert model == "small"
+    assert (named["text"], named["windows"], named["length"]) == (Path("a.txt"), 4, 64)
+    assert (named["tasks"], named["limit"], named["against"]) == (["a", "b"], 20, "smollm2")
+    assert isinstance(named["limit"], int)
+    assert (named["batch_size"], named["num_fewshot"]) == (2, 3)
+
+
+def test_eval_takes_a_share_as_limit_and_no_tasks(calls: Calls) -> None:
+    run("eval", "small", "--limit", 0.25)
+    assert (calls[0][1]["limit"], calls[0][1]["tasks"]) == (0.25, [])
+
+
+def test_snake_case_options_work_and_values_keep_their_underscores(recipe: Path, calls: Calls) -> None:
+    done = run("compress", "my_model", recipe, "--output_dir", "my_out", "--set", "name=a_b")
+    assert done.exit_code == 0, done.output
+    (model, asked, output), _ = calls[0]
+    assert (model, output, asked.name) == ("my_model", Path("my_out"), "a_b")
+
+
+# --- what is printed ------------------------------------------------------------------------------------------------
+
+
+def test_json_of_compress_keeps_its_contract(recipe: Path, calls: Calls) -> None:
+    done = run("compress", "tiny", recipe, "-o", "out", "--json")
+    found = json.loads(done.stdout)
+    assert found.keys() >= COMPRESS_KEYS
+    assert found["calibration"].keys() >= {"source", "tokens", "hash"}
+    assert all(row.keys() >= LAYER_KEYS for row in found["layers"])
+    assert "lm_head stays dense" in done.stderr
+
+
+def test_json_of_eval_keeps_its_contract(calls: Calls) -> None:
+    assert json.loads(run("eval", "small", "--json").stdout).keys() >= EVAL_KEYS
+
+
+def test_json_of_plan_has_every_layer_and_the_warnings(recipe: Path, calls: Calls) -> None:
+    found = json.loads(run("plan", "tiny", recipe, "--json").stdout)
+    assert [row["name"] for row in found["layers"]] == LAYERS
+    assert len(found["warnings"]) == 4
+    assert found.keys() >= {"bytes", "bpw", "model_bpw", "peak_memory_bytes", "seconds"}
+
+
+def test_json_has_null_for_numbers_that_json_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmcompress.scoring, "score", lambda *a, **k: SCORES | {"perplexity": float("inf")})
+    assert json.loads(run("eval", "small", "--json").stdout)["perplexity"] is None
+
+
+def test_inspect_shows_the_report_and_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(json.dumps(REPORT.to_json()))
+    (tmp_path / RECIPE).write_text(dump(parse_recipe(TEXT)))
+    found = json.loads(run("inspect", tmp_path, "--json").stdout)
+    assert found["recipe"]["rules"][0]["steps"][0]["bits"] == 3
+    assert len(found["layers"]) == len(LAYERS)
+    shown = run("inspect", tmp_path)
+    assert shown.exit_code == 0
+    assert "model.layers.*.mlp.up_proj" in shown.stdout
+    assert "{method: rtn, bits: 3" in shown.stdout
+
+
+def test_layers_that_differ_by_block_share_a_line_unless_asked(recipe: Path, calls: Calls) -> None:
+    short, long = run("plan", "tiny", recipe).stdout, run("plan", "tiny", recipe, "-v").stdout
+    assert "model.layers.*.mlp.up_proj" in short
+    assert "x3" in short
+    assert "3-bit row [x]" in short  # brackets are no markup
+    assert all(name in long for name in LAYERS)
+    assert "0.9 MB -> 0.4 MB · 3.250 bpw · model_bpw 4.500" in short
+    assert "500.0 MB of memory and 3 s" in short
+
+
+def test_a_report_says_sizes_quality_and_what_to_type_next(recipe: Path, calls: Calls) -> None:
+    shown = run("compress", "tiny", recipe, "-o", "out").stdout
+    for part in ("2.00 GB -> 0.4 MB", "1 min 15 s", "stdlib · 128 tokens", "llmcompress eval out --against tiny"):
+        assert part in shown
+
+
+def test_scores_are_shown(calls: Calls) -> None:
+    shown = run("eval", "small").stdout
+    for part in ("perplexity 24.006 over 32,736 tokens", "? bpw", "KL 0.1000", "arc_easy", "acc", "0.5"):
+        assert part in shown
+
+
+def test_quiet_prints_nothing(recipe: Path, calls: Calls) -> None:
+    for words in (["plan", "tiny", recipe], ["compress", "tiny", recipe, "-o", "out"], ["eval", "small"]):
+        done = run(*words, "-q")
+        assert (done.exit_code, done.output) == (0, "")
+
+
+def test_what_libraries_print_does_not_reach_the_json(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def noisy() -> Plan:
+        print("from Python")
+        os.write(1, b"from C\n")
+        return PLAN
+
+    failing(monkeypatch, noisy)
+    done = run("plan", "tiny", recipe, "--json")
+    assert json.loads(done.stdout)["recipe"] == "three"
+    assert "from Python" in done.stderr
+    captured = capfd.readouterr()
+    assert "from C" not in captured.out
+    assert "from C" in captured.err
+
+
+def test_summarized_and_grouped() -> None:
+    assert summarized(["a.1.b is odd", "x", "a.2.b is odd"]) == ["a.*.b is odd (2 times)", "x"]
+    rows = [{"name": "a.1.b", "bits": 1}, {"name": "a.2.b", "bits": 2}, {"name": "a.3.b", "bits": 1}]
+    assert [(name, len(same)) for name, same in grouped(rows, ["bits"])] == [("a.*.b", 2), ("a.2.b", 1)]
+    assert [name for name, _ in grouped(rows, ["bits"], every=True)] == ["a.1.b", "a.2.b", "a.3.b"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (59.7, "1 min 0 s"), (200, "3 min 20 s"), (3725, "1 h 2 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_progress_is_a_line_for_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    with Terminal() as terminal:
+        for done in range(1, 31):
+            terminal.progress(done, 30, 1234.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert lines[0].startswith("block 3/30 · 1,234 tokens/s · eta ")
+    assert lines[-1] == "block 30/30 · 1,234 tokens/s"
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with Terminal() as terminal:
+        for done in range(1, 4):
+            terminal.progress(done, 3, 10.0)
+    assert "100 %  block 3/3" in capsys.readouterr().err
+
+
+def test_quiet_has_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    with Terminal(quiet=True) as terminal:
+        terminal.progress(3, 3, 10.0)
+    assert capsys.readouterr().err == ""
+
+
+# --- how commands end -----------------------------------------------------------------------------------------------
+
+ENDS: list[tuple[BaseException, int, str]] = [
+    (errors.LLMCompressError("it failed"), 1, "it failed"),
+    (errors.RecipeError("bad recipe"), 2, "bad recipe"),
+    (errors.NumericsError("layer x has NaN"), 3, "layer x has NaN"),
+    (errors.DiskError("out exists"), 4, "out exists"),
+    (errors.InputError("no model"), 5, "no model"),
+    (errors.LockedError("locked"), 6, "locked"),
+    (errors.MemoryLimitError("too large"), 7, "too large"),
+    (OSError(errno.ENOSPC, "No space left on device", "out/x"), 4, "the disk is full (out/x); free some space"),
+    (MemoryError(), 7, "there is not enough memory"),
+    (
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        7,
+        "there is not enough memory",
+    ),
+    (KeyboardInterrupt(), 130, "stopped from the keyboard; nothing was left behind"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "message"), ENDS, ids=[type(error).__name__ for error, _, _ in ENDS])
+def test_errors_are_one_line_and_an_exit_code(
+    error: BaseException, code: int, message: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, raising(error))
+    done = run("plan", "tiny", recipe)
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert done.stderr.startswith(f"[{code}] {message}")
+    assert len(done.stderr.splitlines()) == 1
+    done = run("plan", "tiny", recipe, "--json")
+    assert done.exit_code == code
+    found = json.loads(done.stdout)["error"]
+    assert found["code"] == code
+    assert found["message"].startswith(message)
+
+
+def test_sigterm_unwinds_and_ends_with_143(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    failing(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    done = run("plan", "tiny", recipe, "--json")
+    assert done.exit_code == 143
+    assert json.loads(done.stdout)["error"]["code"] == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_errors_nobody_foresaw_keep_their_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, raising(ZeroDivisionError("a bug")))
+    done = run("plan", "tiny", recipe, "--json")
+    assert done.exit_code == 1
+    assert isinstance(done.exception, ZeroDivisionError)
+    assert json.loads(done.stdout) == {"error": {"code": 1, "message": "ZeroDivisionError: a bug"}}
+    assert verdict(OSError(errno.EACCES, "denied")) is None
+
+
+def test_very_verbose_shows_where_an_error_arose(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, raising(errors.InputError("no model")))
+    assert "Traceback" in run("plan", "tiny", recipe, "-vv").stderr
+    assert "Traceback" not in run("plan", "tiny", recipe, "-v").stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compress", "m", "r.yaml"], "Missing option"),
+        (["plan", "m"], "Missing argument"),
+        (["plan", "m", "r", "--sett", "a=b"], "No such option"),
+        (["eval", "m", "--windows", "0"], "Invalid value for '--windows'"),
+        (["eval", "m", "--length", "many"], "Invalid value for '--length'"),
+        (["evil", "m"], "No such command"),
+    ],
+)
+def test_mistakes_in_the_arguments_end_with_2(words: list[str], message: str) -> None:
+    done = run(*words)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert message in done.stderr
+    done = run(*words, "--json")
+    assert done.exit_code == 2
+    assert message in json.loads(done.stdout)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["plan", "smollm2", "none.yaml"], 2, "the recipe none.yaml cannot be read"),
+        (
+            ["plan", "smollm2", "RECIPE", "--set", "rules[0].steps[0].bit=3"],
+            2,
+            'unknown key "bit" in step rtn; did you',
+        ),
+        (["compress", "./none", "RECIPE", "-o", "out"], 5, "the model folder ./none does not exist"),
+        (["inspect", "none"], 5, "none holds no report.json"),
+        (["eval", "./none"], 5, "the model folder ./none does not exist"),
+    ],
+)
+def test_bad_input(words: list[str], code: int, message: str, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(recipe.parent)
+    done = run(*(str(recipe) if word == "RECIPE" else word for word in words))
+    assert done.exit_code == code
+    assert message in done.stderr
+    assert not (recipe.parent / "out").exists()
+
+
+# --- the whole way --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["compress", "plan", "inspect", "eval"])
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    shown = run(command, "--help").stdout
+    assert f"Example: llmcompress {command} " in " ".join(shown.split())
+    assert "--json" in shown
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = "import sys\nfrom llmcompress.cli import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
+    program += "heavy = {'torch', 'transformers', 'pydantic', 'yaml', 'numpy', 'datasets'} & set(sys.modules)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program + "assert not heavy, heavy"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "compress" in done.stdout
+
+
+def test_a_tiny_model_is_planned_compressed_inspected_and_scored(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny("llama", tmp_path / "dense")
+    planned = json.loads(run("plan", "dense", recipe, "--json").stdout)
+    done = run("compress", "dense", recipe, "-o", "small", "--json")
+    assert done.exit_code == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made.keys() >= COMPRESS_KEYS
+    assert made["bpw"] == planned["bpw"]
+    assert json.loads(run("inspect", "small", "--json").stdout)["bytes"] == made["bytes"]
+    scored = json.loads(run("eval", "small", "--against", "dense", "--windows", 2, "--length", 32, "--json").stdout)
+    assert scored.keys() >= EVAL_KEYS
+    assert (scored["bytes"], scored["bpw"]) == (made["bytes"], made["bpw"])
+    assert scored["kl"] > 0
+    dense = json.loads(run("eval", "dense", "--against", "dense", "--windows", 2, "--length", 32, "--json").stdout)
+    assert (dense["kl"], dense["top1_agreement"], dense["bpw"]) == (0.0, 1.0, 32.0)
+    assert run("compress", "dense", recipe, "-o", "small").exit_code == 4
