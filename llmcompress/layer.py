@@ -98,13 +98,24 @@ def step(arguments: dict[str, Any]) -> StepConfig:
 
 
 def apply(layer: Layer, steps: Sequence[StepConfig]) -> Layer:
-    """The layer after every step, in order. Errors of the steps are raised again with the layer's name."""
+    """The layer after every step, in order. Errors of the steps are raised again with the layer's name.
+
+    Raises NumericsError for a weight or statistics with NaN or Inf.
+    """
+    _check_finite(layer)
     for config in steps:
         try:
             layer = _METHODS[config.method].run(layer, config)
         except (RecipeError, NumericsError) as error:
             raise type(error)(f"{layer.name}: {config.method}: {error}") from error
     return layer
+
+
+def _check_finite(layer: Layer) -> None:
+    given = {"weights": layer.weight, "input statistics": layer.inputs.outer, "channel energies": layer.inputs.square}
+    for what, values in given.items():
+        if values is not None and not bool(values.isfinite().all()):
+            raise NumericsError(f"{layer.name}: its {what} hold NaN or Inf; check the model and the calibration text")
 
 
 def sketch(name: str, size: tuple[int, int], steps: Sequence[StepConfig]) -> Weight:
