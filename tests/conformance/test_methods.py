@@ -7,60 +7,38 @@ A step is given small layers of several shapes; where it cannot work on one, it 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.errors import RecipeError
-from llmcompress.layer import Layer, apply, methods, relative_error, sketch, split, step, support
-from llmcompress.weight import Dense, Weight, bits, decode, dense, encode, shape
-from tests.builders import compressed, correlated, gaussian, layer, moments, payload_bits
+from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.layer import Layer, apply, methods, relative_error, step
+from llmcompress.weight import Dense, bits, dense, encode
+from tests.builders import compressed, correlated, gaussian, layer, moments
+from tests.conformance.cases import (
+    ROTATE,
+    SIZE,
+    STEPS,
+    Step,
+    assert_sound,
+    calibration,
+    every_step,
+    refusal,
+    sketched,
+    spelled,
+)
 
-Step = dict[str, Any]
-
-SHAPES = ((1, 1), (7, 33), (48, 64), (64, 128), (5, 300))
-ROTATE: Step = {"method": "rotate"}
-STEPS: list[Step] = [{"method": m.name, **example} for m in methods().values() for example in m.config.examples]
-PREDECESSORS: dict[str, Step] = {
-    "pruned": {"method": "magnitude", "sparsity": 0.5},
-    "pruned 2:4": {"method": "wanda", "pattern": "2:4"},
-    "quantized": {"method": "rtn", "bits": 4, "group_size": 16},
-    "partly binary": {"method": "pb_llm", "salient": 0.25},
-    "compensated": {"method": "svd", "rank": 2},
-    "rotated": ROTATE,
-}
-
-
-def spelled(arguments: Step) -> str:
-    return ",".join(str(v["method"]) if isinstance(v, dict) else f"{v}" for v in arguments.values())
+SHAPES = ((1, 1), (7, 33), SIZE, (64, 128), (5, 300))
 
 
-def refusal(size: tuple[int, int], *steps: Step) -> str | None:
-    """Why `sketch` refuses these steps, or None."""
-    try:
-        sketch("block.0.linear", size, [step(arguments) for arguments in steps])
-    except RecipeError as error:
-        return str(error)
-    return None
+def name(part: Step | tuple[int, int]) -> str:
+    return spelled(part) if isinstance(part, dict) else f"{part[0]}x{part[1]}"
 
 
 CASES = [(arguments, size) for arguments in STEPS for size in SHAPES if refusal(size, arguments) is None]
 REFUSED = [(arguments, size) for arguments in STEPS for size in SHAPES if refusal(size, arguments) is not None]
-every_case = pytest.mark.parametrize(
-    "arguments, size", CASES, ids=lambda v: spelled(v) if isinstance(v, dict) else None
-)
-every_step = pytest.mark.parametrize("arguments", STEPS, ids=spelled)
-
-
-def tokens(width: int) -> int:
-    return max(64, 16 * width)
-
-
-@lru_cache(maxsize=16)
-def calibration(width: int) -> Tensor:
-    return correlated(tokens(width), width, seed=1)
+every_case = pytest.mark.parametrize("arguments, size", CASES, ids=name)
 
 
 @lru_cache(maxsize=256)
@@ -72,21 +50,6 @@ def _run(name: str, size: tuple[int, int]) -> Layer:
 def result(arguments: Step, size: tuple[int, int]) -> Layer:
     """The layer after one step, computed once for all tests that only look at it."""
     return _run(str(arguments), size)
-
-
-def sketched(size: tuple[int, int], *steps: Step) -> Weight:
-    return sketch("block.0.linear", size, [step(arguments) for arguments in steps])
-
-
-def assert_sound(done: Layer, size: tuple[int, int], *steps: Step) -> None:
-    """Right shape, finite, readable back, and as large as counted and as planned."""
-    w = done.expression()
-    assert shape(w) == size and bool(dense(w).isfinite().all())
-    header, tensors = encode(w)
-    assert torch.equal(dense(decode(header, tensors)), dense(w))
-    assert 0 <= payload_bits(tensors) - bits(w) <= 7 * len(tensors)
-    planned = bits(sketched(size, *steps))
-    assert planned == bits(w), f"the plan says {planned} bits, the layer stores {bits(w)}"
 
 
 # --- every example on every shape -----------------------------------------------------------------------------------
@@ -131,7 +94,7 @@ def test_never_worse_than_zeroing(arguments: Step, size: tuple[int, int]) -> Non
     assert error <= 1 + 1e-6, f"error {error}: dropping the layer would be better"
 
 
-@pytest.mark.parametrize("arguments, size", REFUSED, ids=lambda v: spelled(v) if isinstance(v, dict) else None)
+@pytest.mark.parametrize("arguments, size", REFUSED, ids=name)
 def test_what_is_refused_is_refused_by_the_plan_and_by_the_run_in_one_sentence(
     arguments: Step, size: tuple[int, int]
 ) -> None:
@@ -148,8 +111,6 @@ def test_only_patterns_and_ranks_limit_shapes() -> None:
 
 
 # --- difficult layers -----------------------------------------------------------------------------------------------
-
-SIZE = (48, 64)
 
 
 def difficult() -> dict[str, tuple[Tensor, Tensor]]:
@@ -190,6 +151,16 @@ def test_difficult_layers(arguments: Step, difficulty: str) -> None:
     error = relative_error(weight, done.expression(), moments(inputs) if needs else None)
     assert error <= 1 + 1e-6, f"error {error}: dropping the layer would be better"
     assert relative_error(weight, done.expression()) < 1.5, "the weights themselves went astray"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weights", "input statistics"])
+@every_step
+def test_nan_and_inf_are_refused_with_the_layer_named(arguments: Step, where: str, bad: float) -> None:
+    weight, inputs = gaussian(*SIZE), correlated(256, SIZE[1])
+    (weight if where == "weights" else inputs)[3, 5] = bad
+    with pytest.raises(NumericsError, match=rf"^block\.0\.linear: its {where} hold NaN or Inf; "):
+        compressed(weight, inputs, arguments)
 
 
 @every_step
@@ -269,93 +240,7 @@ def test_calibration_pays_on_tokens_it_has_not_seen(steps: list[Step], sibling: 
     assert errors[0] <= 0.97 * errors[1], f"held-out error {errors[0] / 4:.4f}, without data {errors[1] / 4:.4f}"
 
 
-# --- sequences of steps ---------------------------------------------------------------------------------------------
-
-
-@every_step
-def test_in_a_rotated_basis(arguments: Step) -> None:
-    weight, inputs = gaussian(*SIZE), correlated(1024, SIZE[1], seed=1)
-    if arguments == ROTATE:
-        return
-    done = compressed(weight, inputs, ROTATE, arguments)
-    assert_sound(done, SIZE, ROTATE, arguments)
-    seen = relative_error(done.weight, done.approx, done.inputs)
-    real = relative_error(weight, done.expression(), moments(inputs))
-    assert seen == pytest.approx(real, rel=1e-3, abs=1e-6), "the error in the rotated basis is the layer's error"
-    assert real <= 1
-
-
-@pytest.mark.parametrize("before", PREDECESSORS)
-@every_step
-def test_after_another_step(arguments: Step, before: str) -> None:
-    """What an earlier step made stays, or the plan and the run refuse."""
-    first = PREDECESSORS[before]
-    given = compressed(gaussian(*SIZE), calibration(SIZE[1]), first)
-    why = refusal(SIZE, first, arguments)
-    if why is not None:
-        assert why.startswith(f"block.0.linear: {arguments['method']}: ") and ";" in why, why
-        return
-    done = apply(given, [step(arguments)])
-    assert_sound(done, SIZE, first, arguments)
-    base = dense(split(done.approx)[0])
-    keep = support(given.approx)
-    if keep is not None:
-        assert int(base[~keep].count_nonzero()) == 0, "pruned weights came back"
-    elif before in ("quantized", "partly binary"):
-        assert torch.equal(base, dense(split(given.approx)[0])), "the quantized base was changed"
-    assert relative_error(gaussian(*SIZE), done.expression(), moments(calibration(SIZE[1]))) <= 1
-
-
-UNDOING: list[tuple[Step, Step]] = [
-    ({"method": "rtn"}, {"method": "rtn"}),
-    ({"method": "gptq"}, {"method": "wanda", "sparsity": 0.5}),
-    ({"method": "wanda", "sparsity": 0.5}, {"method": "sparsegpt", "sparsity": 0.5}),
-    ({"method": "wanda", "pattern": "2:4"}, {"method": "pb_llm"}),
-    ({"method": "pb_llm"}, {"method": "gptq"}),
-    ({"method": "rtn"}, ROTATE),
-    ({"method": "svd", "rank": 1}, ROTATE),
-    (ROTATE, ROTATE),
-]
-
-
-@pytest.mark.parametrize("first, second", UNDOING, ids=spelled)
-def test_a_step_that_would_undo_an_earlier_one_is_refused_by_the_plan(first: Step, second: Step) -> None:
-    assert refusal(SIZE, first) is None
-    assert refusal(SIZE, first, second) is not None, "the plan lets it pass"
-
-
-IMPOSSIBLE: list[tuple[Step, ...]] = [
-    ({"method": "eora", "rank": 49},),
-    ({"method": "wanda", "pattern": "2:5"},),
-    ({"method": "pb_llm", "salient": "1:8", "group_size": 12},),
-    ({"method": "magnitude", "sparsity": 0.5}, {"method": "gptq", "act_order": True}),
-    (
-        {
-            "method": "alternate",
-            "base": {"method": "gptq", "act_order": True},
-            "low_rank": {"method": "svd", "rank": 99},
-        },
-    ),
-]
-
-
-@pytest.mark.parametrize("steps", IMPOSSIBLE, ids=lambda steps: " > ".join(map(spelled, steps)))
-def test_the_plan_refuses_what_the_run_refuses(steps: tuple[Step, ...]) -> None:
-    with pytest.raises(RecipeError, match="^block.0.linear: "):
-        compressed(gaussian(*SIZE), calibration(SIZE[1]), *steps)
-    assert refusal(SIZE, *steps) is not None, "plan promises what the run cannot do"
-
-
-def test_a_rotation_is_not_a_base_to_alternate_with() -> None:
-    turning = {"method": "alternate", "base": ROTATE, "low_rank": {"method": "svd", "rank": 1}, "rounds": 1}
-    assert "a step of its own" in str(refusal(SIZE, turning))
-    with pytest.raises(RecipeError, match="a step of its own"):
-        compressed(gaussian(*SIZE), calibration(SIZE[1]), turning)
-    for base in ("svd", "eora"):
-        with pytest.raises(ValueError, match="makes no base"):
-            step({**turning, "base": {"method": base, "rank": 1}})
-    with pytest.raises(ValueError, match="makes no low-rank term"):
-        step({**turning, "low_rank": {"method": "rtn"}})
+# --- the registry ---------------------------------------------------------------------------------------------------
 
 
 def test_unknown_methods_and_arguments_are_named() -> None:
