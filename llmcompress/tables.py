@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.terminal import duration
@@ -30,6 +29,8 @@ def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
 
 def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
     """What was done to each layer and how well it went, then the sizes, the text and the cost."""
+    from statistics import median  # here, since it takes longer to import than typer parses
+
     yield f"recipe  {report['recipe']} on {report['model']}" + (f" at {report['revision']}" * bool(report["revision"]))
     headings = ("layers", "", "shape", "steps", "bpw", "error", "held out", "worst", "stored as")
     table = _table(headings, right=(1, 4, 5, 6, 7))

@@ -5,7 +5,6 @@ With `--json`, standard output carries one JSON object and nothing else, whateve
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import math
@@ -144,6 +143,8 @@ class Terminal:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
         if self._descriptor is not None:
+            import ctypes
+
             ctypes.CDLL(None).fflush(None)  # what C libraries printed is still in their buffer
             os.dup2(self._descriptor, 1)
             os.close(self._descriptor)
