@@ -115,7 +115,7 @@ def architecture(config: PreTrainedConfig, model: nn.Module) -> Architecture:
     Raises InputError for mixture-of-experts models, for blocks that cannot be told apart from the rest of the model,
     and for a known family whose blocks hold other linears than its row says.
     """
-    _refuse_experts(config, model)
+    refuse_experts(config, model)
     family = FAMILIES.get(config.model_type)
     stack = family.blocks if family else _discover_stack(config, model)
     blocks = tuple(
@@ -186,7 +186,8 @@ def _discover_stack(config: PreTrainedConfig, model: nn.Module) -> str:
     return outermost[0]
 
 
-def _refuse_experts(config: PreTrainedConfig, model: nn.Module) -> None:
+def refuse_experts(config: PreTrainedConfig, model: nn.Module) -> None:
+    """Raises InputError for a mixture-of-experts model."""
     counts = {key: getattr(config, key, None) for key in EXPERT_COUNTS}
     announced = [f"{key}: {value}" for key, value in counts.items() if isinstance(value, int) and value > 1]
     modules = [name for name, child in model.named_modules() if "experts" in f"{name} {type(child).__name__}".lower()]

@@ -89,7 +89,7 @@ class Run:
                 f"{odd} is called {visited.count(odd)} times by its block, exactly once was expected; leave the layer "
                 f"out of the recipe or choose a model of a known family"
             )
-        output = output[0] if isinstance(output, tuple) else output
+        output = output[0] if isinstance(output, (tuple, list)) else output
         if output.shape != hidden.shape:
             raise InputError(
                 f"{self.path} turns hidden states of shape {list(hidden.shape)} into {list(output.shape)}, so it "
@@ -100,21 +100,59 @@ class Run:
         return output
 
 
+class _Tape:
+    """What recorders write down of one forward, refusing models whose blocks cannot be run one after the other."""
+
+    def __init__(self, model_type: str, as_tuple: bool, known: list[Call] | None) -> None:
+        self.model_type, self.as_tuple, self.known = model_type, as_tuple, known
+        self.hidden = torch.empty(0)
+        self.calls: list[Call] = []
+
+    def record(self, path: str, hidden: Tensor, call: Call) -> None:
+        """Notes the call of the block at `path`."""
+        from transformers.cache_utils import Cache
+
+        if not self.calls:
+            self.hidden = hidden
+        given = (*call.args, *call.kwargs.values())
+        if hidden is not self.hidden:
+            raise self.refusal(f"it changes the hidden states before {path}")
+        if any(value is _MORE for value in given):
+            raise self.refusal(f"{path} gets more than hidden states from the block before")
+        if any(isinstance(value, Cache) for value in given):
+            raise self.refusal(f"{path} gets a cache although none was asked for")
+        if self.known is not None:
+            before = self.known[len(self.calls)]
+            if not _same((call.args, call.kwargs), (before.args, before.kwargs)):
+                raise self.refusal(f"{path} gets arguments that depend on the tokens")
+        self.calls.append(call)
+
+    def refusal(self, why: str) -> InputError:
+        """The error for a model that does not fit."""
+        return InputError(
+            f"the blocks of model type {self.model_type!r} cannot be run one by one ({why}); "
+            f"choose a model of a known family"
+        )
+
+
+_MORE = object()  # stands for whatever blocks return after the hidden states
+
+
 class _Recorder(nn.Module):
     """Stands in for a block in the model's own forward: hands hidden states on untouched, keeps its arguments."""
 
-    def __init__(self, block: nn.Module, tape: list[tuple[Tensor, Call]]):
+    def __init__(self, block: nn.Module, path: str, tape: _Tape):
         super().__init__()
-        self.__dict__.update(block=block, tape=tape)  # not as a submodule
+        self.__dict__.update(block=block, path=path, tape=tape)  # the block not as a submodule
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)  # models read things like `attention_type` off their blocks
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
         """The hidden states, as they came."""
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        self.tape.append((hidden, Call(args[1:], kwargs)))
-        return hidden
+        self.tape.record(self.path, hidden, Call(args[1:], kwargs))
+        return (hidden, _MORE, _MORE) if self.tape.as_tuple else hidden
 
 
 @torch.no_grad()
@@ -131,45 +169,50 @@ def embed(
     Everything that comes before and after the blocks is loaded for it, and dropped again.
     """
     body, stack = model.base_model, model.get_submodule(arch.stack)
-    blocks = list(stack.children())
-    tape: list[tuple[Tensor, Call]] = []
-    calls: Calls = {}
-    hidden = torch.empty(0)
     load(body, "" if body is model else model.base_model_prefix, source, device, skip=stack)
     try:
-        for index, block in enumerate(blocks):
-            setattr(stack, str(index), _Recorder(block, tape))
-        for batch in batches:
-            tape.clear()
-            body(input_ids=sequences[batch.rows].to(device), use_cache=False)
-            _check_tape(tape, arch, calls.get(batch.size))
-            if not calls:
-                hidden = tape[0][0].new_empty(*sequences.shape, tape[0][0].shape[-1], dtype=torch.float32)
-            hidden[batch.rows] = tape[0][0]
-            calls.setdefault(batch.size, [call for _, call in tape])
+        return _record(body, stack, arch, sequences, batches, device, as_tuple=False)
+    except InputError as error:
+        try:  # blocks of older models return tuples
+            return _record(body, stack, arch, sequences, batches, device, as_tuple=True)
+        except InputError:
+            raise error from None
     finally:
-        for index, block in enumerate(blocks):
-            setattr(stack, str(index), block)
-    drop(body, skip=stack)
+        drop(body, skip=stack)
+
+
+def _record(
+    body: nn.Module,
+    stack: nn.Module,
+    arch: Architecture,
+    sequences: Tensor,
+    batches: list[Batch],
+    device: torch.device,
+    as_tuple: bool,
+) -> tuple[Tensor, Calls]:
+    """Lets the model's forward run on every batch with recorders for blocks."""
+    blocks = list(stack.children())
+    calls: Calls = {}
+    hidden = torch.empty(0)
+    for batch in batches:
+        tape = _Tape(arch.model_type, as_tuple, calls.get(batch.size))
+        try:
+            for index, (block, layout) in enumerate(zip(blocks, arch.blocks, strict=True)):
+                setattr(stack, str(index), _Recorder(block, layout.path, tape))
+            body(input_ids=sequences[batch.rows].to(device), use_cache=False)
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise tape.refusal(f"its code fails with stand-ins for them: {reason}") from error
+        finally:
+            for index, block in enumerate(blocks):
+                setattr(stack, str(index), block)
+        if len(tape.calls) != len(blocks):
+            raise tape.refusal(f"it calls {len(tape.calls)} of {len(blocks)}")
+        if not calls:
+            hidden = tape.hidden.new_empty(*sequences.shape, tape.hidden.shape[-1], dtype=torch.float32)
+        hidden[batch.rows] = tape.hidden
+        calls.setdefault(batch.size, tape.calls)
     return hidden, calls
-
-
-def _check_tape(tape: list[tuple[Tensor, Call]], arch: Architecture, known: list[Call] | None) -> None:
-    """Refuses a model whose blocks cannot be run one after the other with recorded arguments."""
-    from transformers.cache_utils import Cache
-
-    way_out = f"so the blocks of model type {arch.model_type!r} cannot be run on their own; choose a known family"
-    if len(tape) != len(arch.blocks):
-        raise InputError(f"the model calls {len(tape)} blocks where it has {len(arch.blocks)}, {way_out}")
-    first = tape[0][0]
-    for layout, (hidden, call) in zip(arch.blocks, tape, strict=True):
-        if hidden is not first:
-            raise InputError(f"the model changes the hidden states before {layout.path}, {way_out}")
-        if any(isinstance(value, Cache) for value in (*call.args, *call.kwargs.values())):
-            raise InputError(f"the model gives {layout.path} a cache although it was told not to, {way_out}")
-    for layout, (_, call), before in zip(arch.blocks, tape, known or (), strict=False):
-        if not _same((call.args, call.kwargs), (before.args, before.kwargs)):
-            raise InputError(f"the model gives {layout.path} arguments that depend on the tokens, {way_out}")
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmcompress.architecture import refuse_experts
 from llmcompress.errors import InputError
 from llmcompress.locate import Place, locate
 
@@ -105,8 +106,9 @@ def resolve(model: str, revision: str | None = None) -> Source:
 def open_source(place: Place) -> Source:
     """`resolve` for a model that was already located."""
     config = read_config(place.folder)
-    stored = _read_headers(place.folder)
     skeleton = _skeleton(config, place.folder)
+    refuse_experts(config, skeleton)  # here, as their tensors have other names on disk
+    stored = _read_headers(place.folder)
     tensors, tied, unused = _match(skeleton, stored, place.folder)
     note = f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one" if unused else ""
     notes = (*place.notes, note) if note else place.notes

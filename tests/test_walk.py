@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llmcompress.architecture import FAMILIES, Architecture, architecture
-from llmcompress.blocks import Batch, Call, Run, _check_tape, embed
+from llmcompress.blocks import Batch, Call, Run, _record, _Tape, embed
 from llmcompress.calibrate import Block, walk
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.modules import CompressedLinear
@@ -24,7 +24,7 @@ from llmcompress.source import Source, resolve
 from llmcompress.weight import Dense, dense
 from tests.tiny import VOCABULARY, save_tiny, tiny
 
-DISCOVERED = ["stablelm", "starcoder2", "olmo2", "granite", "cohere", "helium"]  # families without a row
+DISCOVERED = ["stablelm", "starcoder2", "olmo2", "granite", "cohere", "bloom"]  # families without a row
 OUTER = frozenset({"outer"})
 Opened = Callable[[str], tuple[Source, Architecture]]
 
@@ -52,6 +52,8 @@ def changes(family: str) -> dict[str, Any]:
     if family not in DISCOVERED:
         return {}
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    if family == "bloom":  # its blocks return tuples
+        return {"hidden_size": 32, "n_layer": 2, "n_head": 4}
     return {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
 
@@ -59,7 +61,9 @@ def block_outputs(model: PreTrainedModel, arch: Architecture, tokens: Tensor) ->
     """What every block of the plain model returns for one batch."""
     seen: list[Tensor] = []
     handles = [
-        model.get_submodule(layout.path).register_forward_hook(lambda _m, _a, output: seen.append(output))
+        model.get_submodule(layout.path).register_forward_hook(
+            lambda _m, _a, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
         for layout in arch.blocks
     ]
     with torch.no_grad():
@@ -311,17 +315,49 @@ def test_unsuitable_sequences_are_refused(tokens: Tensor, held_out: int, sentenc
         next(walk(source, arch, tokens, held_out=held_out))
 
 
-def test_blocks_that_cannot_run_alone_are_refused(opened: Opened) -> None:
-    _, arch = opened("llama")
+def test_blocks_that_cannot_run_alone_are_refused() -> None:
     hidden, mask = torch.zeros(1, 2, 3), torch.zeros(2)
-    fine = [(hidden, Call((), {"mask": mask})), (hidden, Call((), {"mask": mask}))]
-    _check_tape(fine, arch, [Call((), {"mask": mask.clone()})] * 2)
-    with pytest.raises(InputError, match="calls 1 blocks where it has 2"):
-        _check_tape(fine[:1], arch, None)
-    with pytest.raises(InputError, match=r"changes the hidden states before model\.layers\.1"):
-        _check_tape([fine[0], (hidden.clone(), fine[1][1])], arch, None)
-    with pytest.raises(InputError, match=r"gives model\.layers\.0 arguments that depend on the tokens"):
-        _check_tape(fine, arch, [Call((), {"mask": mask + 1})] * 2)
+    call = Call((), {"mask": mask})
+    tape = _Tape("odd", as_tuple=False, known=[Call((), {"mask": mask.clone()})] * 2)
+    tape.record("layers.0", hidden, call)
+    tape.record("layers.1", hidden, call)
+    assert len(tape.calls) == 2
+    for odd, why in (
+        (_Tape("odd", False, None), "it changes the hidden states before layers.1"),
+        (
+            _Tape("odd", False, [call, Call((), {"mask": mask + 1})]),
+            "layers.1 gets arguments that depend on the tokens",
+        ),
+    ):
+        odd.record("layers.0", hidden, call)
+        with pytest.raises(InputError, match=rf"^the blocks of model type 'odd' .*one by one \({why}\); choose"):
+            odd.record("layers.1", hidden.clone() if "hidden" in why else hidden, call)
+    with pytest.raises(InputError, match="layers.0 gets a cache"):
+        _Tape("odd", False, None).record("layers.0", hidden, Call((DynamicCache(),), {}))
+
+
+class Relay(nn.Module):
+    """A model whose second block reads what the first returns beside hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Identity(), nn.Identity()])
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        hidden, more = input_ids[..., None].float(), None
+        for layer in self.layers:
+            hidden, more, _ = layer(hidden, more)
+        return hidden
+
+
+def test_blocks_that_talk_to_each_other_are_refused(opened: Opened) -> None:
+    _, arch = opened("llama")
+    model, batches = Relay(), [Batch(slice(0, 5), False)]
+    with pytest.raises(InputError, match="its code fails with stand-ins for them"):  # as blocks return three things
+        _record(model, model.layers, arch, sequences(), batches, torch.device("cpu"), as_tuple=False)
+    with pytest.raises(InputError, match=r"layers\.1 gets more than hidden states from the block before"):
+        _record(model, model.layers, arch, sequences(), batches, torch.device("cpu"), as_tuple=True)
+    assert all(type(layer) is nn.Identity for layer in model.layers)
 
 
 class Odd(nn.Module):
