@@ -67,7 +67,7 @@ class Run:
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def seen(_: nn.Module, args: tuple[Any, ...]) -> None:
                 visited.append(name)
-                if not args[0].isfinite().all():
+                if not _finite(args[0]):
                     raise NumericsError(_overflow(name, "its inputs"))
                 if visit is not None:
                     visit(name, args[0].reshape(*hidden.shape[:2], -1))
@@ -95,7 +95,7 @@ class Run:
                 f"{self.path} turns hidden states of shape {list(hidden.shape)} into {list(output.shape)}, so it "
                 f"cannot be run on its own; choose a model of a known family"
             )
-        if not output.isfinite().all():
+        if not _finite(output):
             raise NumericsError(_overflow(self.path, "its outputs"))
         return output
 
@@ -234,7 +234,7 @@ def load(module: nn.Module, path: str, source: Source, device: torch.device, ski
         for leaf, _ in list(owner.named_parameters(recurse=False)):
             name = f"{owner_path}.{leaf}".lstrip(".")
             value = source.read(name).to(device, torch.float32)
-            if not value.isfinite().all():
+            if not _finite(value):
                 raise NumericsError(f"{name} holds NaN or Inf in {source.folder}; use an undamaged checkpoint")
             setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
         for leaf, buffer in list(owner.named_buffers(recurse=False)):
@@ -260,6 +260,14 @@ def _owners(module: nn.Module, path: str, skip: nn.Module | None) -> Iterator[tu
     for owner_path, owner in module.named_modules(prefix=path):
         if owner not in skipped:
             yield owner_path, owner
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether `x` holds neither NaN nor Inf; in one pass and without temporaries, unlike `x.isfinite().all()`."""
+    if not x.numel():
+        return True
+    low, high = x.aminmax()  # NaN wins in both
+    return bool(low.isfinite() and high.isfinite())
 
 
 def _overflow(name: str, what: str) -> str:
