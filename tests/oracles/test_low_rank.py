@@ -149,7 +149,7 @@ def test_factors_of_nothing_are_zero() -> None:
 
 
 ALTERNATIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({"method": "gptq", "bits": 2}, {"method": "eora", "rank": 4}),
+    ({"method": "gptq", "bits": "ternary"}, {"method": "eora", "rank": 2}),
     ({"method": "rtn", "bits": 2}, {"method": "svd", "rank": 4}),
     ({"method": "sparsegpt", "pattern": "2:4"}, {"method": "eora", "rank": 4, "factor_bits": 16}),
     ({"method": "pb_llm", "salient": 0.1}, {"method": "lqer", "rank": 2}),
@@ -158,11 +158,12 @@ ALTERNATIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize("base, low_rank", ALTERNATIONS, ids=lambda s: str(s["method"]))
 def test_more_rounds_are_never_worse_on_the_calibration_inputs(base: dict[str, Any], low_rank: dict[str, Any]) -> None:
-    weight, inputs = gaussian(24, 32), correlated(600, 32)
+    """The best round is kept: the rounds themselves go up and down (LoftQ and CALDERA promise no more)."""
+    weight, inputs = gaussian(24, 32, seed=1), correlated(600, 32, seed=1)
     both = {"method": "alternate", "base": base, "low_rank": low_rank}
     errors = [
         relative_error(weight, compressed(weight, inputs, {**both, "rounds": rounds}).approx, moments(inputs))
-        for rounds in (1, 2, 3, 5)
+        for rounds in range(1, 9)
     ]
     once = relative_error(weight, compressed(weight, inputs, base, low_rank).approx, moments(inputs))
     assert errors[0] == pytest.approx(once, rel=1e-9), "one round is the two steps"
