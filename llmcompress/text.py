@@ -77,7 +77,7 @@ def shuffled(documents: Iterable[Document], seed: int, buffer: int = SHUFFLE_BUF
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises InputError when it is missing, unreadable or not UTF-8."""
+    """The text of a UTF-8 file, with newlines as its line ends. Raises InputError when it cannot be read as such."""
     try:
         return path.expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -73,6 +73,15 @@ def test_one_document_per_sequence_drops_and_counts_short_ones(jsonl: Callable[.
     assert (found.dropped, found.documents) == (1, 3)
 
 
+def test_files_from_windows_give_the_same_tokens(tmp_path: Path) -> None:
+    texts = b"One line\nand another one, and more\n", b"One line\r\nand another one, and more\r\n"
+    hashes = set()
+    for content in texts:
+        (tmp_path / "text.txt").write_bytes(content)
+        hashes.add(read(dataset=str(tmp_path / "text.txt"), bos=False).hash)
+    assert len(hashes) == 1
+
+
 def test_chats_are_rendered_with_the_template_and_bos_is_not_doubled(jsonl: Callable[..., Path]) -> None:
     chat = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "Hi"}]
     path = jsonl({"messages": chat, "text": "ignored"})
