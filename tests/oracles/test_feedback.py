@@ -29,8 +29,12 @@ def problem(seed: int = 0, out: int = OUT, width: int = WIDTH) -> tuple[Tensor, 
 
 
 def assert_same_but_for_ties(mine: Tensor, slow: Tensor, hessian: Tensor, weight: Tensor) -> None:
-    """Equal, but that float32 may round an entry in a thousand to the other side of a tie."""
-    torch.testing.assert_close(mine.double(), slow, rtol=2e-3, atol=1e-4 * float(slow.abs().max()))
+    """Equal, but that float32 may round one entry to the other side of a tie, which moves the rest of its row."""
+    same = torch.isclose(mine.double(), slow, rtol=2e-3, atol=1e-4 * float(slow.abs().max())).all(1)
+    assert int(same.sum()) >= len(slow) - 1, f"{int((~same).sum())} of {len(slow)} rows differ"
+    lost = [weight.double() - stored.double() for stored in (mine, slow)]
+    losses = [float(((error @ hessian) * error).sum()) for error in lost]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 # --- the factor and the engine --------------------------------------------------------------------------------------
