@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.architecture import Architecture, BlockLayout, Linear
-from llmcompress.blocks import Batch, Run, drop, embed, load
+from llmcompress.blocks import Batch, Run, drop, embed, give_back_memory, load
 from llmcompress.errors import InputError
 from llmcompress.modules import CompressedLinear, decoded, put
 from llmcompress.moments import Moments, capped_weights
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HELD_OUT = frozenset({"outer"})  # what an honest layer error is computed from
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 
 Needs = frozenset[str] | Mapping[str, frozenset[str]]
 Progress = Callable[[int, int, float], None]
@@ -94,18 +94,20 @@ def walk(
     prefix: Literal["compressed", "dense"] = "compressed",
     dense_stream: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Block]:
     """Yields the model's blocks in depth order, each with the moments of its linears' inputs.
 
     `sequences`: token ids `[sequences, length]`, the last `held_out` of which are only measured on; None for methods
-    without data: then nothing is run, and the moments are of no tokens. `needs`: the
-    statistics every linear's method reads, or those of each linear by module path; groups of linears that are not
-    named are left out. `cap`: see `moments.capped_weights`; None weighs all tokens alike. `prefix`: whether a block's
-    inputs come from the blocks as the caller left them, or from the dense ones. `dense_stream`: carry the dense
-    model's hidden states beside the compressed prefix's, for the moment `cross`. `batch_size`: sequences per forward
-    (as many as make 4096 tokens). `progress(blocks done, blocks, tokens per second)` is called after every block.
+    without data: then nothing is run, and the moments are of no tokens. `needs`: the statistics every linear's method
+    reads, or those of each linear by module path; groups of linears that are not named are left out. `cap`: see
+    `moments.capped_weights`; None weighs all tokens alike. `prefix`: whether a block's inputs come from the blocks as
+    the caller left them, or from the dense ones. `dense_stream`: carry the dense model's hidden states beside the
+    compressed prefix's, for the moment `cross`. `dtype`: of the products in a block's forward. `batch_size`: sequences
+    per forward (as many as make 2048 tokens). `progress(blocks done, blocks, tokens per second)` is called after every
+    block.
 
     Raises InputError when the sequences do not suit the model or its blocks cannot be run on their own, NumericsError,
     naming the layer, when weights or activations are not finite.
@@ -125,10 +127,11 @@ def walk(
     for index, layout in enumerate(arch.blocks):
         module = model.get_submodule(layout.path)
         load(module, layout.path, source, hidden.device)
-        run = Run(module, layout.path, {size: blocks[index] for size, blocks in calls.items()})
+        run = Run(module, layout.path, {size: blocks[index] for size, blocks in calls.items()}, dtype)
         wanted = _wanted(layout, needs)
         groups = _gather(run, wanted, batches, hidden, dense_hidden, cap, keep_outputs=prefix == "dense")
         block = Block(index, layout.path, module, groups, hidden, linears)
+        give_back_memory()
         del groups  # the block holds them, until the walk moves on
         yield block
         block.groups = ()

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from llmcompress import report as reports
+from llmcompress.blocks import fast_dtype, give_back_memory
 from llmcompress.calibrate import Block, walk
 from llmcompress.checkpoint import FORMAT_VERSION, Writer, check_output, copy_folder, writing
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.hf import NAME
-from llmcompress.layer import Layer, apply, methods, relative_error
+from llmcompress.layer import Layer, apply, relative_error
 from llmcompress.methods.hessian import damped
 from llmcompress.modules import CompressedLinear
 from llmcompress.moments import Moments
@@ -108,12 +109,9 @@ def compress(
 
 
 def _tokens(job: Job) -> CalibrationTokens | None:
-    """The calibration tokens; None for a recipe without calibration, whose methods must then need no data."""
+    """The calibration tokens; None for a recipe without calibration."""
     config = job.recipe.calibration
     if config is None:
-        hungry = {s.method for steps in job.steps.values() for s in steps if methods()[s.method].needs}
-        if hungry or job.recipe.asymmetric:
-            raise RecipeError(f"{', '.join(sorted(hungry)) or 'asymmetric'} needs calibration; add it to the recipe")
         return None
     source = job.source
     return calibration_tokens(config, source.tokenizer(), lambda: _teacher(source), source.config)
@@ -139,6 +137,7 @@ def _blocks(job: Job, tokens: CalibrationTokens | None, device: str, progress: P
         prefix=recipe.prefix,
         dense_stream=recipe.asymmetric > 0,
         device=device,
+        dtype=fast_dtype(torch.device(device)) if recipe.compute == "auto" else getattr(torch, recipe.compute),
         progress=progress,
     )
 
@@ -150,24 +149,31 @@ def _compress_blocks(
     rows: list[LayerReport] = []
     layouts: dict[str, Any] = {}
     for block in _blocks(job, tokens, device, progress):
-        done: dict[str, Weight] = {}
-        payload: dict[str, Tensor] = {}
-        for group in block.groups:
-            for name in group.names:
-                if name not in job.steps:
-                    continue
-                layer = _layer(job, name, group.names[0], block.weight(name), group.inputs)
-                compressed = apply(layer, job.steps[name])
-                done[name] = compressed.expression()
-                rows.append(_row(job, layer, compressed, group.held_out))
-                module = CompressedLinear.of(done[name])
-                layouts[name] = module.layout.to_json()
-                payload.update({f"{name}.{key}": tensor for key, tensor in module.payload().items()})
-        block.swap(done)
-        weights = {f"{name}.weight" for name in done}
-        inside = (n for n in job.source.tensors if n.startswith(f"{block.path}.") and n not in weights)
-        writer.add(payload | {name: job.source.read(name) for name in inside})
+        writer.add(_compress_block(job, block, rows, layouts))
     return rows, layouts
+
+
+def _compress_block(job: Job, block: Block, rows: list[LayerReport], layouts: dict[str, Any]) -> dict[str, Tensor]:
+    """Swaps the block's linears for compressed ones; returns every tensor that the checkpoint stores of the block."""
+    done: dict[str, Weight] = {}
+    payload: dict[str, Tensor] = {}
+    for group in block.groups:
+        for name in group.names:
+            if name not in job.steps:
+                continue
+            layer = _layer(job, name, group.names[0], block.weight(name), group.inputs)
+            compressed = apply(layer, job.steps[name])
+            done[name] = compressed.expression()
+            rows.append(_row(job, layer, compressed, group.held_out))
+            module = CompressedLinear.of(done[name])
+            layouts[name] = module.layout.to_json()
+            payload.update({f"{name}.{key}": tensor for key, tensor in module.payload().items()})
+        group.inputs.derived.clear()  # factors that only this group's linears could share
+        give_back_memory()
+    block.swap(done)
+    weights = {f"{name}.weight" for name in done}
+    inside = (n for n in job.source.tensors if n.startswith(f"{block.path}.") and n not in weights)
+    return payload | {name: job.source.read(name) for name in inside}
 
 
 def _layer(job: Job, name: str, group: str, weight: Tensor, inputs: Moments) -> Layer:
@@ -256,5 +262,9 @@ def _report(job: Job, tokens: CalibrationTokens | None, rows: list[LayerReport],
 
 def peak_memory() -> int:
     """The most memory this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss would start from what the launching process held
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -90,7 +90,7 @@ def methods() -> dict[str, Method]:
 def step(arguments: dict[str, Any]) -> StepConfig:
     """A step as a recipe spells it: `method` and that method's arguments. Raises ValueError for an unknown method."""
     name = arguments.get("method")
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         near = get_close_matches(str(name), _METHODS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_METHODS))}"
         raise ValueError(f"unknown method {name!r}; {hint}")
@@ -146,23 +146,25 @@ def _check_untouched(approx: Weight, rotation: object | None) -> None:
 
 def _check_order(before: Weight, after: Weight) -> None:
     """Raises RecipeError for a step that would throw away the base that an earlier step made."""
-    old, new = split(before)[0], split(after)[0]
+    (old, old_term), (new, new_term) = split(before), split(after)
+    if old_term is not None and new_term is not old_term:
+        raise RecipeError(f"it would replace the low-rank term of an earlier step ({describe(old_term)}); drop one")
     kept_pruned = isinstance(old, Where) and isinstance(new, Where) and old.index is new.index
     if not (isinstance(old, Dense) or old is new or kept_pruned):
         raise RecipeError(f"it would undo what the steps before it made ({describe(old)}); drop one of them")
 
 
 def relative_error(weight: Tensor, approx: Weight | Tensor, moments: Moments | None = None) -> float:
-    """Output error `|(W - W_approx) X|^2 / |W X|^2` in float64; of the weights themselves without an `outer`."""
-    weight = weight.double()
+    """Output error `|(W - W_approx) X|^2 / |W X|^2`, summed in float64; of the weights alone without an `outer`."""
     value = approx if isinstance(approx, Tensor) else dense(approx)
-    error = weight - value.to(weight.device).double()
-    if moments is None or moments.outer is None:
-        energy, lost = weight.square().sum(), error.square().sum()
-    else:
-        outer = moments.outer.double()
-        energy, lost = ((weight @ outer) * weight).sum(), ((error @ outer) * error).sum()
-    return float(lost / energy) if energy > 0 else 0.0
+    outer = None if moments is None else moments.outer
+
+    def energy(matrix: Tensor) -> float:
+        seen = matrix if outer is None else matrix @ outer
+        return float((seen.double() * matrix).sum())
+
+    total = energy(weight)
+    return energy(weight - value.to(weight.device)) / total if total > 0 else 0.0
 
 
 def split(approx: Weight) -> tuple[Weight, LowRank | None]:

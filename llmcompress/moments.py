@@ -14,6 +14,8 @@ from torch import Tensor
 
 STATISTICS = frozenset({"square", "outer", "cross"})
 
+TILE = 512  # columns of a product at a time; smaller ones are slower
+
 T = TypeVar("T")
 
 
@@ -47,7 +49,7 @@ class Moments:
         return Moments(
             tokens,
             square=x.square().sum(0) if "square" in needs else None,
-            outer=x.T @ x if "outer" in needs else None,
+            outer=_gram(x) if "outer" in needs else None,
             cross=dense_inputs.T @ x if "cross" in needs and dense_inputs is not None else None,
         )
 
@@ -69,6 +71,17 @@ class Moments:
         if key not in self.derived:
             self.derived[key] = compute()
         return self.derived[key]
+
+
+def _gram(x: Tensor) -> Tensor:
+    """`x.T @ x`, its upper half computed and mirrored."""
+    width = x.shape[1]
+    outer = x.new_empty(width, width)
+    for start in range(0, width, TILE):
+        stop = min(start + TILE, width)
+        outer[start:stop, start:] = x[:, start:stop].T @ x[:, start:]
+        outer[stop:, start:stop] = outer[start:stop, stop:].T
+    return outer
 
 
 def capped_weights(x: Tensor, cap: float) -> Tensor:

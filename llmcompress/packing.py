@@ -35,12 +35,13 @@ def pack(codes: Tensor, levels: int) -> Tensor:
         raise ValueError(f"codes {int(flat.min())}..{int(flat.max())} do not fit in {levels} levels")
     digits = digits_per_byte(levels)
     if digits:
-        powers = torch.tensor([levels**k for k in range(digits)], dtype=torch.int32)
+        powers = torch.tensor([levels**k for k in range(digits)], dtype=torch.int32, device=flat.device)
         return (_rows(flat, digits).to(torch.int32) * powers).sum(1).to(torch.uint8)
     bits = stream_bits(levels)
     # eight codes fill exactly `bits` bytes; a 64-bit word carries them across
-    word = (_rows(flat, 8).to(torch.int64) << (torch.arange(8) * bits)).sum(1)
-    octets = ((word[:, None] >> (8 * torch.arange(bits))) & 255).to(torch.uint8)
+    places = torch.arange(8, device=flat.device)
+    word = (_rows(flat, 8).to(torch.int64) << (bits * places)).sum(1)
+    octets = ((word[:, None] >> (8 * places[:bits])) & 255).to(torch.uint8)
     return octets.reshape(-1)[: -(-flat.numel() * bits // 8)].clone()
 
 

@@ -80,10 +80,22 @@ class Job:
 
 
 def lay(source: Source, recipe: Recipe) -> Job:
-    """The recipe laid over the model. Raises InputError for a model that is not understood."""
+    """The recipe laid over the model. Raises InputError for a model that is not understood, RecipeError for a recipe
+    whose methods need calibration that it does not have."""
     arch = architecture(source.config, source.skeleton())
+    _check_calibration(recipe)
     others = [linear.name for linear in arch.outside] + [name.rpartition(".")[0] for name in source.tensors]
     return Job(source, arch, recipe, assign(recipe, list(arch.linears()), others))
+
+
+def _check_calibration(recipe: Recipe) -> None:
+    """Raises RecipeError where a method needs data and the recipe has none."""
+    if recipe.calibration is not None:
+        return
+    used = {step.method for rule in recipe.rules for step in rule.steps}
+    hungry = sorted(name for name in used if methods()[name].needs)
+    if hungry or recipe.asymmetric:
+        raise RecipeError(f"{', '.join(hungry) or 'asymmetric'} needs calibration; add it to the recipe")
 
 
 def plan_of(job: Job) -> Plan:
@@ -121,11 +133,11 @@ def plan_of(job: Job) -> Plan:
 
 def warnings(job: Job) -> tuple[str, ...]:
     """What a user should know before: patterns that match nothing, and linears that stay dense."""
-    unmatched = [f"pattern {pattern!r} matches no linear layer" for pattern in job.assignment.unmatched]
+    shadowed = [f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed]
     dense = [name for name, steps in job.assignment.steps.items() if not steps]
     outside = [linear.name for linear in job.arch.outside]
     left = [f"{name} stays dense" for name in (*dense, *outside, *job.arch.other)]
-    return (*job.source.notes, *unmatched, *left)
+    return (*job.source.notes, *job.assignment.complaints, *shadowed, *left)
 
 
 def _tokens(job: Job) -> int:

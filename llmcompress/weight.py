@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.packing import pack, packed_bits, unpack
+from llmcompress.rotation import rotate, unrotate
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,8 +245,14 @@ def encode(w: Weight) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def decode(header: dict[str, Any], tensors: dict[str, Tensor]) -> Weight:
-    """The weight that `encode` wrote."""
-    return _decode(header, iter(tensors.values()), None)
+    """The weight that `encode` wrote; raises KeyError for a tensor that is not there."""
+    asked: list[str] = []
+
+    def take(path: str) -> Tensor:
+        asked.append(path)
+        return tensors["weight" if len(asked) == 1 else f"weight_{path}"]
+
+    return _decode(header, take, "", None)
 
 
 def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) -> dict[str, Any]:
@@ -280,33 +288,36 @@ def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) 
     raise _unknown("encode", w)
 
 
-def _decode(header: dict[str, Any], tensors: Any, shown: Tensor | None) -> Weight:
-    """Reads tensors in the order in which `_encode` wrote them."""
+def _decode(header: dict[str, Any], take: Callable[[str], Tensor], path: str, shown: Tensor | None) -> Weight:
+    """Asks for tensors by the paths, and in the order, in which `_encode` wrote them."""
     match header["node"]:
         case "zero":
             return Zero((header["shape"][0], header["shape"][1]))
         case "dense":
-            return Dense(_expand(next(tensors), header["shape"], shown))
+            return Dense(_expand(take(path + "values"), header["shape"], shown))
         case "grid":
             levels = header["levels"]
             count = math.prod(header["shape"]) if shown is None else int(shown.expand(header["shape"]).sum())
-            codes = _expand(unpack(next(tensors), levels, count), header["shape"], shown)
-            scale = next(tensors).reshape(header["scale"])
-            zero = unpack(next(tensors), levels, scale.numel()).reshape(scale.shape) if header["asymmetric"] else None
+            codes = _expand(unpack(take(path + "codes"), levels, count), header["shape"], shown)
+            scale = take(path + "scale").reshape(header["scale"])
+            packed = take(path + "zero") if header["asymmetric"] else None
+            zero = None if packed is None else unpack(packed, levels, scale.numel()).reshape(scale.shape)
             return Grid(codes, scale, zero, levels, header["group_size"])
         case "low_rank":
-            left = _decode(header["left"], tensors, None)
-            return LowRank(left, _decode(header["right"], tensors, None))
+            left = _decode(header["left"], take, path + "left_", None)
+            return LowRank(left, _decode(header["right"], take, path + "right_", None))
         case "where":
-            index = _decode_index(header["index"], header["shape"], next(tensors))
-            inside = _decode(header["inside"], tensors, _both(shown, index.inside))
-            return Where(index, inside, _decode(header["outside"], tensors, _both(shown, ~index.inside)))
+            index = _decode_index(header["index"], header["shape"], take(path + "index"))
+            inside = _decode(header["inside"], take, path + "inside_", _both(shown, index.inside))
+            outside = _decode(header["outside"], take, path + "outside_", _both(shown, ~index.inside))
+            return Where(index, inside, outside)
         case "rotated":
-            inner = _decode(header["inner"], tensors, None)
-            signs = unpack(next(tensors), 2, shape(inner)[1]).bool()
+            inner = _decode(header["inner"], take, path + "inner_", None)
+            signs = unpack(take(path + "signs"), 2, shape(inner)[1]).bool()
             return Rotated(inner, signs, header["block"])
         case "sum":
-            return Sum(tuple(_decode(part, tensors, shown) for part in header["parts"]))
+            parts = enumerate(header["parts"])
+            return Sum(tuple(_decode(part, take, f"{path}{i}_", shown) for i, part in parts))
     raise TypeError(f"no weight node is called {header['node']!r}")
 
 
@@ -316,8 +327,8 @@ def _encode_index(index: Index, path: str, out: dict[str, Tensor]) -> dict[str, 
             out[path + "index"] = pack(inside.to(torch.uint8), 2)
             return {"kind": type(index).__name__.lower()}
         case Pattern(inside, kept, group):
-            ranks = _pattern_tables(kept, group)[0]
-            powers = 2 ** torch.arange(group)
+            ranks = _pattern_tables(kept, group)[0].to(inside.device)
+            powers = 2 ** torch.arange(group, device=inside.device)
             numbers = (inside.reshape(-1, group).long() * powers).sum(1)
             out[path + "index"] = pack(ranks[numbers], math.comb(group, kept))
             return {"kind": "pattern", "kept": kept, "group": group}
@@ -383,35 +394,6 @@ def _both(shown: Tensor | None, selected: Tensor) -> Tensor:
 def _spread(groups: Tensor, group_size: int, width: int) -> Tensor:
     """Per-group numbers `[rows, groups]` repeated to `[rows, width]`; broadcast where one group spans the row."""
     return groups if groups.shape[1] == 1 else groups.repeat_interleave(group_size, 1)[:, :width]
-
-
-# --- rotation -------------------------------------------------------------------------------------------------------
-
-
-def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
-    """`x [..., in] @ R`: random signs, then an orthonormal Hadamard transform over `block` columns at a time.
-
-    A transform takes columns `in / block` apart, so each one mixes across the whole width (and across attention
-    heads). R is orthogonal; `unrotate` undoes it.
-    """
-    return _hadamard(torch.where(signs, x, -x), block)
-
-
-def unrotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
-    """`x [..., in] @ R.T`."""
-    y = _hadamard(x, block)
-    return torch.where(signs, y, -y)
-
-
-def _hadamard(x: Tensor, block: int) -> Tensor:
-    strided = x.reshape(*x.shape[:-1], block, -1)
-    half = 1
-    while half < block:
-        pairs = strided.reshape(*x.shape[:-1], -1, 2, half, strided.shape[-1])
-        low, high = pairs.unbind(-3)
-        strided = torch.stack([low + high, low - high], -3)
-        half *= 2
-    return strided.reshape(x.shape) * block**-0.5
 
 
 def _unknown(question: str, node: object) -> TypeError:

@@ -25,7 +25,7 @@ PARALLEL_ROWS = 8192  # columns of at least this many rows are worth several thr
 class Projection(Protocol):
     """What columns may become. The only state in a method: parameters fitted on the way."""
 
-    stride: int  # columns that must be up to date together when parameters are fitted
+    strides: tuple[int, ...]  # runs of columns, each counted from 0, that must be up to date when the run starts
 
     def begin(self, column: int, current: Tensor) -> None:
         """Called before each column; `current [in, out]` holds the weights as compensated so far."""
@@ -43,9 +43,9 @@ def feedback(weight: Tensor, factor: Tensor | None, projection: Projection, orde
     `order [in]` is the sequence of columns that the factor was made for; the projection counts in that sequence.
     """
     start_from = weight if order is None else weight[:, order]
-    current = start_from.T.contiguous()
-    for start, stop in _lazy_blocks(len(current), projection.stride):
-        errors = torch.empty(stop - start, current.shape[1])
+    current = start_from.T.clone(memory_format=torch.contiguous_format)
+    for start, stop in _lazy_blocks(len(current), projection.strides):
+        errors = current.new_empty(stop - start, current.shape[1])
         with _few_threads(current.shape[1]):
             for column in range(start, stop):
                 projection.begin(column, current)
@@ -73,12 +73,15 @@ def _few_threads(rows: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _lazy_blocks(width: int, stride: int) -> Iterator[tuple[int, int]]:
-    """Blocks of about `LAZY` columns that never run across the start of a stride."""
-    if stride <= LAZY:
-        step = LAZY // stride * stride
-        yield from ((start, min(start + step, width)) for start in range(0, width, step))
-        return
-    for segment in range(0, width, stride):
-        end = min(segment + stride, width)
-        yield from ((start, min(start + LAZY, end)) for start in range(segment, end, LAZY))
+def _lazy_blocks(width: int, strides: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Blocks of at most `LAZY` columns; a run of columns that starts inside a block also ends inside it."""
+    start = 0
+    while start < width:
+        stop = min(start + LAZY, width)
+        cuts = [stop]
+        while cuts:  # back to the start of a run that would cross `stop`, until none does
+            stop = cuts[0]
+            runs = [((stop - 1) // stride * stride, stride) for stride in strides]
+            cuts = [first for first, stride in runs if start < first and stop < min(first + stride, width)]
+        yield start, stop
+        start = stop

@@ -60,7 +60,7 @@ def fit_grid(
     count. Two levels have the closed form scale/2 = mean |w|; others search over `SHRINKS` of the range.
     Raises NumericsError for a scale outside float16.
     """
-    counted = torch.ones(1, 1) if importance is None else importance.to(weight.dtype)[None, :]
+    counted = weight.new_ones(1, 1) if importance is None else importance.to(weight.dtype)[None, :]
     if shown is not None:
         counted, weight = counted * shown, weight * shown
     if form.levels == 2:

@@ -22,7 +22,7 @@ def second_moment(moments: Moments) -> Tensor:
             raise ValueError("this method needs the moment 'outer'; declare it in @method(needs=...)")
         hessian = moments.outer.double() / max(moments.tokens, 1e-30)
         energy = hessian.diagonal()
-        mean = energy.mean() if energy.mean() > 0 else torch.ones((), dtype=energy.dtype)
+        mean = energy.mean() if energy.mean() > 0 else energy.new_ones(())
         dead = energy <= DEAD * mean
         return hessian + torch.diag(torch.where(dead, mean, 0.0))
 
@@ -31,7 +31,9 @@ def second_moment(moments: Moments) -> Tensor:
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """`hessian` plus `damping` times its mean diagonal."""
-    return hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+    return hessian + damping * hessian.diagonal().mean() * torch.eye(
+        len(hessian), dtype=hessian.dtype, device=hessian.device
+    )
 
 
 def inverse_factor(moments: Moments, damping: float, order: Tensor | None = None) -> tuple[Tensor, tuple[str, ...]]:
@@ -48,7 +50,8 @@ def inverse_factor(moments: Moments, damping: float, order: Tensor | None = None
             lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping * step).flip(0, 1))
             if not failed:
                 # with J the reversal, J H J = L L^T gives U = J inverse(L) J: one factorisation, one triangular inverse
-                upper = torch.linalg.solve_triangular(lower.float(), torch.eye(len(lower)), upper=False).flip(0, 1)
+                eye = torch.eye(len(lower), device=lower.device)
+                upper = torch.linalg.solve_triangular(lower.float(), eye, upper=False).flip(0, 1)
                 return upper.contiguous(), () if step == 1 else (f"damping raised to {damping * step:g}",)
         raise NumericsError(f"its input statistics cannot be factored even with damping {damping * LADDER[-1]:g}")
 

@@ -98,7 +98,7 @@ def pb_llm(layer: Layer, config: PBLLM) -> Layer:
     width = target.shape[1]
     energy = second_moment(layer.inputs).diagonal().float()
     factor, notes = inverse_factor(layer.inputs, config.damping)
-    weights = 1 / factor.diagonal().square() if config.metric == "hessian" else torch.ones(width)
+    weights = 1 / factor.diagonal().square() if config.metric == "hessian" else energy.new_ones(width)
     choose, span, index = _selection(config, target, weights)
     precise: Side = Kept()
     if config.salient_bits != 16:

@@ -16,7 +16,7 @@ class Kept:
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
-        self.stride = 1
+        self.strides: tuple[int, ...] = (1,)
 
     def begin(self, column: int, current: Tensor, shown: Tensor | None = None) -> None:
         """Nothing to fit."""
@@ -33,7 +33,7 @@ class Kept:
 class Pruned:
     """Zeros."""
 
-    stride = 1
+    strides: tuple[int, ...] = (1,)
 
     def begin(self, column: int, current: Tensor, shown: Tensor | None = None) -> None:
         """Nothing to fit."""
@@ -59,7 +59,7 @@ class Quantized:
     ) -> None:
         self.form = replace(form, group_size=form.group(width))
         self.group_size = form.group(width)
-        self.stride = self.group_size if order is None else 1
+        self.strides: tuple[int, ...] = (self.group_size if order is None else 1,)
         self.importance, self.order = importance, order
         self.scales: list[Tensor] = []
         self.zeros: list[Tensor] = []
@@ -104,7 +104,7 @@ class Quantized:
 class Side(Protocol):
     """One side of a selection; `shown [in, out]` is true where this side is stored."""
 
-    stride: int
+    strides: tuple[int, ...]
 
     def begin(self, column: int, current: Tensor, shown: Tensor | None = None) -> None:
         """As in `Projection`."""
@@ -133,13 +133,14 @@ class Selected:
     ) -> None:
         self.inside, self.outside, self.choose, self.span, self.index = inside, outside, choose, span, index
         # every span and every group must start on up-to-date weights, and a group needs its selection made
-        self.stride = max(span, inside.stride, outside.stride)
+        self.strides = (span, *inside.strides, *outside.strides)
+        self.stride = max(self.strides)
         self.chosen = torch.zeros(0, 0, dtype=torch.bool)
 
     def begin(self, column: int, current: Tensor) -> None:
         """Chooses for the stride that starts at `column`, then lets both sides fit on what they are given."""
         if column == 0:
-            self.chosen = torch.zeros(current.shape, dtype=torch.bool)
+            self.chosen = torch.zeros(current.shape, dtype=torch.bool, device=current.device)
         if column % self.stride == 0:
             first = -(-column // self.span) * self.span  # a span that began before this stride is chosen already
             for start in range(first, min(column + self.stride, len(current)), self.span):
@@ -147,7 +148,7 @@ class Selected:
         elif column % self.span == 0:
             self.chosen[column : column + self.span] = self.choose(current[column : column + self.span], column)
         self.inside.begin(column, current, self.chosen)
-        self.outside.begin(column, current, ~self.chosen if column % self.outside.stride == 0 else None)
+        self.outside.begin(column, current, ~self.chosen if column % max(self.outside.strides) == 0 else None)
 
     def project(self, column: int, values: Tensor) -> Tensor:
         """Each side's values where it is selected."""
@@ -178,7 +179,7 @@ def pattern(kept: int, group: int) -> Callable[[Tensor], Index]:
 def largest(scores: Tensor, count: int) -> Tensor:
     """True at the `count` largest of all `scores`, exactly; ties go to the first."""
     flat = scores.reshape(-1)
-    chosen = torch.zeros(flat.numel(), dtype=torch.bool)
+    chosen = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
     chosen[flat.argsort(descending=True, stable=True)[:count]] = True
     return chosen.reshape(scores.shape)
 
@@ -187,4 +188,8 @@ def largest_of_each(scores: Tensor, kept: int, group: int) -> Tensor:
     """True at the `kept` largest of every `group` consecutive rows of `scores [in, out]`; ties go to the first."""
     grouped = scores.reshape(-1, group, scores.shape[1])
     ranked = grouped.argsort(dim=1, descending=True, stable=True)[:, :kept]
-    return torch.zeros(grouped.shape, dtype=torch.bool).scatter_(1, ranked, True).reshape(scores.shape)
+    return (
+        torch.zeros(grouped.shape, dtype=torch.bool, device=scores.device)
+        .scatter_(1, ranked, True)
+        .reshape(scores.shape)
+    )

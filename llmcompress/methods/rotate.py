@@ -30,7 +30,7 @@ def rotate(layer: Layer, config: Rotate) -> Layer:
     """The layer in a seeded random basis."""
     width = layer.weight.shape[1]
     signs = torch.rand(width, generator=generator("rotate", layer.seed)) < 0.5
-    return rotated(layer, Rotation(signs, hadamard_size(width)))
+    return rotated(layer, Rotation(signs.to(layer.weight.device), hadamard_size(width)))
 
 
 def hadamard_size(width: int) -> int:

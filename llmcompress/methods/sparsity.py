@@ -81,7 +81,11 @@ def keep_largest_of_rows(scores: Tensor, config: PruneConfig) -> Tensor:
         grouped = scores[:, None, :]
         kept = kept_of(width, config.sparsity or 0.0)
     ranked = grouped.argsort(dim=2, descending=True, stable=True)[..., :kept]
-    return torch.zeros(grouped.shape, dtype=torch.bool).scatter_(2, ranked, True).reshape(scores.shape)
+    return (
+        torch.zeros(grouped.shape, dtype=torch.bool, device=scores.device)
+        .scatter_(2, ranked, True)
+        .reshape(scores.shape)
+    )
 
 
 def pruned(values: Tensor, keep: Tensor, config: PruneConfig) -> Weight:

@@ -21,4 +21,4 @@ class SVD(LowRankConfig):
 @method("svd", SVD)
 def svd(layer: Layer, config: SVD) -> Layer:
     """Adds the SVD of what the base lost."""
-    return compensate(layer, config, torch.eye(layer.weight.shape[1], dtype=torch.float64))
+    return compensate(layer, config, torch.eye(layer.weight.shape[1], dtype=torch.float64, device=layer.weight.device))

@@ -85,6 +85,7 @@ UNDOING: list[tuple[Step, Step]] = [
     ({"method": "rtn"}, ROTATE),
     ({"method": "svd", "rank": 1}, ROTATE),
     (ROTATE, ROTATE),
+    ({"method": "svd", "rank": 1}, {"method": "eora", "rank": 1}),
 ]
 
 

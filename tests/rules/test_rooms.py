@@ -12,6 +12,7 @@ from tests.rules.source_tree import MODULES, ROOT, Module, repository_files
 ROOMS = (
     "errors",
     "packing",  # codes <-> bytes
+    "rotation",  # the random input basis
     "weight",  # what a compressed weight is
     "moments",  # additive calibration statistics
     "layer",  # Layer, @method

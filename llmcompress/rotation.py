@@ -1,0 +1,30 @@
+"""The random input basis of incoherence processing: seeded signs, then a Hadamard transform; orthogonal and fast."""
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
+    """`x [..., in] @ R`: random signs, then an orthonormal Hadamard transform over `block` columns at a time.
+
+    A transform takes columns `in / block` apart, so each one mixes across the whole width (and across attention
+    heads). R is orthogonal; `unrotate` undoes it.
+    """
+    return _hadamard(torch.where(signs, x, -x), block)
+
+
+def unrotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
+    """`x [..., in] @ R.T`."""
+    y = _hadamard(x, block)
+    return torch.where(signs, y, -y)
+
+
+def _hadamard(x: Tensor, block: int) -> Tensor:
+    strided = x.reshape(*x.shape[:-1], block, -1)
+    half = 1
+    while half < block:
+        pairs = strided.reshape(*x.shape[:-1], -1, 2, half, strided.shape[-1])
+        low, high = pairs.unbind(-3)
+        strided = torch.stack([low + high, low - high], -3)
+        half *= 2
+    return strided.reshape(x.shape) * block**-0.5

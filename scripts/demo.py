@@ -1,0 +1,145 @@
+"""The main job, end to end: compress a model, load the result as any Hub checkpoint, score dense and compressed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import llmcompress as lc
+from llmcompress.evaluate import PAIRS, compare_models
+from llmcompress.scoring import load, load_tokenizer, locate
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "configs" / "smollm2-135m" / "default.yaml"
+PROMPTS = ("The capital of France is", "Water boils when", "To learn to play the piano, one should")
+NEW_TOKENS = 24
+RELOAD = """
+import json, sys, torch, llmcompress
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompt, count = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+with llmcompress.decoded(model):
+    inputs = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")
+    print(json.dumps(model.generate(**inputs, max_new_tokens=int(count), do_sample=False)[0].tolist()))
+"""
+
+
+def main() -> None:
+    """Runs the demo and writes its numbers beside the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2", help="a folder, a Hub id, or smollm2 (embedded)")
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--output", type=Path, default=ROOT / "out" / "demo", help="replaced if it is there")
+    parser.add_argument("--windows", type=int, default=16, help="windows of 1024 tokens that perplexity is measured on")
+    options = parser.parse_args()
+    console = Console()
+    started = time.monotonic()
+    shutil.rmtree(options.output, ignore_errors=True)
+    result = compress(options, console)
+    report = result.report
+    console.print("scoring dense and compressed on text that calibration did not see ...")
+    dense, compressed = load(locate(options.model)), load(locate(str(options.output)))
+    tokenizer = load_tokenizer(locate(str(options.output)))
+    scores = compare_models(dense, compressed, tokenizer, windows=options.windows, tasks=[PAIRS])
+    sentences = {"dense": [write(dense, tokenizer, prompt) for prompt in PROMPTS]}
+    with lc.decoded(compressed):
+        sentences["compressed"] = [write(compressed, tokenizer, prompt) for prompt in PROMPTS]
+    numbers = {
+        "dense": {"bytes": report.dense_bytes, **scores["dense"], "sentences": texts(tokenizer, sentences["dense"])},
+        "compressed": {
+            "bytes": report.bytes,
+            "bpw": report.bpw,
+            "model_bpw": report.model_bpw,
+            **scores["compressed"],
+            "sentences": texts(tokenizer, sentences["compressed"]),
+        },
+        "perplexity_ratio": scores["compressed"]["perplexity"] / scores["dense"]["perplexity"],
+        "compress_seconds": report.seconds,
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "same_tokens_after_reload": reloaded(options.output) == sentences["compressed"][0],
+        "seconds": time.monotonic() - started,
+    }
+    target = options.output.with_suffix(".json")
+    target.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
+    show(numbers, console)
+    console.print(f"checkpoint {options.output}\nnumbers    {target}", soft_wrap=True)
+    if not numbers["same_tokens_after_reload"]:
+        sys.exit("the checkpoint does not generate the same tokens when it is loaded again")
+
+
+def compress(options: argparse.Namespace, console: Console) -> lc.Result:
+    """The compressed model, with a progress bar over its blocks on a terminal."""
+    columns = (TextColumn("blocks"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        return lc.compress(
+            options.model,
+            options.recipe,
+            options.output,
+            progress=lambda done, total, speed: bar.update(task, completed=done, total=total),
+        )
+
+
+@torch.no_grad()
+def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The prompt and the model's greedy continuation, as token ids."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    generate: Any = model.generate
+    ids: list[int] = generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()
+    return ids
+
+
+def texts(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> list[str]:
+    """Token ids as text."""
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences]
+
+
+def reloaded(folder: Path) -> list[int]:
+    """What a fresh process generates that only imports llmcompress and calls `from_pretrained`."""
+    command = [sys.executable, "-c", RELOAD, str(folder), PROMPTS[0], str(NEW_TOKENS)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    ids: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return ids
+
+
+def show(numbers: dict[str, Any], console: Console) -> None:
+    """The table and the sentences."""
+    table = Table("", "dense", "compressed")
+    for name, form in (
+        ("bytes", "{:,}"),
+        ("bpw", "{:.3f}"),
+        ("model_bpw", "{:.3f}"),
+        ("perplexity", "{:.3f}"),
+        ("kl", "{:.4f}"),
+        ("top1_agreement", "{:.4f}"),
+    ):
+        cells = [
+            form.format(numbers[side][name]) if name in numbers[side] else "16" for side in ("dense", "compressed")
+        ]
+        table.add_row(name, *cells)
+    accuracies = [f"{numbers[side]['tasks'][PAIRS]['acc']:.3f}" for side in ("dense", "compressed")]
+    table.add_row(f"{PAIRS} accuracy", *accuracies)
+    console.print(table)
+    for side in ("dense", "compressed"):
+        for sentence in numbers[side]["sentences"]:
+            console.print(f"{side:<11}{json.dumps(sentence, ensure_ascii=False)}", soft_wrap=True)
+    console.print(
+        f"perplexity x{numbers['perplexity_ratio']:.3f} · compressed in {numbers['compress_seconds']:.0f} s "
+        f"with {numbers['peak_memory_bytes'] / 1e6:.0f} MB at the peak · {numbers['seconds']:.0f} s in all"
+    )
+
+
+if __name__ == "__main__":
+    main()
