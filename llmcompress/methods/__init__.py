@@ -7,6 +7,7 @@ from llmcompress.methods import (
     lqer,
     magnitude,
     pb_llm,
+    refine,
     rotate,
     rtn,
     sparsegpt,
@@ -14,4 +15,17 @@ from llmcompress.methods import (
     wanda,
 )
 
-__all__ = ["alternate", "eora", "gptq", "lqer", "magnitude", "pb_llm", "rotate", "rtn", "sparsegpt", "svd", "wanda"]
+__all__ = [
+    "alternate",
+    "eora",
+    "gptq",
+    "lqer",
+    "magnitude",
+    "pb_llm",
+    "refine",
+    "rotate",
+    "rtn",
+    "sparsegpt",
+    "svd",
+    "wanda",
+]

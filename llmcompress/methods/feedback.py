@@ -46,7 +46,7 @@ def feedback(weight: Tensor, factor: Tensor | None, projection: Projection, orde
     current = start_from.T.clone(memory_format=torch.contiguous_format)
     for start, stop in _lazy_blocks(len(current), projection.strides):
         errors = current.new_empty(stop - start, current.shape[1])
-        with _few_threads(current.shape[1]):
+        with few_threads(current.shape[1]):
             for column in range(start, stop):
                 projection.begin(column, current)
                 wanted = current[column]
@@ -63,7 +63,7 @@ def feedback(weight: Tensor, factor: Tensor | None, projection: Projection, orde
 
 
 @contextmanager
-def _few_threads(rows: int) -> Iterator[None]:
+def few_threads(rows: int) -> Iterator[None]:
     """One thread for short columns: waking others costs more than they do, and on a busy machine very much more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if rows < PARALLEL_ROWS else threads)

@@ -105,14 +105,16 @@ def round_to(weight: Tensor, scale: Tensor, zero: Tensor | None, levels: int) ->
     return codes.sub_(middle).mul_(scale.float())
 
 
+def spread(parameters: Tensor, group_size: int, width: int) -> Tensor:
+    """Parameters of groups `[rows, groups]` repeated for every column `[rows, width]`."""
+    return parameters.repeat_interleave(group_size, 1)[:, :width]
+
+
 def grid_of(values: Tensor, scale: Tensor, zero: Tensor | None, levels: int, group_size: int) -> Grid:
     """The `Grid` that holds `values [out, in]`, which already lie on it (others go to the nearest point)."""
-
-    def spread(parameters: Tensor) -> Tensor:
-        return parameters.repeat_interleave(group_size, 1)[:, : values.shape[1]]
-
-    middle = centre(None if zero is None else spread(zero), levels)
-    codes = (values * spread(reciprocal(scale))).add_(middle).round_().clamp_(0, levels - 1)
+    width = values.shape[1]
+    middle = centre(None if zero is None else spread(zero, group_size, width), levels)
+    codes = (values * spread(reciprocal(scale), group_size, width)).add_(middle).round_().clamp_(0, levels - 1)
     return Grid(codes.to(torch.uint8), scale, zero, levels, group_size)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.grid import GridFormat, centre, fit_grid, grid_of, reciprocal
-from llmcompress.weight import Bitmap, Columns, Dense, Index, Pattern, Weight, Where, Zero
+from llmcompress.weight import Bitmap, Columns, Dense, Grid, Index, Pattern, Weight, Where, Zero
 
 
 class Kept:
@@ -75,12 +75,23 @@ class Quantized:
         elif column % self.group_size == 0:
             self._fit(current, column, shown)
 
+    @staticmethod
+    def like(grid: Grid) -> "Quantized":
+        """The points of a grid that is fitted already."""
+        fitted = Quantized(GridFormat(grid.levels, grid.group_size, grid.zero is None), grid.codes.shape[1])
+        for group in range(grid.scale.shape[1]):
+            part = slice(group, group + 1)
+            fitted._add(grid.scale[:, part], None if grid.zero is None else grid.zero[:, part])
+        return fitted
+
     def _fit(self, current: Tensor, start: int, shown: Tensor | None) -> None:
         columns = slice(start, start + self.group_size)
         importance = None if self.importance is None else self.importance[columns]
-        scale, zero = fit_grid(
-            current[columns].T.contiguous(), self.form, importance, None if shown is None else shown[columns].T
-        )
+        values, counted = current[columns].T.contiguous(), None if shown is None else shown[columns].T
+        self._add(*fit_grid(values, self.form, importance, counted))
+
+    def _add(self, scale: Tensor, zero: Tensor | None) -> None:
+        """Parameters `[out, 1]` of the next group."""
         self.scales.append(scale)
         if zero is not None:
             self.zeros.append(zero)

@@ -60,7 +60,7 @@ PIPELINES: list[list[Step]] = [
     [{"method": "wanda", "pattern": "2:4"}, {"method": "gptq", "bits": 3, "group_size": 16}],
     [ROTATE, {"method": "sparsegpt", "sparsity": 0.5, "bits": 3}],
     [ROTATE, {"method": "gptq", "bits": 2, "group_size": 16, "symmetric": False}],
-    [{"method": "svd", "rank": 2}, {"method": "rtn", "bits": 2}],
+    [{"method": "sparsegpt", "pattern": "2:4"}, {"method": "refine"}],
 ]
 
 

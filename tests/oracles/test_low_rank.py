@@ -135,13 +135,6 @@ def test_a_share_of_the_bits_is_kept_to(share: float, factor_bits: int) -> None:
     assert factors + (64 + 96) * factor_bits > share * bits(base), "another rank would fit"
 
 
-def test_a_second_term_replaces_the_first_and_leaves_the_base() -> None:
-    weight, inputs = gaussian(16, 24), correlated(400, 24)
-    one = compressed(weight, inputs, RTN, {"method": "eora", "rank": 2})
-    two = compressed(weight, inputs, RTN, {"method": "svd", "rank": 5}, {"method": "eora", "rank": 2})
-    assert torch.equal(dense(one.approx), dense(two.approx))
-
-
 def test_factors_of_nothing_are_zero() -> None:
     done = compressed(torch.zeros(6, 8), correlated(100, 8), {"method": "eora", "rank": 2}).approx
     term = split(done)[1]

@@ -1,0 +1,131 @@
+"""Coordinate descent on what is stored, and least squares for its scales: a polish after any base.
+
+Minimises tr(E H E^T), which error feedback does only greedily: a column may move again to the stored values nearest to
+`q_j + (E H)_j / H_jj`, knowing how all other columns, later ones too, came out; then the scales of each row are
+multiplied by the factor that fits best. No move raises the loss on the calibration inputs. Stores what was there, in
+the same bits: other grid codes, other kept values of a pruned matrix, other signs of a partially binarized one; masks
+and selections stay. The scheme is that of AQLM's code updates (arXiv 2401.06118), one weight at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmcompress.errors import RecipeError
+from llmcompress.layer import Layer, StepConfig, base_target, method, split, with_base
+from llmcompress.methods.feedback import few_threads
+from llmcompress.methods.grid import grid_of
+from llmcompress.methods.hessian import damped, second_moment
+from llmcompress.methods.projection import Kept, Pruned, Quantized
+from llmcompress.weight import Dense, Grid, Weight, Where, Zero, dense, describe, shape
+
+BLOCK = 64  # columns whose moves are gathered into one product; changes speed, never the result
+
+
+class Refine(StepConfig):
+    """Arguments of `refine`."""
+
+    method: Literal["refine"] = "refine"
+    passes: int = Field(2, ge=1, le=100, description="times every column is visited")
+    damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
+    examples = ({}, {"passes": 4})
+
+    def sketch(self, approx: Weight) -> Weight:
+        """See `StepConfig.sketch`."""
+        _compressed_base(approx)
+        return approx
+
+
+@method("refine", Refine, needs={"outer"})
+def refine(layer: Layer, config: Refine) -> Layer:
+    """The base with better stored values, in the same bits."""
+    base, target = _compressed_base(layer.approx), base_target(layer)
+    hessian = damped(second_moment(layer.inputs), config.damping).float()
+    for _ in range(config.passes):
+        base = rescaled(descended(base, target, hessian), target, hessian)
+    return with_base(layer, base)
+
+
+def descended(base: Weight, target: Tensor, hessian: Tensor) -> Weight:
+    """One visit to every column of `target [out, in]`, left to right, under `hessian [in, in]`."""
+    move_to = nearest(base)
+    values = dense(base).T.clone(memory_format=torch.contiguous_format)  # [in, out], like everything below
+    pull = hessian @ (target.T - values)
+    for start in range(0, len(values), BLOCK):
+        stop = min(start + BLOCK, len(values))
+        moves = torch.empty_like(values[start:stop])
+        with few_threads(values.shape[1]):
+            for column in range(start, stop):
+                stored = move_to(column, values[column] + pull[column] / hessian[column, column])
+                move = torch.sub(stored, values[column], out=moves[column - start])
+                values[column] = stored
+                pull[column + 1 : stop].addr_(hessian[column + 1 : stop, column], move, alpha=-1)
+        # rows before `stop` are not read again in this visit
+        pull[stop:].addmm_(hessian[stop:, start:stop], moves, alpha=-1)
+    return with_values(base, values.T.contiguous())
+
+
+def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
+    """The function `(column, wanted [out])` to the nearest values that `w` can store in that column."""
+    match w:
+        case Zero():
+            return Pruned().project
+        case Dense(values):
+            return Kept(values.dtype).project
+        case Grid():
+            return Quantized.like(w).project
+        case Where(index, inside, outside):
+            here, there = nearest(inside), nearest(outside)
+            chosen = index.inside.expand(shape(w)).T.contiguous()
+            return lambda column, wanted: torch.where(chosen[column], here(column, wanted), there(column, wanted))
+    raise RecipeError(f"refine cannot move the values of {describe(w)}; leave it out for this layer")
+
+
+def with_values(w: Weight, values: Tensor) -> Weight:
+    """`w` storing `values [out, in]`, which it can hold where it shows them."""
+    match w:
+        case Dense(old):
+            return Dense(values.to(old.dtype))
+        case Grid(_, scale, zero, levels, group_size):
+            return grid_of(values, scale, zero, levels, group_size)
+        case Where(index, inside, outside):
+            return Where(index, with_values(inside, values), with_values(outside, values))
+        case _:
+            return w
+
+
+def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> Weight:
+    """`w` with each row's scales times their least-squares factor, grid by grid; `shown` is what of `w` counts."""
+    match w:
+        case Grid(scale=scale):
+            values = dense(w) if shown is None else dense(w) * shown
+            seen = values @ hessian
+            energy = (seen * values).sum(1, keepdim=True)
+            gain = (seen * target).sum(1, keepdim=True)
+            wanted = torch.where(energy > 0, scale.float() * gain / energy.clamp_min(1e-30), scale.float())
+            rounded = wanted.clamp(0, torch.finfo(torch.float16).max).to(torch.float16)
+            # the loss is a parabola in the factor; rounding to float16 may overshoot its gain
+            factor = rounded.float() / scale.float().clamp_min(1e-30)
+            better = factor * (factor * energy - 2 * gain) < energy - 2 * gain
+            return replace(w, scale=torch.where(better, rounded, scale))
+        case Where(index, inside, outside):
+            chosen = index.inside.expand(target.shape)
+            if shown is not None:
+                chosen = chosen & shown
+            rest = ~chosen if shown is None else shown & ~chosen
+            inside = rescaled(inside, target - dense(outside).to(target.device) * rest, hessian, chosen)
+            outside = rescaled(outside, target - dense(inside).to(target.device) * chosen, hessian, rest)
+            return Where(index, inside, outside)
+        case _:
+            return w
+
+
+def _compressed_base(approx: Weight) -> Weight:
+    base = split(approx)[0]
+    if not isinstance(base, Grid | Where):
+        raise RecipeError(f"there is nothing to polish in {describe(base)}; prune or quantize first")
+    return base
