@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from llmcompress.errors import NumericsError, RecipeError
-from llmcompress.moments import STATISTICS, Moments
+from llmcompress.moments import STATISTICS, TILE, Moments
 from llmcompress.weight import Dense, LowRank, Rotated, Sum, Weight, Where, Zero, dense, describe, rotate
 
 
@@ -159,12 +159,21 @@ def relative_error(weight: Tensor, approx: Weight | Tensor, moments: Moments | N
     value = approx if isinstance(approx, Tensor) else dense(approx)
     outer = None if moments is None else moments.outer
 
-    def energy(matrix: Tensor) -> float:
-        seen = matrix if outer is None else matrix @ outer
-        return float((seen.double() * matrix).sum())
+    total = _energy(weight, outer)
+    return _energy(weight - value.to(weight.device), outer) / total if total > 0 else 0.0
 
-    total = energy(weight)
-    return energy(weight - value.to(weight.device)) / total if total > 0 else 0.0
+
+def _energy(matrix: Tensor, outer: Tensor | None) -> float:
+    """tr(M H M^T) from the upper half of `outer` (H); |M|^2 without one."""
+    if outer is None:
+        return float(matrix.double().square().sum())
+    total = 0.0
+    for start in range(0, len(outer), TILE):
+        stop = start + TILE
+        seen = matrix[:, start:stop] @ outer[start:stop, start:]
+        seen[:, TILE:] *= 2  # for the mirrored tiles
+        total += float((seen * matrix[:, start:]).sum(dtype=torch.float64))
+    return total
 
 
 def split(approx: Weight) -> tuple[Weight, LowRank | None]:

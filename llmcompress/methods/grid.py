@@ -12,7 +12,7 @@ from llmcompress.layer import StepConfig
 from llmcompress.weight import Grid
 
 # Shares of the full range tried by the clip search; fewer levels want a tighter clip.
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3)
+SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
 
 
 @dataclass(frozen=True)

@@ -190,8 +190,12 @@ def pattern(kept: int, group: int) -> Callable[[Tensor], Index]:
 def largest(scores: Tensor, count: int) -> Tensor:
     """True at the `count` largest of all `scores`, exactly; ties go to the first."""
     flat = scores.reshape(-1)
-    chosen = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
-    chosen[flat.argsort(descending=True, stable=True)[:count]] = True
+    if count <= 0 or count >= len(flat):
+        return torch.full(scores.shape, count > 0, dtype=torch.bool, device=scores.device)
+    smallest = flat.kthvalue(len(flat) - count + 1).values  # of those chosen; several may be as small
+    chosen = flat > smallest
+    ties = (flat == smallest).nonzero()[: count - int(chosen.sum())]
+    chosen[ties] = True
     return chosen.reshape(scores.shape)
 
 

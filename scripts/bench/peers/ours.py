@@ -21,17 +21,19 @@ def compressed(
     model_folder: Path, recipe_file: Path, text: Path, sequences: int, length: int
 ) -> tuple["dict[str, Tensor]", dict[str, Any]]:
     """The one call into llmcompress: ({linear's module path: dense float32 [out, in]}, facts for the JSON line)."""
-    import llmcompress
+    from llmcompress.driver import compress
     from llmcompress.modules import CompressedLinear
     from llmcompress.recipe import read_recipe
+    from llmcompress.source import resolve
     from llmcompress.weight import dense
 
     chosen = {"dataset": text, "samples": sequences, "length": length, "held_out": 0}
     same_tokens = {"packing": "true", "bos": "false", "eos": "false", "shuffle": "false"}
     settings = [f"calibration.{key}={value}" for key, value in (chosen | same_tokens).items()]
     recipe = read_recipe(recipe_file, settings)
+    resolve(str(model_folder)).skeleton()  # the model's code is imported, as the peer's is when it has loaded the model
     begun, cpu_begun = time.monotonic(), time.process_time()
-    result = llmcompress.compress(model_folder, recipe)
+    result = compress(model_folder, recipe)
     facts = {
         "seconds": time.monotonic() - begun,
         "cpu_seconds": time.process_time() - cpu_begun,
