@@ -1,0 +1,89 @@
+"""A compressed linear among other modules: loading, casting, adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import llmcompress as lc
+from llmcompress.modules import CompressedLinear, Layout, compressed_linears, put
+from llmcompress.weight import dense, describe
+from tests.builders import every_node
+from tests.tiny import save_tiny
+
+RECIPE = {
+    "version": 1,
+    "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 3}, {"method": "svd", "rank": 2}]}],
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> PreTrainedModel:
+    return lc.compress(save_tiny("llama", tmp_path / "dense"), RECIPE, tmp_path / "out").model
+
+
+@pytest.mark.parametrize("w", every_node(), ids=describe)
+def test_a_layer_holds_any_expression(w: object) -> None:
+    layer = CompressedLinear.of(w, torch.arange(float(dense(w).shape[0])))
+    again = CompressedLinear(Layout.from_json(layer.layout.to_json()), torch.zeros_like(layer.bias))
+    again.load_state_dict(layer.state_dict())
+    x = torch.randn(3, layer.in_features)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, dense(w), layer.bias), rtol=1e-4, atol=1e-4)
+    assert torch.equal(again(x), layer(x))
+    with lc.decoded(nn.Sequential(layer)):
+        assert torch.equal(again(x), layer(x))
+
+
+def test_casting_a_model_leaves_the_payload_as_it_is(model: PreTrainedModel) -> None:
+    before = {name: layer.payload() for name, layer in compressed_linears(model).items()}
+    model.to(torch.bfloat16).to(torch.float32)
+    for name, layer in compressed_linears(model).items():
+        for key, tensor in layer.payload().items():
+            assert tensor.dtype == before[name][key].dtype and torch.equal(tensor, before[name][key])
+
+
+def test_what_transformers_saves_loads_again(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for name, layer in compressed_linears(again).items():
+        for key, tensor in layer.payload().items():
+            assert torch.equal(tensor, compressed_linears(model)[name].payload()[key])
+
+
+def test_without_llmcompress_loading_fails_instead_of_inventing_weights(model: PreTrainedModel) -> None:
+    """Every payload lies under the dense weight's name with another shape, which stock loaders refuse."""
+    for layer in compressed_linears(model).values():
+        assert layer.state_dict()["weight"].ndim == 1
+
+
+def test_nothing_of_a_compressed_layer_asks_for_gradients(model: PreTrainedModel) -> None:
+    assert not any(p.requires_grad for layer in compressed_linears(model).values() for p in layer.parameters())
+
+
+def test_an_adapter_trains_on_top_of_compressed_layers(model: PreTrainedModel) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    payload = {name: layer.payload() for name, layer in compressed_linears(model).items()}
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    ids = torch.arange(12)[None]
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(4):
+        loss = adapted(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for name, layer in compressed_linears(adapted.get_base_model()).items():
+        before = payload[name.replace(".base_layer", "")]
+        assert all(torch.equal(tensor, before[key]) for key, tensor in layer.payload().items())
+
+
+def test_put_names_what_is_not_there() -> None:
+    with pytest.raises(AttributeError):
+        put(nn.Sequential(nn.Linear(2, 2)), "1", nn.Identity())
