@@ -58,10 +58,13 @@ class Run:
     calls: dict[int, Call]
     dtype: torch.dtype = torch.float32  # of products; hidden states and weights are float32 in any case
 
-    def __call__(self, hidden: Tensor, visit: Visit | None = None, names: tuple[str, ...] = ()) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, visit: Visit | None = None, names: tuple[str, ...] = (), stop_at: str | None = None
+    ) -> Tensor:
         """The block's outputs for `hidden [sequences, length, width]`.
 
         `visit(name, input [sequences, length, in])` is called for each linear in `names` as the block calls it.
+        `stop_at`, one of them: the block is left there, and nothing is returned.
         """
         call, visited = self.calls[len(hidden)], []
 
@@ -72,6 +75,8 @@ class Run:
                     raise NumericsError(_overflow(name, "its inputs"))
                 if visit is not None:
                     visit(name, args[0].reshape(*hidden.shape[:2], -1))
+                if name == stop_at:
+                    raise _Enough
 
             return seen
 
@@ -82,6 +87,8 @@ class Run:
                 handles.append(linear.register_forward_pre_hook(hook(name)))
             with torch.autocast(hidden.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 output = self.module(hidden, *call.args, **call.kwargs)
+        except _Enough:
+            return hidden.new_empty(0)
         finally:
             for handle in handles:
                 handle.remove()
@@ -100,6 +107,10 @@ class Run:
         if not _finite(output):
             raise NumericsError(_overflow(self.path, "its outputs"))
         return output
+
+
+class _Enough(Exception):
+    """Leaves a block's forward when the last input that is wanted has been seen."""
 
 
 class _Tape:

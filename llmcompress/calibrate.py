@@ -180,6 +180,7 @@ def _gather(
     """
     readers = {names[0]: names for names in wanted}  # one linear stands for its group
     totals: dict[tuple[str, bool], Moments] = {}
+    last: str | None = None  # the linear that the block calls last: known, and all calls counted, after the first batch
     for batch in batches:
         dense_inputs: dict[str, Tensor] = {}
         if dense_hidden is not None and not batch.held_out:
@@ -191,7 +192,8 @@ def _gather(
             moments = _moments(x, dense.pop(name, None), needs, cap)
             totals[name, held] = totals[name, held] + moments if (name, held) in totals else moments
 
-        output = run(hidden[batch.rows], add, tuple(readers))
+        output = run(hidden[batch.rows], add, tuple(readers), None if keep_outputs else last)
+        last = list(totals)[-1][0] if last is None and totals else last
         if keep_outputs:
             hidden[batch.rows] = output
     return tuple(InputGroup(names, totals[name, False], totals.get((name, True))) for name, names in readers.items())

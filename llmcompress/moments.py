@@ -41,7 +41,7 @@ class Moments:
         tokens = float(len(x))
         x = x.float()  # float16 squares overflow from 256 on
         dense_inputs = None if dense_inputs is None else dense_inputs.float()
-        if weights is not None:
+        if weights is not None and bool((weights != 1).any()):
             tokens = float(weights.sum())
             root = weights.float().sqrt()[:, None]
             x = x * root
