@@ -12,7 +12,7 @@ from llmcompress.layer import StepConfig
 from llmcompress.weight import Grid
 
 # Shares of the full range tried by the clip search; fewer levels want a tighter clip.
-SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
+SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4, 0.3)
 
 
 @dataclass(frozen=True)

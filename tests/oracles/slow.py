@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3)
+SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4, 0.3)
 Begin = Callable[[int, Tensor, Tensor], None]  # column, weights so far [out, in], pivots [in] of what is left
 Store = Callable[[int, Tensor], Tensor]  # column, wanted values [out] -> stored values [out]
 
