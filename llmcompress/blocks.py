@@ -74,7 +74,8 @@ class Run:
                 if not _finite(args[0]):
                     raise NumericsError(_overflow(name, "its inputs"))
                 if visit is not None:
-                    visit(name, args[0].reshape(*hidden.shape[:2], -1))
+                    with torch.autocast(hidden.device.type, enabled=False):  # statistics in bfloat16 are not positive
+                        visit(name, args[0].reshape(*hidden.shape[:2], -1))
                 if name == stop_at:
                     raise _Enough
 

@@ -436,3 +436,16 @@ def save_wide(path: Path, layers: int) -> Path:
     blocks = {name.replace(".0.", f".{i}.", 1): value.clone() for i in range(layers) for name, value in block.items()}
     save_file({**rest, **blocks}, path / "model.safetensors")
     return path
+
+
+def test_statistics_are_summed_in_float32_whatever_the_products_are(tmp_path: Path) -> None:
+    """A Gram matrix of bfloat16 products loses positive definiteness: only the forward may be in bfloat16."""
+    source = resolve(str(save_tiny("llama", tmp_path / "dense")))
+    arch = architecture(source.config, source.skeleton())
+    sequences = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(0))
+    needs = frozenset({"outer", "square"})
+    for block in walk(source, arch, sequences, needs=needs, cap=None, dtype=torch.bfloat16):
+        for group in block.groups:
+            outer, square = group.inputs.outer, group.inputs.square
+            assert outer is not None and square is not None
+            torch.testing.assert_close(outer.diagonal(), square, rtol=1e-5, atol=1e-6)
