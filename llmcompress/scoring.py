@@ -16,10 +16,10 @@ from llmcompress.architecture import architecture
 from llmcompress.errors import InputError
 from llmcompress.evaluate import evaluate
 from llmcompress.locate import Place, locate
-from llmcompress.source import Source, open_source
+from llmcompress.source import Source, load_tokenizer, open_source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def score(
     size = size_of(place)
     found = evaluate(
         load(place, device),
-        load_tokenizer(place),
+        load_tokenizer(place.folder),
         text,
         windows=windows,
         length=length,
@@ -92,19 +92,6 @@ def load(place: Place, device: str = "cpu") -> PreTrainedModel:
     placed: nn.Module = model
     placed.to(device)
     return model.eval()
-
-
-def load_tokenizer(place: Place) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises InputError when its files are missing or damaged."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(
-            f"{place.name} has no tokenizer that can be read ({_first_line(error)}); put its files beside the weights"
-        ) from error
-    return tokenizer
 
 
 def _dense_bpw(source: Source) -> float | None:

@@ -82,15 +82,21 @@ class Source:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises InputError when the folder has none that transformers can read."""
-        from transformers import AutoTokenizer
+        return load_tokenizer(self.folder)
 
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise InputError(
-                f"{self.folder} has no tokenizer that can be read ({_reason(error)}); "
-                f"put the model's tokenizer files beside its weights"
-            ) from error
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises InputError when it has none that transformers can read."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            f"{folder} has no tokenizer that can be read ({_reason(error)}); "
+            f"put the model's tokenizer files beside its weights"
+        ) from error
+    return tokenizer
 
 
 def resolve(model: str, revision: str | None = None) -> Source:

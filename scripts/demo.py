@@ -19,7 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmcompress as lc
 from llmcompress.evaluate import PAIRS, compare_models
-from llmcompress.scoring import load, load_tokenizer, locate
+from llmcompress.locate import locate
+from llmcompress.scoring import load
+from llmcompress.source import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs" / "smollm2-135m" / "default.yaml"
@@ -54,7 +56,7 @@ def main() -> None:
     report = result.report
     console.print("scoring dense and compressed on text that calibration did not see ...")
     dense, compressed = load(locate(options.model)), load(locate(str(options.output)))
-    tokenizer = load_tokenizer(locate(str(options.output)))
+    tokenizer = load_tokenizer(options.output)
     scores = compare_models(dense, compressed, tokenizer, windows=options.windows, tasks=[PAIRS])
     sentences = {"dense": [write(dense, tokenizer, prompt) for prompt in PROMPTS]}
     with lc.decoded(compressed):
