@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.architecture import Architecture
+from llmcompress.attention import FasterAttention
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.source import Source
 
@@ -75,7 +77,10 @@ class Run:
                     raise NumericsError(_overflow(name, "its inputs"))
                 if visit is not None:
                     with torch.autocast(hidden.device.type, enabled=False):  # statistics in bfloat16 are not positive
-                        visit(name, args[0].reshape(*hidden.shape[:2], -1))
+                        inputs = (
+                            args[0] if self.dtype == torch.float32 else args[0].to(self.dtype)
+                        )  # what it multiplies
+                        visit(name, inputs.reshape(*hidden.shape[:2], -1))
                 if name == stop_at:
                     raise _Enough
 
@@ -86,7 +91,7 @@ class Run:
             for name in names:
                 linear = self.module.get_submodule(name.removeprefix(f"{self.path}."))
                 handles.append(linear.register_forward_pre_hook(hook(name)))
-            with torch.autocast(hidden.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            with self._products(hidden.device):
                 output = self.module(hidden, *call.args, **call.kwargs)
         except _Enough:
             return hidden.new_empty(0)
@@ -108,6 +113,15 @@ class Run:
         if not _finite(output):
             raise NumericsError(_overflow(self.path, "its outputs"))
         return output
+
+    @contextmanager
+    def _products(self, device: torch.device) -> Iterator[None]:
+        """Products in `dtype`, with the attention that is fastest at it."""
+        if self.dtype == torch.float32:
+            yield
+            return
+        with torch.autocast(device.type, self.dtype), FasterAttention() if device.type == "cpu" else nullcontext():
+            yield
 
 
 class _Enough(Exception):

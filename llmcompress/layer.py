@@ -172,7 +172,7 @@ def _energy(matrix: Tensor, outer: Tensor | None) -> float:
         stop = start + TILE
         seen = matrix[:, start:stop] @ outer[start:stop, start:]
         seen[:, TILE:] *= 2  # for the mirrored tiles
-        total += float((seen * matrix[:, start:]).sum(dtype=torch.float64))
+        total += float(torch.linalg.vecdot(seen, matrix[:, start:]).sum(dtype=torch.float64))
     return total
 
 

@@ -5,7 +5,8 @@ X is `[tokens, in]`. A token may carry a weight w: its row counts as sqrt(w) * x
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 STATISTICS = frozenset({"square", "outer", "cross"})
 
-TILE = 512  # columns of a product at a time; smaller ones are slower
+TILE = 256  # columns of a symmetric product at a time
 
 T = TypeVar("T")
 
@@ -37,21 +38,25 @@ class Moments:
     def of(
         x: Tensor, needs: frozenset[str], weights: Tensor | None = None, dense_inputs: Tensor | None = None
     ) -> Moments:
-        """The moments of `x [tokens, in]`, with token `weights [tokens]`; `dense_inputs` like x, for `cross`."""
-        tokens = float(len(x))
-        x = x.float()  # float16 squares overflow from 256 on
-        dense_inputs = None if dense_inputs is None else dense_inputs.float()
+        """The moments of `x [tokens, in]`, with token `weights [tokens]`; `dense_inputs` like x, for `cross`.
+
+        Summed in float32 whatever the dtype of `x`; of bfloat16 inputs, as a bfloat16 forward reads them, faster.
+        """
+        tokens, dtype = float(len(x)), x.dtype
         if weights is not None and bool((weights != 1).any()):
             tokens = float(weights.sum())
             root = weights.float().sqrt()[:, None]
             x = x * root
             dense_inputs = None if dense_inputs is None else dense_inputs * root
-        return Moments(
-            tokens,
-            square=x.square().sum(0) if "square" in needs else None,
-            outer=_gram(x) if "outer" in needs else None,
-            cross=dense_inputs.T @ x if "cross" in needs and dense_inputs is not None else None,
-        )
+        x = x.float()  # float16 squares overflow from 256 on
+        dense_inputs = None if dense_inputs is None else dense_inputs.float()
+        with _bfloat16_factors(dtype):
+            return Moments(
+                tokens,
+                square=x.square().sum(0) if "square" in needs else None,
+                outer=_gram(x) if "outer" in needs else None,
+                cross=dense_inputs.T @ x if "cross" in needs and dense_inputs is not None else None,
+            )
 
     def __add__(self, other: Moments) -> Moments:
         """The moments of both sets of tokens."""
@@ -73,6 +78,19 @@ class Moments:
         return self.derived[key]
 
 
+@contextmanager
+def _bfloat16_factors(dtype: torch.dtype) -> Iterator[None]:
+    """For inputs that were bfloat16: float32 products whose factors are rounded to it, which is exact but for token
+    weights, and whose sums stay float32. CPUs with bfloat16 units are twice as fast at them."""
+    library = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made when torch is imported
+    before = library.fp32_precision
+    library.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        library.fp32_precision = before
+
+
 def _gram(x: Tensor) -> Tensor:
     """`x.T @ x`, its upper half computed and mirrored."""
     width = x.shape[1]
@@ -90,6 +108,6 @@ def capped_weights(x: Tensor, cap: float) -> Tensor:
 
     The first token of a sequence can carry 99.9 % of a layer's energy; uncapped, it alone would decide the fit.
     """
-    norm = x.float().norm(dim=-1)
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
     limit = cap * norm.median(dim=1, keepdim=True).values
     return (limit / norm.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0).square()

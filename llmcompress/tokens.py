@@ -22,7 +22,7 @@ from llmcompress.text import Document, is_file, read_documents, shuffled, stdlib
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-PIECE = 1_000_000  # characters of one document tokenized at a time
+PIECE = 200_000  # characters of one document tokenized at a time
 SHORTFALL = 0.1  # the share of the asked-for sequences that may be missing
 Switch = Literal["auto"] | bool
 Progress = Callable[[int, int], None]  # (done, total)

@@ -1,8 +1,8 @@
 """Error feedback: project one input column after the other, and let the later columns make up for the error.
 
 Optimal brain surgeon as in GPTQ (arXiv 2210.17323) and SparseGPT (arXiv 2301.00774): minimises tr(E H E^T) for
-E = W - W_approx greedily. With `inverse(H) = U^T U`, column j costs `e = (w_j - q_j) / U_jj` and each later column k
-gets `w_k -= e U_jk`. What a column may become is the business of a `Projection`; all methods share this loop.
+E = W - W_approx greedily. With `inverse(H) = U^T U` and `e = w_j - q_j`, each later column k gets
+`w_k -= e U_jk / U_jj`. What a column may become is the business of a `Projection`; all methods share this loop.
 
 Works on the transpose, `current [in, out]`, where a column of W is contiguous. Updates are applied at once within a
 lazy block and as one product beyond it; a projection that fits parameters sees up-to-date weights up to the end of
@@ -46,17 +46,20 @@ def feedback(weight: Tensor, factor: Tensor | None, projection: Projection, orde
     current = start_from.T.clone(memory_format=torch.contiguous_format)
     for start, stop in _lazy_blocks(len(current), projection.strides):
         errors = current.new_empty(stop - start, current.shape[1])
+        shares = None if factor is None else factor[start:stop, start:] / factor.diagonal()[start:stop, None]
         with few_threads(current.shape[1]):
-            for column in range(start, stop):
+            for column, error in enumerate(errors, start):
                 projection.begin(column, current)
                 wanted = current[column]
                 stored = projection.project(column, wanted)
-                if factor is not None:
-                    error = torch.sub(wanted, stored, out=errors[column - start]).div_(factor[column, column])
-                    current[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
-                current[column] = stored
-        if factor is not None and stop < len(current):
-            current[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+                if shares is not None:
+                    torch.sub(wanted, stored, out=error)
+                    current[column + 1 : stop].addr_(
+                        shares[column - start, column - start + 1 : stop - start], error, alpha=-1
+                    )
+                wanted.copy_(stored)
+        if shares is not None and stop < len(current):
+            current[stop:].addmm_(shares[:, stop - start :].T, errors, alpha=-1)
     if order is not None:
         current = current[order.argsort()]
     return projection.weight(current.T.contiguous())

@@ -13,7 +13,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.layer import Layer, base_target, method, support, with_base
 from llmcompress.methods.feedback import feedback
 from llmcompress.methods.grid import GridConfig
-from llmcompress.methods.hessian import inverse_factor, second_moment
+from llmcompress.methods.hessian import channel_energy, inverse_factor
 from llmcompress.methods.projection import Quantized
 from llmcompress.methods.rtn import quantized_sketch, within_support
 from llmcompress.weight import Weight
@@ -44,7 +44,7 @@ def gptq(layer: Layer, config: GPTQ) -> Layer:
     """Quantizes the base with error feedback; a pruned base stays pruned."""
     _check_act_order(layer.approx, config)
     target = base_target(layer)
-    energy = second_moment(layer.inputs).diagonal().float()
+    energy = channel_energy(layer.inputs).float()
     order = energy.argsort(descending=True, stable=True) if config.act_order else None
     factor, notes = inverse_factor(layer.inputs, config.damping, order)
     kept = Quantized(config.grid_format(), target.shape[1], energy, order)

@@ -72,20 +72,23 @@ def fit_grid(
         low = -high
     else:
         high, low = weight.amax(1, keepdim=True).clamp_min(0), weight.amin(1, keepdim=True).clamp_max(0)
-    best_error = torch.full_like(high, torch.inf)
-    best_scale = torch.zeros_like(high, dtype=torch.float16)
-    best_zero = None if form.symmetric else torch.zeros_like(high, dtype=torch.uint8)
-    for shrink in SHRINKS if form.clip else (1.0,):
-        scale = _half((high - low) * (shrink / (form.levels - 1)))
-        zero = None
-        if best_zero is not None:
-            zero = (-low * shrink * reciprocal(scale)).round_().clamp_(0, form.levels - 1).to(torch.uint8)
-        error = round_to(weight, scale, zero, form.levels).sub_(weight).square_().mul_(counted).sum(1, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = None if best_zero is None or zero is None else torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+    shrinks = high.new_tensor(SHRINKS if form.clip else (1.0,))[:, None, None]
+    scales = _half((high - low) * (shrinks / (form.levels - 1)))  # [shrinks, rows, 1], like what follows
+    zeros = None
+    if not form.symmetric:
+        zeros = (-low * shrinks * reciprocal(scales)).round_().clamp_(0, form.levels - 1).to(torch.uint8)
+    errors = torch.stack(
+        [
+            round_to(weight, scale, None if zeros is None else zeros[index], form.levels)
+            .sub_(weight)
+            .square_()
+            .mul_(counted)
+            .sum(1, keepdim=True)
+            for index, scale in enumerate(scales)
+        ]
+    )
+    best = errors.argmin(0, keepdim=True)
+    return scales.gather(0, best)[0], None if zeros is None else zeros.gather(0, best)[0]
 
 
 def reciprocal(scale: Tensor) -> Tensor:
@@ -100,8 +103,8 @@ def centre(zero: Tensor | None, levels: int) -> Tensor | float:
 
 def round_to(weight: Tensor, scale: Tensor, zero: Tensor | None, levels: int) -> Tensor:
     """The nearest grid points to `weight [rows, columns]`, float32."""
-    middle = centre(zero, levels)
-    codes = (weight * reciprocal(scale)).add_(middle).round_().clamp_(0, levels - 1)
+    middle = torch.as_tensor(centre(zero, levels), dtype=torch.float32, device=weight.device)
+    codes = torch.addcmul(middle, weight, reciprocal(scale)).round_().clamp_(0, levels - 1)
     return codes.sub_(middle).mul_(scale.float())
 
 

@@ -14,26 +14,31 @@ LADDER = (1.0, 10.0, 100.0)  # times the damping asked for
 DEAD = 1e-10  # an input channel with less than this share of the mean energy was never seen
 
 
+def channel_energy(moments: Moments) -> Tensor:
+    """The diagonal of H `[in]` float64; a dead channel gets the mean energy, which leaves its weights alone."""
+    energy = _outer(moments).diagonal().double() / max(moments.tokens, 1e-30)
+    mean = energy.mean() if energy.mean() > 0 else energy.new_ones(())
+    return energy + torch.where(energy <= DEAD * mean, mean, 0.0)
+
+
 def second_moment(moments: Moments) -> Tensor:
-    """H `[in, in]` float64; a dead channel gets the mean energy on its diagonal, which leaves its weights alone."""
+    """H `[in, in]` float64, the caller's own to change; dead channels as in `channel_energy`."""
+    energy = channel_energy(moments)
+    hessian = _outer(moments).double().div_(max(moments.tokens, 1e-30))
+    hessian.diagonal().copy_(energy)
+    return hessian
 
-    def compute() -> Tensor:
-        if moments.outer is None:
-            raise ValueError("this method needs the moment 'outer'; declare it in @method(needs=...)")
-        hessian = moments.outer.double() / max(moments.tokens, 1e-30)
-        energy = hessian.diagonal()
-        mean = energy.mean() if energy.mean() > 0 else energy.new_ones(())
-        dead = energy <= DEAD * mean
-        return hessian + torch.diag(torch.where(dead, mean, 0.0))
 
-    return moments.memo("second_moment", compute)
+def _outer(moments: Moments) -> Tensor:
+    if moments.outer is None:
+        raise ValueError("this method needs the moment 'outer'; declare it in @method(needs=...)")
+    return moments.outer
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """`hessian` plus `damping` times its mean diagonal."""
-    return hessian + damping * hessian.diagonal().mean() * torch.eye(
-        len(hessian), dtype=hessian.dtype, device=hessian.device
-    )
+    """`hessian` plus `damping` times its mean diagonal, in place."""
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    return hessian
 
 
 def inverse_factor(moments: Moments, damping: float, order: Tensor | None = None) -> tuple[Tensor, tuple[str, ...]]:
@@ -43,15 +48,16 @@ def inverse_factor(moments: Moments, damping: float, order: Tensor | None = None
     """
 
     def compute() -> tuple[Tensor, tuple[str, ...]]:
-        hessian = second_moment(moments)
-        if order is not None:
-            hessian = hessian[order][:, order]
         for step in LADDER:
-            lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping * step).flip(0, 1))
+            hessian = damped(second_moment(moments), damping * step)
+            # with J the reversal, J H J = L L^T gives U = J inverse(L) J: one factorisation, one triangular inverse
+            hessian = hessian.flip(0, 1) if order is None else hessian[order.flip(0)][:, order.flip(0)]
+            lower, failed = torch.linalg.cholesky_ex(hessian)
+            del hessian  # the largest matrices of a run live here
             if not failed:
-                # with J the reversal, J H J = L L^T gives U = J inverse(L) J: one factorisation, one triangular inverse
+                lower = lower.float()
                 eye = torch.eye(len(lower), device=lower.device)
-                upper = torch.linalg.solve_triangular(lower.float(), eye, upper=False).flip(0, 1)
+                upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
                 return upper.contiguous(), () if step == 1 else (f"damping raised to {damping * step:g}",)
         raise NumericsError(f"its input statistics cannot be factored even with damping {damping * LADDER[-1]:g}")
 

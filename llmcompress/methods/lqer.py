@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from llmcompress.layer import Layer, method
-from llmcompress.methods.hessian import second_moment
+from llmcompress.methods.hessian import channel_energy
 from llmcompress.methods.low_rank import LowRankConfig, compensate
 
 
@@ -23,4 +23,4 @@ class LQER(LowRankConfig):
 @method("lqer", LQER, needs={"outer"})
 def lqer(layer: Layer, config: LQER) -> Layer:
     """Adds the channel-weighted SVD of what the base lost."""
-    return compensate(layer, config, torch.diag(second_moment(layer.inputs).diagonal()))
+    return compensate(layer, config, torch.diag(channel_energy(layer.inputs)))

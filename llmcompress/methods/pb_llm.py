@@ -17,7 +17,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.layer import Layer, StepConfig, base_target, join, method, split, with_base
 from llmcompress.methods.feedback import feedback
 from llmcompress.methods.grid import GridFormat, grid_sketch
-from llmcompress.methods.hessian import inverse_factor, second_moment
+from llmcompress.methods.hessian import channel_energy, inverse_factor
 from llmcompress.methods.projection import (
     Kept,
     Quantized,
@@ -96,7 +96,7 @@ def pb_llm(layer: Layer, config: PBLLM) -> Layer:
     """Keeps the salient part at `salient_bits`, binarizes the rest."""
     target = base_target(layer)
     width = target.shape[1]
-    energy = second_moment(layer.inputs).diagonal().float()
+    energy = channel_energy(layer.inputs).float()
     factor, notes = inverse_factor(layer.inputs, config.damping)
     weights = 1 / factor.diagonal().square() if config.metric == "hessian" else energy.new_ones(width)
     choose, span, index = _selection(config, target, weights)

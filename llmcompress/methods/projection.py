@@ -63,7 +63,7 @@ class Quantized:
         self.importance, self.order = importance, order
         self.scales: list[Tensor] = []
         self.zeros: list[Tensor] = []
-        self.now: list[tuple[Tensor, Tensor | float, Tensor]] = []  # per group: 1 / scale, centre, scale; each [out]
+        self.now: list[tuple[Tensor, Tensor, Tensor]] = []  # per group: 1 / scale, centre, scale; each [out]
 
     def begin(self, column: int, current: Tensor, shown: Tensor | None = None) -> None:
         """Fits the group that starts at `column`, or all of them at the first."""
@@ -95,15 +95,14 @@ class Quantized:
         self.scales.append(scale)
         if zero is not None:
             self.zeros.append(zero)
-        middle = centre(zero, self.form.levels)
-        middle = middle if isinstance(middle, float) else middle[:, 0]
-        self.now.append((reciprocal(scale)[:, 0], middle, scale[:, 0].float()))
+        middle = torch.zeros_like(scale, dtype=torch.float32) + centre(zero, self.form.levels)
+        self.now.append((reciprocal(scale)[:, 0], middle[:, 0], scale[:, 0].float()))
 
     def project(self, column: int, values: Tensor) -> Tensor:
         """The nearest grid points."""
         place = column if self.order is None else int(self.order[column])
         inverse, middle, scale = self.now[place // self.group_size]
-        codes = (values * inverse).add_(middle).round_().clamp_(0, self.form.levels - 1)
+        codes = torch.addcmul(middle, values, inverse).round_().clamp_(0, self.form.levels - 1)
         return codes.sub_(middle).mul_(scale)
 
     def weight(self, values: Tensor) -> Weight:

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmcompress.layer import Layer, base_target, method, with_base
 from llmcompress.methods.feedback import feedback
 from llmcompress.methods.grid import GridFormat, grid_sketch
-from llmcompress.methods.hessian import inverse_factor, second_moment
+from llmcompress.methods.hessian import channel_energy, inverse_factor
 from llmcompress.methods.projection import Kept, Pruned, Quantized, Selected, Side, largest, largest_of_each
 from llmcompress.methods.sparsity import PruneConfig, check_pattern, kept_of, prune_sketch
 from llmcompress.weight import Weight, shape
@@ -86,6 +86,6 @@ def sparsegpt(layer: Layer, config: SparseGPT) -> Layer:
     if structure is not None:
         check_pattern(*structure, width)
     form = config.grid_format()
-    kept: Side = Kept() if form is None else Quantized(form, width, second_moment(layer.inputs).diagonal().float())
+    kept: Side = Kept() if form is None else Quantized(form, width, channel_energy(layer.inputs).float())
     projection = Selected(kept, Pruned(), choose, config.span(width), config.index)
     return with_base(layer, feedback(target, factor, projection), notes)

@@ -7,7 +7,7 @@ Where(keep, Dense, Zero). Every row keeps the same number of weights.
 from typing import Literal
 
 from llmcompress.layer import Layer, base_target, method, with_base
-from llmcompress.methods.hessian import second_moment
+from llmcompress.methods.hessian import channel_energy
 from llmcompress.methods.sparsity import PruneConfig, keep_largest_of_rows, prune_sketch, pruned
 from llmcompress.weight import Weight
 
@@ -27,6 +27,6 @@ class Wanda(PruneConfig):
 def wanda(layer: Layer, config: Wanda) -> Layer:
     """Keeps the largest |w_ij| * |x_j| of each row or n:m group."""
     target = base_target(layer)
-    norms = second_moment(layer.inputs).diagonal().sqrt().float()
+    norms = channel_energy(layer.inputs).sqrt().float()
     keep = keep_largest_of_rows(target.abs() * norms, config)
     return with_base(layer, pruned(target, keep, config))

@@ -139,3 +139,16 @@ def test_all_zero_tokens_have_finite_weights() -> None:
     x[1, 0] = 1.0
     weights = capped_weights(x, cap=4.0)
     assert bool(weights.isfinite().all()) and float(weights.max()) <= 1.0
+
+
+@pytest.mark.parametrize("width", [96, 700])
+def test_bfloat16_inputs_are_multiplied_exactly_and_summed_in_float32(width: int) -> None:
+    x = torch.randn(500, width, generator=seeded(3)).bfloat16()
+    other = torch.randn(500, width, generator=seeded(4)).bfloat16()
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    m = Moments.of(x, STATISTICS, dense_inputs=other)
+    assert m.outer is not None and m.cross is not None and m.outer.dtype == m.cross.dtype == torch.float32
+    torch.testing.assert_close(m.outer.double(), x.double().T @ x.double(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(m.cross.double(), other.double().T @ x.double(), rtol=1e-5, atol=1e-3)
+    assert torch.equal(m.outer, m.outer.T)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before, "the setting is everyone's"  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ ROOMS = (
     "teacher",  # text the model writes itself
     "tokens",  # text -> calibration sequences
     "modules",  # CompressedLinear
+    "attention",  # causal attention, fast in bfloat16
     "blocks",  # one decoder block at a time
     "calibrate",  # the walk
     "strict_yaml",  # YAML as recipes use it
