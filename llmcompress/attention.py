@@ -1,7 +1,8 @@
-"""Causal attention in bfloat16, a run of queries at a time: on a CPU in half the time of torch's fused kernel.
+"""Causal attention of bfloat16 inputs, a run of queries at a time: on a CPU faster than torch's fused kernel.
 
-Calibration runs every block twice on all tokens, and on a CPU a fifth of its time was attention. The scores of some
-queries against the keys up to them are an ordinary product, which bfloat16 units are fast at; they fit in the cache.
+Calibration runs every block twice on all tokens, and on a CPU a fifth of its time was attention. The scores of a few
+queries against the keys up to them are one product, and fit in the cache. Scores stay float32: rounded to bfloat16, a
+score of 20 would change its weight by 6 %.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-QUERIES = 64  # at a time: 64 beat 32, 128 and 256 at 1024 keys
+QUERIES = 32  # at a time: as fast as 64, twice as fast as 128, at 1024 keys
 
 
 class FasterAttention(TorchFunctionMode):
@@ -55,10 +56,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     `groups`. `scale` is `width ** -0.5` if not given.
     """
     batch, heads, length, width = query.shape
+    exact = torch.promote_types(query.dtype, torch.float32)
     groups, together = key.shape[1], heads // key.shape[1]
-    output = query.new_empty(batch, heads, length, value.shape[-1])
-    query = query * (width**-0.5 if scale is None else scale)
-    keys = key.transpose(-1, -2)
+    output = value.new_empty(batch, heads, length, value.shape[-1])
+    query = query.to(exact) * (width**-0.5 if scale is None else scale)
+    keys = key.to(exact).transpose(-1, -2)
     later = torch.ones(QUERIES, QUERIES, dtype=torch.bool, device=query.device).triu(1)
     for start in range(0, length, QUERIES):
         stop = min(start + QUERIES, length)
@@ -67,6 +69,6 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
         scores = query[:, :, start:stop].reshape(batch, groups, together * count, width) @ keys[..., :stop]
         scores = scores.view(batch, heads, count, stop)
         scores[..., start:].masked_fill_(later[:count, :count], -torch.inf)
-        shares = scores.softmax(-1).view(batch, groups, together * count, stop)
+        shares = scores.softmax(-1).to(value.dtype).view(batch, groups, together * count, stop)
         output[:, :, start:stop] = (shares @ value[:, :, :stop]).view(batch, heads, count, -1)
     return output
