@@ -34,8 +34,8 @@ def check_output(output: Path, needed: int) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DiskError(f"{output} exists already; remove it or choose another output folder")
     parent = next(folder for folder in output.absolute().parents if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise DiskError(f"{parent} is not writable; choose another output folder")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise DiskError(f"{parent} is not a folder that can be written to; choose another output folder")
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise DiskError(f"{output} needs {megabytes(needed)} and its disk has {megabytes(free)} free; choose another")

@@ -32,7 +32,7 @@ from llmcompress.layer import Layer, apply, relative_error
 from llmcompress.methods.hessian import damped
 from llmcompress.modules import CompressedLinear
 from llmcompress.moments import Moments
-from llmcompress.planning import Job, Plan, lay, plan_of, warnings
+from llmcompress.planning import Job, Plan, check_memory, lay, plan_of, warnings
 from llmcompress.recipe import Recipe, dump, read_recipe
 from llmcompress.report import LayerReport, Report
 from llmcompress.source import Source, resolve
@@ -97,6 +97,7 @@ def compress(
         temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")
         output = Path(temporary.name) / "model"
     check_output(Path(output), planned.bytes + planned.bytes // 20)
+    check_memory(planned, device)
     tokens = _tokens(job)
     with writing(Path(output)) as writer:
         rows, layouts = _compress_blocks(job, tokens, writer, device, progress)

@@ -115,7 +115,7 @@ def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
 
 @contextmanager
 def decoded(model: nn.Module) -> Iterator[None]:
-    """Keeps every compressed linear decoded while the context lasts: dense memory, no decoding, the same results."""
+    """Keeps every compressed linear decoded while the context lasts: dense memory, faster, equal up to rounding."""
     layers = list(compressed_linears(model).values())
     for layer in layers:
         layer.ready = expression.decoded(layer.expression())

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+import psutil
 import torch
 
 from llmcompress.architecture import Architecture, architecture
-from llmcompress.errors import RecipeError
+from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.layer import StepConfig, methods, sketch
 from llmcompress.recipe import Assignment, Recipe, assign
 from llmcompress.source import Source
@@ -138,6 +139,21 @@ def warnings(job: Job) -> tuple[str, ...]:
     outside = [linear.name for linear in job.arch.outside]
     left = [f"{name} stays dense" for name in (*dense, *outside, *job.arch.other)]
     return (*job.source.notes, *job.assignment.complaints, *shadowed, *left)
+
+
+def check_memory(planned: Plan, device: str) -> None:
+    """Raises MemoryLimitError where the run could not fit into this machine even if nothing else ran on it."""
+    total = total_memory()
+    if device == "cpu" and planned.peak_memory_bytes > total:
+        raise MemoryLimitError(
+            f"compressing {planned.model} takes about {planned.peak_memory_bytes / 1e6:.1f} MB and this machine has "
+            f"{total / 1e6:.1f} MB; take fewer or shorter calibration samples, or a larger machine"
+        )
+
+
+def total_memory() -> int:
+    """Bytes of physical memory."""
+    return int(psutil.virtual_memory().total)
 
 
 def _tokens(job: Job) -> int:

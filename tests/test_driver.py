@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
-from llmcompress.errors import DiskError, InputError, NumericsError, RecipeError
+from llmcompress.errors import DiskError, InputError, MemoryLimitError, NumericsError, RecipeError
 from llmcompress.modules import compressed_linears
 from llmcompress.weight import bits, dense
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny_tokenizer
@@ -184,6 +184,26 @@ def test_bad_outputs_are_refused_and_nothing_is_left(folder: Path, tmp_path: Pat
         lc.compress(folder, recipe(text), tmp_path / "full")
     with pytest.raises(DiskError, match="exists already"):
         lc.compress(folder, recipe(text), text)
+    with pytest.raises(DiskError, match="not a folder that can be written to"):
+        lc.compress(folder, recipe(text), text / "out")
+
+
+def test_a_folder_without_the_right_to_write_is_refused(
+    folder: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(DiskError, match="not a folder that can be written to"):
+        lc.compress(folder, recipe(text), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_machine_with_too_little_memory_is_refused_before_any_work(
+    folder: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmcompress.planning.total_memory", lambda: 100_000_000)
+    with pytest.raises(MemoryLimitError, match=r"about \d+\.\d MB.*this machine has 100\.0 MB"):
+        lc.compress(folder, recipe(text), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_disk_that_is_too_small_is_refused(
