@@ -56,19 +56,23 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     `groups`. `scale` is `width ** -0.5` if not given.
     """
     batch, heads, length, width = query.shape
-    exact = torch.promote_types(query.dtype, torch.float32)
     groups, together = key.shape[1], heads // key.shape[1]
-    output = value.new_empty(batch, heads, length, value.shape[-1])
+    exact = torch.promote_types(query.dtype, torch.float32)
     query = query.to(exact) * (width**-0.5 if scale is None else scale)
-    keys = key.to(exact).transpose(-1, -2)
+    keys = key.to(exact).transpose(-1, -2).flatten(0, 1)
+    values = value.flatten(0, 1)
+    output = value.new_empty(batch, heads, length, value.shape[-1])
+    most = batch * heads * QUERIES * length  # scores at a time; buffers of their own, as growing ones splinter the heap
+    scores, shares, rounded = (torch.empty(most, dtype=t, device=query.device) for t in (exact, exact, value.dtype))
     later = torch.ones(QUERIES, QUERIES, dtype=torch.bool, device=query.device).triu(1)
     for start in range(0, length, QUERIES):
         stop = min(start + QUERIES, length)
         count = stop - start
-        # the heads that read the same keys are one product
-        scores = query[:, :, start:stop].reshape(batch, groups, together * count, width) @ keys[..., :stop]
-        scores = scores.view(batch, heads, count, stop)
-        scores[..., start:].masked_fill_(later[:count, :count], -torch.inf)
-        shares = scores.softmax(-1).to(value.dtype).view(batch, groups, together * count, stop)
-        output[:, :, start:stop] = (shares @ value[:, :, :stop]).view(batch, heads, count, -1)
+        size = batch * heads * count * stop
+        rows = (batch * groups, together * count)  # the heads that read the same keys are one product
+        score, share, weight = (buffer[:size].view(*rows, stop) for buffer in (scores, shares, rounded))
+        torch.bmm(query[:, :, start:stop].reshape(*rows, width), keys[..., :stop], out=score)
+        score.view(batch, heads, count, stop)[..., start:].masked_fill_(later[:count, :count], -torch.inf)
+        weight.copy_(torch.softmax(score, -1, out=share))
+        output[:, :, start:stop] = (weight @ values[:, :stop]).view(batch, heads, count, -1)
     return output

@@ -297,8 +297,10 @@ def _owners(module: nn.Module, path: str, skip: nn.Module | None) -> Iterator[tu
             yield owner_path, owner
 
 
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively (several times faster), else float32."""
+def product_dtype(compute: str, device: torch.device) -> torch.dtype:
+    """What a recipe's `compute` means; "auto" is bfloat16 where the device multiplies it natively, else float32."""
+    if compute != "auto":
+        return torch.bfloat16 if compute == "bfloat16" else torch.float32
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

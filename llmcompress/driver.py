@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,19 +24,20 @@ import torch
 from torch import Tensor
 
 from llmcompress import report as reports
-from llmcompress.blocks import fast_dtype, give_back_memory
+from llmcompress.blocks import give_back_memory, product_dtype
 from llmcompress.calibrate import Block, walk
 from llmcompress.checkpoint import FORMAT_VERSION, Writer, check_output, copy_folder, writing
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.hf import NAME
 from llmcompress.layer import Layer, apply, relative_error
+from llmcompress.locate import Place
 from llmcompress.methods.hessian import damped
 from llmcompress.modules import CompressedLinear
 from llmcompress.moments import Moments
 from llmcompress.planning import Job, Plan, check_memory, lay, plan_of, warnings
 from llmcompress.recipe import Recipe, dump, read_recipe
 from llmcompress.report import LayerReport, Report
-from llmcompress.source import Source, resolve
+from llmcompress.source import load_model, resolve
 from llmcompress.tokens import CalibrationTokens, calibration_tokens
 from llmcompress.weight import Dense, Weight, bits, describe
 
@@ -115,14 +117,8 @@ def _tokens(job: Job) -> CalibrationTokens | None:
     if config is None:
         return None
     source = job.source
-    return calibration_tokens(config, source.tokenizer(), lambda: _teacher(source), source.config)
-
-
-def _teacher(source: Source) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
-    return loaded
+    teacher = partial(load_model, Place(source.name, source.folder))
+    return calibration_tokens(config, source.tokenizer(), teacher, source.config)
 
 
 def _blocks(job: Job, tokens: CalibrationTokens | None, device: str, progress: Progress | None) -> Iterator[Block]:
@@ -138,7 +134,7 @@ def _blocks(job: Job, tokens: CalibrationTokens | None, device: str, progress: P
         prefix=recipe.prefix,
         dense_stream=recipe.asymmetric > 0,
         device=device,
-        dtype=fast_dtype(torch.device(device)) if recipe.compute == "auto" else getattr(torch, recipe.compute),
+        dtype=product_dtype(recipe.compute, torch.device(device)),
         progress=progress,
     )
 

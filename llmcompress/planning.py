@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from llmcompress.architecture import Architecture, architecture
+from llmcompress.blocks import product_dtype
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.layer import StepConfig, methods, sketch
 from llmcompress.recipe import Assignment, Recipe, assign
@@ -22,7 +23,8 @@ from llmcompress.source import Source
 from llmcompress.weight import bits, describe
 
 LIBRARIES = 450_000_000  # bytes that torch and transformers take before any work
-COLUMN_SECONDS = 8e-5  # per column of a feedback loop, whatever the length of the column
+COLUMN_SECONDS = 4e-5  # per column of a feedback loop, whatever the length of the column
+FORWARD_SHARE = 2.0  # time of a calibration pass over that of its linears: attention, norms, and what is not products
 
 
 @dataclass(frozen=True)
@@ -176,18 +178,19 @@ def _seconds(job: Job) -> float:
     """Two forward passes, one product X^T X per input, and the column loops, at the speed that this machine shows."""
     tokens = _tokens(job)
     linears = job.arch.linears()
-    work = 2 * sum(2 * tokens * prod(lin.shape) for lin in linears.values())
-    work += sum(2 * tokens * group[0].shape[1] ** 2 for layout in job.arch.blocks for group in layout.groups)
-    work += sum(linears[name].shape[0] * linears[name].shape[1] ** 2 for name in job.steps)
+    forward = 2 * sum(2 * tokens * prod(lin.shape) for lin in linears.values())
+    forward += sum(tokens * group[0].shape[1] ** 2 for layout in job.arch.blocks for group in layout.groups)
+    solve = sum(linears[name].shape[0] * linears[name].shape[1] ** 2 for name in job.steps)
     columns = sum(linears[name].shape[1] * len(steps) for name, steps in job.steps.items())
-    return work / _speed() + columns * COLUMN_SECONDS
+    dtype = product_dtype(job.recipe.compute, torch.device("cpu"))
+    return FORWARD_SHARE * forward / _speed(dtype) + solve / _speed(torch.float32) + columns * COLUMN_SECONDS
 
 
-def _speed() -> float:
-    """Floating-point operations a second of a float32 product, measured."""
-    a = torch.ones(512, 512)
+def _speed(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a product, measured."""
+    a = torch.ones(1024, 1024, dtype=dtype)
     a @ a
     started = time.perf_counter()
-    for _ in range(8):
+    for _ in range(4):
         a @ a
-    return 8 * 2 * 512**3 / (time.perf_counter() - started)
+    return 4 * 2 * 1024**3 / (time.perf_counter() - started)

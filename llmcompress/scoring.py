@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
 
 from llmcompress import report as reports
 from llmcompress.architecture import architecture
 from llmcompress.errors import InputError
 from llmcompress.evaluate import evaluate
 from llmcompress.locate import Place, locate
-from llmcompress.source import Source, load_tokenizer, open_source
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from llmcompress.source import Source, load_model, load_tokenizer, open_source
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ def score(
     teacher = None if against is None else locate(against)
     size = size_of(place)
     found = evaluate(
-        load(place, device),
+        load_model(place, device),
         load_tokenizer(place.folder),
         text,
         windows=windows,
@@ -64,7 +59,7 @@ def score(
         limit=limit,
         num_fewshot=num_fewshot,
         batch_size=batch_size,
-        against=None if teacher is None else load(teacher, device),
+        against=None if teacher is None else load_model(teacher, device),
         seed=seed,
     )
     return found | {"bytes": size.bytes, "bpw": size.bpw, "model_bpw": size.model_bpw}
@@ -79,21 +74,6 @@ def size_of(place: Place) -> Size:
     return Size(source.bytes, _dense_bpw(source), source.bytes * 8 / source.parameters)
 
 
-def load(place: Place, device: str = "cpu") -> PreTrainedModel:
-    """The model in float32, in eval mode. Raises InputError when it cannot be loaded."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            place.folder, dtype=torch.float32, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"{place.name} cannot be loaded ({_first_line(error)}); download or write it again") from error
-    placed: nn.Module = model
-    placed.to(device)
-    return model.eval()
-
-
 def _dense_bpw(source: Source) -> float | None:
     try:
         linears = architecture(source.config, source.skeleton()).linears()
@@ -102,7 +82,3 @@ def _dense_bpw(source: Source) -> float | None:
     headers = [source.tensors[f"{name}.weight"] for name in linears]
     values = sum(torch.Size(header.shape).numel() for header in headers)
     return sum(header.bytes for header in headers) * 8 / values
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

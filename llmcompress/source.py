@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.architecture import refuse_experts
 from llmcompress.errors import InputError
@@ -97,6 +97,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"put the model's tokenizer files beside its weights"
         ) from error
     return tokenizer
+
+
+def load_model(place: Place, device: str = "cpu") -> PreTrainedModel:
+    """The model, dense or compressed, in float32 and eval mode. Raises InputError when it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            place.folder, dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"{place.name} cannot be loaded ({_reason(error)}); download or write it again") from error
+    placed: nn.Module = model
+    placed.to(device)
+    return model.eval()
 
 
 def resolve(model: str, revision: str | None = None) -> Source:

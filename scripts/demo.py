@@ -20,8 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import llmcompress as lc
 from llmcompress.evaluate import PAIRS, compare_models
 from llmcompress.locate import locate
-from llmcompress.scoring import load
-from llmcompress.source import load_tokenizer
+from llmcompress.source import load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs" / "smollm2-135m" / "default.yaml"
@@ -55,7 +54,7 @@ def main() -> None:
     result = compress(options, console)
     report = result.report
     console.print("scoring dense and compressed on text that calibration did not see ...")
-    dense, compressed = load(locate(options.model)), load(locate(str(options.output)))
+    dense, compressed = load_model(locate(options.model)), load_model(locate(str(options.output)))
     tokenizer = load_tokenizer(options.output)
     scores = compare_models(dense, compressed, tokenizer, windows=options.windows, tasks=[PAIRS])
     sentences = {"dense": [write(dense, tokenizer, prompt) for prompt in PROMPTS]}
