@@ -145,20 +145,26 @@ class Selected:
         # every span and every group must start on up-to-date weights, and a group needs its selection made
         self.strides = (span, *inside.strides, *outside.strides)
         self.stride = max(self.strides)
-        self.chosen = torch.zeros(0, 0, dtype=torch.bool)
+        self.chosen = self.others = torch.zeros(0, 0, dtype=torch.bool)
 
     def begin(self, column: int, current: Tensor) -> None:
         """Chooses for the stride that starts at `column`, then lets both sides fit on what they are given."""
         if column == 0:
             self.chosen = torch.zeros(current.shape, dtype=torch.bool, device=current.device)
+            self.others = torch.zeros_like(self.chosen)
         if column % self.stride == 0:
             first = -(-column // self.span) * self.span  # a span that began before this stride is chosen already
             for start in range(first, min(column + self.stride, len(current)), self.span):
-                self.chosen[start : start + self.span] = self.choose(current[start : start + self.span], start)
+                self._choose(current, start)
         elif column % self.span == 0:
-            self.chosen[column : column + self.span] = self.choose(current[column : column + self.span], column)
+            self._choose(current, column)
         self.inside.begin(column, current, self.chosen)
-        self.outside.begin(column, current, ~self.chosen if column % max(self.outside.strides) == 0 else None)
+        self.outside.begin(column, current, self.others)
+
+    def _choose(self, current: Tensor, start: int) -> None:
+        columns = slice(start, start + self.span)
+        self.chosen[columns] = self.choose(current[columns], start)
+        self.others[columns] = ~self.chosen[columns]
 
     def project(self, column: int, values: Tensor) -> Tensor:
         """Each side's values where it is selected."""
