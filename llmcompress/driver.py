@@ -39,7 +39,7 @@ from llmcompress.recipe import Recipe, dump, read_recipe
 from llmcompress.report import LayerReport, Report
 from llmcompress.source import load_model, resolve
 from llmcompress.tokens import CalibrationTokens, calibration_tokens
-from llmcompress.weight import Dense, Weight, bits, describe
+from llmcompress.weight import Dense, Weight, bits, dense, describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -193,7 +193,8 @@ def _dense_target(weight: Tensor, outer: Tensor, cross: Tensor, share: float) ->
 
 def _row(job: Job, layer: Layer, compressed: Layer, held_out: Moments | None) -> LayerReport:
     stored = compressed.expression()
-    error = relative_error(layer.weight, stored, layer.inputs)
+    value = dense(stored)
+    error = relative_error(layer.weight, value, layer.inputs)
     if not error < float("inf"):
         raise NumericsError(f"{layer.name}: the compressed weight holds NaN or Inf; choose other steps for it")
     size = (layer.weight.shape[0], layer.weight.shape[1])
@@ -203,7 +204,7 @@ def _row(job: Job, layer: Layer, compressed: Layer, held_out: Moments | None) ->
         steps=tuple(s.method for s in job.steps[layer.name]),
         bpw=bits(stored) / prod(size),
         error=error,
-        error_heldout=None if held_out is None else relative_error(layer.weight, stored, held_out),
+        error_heldout=None if held_out is None else relative_error(layer.weight, value, held_out),
         fallback="; ".join(compressed.notes) or None,
         stored=describe(stored),
     )
