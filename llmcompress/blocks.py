@@ -77,9 +77,7 @@ class Run:
                     raise NumericsError(_overflow(name, "its inputs"))
                 if visit is not None:
                     with torch.autocast(hidden.device.type, enabled=False):  # statistics in bfloat16 are not positive
-                        inputs = (
-                            args[0] if self.dtype == torch.float32 else args[0].to(self.dtype)
-                        )  # what it multiplies
+                        inputs = args[0].to(self.dtype)  # what the linear multiplies
                         visit(name, inputs.reshape(*hidden.shape[:2], -1))
                 if name == stop_at:
                     raise _Enough

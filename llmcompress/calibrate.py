@@ -70,11 +70,17 @@ class Block:
         weight = self._linear(name).get_parameter("weight").detach()
         return weight.T.contiguous() if linear.transposed else weight
 
-    def swap(self, weights: Mapping[str, Weight]) -> None:
-        """Puts compressed linears in the place of those at the module paths `weights` names; biases stay."""
+    def swap(self, weights: Mapping[str, Weight]) -> dict[str, CompressedLinear]:
+        """Puts compressed linears in the place of those at the module paths `weights` names; returns them by path.
+
+        Biases stay.
+        """
+        swapped = {}
         for name, weight in weights.items():
             bias = dict(self._linear(name).named_parameters()).get("bias")
-            put(self.module, self._relative(name), CompressedLinear.of(weight, bias))
+            swapped[name] = CompressedLinear.of(weight, bias)
+            put(self.module, self._relative(name), swapped[name])
+        return swapped
 
     def _relative(self, name: str) -> str:
         return name.removeprefix(f"{self.path}.")

@@ -32,7 +32,6 @@ from llmcompress.hf import NAME
 from llmcompress.layer import Layer, apply, relative_error
 from llmcompress.locate import Place
 from llmcompress.methods.hessian import damped
-from llmcompress.modules import CompressedLinear
 from llmcompress.moments import Moments
 from llmcompress.planning import Job, Plan, check_memory, lay, plan_of, warnings
 from llmcompress.recipe import Recipe, dump, read_recipe
@@ -162,12 +161,11 @@ def _compress_block(job: Job, block: Block, rows: list[LayerReport], layouts: di
             compressed = apply(layer, job.steps[name])
             done[name] = compressed.expression()
             rows.append(_row(job, layer, compressed, group.held_out))
-            module = CompressedLinear.of(done[name])
-            layouts[name] = module.layout.to_json()
-            payload.update({f"{name}.{key}": tensor for key, tensor in module.payload().items()})
         group.inputs.derived.clear()  # factors that only this group's linears could share
         give_back_memory()
-    block.swap(done)
+    for name, module in block.swap(done).items():
+        layouts[name] = module.layout.to_json()
+        payload.update({f"{name}.{key}": tensor for key, tensor in module.payload().items()})
     weights = {f"{name}.weight" for name in done}
     inside = (n for n in job.source.tensors if n.startswith(f"{block.path}.") and n not in weights)
     return payload | {name: job.source.read(name) for name in inside}
