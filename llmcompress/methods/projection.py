@@ -207,9 +207,8 @@ def largest(scores: Tensor, count: int) -> Tensor:
 def largest_of_each(scores: Tensor, kept: int, group: int) -> Tensor:
     """True at the `kept` largest of every `group` consecutive rows of `scores [in, out]`; ties go to the first."""
     grouped = scores.reshape(-1, group, scores.shape[1])
-    ranked = grouped.argsort(dim=1, descending=True, stable=True)[:, :kept]
-    return (
-        torch.zeros(grouped.shape, dtype=torch.bool, device=scores.device)
-        .scatter_(1, ranked, True)
-        .reshape(scores.shape)
-    )
+    chosen = grouped >= grouped.kthvalue(group - kept + 1, dim=1, keepdim=True).values
+    if int(chosen.count_nonzero()) > kept * (grouped.numel() // group):  # ties; rare, and sorting is slow
+        ranked = grouped.argsort(dim=1, descending=True, stable=True)[:, :kept]
+        chosen = torch.zeros_like(chosen).scatter_(1, ranked, True)
+    return chosen.reshape(scores.shape)
