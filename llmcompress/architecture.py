@@ -15,7 +15,7 @@ from torch import nn
 from llmcompress.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Groups = tuple[tuple[str, ...], ...]
 
@@ -93,7 +93,8 @@ class Architecture:
     """What a walk, a plan and a loader need to know of a model. `family` is None when the structure was discovered.
 
     `outside`: linears that belong to no block (the output head), left dense. `other`: weights of two or more
-    dimensions inside blocks that are no linear layer, left dense too. `tied`: the output head is the embedding.
+    dimensions inside blocks that are no linear layer, left dense too. `embedding`, `head`: module paths of the token
+    table and of the linear that gives the logits; `tied`: the head is the table.
     """
 
     model_type: str
@@ -102,6 +103,8 @@ class Architecture:
     blocks: tuple[BlockLayout, ...]
     outside: tuple[Linear, ...]
     other: tuple[str, ...]
+    embedding: str
+    head: str
     tied: bool
 
     def linears(self) -> dict[str, Linear]:
@@ -109,7 +112,7 @@ class Architecture:
         return {linear.name: linear for block in self.blocks for group in block.groups for linear in group}
 
 
-def architecture(config: PreTrainedConfig, model: nn.Module) -> Architecture:
+def architecture(config: PreTrainedConfig, model: PreTrainedModel) -> Architecture:
     """The layout of a causal language model (its weights may be on meta).
 
     Raises InputError for mixture-of-experts models, for blocks that cannot be told apart from the rest of the model,
@@ -135,8 +138,15 @@ def architecture(config: PreTrainedConfig, model: nn.Module) -> Architecture:
             for name, parameter in model.named_parameters()
             if name.startswith(inside) and parameter.dim() >= 2 and name.rpartition(".")[0] not in grouped
         ),
-        tied=bool(getattr(model, "all_tied_weights_keys", None)),
+        embedding=_name_of(model, model.get_input_embeddings()),
+        head=_name_of(model, model.get_output_embeddings()),
+        tied=bool(model.all_tied_weights_keys),
     )
+
+
+def _name_of(model: nn.Module, module: nn.Module | None) -> str:
+    """The module path of `module`, empty where there is none."""
+    return next((name for name, child in model.named_modules() if child is module), "")
 
 
 def _layout(family: Family | None, path: str, block: nn.Module) -> BlockLayout:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -189,22 +189,23 @@ def embed(
     sequences: Tensor,
     batches: list[Batch],
     device: torch.device,
-) -> tuple[Tensor, Calls]:
-    """The first block's inputs `[sequences, length, width]` float32, and the arguments of every block.
+) -> tuple[Tensor, Calls, bool]:
+    """The first block's inputs `[sequences, length, width]` float32, the arguments of every block, and whether blocks
+    return tuples.
 
     Everything that comes before and after the blocks is loaded for it, and dropped again.
     """
     body, stack = model.base_model, model.get_submodule(arch.stack)
-    load(body, "" if body is model else model.base_model_prefix, source, device, skip=stack)
+    load(body, "" if body is model else model.base_model_prefix, source, device, skip=[stack])
     try:
-        return _record(body, stack, arch, sequences, batches, device, as_tuple=False)
+        return *_record(body, stack, arch, sequences, batches, device, as_tuple=False), False
     except InputError as error:
         try:  # blocks of older models return tuples
-            return _record(body, stack, arch, sequences, batches, device, as_tuple=True)
+            return *_record(body, stack, arch, sequences, batches, device, as_tuple=True), True
         except InputError:
             raise error from None
     finally:
-        drop(body, skip=stack)
+        drop(body, skip=[stack])
 
 
 def _record(
@@ -241,6 +242,45 @@ def _record(
     return hidden, calls
 
 
+class _Replay(nn.Module):
+    """Stands in for a block: answers with the hidden states it was given beforehand, whatever it is called with."""
+
+    def __init__(self, block: nn.Module, hidden: Tensor, as_tuple: bool) -> None:
+        super().__init__()
+        self.__dict__.update(block=block, hidden=hidden, as_tuple=as_tuple)  # the block not as a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
+        """The hidden states."""
+        return (self.hidden, _MORE, _MORE) if self.as_tuple else self.hidden
+
+
+@torch.no_grad()
+def head_inputs(
+    model: PreTrainedModel, source: Source, arch: Architecture, hidden: Tensor, batches: list[Batch], as_tuple: bool
+) -> Iterator[tuple[Batch, Tensor]]:
+    """What the output head reads, batch by batch `[sequences, length, width]`, of the last block's outputs `hidden`."""
+    body: nn.Module = model.base_model
+    stack = model.get_submodule(arch.stack)
+    table = model.get_input_embeddings()
+    width = int(table.get_parameter("weight").shape[1])
+    prefix = "" if body is model else model.base_model_prefix
+    load(body, prefix, source, hidden.device, skip=(stack, table))
+    blocks = list(stack.children())
+    try:
+        for batch in batches:
+            for index, block in enumerate(blocks):
+                setattr(stack, str(index), _Replay(block, hidden[batch.rows], as_tuple))
+            nothing = hidden.new_zeros(batch.size, hidden.shape[1], width)
+            yield batch, body(inputs_embeds=nothing, use_cache=False)[0]
+    finally:
+        for index, block in enumerate(blocks):
+            setattr(stack, str(index), block)
+        drop(body, skip=(stack, table))
+
+
 def _same(a: Any, b: Any) -> bool:
     """Whether two nested arguments are equal."""
     if a is b:
@@ -254,8 +294,8 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
-def load(module: nn.Module, path: str, source: Source, device: torch.device, skip: nn.Module | None = None) -> None:
-    """Reads the weights of `module`, at module path `path`, in float32; `skip` is a part that stays as it is."""
+def load(module: nn.Module, path: str, source: Source, device: torch.device, skip: Sequence[nn.Module] = ()) -> None:
+    """Reads the weights of `module`, at module path `path`, in float32; `skip` are parts that stay as they are."""
     for owner_path, owner in _owners(module, path, skip):
         for leaf, _ in list(owner.named_parameters(recurse=False)):
             name = f"{owner_path}.{leaf}".lstrip(".")
@@ -269,7 +309,7 @@ def load(module: nn.Module, path: str, source: Source, device: torch.device, ski
             setattr(owner, leaf, value.to(device))
 
 
-def drop(module: nn.Module, skip: nn.Module | None = None) -> None:
+def drop(module: nn.Module, skip: Sequence[nn.Module] = ()) -> None:
     """Puts the weights of `module` back on meta, and gives their memory back."""
     for _, owner in _owners(module, "", skip):
         for leaf, parameter in list(owner.named_parameters(recurse=False)):
@@ -287,9 +327,9 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def _owners(module: nn.Module, path: str, skip: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+def _owners(module: nn.Module, path: str, skip: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Every module below `module`, with its path, but those inside `skip`."""
-    skipped = set() if skip is None else set(skip.modules())
+    skipped = {inner for part in skip for inner in part.modules()}
     for owner_path, owner in module.named_modules(prefix=path):
         if owner not in skipped:
             yield owner_path, owner

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.architecture import Architecture, BlockLayout, Linear
-from llmcompress.blocks import Batch, Run, drop, embed, give_back_memory, load
+from llmcompress.blocks import Batch, Run, drop, embed, give_back_memory, head_inputs, load
 from llmcompress.errors import InputError
 from llmcompress.modules import CompressedLinear, decoded, put
 from llmcompress.moments import Moments, capped_weights
@@ -104,7 +104,8 @@ def walk(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Block]:
-    """Yields the model's blocks in depth order, each with the moments of its linears' inputs.
+    """Yields the model's blocks in depth order, each with the moments of its linears' inputs; then, where `needs` names
+    them, the token table and the output head, each as a block of its own.
 
     `sequences`: token ids `[sequences, length]`, the last `held_out` of which are only measured on; None for methods
     without data: then nothing is run, and the moments are of no tokens. `needs`: the statistics every linear's method
@@ -126,7 +127,7 @@ def walk(
         return
     _check_sequences(model, sequences, held_out)
     batches = _batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
-    hidden, calls = embed(model, source, arch, sequences, batches, torch.device(device))
+    hidden, calls, as_tuple = embed(model, source, arch, sequences, batches, torch.device(device))
     dense_hidden = hidden[: len(hidden) - held_out].clone() if dense_stream else None
     linears = arch.linears()
     started = time.monotonic()
@@ -149,6 +150,38 @@ def walk(
         if progress is not None:
             seconds = max(time.monotonic() - started, 1e-9)
             progress(index + 1, len(arch.blocks), (index + 1) * sequences.numel() / seconds)
+    for name, statistics in _tables(arch, needs).items():
+        group = InputGroup((name,), Moments(0.0), None)
+        if statistics:
+            group = _gather_head(name, head_inputs(model, source, arch, hidden, batches, as_tuple), cap)
+        yield from _table(model, source, arch, group, hidden)
+
+
+def _gather_head(name: str, inputs: Iterator[tuple[Batch, Tensor]], cap: float | None) -> InputGroup:
+    """The moments of what the output head reads; a table and a head of one model never both want them."""
+    totals: dict[bool, Moments] = {}
+    for batch, x in inputs:
+        moments = _moments(x, None, HELD_OUT, cap)
+        totals[batch.held_out] = totals[batch.held_out] + moments if batch.held_out in totals else moments
+    return InputGroup((name,), totals[False], totals.get(True))
+
+
+def _tables(arch: Architecture, needs: Needs) -> dict[str, frozenset[str]]:
+    """The token table and the output head, those that the caller named, with what their methods read."""
+    named = needs if isinstance(needs, Mapping) else {}
+    return {name: named[name] for name in (arch.embedding, arch.head) if name in named}
+
+
+def _table(
+    model: PreTrainedModel, source: Source, arch: Architecture, group: InputGroup, hidden: Tensor
+) -> Iterator[Block]:
+    """The token table or the output head, as a block of its own after all others."""
+    [name] = group.names
+    module = model.get_submodule(name)
+    load(module, name, source, hidden.device)
+    out, width = module.get_parameter("weight").shape
+    yield Block(len(arch.blocks), "", model, (group,), hidden, {name: Linear(name, (out, width))})
+    drop(module)
 
 
 def _without_data(
@@ -168,6 +201,8 @@ def _without_data(
         drop(module)
         if progress is not None:
             progress(index + 1, len(arch.blocks), 0.0)
+    for name in _tables(arch, needs):
+        yield from _table(model, source, arch, InputGroup((name,), Moments(0.0), None), torch.empty(0, device=device))
 
 
 @torch.no_grad()

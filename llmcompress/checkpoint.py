@@ -22,10 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmcompress.errors import DiskError, LockedError
+from llmcompress.errors import DiskError, InputError, LockedError
+from llmcompress.validation import MENDING, digests
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+README = "README.md"
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -58,7 +60,8 @@ class Writer:
         contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         path = self._shard(len(self.parts))
         try:
-            save_file(contiguous, path, metadata={"format": "pt"})
+            save_file(contiguous, path, metadata={"format": "pt"} | digests(contiguous))
+            _sort_header(path)
         except (OSError, SafetensorError) as error:
             raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
         _sync(path)
@@ -85,6 +88,16 @@ class Writer:
         listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self.write("model.safetensors.index.json", json.dumps(listing, indent=2))
         return sum((self.folder / name).stat().st_size for name in names)
+
+
+def _sort_header(path: Path) -> None:
+    """Brings a safetensors header into one order: the library writes metadata in another at every run."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 @contextmanager
@@ -129,6 +142,20 @@ def _publish(staging: Path, output: Path) -> None:
     _sync(output.parent)
 
 
+def add_file(folder: Path, name: str, text: str) -> None:
+    """Puts a text file into a finished checkpoint, and into its manifest. Raises DiskError if it cannot be written."""
+    hashes = (manifest(folder) or {}) | {name: sha256(text.encode()).hexdigest()}
+    entries = {MANIFEST: json.dumps({"format_version": FORMAT_VERSION, "sha256": hashes}, indent=2), name: text}
+    try:
+        for target, content in reversed(entries.items()):
+            staged = folder / f".{target}.partial"
+            staged.write_text(content, encoding="utf-8")
+            _sync(staged)
+            staged.rename(folder / target)
+    except OSError as error:
+        raise DiskError(f"{folder / name} cannot be written ({error.strerror}); make the folder writable") from error
+
+
 def copy_folder(source: Path, target: Path) -> None:
     """Copies a finished checkpoint to `target`, all or nothing. Raises DiskError as `check_output` does."""
     size = sum(path.stat().st_size for path in source.iterdir())
@@ -137,6 +164,44 @@ def copy_folder(source: Path, target: Path) -> None:
         for path in source.iterdir():
             if path.name != MANIFEST:
                 shutil.copyfile(path, writer.folder / path.name)
+
+
+def check_manifest(folder: Path) -> None:
+    """Raises InputError unless the folder holds exactly the files that were written, as they were written.
+
+    A README.md may have come, as the Hub makes one.
+    """
+    written = manifest(folder) or {}
+    there = {path.name for path in folder.iterdir()} - {MANIFEST, README}
+    for name in sorted(written.keys() - {README} | there):
+        if name not in written:
+            raise InputError(f"{folder / name} is not part of the checkpoint; remove it")
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} lacks {name}, which {MANIFEST} lists; {MENDING}")
+        if _digest(folder / name) != written[name]:
+            raise InputError(f"{folder / name} is not as it was written; {MENDING}")
+
+
+def check_config(folder: Path) -> None:
+    """Raises InputError where config.json was changed beside the weights it was written for.
+
+    A folder that others than llmcompress have filled since has no say.
+    """
+    written = manifest(folder) or {}
+    complete = all((folder / name).is_file() for name in written if name.endswith(".safetensors"))
+    if complete and "config.json" in written and _digest(folder / "config.json") != written["config.json"]:
+        raise InputError(f"{folder / 'config.json'} is not as it was written beside its weights; {MENDING}")
+
+
+def manifest(folder: Path) -> dict[str, str] | None:
+    """File name to SHA-256, from the folder's manifest; None without one. Raises InputError if it cannot be read."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return {str(name): str(value) for name, value in read_json(path)["sha256"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llmcompress.tables import plan_view, report_view, score_view, summarized
+from llmcompress.tables import plan_view, pushed_view, report_view, score_view, summarized, verified_view
 from llmcompress.terminal import Terminal
 
 
@@ -171,6 +171,7 @@ def evaluate(
     ] = None,
     revision: Revision = None,
     seed: Annotated[int, typer.Option(help="Of few-shot examples and samples.")] = 0,
+    save: Annotated[bool, typer.Option("--save", help="Score DENSE too, keep both in MODEL for its card.")] = False,
     device: Device = "cpu",
     as_json: AsJson = False,
     verbose: Verbose = 0,
@@ -196,8 +197,57 @@ def evaluate(
             batch_size=batch_size,
             device=device,
             seed=seed,
+            save=save,
         )
         terminal.show(found, score_view)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress or save_pretrained wrote.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="DENSE", help="Also KL and top-1 agreement with this model.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to read; by default documentation of Python.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Check that FOLDER is as it was written, bit for bit, that it loads, and that it runs.
+
+    Example: llmcompress verify small --against smollm2
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.verify import verify as run
+
+        found = run(folder, against, text, windows, length, device)
+        terminal.warn(found.notes)
+        terminal.show(found.to_json(), verified_view)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="If it is made, make it private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if it is not there.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify, list files and bytes, send nothing.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Verify FOLDER and publish it on the Hub with a model card, in one commit; the token comes from the environment.
+
+    Example: llmcompress push small me/small --dry-run
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.hub import push as run
+
+        found = run(folder, repository, private=private, revision=revision, dry_run=dry_run)
+        terminal.show(found.to_json(), pushed_view)
 
 
 def main() -> None:

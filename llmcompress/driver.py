@@ -32,6 +32,7 @@ from llmcompress.hf import NAME
 from llmcompress.layer import Layer, apply, relative_error
 from llmcompress.locate import Place
 from llmcompress.methods.hessian import damped
+from llmcompress.modules import LIKE
 from llmcompress.moments import Moments
 from llmcompress.planning import Job, Plan, check_memory, lay, plan_of, warnings
 from llmcompress.recipe import Recipe, dump, read_recipe
@@ -153,12 +154,13 @@ def _compress_block(job: Job, block: Block, rows: list[LayerReport], layouts: di
     """Swaps the block's linears for compressed ones; returns every tensor that the checkpoint stores of the block."""
     done: dict[str, Weight] = {}
     payload: dict[str, Tensor] = {}
+    steps = job.steps | job.tables
     for group in block.groups:
         for name in group.names:
-            if name not in job.steps:
+            if name not in steps:
                 continue
             layer = _layer(job, name, group.names[0], block.weight(name), group.inputs)
-            compressed = apply(layer, job.steps[name])
+            compressed = apply(layer, steps[name])
             done[name] = compressed.expression()
             rows.append(_row(job, layer, compressed, group.held_out))
         group.inputs.derived.clear()  # factors that only this group's linears could share
@@ -166,6 +168,8 @@ def _compress_block(job: Job, block: Block, rows: list[LayerReport], layouts: di
     for name, module in block.swap(done).items():
         layouts[name] = module.layout.to_json()
         payload.update({f"{name}.{key}": tensor for key, tensor in module.payload().items()})
+        if name == job.arch.embedding:
+            payload[f"{name}.{LIKE}"] = torch.empty(0, dtype=job.source.read(f"{name}.weight").dtype)
     weights = {f"{name}.weight" for name in done}
     inside = (n for n in job.source.tensors if n.startswith(f"{block.path}.") and n not in weights)
     return payload | {name: job.source.read(name) for name in inside}
@@ -199,7 +203,7 @@ def _row(job: Job, layer: Layer, compressed: Layer, held_out: Moments | None) ->
     return LayerReport(
         name=layer.name,
         shape=size,
-        steps=tuple(s.method for s in job.steps[layer.name]),
+        steps=tuple(s.method for s in (job.steps | job.tables)[layer.name]),
         bpw=bits(stored) / prod(size),
         error=error,
         error_heldout=None if held_out is None else relative_error(layer.weight, value, held_out),
@@ -211,7 +215,8 @@ def _row(job: Job, layer: Layer, compressed: Layer, held_out: Moments | None) ->
 def _write_rest(job: Job, layouts: dict[str, Any], writer: Writer) -> None:
     """Everything but the decoder blocks: embeddings, head, config, tokenizer, and what else the dense folder holds."""
     inside = tuple(f"{layout.path}." for layout in job.arch.blocks)
-    rest = [name for name in job.source.tensors if not name.startswith(inside)]
+    tables = {f"{name}.weight" for name in job.tables}
+    rest = [name for name in job.source.tensors if not name.startswith(inside) and name not in tables]
     writer.add({name: job.source.read(name) for name in rest})
     config = json.loads((job.source.folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {
@@ -237,14 +242,15 @@ def _report(job: Job, tokens: CalibrationTokens | None, rows: list[LayerReport],
             f"{len(fallbacks)} of {len(rows)} layers needed a fallback, {fallbacks[0]} first "
             f"({next(row.fallback for row in rows if row.fallback)}); calibrate on more text"
         )
-    weights = sum(prod(row.shape) for row in rows)
+    linears = [row for row in rows if row.name not in job.tables]
+    weights = sum(prod(row.shape) for row in linears)
     return Report(
         model=job.source.name,
         revision=job.source.revision,
         recipe=job.recipe.name,
         dense_bytes=job.source.bytes,
         bytes=size,
-        bpw=sum(row.bpw * prod(row.shape) for row in rows) / weights,
+        bpw=sum(row.bpw * prod(row.shape) for row in linears) / weights,
         model_bpw=size * 8 / job.source.parameters,
         parameters=job.source.parameters,
         seconds=seconds,
@@ -252,6 +258,8 @@ def _report(job: Job, tokens: CalibrationTokens | None, rows: list[LayerReport],
         calibration=None if tokens is None else tokens.report(),
         layers=tuple(rows),
         warnings=warnings(job),
+        base_model=job.source.hub_id,
+        license=job.source.license,
         versions=reports.versions(),
     )
 

@@ -41,3 +41,7 @@ class MemoryLimitError(LLMCompressError):
     """The machine has less memory than the run needs."""
 
     exit_code = 7
+
+
+class HubError(LLMCompressError):
+    """The Hub refused, or could not be reached."""

@@ -6,18 +6,32 @@ modules are replaced on the meta device by `CompressedLinear`s, so the dense mod
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmcompress.checkpoint import FORMAT_VERSION
+from llmcompress.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.errors import InputError
-from llmcompress.modules import CompressedLinear, Layout, compressed_linears, put
+from llmcompress.modules import (
+    NAMES,
+    CompressedEmbedding,
+    CompressedLinear,
+    Layout,
+    compressed_modules,
+    put,
+)
+from llmcompress.validation import MENDING, Expected, check, digests
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STORED = NAMES | {torch.bool: "BOOL", torch.int32: "I32", torch.int64: "I64"}  # buffers that models keep
 NAME = "llmcompress"
 
 
@@ -42,7 +56,9 @@ class LLMCompressConfig(QuantizationConfigMixin):
             try:
                 found[name] = Layout.from_json(entry)
             except (KeyError, ValueError, TypeError, AttributeError) as error:
-                raise InputError(f"config.json describes {name} in a way that cannot be read ({error})") from error
+                raise InputError(
+                    f"config.json describes {name} in a way that cannot be read ({error}); {MENDING}"
+                ) from error
         return found
 
 
@@ -52,13 +68,17 @@ class LLMCompressQuantizer(HfQuantizer):
     quantization_config: LLMCompressConfig
     requires_calibration = True  # refuses from_pretrained(dense, quantization_config=...): compress first
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layout in self.quantization_config.layouts().items():
             put(model, name, _empty(model, name, layout))
+        tie_head(model)
+        if files := [Path(name) for name in kwargs.get("checkpoint_files") or ()]:  # none where tensors were passed
+            check(files, expected(model), model.all_tied_weights_keys)
+            check_config(files[0].parent)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for layer in compressed_linears(model).values():
+        for layer in compressed_modules(model).values():
             layer.requires_grad_(False)  # transformers asks for gradients of every float it loads
         return model
 
@@ -66,23 +86,56 @@ class LLMCompressQuantizer(HfQuantizer):
         """`save_pretrained` writes the payload as it is."""
         return True
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """For `save_pretrained`: the model's own tensors, and their digests for the header."""
+        tensors = model.state_dict()
+        if any(tensor.is_meta for tensor in tensors.values()):
+            tensors = get_state_dict_offloaded_model(model)
+        return None, digests(tensors)
+
     @property
     def is_trainable(self) -> bool:
         """Adapters can be trained on top."""
         return True
 
 
-def _empty(model: nn.Module, name: str, layout: Layout) -> CompressedLinear:
-    """A compressed linear for the place `name`, on meta. Raises InputError where that place does not fit."""
+def expected(model: nn.Module) -> dict[str, Expected]:
+    """What a prepared model needs from its checkpoint, by name: payload types are exact, dense floats may be any."""
+    payload = {f"{name}.{key}" for name, layer in compressed_modules(model).items() for key in layer.layout.tensors}
+    return {
+        name: Expected(
+            tuple(value.shape), None if value.is_floating_point() and name not in payload else STORED[value.dtype]
+        )
+        for name, value in model.state_dict().items()
+    }
+
+
+def tie_head(model: PreTrainedModel) -> None:
+    """Where the output head is tied to an embedding that is compressed now, gives it the same payload."""
+    modules = compressed_modules(model)
+    for alias, origin in list(model.all_tied_weights_keys.items()):
+        head, table = alias.rpartition(".")[0], modules.get(origin.rpartition(".")[0])
+        if isinstance(table, CompressedEmbedding):
+            put(model, head, CompressedLinear(table.layout, device=torch.device("meta")))
+            same = {f"{head}.{key}": f"{origin.rpartition('.')[0]}.{key}" for key in table.layout.tensors}
+            model.all_tied_weights_keys = model.all_tied_weights_keys | same
+            model._tied_weights_keys = dict(model._tied_weights_keys or {}) | same  # saving goes by these
+
+
+def _empty(model: nn.Module, name: str, layout: Layout) -> CompressedLinear | CompressedEmbedding:
+    """A compressed module for the place `name`, on meta. Raises InputError where that place does not fit."""
     try:
         dense = model.get_submodule(name)
     except AttributeError as error:
-        raise InputError(f"config.json lists {name}, which a {type(model).__name__} does not have") from error
+        raise InputError(
+            f"config.json lists {name}, which a {type(model).__name__} does not have; {MENDING}"
+        ) from error
     weight = getattr(dense, "weight", None)
     if not isinstance(weight, nn.Parameter) or sorted(weight.shape) != sorted(layout.size):
-        raise InputError(f"config.json lists {name} as a linear of size {list(layout.size)}, which it is not")
-    bias = getattr(dense, "bias", None)
-    return CompressedLinear(layout, bias, device=torch.device("meta"))
+        raise InputError(f"config.json gives {name} the size {list(layout.size)}, which it does not have; {MENDING}")
+    if isinstance(dense, nn.Embedding):
+        return CompressedEmbedding(layout, torch.get_default_dtype(), device=torch.device("meta"))
+    return CompressedLinear(layout, getattr(dense, "bias", None), device=torch.device("meta"))
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(NAME, LLMCompressConfig)

@@ -21,6 +21,7 @@ from llmcompress.errors import DiskError, InputError
 
 EMBEDDED = "smollm2"
 EMBEDDED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_LICENSE = "apache-2.0"
 SENTENCE = "Water boils at 100 degrees."  # what the embedded model's tokenizer must read and write unchanged
 HUB_FILES = [
     "*.safetensors",
@@ -32,6 +33,7 @@ HUB_FILES = [
     "merges.txt",
     "vocab.*",
     "LICENSE*",
+    "README.md",  # says the licence
 ]
 NOT_HUB_FILES = ["*/*", "consolidated*.safetensors"]  # other formats of the same weights
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -46,6 +48,8 @@ class Place:
     folder: Path
     revision: str | None = None
     notes: tuple[str, ...] = ()
+    hub_id: str | None = None
+    license: str | None = None  # where it is known without the model's card
 
 
 def locate(model: str, revision: str | None = None) -> Place:
@@ -63,7 +67,7 @@ def locate(model: str, revision: str | None = None) -> Place:
     if path.is_file():
         raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
     if model == EMBEDDED:
-        return Place(model, embedded())
+        return Place(model, embedded(), hub_id=EMBEDDED_NAME, license=EMBEDDED_LICENSE)
     name, _, pinned = model.partition("@")
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise InputError(f"the model folder {model} does not exist; give a folder, a Hub id or {EMBEDDED!r}")
@@ -108,7 +112,7 @@ def download(name: str, revision: str | None) -> Place:
         ) from error
     except (errors.HfHubHTTPError, ConnectionError) as error:
         raise InputError(f"the Hub answered {_first_line(error)} for {what}; try again, or give a folder") from error
-    return Place(name, folder, revision=folder.name if COMMIT.fullmatch(folder.name) else revision)
+    return Place(name, folder, revision=folder.name if COMMIT.fullmatch(folder.name) else revision, hub_id=name)
 
 
 def cache_folder() -> Path:

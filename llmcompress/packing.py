@@ -58,6 +58,18 @@ def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
     return ((word[:, None] >> (bits * shifts)) & ((1 << bits) - 1)).to(torch.uint8).reshape(-1)[:count]
 
 
+def unpack_rows(packed: Tensor, levels: int, width: int, rows: Tensor) -> Tensor:
+    """Rows `rows [n]` of a packed matrix of `width` columns, as uint8 `[n, width]`; only their bytes are read."""
+    codes = digits_per_byte(levels) or 8  # that a run of whole bytes holds
+    octets = 1 if digits_per_byte(levels) else stream_bits(levels)
+    first, inside = rows * width // codes, rows * width % codes
+    runs = first[:, None] + torch.arange(-(-(width + codes - 1) // codes), device=rows.device)
+    places = runs[..., None] * octets + torch.arange(octets, device=rows.device)
+    found = packed[places.flatten().clamp_max(len(packed) - 1)]  # what lies beyond the end is not kept below
+    unpacked = unpack(found, levels, runs.numel() * codes).reshape(len(rows), -1)
+    return unpacked.gather(1, inside[:, None] + torch.arange(width, device=rows.device))
+
+
 def _rows(flat: Tensor, width: int) -> Tensor:
     """`flat` as rows of `width`, the last row filled up with zeros."""
     missing = -flat.numel() % width

@@ -13,17 +13,20 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from llmcompress.architecture import Architecture, architecture
 from llmcompress.blocks import product_dtype
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.layer import StepConfig, methods, sketch
+from llmcompress.lookup import check_rows
 from llmcompress.recipe import Assignment, Recipe, assign
 from llmcompress.source import Source
-from llmcompress.weight import bits, describe
+from llmcompress.weight import Weight, bits, describe
 
 LIBRARIES = 450_000_000  # bytes that torch and transformers take before any work
 COLUMN_SECONDS = 4e-5  # per column of a feedback loop, whatever the length of the column
+TABLE_BYTES = 16  # per weight of a table while it is compressed: float32 twice, bfloat16, codes, and their sum
 FORWARD_SHARE = 2.0  # time of a calibration pass over that of its linears: attention, norms, and what is not products
 
 
@@ -73,13 +76,21 @@ class Job:
         """The linears that will be compressed, and how."""
         return {name: steps for name, steps in self.assignment.steps.items() if steps}
 
+    @property
+    def tables(self) -> dict[str, tuple[StepConfig, ...]]:
+        """The token table and the output head, those that will be compressed, and how."""
+        found = {self.arch.embedding: self.recipe.embeddings, self.arch.head: self.recipe.head}
+        return {name: steps for name, steps in found.items() if steps}
+
     def needs(self) -> dict[str, frozenset[str]]:
-        """The statistics that each compressed linear's methods read, and those its error is computed from."""
+        """The statistics that each compressed matrix's methods read, and those its error is computed from."""
         known = methods()
         extra = {"outer", "cross"} if self.recipe.asymmetric else {"outer"}
-        return {
+        needs = {
             name: frozenset(extra).union(*(known[s.method].needs for s in steps)) for name, steps in self.steps.items()
         }
+        only_looked_up = None if self.arch.tied else self.arch.embedding
+        return needs | {name: frozenset({"outer"} if name != only_looked_up else ()) for name in self.tables}
 
 
 def lay(source: Source, recipe: Recipe) -> Job:
@@ -87,6 +98,7 @@ def lay(source: Source, recipe: Recipe) -> Job:
     whose methods need calibration that it does not have."""
     arch = architecture(source.config, source.skeleton())
     _check_calibration(recipe)
+    _check_tables(recipe, arch, source)
     others = [linear.name for linear in arch.outside] + [name.rpartition(".")[0] for name in source.tensors]
     return Job(source, arch, recipe, assign(recipe, list(arch.linears()), others))
 
@@ -95,10 +107,30 @@ def _check_calibration(recipe: Recipe) -> None:
     """Raises RecipeError where a method needs data and the recipe has none."""
     if recipe.calibration is not None:
         return
-    used = {step.method for rule in recipe.rules for step in rule.steps}
+    tables = (*recipe.embeddings, *recipe.head)
+    used = {step.method for step in (*(step for rule in recipe.rules for step in rule.steps), *tables)}
     hungry = sorted(name for name in used if methods()[name].needs)
     if hungry or recipe.asymmetric:
         raise RecipeError(f"{', '.join(hungry) or 'asymmetric'} needs calibration; add it to the recipe")
+
+
+def _check_tables(recipe: Recipe, arch: Architecture, source: Source) -> None:
+    """Raises RecipeError for steps that the token table or the output head of this model cannot have."""
+    if recipe.head and arch.tied:
+        raise RecipeError(f"head: the output head of {source.name} is its token table; give its steps as embeddings:")
+    if recipe.head and (not arch.head or f"{arch.head}.weight" not in source.tensors):
+        raise RecipeError(f"head: {source.name} has no output head of its own; leave head: out")
+    if not recipe.embeddings:
+        return
+    kind = type(source.skeleton().get_input_embeddings())
+    if kind is not nn.Embedding:
+        raise RecipeError(f"embeddings: a {kind.__name__} does more than look up rows; leave embeddings: out")
+    hungry = [step.method for step in recipe.embeddings if methods()[step.method].needs]
+    if hungry and not arch.tied:
+        raise RecipeError(
+            f"embeddings: {hungry[0]} learns from a layer's inputs, and a table that is only looked up has none; "
+            f"use rtn"
+        )
 
 
 def plan_of(job: Job) -> Plan:
@@ -107,15 +139,19 @@ def plan_of(job: Job) -> Plan:
     rows = []
     for name, steps in job.steps.items():
         size = linears[name].shape
-        stored = sketch(name, size, steps)
-        count = bits(stored)
-        rows.append(LayerPlan(name, size, tuple(s.method for s in steps), count, count / prod(size), describe(stored)))
+        rows.append(_row(name, size, steps, sketch(name, size, steps)))
     if not rows:
         raise RecipeError(
             f"recipe {job.recipe.name!r} compresses no layer of {job.source.name}; give a rule with steps"
         )
     weights = sum(prod(row.shape) for row in rows)
     stored_bits = sum(row.bits for row in rows)
+    for name, steps in job.tables.items():
+        shape = job.source.tensors[f"{name}.weight"].shape
+        stored = sketch(name, (shape[0], shape[1]), steps)
+        if name == job.arch.embedding:
+            check_rows(stored)
+        rows.append(_row(name, (shape[0], shape[1]), steps, stored))
     # what a run leaves as it is keeps its own type
     dense = {f"{row.name}.weight" for row in rows}
     kept = sum(header.bytes for name, header in job.source.tensors.items() if name not in dense)
@@ -134,13 +170,23 @@ def plan_of(job: Job) -> Plan:
     )
 
 
+def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored: Weight) -> LayerPlan:
+    count = bits(stored)
+    return LayerPlan(name, size, tuple(s.method for s in steps), count, count / prod(size), describe(stored))
+
+
 def warnings(job: Job) -> tuple[str, ...]:
     """What a user should know before: patterns that match nothing, and linears that stay dense."""
     shadowed = [f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed]
     dense = [name for name, steps in job.assignment.steps.items() if not steps]
-    outside = [linear.name for linear in job.arch.outside]
+    outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
     left = [f"{name} stays dense" for name in (*dense, *outside, *job.arch.other)]
     return (*job.source.notes, *job.assignment.complaints, *shadowed, *left)
+
+
+def _is_compressed(job: Job, name: str) -> bool:
+    """Whether the linear `name`, which is in no block, is or shares a table that is compressed."""
+    return name in job.tables or (job.arch.tied and name == job.arch.head and job.arch.embedding in job.tables)
 
 
 def check_memory(planned: Plan, device: str) -> None:
@@ -171,7 +217,8 @@ def _memory(job: Job) -> int:
     statistics = sum(width**2 * 8 for width in widths) + max(widths) ** 2 * 40
     embeddings = max(prod(header.shape) for header in job.source.tensors.values()) * 4
     batch = 4096 * max(widths) * 4 * 6
-    return LIBRARIES + hidden + batch + max(block * 4 * 3 + statistics, 2 * embeddings)
+    tables = max((prod(job.source.tensors[f"{name}.weight"].shape) for name in job.tables), default=0) * TABLE_BYTES
+    return LIBRARIES + hidden + batch + max(block * 4 * 3 + statistics, 2 * embeddings, tables)
 
 
 def _seconds(job: Job) -> float:

@@ -139,6 +139,10 @@ class Recipe(BaseModel):
         description="most a token's norm counts, in medians of its sequence; null: all",
     )
     rules: tuple[Rule, ...] = Field(min_length=1)
+    embeddings: tuple[Step, ...] = Field(
+        default=(), description="steps for the token table, and for the output head where it is tied to it"
+    )
+    head: tuple[Step, ...] = Field(default=(), description="steps for an output head that is not tied")
     gates: Gates = Gates()
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
@@ -203,7 +207,10 @@ def matches(pattern: str, name: str) -> bool:
 
 def _nothing(pattern: str, names: Sequence[str], elsewhere: Sequence[str]) -> str:
     if elsewhere:
-        return f'has steps for {elsewhere[0]} ("{pattern}"), which is never compressed; give it steps: [], or drop it'
+        return (
+            f'has steps for {elsewhere[0]} ("{pattern}"), which is in no block; give them as embeddings: or head: if '
+            f"it is that, else drop the rule"
+        )
     if not names:
         return f'matches no layer ("{pattern}"): the model has none that can be compressed'
     bare = pattern.removeprefix(REGEX)

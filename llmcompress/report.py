@@ -47,6 +47,8 @@ class Report:
     calibration: dict[str, Any] | None
     layers: tuple[LayerReport, ...]
     warnings: tuple[str, ...] = ()
+    base_model: str | None = None  # a Hub id
+    license: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

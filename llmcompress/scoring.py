@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,13 @@ import torch
 
 from llmcompress import report as reports
 from llmcompress.architecture import architecture
-from llmcompress.errors import InputError
-from llmcompress.evaluate import evaluate
+from llmcompress.checkpoint import add_file
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.evaluate import compare_models, evaluate
 from llmcompress.locate import Place, locate
 from llmcompress.source import Source, load_model, load_tokenizer, open_source
+
+SCORES = "eval.json"  # in the compressed folder
 
 
 @dataclass(frozen=True)
@@ -40,28 +44,37 @@ def score(
     batch_size: int = 8,
     device: str = "cpu",
     seed: int = 0,
+    save: bool = False,
 ) -> dict[str, Any]:
     """What `evaluate` finds of a dense or compressed model, in float32, with its bytes, bpw and model_bpw.
 
-    `against` is the dense model that KL and top-1 agreement are measured from. Raises InputError for a model that
-    cannot be loaded.
+    `against` is the dense model that KL and top-1 agreement are measured from. `save` scores that one too and keeps
+    both in the compressed folder, for its card. Raises InputError for a model that cannot be loaded, RecipeError where
+    there is nothing to save.
     """
     place = locate(str(model), revision)
-    teacher = None if against is None else locate(against)
+    if save and (against is None or not (place.folder / reports.FILE).is_file()):
+        raise RecipeError("saving scores needs a folder that compress wrote, and the dense model to compare it with")
+    teacher = None if against is None else load_model(locate(against), device)
     size = size_of(place)
-    found = evaluate(
-        load_model(place, device),
-        load_tokenizer(place.folder),
-        text,
-        windows=windows,
-        length=length,
-        tasks=tasks,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        against=None if teacher is None else load_model(teacher, device),
-        seed=seed,
-    )
+    loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder)
+    options: dict[str, Any] = {
+        "windows": windows,
+        "length": length,
+        "tasks": tasks,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    if save and teacher is not None:
+        both = compare_models(teacher, loaded, tokenizer, text, **options)
+        source = "Python's documentation" if text is None else text.name
+        entries = {"text": source, **options, "versions": reports.versions(), **both}
+        add_file(place.folder, SCORES, json.dumps(entries, indent=2))
+        found = both["compressed"]
+    else:
+        found = evaluate(loaded, tokenizer, text, against=teacher, **options)
     return found | {"bytes": size.bytes, "bpw": size.bpw, "model_bpw": size.model_bpw}
 
 

@@ -61,6 +61,8 @@ class Source:
     tensors: dict[str, Header]
     tied: dict[str, str]
     notes: tuple[str, ...] = ()
+    hub_id: str | None = None
+    license: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -133,7 +135,28 @@ def open_source(place: Place) -> Source:
     tensors, tied, unused = _match(skeleton, stored, place.folder)
     note = f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one" if unused else ""
     notes = (*place.notes, note) if note else place.notes
-    return Source(place.name, place.folder, place.revision, config, tensors, tied, notes)
+    return Source(
+        place.name,
+        place.folder,
+        place.revision,
+        config,
+        tensors,
+        tied,
+        notes,
+        hub_id=place.hub_id,
+        license=place.license or _license(place.folder),
+    )
+
+
+def _license(folder: Path) -> str | None:
+    """The licence in the metadata of the folder's model card."""
+    from huggingface_hub import ModelCard
+
+    try:
+        found = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

@@ -64,6 +64,25 @@ def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
         yield table
 
 
+def verified_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """A checkpoint that is in order."""
+    yield f"files   {found['files']} as they were written · {_bytes(found['bytes'])} of weights"
+    yield f"model   {found['layers']} compressed layers, all tensors there and finite"
+    yield f"text    perplexity {found['perplexity']:.3f} over {found['tokens']:,} tokens"
+    if found["kl"] is not None:
+        yield f"dense   KL {found['kl']:.4f} nats/token · top-1 agreement {found['top1_agreement']:.4f}"
+
+
+def pushed_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """What went to the Hub, or would."""
+    table = _table(("file", "bytes"), right=(1,))
+    for name, size in found["files"].items():
+        table.add_row(name, f"{size:,}")
+    yield table
+    total = _bytes(sum(found["files"].values()))
+    yield f"commit  {found['commit']} · {total}" if found["commit"] else f"nothing was sent · {total} would be"
+
+
 def grouped(rows: Sequence[Row], same: Sequence[str], every: bool = False) -> Iterator[tuple[str, list[Row]]]:
     """Rows in order, those together that agree in `same` and in their name up to numbers: ("layers.*.q_proj", rows)."""
     groups: dict[Any, list[Row]] = {}

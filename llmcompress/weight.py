@@ -250,7 +250,7 @@ def decode(header: dict[str, Any], tensors: dict[str, Tensor]) -> Weight:
         asked.append(path)
         return tensors["weight" if len(asked) == 1 else f"weight_{path}"]
 
-    return _decode(header, take, "", None)
+    return decode_node(header, take, "", None)
 
 
 def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) -> dict[str, Any]:
@@ -286,7 +286,9 @@ def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) 
     raise _unknown("encode", w)
 
 
-def _decode(header: dict[str, Any], take: Callable[[str], Tensor], path: str, shown: Tensor | None) -> Weight:
+def decode_node(
+    header: dict[str, Any], take: Callable[[str], Tensor], path: str, shown: Tensor | None = None
+) -> Weight:
     """Asks for tensors by the paths, and in the order, in which `_encode` wrote them."""
     match header["node"]:
         case "zero":
@@ -302,20 +304,20 @@ def _decode(header: dict[str, Any], take: Callable[[str], Tensor], path: str, sh
             zero = None if packed is None else unpack(packed, levels, scale.numel()).reshape(scale.shape)
             return Grid(codes, scale, zero, levels, header["group_size"])
         case "low_rank":
-            left = _decode(header["left"], take, path + "left_", None)
-            return LowRank(left, _decode(header["right"], take, path + "right_", None))
+            left = decode_node(header["left"], take, path + "left_", None)
+            return LowRank(left, decode_node(header["right"], take, path + "right_", None))
         case "where":
             index = _decode_index(header["index"], header["shape"], take(path + "index"))
-            inside = _decode(header["inside"], take, path + "inside_", _both(shown, index.inside))
-            outside = _decode(header["outside"], take, path + "outside_", _both(shown, ~index.inside))
+            inside = decode_node(header["inside"], take, path + "inside_", _both(shown, index.inside))
+            outside = decode_node(header["outside"], take, path + "outside_", _both(shown, ~index.inside))
             return Where(index, inside, outside)
         case "rotated":
-            inner = _decode(header["inner"], take, path + "inner_", None)
+            inner = decode_node(header["inner"], take, path + "inner_", None)
             signs = unpack(take(path + "signs"), 2, shape(inner)[1]).bool()
             return Rotated(inner, signs, header["block"])
         case "sum":
             parts = enumerate(header["parts"])
-            return Sum(tuple(_decode(part, take, f"{path}{i}_", shown) for i, part in parts))
+            return Sum(tuple(decode_node(part, take, f"{path}{i}_", shown) for i, part in parts))
     raise TypeError(f"no weight node is called {header['node']!r}")
 
 

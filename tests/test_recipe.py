@@ -173,8 +173,8 @@ def test_modules_that_are_never_compressed_may_be_named_only_to_leave_them() -> 
     assert assign(recipe, NAMES, others=["lm_head"]).unmatched == ()
     recipe = parse_recipe("version: 1\nrules:\n- {match: lm_head, steps: [{method: rtn}]}\n")
     assert assign(recipe, NAMES, others=["lm_head"]).complaint() == (
-        'recipe.yaml:3: rule 1 has steps for lm_head ("lm_head"), which is never compressed; '
-        "give it steps: [], or drop it"
+        'recipe.yaml:3: rule 1 has steps for lm_head ("lm_head"), which is in no block; '
+        "give them as embeddings: or head: if it is that, else drop the rule"
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmcompress.packing import digits_per_byte, pack, packed_bits, stream_bits, unpack
+from llmcompress.packing import digits_per_byte, pack, packed_bits, stream_bits, unpack, unpack_rows
 from tests.builders import seeded
 
 LEVELS = range(2, 257)
@@ -60,3 +60,11 @@ def test_a_code_out_of_range_is_refused(levels: int) -> None:
         pack(torch.tensor([0, levels], dtype=torch.uint8), levels)
     with pytest.raises(ValueError, match=f"codes -1..0 do not fit in {levels} levels"):
         pack(torch.tensor([0, -1]), levels)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 5, 6, 8, 16, 100, 256])
+@pytest.mark.parametrize("width", [1, 5, 8, 24, 33])
+def test_rows_are_read_from_their_own_bytes(levels: int, width: int) -> None:
+    codes = torch.randint(levels, (13, width), generator=torch.Generator().manual_seed(levels), dtype=torch.uint8)
+    chosen = torch.tensor([12, 0, 7, 7, 1])
+    assert torch.equal(unpack_rows(pack(codes, levels), levels, width, chosen), codes[chosen])

@@ -48,7 +48,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_programs_run(place: Path) -> None:
     (place / "small").rmdir()
     # a folder wins over the name of the embedded model
-    save_tiny("llama", place / "smollm2", hidden_size=64, intermediate_size=96, num_key_value_heads=4)
+    save_tiny(
+        "llama",
+        place / "smollm2",
+        hidden_size=64,
+        intermediate_size=96,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
     names: dict[str, object] = {}
     for program in blocks("python"):
         exec(compile(program, "README.md", "exec"), names)

@@ -14,6 +14,7 @@ ROOMS = (
     "packing",  # codes <-> bytes
     "rotation",  # the random input basis
     "weight",  # what a compressed weight is
+    "lookup",  # rows of a packed weight
     "moments",  # additive calibration statistics
     "layer",  # Layer, @method
     "methods",  # Layer -> Layer
@@ -31,6 +32,7 @@ ROOMS = (
     "complaints",  # what is wrong with a recipe, in words
     "recipe",  # what the user asked for
     "planning",  # what a run would do, from headers alone
+    "validation",  # is a checkpoint whole?
     "checkpoint",  # disk
     "hf",  # the transformers plug-in
     "plugin",  # when to load it
@@ -38,8 +40,11 @@ ROOMS = (
     "report",
     "driver",  # model + recipe -> checkpoint + report
     "scoring",  # a model by its name, scored
+    "verify",  # is a checkpoint what was written, and does it run?
     "terminal",  # how a command speaks and ends
     "tables",  # plans, reports and scores for people
+    "card",  # a report as the Hub shows it
+    "hub",  # publishing
     "cli",
 )
 # A method shares code with others through the files of methods/ that register none. The one exception:

@@ -1,0 +1,123 @@
+"""The model card: what a compressed checkpoint is, how to load it, what it lost, and what nobody measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from llmcompress.report import Report
+from llmcompress.tables import grouped
+
+LOAD = """\
+```python
+import llmcompress  # pip install llmcompress; teaches transformers this format
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```"""
+
+
+def card(report: Report, name: str, recipe: str, scores: dict[str, Any] | None = None) -> str:
+    """The README.md of the Hub repository `name`, with metadata that the Hub reads.
+
+    `recipe` is the YAML text; `scores` what `evaluate.compare_models` gave for dense and compressed, None if nobody
+    asked.
+    """
+    from huggingface_hub import ModelCardData
+
+    base = report.base_model
+    relation: dict[str, Any] = {"base_model_relation": "quantized"} if base else {}
+    metadata = ModelCardData(
+        license=report.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["llmcompress", *sorted({step for row in report.layers for step in row.steps})],
+        base_model=base,
+        model_name=name.rpartition("/")[2],
+        eval_results=list(_eval_results(scores)) or None,
+        **relation,
+    )
+    title = f"# {name.rpartition('/')[2]}\n"
+    origin = f"[{base}](https://huggingface.co/{base})" if base else "a local checkpoint"
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---\n",
+        title,
+        f"{origin}, compressed by llmcompress from {report.dense_bytes / 1e6:,.1f} MB to "
+        f"{report.bytes / 1e6:,.1f} MB.\n",
+        LOAD.format(name=name) + "\n",
+        "## Size and quality\n",
+        *_table(report, scores),
+        "\n## What was done\n",
+        "| layers | | shape | stored as | bpw | held-out error |\n|---|---|---|---|---|---|",
+        *_layers(report),
+        f"\nRecipe:\n\n```yaml\n{recipe.strip()}\n```\n",
+        "## Limits\n",
+        *_limits(report, scores),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _eval_results(scores: dict[str, Any] | None) -> Iterator[Any]:
+    from huggingface_hub import EvalResult
+
+    for task, metrics in ((scores or {}).get("compressed") or {}).get("tasks", {}).items():
+        for metric, value in metrics.items():
+            if not metric.endswith("stderr"):
+                yield EvalResult(
+                    task_type="text-generation",
+                    dataset_type=task,
+                    dataset_name=task,
+                    metric_type=metric,
+                    metric_value=value,
+                )
+
+
+def _table(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
+    """Rows: what was counted and measured; columns: dense and compressed."""
+    yield "| | dense | compressed |\n|---|---|---|"
+    yield f"| bytes of weights | {report.dense_bytes:,} | {report.bytes:,} |"
+    yield f"| bits per weight of the decoder's linears | {_bits(report)} | {report.bpw:.3f} |"
+    yield f"| bits per weight of the whole file | {_bits(report)} | {report.model_bpw:.3f} |"
+    if scores is None:
+        return
+    dense, compressed = scores["dense"], scores["compressed"]
+    yield f"| perplexity ({scores['text']}) | {dense['perplexity']:.3f} | {compressed['perplexity']:.3f} |"
+    yield f"| KL to the dense model, nats/token | 0 | {compressed['kl']:.4f} |"
+    yield f"| top-1 agreement with the dense model | 1 | {compressed['top1_agreement']:.4f} |"
+    for task, metrics in compressed["tasks"].items():
+        for metric, value in metrics.items():
+            yield f"| {task}: {metric} | {dense['tasks'][task][metric]:.4f} | {value:.4f} |"
+
+
+def _bits(report: Report) -> str:
+    return f"{report.dense_bytes * 8 / report.parameters:.3g}"
+
+
+def _layers(report: Report) -> Iterator[str]:
+    for name, rows in grouped(report.to_json()["layers"], ("shape", "steps", "stored")):
+        errors = [row["error_heldout"] for row in rows if row["error_heldout"] is not None]
+        error = f"{sum(errors) / len(errors):.4f}" if errors else ""
+        shape, bpw = "x".join(map(str, rows[0]["shape"])), sum(row["bpw"] for row in rows) / len(rows)
+        yield f"| {name} | {len(rows)} | {shape} | {rows[0]['stored']} | {bpw:.3f} | {error} |"
+
+
+def _limits(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
+    """What a user should not take for granted."""
+    if report.calibration is None:
+        yield "- No calibration text was used."
+    else:
+        text = report.calibration
+        yield (
+            f"- Calibrated on {text['tokens']:,} tokens of `{text['source']}`; other languages and domains lose more "
+            f"than the table shows."
+        )
+    fallbacks = Counter(row.fallback for row in report.layers if row.fallback)
+    yield from (f"- {count} layers: {what}." for what, count in fallbacks.items())
+    yield from (f"- {warning[0].upper()}{warning[1:]}." for warning in report.warnings)
+    if scores is None:
+        yield "- Nobody has scored this checkpoint yet: neither perplexity nor tasks."
+    else:
+        yield "- Not measured: safety, bias, instruction following, long context, and every task that is not listed."
+    yield "- The file is small; a layer is decoded when it is used, so running it is not faster than the dense model."

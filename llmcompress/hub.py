@@ -1,0 +1,129 @@
+"""Publishing: a verified checkpoint and its card, in one commit, or nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from llmcompress import report as reports
+from llmcompress.card import card
+from llmcompress.checkpoint import MANIFEST, README, manifest, read_json
+from llmcompress.errors import HubError, RecipeError
+from llmcompress.scoring import SCORES
+from llmcompress.verify import verify
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+LOGIN = "log in with `hf auth login` or set HF_TOKEN to a token that may write"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What went, or with `dry_run` would go, to the Hub. `commit`: its address, None where nothing was sent."""
+
+    repository: str
+    files: dict[str, int]  # name -> bytes
+    commit: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, keys as in the fields."""
+        return asdict(self)
+
+
+def push(
+    folder: str | Path, repository: str, *, private: bool = False, revision: str | None = None, dry_run: bool = False
+) -> Pushed:
+    """Uploads a compressed checkpoint that passes `verify` to the Hub repository `owner/name`, made if need be.
+
+    Everything goes in one commit, so that readers see the old state or the new one; what was uploaded before a failure
+    is not uploaded again. Raises RecipeError for an impossible name, InputError for a damaged checkpoint, HubError for
+    whatever the Hub refuses.
+    """
+    folder = Path(folder)
+    if not REPOSITORY.fullmatch(repository):
+        raise RecipeError(f"{repository!r} is not a Hub repository; give owner/name")
+    verify(folder)
+    text = _card(folder, repository)
+    names = sorted({*(manifest(folder) or ()), MANIFEST} - {README})
+    files = {README: len(text.encode()), **{name: (folder / name).stat().st_size for name in names}}
+    if dry_run:
+        return Pushed(repository, files, None)
+    return Pushed(repository, files, _upload(folder, repository, names, text, private, revision))
+
+
+def _card(folder: Path, repository: str) -> str:
+    recipe = (folder / reports.RECIPE).read_text(encoding="utf-8")
+    scores = read_json(folder / SCORES) if (folder / SCORES).is_file() else None
+    return card(reports.read(folder), repository, recipe, scores)
+
+
+def _upload(folder: Path, repository: str, names: list[str], text: str, private: bool, revision: str | None) -> str:
+    """The address of the commit."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    if get_token() is None:
+        raise HubError(f"there is no token for the Hub; {LOGIN}")
+    api = HfApi()
+    with _in_a_sentence(repository):
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        there = _files_of(api, repository, revision)
+        _check_ours(repository, there)
+        gone = sorted(name for name in there - set(names) if name.endswith((".safetensors", ".index.json")))
+        added = [CommitOperationAdd(name, folder / name) for name in names]
+        commit = api.create_commit(
+            repository,
+            [CommitOperationAdd(README, text.encode()), *added, *(CommitOperationDelete(name) for name in gone)],
+            commit_message=f"Compressed by llmcompress: recipe {reports.read(folder).recipe}",
+            revision=revision,
+        )
+    return str(commit.commit_url)
+
+
+def _files_of(api: HfApi, repository: str, revision: str | None) -> set[str]:
+    return {entry.path for entry in api.list_repo_tree(repository, revision=revision) if not hasattr(entry, "tree_id")}
+
+
+def _check_ours(repository: str, there: set[str]) -> None:
+    """Raises HubError for a repository that holds another kind of model."""
+    weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in there)
+    if weights and not {MANIFEST, reports.FILE} <= there:
+        raise HubError(f"{repository} holds a model that llmcompress did not write; choose another name")
+
+
+@contextmanager
+def _in_a_sentence(repository: str) -> Iterator[None]:
+    """What the Hub or the network says, as a HubError."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # of the HTTP library that this release of the client uses
+    transport = cast("type[Exception]", HfHubHTTPError.__mro__[1])
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise HubError(f"{repository!r} is not a possible Hub repository; give owner/name") from error
+    except HfHubHTTPError as error:
+        raise HubError(_sentence(repository, error.response.status_code)) from error
+    except (transport, OSError, RuntimeError) as error:  # the last for a large file that did not get through
+        reason = " ".join(str(error).split())[:200]
+        raise HubError(f"{repository}: the Hub could not be reached or hung up ({reason}); push again") from error
+
+
+def _sentence(repository: str, status: int) -> str:
+    match status:
+        case 401:
+            return f"{repository}: the Hub does not accept the token; {LOGIN}"
+        case 403:
+            return f"{repository}: this token may not write there; {LOGIN}"
+        case 409 | 412:
+            return f"{repository}: somebody else is writing to it; push again"
+        case _:
+            return f"{repository}: the Hub answered {status}, nothing was published; push again"

@@ -1,0 +1,144 @@
+"""Is a compressed checkpoint whole? Asked before every load, so that damage is one sentence and never a model that
+looks fine.
+
+Every safetensors file of ours carries in its own header the digest of each of its tensors, so a flipped bit, a
+swapped file or an edited header shows wherever the file went: through `save_pretrained`, a copy, or the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmcompress.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DIGESTS = "llmcompress_sha256"  # the entry of a safetensors header: JSON, tensor name -> digest
+DIGEST_LENGTH = 16  # hexadecimal characters: against damage, not against forgers
+FLOATS = {"F64", "F32", "F16", "BF16"}
+MENDING = "download or write it again"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the model needs of one stored tensor. `dtype`: in safetensors' words, None for any float."""
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+
+
+def digest(tensor: Tensor) -> str:
+    """The digest of a tensor: of its dtype, its shape and its bytes."""
+    plain = tensor.detach().cpu().contiguous()
+    found = sha256(f"{plain.dtype} {list(plain.shape)} ".encode())
+    found.update(plain.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:DIGEST_LENGTH]
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata of a safetensors file that holds `tensors`."""
+    return {DIGESTS: json.dumps({name: digest(tensor) for name, tensor in tensors.items()})}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights. Raises InputError where that is not clear."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        raise InputError(f"{folder} has both {SINGLE} and {INDEX}; remove the one that is not part of the checkpoint")
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}; {MENDING}")
+    return [folder / name for name in sorted(set(weight_map(index).values()))]
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name to file name, from an index. Raises InputError for names that lead out of its folder."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(tensor): str(file) for tensor, file in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
+    for name in names.values():
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise InputError(f"{index} names the file {name!r}, which is no safetensors file beside it; {MENDING}")
+    return names
+
+
+def check(files: Sequence[Path], expected: Mapping[str, Expected], optional: Iterable[str] = ()) -> None:
+    """Raises InputError unless `files` hold exactly the `expected` tensors, undamaged; `optional` ones may be missing.
+
+    `files` are one checkpoint's, in one folder; symbolic links are followed, as the Hub's cache is made of them.
+    """
+    folders = {path.parent for path in files}
+    if len(folders) != 1 or any(path.suffix != ".safetensors" for path in files):
+        raise InputError(f"the weights {_listed(map(str, files))} are not safetensors files of one folder; {MENDING}")
+    index = folders.pop() / INDEX
+    placed = weight_map(index) if files[0].name != SINGLE and index.is_file() else None
+    missing = set(expected).difference(optional)
+    for path in files:
+        names = _check_file(path, expected)
+        strangers = names if placed is None else {name for name in names if placed.pop(name, None) != path.name}
+        if placed is not None and strangers:
+            raise InputError(f"{path} holds {_listed(strangers)}, which {index.name} has elsewhere; {MENDING}")
+        missing -= names
+    if placed:
+        raise InputError(f"{index} lists {_listed(placed)}, which its files do not hold; {MENDING}")
+    if missing:
+        raise InputError(f"{files[0].parent} lacks the tensors {_listed(missing)}; {MENDING}")
+
+
+def _check_file(path: Path, expected: Mapping[str, Expected]) -> set[str]:
+    """The names of the tensors in one file. Raises InputError unless each is as expected and as it was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            written = _written(path, file.metadata())
+            names = set(file.keys())
+            for name in sorted(names):
+                _check_header(path, name, file.get_slice(name), expected.get(name))
+                tensor = file.get_tensor(name)
+                if digest(tensor) != written.get(name):
+                    raise InputError(f"{path}: {name} is not as it was written, so the file is damaged; {MENDING}")
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    raise InputError(f"{path}: {name} holds NaN or Inf; compress or train the model again")
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is damaged ({reason}); {MENDING}") from error
+    return names
+
+
+def _written(path: Path, metadata: dict[str, str] | None) -> dict[str, str]:
+    """The digests in a file's header."""
+    try:
+        found = json.loads((metadata or {})[DIGESTS])
+        return {str(name): str(value) for name, value in found.items()}
+    except (KeyError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path} does not carry the digests that llmcompress writes, so it cannot be checked; {MENDING}"
+        ) from error
+
+
+def _check_header(path: Path, name: str, piece: Any, wanted: Expected | None) -> None:
+    if wanted is None:
+        raise InputError(f"{path}: {name} is not part of the model that config.json describes; {MENDING}")
+    shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
+    fits = dtype in FLOATS if wanted.dtype is None else dtype == wanted.dtype
+    if shape != wanted.shape or not fits:
+        asked = f"{wanted.dtype or 'a float type'} {list(wanted.shape)}"
+        raise InputError(f"{path}: {name} is {dtype} {list(shape)} where config.json asks for {asked}; {MENDING}")
+
+
+def _listed(names: Iterable[str], most: int = 3) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more

@@ -1,0 +1,84 @@
+"""Is a checkpoint what was written, does it run, and how far is it from the dense model?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmcompress.checkpoint import MANIFEST, check_manifest, manifest, read_json
+from llmcompress.errors import InputError
+from llmcompress.evaluate import evaluate
+from llmcompress.hf import NAME
+from llmcompress.locate import Place, locate
+from llmcompress.modules import compressed_modules
+from llmcompress.source import load_model, load_tokenizer
+from llmcompress.tokens import context_length
+from llmcompress.validation import weight_files
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found in order. `kl`, `top1_agreement`: None where no dense model was given."""
+
+    files: int
+    layers: int
+    bytes: int
+    perplexity: float
+    tokens: int
+    kl: float | None
+    top1_agreement: float | None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, keys as in the fields."""
+        return asdict(self)
+
+
+def verify(
+    folder: str | Path,
+    against: str | None = None,
+    text: Path | None = None,
+    windows: int = 4,
+    length: int = 512,
+    device: str = "cpu",
+) -> Verified:
+    """Checks a compressed checkpoint from its files to its logits on `windows` windows of `text`, of `length` tokens or
+    as many as the model can read.
+
+    Raises InputError for whatever is damaged, missing or too much, NumericsError for a model that computes NaN.
+    """
+    folder = Path(folder)
+    _check_kind(folder)
+    notes: tuple[str, ...] = ()
+    if manifest(folder) is None:
+        notes = (f"there is no {MANIFEST}, so only the weights could be checked, not the files beside them",)
+    else:
+        check_manifest(folder)
+    model = load_model(Place(str(folder), folder), device)
+    teacher = None if against is None else load_model(locate(against), device)
+    tokenizer = load_tokenizer(folder)
+    length = min(length, context_length(model.config) or length)
+    found = evaluate(model, tokenizer, text, windows=windows, length=length, against=teacher)
+    files = weight_files(folder)
+    return Verified(
+        files=len(manifest(folder) or files),
+        layers=len(compressed_modules(model)),
+        bytes=sum(path.stat().st_size for path in files),
+        perplexity=found["perplexity"],
+        tokens=found["tokens"],
+        kl=found["kl"],
+        top1_agreement=found["top1_agreement"],
+        notes=notes,
+    )
+
+
+def _check_kind(folder: Path) -> None:
+    """Raises InputError for a folder that holds no checkpoint of ours."""
+    try:
+        config = read_json(folder / "config.json")
+        kind = (config.get("quantization_config") or {}).get("quant_method")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder / 'config.json'} cannot be read ({error}); give a compressed checkpoint") from error
+    if kind != NAME:
+        raise InputError(f"{folder} holds no model compressed by llmcompress; give the folder that compress wrote")

@@ -1,0 +1,24 @@
+"""Rows decoded alone are the rows of the decoded matrix, or the expression is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmcompress.errors import RecipeError
+from llmcompress.lookup import check_rows, rows
+from llmcompress.weight import Weight, dense, describe, encode, shape
+from tests.builders import every_node, random_nestings
+
+
+@pytest.mark.parametrize("w", every_node() + random_nestings(seed=2, count=80), ids=lambda w: describe(w)[:50])
+def test_rows_of_the_packed_form(w: Weight) -> None:
+    chosen = torch.arange(shape(w)[0]).flip(0).repeat(2)
+    try:
+        check_rows(w)
+    except RecipeError as error:
+        assert "cannot be looked up one by one" in str(error)
+        with pytest.raises(TypeError, match="no rows of its own"):
+            rows(*encode(w), chosen)
+        return
+    torch.testing.assert_close(dense(rows(*encode(w), chosen)), dense(w)[chosen], rtol=1e-5, atol=1e-5)

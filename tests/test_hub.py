@@ -1,0 +1,188 @@
+"""Publishing against a stand-in Hub: what is pushed comes back, and a failure publishes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoModelForCausalLM
+
+import llmcompress as lc
+from llmcompress.card import card
+from llmcompress.errors import HubError, InputError, RecipeError
+from llmcompress.hub import push
+from llmcompress.report import read
+from llmcompress.scoring import score
+from tests.rules.source_tree import ROOT
+from tests.stand_in_hub import StandInHub
+from tests.tiny import save_tiny
+
+RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 3, "group_size": 16}]}]
+PUSH = """
+import json, sys
+from llmcompress.errors import LLMCompressError
+from llmcompress.hub import push
+folder, repository, *flags = sys.argv[1:]
+try:
+    print(json.dumps(push(folder, repository, dry_run="dry" in flags).to_json()))
+except LLMCompressError as error:
+    print(f"[{error.exit_code}] {type(error).__name__}: {error}")
+"""
+PULL = """
+import sys, torch, llmcompress
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+AutoTokenizer.from_pretrained(sys.argv[1])
+torch.save(model(torch.arange(20)[None]).logits, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("hub")
+    dense = save_tiny("llama", place / "dense")
+    (dense / "README.md").write_text("---\nlicense: mit\n---\nA model.")
+    out = lc.compress(dense, {"version": 1, "rules": RULES}, place / "out").folder
+    return {"dense": dense, "out": out}
+
+
+@pytest.fixture
+def hub() -> Iterator[StandInHub]:
+    with StandInHub() as server:
+        yield server
+
+
+def python(hub: StandInHub, cache: Path, code: str, *words: str, token: str | None = "hf_test") -> str:
+    """Runs a program whose Hub is the stand-in; Hugging Face reads these variables when it is imported."""
+    own = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1"}
+    dropped = ("HF_TOKEN", "HF_HUB_OFFLINE", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+    inherited = {name: value for name, value in os.environ.items() if name not in dropped}
+    secret = {} if token is None else {"HF_TOKEN": token}
+    environment = inherited | own | secret | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert token is None or token not in done.stdout + done.stderr
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def test_what_is_pushed_comes_back(hub: StandInHub, folders: dict[str, Path], tmp_path: Path) -> None:
+    dry = json.loads(python(hub, tmp_path / "a", PUSH, str(folders["out"]), "me/small", "dry"))
+    assert dry["commit"] is None and hub.commits == {}
+    sent = json.loads(python(hub, tmp_path / "a", PUSH, str(folders["out"]), "me/small"))
+    assert sent["files"] == dry["files"] and len(hub.commits["me/small"]) == 2, "the initial commit, and one more"
+    assert {name: len(data) for name, data in hub.files("me/small").items()} == sent["files"]
+    python(hub, tmp_path / "b", PULL, "me/small", str(tmp_path / "logits"))
+    model = AutoModelForCausalLM.from_pretrained(folders["out"], dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits"), model(torch.arange(20)[None]).logits)
+    metadata = ModelCard(hub.files("me/small")["README.md"].decode()).data
+    assert isinstance(metadata, ModelCardData)
+    assert metadata.license == "mit" and metadata.library_name == "transformers" and "llmcompress" in metadata.tags
+    # a smaller checkpoint over it: no shard of the old one stays
+    one = [{"match": "*.0.*", "steps": RULES[0]["steps"]}, {"match": "*", "steps": [{"method": "rtn", "bits": 4}]}]
+    lc.compress(folders["dense"], {"version": 1, "rules": one}, tmp_path / "other")
+    python(hub, tmp_path / "a", PUSH, str(tmp_path / "other"), "me/small")
+    assert hub.files("me/small").keys() == sent["files"].keys()
+
+
+@pytest.fixture
+def here(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandInHub:
+    """The stand-in for pushes from this process, which does not wait between tries."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("llmcompress.hub.verify", lambda folder: None)  # tested elsewhere, and slow
+    return hub
+
+
+@pytest.mark.parametrize("failure", [500, "drop"])
+@pytest.mark.parametrize("at", ["/api/repos/create", "/preupload/", "/objects/batch", "/stored/", "/commit/"])
+def test_a_failure_publishes_nothing_and_the_next_push_finishes(
+    at: str, failure: int | str, here: StandInHub, folders: dict[str, Path]
+) -> None:
+    here.fail = lambda method, path: failure if at in path and method != "GET" else None
+    with pytest.raises(HubError, match="^me/small: .*; push again$"):
+        push(folders["out"], "me/small")
+    assert all(files == {} for _, files in here.commits.get("me/small", []))
+    here.fail = lambda method, path: None
+    sent = len([1 for method, _ in here.asked if method == "PUT"])
+    assert push(folders["out"], "me/small").commit is not None
+    assert "model.safetensors.index.json" in here.files("me/small")
+    if at == "/commit/":
+        assert sent == len([1 for method, _ in here.asked if method == "PUT"]), "stored files were sent again"
+
+
+@pytest.mark.parametrize(
+    "token, status, sentence",
+    [
+        ("", None, "there is no token for the Hub"),
+        ("hf_other", None, "does not accept the token"),
+        ("hf_test", 403, "may not write there"),
+        ("hf_test", 412, "somebody else is writing"),
+    ],
+)
+def test_a_refusal_is_one_sentence(
+    token: str,
+    status: int | None,
+    sentence: str,
+    here: StandInHub,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    here.fail = lambda method, path: status if "/commit/" in path else None
+    with pytest.raises(HubError, match=sentence) as refused:
+        push(folders["out"], "me/small")
+    assert "\n" not in str(refused.value) and ";" in str(refused.value)
+
+
+def test_another_model_is_not_overwritten(here: StandInHub, folders: dict[str, Path]) -> None:
+    here.commit("me/small", {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"precious"})
+    with pytest.raises(HubError, match="holds a model that llmcompress did not write; choose another name"):
+        push(folders["out"], "me/small")
+    assert here.files("me/small")["model.safetensors"] == b"precious"
+
+
+def test_nothing_damaged_or_misnamed_leaves_the_machine(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is not a Hub repository; give owner/name"):
+        push(folders["out"], "small", dry_run=True)
+    with pytest.raises(InputError, match="holds no model compressed by llmcompress"):
+        push(folders["dense"], "me/small", dry_run=True)
+
+
+def test_the_card_tells_scores_and_limits(folders: dict[str, Path], tmp_path: Path) -> None:
+    report = read(folders["out"])
+    plain = card(report, "me/small", "version: 1")
+    assert (
+        "Nobody has scored this checkpoint" in plain and f"{report.bytes:,}" in plain and f"{report.bpw:.3f}" in plain
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("The miller counts every sack of corn that comes from the forty farms. " * 40)
+    sizes: dict[str, Any] = {"windows": 2, "length": 32}
+    found = score(folders["out"], against=str(folders["dense"]), text=text, save=True, **sizes)
+    scores = json.loads((folders["out"] / "eval.json").read_text())
+    scores["compressed"]["tasks"] = {"arc_easy": {"acc": 0.5, "acc_stderr": 0.1}}
+    scores["dense"]["tasks"] = {"arc_easy": {"acc": 0.6, "acc_stderr": 0.1}}
+    full = card(report, "me/small", "version: 1", scores)
+    assert f"{found['kl']:.4f}" in full and "| arc_easy: acc | 0.6000 | 0.5000 |" in full
+    metadata = ModelCard(full).data
+    assert isinstance(metadata, ModelCardData) and metadata.eval_results is not None
+    [result] = metadata.eval_results
+    assert result.dataset_name == "arc_easy" and result.metric_value == 0.5
+    assert push(folders["out"], "me/small", dry_run=True).files["eval.json"] > 100
+    with pytest.raises(RecipeError, match="saving scores needs"):
+        score(folders["dense"], save=True, **sizes)

@@ -1,0 +1,173 @@
+"""Token tables and output heads as expressions: one stored matrix for look-up and logits, decoded row by row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import llmcompress as lc
+from llmcompress import modules
+from llmcompress.architecture import architecture
+from llmcompress.calibrate import walk
+from llmcompress.errors import RecipeError
+from llmcompress.modules import CompressedEmbedding, CompressedLinear
+from llmcompress.moments import Moments
+from llmcompress.source import resolve
+from llmcompress.weight import dense
+from tests.tiny import FAMILY_CONFIGS, save_tiny
+
+RTN = [{"method": "rtn", "bits": 4, "group_size": 16, "symmetric": False}]
+GPTQ = [{"method": "rotate"}, {"method": "gptq", "bits": 3}]
+TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
+PLAIN = [family for family in FAMILY_CONFIGS if family != "gemma3_text" and family != "gemma2"]
+IDS = torch.tensor([[1, 5, 200, 5, 263, 0, 77]])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{i}. {TEXT}" for i in range(60)))
+    return path
+
+
+def recipe(text: Path | None, **tables: Any) -> dict[str, Any]:
+    rules = [{"match": "*.0.*", "steps": RTN}]
+    data = {} if text is None else {"calibration": {"dataset": str(text), "samples": 8, "length": 32, "held_out": 2}}
+    return {"version": 1, "rules": rules, **data, **tables}
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(IDS).logits
+
+
+def with_matrices(dense_folder: Path, model: nn.Module) -> nn.Module:
+    """The dense model holding the values of the compressed one's matrices."""
+    plain = AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32)
+    for name, module in modules.compressed_modules(model).items():
+        weight = plain.get_submodule(name).weight
+        value = dense(module.expression())
+        weight.data = value.T if type(plain.get_submodule(name)).__name__ == "Conv1D" else value
+    return plain
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", PLAIN)
+def test_every_family_looks_up_and_reads_out_what_is_stored(family: str, tied: bool, tmp_path: Path) -> None:
+    source = save_tiny(family, tmp_path / "dense", tie_word_embeddings=tied)
+    asked = recipe(None, embeddings=RTN, **({} if tied else {"head": RTN}))
+    result = lc.compress(source, asked, tmp_path / "out")
+    model = result.model
+    arch = architecture(model.config, resolve(str(source)).skeleton())
+    assert isinstance(model.get_submodule(arch.embedding), CompressedEmbedding)
+    assert isinstance(model.get_submodule(arch.head), CompressedLinear)
+    assert {arch.embedding} <= {row.name for row in result.report.layers}
+    expected = logits(with_matrices(source, model))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    with lc.decoded(model):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    stored = [key for path in (tmp_path / "out").glob("*.safetensors") for key in tensors(path)]
+    assert len(stored) == len(set(stored)) and (not tied or not any(key.startswith(arch.head) for key in stored))
+
+
+def tensors(path: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def test_a_tied_table_is_saved_moved_and_cast(tmp_path: Path, text: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=True)
+    model = lc.compress(source, recipe(text, embeddings=GPTQ), tmp_path / "out").model
+    before = logits(model)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), before)
+    assert [key for key in tensors(tmp_path / "again" / "model.safetensors") if key.startswith("lm_head")] == []
+    again.tie_weights()
+    assert torch.equal(logits(again), before) and again.lm_head.weight is again.model.embed_tokens.weight
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert half.model.embed_tokens(IDS).dtype == torch.bfloat16 == half(IDS).logits.dtype
+    assert half.to(torch.float32).model.embed_tokens(IDS).dtype == torch.float32
+    assert torch.equal(logits(half.to(torch.float32)).isfinite(), torch.ones_like(before, dtype=torch.bool))
+    mapped = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu")
+    assert torch.equal(logits(mapped), before)
+
+
+def test_only_rows_looked_up_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=False)
+    model = lc.compress(source, recipe(None, embeddings=RTN), tmp_path / "out").model
+    decoded: list[int] = []
+    found = modules.rows
+    monkeypatch.setattr(
+        modules, "rows", lambda header, kept, chosen: decoded.append(len(chosen)) or found(header, kept, chosen)
+    )
+    logits(model)
+    assert decoded == [IDS.unique().numel()]
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_the_head_is_calibrated_on_what_it_reads(family: str, tmp_path: Path) -> None:
+    """Walked with nothing swapped, the moments are those of the dense model's own last hidden states."""
+    folder = save_tiny(family, tmp_path / "dense")
+    source = resolve(str(folder))
+    arch = architecture(source.config, source.skeleton())
+    ids = torch.randint(0, 256, (6, 16), generator=torch.Generator().manual_seed(0))
+    name = arch.embedding if arch.tied else arch.head
+    needs = {linear: frozenset({"outer"}) for linear in [*arch.linears(), name]}
+    *_, last = walk(source, arch, ids, held_out=2, needs=needs, cap=None)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    seen: list[torch.Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(ids[:4])
+    hook.remove()
+    expected = Moments.of(seen[0].flatten(0, 1), frozenset({"outer"}))
+    assert last.groups[0].names == (name,) and last.groups[0].inputs.tokens == 4 * 16
+    torch.testing.assert_close(last.groups[0].inputs.outer, expected.outer, rtol=1e-5, atol=1e-4)
+
+
+def test_calibration_lowers_the_error_of_the_logits(tmp_path: Path, text: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=True)
+    errors = {}
+    for method in ("rtn", "gptq"):
+        steps = [{"method": method, "bits": 2}]
+        report = lc.compress(source, recipe(text, embeddings=steps), tmp_path / method).report
+        [row] = [row for row in report.layers if row.name == "model.embed_tokens"]
+        errors[method] = row.error_heldout
+    assert errors["gptq"] < errors["rtn"]
+
+
+def test_the_plan_counts_tables(tmp_path: Path, text: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=True)
+    asked = recipe(text, embeddings=GPTQ)
+    planned, report = lc.plan(source, asked), lc.compress(source, asked, tmp_path / "out").report
+    assert [(row.name, row.bpw) for row in planned.layers] == [(row.name, row.bpw) for row in report.layers]
+    assert planned.bpw == report.bpw and planned.bytes <= report.bytes
+    assert not any("lm_head" in warning for warning in planned.warnings)
+    without = lc.plan(source, recipe(text))
+    assert without.bpw == planned.bpw and without.bytes > planned.bytes
+    assert any("lm_head stays dense" in warning for warning in without.warnings)
+
+
+@pytest.mark.parametrize(
+    "family, changes, tables, sentence",
+    [
+        ("llama", {"tie_word_embeddings": True}, {"head": RTN}, "is its token table; give its steps as embeddings"),
+        ("llama", {}, {"embeddings": GPTQ}, "a table that is only looked up has none; use rtn"),
+        ("gemma2", {}, {"embeddings": RTN}, "does more than look up rows; leave embeddings: out"),
+        ("llama", {}, {"embeddings": [{"method": "magnitude", "sparsity": 0.5}]}, "quantize embeddings, do not prune"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    family: str, changes: dict[str, Any], tables: dict[str, Any], sentence: str, tmp_path: Path, text: Path
+) -> None:
+    source = save_tiny(family, tmp_path / "dense", **changes)
+    with pytest.raises(RecipeError, match=sentence):
+        lc.plan(source, recipe(text, **tables))
