@@ -130,12 +130,18 @@ def writing(output: Path) -> Iterator[Writer]:
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def _publish(staging: Path, output: Path) -> None:
-    hashes = {path.name: _digest(path) for path in sorted(staging.iterdir()) if path.is_file()}
-    manifest = {"format_version": FORMAT_VERSION, "sha256": hashes}
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for path in staging.iterdir():
+def seal(folder: Path) -> None:
+    """Writes the manifest of what a folder holds, and waits until all of it is on the disk."""
+    hashes = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    if hashes:
+        entries = {"format_version": FORMAT_VERSION, "sha256": hashes}
+        (folder / MANIFEST).write_text(json.dumps(entries, indent=2), encoding="utf-8")
+    for path in folder.iterdir():
         _sync(path)
+
+
+def _publish(staging: Path, output: Path) -> None:
+    seal(staging)
     if output.exists():
         output.rmdir()  # empty, or check_output would have refused it
     staging.rename(output)

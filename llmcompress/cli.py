@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llmcompress.tables import plan_view, pushed_view, report_view, score_view, summarized, verified_view
+from llmcompress.tables import exported_view, plan_view, pushed_view, report_view, score_view, summarized, verified_view
 from llmcompress.terminal import Terminal
 
 
@@ -226,6 +226,27 @@ def verify(
         found = run(folder, against, text, windows, length, device)
         terminal.warn(found.notes)
         terminal.show(found.to_json(), verified_view)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="dense (bfloat16) or peft (base and LoRA adapter).")
+    ],
+    output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write FOLDER in a format that other engines read, and say what that changed.
+
+    Example: llmcompress export small --to dense -o small-dense
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.export import export as run
+
+        terminal.show(run(folder, output, to).to_json(), exported_view)
 
 
 @app.command()

@@ -29,7 +29,7 @@ from llmcompress.calibrate import Block, walk
 from llmcompress.checkpoint import FORMAT_VERSION, Writer, check_output, copy_folder, writing
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.hf import NAME
-from llmcompress.layer import Layer, apply, relative_error
+from llmcompress.layer import Layer, relative_error
 from llmcompress.locate import Place
 from llmcompress.methods.hessian import damped
 from llmcompress.modules import LIKE
@@ -37,6 +37,7 @@ from llmcompress.moments import Moments
 from llmcompress.planning import Job, Plan, check_memory, lay, plan_of, warnings
 from llmcompress.recipe import Recipe, dump, read_recipe
 from llmcompress.report import LayerReport, Report
+from llmcompress.runs import apply_in_runs
 from llmcompress.source import load_model, resolve
 from llmcompress.tokens import CalibrationTokens, calibration_tokens
 from llmcompress.weight import Dense, Weight, bits, dense, describe
@@ -160,7 +161,7 @@ def _compress_block(job: Job, block: Block, rows: list[LayerReport], layouts: di
             if name not in steps:
                 continue
             layer = _layer(job, name, group.names[0], block.weight(name), group.inputs)
-            compressed = apply(layer, steps[name])
+            compressed = apply_in_runs(layer, steps[name])
             done[name] = compressed.expression()
             rows.append(_row(job, layer, compressed, group.held_out))
         group.inputs.derived.clear()  # factors that only this group's linears could share

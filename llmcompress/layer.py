@@ -16,6 +16,8 @@ from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.moments import STATISTICS, TILE, Moments
 from llmcompress.weight import Dense, LowRank, Rotated, Sum, Weight, Where, Zero, dense, describe, rotate
 
+ROWS = 8192  # that are in memory a third time while their error is measured
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -50,6 +52,11 @@ class StepConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     method: str
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether what becomes of a row depends on that row and the inputs alone; see `runs`."""
+        return False
 
     def sketch(self, approx: Weight) -> Weight:
         """The expression this step will leave, on meta tensors: what `plan` counts bits of."""
@@ -158,9 +165,11 @@ def relative_error(weight: Tensor, approx: Weight | Tensor, moments: Moments | N
     """Output error `|(W - W_approx) X|^2 / |W X|^2`, summed in float64; of the weights alone without an `outer`."""
     value = approx if isinstance(approx, Tensor) else dense(approx)
     outer = None if moments is None else moments.outer
-
-    total = _energy(weight, outer)
-    return _energy(weight - value.to(weight.device), outer) / total if total > 0 else 0.0
+    lost = total = 0.0
+    for rows, stored in zip(weight.split(ROWS), value.split(ROWS), strict=True):
+        total += _energy(rows, outer)
+        lost += _energy(rows - stored.to(weight.device), outer)
+    return lost / total if total > 0 else 0.0
 
 
 def _energy(matrix: Tensor, outer: Tensor | None) -> float:

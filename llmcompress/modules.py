@@ -61,6 +61,7 @@ class Compressed(nn.Module):
     def hold(self, layout: Layout, device: str | torch.device | None) -> None:
         """Registers the parameters of `layout`, not filled yet."""
         self.layout = layout
+        self._is_hf_initialized = True  # or transformers draws random numbers for what it leaves on disk
         for name, (dtype, count) in layout.tensors.items():
             payload = torch.zeros(count, dtype=DTYPES[dtype], device=device)
             self.register_parameter(name, nn.Parameter(payload, requires_grad=False))

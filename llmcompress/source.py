@@ -230,6 +230,15 @@ def _skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
+def transposed_linears(folder: Path, entries: dict[str, Any]) -> set[str]:
+    """The linears whose weight a model with the config `entries` holds as `[in, out]`, by module path."""
+    from transformers import AutoConfig
+    from transformers.pytorch_utils import Conv1D
+
+    config = AutoConfig.for_model(**entries)
+    return {name for name, child in _skeleton(config, folder).named_modules() if isinstance(child, Conv1D)}
+
+
 def _read_headers(folder: Path) -> dict[str, Header]:
     """The headers of every tensor in the folder's safetensors files, by the names in the files."""
     stored: dict[str, Header] = {}

@@ -73,6 +73,13 @@ def verified_view(found: Row, every: bool) -> Iterator[RenderableType]:
         yield f"dense   KL {found['kl']:.4f} nats/token · top-1 agreement {found['top1_agreement']:.4f}"
 
 
+def exported_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """What an export wrote, kept and changed."""
+    yield f"sizes   {_bytes(found['bytes_before'])} -> {_bytes(found['bytes_after'])} of weights in {found['output']}"
+    yield from (f"kept    {sentence}" for sentence in found["kept"])
+    yield from (f"changed {sentence}" for sentence in found["changed"])
+
+
 def pushed_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """What went to the Hub, or would."""
     table = _table(("file", "bytes"), right=(1,))

@@ -49,7 +49,7 @@ def verify(
     Raises InputError for whatever is damaged, missing or too much, NumericsError for a model that computes NaN.
     """
     folder = Path(folder)
-    _check_kind(folder)
+    check_kind(folder)
     notes: tuple[str, ...] = ()
     if manifest(folder) is None:
         notes = (f"there is no {MANIFEST}, so only the weights could be checked, not the files beside them",)
@@ -73,7 +73,7 @@ def verify(
     )
 
 
-def _check_kind(folder: Path) -> None:
+def check_kind(folder: Path) -> None:
     """Raises InputError for a folder that holds no checkpoint of ours."""
     try:
         config = read_json(folder / "config.json")

@@ -142,7 +142,7 @@ def dense(w: Weight) -> Tensor:
             return values.float()
         case Grid(codes, scale, zero, levels, group_size):
             centre = (levels - 1) / 2 if zero is None else _spread(zero.float(), group_size, codes.shape[1])
-            return (codes.float() - centre) * _spread(scale.float(), group_size, codes.shape[1])
+            return codes.float().sub_(centre).mul_(_spread(scale.float(), group_size, codes.shape[1]))
         case LowRank(left, right):
             return dense(left) @ dense(right)
         case Where(index, inside, outside):

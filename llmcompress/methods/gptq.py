@@ -33,6 +33,11 @@ class GPTQ(GridConfig):
         {"bits": 4, "clip": False},
     )
 
+    @property
+    def rowwise(self) -> bool:
+        """See `StepConfig.rowwise`."""
+        return True
+
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         _check_act_order(approx, self)

@@ -71,6 +71,11 @@ class PBLLM(StepConfig):
             raise ValueError(f"salient is {self.salient}; a fraction lies in 0..1")
         return self
 
+    @property
+    def rowwise(self) -> bool:
+        """See `StepConfig.rowwise`."""
+        return isinstance(self.salient, str)
+
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         base, term = split(approx)

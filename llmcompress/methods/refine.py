@@ -34,6 +34,11 @@ class Refine(StepConfig):
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
     examples = ({}, {"passes": 4})
 
+    @property
+    def rowwise(self) -> bool:
+        """See `StepConfig.rowwise`."""
+        return True
+
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         _compressed_base(approx)

@@ -19,6 +19,11 @@ class Rotate(StepConfig):
 
     method: Literal["rotate"] = "rotate"
 
+    @property
+    def rowwise(self) -> bool:
+        """See `StepConfig.rowwise`."""
+        return True
+
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         width = shape(approx)[1]

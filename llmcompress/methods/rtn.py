@@ -25,6 +25,11 @@ class RTN(GridConfig):
         {"bits": 8, "clip": False},
     )
 
+    @property
+    def rowwise(self) -> bool:
+        """See `StepConfig.rowwise`."""
+        return True
+
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         return quantized_sketch(approx, self)

@@ -57,6 +57,11 @@ class SparseGPT(PruneConfig):
         group = 1 if form is None else form.group(width)
         return min(group if group > SPAN else SPAN // group * group, width)
 
+    @property
+    def rowwise(self) -> bool:
+        """See `StepConfig.rowwise`."""
+        return self.pattern is not None
+
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         form = self.grid_format()

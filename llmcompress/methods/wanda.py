@@ -18,6 +18,11 @@ class Wanda(PruneConfig):
     method: Literal["wanda"] = "wanda"
     examples = ({"sparsity": 0.5}, {"pattern": "2:4"}, {"pattern": "4:8"})
 
+    @property
+    def rowwise(self) -> bool:
+        """See `StepConfig.rowwise`."""
+        return True
+
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         return prune_sketch(approx, self, lambda out, width: [width] * out)

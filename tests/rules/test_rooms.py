@@ -17,6 +17,7 @@ ROOMS = (
     "lookup",  # rows of a packed weight
     "moments",  # additive calibration statistics
     "layer",  # Layer, @method
+    "runs",  # long matrices, a run of rows at a time
     "methods",  # Layer -> Layer
     "architecture",  # model families as data
     "locate",  # where a model is
@@ -41,6 +42,7 @@ ROOMS = (
     "driver",  # model + recipe -> checkpoint + report
     "scoring",  # a model by its name, scored
     "verify",  # is a checkpoint what was written, and does it run?
+    "export",  # doors out
     "terminal",  # how a command speaks and ends
     "tables",  # plans, reports and scores for people
     "card",  # a report as the Hub shows it

@@ -1,0 +1,42 @@
+"""To plain bfloat16, which every engine reads: the quality of the compressed model at the size of the dense one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from llmcompress.export.opened import Exported, Opened, copy_companions, leaving
+from llmcompress.modules import LIKE
+from llmcompress.source import transposed_linears
+from llmcompress.weight import dense
+
+
+def to_dense(folder: Path, output: Path) -> Exported:
+    """Every compressed matrix decoded and rounded to bfloat16; all else as it is stored."""
+    opened = Opened(folder)
+    needed = 2 * sum(layout.size[0] * layout.size[1] for layout in opened.layouts.values()) + opened.bytes
+    turned = transposed_linears(folder, opened.config)
+    rounding = 0.0
+    with leaving(opened, output, needed) as writer:
+        copy_companions(opened, writer.folder)
+        for layers, others in opened.parts():
+            tensors = {name: opened.read(name) for name in others if not name.endswith(f".{LIKE}")}
+            for layer in layers:
+                value = dense(opened.expression(layer))
+                stored = value.to(torch.bfloat16)
+                rounding = max(rounding, float((stored.float() - value).norm() / value.norm().clamp_min(1e-30)))
+                tensors[f"{layer}.weight"] = stored.T.contiguous() if layer in turned else stored
+            if tensors:
+                writer.add(tensors)
+        size = writer.close()
+        writer.write("config.json", json.dumps(opened.config | {"dtype": "bfloat16"}, indent=1))
+    return Exported(
+        to="dense",
+        output=str(output),
+        bytes_before=opened.bytes,
+        bytes_after=size,
+        kept=("everything that was not compressed, and the files beside the weights",),
+        changed=(f"{len(opened.layouts)} matrices rounded to bfloat16, by at most {rounding:.1e} of their size",),
+    )

@@ -1,0 +1,95 @@
+"""A checkpoint of ours opened for export: one layer at a time, whatever files its tensors lie in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from llmcompress.checkpoint import MANIFEST, README, Writer, check_manifest, check_output, read_json, writing
+from llmcompress.hf import LLMCompressConfig
+from llmcompress.modules import Layout
+from llmcompress.report import FILE, RECIPE
+from llmcompress.scoring import SCORES
+from llmcompress.validation import INDEX, weight_files
+from llmcompress.verify import check_kind
+from llmcompress.weight import Weight, decode
+
+OURS = {"config.json", INDEX, MANIFEST, README, FILE, RECIPE, SCORES}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did. `kept`, `changed`: sentences; bytes are those of the weights."""
+
+    to: str
+    output: str
+    bytes_before: int
+    bytes_after: int
+    kept: tuple[str, ...]
+    changed: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, keys as in the fields."""
+        return asdict(self)
+
+
+class Opened:
+    """A compressed checkpoint on disk. `layouts`: of its compressed modules; `files`: where each tensor lies."""
+
+    def __init__(self, folder: Path) -> None:
+        check_kind(folder)
+        check_manifest(folder)
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+        entries = self.config.pop("quantization_config")
+        self.layouts: dict[str, Layout] = LLMCompressConfig(**entries).layouts()
+        self.files: dict[str, Path] = {}
+        for path in weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                self.files.update(dict.fromkeys(file.keys(), path))
+
+    @property
+    def bytes(self) -> int:
+        """Of the weight files."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+    def read(self, name: str) -> Tensor:
+        """One stored tensor."""
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def expression(self, layer: str) -> Weight:
+        """The compressed weight of one module."""
+        layout = self.layouts[layer]
+        return decode(layout.header, {key: self.read(f"{layer}.{key}") for key in layout.tensors})
+
+    def parts(self) -> Iterator[tuple[list[str], list[str]]]:
+        """File by file: the compressed modules that start in it, and the names of its other tensors."""
+        payload = {f"{layer}.{key}": layer for layer, layout in self.layouts.items() for key in layout.tensors}
+        first = {f"{layer}.weight" for layer in self.layouts}
+        for path in sorted(set(self.files.values())):
+            names = [name for name, place in self.files.items() if place == path]
+            yield [payload[name] for name in names if name in first], [name for name in names if name not in payload]
+
+
+@contextmanager
+def leaving(opened: Opened, output: Path, needed: int) -> Iterator[Writer]:
+    """A writer for the new folder `output`, which may take `needed` bytes."""
+    check_output(output, needed)
+    with writing(output) as writer:
+        yield writer
+
+
+def copy_companions(opened: Opened, target: Path) -> None:
+    """What lies beside the weights: tokenizer, chat template, generation config, licence."""
+    for path in opened.folder.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in OURS:
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,97 @@
+"""To PEFT: a checkpoint of ours without its low-rank terms, and these as an ordinary LoRA adapter beside it.
+
+The adapter can then be trained, swapped or left out with PEFT's own tools. OUT/base and OUT/adapter.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmcompress.checkpoint import FORMAT_VERSION, Writer, seal
+from llmcompress.errors import InputError
+from llmcompress.export.opened import Exported, Opened, copy_companions, leaving
+from llmcompress.hf import NAME
+from llmcompress.modules import Layout, packed
+from llmcompress.weight import LowRank, Rotated, Sum, Weight, dense, unrotate
+
+
+def to_peft(folder: Path, output: Path) -> Exported:
+    """OUT/base without low-rank terms and OUT/adapter with them. Raises InputError where there are none."""
+    opened = Opened(folder)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    layouts: dict[str, Layout] = {}
+    with leaving(opened, output, 2 * opened.bytes) as whole:
+        writer = Writer(whole.folder / "base")
+        writer.folder.mkdir()
+        copy_companions(opened, writer.folder)
+        for layers, others in opened.parts():
+            tensors = {name: opened.read(name) for name in others}
+            for layer in layers:
+                base, term = without_term(opened.expression(layer))
+                if term is not None:
+                    factors[layer] = term
+                layouts[layer], payload = packed(base)
+                tensors |= {f"{layer}.{key}": value for key, value in payload.items()}
+            writer.add(tensors)
+        if not factors:
+            raise InputError(f"{folder} has no low-rank terms, so there is no adapter to export; choose another format")
+        size = writer.close()
+        table = {name: layout.to_json() for name, layout in layouts.items()}
+        entry = {"quant_method": NAME, "format_version": FORMAT_VERSION, "layers": table}
+        writer.write("config.json", json.dumps(opened.config | {"quantization_config": entry}, indent=1))
+        seal(writer.folder)
+        size += _write_adapter(whole.folder / "adapter", output / "base", factors)
+    return Exported(
+        to="peft",
+        output=str(output),
+        bytes_before=opened.bytes,
+        bytes_after=size,
+        kept=(f"{len(layouts)} compressed matrices, bit for bit, in {output / 'base'}",),
+        changed=(f"{len(factors)} low-rank terms became float32 LoRA factors in {output / 'adapter'}",),
+    )
+
+
+def without_term(w: Weight) -> tuple[Weight, tuple[Tensor, Tensor] | None]:
+    """The expression without its low-rank term, and that term's A `[rank, in]` and B `[out, rank]` unrotated."""
+    match w:
+        case Sum((base, LowRank(left, right))):
+            return base, (dense(right), dense(left))
+        case Rotated(inner, signs, block):
+            base, term = without_term(inner)
+            turned = None if term is None else (unrotate(term[0], signs, block), term[1])
+            return Rotated(base, signs, block), turned
+        case _:
+            return w, None
+
+
+def _write_adapter(folder: Path, base: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> int:
+    """Writes the adapter; returns the bytes of its weights."""
+    from peft import LoraConfig, TaskType
+
+    ranks = {name: len(a) for name, (a, _) in factors.items()}
+    common = max(ranks.values())
+    unlike = {f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items() if rank != common}
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=str(base.absolute()),
+        target_modules=sorted(factors),
+        r=common,
+        lora_alpha=common,  # scaling 1
+        rank_pattern=unlike,
+        alpha_pattern=unlike,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True)
+    config.save_pretrained(str(folder))
+    path = folder / "adapter_model.safetensors"
+    tensors = {}
+    for name, (a, b) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(torch.float32).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.to(torch.float32).contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path.stat().st_size

@@ -1,0 +1,31 @@
+"""A long matrix in runs of rows comes out as it would in one piece, whatever the steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmcompress import runs
+from llmcompress.layer import apply, step
+from llmcompress.runs import apply_in_runs
+from llmcompress.weight import bits, dense, encode
+from tests.builders import gaussian, layer
+from tests.conformance.cases import ROTATE, SIZE, STEPS, Step, calibration, spelled
+
+PIPELINES: list[list[Step]] = [
+    *([arguments] for arguments in STEPS),
+    [ROTATE, {"method": "gptq", "bits": 3}, {"method": "refine"}],
+    [{"method": "wanda", "sparsity": 0.5}, {"method": "gptq", "bits": 4}],
+    [{"method": "pb_llm", "salient": "1:8", "salient_bits": 4}, {"method": "refine"}],
+    [{"method": "gptq", "bits": 2}, {"method": "eora", "rank": 2}],
+]
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda steps: "+".join(map(spelled, steps)))
+def test_in_runs_as_in_one_piece(pipeline: list[Step], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "RUN", 20)
+    given, steps = layer(gaussian(*SIZE), calibration(SIZE[1])), [step(arguments) for arguments in pipeline]
+    done, whole = apply_in_runs(given, steps).expression(), apply(given, steps).expression()
+    assert encode(done)[0] == encode(whole)[0] and bits(done) == bits(whole)
+    # products of other heights may round the last bit of a weight otherwise
+    torch.testing.assert_close(dense(done), dense(whole), rtol=1e-3, atol=1e-4)

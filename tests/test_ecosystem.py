@@ -1,0 +1,107 @@
+"""What Hugging Face users do with a checkpoint works on a compressed one as it does on any other."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import llmcompress as lc
+from llmcompress.errors import InputError
+from tests.rules.source_tree import ROOT
+from tests.tiny import save_tiny
+
+RULES = [
+    {"match": "*.v_proj", "steps": [{"method": "magnitude", "pattern": "2:4"}]},
+    {"match": "*", "steps": [{"method": "rtn", "bits": 3, "group_size": 16}, {"method": "svd", "rank": 2}]},
+]
+IDS = torch.arange(30)[None] * 7 % 256
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("ecosystem")
+    dense = save_tiny("llama", place / "dense", tie_word_embeddings=True, max_position_embeddings=256)
+    embeddings = [{"method": "rtn", "bits": 4}]
+    return lc.compress(dense, {"version": 1, "rules": RULES, "embeddings": embeddings}, place / "out").folder
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("where", ["auto", "disk"])
+def test_placed_by_accelerate(where: str, folder: Path, tmp_path: Path) -> None:
+    """A block on disk is read when it is its turn; the tied head then, too."""
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder))
+    parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk"}
+    places = "auto" if where == "auto" else {**parts, "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offloaded")
+    assert torch.equal(logits(model), expected)
+    if where == "disk":
+        assert model.model.layers[1].mlp.up_proj.weight.is_meta
+        model.save_pretrained(tmp_path / "again")
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), expected)
+
+
+def test_compiles_without_a_graph_break(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    linear = model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 32)
+    torch.testing.assert_close(torch.compile(linear, backend="eager", fullgraph=True)(x), linear(x))
+
+
+def test_a_pipeline_generates(folder: Path) -> None:
+    write = pipeline("text-generation", model=str(folder), tokenizer=str(folder))
+    [found] = write("The mill", max_new_tokens=4, do_sample=False)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("The mill", return_tensors="pt")
+    slow = model.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert found["generated_text"] == tokenizer.decode(slow[0], skip_special_tokens=True)
+
+
+def test_without_llmcompress_transformers_refuses(folder: Path) -> None:
+    program = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True)
+    assert done.returncode != 0 and "MISMATCH" in done.stderr
+
+
+TASK = """
+task: pairs
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {file}}}}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: ""
+doc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"
+doc_to_target: 0
+target_delimiter: ""
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_lm_eval_scores_it(folder: Path, tmp_path: Path) -> None:
+    """lm-eval's own command, with our import before it."""
+    (tmp_path / "pairs.yaml").write_text(TASK.format(file=ROOT / "llmcompress" / "evaluate" / "minimal_pairs.jsonl"))
+    program = "import llmcompress; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    words = ["--model", "hf", "--model_args", f"pretrained={folder}", "--tasks", "pairs", "--limit", "4"]
+    more = ["--include_path", str(tmp_path), "--device", "cpu", "--output_path", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, "run", *words, *more], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "|pairs" in done.stdout
+
+
+def test_a_dense_model_is_not_compressed_on_the_fly(folder: Path) -> None:
+    from llmcompress.hf import LLMCompressConfig
+
+    with pytest.raises((ValueError, InputError)):
+        AutoModelForCausalLM.from_pretrained(folder.parent / "dense", quantization_config=LLMCompressConfig())
