@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmcompress import plugin
 
 if TYPE_CHECKING:
+    from llmcompress.adapters import fold
     from llmcompress.driver import Result, compress, plan
     from llmcompress.errors import LLMCompressError
     from llmcompress.modules import decoded
@@ -31,6 +32,7 @@ __all__ = [
     "Rule",
     "compress",
     "decoded",
+    "fold",
     "plan",
     "read",
 ]
@@ -44,6 +46,7 @@ _HOMES = {
     "Rule": "recipe",
     "compress": "driver",
     "decoded": "modules",
+    "fold": "adapters",
     "plan": "driver",
     "read": "report",
 }

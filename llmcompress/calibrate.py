@@ -151,19 +151,17 @@ def walk(
             seconds = max(time.monotonic() - started, 1e-9)
             progress(index + 1, len(arch.blocks), (index + 1) * sequences.numel() / seconds)
     for name, statistics in _tables(arch, needs).items():
-        group = InputGroup((name,), Moments(0.0), None)
-        if statistics:
-            group = _gather_head(name, head_inputs(model, source, arch, hidden, batches, as_tuple), cap)
-        yield from _table(model, source, arch, group, hidden)
+        inputs = head_inputs(model, source, arch, hidden, batches, as_tuple) if statistics else iter(())
+        yield from _table(model, source, arch, _gather_head(name, inputs, cap), hidden)
 
 
 def _gather_head(name: str, inputs: Iterator[tuple[Batch, Tensor]], cap: float | None) -> InputGroup:
-    """The moments of what the output head reads; a table and a head of one model never both want them."""
+    """The moments of what the output head reads, none for a table that is only looked up."""
     totals: dict[bool, Moments] = {}
     for batch, x in inputs:
         moments = _moments(x, None, HELD_OUT, cap)
         totals[batch.held_out] = totals[batch.held_out] + moments if batch.held_out in totals else moments
-    return InputGroup((name,), totals[False], totals.get(True))
+    return InputGroup((name,), totals.get(False, Moments(0.0)), totals.get(True))
 
 
 def _tables(arch: Architecture, needs: Needs) -> dict[str, frozenset[str]]:

@@ -37,6 +37,7 @@ ROOMS = (
     "checkpoint",  # disk
     "hf",  # the transformers plug-in
     "plugin",  # when to load it
+    "adapters",  # LoRA adapters as low-rank terms
     "evaluate",
     "report",
     "driver",  # model + recipe -> checkpoint + report
