@@ -143,25 +143,43 @@ def walk(
         yield block
         block.groups = ()
         if prefix == "compressed":
-            with torch.no_grad(), decoded(module):
-                for batch in batches:
-                    hidden[batch.rows] = run(hidden[batch.rows])
+            _advance(run, batches, hidden)
         drop(module)
         if progress is not None:
-            seconds = max(time.monotonic() - started, 1e-9)
-            progress(index + 1, len(arch.blocks), (index + 1) * sequences.numel() / seconds)
+            speed = (index + 1) * sequences.numel() / max(time.monotonic() - started, 1e-9)
+            progress(index + 1, len(arch.blocks), speed)
+    yield from _ends(model, source, arch, needs, hidden, batches, as_tuple, cap)
+
+
+@torch.no_grad()
+def _advance(run: Run, batches: list[Batch], hidden: Tensor) -> None:
+    """Moves `hidden` on to the outputs of the block as it is now."""
+    with decoded(run.module):
+        for batch in batches:
+            hidden[batch.rows] = run(hidden[batch.rows])
+
+
+def _ends(
+    model: PreTrainedModel,
+    source: Source,
+    arch: Architecture,
+    needs: Needs,
+    hidden: Tensor,
+    batches: list[Batch],
+    as_tuple: bool,
+    cap: float | None,
+) -> Iterator[Block]:
+    """The token table and the output head that `needs` names, with the moments of what the head reads.
+
+    A table that is only looked up has none.
+    """
     for name, statistics in _tables(arch, needs).items():
-        inputs = head_inputs(model, source, arch, hidden, batches, as_tuple) if statistics else iter(())
-        yield from _table(model, source, arch, _gather_head(name, inputs, cap), hidden)
-
-
-def _gather_head(name: str, inputs: Iterator[tuple[Batch, Tensor]], cap: float | None) -> InputGroup:
-    """The moments of what the output head reads, none for a table that is only looked up."""
-    totals: dict[bool, Moments] = {}
-    for batch, x in inputs:
-        moments = _moments(x, None, HELD_OUT, cap)
-        totals[batch.held_out] = totals[batch.held_out] + moments if batch.held_out in totals else moments
-    return InputGroup((name,), totals.get(False, Moments(0.0)), totals.get(True))
+        totals: dict[bool, Moments] = {}
+        for batch, x in head_inputs(model, source, arch, hidden, batches, as_tuple) if statistics else ():
+            moments = _moments(x, None, HELD_OUT, cap)
+            totals[batch.held_out] = totals[batch.held_out] + moments if batch.held_out in totals else moments
+        group = InputGroup((name,), totals.get(False, Moments(0.0)), totals.get(True))
+        yield from _table(model, source, arch, group, hidden)
 
 
 def _tables(arch: Architecture, needs: Needs) -> dict[str, frozenset[str]]:
