@@ -180,18 +180,22 @@ def _layer(job: Job, name: str, group: str, weight: Tensor, inputs: Moments) -> 
     """The layer as methods see it; layers that read the same input get the same seed."""
     target = weight
     if inputs.cross is not None and inputs.outer is not None:
-        target = _dense_target(weight, inputs.outer, inputs.cross, job.recipe.asymmetric)
+        target = weight + job.recipe.asymmetric * (weight @ _to_dense_outputs(inputs, inputs.outer, inputs.cross))
     seed = f"{job.recipe.seed}/{group}"
     return Layer(name, target, Dense(target.to(torch.bfloat16)), inputs, seed)
 
 
-def _dense_target(weight: Tensor, outer: Tensor, cross: Tensor, share: float) -> Tensor:
-    """The matrix whose outputs on the inputs seen come closest to the dense layer's on the dense inputs `[out, in]`.
+def _to_dense_outputs(inputs: Moments, outer: Tensor, cross: Tensor) -> Tensor:
+    """D `[in, in]` for which W + W D, on the inputs seen, comes closest to W's outputs on the dense model's inputs.
 
-    W C inverse(H) with C = X_dense^T X and H = X^T X (GPTAQ, arXiv 2504.02692), taken `share` of the way from W.
+    (C - H) inverse(H) with C = X_dense^T X and H = X^T X (GPTAQ, arXiv 2504.02692); one for all layers that read X.
     """
-    correction = torch.linalg.solve(damped(outer.double(), TARGET_DAMPING), (cross - outer).double(), left=False)
-    return weight + share * (weight.double() @ correction).float()
+
+    def compute() -> Tensor:
+        hessian = damped(outer.double(), TARGET_DAMPING)
+        return torch.linalg.solve(hessian, (cross - outer).double(), left=False).float()
+
+    return inputs.memo("to_dense_outputs", compute)
 
 
 def _row(job: Job, layer: Layer, compressed: Layer, held_out: Moments | None) -> LayerReport:

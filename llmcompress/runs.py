@@ -41,7 +41,7 @@ def joined(parts: Sequence[Weight]) -> Weight:
             codes, scale = torch.cat([grid.codes for grid in grids]), torch.cat([grid.scale for grid in grids])
             zeros = None if zero is None else torch.cat([grid.zero for grid in grids if grid.zero is not None])
             return replace(first, codes=codes, scale=scale, zero=zeros)
-        case Where(index) as first:
+        case Where(index):
             choices = [part for part in parts if isinstance(part, Where)]
             if index.inside.ndim == 2:
                 index = replace(index, inside=torch.cat([part.index.inside for part in choices]))

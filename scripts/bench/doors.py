@@ -1,0 +1,71 @@
+"""Does every door lead to the same model? Exports a checkpoint and compares the logits of the engine it is for.
+
+    python scripts/bench/doors.py CHECKPOINT
+
+Prints, per format: engine and version, largest and mean difference of the logits on 512 tokens (float32), and bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import llmcompress as lc
+from llmcompress.errors import InputError
+from llmcompress.evaluate.scores import evaluation_windows
+from llmcompress.export import DOORS, export
+from llmcompress.source import load_tokenizer
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    options = parser.parse_args()
+    ours = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32)
+    ids = evaluation_windows(load_tokenizer(options.checkpoint), None, 1, 512, ours)
+    wanted = logits(ours, ids)
+    print(
+        "| format | engine | largest difference | mean difference | MB before | MB after |\n|---|---|---|---|---|---|"
+    )
+    with tempfile.TemporaryDirectory() as place:
+        for name in DOORS:
+            output = Path(place) / name
+            try:
+                done = export(options.checkpoint, output, name)
+            except InputError as error:
+                print(f"| {name} | refused: {error} | | | | |")
+                continue
+            found = (logits(entered(name, output), ids) - wanted).abs()
+            engine = f"peft {version('peft')}" if name == "peft" else f"transformers {version('transformers')}"
+            sizes = f"{done.bytes_before / 1e6:.1f} | {done.bytes_after / 1e6:.1f}"
+            print(f"| {name} | {engine} | {found.max():.4f} | {found.mean():.5f} | {sizes} |")
+
+
+def entered(name: str, output: Path) -> PreTrainedModel:
+    """The exported model as its engine loads it."""
+    if name != "peft":
+        plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+        return plain
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.float32)
+    adapted: PreTrainedModel = PeftModel.from_pretrained(base, str(output / "adapter"))
+    return adapted
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """`[1, length, vocabulary]`."""
+    with lc.decoded(model):
+        found: torch.Tensor = model(input_ids=ids).logits
+    return found
+
+
+if __name__ == "__main__":
+    main()
