@@ -8,6 +8,8 @@ one byte (5 ternary digits: 1.6 bits a code; 3 digits of the six 2:4 patterns: 2
 import torch
 from torch import Tensor
 
+RUNS = 1 << 17  # of whole bytes that are packed at a time: packing works in words of eight times a code's own size
+
 
 def stream_bits(levels: int) -> int:
     """Bits a code takes in a bit stream."""
@@ -33,6 +35,11 @@ def pack(codes: Tensor, levels: int) -> Tensor:
     flat = codes.reshape(-1)
     if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < levels:
         raise ValueError(f"codes {int(flat.min())}..{int(flat.max())} do not fit in {levels} levels")
+    codes_in_run = (digits_per_byte(levels) or 8) * RUNS
+    return torch.cat([_pack(run, levels) for run in flat.split(codes_in_run)])
+
+
+def _pack(flat: Tensor, levels: int) -> Tensor:
     digits = digits_per_byte(levels)
     if digits:
         powers = torch.tensor([levels**k for k in range(digits)], dtype=torch.int32, device=flat.device)
@@ -47,15 +54,20 @@ def pack(codes: Tensor, levels: int) -> Tensor:
 
 def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
     """The first `count` codes of what `pack` wrote, as a flat uint8 tensor."""
+    bytes_in_run = (1 if digits_per_byte(levels) else stream_bits(levels)) * RUNS
+    return torch.cat([_unpack(run, levels) for run in packed.split(bytes_in_run)])[:count]
+
+
+def _unpack(packed: Tensor, levels: int) -> Tensor:
     digits = digits_per_byte(levels)
     if digits:
         octets = torch.arange(256, device=packed.device)
         table = torch.stack([(octets // levels**k) % levels for k in range(digits)], 1).to(torch.uint8)
-        return table[packed.long()].reshape(-1)[:count]
+        return table[packed.long()].reshape(-1)
     bits = stream_bits(levels)
     shifts = torch.arange(8, device=packed.device)
     word = (_rows(packed, bits).to(torch.int64) << (8 * shifts[:bits])).sum(1)
-    return ((word[:, None] >> (bits * shifts)) & ((1 << bits) - 1)).to(torch.uint8).reshape(-1)[:count]
+    return ((word[:, None] >> (bits * shifts)) & ((1 << bits) - 1)).to(torch.uint8).reshape(-1)
 
 
 def unpack_rows(packed: Tensor, levels: int, width: int, rows: Tensor) -> Tensor:

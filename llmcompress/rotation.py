@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+ROWS = 8192  # of a matrix at a time: a transform needs three times what it turns
+
 
 def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     """`x [..., in] @ R`: random signs, then an orthonormal Hadamard transform over `block` columns at a time.
@@ -10,13 +12,21 @@ def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     A transform takes columns `in / block` apart, so each one mixes across the whole width (and across attention
     heads). R is orthogonal; `unrotate` undoes it.
     """
-    return _hadamard(torch.where(signs, x, -x), block)
+    return _hadamard(x * _plus_minus(signs, x), block)
 
 
 def unrotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     """`x [..., in] @ R.T`."""
-    y = _hadamard(x, block)
-    return torch.where(signs, y, -y)
+    if x.ndim == 2 and len(x) > ROWS and not x.requires_grad:
+        turned = torch.empty_like(x)
+        for part, place in zip(x.split(ROWS), turned.split(ROWS), strict=True):
+            place.copy_(unrotate(part, signs, block))
+        return turned
+    return _hadamard(x, block) * _plus_minus(signs, x)
+
+
+def _plus_minus(signs: Tensor, like: Tensor) -> Tensor:
+    return signs.to(like.dtype) * 2 - 1
 
 
 def _hadamard(x: Tensor, block: int) -> Tensor:
