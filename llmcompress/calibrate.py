@@ -113,8 +113,7 @@ def walk(
     `moments.capped_weights`; None weighs all tokens alike. `prefix`: whether a block's inputs come from the blocks as
     the caller left them, or from the dense ones. `dense_stream`: carry the dense model's hidden states beside the
     compressed prefix's, for the moment `cross`. `dtype`: of the products in a block's forward. `batch_size`: sequences
-    per forward (as many as make 2048 tokens). `progress(blocks done, blocks, tokens per second)` is called after every
-    block.
+    per forward (2048 tokens' worth). `progress(blocks done, blocks, tokens per second)` is called after every block.
 
     Raises InputError when the sequences do not suit the model or its blocks cannot be run on their own, NumericsError,
     naming the layer, when weights or activations are not finite.
@@ -135,20 +134,21 @@ def walk(
         module = model.get_submodule(layout.path)
         load(module, layout.path, source, hidden.device)
         run = Run(module, layout.path, {size: blocks[index] for size, blocks in calls.items()}, dtype)
-        wanted = _wanted(layout, needs)
-        groups = _gather(run, wanted, batches, hidden, dense_hidden, cap, keep_outputs=prefix == "dense")
+        groups = _gather(run, _wanted(layout, needs), batches, hidden, dense_hidden, cap, prefix == "dense")
         block = Block(index, layout.path, module, groups, hidden, linears)
-        give_back_memory()
         del groups  # the block holds them, until the walk moves on
+        give_back_memory()
         yield block
         block.groups = ()
         if prefix == "compressed":
             _advance(run, batches, hidden)
         drop(module)
         if progress is not None:
-            speed = (index + 1) * sequences.numel() / max(time.monotonic() - started, 1e-9)
-            progress(index + 1, len(arch.blocks), speed)
-    yield from _ends(model, source, arch, needs, hidden, batches, as_tuple, cap)
+            progress(index + 1, len(arch.blocks), (index + 1) * sequences.numel() / (time.monotonic() - started))
+    ends = _gather_ends(model, source, arch, needs, hidden, batches, as_tuple, cap)
+    del hidden, dense_hidden, block  # tables are large
+    for group in ends:
+        yield from _table(model, source, arch, group, torch.device(device))
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def _advance(run: Run, batches: list[Batch], hidden: Tensor) -> None:
             hidden[batch.rows] = run(hidden[batch.rows])
 
 
-def _ends(
+def _gather_ends(
     model: PreTrainedModel,
     source: Source,
     arch: Architecture,
@@ -168,18 +168,19 @@ def _ends(
     batches: list[Batch],
     as_tuple: bool,
     cap: float | None,
-) -> Iterator[Block]:
+) -> list[InputGroup]:
     """The token table and the output head that `needs` names, with the moments of what the head reads.
 
     A table that is only looked up has none.
     """
+    groups = []
     for name, statistics in _tables(arch, needs).items():
         totals: dict[bool, Moments] = {}
         for batch, x in head_inputs(model, source, arch, hidden, batches, as_tuple) if statistics else ():
             moments = _moments(x, None, HELD_OUT, cap)
             totals[batch.held_out] = totals[batch.held_out] + moments if batch.held_out in totals else moments
-        group = InputGroup((name,), totals.get(False, Moments(0.0)), totals.get(True))
-        yield from _table(model, source, arch, group, hidden)
+        groups.append(InputGroup((name,), totals.get(False, Moments(0.0)), totals.get(True)))
+    return groups
 
 
 def _tables(arch: Architecture, needs: Needs) -> dict[str, frozenset[str]]:
@@ -189,14 +190,15 @@ def _tables(arch: Architecture, needs: Needs) -> dict[str, frozenset[str]]:
 
 
 def _table(
-    model: PreTrainedModel, source: Source, arch: Architecture, group: InputGroup, hidden: Tensor
+    model: PreTrainedModel, source: Source, arch: Architecture, group: InputGroup, device: torch.device
 ) -> Iterator[Block]:
     """The token table or the output head, as a block of its own after all others."""
     [name] = group.names
     module = model.get_submodule(name)
-    load(module, name, source, hidden.device)
+    load(module, name, source, device)
     out, width = module.get_parameter("weight").shape
-    yield Block(len(arch.blocks), "", model, (group,), hidden, {name: Linear(name, (out, width))})
+    nothing = torch.empty(0, device=device)
+    yield Block(len(arch.blocks), "", model, (group,), nothing, {name: Linear(name, (out, width))})
     drop(module)
 
 
@@ -218,7 +220,7 @@ def _without_data(
         if progress is not None:
             progress(index + 1, len(arch.blocks), 0.0)
     for name in _tables(arch, needs):
-        yield from _table(model, source, arch, InputGroup((name,), Moments(0.0), None), torch.empty(0, device=device))
+        yield from _table(model, source, arch, InputGroup((name,), Moments(0.0), None), device)
 
 
 @torch.no_grad()

@@ -235,6 +235,9 @@ def export(
         str, typer.Option("--to", metavar="FORMAT", help="dense (bfloat16) or peft (base and LoRA adapter).")
     ],
     output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
+    allow_dense: Annotated[
+        bool, typer.Option("--allow-dense", help="What compressed-tensors cannot hold becomes bfloat16 there.")
+    ] = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -246,7 +249,7 @@ def export(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.export import export as run
 
-        terminal.show(run(folder, output, to).to_json(), exported_view)
+        terminal.show(run(folder, output, to, allow_dense).to_json(), exported_view)
 
 
 @app.command()

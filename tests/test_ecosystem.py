@@ -61,10 +61,10 @@ def test_compiles_without_a_graph_break(folder: Path) -> None:
 def test_a_pipeline_generates(folder: Path) -> None:
     write = pipeline("text-generation", model=str(folder), tokenizer=str(folder))
     [found] = write("The mill", max_new_tokens=4, do_sample=False)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer("The mill", return_tensors="pt")
-    generate: Any = model.generate
-    slow = generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=False)
+    slow = model.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=False)
     assert found["generated_text"] == tokenizer.decode(slow[0], skip_special_tokens=True)
 
 

@@ -56,6 +56,47 @@ def test_dense_is_read_without_us(family: str, tied: bool, tmp_path: Path) -> No
     assert tokenizers[0] == tokenizers[1]
 
 
+GRIDS: list[dict[str, Any]] = [
+    {"method": "rtn", "bits": 1},
+    {"method": "rtn", "bits": "ternary", "group_size": 16},
+    {"method": "rtn", "bits": 2},
+    {"method": "rtn", "bits": 3, "group_size": 16, "symmetric": False},
+    {"method": "rtn", "bits": 4, "group_size": 16},
+    {"method": "rtn", "bits": 7},
+    {"method": "rtn", "bits": 7, "symmetric": False},
+]
+
+
+def test_compressed_tensors_holds_every_grid(tmp_path: Path) -> None:
+    """One layer of each kind of grid, in stock transformers with the compressed-tensors package."""
+    pytest.importorskip("compressed_tensors")
+    source = save_tiny("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    names = ["*.0.*.q_proj", "*.0.*.k_proj", "*.0.*.v_proj", "*.0.*.o_proj", "*.0.*.gate_proj", "*.0.*.up_proj", "*"]
+    rules = [{"match": name, "steps": [grid]} for name, grid in zip(names, GRIDS, strict=True)]
+    folder = lc.compress(source, {"version": 1, "rules": rules}, tmp_path / "out").folder
+    done = export(folder, tmp_path / "packed", "compressed-tensors")
+    subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "packed"), str(tmp_path / "logits")], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), logits(folder), rtol=1e-3, atol=1e-3)
+    assert done.kept == ("14 grids, value for value",) and done.changed == ()
+
+
+def test_what_compressed_tensors_cannot_hold_is_refused_or_dense(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    source = save_tiny("llama", tmp_path / "dense", dtype=torch.bfloat16, tie_word_embeddings=True)
+    rules = [{"match": "*.v_proj", "steps": [GRID, SVD]}, {"match": "*", "steps": [GRID]}]
+    recipe = {"version": 1, "rules": rules, "embeddings": [GRID]}
+    folder = lc.compress(source, recipe, tmp_path / "out").folder
+    with pytest.raises(
+        InputError, match=r"v_proj does not fit compressed-tensors \(.* is no single grid\); allow dense"
+    ):
+        export(folder, tmp_path / "packed", "compressed-tensors")
+    done = export(folder, tmp_path / "packed", "compressed-tensors", allow_dense=True)
+    assert done.kept == ("12 grids, value for value",) and "3 matrices became bfloat16" in done.changed[0]
+    subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "packed"), str(tmp_path / "logits")], check=True)
+    found, expected = torch.load(tmp_path / "logits"), logits(folder)
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
 @pytest.mark.parametrize("rotate", [False, True])
 def test_peft_reads_base_and_adapter(rotate: bool, tmp_path: Path) -> None:
     from peft import PeftModel
@@ -83,7 +124,7 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no low-rank terms"):
         export(folder, tmp_path / "a", "peft")
     assert not (tmp_path / "a").exists()
-    with pytest.raises(RecipeError, match="choose one of dense, peft"):
+    with pytest.raises(RecipeError, match="choose one of dense, compressed-tensors, peft"):
         export(folder, tmp_path / "a", "onnx")
     with pytest.raises(InputError, match="no model compressed by llmcompress"):
         export(source, tmp_path / "a", "dense")

@@ -3,24 +3,30 @@
 `export(folder, output, to)` writes; what it gives back says what was kept and what was changed.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from llmcompress.errors import RecipeError
+from llmcompress.export.compressed_tensors import to_compressed_tensors
 from llmcompress.export.dense import to_dense
 from llmcompress.export.opened import Exported
 from llmcompress.export.peft import to_peft
 
-DOORS: dict[str, Callable[[Path, Path], Exported]] = {"dense": to_dense, "peft": to_peft}
+DOORS = ("dense", "compressed-tensors", "peft")
 
 __all__ = ["DOORS", "Exported", "export"]
 
 
-def export(folder: str | Path, output: str | Path, to: str) -> Exported:
+def export(folder: str | Path, output: str | Path, to: str, allow_dense: bool = False) -> Exported:
     """Writes the compressed checkpoint `folder` as the new folder `output`, in the format `to`.
 
-    Raises RecipeError for an unknown format, InputError for a damaged checkpoint, DiskError as `compress` does.
+    `allow_dense`: what compressed-tensors cannot hold becomes bfloat16 there. Raises RecipeError for an unknown format,
+    InputError for a damaged checkpoint or one that the format cannot hold, DiskError as `compress` does.
     """
-    if to not in DOORS:
-        raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")
-    return DOORS[to](Path(folder), Path(output))
+    match to:
+        case "dense":
+            return to_dense(Path(folder), Path(output))
+        case "compressed-tensors":
+            return to_compressed_tensors(Path(folder), Path(output), allow_dense)
+        case "peft":
+            return to_peft(Path(folder), Path(output))
+    raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")

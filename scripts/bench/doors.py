@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError
@@ -37,30 +38,30 @@ def main() -> None:
         for name in DOORS:
             output = Path(place) / name
             try:
-                done = export(options.checkpoint, output, name)
+                done = export(options.checkpoint, output, name, allow_dense=True)
             except InputError as error:
                 print(f"| {name} | refused: {error} | | | | |")
                 continue
             found = (logits(entered(name, output), ids) - wanted).abs()
-            engine = f"peft {version('peft')}" if name == "peft" else f"transformers {version('transformers')}"
+            package = "transformers" if name == "dense" else name
+            engine = f"{package} {version(package)}"
             sizes = f"{done.bytes_before / 1e6:.1f} | {done.bytes_after / 1e6:.1f}"
             print(f"| {name} | {engine} | {found.max():.4f} | {found.mean():.5f} | {sizes} |")
 
 
-def entered(name: str, output: Path) -> PreTrainedModel:
+def entered(name: str, output: Path) -> nn.Module:
     """The exported model as its engine loads it."""
     if name != "peft":
-        plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+        plain: nn.Module = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
         return plain
     from peft import PeftModel
 
     base = AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.float32)
-    adapted: PreTrainedModel = PeftModel.from_pretrained(base, str(output / "adapter"))
-    return adapted
+    return PeftModel.from_pretrained(base, str(output / "adapter"))
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """`[1, length, vocabulary]`."""
     with lc.decoded(model):
         found: torch.Tensor = model(input_ids=ids).logits
