@@ -1,9 +1,9 @@
 """To compressed-tensors (`pack-quantized`), which transformers and vLLM read: integer grids, value for value.
 
 All become symmetric integers of the format, centred on a code: ternary as it is in 2 bits; our symmetric b bits,
-centred between two codes, as the odd integers of b + 1 bits at half the scale; asymmetric b bits less their zero point as b + 1
-(packed zero points of compressed-tensors 0.20 are not loaded by transformers 5.23). What is no plain grid is refused, or
-stored in bfloat16 where that is allowed, and listed.
+centred between two codes, as the odd integers of b + 1 bits at half the scale; asymmetric b bits less their zero point
+as b + 1 (packed zero points of compressed-tensors 0.20 are not loaded by transformers 5.23). What is no plain grid is
+refused, or stored in bfloat16 where that is allowed, and listed.
 """
 
 from __future__ import annotations
