@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
+from llmcompress.hf import LLMCompressConfig, table_entry
 from llmcompress.modules import CompressedLinear, compressed_linears, put
 from llmcompress.weight import Dense, LowRank, Sum, Weight
 
@@ -33,11 +34,12 @@ def fold(model: PeftModel) -> PreTrainedModel:
     if not terms:
         raise InputError(f"the adapter {adapter!r} touches no layer of the model; load the one that was trained")
     base: Any = model.unload()
-    layers = compressed_linears(base)
+    layers, table = compressed_linears(base), base.config.quantization_config.table()
     for name, term in terms.items():
         folded = CompressedLinear.of(_plus(layers[name].expression(), term), layers[name].bias)
         put(base, name, folded)
-        base.config.quantization_config.layers[name] = folded.layout.to_json()
+        table[name] = folded.layout
+    base.config.quantization_config = LLMCompressConfig(**table_entry(table))
     found: PreTrainedModel = base
     return found
 

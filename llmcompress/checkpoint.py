@@ -25,7 +25,7 @@ from torch import Tensor
 from llmcompress.errors import DiskError, InputError, LockedError
 from llmcompress.validation import MENDING, digests
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: digests in the weight files, every layout listed once
 MANIFEST = "manifest.json"
 README = "README.md"
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -26,13 +26,13 @@ from torch import Tensor
 from llmcompress import report as reports
 from llmcompress.blocks import give_back_memory, product_dtype
 from llmcompress.calibrate import Block, walk
-from llmcompress.checkpoint import FORMAT_VERSION, Writer, check_output, copy_folder, writing
+from llmcompress.checkpoint import Writer, check_output, copy_folder, writing
 from llmcompress.errors import NumericsError, RecipeError
-from llmcompress.hf import NAME
+from llmcompress.hf import table_entry
 from llmcompress.layer import Layer, relative_error
 from llmcompress.locate import Place
 from llmcompress.methods.hessian import damped
-from llmcompress.modules import LIKE
+from llmcompress.modules import LIKE, Layout
 from llmcompress.moments import Moments
 from llmcompress.planning import Job, Plan, check_memory, lay, plan_of, warnings
 from llmcompress.recipe import Recipe, dump, read_recipe
@@ -142,16 +142,16 @@ def _blocks(job: Job, tokens: CalibrationTokens | None, device: str, progress: P
 
 def _compress_blocks(
     job: Job, tokens: CalibrationTokens | None, writer: Writer, device: str, progress: Progress | None
-) -> tuple[list[LayerReport], dict[str, Any]]:
+) -> tuple[list[LayerReport], dict[str, Layout]]:
     """Compresses and writes block after block; returns the rows of the report and the layouts for the config."""
     rows: list[LayerReport] = []
-    layouts: dict[str, Any] = {}
+    layouts: dict[str, Layout] = {}
     for block in _blocks(job, tokens, device, progress):
         writer.add(_compress_block(job, block, rows, layouts))
     return rows, layouts
 
 
-def _compress_block(job: Job, block: Block, rows: list[LayerReport], layouts: dict[str, Any]) -> dict[str, Tensor]:
+def _compress_block(job: Job, block: Block, rows: list[LayerReport], layouts: dict[str, Layout]) -> dict[str, Tensor]:
     """Swaps the block's linears for compressed ones; returns every tensor that the checkpoint stores of the block."""
     done: dict[str, Weight] = {}
     payload: dict[str, Tensor] = {}
@@ -167,7 +167,7 @@ def _compress_block(job: Job, block: Block, rows: list[LayerReport], layouts: di
         group.inputs.derived.clear()  # factors that only this group's linears could share
         give_back_memory()
     for name, module in block.swap(done).items():
-        layouts[name] = module.layout.to_json()
+        layouts[name] = module.layout
         payload.update({f"{name}.{key}": tensor for key, tensor in module.payload().items()})
         if name == job.arch.embedding:
             payload[f"{name}.{LIKE}"] = torch.empty(0, dtype=job.source.read(f"{name}.weight").dtype)
@@ -217,19 +217,14 @@ def _row(job: Job, layer: Layer, compressed: Layer, held_out: Moments | None) ->
     )
 
 
-def _write_rest(job: Job, layouts: dict[str, Any], writer: Writer) -> None:
+def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
     """Everything but the decoder blocks: embeddings, head, config, tokenizer, and what else the dense folder holds."""
     inside = tuple(f"{layout.path}." for layout in job.arch.blocks)
     tables = {f"{name}.weight" for name in job.tables}
     rest = [name for name in job.source.tensors if not name.startswith(inside) and name not in tables]
     writer.add({name: job.source.read(name) for name in rest})
     config = json.loads((job.source.folder / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {
-        "quant_method": NAME,
-        "format_version": FORMAT_VERSION,
-        "versions": reports.versions(),
-        "layers": layouts,
-    }
+    config["quantization_config"] = table_entry(layouts) | {"versions": reports.versions()}
     writer.write("config.json", json.dumps(config, indent=1))
     for path in sorted(job.source.folder.iterdir()):
         if path.is_file() and (path.suffix in COMPANIONS or path.name.startswith("LICENSE")) and path.name not in OURS:

@@ -6,6 +6,8 @@ modules are replaced on the meta device by `CompressedLinear`s, so the dense mod
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +38,18 @@ NAME = "llmcompress"
 
 
 class LLMCompressConfig(QuantizationConfigMixin):
-    """`quantization_config` of a checkpoint: the layout of every compressed linear by module path."""
+    """`quantization_config` of a checkpoint: `layers` gives each compressed module's number in the list `layouts`.
 
-    def __init__(self, layers: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **more: Any) -> None:
+    Every layout is listed once: transformers copies its configs dozens of times while it loads.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, int] | None = None,
+        layouts: list[dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **more: Any,
+    ) -> None:
         if format_version != FORMAT_VERSION:
             raise InputError(
                 f"this checkpoint has format version {format_version}, this llmcompress reads {FORMAT_VERSION}; "
@@ -47,19 +58,36 @@ class LLMCompressConfig(QuantizationConfigMixin):
         self.quant_method = NAME  # type: ignore[assignment]  # an enum of the built-in methods; a string works
         self.format_version = format_version
         self.layers = dict(layers or {})
+        self.layouts = list(layouts or [])
         self.versions = more.get("versions", {})
 
-    def layouts(self) -> dict[str, Layout]:
-        """The layout of every compressed linear. Raises InputError for an entry that cannot be read."""
-        found = {}
-        for name, entry in self.layers.items():
+    def table(self) -> dict[str, Layout]:
+        """The layout of every compressed module by name. Raises InputError for an entry that cannot be read."""
+        known: dict[int, Layout] = {}
+        for name, number in self.layers.items():
             try:
-                found[name] = Layout.from_json(entry)
-            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                if number not in known:
+                    known[number] = Layout.from_json(self.layouts[number])
+            except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
                 raise InputError(
                     f"config.json describes {name} in a way that cannot be read ({error}); {MENDING}"
                 ) from error
-        return found
+        return {name: known[number] for name, number in self.layers.items()}
+
+
+def table_entry(table: Mapping[str, Layout]) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint with these layouts by module name."""
+    numbers: dict[str, int] = {}
+    layouts: list[dict[str, Any]] = []
+    layers = {}
+    for name, layout in table.items():
+        entry = layout.to_json()
+        key = json.dumps(entry)
+        if key not in numbers:
+            numbers[key] = len(layouts)
+            layouts.append(entry)
+        layers[name] = numbers[key]
+    return {"quant_method": NAME, "format_version": FORMAT_VERSION, "layouts": layouts, "layers": layers}
 
 
 class LLMCompressQuantizer(HfQuantizer):
@@ -69,7 +97,7 @@ class LLMCompressQuantizer(HfQuantizer):
     requires_calibration = True  # refuses from_pretrained(dense, quantization_config=...): compress first
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, layout in self.quantization_config.layouts().items():
+        for name, layout in self.quantization_config.table().items():
             put(model, name, _empty(model, name, layout))
         tie_head(model)
         if files := [Path(name) for name in kwargs.get("checkpoint_files") or ()]:  # none where tensors were passed

@@ -49,7 +49,7 @@ class Opened:
         self.folder = folder
         self.config = read_json(folder / "config.json")
         entries = self.config.pop("quantization_config")
-        self.layouts: dict[str, Layout] = LLMCompressConfig(**entries).layouts()
+        self.layouts: dict[str, Layout] = LLMCompressConfig(**entries).table()
         self.files: dict[str, Path] = {}
         for path in weight_files(folder):
             with safe_open(path, framework="pt") as file:

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmcompress.checkpoint import FORMAT_VERSION, Writer, seal
+from llmcompress.checkpoint import Writer, seal
 from llmcompress.errors import InputError
 from llmcompress.export.opened import Exported, Opened, copy_companions, leaving
-from llmcompress.hf import NAME
+from llmcompress.hf import table_entry
 from llmcompress.modules import Layout, packed
 from llmcompress.weight import LowRank, Rotated, Sum, Weight, dense, unrotate
 
@@ -41,9 +41,8 @@ def to_peft(folder: Path, output: Path) -> Exported:
         if not factors:
             raise InputError(f"{folder} has no low-rank terms, so there is no adapter to export; choose another format")
         size = writer.close()
-        table = {name: layout.to_json() for name, layout in layouts.items()}
-        entry = {"quant_method": NAME, "format_version": FORMAT_VERSION, "layers": table}
-        writer.write("config.json", json.dumps(opened.config | {"quantization_config": entry}, indent=1))
+        entry = {"quantization_config": table_entry(layouts)}
+        writer.write("config.json", json.dumps(opened.config | entry, indent=1))
         seal(writer.folder)
         size += _write_adapter(whole.folder / "adapter", output / "base", factors)
     return Exported(

@@ -157,19 +157,21 @@ def invent_in_the_index(folder: Path, dice: random.Random) -> None:
 
 def damage_a_layout(folder: Path, dice: random.Random) -> None:
     def change(config: dict[str, Any]) -> None:
-        layers = config["quantization_config"]["layers"]
+        layers, layouts = (config["quantization_config"][key] for key in ("layers", "layouts"))
         name = dice.choice(sorted(layers))
-        match dice.randrange(5):
+        match dice.randrange(6):
             case 0:
                 del layers[name]
             case 1:
-                layers[name]["size"][dice.randrange(2)] += 8
+                layouts[layers[name]]["size"][dice.randrange(2)] += 8
             case 2:
-                layers[name]["tensors"]["weight"][1] += 1
+                layouts[layers[name]]["tensors"]["weight"][1] += 1
             case 3:
-                layers[name]["tensors"].popitem()
+                layouts[layers[name]]["tensors"].popitem()
             case 4:
                 layers[f"{name}_too"] = layers[name]
+            case 5:
+                layers[name] = (layers[name] + 1 + dice.randrange(len(layouts))) % (len(layouts) + 1)
 
     edit_json(folder / "config.json", change)
 
