@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -158,10 +158,10 @@ def _layout(family: Family | None, path: str, block: nn.Module) -> BlockLayout:
     rows = tuple(tuple(f"{path}.{name}" for name in group) for group in family.groups)
     expected = {name for group in rows for name in group}
     if expected != set(linears):
+        more, fewer = sorted(set(linears) - expected), sorted(expected - set(linears))
         raise InputError(
             f"{path} is not the block that model type {family.model_type!r} is known to have "
-            f"(unexpected: {_listed(set(linears) - expected)}, absent: {_listed(expected - set(linears))}); "
-            f"a table row for this variant is needed"
+            f"(unexpected: {listed(more)}, absent: {listed(fewer)}); a table row for this variant is needed"
         )
     return BlockLayout(path, tuple(tuple(linears[name] for name in group) for group in rows))
 
@@ -191,7 +191,7 @@ def _discover_stack(config: PreTrainedConfig, model: nn.Module) -> str:
     if len(outermost) != 1:
         raise InputError(
             f"{unknown}: {len(outermost)} lists have the {count} modules that num_hidden_layers announces "
-            f"({_listed(set(outermost))}), exactly one was expected; choose a model of a known family"
+            f"({listed(sorted(set(outermost)))}), exactly one was expected; choose a model of a known family"
         )
     return outermost[0]
 
@@ -206,9 +206,3 @@ def refuse_experts(config: PreTrainedConfig, model: nn.Module) -> None:
             f"model type {config.model_type!r} is a mixture of experts ({(announced or modules)[0]}), which cannot be "
             f"compressed yet; choose a dense model"
         )
-
-
-def _listed(names: set[str], most: int = 3) -> str:
-    shown = sorted(names)[:most]
-    more = len(names) - len(shown)
-    return (", ".join(shown) or "none") + (f" and {more} more" if more else "")

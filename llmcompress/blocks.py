@@ -164,15 +164,32 @@ class _Tape:
 _MORE = object()  # stands for whatever blocks return after the hidden states
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block in the model's own forward: hands hidden states on untouched, keeps its arguments."""
+class _StandIn(nn.Module):
+    """In the place of a block; whatever else is asked of it, the block answers."""
 
-    def __init__(self, block: nn.Module, path: str, tape: _Tape):
+    def __init__(self, block: nn.Module, **held: Any) -> None:
         super().__init__()
-        self.__dict__.update(block=block, path=path, tape=tape)  # the block not as a submodule
+        self.__dict__.update(held, block=block)  # the block not as a submodule
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)  # models read things like `attention_type` off their blocks
+
+
+@contextmanager
+def _standing_in(stack: nn.Module, others: Sequence[_StandIn]) -> Iterator[None]:
+    """While it lasts, `others` are in the places of the blocks of `stack`."""
+    blocks = list(stack.children())
+    try:
+        for index, other in enumerate(others):
+            setattr(stack, str(index), other)
+        yield
+    finally:
+        for index, block in enumerate(blocks):
+            setattr(stack, str(index), block)
+
+
+class _Recorder(_StandIn):
+    """Stands in for a block in the model's own forward: hands hidden states on untouched, keeps its arguments."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
         """The hidden states, as they came."""
@@ -223,16 +240,13 @@ def _record(
     hidden = torch.empty(0)
     for batch in batches:
         tape = _Tape(arch.model_type, as_tuple, calls.get(batch.size))
+        recorders = [_Recorder(block, path=at.path, tape=tape) for block, at in zip(blocks, arch.blocks, strict=True)]
         try:
-            for index, (block, layout) in enumerate(zip(blocks, arch.blocks, strict=True)):
-                setattr(stack, str(index), _Recorder(block, layout.path, tape))
-            body(input_ids=sequences[batch.rows].to(device), use_cache=False)
+            with _standing_in(stack, recorders):
+                body(input_ids=sequences[batch.rows].to(device), use_cache=False)
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise tape.refusal(f"its code fails with stand-ins for them: {reason}") from error
-        finally:
-            for index, block in enumerate(blocks):
-                setattr(stack, str(index), block)
         if len(tape.calls) != len(blocks):
             raise tape.refusal(f"it calls {len(tape.calls)} of {len(blocks)}")
         if not calls:
@@ -242,15 +256,8 @@ def _record(
     return hidden, calls
 
 
-class _Replay(nn.Module):
-    """Stands in for a block: answers with the hidden states it was given beforehand, whatever it is called with."""
-
-    def __init__(self, block: nn.Module, hidden: Tensor, as_tuple: bool) -> None:
-        super().__init__()
-        self.__dict__.update(block=block, hidden=hidden, as_tuple=as_tuple)  # the block not as a submodule
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
+class _Replay(_StandIn):
+    """Answers with the hidden states it was given beforehand, whatever it is called with."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
         """The hidden states."""
@@ -268,16 +275,14 @@ def head_inputs(
     width = int(table.get_parameter("weight").shape[1])
     prefix = "" if body is model else model.base_model_prefix
     load(body, prefix, source, hidden.device, skip=(stack, table))
-    blocks = list(stack.children())
     try:
         for batch in batches:
-            for index, block in enumerate(blocks):
-                setattr(stack, str(index), _Replay(block, hidden[batch.rows], as_tuple))
+            answers = [_Replay(block, hidden=hidden[batch.rows], as_tuple=as_tuple) for block in stack.children()]
             nothing = hidden.new_zeros(batch.size, hidden.shape[1], width)
-            yield batch, body(inputs_embeds=nothing, use_cache=False)[0]
+            with _standing_in(stack, answers):
+                output = body(inputs_embeds=nothing, use_cache=False)[0]
+            yield batch, output
     finally:
-        for index, block in enumerate(blocks):
-            setattr(stack, str(index), block)
         drop(body, skip=(stack, table))
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, LockedError
-from llmcompress.validation import MENDING, digests
+from llmcompress.validation import INDEX, MENDING, digests
 
 FORMAT_VERSION = 2  # 2: digests in the weight files, every layout listed once
 MANIFEST = "manifest.json"
@@ -86,7 +86,7 @@ class Writer:
         total = sum(sum(part.values()) for part in self.parts)
         weight_map = {key: name for name, part in zip(names, self.parts, strict=True) for key in part}
         listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        self.write("model.safetensors.index.json", json.dumps(listing, indent=2))
+        self.write(INDEX, json.dumps(listing, indent=2))
         return sum((self.folder / name).stat().st_size for name in names)
 
 
@@ -172,12 +172,14 @@ def copy_folder(source: Path, target: Path) -> None:
                 shutil.copyfile(path, writer.folder / path.name)
 
 
-def check_manifest(folder: Path) -> None:
+def check_manifest(folder: Path) -> bool:
     """Raises InputError unless the folder holds exactly the files that were written, as they were written.
 
-    A README.md may have come, as the Hub makes one.
+    A README.md may have come, as the Hub makes one. False where there is no manifest to go by.
     """
-    written = manifest(folder) or {}
+    written = manifest(folder)
+    if written is None:
+        return False
     there = {path.name for path in folder.iterdir()} - {MANIFEST, README}
     for name in sorted(written.keys() - {README} | there):
         if name not in written:
@@ -186,6 +188,7 @@ def check_manifest(folder: Path) -> None:
             raise InputError(f"{folder} lacks {name}, which {MANIFEST} lists; {MENDING}")
         if _digest(folder / name) != written[name]:
             raise InputError(f"{folder / name} is not as it was written; {MENDING}")
+    return True
 
 
 def check_config(folder: Path) -> None:

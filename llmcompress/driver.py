@@ -26,7 +26,7 @@ from torch import Tensor
 from llmcompress import report as reports
 from llmcompress.blocks import give_back_memory, product_dtype
 from llmcompress.calibrate import Block, walk
-from llmcompress.checkpoint import Writer, check_output, copy_folder, writing
+from llmcompress.checkpoint import MANIFEST, Writer, check_output, copy_folder, writing
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.hf import table_entry
 from llmcompress.layer import Layer, relative_error
@@ -40,6 +40,7 @@ from llmcompress.report import LayerReport, Report
 from llmcompress.runs import apply_in_runs
 from llmcompress.source import load_model, resolve
 from llmcompress.tokens import CalibrationTokens, calibration_tokens
+from llmcompress.validation import INDEX
 from llmcompress.weight import Dense, Weight, bits, dense, describe
 
 if TYPE_CHECKING:
@@ -226,13 +227,18 @@ def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
     config = json.loads((job.source.folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = table_entry(layouts) | {"versions": reports.versions()}
     writer.write("config.json", json.dumps(config, indent=1))
-    for path in sorted(job.source.folder.iterdir()):
+    copy_companions(job.source.folder, writer.folder)
+
+
+def copy_companions(folder: Path, target: Path) -> None:
+    """Copies what lies beside a model's weights: tokenizer, chat template, generation config, licence."""
+    for path in sorted(folder.iterdir()):
         if path.is_file() and (path.suffix in COMPANIONS or path.name.startswith("LICENSE")) and path.name not in OURS:
-            shutil.copyfile(path, writer.folder / path.name)
+            shutil.copyfile(path, target / path.name)
 
 
-COMPANIONS = {".json", ".jinja", ".model", ".tiktoken", ".txt"}  # tokenizer, chat template, generation config
-OURS = {"config.json", "model.safetensors.index.json", reports.FILE, "manifest.json"}
+COMPANIONS = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
+OURS = {"config.json", INDEX, MANIFEST, reports.FILE, reports.SCORES}
 
 
 def _report(job: Job, tokens: CalibrationTokens | None, rows: list[LayerReport], size: int, seconds: float) -> Report:

@@ -1,5 +1,13 @@
 """What can go wrong for a user: one type per exit code, one sentence per error (what, where, what to do)."""
 
+from collections.abc import Iterable
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first names for a sentence, and how many more there are; "none" for none."""
+    names = list(names)
+    return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
+
 
 class LLMCompressError(Exception):
     """The run failed. Subclasses say why; the command line exits with `exit_code`."""

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from llmcompress import report as reports
 from llmcompress.card import card
 from llmcompress.checkpoint import MANIFEST, README, manifest, read_json
-from llmcompress.errors import HubError, RecipeError
-from llmcompress.scoring import SCORES
+from llmcompress.errors import HubError, InputError, RecipeError
 from llmcompress.verify import verify
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ def push(
     if not REPOSITORY.fullmatch(repository):
         raise RecipeError(f"{repository!r} is not a Hub repository; give owner/name")
     verify(folder)
+    if manifest(folder) is None:
+        raise InputError(f"{folder} has no {MANIFEST}, report and recipe for a card; push a folder that compress wrote")
     text = _card(folder, repository)
     names = sorted({*(manifest(folder) or ()), MANIFEST} - {README})
     files = {README: len(text.encode()), **{name: (folder / name).stat().st_size for name in names}}
@@ -59,7 +60,7 @@ def push(
 
 def _card(folder: Path, repository: str) -> str:
     recipe = (folder / reports.RECIPE).read_text(encoding="utf-8")
-    scores = read_json(folder / SCORES) if (folder / SCORES).is_file() else None
+    scores = read_json(folder / reports.SCORES) if (folder / reports.SCORES).is_file() else None
     return card(reports.read(folder), repository, recipe, scores)
 
 

@@ -13,6 +13,7 @@ from llmcompress.errors import InputError
 
 FILE = "report.json"
 RECIPE = "recipe.yaml"
+SCORES = "eval.json"  # what `eval --save` leaves for the card
 PACKAGES = ("llmcompress", "torch", "transformers", "safetensors")
 
 

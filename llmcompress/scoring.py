@@ -18,8 +18,6 @@ from llmcompress.evaluate import compare_models, evaluate
 from llmcompress.locate import Place, locate
 from llmcompress.source import Source, load_model, load_tokenizer, open_source
 
-SCORES = "eval.json"  # in the compressed folder
-
 
 @dataclass(frozen=True)
 class Size:
@@ -71,7 +69,7 @@ def score(
         both = compare_models(teacher, loaded, tokenizer, text, **options)
         source = "Python's documentation" if text is None else text.name
         entries = {"text": source, **options, "versions": reports.versions(), **both}
-        add_file(place.folder, SCORES, json.dumps(entries, indent=2))
+        add_file(place.folder, reports.SCORES, json.dumps(entries, indent=2))
         found = both["compressed"]
     else:
         found = evaluate(loaded, tokenizer, text, against=teacher, **options)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llmcompress.architecture import refuse_experts
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, listed
 from llmcompress.locate import Place, locate
+from llmcompress.validation import INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of dense dtypes, bytes per value
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk; GPT-NeoX
 BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # what a persistent buffer may be stored as besides
@@ -275,7 +274,7 @@ def _weight_files(folder: Path) -> list[Path]:
             )
         absent = [name for name in files if not (folder / name).is_file()]
         if absent:
-            raise InputError(f"{folder} lacks {_listed(absent)}, which {INDEX} names; download the model again")
+            raise InputError(f"{folder} lacks {listed(absent)}, which {INDEX} names; download the model again")
         return [folder / name for name in files]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise InputError(
@@ -304,7 +303,7 @@ def _match(
     missing = [name for name in parameters if tied.get(name, name) not in found]
     if missing:
         raise InputError(
-            f"{folder} lacks weights its config asks for: {_listed(missing)}; download the model again or correct "
+            f"{folder} lacks weights its config asks for: {listed(missing)}; download the model again or correct "
             f"config.json"
         )
     return found, tied, [key for key in stored if key not in used]
@@ -374,8 +373,3 @@ def _reason(error: Exception, most: int = 200) -> str:
     """What a library said, on one line of at most `most` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= most else f"{text[:most]}...").rstrip(".")
-
-
-def _listed(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, listed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -82,7 +82,9 @@ def check(files: Sequence[Path], expected: Mapping[str, Expected], optional: Ite
     """
     folders = {path.parent for path in files}
     if len(folders) != 1 or any(path.suffix != ".safetensors" for path in files):
-        raise InputError(f"the weights {_listed(map(str, files))} are not safetensors files of one folder; {MENDING}")
+        raise InputError(
+            f"the weights {listed(sorted(map(str, files)))} are not safetensors files of one folder; {MENDING}"
+        )
     index = folders.pop() / INDEX
     placed = weight_map(index) if files[0].name != SINGLE and index.is_file() else None
     missing = set(expected).difference(optional)
@@ -90,12 +92,12 @@ def check(files: Sequence[Path], expected: Mapping[str, Expected], optional: Ite
         names = _check_file(path, expected)
         strangers = names if placed is None else {name for name in names if placed.pop(name, None) != path.name}
         if placed is not None and strangers:
-            raise InputError(f"{path} holds {_listed(strangers)}, which {index.name} has elsewhere; {MENDING}")
+            raise InputError(f"{path} holds {listed(sorted(strangers))}, which {index.name} has elsewhere; {MENDING}")
         missing -= names
     if placed:
-        raise InputError(f"{index} lists {_listed(placed)}, which its files do not hold; {MENDING}")
+        raise InputError(f"{index} lists {listed(sorted(placed))}, which its files do not hold; {MENDING}")
     if missing:
-        raise InputError(f"{files[0].parent} lacks the tensors {_listed(missing)}; {MENDING}")
+        raise InputError(f"{files[0].parent} lacks the tensors {listed(sorted(missing))}; {MENDING}")
 
 
 def _check_file(path: Path, expected: Mapping[str, Expected]) -> set[str]:
@@ -136,9 +138,3 @@ def _check_header(path: Path, name: str, piece: Any, wanted: Expected | None) ->
     if shape != wanted.shape or not fits:
         asked = f"{wanted.dtype or 'a float type'} {list(wanted.shape)}"
         raise InputError(f"{path}: {name} is {dtype} {list(shape)} where config.json asks for {asked}; {MENDING}")
-
-
-def _listed(names: Iterable[str], most: int = 3) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more

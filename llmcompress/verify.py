@@ -51,10 +51,8 @@ def verify(
     folder = Path(folder)
     check_kind(folder)
     notes: tuple[str, ...] = ()
-    if manifest(folder) is None:
+    if not check_manifest(folder):
         notes = (f"there is no {MANIFEST}, so only the weights could be checked, not the files beside them",)
-    else:
-        check_manifest(folder)
     model = load_model(Place(str(folder), folder), device)
     teacher = None if against is None else load_model(locate(against), device)
     tokenizer = load_tokenizer(folder)

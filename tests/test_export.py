@@ -97,6 +97,16 @@ def test_what_compressed_tensors_cannot_hold_is_refused_or_dense(tmp_path: Path)
     assert (found - expected).norm() < 0.01 * expected.norm()
 
 
+def test_what_save_pretrained_wrote_is_exported_too(tmp_path: Path) -> None:
+    """It has no manifest; its weights are what counts."""
+    source = save_tiny("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    folder = compressed(source, tmp_path / "out", [GRID])
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    export(tmp_path / "saved", tmp_path / "plain", "dense")
+    expected = logits(folder)
+    assert (logits(tmp_path / "plain") - expected).norm() < 0.01 * expected.norm()
+
+
 @pytest.mark.parametrize("rotate", [False, True])
 def test_peft_reads_base_and_adapter(rotate: bool, tmp_path: Path) -> None:
     from peft import PeftModel

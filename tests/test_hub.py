@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
 from llmcompress.card import card
@@ -161,6 +161,10 @@ def test_another_model_is_not_overwritten(here: StandInHub, folders: dict[str, P
 def test_nothing_damaged_or_misnamed_leaves_the_machine(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is not a Hub repository; give owner/name"):
         push(folders["out"], "small", dry_run=True)
+    AutoModelForCausalLM.from_pretrained(folders["out"]).save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(folders["out"]).save_pretrained(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"has no manifest.json, report and recipe for a card; push a folder that"):
+        push(tmp_path / "saved", "me/small", dry_run=True)
     with pytest.raises(InputError, match="holds no model compressed by llmcompress"):
         push(folders["dense"], "me/small", dry_run=True)
 

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcompress.checkpoint import check_output, writing
+from llmcompress.driver import copy_companions
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.export.opened import Exported, Opened, copy_companions, leaving
+from llmcompress.export.opened import Exported, Opened
 from llmcompress.modules import LIKE
 from llmcompress.source import transposed_linears
 from llmcompress.weight import Grid, Weight, dense, describe
@@ -44,9 +46,9 @@ def to_compressed_tensors(folder: Path, output: Path, allow_dense: bool = False)
     linears = _linears(opened)
     schemes: dict[str, Scheme] = {}
     plain: list[str] = []
-    needed = 2 * sum(layout.size[0] * layout.size[1] for layout in opened.layouts.values()) + opened.bytes
-    with leaving(opened, output, needed) as writer:
-        copy_companions(opened, writer.folder)
+    check_output(output, opened.dense_bytes)
+    with writing(output) as writer:
+        copy_companions(folder, writer.folder)
         for layers, others in opened.parts():
             tensors = {name: opened.read(name) for name in others if not name.endswith(f".{LIKE}")}
             for layer in layers:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-from llmcompress.export.opened import Exported, Opened, copy_companions, leaving
+from llmcompress.checkpoint import check_output, writing
+from llmcompress.driver import copy_companions
+from llmcompress.export.opened import Exported, Opened
 from llmcompress.modules import LIKE
 from llmcompress.source import transposed_linears
 from llmcompress.weight import dense
@@ -16,11 +18,11 @@ from llmcompress.weight import dense
 def to_dense(folder: Path, output: Path) -> Exported:
     """Every compressed matrix decoded and rounded to bfloat16; all else as it is stored."""
     opened = Opened(folder)
-    needed = 2 * sum(layout.size[0] * layout.size[1] for layout in opened.layouts.values()) + opened.bytes
     turned = transposed_linears(folder, opened.config)
     rounding = 0.0
-    with leaving(opened, output, needed) as writer:
-        copy_companions(opened, writer.folder)
+    check_output(output, opened.dense_bytes)
+    with writing(output) as writer:
+        copy_companions(folder, writer.folder)
         for layers, others in opened.parts():
             tensors = {name: opened.read(name) for name in others if not name.endswith(f".{LIKE}")}
             for layer in layers:

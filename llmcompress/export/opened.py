@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,12 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from llmcompress.checkpoint import MANIFEST, README, Writer, check_manifest, check_output, read_json, writing
+from llmcompress.checkpoint import check_manifest, read_json
 from llmcompress.hf import LLMCompressConfig
 from llmcompress.modules import Layout
-from llmcompress.report import FILE, RECIPE
-from llmcompress.scoring import SCORES
-from llmcompress.validation import INDEX, weight_files
+from llmcompress.validation import weight_files
 from llmcompress.verify import check_kind
 from llmcompress.weight import Weight, decode
-
-OURS = {"config.json", INDEX, MANIFEST, README, FILE, RECIPE, SCORES}
 
 
 @dataclass(frozen=True)
@@ -60,6 +54,11 @@ class Opened:
         """Of the weight files."""
         return sum(path.stat().st_size for path in set(self.files.values()))
 
+    @property
+    def dense_bytes(self) -> int:
+        """What the weights take at most, were all matrices bfloat16."""
+        return 2 * sum(layout.size[0] * layout.size[1] for layout in self.layouts.values()) + self.bytes
+
     def read(self, name: str) -> Tensor:
         """One stored tensor."""
         with safe_open(self.files[name], framework="pt") as file:
@@ -78,18 +77,3 @@ class Opened:
         for path in sorted(set(self.files.values())):
             names = [name for name, place in self.files.items() if place == path]
             yield [payload[name] for name in names if name in first], [name for name in names if name not in payload]
-
-
-@contextmanager
-def leaving(opened: Opened, output: Path, needed: int) -> Iterator[Writer]:
-    """A writer for the new folder `output`, which may take `needed` bytes."""
-    check_output(output, needed)
-    with writing(output) as writer:
-        yield writer
-
-
-def copy_companions(opened: Opened, target: Path) -> None:
-    """What lies beside the weights: tokenizer, chat template, generation config, licence."""
-    for path in opened.folder.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in OURS:
-            shutil.copyfile(path, target / path.name)

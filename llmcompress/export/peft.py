@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmcompress.checkpoint import Writer, seal
+from llmcompress.checkpoint import Writer, check_output, seal, writing
+from llmcompress.driver import copy_companions
 from llmcompress.errors import InputError
-from llmcompress.export.opened import Exported, Opened, copy_companions, leaving
+from llmcompress.export.opened import Exported, Opened
 from llmcompress.hf import table_entry
 from llmcompress.modules import Layout, packed
 from llmcompress.weight import LowRank, Rotated, Sum, Weight, dense, unrotate
@@ -25,10 +26,11 @@ def to_peft(folder: Path, output: Path) -> Exported:
     opened = Opened(folder)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     layouts: dict[str, Layout] = {}
-    with leaving(opened, output, 2 * opened.bytes) as whole:
+    check_output(output, 2 * opened.bytes)
+    with writing(output) as whole:
         writer = Writer(whole.folder / "base")
         writer.folder.mkdir()
-        copy_companions(opened, writer.folder)
+        copy_companions(folder, writer.folder)
         for layers, others in opened.parts():
             tensors = {name: opened.read(name) for name in others}
             for layer in layers:

@@ -21,6 +21,7 @@ ROOMS = (
     "methods",  # Layer -> Layer
     "architecture",  # model families as data
     "locate",  # where a model is
+    "validation",  # is a checkpoint whole?
     "source",  # a dense model on disk
     "text",  # where text comes from
     "teacher",  # text the model writes itself
@@ -33,7 +34,6 @@ ROOMS = (
     "complaints",  # what is wrong with a recipe, in words
     "recipe",  # what the user asked for
     "planning",  # what a run would do, from headers alone
-    "validation",  # is a checkpoint whole?
     "checkpoint",  # disk
     "hf",  # the transformers plug-in
     "plugin",  # when to load it
