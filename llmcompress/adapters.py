@@ -39,7 +39,7 @@ def fold(model: PeftModel) -> PreTrainedModel:
         folded = CompressedLinear.of(_plus(layers[name].expression(), term), layers[name].bias)
         put(base, name, folded)
         table[name] = folded.layout
-    base.config.quantization_config = LLMCompressConfig(**table_entry(table))
+    base.config.quantization_config = LLMCompressConfig(**table_entry(table, base.config.quantization_config.sizes))
     found: PreTrainedModel = base
     return found
 

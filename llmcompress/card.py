@@ -19,11 +19,14 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```"""
 
 
-def card(report: Report, name: str, recipe: str, scores: dict[str, Any] | None = None) -> str:
+NO_PLOT = "\nThere is no plot of the layers: matplotlib was not installed where this was published."
+
+
+def card(report: Report, name: str, recipe: str, scores: dict[str, Any] | None = None, plot: str | None = None) -> str:
     """The README.md of the Hub repository `name`, with metadata that the Hub reads.
 
     `recipe` is the YAML text; `scores` what `evaluate.compare_models` gave for dense and compressed, None if nobody
-    asked.
+    asked; `plot` the picture of the layers beside it, None if there is none.
     """
     from huggingface_hub import ModelCardData
 
@@ -52,6 +55,7 @@ def card(report: Report, name: str, recipe: str, scores: dict[str, Any] | None =
         "\n## What was done\n",
         "| layers | | shape | stored as | bpw | held-out error |\n|---|---|---|---|---|---|",
         *_layers(report),
+        f"\n![Output error and bits per weight of every layer]({plot})" if plot else NO_PLOT,
         f"\nRecipe:\n\n```yaml\n{recipe.strip()}\n```\n",
         "## Limits\n",
         *_limits(report, scores),

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -25,9 +25,11 @@ from torch import Tensor
 from llmcompress.errors import DiskError, InputError, LockedError
 from llmcompress.validation import INDEX, MENDING, digests
 
-FORMAT_VERSION = 2  # 2: digests in the weight files, every layout listed once
+FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor
 MANIFEST = "manifest.json"
 README = "README.md"
+PLOT = "layers.png"
+CARD = {README, PLOT}  # what a push adds beside the checkpoint
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -55,12 +57,13 @@ class Writer:
         self.folder = folder
         self.parts: list[dict[str, int]] = []  # per shard: tensor name -> bytes
 
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        """Writes the tensors of one part of the model. Raises DiskError when the disk is full."""
+    def add(self, tensors: dict[str, Tensor], layouts: Mapping[str, str] | None = None) -> None:
+        """Writes the tensors of one part of the model, with the `layouts` of those that are payloads. Raises DiskError
+        when the disk is full."""
         contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         path = self._shard(len(self.parts))
         try:
-            save_file(contiguous, path, metadata={"format": "pt"} | digests(contiguous))
+            save_file(contiguous, path, metadata={"format": "pt"} | digests(contiguous, layouts or {}))
             _sort_header(path)
         except (OSError, SafetensorError) as error:
             raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
@@ -175,13 +178,13 @@ def copy_folder(source: Path, target: Path) -> None:
 def check_manifest(folder: Path) -> bool:
     """Raises InputError unless the folder holds exactly the files that were written, as they were written.
 
-    A README.md may have come, as the Hub makes one. False where there is no manifest to go by.
+    The files of a card may have come. False where there is no manifest to go by.
     """
     written = manifest(folder)
     if written is None:
         return False
-    there = {path.name for path in folder.iterdir()} - {MANIFEST, README}
-    for name in sorted(written.keys() - {README} | there):
+    there = {path.name for path in folder.iterdir()} - {MANIFEST} - CARD
+    for name in sorted(written.keys() - CARD | there):
         if name not in written:
             raise InputError(f"{folder / name} is not part of the checkpoint; remove it")
         if not (folder / name).is_file():

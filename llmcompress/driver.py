@@ -32,7 +32,7 @@ from llmcompress.hf import table_entry
 from llmcompress.layer import Layer, relative_error
 from llmcompress.locate import Place
 from llmcompress.methods.hessian import damped
-from llmcompress.modules import LIKE, Layout
+from llmcompress.modules import LIKE, Layout, payload_texts
 from llmcompress.moments import Moments
 from llmcompress.planning import Job, Plan, check_memory, lay, plan_of, warnings
 from llmcompress.recipe import Recipe, dump, read_recipe
@@ -148,7 +148,8 @@ def _compress_blocks(
     rows: list[LayerReport] = []
     layouts: dict[str, Layout] = {}
     for block in _blocks(job, tokens, device, progress):
-        writer.add(_compress_block(job, block, rows, layouts))
+        tensors = _compress_block(job, block, rows, layouts)
+        writer.add(tensors, payload_texts(layouts))
     return rows, layouts
 
 
@@ -169,7 +170,7 @@ def _compress_block(job: Job, block: Block, rows: list[LayerReport], layouts: di
         give_back_memory()
     for name, module in block.swap(done).items():
         layouts[name] = module.layout
-        payload.update({f"{name}.{key}": tensor for key, tensor in module.payload().items()})
+        payload[f"{name}.weight"] = module.get_parameter("weight").detach()
         if name == job.arch.embedding:
             payload[f"{name}.{LIKE}"] = torch.empty(0, dtype=job.source.read(f"{name}.weight").dtype)
     weights = {f"{name}.weight" for name in done}

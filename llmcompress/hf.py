@@ -7,13 +7,13 @@ modules are replaced on the meta device by `CompressedLinear`s, so the dense mod
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -21,24 +21,26 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmcompress.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.errors import InputError
 from llmcompress.modules import (
-    NAMES,
     CompressedEmbedding,
     CompressedLinear,
     Layout,
     compressed_modules,
+    payload_texts,
     put,
+    row_scale,
 )
 from llmcompress.validation import MENDING, Expected, check, digests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-STORED = NAMES | {torch.bool: "BOOL", torch.int32: "I32", torch.int64: "I64"}  # buffers that models keep
+STORED = {torch.uint8: "U8", torch.bool: "BOOL", torch.int32: "I32", torch.int64: "I64"}  # the latter: models' buffers
 NAME = "llmcompress"
 
 
 class LLMCompressConfig(QuantizationConfigMixin):
-    """`quantization_config` of a checkpoint: `layers` gives each compressed module's number in the list `layouts`.
+    """`quantization_config` of a checkpoint: `layers` gives each compressed module's number in the list `layouts`,
+    `sizes` the `[out, in]` of dense linears that are not as large as the rest of config.json says.
 
     Every layout is listed once: transformers copies its configs dozens of times while it loads.
     """
@@ -47,6 +49,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
         self,
         layers: dict[str, int] | None = None,
         layouts: list[dict[str, Any]] | None = None,
+        sizes: dict[str, list[int]] | None = None,
         format_version: int = FORMAT_VERSION,
         **more: Any,
     ) -> None:
@@ -58,6 +61,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
         self.quant_method = NAME  # type: ignore[assignment]  # an enum of the built-in methods; a string works
         self.format_version = format_version
         self.layers = dict(layers or {})
+        self.sizes = dict(sizes or {})
         self.layouts = list(layouts or [])
         self.versions = more.get("versions", {})
 
@@ -75,8 +79,8 @@ class LLMCompressConfig(QuantizationConfigMixin):
         return {name: known[number] for name, number in self.layers.items()}
 
 
-def table_entry(table: Mapping[str, Layout]) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint with these layouts by module name."""
+def table_entry(table: Mapping[str, Layout], sizes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint with these layouts by module name; `sizes` as in the class."""
     numbers: dict[str, int] = {}
     layouts: list[dict[str, Any]] = []
     layers = {}
@@ -87,7 +91,8 @@ def table_entry(table: Mapping[str, Layout]) -> dict[str, Any]:
             numbers[key] = len(layouts)
             layouts.append(entry)
         layers[name] = numbers[key]
-    return {"quant_method": NAME, "format_version": FORMAT_VERSION, "layouts": layouts, "layers": layers}
+    entry = {"quant_method": NAME, "format_version": FORMAT_VERSION, "layouts": layouts, "layers": layers}
+    return entry | ({"sizes": {name: list(size) for name, size in sizes.items()}} if sizes else {})
 
 
 class LLMCompressQuantizer(HfQuantizer):
@@ -97,8 +102,10 @@ class LLMCompressQuantizer(HfQuantizer):
     requires_calibration = True  # refuses from_pretrained(dense, quantization_config=...): compress first
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, layout in self.quantization_config.table().items():
-            put(model, name, _empty(model, name, layout))
+        table = self.quantization_config.table()
+        resize(model, self.quantization_config.sizes | {name: list(layout.size) for name, layout in table.items()})
+        for name, layout in table.items():
+            put(model, name, _empty(model.get_submodule(name), layout))
         tie_head(model)
         if files := [Path(name) for name in kwargs.get("checkpoint_files") or ()]:  # none where tensors were passed
             check(files, expected(model), model.all_tied_weights_keys)
@@ -119,7 +126,8 @@ class LLMCompressQuantizer(HfQuantizer):
         tensors = model.state_dict()
         if any(tensor.is_meta for tensor in tensors.values()):
             tensors = get_state_dict_offloaded_model(model)
-        return None, digests(tensors)
+        layouts = {name: module.layout for name, module in compressed_modules(model).items()}
+        return None, digests(tensors, payload_texts(layouts))
 
     @property
     def is_trainable(self) -> bool:
@@ -128,42 +136,80 @@ class LLMCompressQuantizer(HfQuantizer):
 
 
 def expected(model: nn.Module) -> dict[str, Expected]:
-    """What a prepared model needs from its checkpoint, by name: payload types are exact, dense floats may be any."""
-    payload = {f"{name}.{key}" for name, layer in compressed_modules(model).items() for key in layer.layout.tensors}
-    return {
-        name: Expected(
-            tuple(value.shape), None if value.is_floating_point() and name not in payload else STORED[value.dtype]
-        )
-        for name, value in model.state_dict().items()
-    }
+    """What a prepared model needs from its checkpoint, by name: payloads are bytes, dense floats may be of any type."""
+    layouts = {f"{name}.weight": module.layout for name, module in compressed_modules(model).items()}
+    return {name: _expected(value, layouts.get(name)) for name, value in model.state_dict().items()}
+
+
+def _expected(value: Tensor, layout: Layout | None) -> Expected:
+    if layout is None:
+        return Expected(tuple(value.shape), None if value.is_floating_point() else STORED[value.dtype])
+    floats = tuple(place for place in layout.places().values() if place[0].is_floating_point)
+    return Expected(tuple(value.shape), STORED[value.dtype], floats, layout.text)
 
 
 def tie_head(model: PreTrainedModel) -> None:
-    """Where the output head is tied to an embedding that is compressed now, gives it the same payload."""
+    """Where the output head is tied to an embedding that is compressed now, has it read the same payload."""
     modules = compressed_modules(model)
-    for alias, origin in list(model.all_tied_weights_keys.items()):
+    for alias, origin in model.all_tied_weights_keys.items():
         head, table = alias.rpartition(".")[0], modules.get(origin.rpartition(".")[0])
         if isinstance(table, CompressedEmbedding):
-            put(model, head, CompressedLinear(table.layout, device=torch.device("meta")))
-            same = {f"{head}.{key}": f"{origin.rpartition('.')[0]}.{key}" for key in table.layout.tensors}
-            model.all_tied_weights_keys = model.all_tied_weights_keys | same
-            model._tied_weights_keys = dict(model._tied_weights_keys or {}) | same  # saving goes by these
+            put(model, head, CompressedLinear(table.layout, _bytes(table.layout)))
 
 
-def _empty(model: nn.Module, name: str, layout: Layout) -> CompressedLinear | CompressedEmbedding:
-    """A compressed module for the place `name`, on meta. Raises InputError where that place does not fit."""
+def resize(model: PreTrainedModel, sizes: Mapping[str, Sequence[int]]) -> None:
+    """Gives linears of a model on meta, by name, the sizes `[out, in]` that they have after their structure was edited.
+
+    Raises InputError for a place that the model does not have, and for sizes that do not fit each other.
+    """
+    edited = False
+    for name, size in sizes.items():
+        dense = _matrix(model, name)
+        if sorted(dense.get_parameter("weight").shape) == sorted(size):
+            continue
+        if not isinstance(dense, nn.Linear):
+            raise InputError(f"config.json gives {name} the size {list(size)}, which it does not have; {MENDING}")
+        put(model, name, nn.Linear(size[1], size[0], dense.bias is not None, device="meta", dtype=dense.weight.dtype))
+        edited = True
+    if not edited:
+        return
+    attention: Any
+    for attention in model.modules():
+        if hasattr(attention, "num_key_value_groups") and hasattr(attention, "k_proj"):
+            attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+    _check_flow(model)
+
+
+def _matrix(model: nn.Module, name: str) -> nn.Module:
     try:
         dense = model.get_submodule(name)
+        dense.get_parameter("weight")
     except AttributeError as error:
-        raise InputError(
-            f"config.json lists {name}, which a {type(model).__name__} does not have; {MENDING}"
-        ) from error
-    weight = getattr(dense, "weight", None)
-    if not isinstance(weight, nn.Parameter) or sorted(weight.shape) != sorted(layout.size):
-        raise InputError(f"config.json gives {name} the size {list(layout.size)}, which it does not have; {MENDING}")
+        kind = type(model).__name__
+        raise InputError(f"config.json lists {name}, which is no matrix of a {kind}; {MENDING}") from error
+    return dense
+
+
+def _check_flow(model: PreTrainedModel) -> None:
+    """Lets a model on meta read two tokens, which fails where a layer does not take what the one before it gives."""
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            mask = torch.zeros(1, 1, 2, 2)  # given, or models look at values to make one
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long), attention_mask=mask, use_cache=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config.json gives layers sizes that do not fit each other ({reason}); {MENDING}") from error
+
+
+def _empty(dense: nn.Module, layout: Layout) -> CompressedLinear | CompressedEmbedding:
+    """The compressed module, on meta, for the place of a dense one."""
     if isinstance(dense, nn.Embedding):
-        return CompressedEmbedding(layout, torch.get_default_dtype(), device=torch.device("meta"))
-    return CompressedLinear(layout, getattr(dense, "bias", None), device=torch.device("meta"))
+        return CompressedEmbedding(layout, _bytes(layout), torch.get_default_dtype(), row_scale(dense))
+    return CompressedLinear(layout, _bytes(layout), getattr(dense, "bias", None))
+
+
+def _bytes(layout: Layout) -> Tensor:
+    return torch.empty(layout.bytes(), dtype=torch.uint8, device="meta")
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(NAME, LLMCompressConfig)

@@ -6,13 +6,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llmcompress import report as reports
 from llmcompress.card import card
-from llmcompress.checkpoint import MANIFEST, README, manifest, read_json
+from llmcompress.checkpoint import CARD, MANIFEST, PLOT, README, manifest, read_json
 from llmcompress.errors import HubError, InputError, RecipeError
+from llmcompress.plots import layers_png
 from llmcompress.verify import verify
 
 if TYPE_CHECKING:
@@ -50,22 +52,28 @@ def push(
     verify(folder)
     if manifest(folder) is None:
         raise InputError(f"{folder} has no {MANIFEST}, report and recipe for a card; push a folder that compress wrote")
-    text = _card(folder, repository)
-    names = sorted({*(manifest(folder) or ()), MANIFEST} - {README})
-    files = {README: len(text.encode()), **{name: (folder / name).stat().st_size for name in names}}
+    made = _card(folder, repository)
+    names = sorted({*(manifest(folder) or ()), MANIFEST} - CARD)
+    sizes = {name: len(content) for name, content in made.items()}
+    files = sizes | {name: (folder / name).stat().st_size for name in names}
     if dry_run:
         return Pushed(repository, files, None)
-    return Pushed(repository, files, _upload(folder, repository, names, text, private, revision))
+    return Pushed(repository, files, _upload(folder, repository, names, made, private, revision))
 
 
-def _card(folder: Path, repository: str) -> str:
+def _card(folder: Path, repository: str) -> dict[str, bytes]:
+    """The files of the card: its text, and its plot if matplotlib is there; the text says so if not."""
     recipe = (folder / reports.RECIPE).read_text(encoding="utf-8")
     scores = read_json(folder / reports.SCORES) if (folder / reports.SCORES).is_file() else None
-    return card(reports.read(folder), repository, recipe, scores)
+    report = reports.read(folder)
+    plots = {PLOT: layers_png(report)} if find_spec("matplotlib") else {}
+    return {README: card(report, repository, recipe, scores, PLOT if plots else None).encode(), **plots}
 
 
-def _upload(folder: Path, repository: str, names: list[str], text: str, private: bool, revision: str | None) -> str:
-    """The address of the commit."""
+def _upload(
+    folder: Path, repository: str, names: list[str], made: dict[str, bytes], private: bool, revision: str | None
+) -> str:
+    """The address of the commit of files `names` of the folder, and of those `made` for it."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     if get_token() is None:
@@ -78,10 +86,11 @@ def _upload(folder: Path, repository: str, names: list[str], text: str, private:
         there = _files_of(api, repository, revision)
         _check_ours(repository, there)
         gone = sorted(name for name in there - set(names) if name.endswith((".safetensors", ".index.json")))
-        added = [CommitOperationAdd(name, folder / name) for name in names]
+        written = [CommitOperationAdd(name, folder / name) for name in names]
+        added = [*(CommitOperationAdd(name, content) for name, content in made.items()), *written]
         commit = api.create_commit(
             repository,
-            [CommitOperationAdd(README, text.encode()), *added, *(CommitOperationDelete(name) for name in gone)],
+            [*added, *(CommitOperationDelete(name) for name in gone)],
             commit_message=f"Compressed by llmcompress: recipe {reports.read(folder).recipe}",
             revision=revision,
         )

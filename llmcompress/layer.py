@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from llmcompress.errors import NumericsError, RecipeError
-from llmcompress.moments import STATISTICS, TILE, Moments
+from llmcompress.moments import STATISTICS, TILE, Moments, bfloat16_factors
 from llmcompress.weight import Dense, LowRank, Rotated, Sum, Weight, Where, Zero, dense, describe, rotate
 
 ROWS = 8192  # that are in memory a third time while their error is measured
@@ -162,12 +162,16 @@ def _check_order(before: Weight, after: Weight) -> None:
 
 
 def relative_error(weight: Tensor, approx: Weight | Tensor, moments: Moments | None = None) -> float:
-    """Output error `|(W - W_approx) X|^2 / |W X|^2`, summed in float64; of the weights alone without an `outer`."""
+    """Output error `|(W - W_approx) X|^2 / |W X|^2`, summed in float64; of the weights alone without an `outer`.
+
+    What it is relative to may be off by one in ten thousand.
+    """
     value = approx if isinstance(approx, Tensor) else dense(approx)
     outer = None if moments is None else moments.outer
     lost = total = 0.0
     for rows, stored in zip(weight.split(ROWS), value.split(ROWS), strict=True):
-        total += _energy(rows, outer)
+        with bfloat16_factors():  # nothing cancels in it, unlike in what error feedback left
+            total += _energy(rows, outer)
         lost += _energy(rows - stored.to(weight.device), outer)
     return lost / total if total > 0 else 0.0
 

@@ -1,20 +1,23 @@
 """Linears and embeddings that hold a compressed weight, and putting them into a model.
 
 They subclass `nn.Linear` and `nn.Embedding`, so that whatever looks for those (PEFT, for one) finds them; their
-parameters are the encoded payload under the names of `weight.encode`.
+`weight` is the encoded payload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress import weight as expression
+from llmcompress.errors import InputError
 from llmcompress.lookup import rows
 
 DTYPES = {
@@ -25,84 +28,116 @@ DTYPES = {
 }
 LIKE = "like"  # an empty parameter of an embedding, stored too: the dtype that its rows are to have
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ALIGNMENT = 8  # bytes: every tensor in a payload starts at a multiple, whatever its dtype
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a checkpoint must say of a compressed linear so that it can be built before its tensors are read."""
+    """What a checkpoint must say of a compressed module so that it can be built before its payload is read."""
 
     size: tuple[int, int]  # (out, in)
     header: dict[str, Any]  # of `weight.encode`
-    tensors: dict[str, tuple[str, int]]  # payload name -> (dtype, elements); all are flat
+    tensors: dict[str, tuple[str, int]]  # path in the expression -> (dtype, elements), as they lie in the payload
 
     def to_json(self) -> dict[str, Any]:
         """The entry for a checkpoint's config."""
-        return {
-            "size": list(self.size),
-            "header": self.header,
-            "tensors": {k: list(v) for k, v in self.tensors.items()},
-        }
+        tensors = [[path, dtype, count] for path, (dtype, count) in self.tensors.items()]  # in order, unlike an object
+        return {"size": list(self.size), "header": self.header, "tensors": tensors}
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Layout:
         """The inverse of `to_json`. Raises KeyError or ValueError for an entry of another form."""
         out, width = entry["size"]
-        tensors = {name: (str(dtype), int(count)) for name, (dtype, count) in entry["tensors"].items()}
-        if "weight" not in tensors or not {dtype for dtype, _ in tensors.values()} <= DTYPES.keys():
+        tensors = {str(path): (str(dtype), int(count)) for path, dtype, count in entry["tensors"]}
+        if any(dtype not in DTYPES or count < 0 for dtype, count in tensors.values()):
             raise ValueError(f"the payload {tensors} is not of a known form")
         return Layout((int(out), int(width)), entry["header"], tensors)
 
+    @cached_property
+    def text(self) -> str:
+        """The layout in one line, for the digest of its payload."""
+        return json.dumps(self.to_json(), sort_keys=True)
+
+    def places(self) -> dict[str, tuple[torch.dtype, int, int]]:
+        """Where each tensor lies in the payload: (dtype, first byte, the byte after its last)."""
+        found = {}
+        stop = 0
+        for path, (name, count) in self.tensors.items():
+            dtype = DTYPES[name]
+            start = _aligned(stop)
+            stop = start + count * dtype.itemsize
+            found[path] = (dtype, start, stop)
+        return found
+
+    def views(self, payload: Tensor) -> dict[str, Tensor]:
+        """The tensors in a payload, uint8 `[bytes]`, without copying."""
+        return {path: payload[start:stop].view(dtype) for path, (dtype, start, stop) in self.places().items()}
+
+    def bytes(self) -> int:
+        """Of the payload."""
+        return _aligned(max((stop for _, _, stop in self.places().values()), default=0))
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
 
 class Compressed(nn.Module):
-    """A module whose weight `[out, in]` is a payload: frozen parameters under the names of `weight.encode`."""
+    """A module whose weight `[out, in]` is a payload: all tensors of `weight.encode` in one frozen uint8 parameter.
+
+    One, so that a checkpoint has no more tensors than the dense one; uint8, so that no cast of the model rounds scales;
+    under the dense weight's name, so that a loader that does not know this format stops at its shape.
+    """
 
     layout: Layout
 
-    def hold(self, layout: Layout, device: str | torch.device | None) -> None:
-        """Registers the parameters of `layout`, not filled yet."""
+    def hold(self, layout: Layout, payload: Tensor) -> None:
+        """Registers the payload of `layout`, uint8 `[bytes]`."""
         self.layout = layout
         self._is_hf_initialized = True  # or transformers draws random numbers for what it leaves on disk
-        for name, (dtype, count) in layout.tensors.items():
-            payload = torch.zeros(count, dtype=DTYPES[dtype], device=device)
-            self.register_parameter(name, nn.Parameter(payload, requires_grad=False))
+        self.register_parameter("weight", nn.Parameter(payload, requires_grad=False))
 
     def payload(self) -> dict[str, Tensor]:
-        """The stored tensors, by name."""
-        return {name: getattr(self, name).detach() for name in self.layout.tensors}
+        """The stored tensors by their paths in the expression: views of the weight.
+
+        Raises InputError where something has put a matrix in the payload's place, as some merges of PEFT do.
+        """
+        stored = self.get_parameter("weight").detach()
+        if stored.ndim != 1:
+            raise InputError(
+                "the payload of a compressed layer was overwritten, as by merging an adapter into it; load the model "
+                "again, and make adapters part of it by llmcompress.fold"
+            )
+        return self.layout.views(stored)
 
     def expression(self) -> expression.Weight:
         """The compressed weight."""
         return expression.decode(self.layout.header, self.payload())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the payload between devices, but never casts it: `model.to(dtype)` must not round scales."""
-        payload = {id(getattr(self, name)) for name in self.layout.tensors}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype or id(tensor) not in payload else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
-
 
 class CompressedLinear(Compressed, nn.Linear):
     """`x @ W.T + bias` for a compressed `W [out, in]`, decoded at every call unless inside `decoded(model)`."""
 
-    def __init__(self, layout: Layout, bias: Tensor | None = None, device: str | torch.device | None = None) -> None:
+    def __init__(self, layout: Layout, payload: Tensor, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.out_features, self.in_features = layout.size
-        self.hold(layout, device)
+        self.hold(layout, payload)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.ready: expression.Weight | None = None
 
     @staticmethod
     def of(w: expression.Weight, bias: Tensor | None = None) -> CompressedLinear:
         """The layer for an expression."""
-        layout, tensors = packed(w)
-        layer = CompressedLinear(layout, bias, device="meta")
-        for name, tensor in tensors.items():
-            setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
-        return layer
+        return CompressedLinear(*packed(w), bias)
+
+    @property
+    def W_q(self) -> Tensor:
+        """By this name PEFT knows a weight that `dequantize` decodes, as DoRA needs it."""
+        return self.get_parameter("weight")
+
+    def dequantize(self) -> Tensor:
+        """The dense weight `[out, in]`."""
+        return expression.dense(self.expression())
 
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in]` to `[..., out]`, in the input's dtype."""
@@ -114,33 +149,58 @@ class CompressedLinear(Compressed, nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+def row_scale(table: nn.Module) -> float | None:
+    """What an embedding multiplies its rows by; None where it does nothing but look up.
+
+    Raises TypeError for an embedding that does something else.
+    """
+    if type(table) is nn.Embedding:
+        return None
+    scale = getattr(table, "scalar_embed_scale", None)  # of Gemma and its kin
+    if not isinstance(table, nn.Embedding) or not isinstance(scale, float):
+        raise TypeError(f"a {type(table).__name__} does more than look up rows and scale them")
+    return scale
+
+
 class CompressedEmbedding(Compressed, nn.Embedding):
     """Rows of a compressed table `[vocabulary, width]`; those looked up are decoded, never the whole table."""
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, device: str | torch.device | None = None) -> None:
+    def __init__(self, layout: Layout, payload: Tensor, dtype: torch.dtype, scale: float | None = None) -> None:
         nn.Module.__init__(self)  # nn.Embedding's own would allocate the dense table
         self.num_embeddings, self.embedding_dim = layout.size
+        self.scale = scale  # rows are multiplied by it, in some models
         self.padding_idx = None  # matters to gradients of the table only, which has none
-        # before the payload, so that `model.dtype` is the model's own and not that of scales
-        self.register_parameter(LIKE, nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False))
-        self.hold(layout, device)
+        like = torch.empty(0, dtype=dtype, device=payload.device)
+        self.register_parameter(LIKE, nn.Parameter(like, requires_grad=False))
+        self.hold(layout, payload)
 
     def forward(self, input: Tensor) -> Tensor:
         """Token ids `[...]` to rows `[..., width]`, in the dtype the model has."""
         chosen, places = input.unique(return_inverse=True)
-        found = expression.dense(rows(self.layout.header, self.payload(), chosen))
-        return found.to(self.get_parameter(LIKE).dtype)[places]
+        like = self.get_parameter(LIKE)
+        found = expression.dense(rows(self.layout.header, self.payload(), chosen)).to(like.dtype)
+        return (found if self.scale is None else found * like.new_tensor(self.scale))[places]
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
-def packed(w: expression.Weight) -> tuple[Layout, dict[str, Tensor]]:
-    """The layout and the stored tensors of an expression."""
+def payload_texts(layouts: Mapping[str, Layout]) -> dict[str, str]:
+    """For the digests of a file: the layouts of compressed modules by the names of their payloads."""
+    return {f"{name}.weight": layout.text for name, layout in layouts.items()}
+
+
+def packed(w: expression.Weight) -> tuple[Layout, Tensor]:
+    """The layout and the payload, uint8 `[bytes]`, of an expression."""
     header, tensors = expression.encode(w)
-    listed = {name: (NAMES[tensor.dtype], tensor.numel()) for name, tensor in tensors.items()}
-    return Layout(expression.shape(w), header, listed), tensors
+    listed = {path: (NAMES[tensor.dtype], tensor.numel()) for path, tensor in tensors.items()}
+    layout = Layout(expression.shape(w), header, listed)
+    device = next(iter(tensors.values())).device if tensors else None
+    payload = torch.zeros(layout.bytes(), dtype=torch.uint8, device=device)
+    for path, (_, start, stop) in layout.places().items():
+        payload[start:stop] = tensors[path].view(torch.uint8)
+    return layout, payload
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -6,7 +6,7 @@ X is `[tokens, in]`. A token may carry a weight w: its row counts as sqrt(w) * x
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -50,7 +50,7 @@ class Moments:
             dense_inputs = None if dense_inputs is None else dense_inputs * root
         x = x.float()  # float16 squares overflow from 256 on
         dense_inputs = None if dense_inputs is None else dense_inputs.float()
-        with _bfloat16_factors(dtype):
+        with bfloat16_factors() if dtype == torch.bfloat16 else nullcontext():
             return Moments(
                 tokens,
                 square=x.square().sum(0) if "square" in needs else None,
@@ -79,12 +79,12 @@ class Moments:
 
 
 @contextmanager
-def _bfloat16_factors(dtype: torch.dtype) -> Iterator[None]:
-    """For inputs that were bfloat16: float32 products whose factors are rounded to it, which is exact but for token
-    weights, and whose sums stay float32. CPUs with bfloat16 units are twice as fast at them."""
+def bfloat16_factors() -> Iterator[None]:
+    """Float32 products whose factors are rounded to bfloat16, which is exact for inputs that were bfloat16 but for
+    token weights, and whose sums stay float32. CPUs with bfloat16 units are twice as fast at them."""
     library = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made when torch is imported
     before = library.fp32_precision
-    library.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    library.fp32_precision = "bf16"
     try:
         yield
     finally:

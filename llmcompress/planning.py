@@ -13,13 +13,13 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from llmcompress.architecture import Architecture, architecture
 from llmcompress.blocks import product_dtype
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.layer import StepConfig, methods, sketch
 from llmcompress.lookup import check_rows
+from llmcompress.modules import row_scale
 from llmcompress.recipe import Assignment, Recipe, assign
 from llmcompress.source import Source
 from llmcompress.weight import Weight, bits, describe
@@ -122,9 +122,10 @@ def _check_tables(recipe: Recipe, arch: Architecture, source: Source) -> None:
         raise RecipeError(f"head: {source.name} has no output head of its own; leave head: out")
     if not recipe.embeddings:
         return
-    kind = type(source.skeleton().get_input_embeddings())
-    if kind is not nn.Embedding:
-        raise RecipeError(f"embeddings: a {kind.__name__} does more than look up rows; leave embeddings: out")
+    try:
+        row_scale(source.skeleton().get_input_embeddings())
+    except TypeError as error:
+        raise RecipeError(f"embeddings: {error}; leave embeddings: out") from error
     hungry = [step.method for step in recipe.embeddings if methods()[step.method].needs]
     if hungry and not arch.tied:
         raise RecipeError(

@@ -31,23 +31,31 @@ MENDING = "download or write it again"
 
 @dataclass(frozen=True)
 class Expected:
-    """What the model needs of one stored tensor. `dtype`: in safetensors' words, None for any float."""
+    """What the model needs of one stored tensor. `dtype`: in safetensors' words, None for any float. Of a payload, also
+    `floats`, where numbers lie in it as (dtype, first byte, the byte after the last), and its `layout`."""
 
     shape: tuple[int, ...]
     dtype: str | None = None
+    floats: tuple[tuple[torch.dtype, int, int], ...] = ()
+    layout: str = ""
+
+    def finite(self, tensor: Tensor) -> bool:
+        """Whether all numbers in it are."""
+        parts = [tensor[start:stop].view(dtype) for dtype, start, stop in self.floats]
+        return all(bool(part.isfinite().all()) for part in parts or [tensor])
 
 
-def digest(tensor: Tensor) -> str:
-    """The digest of a tensor: of its dtype, its shape and its bytes."""
+def digest(tensor: Tensor, layout: str = "") -> str:
+    """The digest of a tensor: of its dtype, its shape, its bytes, and the layout that gives them a meaning."""
     plain = tensor.detach().cpu().contiguous()
-    found = sha256(f"{plain.dtype} {list(plain.shape)} ".encode())
+    found = sha256(f"{plain.dtype} {list(plain.shape)} {layout} ".encode())
     found.update(plain.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:DIGEST_LENGTH]
 
 
-def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The metadata of a safetensors file that holds `tensors`."""
-    return {DIGESTS: json.dumps({name: digest(tensor) for name, tensor in tensors.items()})}
+def digests(tensors: Mapping[str, Tensor], layouts: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a safetensors file that holds `tensors`; `layouts`: of those that are payloads, by name."""
+    return {DIGESTS: json.dumps({name: digest(tensor, layouts.get(name, "")) for name, tensor in tensors.items()})}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -107,11 +115,11 @@ def _check_file(path: Path, expected: Mapping[str, Expected]) -> set[str]:
             written = _written(path, file.metadata())
             names = set(file.keys())
             for name in sorted(names):
-                _check_header(path, name, file.get_slice(name), expected.get(name))
+                wanted = _wanted(path, name, file.get_slice(name), expected)
                 tensor = file.get_tensor(name)
-                if digest(tensor) != written.get(name):
+                if digest(tensor, wanted.layout) != written.get(name):
                     raise InputError(f"{path}: {name} is not as it was written, so the file is damaged; {MENDING}")
-                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                if not wanted.finite(tensor):
                     raise InputError(f"{path}: {name} holds NaN or Inf; compress or train the model again")
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
@@ -130,11 +138,14 @@ def _written(path: Path, metadata: dict[str, str] | None) -> dict[str, str]:
         ) from error
 
 
-def _check_header(path: Path, name: str, piece: Any, wanted: Expected | None) -> None:
-    if wanted is None:
+def _wanted(path: Path, name: str, piece: Any, expected: Mapping[str, Expected]) -> Expected:
+    """What is expected of a tensor. Raises InputError unless its header agrees."""
+    if name not in expected:
         raise InputError(f"{path}: {name} is not part of the model that config.json describes; {MENDING}")
+    wanted = expected[name]
     shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
     fits = dtype in FLOATS if wanted.dtype is None else dtype == wanted.dtype
     if shape != wanted.shape or not fits:
         asked = f"{wanted.dtype or 'a float type'} {list(wanted.shape)}"
         raise InputError(f"{path}: {name} is {dtype} {list(shape)} where config.json asks for {asked}; {MENDING}")
+    return wanted

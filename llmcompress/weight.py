@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any
@@ -229,28 +229,15 @@ def describe(w: Weight) -> str:
 
 
 def encode(w: Weight) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A JSON header and flat tensors that `decode` turns back into `w`, bit for bit.
-
-    The first tensor is named `weight`: it sits under the dense weight's name with another shape, so that a loader
-    that does not know this format stops instead of filling in random values.
-    """
+    """A JSON header and flat tensors, each under its path in the expression, that `decode` turns back into `w`, bit for
+    bit."""
     tensors: dict[str, Tensor] = {}
-    header = _encode(w, None, "", tensors)
-    if not tensors:
-        return header, {"weight": torch.zeros(0, dtype=torch.uint8)}
-    first, *rest = tensors
-    return header, {"weight": tensors[first], **{f"weight_{name}": tensors[name] for name in rest}}
+    return _encode(w, None, "", tensors), tensors
 
 
-def decode(header: dict[str, Any], tensors: dict[str, Tensor]) -> Weight:
+def decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Weight:
     """The weight that `encode` wrote; raises KeyError for a tensor that is not there."""
-    asked: list[str] = []
-
-    def take(path: str) -> Tensor:
-        asked.append(path)
-        return tensors["weight" if len(asked) == 1 else f"weight_{path}"]
-
-    return decode_node(header, take, "", None)
+    return decode_node(header, tensors, "", None)
 
 
 def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) -> dict[str, Any]:
@@ -287,37 +274,37 @@ def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) 
 
 
 def decode_node(
-    header: dict[str, Any], take: Callable[[str], Tensor], path: str, shown: Tensor | None = None
+    header: dict[str, Any], tensors: Mapping[str, Tensor], path: str, shown: Tensor | None = None
 ) -> Weight:
-    """Asks for tensors by the paths, and in the order, in which `_encode` wrote them."""
+    """The node whose tensors have paths that start with `path`."""
     match header["node"]:
         case "zero":
             return Zero((header["shape"][0], header["shape"][1]))
         case "dense":
-            return Dense(_expand(take(path + "values"), header["shape"], shown))
+            return Dense(_expand(tensors[path + "values"], header["shape"], shown))
         case "grid":
             levels = header["levels"]
             count = math.prod(header["shape"]) if shown is None else int(shown.expand(header["shape"]).sum())
-            codes = _expand(unpack(take(path + "codes"), levels, count), header["shape"], shown)
-            scale = take(path + "scale").reshape(header["scale"])
-            packed = take(path + "zero") if header["asymmetric"] else None
+            codes = _expand(unpack(tensors[path + "codes"], levels, count), header["shape"], shown)
+            scale = tensors[path + "scale"].reshape(header["scale"])
+            packed = tensors[path + "zero"] if header["asymmetric"] else None
             zero = None if packed is None else unpack(packed, levels, scale.numel()).reshape(scale.shape)
             return Grid(codes, scale, zero, levels, header["group_size"])
         case "low_rank":
-            left = decode_node(header["left"], take, path + "left_", None)
-            return LowRank(left, decode_node(header["right"], take, path + "right_", None))
+            left = decode_node(header["left"], tensors, path + "left_", None)
+            return LowRank(left, decode_node(header["right"], tensors, path + "right_", None))
         case "where":
-            index = _decode_index(header["index"], header["shape"], take(path + "index"))
-            inside = decode_node(header["inside"], take, path + "inside_", _both(shown, index.inside))
-            outside = decode_node(header["outside"], take, path + "outside_", _both(shown, ~index.inside))
+            index = _decode_index(header["index"], header["shape"], tensors[path + "index"])
+            inside = decode_node(header["inside"], tensors, path + "inside_", _both(shown, index.inside))
+            outside = decode_node(header["outside"], tensors, path + "outside_", _both(shown, ~index.inside))
             return Where(index, inside, outside)
         case "rotated":
-            inner = decode_node(header["inner"], take, path + "inner_", None)
-            signs = unpack(take(path + "signs"), 2, shape(inner)[1]).bool()
+            inner = decode_node(header["inner"], tensors, path + "inner_", None)
+            signs = unpack(tensors[path + "signs"], 2, shape(inner)[1]).bool()
             return Rotated(inner, signs, header["block"])
         case "sum":
             parts = enumerate(header["parts"])
-            return Sum(tuple(decode_node(part, take, f"{path}{i}_", shown) for i, part in parts))
+            return Sum(tuple(decode_node(part, tensors, f"{path}{i}_", shown) for i, part in parts))
     raise TypeError(f"no weight node is called {header['node']!r}")
 
 

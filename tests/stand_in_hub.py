@@ -23,14 +23,16 @@ def identity(name: str, data: bytes) -> str:
 
 
 class StandInHub:
-    """`commits[repository]`: list of (id, {name: bytes}), oldest first. `fail`: what to do with a request, or None.
+    """`commits[repository]`: list of (id, {name: bytes}), oldest first. `gated`: repositories nobody may read.
 
-    `fail(method, path)` returns a status to answer with, or "drop" to hang up.
+    `fail(method, path)` says what to do with a request: nothing special (None), answer with a status, "drop" it by
+    hanging up, or "truncate" the file that it asks for.
     """
 
     def __init__(self, token: str = "hf_test") -> None:
         self.token = token
         self.commits: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
+        self.gated: set[str] = set()
         self.stored: dict[str, bytes] = {}
         self.asked: list[tuple[str, str]] = []
         self.fail: Callable[[str, str], int | str | None] = lambda method, path: None
@@ -49,6 +51,11 @@ class StandInHub:
         """The files at the head of a repository."""
         return self.commits[repository][-1][1]
 
+    def at(self, repository: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
+        """The commit of that id, or the head."""
+        log = self.commits[repository]
+        return log[-1] if revision in (None, "main") else next((entry for entry in log if entry[0] == revision), None)
+
     def commit(self, repository: str, files: dict[str, bytes]) -> str:
         """Adds a commit; returns its id."""
         log = self.commits.setdefault(repository, [])
@@ -61,6 +68,7 @@ class StandInHub:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: StandInHub
+    truncated = False
 
     def log_message(self, *_: Any) -> None:
         """Quiet."""
@@ -73,7 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if self.truncated else body)
+            self.close_connection = self.truncated
 
     def refuse(self, status: int, code: str, **headers: str) -> None:
         self.answer({"error": code}, status, X_Error_Code=code, X_Error_Message=code, **headers)
@@ -97,6 +106,11 @@ class _Handler(BaseHTTPRequestHandler):
                 given = found.groupdict()
                 if "repo" in given and given["repo"] not in self.hub.commits:
                     return self.refuse(404, "RepoNotFound")
+                if given.get("repo") in self.hub.gated:
+                    return self.refuse(403, "GatedRepo")
+                if "rev" in given and self.hub.at(given["repo"], given["rev"]) is None:
+                    return self.refuse(404, "RevisionNotFound")
+                self.truncated = failure == "truncate"
                 return method(self, body, **given)
         return self.refuse(404, "EntryNotFound")
 
@@ -156,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"commitOid": oid, "commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "pullRequestUrl": None})
 
     def describe(self, body: bytes, repo: str, rev: str | None = None) -> None:
-        oid, files = self.hub.commits[repo][-1]
+        oid, files = self.hub.at(repo, rev) or ("", {})
         names = [{"rfilename": name} for name in sorted(files)]
         self.answer({"id": repo, "sha": oid, "private": False, "tags": [], "siblings": names})
 
@@ -166,13 +180,18 @@ class _Handler(BaseHTTPRequestHandler):
             entry = {"type": "file", "path": name, "size": len(data), "oid": identity("", data)}
             return entry | (large if name.endswith(LARGE) else {})
 
-        self.answer([one(name, data) for name, data in sorted(self.hub.files(repo).items())])
+        _, files = self.hub.at(repo, rev) or ("", {})
+        self.answer([one(name, data) for name, data in sorted(files.items())])
 
     def download(self, body: bytes, repo: str, rev: str, name: str) -> None:
-        oid, files = self.hub.commits[repo][-1]
+        oid, files = self.hub.at(repo, rev) or ("", {})
         if name not in files:
             return self.refuse(404, "EntryNotFound", X_Repo_Commit=oid)
-        return self.answer(data=files[name], X_Repo_Commit=oid, ETag=f'"{identity(name, files[name])}"')
+        data, about = files[name], {"X_Repo_Commit": oid, "ETag": f'"{identity(name, files[name])}"'}
+        first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        if first == 0:
+            return self.answer(data=data, **about)
+        return self.answer(data=data[first:], status=206, Content_Range=f"bytes {first}-{len(data) - 1}/{len(data)}")
 
 
 REPO, REV = "(?P<repo>[^/]+/[^/]+)", "(?P<rev>[^/]+)"

@@ -102,36 +102,6 @@ def test_lm_eval_scores_it(folder: Path, tmp_path: Path) -> None:
     assert "|pairs" in done.stdout
 
 
-@pytest.mark.parametrize("rank", [2, 5])
-def test_an_adapter_is_folded_exactly(rank: int, folder: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    adapted = get_peft_model(base, LoraConfig(r=rank, lora_alpha=3, target_modules=["q_proj", "v_proj"]))
-    torch.manual_seed(0)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    expected = logits(adapted)
-    assert not torch.allclose(expected, logits(AutoModelForCausalLM.from_pretrained(folder)), atol=1e-2)
-    folded = lc.fold(adapted)
-    torch.testing.assert_close(logits(folded), expected, rtol=1e-4, atol=1e-5)
-    folded.save_pretrained(tmp_path / "folded")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "folded")), logits(folded))
-
-
-def test_only_plain_lora_is_folded(folder: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    base = AutoModelForCausalLM.from_pretrained(folder.parent / "dense")
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(InputError, match="is not compressed; merge adapters of dense layers"):
-        lc.fold(adapted)
-    compressed = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(InputError, match="only plain LoRA can be folded"):
-        lc.fold(get_peft_model(compressed, LoraConfig(r=2, target_modules=["v_proj"], lora_bias=True)))
-
-
 def test_a_dense_model_is_not_compressed_on_the_fly(folder: Path) -> None:
     from llmcompress.hf import LLMCompressConfig
 

@@ -19,6 +19,7 @@ import llmcompress as lc
 from llmcompress.card import card
 from llmcompress.errors import HubError, InputError, RecipeError
 from llmcompress.hub import push
+from llmcompress.plots import by_kind, layers_png
 from llmcompress.report import read
 from llmcompress.scoring import score
 from tests.rules.source_tree import ROOT
@@ -30,6 +31,7 @@ PUSH = """
 import json, sys
 from llmcompress.errors import LLMCompressError
 from llmcompress.hub import push
+from llmcompress.plots import by_kind, layers_png
 folder, repository, *flags = sys.argv[1:]
 try:
     print(json.dumps(push(folder, repository, dry_run="dry" in flags).to_json()))
@@ -93,6 +95,50 @@ def test_what_is_pushed_comes_back(hub: StandInHub, folders: dict[str, Path], tm
     lc.compress(folders["dense"], {"version": 1, "rules": one}, tmp_path / "other")
     python(hub, tmp_path / "a", PUSH, str(tmp_path / "other"), "me/small")
     assert hub.files("me/small").keys() == sent["files"].keys()
+
+
+COMPRESS = """
+import json, sys, llmcompress as lc
+from llmcompress.errors import LLMCompressError
+steps = [{"method": "rtn", "bits": 3, "group_size": 16}]
+try:
+    report = lc.compress(sys.argv[1], {"version": 1, "rules": [{"match": "*", "steps": steps}]}, sys.argv[2]).report
+    print(json.dumps([report.base_model, report.revision, report.license]))
+except LLMCompressError as error:
+    print(f"[{error.exit_code}] {error}")
+"""
+
+
+def test_a_model_of_the_hub_is_compressed(hub: StandInHub, tmp_path: Path) -> None:
+    """Of the revision asked for, after two mishaps, without reading anything that is not needed, or anything twice."""
+    dense = save_tiny("llama", tmp_path / "dense", max_shard_size="20KB")
+    files = {path.name: path.read_bytes() for path in dense.iterdir()}
+    shards = sorted(name for name in files if name.endswith(".safetensors"))
+    unneeded = {"pytorch_model.bin": b"pickled", "onnx/model.onnx": b"another", "model.gguf": b"a third"}
+    commit = hub.commit("org/dense", files | unneeded | {"README.md": b"---\nlicense: mit\n---\n"})
+    hub.commit("org/dense", {"config.json": b"{}"})  # what the branch has become
+    words = (f"org/dense@{commit}", str(tmp_path / "out"))
+    hub.fail = lambda method, path: 500 if path.endswith(shards[-1]) else None
+    failed = python(hub, tmp_path / "cache", COMPRESS, *words)
+    assert failed.startswith("[5] the Hub") and not (tmp_path / "out").exists()
+    cut: list[str] = []
+
+    def once(method: str, path: str) -> str | None:
+        if method != "GET" or not path.endswith(shards[-1]) or cut:
+            return None
+        cut.append(path)
+        return "truncate"
+
+    hub.fail = once
+    before = len(hub.asked)
+    assert json.loads(python(hub, tmp_path / "cache", COMPRESS, *words)) == ["org/dense", commit, "mit"]
+    got = [path.rpartition("/")[2] for method, path in hub.asked[before:] if method == "GET" and "/resolve/" in path]
+    assert got == [shards[-1], shards[-1]], "the second time only what was missing, and its rest"
+    assert not any(name.rpartition("/")[2] in path for name in unneeded for _, path in hub.asked)
+    there = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")}
+    steps = [{"method": "rtn", "bits": 3, "group_size": 16}]
+    lc.compress(dense, {"version": 1, "rules": [{"match": "*", "steps": steps}]}, tmp_path / "local")
+    assert there == {path.name: path.read_bytes() for path in (tmp_path / "local").glob("*.safetensors")}
 
 
 @pytest.fixture
@@ -183,6 +229,7 @@ def test_the_card_tells_scores_and_limits(folders: dict[str, Path], tmp_path: Pa
     scores["compressed"]["tasks"] = {"arc_easy": {"acc": 0.5, "acc_stderr": 0.1}}
     scores["dense"]["tasks"] = {"arc_easy": {"acc": 0.6, "acc_stderr": 0.1}}
     full = card(report, "me/small", "version: 1", scores)
+    assert "There is no plot" in plain and "](layers.png)" in card(report, "me/small", "version: 1", plot="layers.png")
     assert f"{found['kl']:.4f}" in full and "| arc_easy: acc | 0.6000 | 0.5000 |" in full
     metadata = ModelCard(full).data
     assert isinstance(metadata, ModelCardData) and metadata.eval_results is not None
@@ -191,3 +238,21 @@ def test_the_card_tells_scores_and_limits(folders: dict[str, Path], tmp_path: Pa
     assert push(folders["out"], "me/small", dry_run=True).files["eval.json"] > 100
     with pytest.raises(RecipeError, match="saving scores needs"):
         score(folders["dense"], save=True, **sizes)
+
+
+def test_the_card_shows_every_layer(here: StandInHub, folders: dict[str, Path]) -> None:
+    report = read(folders["out"])
+    kinds = by_kind(report)
+    assert {kind: [depth for depth, _ in rows] for kind, rows in kinds.items()} == {kind: [0, 1] for kind in kinds}
+    assert len(kinds) == 7 and kinds["mlp.down_proj"][1][1].name == "model.layers.1.mlp.down_proj"
+    push(folders["out"], "me/small")
+    published = here.files("me/small")
+    assert published["layers.png"].startswith(b"\x89PNG") and b"](layers.png)" in published["README.md"]
+
+
+def test_without_matplotlib_the_card_says_so(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmcompress.hub.find_spec", lambda name: None)
+    assert "layers.png" not in push(folders["out"], "me/small", dry_run=True).files
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(RecipeError, match="plots need matplotlib"):
+        layers_png(read(folders["out"]))

@@ -29,7 +29,8 @@ def model(tmp_path: Path) -> PreTrainedModel:
 @pytest.mark.parametrize("w", every_node(), ids=describe)
 def test_a_layer_holds_any_expression(w: object) -> None:
     layer = CompressedLinear.of(w, torch.arange(float(dense(w).shape[0])))
-    again = CompressedLinear(Layout.from_json(layer.layout.to_json()), torch.zeros_like(layer.bias))
+    layout = Layout.from_json(layer.layout.to_json())
+    again = CompressedLinear(layout, torch.zeros(layout.bytes(), dtype=torch.uint8), torch.zeros_like(layer.bias))
     again.load_state_dict(layer.state_dict())
     x = torch.randn(3, layer.in_features)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, dense(w), layer.bias), rtol=1e-4, atol=1e-4)
@@ -62,26 +63,6 @@ def test_without_llmcompress_loading_fails_instead_of_inventing_weights(model: P
 
 def test_nothing_of_a_compressed_layer_asks_for_gradients(model: PreTrainedModel) -> None:
     assert not any(p.requires_grad for layer in compressed_linears(model).values() for p in layer.parameters())
-
-
-def test_an_adapter_trains_on_top_of_compressed_layers(model: PreTrainedModel) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    payload = {name: layer.payload() for name, layer in compressed_linears(model).items()}
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
-    ids = torch.arange(12)[None]
-    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
-    losses = []
-    for _ in range(4):
-        loss = adapted(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    for name, layer in compressed_linears(adapted.get_base_model()).items():
-        before = payload[name.replace(".base_layer", "")]
-        assert all(torch.equal(tensor, before[key]) for key, tensor in layer.payload().items())
 
 
 def test_put_names_what_is_not_there() -> None:

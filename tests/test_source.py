@@ -7,9 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,10 +19,10 @@ from llmcompress import locate as places
 from llmcompress.errors import DiskError, InputError
 from llmcompress.locate import locate
 from llmcompress.source import resolve
+from tests.stand_in_hub import StandInHub
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny
 
 WEIGHTS = "model.safetensors"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="session")
@@ -301,62 +299,6 @@ def test_embedded_model_becomes_an_ordinary_folder() -> None:
     assert (source.folder / "generation_config.json").is_file()
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The five answers of a model Hub that a download asks for."""
-
-    folder: Path
-    asked: list[str]
-
-    def log_message(self, format: str, *args: object) -> None:  # silence
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
-
-    def answer(self, with_body: bool) -> None:
-        path = self.path.partition("?")[0]
-        repository = "/".join(path.removeprefix("/api/models").lstrip("/").split("/")[:2])
-        if repository == "org/secret":
-            return self.send(403, b"{}", {"X-Error-Code": "GatedRepo"}, with_body)
-        if repository != "org/tiny":
-            return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body)
-        files = sorted(file for file in self.folder.iterdir() if file.is_file())
-        if "/resolve/" in path:
-            self.asked.append(path.rpartition("/")[2])
-            data = (self.folder / path.rpartition("/")[2]).read_bytes()
-            return self.send(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{len(data)}"'}, with_body)
-        if path.rpartition("/")[2] not in ("tiny", "main", COMMIT):
-            return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, with_body)
-        if "/tree/" in path:
-            rows = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
-            return self.send(200, json.dumps(rows).encode(), {}, with_body)
-        siblings = [{"rfilename": f.name} for f in files]
-        info = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings}
-        return self.send(200, json.dumps(info).encode(), {}, with_body)
-
-    def send(self, status: int, data: bytes, headers: dict[str, str], with_body: bool) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), "Content-Type": "application/json", **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(data)
-
-
-@pytest.fixture
-def hub(copied: Path) -> Iterator[tuple[str, list[str]]]:
-    """The address of a Hub with the model `org/tiny`, and the files that were asked of it."""
-    (copied / "pytorch_model.bin").write_bytes(b"never downloaded")
-    asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("TinyHub", (Hub,), {"folder": copied, "asked": asked}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    server.shutdown()
-
-
 RESOLVE = """
 import sys
 from llmcompress.errors import InputError
@@ -371,26 +313,31 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_hub_models(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+def test_hub_models(copied: Path, tmp_path: Path) -> None:
     """In processes of their own: huggingface_hub reads its environment when it is imported."""
-    address, asked = hub
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0"}
+    (copied / "pytorch_model.bin").write_bytes(b"never downloaded")
+    with StandInHub() as hub:
+        commit = hub.commit("org/tiny", {file.name: file.read_bytes() for file in copied.iterdir()})
+        hub.commit("org/secret", {})
+        hub.gated.add("org/secret")
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_TOKEN": hub.token}
 
-    def ask(*names: str, **more: str) -> list[str]:
-        command = [sys.executable, "-c", RESOLVE, *names]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**environment, **more})
-        return done.stdout.splitlines()
+        def ask(*names: str, **more: str) -> list[str]:
+            command = [sys.executable, "-c", RESOLVE, *names]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env={**environment, **more})
+            return done.stdout.splitlines()
 
-    found = f"org/tiny {COMMIT} {sum(p.numel() for p in tiny('llama').parameters())}"
-    good, pinned, revision, absent, gated = ask(
-        "org/tiny", f"org/tiny@{COMMIT}", "org/tiny@nowhere", "org/absent", "org/secret"
-    )
+        found = f"org/tiny {commit} {sum(p.numel() for p in tiny('llama').parameters())}"
+        good, pinned, revision, absent, gated = ask(
+            "org/tiny", f"org/tiny@{commit}", "org/tiny@nowhere", "org/absent", "org/secret"
+        )
+        cached, missing = ask("org/tiny", "org/other", HF_HUB_OFFLINE="1")
     assert good == pinned == found
-    assert "pytorch_model.bin" not in asked
+    assert not any("pytorch_model.bin" in path for _, path in hub.asked)
     assert revision.startswith("the Hub model org/tiny has no revision 'nowhere'")
     assert absent.startswith("there is neither a folder nor a Hub model named org/absent")
     assert gated.startswith("the Hub model org/secret is gated")
-    cached, missing = ask("org/tiny", "org/other", HF_HUB_OFFLINE="1")
     assert cached == found
     assert missing.startswith("the Hub model org/other is not in the cache and the Hub cannot be reached")

@@ -17,14 +17,13 @@ from llmcompress.calibrate import walk
 from llmcompress.errors import RecipeError
 from llmcompress.modules import CompressedEmbedding, CompressedLinear
 from llmcompress.moments import Moments
-from llmcompress.source import resolve
+from llmcompress.source import Source, resolve
 from llmcompress.weight import dense
 from tests.tiny import FAMILY_CONFIGS, save_tiny
 
 RTN = [{"method": "rtn", "bits": 4, "group_size": 16, "symmetric": False}]
 GPTQ = [{"method": "rotate"}, {"method": "gptq", "bits": 3}]
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
-PLAIN = [family for family in FAMILY_CONFIGS if family != "gemma3_text" and family != "gemma2"]
 IDS = torch.tensor([[1, 5, 200, 5, 263, 0, 77]])
 
 
@@ -57,7 +56,7 @@ def with_matrices(dense_folder: Path, model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_every_family_looks_up_and_reads_out_what_is_stored(family: str, tied: bool, tmp_path: Path) -> None:
     source = save_tiny(family, tmp_path / "dense", tie_word_embeddings=tied)
     asked = recipe(None, embeddings=RTN, **({} if tied else {"head": RTN}))
@@ -161,7 +160,6 @@ def test_the_plan_counts_tables(tmp_path: Path, text: Path) -> None:
     [
         ("llama", {"tie_word_embeddings": True}, {"head": RTN}, "is its token table; give its steps as embeddings"),
         ("llama", {}, {"embeddings": GPTQ}, "a table that is only looked up has none; use rtn"),
-        ("gemma2", {}, {"embeddings": RTN}, "does more than look up rows; leave embeddings: out"),
         ("llama", {}, {"embeddings": [{"method": "magnitude", "sparsity": 0.5}]}, "quantize embeddings, do not prune"),
     ],
 )
@@ -171,3 +169,19 @@ def test_what_cannot_be_done_is_said(
     source = save_tiny(family, tmp_path / "dense", **changes)
     with pytest.raises(RecipeError, match=sentence):
         lc.plan(source, recipe(text, **tables))
+
+
+def test_a_table_of_an_unknown_kind_is_refused(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hashed(nn.Embedding):
+        pass
+
+    def skeleton(source: Source) -> Any:
+        model = plain(source)
+        model.set_input_embeddings(Hashed(264, 32, device="meta"))
+        return model
+
+    plain = Source.skeleton
+    monkeypatch.setattr(Source, "skeleton", skeleton)
+    source = save_tiny("llama", tmp_path / "dense")
+    with pytest.raises(RecipeError, match="a Hashed does more than look up rows and scale them; leave embeddings: out"):
+        lc.plan(source, recipe(text, embeddings=RTN))

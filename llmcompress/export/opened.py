@@ -68,12 +68,11 @@ class Opened:
     def expression(self, layer: str) -> Weight:
         """The compressed weight of one module."""
         layout = self.layouts[layer]
-        return decode(layout.header, {key: self.read(f"{layer}.{key}") for key in layout.tensors})
+        return decode(layout.header, layout.views(self.read(f"{layer}.weight")))
 
     def parts(self) -> Iterator[tuple[list[str], list[str]]]:
-        """File by file: the compressed modules that start in it, and the names of its other tensors."""
-        payload = {f"{layer}.{key}": layer for layer, layout in self.layouts.items() for key in layout.tensors}
-        first = {f"{layer}.weight" for layer in self.layouts}
+        """File by file: the compressed modules in it, and the names of its other tensors."""
+        layers = {f"{layer}.weight": layer for layer in self.layouts}
         for path in sorted(set(self.files.values())):
             names = [name for name, place in self.files.items() if place == path]
-            yield [payload[name] for name in names if name in first], [name for name in names if name not in payload]
+            yield [layers[name] for name in names if name in layers], [name for name in names if name not in layers]

@@ -17,7 +17,7 @@ from llmcompress.driver import copy_companions
 from llmcompress.errors import InputError
 from llmcompress.export.opened import Exported, Opened
 from llmcompress.hf import table_entry
-from llmcompress.modules import Layout, packed
+from llmcompress.modules import Layout, packed, payload_texts
 from llmcompress.weight import LowRank, Rotated, Sum, Weight, dense, unrotate
 
 
@@ -37,9 +37,8 @@ def to_peft(folder: Path, output: Path) -> Exported:
                 base, term = without_term(opened.expression(layer))
                 if term is not None:
                     factors[layer] = term
-                layouts[layer], payload = packed(base)
-                tensors |= {f"{layer}.{key}": value for key, value in payload.items()}
-            writer.add(tensors)
+                layouts[layer], tensors[f"{layer}.weight"] = packed(base)
+            writer.add(tensors, payload_texts(layouts))
         if not factors:
             raise InputError(f"{folder} has no low-rank terms, so there is no adapter to export; choose another format")
         size = writer.close()

@@ -159,19 +159,24 @@ def damage_a_layout(folder: Path, dice: random.Random) -> None:
     def change(config: dict[str, Any]) -> None:
         layers, layouts = (config["quantization_config"][key] for key in ("layers", "layouts"))
         name = dice.choice(sorted(layers))
-        match dice.randrange(6):
+        match dice.randrange(8):
             case 0:
                 del layers[name]
             case 1:
                 layouts[layers[name]]["size"][dice.randrange(2)] += 8
             case 2:
-                layouts[layers[name]]["tensors"]["weight"][1] += 1
+                layouts[layers[name]]["tensors"][-1][2] += 8
             case 3:
-                layouts[layers[name]]["tensors"].popitem()
+                layouts[layers[name]]["tensors"].pop()
             case 4:
                 layers[f"{name}_too"] = layers[name]
             case 5:
                 layers[name] = (layers[name] + 1 + dice.randrange(len(layouts))) % (len(layouts) + 1)
+            case 6:
+                layouts[layers[name]]["tensors"].reverse()
+            case 7:
+                header = layouts[layers[name]]["header"]
+                header["levels" if "levels" in header else "node"] = dice.choice([2, 3, "dense"])
 
     edit_json(folder / "config.json", change)
 

@@ -47,6 +47,7 @@ ROOMS = (
     "terminal",  # how a command speaks and ends
     "tables",  # plans, reports and scores for people
     "card",  # a report as the Hub shows it
+    "plots",  # a report as a picture
     "hub",  # publishing
     "cli",
 )

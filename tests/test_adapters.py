@@ -1,0 +1,119 @@
+"""PEFT on compressed layers: adapters attach by the usual names, training changes nothing else, and become part of the
+model exactly or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+import llmcompress as lc
+from llmcompress.errors import InputError
+from llmcompress.modules import compressed_modules
+from llmcompress.weight import dense
+from tests.tiny import save_tiny
+
+RULES = [
+    {"match": "*.v_proj", "steps": [{"method": "magnitude", "pattern": "2:4"}]},
+    {"match": "*", "steps": [{"method": "rtn", "bits": 3, "group_size": 16}, {"method": "svd", "rank": 2}]},
+]
+IDS = torch.arange(30)[None] * 7 % 256
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("adapters")
+    source = save_tiny("llama", place / "dense", tie_word_embeddings=True)
+    embeddings = [{"method": "rtn", "bits": 4}]
+    return lc.compress(source, {"version": 1, "rules": RULES, "embeddings": embeddings}, place / "out").folder
+
+
+def compressed(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(IDS).logits
+
+
+def payloads(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [module.get_parameter("weight").clone() for module in compressed_modules(model).values()]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_training_changes_the_adapter_alone(dora: bool, folder: Path, tmp_path: Path) -> None:
+    """Through transformers' own Trainer; what it saves loads on top of the checkpoint."""
+    adapted = get_peft_model(
+        compressed(folder), LoraConfig(r=2, use_dora=dora, target_modules=TARGETS, task_type="CAUSAL_LM")
+    )
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    rows: list[dict[str, Any]] = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=3, learning_rate=0.05, report_to="none", use_cpu=True, save_strategy="no"
+    )
+    Trainer(model=adapted, args=settings, train_dataset=rows).train()
+    after = adapted.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("lora_" in name for name in changed)
+    adapted.eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(compressed(folder), tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), logits(adapted))
+    assert not torch.allclose(logits(again), logits(compressed(folder)), atol=1e-3)
+
+
+def test_dora_begins_at_the_model_as_it_is(folder: Path) -> None:
+    """Its magnitudes are the norms of the decoded rows, so nothing changes before training."""
+    expected = logits(compressed(folder))
+    adapted = get_peft_model(compressed(folder), LoraConfig(r=2, use_dora=True, target_modules=TARGETS))
+    torch.testing.assert_close(logits(adapted), expected, rtol=1e-4, atol=1e-5)
+    layer = adapted.get_base_model().model.layers[0].self_attn.q_proj
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    torch.testing.assert_close(magnitude, dense(layer.get_base_layer().expression()).norm(dim=1))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_merge_into_codes_is_never_silently_wrong(dora: bool, safe: bool, folder: Path) -> None:
+    """PEFT's own merge cannot work on a payload: it stops at its shape, or what it leaves does not run."""
+    adapted = get_peft_model(compressed(folder), LoraConfig(r=2, use_dora=dora, target_modules=TARGETS))
+    before = payloads(adapted)
+    if dora and safe:
+        merged = adapted.merge_and_unload(safe_merge=True)
+        with pytest.raises(InputError, match="was overwritten, as by merging an adapter into it; load the model again"):
+            logits(merged)
+        return
+    with pytest.raises(RuntimeError):
+        adapted.merge_and_unload(safe_merge=safe)
+    assert all(map(torch.equal, payloads(adapted), before))
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_an_adapter_is_folded_exactly(rank: int, folder: Path, tmp_path: Path) -> None:
+    base = compressed(folder)
+    adapted = get_peft_model(base, LoraConfig(r=rank, lora_alpha=3, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    expected = logits(adapted)
+    assert not torch.allclose(expected, logits(compressed(folder)), atol=1e-2)
+    folded = lc.fold(adapted)
+    torch.testing.assert_close(logits(folded), expected, rtol=1e-4, atol=1e-5)
+    folded.save_pretrained(tmp_path / "folded")
+    assert torch.equal(logits(compressed(tmp_path / "folded")), logits(folded))
+
+
+def test_only_plain_lora_is_folded(folder: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder.parent / "dense")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(InputError, match="is not compressed; merge adapters of dense layers"):
+        lc.fold(adapted)
+    with pytest.raises(InputError, match="only plain LoRA can be folded"):
+        lc.fold(get_peft_model(compressed(folder), LoraConfig(r=2, target_modules=["v_proj"], lora_bias=True)))
