@@ -15,40 +15,49 @@ from llmcompress import plugin
 
 if TYPE_CHECKING:
     from llmcompress.adapters import fold
+    from llmcompress.comparison import compare
     from llmcompress.driver import Result, compress, plan
     from llmcompress.errors import LLMCompressError
     from llmcompress.modules import decoded
+    from llmcompress.protocol import Protocol
     from llmcompress.recipe import Recipe, Rule
     from llmcompress.report import Report, read
+    from llmcompress.scoring import score
     from llmcompress.tokens import Calibration
 
 __version__ = "0.1.0"
 __all__ = [
     "Calibration",
     "LLMCompressError",
+    "Protocol",
     "Recipe",
     "Report",
     "Result",
     "Rule",
+    "compare",
     "compress",
     "decoded",
     "fold",
     "plan",
     "read",
+    "score",
 ]
 
 _HOMES = {
     "Calibration": "tokens",
     "LLMCompressError": "errors",
+    "Protocol": "protocol",
     "Recipe": "recipe",
     "Report": "report",
     "Result": "driver",
     "Rule": "recipe",
+    "compare": "comparison",
     "compress": "driver",
     "decoded": "modules",
     "fold": "adapters",
     "plan": "driver",
     "read": "report",
+    "score": "scoring",
 }
 
 plugin.install()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmcompress.report import Report
-from llmcompress.tables import grouped
+from llmcompress.tables import grouped, measured, metrics
 
 LOAD = """\
 ```python
@@ -25,8 +25,8 @@ NO_PLOT = "\nThere is no plot of the layers: matplotlib was not installed where 
 def card(report: Report, name: str, recipe: str, scores: dict[str, Any] | None = None, plot: str | None = None) -> str:
     """The README.md of the Hub repository `name`, with metadata that the Hub reads.
 
-    `recipe` is the YAML text; `scores` what `evaluate.compare_models` gave for dense and compressed, None if nobody
-    asked; `plot` the picture of the layers beside it, None if there is none.
+    `recipe` is the YAML text; `scores` what `score` saved of dense and compressed, None if nobody asked; `plot` the
+    picture of the layers beside it, None if there is none.
     """
     from huggingface_hub import ModelCardData
 
@@ -66,16 +66,15 @@ def card(report: Report, name: str, recipe: str, scores: dict[str, Any] | None =
 def _eval_results(scores: dict[str, Any] | None) -> Iterator[Any]:
     from huggingface_hub import EvalResult
 
-    for task, metrics in ((scores or {}).get("compressed") or {}).get("tasks", {}).items():
-        for metric, value in metrics.items():
-            if not metric.endswith("stderr"):
-                yield EvalResult(
-                    task_type="text-generation",
-                    dataset_type=task,
-                    dataset_name=task,
-                    metric_type=metric,
-                    metric_value=value,
-                )
+    for task, entry in ((scores or {}).get("compressed") or {}).get("tasks", {}).items():
+        for metric, value, _ in metrics(entry):
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=task,
+                dataset_name=task,
+                metric_type=metric,
+                metric_value=value,
+            )
 
 
 def _table(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
@@ -87,12 +86,14 @@ def _table(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
     if scores is None:
         return
     dense, compressed = scores["dense"], scores["compressed"]
-    yield f"| perplexity ({scores['text']}) | {dense['perplexity']:.3f} | {compressed['perplexity']:.3f} |"
-    yield f"| KL to the dense model, nats/token | 0 | {compressed['kl']:.4f} |"
-    yield f"| top-1 agreement with the dense model | 1 | {compressed['top1_agreement']:.4f} |"
-    for task, metrics in compressed["tasks"].items():
-        for metric, value in metrics.items():
-            yield f"| {task}: {metric} | {dense['tasks'][task][metric]:.4f} | {value:.4f} |"
+    perplexities = [measured(one["perplexity"], one.get("perplexity_stderr"), 3) for one in (dense, compressed)]
+    yield f"| perplexity ({scores['text']}) | {' | '.join(perplexities)} |"
+    yield f"| KL to the dense model, nats/token | 0 | {measured(compressed['kl'], compressed.get('kl_stderr'))} |"
+    agreement = measured(compressed["top1_agreement"], compressed.get("top1_agreement_stderr"))
+    yield f"| top-1 agreement with the dense model | 1 | {agreement} |"
+    for task, entry in compressed["tasks"].items():
+        for (metric, before, error), (_, after, new_error) in zip(metrics(dense["tasks"][task]), metrics(entry)):
+            yield f"| {task}: {metric} | {measured(before, error)} | {measured(after, new_error)} |"
 
 
 def _bits(report: Report) -> str:

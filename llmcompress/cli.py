@@ -12,7 +12,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llmcompress.tables import exported_view, plan_view, pushed_view, report_view, score_view, summarized, verified_view
+from llmcompress.protocol import Protocol
+from llmcompress.tables import (
+    comparison_view,
+    exported_view,
+    plan_view,
+    pushed_view,
+    report_view,
+    score_view,
+    summarized,
+    verified_view,
+)
 from llmcompress.terminal import Terminal
 
 
@@ -66,6 +76,15 @@ Settings = Annotated[
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Override the recipe's seed.")]
+Text = Annotated[Path | None, typer.Option(help="UTF-8 text for perplexity; by default documentation of Python.")]
+Windows = Annotated[int, typer.Option(min=1, help="Windows of text.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks or task files, separated by commas.")]
+Limit = Annotated[float | None, typer.Option(min=0, help="Items per task, or a share; not a result to quote.")]
+Shots = Annotated[int | None, typer.Option(min=0, help="Examples in a task's prompt; by default the task's own.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Of tasks; moves their scores a little.")]
+ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Write the prompts of tasks as chats.")]
+TaskSeed = Annotated[int, typer.Option(help="Of few-shot examples and samples.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, all else on stderr.")]
 Verbose = Annotated[
@@ -153,25 +172,24 @@ def inspect(
 @app.command("eval")
 def evaluate(
     model: Model,
-    text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text for perplexity; by default documentation of Python.")
-    ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 32,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
-    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks or task files, separated by commas.")] = None,
-    limit: Annotated[
-        float | None, typer.Option(min=0, help="Items per task, or a share; not a result to quote.")
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples in a task's prompt; by default the task's own.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of tasks; moves their scores a little.")] = 8,
+    text: Text = None,
+    windows: Windows = Protocol.windows,
+    length: Length = Protocol.length,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    num_fewshot: Shots = None,
+    batch_size: BatchSize = Protocol.batch_size,
+    chat_template: ChatTemplate = False,
     against: Annotated[
         str | None, typer.Option(metavar="DENSE", help="Also KL and top-1 agreement with this model.")
     ] = None,
     revision: Revision = None,
-    seed: Annotated[int, typer.Option(help="Of few-shot examples and samples.")] = 0,
+    seed: TaskSeed = Protocol.seed,
     save: Annotated[bool, typer.Option("--save", help="Score DENSE too, keep both in MODEL for its card.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output-dir", "-o", metavar="OUT", help="A new folder for the scores and lm-eval's own files."),
+    ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
     verbose: Verbose = 0,
@@ -182,24 +200,59 @@ def evaluate(
     Example: llmcompress eval small --against smollm2 --tasks arc_easy --limit 100
     """
     with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.evaluate import launched
         from llmcompress.scoring import score
 
-        found = score(
-            model,
-            revision=revision,
-            against=against,
-            text=text,
-            windows=windows,
-            length=length,
-            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
-            limit=int(limit) if limit is not None and limit >= 1 else limit,
-            num_fewshot=num_fewshot,
-            batch_size=batch_size,
-            device=device,
-            seed=seed,
-            save=save,
-        )
+        protocol = _protocol(text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed)
+        with launched(device) as processes:
+            found = score(
+                model,
+                protocol,
+                revision=revision,
+                against=against,
+                save=save,
+                output=output,
+                device=processes.device,
+                processes=processes,
+            )
         terminal.show(found, score_view)
+
+
+@app.command()
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL MODEL...", help="The others are compared with the first.")
+    ],
+    text: Text = None,
+    windows: Windows = Protocol.windows,
+    length: Length = Protocol.length,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    num_fewshot: Shots = None,
+    batch_size: BatchSize = Protocol.batch_size,
+    chat_template: ChatTemplate = False,
+    seed: TaskSeed = Protocol.seed,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="A new .md file for the table, or .json for all numbers."),
+    ] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Score models side by side, and mark which differ from the first by more than noise.
+
+    Example: llmcompress compare smollm2 small smaller --tasks llmcompress_pairs -o table.md
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.comparison import compare as run
+        from llmcompress.evaluate import launched
+
+        protocol = _protocol(text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed)
+        with launched(device) as processes:
+            found = run(models, protocol, output=output, device=processes.device, processes=processes)
+        terminal.show(found, comparison_view)
 
 
 @app.command()
@@ -208,9 +261,9 @@ def verify(
     against: Annotated[
         str | None, typer.Option(metavar="DENSE", help="Also KL and top-1 agreement with this model.")
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to read; by default documentation of Python.")] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 4,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    text: Text = None,
+    windows: Windows = 4,
+    length: Length = 512,
     device: Device = "cpu",
     as_json: AsJson = False,
     verbose: Verbose = 0,
@@ -284,3 +337,12 @@ def main() -> None:
 
 def _settings(settings: list[str] | None, seed: int | None = None) -> list[str]:
     return [*(settings or ()), *([] if seed is None else [f"seed={seed}"])]
+
+
+def _protocol(
+    text: Path | None, windows: int, length: int, tasks: str | None, limit: float | None, *others: Any
+) -> Protocol:
+    """The options of `eval` and `compare`, in the order of its fields."""
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    items = int(limit) if limit is not None and limit >= 1 else limit
+    return Protocol(text, windows, length, names, items, *others)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import torch
 
 from llmcompress import report as reports
 from llmcompress.architecture import architecture
-from llmcompress.checkpoint import add_file
+from llmcompress.checkpoint import add_file, check_output, writing
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.evaluate import compare_models, evaluate
+from llmcompress.evaluate import ALONE, Evaluation, Processes, compare, evaluate
 from llmcompress.locate import Place, locate
+from llmcompress.protocol import STANDARD, Protocol
 from llmcompress.source import Source, load_model, load_tokenizer, open_source
 
 
@@ -30,50 +30,50 @@ class Size:
 
 def score(
     model: str | Path,
+    protocol: Protocol = STANDARD,
     *,
     revision: str | None = None,
     against: str | None = None,
-    text: Path | None = None,
-    windows: int = 32,
-    length: int = 1024,
-    tasks: Sequence[str] = (),
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 8,
-    device: str = "cpu",
-    seed: int = 0,
     save: bool = False,
+    output: Path | None = None,
+    device: str = "cpu",
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """What `evaluate` finds of a dense or compressed model, in float32, with its bytes, bpw and model_bpw.
+    """What `evaluate` finds of a dense or compressed model, in float32, with its bytes, bpw, model_bpw and protocol.
 
     `against` is the dense model that KL and top-1 agreement are measured from. `save` scores that one too and keeps
-    both in the compressed folder, for its card. Raises InputError for a model that cannot be loaded, RecipeError where
-    there is nothing to save.
+    both in the compressed folder, for its card. `output` is a new folder for the same object, as `eval.json`, and for
+    lm-eval's own files. Where `processes` share the work, each on its own `device`, the first of them writes and knows
+    the scores of tasks. Raises InputError for a model that cannot be loaded, RecipeError where there is nothing to
+    save, DiskError for an output that cannot be written.
     """
     place = locate(str(model), revision)
     if save and (against is None or not (place.folder / reports.FILE).is_file()):
         raise RecipeError("saving scores needs a folder that compress wrote, and the dense model to compare it with")
+    if output is not None:
+        check_output(output, 0)
     teacher = None if against is None else load_model(locate(against), device)
     size = size_of(place)
     loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder)
-    options: dict[str, Any] = {
-        "windows": windows,
-        "length": length,
-        "tasks": tasks,
-        "limit": limit,
-        "num_fewshot": num_fewshot,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
     if save and teacher is not None:
-        both = compare_models(teacher, loaded, tokenizer, text, **options)
-        source = "Python's documentation" if text is None else text.name
-        entries = {"text": source, **options, "versions": reports.versions(), **both}
-        add_file(place.folder, reports.SCORES, json.dumps(entries, indent=2))
-        found = both["compressed"]
+        dense, found = compare(teacher, [lambda: loaded], tokenizer, protocol, processes=processes)
+        if processes.rank == 0:
+            both = {"dense": dense.to_json(), "compressed": found.to_json()}
+            entries = protocol.to_json() | {"versions": reports.versions()} | both
+            add_file(place.folder, reports.SCORES, json.dumps(entries, indent=2))
     else:
-        found = evaluate(loaded, tokenizer, text, against=teacher, **options)
-    return found | {"bytes": size.bytes, "bpw": size.bpw, "model_bpw": size.model_bpw}
+        found = evaluate(loaded, tokenizer, protocol, against=teacher, processes=processes)
+    values = found.to_json() | asdict(size) | {"protocol": protocol.to_json()}
+    if output is not None and processes.rank == 0:
+        _write(output, place, found, values)
+    return values
+
+
+def _write(output: Path, place: Place, found: Evaluation, values: dict[str, Any]) -> None:
+    with writing(output) as writer:
+        writer.write(reports.SCORES, json.dumps(values, indent=2))
+        if found.tasks.scores:
+            found.tasks.save(writer.folder, place.name if place.name.strip("./") else str(place.folder.resolve()))
 
 
 def size_of(place: Place) -> Size:

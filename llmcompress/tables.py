@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = dict[str, Any]
+MARKS = {True: "*", False: "", None: "?"}  # is a difference beyond noise?
+CHANGE_HEADINGS = ("model", "score", "difference", "items", "beyond noise")
 
 
 def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
@@ -53,15 +55,107 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
 def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
     """A model's quality beside its size."""
     yield f"size    {_bytes(scores['bytes'])} · {_number(scores['bpw'])} bpw · model_bpw {_number(scores['model_bpw'])}"
-    yield f"text    perplexity {scores['perplexity']:.3f} over {scores['tokens']:,} tokens"
+    perplexity = measured(scores["perplexity"], scores["perplexity_stderr"], 3)
+    yield f"text    perplexity {perplexity} over {scores['tokens']:,} tokens"
     if scores["kl"] is not None:
-        yield f"dense   KL {scores['kl']:.4f} nats/token · top-1 agreement {scores['top1_agreement']:.4f}"
+        kl = measured(scores["kl"], scores["kl_stderr"])
+        agreement = measured(scores["top1_agreement"], scores["top1_agreement_stderr"])
+        yield f"dense   KL {kl} nats/token · top-1 agreement {agreement}"
     if scores["tasks"]:
-        table = _table(("task", "metric", "value"), right=(2,))
-        for task, metrics in scores["tasks"].items():
-            for metric, value in metrics.items():
-                table.add_row(task, metric, f"{value:,.4f}".rstrip("0").rstrip("."))
+        table = _table(("task", "metric", "value", "items"), right=(2, 3))
+        for task, entry in scores["tasks"].items():
+            for metric, value, error in metrics(entry):
+                table.add_row(task, metric, measured(value, error), f"{entry.get('samples', '')}")
         yield table
+
+
+def comparison_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Models as rows, scores as columns; and every difference."""
+    headings, rows, notes = comparison_cells(found)
+    table = _table(headings, right=range(1, len(headings)))
+    for row in rows:
+        table.add_row(*row)
+    yield table
+    yield from notes
+    if every:
+        table = _table(CHANGE_HEADINGS, right=(2, 3))
+        for row in _changes(found):
+            table.add_row(*row)
+        yield table
+
+
+def comparison_markdown(found: Row) -> str:
+    """The tables of `comparison_view` as Markdown, with the protocol and the versions."""
+    headings, rows, notes = comparison_cells(found)
+    notes += [
+        f"{name}: " + ", ".join(f"{key} {value}" for key, value in found[name].items() if value not in (None, []))
+        for name in ("protocol", "versions")
+    ]
+    said = [f"- {note.replace('*', chr(92) + '*')}" for note in notes]
+    parts = (*_markdown(headings, rows), "", *said, "", *_markdown(CHANGE_HEADINGS, _changes(found)))
+    return "\n".join(parts) + "\n"
+
+
+def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table."""
+    yield f"| {' | '.join(headings)} |"
+    yield "|---" * len(headings) + "|"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+
+
+def _changes(found: Row) -> Iterator[list[str]]:
+    """What the models differ in from the first: cells for `CHANGE_HEADINGS`."""
+    for row in found["models"][1:]:
+        changes = {"log perplexity, nats/token": row["differences"]["nll"]}
+        for task, entry in row["differences"]["tasks"].items():
+            changes |= {f"{task}: {metric}": change for metric, change in entry.items()}
+        for name, change in changes.items():
+            value = measured(change["value"], change["stderr"])
+            verdict = {True: "yes", False: "no", None: "?"}[change["beyond_noise"]]
+            yield [row["model"], name, value, str(change["items"]), verdict]
+
+
+def comparison_cells(found: Row) -> tuple[list[str], list[list[str]], list[str]]:
+    """(headings, one row for each model, what the marks mean): a table for people, in whatever form."""
+    models, first = found["models"], found["models"][0]["model"]
+    columns = [(task, metric) for task, entry in models[0]["tasks"].items() for metric, _, _ in metrics(entry)]
+    headings = ["model", "bytes", "bpw", "model_bpw", "KL", "top-1 agreement", "perplexity"]
+    headings += [f"{task}: {metric}" for task, metric in columns]
+    rows = [_comparison_row(row, columns) for row in models]
+    marks = {cell[-1] for row in rows for cell in row[6:]}
+    notes = [f"± standard error · KL in nats/token and top-1 agreement are distances from {first}"]
+    if "*" in marks:
+        notes.append(f"* differs from {first} beyond noise: paired, item by item, at 95 %")
+    if "?" in marks:
+        notes.append("? cannot be told from noise: fewer than two items, or no mean over items")
+    return headings, rows, notes
+
+
+def _comparison_row(row: Row, columns: Sequence[tuple[str, str]]) -> list[str]:
+    """The cells of one model, with its scores in the tasks and metrics of `columns`."""
+    cells = [row["model"], f"{row['bytes']:,}", _number(row["bpw"]), _number(row["model_bpw"])]
+    cells += [measured(row[name], row[f"{name}_stderr"]) for name in ("kl", "top1_agreement")]
+    changes = row["differences"] or {"nll": None, "tasks": {}}
+    scores = [(measured(row["perplexity"], row["perplexity_stderr"], 3), changes["nll"])]
+    for task, metric in columns:
+        [(value, error)] = [(value, error) for name, value, error in metrics(row["tasks"][task]) if name == metric]
+        scores.append((measured(value, error), changes["tasks"].get(task, {}).get(metric)))
+    if row["differences"] is None:  # the reference
+        return cells + [score for score, _ in scores]
+    return cells + [score + MARKS[change and change["beyond_noise"]] for score, change in scores]
+
+
+def metrics(entry: dict[str, float]) -> Iterator[tuple[str, float, float | None]]:
+    """(metric, value, standard error or None) of a task's scores."""
+    for metric, value in entry.items():
+        name, comma, kind = metric.partition(",")
+        if metric != "samples" and not name.endswith("_stderr"):
+            yield metric, value, entry.get(f"{name}_stderr{comma}{kind}")
+
+
+def measured(value: float, error: float | None, digits: int = 4) -> str:
+    """A value with its standard error, if it has one."""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def verified_view(found: Row, every: bool) -> Iterator[RenderableType]:

@@ -39,11 +39,13 @@ class Terminal:
     """The surroundings of one command, as a context.
 
     Errors inside become a line on standard error, or `{"error": {"code", "message"}}` as the JSON object, and an exit
-    code. An error that no one foresaw keeps its traceback.
+    code. An error that no one foresaw keeps its traceback. Of several processes that a launcher started, the first one
+    speaks; of errors all do, since one may be alone with its error.
     """
 
     def __init__(self, as_json: bool = False, verbose: int = 0, quiet: bool = False) -> None:
-        self.as_json, self.verbose, self.quiet = as_json, verbose, quiet
+        self.first = os.environ.get("RANK", "0") == "0"
+        self.as_json, self.verbose, self.quiet = as_json, verbose, quiet or not self.first
         self._output: TextIO = sys.stdout
         self._descriptor: int | None = None
         self._previous: Any = None
@@ -151,6 +153,8 @@ class Terminal:
             sys.stdout = self._output
 
     def _emit(self, values: dict[str, Any]) -> None:
+        if not self.first:
+            return
         self._output.write(json.dumps(_finite(values), indent=2) + "\n")
         self._output.flush()
 

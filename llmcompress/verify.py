@@ -12,6 +12,7 @@ from llmcompress.evaluate import evaluate
 from llmcompress.hf import NAME
 from llmcompress.locate import Place, locate
 from llmcompress.modules import compressed_modules
+from llmcompress.protocol import Protocol
 from llmcompress.source import load_model, load_tokenizer
 from llmcompress.tokens import context_length
 from llmcompress.validation import weight_files
@@ -57,16 +58,16 @@ def verify(
     teacher = None if against is None else load_model(locate(against), device)
     tokenizer = load_tokenizer(folder)
     length = min(length, context_length(model.config) or length)
-    found = evaluate(model, tokenizer, text, windows=windows, length=length, against=teacher)
+    found = evaluate(model, tokenizer, Protocol(text, windows, length), against=teacher)
     files = weight_files(folder)
     return Verified(
         files=len(manifest(folder) or files),
         layers=len(compressed_modules(model)),
         bytes=sum(path.stat().st_size for path in files),
-        perplexity=found["perplexity"],
-        tokens=found["tokens"],
-        kl=found["kl"],
-        top1_agreement=found["top1_agreement"],
+        perplexity=found.perplexity.value,
+        tokens=found.perplexity.tokens,
+        kl=None if found.distance is None else found.distance.kl,
+        top1_agreement=None if found.distance is None else found.distance.top1_agreement,
         notes=notes,
     )
 

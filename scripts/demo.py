@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmcompress as lc
-from llmcompress.evaluate import PAIRS, compare_models
+from llmcompress.evaluate import PAIRS, compare
 from llmcompress.locate import locate
 from llmcompress.source import load_model, load_tokenizer
 
@@ -56,7 +56,9 @@ def main() -> None:
     console.print("scoring dense and compressed on text that calibration did not see ...")
     dense, compressed = load_model(locate(options.model)), load_model(locate(str(options.output)))
     tokenizer = load_tokenizer(options.output)
-    scores = compare_models(dense, compressed, tokenizer, windows=options.windows, tasks=[PAIRS])
+    protocol = lc.Protocol(windows=options.windows, tasks=(PAIRS,))
+    measured = compare(dense, [lambda: compressed], tokenizer, protocol)
+    scores = {name: one.to_json() for name, one in zip(("dense", "compressed"), measured)}
     sentences = {"dense": [write(dense, tokenizer, prompt) for prompt in PROMPTS]}
     with lc.decoded(compressed):
         sentences["compressed"] = [write(compressed, tokenizer, prompt) for prompt in PROMPTS]

@@ -16,14 +16,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import llmcompress.comparison
 import llmcompress.driver
 import llmcompress.scoring
 from llmcompress import errors
 from llmcompress.cli import app
 from llmcompress.planning import LayerPlan, Plan
+from llmcompress.protocol import Protocol
 from llmcompress.recipe import dump, parse_recipe
 from llmcompress.report import FILE, RECIPE, LayerReport, Report
-from llmcompress.tables import grouped, summarized
+from llmcompress.tables import comparison_markdown, grouped, summarized
 from llmcompress.terminal import Terminal, duration, verdict
 from tests.tiny import save_tiny
 
@@ -37,7 +39,8 @@ rules:
 """
 COMPRESS_KEYS = {"bytes", "bpw", "model_bpw", "seconds", "peak_memory_bytes", "calibration", "layers"}
 LAYER_KEYS = {"name", "shape", "steps", "bpw", "error", "error_heldout", "fallback"}
-EVAL_KEYS = {"perplexity", "tokens", "tasks", "kl", "top1_agreement", "bytes", "bpw", "model_bpw"}
+EVAL_KEYS = {"perplexity", "tokens", "tasks", "kl", "top1_agreement", "bytes", "bpw", "model_bpw", "protocol"}
+EVAL_KEYS |= {"perplexity_stderr", "kl_stderr", "top1_agreement_stderr"}
 LAYERS = [f"model.layers.{block}.mlp.{name}" for block in range(3) for name in ("up_proj", "down_proj")]
 REPORT = Report(
     model="tiny",
@@ -71,13 +74,31 @@ PLAN = Plan(
 )
 SCORES = {
     "perplexity": 24.0061,
+    "perplexity_stderr": 0.5,
     "tokens": 32736,
-    "tasks": {"arc_easy": {"acc": 0.5, "samples": 100.0}},
+    "tasks": {"arc_easy": {"acc": 0.5, "acc_stderr": 0.05, "samples": 100}},
     "kl": 0.1,
+    "kl_stderr": None,
     "top1_agreement": 0.9,
+    "top1_agreement_stderr": 0.01,
     "bytes": 400_000,
     "bpw": None,
     "model_bpw": 4.5,
+    "protocol": Protocol().to_json(),
+}
+SAME = {"value": 0.01, "stderr": 0.01, "items": 32, "beyond_noise": False}
+COMPARED = {
+    "protocol": Protocol().to_json(),
+    "versions": {"python": "3.11.0"},
+    "models": [
+        SCORES | {"model": "dense", "differences": None},
+        SCORES
+        | {
+            "model": "small",
+            "differences": {"nll": SAME | {"beyond_noise": True}, "tasks": {"arc_easy": {"acc": SAME}}},
+        },
+        SCORES | {"model": "odd", "differences": {"nll": SAME | {"beyond_noise": None}, "tasks": {}}},
+    ],
 }
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -111,6 +132,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(llmcompress.driver, "compress", returning(SimpleNamespace(report=REPORT)))
     monkeypatch.setattr(llmcompress.driver, "plan", returning(PLAN))
     monkeypatch.setattr(llmcompress.scoring, "score", returning(SCORES))
+    monkeypatch.setattr(llmcompress.comparison, "compare", returning(COMPARED))
     return made
 
 
@@ -156,18 +178,26 @@ def test_eval_passes_its_options_on(calls: Calls) -> None:
         "--against",
         "smollm2",
     ]
-    assert run("eval", "small", *words, "--batch_size", 2, "--num_fewshot", 3).exit_code == 0
-    [((model,), named)] = calls
+    words += ["--batch_size", 2, "--num_fewshot", 3, "--chat-template", "--seed", 5]
+    assert run("eval", "small", *words, "-o", "out").exit_code == 0
+    [((model, protocol), named)] = calls
     assert model == "small"
-    assert (named["text"], named["windows"], named["length"]) == (Path("a.txt"), 4, 64)
-    assert (named["tasks"], named["limit"], named["against"]) == (["a", "b"], 20, "smollm2")
-    assert isinstance(named["limit"], int)
-    assert (named["batch_size"], named["num_fewshot"]) == (2, 3)
+    assert protocol == Protocol(Path("a.txt"), 4, 64, ("a", "b"), 20, 3, 2, True, 5)
+    assert isinstance(protocol.limit, int)
+    assert (named["against"], named["output"], named["save"]) == ("smollm2", Path("out"), False)
+    without = [word for word in words if word not in ("--against", "smollm2")]
+    assert run("compare", "a", "b", "c", *without, "-o", "table.md").exit_code == 0
+    (given, named) = calls[1]
+    assert given == (["a", "b", "c"], protocol)
+    assert named["output"] == Path("table.md")
 
 
-def test_eval_takes_a_share_as_limit_and_no_tasks(calls: Calls) -> None:
+def test_the_protocol_has_the_defaults(calls: Calls) -> None:
+    run("eval", "small")
+    run("compare", "a", "b")
+    assert [given[1] for given, _ in calls] == [Protocol(), Protocol()]
     run("eval", "small", "--limit", 0.25)
-    assert (calls[0][1]["limit"], calls[0][1]["tasks"]) == (0.25, [])
+    assert calls[2][0][1] == Protocol(limit=0.25)
 
 
 def test_snake_case_options_work_and_values_keep_their_underscores(recipe: Path, calls: Calls) -> None:
@@ -235,8 +265,41 @@ def test_a_report_says_sizes_quality_and_what_to_type_next(recipe: Path, calls: 
 
 def test_scores_are_shown(calls: Calls) -> None:
     shown = run("eval", "small").stdout
-    for part in ("perplexity 24.006 over 32,736 tokens", "? bpw", "KL 0.1000", "arc_easy", "acc", "0.5"):
+    for part in (
+        "perplexity 24.006 ± 0.500 over 32,736 tokens",
+        "? bpw",
+        "KL 0.1000 nats",
+        "agreement 0.9000 ± 0.0100",
+    ):
         assert part in shown
+    assert shown.splitlines()[-1].split() == ["arc_easy", "acc", "0.5000", "±", "0.0500", "100"]
+
+
+def test_a_comparison_is_one_table_with_marks(calls: Calls) -> None:
+    shown = run("compare", "dense", "small", "odd").stdout
+    rows = {line.split()[0]: line for line in shown.splitlines()}
+    assert "*" not in rows["dense"] and "?" not in rows["dense"].replace(" ? ", "")
+    assert "24.006 ± 0.500*" in rows["small"] and rows["small"].endswith("0.5000 ± 0.0500")
+    assert "24.006 ± 0.500?" in rows["odd"] and rows["odd"].endswith("0.5000 ± 0.0500?")
+    assert "* differs from dense beyond noise" in shown and "? cannot be told from noise" in shown
+    written = comparison_markdown(COMPARED)
+    scores, changes = (
+        [line for line in part.splitlines() if line[:1] == "|"] for part in written.split("\n- versions")
+    )
+    assert {line.count("|") for line in scores} == {9} and len(scores) == 5
+    assert {line.count("|") for line in changes} == {6} and len(changes) == 5
+    assert changes[-2] == "| small | arc_easy: acc | 0.0100 ± 0.0100 | 32 | no |"
+    assert "log perplexity" in run("compare", "dense", "small", "-v").stdout and "log perplexity" not in shown
+    assert "| 24.006 ± 0.500* |" in written and "- \\* differs from dense" in written and "windows 32" in written
+
+
+def test_of_several_processes_the_first_one_speaks(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    for words in (["eval", "small"], ["eval", "small", "--json"]):
+        done = run(*words)
+        assert (done.exit_code, done.output) == (0, "")
+    done = run("inspect", "none", "--json")
+    assert (done.exit_code, done.stdout) == (5, "") and "[5] none holds no report.json" in done.stderr
 
 
 def test_quiet_prints_nothing(recipe: Path, calls: Calls) -> None:
@@ -407,7 +470,7 @@ def test_bad_input(words: list[str], code: int, message: str, recipe: Path, monk
 # --- the whole way --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["compress", "plan", "inspect", "eval"])
+@pytest.mark.parametrize("command", ["compress", "plan", "inspect", "eval", "compare"])
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     shown = run(command, "--help").stdout
     assert f"Example: llmcompress {command} " in " ".join(shown.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -88,18 +89,37 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
 
-def test_lm_eval_scores_it(folder: Path, tmp_path: Path) -> None:
+def test_lm_eval_scores_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's own command, with our import before it."""
     (tmp_path / "pairs.yaml").write_text(TASK.format(file=ROOT / "llmcompress" / "evaluate" / "minimal_pairs.jsonl"))
     program = "import llmcompress; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
     words = ["--model", "hf", "--model_args", f"pretrained={folder}", "--tasks", "pairs", "--limit", "4"]
-    more = ["--include_path", str(tmp_path), "--device", "cpu", "--output_path", str(tmp_path)]
+    more = ["--include_path", str(tmp_path), "--device", "cpu", "--log_samples", "--output_path", f"{tmp_path}/theirs"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", program, "run", *words, *more], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "|pairs" in done.stdout
+    # what `eval -o` writes is what lm-eval writes
+    protocol = lc.Protocol(windows=1, length=16, tasks=(str(tmp_path / "pairs.yaml"),), limit=4)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    scores = lc.score(folder, protocol, output=tmp_path / "ours")["tasks"]["pairs"]
+    theirs, ours = (
+        {path.name.partition("_")[0]: path for path in (tmp_path / side).glob("*/*_*.json*")}
+        for side in ("theirs", "ours")
+    )
+    assert theirs.keys() == ours.keys() == {"results", "samples"}
+    assert {path.parent.name for path in theirs.values()} == {path.parent.name for path in ours.values()}
+    before, after = (json.loads(side["results"].read_text()) for side in (theirs, ours))
+    assert before.keys() == after.keys() and before["config"].keys() == after["config"].keys()
+    for name in ("results", "n-samples", "n-shot", "higher_is_better", "task_hashes", "model_source", "model_name"):
+        assert before[name] == after[name], name
+    assert before["results"]["pairs"]["acc,none"] == scores["acc"]
+    before, after = (side["samples"].read_text().splitlines() for side in (theirs, ours))
+    assert len(before) == len(after) == 4
+    for one, other in zip(map(json.loads, before), map(json.loads, after)):
+        assert one.keys() == other.keys() and one["doc_hash"] == other["doc_hash"] and one["acc"] == other["acc"]
 
 
 def test_a_dense_model_is_not_compressed_on_the_fly(folder: Path) -> None:

@@ -11,7 +11,6 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +18,11 @@ import torch
 from transformers import PreTrainedModel
 
 from llmcompress.errors import InputError, NumericsError, RecipeError
-from llmcompress.evaluate import PAIRS, compare, compare_models, evaluate, perplexity, run_tasks, text_windows
+from llmcompress.evaluate import PAIRS, compare, distance, evaluate, perplexity, run_tasks, text_windows
+from llmcompress.evaluate.distance import Distance
 from llmcompress.evaluate.harness import PAIRS_FILE, _scores
 from llmcompress.evaluate.perplexity import POSITIONS
+from llmcompress.protocol import Protocol
 from llmcompress.text import stdlib_text
 from tests.tiny import VOCABULARY, tiny, tiny_tokenizer
 
@@ -74,38 +75,40 @@ def test_nan_is_an_error_not_a_score() -> None:
 
 def test_windows_that_cannot_be_cut() -> None:
     with pytest.raises(InputError, match="has 3 tokens, less than one window of 8"):
-        text_windows(tiny_tokenizer(), "abc", length=8)
+        text_windows(tiny_tokenizer(), "abc", windows=1, length=8)
     with pytest.raises(RecipeError, match="context of 64"):
-        text_windows(tiny_tokenizer(), TEXT, length=65, model_config=tiny("llama").config)
+        text_windows(tiny_tokenizer(), TEXT, 1, 65, reader().config, tiny("llama").config)
     with pytest.raises(RecipeError, match="at least one window"):
-        text_windows(tiny_tokenizer(), TEXT, windows=0)
+        text_windows(tiny_tokenizer(), TEXT, windows=0, length=8)
 
 
-# --- compare ----------------------------------------------------------------------------------------------------
+# --- distance ----------------------------------------------------------------------------------------------------
 
 
 def test_a_model_does_not_differ_from_itself() -> None:
     model = reader()
-    found = compare(model, copy.deepcopy(model), torch.randint(0, 256, (2, 40)))
-    assert (found.kl, found.top1_agreement, found.tokens) == (0.0, 1.0, 78)
-    assert found.teacher == found.student
+    found = distance(model, copy.deepcopy(model), torch.randint(0, 256, (2, 40)))
+    assert found == Distance.to_itself(found.teacher)
+    assert (found.kl, found.top1_agreement, found.teacher.tokens) == (0.0, 1.0, 78)
 
 
-def test_compare_equals_the_definition() -> None:
+def test_distance_equals_the_definition() -> None:
     teacher, student, ids = reader(0), reader(1), torch.randint(0, 256, (3, POSITIONS + 10))
-    found = compare(teacher, student, ids, batch_size=2)
+    found = distance(teacher, student, ids, batch_size=2)
     alone = perplexity(teacher, ids), perplexity(student, ids)
     p, q = (log_probabilities(model, ids)[:, :-1] for model in (teacher, student))
     divergence = float((p.exp() * (p - q)).sum(-1).mean())  # KL(teacher || student)
     assert math.isclose(found.kl, divergence, rel_tol=1e-5)
     assert not math.isclose(found.kl, float((q.exp() * (q - p)).sum(-1).mean()), rel_tol=1e-3)
-    assert found.top1_agreement == float((p.argmax(-1) == q.argmax(-1)).double().mean())
+    agreement = (p.argmax(-1) == q.argmax(-1)).double().mean(1)
+    assert math.isclose(found.top1_agreement, float(agreement.mean()))
+    assert math.isclose(found.top1_agreement_stderr, float(agreement.std() / math.sqrt(3)))
     assert (found.teacher, found.student) == alone
 
 
 def test_other_vocabularies_are_refused() -> None:
     with pytest.raises(InputError, match="vocabulary of 264, the other of 300"):
-        compare(reader(), tiny("llama", vocab_size=300), torch.randint(0, 256, (1, 8)))
+        distance(reader(), tiny("llama", vocab_size=300), torch.randint(0, 256, (1, 8)))
 
 
 # --- one call for everything ------------------------------------------------------------------------------------
@@ -114,18 +117,21 @@ def test_other_vocabularies_are_refused() -> None:
 def test_evaluate_has_the_promised_keys(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
-    alone = evaluate(reader(), tiny_tokenizer(), path, windows=2, length=32)
-    assert set(alone) == {"perplexity", "tokens", "tasks", "kl", "top1_agreement"}
+    alone = evaluate(reader(), tiny_tokenizer(), Protocol(path, windows=2, length=32)).to_json()
+    assert set(alone) == {"tokens", "tasks"} | {
+        name + error for name in ("perplexity", "kl", "top1_agreement") for error in ("", "_stderr")
+    }
     assert (alone["tokens"], alone["tasks"], alone["kl"], alone["top1_agreement"]) == (62, {}, None, None)
+    assert alone["perplexity_stderr"] > 0
 
 
 def test_both_ways_to_compare_agree_and_read_the_standard_library_by_default() -> None:
-    dense, other, tokenizer = reader(0), reader(1), tiny_tokenizer()
-    sizes: dict[str, Any] = {"windows": 2, "length": 48}
-    both = compare_models(dense, other, tokenizer, **sizes)
-    assert both["compressed"] == evaluate(other, tokenizer, against=dense, **sizes)
-    assert both["dense"] == evaluate(dense, tokenizer, against=dense, **sizes)
-    assert both["dense"]["perplexity"] == evaluate(dense, tokenizer, stdlib_text("test"), **sizes)["perplexity"]
+    dense, other, tokenizer, protocol = reader(0), reader(1), tiny_tokenizer(), Protocol(windows=2, length=48)
+    both = [one.to_json() for one in compare(dense, [lambda: other], tokenizer, protocol)]
+    assert both[0] == evaluate(dense, tokenizer, protocol, against=dense).to_json()
+    assert both[1] == evaluate(other, tokenizer, protocol, against=dense).to_json()
+    text = evaluate(dense, tokenizer, Protocol(stdlib_text("test"), windows=2, length=48))
+    assert both[0]["perplexity"] == text.perplexity.value
     assert json.loads(json.dumps(both)) == both
 
 
@@ -157,7 +163,7 @@ def test_pairs_are_scored_as_by_hand_and_nothing_is_left_behind(
     model, tokenizer = reader().train(), tiny_tokenizer()
     tokenizer.pad_token = None
     states = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].copy(), dict(os.environ)
-    scores = run_tasks(model, tokenizer, [PAIRS], limit=40, batch_size=8)
+    scores = run_tasks(model, tokenizer, Protocol(tasks=(PAIRS,), limit=40)).scores
     assert capfd.readouterr().out == ""
     assert torch.equal(torch.random.get_rng_state(), states[0])
     assert random.getstate() == states[1]
@@ -192,8 +198,8 @@ target_delimiter: ""
 """
     )
     model = reader()
-    for tasks in ([str(own), str(tmp_path / "tasks")], [str(own), str(tmp_path / "tasks" / "same.yaml")]):
-        scores = run_tasks(model, tiny_tokenizer(), tasks)
+    for same in (tmp_path / "tasks", tmp_path / "tasks" / "same.yaml"):
+        scores = run_tasks(model, tiny_tokenizer(), Protocol(tasks=(str(own), str(same)))).scores
         assert scores["own_pairs"]["acc"] == scores["same_pairs"]["acc"]
         assert scores["same_pairs"]["samples"] == 6
 
@@ -214,17 +220,17 @@ def test_tasks_that_cannot_run(tmp_path: Path) -> None:
         (str(tmp_path / "empty"), InputError, "has no lm-eval task files"),
     ):
         with pytest.raises(kind, match=message):
-            run_tasks(reader(), tiny_tokenizer(), [task])
+            run_tasks(reader(), tiny_tokenizer(), Protocol(tasks=(task,)))
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(RecipeError, match="neither"):
-        run_tasks(reader(), tokenizer, [PAIRS])
+        run_tasks(reader(), tokenizer, Protocol(tasks=(PAIRS,)))
 
 
 def test_missing_lm_eval_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(RecipeError, match=r'pip install "llmcompress\[eval\]"'):
-        run_tasks(reader(), tiny_tokenizer(), [PAIRS])
+        run_tasks(reader(), tiny_tokenizer(), Protocol(tasks=(PAIRS,)))
 
 
 def test_results_are_read_with_care() -> None:
@@ -239,7 +245,6 @@ def test_results_are_read_with_care() -> None:
     assert _scores({"results": {"x": entry, "group": {" ": " "}}}) == {
         "x": {"acc": 0.5, "exact_match,strict": 1.0, "samples": 3}
     }
-    assert _scores(None) == {}
 
 
 def test_importing_evaluation_imports_nothing_large() -> None:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -223,21 +222,27 @@ def test_the_card_tells_scores_and_limits(folders: dict[str, Path], tmp_path: Pa
     )
     text = tmp_path / "text.txt"
     text.write_text("The miller counts every sack of corn that comes from the forty farms. " * 40)
-    sizes: dict[str, Any] = {"windows": 2, "length": 32}
-    found = score(folders["out"], against=str(folders["dense"]), text=text, save=True, **sizes)
+    protocol = lc.Protocol(text, windows=2, length=32)
+    found = score(folders["out"], protocol, against=str(folders["dense"]), save=True)
     scores = json.loads((folders["out"] / "eval.json").read_text())
-    scores["compressed"]["tasks"] = {"arc_easy": {"acc": 0.5, "acc_stderr": 0.1}}
-    scores["dense"]["tasks"] = {"arc_easy": {"acc": 0.6, "acc_stderr": 0.1}}
+    scores["compressed"]["tasks"] = {"arc_easy": {"acc": 0.5, "acc_stderr": 0.1, "samples": 9}}
+    scores["dense"]["tasks"] = {"arc_easy": {"acc": 0.6, "acc_stderr": 0.1, "samples": 9}}
     full = card(report, "me/small", "version: 1", scores)
     assert "There is no plot" in plain and "](layers.png)" in card(report, "me/small", "version: 1", plot="layers.png")
-    assert f"{found['kl']:.4f}" in full and "| arc_easy: acc | 0.6000 | 0.5000 |" in full
+    assert f"| 0 | {found['kl']:.4f} ± {found['kl_stderr']:.4f} |" in full
+    assert "| arc_easy: acc | 0.6000 ± 0.1000 | 0.5000 ± 0.1000 |" in full
+    for side in ("dense", "compressed"):  # as saved before there were standard errors
+        scores[side] = {name: value for name, value in scores[side].items() if not name.endswith("_stderr")}
+    assert f"| {scores['dense']['perplexity']:.3f} | {scores['compressed']['perplexity']:.3f} |" in card(
+        report, "me/small", "version: 1", scores
+    )
     metadata = ModelCard(full).data
     assert isinstance(metadata, ModelCardData) and metadata.eval_results is not None
     [result] = metadata.eval_results
     assert result.dataset_name == "arc_easy" and result.metric_value == 0.5
     assert push(folders["out"], "me/small", dry_run=True).files["eval.json"] > 100
     with pytest.raises(RecipeError, match="saving scores needs"):
-        score(folders["dense"], save=True, **sizes)
+        score(folders["dense"], protocol, save=True)
 
 
 def test_the_card_shows_every_layer(here: StandInHub, folders: dict[str, Path]) -> None:

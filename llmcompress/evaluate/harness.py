@@ -12,17 +12,23 @@ import difflib
 import io
 import json
 import logging
+import math
 import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
-from llmcompress.errors import InputError, RecipeError
+from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.evaluate.noise import mean
+from llmcompress.evaluate.processes import ALONE, Processes
+from llmcompress.protocol import Protocol
 from llmcompress.text import read_text
 
 if TYPE_CHECKING:
@@ -31,53 +37,88 @@ if TYPE_CHECKING:
 PAIRS = "llmcompress_pairs"
 PAIRS_FILE = Path(__file__).with_name("minimal_pairs.jsonl")
 Scores = dict[str, dict[str, float]]
+Items = dict[str, dict[str, dict[Any, float]]]
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What tasks gave. Where several processes work, the first has all of it and the others nothing."""
+
+    scores: Scores = field(default_factory=dict)  # {task: {metric: value}}, with the number of items as "samples"
+    items: Items = field(default_factory=dict)  # {task: {metric: {item: value}}} of metrics that are means over items
+    results: dict[str, Any] = field(default_factory=dict)  # lm-eval's own, with its samples
+    tracker: Any = None  # lm-eval's EvaluationTracker
+
+    def save(self, folder: Path, name: str) -> None:
+        """Writes what lm-eval's command with `--output_path FOLDER --log_samples` would write for the model `name`.
+
+        `FOLDER/<name>/results_<date>.json` and `samples_<task>_<date>.jsonl`. Raises DiskError where that fails.
+        """
+        arguments = {"pretrained": name}
+        logged = self.tracker.general_config_tracker
+        logged.log_experiment_args("hf", arguments, None, logged.chat_template, logged.fewshot_as_multiturn)
+        results = {key: value for key, value in self.results.items() if key != "samples"}
+        results["config"] = {**results["config"], "model": "hf", "model_args": arguments}
+        self.tracker.output_path = str(folder)
+        samples = self.results["samples"]
+        with _quiet():
+            self.tracker.save_results_aggregated(results, samples)
+            for task in results["configs"]:
+                self.tracker.save_results_samples(task, samples[task])
+        written = [path.name.rpartition("_")[0] for path in folder.glob("*/*.json*")]
+        if sorted(written) != sorted(["results", *(f"samples_{task}" for task in results["configs"])]):
+            raise DiskError(f"lm-eval could not write all of its files to {folder}; check the disk and start again")
 
 
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    *,
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-    chat_template: bool = False,
-) -> Scores:
-    """{task: {metric: value}}, with the number of scored items as "samples".
+    protocol: Protocol,
+    processes: Processes = ALONE,
+) -> TaskScores:
+    """The tasks of `protocol`, none for none.
 
     A task is a name that lm-eval knows, "llmcompress_pairs", a .yaml file, a folder of them, or a .jsonl file of
-    minimal pairs. A YAML file may name Python functions, which lm-eval then runs: use files you trust. `limit` scores
-    the first items only (a share below 1, else a number): not a result to quote. Standard output, global random
-    states, the environment, the tokenizer and the model's mode are left as they were. Raises RecipeError when lm-eval
-    is missing or a task is unknown, InputError when a task cannot be loaded.
+    minimal pairs. A YAML file may name Python functions, which lm-eval then runs: use files you trust. Standard output,
+    global random states, the environment, the tokenizer and the model's mode are left as they were. Raises RecipeError
+    when lm-eval is missing or a task is unknown, InputError when a task cannot be loaded.
     """
-    if not tasks:
-        return {}
+    if not protocol.tasks:
+        return TaskScores()
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise RecipeError("lm-eval needs a tokenizer with a BOS or EOS token to start sentences from; this has neither")
+    if protocol.chat_template and tokenizer.chat_template is None:
+        raise RecipeError("the model's tokenizer has no chat template; score it without one")
     training = model.training
     with _contained():
-        evaluator, manager_class, model_class = _lm_eval()
-        loaded, manager = _load(manager_class, tasks)
-        wrapped = model_class(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        evaluator, manager_class, model_class, tracker_class = _lm_eval()
+        loaded, manager = _load(manager_class, protocol.tasks)
+        wrapped = model_class(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=protocol.batch_size)
+        if processes.accelerator is not None:
+            # What HFLM sets itself when it loads the model by name. For one in memory it leaves this to its caller
+            # ("custom distributed integration"): no argument, so the attributes that LM has for it.
+            wrapped.accelerator = processes.accelerator
+            wrapped._rank, wrapped._world_size = processes.rank, processes.count
+        tracker = tracker_class()
         results = evaluator.simple_evaluate(
             model=wrapped,
             tasks=loaded,
             task_manager=manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            batch_size=batch_size,
-            apply_chat_template=chat_template,
+            limit=protocol.limit,
+            num_fewshot=protocol.num_fewshot,
+            batch_size=protocol.batch_size,
+            apply_chat_template=protocol.chat_template,
             bootstrap_iters=100,  # standard errors of means need none; the slow ones are capped by this
-            log_samples=False,
-            random_seed=seed,
+            evaluation_tracker=tracker,
+            random_seed=protocol.seed,
             numpy_random_seed=None,  # NumPy's global generator stays as it is
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            torch_random_seed=protocol.seed,
+            fewshot_random_seed=protocol.seed,
         )
     model.train(training)
-    return _scores(results)
+    if results is None:  # not the first process
+        return TaskScores()
+    return TaskScores(_scores(results), _items(results), results, tracker)
 
 
 def minimal_pairs_task(path: Path, name: str | None = None) -> dict[str, Any]:
@@ -124,15 +165,16 @@ def _read_pairs(path: Path) -> list[dict[str, str]]:
     return pairs
 
 
-def _lm_eval() -> tuple[Any, Any, Any]:
-    """lm-eval's evaluator module, TaskManager and HFLM, imported when needed: it is large."""
+def _lm_eval() -> tuple[Any, Any, Any, Any]:
+    """lm-eval's evaluator module, TaskManager, HFLM and EvaluationTracker, imported when needed: it is large."""
     try:
         from lm_eval import evaluator
+        from lm_eval.loggers import EvaluationTracker
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise RecipeError(f'tasks need lm-eval ({error}): pip install "llmcompress[eval]"') from error
-    return evaluator, TaskManager, HFLM
+    return evaluator, TaskManager, HFLM, EvaluationTracker
 
 
 def _load(manager_class: Any, tasks: Sequence[str]) -> tuple[list[Any], Any]:
@@ -180,44 +222,83 @@ def _local(task: str) -> dict[str, Any] | str | Path | None:
     return path if path.is_dir() else None
 
 
-def _scores(results: dict[str, Any] | None) -> Scores:
+def _scores(results: dict[str, Any]) -> Scores:
     """lm-eval's result without what is not a number: a standard error may be "N/A", keys are "metric,filter"."""
     scores: Scores = {}
-    counts = (results or {}).get("n-samples", {})
-    for task, entry in (results or {}).get("results", {}).items():
-        metrics = {}
-        for key, value in entry.items():
-            metric, _, kind = key.partition(",")
-            if isinstance(value, int | float) and not isinstance(value, bool) and metric != "sample_len":
-                metrics[metric if kind in ("", "none") else key] = float(value)
+    counts = results.get("n-samples", {})
+    for task, entry in results.get("results", {}).items():
+        metrics = {_metric(key): float(value) for key, value in _numbers(entry)}
         if metrics:
             scored = counts.get(task, {}).get("effective", entry.get("sample_len"))
             scores[task] = metrics | ({"samples": scored} if scored is not None else {})
     return scores
 
 
+def _items(results: dict[str, Any]) -> Items:
+    """The values that lm-eval's means are of, by the task and number of the item; a group's are its tasks' together.
+
+    What is no mean of single numbers (a corpus score, a perplexity) has none.
+    """
+    found: Items = {}
+    for task, entry in results["results"].items():
+        samples = [(leaf, one) for leaf in _leaves(task, results) for one in results["samples"].get(leaf, ())]
+        for key, value in _numbers(entry):
+            metric, _, kind = key.partition(",")
+            values = {
+                (leaf, one["doc_id"]): float(one[metric])
+                for leaf, one in samples
+                if one["filter"] == kind and isinstance(one.get(metric), Real)
+            }
+            if values and math.isclose(mean(list(values.values())), value, rel_tol=1e-9, abs_tol=1e-12):
+                found.setdefault(task, {})[_metric(key)] = values
+    return found
+
+
+def _leaves(task: str, results: dict[str, Any]) -> list[str]:
+    """The tasks with items that `task` consists of: itself, or those of a group, and of the groups in it."""
+    children = results.get("group_subtasks", {}).get(task)
+    return [leaf for child in children for leaf in _leaves(child, results)] if children else [task]
+
+
+def _numbers(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The metrics in lm-eval's entry for a task, under its own keys."""
+    for key, value in entry.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and key != "sample_len":
+            yield key, value
+
+
+def _metric(key: str) -> str:
+    """ "acc,none" -> "acc"; another filter stays in the name."""
+    return key.removesuffix(",none")
+
+
 @contextlib.contextmanager
 def _contained() -> Iterator[None]:
-    """Keeps lm-eval's habits inside: printing, progress bars where nobody looks, seeding, setting variables."""
-    screen = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    """Keeps lm-eval's habits inside: seeding and setting variables, and what `_quiet` keeps."""
     environment, state = dict(os.environ), random.getstate()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with _quiet(), torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+            os.environ.update(environment)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No printing, and no progress bars where nobody looks."""
+    screen = sys.stderr if sys.stderr.isatty() else io.StringIO()
     logger = logging.getLogger("lm_eval")
     level = logger.level
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with (
-        contextlib.redirect_stdout(screen),
-        contextlib.redirect_stderr(screen),
-        torch.random.fork_rng(devices=devices),
-    ):
+    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
         logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
             logger.setLevel(level)
-            random.setstate(state)
-            for name in os.environ.keys() - environment.keys():
-                del os.environ[name]
-            os.environ.update(environment)
 
 
 def _short(error: BaseException) -> str:

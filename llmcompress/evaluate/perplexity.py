@@ -7,14 +7,19 @@ own, so its first token is predicted by nothing and does not count: `windows * (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError, NumericsError, RecipeError
+from llmcompress.evaluate.noise import mean, stderr
+from llmcompress.evaluate.processes import ALONE, Processes
+from llmcompress.protocol import Protocol
+from llmcompress.text import read_text, stdlib_text
 from llmcompress.tokens import context_length
 
 if TYPE_CHECKING:
@@ -25,37 +30,54 @@ POSITIONS = 256  # positions whose log-probabilities are in memory at once: 256 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """value = exp(nll); nll in nats per token, the mean over `tokens` predicted tokens."""
+    """value = exp(nll); nll in nats per token, the mean over `tokens` predicted tokens, and over `windows`."""
 
     value: float
+    stderr: float | None  # of `value`, windows being independent; None for one window
     tokens: int
     nll: float
+    windows: tuple[float, ...]  # the mean of each
 
     @staticmethod
-    def of(total: float, tokens: int) -> Perplexity:
-        """From the sum of the negative log-probabilities. Raises NumericsError when it is NaN or infinite."""
-        if not math.isfinite(total):
+    def of(windows: Sequence[float], tokens: int) -> Perplexity:
+        """From the mean negative log-probability of each window. Raises NumericsError where one is NaN or infinite."""
+        if not all(map(math.isfinite, windows)):
             raise NumericsError("the model's log-probabilities on the evaluation text are NaN or infinite")
-        nll = total / tokens
-        return Perplexity(math.exp(nll) if nll < 700 else math.inf, tokens, nll)
+        nll, error = mean(windows), stderr(windows)
+        value = math.exp(nll) if nll < 700 else math.inf
+        return Perplexity(value, None if error is None else value * error, tokens, nll, tuple(windows))
+
+
+def evaluation_windows(tokenizer: PreTrainedTokenizerBase, protocol: Protocol, *readers: PreTrainedConfig) -> Tensor:
+    """The windows [n, length] of the protocol's text that models of these configs are to read, see `text_windows`."""
+    match protocol.text:
+        case None:
+            text = stdlib_text("test")
+        case Path():
+            text = read_text(protocol.text)
+        case _:
+            text = protocol.text
+    return text_windows(tokenizer, text, protocol.windows, protocol.length, *readers)
 
 
 def text_windows(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-    windows: int = 32,
-    length: int = 1024,
-    model_config: PreTrainedConfig | None = None,
+    windows: int,
+    length: int,
+    *readers: PreTrainedConfig,
 ) -> Tensor:
-    """The first `windows` windows of `text` -> int64 [at most windows, length].
+    """The first `windows` windows of `text` -> int64 [at most windows, length], for models of the configs `readers`.
 
-    Raises InputError when the text is too short for one window, RecipeError for a length the model cannot read.
+    Raises InputError when the text is too short for one window, RecipeError for a length that a model cannot read.
     """
     if windows < 1 or length < 2:
         raise RecipeError(f"perplexity needs at least one window of two tokens, not windows {windows}, length {length}")
-    context = context_length(model_config)
-    if context is not None and length > context:
-        raise RecipeError(f"evaluation length {length} is more than the model's context of {context}; use at most that")
+    for context in map(context_length, readers):
+        if context is not None and length > context:
+            raise RecipeError(
+                f"evaluation length {length} is more than the model's context of {context}; use at most that"
+            )
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     count = min(windows, len(ids) // length)
     if count == 0:
@@ -66,13 +88,15 @@ def text_windows(
     return torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)
 
 
-def perplexity(model: PreTrainedModel, ids: Tensor, batch_size: int = 1) -> Perplexity:
+def perplexity(model: PreTrainedModel, ids: Tensor, batch_size: int = 1, processes: Processes = ALONE) -> Perplexity:
     """Of `model`, in the dtype it has, on windows `ids` [n, length]. Holds logits of `batch_size` windows."""
-    total = 0.0
-    for batch, logits in window_logits(model, ids, batch_size):
-        for predicted, targets in position_chunks(logits, batch):
-            total += negative_log_likelihood(predicted.float().log_softmax(-1), targets)
-    return Perplexity.of(total, predicted_tokens(ids))
+    losses = []
+    for batch, logits in window_logits(model, processes.share(ids), batch_size):
+        for window, row in zip(batch, logits):
+            chunks = position_chunks(row, window)
+            total = sum(negative_log_likelihood(given.float().log_softmax(-1), targets) for given, targets in chunks)
+            losses.append(total / (len(window) - 1))
+    return Perplexity.of(processes.gathered(losses), predicted_tokens(ids))
 
 
 def predicted_tokens(ids: Tensor) -> int:
@@ -82,16 +106,15 @@ def predicted_tokens(ids: Tensor) -> int:
 
 @torch.no_grad()
 def window_logits(model: PreTrainedModel, ids: Tensor, batch_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """(windows [batch, length], logits [batch, length, vocabulary]), on the device of the model."""
-    for batch in ids.split(batch_size):
-        here = batch.to(model.device)
+    """(windows [batch, length], logits [batch, length, vocabulary]), on the device of the model; none for no window."""
+    for first in range(0, len(ids), batch_size):
+        here = ids[first : first + batch_size].to(model.device)
         yield here, model(input_ids=here, use_cache=False).logits
 
 
-def position_chunks(logits: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(logits [positions, vocabulary], next tokens [positions]) of all that is predicted, a few positions at a time."""
-    for row, window in zip(logits[:, :-1], ids[:, 1:]):
-        yield from zip(row.split(POSITIONS), window.split(POSITIONS))
+def position_chunks(logits: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits [positions, vocabulary], next tokens [positions]) of all that is predicted in a window, bit by bit."""
+    return zip(logits[:-1].split(POSITIONS), window[1:].split(POSITIONS))
 
 
 def negative_log_likelihood(log_probabilities: Tensor, targets: Tensor) -> float:

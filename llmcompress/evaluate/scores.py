@@ -1,112 +1,116 @@
-"""Everything one wants to know of a model in one call: perplexity, tasks, and the distance to a teacher."""
+"""Everything one wants to know of models in memory: perplexity, tasks, and the distance to a teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from llmcompress.evaluate.compare import compare
-from llmcompress.evaluate.harness import run_tasks
-from llmcompress.evaluate.perplexity import perplexity, text_windows
+from llmcompress.evaluate.distance import Distance, distance
+from llmcompress.evaluate.harness import Items, TaskScores, run_tasks
+from llmcompress.evaluate.noise import paired
+from llmcompress.evaluate.perplexity import Perplexity, evaluation_windows, perplexity
+from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.modules import decoded
-from llmcompress.text import read_text, stdlib_text
+from llmcompress.protocol import STANDARD, Protocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """One model, measured. `distance`: to the teacher, None without one."""
+
+    perplexity: Perplexity
+    tasks: TaskScores
+    distance: Distance | None
+
+    def to_json(self) -> dict[str, Any]:
+        """perplexity, tokens, tasks {name: {metric: value}}, kl and top1_agreement; each with its standard error."""
+        far = self.distance
+        return {
+            "perplexity": self.perplexity.value,
+            "perplexity_stderr": self.perplexity.stderr,
+            "tokens": self.perplexity.tokens,
+            "tasks": self.tasks.scores,
+            "kl": None if far is None else far.kl,
+            "kl_stderr": None if far is None else far.kl_stderr,
+            "top1_agreement": None if far is None else far.top1_agreement,
+            "top1_agreement_stderr": None if far is None else far.top1_agreement_stderr,
+        }
+
+    def differences(self, reference: Evaluation) -> dict[str, Any]:
+        """{"nll": difference, "tasks": {name: {metric: difference}}} to `reference`, which was asked the same.
+
+        Entries are `noise.Difference`; that of perplexity is taken of its logarithm, in nats per token. Metrics that
+        are no means over items have none.
+        """
+        text = asdict(paired(reference.perplexity.windows, self.perplexity.windows))
+        return {"nll": text, "tasks": _task_differences(reference.tasks.items, self.tasks.items)}
+
+
+def _task_differences(reference: Items, model: Items) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for task, metrics in reference.items():
+        for metric, wanted in metrics.items():
+            given = model.get(task, {}).get(metric, {})
+            if given.keys() == wanted.keys():
+                change = paired(list(wanted.values()), [given[item] for item in wanted])
+                found.setdefault(task, {})[metric] = asdict(change)
+    return found
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Path | None = None,
+    protocol: Protocol = STANDARD,
     *,
-    windows: int = 32,
-    length: int = 1024,
-    tasks: Sequence[str] = (),
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 8,
     against: PreTrainedModel | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """-> perplexity, tokens, tasks {name: {metric: value}}, kl and top1_agreement (None unless `against` is given).
+    processes: Processes = ALONE,
+) -> Evaluation:
+    """`model` on the text and the tasks of `protocol`, and how far it is from the teacher `against`.
 
-    `text` is a text, the Path of a UTF-8 file, or None: documentation that Python ships and that calibration on
-    "stdlib" never sees. `against` is the teacher. `tasks`, `limit`, `num_fewshot`, `batch_size` (of tasks) and `seed`
-    are those of `run_tasks`. Compressed layers stay decoded meanwhile, so they take the memory of dense ones.
+    Compressed layers stay decoded meanwhile, so they take the memory of dense ones. `processes` share the work; every
+    one of them has to call this.
     """
-    ids = evaluation_windows(tokenizer, text, windows, length, model)
+    if against is not None:
+        return _beside(against, model, tokenizer, protocol, processes)[1]
+    ids = evaluation_windows(tokenizer, protocol, model.config)
     with decoded(model):
-        if against is None:
-            score, distance = perplexity(model, ids), None
-        else:
-            with decoded(against):
-                distance = compare(against, model, ids)
-            score = distance.student
-        scored = run_tasks(
-            model, tokenizer, tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, seed=seed
-        )
-    return {
-        "perplexity": score.value,
-        "tokens": score.tokens,
-        "tasks": scored,
-        "kl": None if distance is None else distance.kl,
-        "top1_agreement": None if distance is None else distance.top1_agreement,
-    }
+        score = perplexity(model, ids, processes=processes)
+        return Evaluation(score, run_tasks(model, tokenizer, protocol, processes), None)
 
 
-def compare_models(
-    dense: PreTrainedModel,
-    compressed: PreTrainedModel,
+def compare(
+    reference: PreTrainedModel,
+    others: Sequence[Callable[[], PreTrainedModel]],
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Path | None = None,
+    protocol: Protocol = STANDARD,
     *,
-    windows: int = 32,
-    length: int = 1024,
-    tasks: Sequence[str] = (),
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """{"dense": ..., "compressed": ...}, each what `evaluate` gives, the distances both measured from `dense`."""
-    ids = evaluation_windows(tokenizer, text, windows, length, dense)
-    both = {"dense": dense, "compressed": compressed}
-    with decoded(dense), decoded(compressed):
-        distance = compare(dense, compressed, ids)
-        scored = {
-            name: run_tasks(
-                model, tokenizer, tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, seed=seed
-            )
-            for name, model in both.items()
-        }
-    return {
-        "dense": {
-            "perplexity": distance.teacher.value,
-            "tokens": distance.tokens,
-            "tasks": scored["dense"],
-            "kl": 0.0,
-            "top1_agreement": 1.0,
-        },
-        "compressed": {
-            "perplexity": distance.student.value,
-            "tokens": distance.tokens,
-            "tasks": scored["compressed"],
-            "kl": distance.kl,
-            "top1_agreement": distance.top1_agreement,
-        },
-    }
+    processes: Processes = ALONE,
+) -> list[Evaluation]:
+    """The reference's evaluation, then those of one or more others, all distances being those from the reference.
+
+    The others are functions that load a model; one at a time is in memory beside the reference.
+    """
+    found = [_beside(reference, load(), tokenizer, protocol, processes) for load in others]
+    own, _ = found[0]
+    with decoded(reference):
+        tasks = run_tasks(reference, tokenizer, protocol, processes)
+    return [Evaluation(own, tasks, Distance.to_itself(own)), *(other for _, other in found)]
 
 
-def evaluation_windows(
-    tokenizer: PreTrainedTokenizerBase, text: str | Path | None, windows: int, length: int, model: PreTrainedModel
-) -> Tensor:
-    """The windows [n, length] of `text` (see `evaluate`) that `model` is to read."""
-    if text is None:
-        text = stdlib_text("test")
-    elif isinstance(text, Path):
-        text = read_text(text)
-    return text_windows(tokenizer, text, windows, length, model.config)
+def _beside(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: Protocol,
+    processes: Processes,
+) -> tuple[Perplexity, Evaluation]:
+    """The teacher's perplexity and the student's evaluation."""
+    ids = evaluation_windows(tokenizer, protocol, teacher.config, student.config)
+    with decoded(student):
+        with decoded(teacher):
+            far = distance(teacher, student, ids, processes=processes)
+        return far.teacher, Evaluation(far.student, run_tasks(student, tokenizer, protocol, processes), far)

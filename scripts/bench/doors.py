@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError
-from llmcompress.evaluate.scores import evaluation_windows
+from llmcompress.evaluate import evaluation_windows
 from llmcompress.export import DOORS, export
 from llmcompress.source import load_tokenizer
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     options = parser.parse_args()
     ours = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32)
-    ids = evaluation_windows(load_tokenizer(options.checkpoint), None, 1, 512, ours)
+    ids = evaluation_windows(load_tokenizer(options.checkpoint), lc.Protocol(windows=1, length=512), ours.config)
     wanted = logits(ours, ids)
     print(
         "| format | engine | largest difference | mean difference | MB before | MB after |\n|---|---|---|---|---|---|"

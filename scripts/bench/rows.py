@@ -67,9 +67,9 @@ def measured(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
     from llmcompress.recipe import read_recipe
     from llmcompress.scoring import score
 
-    text = options.data / "wikitext2-test.raw"
+    protocol = lc.Protocol(text=options.data / "wikitext2-test.raw", windows=options.windows)
     if recipe == "dense":
-        found = score(options.model, text=text, windows=options.windows)
+        found = score(options.model, protocol)
         return {"recipe": recipe, **{key: found[key] for key in ("bytes", "bpw", "model_bpw", "perplexity")}}
     path = CONFIGS / f"{recipe}.yaml"
     calibration = {
@@ -85,7 +85,7 @@ def measured(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         chosen = read_recipe(path if path.is_file() else recipe, settings)
         report = lc.compress(options.model, chosen, Path(folder) / "model").report
-        found = score(Path(folder) / "model", text=text, windows=options.windows)
+        found = score(Path(folder) / "model", protocol)
     errors = [row.error_heldout for row in report.layers if row.error_heldout is not None]
     return {
         "recipe": recipe,

@@ -38,6 +38,7 @@ ROOMS = (
     "hf",  # the transformers plug-in
     "plugin",  # when to load it
     "adapters",  # LoRA adapters as low-rank terms
+    "protocol",  # how models are scored
     "evaluate",
     "report",
     "driver",  # model + recipe -> checkpoint + report
@@ -46,10 +47,12 @@ ROOMS = (
     "export",  # doors out
     "terminal",  # how a command speaks and ends
     "tables",  # plans, reports and scores for people
+    "comparison",  # several models in one table
     "card",  # a report as the Hub shows it
     "plots",  # a report as a picture
     "hub",  # publishing
     "cli",
+    "__main__",
 )
 # A method shares code with others through the files of methods/ that register none. The one exception:
 SIBLINGS = {"llmcompress.methods.gptq": {"llmcompress.methods.rtn"}}  # rtn with feedback

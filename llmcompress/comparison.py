@@ -1,0 +1,95 @@
+"""Several models by their names in one table, each beside the first: for `llmcompress compare`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmcompress import evaluate
+from llmcompress import report as reports
+from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.evaluate import ALONE, Processes
+from llmcompress.locate import Place, locate
+from llmcompress.protocol import STANDARD, Protocol
+from llmcompress.scoring import size_of
+from llmcompress.source import load_model, load_tokenizer
+from llmcompress.tables import comparison_markdown
+
+KINDS = (".md", ".json")  # of an output file
+
+
+def compare(
+    models: Sequence[str | Path],
+    protocol: Protocol = STANDARD,
+    *,
+    output: Path | None = None,
+    device: str = "cpu",
+    processes: Processes = ALONE,
+) -> dict[str, Any]:
+    """Scores and sizes of two or more models: {"protocol", "versions", "models": [what `score` gives, ...]}.
+
+    Each has its name as "model", and as "differences" what `Evaluation.differences` finds between it and the first,
+    None for the first itself; KL and top-1 agreement too are measured from the first. Two models are in memory at a
+    time. `output` is a new file for the table (.md) or for all numbers (.json). Where `processes` share the work, the
+    first of them writes and knows the scores of tasks. Raises RecipeError for fewer than two models, InputError for
+    models that cannot be loaded or that read text differently, DiskError for an output that cannot be written.
+    """
+    if len(models) < 2:
+        raise RecipeError("a comparison needs two models or more; give the one that the others are compared with first")
+    if output is not None:
+        _check(output)
+    places = [locate(str(model)) for model in models]
+    sizes = [size_of(place) for place in places]
+    _check_tokens(places, protocol)
+    reference, *others = (partial(load_model, place, device) for place in places)
+    tokenizer = load_tokenizer(places[0].folder)
+    found = evaluate.compare(reference(), others, tokenizer, protocol, processes=processes)
+    first = found[0]
+    rows = [
+        {"model": place.name, **asdict(size), **one.to_json()}
+        | {"differences": None if one is first else one.differences(first)}
+        for place, size, one in zip(places, sizes, found)
+    ]
+    result = {"protocol": protocol.to_json(), "versions": reports.versions(), "models": rows}
+    if output is not None and processes.rank == 0:
+        text = comparison_markdown(result) if output.suffix == ".md" else json.dumps(result, indent=2) + "\n"
+        _write(output, text)
+    return result
+
+
+def _check_tokens(places: Sequence[Place], protocol: Protocol) -> None:
+    """Raises InputError unless all models know the same tokens and read the protocol's text as the same ones."""
+    tokenizers = [load_tokenizer(place.folder) for place in places]
+    windows = [evaluate.evaluation_windows(tokenizer, protocol) for tokenizer in tokenizers]
+    for place, tokenizer, ids in zip(places, tokenizers, windows):
+        if tokenizer.get_vocab() != tokenizers[0].get_vocab() or not torch.equal(ids, windows[0]):
+            raise InputError(
+                f"{places[0].name} and {place.name} cannot be compared: they have different tokenizers; "
+                f"compare models that were made from one"
+            )
+
+
+def _check(output: Path) -> None:
+    if output.suffix not in KINDS:
+        raise RecipeError(f"a comparison is written as {' or '.join(KINDS)}, not as {output.name}")
+    if output.exists():
+        raise DiskError(f"{output} exists already; remove it or choose another output file")
+    if not output.absolute().parent.is_dir():
+        raise DiskError(f"there is no folder {output.absolute().parent}; make it or choose another output file")
+
+
+def _write(output: Path, text: str) -> None:
+    staged = output.with_name(f".{output.name}.partial")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        staged.rename(output)
+    except OSError as error:
+        raise DiskError(f"{output} cannot be written ({error.strerror}); choose another output file") from error
+    finally:
+        staged.unlink(missing_ok=True)

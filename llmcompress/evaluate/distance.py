@@ -1,0 +1,97 @@
+"""How far a compressed model is from its teacher, token by token: KL divergence and agreement on the likeliest token.
+
+Perplexity can stay while answers change; these two cannot (arXiv 2407.09141). Both models read the same windows, and
+one pass of each also gives both perplexities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from llmcompress.errors import InputError
+from llmcompress.evaluate.noise import mean, stderr
+from llmcompress.evaluate.perplexity import (
+    Perplexity,
+    negative_log_likelihood,
+    position_chunks,
+    predicted_tokens,
+    window_logits,
+)
+from llmcompress.evaluate.processes import ALONE, Processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Distance:
+    """kl: KL(teacher || student) in nats per token. top1_agreement: share of tokens with the same likeliest token.
+
+    Standard errors take windows as independent; they are None for one window.
+    """
+
+    kl: float
+    kl_stderr: float | None
+    top1_agreement: float
+    top1_agreement_stderr: float | None
+    teacher: Perplexity
+    student: Perplexity
+
+    @staticmethod
+    def to_itself(model: Perplexity) -> Distance:
+        """Of a model from itself."""
+        zero = None if model.stderr is None else 0.0
+        return Distance(0.0, zero, 1.0, zero, teacher=model, student=model)
+
+
+def distance(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    ids: Tensor,
+    batch_size: int = 1,
+    processes: Processes = ALONE,
+) -> Distance:
+    """Both models on windows `ids` [n, length], over the positions that perplexity counts.
+
+    Log-probabilities are float32, sums float64. Raises InputError when the vocabularies differ.
+    """
+    mine = processes.share(ids)
+    rows = []
+    for (batch, wanted), (_, given) in zip(
+        window_logits(teacher, mine, batch_size), window_logits(student, mine, batch_size)
+    ):
+        if wanted.shape != given.shape:
+            raise InputError(
+                f"the models cannot be compared: one has a vocabulary of {wanted.shape[-1]}, the other of "
+                f"{given.shape[-1]} tokens; compare a model with the one it was made from"
+            )
+        rows += [_in_window(*one) for one in zip(wanted, given.to(wanted.device), batch)]
+    divergence, same, *losses = zip(*processes.gathered(rows))
+    scores = [Perplexity.of(loss, predicted_tokens(ids)) for loss in losses]
+    return Distance(
+        mean(divergence), stderr(divergence), mean(same), stderr(same), teacher=scores[0], student=scores[1]
+    )
+
+
+def _in_window(wanted: Tensor, given: Tensor, window: Tensor) -> tuple[float, float, float, float]:
+    """Means over the predicted tokens: KL, agreement, negative log-probability of the teacher, of the student.
+
+    `wanted`, `given`: the teacher's and the student's logits [length, vocabulary].
+    """
+    divergence, same, of_teacher, of_student = 0.0, 0, 0.0, 0.0
+    for (teacher, targets), (student, _) in zip(position_chunks(wanted, window), position_chunks(given, window)):
+        p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+        divergence += float(kl_divergence(p, q).double().sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        of_teacher += negative_log_likelihood(p, targets)
+        of_student += negative_log_likelihood(q, targets)
+    count = len(window) - 1
+    return divergence / count, same / count, of_teacher / count, of_student / count
+
+
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities [positions, vocabulary] -> [positions], in nats."""
+    return nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)

@@ -1,0 +1,75 @@
+"""What chance does to a score, and which differences are beyond it.
+
+A score is a mean over items that are taken to be independent: the items of a task, or windows of text. Tokens are not
+items, since those of one window depend on each other; KL and top-1 agreement are averaged in each window first.
+(Neighbouring windows of one document share its topic, so the standard errors of text are a little too small.)
+
+- Standard error of a score: s / sqrt(n), s the standard deviation of the items' values (n - 1 in its denominator). For
+  a perplexity, exp(m), it is exp(m) times that of m, the mean negative log-probability (delta method).
+- Difference of two models: both see the same items, so the difference is taken item by item, and its standard error is
+  that of the n differences. An item that is hard for both does not count as noise, which is why two models can differ
+  beyond noise while their own error bars overlap.
+- Beyond noise: |difference| > q * standard error, q the 97.5 % quantile of Student's t with n - 1 degrees of freedom:
+  1.96 for many items, 2.78 for 5, 12.7 for 2. Differences that are all the same leave nothing to estimate noise from;
+  then the sign test decides, which needs six. Fewer than two items: no standard error, no verdict.
+
+One difference in twenty is marked where there is none, so among twenty columns one mark is nothing. KL and top-1
+agreement are distances: they cannot turn their sign, only be small, so they get a standard error and no verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CONFIDENCE = 0.95  # two-sided
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`value`: mean over `items` of model minus reference. `stderr`, `beyond_noise`: None for fewer than two items."""
+
+    value: float
+    stderr: float | None
+    items: int
+    beyond_noise: bool | None
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of at least one value."""
+    return math.fsum(values) / len(values)
+
+
+def stderr(values: Sequence[float]) -> float | None:
+    """The standard error of the mean of independent values; None for fewer than two."""
+    count = len(values)
+    if count < 2:
+        return None
+    middle = mean(values)
+    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (count - 1) / count)
+
+
+def paired(reference: Sequence[float], model: Sequence[float]) -> Difference:
+    """`model` minus `reference`, which hold the values of the same items in the same order."""
+    changes = [one - other for one, other in zip(model, reference, strict=True)]
+    count, value, error = len(changes), mean(changes), stderr(changes)
+    if error is None:
+        beyond = None
+    elif error == 0:
+        beyond = value != 0 and 2 * 0.5**count < 1 - CONFIDENCE
+    else:
+        beyond = within(abs(value) / error, count - 1) > CONFIDENCE
+    return Difference(value, error, count, beyond)
+
+
+def within(t: float, degrees: int) -> float:
+    """P(|T| <= t) of Student's t with `degrees` >= 1 degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    cosine, odd = math.cos(angle), degrees % 2
+    term = math.sin(angle) * (cosine if odd else 1.0)
+    total = term if degrees > 1 else 0.0
+    for step in range(2 + odd, degrees - 1, 2):
+        term *= (step - 1) / step * cosine**2
+        total += term
+    return 2 / math.pi * (angle + total) if odd else total

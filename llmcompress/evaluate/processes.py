@@ -1,0 +1,79 @@
+"""Several processes that score one model together, as `accelerate launch` starts them: each does its share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import RecipeError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `count`, of which it is number `rank`, and the device that it computes on.
+
+    `accelerator` is None for a process that is alone.
+    """
+
+    device: str = "cpu"
+    accelerator: Accelerator | None = None
+
+    @property
+    def rank(self) -> int:
+        """0 for the one that prints and saves."""
+        return 0 if self.accelerator is None else int(self.accelerator.process_index)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return 1 if self.accelerator is None else int(self.accelerator.num_processes)
+
+    def share(self, items: Tensor) -> Tensor:
+        """The rows `[at most n, ...]` of `items [n, ...]` that are this process's to do."""
+        return items.tensor_split(self.count)[self.rank]
+
+    def gathered(self, values: list[T]) -> list[T]:
+        """What all processes have found of their shares, in the order of the items; every process has to ask."""
+        if self.accelerator is None:
+            return values
+        from accelerate.utils import gather_object
+
+        together: list[T] = gather_object(values)
+        return together
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def launched(device: str) -> Iterator[Processes]:
+    """The processes that a launcher started, each with a device of the kind of `device`; without one, this process.
+
+    Raises RecipeError where there is no such device for each of them.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes(device)
+        return
+    from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+
+    patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))  # as lm-eval: some shares take hours longer
+    accelerator = Accelerator(cpu=torch.device(device).type == "cpu", kwargs_handlers=[patience])
+    if accelerator.num_processes != count:
+        raise RecipeError(f"{count} processes cannot each have a device like {device!r}; use cpu, or one GPU for each")
+    try:
+        yield Processes(str(accelerator.device), accelerator)
+    finally:
+        PartialState().destroy_process_group()
