@@ -285,11 +285,12 @@ def verify(
 def export(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],
     to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="dense (bfloat16) or peft (base and LoRA adapter).")
+        str,
+        typer.Option("--to", metavar="FORMAT", help="dense (bfloat16), compressed-tensors, gguf (llama.cpp) or peft."),
     ],
     output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
     allow_dense: Annotated[
-        bool, typer.Option("--allow-dense", help="What compressed-tensors cannot hold becomes bfloat16 there.")
+        bool, typer.Option("--allow-dense", help="What compressed-tensors or gguf cannot hold becomes bfloat16.")
     ] = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,

@@ -8,10 +8,11 @@ from pathlib import Path
 from llmcompress.errors import RecipeError
 from llmcompress.export.compressed_tensors import to_compressed_tensors
 from llmcompress.export.dense import to_dense
+from llmcompress.export.gguf import to_gguf
 from llmcompress.export.opened import Exported
 from llmcompress.export.peft import to_peft
 
-DOORS = ("dense", "compressed-tensors", "peft")
+DOORS = ("dense", "compressed-tensors", "peft", "gguf")
 
 __all__ = ["DOORS", "Exported", "export"]
 
@@ -19,8 +20,9 @@ __all__ = ["DOORS", "Exported", "export"]
 def export(folder: str | Path, output: str | Path, to: str, allow_dense: bool = False) -> Exported:
     """Writes the compressed checkpoint `folder` as the new folder `output`, in the format `to`.
 
-    `allow_dense`: what compressed-tensors cannot hold becomes bfloat16 there. Raises RecipeError for an unknown format,
-    InputError for a damaged checkpoint or one that the format cannot hold, DiskError as `compress` does.
+    `allow_dense`: what compressed-tensors or GGUF cannot hold becomes bfloat16 there. Raises RecipeError for an unknown
+    format or one whose package is missing, InputError for a damaged checkpoint or one that the format cannot hold,
+    DiskError as `compress` does.
     """
     match to:
         case "dense":
@@ -29,4 +31,6 @@ def export(folder: str | Path, output: str | Path, to: str, allow_dense: bool = 
             return to_compressed_tensors(Path(folder), Path(output), allow_dense)
         case "peft":
             return to_peft(Path(folder), Path(output))
+        case "gguf":
+            return to_gguf(Path(folder), Path(output), allow_dense)
     raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")

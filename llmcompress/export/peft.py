@@ -57,10 +57,11 @@ def to_peft(folder: Path, output: Path) -> Exported:
 
 
 def without_term(w: Weight) -> tuple[Weight, tuple[Tensor, Tensor] | None]:
-    """The expression without its low-rank term, and that term's A `[rank, in]` and B `[out, rank]` unrotated."""
+    """The expression without its low-rank terms, and their A `[rank, in]` and B `[out, rank]` unrotated."""
     match w:
-        case Sum((base, LowRank(left, right))):
-            return base, (dense(right), dense(left))
+        case Sum((base, *terms)) if terms and all(isinstance(term, LowRank) for term in terms):
+            factors = [(dense(term.right), dense(term.left)) for term in terms if isinstance(term, LowRank)]
+            return base, (torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], 1))
         case Rotated(inner, signs, block):
             base, term = without_term(inner)
             turned = None if term is None else (unrotate(term[0], signs, block), term[1])

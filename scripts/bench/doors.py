@@ -3,6 +3,7 @@
     python scripts/bench/doors.py CHECKPOINT
 
 Prints, per format: engine and version, largest and mean difference of the logits on 512 tokens (float32), and bytes.
+llama.cpp tells log-probabilities instead, so there it is those of its 20 likeliest tokens after each of the 512.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from llama_engine import LlamaEngine
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -42,8 +44,11 @@ def main() -> None:
             except InputError as error:
                 print(f"| {name} | refused: {error} | | | | |")
                 continue
-            found = (logits(entered(name, output), ids) - wanted).abs()
-            package = "transformers" if name == "dense" else name
+            if name == "gguf":
+                found = differences(LlamaEngine(output, 1024), ids, wanted)
+            else:
+                found = (logits(entered(name, output), ids) - wanted).abs()
+            package = {"dense": "transformers", "gguf": "xllamacpp"}.get(name, name)
             engine = f"{package} {version(package)}"
             sizes = f"{done.bytes_before / 1e6:.1f} | {done.bytes_after / 1e6:.1f}"
             print(f"| {name} | {engine} | {found.max():.4f} | {found.mean():.5f} | {sizes} |")
@@ -58,6 +63,15 @@ def entered(name: str, output: Path) -> nn.Module:
 
     base = AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.float32)
     return PeftModel.from_pretrained(base, str(output / "adapter"))
+
+
+def differences(engine: LlamaEngine, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Of log-probabilities, after every start of `ids [1, length]`; `wanted` are our logits."""
+    ours = wanted[0].log_softmax(-1)
+    tokens = ids[0].tolist()
+    found = [engine.likeliest(tokens[: end + 1], 20) for end in range(len(tokens))]
+    pairs = [(ours[end, token], value) for end, row in enumerate(found) for token, value in row.items()]
+    return torch.tensor([abs(float(mine) - value) for mine, value in pairs])
 
 
 @torch.no_grad()

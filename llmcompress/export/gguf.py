@@ -1,0 +1,257 @@
+"""To GGUF, which llama.cpp runs: `model.gguf`, and `lora.gguf` for low-rank terms beside what is held exactly.
+
+Grids stay value for value, in the smallest tensor type that allows it; what no type holds is refused, or stored in
+bfloat16 where that is allowed, and listed. The checkpoint is read twice: to find every tensor's type, which the head of
+the file must list, then to write them one at a time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmcompress import report
+from llmcompress.checkpoint import check_output, writing
+from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.export.gguf_llama import ARCHITECTURE, ROPE_FACTORS, Llama, llama
+from llmcompress.export.gguf_types import Inexact, TensorType, exact_type, packed
+from llmcompress.export.gguf_vocabulary import read_vocabulary
+from llmcompress.export.opened import Exported, Opened
+from llmcompress.export.peft import without_term
+from llmcompress.modules import LIKE
+from llmcompress.weight import Dense, Weight, dense, shape
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+MODEL, ADAPTER = "model.gguf", "lora.gguf"
+TABLE = "token_embd.weight"
+Factors = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor of the file to write. `weight`: reads it; memory need not hold more than one."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: TensorType
+    weight: Callable[[], Weight]
+
+    @property
+    def bytes(self) -> int:
+        """Its bytes in the file."""
+        return prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
+
+
+@dataclass
+class Plan:
+    """What will be written: tensors in order, and low-rank factors by the name of the tensor that they are added to."""
+
+    tensors: list[Placed] = field(default_factory=list)
+    factors: dict[str, Factors] = field(default_factory=dict)
+    exact: Counter[str] = field(default_factory=Counter)  # compressed matrices by tensor type
+    rounded: dict[str, float] = field(default_factory=dict)  # those that become bfloat16: relative errors
+
+    def place(self, name: str, weight: Weight, again: Callable[[], Weight]) -> None:
+        """Puts a tensor last; `again` reads `weight` when it is written. Raises Inexact where no type holds it."""
+        size = tuple(weight.values.shape) if isinstance(weight, Dense) else shape(weight)
+        self.tensors.append(Placed(name, size, exact_type(weight), again))
+
+    @property
+    def mostly(self) -> str:
+        """The tensor type of most weights."""
+        weights: Counter[str] = Counter()
+        for placed in self.tensors:
+            weights[placed.type.name] += prod(placed.shape)
+        return weights.most_common(1)[0][0]
+
+
+def to_gguf(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
+    """Grids value for value; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
+    try:
+        from gguf import GGUFWriter
+    except ImportError as error:
+        raise RecipeError('this export needs gguf; run pip install "llmcompress[export]"') from error
+    opened = Opened(folder)
+    model = llama(folder, opened.config)
+    vocabulary = read_vocabulary(folder, model.config.vocab_size, opened.config)
+    check_output(output, opened.dense_bytes)
+    plan = planned(opened, model, allow_dense)
+    with writing(output) as staged:
+        writer = GGUFWriter(staged.folder / MODEL, ARCHITECTURE)
+        _introduce(writer, folder, plan.mostly)
+        model.describe(writer, len(vocabulary.tokens))
+        vocabulary.describe(writer)
+        size = _write_model(writer, plan.tensors, model)
+        if plan.factors:
+            size += _write_adapter(GGUFWriter(staged.folder / ADAPTER, ARCHITECTURE), plan.factors, model)
+    return Exported(
+        to="gguf",
+        output=str(output),
+        bytes_before=opened.bytes,
+        bytes_after=size,
+        kept=(
+            *_kept(plan),
+            f"the vocabulary of {len(vocabulary.tokens)} tokens, as {vocabulary.model} ({vocabulary.pre})",
+        ),
+        changed=(*_changes(plan, output), *vocabulary.notes),
+    )
+
+
+def _kept(plan: Plan) -> Iterator[str]:
+    if plan.exact:
+        types = ", ".join(f"{count} as {name}" for name, count in plan.exact.most_common())
+        yield f"{plan.exact.total()} matrices, value for value ({types})"
+
+
+def _changes(plan: Plan, output: Path) -> Iterator[str]:
+    if plan.rounded:
+        first, most = next(iter(plan.rounded)), f"rounded by at most {max(plan.rounded.values()):.1e} of their size"
+        yield f"{len(plan.rounded)} matrices became bfloat16, {first} first, {most}"
+    if plan.factors:
+        yield f"{len(plan.factors)} low-rank terms became float32 LoRA factors in {output / ADAPTER}"
+
+
+# --- what goes where ------------------------------------------------------------------------------------------------
+
+
+def planned(opened: Opened, model: Llama, allow_dense: bool) -> Plan:
+    """The type of every tensor. Raises InputError for what GGUF cannot hold, unless dense layers are allowed."""
+    plan = Plan()
+    frequencies = model.rope_factors()
+    if frequencies is not None:
+        plan.place(ROPE_FACTORS, Dense(frequencies), partial(Dense, frequencies))
+    for layers, others in opened.parts():
+        for layer in layers:
+            _place_layer(plan, opened, layer, model.name(f"{layer}.weight"), allow_dense)
+        for tensor in others:
+            if not tensor.endswith(f".{LIKE}"):
+                plan.place(model.name(tensor), _stored(opened, tensor), partial(_stored, opened, tensor))
+    return plan
+
+
+def _place_layer(plan: Plan, opened: Opened, layer: str, name: str, allow_dense: bool) -> None:
+    """A compressed matrix: its base and its low-rank term where the base fits, else the whole, dense."""
+    whole = opened.expression(layer)
+    base, term = without_term(whole) if name != TABLE else (whole, None)  # llama.cpp reads A and B of a table otherwise
+    try:
+        plan.place(name, base, partial(_base, opened, layer) if term else partial(opened.expression, layer))
+    except Inexact as error:
+        if not allow_dense:
+            raise InputError(f"{layer} does not fit GGUF ({error}); allow dense layers") from error
+        value = dense(whole)
+        rounded = value.to(torch.bfloat16)
+        plan.rounded[layer] = float((rounded.float() - value).norm() / value.norm().clamp_min(1e-30))
+        plan.place(name, Dense(rounded), partial(_rounded, opened, layer))
+        return
+    plan.exact[plan.tensors[-1].type.name] += 1
+    if term is not None:
+        plan.factors[name] = term
+
+
+def _stored(opened: Opened, tensor: str) -> Weight:
+    """What was never compressed; vectors are float32 in GGUF, whatever they were."""
+    values = opened.read(tensor)
+    return Dense(values.float() if values.dim() == 1 else values)
+
+
+def _base(opened: Opened, layer: str) -> Weight:
+    return without_term(opened.expression(layer))[0]
+
+
+def _rounded(opened: Opened, layer: str) -> Weight:
+    return Dense(dense(opened.expression(layer)).to(torch.bfloat16))
+
+
+# --- the files ------------------------------------------------------------------------------------------------------
+
+
+def _introduce(writer: GGUFWriter, folder: Path, mostly: str) -> None:
+    """Writes what the file is, and whose."""
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+
+    known = report.read(folder) if (folder / report.FILE).is_file() else None
+    base = known.base_model if known else None
+    writer.add_type("model")
+    writer.add_name((base or folder.resolve().name).rpartition("/")[2])
+    if known and known.license:
+        writer.add_license(known.license)
+    if base:
+        owner, _, name = base.rpartition("/")
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, name)
+        writer.add_base_model_organization(0, owner)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+    writer.add_file_type(LlamaFileType["ALL_F32" if mostly == "F32" else f"MOSTLY_{mostly}"])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _write_model(writer: GGUFWriter, tensors: list[Placed], model: Llama) -> int:
+    """Writes head and tensors; returns the bytes of the file. Raises DiskError when they do not fit."""
+    from gguf import GGMLQuantizationType
+
+    byte = torch.empty(0, dtype=torch.uint8).numpy().dtype
+    for placed in tensors:
+        rows = (*placed.shape[:-1], placed.type.row_bytes(placed.shape[-1]))
+        writer.add_tensor_info(placed.name, rows, byte, placed.bytes, GGMLQuantizationType[placed.type.name])
+    with _to_disk(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for placed in tensors:
+            written = packed(placed.weight(), placed.type)
+            order = model.row_order(placed.name)
+            if order is not None:
+                written = written.reshape(len(order), -1)[order]
+            writer.write_tensor_data(written.contiguous().numpy())
+    return _bytes(writer)
+
+
+def _write_adapter(writer: GGUFWriter, factors: dict[str, Factors], model: Llama) -> int:
+    """Writes the low-rank terms as a LoRA adapter; returns the bytes of the file.
+
+    llama.cpp multiplies by alpha / rank, one alpha for all: smaller ranks are filled up with zeros.
+    """
+    from gguf import Keys
+
+    rank = max(len(a) for a, _ in factors.values())
+    writer.add_type("adapter")
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, float(rank))
+    for name, (a, b) in factors.items():
+        order = model.row_order(name)
+        rows = b if order is None else b[order]
+        filled = torch.zeros(rank, a.shape[1]), torch.zeros(len(b), rank)
+        filled[0][: len(a)], filled[1][:, : len(a)] = a, rows
+        writer.add_tensor(f"{name}.lora_a", filled[0].numpy())
+        writer.add_tensor(f"{name}.lora_b", filled[1].numpy())
+    with _to_disk(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    return _bytes(writer)
+
+
+@contextmanager
+def _to_disk(writer: GGUFWriter) -> Iterator[None]:
+    """Closes the file; a write that fails is a DiskError."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{writer.path} could not be written ({error}); free some space and start again") from error
+    finally:
+        writer.close()
+
+
+def _bytes(writer: GGUFWriter) -> int:
+    return Path(str(writer.path)).stat().st_size

@@ -1,0 +1,64 @@
+"""llama.cpp by the package xllamacpp, in this process: what a GGUF file of ours says there."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import xllamacpp
+
+
+class LlamaEngine:
+    """The GGUF files of an export, loaded: one thread, keys and values in float32."""
+
+    def __init__(self, folder: Path, context: int) -> None:
+        settings: Any = xllamacpp.CommonParams()
+        settings.model.path = str(folder / "model.gguf")
+        if (folder / "lora.gguf").is_file():
+            lora: Any = xllamacpp.CommonAdapterLoraInfo()
+            lora.path, lora.scale = str(folder / "lora.gguf"), 1.0
+            settings.lora_adapters = [lora]
+        settings.n_ctx = context
+        settings.n_batch = settings.n_ubatch = context
+        settings.n_parallel = 1
+        settings.n_gpu_layers = 0
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        settings.warmup = settings.fit_params = settings.ui = False
+        settings.verbosity = 1  # errors
+        self.server: Any = xllamacpp.Server(settings)
+        self.letter = self.tokens("a")[-1]
+
+    def likeliest(self, tokens: list[int], count: int) -> dict[int, float]:
+        """The `count` likeliest tokens after `tokens`, with their log-probabilities.
+
+        The server tells them with a token that it chose and that is whole text: so it is made to choose a letter.
+        """
+        choice = {"n_predict": 1, "temperature": 0, "logit_bias": [[self.letter, 1e4]]}
+        asked = {"prompt": tokens, "n_probs": count, "cache_prompt": True} | choice
+        found = self._answer("/completion", asked)["completion_probabilities"][0]["top_logprobs"]
+        return {int(row["id"]): float(row["logprob"]) for row in found}
+
+    def greedy(self, tokens: list[int], count: int) -> list[int]:
+        """The `count` tokens that are each the likeliest next one."""
+        asked = {"prompt": tokens, "n_predict": count, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+        found: list[int] = self._answer("/completion", asked)["tokens"]
+        return found
+
+    def tokens(self, text: str) -> list[int]:
+        """How llama.cpp cuts a text, special tokens recognized and put around it as the file says."""
+        asked = {"content": text, "add_special": True, "parse_special": True}
+        found: list[int] = self._answer("/tokenize", asked)["tokens"]
+        return found
+
+    def _answer(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
+        """What the server answers; it listens to this machine only."""
+        request = urllib.request.Request(
+            self.server.listening_address + path, json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            found: dict[str, Any] = json.load(answer)
+        return found
