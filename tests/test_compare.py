@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from typer.testing import CliRunner
 
 import llmcompress as lc
@@ -219,6 +220,24 @@ def test_comparisons_that_cannot_be_made(folders: Path, tmp_path: Path, monkeypa
     ):
         with pytest.raises(kind, match=message):
             lc.compare(models, Protocol(windows=1, length=16), output=output and tmp_path / output)
+
+
+def test_what_another_tool_quantized_is_scored_beside_ours(folders: Path, tmp_path: Path) -> None:
+    """Here bitsandbytes' 4-bit floats; it reads whatever transformers does, and counts every stored tensor."""
+    asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    dense = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=True, hidden_size=64, intermediate_size=128)
+    AutoModelForCausalLM.from_pretrained(dense, quantization_config=asked).save_pretrained(tmp_path / "nf4")
+    tiny_tokenizer().save_pretrained(tmp_path / "nf4")
+    found = lc.compare([dense, tmp_path / "nf4"], Protocol(windows=2, length=32))
+    plain, quantized = found["models"]
+    assert 0 < quantized["kl"] < 1 and quantized["perplexity"] != plain["perplexity"]
+    weights = 2 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 128)
+    stored = load_file(tmp_path / "nf4" / "model.safetensors")
+    held = sum(value.numel() * value.element_size() for name, value in stored.items() if "_proj" in name)
+    assert quantized["bpw"] == held * 8 / weights > 4.5
+    size = (tmp_path / "nf4" / "model.safetensors").stat().st_size
+    assert quantized["bytes"] == size
+    assert quantized["model_bpw"] / plain["model_bpw"] == pytest.approx(size / plain["bytes"])
 
 
 # --- results in a folder, and by several processes ------------------------------------------------------------------

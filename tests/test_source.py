@@ -293,6 +293,8 @@ def test_embedded_model_becomes_an_ordinary_folder() -> None:
     assert {header.dtype for header in source.tensors.values()} == {"BF16"}
     tokenizer = source.tokenizer()
     assert tokenizer("Hello world").input_ids == [19556, 905]
+    cut = tokenizer.convert_ids_to_tokens(tokenizer("a  42").input_ids)
+    assert cut == ["a", "ĠĠ", "4", "2"], "digits come one by one, and spaces before them together"
     assert "<|im_start|>user\nhi<|im_end|>" in tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False
     )
