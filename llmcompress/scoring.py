@@ -43,11 +43,12 @@ def score(
 ) -> dict[str, Any]:
     """What `evaluate` finds of a model, in float32, with its bytes, bpw, model_bpw and protocol.
 
-    The model may be dense, compressed, or quantized by a tool that transformers knows. `against` is the dense model that KL and top-1 agreement are measured from. `save` scores that one too and keeps
-    both in the compressed folder, for its card. `output` is a new folder for the same object, as `eval.json`, and for
-    lm-eval's own files. Where `processes` share the work, each on its own `device`, the first of them writes and knows
-    the scores of tasks. Raises InputError for a model that cannot be loaded, RecipeError where there is nothing to
-    save, DiskError for an output that cannot be written.
+    The model may be dense, compressed, or quantized by a tool that transformers knows. `against` is the dense model
+    that KL and top-1 agreement are measured from. `save` scores that one too and keeps both in the compressed folder,
+    for its card. `output` is a new folder for the same object, as `eval.json`, and for lm-eval's own files. Where
+    `processes` share the work, each on its own `device`, the first of them writes and knows the scores of tasks.
+    Raises InputError for a model that cannot be loaded, RecipeError where there is nothing to save, DiskError for an
+    output that cannot be written.
     """
     place = locate(str(model), revision)
     if save and (against is None or not (place.folder / reports.FILE).is_file()):
