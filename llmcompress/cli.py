@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from llmcompress.protocol import Protocol
 from llmcompress.tables import (
     comparison_view,
+    distilled_view,
     exported_view,
     plan_view,
     pushed_view,
@@ -304,6 +305,33 @@ def export(
         from llmcompress.export import export as run
 
         terminal.show(run(folder, output, to, allow_dense).to_json(), exported_view)
+
+
+@app.command()
+def distill(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="What compress wrote.")],
+    recipe: RecipeFile,
+    teacher: Annotated[str, typer.Option("--teacher", metavar="DENSE", help="The model that it was made from.")],
+    output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
+    settings: Settings = None,
+    seed: Seed = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Teach STUDENT what DENSE knows, as RECIPE says, at the same bytes; a run that was cut goes on where it was.
+
+    Example: llmcompress distill small distil.yaml --teacher smollm2 -o recovered
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.distill import Distillation
+        from llmcompress.distill import distill as run
+        from llmcompress.recipe import read_recipe
+
+        asked = read_recipe(recipe, _settings(settings, seed), schema=Distillation)
+        found = run(student, teacher, asked, output, device=device, progress=terminal.training)
+        terminal.show(found.to_json(), distilled_view)
 
 
 @app.command()

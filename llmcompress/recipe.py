@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 import yaml
 from pydantic import (
@@ -44,6 +44,7 @@ from llmcompress.strict_yaml import EXPONENT, Path, Places, parse
 from llmcompress.tokens import Calibration
 
 VERSION = 1
+S = TypeVar("S", bound=BaseModel)
 REGEX = "re:"
 
 
@@ -218,15 +219,21 @@ def _nothing(pattern: str, names: Sequence[str], elsewhere: Sequence[str]) -> st
     return f'matches no layer of the model ("{pattern}"); the nearest name is {nearest}'
 
 
-def read_recipe(source: Recipe | str | FilePath | Mapping[str, Any], settings: Sequence[str] = ()) -> Recipe:
+@overload
+def read_recipe(source: Recipe | str | FilePath | Mapping[str, Any], settings: Sequence[str] = ()) -> Recipe: ...
+@overload
+def read_recipe(
+    source: S | str | FilePath | Mapping[str, Any], settings: Sequence[str] = (), *, schema: type[S]
+) -> S: ...
+def read_recipe(source: Any, settings: Sequence[str] = (), *, schema: type[Any] = Recipe) -> Any:
     """A recipe from a YAML file, from plain values, or as it is; `settings` as `overrides` takes them.
 
-    Raises RecipeError for the first thing wrong with it.
+    `schema`: of compression, or another with a version and a name. Raises RecipeError for the first thing wrong.
     """
-    if isinstance(source, Recipe):
-        return _validated(source.model_dump(mode="json"), {}, settings) if settings else source
+    if isinstance(source, schema):
+        return _validated(source.model_dump(mode="json"), {}, settings, schema) if settings else source
     if isinstance(source, Mapping):
-        return _validated(dict(source), {}, settings)
+        return _validated(dict(source), {}, settings, schema)
     path = FilePath(source).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
@@ -234,10 +241,10 @@ def read_recipe(source: Recipe | str | FilePath | Mapping[str, Any], settings: S
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); a recipe is a YAML file") from error
     except OSError as error:
         raise RecipeError(f"the recipe {path} cannot be read ({error.strerror}); give a YAML file") from error
-    return parse_recipe(text, path.name, settings)
+    return parse_recipe(text, path.name, settings, schema)
 
 
-def parse_recipe(text: str, name: str = "recipe.yaml", settings: Sequence[str] = ()) -> Recipe:
+def parse_recipe(text: str, name: str = "recipe.yaml", settings: Sequence[str] = (), schema: type[Any] = Recipe) -> Any:
     """A recipe from YAML text; `name` is the file's, for errors and for a recipe without a name of its own.
 
     Raises RecipeError for the first thing wrong with it.
@@ -245,15 +252,17 @@ def parse_recipe(text: str, name: str = "recipe.yaml", settings: Sequence[str] =
     values, places = parse(text, name)
     if not isinstance(values, dict):
         raise RecipeError(f"{name}: a recipe is a map that starts with version: {VERSION}; this is {_kind(values)}")
-    return _validated({"name": FilePath(name).stem, **values}, places, settings)
+    return _validated({"name": FilePath(name).stem, **values}, places, settings, schema)
 
 
-def dump(recipe: Recipe) -> str:
+def dump(recipe: BaseModel) -> str:
     """The recipe as YAML text with every value written out; reads back equal."""
     return yaml.dump(_flow(recipe.model_dump(mode="json")), Dumper=_Dumper, sort_keys=False, width=110)
 
 
-def overrides(values: dict[str, Any], settings: Sequence[str], places: Places | None = None) -> dict[str, Any]:
+def overrides(
+    values: dict[str, Any], settings: Sequence[str], places: Places | None = None, schema: type[BaseModel] = Recipe
+) -> dict[str, Any]:
     """A copy of a recipe's plain `values` with settings such as "rules[0].steps[1].rank=16" applied.
 
     A setting changes a key that is there, or one the schema knows. `places` learns who set what. Raises RecipeError.
@@ -265,11 +274,11 @@ def overrides(values: dict[str, Any], settings: Sequence[str], places: Places | 
         where = f"--set {setting}"
         inside: Any = values
         for length, part in enumerate(path[:-1], start=1):
-            _check_part(values, path[:length], inside, where)
+            _check_part(values, path[:length], inside, where, schema)
             if isinstance(inside, dict) and inside.get(part) is None:
                 inside[part] = {}
             inside = inside[part]
-        _check_part(values, path, inside, where)
+        _check_part(values, path, inside, where, schema)
         inside[path[-1]] = value
         for old in [place for place in places if place[: len(path)] == path]:
             del places[old]
@@ -277,10 +286,10 @@ def overrides(values: dict[str, Any], settings: Sequence[str], places: Places | 
     return values
 
 
-def _validated(values: dict[str, Any], places: Places, settings: Sequence[str]) -> Recipe:
+def _validated(values: dict[str, Any], places: Places, settings: Sequence[str], schema: type[Any]) -> Any:
     places = dict(places)
     if settings:
-        values = overrides(values, settings, places)
+        values = overrides(values, settings, places, schema)
     version = values.get("version")
     if version is None:
         raise RecipeError(f"{at((), places)}the recipe has no version; write version: {VERSION}")
@@ -289,11 +298,12 @@ def _validated(values: dict[str, Any], places: Places, settings: Sequence[str]) 
             f"{at(('version',), places)}version is {version}, and this llmcompress reads up to {VERSION}; upgrade it"
         )
     try:
-        recipe = Recipe.model_validate(values)
+        recipe = schema.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(first_complaint(error, Recipe, values, places)) from error
-    check_booleans(Recipe, values, places)
-    recipe._origin = _Origin(places)
+        raise RecipeError(first_complaint(error, schema, values, places)) from error
+    check_booleans(schema, values, places)
+    if isinstance(recipe, Recipe):
+        recipe._origin = _Origin(places)
     return recipe
 
 
@@ -314,7 +324,7 @@ def _parsed_setting(setting: str) -> tuple[Path, Any]:
     return tuple(path), parse(text, f"--set {setting}")[0]
 
 
-def _check_part(values: dict[str, Any], path: Path, inside: Any, where: str) -> None:
+def _check_part(values: dict[str, Any], path: Path, inside: Any, where: str, schema: type[BaseModel]) -> None:
     """Raises RecipeError when the last part of `path` is not in `inside` and cannot be put there."""
     part, outer = path[-1], dotted(path[:-1])
     if isinstance(part, int):
@@ -325,7 +335,7 @@ def _check_part(values: dict[str, Any], path: Path, inside: Any, where: str) -> 
     elif not isinstance(inside, dict):
         raise RecipeError(f"{where}: {outer} has no keys, so there is no {dotted(path)}")
     elif part not in inside:
-        spot = locate(Recipe, values, path[:-1])
+        spot = locate(schema, values, path[:-1])
         if spot.model is None or part not in spot.model.model_fields:
             raise RecipeError(f"{where}: {unknown_key(part, spot)}")
 
@@ -349,6 +359,8 @@ _Dumper.add_representer(
 
 
 def _flow(values: dict[str, Any]) -> dict[str, Any]:
+    if "rules" not in values:
+        return values
     rules = [{**rule, "steps": [_Flow(one) for one in rule["steps"]]} for rule in values["rules"]]
     return {**values, "rules": rules}
 

@@ -174,6 +174,20 @@ def exported_view(found: Row, every: bool) -> Iterator[RenderableType]:
     yield from (f"changed {sentence}" for sentence in found["changed"])
 
 
+def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """What a distillation recovered, on the sequences that it held out."""
+    table = _table(("step", "KL", "perplexity", "loss", "seconds"), right=(0, 1, 2, 3, 4))
+    history = found["history"]
+    for row in history if every else (history[0], history[-1]):
+        loss = f"{row['loss']:.4f}" if "loss" in row else ""
+        seconds = duration(row["seconds"]) if "seconds" in row else ""
+        table.add_row(str(row["step"]), f"{row['kl']:.4f}", f"{row['perplexity']:.3f}", loss, seconds)
+    yield table
+    yield f"teacher {found['teacher']} · perplexity {history[-1]['teacher_perplexity']:.3f}"
+    trained = " · ".join(f"{count:,} {kind}" for kind, count in found["trained"].items())
+    yield f"trained {trained} · on {found['tokens']:,} tokens in {duration(found['seconds'])}"
+
+
 def pushed_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """What went to the Hub, or would."""
     table = _table(("file", "bytes"), right=(1,))

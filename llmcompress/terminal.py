@@ -105,9 +105,16 @@ class Terminal:
 
     def progress(self, done: int, total: int, tokens_per_second: float) -> None:
         """Reports blocks done: a bar on a terminal, else a line for every tenth."""
+        self._report(f"block {done}/{total} · {tokens_per_second:,.0f} tokens/s", done, total)
+
+    def training(self, done: int, total: int, loss: float, tokens_per_second: float) -> None:
+        """Reports optimizer steps done, as `progress` does."""
+        self._report(f"step {done}/{total} · loss {loss:.4f} · {tokens_per_second:,.0f} tokens/s", done, total)
+
+    def _report(self, what: str, done: int, total: int) -> None:
         if self.quiet:
             return
-        text = f"block {done}/{total} · {tokens_per_second:,.0f} tokens/s{self._remaining(done, total)}"
+        text = what + self._remaining(done, total)
         if sys.stderr.isatty():
             self._draw(done, total, text)
         elif done == total or done * 10 // total > (done - 1) * 10 // total:

@@ -35,7 +35,8 @@ class Exported:
 
 
 class Opened:
-    """A compressed checkpoint on disk. `layouts`: of its compressed modules; `files`: where each tensor lies."""
+    """A compressed checkpoint on disk. `layouts`: of its compressed modules; `sizes`: of dense linears that the
+    rest of the config does not tell; `files`: where each tensor lies."""
 
     def __init__(self, folder: Path) -> None:
         check_kind(folder)
@@ -43,7 +44,9 @@ class Opened:
         self.folder = folder
         self.config = read_json(folder / "config.json")
         entries = self.config.pop("quantization_config")
-        self.layouts: dict[str, Layout] = LLMCompressConfig(**entries).table()
+        quantization = LLMCompressConfig(**entries)
+        self.layouts: dict[str, Layout] = quantization.table()
+        self.sizes = quantization.sizes
         self.files: dict[str, Path] = {}
         for path in weight_files(folder):
             with safe_open(path, framework="pt") as file:

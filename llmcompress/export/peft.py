@@ -42,7 +42,7 @@ def to_peft(folder: Path, output: Path) -> Exported:
         if not factors:
             raise InputError(f"{folder} has no low-rank terms, so there is no adapter to export; choose another format")
         size = writer.close()
-        entry = {"quantization_config": table_entry(layouts)}
+        entry = {"quantization_config": table_entry(layouts, opened.sizes)}
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
         seal(writer.folder)
         size += _write_adapter(whole.folder / "adapter", output / "base", factors)

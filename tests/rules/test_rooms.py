@@ -45,6 +45,7 @@ ROOMS = (
     "scoring",  # a model by its name, scored
     "verify",  # is a checkpoint what was written, and does it run?
     "export",  # doors out
+    "distill",  # the teacher teaches the student
     "terminal",  # how a command speaks and ends
     "tables",  # plans, reports and scores for people
     "comparison",  # several models in one table

@@ -1,0 +1,161 @@
+"""The training loop: plain Accelerate, one process or several, no callbacks.
+
+    for step in range(progress.step, steps):
+        student reads, teacher reads, losses per token; gradients add over micro-batches and processes
+        one AdamW step; now and then a look at the held-out sequences, and a state to resume from
+
+The objective is a sum over all tokens of a step divided by their number, whatever the micro-batches and the processes:
+so the same gradient comes out of every division of the work.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from llmcompress.distill.head import chunked_loss
+from llmcompress.distill.losses import LossState
+from llmcompress.distill.objective import head_of, hidden_states
+from llmcompress.distill.order import rate, rows
+from llmcompress.distill.recipe import Distillation, Term
+from llmcompress.distill.state import Keeper, Progress
+from llmcompress.distill.student import Student
+from llmcompress.errors import NumericsError
+from llmcompress.evaluate import distance
+from llmcompress.modules import decoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BETAS = (0.9, 0.95)
+Report = Callable[[int, int, float, float], None]  # (steps done, steps, loss, tokens per second)
+
+
+class Objective(nn.Module):
+    """The student and its losses as one module, so that a wrapper of several processes sees every gradient."""
+
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, terms: Sequence[tuple[Term, LossState | None]]
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = (teacher,)  # in a tuple, so that it is no submodule: `train()` must not reach it
+        self.terms = terms
+
+    def forward(self, ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Of `ids [sequences, length]`: this part's share of the objective of a step of `tokens` predicted tokens, with
+        gradient, and the sum of each loss, without."""
+        [teacher] = self.teacher
+        with torch.no_grad():
+            wanted = hidden_states(teacher, ids)
+        given = hidden_states(self.student, ids)
+        return chunked_loss(
+            given[:, :-1].flatten(0, 1),
+            head_of(self.student),
+            wanted[:, :-1].flatten(0, 1),
+            head_of(teacher),
+            ids[:, 1:].flatten(),
+            [(term.of, state, term.weight / tokens) for term, state in self.terms],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Everything a training reads and changes."""
+
+    recipe: Distillation
+    student: Student
+    teacher: PreTrainedModel
+    sequences: Tensor  # int64 [sequences, length], to train on
+    held_out: Tensor  # int64 [sequences, length], to look at
+    keeper: Keeper
+    accelerator: Accelerator
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.recipe.steps or max(1, len(self.sequences) // self.recipe.batch)
+
+
+def train(run: Run, report: Report | None = None) -> Progress:
+    """Trains what moves in `run.student`, from where the last state was left; returns what was measured.
+
+    Raises NumericsError, naming the step, when the loss or a gradient is not finite; the last state stays.
+    """
+    recipe, accelerator = run.recipe, run.accelerator
+    states = [term.of.start() for term in recipe.losses]
+    objective = Objective(run.student.model, run.teacher, list(zip(recipe.losses, states, strict=True)))
+    optimizer = torch.optim.AdamW(run.student.groups(recipe.rates), betas=BETAS, weight_decay=0.0)
+    progress = run.keeper.load(run.student.named(), optimizer)
+    for state, saved in zip(states, progress.losses):
+        if state is not None and saved is not None:
+            state.load_state_dict(saved)
+    wrapped = accelerator.prepare(objective) if accelerator.num_processes > 1 else objective
+    started = time.monotonic() - progress.seconds
+    with decoded(run.student.model), decoded(run.teacher):
+        if not progress.history:
+            progress.history.append(look(run, 0))
+        for step in range(progress.step, run.steps):
+            means = _step(run, wrapped, optimizer, step)
+            for state, mean in zip(states, means, strict=True):
+                if state is not None:
+                    state.update(mean, (step + 1) / run.steps)
+            progress.step, progress.seconds = step + 1, time.monotonic() - started
+            progress.losses = [None if state is None else state.state_dict() for state in states]
+            last = progress.step == run.steps
+            if last or progress.step % recipe.evaluate_every == 0:
+                progress.history.append({**look(run, progress.step), "loss": sum(means), "seconds": progress.seconds})
+            if (last or progress.step % recipe.save_every == 0) and accelerator.is_main_process:
+                run.keeper.save(progress, run.student.named(), optimizer)
+            if report is not None:
+                seen = progress.step * recipe.batch * run.sequences.shape[1]
+                report(progress.step, run.steps, sum(means), seen / progress.seconds)
+    return progress
+
+
+def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> list[float]:
+    """One optimizer step; the mean of each loss over its tokens."""
+    recipe, accelerator = run.recipe, run.accelerator
+    share = rate(step, run.steps, recipe.warmup, recipe.final_rate)
+    for group, kind in zip(optimizer.param_groups, run.student.trained, strict=True):
+        group["lr"] = recipe.rates[kind] * share  # type: ignore[index]  # the kinds are those of the rates
+    chosen = torch.tensor(rows(step, recipe.batch, len(run.sequences), recipe.seed))
+    mine = run.sequences[chosen.tensor_split(accelerator.num_processes)[accelerator.process_index]]
+    tokens = recipe.batch * (run.sequences.shape[1] - 1)
+    sums: Tensor | float = 0.0
+    parts = mine.split(recipe.micro_batch)
+    for number, ids in enumerate(parts, start=1):
+        waiting = number < len(parts) and accelerator.num_processes > 1
+        with accelerator.no_sync(objective) if waiting else nullcontext():
+            with run.autocast():
+                loss, found = objective(ids.to(accelerator.device), tokens)
+            (loss * accelerator.num_processes).backward()  # wrappers average over processes
+        sums = sums + found
+    sums = accelerator.reduce(sums, "sum")
+    norm = torch.nn.utils.clip_grad_norm_(run.student.named().values(), recipe.clip)
+    means = [float(value) / tokens for value in sums]
+    if not math.isfinite(sum(means)) or not bool(norm.isfinite()):
+        raise NumericsError(
+            f"step {step + 1}: the loss is {sum(means)} and the gradient's norm {float(norm)}; lower the rates and "
+            f"start again, the state before is kept"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return means
+
+
+def look(run: Run, step: int) -> dict[str, float]:
+    """The student on the held-out sequences: {step, kl, perplexity, teacher_perplexity}."""
+    with run.autocast():
+        found = distance(run.teacher, run.student.model, run.held_out)
+    values = {"kl": found.kl, "perplexity": found.student.value, "teacher_perplexity": found.teacher.value}
+    return {"step": step, **values}

@@ -1,0 +1,31 @@
+"""Which sequences a step reads, and at which rate it learns: functions of the step alone, so that resuming is exact."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from llmcompress.layer import generator
+
+
+def rows(step: int, batch: int, sequences: int, seed: int) -> list[int]:
+    """The numbers of the `batch` sequences that step `step` (from 0) reads: every epoch is a new permutation of all."""
+    wanted = range(step * batch, (step + 1) * batch)
+    return [int(_permutation(position // sequences, sequences, seed)[position % sequences]) for position in wanted]
+
+
+@lru_cache(maxsize=2)
+def _permutation(epoch: int, sequences: int, seed: int) -> Tensor:
+    return torch.randperm(sequences, generator=generator(seed, "epoch", epoch))
+
+
+def rate(step: int, steps: int, warmup: float, final: float) -> float:
+    """The share of the learning rate at `step` (from 0) of `steps`: a linear rise, then a cosine down to `final`."""
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / max(1, steps - rising - 1)
+    return final + (1 - final) * (1 + math.cos(math.pi * min(1.0, done))) / 2

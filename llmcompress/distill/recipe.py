@@ -1,0 +1,66 @@
+"""What a distillation is asked to do: which numbers train, on which text, against which losses, for how long."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+
+from llmcompress.distill.losses import LossConfig, loss_config
+from llmcompress.tokens import Calibration
+
+Kind = Literal["codes", "scales", "values", "factors", "norms"]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _loss(value: Any) -> Any:
+    """A loss from its map of arguments. Raises ValueError (pydantic's kind is one) for what is not a loss."""
+    if isinstance(value, LossConfig):
+        return value
+    if not isinstance(value, dict) or not isinstance(value.get("loss"), str):
+        raise ValueError("a loss is a map such as {loss: forward_kl}")
+    return loss_config(value)
+
+
+class Term(BaseModel):
+    """One loss and its share of the objective."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    of: Annotated[SerializeAsAny[LossConfig], BeforeValidator(_loss)]
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
+class Distillation(BaseModel):
+    """A distillation of a dense teacher into a compressed student."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    version: Literal[1] = 1
+    name: str = Field(default="distillation", min_length=1, max_length=200)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    data: Calibration = Calibration(samples=528, length=256, held_out=16)
+    losses: tuple[Term, ...] = Field(default=(Term(of={"loss": "forward_kl"}),), min_length=1)  # type: ignore[arg-type]
+    rates: dict[Kind, Rate] = Field(
+        default={"scales": 1e-3, "factors": 1e-3, "norms": 1e-3},
+        min_length=1,
+        description="learning rates of what trains: latent codes, scales of grids, values kept as they are, "
+        "low-rank factors, norms and biases; what has none stays as it is",
+    )
+    estimator: Literal["plain", "reste", "biper"] = Field(default="plain", description="gradient through rounding")
+    batch: int = Field(default=8, ge=1, description="sequences of an optimizer step, over all processes")
+    micro_batch: int = Field(default=2, ge=1, description="sequences of one forward in one process")
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps; null: one pass over the data")
+    warmup: float = Field(default=0.05, ge=0, le=1, description="share of the steps in which rates rise from 0")
+    final_rate: float = Field(default=0.1, ge=0, le=1, description="what is left of the rates at the end of a cosine")
+    clip: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="largest norm of a gradient")
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    checkpointing: bool = Field(default=False, description="activations are computed again instead of being kept")
+    evaluate_every: int = Field(default=25, ge=1, description="steps between looks at the held-out sequences")
+    save_every: int = Field(default=25, ge=1, description="steps between states that a run can resume from")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Distillation:
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
+        if self.data.held_out == 0:
+            raise ValueError("data: held_out is 0, so nothing could tell whether it helps; hold some sequences out")
+        return self

@@ -1,0 +1,168 @@
+"""From a compressed folder and its dense teacher to a recovered folder of the same format and size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from llmcompress import report as reports
+from llmcompress.blocks import product_dtype
+from llmcompress.checkpoint import check_output, writing
+from llmcompress.distill.loop import Report, Run, train
+from llmcompress.distill.objective import check_head, check_pair
+from llmcompress.distill.recipe import Distillation
+from llmcompress.distill.state import Keeper, Progress
+from llmcompress.distill.student import Student, relaxed_student
+from llmcompress.driver import copy_companions
+from llmcompress.errors import InputError
+from llmcompress.export.opened import Opened
+from llmcompress.hf import table_entry
+from llmcompress.locate import Place, locate
+from llmcompress.modules import Layout, payload_texts
+from llmcompress.recipe import dump, read_recipe
+from llmcompress.source import load_model, load_tokenizer
+from llmcompress.tokens import CalibrationTokens, calibration_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FILE = "distillation.json"
+RECIPE = "distillation.yaml"
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a distillation wrote and measured. `history`: KL to the teacher and perplexities on the held-out sequences,
+    from before the first step to after the last; `tokens`: predicted while training."""
+
+    output: str
+    teacher: str
+    steps: int
+    tokens: int
+    seconds: float
+    trained: dict[str, int]  # how many numbers of each kind
+    data: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, keys as in the fields."""
+        return vars(self)
+
+
+def distill(
+    student: str | Path,
+    teacher: str | Path,
+    recipe: Distillation | str | Path | Mapping[str, Any],
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    progress: Report | None = None,
+) -> Distilled:
+    """Trains what `recipe` names in the compressed folder `student` towards `teacher`, and writes the new folder
+    `output`: the same expressions at the same bytes.
+
+    A run that was cut goes on from the last state in `<output>.training`. Raises an LLMCompressError, in one sentence,
+    for whatever is wrong.
+    """
+    asked = read_recipe(recipe, schema=Distillation)
+    folder, target = locate(str(student)).folder, Path(output)
+    opened = Opened(folder)
+    check_output(target, opened.bytes)
+    place = locate(str(teacher))
+    tokenizer = load_tokenizer(folder)
+    models = [load_model(Place(str(student), folder), device), load_model(place, device)]
+    check_pair(*models, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
+    tokens = calibration_tokens(asked.data, tokenizer, partial(load_model, place), models[1].config)
+    learning = relaxed_student(*models, asked.rates, asked.estimator)
+    keeper = Keeper(target.with_name(target.name + ".training"), _identity(asked, tokens, opened, place))
+    run = _run(asked, learning, models[1], tokens, keeper, device)
+    for model in models:
+        check_head(model, run.held_out)
+    measured = train(run, progress)
+    done = _result(run, measured, tokens, target, place)
+    _write(opened, learning, asked, done, target)
+    keeper.remove()
+    return done
+
+
+def _run(
+    recipe: Distillation,
+    student: Student,
+    teacher: PreTrainedModel,
+    tokens: CalibrationTokens,
+    keeper: Keeper,
+    device: str,
+) -> Run:
+    dtype = product_dtype(recipe.compute, torch.device(device))
+    kind = torch.device(device).type
+    teacher.requires_grad_(False).to(dtype)
+    if recipe.checkpointing:
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    first = len(tokens.sequences) - tokens.held_out
+    if first < recipe.batch:
+        raise InputError(
+            f"{first} sequences are too few for a batch of {recipe.batch}; use more data or a smaller batch"
+        )
+    return Run(
+        recipe,
+        student,
+        teacher,
+        tokens.sequences[:first],
+        tokens.sequences[first:],
+        keeper,
+        Accelerator(cpu=kind == "cpu"),
+        partial(torch.autocast, kind, dtype, enabled=dtype != torch.float32),
+    )
+
+
+def _identity(recipe: Distillation, tokens: CalibrationTokens, opened: Opened, teacher: Place) -> str:
+    """Of a run: equal where a state of one continues the other."""
+    files = {path.name: path.stat().st_size for path in set(opened.files.values())}
+    parts = [recipe.model_dump_json(), tokens.hash, json.dumps(files, sort_keys=True), teacher.name]
+    return sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _result(run: Run, measured: Progress, tokens: CalibrationTokens, output: Path, teacher: Place) -> Distilled:
+    return Distilled(
+        output=str(output),
+        teacher=teacher.name,
+        steps=measured.step,
+        tokens=measured.step * run.recipe.batch * (run.sequences.shape[1] - 1),
+        seconds=measured.seconds,
+        trained={kind: sum(value.numel() for value in values.values()) for kind, values in run.student.trained.items()},
+        data=tokens.report(),
+        history=measured.history,
+    )
+
+
+def _write(opened: Opened, student: Student, recipe: Distillation, done: Distilled, output: Path) -> None:
+    """The student's folder again, with what was learned in place of what it held."""
+    frozen, norms = student.frozen(), student.norms()
+    layouts: dict[str, Layout] = opened.layouts | {name: layer.layout for name, layer in frozen.items()}
+    with writing(output) as writer:
+        copy_companions(opened.folder, writer.folder)
+        for layers, others in opened.parts():
+            tensors: dict[str, Tensor] = {name: opened.read(name) for name in others}
+            tensors |= {name: norms[name].to(tensors[name].dtype) for name in others if name in norms}
+            for name in layers:
+                learned = frozen.get(name)
+                stored = opened.read(f"{name}.weight") if learned is None else learned.get_parameter("weight").detach()
+                tensors[f"{name}.weight"] = stored
+            writer.add(tensors, payload_texts(layouts))
+        writer.close()
+        entry = {"quantization_config": table_entry(layouts, opened.sizes) | {"versions": reports.versions()}}
+        writer.write("config.json", json.dumps(opened.config | entry, indent=1))
+        for name in (reports.FILE, reports.RECIPE):
+            if (opened.folder / name).is_file():
+                writer.write(name, (opened.folder / name).read_text(encoding="utf-8"))
+        writer.write(RECIPE, dump(recipe))
+        writer.write(FILE, json.dumps(done.to_json(), indent=2))

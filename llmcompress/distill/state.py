@@ -1,0 +1,82 @@
+"""The state of a run that is under way: what moves, the optimizer's moments, the step. Safetensors and JSON, replaced
+as a whole, so that a run which is cut goes on from its last state, to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmcompress.errors import DiskError, InputError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, beside its count of steps
+
+
+@dataclass
+class Progress:
+    """How far a run is. `losses`: the state of each loss that has one; `history`: what was measured on the way."""
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[dict[str, float] | None] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Keeper:
+    """Keeps the state of one run in a folder. `run` identifies it: another recipe, other data or models are refused."""
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self.folder, self.run = folder, run
+
+    def save(self, progress: Progress, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Replaces the state. Raises DiskError where it cannot be written."""
+        staged = self.folder.with_name(self.folder.name + ".partial")
+        entries = {"run": self.run, **vars(progress)}
+        try:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+            save_file(_tensors(named, optimizer), staged / "state.safetensors")
+            (staged / "state.json").write_text(json.dumps(entries), encoding="utf-8")
+            shutil.rmtree(self.folder, ignore_errors=True)
+            staged.rename(self.folder)
+        except (OSError, SafetensorError) as error:
+            raise DiskError(f"{self.folder} cannot be written ({error}); free some space and start again") from error
+
+    def load(self, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
+        """Puts the state back; a new `Progress` where there is none. Raises InputError for another run's, or damage."""
+        if not self.folder.is_dir():
+            return Progress()
+        try:
+            entries = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            tensors = load_file(self.folder / "state.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{self.folder} cannot be read ({error}); remove it to start again") from error
+        if entries.pop("run", None) != self.run:
+            raise InputError(
+                f"{self.folder} was left by a run with another recipe, other data or other models; remove it, or "
+                f"choose another output folder"
+            )
+        for name, parameter in named.items():
+            with torch.no_grad():
+                parameter.copy_(tensors[f"value.{name}"])
+            moments: dict[str, Tensor] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(entries["step"])), **moments}
+        return Progress(**entries)
+
+    def remove(self) -> None:
+        """Forgets the state of a run that has ended."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _tensors(named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    values = {f"value.{name}": parameter.detach() for name, parameter in named.items()}
+    moments = {f"{key}.{name}": optimizer.state[value][key] for name, value in named.items() for key in MOMENTS}
+    return {name: tensor.cpu().contiguous() for name, tensor in (values | moments).items()}

@@ -1,0 +1,92 @@
+"""A compressed model whose numbers can move, and back: every compressed linear relaxed, everything else as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.modules import CompressedLinear, compressed_linears, put
+from llmcompress.relax import KINDS, Relaxation, RelaxedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NORMS = "norms"  # vectors of the decoder: norms, and biases of what is not compressed
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A model under distillation. `relaxed`: its linears that train, by name; `trained`: what moves, by kind, name."""
+
+    model: PreTrainedModel
+    relaxed: dict[str, RelaxedLinear]
+    trained: dict[str, dict[str, nn.Parameter]]
+
+    def groups(self, rates: Mapping[str, float]) -> list[dict[str, object]]:
+        """For an optimizer: the parameters of each kind with its rate."""
+        return [{"params": list(self.trained[kind].values()), "lr": rates[kind]} for kind in self.trained]
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Every parameter that moves, by name."""
+        return {name: value for values in self.trained.values() for name, value in values.items()}
+
+    def frozen(self) -> dict[str, CompressedLinear]:
+        """The compressed linears with what was learned, by name; the model goes on as it is."""
+        return {name: module.freeze() for name, module in self.relaxed.items()}
+
+    def norms(self) -> dict[str, Tensor]:
+        """The vectors that trained, float32, by name."""
+        return {name: value.detach() for name, value in self.trained.get(NORMS, {}).items()}
+
+
+def relaxed_student(
+    model: PreTrainedModel, teacher: PreTrainedModel, rates: Mapping[str, float], estimator: str
+) -> Student:
+    """`model`, its compressed linears replaced by relaxed ones. The tied head stays packed, as the token table is.
+
+    `rates` names the kinds that train; latent codes start where the teacher's weights are within their cells. Raises
+    InputError for a model without compressed linears, RecipeError where a kind has nothing to train.
+    """
+    kinds = frozenset(rates) & frozenset(KINDS)
+    relaxation = Relaxation(kinds, estimator)  # type: ignore[arg-type]  # checked by the recipe
+    model.requires_grad_(False)
+    head = model.get_output_embeddings()
+    relaxed: dict[str, RelaxedLinear] = {}
+    for name, layer in compressed_linears(model).items():
+        if layer is not head:
+            relaxed[name] = RelaxedLinear.of(layer, relaxation, _target(teacher, name) if "codes" in kinds else None)
+            put(model, name, relaxed[name])
+    if not relaxed:
+        raise InputError("the student has no compressed linears, so there is nothing to recover; compress it first")
+    trained: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in rates}
+    for name, module in relaxed.items():
+        parameters = dict(module.relaxed.named_parameters())
+        for key, kind in module.relaxed.kinds().items():
+            trained[kind][f"{name}.relaxed.{key}"] = parameters[key]
+    if NORMS in rates:
+        trained[NORMS] = _norms(model, relaxed)
+    for kind, values in trained.items():
+        if not values:
+            raise RecipeError(f"rates: the student has no {kind} to train; leave them out")
+    return Student(model, relaxed, trained)
+
+
+def _norms(model: PreTrainedModel, relaxed: Mapping[str, RelaxedLinear]) -> dict[str, nn.Parameter]:
+    inside = tuple(f"{name}." for name in relaxed)
+    found = {}
+    for name, value in model.named_parameters():
+        if value.ndim == 1 and value.dtype == torch.float32 and not name.startswith(inside):
+            found[name] = value.requires_grad_()
+    return found
+
+
+def _target(teacher: PreTrainedModel, name: str) -> Tensor:
+    """The teacher's matrix `[out, in]` of the linear `name`."""
+    module = teacher.get_submodule(name)
+    weight = module.get_parameter("weight").detach().float()
+    return weight if isinstance(module, nn.Linear) else weight.T

@@ -1,0 +1,185 @@
+"""Training: what a step reads and how much it learns are functions of the step; cut runs end as whole ones do."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import llmcompress as lc
+from llmcompress.distill import Distillation, distill, loop
+from llmcompress.distill.order import rate, rows
+from llmcompress.errors import InputError, NumericsError, RecipeError
+from llmcompress.modules import compressed_linears
+from llmcompress.weight import describe, encode
+from tests.tiny import save_tiny
+
+TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
+RULES = [
+    {"match": "*.q_proj", "steps": [{"method": "magnitude", "pattern": "2:4"}]},
+    {"match": "*.down_proj", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}, {"method": "svd", "rank": 2}]},
+    {"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2, "group_size": 16}]},
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `dense` model, a `small` one made from it, and a text."""
+    place = tmp_path_factory.mktemp("distill")
+    save_tiny("llama", place / "dense", tie_word_embeddings=True)
+    recipe = {"version": 1, "rules": RULES, "embeddings": [{"method": "rtn", "bits": 4}]}
+    lc.compress(place / "dense", recipe, place / "small")
+    (place / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(80)))
+    return place
+
+
+def recipe(folders: Path, **more: Any) -> dict[str, Any]:
+    data = {"dataset": str(folders / "text.txt"), "samples": 28, "length": 32, "held_out": 4}
+    kinds = {"scales": 5e-3, "factors": 5e-3, "values": 2e-3, "norms": 2e-3}
+    return {"version": 1, "data": data, "batch": 4, "micro_batch": 2, "evaluate_every": 3, "rates": kinds} | more
+
+
+def test_every_epoch_reads_every_sequence_once() -> None:
+    read = [rows(step, 4, 12, seed=1) for step in range(6)]
+    first, second = [sorted(sum(part, [])) for part in (read[:3], read[3:])]
+    assert first == second == list(range(12)) and read[:3] != read[3:]
+    assert read[2] == rows(2, 4, 12, seed=1) and read != [rows(step, 4, 12, seed=2) for step in range(6)]
+
+
+def test_the_rate_rises_and_falls() -> None:
+    found = [rate(step, 100, 0.1, 0.2) for step in range(100)]
+    assert found[0] == 0.1 and found[9] == 1 == max(found) and math.isclose(found[-1], 0.2)
+    assert all(one >= other for one, other in zip(found[9:], found[10:]))
+
+
+def test_what_trains_is_recovered_at_the_same_bytes(folders: Path, tmp_path: Path) -> None:
+    done = distill(folders / "small", folders / "dense", recipe(folders, steps=12), tmp_path / "out")
+    before, after = done.history[0], done.history[-1]
+    assert after["kl"] < 0.9 * before["kl"] and done.steps == 12 and done.tokens == 12 * 4 * 31
+    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (folders / "small", tmp_path / "out"))
+    for name, layer in compressed_linears(new).items():
+        was = compressed_linears(old)[name].expression()
+        assert describe(layer.expression()) == describe(was)
+        codes = [value for key, value in encode(layer.expression())[1].items() if "codes" in key or "index" in key]
+        assert all(map(torch.equal, codes, [v for k, v in encode(was)[1].items() if "codes" in k or "index" in k]))
+    sizes = [
+        sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        for folder in (folders / "small", tmp_path / "out")
+    ]
+    assert abs(sizes[0] - sizes[1]) < 0.01 * sizes[0]
+    assert json.loads((tmp_path / "out" / "distillation.json").read_text())["history"][-1]["kl"] == after["kl"]
+    measured = lc.score(
+        tmp_path / "out", lc.Protocol(folders / "text.txt", windows=4, length=32), against=str(folders / "dense")
+    )
+    assert measured["kl"] < 1
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_codes_move_where_they_train(folders: Path, tmp_path: Path) -> None:
+    done = distill(
+        folders / "small", folders / "dense", recipe(folders, steps=8, rates={"codes": 5e-2}), tmp_path / "out"
+    )
+    assert done.history[-1]["kl"] < done.history[0]["kl"] and set(done.trained) == {"codes"}
+
+
+class Cut(Exception):
+    """Where a run is cut."""
+
+
+def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe(folders, steps=7, save_every=3, losses=[{"of": {"loss": "taid"}}])
+    whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
+
+    def cut(done: int, *_: Any) -> None:
+        if done == 5:
+            raise Cut
+
+    with pytest.raises(Cut):
+        distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=cut)
+    assert (tmp_path / "cut.training" / "state.json").is_file() and not (tmp_path / "cut").exists()
+    seen: list[int] = []
+    again = distill(
+        folders / "small", folders / "dense", asked, tmp_path / "cut", progress=lambda done, *_: seen.append(done)
+    )
+    assert seen == [4, 5, 6, 7]
+    assert [{**row, "seconds": 0} for row in again.history] == [{**row, "seconds": 0} for row in whole.history]
+    for path in sorted((tmp_path / "whole").glob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+
+
+def test_the_gradient_does_not_depend_on_micro_batches(folders: Path, tmp_path: Path) -> None:
+    results = [
+        distill(folders / "small", folders / "dense", recipe(folders, steps=3, micro_batch=size), tmp_path / str(size))
+        for size in (1, 4)
+    ]
+    one, four = [result.history[-1] for result in results]
+    assert math.isclose(one["kl"], four["kl"], rel_tol=1e-4) and math.isclose(one["loss"], four["loss"], rel_tol=1e-5)
+
+
+def test_another_recipe_does_not_continue(folders: Path, tmp_path: Path) -> None:
+    def cut(done: int, *_: Any) -> None:
+        raise Cut
+
+    with pytest.raises(Cut):
+        distill(
+            folders / "small", folders / "dense", recipe(folders, steps=4, save_every=1), tmp_path / "out", progress=cut
+        )
+    with pytest.raises(InputError, match="was left by a run with another recipe"):
+        distill(folders / "small", folders / "dense", recipe(folders, steps=5, save_every=1), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        ({"rates": {"codez": 1e-3}}, "codez"),
+        ({"rates": {}}, "rates must not be empty"),
+        ({"batch": 3}, "batch 3 is no multiple of micro_batch 2"),
+        ({"losses": [{"of": {"loss": "forward_lk"}}]}, "forward_kl"),
+        ({"stepz": 3}, 'unknown key "stepz".*did you mean "steps"'),
+    ],
+)
+def test_impossible_recipes_are_refused(more: dict[str, Any], sentence: str, folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        distill(folders / "small", folders / "dense", recipe(folders, **more), tmp_path / "out")
+
+
+def test_impossible_pairs_are_refused(folders: Path, tmp_path: Path) -> None:
+    other = save_tiny("llama", tmp_path / "other", vocab_size=300)
+    with pytest.raises(InputError, match="the student knows 264 tokens and the teacher 300"):
+        distill(folders / "small", other, recipe(folders), tmp_path / "out")
+    with pytest.raises(InputError, match="holds no model compressed by llmcompress"):
+        distill(folders / "dense", folders / "dense", recipe(folders), tmp_path / "out")
+    with pytest.raises(InputError, match="24 sequences are too few for a batch of 32"):
+        distill(folders / "small", folders / "dense", recipe(folders, batch=32), tmp_path / "out")
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = loop.rows
+
+    def broken(number: int, *given: Any) -> list[int]:
+        if number == 2:
+            for parameter in student[0].named().values():
+                parameter.data.fill_(float("nan"))
+        return step(number, *given)
+
+    student: list[Any] = []
+    look = loop.look
+    monkeypatch.setattr(loop, "look", lambda run, number: (student.append(run.student), look(run, number))[1])
+    monkeypatch.setattr(loop, "rows", broken)
+    with pytest.raises(NumericsError, match="^step 3: the loss is nan"):
+        distill(folders / "small", folders / "dense", recipe(folders, steps=6, save_every=1), tmp_path / "out")
+    assert json.loads((tmp_path / "out.training" / "state.json").read_text())["step"] == 2
+    assert not (tmp_path / "out").exists()
+    shutil.rmtree(tmp_path / "out.training")
+
+
+def test_defaults_are_a_recipe() -> None:
+    assert Distillation().losses[0].of.loss == "forward_kl"
