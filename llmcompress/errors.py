@@ -53,3 +53,7 @@ class MemoryLimitError(LLMCompressError):
 
 class HubError(LLMCompressError):
     """The Hub refused, or could not be reached."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; raised in the main thread, so that everything half-done is cleaned up."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import typer
 
-from llmcompress.errors import DiskError, LLMCompressError, MemoryLimitError
+from llmcompress.errors import DiskError, LLMCompressError, MemoryLimitError, Terminated
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch says it in a RuntimeError
 WIDE = 160  # columns, where the output is not a terminal
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived; raised in the main thread, so that everything half-done is cleaned up."""
 
 
 class Terminal:

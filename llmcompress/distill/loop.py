@@ -11,6 +11,7 @@ so the same gradient comes out of every division of the work.
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,9 +27,9 @@ from llmcompress.distill.losses import LossState
 from llmcompress.distill.objective import head_of, hidden_states
 from llmcompress.distill.order import rate, rows
 from llmcompress.distill.recipe import Distillation, Term
-from llmcompress.distill.state import Keeper, Progress
+from llmcompress.distill.state import Keeper, Progress, stop_requests
 from llmcompress.distill.student import Student
-from llmcompress.errors import NumericsError
+from llmcompress.errors import NumericsError, Terminated
 from llmcompress.evaluate import distance
 from llmcompress.modules import decoded
 
@@ -89,7 +90,8 @@ class Run:
 def train(run: Run, report: Report | None = None) -> Progress:
     """Trains what moves in `run.student`, from where the last state was left; returns what was measured.
 
-    Raises NumericsError, naming the step, when the loss or a gradient is not finite; the last state stays.
+    Raises NumericsError, naming the step, when the loss or a gradient is not finite; the last state stays. Asked to stop
+    by a signal, it keeps the state after the step at hand, and then raises what the signal would have raised.
     """
     recipe, accelerator = run.recipe, run.accelerator
     states = [term.of.start() for term in recipe.losses]
@@ -101,7 +103,7 @@ def train(run: Run, report: Report | None = None) -> Progress:
             state.load_state_dict(saved)
     wrapped = accelerator.prepare(objective) if accelerator.num_processes > 1 else objective
     started = time.monotonic() - progress.seconds
-    with decoded(run.student.model), decoded(run.teacher):
+    with decoded(run.student.model), decoded(run.teacher), stop_requests() as stopping:
         if not progress.history:
             progress.history.append(look(run, 0))
         for step in range(progress.step, run.steps):
@@ -114,11 +116,13 @@ def train(run: Run, report: Report | None = None) -> Progress:
             last = progress.step == run.steps
             if last or progress.step % recipe.evaluate_every == 0:
                 progress.history.append({**look(run, progress.step), "loss": sum(means), "seconds": progress.seconds})
-            if (last or progress.step % recipe.save_every == 0) and accelerator.is_main_process:
+            if (last or stopping or progress.step % recipe.save_every == 0) and accelerator.is_main_process:
                 run.keeper.save(progress, run.student.named(), optimizer)
             if report is not None:
                 seen = progress.step * recipe.batch * run.sequences.shape[1]
                 report(progress.step, run.steps, sum(means), seen / progress.seconds)
+            if stopping and not last:
+                raise KeyboardInterrupt if stopping[0] == signal.SIGINT else Terminated
     return progress
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import DiskError, InputError
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, beside its count of steps
 
 
@@ -28,6 +32,21 @@ class Progress:
     seconds: float = 0.0
     losses: list[dict[str, float] | None] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """The signals that asked to stop, while it lasts: they wait for the end of a step, so that a state can be kept."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, lambda got, _: received.append(got)) for number in STOPPING}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Keeper:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError, RecipeError
@@ -80,7 +79,7 @@ def _norms(model: PreTrainedModel, relaxed: Mapping[str, RelaxedLinear]) -> dict
     inside = tuple(f"{name}." for name in relaxed)
     found = {}
     for name, value in model.named_parameters():
-        if value.ndim == 1 and value.dtype == torch.float32 and not name.startswith(inside):
+        if value.ndim == 1 and value.numel() and value.is_floating_point() and not name.startswith(inside):
             found[name] = value.requires_grad_()
     return found
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.distill import Distillation, distill, loop
 from llmcompress.distill.order import rate, rows
-from llmcompress.errors import InputError, NumericsError, RecipeError
+from llmcompress.errors import InputError, NumericsError, RecipeError, Terminated
 from llmcompress.modules import compressed_linears
 from llmcompress.weight import describe, encode
 from tests.tiny import save_tiny
@@ -47,7 +50,7 @@ def recipe(folders: Path, **more: Any) -> dict[str, Any]:
 
 def test_every_epoch_reads_every_sequence_once() -> None:
     read = [rows(step, 4, 12, seed=1) for step in range(6)]
-    first, second = [sorted(sum(part, [])) for part in (read[:3], read[3:])]
+    first, second = [sorted(chain.from_iterable(part)) for part in (read[:3], read[3:])]
     assert first == second == list(range(12)) and read[:3] != read[3:]
     assert read[2] == rows(2, 4, 12, seed=1) and read != [rows(step, 4, 12, seed=2) for step in range(6)]
 
@@ -55,7 +58,7 @@ def test_every_epoch_reads_every_sequence_once() -> None:
 def test_the_rate_rises_and_falls() -> None:
     found = [rate(step, 100, 0.1, 0.2) for step in range(100)]
     assert found[0] == 0.1 and found[9] == 1 == max(found) and math.isclose(found[-1], 0.2)
-    assert all(one >= other for one, other in zip(found[9:], found[10:]))
+    assert all(one >= other for one, other in pairwise(found[9:]))
 
 
 def test_what_trains_is_recovered_at_the_same_bytes(folders: Path, tmp_path: Path) -> None:
@@ -111,6 +114,21 @@ def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path, m
     assert [{**row, "seconds": 0} for row in again.history] == [{**row, "seconds": 0} for row in whole.history]
     for path in sorted((tmp_path / "whole").glob("*.safetensors")):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+
+
+def test_sigterm_keeps_the_state_of_the_last_step(folders: Path, tmp_path: Path) -> None:
+    asked = recipe(folders, steps=7, save_every=7)
+    whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
+
+    def stop(done: int, *_: Any) -> None:
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Terminated):
+        distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=stop)
+    assert json.loads((tmp_path / "cut.training" / "state.json").read_text())["step"] == 3
+    again = distill(folders / "small", folders / "dense", asked, tmp_path / "cut")
+    assert again.history[-1]["kl"] == whole.history[-1]["kl"]
 
 
 def test_the_gradient_does_not_depend_on_micro_batches(folders: Path, tmp_path: Path) -> None:
