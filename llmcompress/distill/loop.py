@@ -51,21 +51,22 @@ class Objective(nn.Module):
         self.teacher = (teacher,)  # in a tuple, so that it is no submodule: `train()` must not reach it
         self.terms = terms
 
-    def forward(self, ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """Of `ids [sequences, length]`: this part's share of the objective of a step of `tokens` predicted tokens, with
-        gradient, and the sum of each loss, without."""
+    def forward(self, ids: Tensor, counts: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Of `ids [sequences, length]`: their share of the objective of a step in which the losses have these `counts`,
+        with gradient; and the sum and the count of each loss `[losses, 2]`, without."""
         [teacher] = self.teacher
         with torch.no_grad():
             wanted = hidden_states(teacher, ids)
         given = hidden_states(self.student, ids)
-        return chunked_loss(
+        found = chunked_loss(
             given[:, :-1].flatten(0, 1),
             head_of(self.student),
             wanted[:, :-1].flatten(0, 1),
             head_of(teacher),
             ids[:, 1:].flatten(),
-            [(term.of, state, term.weight / tokens) for term, state in self.terms],
+            [(term.of, state, term.weight / count) for (term, state), count in zip(self.terms, counts, strict=True)],
         )
+        return found.total, torch.stack([torch.stack(pair) for pair in found.terms])
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +91,8 @@ class Run:
 def train(run: Run, report: Report | None = None) -> Progress:
     """Trains what moves in `run.student`, from where the last state was left; returns what was measured.
 
-    Raises NumericsError, naming the step, when the loss or a gradient is not finite; the last state stays. Asked to stop
-    by a signal, it keeps the state after the step at hand, and then raises what the signal would have raised.
+    Raises NumericsError, naming the step, when the loss or a gradient is not finite; the last state stays. Asked to
+    stop by a signal, it keeps the state after the step at hand, and then raises what the signal would have raised.
     """
     recipe, accelerator = run.recipe, run.accelerator
     states = [term.of.start() for term in recipe.losses]
@@ -134,19 +135,19 @@ def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step
         group["lr"] = recipe.rates[kind] * share  # type: ignore[index]  # the kinds are those of the rates
     chosen = torch.tensor(rows(step, recipe.batch, len(run.sequences), recipe.seed))
     mine = run.sequences[chosen.tensor_split(accelerator.num_processes)[accelerator.process_index]]
-    tokens = recipe.batch * (run.sequences.shape[1] - 1)
-    sums: Tensor | float = 0.0
-    parts = mine.split(recipe.micro_batch)
+    parts = [ids.to(accelerator.device) for ids in mine.split(recipe.micro_batch)]
+    counts = _counts(run, objective, parts)
+    report = torch.zeros(len(counts), 2, device=accelerator.device)
     for number, ids in enumerate(parts, start=1):
         waiting = number < len(parts) and accelerator.num_processes > 1
         with accelerator.no_sync(objective) if waiting else nullcontext():
             with run.autocast():
-                loss, found = objective(ids.to(accelerator.device), tokens)
+                loss, found = objective(ids, counts)
             (loss * accelerator.num_processes).backward()  # wrappers average over processes
-        sums = sums + found
-    sums = accelerator.reduce(sums, "sum")
+        report += found
+    sums = accelerator.reduce(report, "sum")[:, 0]
     norm = torch.nn.utils.clip_grad_norm_(run.student.named().values(), recipe.clip)
-    means = [float(value) / tokens for value in sums]
+    means = [float(value) / count for value, count in zip(sums, counts, strict=True)]
     if not math.isfinite(sum(means)) or not bool(norm.isfinite()):
         raise NumericsError(
             f"step {step + 1}: the loss is {sum(means)} and the gradient's norm {float(norm)}; lower the rates and "
@@ -155,6 +156,17 @@ def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return means
+
+
+def _counts(run: Run, objective: nn.Module, parts: Sequence[Tensor]) -> list[float]:
+    """What the sum of each loss over a step is to be divided by: the tokens, or a sum of weights, which takes a look."""
+    tokens = float(run.recipe.batch * (run.sequences.shape[1] - 1))
+    counts = [tokens] * len(run.recipe.losses)
+    if all(term.of.counts_tokens for term in run.recipe.losses):
+        return counts
+    with torch.no_grad(), run.autocast():
+        report = torch.stack([objective(ids, counts)[1] for ids in parts]).sum(0)
+    return [float(count) for count in run.accelerator.reduce(report, "sum")[:, 1]]
 
 
 def look(run: Run, step: int) -> dict[str, float]:
