@@ -117,14 +117,22 @@ def train(run: Run, report: Report | None = None) -> Progress:
             last = progress.step == run.steps
             if last or progress.step % recipe.evaluate_every == 0:
                 progress.history.append({**look(run, progress.step), "loss": sum(means), "seconds": progress.seconds})
-            if (last or stopping or progress.step % recipe.save_every == 0) and accelerator.is_main_process:
+            asked = _any(accelerator, stopping)
+            if (last or asked or progress.step % recipe.save_every == 0) and accelerator.is_main_process:
                 run.keeper.save(progress, run.student.named(), optimizer)
             if report is not None:
                 seen = progress.step * recipe.batch * run.sequences.shape[1]
                 report(progress.step, run.steps, sum(means), seen / progress.seconds)
-            if stopping and not last:
-                raise KeyboardInterrupt if stopping[0] == signal.SIGINT else Terminated
+            if asked and not last:
+                raise KeyboardInterrupt if signal.SIGINT in stopping else Terminated
     return progress
+
+
+def _any(accelerator: Accelerator, stopping: list[int]) -> bool:
+    """Whether any process was asked to stop: then all do, or the others would wait for it forever."""
+    if accelerator.num_processes == 1:
+        return bool(stopping)
+    return bool(accelerator.reduce(torch.tensor(float(len(stopping)), device=accelerator.device), "sum") > 0)
 
 
 def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> list[float]:
@@ -159,7 +167,7 @@ def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step
 
 
 def _counts(run: Run, objective: nn.Module, parts: Sequence[Tensor]) -> list[float]:
-    """What the sum of each loss over a step is to be divided by: the tokens, or a sum of weights, which takes a look."""
+    """What the sum of each loss over a step is to be divided by: the tokens, or a sum of weights that has to be found."""
     tokens = float(run.recipe.batch * (run.sequences.shape[1] - 1))
     counts = [tokens] * len(run.recipe.losses)
     if all(term.of.counts_tokens for term in run.recipe.losses):

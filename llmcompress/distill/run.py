@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from llmcompress import report as reports
@@ -23,7 +24,7 @@ from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.state import Keeper, Progress
 from llmcompress.distill.student import Student, relaxed_student
 from llmcompress.driver import copy_companions
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, RecipeError
 from llmcompress.export.opened import Opened
 from llmcompress.hf import table_entry
 from llmcompress.locate import Place, locate
@@ -74,24 +75,40 @@ def distill(
     for whatever is wrong.
     """
     asked = read_recipe(recipe, schema=Distillation)
+    accelerator = _accelerator(device, asked)
     folder, target = locate(str(student)).folder, Path(output)
     opened = Opened(folder)
     check_output(target, opened.bytes)
     place = locate(str(teacher))
     tokenizer = load_tokenizer(folder)
-    models = [load_model(Place(str(student), folder), device), load_model(place, device)]
+    where = str(accelerator.device)
+    models = [load_model(Place(str(student), folder), where), load_model(place, where)]
     check_pair(*models, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
     tokens = calibration_tokens(asked.data, tokenizer, partial(load_model, place), models[1].config)
     learning = relaxed_student(*models, asked.rates, asked.estimator)
     keeper = Keeper(target.with_name(target.name + ".training"), _identity(asked, tokens, opened, place))
-    run = _run(asked, learning, models[1], tokens, keeper, device)
+    run = _run(asked, learning, models[1], tokens, keeper, accelerator)
     for model in models:
         check_head(model, run.held_out)
     measured = train(run, progress)
     done = _result(run, measured, tokens, target, place)
-    _write(opened, learning, asked, done, target)
-    keeper.remove()
+    if accelerator.is_main_process:
+        _write(opened, learning, asked, done, target)
+        keeper.remove()
+    accelerator.end_training()
     return done
+
+
+def _accelerator(device: str, recipe: Distillation) -> Accelerator:
+    """The processes that a launcher started, or this one. Raises RecipeError where a batch cannot be shared by them."""
+    frozen = DistributedDataParallelKwargs(broadcast_buffers=False)  # packed codes are equal from the start
+    accelerator = Accelerator(cpu=torch.device(device).type == "cpu", kwargs_handlers=[frozen])
+    if recipe.batch % (recipe.micro_batch * accelerator.num_processes):
+        raise RecipeError(
+            f"batch {recipe.batch} cannot be shared by {accelerator.num_processes} processes in parts of "
+            f"micro_batch {recipe.micro_batch}; choose a multiple of their product"
+        )
+    return accelerator
 
 
 def _run(
@@ -100,10 +117,9 @@ def _run(
     teacher: PreTrainedModel,
     tokens: CalibrationTokens,
     keeper: Keeper,
-    device: str,
+    accelerator: Accelerator,
 ) -> Run:
-    dtype = product_dtype(recipe.compute, torch.device(device))
-    kind = torch.device(device).type
+    dtype, kind = product_dtype(recipe.compute, accelerator.device), accelerator.device.type
     teacher.requires_grad_(False).to(dtype)
     if recipe.checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -119,7 +135,7 @@ def _run(
         tokens.sequences[:first],
         tokens.sequences[first:],
         keeper,
-        Accelerator(cpu=kind == "cpu"),
+        accelerator,
         partial(torch.autocast, kind, dtype, enabled=dtype != torch.float32),
     )
 
