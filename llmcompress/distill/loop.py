@@ -167,7 +167,7 @@ def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step
 
 
 def _counts(run: Run, objective: nn.Module, parts: Sequence[Tensor]) -> list[float]:
-    """What the sum of each loss over a step is to be divided by: the tokens, or a sum of weights that has to be found."""
+    """What the sum of each loss over a step is divided by: the tokens, or a sum of weights that has to be found."""
     tokens = float(run.recipe.batch * (run.sequences.shape[1] - 1))
     counts = [tokens] * len(run.recipe.losses)
     if all(term.of.counts_tokens for term in run.recipe.losses):

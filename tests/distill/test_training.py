@@ -7,6 +7,9 @@ import math
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from llmcompress.distill.order import rate, rows
 from llmcompress.errors import InputError, NumericsError, RecipeError, Terminated
 from llmcompress.modules import compressed_linears
 from llmcompress.weight import describe, encode
+from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
 
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
@@ -138,6 +142,43 @@ def test_the_gradient_does_not_depend_on_micro_batches(folders: Path, tmp_path: 
     ]
     one, four = [result.history[-1] for result in results]
     assert math.isclose(one["kl"], four["kl"], rel_tol=1e-4) and math.isclose(one["loss"], four["loss"], rel_tol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(folders: Path, tmp_path: Path) -> None:
+    asked = recipe(folders, steps=4, save_every=2, rates={"scales": 5e-3, "norms": 2e-3})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(asked))
+    alone = distill(folders / "small", folders / "dense", asked, tmp_path / "alone")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    words = [
+        "-m",
+        "llmcompress",
+        "distill",
+        folders / "small",
+        tmp_path / "recipe.yaml",
+        "--teacher",
+        folders / "dense",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, *map(str, words), "-o", str(tmp_path / "both"), "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = json.loads(done.stdout)
+    assert both["tokens"] == alone.tokens and both["steps"] == 4
+    for one, other in zip(alone.history, both["history"], strict=True):
+        for name in {"kl", "perplexity", "loss"} & one.keys():
+            assert math.isclose(one[name], other[name], rel_tol=1e-4), name
+    assert (tmp_path / "both" / "manifest.json").is_file() and not (tmp_path / "both.training").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_another_recipe_does_not_continue(folders: Path, tmp_path: Path) -> None:
