@@ -161,7 +161,16 @@ def test_two_processes_learn_what_one_learns(folders: Path, tmp_path: Path) -> N
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *launcher, *map(str, words), "-o", str(tmp_path / "both"), "--json"],
+        [
+            sys.executable,
+            *launcher,
+            *map(str, words),
+            "--teacher",
+            str(folders / "dense"),
+            "-o",
+            str(tmp_path / "both"),
+            "--json",
+        ],
         env=environment,
         capture_output=True,
         text=True,
