@@ -8,8 +8,8 @@ code; going backward the gradient of the code is multiplied by a slope, the deri
 - biper (arXiv 2404.01278): of sin(FREQUENCY x); the code is the sine's sign, so latents that run far away come around.
 
 The last two are for two levels, seen as x = -1 and x = +1, and behave as plain with more. Where they differ from the
-papers: those measure x in standard deviations, we in binary values, so ReSTE's range is the two cells, |x| <= 2,
-instead of 1.5 deviations, and BiPer's frequency (20 there) is the one whose half period is a cell's width.
+papers: those measure x in the weights' own units, we in binary values, so that ReSTE's range is the two cells,
+|x| <= 2, instead of |x| <= 1.5, and BiPer's frequency no free choice: its half period is a cell's width.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ Autograd keeps the float32 matrices of a forward until its backward; checkpoint 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +71,8 @@ def relax(w: Weight, relaxation: Relaxation, target: Tensor | None = None) -> Re
 class Relaxed(nn.Module):
     """An expression `[out, in]` with float32 masters; build it by `relax`.
 
-    Parameters are flat and have the names of the tensors that `encode` would write. `relaxation` may be replaced
-    between steps by one that trains the same kinds, to change ReSTE's power.
+    Parameters are flat and have the names of the tensors that `encode` would write; casts of the model leave them
+    float32. `relaxation` may be replaced between steps by one that trains the same kinds, to change ReSTE's power.
     """
 
     def __init__(self, w: Weight, relaxation: Relaxation, target: Tensor | None) -> None:
@@ -144,6 +145,15 @@ class Relaxed(nn.Module):
         """For `print(model)`."""
         return f"size={self.size}, trains={sorted(set(self.kind_of.values()))}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves, but does not cast: bfloat16 masters would lose small steps."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(moved, recurse)
+
     def _live(self) -> Weight:
         """The expression as it would be stored, its trained numbers differentiable float32."""
         tensors = {
@@ -155,7 +165,7 @@ class Relaxed(nn.Module):
 
     def _numbers(self, name: str) -> Tensor:
         """What would be stored of one parameter, flat float32, differentiable."""
-        master, dtype = self.get_parameter(name).float(), self.stored_as[name]
+        master, dtype = self.get_parameter(name), self.stored_as[name]
         match self.kind_of[name]:
             case "codes":
                 return straight_codes(master, self.levels[name], self.relaxation.estimator, self.relaxation.power)

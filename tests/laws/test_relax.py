@@ -121,12 +121,19 @@ def test_what_does_not_train_has_the_bytes_of_a_file(w: Weight) -> None:
     assert held == sum(tensor.numel() * tensor.element_size() for tensor in encode(w)[1].values())
 
 
-def test_casting_rounds_nothing_that_is_held(w: Weight) -> None:
-    module = relax(w, Relaxation(frozenset({"codes"}))).to(torch.bfloat16).to(torch.float32)
-    kept = relax(w, Relaxation(frozenset())).to(torch.bfloat16)
-    assert_same_bits(kept.freeze(), w)
-    for name, buffer in module.named_buffers():
-        assert buffer.dtype == torch.uint8 and torch.equal(buffer, encode(w)[1][name].view(torch.uint8))
+def test_casting_rounds_nothing(w: Weight) -> None:
+    for relaxation in (ALL, Relaxation(frozenset())):
+        module = relax(w, relaxation, elsewhere(w))
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        for name, tensor in module.to(torch.bfloat16).state_dict().items():
+            assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+        assert_same_bits(module.freeze(), w)
+
+
+def test_it_moves_to_another_device(w: Weight) -> None:
+    module = relax(w, Relaxation(frozenset({"codes", "scales"}))).to("meta", torch.bfloat16)
+    assert all(tensor.is_meta for tensor in module.state_dict().values())
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in module.parameters())
 
 
 def test_relaxing_shares_no_memory_with_the_weight(w: Weight) -> None:
@@ -459,6 +466,15 @@ def test_biper_is_a_square_wave_with_the_slope_of_a_sine() -> None:
     torch.testing.assert_close(slope(latent.detach(), 2, "biper"), expected)
     inside = (latent > -0.5) & (latent < 1.5)
     assert torch.equal(nearest_codes(latent, 2, "biper")[inside], nearest_codes(latent, 2)[inside])
+
+
+def test_the_power_of_reste_can_rise_while_it_trains() -> None:
+    module = relax(grid((3, 8), 2, 8, 0, symmetric=True), Relaxation(frozenset({"codes"}), "reste", power=1.0))
+    [latents] = module.parameters()
+    [first] = torch.autograd.grad(module.weight().sum(), latents)
+    module.relaxation = replace(module.relaxation, power=2.0)
+    [second] = torch.autograd.grad(module.weight().sum(), latents)
+    torch.testing.assert_close(second, first / 2)  # the slope at a stored code is 1 / power
 
 
 @pytest.mark.parametrize("estimator", ["reste", "biper"])
