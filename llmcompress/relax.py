@@ -87,7 +87,8 @@ class Relaxed(nn.Module):
             if master.numel():
                 self.kind_of[name] = kind
                 self.register_parameter(name, nn.Parameter(master))
-                self.levels |= {name: levels} if kind == "codes" else {}
+                if kind == "codes":
+                    self.levels[name] = levels
         for name, tensor in tensors.items():
             if name not in self.kind_of:
                 self.register_buffer(name, _octets(tensor))
@@ -130,11 +131,9 @@ class Relaxed(nn.Module):
             if name not in self.kind_of:
                 tensors[name] = self.get_buffer(name).view(dtype).clone()
                 continue
+            if bool(self.get_parameter(name).isnan().any()):
+                raise NumericsError(f"{name} became NaN in training; lower the learning rate, or skip steps with NaN")
             learned = self._numbers(name)
-            if bool(learned.isnan().any()):
-                raise NumericsError(
-                    f"{name}: training made it NaN; lower the learning rate, or skip steps that are NaN"
-                )
             if name in self.levels:
                 tensors[name] = pack(learned.to(torch.uint8), self.levels[name])
             else:
