@@ -142,7 +142,10 @@ def dense(w: Weight) -> Tensor:
             return values.float()
         case Grid(codes, scale, zero, levels, group_size):
             centre = (levels - 1) / 2 if zero is None else _spread(zero.float(), group_size, codes.shape[1])
-            return codes.float().sub_(centre).mul_(_spread(scale.float(), group_size, codes.shape[1]))
+            steps = _spread(scale.float(), group_size, codes.shape[1])
+            if codes.is_floating_point():
+                return (codes - centre) * steps
+            return codes.float().sub_(centre).mul_(steps)
         case LowRank(left, right):
             return dense(left) @ dense(right)
         case Where(index, inside, outside):
@@ -276,7 +279,8 @@ def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) 
 def decode_node(
     header: dict[str, Any], tensors: Mapping[str, Tensor], path: str, shown: Tensor | None = None
 ) -> Weight:
-    """The node whose tensors have paths that start with `path`."""
+    """The node whose tensors have paths that start with `path`; codes may also be whole numbers in a float dtype, one
+    each, as when they train."""
     match header["node"]:
         case "zero":
             return Zero((header["shape"][0], header["shape"][1]))
@@ -285,7 +289,9 @@ def decode_node(
         case "grid":
             levels = header["levels"]
             count = math.prod(header["shape"]) if shown is None else int(shown.expand(header["shape"]).sum())
-            codes = _expand(unpack(tensors[path + "codes"], levels, count), header["shape"], shown)
+            stored = tensors[path + "codes"]
+            whole = stored if stored.is_floating_point() else unpack(stored, levels, count)
+            codes = _expand(whole, header["shape"], shown)
             scale = tensors[path + "scale"].reshape(header["scale"])
             packed = tensors[path + "zero"] if header["asymmetric"] else None
             zero = None if packed is None else unpack(packed, levels, scale.numel()).reshape(scale.shape)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.modules import CompressedLinear, Layout, compressed_linears, put
+from llmcompress.relax import KINDS, Relaxation, RelaxedLinear
 from llmcompress.weight import dense, describe
 from tests.builders import every_node
 from tests.tiny import save_tiny
@@ -68,3 +69,37 @@ def test_nothing_of_a_compressed_layer_asks_for_gradients(model: PreTrainedModel
 def test_put_names_what_is_not_there() -> None:
     with pytest.raises(AttributeError):
         put(nn.Sequential(nn.Linear(2, 2)), "1", nn.Identity())
+
+
+def test_a_model_trains_relaxed_and_goes_back(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Into the dense teacher's direction: latents, scales and low-rank factors of every layer, checkpointing blocks."""
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    tokens = torch.arange(48).reshape(3, 16)
+    with torch.no_grad():
+        wanted, given = teacher(tokens).logits, model(tokens).logits
+    layouts = {name: layer.layout for name, layer in compressed_linears(model).items()}
+    for name, layer in compressed_linears(model).items():
+        put(model, name, RelaxedLinear.of(layer, Relaxation(frozenset(KINDS)), teacher.get_submodule(name).weight))
+    assert torch.equal(model(tokens).logits, given)
+
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    relaxed = {name: module for name, module in model.named_modules() if isinstance(module, RelaxedLinear)}
+    optimizer = torch.optim.Adam([p for module in relaxed.values() for p in module.parameters()], lr=1e-3)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = (model(tokens).logits - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert min(losses[1:]) < losses[0]
+
+    model.eval()
+    trained = model(tokens).logits
+    for name, module in relaxed.items():
+        put(model, name, module.freeze())
+    assert torch.equal(model(tokens).logits, trained)
+    assert {name: layer.layout for name, layer in compressed_linears(model).items()} == layouts
+    model.save_pretrained(tmp_path / "trained")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "trained")(tokens).logits, trained)

@@ -27,6 +27,8 @@ ROOMS = (
     "teacher",  # text the model writes itself
     "tokens",  # text -> calibration sequences
     "modules",  # CompressedLinear
+    "estimators",  # gradients through rounding
+    "relax",  # a compressed weight that trains
     "attention",  # causal attention, fast in bfloat16
     "blocks",  # one decoder block at a time
     "calibrate",  # the walk

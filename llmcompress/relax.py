@@ -1,0 +1,283 @@
+"""The trainable form of a compressed weight: chosen numbers of an expression become parameters, the rest stays packed.
+
+`relax(w, relaxation)` holds the tensors of `encode(w)` by their paths: those that train as float32 masters of their
+stored elements only (so a pruned entry has nothing that could move), the others as the bytes that a file has. At every
+use the masters are rounded to what can be stored, with straight-through gradients, and `dense` and `matmul` of
+weight.py do the rest: what trains is what `freeze` stores.
+
+What may train (`KINDS`), and how it is kept storable, alike in training and in `freeze`:
+- codes of grids, by latents in code units (`estimators`); zero points stay as they are.
+- scales of grids, rounded to float16 within [2^-24, 65504], its smallest and largest positive numbers. Gradients pass
+  the ends, so that a scale there can come back. A scale that is not positive at first, as of a group of zeros, stays.
+- values of `Dense` outside low-rank terms, and factors, every `Dense` inside them: rounded to their own dtype, within
+  +-its largest number.
+
+Autograd keeps the float32 matrices of a forward until its backward; checkpoint activations to have those of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress import weight as expression
+from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.estimators import ESTIMATORS, Estimator, straight_cast, straight_codes
+from llmcompress.modules import CompressedLinear
+from llmcompress.packing import pack
+from llmcompress.rotation import rotate
+from llmcompress.weight import Dense, Grid, LowRank, Rotated, Sum, Weight, Where, Zero
+
+KINDS = ("codes", "scales", "values", "factors")
+SMALLEST_SCALE = 2.0**-24
+START = "_start"  # of the name of stored scales that train
+MARGIN = 2.0**-9  # codes: how far inside its code's cell a latent starts; float32 resolves it at 255
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """What trains, and how. Raises RecipeError for what is not known."""
+
+    trains: frozenset[str]  # of KINDS
+    estimator: Estimator = "plain"  # of codes with two levels; more levels have the plain one
+    power: float = 3.0  # of ReSTE, at least 1; its authors raise it from 1 to 3 while they train
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.trains) - set(KINDS))
+        if unknown:
+            raise RecipeError(f"nothing of the kind {unknown[0]!r} can train; known: {', '.join(KINDS)}")
+        if self.estimator not in ESTIMATORS:
+            raise RecipeError(f"no estimator is called {self.estimator!r}; known: {', '.join(ESTIMATORS)}")
+        if self.power < 1:
+            raise RecipeError(f"the power {self.power:g} of ReSTE must be at least 1")
+
+
+def relax(w: Weight, relaxation: Relaxation, target: Tensor | None = None) -> Relaxed:
+    """The module that trains `w`; until a step, its `freeze` encodes to the same bits as `w`.
+
+    `target` `[out, in]`: the dense teacher's weight in the model's own basis. Latents then start where it is, inside
+    the cells of the stored codes; without it, and in low-rank terms, they start at the codes. Raises ValueError for a
+    target of another shape.
+    """
+    if target is not None and tuple(target.shape) != expression.shape(w):
+        raise ValueError(f"the target is {tuple(target.shape)}, the weight {expression.shape(w)}")
+    return Relaxed(w, relaxation, target if "codes" in relaxation.trains else None)
+
+
+class Relaxed(nn.Module):
+    """An expression `[out, in]` with float32 masters; build it by `relax`.
+
+    Parameters are flat and have the names of the tensors that `encode` would write; casts of the model leave them
+    float32. `relaxation` may be replaced between steps by one that trains the same kinds, to change ReSTE's power.
+    """
+
+    def __init__(self, w: Weight, relaxation: Relaxation, target: Tensor | None) -> None:
+        super().__init__()
+        self.relaxation = relaxation
+        self.size = expression.shape(w)
+        self.header, tensors = expression.encode(w)
+        self.stored_as = {name: tensor.dtype for name, tensor in tensors.items()}
+        self.levels: dict[str, int] = {}  # of codes that train, by the names of their parameters
+        self.kind_of: dict[str, str] = {}
+        for name, kind, master, levels in _masters(w, relaxation.trains, target):
+            if master.numel():
+                self.kind_of[name] = kind
+                self.register_parameter(name, nn.Parameter(master))
+                if kind == "codes":
+                    self.levels[name] = levels
+        for name, tensor in tensors.items():
+            if name not in self.kind_of:
+                self.register_buffer(name, _octets(tensor))
+            elif self.kind_of[name] == "scales":
+                self.register_buffer(name + START, _octets(tensor))
+
+    def kinds(self) -> dict[str, str]:
+        """The name of each trainable parameter, and its kind (of `KINDS`)."""
+        return dict(self.kind_of)
+
+    def weight(self) -> Tensor:
+        """The matrix, float32 `[out, in]`, differentiable in what trains."""
+        device = next(iter([*self.parameters(), *self.buffers()]), torch.empty(0)).device
+        with torch.autocast(device.type, enabled=False):
+            return expression.dense(self._live())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., in]` to `[..., out]`, in x's dtype (under autocast in its dtype, as `nn.Linear`)."""
+        return expression.matmul(x, self._live())
+
+    @torch.no_grad()
+    def confine(self) -> None:
+        """Puts latents that left the range of their codes back to its edge: call it after a step of the optimizer.
+
+        Outside they have no gradient, so what momentum carried there would stay (BinaryConnect, arXiv 1511.00363). What
+        is stored does not change. BiPer's latents have a gradient everywhere and stay where they are.
+        """
+        for name, levels in self.levels.items():
+            if self.relaxation.estimator != "biper" or levels > 2:
+                self.get_parameter(name).clamp_(-0.5, levels - 0.5)
+
+    @torch.no_grad()
+    def freeze(self) -> Weight:
+        """The expression with what was learned, in the layout and bytes of the one that was relaxed.
+
+        Raises NumericsError for a master that is not a number.
+        """
+        tensors = {}
+        for name, dtype in self.stored_as.items():
+            if name not in self.kind_of:
+                tensors[name] = self.get_buffer(name).view(dtype).clone()
+                continue
+            if bool(self.get_parameter(name).isnan().any()):
+                raise NumericsError(f"{name} became NaN in training; lower the learning rate, or skip steps with NaN")
+            learned = self._numbers(name)
+            if name in self.levels:
+                tensors[name] = pack(learned.to(torch.uint8), self.levels[name])
+            else:
+                tensors[name] = learned.to(dtype)
+        return expression.decode(self.header, tensors)
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"size={self.size}, trains={sorted(set(self.kind_of.values()))}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves, but does not cast: bfloat16 masters would lose small steps."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(moved, recurse)
+
+    def _live(self) -> Weight:
+        """The expression as it would be stored, its trained numbers differentiable float32."""
+        tensors = {
+            name: self.get_buffer(name).view(dtype)
+            for name, dtype in self.stored_as.items()
+            if name not in self.kind_of
+        }
+        return expression.decode(self.header, tensors | {name: self._numbers(name) for name in self.kind_of})
+
+    def _numbers(self, name: str) -> Tensor:
+        """What would be stored of one parameter, flat float32, differentiable."""
+        master, dtype = self.get_parameter(name), self.stored_as[name]
+        match self.kind_of[name]:
+            case "codes":
+                return straight_codes(master, self.levels[name], self.relaxation.estimator, self.relaxation.power)
+            case "scales":
+                start = self.get_buffer(name + START).view(dtype).float()
+                return torch.where(start > 0, straight_cast(master, dtype, SMALLEST_SCALE), start)
+        return straight_cast(master, dtype)
+
+
+class RelaxedLinear(nn.Module):
+    """Stands in a model for a `CompressedLinear` while it trains. Its bias trains only if it is told to."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, relaxed: Relaxed, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = relaxed.size
+        self.relaxed = relaxed
+        self.register_parameter("bias", bias)
+
+    @staticmethod
+    def of(linear: CompressedLinear, relaxation: Relaxation, target: Tensor | None = None) -> RelaxedLinear:
+        """The trainable form of a layer; `target` as for `relax`."""
+        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        return RelaxedLinear(relax(linear.expression(), relaxation, target), bias)
+
+    def freeze(self) -> CompressedLinear:
+        """The layer with what was learned, and the bias as it is now."""
+        return CompressedLinear.of(self.relaxed.freeze(), None if self.bias is None else self.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., in]` to `[..., out]`, in x's dtype."""
+        output: Tensor = self.relaxed(x)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+# --- where masters start --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A node with numbers in it, and what its place in the expression says of them."""
+
+    node: Dense | Grid
+    path: str  # of its tensors in `encode`
+    shown: Tensor | None  # true = stored, as there
+    target: Tensor | None  # what it should be, in its own basis, float32 [out, in]
+    factor: bool  # is it in a low-rank term?
+
+
+@torch.no_grad()
+def _masters(w: Weight, trains: frozenset[str], target: Tensor | None) -> Iterator[tuple[str, str, Tensor, int]]:
+    """(name, kind, master, levels) of all that trains; masters flat float32, memory of their own."""
+    for leaf in _leaves(w, "", None, None if target is None else target.float(), False):
+        match leaf.node:
+            case Dense(values):
+                kind = "factors" if leaf.factor else "values"
+                if kind in trains:
+                    yield leaf.path + "values", kind, _stored(values, leaf.shown).float().clone(), 0
+            case Grid(scale=scale, levels=levels):
+                if "codes" in trains:
+                    yield leaf.path + "codes", "codes", _latents(leaf.node, leaf.target, leaf.shown), levels
+                if "scales" in trains:
+                    yield leaf.path + "scale", "scales", scale.flatten().float(), levels
+
+
+def _leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, factor: bool) -> Iterator[_Leaf]:
+    """The leaves below `w`, each with its own part of the target: turned into its basis, less what is added to it."""
+    match w:
+        case Zero():
+            return
+        case Dense() | Grid():
+            yield _Leaf(w, path, shown, target, factor)
+        case LowRank(left, right):
+            yield from _leaves(left, path + "left_", None, None, True)
+            yield from _leaves(right, path + "right_", None, None, True)
+        case Where(index, inside, outside):
+            here, rest = index.inside, ~index.inside
+            if shown is not None:
+                here, rest = shown & here, shown & rest
+            yield from _leaves(inside, path + "inside_", here, target, factor)
+            yield from _leaves(outside, path + "outside_", rest, target, factor)
+        case Rotated(inner, signs, block):
+            turned = None if target is None else rotate(target, signs, block)
+            yield from _leaves(inner, path + "inner_", None, turned, factor)
+        case Sum(parts):
+            missing = None if target is None else target - expression.dense(w).to(target.device)
+            for i, part in enumerate(parts):
+                own = None if missing is None else missing + expression.dense(part).to(missing.device)
+                yield from _leaves(part, f"{path}{i}_", shown, own, factor)
+        case _:
+            raise TypeError(f"relax has no rule for {type(w).__name__}; every node needs one")
+
+
+def _latents(grid: Grid, target: Tensor | None, shown: Tensor | None) -> Tensor:
+    """Where the latents of stored codes start, flat float32: at the target, but inside the codes' own cells."""
+    codes = _stored(grid.codes, shown).float()
+    if target is None:
+        return codes
+    steps = expression.dense(replace(grid, codes=torch.ones_like(grid.codes), zero=torch.zeros_like(grid.scale)))
+    away = torch.where(steps == 0, 0.0, (target - expression.dense(grid)) / steps)  # in code units
+    return codes + _stored(away, shown).clamp(MARGIN - 0.5, 0.5 - MARGIN)
+
+
+def _stored(leaf: Tensor, shown: Tensor | None) -> Tensor:
+    """The elements of a leaf that are stored, flat, as `encode` orders them."""
+    return leaf.reshape(-1) if shown is None else leaf[shown.expand(leaf.shape)]
+
+
+def _octets(tensor: Tensor) -> Tensor:
+    """Its bytes, in memory of their own: a cast of the module does not round them."""
+    return tensor.clone().view(torch.uint8)
