@@ -41,6 +41,7 @@ ROOMS = (
     "protocol",  # how models are scored
     "evaluate",
     "report",
+    "distill",  # the teacher taught into the student
     "driver",  # model + recipe -> checkpoint + report
     "scoring",  # a model by its name, scored
     "verify",  # is a checkpoint what was written, and does it run?
