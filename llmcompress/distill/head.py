@@ -1,0 +1,157 @@
+"""Losses on the predictions of two models, from their last hidden states, without their logits ever being there whole.
+
+Logits are [tokens, vocabulary]: for 4096 tokens and 128 k classes 2 GB a tensor, and a loss holds several. Here they
+live a chunk of tokens at a time: the loss of a chunk is taken, and right there its gradient, with respect to the
+student's hidden states and to its head's parameters if they train. Only these are kept, [tokens, width] and the
+parameters' own size; going backward multiplies them by the incoming number. Any separable loss works unchanged, and
+the heads run once, forward and backward, as they would unchunked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, SumAndCount, measure
+from llmcompress.errors import InputError
+
+LOGITS = 2**24  # of each model that are in memory at once: 64 MiB a tensor in float32
+
+Head = Tensor | Callable[[Tensor], Tensor]  # [vocabulary, width], or a function [tokens, width] -> [tokens, vocabulary]
+Term = tuple[LossConfig, LossState | None, float]  # a loss, its state, and its weight in the total
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """`total`: sum over terms of weight * sum, with grad. `terms`: each term's (sum, count), without."""
+
+    total: Tensor
+    terms: tuple[SumAndCount, ...]
+
+
+def chunked_loss(
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    targets: Tensor,
+    terms: Sequence[Term],
+    chunk: int | None = None,
+    parameters: Sequence[Tensor] | None = None,
+) -> HeadLoss:
+    """The losses of `terms` over all tokens, `chunk` of them at a time (by default, so many that LOGITS are held).
+
+    student_hidden [tokens, student's width], teacher_hidden [tokens, teacher's width]: what the heads read, so after
+    the last norm, at the positions that count. targets int64 [tokens]. `parameters`: those of the student's head that
+    may train; by default a tensor itself, or all of a module; a head that is neither needs them named.
+
+    Sums are not divided by anything. Terms that count tokens share the count of the whole step, so divide `total` by
+    it; where the counts of a step differ, put 1 / count into each weight. A count that is a sum of weights
+    (`LossConfig.counts_tokens` false) is found beforehand by a call under `torch.no_grad()`.
+
+    Raises InputError for vocabularies that differ, ValueError where there is no term or rows do not match.
+    """
+    if not terms or not len(student_hidden) == len(teacher_hidden) == len(targets):
+        raise ValueError(
+            f"{len(terms)} losses of {len(student_hidden)} student rows, {len(teacher_hidden)} teacher rows and "
+            f"{len(targets)} targets; give a loss, and as many of one as of the others"
+        )
+    trained = _parameters(student_head) if parameters is None else list(parameters)
+    work = _Work(_function(student_head), _function(teacher_head), teacher_hidden.detach(), targets, tuple(terms))
+    size = chunk or max(1, LOGITS // work.vocabulary())
+    total, report = _Chunked.apply(work, size, torch.is_grad_enabled(), student_hidden, *trained)
+    return HeadLoss(total, tuple((each[0], each[1]) for each in report.unbind()))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a chunk needs beside the student's hidden states."""
+
+    student_head: Callable[[Tensor], Tensor]
+    teacher_head: Callable[[Tensor], Tensor]
+    teacher_hidden: Tensor
+    targets: Tensor
+    terms: tuple[Term, ...]
+
+    def vocabulary(self) -> int:
+        """The teacher's number of classes."""
+        with torch.no_grad():
+            return self.teacher_head(self.teacher_hidden[:1]).shape[-1]
+
+    def of_chunk(self, hidden: Tensor, rows: slice, wanted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """(sum, count) of each term, [terms, 2], and the gradients of the weighted sum with respect to `wanted`."""
+        with torch.set_grad_enabled(bool(wanted)):
+            student = self.student_head(hidden)
+            with torch.no_grad():
+                teacher = self.teacher_head(self.teacher_hidden[rows])
+            if student.shape != teacher.shape:
+                raise InputError(
+                    f"the student has a vocabulary of {student.shape[-1]}, its teacher one of {teacher.shape[-1]} "
+                    "tokens; distil from the model that the student was made from"
+                )
+            predictions = Predictions(student, teacher, self.targets[rows])
+            pairs = [measure(predictions, config, state) for config, state, _ in self.terms]
+            total = torch.stack([weight * pair[0] for (*_, weight), pair in zip(self.terms, pairs)]).sum()
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True) if wanted else ()
+        return torch.stack([torch.stack(pair).detach() for pair in pairs]), gradients
+
+
+class _Chunked(torch.autograd.Function):
+    """(work, chunk, differentiate, hidden, *parameters) -> (total, report [terms, 2])."""
+
+    @staticmethod
+    def forward(ctx: Any, work: _Work, chunk: int, differentiate: bool, hidden: Tensor, *parameters: Tensor) -> Any:
+        """All chunks, with their gradients."""
+        ctx.wanted = [differentiate and value.requires_grad for value in (hidden, *parameters)]
+        trained = [value for value, wanted in zip(parameters, ctx.wanted[1:]) if wanted]
+        of_hidden = torch.empty_like(hidden) if ctx.wanted[0] else None
+        # a sum of many small parts, which bfloat16 would stop taking up
+        of_trained = [torch.zeros_like(value, dtype=_summing(value.dtype)) for value in trained]
+        reports = []
+        for start in range(0, max(len(hidden), 1), chunk):
+            rows = slice(start, start + chunk)
+            part = hidden[rows].detach().requires_grad_(ctx.wanted[0])
+            wanted = ([part] if ctx.wanted[0] else []) + trained
+            report, gradients = work.of_chunk(part, rows, wanted)
+            reports.append(report)
+            if of_hidden is not None:
+                of_hidden[rows], *gradients = gradients
+            for total, gradient in zip(of_trained, gradients, strict=True):
+                total += gradient
+        ctx.save_for_backward(*([] if of_hidden is None else [of_hidden]), *of_trained)
+        ctx.dtypes = [value.dtype for value in (hidden, *parameters)]
+        report = torch.stack(reports).sum(0)
+        ctx.mark_non_differentiable(report)
+        weights = report.new_tensor([weight for *_, weight in work.terms])
+        return report[:, 0] @ weights, report
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor, _: Tensor) -> Any:
+        """The stored gradients, scaled."""
+        stored = iter(ctx.saved_tensors)
+        scaled = [(next(stored) * incoming).to(dtype) if want else None for want, dtype in zip(ctx.wanted, ctx.dtypes)]
+        return None, None, None, *scaled
+
+
+def _summing(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _function(head: Head) -> Callable[[Tensor], Tensor]:
+    return head if not isinstance(head, Tensor) else lambda hidden: nn.functional.linear(hidden, head)
+
+
+def _parameters(head: Head) -> list[Tensor]:
+    match head:
+        case Tensor():
+            return [head]
+        case nn.Module():
+            return list(head.parameters())
+        case _:
+            return []

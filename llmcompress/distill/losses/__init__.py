@@ -1,0 +1,33 @@
+"""Losses of distillation, one file each. Importing this package registers them all."""
+
+from llmcompress.distill.losses import (
+    bdkd,
+    cross_entropy,
+    dad,
+    forward_kl,
+    hidden,
+    js,
+    logit_mse,
+    minilm,
+    ofa,
+    reverse_kl,
+    skewed_kl,
+    taid,
+    topk,
+)
+
+__all__ = [
+    "bdkd",
+    "cross_entropy",
+    "dad",
+    "forward_kl",
+    "hidden",
+    "js",
+    "logit_mse",
+    "minilm",
+    "ofa",
+    "reverse_kl",
+    "skewed_kl",
+    "taid",
+    "topk",
+]

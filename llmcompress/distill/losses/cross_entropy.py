@@ -1,0 +1,20 @@
+"""Cross-entropy with the true next token: no distillation, but the control for it, or a second term beside one."""
+
+from typing import Literal
+
+from torch import nn
+
+from llmcompress.distill.losses.divergence import over_tokens, wide
+from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, SumAndCount, loss
+
+
+class CrossEntropy(LossConfig):
+    """Arguments of `cross_entropy`: none."""
+
+    loss: Literal["cross_entropy"] = "cross_entropy"
+
+
+@loss("cross_entropy", CrossEntropy)
+def cross_entropy(predictions: Predictions, config: CrossEntropy, state: LossState | None) -> SumAndCount:
+    """-log q(target) in nats, over the student's own classes whatever the teacher rules out."""
+    return over_tokens(nn.functional.cross_entropy(wide(predictions.student), predictions.targets, reduction="none"))

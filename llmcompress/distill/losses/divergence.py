@@ -1,0 +1,65 @@
+"""How far two distributions over the vocabulary are apart, from log-probabilities.
+
+Everything is computed in float32 (float64 stays float64): in bfloat16 a divergence has an error floor near 0.01.
+
+A class that either model rules out (a logit of -inf or as good as that, see FLOOR; heads padded to a round size have
+such) is left out for both: it gets no probability, no loss and no gradient, and the rest is normalised without it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmcompress.distill.losses.loss import LossConfig, Predictions, SumAndCount
+
+# At or below it, a logit means "never". It takes the place of -inf: its exponential is 0 just the same, but the
+# difference of two of it is 0 and 0 times it is 0, where -inf would make NaN. float32 has room to add a few of it.
+FLOOR = -1e30
+
+
+class TemperedConfig(LossConfig):
+    """A loss between distributions softened by a temperature T, times T^2: gradients keep their size over T."""
+
+    temperature: float = Field(1.0, ge=0.01, le=100, description="both models' logits are divided by it")
+
+
+def wide(values: Tensor) -> Tensor:
+    """In the precision of the losses: float32, float64 where it is that already."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def shared_logits(predictions: Predictions) -> tuple[Tensor, Tensor]:
+    """The student's and the teacher's logits [tokens, vocabulary], FLOOR where either rules a class out."""
+    student, teacher = wide(predictions.student), wide(predictions.teacher.detach())
+    excluded = (student <= FLOOR) | (teacher <= FLOOR)
+    return student.masked_fill(excluded, FLOOR), teacher.masked_fill(excluded, FLOOR)
+
+
+def log_probabilities(predictions: Predictions, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log q of the student and log p of the teacher, [tokens, vocabulary]."""
+    student, teacher = shared_logits(predictions)
+    return (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) in nats, [tokens, classes] -> [tokens]. Masses need not be 1: it is sum a (log a - log b)."""
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def entropy(log_a: Tensor) -> Tensor:
+    """In nats, [tokens, classes] -> [tokens]."""
+    return -(log_a.exp() * log_a).sum(-1)
+
+
+def mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+    """log(share a + (1 - share) b), with 0 < share < 1."""
+    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
+
+
+def over_tokens(each: Tensor) -> SumAndCount:
+    """The sum of a loss [tokens], and the number of tokens."""
+    return each.sum(), each.new_tensor(len(each))

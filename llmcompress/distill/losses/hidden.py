@@ -1,0 +1,45 @@
+"""Hidden states, relative to the teacher's size (after LAPTOP-Diff, arXiv 2404.11098): |S - T|^2 / |T|^2.
+
+Without the denominator a few layers with huge norms are the whole loss. It is the teacher's alone, so the student
+cannot lower the loss by growing; states scaled together give the same loss. Differs from the paper, which divides
+whole layers: `per` token by default, because the first token's norm is often a hundred times that of the others.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmcompress.distill.losses.divergence import over_tokens, wide
+from llmcompress.distill.losses.features import Features, feature_loss
+from llmcompress.distill.losses.loss import LossConfig, SumAndCount
+from llmcompress.errors import InputError
+
+
+class Hidden(LossConfig):
+    """Arguments of `hidden`."""
+
+    loss: Literal["hidden"] = "hidden"
+    per: Literal["token", "layer"] = Field("token", description="what the teacher's size is taken of")
+    examples = ({}, {"per": "layer"})
+    counts_tokens = False
+
+
+@feature_loss("hidden", Hidden)
+def hidden(features: Features, config: Hidden) -> SumAndCount:
+    """Sum / count is the mean of tokens' relative errors, or for `layer` the relative error of all tokens together.
+
+    The count is then the teacher's energy. A token whose teacher state is zero does not count per token. Raises
+    InputError for different widths.
+    """
+    student, teacher = wide(features.student), wide(features.teacher.detach())
+    if student.shape != teacher.shape:
+        raise InputError(
+            f"hidden states {tuple(student.shape)} cannot be compared with the teacher's {tuple(teacher.shape)}; "
+            "project them to its width first"
+        )
+    if features.keep is not None:
+        student, teacher = student[features.keep], teacher[features.keep]
+    error, energy = (student - teacher).square().sum(-1).flatten(), teacher.square().sum(-1).flatten()
+    if config.per == "layer":
+        return error.sum(), energy.sum()
+    return over_tokens(error[energy > 0] / energy[energy > 0])

@@ -1,0 +1,76 @@
+"""Relations between positions (MiniLMv2, arXiv 2012.15828): which earlier positions are alike, not where they lie.
+
+States of a layer (hidden, query, key or value) are split into relation heads; R = softmax(A A^T / sqrt(width of a
+head)) over the positions up to each; the loss is KL(R_teacher || R_student). Relations are [length, length] whatever
+the widths, so no projection is needed. Differs from the paper by the causal mask, since these are causal models.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from llmcompress.distill.losses.divergence import FLOOR, kl, wide
+from llmcompress.distill.losses.features import Features, feature_loss
+from llmcompress.distill.losses.loss import LossConfig, SumAndCount
+from llmcompress.errors import InputError
+
+
+class MiniLM(LossConfig):
+    """Arguments of `minilm`."""
+
+    loss: Literal["minilm"] = "minilm"
+    relation_heads: int = Field(8, ge=1, description="parts that the widths of both models are split into")
+    chunk: int = Field(128, ge=1, description="positions whose relations are in memory at once; changes no result")
+    examples = ({"relation_heads": 1}, {"relation_heads": 2, "chunk": 3})
+    counts_tokens = False
+
+
+@feature_loss("minilm", MiniLM)
+def minilm(features: Features, config: MiniLM) -> SumAndCount:
+    """KL in nats over relation heads and positions, and the number of both together.
+
+    States are [sequences, length, width]; positions that do not count are not related to either. Relations are
+    computed again for the gradient, a chunk at a time. Raises InputError for a width that has no such heads.
+    """
+    student = _heads(wide(features.student), config.relation_heads)
+    teacher = _heads(wide(features.teacher.detach()), config.relation_heads)
+    keep = features.keep
+    if keep is None:
+        keep = torch.ones(features.student.shape[:2], dtype=torch.bool, device=student.device)
+    total = student.new_zeros(())
+    for start in range(0, student.shape[-2], config.chunk):
+        total = total + checkpoint(
+            _divergence, student, teacher, keep, start, config.chunk, use_reentrant=False, preserve_rng_state=False
+        )
+    return total, student.new_tensor(config.relation_heads) * keep.sum()
+
+
+def _heads(states: Tensor, heads: int) -> Tensor:
+    """[sequences, length, width] -> [sequences, heads, length, width of a head]."""
+    if states.ndim != 3 or states.shape[-1] % heads:
+        raise InputError(
+            f"states {tuple(states.shape)} cannot be related by {heads} heads; they must be [sequences, length, width] "
+            "and relation_heads a divisor of the width"
+        )
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _divergence(student: Tensor, teacher: Tensor, keep: Tensor, start: int, chunk: int) -> Tensor:
+    """The sum over the positions from `start`; states [sequences, heads, length, width of a head]."""
+    stop = min(start + chunk, keep.shape[1])
+    index = torch.arange(stop, device=keep.device)
+    related = (index[start:, None] >= index) & keep[:, None, :stop]  # [sequences, chunk, stop], itself among them
+    log_q, log_p = (_relations(states, related[:, None], start) for states in (student, teacher))
+    return kl(log_p, log_q).where(keep[:, None, start:stop], 0).sum()
+
+
+def _relations(states: Tensor, related: Tensor, start: int) -> Tensor:
+    """log R [sequences, heads, chunk, stop] of the positions from `start` with all up to their end."""
+    stop = related.shape[-1]
+    alike = states[:, :, start:stop] @ states[:, :, :stop].transpose(-1, -2) / states.shape[-1] ** 0.5
+    return alike.masked_fill(~related, FLOOR).log_softmax(-1)
