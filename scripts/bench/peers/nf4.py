@@ -1,6 +1,6 @@
 """Writes a model as bitsandbytes quantizes it (NF4 in blocks of 64, scales quantized again), for `llmcompress compare`.
 
-    python scripts/bench/peers/nf4.py DENSE OUT
+python scripts/bench/peers/nf4.py DENSE OUT
 """
 
 from __future__ import annotations
