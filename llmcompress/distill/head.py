@@ -54,8 +54,11 @@ def chunked_loss(
     it; where the counts of a step differ, put 1 / count into each weight. A count that is a sum of weights
     (`LossConfig.counts_tokens` false) is found beforehand by a call under `torch.no_grad()`.
 
-    Raises InputError for vocabularies that differ, ValueError where there is no term or rows do not match.
+    Raises InputError for vocabularies that differ, ValueError where there is no term, no token in a chunk,
+    or rows do not match.
     """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk}; at least one token must be in memory at once")
     if not terms or not len(student_hidden) == len(teacher_hidden) == len(targets):
         raise ValueError(
             f"{len(terms)} losses of {len(student_hidden)} student rows, {len(teacher_hidden)} teacher rows and "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -218,6 +218,20 @@ def test_half_precision_sums_in_float32(dtype: torch.dtype, error: float) -> Non
         assert (found.double() - wanted).norm() < error * wanted.norm()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_autocast_loses_no_gradient(shared: bool) -> None:
+    """Its cache of cast weights must not hold one that was cast without grad, for a teacher with the same head."""
+    given = models(tokens=300, dtype=torch.float32)
+    if shared:
+        given = replace(given, teacher_hidden=given.teacher_hidden[:, :5], teacher_head=given.head)
+    expected = given.gradients(given.whole(several()))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = given.chunked(several(), 64)
+    for found, wanted in zip(given.gradients(loss), expected, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+
 @pytest.mark.parametrize("vocabulary", [64, 1000])
 def test_memory_does_not_grow_with_the_text(vocabulary: int) -> None:
     def size(tokens: int, chunk: int) -> int:
@@ -246,6 +260,8 @@ def test_what_cannot_be_is_refused() -> None:
     rest = (given.teacher_hidden, other.teacher_head, given.targets)
     with pytest.raises(InputError, match="the student has a vocabulary of 11, its teacher one of 12"):
         chunked_loss(given.hidden, given.head, *rest, several())
+    with pytest.raises(ValueError, match="chunk is 0"):
+        given.chunked(several(), 0)
     with pytest.raises(ValueError, match="0 losses of 13 student rows"):
         given.chunked([])
     with pytest.raises(ValueError, match="3 losses of 12 student rows, 13 teacher rows"):

@@ -42,7 +42,9 @@ def shared_logits(predictions: Predictions) -> tuple[Tensor, Tensor]:
 def log_probabilities(predictions: Predictions, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """log q of the student and log p of the teacher, [tokens, vocabulary]."""
     student, teacher = shared_logits(predictions)
-    return (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    if temperature != 1:  # a pass over the logits less
+        student, teacher = student / temperature, teacher / temperature
+    return student.log_softmax(-1), teacher.log_softmax(-1)
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:

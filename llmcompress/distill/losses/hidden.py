@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmcompress.distill.losses.divergence import over_tokens, wide
+from llmcompress.distill.losses.divergence import wide
 from llmcompress.distill.losses.features import Features, feature_loss
 from llmcompress.distill.losses.loss import LossConfig, SumAndCount
 from llmcompress.errors import InputError
@@ -42,4 +42,5 @@ def hidden(features: Features, config: Hidden) -> SumAndCount:
     error, energy = (student - teacher).square().sum(-1).flatten(), teacher.square().sum(-1).flatten()
     if config.per == "layer":
         return error.sum(), energy.sum()
-    return over_tokens(error[energy > 0] / energy[energy > 0])
+    counts = energy > 0
+    return (error / energy.where(counts, 1)).where(counts, 0).sum(), counts.sum().to(error)

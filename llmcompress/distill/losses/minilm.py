@@ -37,17 +37,19 @@ def minilm(features: Features, config: MiniLM) -> SumAndCount:
     States are [sequences, length, width]; positions that do not count are not related to either. Relations are
     computed again for the gradient, a chunk at a time. Raises InputError for a width that has no such heads.
     """
-    student = _heads(wide(features.student), config.relation_heads)
-    teacher = _heads(wide(features.teacher.detach()), config.relation_heads)
     keep = features.keep
     if keep is None:
-        keep = torch.ones(features.student.shape[:2], dtype=torch.bool, device=student.device)
+        keep = torch.ones(features.student.shape[:2], dtype=torch.bool, device=features.student.device)
+    student, teacher = (
+        _heads(wide(states), config.relation_heads).where(keep[:, None, :, None], 0)  # padding may hold NaN
+        for states in (features.student, features.teacher.detach())
+    )
     total = student.new_zeros(())
     for start in range(0, student.shape[-2], config.chunk):
         total = total + checkpoint(
             _divergence, student, teacher, keep, start, config.chunk, use_reentrant=False, preserve_rng_state=False
         )
-    return total, student.new_tensor(config.relation_heads) * keep.sum()
+    return total, config.relation_heads * keep.sum().to(total)
 
 
 def _heads(states: Tensor, heads: int) -> Tensor:
