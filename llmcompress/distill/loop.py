@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from llmcompress.distill.head import chunked_loss
-from llmcompress.distill.losses import LossState
+from llmcompress.distill.losses.loss import LossState
 from llmcompress.distill.objective import head_of, hidden_states
 from llmcompress.distill.order import rate, rows
 from llmcompress.distill.recipe import Distillation, Term
@@ -97,7 +97,7 @@ def train(run: Run, report: Report | None = None) -> Progress:
     recipe, accelerator = run.recipe, run.accelerator
     states = [term.of.start() for term in recipe.losses]
     objective = Objective(run.student.model, run.teacher, list(zip(recipe.losses, states, strict=True)))
-    optimizer = torch.optim.AdamW(run.student.groups(recipe.rates), betas=BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(run.student.groups(), betas=BETAS, weight_decay=0.0)
     progress = run.keeper.load(run.student.named(), optimizer)
     for state, saved in zip(states, progress.losses):
         if state is not None and saved is not None:
@@ -139,8 +139,8 @@ def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step
     """One optimizer step; the mean of each loss over its tokens."""
     recipe, accelerator = run.recipe, run.accelerator
     share = rate(step, run.steps, recipe.warmup, recipe.final_rate)
-    for group, kind in zip(optimizer.param_groups, run.student.trained, strict=True):
-        group["lr"] = recipe.rates[kind] * share  # type: ignore[index]  # the kinds are those of the rates
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.rates[group["kind"]] * share
     chosen = torch.tensor(rows(step, recipe.batch, len(run.sequences), recipe.seed))
     mine = run.sequences[chosen.tensor_split(accelerator.num_processes)[accelerator.process_index]]
     parts = [ids.to(accelerator.device) for ids in mine.split(recipe.micro_batch)]

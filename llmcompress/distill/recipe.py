@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
-from llmcompress.distill.losses import LossConfig, loss_config
+import llmcompress.distill.losses  # noqa: F401 (registers them)
+from llmcompress.distill.losses.loss import LossConfig, loss_config
 from llmcompress.tokens import Calibration
 
 Kind = Literal["codes", "scales", "values", "factors", "norms"]
@@ -38,7 +39,7 @@ class Distillation(BaseModel):
     name: str = Field(default="distillation", min_length=1, max_length=200)
     seed: int = Field(default=0, ge=0, lt=2**63)
     data: Calibration = Calibration(samples=528, length=256, held_out=16)
-    losses: tuple[Term, ...] = Field(default=(Term(of={"loss": "forward_kl"}),), min_length=1)  # type: ignore[arg-type]
+    losses: tuple[Term, ...] = Field(default=(Term(of={"loss": "forward_kl"}),), min_length=1)
     rates: dict[Kind, Rate] = Field(
         default={"scales": 1e-3, "factors": 1e-3, "norms": 1e-3},
         min_length=1,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress import report as reports
 from llmcompress.blocks import product_dtype
@@ -50,7 +50,7 @@ class Distilled:
     steps: int
     tokens: int
     seconds: float
-    trained: dict[str, int]  # how many numbers of each kind
+    trained: Mapping[str, int]  # how many numbers of each kind
     data: dict[str, Any]
     history: list[dict[str, Any]]
 
@@ -82,13 +82,13 @@ def distill(
     place = locate(str(teacher))
     tokenizer = load_tokenizer(folder)
     where = str(accelerator.device)
-    models = [load_model(Place(str(student), folder), where), load_model(place, where)]
-    check_pair(*models, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
-    tokens = calibration_tokens(asked.data, tokenizer, partial(load_model, place), models[1].config)
-    learning = relaxed_student(*models, asked.rates, asked.estimator)
+    pair = load_model(Place(str(student), folder), where), load_model(place, where)
+    check_pair(*pair, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
+    tokens = calibration_tokens(asked.data, tokenizer, partial(load_model, place), pair[1].config)
+    learning = relaxed_student(*pair, asked.rates, asked.estimator)
     keeper = Keeper(target.with_name(target.name + ".training"), _identity(asked, tokens, opened, place))
-    run = _run(asked, learning, models[1], tokens, keeper, accelerator)
-    for model in models:
+    run = _run(asked, learning, pair[1], tokens, keeper, accelerator)
+    for model in pair:
         check_head(model, run.held_out)
     measured = train(run, progress)
     done = _result(run, measured, tokens, target, place)
@@ -120,7 +120,8 @@ def _run(
     accelerator: Accelerator,
 ) -> Run:
     dtype, kind = product_dtype(recipe.compute, accelerator.device), accelerator.device.type
-    teacher.requires_grad_(False).to(dtype)
+    cast: nn.Module = teacher.requires_grad_(False)
+    cast.to(dtype)
     if recipe.checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     first = len(tokens.sequences) - tokens.held_out

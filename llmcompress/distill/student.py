@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
+from llmcompress.distill.recipe import Kind
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.modules import CompressedLinear, compressed_linears, put
 from llmcompress.relax import KINDS, Relaxation, RelaxedLinear
@@ -15,7 +16,7 @@ from llmcompress.relax import KINDS, Relaxation, RelaxedLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NORMS = "norms"  # vectors of the decoder: norms, and biases of what is not compressed
+NORMS: Kind = "norms"  # vectors of the decoder: norms, and biases of what is not compressed
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +25,11 @@ class Student:
 
     model: PreTrainedModel
     relaxed: dict[str, RelaxedLinear]
-    trained: dict[str, dict[str, nn.Parameter]]
+    trained: dict[Kind, dict[str, nn.Parameter]]
 
-    def groups(self, rates: Mapping[str, float]) -> list[dict[str, object]]:
-        """For an optimizer: the parameters of each kind with its rate."""
-        return [{"params": list(self.trained[kind].values()), "lr": rates[kind]} for kind in self.trained]
+    def groups(self) -> list[dict[str, object]]:
+        """For an optimizer: the parameters of each kind that has some."""
+        return [{"params": list(values.values()), "kind": kind} for kind, values in self.trained.items() if values]
 
     def named(self) -> dict[str, nn.Parameter]:
         """Every parameter that moves, by name."""
@@ -44,12 +45,12 @@ class Student:
 
 
 def relaxed_student(
-    model: PreTrainedModel, teacher: PreTrainedModel, rates: Mapping[str, float], estimator: str
+    model: PreTrainedModel, teacher: PreTrainedModel, rates: Mapping[Kind, float], estimator: str
 ) -> Student:
     """`model`, its compressed linears replaced by relaxed ones. The tied head stays packed, as the token table is.
 
-    `rates` names the kinds that train; latent codes start where the teacher's weights are within their cells. Raises
-    InputError for a model without compressed linears, RecipeError where a kind has nothing to train.
+    `rates` names the kinds that train, those the student has; latent codes start where the teacher's weights are within
+    their cells. Raises InputError for a model without compressed linears, RecipeError where there is nothing to train.
     """
     kinds = frozenset(rates) & frozenset(KINDS)
     relaxation = Relaxation(kinds, estimator)  # type: ignore[arg-type]  # checked by the recipe
@@ -62,16 +63,15 @@ def relaxed_student(
             put(model, name, relaxed[name])
     if not relaxed:
         raise InputError("the student has no compressed linears, so there is nothing to recover; compress it first")
-    trained: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in rates}
+    trained: dict[Kind, dict[str, nn.Parameter]] = {kind: {} for kind in rates}
     for name, module in relaxed.items():
         parameters = dict(module.relaxed.named_parameters())
         for key, kind in module.relaxed.kinds().items():
-            trained[kind][f"{name}.relaxed.{key}"] = parameters[key]
+            trained[cast(Kind, kind)][f"{name}.relaxed.{key}"] = parameters[key]
     if NORMS in rates:
         trained[NORMS] = _norms(model, relaxed)
-    for kind, values in trained.items():
-        if not values:
-            raise RecipeError(f"rates: the student has no {kind} to train; leave them out")
+    if not any(trained.values()):
+        raise RecipeError(f"rates: the student has no {' and no '.join(rates)} to train; give a rate for what it has")
     return Student(model, relaxed, trained)
 
 
@@ -80,7 +80,8 @@ def _norms(model: PreTrainedModel, relaxed: Mapping[str, RelaxedLinear]) -> dict
     found = {}
     for name, value in model.named_parameters():
         if value.ndim == 1 and value.numel() and value.is_floating_point() and not name.startswith(inside):
-            found[name] = value.requires_grad_()
+            value.requires_grad_()
+            found[name] = value
     return found
 
 

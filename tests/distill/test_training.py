@@ -30,7 +30,10 @@ from tests.tiny import save_tiny
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
 RULES = [
     {"match": "*.q_proj", "steps": [{"method": "magnitude", "pattern": "2:4"}]},
-    {"match": "*.down_proj", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}, {"method": "svd", "rank": 2}]},
+    {
+        "match": "*.down_proj",
+        "steps": [{"method": "rtn", "bits": 2, "group_size": 16}, {"method": "svd", "rank": 2, "factor_bits": 16}],
+    },
     {"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2, "group_size": 16}]},
 ]
 
@@ -40,9 +43,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `dense` model, a `small` one made from it, and a text."""
     place = tmp_path_factory.mktemp("distill")
     save_tiny("llama", place / "dense", tie_word_embeddings=True)
-    recipe = {"version": 1, "rules": RULES, "embeddings": [{"method": "rtn", "bits": 4}]}
-    lc.compress(place / "dense", recipe, place / "small")
     (place / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(80)))
+    data = {"dataset": str(place / "text.txt"), "samples": 8, "length": 32, "held_out": 2}
+    recipe = {"version": 1, "rules": RULES, "calibration": data, "embeddings": [{"method": "rtn", "bits": 4}]}
+    lc.compress(place / "dense", recipe, place / "small")
     return place
 
 
@@ -206,7 +210,7 @@ def test_another_recipe_does_not_continue(folders: Path, tmp_path: Path) -> None
     "more, sentence",
     [
         ({"rates": {"codez": 1e-3}}, "codez"),
-        ({"rates": {}}, "rates must not be empty"),
+        ({"rates": {}}, "it must not be empty"),
         ({"batch": 3}, "batch 3 is no multiple of micro_batch 2"),
         ({"losses": [{"of": {"loss": "forward_lk"}}]}, "forward_kl"),
         ({"stepz": 3}, 'unknown key "stepz".*did you mean "steps"'),
