@@ -327,9 +327,9 @@ def distill(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.distill import Distillation
         from llmcompress.distill import distill as run
-        from llmcompress.recipe import read_recipe
+        from llmcompress.recipe import read_as
 
-        asked = read_recipe(recipe, _settings(settings, seed), schema=Distillation)
+        asked = read_as(Distillation, recipe, _settings(settings, seed))
         found = run(student, teacher, asked, output, device=device, progress=terminal.training)
         terminal.show(found.to_json(), distilled_view)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Literal, TypeVar, overload
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import (
@@ -219,40 +219,43 @@ def _nothing(pattern: str, names: Sequence[str], elsewhere: Sequence[str]) -> st
     return f'matches no layer of the model ("{pattern}"); the nearest name is {nearest}'
 
 
-@overload
-def read_recipe(source: Recipe | str | FilePath | Mapping[str, Any], settings: Sequence[str] = ()) -> Recipe: ...
-@overload
-def read_recipe(
-    source: S | str | FilePath | Mapping[str, Any], settings: Sequence[str] = (), *, schema: type[S]
-) -> S: ...
-def read_recipe(source: Any, settings: Sequence[str] = (), *, schema: type[Any] = Recipe) -> Any:
-    """A recipe from a YAML file, from plain values, or as it is; `settings` as `overrides` takes them.
+def read_recipe(source: Recipe | str | FilePath | Mapping[str, Any], settings: Sequence[str] = ()) -> Recipe:
+    """A recipe of compression from a YAML file, from plain values, or as it is; `settings` as `overrides` takes them.
 
-    `schema`: of compression, or another with a version and a name. Raises RecipeError for the first thing wrong.
+    Raises RecipeError for the first thing wrong with it.
     """
+    return read_as(Recipe, source, settings)
+
+
+def read_as(schema: type[S], source: S | str | FilePath | Mapping[str, Any], settings: Sequence[str] = ()) -> S:
+    """`read_recipe` for any schema that has a version and a name."""
     if isinstance(source, schema):
-        return _validated(source.model_dump(mode="json"), {}, settings, schema) if settings else source
+        return _validated(schema, source.model_dump(mode="json"), {}, settings) if settings else source
     if isinstance(source, Mapping):
-        return _validated(dict(source), {}, settings, schema)
-    path = FilePath(source).expanduser()
+        return _validated(schema, dict(source), {}, settings)
+    path = FilePath(cast(str, source)).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); a recipe is a YAML file") from error
     except OSError as error:
         raise RecipeError(f"the recipe {path} cannot be read ({error.strerror}); give a YAML file") from error
-    return parse_recipe(text, path.name, settings, schema)
+    return _parsed(schema, text, path.name, settings)
 
 
-def parse_recipe(text: str, name: str = "recipe.yaml", settings: Sequence[str] = (), schema: type[Any] = Recipe) -> Any:
-    """A recipe from YAML text; `name` is the file's, for errors and for a recipe without a name of its own.
+def parse_recipe(text: str, name: str = "recipe.yaml", settings: Sequence[str] = ()) -> Recipe:
+    """A recipe of compression from YAML text; `name` is the file's, for errors and recipes without a name of their own.
 
     Raises RecipeError for the first thing wrong with it.
     """
+    return _parsed(Recipe, text, name, settings)
+
+
+def _parsed(schema: type[S], text: str, name: str, settings: Sequence[str]) -> S:
     values, places = parse(text, name)
     if not isinstance(values, dict):
         raise RecipeError(f"{name}: a recipe is a map that starts with version: {VERSION}; this is {_kind(values)}")
-    return _validated({"name": FilePath(name).stem, **values}, places, settings, schema)
+    return _validated(schema, {"name": FilePath(name).stem, **values}, places, settings)
 
 
 def dump(recipe: BaseModel) -> str:
@@ -286,7 +289,7 @@ def overrides(
     return values
 
 
-def _validated(values: dict[str, Any], places: Places, settings: Sequence[str], schema: type[Any]) -> Any:
+def _validated(schema: type[S], values: dict[str, Any], places: Places, settings: Sequence[str]) -> S:
     places = dict(places)
     if settings:
         values = overrides(values, settings, places, schema)

@@ -29,7 +29,7 @@ from llmcompress.export.opened import Opened
 from llmcompress.hf import table_entry
 from llmcompress.locate import Place, locate
 from llmcompress.modules import Layout, payload_texts
-from llmcompress.recipe import dump, read_recipe
+from llmcompress.recipe import dump, read_as
 from llmcompress.source import load_model, load_tokenizer
 from llmcompress.tokens import CalibrationTokens, calibration_tokens
 
@@ -74,7 +74,7 @@ def distill(
     A run that was cut goes on from the last state in `<output>.training`. Raises an LLMCompressError, in one sentence,
     for whatever is wrong.
     """
-    asked = read_recipe(recipe, schema=Distillation)
+    asked = read_as(Distillation, recipe)
     accelerator = _accelerator(device, asked)
     folder, target = locate(str(student)).folder, Path(output)
     opened = Opened(folder)

@@ -52,8 +52,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(folders: Path, **more: Any) -> dict[str, Any]:
     data = {"dataset": str(folders / "text.txt"), "samples": 28, "length": 32, "held_out": 4}
+    exact = {"batch": 4, "micro_batch": 2, "evaluate_every": 3, "compute": "float32"}
     kinds = {"scales": 5e-3, "factors": 5e-3, "values": 2e-3, "norms": 2e-3}
-    return {"version": 1, "data": data, "batch": 4, "micro_batch": 2, "evaluate_every": 3, "rates": kinds} | more
+    return {"version": 1, "data": data, "rates": kinds, **exact} | more
 
 
 def test_every_epoch_reads_every_sequence_once() -> None:
