@@ -137,16 +137,34 @@ def test_it_moves_to_another_device(w: Weight) -> None:
     assert all(p.dtype == torch.float32 and p.requires_grad for p in module.parameters())
 
 
-def test_relaxing_shares_no_memory_with_the_weight(w: Weight) -> None:
+@pytest.mark.parametrize("trains", [frozenset(KINDS), frozenset()], ids=["all", "nothing"])
+def test_relaxing_shares_no_memory_with_the_weight(w: Weight, trains: frozenset[str]) -> None:
     before = {name: tensor.clone() for name, tensor in encode(w)[1].items()}
-    module = relax(w, ALL, elsewhere(w))
+    module = relax(w, Relaxation(trains), elsewhere(w))
     frozen = module.freeze()
-    steps(module, elsewhere(w), 2, rate=0.5)
     with torch.no_grad():
-        for buffer in module.buffers():
-            buffer.zero_()
+        for tensor in module.state_dict().values():
+            tensor.zero_()
     assert_same_bits(frozen, w)
     assert all(torch.equal(before[name], tensor) for name, tensor in encode(w)[1].items())
+
+
+def test_each_number_has_its_kind() -> None:
+    size = (4, 8)
+    values, signs = Dense(torch.ones(size)), torch.ones(8, dtype=torch.bool)
+    factors = LowRank(Dense(torch.ones(4, 2)), Sum((Dense(torch.ones(2, 8)), grid((2, 8), 4, 8, 0, True))))
+    salient = Where(Bitmap(torch.eye(4, 8).bool()), values, grid(size, 2, 8, 0, False))
+    w = Sum((salient, Rotated(factors, signs, 8), Rotated(values, signs, 8)))
+    assert relax(w, ALL).kinds() == {
+        "0_inside_values": "values",
+        "0_outside_codes": "codes",
+        "0_outside_scale": "scales",
+        "1_inner_left_values": "factors",
+        "1_inner_right_0_values": "factors",
+        "1_inner_right_1_codes": "codes",
+        "1_inner_right_1_scale": "scales",
+        "2_inner_values": "values",
+    }
 
 
 # --- after steps ----------------------------------------------------------------------------------------------------
@@ -437,6 +455,22 @@ def test_latents_see_the_target_through_rotation_and_beside_other_parts() -> Non
     target = dense(Rotated(Sum((base, term, Dense(nudge))), w.signs, 8))
     latent = relax(w, Relaxation(frozenset({"codes"})), target).get_parameter("inner_0_codes").detach()
     torch.testing.assert_close(latent.reshape(6, 16), base.codes.float() + 0.25, rtol=0, atol=1e-3)
+
+
+def test_a_group_without_a_scale_has_latents_at_its_codes() -> None:
+    w = grid((3, 8), 4, 4, 0, symmetric=False)
+    w.scale[1] = 0.0
+    module = relax(w, ALL, elsewhere(w))
+    latent = module.get_parameter("codes").detach().reshape(3, 8)
+    assert torch.equal(latent[1], w.codes[1].float()) and bool(latent.isfinite().all())
+    assert_same_bits(module.freeze(), w)
+
+
+def test_a_latent_between_two_codes_is_the_higher_one() -> None:
+    """As sign(0) is +1."""
+    for estimator in ESTIMATORS:
+        assert nearest_codes(torch.tensor([0.5]), 2, estimator).tolist() == [1.0]
+    assert nearest_codes(torch.tensor([0.5, 1.5]), 4).tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("levels", [2, 3, 16, 256])
