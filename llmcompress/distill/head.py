@@ -48,7 +48,8 @@ def chunked_loss(
 
     student_hidden [tokens, student's width], teacher_hidden [tokens, teacher's width]: what the heads read, so after
     the last norm, at the positions that count. targets int64 [tokens]. `parameters`: those of the student's head that
-    may train; by default a tensor itself, or all of a module; a head that is neither needs them named.
+    may train; by default a tensor itself, or all of a module; a head that is neither needs them named. A compressed
+    head is decoded for every chunk unless inside `modules.decoded`.
 
     Sums are not divided by anything. Terms that count tokens share the count of the whole step, so divide `total` by
     it; where the counts of a step differ, put 1 / count into each weight. A count that is a sum of weights

@@ -36,7 +36,8 @@ def random_features(
         torch.randn(sequences, length, n, generator=generator, dtype=torch.float64) for n in (width, teacher_width)
     )
     ends = torch.randint(1, length + 1, (sequences, 1), generator=generator)
-    return Features(student.requires_grad_(), teacher, torch.arange(length) < ends if ragged else None)
+    keep = torch.arange(length) < ends if ragged else None
+    return Features(student.requires_grad_(), teacher.requires_grad_(), keep)
 
 
 def solved(features: Features, config: LossConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,6 +67,14 @@ def test_parts_add_up_to_the_whole(config: LossConfig, ragged: bool) -> None:
     assert_close(torch.stack([part[1] for part in parts]).sum(), count, **EXACT)
     assert_close(torch.cat([part[2] for part in parts]), gradient[order], **EXACT)
     assert total.shape == count.shape == () and not count.requires_grad
+
+
+@every_loss
+def test_gradient_flows_to_the_student_alone(config: LossConfig) -> None:
+    given = random_features()
+    measure_features(given, config)[0].backward()
+    assert given.student.grad is not None and given.student.grad.any()
+    assert given.teacher.grad is None
 
 
 @every_loss
@@ -113,12 +122,12 @@ def test_an_unknown_loss_is_guessed() -> None:
 
 def test_relative_error_of_tokens_and_of_layers() -> None:
     given = random_features()
-    error = (given.student.detach() - given.teacher).square().sum(-1)
-    energy = given.teacher.square().sum(-1)
+    error = (given.student - given.teacher).detach().square().sum(-1)
+    energy = given.teacher.detach().square().sum(-1)
     total, count, gradient = solved(given, config("hidden"))
     assert_close(total, (error / energy).sum(), **EXACT)
     assert float(count) == 35
-    assert_close(gradient, 2 * (given.student.detach() - given.teacher) / energy[..., None], **EXACT)
+    assert_close(gradient, 2 * (given.student - given.teacher).detach() / energy[..., None], **EXACT)
     total, count, _ = solved(given, config("hidden", per="layer"))
     assert_close(total / count, error.sum() / energy.sum(), **EXACT)
 
@@ -127,7 +136,7 @@ def test_relative_error_of_tokens_and_of_layers() -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_states_scaled_together_lose_the_same(per: str, scale: float) -> None:
     given = random_features()
-    scaled = Features((scale * given.student.detach()).requires_grad_(), scale * given.teacher)
+    scaled = Features((scale * given.student.detach()).requires_grad_(), scale * given.teacher.detach())
     (before, n, _), (after, m, _) = (solved(each, config("hidden", per=per)) for each in (given, scaled))
     assert_close(after / m, before / n, **EXACT)
 
@@ -135,7 +144,7 @@ def test_states_scaled_together_lose_the_same(per: str, scale: float) -> None:
 def test_one_huge_token_is_not_the_whole_loss() -> None:
     given = random_features()
     given.student.data[:, 0] *= 100
-    given.teacher[:, 0] *= 100
+    given.teacher.data[:, 0] *= 100
     shares = {}
     for per in ("token", "layer"):
         total, _, _ = solved(given, config("hidden", per=per))
@@ -146,7 +155,7 @@ def test_one_huge_token_is_not_the_whole_loss() -> None:
 
 def test_a_teacher_state_of_zero_does_not_count() -> None:
     given = random_features()
-    given.teacher[1, 2] = 0
+    given.teacher.data[1, 2] = 0
     total, count, gradient = solved(given, config("hidden"))
     assert float(count) == 34 and total.isfinite() and gradient.isfinite().all()
 
@@ -167,7 +176,7 @@ def slow_relations(features: Features, heads: int) -> tuple[Tensor, int]:
         for head in range(heads):
             for i in kept:
                 rows = []
-                for states in (features.student.detach()[n], features.teacher[n]):
+                for states in (features.student.detach()[n], features.teacher.detach()[n]):
                     width = states.shape[-1] // heads
                     part = states[:, head * width : (head + 1) * width]
                     alike = torch.stack([part[i] @ part[j] / width**0.5 for j in kept if j <= i])

@@ -15,6 +15,9 @@ from llmcompress.distill.head import HeadLoss, Term, chunked_loss
 from llmcompress.distill.losses.loss import LossConfig, Predictions, measure
 from llmcompress.distill.losses.taid import TAID
 from llmcompress.errors import InputError
+from llmcompress.modules import CompressedLinear
+from llmcompress.weight import dense
+from tests.builders import compressed
 from tests.distill.cases import config, every_loss
 from tests.distill.spy import largest_tensor
 
@@ -187,6 +190,18 @@ def test_a_head_may_scale_and_bend_its_logits() -> None:
 
     capped = Models(given.hidden, Capped(), given.teacher_hidden, given.teacher_head, given.targets)
     assert_same(capped, capped.chunked(several(), 4), capped.whole(several()))
+
+
+def test_a_head_may_be_compressed() -> None:
+    given = models(width=16, dtype=torch.float32)
+    approx = compressed(given.head.weight.detach(), given.hidden.detach(), {"method": "rtn", "bits": 4}).expression()
+    head = CompressedLinear.of(approx)
+    dense_head = nn.Linear(16, 11, bias=False)
+    dense_head.weight = nn.Parameter(dense(approx).float(), requires_grad=False)
+    expected = replace(given, head=dense_head).whole(several()).total
+    found = replace(given, head=head).chunked(several(), 4).total
+    assert_close(*(torch.autograd.grad(total, [given.hidden])[0] for total in (found, expected)))
+    assert_close(found, expected)
 
 
 def test_tied_embeddings_get_both_gradients() -> None:
