@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.moments import STATISTICS, TILE, Moments, bfloat16_factors
-from llmcompress.weight import Dense, LowRank, Rotated, Sum, Weight, Where, Zero, dense, describe, rotate
+from llmcompress.rotation import rotate
+from llmcompress.weight import Dense, LowRank, Rotated, Sum, Weight, Where, Zero, dense, describe
 
 ROWS = 8192  # that are in memory a third time while their error is measured
 

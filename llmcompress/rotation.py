@@ -15,6 +15,20 @@ def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     return _hadamard(x * _plus_minus(signs, x), block)
 
 
+def rotate_inputs(x: Tensor, signs: Tensor, block: int) -> Tensor:
+    """`rotate` for activations, up to rounding: as products with small Hadamard matrices, several times as fast as
+    adding and subtracting, above all in bfloat16, where it also rounds less often."""
+    columns = (x * _plus_minus(signs, x)).reshape(-1, block, x.shape[-1] // block).transpose(1, 2)
+    matrix = SYLVESTER.to(x)
+    done = min(block, len(matrix))
+    turned = columns.reshape(-1, done) @ matrix[:done, :done]
+    while done < block:
+        size = min(block // done, len(matrix))
+        turned = matrix[:size, :size] @ turned.reshape(-1, size, done)
+        done *= size
+    return turned.reshape(columns.shape).transpose(1, 2).reshape(x.shape) * block**-0.5
+
+
 def unrotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     """`x [..., in] @ R.T`."""
     if x.ndim == 2 and len(x) > ROWS and not x.requires_grad:
@@ -38,3 +52,6 @@ def _hadamard(x: Tensor, block: int) -> Tensor:
         strided = torch.stack([low + high, low - high], -3)
         half *= 2
     return strided.reshape(x.shape) * block**-0.5
+
+
+SYLVESTER = _hadamard(torch.eye(64), 64) * 8  # of ones and minus ones; its corners are those of 32, 16, 8, 4, 2, 1

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.packing import pack, packed_bits, unpack
-from llmcompress.rotation import rotate, unrotate
+from llmcompress.rotation import rotate_inputs, unrotate
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,7 @@ def matmul(x: Tensor, w: Weight) -> Tensor:
         case LowRank(left, right):
             return matmul(matmul(x, right), left)
         case Rotated(inner, signs, block):
-            return matmul(rotate(x, signs, block), inner)
+            return matmul(rotate_inputs(x, signs, block), inner)
         case Sum(parts):
             return reduce(torch.add, [matmul(x, part) for part in parts])
         case _:

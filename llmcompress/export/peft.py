@@ -18,7 +18,8 @@ from llmcompress.errors import InputError
 from llmcompress.export.opened import Exported, Opened
 from llmcompress.hf import table_entry
 from llmcompress.modules import Layout, packed, payload_texts
-from llmcompress.weight import LowRank, Rotated, Sum, Weight, dense, unrotate
+from llmcompress.rotation import unrotate
+from llmcompress.weight import LowRank, Rotated, Sum, Weight, dense
 
 
 def to_peft(folder: Path, output: Path) -> Exported:

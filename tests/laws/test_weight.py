@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress import weight as weights
+from llmcompress.rotation import rotate
 from llmcompress.weight import (
     Bitmap,
     Columns,
@@ -30,7 +31,6 @@ from llmcompress.weight import (
     describe,
     encode,
     matmul,
-    rotate,
     shape,
     unrotate,
 )
