@@ -140,7 +140,7 @@ def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step
     recipe, accelerator = run.recipe, run.accelerator
     share = rate(step, run.steps, recipe.warmup, recipe.final_rate)
     for group in optimizer.param_groups:
-        group["lr"] = recipe.rates[group["kind"]] * share
+        group["lr"] = recipe.rates[group["kind"]] * share * group["size"]
     chosen = torch.tensor(rows(step, recipe.batch, len(run.sequences), recipe.seed))
     mine = run.sequences[chosen.tensor_split(accelerator.num_processes)[accelerator.process_index]]
     parts = [ids.to(accelerator.device) for ids in mine.split(recipe.micro_batch)]

@@ -43,8 +43,8 @@ class Distillation(BaseModel):
     rates: dict[Kind, Rate] = Field(
         default={"scales": 1e-3, "factors": 1e-3, "norms": 1e-3},
         min_length=1,
-        description="learning rates of what trains: latent codes, scales of grids, values kept as they are, "
-        "low-rank factors, norms and biases; what has none stays as it is",
+        description="learning rates of what trains, in shares of the size of its numbers: latent codes, scales of "
+        "grids, values kept as they are, low-rank factors, norms and biases; what has no rate stays as it is",
     )
     estimator: Literal["plain", "reste", "biper"] = Field(default="plain", description="gradient through rounding")
     batch: int = Field(default=8, ge=1, description="sequences of an optimizer step, over all processes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -27,9 +27,10 @@ class Student:
     relaxed: dict[str, RelaxedLinear]
     trained: dict[Kind, dict[str, nn.Parameter]]
 
-    def groups(self) -> list[dict[str, object]]:
-        """For an optimizer: the parameters of each kind that has some."""
-        return [{"params": list(values.values()), "kind": kind} for kind, values in self.trained.items() if values]
+    def groups(self) -> list[dict[str, Any]]:
+        """For an optimizer: every parameter by itself, with its kind and the size of its numbers (root mean square)."""
+        named = [(kind, value) for kind, values in self.trained.items() for value in values.values()]
+        return [{"params": [value], "kind": kind, "size": _size(value)} for kind, value in named]
 
     def named(self) -> dict[str, nn.Parameter]:
         """Every parameter that moves, by name."""
@@ -73,6 +74,10 @@ def relaxed_student(
     if not any(trained.values()):
         raise RecipeError(f"rates: the student has no {' and no '.join(rates)} to train; give a rate for what it has")
     return Student(model, relaxed, trained)
+
+
+def _size(value: nn.Parameter) -> float:
+    return float(value.detach().square().mean().sqrt()) or 1.0
 
 
 def _norms(model: PreTrainedModel, relaxed: Mapping[str, RelaxedLinear]) -> dict[str, nn.Parameter]:
