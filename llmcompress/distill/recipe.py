@@ -47,6 +47,10 @@ class Distillation(BaseModel):
         "grids, values kept as they are, low-rank factors, norms and biases; what has no rate stays as it is",
     )
     estimator: Literal["plain", "reste", "biper"] = Field(default="plain", description="gradient through rounding")
+    latents: Literal["codes", "teacher"] = Field(
+        default="codes",
+        description="where latent codes start: at the codes, or at the teacher's weights within the codes' cells",
+    )
     batch: int = Field(default=8, ge=1, description="sequences of an optimizer step, over all processes")
     micro_batch: int = Field(default=2, ge=1, description="sequences of one forward in one process")
     steps: int | None = Field(default=None, ge=1, description="optimizer steps; null: one pass over the data")

@@ -85,7 +85,7 @@ def distill(
     pair = load_model(Place(str(student), folder), where), load_model(place, where)
     check_pair(*pair, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
     tokens = calibration_tokens(asked.data, tokenizer, partial(load_model, place), pair[1].config)
-    learning = relaxed_student(*pair, asked.rates, asked.estimator)
+    learning = relaxed_student(pair[0], asked.rates, asked.estimator, pair[1] if asked.latents == "teacher" else None)
     keeper = Keeper(target.with_name(target.name + ".training"), _identity(asked, tokens, opened, place))
     run = _run(asked, learning, pair[1], tokens, keeper, accelerator)
     for model in pair:

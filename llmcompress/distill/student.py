@@ -46,12 +46,13 @@ class Student:
 
 
 def relaxed_student(
-    model: PreTrainedModel, teacher: PreTrainedModel, rates: Mapping[Kind, float], estimator: str
+    model: PreTrainedModel, rates: Mapping[Kind, float], estimator: str, latents_from: PreTrainedModel | None = None
 ) -> Student:
     """`model`, its compressed linears replaced by relaxed ones. The tied head stays packed, as the token table is.
 
-    `rates` names the kinds that train, those the student has; latent codes start where the teacher's weights are within
-    their cells. Raises InputError for a model without compressed linears, RecipeError where there is nothing to train.
+    `rates` names the kinds that train, those the student has. Latent codes start at the codes, or where the weights of
+    the dense model `latents_from` are within their cells. Raises InputError for a model without compressed linears,
+    RecipeError where there is nothing to train.
     """
     kinds = frozenset(rates) & frozenset(KINDS)
     relaxation = Relaxation(kinds, estimator)  # type: ignore[arg-type]  # checked by the recipe
@@ -60,7 +61,7 @@ def relaxed_student(
     relaxed: dict[str, RelaxedLinear] = {}
     for name, layer in compressed_linears(model).items():
         if layer is not head:
-            relaxed[name] = RelaxedLinear.of(layer, relaxation, _target(teacher, name) if "codes" in kinds else None)
+            relaxed[name] = RelaxedLinear.of(layer, relaxation, _target(latents_from, name))
             put(model, name, relaxed[name])
     if not relaxed:
         raise InputError("the student has no compressed linears, so there is nothing to recover; compress it first")
@@ -90,8 +91,10 @@ def _norms(model: PreTrainedModel, relaxed: Mapping[str, RelaxedLinear]) -> dict
     return found
 
 
-def _target(teacher: PreTrainedModel, name: str) -> Tensor:
+def _target(teacher: PreTrainedModel | None, name: str) -> Tensor | None:
     """The teacher's matrix `[out, in]` of the linear `name`."""
+    if teacher is None:
+        return None
     module = teacher.get_submodule(name)
     weight = module.get_parameter("weight").detach().float()
     return weight if isinstance(module, nn.Linear) else weight.T

@@ -93,9 +93,13 @@ def test_what_trains_is_recovered_at_the_same_bytes(folders: Path, tmp_path: Pat
     assert not (tmp_path / "out.training").exists()
 
 
-def test_codes_move_where_they_train(folders: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("latents", ["codes", "teacher"])
+def test_codes_move_where_they_train(latents: str, folders: Path, tmp_path: Path) -> None:
     done = distill(
-        folders / "small", folders / "dense", recipe(folders, steps=8, rates={"codes": 5e-2}), tmp_path / "out"
+        folders / "small",
+        folders / "dense",
+        recipe(folders, steps=24, rates={"codes": 4e-2}, latents=latents),
+        tmp_path / "out",
     )
     assert done.history[-1]["kl"] < done.history[0]["kl"] and set(done.trained) == {"codes"}
 
