@@ -168,9 +168,9 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
         case LLMCompressError():
             return error.exit_code, str(error)
         case KeyboardInterrupt():
-            return 130, "stopped from the keyboard; nothing was left behind"
+            return 130, f"stopped from the keyboard; {_left(error)}"
         case Terminated():
-            return 143, "stopped by a signal; nothing was left behind"
+            return 143, f"stopped by a signal; {_left(error)}"
         case OSError() if error.errno in NO_SPACE:
             return DiskError.exit_code, f"the disk is full ({error.filename or 'no file named'}); free some space"
         case MemoryError():
@@ -179,6 +179,11 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
             return MemoryLimitError.exit_code, "there is not enough memory; take a smaller model or fewer samples"
         case _:
             return None
+
+
+def _left(error: BaseException) -> str:
+    """What an interrupted run says that it keeps."""
+    return str(error.args[0]) if error.args else "nothing was left behind"
 
 
 def duration(seconds: float) -> str:

@@ -382,6 +382,7 @@ ENDS: list[tuple[BaseException, int, str]] = [
         "there is not enough memory",
     ),
     (KeyboardInterrupt(), 130, "stopped from the keyboard; nothing was left behind"),
+    (KeyboardInterrupt("step 3 is kept"), 130, "stopped from the keyboard; step 3 is kept"),
 ]
 
 

@@ -124,7 +124,8 @@ def train(run: Run, report: Report | None = None) -> Progress:
                 seen = progress.step * recipe.batch * run.sequences.shape[1]
                 report(progress.step, run.steps, sum(means), seen / progress.seconds)
             if asked and not last:
-                raise KeyboardInterrupt if signal.SIGINT in stopping else Terminated
+                kept = f"step {progress.step} is kept in {run.keeper.folder}, from where the same command goes on"
+                raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(kept)
     return progress
 
 

@@ -137,7 +137,7 @@ def test_sigterm_keeps_the_state_of_the_last_step(folders: Path, tmp_path: Path)
         if done == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Terminated):
+    with pytest.raises(Terminated, match=r"step 3 is kept in .*cut\.training, from where the same command goes on"):
         distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=stop)
     assert json.loads((tmp_path / "cut.training" / "state.json").read_text())["step"] == 3
     again = distill(folders / "small", folders / "dense", asked, tmp_path / "cut")

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from llmcompress.distill import Distillation
 from llmcompress.layer import methods
-from llmcompress.recipe import read_recipe
+from llmcompress.recipe import read_as, read_recipe
 from tests.rules.source_tree import ROOT
 
-RECIPES = sorted((ROOT / "configs").glob("*/*.yaml"))
+DISTILLATIONS = sorted((ROOT / "configs" / "distillation").glob("*.yaml"))
+RECIPES = [path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path not in DISTILLATIONS]
 
 
 def _methods_in(value: Any) -> Iterator[str]:
@@ -31,6 +33,11 @@ def test_recipe_is_valid(path: Path) -> None:
     assert read_recipe(path).name == path.stem, "a recipe is called what its file is called"
 
 
+@pytest.mark.parametrize("path", DISTILLATIONS, ids=lambda path: path.stem)
+def test_distillation_is_valid(path: Path) -> None:
+    assert read_as(Distillation, path).name == path.stem, "a recipe is called what its file is called"
+
+
 def test_every_method_has_a_recipe() -> None:
     paths = [path for path in RECIPES if path.parent.name == "smollm2-135m"]
     used = {name for path in paths for name in _methods_in(read_recipe(path).model_dump(mode="json"))}
@@ -38,7 +45,7 @@ def test_every_method_has_a_recipe() -> None:
     assert not absent, f"no recipe in configs/smollm2-135m/ uses {absent}"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", RECIPES + DISTILLATIONS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_recipe_has_a_row_of_results(path: Path) -> None:
     rows = [line for line in (ROOT / "RESULTS.md").read_text().splitlines() if line.startswith("|")]
     name = re.compile(rf"(?<![\w-]){re.escape(path.stem)}(?![\w-])")
