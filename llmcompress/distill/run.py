@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -175,11 +175,21 @@ def _write(opened: Opened, student: Student, recipe: Distillation, done: Distill
                 stored = opened.read(f"{name}.weight") if learned is None else learned.get_parameter("weight").detach()
                 tensors[f"{name}.weight"] = stored
             writer.add(tensors, payload_texts(layouts))
-        writer.close()
+        size = writer.close()
         entry = {"quantization_config": table_entry(layouts, opened.sizes) | {"versions": reports.versions()}}
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
-        for name in (reports.FILE, reports.RECIPE):
-            if (opened.folder / name).is_file():
-                writer.write(name, (opened.folder / name).read_text(encoding="utf-8"))
+        if (opened.folder / reports.FILE).is_file():  # not beside what save_pretrained wrote
+            before = reports.read(opened.folder)
+            after = replace(
+                before,
+                bytes=size,
+                model_bpw=size * 8 / before.parameters,
+                warnings=(
+                    *before.warnings,
+                    "errors of layers are those before the distillation, which moves all together",
+                ),
+            )
+            writer.write(reports.FILE, json.dumps(after.to_json(), indent=2))
+            writer.write(reports.RECIPE, (opened.folder / reports.RECIPE).read_text(encoding="utf-8"))
         writer.write(RECIPE, dump(recipe))
         writer.write(FILE, json.dumps(done.to_json(), indent=2))

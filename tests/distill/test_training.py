@@ -23,6 +23,8 @@ from llmcompress.distill import Distillation, distill, loop
 from llmcompress.distill.order import rate, rows
 from llmcompress.errors import InputError, NumericsError, RecipeError, Terminated
 from llmcompress.modules import compressed_linears
+from llmcompress.report import read
+from llmcompress.verify import verify
 from llmcompress.weight import describe, encode
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
@@ -86,11 +88,15 @@ def test_what_trains_is_recovered_at_the_same_bytes(folders: Path, tmp_path: Pat
     ]
     assert abs(sizes[0] - sizes[1]) < 0.01 * sizes[0]
     assert json.loads((tmp_path / "out" / "distillation.json").read_text())["history"][-1]["kl"] == after["kl"]
-    measured = lc.score(
-        tmp_path / "out", lc.Protocol(folders / "text.txt", windows=4, length=32), against=str(folders / "dense")
-    )
-    assert measured["kl"] < 1
+    protocol = lc.Protocol(folders / "text.txt", windows=4, length=32)
+    distances = [
+        lc.score(folder, protocol, against=str(folders / "dense"))["kl"]
+        for folder in (folders / "small", tmp_path / "out")
+    ]
+    assert distances[1] < 0.9 * distances[0]
     assert not (tmp_path / "out.training").exists()
+    assert verify(tmp_path / "out", length=16).layers == 15
+    assert read(tmp_path / "out").bytes == sizes[1]
 
 
 @pytest.mark.parametrize("latents", ["codes", "teacher"])
