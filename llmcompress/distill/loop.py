@@ -109,6 +109,7 @@ def train(run: Run, report: Report | None = None) -> Progress:
             progress.history.append(look(run, 0))
         for step in range(progress.step, run.steps):
             means = _step(run, wrapped, optimizer, step)
+            loss = math.fsum(term.weight * mean for term, mean in zip(recipe.losses, means, strict=True))
             for state, mean in zip(states, means, strict=True):
                 if state is not None:
                     state.update(mean, (step + 1) / run.steps)
@@ -116,13 +117,13 @@ def train(run: Run, report: Report | None = None) -> Progress:
             progress.losses = [None if state is None else state.state_dict() for state in states]
             last = progress.step == run.steps
             if last or progress.step % recipe.evaluate_every == 0:
-                progress.history.append({**look(run, progress.step), "loss": sum(means), "seconds": progress.seconds})
+                progress.history.append({**look(run, progress.step), "loss": loss, "seconds": progress.seconds})
             asked = _any(accelerator, stopping)
             if (last or asked or progress.step % recipe.save_every == 0) and accelerator.is_main_process:
                 run.keeper.save(progress, run.student.named(), optimizer)
             if report is not None:
                 seen = progress.step * recipe.batch * run.sequences.shape[1]
-                report(progress.step, run.steps, sum(means), seen / progress.seconds)
+                report(progress.step, run.steps, loss, seen / progress.seconds)
             if asked and not last:
                 kept = f"step {progress.step} is kept in {run.keeper.folder}, from where the same command goes on"
                 raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(kept)
@@ -163,6 +164,8 @@ def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step
             f"start again, the state before is kept"
         )
     optimizer.step()
+    for module in run.student.relaxed.values():
+        module.relaxed.confine()
     optimizer.zero_grad(set_to_none=True)
     return means
 
