@@ -157,12 +157,20 @@ def add_file(folder: Path, name: str, text: str) -> None:
     entries = {MANIFEST: json.dumps({"format_version": FORMAT_VERSION, "sha256": hashes}, indent=2), name: text}
     try:
         for target, content in reversed(entries.items()):
-            staged = folder / f".{target}.partial"
-            staged.write_text(content, encoding="utf-8")
-            _sync(staged)
-            staged.rename(folder / target)
+            replace_text(folder / target, content)
     except OSError as error:
         raise DiskError(f"{folder / name} cannot be written ({error.strerror}); make the folder writable") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file so that the old one or the new one is there, never half of it. Raises OSError."""
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        _sync(staged)
+        staged.rename(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from llmcompress import evaluate
 from llmcompress import report as reports
+from llmcompress.checkpoint import replace_text
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate import ALONE, Processes
 from llmcompress.locate import Place, locate
@@ -85,11 +86,7 @@ def _check(output: Path) -> None:
 
 
 def _write(output: Path, text: str) -> None:
-    staged = output.with_name(f".{output.name}.partial")
     try:
-        staged.write_text(text, encoding="utf-8")
-        staged.rename(output)
+        replace_text(output, text)
     except OSError as error:
         raise DiskError(f"{output} cannot be written ({error.strerror}); choose another output file") from error
-    finally:
-        staged.unlink(missing_ok=True)

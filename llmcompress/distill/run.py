@@ -143,8 +143,8 @@ def _run(
 
 def _identity(recipe: Distillation, tokens: CalibrationTokens, opened: Opened, teacher: Place) -> str:
     """Of a run: equal where a state of one continues the other."""
-    files = {path.name: path.stat().st_size for path in set(opened.files.values())}
-    parts = [recipe.model_dump_json(), tokens.hash, json.dumps(files, sort_keys=True), teacher.name]
+    student = json.dumps(opened.digests, sort_keys=True)
+    parts = [recipe.model_dump_json(), tokens.hash, student, teacher.name, str(teacher.revision)]
     return sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -50,7 +50,7 @@ def to_compressed_tensors(folder: Path, output: Path, allow_dense: bool = False)
     with writing(output) as writer:
         copy_companions(folder, writer.folder)
         for layers, others in opened.parts():
-            tensors = {name: opened.read(name) for name in others if not name.endswith(f".{LIKE}")}
+            tensors = opened.read_plain(others)
             for layer in layers:
                 weight = opened.expression(layer)
                 why = obstacle(weight) if layer in linears and layer not in turned else "it is no plain linear layer"

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from llmcompress.checkpoint import check_output, writing
 from llmcompress.driver import copy_companions
-from llmcompress.export.opened import Exported, Opened
-from llmcompress.modules import LIKE
+from llmcompress.export.opened import Exported, Opened, rounded
 from llmcompress.source import transposed_linears
 from llmcompress.weight import dense
 
@@ -24,11 +21,10 @@ def to_dense(folder: Path, output: Path) -> Exported:
     with writing(output) as writer:
         copy_companions(folder, writer.folder)
         for layers, others in opened.parts():
-            tensors = {name: opened.read(name) for name in others if not name.endswith(f".{LIKE}")}
+            tensors = opened.read_plain(others)
             for layer in layers:
-                value = dense(opened.expression(layer))
-                stored = value.to(torch.bfloat16)
-                rounding = max(rounding, float((stored.float() - value).norm() / value.norm().clamp_min(1e-30)))
+                stored, moved = rounded(dense(opened.expression(layer)))
+                rounding = max(rounding, moved)
                 tensors[f"{layer}.weight"] = stored.T.contiguous() if layer in turned else stored
             if tensors:
                 writer.add(tensors)

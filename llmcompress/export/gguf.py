@@ -25,7 +25,7 @@ from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.export.gguf_llama import ARCHITECTURE, ROPE_FACTORS, Llama, llama
 from llmcompress.export.gguf_types import Inexact, TensorType, exact_type, packed
 from llmcompress.export.gguf_vocabulary import read_vocabulary
-from llmcompress.export.opened import Exported, Opened
+from llmcompress.export.opened import Exported, Opened, rounded
 from llmcompress.export.peft import without_term
 from llmcompress.modules import LIKE
 from llmcompress.weight import Dense, Weight, dense, shape
@@ -149,10 +149,8 @@ def _place_layer(plan: Plan, opened: Opened, layer: str, name: str, allow_dense:
     except Inexact as error:
         if not allow_dense:
             raise InputError(f"{layer} does not fit GGUF ({error}); allow dense layers") from error
-        value = dense(whole)
-        rounded = value.to(torch.bfloat16)
-        plan.rounded[layer] = float((rounded.float() - value).norm() / value.norm().clamp_min(1e-30))
-        plan.place(name, Dense(rounded), partial(_rounded, opened, layer))
+        stored, plan.rounded[layer] = rounded(dense(whole))
+        plan.place(name, Dense(stored), partial(_rounded, opened, layer))
         return
     plan.exact[plan.tensors[-1].type.name] += 1
     if term is not None:
@@ -170,7 +168,7 @@ def _base(opened: Opened, layer: str) -> Weight:
 
 
 def _rounded(opened: Opened, layer: str) -> Weight:
-    return Dense(dense(opened.expression(layer)).to(torch.bfloat16))
+    return Dense(rounded(dense(opened.expression(layer)))[0])
 
 
 # --- the files ------------------------------------------------------------------------------------------------------

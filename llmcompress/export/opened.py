@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from llmcompress.checkpoint import check_manifest, read_json
 from llmcompress.hf import LLMCompressConfig
-from llmcompress.modules import Layout
-from llmcompress.validation import weight_files
+from llmcompress.modules import LIKE, Layout
+from llmcompress.validation import DIGESTS, weight_files
 from llmcompress.verify import check_kind
 from llmcompress.weight import Weight, decode
 
@@ -36,7 +37,8 @@ class Exported:
 
 class Opened:
     """A compressed checkpoint on disk. `layouts`: of its compressed modules; `sizes`: of dense linears that the
-    rest of the config does not tell; `files`: where each tensor lies."""
+    rest of the config does not tell; `files`: where each tensor lies; `digests`: of the tensors of each file, as
+    its header has them."""
 
     def __init__(self, folder: Path) -> None:
         check_kind(folder)
@@ -48,9 +50,11 @@ class Opened:
         self.layouts: dict[str, Layout] = quantization.table()
         self.sizes = quantization.sizes
         self.files: dict[str, Path] = {}
+        self.digests: dict[str, str] = {}
         for path in weight_files(folder):
             with safe_open(path, framework="pt") as file:
                 self.files.update(dict.fromkeys(file.keys(), path))
+                self.digests[path.name] = (file.metadata() or {}).get(DIGESTS, "")
 
     @property
     def bytes(self) -> int:
@@ -68,6 +72,10 @@ class Opened:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
+    def read_plain(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Of the stored tensors `names`, those that other engines know too: an embedding's `LIKE` is ours alone."""
+        return {name: self.read(name) for name in names if not name.endswith(f".{LIKE}")}
+
     def expression(self, layer: str) -> Weight:
         """The compressed weight of one module."""
         layout = self.layouts[layer]
@@ -79,3 +87,9 @@ class Opened:
         for path in sorted(set(self.files.values())):
             names = [name for name, place in self.files.items() if place == path]
             yield [layers[name] for name in names if name in layers], [name for name in names if name not in layers]
+
+
+def rounded(value: Tensor) -> tuple[Tensor, float]:
+    """A matrix in bfloat16, and how far it moved as a share of its size."""
+    stored = value.to(torch.bfloat16)
+    return stored, float((stored.float() - value).norm() / value.norm().clamp_min(1e-30))

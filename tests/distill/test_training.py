@@ -220,6 +220,26 @@ def test_another_recipe_does_not_continue(folders: Path, tmp_path: Path) -> None
         distill(folders / "small", folders / "dense", recipe(folders, steps=5, save_every=1), tmp_path / "out")
 
 
+def test_another_student_of_the_same_size_does_not_continue(folders: Path, tmp_path: Path) -> None:
+    def cut(done: int, *_: Any) -> None:
+        raise Cut
+
+    data = {"dataset": str(folders / "text.txt"), "samples": 8, "length": 32, "held_out": 2, "seed": 1}
+    tables = [{"method": "rtn", "bits": 4}]
+    other = {"version": 1, "rules": RULES, "calibration": data, "embeddings": tables, "seed": 1}
+    lc.compress(folders / "dense", other, tmp_path / "other")
+    sizes = [
+        sorted(path.stat().st_size for path in folder.glob("*.safetensors"))
+        for folder in (folders / "small", tmp_path / "other")
+    ]
+    assert sizes[0] == sizes[1]
+    asked = recipe(folders, steps=4, save_every=1)
+    with pytest.raises(Cut):
+        distill(folders / "small", folders / "dense", asked, tmp_path / "out", progress=cut)
+    with pytest.raises(InputError, match="was left by a run with another recipe, other data or other models"):
+        distill(tmp_path / "other", folders / "dense", asked, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "more, sentence",
     [
