@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmcompress import plugin
 
 if TYPE_CHECKING:
-    from llmcompress.adapters import fold
+    from llmcompress.adapters import fold, plain_head
     from llmcompress.comparison import compare
     from llmcompress.driver import Result, compress, plan
     from llmcompress.errors import LLMCompressError
@@ -38,6 +38,7 @@ __all__ = [
     "compress",
     "decoded",
     "fold",
+    "plain_head",
     "plan",
     "read",
     "score",
@@ -55,6 +56,7 @@ _HOMES = {
     "compress": "driver",
     "decoded": "modules",
     "fold": "adapters",
+    "plain_head": "adapters",
     "plan": "driver",
     "read": "report",
     "score": "scoring",

@@ -1,13 +1,20 @@
-"""Trained LoRA adapters of PEFT, folded into a compressed model as low-rank terms: exact, unlike a merge into codes.
+"""Adapters of PEFT on a compressed model: trained by trainers that read the head's matrix, and folded into the weights
+as low-rank terms, exactly, unlike a merge into codes.
 
-model = lc.fold(peft_model)
+with lc.plain_head(model):
+    trainer = SFTTrainer(model, peft_config=LoraConfig(...), ...)
+    trainer.train()
+model = lc.fold(trainer.model)
 model.save_pretrained("folded")
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
@@ -18,6 +25,29 @@ from llmcompress.weight import Dense, LowRank, Sum, Weight
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+@contextmanager
+def plain_head(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, a compressed output head is a linear whose `weight` is the decoded matrix, frozen.
+
+    For trainers that multiply by that matrix themselves instead of calling the head, as TRL's do. Adapters may be saved
+    meanwhile, the model only afterwards.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, CompressedLinear):
+        yield
+        return
+    [name] = [name for name, module in model.named_modules() if module is head]
+    plain = nn.Linear(head.in_features, head.out_features, head.bias is not None, device="meta")
+    dtype = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device=head.W_q.device)).dtype
+    plain.weight = nn.Parameter(head.dequantize().to(dtype), requires_grad=False)
+    plain.bias = head.bias
+    put(model, name, plain)
+    try:
+        yield
+    finally:
+        put(model, name, head)
 
 
 def fold(model: PeftModel) -> PreTrainedModel:

@@ -1,19 +1,37 @@
 """Some rows of a packed matrix, decoded without the others: what an embedding does for every token.
 
-Works on the disk form (`weight.encode`). Possible where rows are stored one after the other and alike: grids, dense
-values, low-rank terms, rotations and sums of these; not behind a selection, whose rows have no fixed place.
+Works on the disk form (`weight.encode`), where leaves lie row after row. Behind a selection a row has as many elements
+as the index selects in it: column sets and n:m patterns select equally many everywhere, the bits of a bitmap before the
+row are counted. A selection within another has no such short way.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.packing import unpack, unpack_rows
-from llmcompress.weight import Dense, Grid, LowRank, Rotated, Sum, Weight, decode_node, describe, shape
+from llmcompress.packing import ones_before, unpack, unpack_at, unpack_rows
+from llmcompress.weight import (
+    Bitmap,
+    Dense,
+    Grid,
+    LowRank,
+    Rotated,
+    Sum,
+    Weight,
+    Where,
+    Zero,
+    decode_node,
+    describe,
+    pattern_tables,
+    shape,
+)
 
 
 def rows(header: dict[str, Any], tensors: Mapping[str, Tensor], chosen: Tensor) -> Weight:
@@ -21,46 +39,104 @@ def rows(header: dict[str, Any], tensors: Mapping[str, Tensor], chosen: Tensor) 
 
     Raises KeyError for a tensor that is not there, TypeError for a node that has no rows of its own.
     """
-    return _rows(header, tensors, "", chosen)
+    return _rows(header, tensors, "", chosen, None)
 
 
-def check_rows(w: Weight) -> None:
+def check_rows(w: Weight, selected: bool = False) -> None:
     """Raises RecipeError for an expression whose rows cannot be decoded one by one."""
     match w:
-        case Dense() | Grid():
+        case Zero() | Dense() | Grid():
             return
         case LowRank(left) | Rotated(left):
             check_rows(left)
         case Sum(parts):
             for part in parts:
-                check_rows(part)
+                check_rows(part, selected)
+        case Where(_, inside, outside) if not selected:
+            check_rows(inside, selected=True)
+            check_rows(outside, selected=True)
         case _:
             raise RecipeError(
-                f"rows of {describe(w)} cannot be looked up one by one; quantize embeddings, do not prune"
+                f"rows of {describe(w)} within a selection cannot be looked up one by one; give embeddings one "
+                f"selection (pruning or salient weights) at most"
             )
 
 
-def _rows(header: dict[str, Any], tensors: Mapping[str, Tensor], path: str, chosen: Tensor) -> Weight:
+@dataclass(frozen=True, eq=False)
+class _Selection:
+    """Of a leaf that stores some elements of a row only."""
+
+    shown: Tensor  # bool [n, in], true = stored
+    first: Tensor  # int64 [n]: the number of the row's first stored element
+
+    def places(self) -> Tensor:
+        """The numbers of the stored elements, flat."""
+        found = self.first[:, None] + self.shown.cumsum(1) - 1
+        return found[self.shown]
+
+    def spread(self, stored: Tensor) -> Tensor:
+        """Stored elements at their places, `[n, in]`; zeros where nothing is shown."""
+        full = torch.zeros(self.shown.shape, dtype=stored.dtype, device=stored.device)
+        full[self.shown] = stored
+        return full
+
+
+def _rows(
+    header: dict[str, Any], tensors: Mapping[str, Tensor], path: str, chosen: Tensor, selection: _Selection | None
+) -> Weight:
     """The rows of the node whose tensors have paths that start with `path`."""
     match header["node"]:
+        case "zero":
+            return Zero((len(chosen), header["shape"][1]))
         case "dense":
-            return Dense(tensors[path + "values"].reshape(header["shape"])[chosen])
+            values = tensors[path + "values"]
+            if selection is not None:
+                return Dense(selection.spread(values[selection.places()]))
+            return Dense(values.reshape(header["shape"])[chosen])
         case "grid":
-            return _grid_rows(header, tensors, path, chosen)
+            return _grid_rows(header, tensors, path, chosen, selection)
         case "low_rank":
-            left = _rows(header["left"], tensors, path + "left_", chosen)
+            left = _rows(header["left"], tensors, path + "left_", chosen, None)
             return LowRank(left, decode_node(header["right"], tensors, path + "right_"))
         case "rotated":
-            inner = _rows(header["inner"], tensors, path + "inner_", chosen)
+            inner = _rows(header["inner"], tensors, path + "inner_", chosen, None)
             return Rotated(inner, unpack(tensors[path + "signs"], 2, shape(inner)[1]).bool(), header["block"])
         case "sum":
-            return Sum(tuple(_rows(part, tensors, f"{path}{i}_", chosen) for i, part in enumerate(header["parts"])))
+            parts = enumerate(header["parts"])
+            return Sum(tuple(_rows(part, tensors, f"{path}{i}_", chosen, selection) for i, part in parts))
+        case "where" if selection is None:
+            width = header["shape"][1]
+            here, first = _selected(header["index"], width, tensors[path + "index"], chosen)
+            rest = _Selection(~here, chosen * width - first)
+            inside = _rows(header["inside"], tensors, path + "inside_", chosen, _Selection(here, first))
+            return Where(Bitmap(here), inside, _rows(header["outside"], tensors, path + "outside_", chosen, rest))
     raise TypeError(f"a node called {header['node']!r} has no rows of its own")
 
 
-def _grid_rows(header: dict[str, Any], tensors: Mapping[str, Tensor], path: str, chosen: Tensor) -> Grid:
-    levels, width = header["levels"], header["shape"][1]
-    codes = unpack_rows(tensors[path + "codes"], levels, width, chosen)
+def _selected(index: dict[str, Any], width: int, packed: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """What an index selects in rows, bool `[n, in]`, and how many elements it selects before each, int64 `[n]`."""
+    match index["kind"]:
+        case "columns":
+            inside = unpack(packed, 2, width).bool()
+            return inside.expand(len(chosen), width), chosen * inside.sum()
+        case "bitmap":
+            return unpack_rows(packed, 2, width, chosen).bool(), ones_before(packed, chosen * width)
+        case "pattern":
+            kept, group = index["kept"], index["group"]
+            numbers = unpack_rows(packed, math.comb(group, kept), width // group, chosen)
+            patterns = pattern_tables(kept, group)[1].to(packed.device)
+            return patterns[numbers.long()].reshape(len(chosen), width), chosen * (width // group * kept)
+    raise TypeError(f"no index is called {index['kind']!r}")
+
+
+def _grid_rows(
+    header: dict[str, Any], tensors: Mapping[str, Tensor], path: str, chosen: Tensor, selection: _Selection | None
+) -> Grid:
+    levels, packed = header["levels"], tensors[path + "codes"]
+    if selection is None:
+        codes = unpack_rows(packed, levels, header["shape"][1], chosen)
+    else:
+        codes = selection.spread(unpack_at(packed, levels, selection.places()))
     parameters, groups = header["scale"]
     scale = tensors[path + "scale"].reshape(parameters, groups)
     mine = chosen if parameters > 1 else chosen.new_zeros(1)  # one row of scales may serve all

@@ -82,6 +82,34 @@ def unpack_rows(packed: Tensor, levels: int, width: int, rows: Tensor) -> Tensor
     return unpacked.gather(1, inside[:, None] + torch.arange(width, device=rows.device))
 
 
+def unpack_at(packed: Tensor, levels: int, places: Tensor) -> Tensor:
+    """The codes numbered `places` (int64, flat) of what `pack` wrote, as uint8; only their bytes are read."""
+    digits = digits_per_byte(levels)
+    if digits:
+        powers = levels ** torch.arange(digits, device=packed.device)
+        return (packed[places // digits] // powers[places % digits] % levels).to(torch.uint8)
+    bits = stream_bits(levels)
+    first, shift = places * bits // 8, places * bits % 8
+    beyond = packed[(first + 1).clamp_max(len(packed) - 1)]  # a code lies in two bytes at most
+    word = packed[first].long() | beyond.long() << 8
+    return ((word >> shift) & ((1 << bits) - 1)).to(torch.uint8)
+
+
+def ones_before(packed: Tensor, places: Tensor) -> Tensor:
+    """How many of the bits before each of `places` (int64, flat) are set in a packed row of bits."""
+    before = torch.nn.functional.pad(_ones(packed).cumsum(0), (1, 0))
+    octet, rest = places // 8, places % 8
+    mask = ((1 << rest) - 1).to(torch.uint8)
+    return before[octet] + _ones(packed[octet.clamp_max(len(packed) - 1)] & mask)
+
+
+def _ones(octets: Tensor) -> Tensor:
+    """Set bits of each byte."""
+    pairs = octets - ((octets >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (fours + (fours >> 4)) & 0x0F
+
+
 def _rows(flat: Tensor, width: int) -> Tensor:
     """`flat` as rows of `width`, the last row filled up with zeros."""
     missing = -flat.numel() % width

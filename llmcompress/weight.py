@@ -320,7 +320,7 @@ def _encode_index(index: Index, path: str, out: dict[str, Tensor]) -> dict[str, 
             out[path + "index"] = pack(inside.to(torch.uint8), 2)
             return {"kind": type(index).__name__.lower()}
         case Pattern(inside, kept, group):
-            ranks = _pattern_tables(kept, group)[0].to(inside.device)
+            ranks = pattern_tables(kept, group)[0].to(inside.device)
             powers = 2 ** torch.arange(group, device=inside.device)
             numbers = (inside.reshape(-1, group).long() * powers).sum(1)
             out[path + "index"] = pack(ranks[numbers], math.comb(group, kept))
@@ -337,13 +337,13 @@ def _decode_index(header: dict[str, Any], size: list[int], packed: Tensor) -> In
         case "pattern":
             kept, group = header["kept"], header["group"]
             numbers = unpack(packed, math.comb(group, kept), math.prod(size) // group)
-            patterns = _pattern_tables(kept, group)[1].to(packed.device)
+            patterns = pattern_tables(kept, group)[1].to(packed.device)
             return Pattern(patterns[numbers.long()].reshape(size), kept, group)
     raise TypeError(f"no index is called {header['kind']!r}")
 
 
 @lru_cache(maxsize=16)
-def _pattern_tables(kept: int, group: int) -> tuple[Tensor, Tensor]:
+def pattern_tables(kept: int, group: int) -> tuple[Tensor, Tensor]:
     """(rank of every `group`-bit number with `kept` ones, uint8 [2^group]; the patterns by rank, bool [C, group])."""
     if math.comb(group, kept) > 256:
         raise ValueError(f"{kept}:{group} has {math.comb(group, kept)} patterns; at most 256 fit in a byte")

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.modules import compressed_modules
+from llmcompress.source import load_tokenizer
 from llmcompress.weight import dense
 from tests.tiny import save_tiny
 
@@ -49,9 +52,8 @@ def payloads(model: torch.nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dora", [False, True])
 def test_training_changes_the_adapter_alone(dora: bool, folder: Path, tmp_path: Path) -> None:
     """Through transformers' own Trainer; what it saves loads on top of the checkpoint."""
-    adapted = get_peft_model(
-        compressed(folder), LoraConfig(r=2, use_dora=dora, target_modules=TARGETS, task_type="CAUSAL_LM")
-    )
+    lora = LoraConfig(r=2, use_dora=dora, target_modules=TARGETS, task_type="CAUSAL_LM")
+    adapted = get_peft_model(compressed(folder), lora)
     before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
     rows: list[dict[str, Any]] = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
     settings = TrainingArguments(
@@ -66,6 +68,36 @@ def test_training_changes_the_adapter_alone(dora: bool, folder: Path, tmp_path: 
     again = PeftModel.from_pretrained(compressed(folder), tmp_path / "adapter")
     torch.testing.assert_close(logits(again), logits(adapted))
     assert not torch.allclose(logits(again), logits(compressed(folder)), atol=1e-3)
+
+
+def test_supervised_fine_tuning(folder: Path, tmp_path: Path) -> None:
+    """TRL's trainer attaches the adapter itself, and multiplies by the head's matrix without calling the head."""
+    model = compressed(folder)
+    before, expected = payloads(model), logits(model)
+    rows = Dataset.from_list([{"input_ids": IDS[0].tolist(), "labels": IDS[0].tolist()}] * 4)
+    settings = SFTConfig(
+        str(tmp_path), max_steps=3, learning_rate=0.05, report_to="none", use_cpu=True, bf16=False, save_strategy="no"
+    )
+    lora = LoraConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM")
+    with lc.plain_head(model):
+        assert model.lm_head.weight.shape == (264, 32)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+        trainer = SFTTrainer(
+            model, args=settings, train_dataset=rows, peft_config=lora, processing_class=load_tokenizer(folder)
+        )
+        trainer.train()
+        trained = logits(trainer.model)
+    assert all(map(torch.equal, payloads(model), before)) and not torch.allclose(trained, expected, atol=1e-3)
+    folded = lc.fold(trainer.model)
+    folded.save_pretrained(tmp_path / "folded")
+    torch.testing.assert_close(logits(compressed(tmp_path / "folded")), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_is_not_compressed_stays(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_tiny("llama", tmp_path))
+    head = model.lm_head
+    with lc.plain_head(model):
+        assert model.lm_head is head
 
 
 def test_dora_begins_at_the_model_as_it_is(folder: Path) -> None:

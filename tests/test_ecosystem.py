@@ -52,6 +52,15 @@ def test_placed_by_accelerate(where: str, folder: Path, tmp_path: Path) -> None:
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU beside the CPU")
+def test_split_over_devices(folder: Path) -> None:
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": "cpu"}
+    places |= {"model.norm": "cpu", "lm_head": 0}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=places)
+    torch.testing.assert_close(logits(model).cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_compiles_without_a_graph_break(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     linear = model.model.layers[0].mlp.up_proj

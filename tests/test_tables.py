@@ -23,6 +23,7 @@ from tests.tiny import FAMILY_CONFIGS, save_tiny
 
 RTN = [{"method": "rtn", "bits": 4, "group_size": 16, "symmetric": False}]
 GPTQ = [{"method": "rotate"}, {"method": "gptq", "bits": 3}]
+PRUNED = {"method": "magnitude", "pattern": "2:4"}
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
 IDS = torch.tensor([[1, 5, 200, 5, 263, 0, 77]])
 
@@ -160,7 +161,6 @@ def test_the_plan_counts_tables(tmp_path: Path, text: Path) -> None:
     [
         ("llama", {"tie_word_embeddings": True}, {"head": RTN}, "is its token table; give its steps as embeddings"),
         ("llama", {}, {"embeddings": GPTQ}, "a table that is only looked up has none; use rtn"),
-        ("llama", {}, {"embeddings": [{"method": "magnitude", "sparsity": 0.5}]}, "quantize embeddings, do not prune"),
     ],
 )
 def test_what_cannot_be_done_is_said(
@@ -169,6 +169,21 @@ def test_what_cannot_be_done_is_said(
     source = save_tiny(family, tmp_path / "dense", **changes)
     with pytest.raises(RecipeError, match=sentence):
         lc.plan(source, recipe(text, **tables))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [PRUNED],
+        [{"method": "magnitude", "sparsity": 0.3}, {"method": "rtn", "bits": 3}],
+        [{"method": "rotate"}, {"method": "pb_llm", "salient": 0.25, "group_size": 16}],
+    ],
+)
+def test_pruned_tables_are_looked_up_and_read_out(steps: list[dict[str, Any]], tmp_path: Path, text: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=True)
+    model = lc.compress(source, recipe(text, embeddings=steps), tmp_path / "out").model
+    torch.testing.assert_close(logits(model), logits(with_matrices(source, model)), rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
 
 
 def test_a_table_of_an_unknown_kind_is_refused(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from llmcompress.packing import digits_per_byte, pack, packed_bits, stream_bits, unpack, unpack_rows
+from llmcompress.packing import (
+    digits_per_byte,
+    ones_before,
+    pack,
+    packed_bits,
+    stream_bits,
+    unpack,
+    unpack_at,
+    unpack_rows,
+)
 from tests.builders import seeded
 
 LEVELS = range(2, 257)
@@ -68,3 +77,19 @@ def test_rows_are_read_from_their_own_bytes(levels: int, width: int) -> None:
     codes = torch.randint(levels, (13, width), generator=torch.Generator().manual_seed(levels), dtype=torch.uint8)
     chosen = torch.tensor([12, 0, 7, 7, 1])
     assert torch.equal(unpack_rows(pack(codes, levels), levels, width, chosen), codes[chosen])
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 5, 6, 8, 16, 100, 256])
+def test_codes_are_read_one_by_one(levels: int) -> None:
+    codes = torch.randint(levels, (41,), generator=torch.Generator().manual_seed(levels), dtype=torch.uint8)
+    places = torch.randperm(41, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(unpack_at(pack(codes, levels), levels, places), codes[places])
+
+
+@pytest.mark.parametrize("count", [1, 8, 43])
+def test_set_bits_are_counted(count: int) -> None:
+    ones = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.6
+    places = torch.arange(count + 1)
+    assert ones_before(pack(ones.to(torch.uint8), 2), places).tolist() == [
+        int(ones[:n].sum()) for n in range(count + 1)
+    ]
