@@ -2,8 +2,8 @@
 
 `relax(w, relaxation)` holds the tensors of `encode(w)` by their paths: those that train as float32 masters of their
 stored elements only (so a pruned entry has nothing that could move), the others as the bytes that a file has. At every
-use the masters are rounded to what can be stored, with straight-through gradients, and `dense` and `matmul` of
-weight.py do the rest: what trains is what `freeze` stores.
+use the masters are rounded to what can be stored, with straight-through gradients, and put into the expression, whose
+frozen parts are decoded once: what trains is what `freeze` stores.
 
 What may train (`KINDS`), and how it is kept storable, alike in training and in `freeze`:
 - codes of grids, by latents in code units (`estimators`); zero points stay as they are.
@@ -12,14 +12,17 @@ What may train (`KINDS`), and how it is kept storable, alike in training and in 
 - values of `Dense` outside low-rank terms, and factors, every `Dense` inside them: rounded to their own dtype, within
   +-its largest number.
 
-Autograd keeps the float32 matrices of a forward until its backward; checkpoint activations to have those of one block.
+A grid whose codes stay and that has one scale a row is multiplied as (x codes^T) * scale: the gradient of the scale
+comes from the product, and no matrix is built. Of other nodes autograd keeps the float32 matrices of a forward until
+its backward; checkpoint activations to have those of one block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Self
+from functools import reduce
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +32,7 @@ from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.estimators import ESTIMATORS, Estimator, straight_cast, straight_codes
 from llmcompress.modules import CompressedLinear
 from llmcompress.packing import pack
-from llmcompress.rotation import rotate
+from llmcompress.rotation import rotate, rotate_inputs
 from llmcompress.weight import Dense, Grid, LowRank, Rotated, Sum, Weight, Where, Zero
 
 KINDS = ("codes", "scales", "values", "factors")
@@ -94,6 +97,7 @@ class Relaxed(nn.Module):
                 self.register_buffer(name, _octets(tensor))
             elif self.kind_of[name] == "scales":
                 self.register_buffer(name + START, _octets(tensor))
+        self.ready: Weight | None = None  # the expression with its frozen parts decoded, once it was used
 
     def kinds(self) -> dict[str, str]:
         """The name of each trainable parameter, and its kind (of `KINDS`)."""
@@ -107,7 +111,7 @@ class Relaxed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in]` to `[..., out]`, in x's dtype (under autocast in its dtype, as `nn.Linear`)."""
-        return expression.matmul(x, self._live())
+        return _product(x, self._live())
 
     @torch.no_grad()
     def confine(self) -> None:
@@ -147,20 +151,33 @@ class Relaxed(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves, but does not cast: bfloat16 masters would lose small steps."""
 
+        self.ready = None
+
         def moved(tensor: Tensor) -> Tensor:
             found = fn(tensor)
             return found if found.dtype == tensor.dtype else tensor.to(found.device)
 
         return super()._apply(moved, recurse)
 
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        self.ready = None
+        super()._load_from_state_dict(*arguments, **named)
+
     def _live(self) -> Weight:
         """The expression as it would be stored, its trained numbers differentiable float32."""
-        tensors = {
-            name: self.get_buffer(name).view(dtype)
-            for name, dtype in self.stored_as.items()
-            if name not in self.kind_of
-        }
-        return expression.decode(self.header, tensors | {name: self._numbers(name) for name in self.kind_of})
+        numbers = {name: self._numbers(name) for name in self.kind_of}
+        if self.ready is None:
+            with torch.no_grad():
+                stored = {name: self.get_buffer(name).view(dtype) for name, dtype in self._frozen()}
+                whole = expression.decode(
+                    self.header, stored | {name: found.detach() for name, found in numbers.items()}
+                )
+                self.ready = _centred(whole, "", frozenset(self.levels))
+        return _filled(self.ready, "", None, numbers)
+
+    def _frozen(self) -> list[tuple[str, torch.dtype]]:
+        """The stored tensors that do not train."""
+        return [(name, dtype) for name, dtype in self.stored_as.items() if name not in self.kind_of]
 
     def _numbers(self, name: str) -> Tensor:
         """What would be stored of one parameter, flat float32, differentiable."""
@@ -203,6 +220,74 @@ class RelaxedLinear(nn.Module):
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+# --- products ------------------------------------------------------------------------------------------------------
+
+
+def _centred(w: Weight, path: str, trained: frozenset[str]) -> Weight:
+    """`w` with the codes of frozen grids as bfloat16, less their zero points: whole and half numbers, held exactly."""
+    match w:
+        case Grid(scale=scale) if path + "codes" not in trained:
+            whole = expression.dense(replace(w, scale=torch.ones_like(scale)))
+            return replace(w, codes=whole.bfloat16(), zero=torch.zeros_like(scale))
+        case LowRank(left, right):
+            return LowRank(_centred(left, path + "left_", trained), _centred(right, path + "right_", trained))
+        case Where(index, inside, outside):
+            sides = _centred(inside, path + "inside_", trained), _centred(outside, path + "outside_", trained)
+            return Where(index, *sides)
+        case Rotated(inner):
+            return replace(w, inner=_centred(inner, path + "inner_", trained))
+        case Sum(parts):
+            return Sum(tuple(_centred(part, f"{path}{i}_", trained) for i, part in enumerate(parts)))
+    return w
+
+
+def _filled(w: Weight, path: str, shown: Tensor | None, numbers: dict[str, Tensor]) -> Weight:
+    """`w` with the numbers that train, each flat under its path, in their places."""
+    match w:
+        case Dense(values):
+            return Dense(_placed(numbers.get(path + "values"), values, shown))
+        case Grid(codes, scale):
+            scales = _placed(numbers.get(path + "scale"), scale, None)
+            return replace(w, codes=_placed(numbers.get(path + "codes"), codes, shown), scale=scales)
+        case LowRank(left, right):
+            return LowRank(_filled(left, path + "left_", None, numbers), _filled(right, path + "right_", None, numbers))
+        case Where(index, inside, outside):
+            here, rest = index.inside, ~index.inside
+            if shown is not None:
+                here, rest = shown & here, shown & rest
+            sides = _filled(inside, path + "inside_", here, numbers), _filled(outside, path + "outside_", rest, numbers)
+            return Where(index, *sides)
+        case Rotated(inner):
+            return replace(w, inner=_filled(inner, path + "inner_", None, numbers))
+        case Sum(parts):
+            return Sum(tuple(_filled(part, f"{path}{i}_", shown, numbers) for i, part in enumerate(parts)))
+    return w
+
+
+def _placed(stored: Tensor | None, leaf: Tensor, shown: Tensor | None) -> Tensor:
+    """A leaf with the elements `stored`, flat; without them as it is."""
+    if stored is None:
+        return leaf
+    if shown is None:
+        return stored.reshape(leaf.shape)
+    return torch.zeros(leaf.shape, dtype=stored.dtype, device=stored.device).masked_scatter(shown, stored)
+
+
+def _product(x: Tensor, w: Weight) -> Tensor:
+    """`expression.matmul`, but for grids with frozen codes, which `_centred` made."""
+    match w:
+        case LowRank(left, right):
+            return _product(_product(x, right), left)
+        case Rotated(inner, signs, block):
+            return _product(rotate_inputs(x, signs, block), inner)
+        case Sum(parts):
+            return reduce(torch.add, [_product(x, part) for part in parts])
+        case Grid(codes, scale) if codes.dtype == torch.bfloat16 and scale.shape[1] == 1:
+            whole = nn.functional.linear(x, codes.to(x.dtype))
+            return (whole * scale[:, 0].float()).to(whole.dtype)
+    return expression.matmul(x, w)
 
 
 # --- where masters start --------------------------------------------------------------------------------------------

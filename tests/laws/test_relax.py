@@ -99,10 +99,12 @@ def test_the_matrix_is_the_dense_one(w: Weight) -> None:
 
 def test_forward_is_the_product(w: Weight) -> None:
     x = inputs(w, rows=6)
+    reach = (x.abs() @ dense(w).abs().T).max()
     for module in (relax(w, Relaxation(frozenset())), relax(w, ALL, elsewhere(w))):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             found = module(x.to(dtype).reshape(2, 3, -1))
-            assert found.dtype == dtype and torch.equal(found.reshape(6, -1), matmul(x.to(dtype), w))
+            away = (found.reshape(6, -1) - matmul(x.to(dtype), w)).abs().max()  # the same sums in another order
+            assert found.dtype == dtype and away <= (2e-2 if dtype == torch.bfloat16 else 1e-5) * reach
 
 
 def test_kinds_are_exactly_what_trains(w: Weight) -> None:
