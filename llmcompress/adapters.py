@@ -66,12 +66,17 @@ def fold(model: PeftModel) -> PreTrainedModel:
     base: Any = model.unload()
     layers, table = compressed_linears(base), base.config.quantization_config.table()
     for name, term in terms.items():
-        folded = CompressedLinear.of(_plus(layers[name].expression(), term), layers[name].bias)
+        folded = CompressedLinear.of(plus(layers[name].expression(), term), layers[name].bias)
         put(base, name, folded)
         table[name] = folded.layout
     base.config.quantization_config = LLMCompressConfig(**table_entry(table, base.config.quantization_config.sizes))
     found: PreTrainedModel = base
     return found
+
+
+def plus(w: Weight, term: LowRank) -> Weight:
+    """A weight and one more term, which is the last."""
+    return Sum((*w.parts, term)) if isinstance(w, Sum) else Sum((w, term))
 
 
 def _term(name: str, module: Any, adapter: str) -> LowRank:
@@ -83,7 +88,3 @@ def _term(name: str, module: Any, adapter: str) -> LowRank:
     right: Tensor = module.lora_A[adapter].weight.detach()
     left: Tensor = module.lora_B[adapter].weight.detach() * module.scaling[adapter]
     return LowRank(Dense(left.clone()), Dense(right.clone()))
-
-
-def _plus(w: Weight, term: LowRank) -> Weight:
-    return Sum((*w.parts, term)) if isinstance(w, Sum) else Sum((w, term))

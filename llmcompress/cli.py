@@ -320,7 +320,7 @@ def distill(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Teach STUDENT what DENSE knows, as RECIPE says, at the same bytes; a run that was cut goes on where it was.
+    """Teach STUDENT what DENSE knows, as RECIPE says; a run that was cut goes on where it was.
 
     Example: llmcompress distill small distil.yaml --teacher smollm2 -o recovered
     """

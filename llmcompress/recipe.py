@@ -72,12 +72,11 @@ def _check_plain(arguments: dict[str, Any]) -> None:
 Step = Annotated[SerializeAsAny[StepConfig], BeforeValidator(_step)]
 
 
-class Rule(BaseModel):
-    """The steps for the layers that match one of the patterns. No steps: these layers stay dense."""
+class Matching(BaseModel):
+    """Something that is said of the layers that match one of the patterns."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     match: tuple[str, ...] = Field(min_length=1, description="globs on module paths, or regular expressions as 're:…'")
-    steps: tuple[Step, ...]
 
     @field_validator("match", mode="before")
     @classmethod
@@ -96,6 +95,12 @@ class Rule(BaseModel):
                 except re.error as error:
                     raise ValueError(f"match has {pattern!r}, which is no regular expression ({error})") from error
         return patterns
+
+
+class Rule(Matching):
+    """The steps for the layers that match one of the patterns. No steps: these layers stay dense."""
+
+    steps: tuple[Step, ...]
 
 
 class Gates(BaseModel):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 import llmcompress.distill.losses  # noqa: F401 (registers them)
+from llmcompress.distill.adapt import Adaptation
 from llmcompress.distill.losses.loss import LossConfig, loss_config
 from llmcompress.tokens import Calibration
 
@@ -46,6 +47,9 @@ class Distillation(BaseModel):
         description="learning rates of what trains, in shares of the size of its numbers: latent codes, scales of "
         "grids, values kept as they are, low-rank factors, norms and biases; what has no rate stays as it is",
     )
+    adapt: Adaptation | None = Field(
+        default=None, description="low-rank terms that are added to compressed linears, and trained with the factors"
+    )
     estimator: Literal["plain", "reste", "biper"] = Field(default="plain", description="gradient through rounding")
     latents: Literal["codes", "teacher"] = Field(
         default="codes",
@@ -66,6 +70,8 @@ class Distillation(BaseModel):
     def _consistent(self) -> Distillation:
         if self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
+        if self.adapt is not None and "factors" not in self.rates:
+            raise ValueError("adapt adds low-rank factors, which rates has nothing for; give rates one for factors")
         if self.data.held_out == 0:
             raise ValueError("data: held_out is 0, so nothing could tell whether it helps; hold some sequences out")
         return self

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from llmcompress.distill.adapt import dense_weight
 from llmcompress.distill.recipe import Kind
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.modules import CompressedLinear, compressed_linears, put
@@ -39,6 +40,13 @@ class Student:
     def frozen(self) -> dict[str, CompressedLinear]:
         """The compressed linears with what was learned, by name; the model goes on as it is."""
         return {name: module.freeze() for name, module in self.relaxed.items()}
+
+    def settle(self) -> dict[str, CompressedLinear]:
+        """Puts the compressed linears with what was learned back into the model; returns them by name."""
+        layers = self.frozen()
+        for name, layer in layers.items():
+            put(self.model, name, layer)
+        return layers
 
     def norms(self) -> dict[str, Tensor]:
         """The vectors that trained, float32, by name."""
@@ -93,8 +101,4 @@ def _norms(model: PreTrainedModel, relaxed: Mapping[str, RelaxedLinear]) -> dict
 
 def _target(teacher: PreTrainedModel | None, name: str) -> Tensor | None:
     """The teacher's matrix `[out, in]` of the linear `name`."""
-    if teacher is None:
-        return None
-    module = teacher.get_submodule(name)
-    weight = module.get_parameter("weight").detach().float()
-    return weight if isinstance(module, nn.Linear) else weight.T
+    return None if teacher is None else dense_weight(teacher, name)

@@ -1,0 +1,115 @@
+"""Low-rank terms that are trained in: LoRA (arXiv 2106.09685) as a part of the compressed weight, not beside it.
+
+`adapt` adds `B A` to the expression of every linear that is asked for, `B [out, rank]` and `A [rank, in]` in bfloat16.
+They train as low-rank factors do anyway, and the checkpoint holds them: it grows by the bits of the terms. Factors of
+fewer bits are rounded once training is over (`rounded`), to the grids of methods/low_rank.py: per component in A, whose
+rounding B is solved again for.
+
+Where a term starts: `zero`, as LoRA has it, A random and B zero, so that nothing changes before the first step; or
+`residual`, the truncated SVD of what the compressed weight lost (as LoftQ, arXiv 2310.08659). A's numbers are as large
+as makes the product of B's first step, `rate` in every element, `rate` times the size of the weight's own numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from llmcompress.adapters import plus
+from llmcompress.errors import RecipeError, listed
+from llmcompress.layer import Layer, generator, split
+from llmcompress.methods.svd import SVD, svd
+from llmcompress.modules import CompressedLinear, compressed_linears, put
+from llmcompress.moments import Moments
+from llmcompress.recipe import Matching, matches
+from llmcompress.weight import Dense, LowRank, Sum, Weight, Zero, dense, shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Adaptation(Matching):
+    """Which compressed linears get a low-rank term, and how it is stored."""
+
+    match: tuple[str, ...] = Field(default=("*",), min_length=1, description="as in the rules of a compression")
+    rank: int = Field(ge=1, description="columns of the left factor")
+    factor_bits: Literal[4, 8, 16] = Field(default=16, description="16 keeps bfloat16; fewer are rounded at the end")
+    start: Literal["zero", "residual"] = Field(
+        default="zero", description="zero: nothing changes at first; residual: the SVD of what the weight lost"
+    )
+
+
+@torch.no_grad()
+def adapt(model: PreTrainedModel, asked: Adaptation, teacher: PreTrainedModel, seed: int) -> tuple[str, ...]:
+    """Adds a term to each compressed linear of `model` that `asked` matches, but to the head; returns their names.
+
+    `teacher`: the dense model, for terms that start at what was lost. Raises RecipeError for a pattern that matches
+    nothing, and for a rank that is larger than a matrix.
+    """
+    head = model.get_output_embeddings()
+    layers = {name: layer for name, layer in compressed_linears(model).items() if layer is not head}
+    for pattern in asked.match:
+        if not any(matches(pattern, name) for name in layers):
+            raise RecipeError(
+                f'adapt matches no compressed linear of the student ("{pattern}"); it has {listed(layers)}'
+            )
+    chosen = [name for name in layers if any(matches(pattern, name) for pattern in asked.match)]
+    for name in chosen:
+        w = layers[name].expression()
+        target = dense_weight(teacher, name) if asked.start == "residual" else None
+        term = _starting_term(name, w, asked.rank, target, seed)
+        put(model, name, CompressedLinear.of(plus(w, term), layers[name].bias))
+    return tuple(chosen)
+
+
+@torch.no_grad()
+def rounded(
+    layers: Mapping[str, CompressedLinear], adapted: Iterable[str], asked: Adaptation
+) -> dict[str, CompressedLinear]:
+    """The layers called `adapted`, their last term's factors with the bits that `asked` says; empty for bfloat16."""
+    if asked.factor_bits == 16:
+        return {}
+    found = {}
+    for name in adapted:
+        layer = layers[name]
+        match layer.expression():
+            case Sum((*parts, LowRank() as term)):
+                stored = _best_term(name, dense(term), asked.rank, asked.factor_bits)
+                found[name] = CompressedLinear.of(Sum((*parts, stored)), layer.bias)
+            case other:
+                raise TypeError(f"{name} has no low-rank term to round, it is a {type(other).__name__}")
+    return found
+
+
+def dense_weight(model: PreTrainedModel, name: str) -> Tensor:
+    """The matrix `[out, in]`, float32, of the dense linear `name` of a model."""
+    module = model.get_submodule(name)
+    weight = module.get_parameter("weight").detach().float()
+    return weight if isinstance(module, nn.Linear) else weight.T
+
+
+def _starting_term(name: str, w: Weight, rank: int, target: Tensor | None, seed: int) -> LowRank:
+    out, width = shape(w)
+    if rank > min(out, width):
+        raise RecipeError(f"adapt: rank {rank} is larger than the matrix [{out}, {width}] of {name}; lower it")
+    value = dense(w)
+    if target is not None:
+        return _best_term(name, target.to(value.device) - value, rank, 16)
+    size = (float(value.square().mean().sqrt()) or 1.0) / math.sqrt(rank)
+    right = torch.randn(rank, width, generator=generator(seed, "adapt", name)) * size
+    left = torch.zeros(out, rank, dtype=torch.bfloat16)
+    return LowRank(Dense(left.to(value.device)), Dense(right.to(value.device, torch.bfloat16)))
+
+
+def _best_term(name: str, matrix: Tensor, rank: int, factor_bits: Literal[4, 8, 16]) -> LowRank:
+    """The truncated SVD of a matrix `[out, in]`, as stored factors."""
+    nothing = Layer(name, matrix, Zero((matrix.shape[0], matrix.shape[1])), Moments(0.0))
+    term = split(svd(nothing, SVD(rank=rank, factor_bits=factor_bits)).approx)[1]
+    if term is None:
+        raise TypeError(f"{name}: svd gave no low-rank term")
+    return term
