@@ -120,7 +120,7 @@ def architecture(config: PreTrainedConfig, model: PreTrainedModel) -> Architectu
     """
     refuse_experts(config, model)
     family = FAMILIES.get(config.model_type)
-    stack = family.blocks if family else _discover_stack(config, model)
+    stack = block_stack(config, model)
     blocks = tuple(
         _layout(family, f"{stack}.{index}", block) for index, block in enumerate(model.get_submodule(stack).children())
     )
@@ -142,6 +142,12 @@ def architecture(config: PreTrainedConfig, model: PreTrainedModel) -> Architectu
         head=_name_of(model, model.get_output_embeddings()),
         tied=bool(model.all_tied_weights_keys),
     )
+
+
+def block_stack(config: PreTrainedConfig, model: nn.Module) -> str:
+    """The module path of the list of decoder blocks. Raises InputError where it cannot be told from the rest."""
+    family = FAMILIES.get(config.model_type)
+    return family.blocks if family else _discover_stack(config, model)
 
 
 def _name_of(model: nn.Module, module: nn.Module | None) -> str:

@@ -47,6 +47,16 @@ class Batch:
         return int(self.rows.stop - self.rows.start)
 
 
+def in_batches(count: int, held_out: int, size: int) -> list[Batch]:
+    """Batches of at most `size` of `count` rows, of which the last `held_out` are held out."""
+    parts = ((0, count - held_out, False), (count - held_out, count, True))
+    return [
+        Batch(slice(first, min(first + size, stop)), held)
+        for start, stop, held in parts
+        for first in range(start, stop, size)
+    ]
+
+
 Calls = dict[int, list[Call]]  # by number of sequences in the batch, then by block
 Visit = Callable[[str, Tensor], None]
 
@@ -215,35 +225,39 @@ def embed(
     body, stack = model.base_model, model.get_submodule(arch.stack)
     load(body, "" if body is model else model.base_model_prefix, source, device, skip=[stack])
     try:
-        return *_record(body, stack, arch, sequences, batches, device, as_tuple=False), False
-    except InputError as error:
-        try:  # blocks of older models return tuples
-            return *_record(body, stack, arch, sequences, batches, device, as_tuple=True), True
-        except InputError:
-            raise error from None
+        return recorded(model, arch.stack, sequences, batches, device)
     finally:
         drop(body, skip=[stack])
 
 
+@torch.no_grad()
+def recorded(
+    model: PreTrainedModel, stack: str, sequences: Tensor, batches: list[Batch], device: torch.device
+) -> tuple[Tensor, Calls, bool]:
+    """What `embed` gives, of a model that is loaded already; `stack`: the module path of its list of blocks."""
+    try:
+        return *_record(model, stack, sequences, batches, device, as_tuple=False), False
+    except InputError as error:
+        try:  # blocks of older models return tuples
+            return *_record(model, stack, sequences, batches, device, as_tuple=True), True
+        except InputError:
+            raise error from None
+
+
 def _record(
-    body: nn.Module,
-    stack: nn.Module,
-    arch: Architecture,
-    sequences: Tensor,
-    batches: list[Batch],
-    device: torch.device,
-    as_tuple: bool,
+    model: PreTrainedModel, path: str, sequences: Tensor, batches: list[Batch], device: torch.device, as_tuple: bool
 ) -> tuple[Tensor, Calls]:
     """Lets the model's forward run on every batch with recorders for blocks."""
+    stack = model.get_submodule(path)
     blocks = list(stack.children())
     calls: Calls = {}
     hidden = torch.empty(0)
     for batch in batches:
-        tape = _Tape(arch.model_type, as_tuple, calls.get(batch.size))
-        recorders = [_Recorder(block, path=at.path, tape=tape) for block, at in zip(blocks, arch.blocks, strict=True)]
+        tape = _Tape(model.config.model_type, as_tuple, calls.get(batch.size))
+        recorders = [_Recorder(block, path=f"{path}.{index}", tape=tape) for index, block in enumerate(blocks)]
         try:
             with _standing_in(stack, recorders):
-                body(input_ids=sequences[batch.rows].to(device), use_cache=False)
+                model.base_model(input_ids=sequences[batch.rows].to(device), use_cache=False)
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise tape.refusal(f"its code fails with stand-ins for them: {reason}") from error

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.architecture import Architecture, BlockLayout, Linear
-from llmcompress.blocks import Batch, Run, drop, embed, give_back_memory, head_inputs, load
+from llmcompress.blocks import Batch, Run, drop, embed, give_back_memory, head_inputs, in_batches, load
 from llmcompress.errors import InputError
 from llmcompress.modules import CompressedLinear, decoded, put
 from llmcompress.moments import Moments, capped_weights
@@ -125,7 +125,7 @@ def walk(
         yield from _without_data(model, source, arch, needs, torch.device(device), progress)
         return
     _check_sequences(model, sequences, held_out)
-    batches = _batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
+    batches = in_batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
     hidden, calls, as_tuple = embed(model, source, arch, sequences, batches, torch.device(device))
     dense_hidden = hidden[: len(hidden) - held_out].clone() if dense_stream else None
     linears = arch.linears()
@@ -284,16 +284,6 @@ def _check_sequences(model: PreTrainedModel, sequences: Tensor, held_out: int) -
             f"calibration sequences of {length} tokens are longer than the model's {positions} positions; "
             f"set a length of at most {positions}"
         )
-
-
-def _batches(count: int, held_out: int, size: int) -> list[Batch]:
-    """Batches of at most `size` rows, calibration first."""
-    parts = ((0, count - held_out, False), (count - held_out, count, True))
-    return [
-        Batch(slice(first, min(first + size, stop)), held)
-        for start, stop, held in parts
-        for first in range(start, stop, size)
-    ]
 
 
 def _wanted(layout: BlockLayout, needs: Needs) -> dict[tuple[str, ...], frozenset[str]]:

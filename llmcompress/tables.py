@@ -184,6 +184,10 @@ def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
         table.add_row(str(row["step"]), f"{row['kl']:.4f}", f"{row['perplexity']:.3f}", loss, seconds)
     yield table
     yield f"teacher {found['teacher']} · perplexity {history[-1]['teacher_perplexity']:.3f}"
+    for phase in found["phases"]:
+        if blocks := phase.get("blocks"):
+            path, last = list(blocks.items())[-1]
+            yield f"blocks  {len(blocks)} · held-out error of {path} {last['before']:.4f} -> {last['after']:.4f}"
     if found["bytes_before"] != found["bytes_after"]:
         yield f"sizes   {_bytes(found['bytes_before'])} -> {_bytes(found['bytes_after'])} of compressed weights"
     trained = " · ".join(f"{count:,} {kind}" for kind, count in found["trained"].items())

@@ -11,14 +11,14 @@ from torch import Tensor
 from llmcompress.layer import generator
 
 
-def rows(step: int, batch: int, sequences: int, seed: int) -> list[int]:
+def rows(step: int, batch: int, sequences: int, seed: int | str) -> list[int]:
     """The numbers of the `batch` sequences that step `step` (from 0) reads: every epoch is a new permutation of all."""
     wanted = range(step * batch, (step + 1) * batch)
     return [int(_permutation(position // sequences, sequences, seed)[position % sequences]) for position in wanted]
 
 
 @lru_cache(maxsize=2)
-def _permutation(epoch: int, sequences: int, seed: int) -> Tensor:
+def _permutation(epoch: int, sequences: int, seed: int | str) -> Tensor:
     return torch.randperm(sequences, generator=generator(seed, "epoch", epoch))
 
 

@@ -32,6 +32,30 @@ class Term(BaseModel):
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
+Rates = Annotated[dict[Kind, Rate], Field(min_length=1)]
+Estimators = Literal["plain", "reste", "biper"]
+Latents = Literal["codes", "teacher"]
+PhaseKind = Literal["blockwise", "end_to_end"]
+
+
+class Phase(BaseModel):
+    """One part of a distillation that has several; what is null is as the recipe says. Every phase starts from the
+    compressed weights that the one before left."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: PhaseKind = Field(description="each decoder block by itself, or the whole model")
+    rates: Rates | None = None
+    adapt: Adaptation | None = Field(default=None, description="low-rank terms that are added before it; null: none")
+    estimator: Estimators | None = None
+    latents: Latents | None = None
+    batch: int | None = Field(default=None, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps, of every block if it is blockwise")
+    warmup: float | None = Field(default=None, ge=0, le=1)
+    final_rate: float | None = Field(default=None, ge=0, le=1)
+    evaluate_every: int | None = Field(default=None, ge=1)
+
+
 class Distillation(BaseModel):
     """A distillation of a dense teacher into a compressed student."""
 
@@ -58,6 +82,7 @@ class Distillation(BaseModel):
     batch: int = Field(default=8, ge=1, description="sequences of an optimizer step, over all processes")
     micro_batch: int = Field(default=2, ge=1, description="sequences of one forward in one process")
     steps: int | None = Field(default=None, ge=1, description="optimizer steps; null: one pass over the data")
+    phases: tuple[Phase, ...] = Field(default=(), description="done one after the other; none: one end to end")
     warmup: float = Field(default=0.05, ge=0, le=1, description="share of the steps in which rates rise from 0")
     final_rate: float = Field(default=0.1, ge=0, le=1, description="what is left of the rates at the end of a cosine")
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="largest norm of a gradient")
@@ -66,12 +91,26 @@ class Distillation(BaseModel):
     evaluate_every: int = Field(default=25, ge=1, description="steps between looks at the held-out sequences")
     save_every: int = Field(default=25, ge=1, description="steps between states that a run can resume from")
 
+    def stages(self) -> tuple[tuple[PhaseKind, Distillation], ...]:
+        """The phases: the kind of each, and the recipe of it alone."""
+        if not self.phases:
+            return (("end_to_end", self),)
+        return tuple((phase.kind, self._alone(phase)) for phase in self.phases)
+
+    def _alone(self, phase: Phase) -> Distillation:
+        given = {name: value for name in type(phase).model_fields if (value := getattr(phase, name)) is not None}
+        del given["kind"]
+        return self.model_copy(update={"phases": (), **given})
+
     @model_validator(mode="after")
     def _consistent(self) -> Distillation:
-        if self.batch % self.micro_batch:
-            raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
-        if self.adapt is not None and "factors" not in self.rates:
-            raise ValueError("adapt adds low-rank factors, which rates has nothing for; give rates one for factors")
+        if self.phases and self.adapt is not None:
+            raise ValueError("adapt stands beside phases; give it to the phase before which the terms are to be added")
+        for _, stage in self.stages():
+            if stage.batch % stage.micro_batch:
+                raise ValueError(f"batch {stage.batch} is no multiple of micro_batch {stage.micro_batch}")
+            if stage.adapt is not None and "factors" not in stage.rates:
+                raise ValueError("adapt adds low-rank factors, which rates has nothing for; give rates one for factors")
         if self.data.held_out == 0:
             raise ValueError("data: held_out is 0, so nothing could tell whether it helps; hold some sequences out")
         return self

@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from llmcompress import report as reports
 from llmcompress.blocks import product_dtype
 from llmcompress.checkpoint import check_output, writing
-from llmcompress.distill.adapt import adapt, rounded
-from llmcompress.distill.loop import Report, Run, look, train
+from llmcompress.distill.loop import Report, Run
 from llmcompress.distill.objective import check_head, check_pair
+from llmcompress.distill.phases import Learned, learn
 from llmcompress.distill.recipe import Distillation
-from llmcompress.distill.state import Keeper, Progress
-from llmcompress.distill.student import Student, relaxed_student
+from llmcompress.distill.state import Keeper
+from llmcompress.distill.student import Student
 from llmcompress.driver import copy_companions
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.export.opened import Opened
 from llmcompress.hf import table_entry
 from llmcompress.locate import Place, locate
-from llmcompress.modules import CompressedLinear, Layout, payload_texts, put
+from llmcompress.modules import CompressedLinear, Layout, payload_texts
 from llmcompress.recipe import dump, read_as
 from llmcompress.source import load_model, load_tokenizer
 from llmcompress.tokens import CalibrationTokens, calibration_tokens
@@ -46,8 +46,10 @@ RECIPE = "distillation.yaml"
 @dataclass(frozen=True)
 class Distilled:
     """What a distillation wrote and measured. `history`: KL to the teacher and perplexities on the held-out sequences,
-    from before the first step to after the last; `tokens`: predicted while training; `bytes_before`, `bytes_after`: of
-    all compressed weights, which low-rank terms that were added make larger."""
+    from before the first step to after the last; `steps`, `tokens` predicted in them: end to end; `bytes_before`,
+    `bytes_after`: of all compressed weights, which low-rank terms that were added make larger; `phases`: {kind, steps,
+    seconds} of each, and of a blockwise one {before, after, step} of every block: its held-out errors, and when it was
+    best."""
 
     output: str
     teacher: str
@@ -59,6 +61,7 @@ class Distilled:
     trained: Mapping[str, int]  # how many numbers of each kind
     data: dict[str, Any]
     history: list[dict[str, Any]]
+    phases: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, keys as in the fields."""
@@ -91,17 +94,14 @@ def distill(
     pair = load_model(Place(str(student), folder), where), load_model(place, where)
     check_pair(*pair, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
     tokens = calibration_tokens(asked.data, tokenizer, partial(load_model, place), pair[1].config)
-    adapted = () if asked.adapt is None else adapt(pair[0], asked.adapt, pair[1], asked.seed)
-    learning = relaxed_student(pair[0], asked.rates, asked.estimator, pair[1] if asked.latents == "teacher" else None)
     keeper = Keeper(target.with_name(target.name + ".training"), _identity(asked, tokens, opened, place))
-    run = _run(asked, learning, pair[1], tokens, keeper, accelerator)
+    run = _run(asked, Student(pair[0], {}, {}), pair[1], tokens, keeper, accelerator)
     for model in pair:
         check_head(model, run.held_out)
-    measured = train(run, progress)
-    layers = _settled(run, measured, adapted)
-    done = _result(run, measured, tokens, target, place, opened.layouts, layers)
+    learned = learn(run, progress)
+    done = _result(learned, tokens, target, place, opened.layouts)
     if accelerator.is_main_process:
-        _write(opened, layers, learning.norms(), asked, done, target)
+        _write(opened, learned, asked, done, target)
         keeper.remove()
     accelerator.end_training()
     return done
@@ -111,11 +111,12 @@ def _accelerator(device: str, recipe: Distillation) -> Accelerator:
     """The processes that a launcher started, or this one. Raises RecipeError where a batch cannot be shared by them."""
     frozen = DistributedDataParallelKwargs(broadcast_buffers=False)  # packed codes are equal from the start
     accelerator = Accelerator(cpu=torch.device(device).type == "cpu", kwargs_handlers=[frozen])
-    if recipe.batch % (recipe.micro_batch * accelerator.num_processes):
-        raise RecipeError(
-            f"batch {recipe.batch} cannot be shared by {accelerator.num_processes} processes in parts of "
-            f"micro_batch {recipe.micro_batch}; choose a multiple of their product"
-        )
+    for _, stage in recipe.stages():
+        if stage.batch % (stage.micro_batch * accelerator.num_processes):
+            raise RecipeError(
+                f"batch {stage.batch} cannot be shared by {accelerator.num_processes} processes in parts of "
+                f"micro_batch {stage.micro_batch}; choose a multiple of their product"
+            )
     return accelerator
 
 
@@ -133,10 +134,9 @@ def _run(
     if recipe.checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     first = len(tokens.sequences) - tokens.held_out
-    if first < recipe.batch:
-        raise InputError(
-            f"{first} sequences are too few for a batch of {recipe.batch}; use more data or a smaller batch"
-        )
+    batch = max(stage.batch for _, stage in recipe.stages())
+    if first < batch:
+        raise InputError(f"{first} sequences are too few for a batch of {batch}; use more data or a smaller batch")
     return Run(
         recipe,
         student,
@@ -156,50 +156,28 @@ def _identity(recipe: Distillation, tokens: CalibrationTokens, opened: Opened, t
     return sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _settled(run: Run, measured: Progress, adapted: tuple[str, ...]) -> dict[str, CompressedLinear]:
-    """The student's compressed linears as they will be stored, in its model too; measured again if that rounds some."""
-    layers = run.student.settle()
-    found = {} if run.recipe.adapt is None else rounded(layers, adapted, run.recipe.adapt)
-    for name, layer in found.items():
-        put(run.student.model, name, layer)
-    if found:
-        measured.history.append({**look(run, measured.step), "seconds": measured.seconds})
-    return layers | found
-
-
 def _result(
-    run: Run,
-    measured: Progress,
-    tokens: CalibrationTokens,
-    output: Path,
-    teacher: Place,
-    before: Mapping[str, Layout],
-    layers: Mapping[str, CompressedLinear],
+    learned: Learned, tokens: CalibrationTokens, output: Path, teacher: Place, before: Mapping[str, Layout]
 ) -> Distilled:
-    after = {**before, **{name: layer.layout for name, layer in layers.items()}}
+    after = {**before, **{name: layer.layout for name, layer in learned.linears.items()}}
     return Distilled(
         output=str(output),
         teacher=teacher.name,
-        steps=measured.step,
-        tokens=measured.step * run.recipe.batch * (run.sequences.shape[1] - 1),
-        seconds=measured.seconds,
+        steps=learned.steps,
+        tokens=learned.tokens,
+        seconds=learned.seconds,
         bytes_before=sum(layout.bytes() for layout in before.values()),
         bytes_after=sum(layout.bytes() for layout in after.values()),
-        trained={kind: sum(value.numel() for value in values.values()) for kind, values in run.student.trained.items()},
+        trained=learned.trained,
         data=tokens.report(),
-        history=measured.history,
+        history=learned.history,
+        phases=learned.phases,
     )
 
 
-def _write(
-    opened: Opened,
-    linears: Mapping[str, CompressedLinear],
-    norms: Mapping[str, Tensor],
-    recipe: Distillation,
-    done: Distilled,
-    output: Path,
-) -> None:
+def _write(opened: Opened, learned: Learned, recipe: Distillation, done: Distilled, output: Path) -> None:
     """The student's folder again, with what was learned in place of what it held."""
+    linears, norms = learned.linears, learned.vectors
     layouts: dict[str, Layout] = opened.layouts | {name: layer.layout for name, layer in linears.items()}
     with writing(output) as writer:
         copy_companions(opened.folder, writer.folder)
@@ -207,8 +185,8 @@ def _write(
             tensors: dict[str, Tensor] = {name: opened.read(name) for name in others}
             tensors |= {name: norms[name].to(tensors[name].dtype) for name in others if name in norms}
             for name in layers:
-                learned = linears.get(name)
-                stored = opened.read(f"{name}.weight") if learned is None else learned.get_parameter("weight").detach()
+                layer = linears.get(name)
+                stored = opened.read(f"{name}.weight") if layer is None else layer.get_parameter("weight").detach()
                 tensors[f"{name}.weight"] = stored
             writer.add(tensors, payload_texts(layouts))
         size = writer.close()

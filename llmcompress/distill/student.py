@@ -54,13 +54,18 @@ class Student:
 
 
 def relaxed_student(
-    model: PreTrainedModel, rates: Mapping[Kind, float], estimator: str, latents_from: PreTrainedModel | None = None
+    model: PreTrainedModel,
+    rates: Mapping[Kind, float],
+    estimator: str,
+    latents_from: PreTrainedModel | None = None,
+    inside: str = "",
 ) -> Student:
     """`model`, its compressed linears replaced by relaxed ones. The tied head stays packed, as the token table is.
 
     `rates` names the kinds that train, those the student has. Latent codes start at the codes, or where the weights of
     the dense model `latents_from` are within their cells. Raises InputError for a model without compressed linears,
-    RecipeError where there is nothing to train.
+    RecipeError where there is nothing to train; neither of one block, with a module path as `inside`: then what lies
+    elsewhere stays as it is.
     """
     kinds = frozenset(rates) & frozenset(KINDS)
     relaxation = Relaxation(kinds, estimator)  # type: ignore[arg-type]  # checked by the recipe
@@ -68,10 +73,10 @@ def relaxed_student(
     head = model.get_output_embeddings()
     relaxed: dict[str, RelaxedLinear] = {}
     for name, layer in compressed_linears(model).items():
-        if layer is not head:
+        if layer is not head and name.startswith(inside):
             relaxed[name] = RelaxedLinear.of(layer, relaxation, _target(latents_from, name))
             put(model, name, relaxed[name])
-    if not relaxed:
+    if not relaxed and not inside:
         raise InputError("the student has no compressed linears, so there is nothing to recover; compress it first")
     trained: dict[Kind, dict[str, nn.Parameter]] = {kind: {} for kind in rates}
     for name, module in relaxed.items():
@@ -79,8 +84,8 @@ def relaxed_student(
         for key, kind in module.relaxed.kinds().items():
             trained[cast(Kind, kind)][f"{name}.relaxed.{key}"] = parameters[key]
     if NORMS in rates:
-        trained[NORMS] = _norms(model, relaxed)
-    if not any(trained.values()):
+        trained[NORMS] = _norms(model, relaxed, inside)
+    if not any(trained.values()) and not inside:
         raise RecipeError(f"rates: the student has no {' and no '.join(rates)} to train; give a rate for what it has")
     return Student(model, relaxed, trained)
 
@@ -89,11 +94,12 @@ def _size(value: nn.Parameter) -> float:
     return float(value.detach().square().mean().sqrt()) or 1.0
 
 
-def _norms(model: PreTrainedModel, relaxed: Mapping[str, RelaxedLinear]) -> dict[str, nn.Parameter]:
-    inside = tuple(f"{name}." for name in relaxed)
+def _norms(model: PreTrainedModel, relaxed: Mapping[str, RelaxedLinear], inside: str) -> dict[str, nn.Parameter]:
+    theirs = tuple(f"{name}." for name in relaxed)
     found = {}
     for name, value in model.named_parameters():
-        if value.ndim == 1 and value.numel() and value.is_floating_point() and not name.startswith(inside):
+        plain = value.ndim == 1 and value.numel() and value.is_floating_point()
+        if plain and name.startswith(inside) and not name.startswith(theirs):
             value.requires_grad_()
             found[name] = value
     return found

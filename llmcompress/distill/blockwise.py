@@ -1,0 +1,133 @@
+"""Block-wise recovery: each decoder block learns, by itself, to give what the dense one gives.
+
+After Block-AP of EfficientQAT (arXiv 2407.11062):
+
+    for each block, in order:
+        it reads the hidden states that the blocks before it left, as they are after their own recovery
+        what trains in it moves towards the dense block's outputs in the dense model
+        of its states that which errs least on held-out sequences is kept: the first, where nothing helped
+
+So a block also learns to undo what the blocks before it lost; targets from the dense block on the student's own inputs
+would leave that to nobody. The error is the mean over tokens of |output - target|^2 / |target|^2: what follows a block
+normalises every token, and the first one's norm may be a hundred times that of the others. A step minimises it as a
+share of what it was at first, so that gradients have the same size in every block and model.
+
+Memory: hidden states of all sequences in bfloat16, the student's and the dense model's, 4 bytes x tokens x width (8
+while the embeddings are read); and for one block alone, masters, their gradients and Adam's moments, 16 bytes for each
+number that trains, beside the activations of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.distill.losses.features import Features, measure_features
+from llmcompress.distill.losses.hidden import Hidden
+from llmcompress.distill.order import rate, rows
+from llmcompress.distill.recipe import Distillation
+from llmcompress.distill.student import Student
+from llmcompress.errors import NumericsError
+
+BETAS = (0.9, 0.95)
+SMALLEST = 1e-12  # Adam's epsilon: gradients of single codes are small
+Block = Callable[[Tensor], Tensor]  # hidden states [sequences, length, width] to those after the block
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """What a block reads and what it should give, `[sequences, length, width]`, each; `counted` bool
+    `[sequences, length]`, true = this token counts."""
+
+    inputs: Tensor
+    wanted: Tensor
+    counted: Tensor
+
+    def __getitem__(self, index: slice | Tensor) -> Activations:
+        """Some of the sequences."""
+        return Activations(self.inputs[index], self.wanted[index], self.counted[index])
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.inputs)
+
+    def split(self, size: int) -> list[Activations]:
+        """Parts of at most `size` sequences."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    def error(self, block: Block) -> Tensor:
+        """The sum over tokens of the relative errors of a block, a scalar with gradient."""
+        features = Features(block(self.inputs.float()), self.wanted.float(), self.counted)
+        return measure_features(features, Hidden())[0]
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What became of a block. `before`, `after`: its errors on the held-out sequences; `step`: after which it was best,
+    0 where nothing helped and it is as it was, to the bit."""
+
+    before: float
+    after: float
+    step: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, keys as in the fields."""
+        return asdict(self)
+
+
+def recover_block(
+    block: Block, student: Student, train: Activations, held_out: Activations, recipe: Distillation, name: str
+) -> Recovered:
+    """Trains `student`, the part of a model that is in `block`, as `recipe` says: rates, batches, `steps` or one pass.
+
+    Leaves it in its best state on `held_out`, of those at the start and every `evaluate_every` steps. What a step reads
+    follows from (seed, name, step). Raises NumericsError, naming the block, when the error is not finite.
+    """
+    named = student.named()
+    before = mean_error(block, held_out, recipe.micro_batch)
+    best, kept = Recovered(before, before, 0), _copied(named)
+    if before == 0 or not named:
+        return best
+    steps = recipe.steps or max(1, len(train) // recipe.batch)
+    optimizer = torch.optim.Adam(student.groups(), betas=BETAS, eps=SMALLEST)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            share = rate(step, steps, recipe.warmup, recipe.final_rate)
+            group["lr"] = recipe.rates[group["kind"]] * share * group["size"]
+        chosen = torch.tensor(rows(step, recipe.batch, len(train), f"{recipe.seed}/{name}"))
+        batch = train[chosen.to(train.inputs.device)]
+        count = float(batch.counted.sum()) * before
+        for part in batch.split(recipe.micro_batch):
+            (part.error(block) / count).backward()
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), recipe.clip)
+        if not bool(norm.isfinite()):
+            raise NumericsError(f"{name}, step {step + 1}: the gradient's norm is {float(norm)}; lower the rates")
+        optimizer.step()
+        for module in student.relaxed.values():
+            module.relaxed.confine()
+        optimizer.zero_grad(set_to_none=True)
+        if step + 1 == steps or (step + 1) % recipe.evaluate_every == 0:
+            after = mean_error(block, held_out, recipe.micro_batch)
+            if after < best.after:
+                best, kept = Recovered(before, after, step + 1), _copied(named)
+    with torch.no_grad():
+        for key, value in named.items():
+            value.copy_(kept[key])
+    return best
+
+
+@torch.no_grad()
+def mean_error(block: Block, data: Activations, size: int) -> float:
+    """The mean over tokens of a block's relative errors, `size` sequences at a time. Raises NumericsError for NaN."""
+    total = sum(float(part.error(block)) for part in data.split(size)) / float(data.counted.sum())
+    if total != total:
+        raise NumericsError("the hidden states of a block became NaN; check that both models work in float32")
+    return total
+
+
+def _copied(named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in named.items()}

@@ -1,0 +1,126 @@
+"""The phases of a distillation, one after the other: each trains what it names in what the one before left, compressed.
+
+A recipe without phases is one end-to-end phase. Several keep their states in folders of their own, so that a run which
+was cut goes on in the phase, and there at the step or the block, where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.distill.adapt import adapt, rounded
+from llmcompress.distill.loop import Report, Run, look, train
+from llmcompress.distill.prefix import recover_blocks
+from llmcompress.distill.shelf import Shelf
+from llmcompress.distill.state import Keeper
+from llmcompress.distill.student import relaxed_student
+from llmcompress.errors import RecipeError
+from llmcompress.modules import CompressedLinear, put
+
+
+@dataclass
+class Learned:
+    """What all phases learned: compressed linears and vectors by name, which the student holds, too.
+
+    `trained`: how many numbers of each kind moved, in the phase where most of them did; `history`: looks at the
+    held-out sequences; `phases`: {kind, steps, seconds, blocks: what became of each} of every one. `steps`: end to end.
+    """
+
+    linears: dict[str, CompressedLinear] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    trained: dict[str, int] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    tokens: int = 0  # predicted, end to end
+    seconds: float = 0.0
+
+    def add(
+        self, linears: Mapping[str, CompressedLinear], vectors: Mapping[str, Tensor], trained: Mapping[str, int]
+    ) -> None:
+        """What a phase learned."""
+        self.linears |= linears
+        self.vectors |= vectors
+        self.trained |= {kind: max(count, self.trained.get(kind, 0)) for kind, count in trained.items()}
+
+
+def learn(run: Run, report: Report | None = None) -> Learned:
+    """Goes through the phases of `run.recipe` with the compressed model of `run.student`, in place.
+
+    Raises RecipeError for a block-wise phase in several processes; and what `train` and `recover_blocks` raise.
+    """
+    stages = run.recipe.stages()
+    if any(kind == "blockwise" for kind, _ in stages) and run.accelerator.num_processes > 1:
+        raise RecipeError(
+            f"a blockwise phase runs in one process, and {run.accelerator.num_processes} were started; put it into a "
+            f"recipe of its own, and go on from its output"
+        )
+    learned = Learned()
+    for number, (kind, recipe) in enumerate(stages, start=1):
+        keeper = run.keeper
+        if len(stages) > 1:
+            keeper = Keeper(keeper.folder / f"phase-{number}", f"{keeper.run}/{number}")
+        part = replace(run, recipe=recipe, keeper=keeper)
+        model, [done] = run.student.model, [len(learned.history)]
+        adapted = () if recipe.adapt is None else adapt(model, recipe.adapt, run.teacher, recipe.seed)
+        (_by_blocks if kind == "blockwise" else _end_to_end)(part, learned, report)
+        _round(part, learned, adapted)
+        if len(stages) > 1:
+            learned.history[done:] = [{"phase": number, **row} for row in learned.history[done:]]
+    return learned
+
+
+def _end_to_end(run: Run, learned: Learned, report: Report | None) -> None:
+    recipe = run.recipe
+    targets = run.teacher if recipe.latents == "teacher" else None
+    student = relaxed_student(run.student.model, recipe.rates, recipe.estimator, targets)
+    measured = train(replace(run, student=student), report)
+    numbers: dict[str, int] = {
+        kind: sum(value.numel() for value in values.values()) for kind, values in student.trained.items()
+    }
+    learned.add(student.settle(), student.norms(), numbers)
+    learned.history += measured.history
+    learned.steps += measured.step
+    learned.tokens += measured.step * recipe.batch * (run.sequences.shape[1] - 1)
+    learned.seconds += measured.seconds
+    learned.phases.append({"kind": "end_to_end", "steps": measured.step, "seconds": measured.seconds})
+
+
+def _by_blocks(run: Run, learned: Learned, report: Report | None) -> None:
+    recipe, keeper = run.recipe, run.keeper
+    first = look(run, 0)
+    steps = recipe.steps or max(1, len(run.sequences) // recipe.batch)
+    ids = torch.cat([run.sequences, run.held_out])
+    walked = recover_blocks(
+        run.student.model,
+        run.teacher,
+        ids,
+        torch.ones_like(ids, dtype=torch.bool),
+        len(run.held_out),
+        recipe,
+        Shelf(keeper.folder, keeper.run),
+        run.autocast,
+        None if report is None else lambda done, blocks, found, speed: report(done, blocks, found.after, speed),
+    )
+    learned.add(walked.linears, walked.vectors, walked.trained)
+    seconds = sum(walked.seconds)
+    learned.history += [first, {**look(run, steps), "seconds": seconds}]
+    learned.seconds += seconds
+    blocks = {path: found.to_json() for path, found in walked.blocks.items()}
+    learned.phases.append({"kind": "blockwise", "steps": steps, "seconds": seconds, "blocks": blocks})
+
+
+def _round(run: Run, learned: Learned, adapted: Iterable[str]) -> None:
+    """Gives the terms that a phase added the bits that they are to have; measured again if that changes any."""
+    found = {} if run.recipe.adapt is None else rounded(learned.linears, adapted, run.recipe.adapt)
+    for name, layer in found.items():
+        put(run.student.model, name, layer)
+    if found:
+        learned.linears |= found
+        last = learned.history[-1]
+        learned.history.append({**look(run, last["step"]), "seconds": last["seconds"]})
