@@ -27,7 +27,7 @@ from llmcompress.methods.svd import SVD, svd
 from llmcompress.modules import CompressedLinear, compressed_linears, put
 from llmcompress.moments import Moments
 from llmcompress.recipe import Matching, matches
-from llmcompress.weight import Dense, LowRank, Sum, Weight, Zero, dense, shape
+from llmcompress.weight import Dense, LowRank, Sum, Weight, dense, shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,8 +87,10 @@ def rounded(
 
 
 def dense_weight(model: PreTrainedModel, name: str) -> Tensor:
-    """The matrix `[out, in]`, float32, of the dense linear `name` of a model."""
+    """The matrix `[out, in]`, float32, of the linear `name` of a model, which may be compressed, too."""
     module = model.get_submodule(name)
+    if isinstance(module, CompressedLinear):
+        return module.dequantize()
     weight = module.get_parameter("weight").detach().float()
     return weight if isinstance(module, nn.Linear) else weight.T
 
@@ -108,7 +110,7 @@ def _starting_term(name: str, w: Weight, rank: int, target: Tensor | None, seed:
 
 def _best_term(name: str, matrix: Tensor, rank: int, factor_bits: Literal[4, 8, 16]) -> LowRank:
     """The truncated SVD of a matrix `[out, in]`, as stored factors."""
-    nothing = Layer(name, matrix, Zero((matrix.shape[0], matrix.shape[1])), Moments(0.0))
+    nothing = Layer(name, matrix, Dense(torch.zeros_like(matrix)), Moments(0.0))
     term = split(svd(nothing, SVD(rank=rank, factor_bits=factor_bits)).approx)[1]
     if term is None:
         raise TypeError(f"{name}: svd gave no low-rank term")

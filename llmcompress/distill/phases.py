@@ -20,7 +20,7 @@ from llmcompress.distill.shelf import Shelf
 from llmcompress.distill.state import Keeper
 from llmcompress.distill.student import relaxed_student
 from llmcompress.errors import RecipeError
-from llmcompress.modules import CompressedLinear, put
+from llmcompress.modules import CompressedLinear, decoded, put
 
 
 @dataclass
@@ -93,7 +93,7 @@ def _end_to_end(run: Run, learned: Learned, report: Report | None) -> None:
 
 def _by_blocks(run: Run, learned: Learned, report: Report | None) -> None:
     recipe, keeper = run.recipe, run.keeper
-    first = look(run, 0)
+    first = _look(run, 0)
     steps = recipe.steps or max(1, len(run.sequences) // recipe.batch)
     ids = torch.cat([run.sequences, run.held_out])
     walked = recover_blocks(
@@ -109,10 +109,16 @@ def _by_blocks(run: Run, learned: Learned, report: Report | None) -> None:
     )
     learned.add(walked.linears, walked.vectors, walked.trained)
     seconds = sum(walked.seconds)
-    learned.history += [first, {**look(run, steps), "seconds": seconds}]
+    learned.history += [first, {**_look(run, steps), "seconds": seconds}]
     learned.seconds += seconds
     blocks = {path: found.to_json() for path, found in walked.blocks.items()}
     learned.phases.append({"kind": "blockwise", "steps": steps, "seconds": seconds, "blocks": blocks})
+
+
+def _look(run: Run, step: int) -> dict[str, Any]:
+    """`look`, decoding every weight once."""
+    with decoded(run.student.model), decoded(run.teacher):
+        return look(run, step)
 
 
 def _round(run: Run, learned: Learned, adapted: Iterable[str]) -> None:
@@ -123,4 +129,4 @@ def _round(run: Run, learned: Learned, adapted: Iterable[str]) -> None:
     if found:
         learned.linears |= found
         last = learned.history[-1]
-        learned.history.append({**look(run, last["step"]), "seconds": last["seconds"]})
+        learned.history.append({**_look(run, last["step"]), "seconds": last["seconds"]})

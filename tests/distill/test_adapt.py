@@ -84,6 +84,13 @@ def test_a_term_can_start_at_what_was_lost(folders: Path) -> None:
         assert describe(term_of(layer)) == "rank 4 (bfloat16 | bfloat16)"
 
 
+def test_a_teacher_may_be_compressed_itself(folders: Path) -> None:
+    student, teacher = loaded(folders)
+    for name, layer in linears(student).items():
+        assert torch.equal(dense_weight(student, name), layer.dequantize())
+        assert torch.equal(dense_weight(teacher, name), teacher.get_parameter(f"{name}.weight"))
+
+
 @pytest.mark.parametrize("factor_bits, close", [(8, 2e-2), (4, 0.3)])
 def test_factors_are_rounded_to_their_bits(factor_bits: Any, close: float, folders: Path) -> None:
     student, teacher = loaded(folders)
