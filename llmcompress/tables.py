@@ -183,6 +183,9 @@ def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
         seconds = duration(row["seconds"]) if "seconds" in row else ""
         table.add_row(str(row["step"]), f"{row['kl']:.4f}", f"{row['perplexity']:.3f}", loss, seconds)
     yield table
+    for name, last in history[-1].get("domains", {}).items():
+        first = history[0]["domains"][name]
+        yield f"domain  {name} · KL {first['kl']:.4f} -> {last['kl']:.4f}"
     yield f"teacher {found['teacher']} · perplexity {history[-1]['teacher_perplexity']:.3f}"
     for phase in found["phases"]:
         if blocks := phase.get("blocks"):

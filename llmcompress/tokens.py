@@ -160,7 +160,7 @@ def calibration_tokens(
 
     if isinstance(model, PreTrainedModel):
         model_config = model.config
-    _check_length(config.length, model_config)
+    check_length(config.length, model_config)
     if config.dataset == "self":
         found = _written_by_teacher(config, tokenizer, model, progress)
     else:
@@ -203,7 +203,8 @@ def check_tokens(sequences: Tensor, source: str, model_config: PreTrainedConfig 
         )
 
 
-def _check_length(length: int, model_config: PreTrainedConfig | None) -> None:
+def check_length(length: int, model_config: PreTrainedConfig | None) -> None:
+    """Raises RecipeError for sequences longer than the model's context."""
     context = context_length(model_config)
     if context is not None and length > context:
         raise RecipeError(
@@ -244,14 +245,16 @@ def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibratio
     if config.shuffle:
         documents = shuffled(documents, config.seed)
     bos, eos = special_tokens(tokenizer, config.bos, config.eos)
-    encoded = (_encode(document, tokenizer, config.chat_template, eos, config.packing) for document in documents)
+    encoded = (
+        document_tokens(document, tokenizer, config.chat_template, eos, config.packing) for document in documents
+    )
     collect = _packed if config.packing else _one_each
     sequences, read, dropped = collect(encoded, bos, config.length, config.samples)
     tokens = torch.tensor(sequences, dtype=torch.int64).reshape(len(sequences), config.length)
     return CalibrationTokens(
         sequences=tokens,
         held_out=held_out_count(config.held_out, len(sequences)),
-        source=_source(config),
+        source=source_name(config),
         requested=config.samples,
         bos=bos is not None,
         eos=eos is not None,
@@ -261,7 +264,8 @@ def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibratio
     )
 
 
-def _source(config: Calibration) -> str:
+def source_name(config: Calibration) -> str:
+    """Where text that exists comes from, as reports and errors say it."""
     if config.dataset == "stdlib":
         return f"{stdlib_source()}, split {config.split or 'train'}"
     if is_file(config.dataset):
@@ -285,7 +289,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, bos: Switch, eos: Switch)
     return (tokenizer.bos_token_id if bos else None), (tokenizer.eos_token_id if eos else None)
 
 
-def _encode(
+def document_tokens(
     document: Document, tokenizer: PreTrainedTokenizerBase, chat_template: Switch, eos: int | None, joined: bool
 ) -> Iterator[list[int]]:
     """The tokens of one document, piece by piece, and what ends it."""

@@ -16,21 +16,25 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
+from llmcompress.distill.batch import Batch
+from llmcompress.distill.data import Data
 from llmcompress.distill.head import chunked_loss
+from llmcompress.distill.held_out import Distances, distances
 from llmcompress.distill.losses.loss import LossState
+from llmcompress.distill.mixture import draw, normalized, quotas, reweighted
 from llmcompress.distill.objective import head_of, hidden_states
-from llmcompress.distill.order import rate, rows
+from llmcompress.distill.order import rate
 from llmcompress.distill.recipe import Distillation, Term
 from llmcompress.distill.state import Keeper, Progress, stop_requests
 from llmcompress.distill.student import Student
 from llmcompress.errors import NumericsError, Terminated
-from llmcompress.evaluate import distance
 from llmcompress.modules import decoded
 
 if TYPE_CHECKING:
@@ -51,19 +55,20 @@ class Objective(nn.Module):
         self.teacher = (teacher,)  # in a tuple, so that it is no submodule: `train()` must not reach it
         self.terms = terms
 
-    def forward(self, ids: Tensor, counts: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Of `ids [sequences, length]`: their share of the objective of a step in which the losses have these `counts`,
-        with gradient; and the sum and the count of each loss `[losses, 2]`, without."""
+    def forward(self, batch: Batch, counts: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Of `batch`: its share of the objective of a step in which the losses have these `counts`, with gradient, also
+        where nothing in it counts; and the sum and the count of each loss `[losses, 2]`, without."""
         [teacher] = self.teacher
         with torch.no_grad():
-            wanted = hidden_states(teacher, ids)
-        given = hidden_states(self.student, ids)
+            wanted = hidden_states(teacher, batch)
+        given = hidden_states(self.student, batch)
+        rows = batch.predicting
         found = chunked_loss(
-            given[:, :-1].flatten(0, 1),
+            given[rows],
             head_of(self.student),
-            wanted[:, :-1].flatten(0, 1),
+            wanted[rows],
             head_of(teacher),
-            ids[:, 1:].flatten(),
+            batch.ids[batch.counted],
             [(term.of, state, term.weight / count) for (term, state), count in zip(self.terms, counts, strict=True)],
         )
         return found.total, torch.stack([torch.stack(pair) for pair in found.terms])
@@ -76,8 +81,7 @@ class Run:
     recipe: Distillation
     student: Student
     teacher: PreTrainedModel
-    sequences: Tensor  # int64 [sequences, length], to train on
-    held_out: Tensor  # int64 [sequences, length], to look at
+    data: Data
     keeper: Keeper
     accelerator: Accelerator
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -85,7 +89,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Optimizer steps in all."""
-        return self.recipe.steps or max(1, len(self.sequences) // self.recipe.batch)
+        return self.recipe.steps or max(1, len(self.data.sequences) // self.recipe.batch)
 
 
 def train(run: Run, report: Report | None = None) -> Progress:
@@ -99,6 +103,8 @@ def train(run: Run, report: Report | None = None) -> Progress:
     objective = Objective(run.student.model, run.teacher, list(zip(recipe.losses, states, strict=True)))
     optimizer = torch.optim.AdamW(run.student.groups(), betas=BETAS, weight_decay=0.0)
     progress = run.keeper.load(run.student.named(), optimizer)
+    progress.shares = progress.shares or normalized(run.data.weights)
+    progress.cursors = progress.cursors or [0] * len(run.data.sizes)
     for state, saved in zip(states, progress.losses):
         if state is not None and saved is not None:
             state.load_state_dict(saved)
@@ -106,24 +112,27 @@ def train(run: Run, report: Report | None = None) -> Progress:
     started = time.monotonic() - progress.seconds
     with decoded(run.student.model), decoded(run.teacher), stop_requests() as stopping:
         if not progress.history:
-            progress.history.append(look(run, 0))
+            progress.history.append(look(run, 0) | _shares(run, progress))
         for step in range(progress.step, run.steps):
-            means = _step(run, wrapped, optimizer, step)
+            batch = _next(run, progress, step)
+            means = _step(run, wrapped, optimizer, step, batch)
             loss = math.fsum(term.weight * mean for term, mean in zip(recipe.losses, means, strict=True))
             for state, mean in zip(states, means, strict=True):
                 if state is not None:
                     state.update(mean, (step + 1) / run.steps)
             progress.step, progress.seconds = step + 1, time.monotonic() - started
+            progress.targets += batch.targets
             progress.losses = [None if state is None else state.state_dict() for state in states]
             last = progress.step == run.steps
             if last or progress.step % recipe.evaluate_every == 0:
-                progress.history.append({**look(run, progress.step), "loss": loss, "seconds": progress.seconds})
+                seen = look(run, progress.step) | _shares(run, progress)
+                progress.history.append({**seen, "loss": loss, "seconds": progress.seconds})
             asked = _any(accelerator, stopping)
             if (last or asked or progress.step % recipe.save_every == 0) and accelerator.is_main_process:
                 run.keeper.save(progress, run.student.named(), optimizer)
             if report is not None:
-                seen = progress.step * recipe.batch * run.sequences.shape[1]
-                report(progress.step, run.steps, loss, seen / progress.seconds)
+                read = progress.step * recipe.batch * run.data.sequences.ids.shape[1]
+                report(progress.step, run.steps, loss, read / progress.seconds)
             if asked and not last:
                 kept = f"step {progress.step} is kept in {run.keeper.folder}, from where the same command goes on"
                 raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(kept)
@@ -137,22 +146,48 @@ def _any(accelerator: Accelerator, stopping: list[int]) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(len(stopping)), device=accelerator.device), "sum") > 0)
 
 
-def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> list[float]:
-    """One optimizer step; the mean of each loss over its tokens."""
+def _next(run: Run, progress: Progress, step: int) -> Batch:
+    """The sequences of a step; `progress` learns the domains' shares, where they are new, and how far each is read."""
+    recipe, data = run.recipe, run.data
+    if recipe.mixture.due(step):
+        few = recipe.mixture.sequences
+        gaps = [_distances(run, held_out[:few]).means() for held_out in data.held_out]
+        perplexities = ([gap[key] for gap in gaps] for key in ("perplexity", "teacher_perplexity"))
+        progress.shares = _agreed(run.accelerator, reweighted(progress.shares, *perplexities))
+    counts = quotas(progress.shares, recipe.batch, step, recipe.seed)
+    chosen = draw(progress.cursors, counts, data.sizes, recipe.seed)
+    progress.cursors = [cursor + count for cursor, count in zip(progress.cursors, counts, strict=True)]
+    return data.sequences[torch.tensor(chosen)]
+
+
+def _agreed(accelerator: Accelerator, values: list[float]) -> list[float]:
+    """Those of the first process: a last bit that differs would be another batch."""
+    if accelerator.num_processes == 1:
+        return values
+    return [float(value) for value in broadcast(torch.tensor(values, dtype=torch.float64, device=accelerator.device))]
+
+
+def _shares(run: Run, progress: Progress) -> dict[str, dict[str, float]]:
+    """For the history, of several domains."""
+    names = run.data.names
+    return {"shares": dict(zip(names, progress.shares, strict=True))} if len(names) > 1 else {}
+
+
+def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> list[float]:
+    """One optimizer step on `batch`, shared by the processes; the mean of each loss over its tokens."""
     recipe, accelerator = run.recipe, run.accelerator
     share = rate(step, run.steps, recipe.warmup, recipe.final_rate)
     for group in optimizer.param_groups:
         group["lr"] = recipe.rates[group["kind"]] * share * group["size"]
-    chosen = torch.tensor(rows(step, recipe.batch, len(run.sequences), recipe.seed))
-    mine = run.sequences[chosen.tensor_split(accelerator.num_processes)[accelerator.process_index]]
-    parts = [ids.to(accelerator.device) for ids in mine.split(recipe.micro_batch)]
-    counts = _counts(run, objective, parts)
+    mine = batch[torch.arange(len(batch)).tensor_split(accelerator.num_processes)[accelerator.process_index]]
+    parts = [part.trimmed().to(accelerator.device) for part in mine.split(recipe.micro_batch)]
+    counts = _counts(run, objective, parts, batch.targets)
     report = torch.zeros(len(counts), 2, device=accelerator.device)
-    for number, ids in enumerate(parts, start=1):
+    for number, part in enumerate(parts, start=1):
         waiting = number < len(parts) and accelerator.num_processes > 1
         with accelerator.no_sync(objective) if waiting else nullcontext():
             with run.autocast():
-                loss, found = objective(ids, counts)
+                loss, found = objective(part, counts)
             (loss * accelerator.num_processes).backward()  # wrappers average over processes
         report += found
     sums = accelerator.reduce(report, "sum")[:, 0]
@@ -170,20 +205,25 @@ def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step
     return means
 
 
-def _counts(run: Run, objective: nn.Module, parts: Sequence[Tensor]) -> list[float]:
-    """What the sum of each loss over a step is divided by: the tokens, or a sum of weights that has to be found."""
-    tokens = float(run.recipe.batch * (run.sequences.shape[1] - 1))
-    counts = [tokens] * len(run.recipe.losses)
+def _counts(run: Run, objective: nn.Module, parts: Sequence[Batch], targets: int) -> list[float]:
+    """What the sum of each loss over a step is divided by: its `targets`, those of all processes (each knows every
+    sequence, so nobody has to ask), or a sum of weights that has to be found."""
+    counts = [float(targets)] * len(run.recipe.losses)
     if all(term.of.counts_tokens for term in run.recipe.losses):
         return counts
     with torch.no_grad(), run.autocast():
-        report = torch.stack([objective(ids, counts)[1] for ids in parts]).sum(0)
+        report = torch.stack([objective(part, counts)[1] for part in parts]).sum(0)
     return [float(count) for count in run.accelerator.reduce(report, "sum")[:, 1]]
 
 
-def look(run: Run, step: int) -> dict[str, float]:
-    """The student on the held-out sequences: {step, kl, perplexity, teacher_perplexity}."""
+def look(run: Run, step: int) -> dict[str, Any]:
+    """The student on the held-out sequences: {step, kl, perplexity, teacher_perplexity}, and of several `domains` each
+    of them."""
+    found = {name: _distances(run, part) for name, part in zip(run.data.names, run.data.held_out, strict=True)}
+    domains = {"domains": {name: each.means() for name, each in found.items()}} if len(found) > 1 else {}
+    return {"step": step, **sum(found.values(), start=Distances()).means(), **domains}
+
+
+def _distances(run: Run, sequences: Batch) -> Distances:
     with run.autocast():
-        found = distance(run.teacher, run.student.model, run.held_out)
-    values = {"kl": found.kl, "perplexity": found.student.value, "teacher_perplexity": found.teacher.value}
-    return {"step": step, **values}
+        return distances(run.teacher, run.student.model, sequences, run.accelerator.device)

@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from llmcompress.distill.batch import Batch
 from llmcompress.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+APART = 0.1  # relative difference: rounding to bfloat16 makes less, another document more
+
 Head = Callable[[Tensor], Tensor]
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What the output head reads, `[sequences, length, width]`, of token ids `[sequences, length]`."""
-    found: Tensor = model.base_model(input_ids=ids, use_cache=False)[0]
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """What the output head reads, `[sequences, length, width]`.
+
+    Where documents share a sequence, their positions start again at 0: from that, transformers makes the mask by which
+    they do not see each other (`check_boundaries` tells whether it does so for a model).
+    """
+    positions = {} if batch.documents is None else {"position_ids": batch.positions()}
+    found: Tensor = model.base_model(input_ids=batch.ids, use_cache=False, **positions)[0]
     return found
 
 
@@ -34,11 +42,23 @@ def head_of(model: PreTrainedModel) -> Head:
 @torch.no_grad()
 def check_head(model: PreTrainedModel, ids: Tensor) -> None:
     """Raises InputError for a model that makes logits of hidden states in another way than `head_of`."""
-    few = ids[:1, :8]
-    ours, own = head_of(model)(hidden_states(model, few)), model(input_ids=few, use_cache=False).logits
+    few = ids[:1, :8].to(model.device)
+    ours, own = head_of(model)(hidden_states(model, Batch.of(few))), model(input_ids=few, use_cache=False).logits
     if ours.shape != own.shape or not torch.allclose(ours.float(), own.float(), rtol=1e-2, atol=1e-2):
         kind = type(model).__name__
         raise InputError(f"a {kind} makes its logits in a way that is not known here; choose a model of another family")
+
+
+@torch.no_grad()
+def check_boundaries(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raises InputError for a model in which documents of one sequence see each other after all."""
+    few = ids[:1, :8].to(model.device)
+    half = few.shape[1] // 2
+    together = Batch(few, torch.ones_like(few, dtype=torch.bool), (torch.arange(few.shape[1]) >= half)[None].to(few))
+    alone, found = hidden_states(model, Batch.of(few[:, half:])), hidden_states(model, together)[:, half:]
+    if (found - alone).norm() > APART * alone.norm():
+        kind = type(model).__name__
+        raise InputError(f"documents in one sequence see each other in a {kind}; set boundaries: false in its data")
 
 
 def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, tokenizers: Sequence[dict[str, int]]) -> None:

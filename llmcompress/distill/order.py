@@ -12,12 +12,18 @@ from llmcompress.layer import generator
 
 
 def rows(step: int, batch: int, sequences: int, seed: int | str) -> list[int]:
-    """The numbers of the `batch` sequences that step `step` (from 0) reads: every epoch is a new permutation of all."""
-    wanted = range(step * batch, (step + 1) * batch)
+    """The numbers of the `batch` sequences that step `step` (from 0) reads, where every step reads as many."""
+    return span(step * batch, batch, sequences, seed)
+
+
+def span(start: int, count: int, sequences: int, seed: int | str) -> list[int]:
+    """The numbers of the `count` sequences that follow the first `start` ones read: every epoch is a new permutation of
+    all `sequences`."""
+    wanted = range(start, start + count)
     return [int(_permutation(position // sequences, sequences, seed)[position % sequences]) for position in wanted]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def _permutation(epoch: int, sequences: int, seed: int | str) -> Tensor:
     return torch.randperm(sequences, generator=generator(seed, "epoch", epoch))
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmcompress.distill.adapt import adapt, rounded
+from llmcompress.distill.batch import Batch
 from llmcompress.distill.loop import Report, Run, look, train
 from llmcompress.distill.prefix import recover_blocks
 from llmcompress.distill.shelf import Shelf
@@ -86,7 +86,7 @@ def _end_to_end(run: Run, learned: Learned, report: Report | None) -> None:
     learned.add(student.settle(), student.norms(), numbers)
     learned.history += measured.history
     learned.steps += measured.step
-    learned.tokens += measured.step * recipe.batch * (run.sequences.shape[1] - 1)
+    learned.tokens += measured.targets
     learned.seconds += measured.seconds
     learned.phases.append({"kind": "end_to_end", "steps": measured.step, "seconds": measured.seconds})
 
@@ -94,14 +94,17 @@ def _end_to_end(run: Run, learned: Learned, report: Report | None) -> None:
 def _by_blocks(run: Run, learned: Learned, report: Report | None) -> None:
     recipe, keeper = run.recipe, run.keeper
     first = _look(run, 0)
-    steps = recipe.steps or max(1, len(run.sequences) // recipe.batch)
-    ids = torch.cat([run.sequences, run.held_out])
+    batch = Batch.joined([run.data.sequences, *run.data.held_out])
+    if batch.documents is not None:
+        raise RecipeError(
+            "a blockwise phase cannot keep documents apart; set boundaries: false in data, or leave it out"
+        )
     walked = recover_blocks(
         run.student.model,
         run.teacher,
-        ids,
-        torch.ones_like(ids, dtype=torch.bool),
-        len(run.held_out),
+        batch.ids,
+        batch.read,
+        len(batch) - len(run.data.sequences),
         recipe,
         Shelf(keeper.folder, keeper.run),
         run.autocast,
@@ -109,10 +112,10 @@ def _by_blocks(run: Run, learned: Learned, report: Report | None) -> None:
     )
     learned.add(walked.linears, walked.vectors, walked.trained)
     seconds = sum(walked.seconds)
-    learned.history += [first, {**_look(run, steps), "seconds": seconds}]
+    learned.history += [first, {**_look(run, run.steps), "seconds": seconds}]
     learned.seconds += seconds
     blocks = {path: found.to_json() for path, found in walked.blocks.items()}
-    learned.phases.append({"kind": "blockwise", "steps": steps, "seconds": seconds, "blocks": blocks})
+    learned.phases.append({"kind": "blockwise", "steps": run.steps, "seconds": seconds, "blocks": blocks})
 
 
 def _look(run: Run, step: int) -> dict[str, Any]:

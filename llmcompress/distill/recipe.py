@@ -8,8 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 import llmcompress.distill.losses  # noqa: F401 (registers them)
 from llmcompress.distill.adapt import Adaptation
+from llmcompress.distill.data import Source, Texts
 from llmcompress.distill.losses.loss import LossConfig, loss_config
-from llmcompress.tokens import Calibration
+from llmcompress.distill.mixture import Mixture
 
 Kind = Literal["codes", "scales", "values", "factors", "norms"]
 Rate = Annotated[float, Field(gt=0, lt=1)]
@@ -63,7 +64,8 @@ class Distillation(BaseModel):
     version: Literal[1] = 1
     name: str = Field(default="distillation", min_length=1, max_length=200)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    data: Calibration = Calibration(samples=528, length=256, held_out=16)
+    data: Texts = Source(samples=528, length=256, held_out=16)
+    mixture: Mixture = Mixture()
     losses: tuple[Term, ...] = Field(default=(Term(of={"loss": "forward_kl"}),), min_length=1)
     rates: dict[Kind, Rate] = Field(
         default={"scales": 1e-3, "factors": 1e-3, "norms": 1e-3},
@@ -111,6 +113,6 @@ class Distillation(BaseModel):
                 raise ValueError(f"batch {stage.batch} is no multiple of micro_batch {stage.micro_batch}")
             if stage.adapt is not None and "factors" not in stage.rates:
                 raise ValueError("adapt adds low-rank factors, which rates has nothing for; give rates one for factors")
-        if self.data.held_out == 0:
-            raise ValueError("data: held_out is 0, so nothing could tell whether it helps; hold some sequences out")
+        if self.mixture.reweight != "none" and isinstance(self.data, Source):
+            raise ValueError("mixture: there is one text, so no shares to move; list domains in data, or leave it out")
         return self

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from llmcompress import report as reports
 from llmcompress.blocks import product_dtype
 from llmcompress.checkpoint import check_output, writing
+from llmcompress.distill.data import Data, read_data
 from llmcompress.distill.loop import Report, Run
-from llmcompress.distill.objective import check_head, check_pair
+from llmcompress.distill.objective import check_boundaries, check_head, check_pair
 from llmcompress.distill.phases import Learned, learn
 from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.state import Keeper
@@ -33,7 +34,6 @@ from llmcompress.locate import Place, locate
 from llmcompress.modules import CompressedLinear, Layout, payload_texts
 from llmcompress.recipe import dump, read_as
 from llmcompress.source import load_model, load_tokenizer
-from llmcompress.tokens import CalibrationTokens, calibration_tokens
 from llmcompress.weight import bits, describe
 
 if TYPE_CHECKING:
@@ -93,13 +93,15 @@ def distill(
     where = str(accelerator.device)
     pair = load_model(Place(str(student), folder), where), load_model(place, where)
     check_pair(*pair, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
-    tokens = calibration_tokens(asked.data, tokenizer, partial(load_model, place), pair[1].config)
-    keeper = Keeper(target.with_name(target.name + ".training"), _identity(asked, tokens, opened, place))
-    run = _run(asked, Student(pair[0], {}, {}), pair[1], tokens, keeper, accelerator)
+    data = read_data(asked.data, tokenizer, partial(load_model, place), pair[1].config)
+    keeper = Keeper(target.with_name(target.name + ".training"), _identity(asked, data, opened, place))
+    run = _run(asked, Student(pair[0], {}, {}), pair[1], data, keeper, accelerator)
     for model in pair:
-        check_head(model, run.held_out)
+        check_head(model, data.sequences.ids)
+        if data.sequences.documents is not None:
+            check_boundaries(model, data.sequences.ids)
     learned = learn(run, progress)
-    done = _result(learned, tokens, target, place, opened.layouts)
+    done = _result(learned, data, target, place, opened.layouts)
     if accelerator.is_main_process:
         _write(opened, learned, asked, done, target)
         keeper.remove()
@@ -124,7 +126,7 @@ def _run(
     recipe: Distillation,
     student: Student,
     teacher: PreTrainedModel,
-    tokens: CalibrationTokens,
+    data: Data,
     keeper: Keeper,
     accelerator: Accelerator,
 ) -> Run:
@@ -133,32 +135,28 @@ def _run(
     cast.to(dtype)
     if recipe.checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
-    first = len(tokens.sequences) - tokens.held_out
-    batch = max(stage.batch for _, stage in recipe.stages())
-    if first < batch:
-        raise InputError(f"{first} sequences are too few for a batch of {batch}; use more data or a smaller batch")
+    count, batch = len(data.sequences), max(stage.batch for _, stage in recipe.stages())
+    if count < batch:
+        raise InputError(f"{count} sequences are too few for a batch of {batch}; use more data or a smaller batch")
     return Run(
         recipe,
         student,
         teacher,
-        tokens.sequences[:first],
-        tokens.sequences[first:],
+        data,
         keeper,
         accelerator,
         partial(torch.autocast, kind, dtype, enabled=dtype != torch.float32),
     )
 
 
-def _identity(recipe: Distillation, tokens: CalibrationTokens, opened: Opened, teacher: Place) -> str:
+def _identity(recipe: Distillation, data: Data, opened: Opened, teacher: Place) -> str:
     """Of a run: equal where a state of one continues the other."""
     student = json.dumps(opened.digests, sort_keys=True)
-    parts = [recipe.model_dump_json(), tokens.hash, student, teacher.name, str(teacher.revision)]
+    parts = [recipe.model_dump_json(), data.hash, student, teacher.name, str(teacher.revision)]
     return sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _result(
-    learned: Learned, tokens: CalibrationTokens, output: Path, teacher: Place, before: Mapping[str, Layout]
-) -> Distilled:
+def _result(learned: Learned, data: Data, output: Path, teacher: Place, before: Mapping[str, Layout]) -> Distilled:
     after = {**before, **{name: layer.layout for name, layer in learned.linears.items()}}
     return Distilled(
         output=str(output),
@@ -169,7 +167,7 @@ def _result(
         bytes_before=sum(layout.bytes() for layout in before.values()),
         bytes_after=sum(layout.bytes() for layout in after.values()),
         trained=learned.trained,
-        data=tokens.report(),
+        data=data.report,
         history=learned.history,
         phases=learned.phases,
     )

@@ -26,11 +26,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, beside its count of steps
 
 @dataclass
 class Progress:
-    """How far a run is. `losses`: the state of each loss that has one; `history`: what was measured on the way."""
+    """How far a run is. `targets`: tokens predicted so far; `losses`: the state of each loss that has one; `shares`
+    and `cursors`: of each domain, its part of a step and how many of its sequences were read; `history`: what was
+    measured on the way."""
 
     step: int = 0
+    targets: int = 0
     seconds: float = 0.0
     losses: list[dict[str, float] | None] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    cursors: list[int] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
 
 

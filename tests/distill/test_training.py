@@ -268,9 +268,9 @@ def test_impossible_pairs_are_refused(folders: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_at_its_step(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = loop.rows
+    step = loop.rate
 
-    def broken(number: int, *given: Any) -> list[int]:
+    def broken(number: int, *given: Any) -> float:
         if number == 2:
             for parameter in student[0].named().values():
                 parameter.data.fill_(float("nan"))
@@ -279,7 +279,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(
     student: list[Any] = []
     look = loop.look
     monkeypatch.setattr(loop, "look", lambda run, number: (student.append(run.student), look(run, number))[1])
-    monkeypatch.setattr(loop, "rows", broken)
+    monkeypatch.setattr(loop, "rate", broken)
     with pytest.raises(NumericsError, match="^step 3: the loss is nan"):
         distill(folders / "small", folders / "dense", recipe(folders, steps=6, save_every=1), tmp_path / "out")
     assert json.loads((tmp_path / "out.training" / "state.json").read_text())["step"] == 2

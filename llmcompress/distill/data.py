@@ -1,0 +1,254 @@
+"""What a distillation learns from: `Source` says which text, or several domains of it, `read_data` makes them token
+sequences with their targets.
+
+Beyond what calibration reads: of chats the answers alone count, documents in one sequence can be kept from seeing each
+other, and short documents are padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+from torch import Tensor
+
+from llmcompress.distill.answers import answered
+from llmcompress.distill.batch import Batch
+from llmcompress.distill.packing import Packed, Tokens, one_each, packed
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.text import Document, read_documents, shuffled
+from llmcompress.tokens import (
+    SHORTFALL,
+    Calibration,
+    CalibrationTokens,
+    Switch,
+    calibration_tokens,
+    check_length,
+    check_tokens,
+    document_tokens,
+    held_out_count,
+    source_name,
+    special_tokens,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PATIENCE = 1000  # documents without any target before a source is given up
+
+Load = Callable[[], "PreTrainedModel"]
+
+
+class Source(Calibration):
+    """One text that a distillation reads, as calibration reads it, and what of it counts.
+
+    With `shuffle`, `samples` sequences are a random part of the data: the control for any cleverer choice.
+    """
+
+    packing: bool = True
+    """True: documents are joined and cut into sequences. False: one document each, cut or padded to `length`."""
+    boundaries: bool = False
+    """Packed documents do not see each other: positions start again with each, and its first token is no target."""
+    answers_only: Switch = "auto"
+    """Of chats, only what the assistant says counts, with the token that ends it; auto: where a chat template renders
+    them. True: text that is no chat does not count at all."""
+
+    @model_validator(mode="after")
+    def _countable(self) -> Source:
+        if self.held_out == 0:
+            raise ValueError("held_out is 0, so nothing could tell whether it helps; hold some sequences out")
+        if self.samples < 2:
+            raise ValueError("samples is 1, so none is left to hold out; ask for two or more")
+        if self.dataset == "self" and (self.boundaries or self.answers_only is True):
+            raise ValueError("dataset 'self' is read as one text; leave boundaries and answers_only out")
+        if self.answers_only is True and self.chat_template is False:
+            raise ValueError("answers_only needs the chat template to know answers; leave chat_template out")
+        if self.boundaries and not self.packing:
+            raise ValueError("boundaries: a sequence is one document anyway without packing; leave one of them out")
+        return self
+
+
+class Domain(Source):
+    """One of several texts, by name."""
+
+    name: str = Field(min_length=1, max_length=100)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Its share of what is read, relative to those of the others."""
+
+
+def _texts(value: Any) -> Any:
+    """One source, or domains, from a map or a list of maps. Raises ValueError (pydantic's kind is one)."""
+    if isinstance(value, dict):
+        if one := sorted({"name", "weight"} & value.keys()):
+            raise ValueError(f"data is one text, which needs no {one[0]}; write it as a list, or leave that out")
+        return Source.model_validate(value)
+    if isinstance(value, list | tuple):
+        if not value or not all(isinstance(each, dict | Domain) for each in value):
+            raise ValueError("data is a map, or a list of domains such as {name: code, dataset: code.jsonl}")
+        domains = TypeAdapter(tuple[Domain, ...]).validate_python(value)
+        names = [domain.name for domain in domains]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"data has the domain {twice[0]!r} twice; give each a name of its own")
+        return domains
+    return value
+
+
+Texts = Annotated[tuple[Domain, ...] | Source, BeforeValidator(_texts)]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The sequences to train on and those held out.
+
+    Of several domains: `names`, their `weights`, and the `sizes` of their parts of `sequences`, which lie one behind
+    the other. `report`: plain values; `hash`: SHA-256 of all of it.
+    """
+
+    sequences: Batch
+    held_out: tuple[Batch, ...]  # of each domain
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    sizes: tuple[int, ...]
+    report: dict[str, Any]
+    hash: str
+
+
+def read_data(
+    texts: Source | Sequence[Domain], tokenizer: PreTrainedTokenizerBase, load: Load, config: PreTrainedConfig
+) -> Data:
+    """What `texts` ask for; the same every time. `load` opens the dense model where it has to write a text itself.
+
+    Raises InputError for text that cannot serve, RecipeError for what the tokenizer or the model (of `config`) cannot.
+    """
+    domains = () if isinstance(texts, Source) else tuple(texts)
+    names = tuple(domain.name for domain in domains) or ("text",)
+    sources = [texts] if isinstance(texts, Source) else domains
+    found = [_sequences(source, tokenizer, load, config) for source in sources]
+    parts = [sequences for sequences, _, _ in found]
+    firsts = [len(sequences) - held_out for sequences, held_out, _ in found]
+    reports = {name: report for name, (*_, report) in zip(names, found, strict=True)}
+    content = (_bytes(values) for part in parts for values in (part.ids, part.counted, part.numbered()))
+    return Data(
+        sequences=Batch.joined([part[:first] for part, first in zip(parts, firsts, strict=True)]),
+        held_out=tuple(part[first:] for part, first in zip(parts, firsts, strict=True)),
+        names=names,
+        weights=tuple(domain.weight for domain in domains) or (1.0,),
+        sizes=tuple(firsts),
+        report={"domains": reports} if domains else reports["text"],
+        hash=sha256(b"".join(content)).hexdigest(),
+    )
+
+
+def _sequences(
+    source: Source, tokenizer: PreTrainedTokenizerBase, load: Load, config: PreTrainedConfig
+) -> tuple[Batch, int, dict[str, Any]]:
+    """All sequences of one text, how many of them, the last, are held out, and what a report says of them."""
+    check_length(source.length, config)
+    if source.dataset == "self":
+        tokens = calibration_tokens(source, tokenizer, load, config)
+        sequences = Batch.of(tokens.sequences)
+    else:
+        tokens, sequences = _read(source, tokenizer)
+        check_tokens(tokens.sequences, tokens.source, config)
+    report = tokens.report() | {"targets": sequences.targets, "boundaries": source.boundaries}
+    return sequences, tokens.held_out, report
+
+
+def _read(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[CalibrationTokens, Batch]:
+    if source.answers_only is True and not tokenizer.chat_template:
+        raise RecipeError("answers_only is true, but the tokenizer has no chat template; set it to false")
+    bos, eos = special_tokens(tokenizer, source.bos, source.eos)
+    documents = _documents(source, tokenizer, eos)
+    if source.packing:
+        found = packed(documents, bos, source.length, source.samples, source.boundaries)
+    else:
+        found = one_each(documents, bos, source.length, source.samples)
+    _check_amount(found, source)
+    return _counted(found, source, bos, eos), found.sequences
+
+
+def _documents(source: Source, tokenizer: PreTrainedTokenizerBase, eos: int | None) -> Iterator[Iterator[Tokens]]:
+    """Every document, piece by piece. Raises InputError once many were read of which nothing counts."""
+    texts = read_documents(
+        source.dataset,
+        subset=source.subset,
+        revision=source.revision,
+        split=source.split,
+        column=source.column,
+        streaming=source.streaming,
+    )
+    targets = False
+    for number, document in enumerate(shuffled(texts, source.seed) if source.shuffle else texts, start=1):
+        if source.answers_only is True or (source.answers_only == "auto" and _is_chat(document, source, tokenizer)):
+            pieces = list(_answers(document, source, tokenizer, eos, f"{source_name(source)}, document {number}"))
+            targets |= any(any(counted) for _, counted in pieces)
+            yield iter(pieces)
+        else:
+            targets = True
+            joined = source.packing and not source.boundaries
+            yield _all(document_tokens(document, tokenizer, source.chat_template, eos, joined))
+        if number == PATIENCE and not targets:
+            raise _nothing_counts(source, number)
+
+
+def _is_chat(document: Document, source: Source, tokenizer: PreTrainedTokenizerBase) -> bool:
+    return not isinstance(document, str) and source.chat_template is not False and bool(tokenizer.chat_template)
+
+
+def _all(pieces: Iterator[list[int]]) -> Iterator[Tokens]:
+    return ((ids, [True] * len(ids)) for ids in pieces)
+
+
+def _answers(
+    document: Document, source: Source, tokenizer: PreTrainedTokenizerBase, eos: int | None, where: str
+) -> Iterator[Tokens]:
+    if isinstance(document, str):
+        joined = source.packing and not source.boundaries
+        pieces = document_tokens(document, tokenizer, source.chat_template, eos, joined)
+        return ((ids, [False] * len(ids)) for ids in pieces)
+    ended: list[Tokens] = [] if eos is None else [([eos], [False])]
+    return chain([answered(document, tokenizer, where)], ended)
+
+
+def _check_amount(found: Packed, source: Source) -> None:
+    got, wanted = len(found.sequences), source.samples
+    if found.read == 0:
+        raise InputError(f"text from {source_name(source)} is empty; give a file or data set with text")
+    if found.dropped and not got:
+        raise _nothing_counts(source, found.read)
+    if got < wanted * (1 - SHORTFALL):
+        more = f", and {found.dropped} more in which nothing counts" if found.dropped else ""
+        raise InputError(
+            f"text from {source_name(source)} gives {got} of {wanted} sequences of {source.length} tokens{more}; "
+            "give more text, or lower samples or length"
+        )
+
+
+def _nothing_counts(source: Source, read: int) -> InputError:
+    return InputError(
+        f"none of {read} documents from {source_name(source)} has an answer of the assistant within {source.length} "
+        f"tokens, or two tokens at all; give chats with answers, or set answers_only: false"
+    )
+
+
+def _counted(found: Packed, source: Source, bos: int | None, eos: int | None) -> CalibrationTokens:
+    return CalibrationTokens(
+        sequences=found.sequences.ids,
+        held_out=held_out_count(source.held_out, len(found.sequences)),
+        source=source_name(source),
+        requested=source.samples,
+        bos=bos is not None,
+        eos=eos is not None,
+        packing=source.packing,
+        documents=found.read,
+        dropped=found.dropped,
+    )
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()

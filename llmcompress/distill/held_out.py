@@ -1,0 +1,76 @@
+"""How far the student is from its teacher on sequences that training never reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmcompress.distill.batch import Batch
+from llmcompress.distill.objective import head_of, hidden_states
+from llmcompress.errors import NumericsError
+from llmcompress.evaluate.distance import kl_divergence
+from llmcompress.evaluate.perplexity import POSITIONS, negative_log_likelihood
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Sums over `tokens` that count, in nats: KL(teacher || student), negative log-likelihoods of both. They add."""
+
+    kl: float = 0.0
+    student: float = 0.0
+    teacher: float = 0.0
+    tokens: int = 0
+
+    def __add__(self, other: Distances) -> Distances:
+        """Of both texts."""
+        return Distances(
+            self.kl + other.kl,
+            self.student + other.student,
+            self.teacher + other.teacher,
+            self.tokens + other.tokens,
+        )
+
+    def means(self) -> dict[str, float]:
+        """{kl, perplexity, teacher_perplexity}, per token. Raises NumericsError where one is not finite."""
+        if not math.isfinite(self.kl + self.student + self.teacher):
+            raise NumericsError("log-probabilities on the held-out sequences are NaN or infinite; lower the rates")
+        return {
+            "kl": self.kl / self.tokens,
+            "perplexity": _exponential(self.student / self.tokens),
+            "teacher_perplexity": _exponential(self.teacher / self.tokens),
+        }
+
+
+@torch.no_grad()
+def distances(teacher: PreTrainedModel, student: PreTrainedModel, sequences: Batch, device: torch.device) -> Distances:
+    """Over all targets of `sequences`, one at a time. Log-probabilities are float32, sums float64."""
+    total = Distances()
+    for one in sequences.split(1):
+        batch = one.trimmed().to(device)
+        rows = batch.predicting
+        targets = batch.ids[batch.counted]
+        wanted, given = (hidden_states(model, batch)[rows] for model in (teacher, student))
+        for hidden, here, next_tokens in zip(*(_chunks([wanted, given, targets])), strict=True):
+            p, q = head_of(teacher)(hidden).float().log_softmax(-1), head_of(student)(here).float().log_softmax(-1)
+            total += Distances(
+                float(kl_divergence(p, q).double().sum()),
+                negative_log_likelihood(q, next_tokens),
+                negative_log_likelihood(p, next_tokens),
+                len(next_tokens),
+            )
+    return total
+
+
+def _chunks(values: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+    return [value.split(POSITIONS) for value in values]
+
+
+def _exponential(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

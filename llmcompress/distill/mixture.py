@@ -1,0 +1,78 @@
+"""Several domains in one distillation: the share of a step that each has, and which of its sequences come next.
+
+Shares can follow the student: DDK (arXiv 2407.16154) gives more to a domain the further the student is behind its
+teacher there. Of N domains with shares r and perplexities of student and teacher on sequences held out, every so often
+
+    psi_i = r_i exp(student_i / teacher_i)        r_i <- SMOOTHING psi_i / sum psi + (1 - SMOOTHING) / N
+
+so that no domain vanishes. The first r, before a first step, come from the weights that a recipe gives the domains.
+Differs from the paper: the ratio is cut at MOST, because that of a student in ruins is thousands, and the sequences
+looked at are some of those that are reported, not a third set. What is drawn is a function of the seed, the step, the
+shares and how far each domain was read; all of it is kept with a run's state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmcompress.distill.order import span
+from llmcompress.layer import generator
+
+SMOOTHING = 0.5
+MOST = 20.0
+
+
+class Mixture(BaseModel):
+    """How the domains of a distillation share its steps. A blockwise phase reads all of each, whatever their shares."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    reweight: Literal["none", "ddk"] = Field(
+        default="none", description="shares stay the domains' weights, or follow the student's gap to its teacher"
+    )
+    every: int = Field(default=50, ge=1, description="steps between new shares")
+    sequences: int = Field(default=8, ge=1, description="of each domain's held-out ones, those that tell the gap")
+
+    def due(self, step: int) -> bool:
+        """Whether shares are computed anew before `step` (from 0)."""
+        return self.reweight == "ddk" and step % self.every == 0
+
+
+def normalized(weights: Sequence[float]) -> list[float]:
+    """Shares, which sum to 1, from weights."""
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def reweighted(shares: Sequence[float], student: Sequence[float], teacher: Sequence[float]) -> list[float]:
+    """The next shares of the domains, from the perplexities of both models on each."""
+    ratios = [min(one / other, MOST) for one, other in zip(student, teacher, strict=True)]
+    most = max(ratios)
+    psi = normalized([share * math.exp(ratio - most) for share, ratio in zip(shares, ratios, strict=True)])
+    return [SMOOTHING * part + (1 - SMOOTHING) / len(psi) for part in psi]
+
+
+def quotas(shares: Sequence[float], batch: int, step: int, seed: int) -> list[int]:
+    """How many of the `batch` sequences of `step` are of each domain: batch * share, rounded down or up at random so
+    that this is its mean (systematic sampling)."""
+    shift = float(torch.rand((), generator=generator(seed, "domains", step), dtype=torch.float64))
+    ends = [min(batch, math.ceil(batch * bound - shift)) for bound in accumulate(shares)]
+    return [last - first for first, last in pairwise([0, *ends[:-1], batch])]
+
+
+def draw(cursors: Sequence[int], counts: Sequence[int], sizes: Sequence[int], seed: int) -> list[int]:
+    """The numbers of the next `counts[i]` sequences of each domain i, of which `cursors[i]` were read before.
+
+    `sizes[i]` sequences of the domains lie one behind the other; each domain is read in a new order every time round.
+    """
+    starts = [0, *accumulate(sizes)]
+    return [
+        start + number
+        for start, cursor, count, size in zip(starts, cursors, counts, sizes)
+        for number in span(cursor, count, size, seed)
+    ]
