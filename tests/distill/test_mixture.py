@@ -89,8 +89,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny("llama", place / "dense")
     (place / "corn.txt").write_text("".join(f"{i}. {CORN}" for i in range(40)))
     (place / "sea.jsonl").write_text("".join(json.dumps({"text": f"{i * i}: {SEA}"}) + "\n" for i in range(40)))
-    chat = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Forty."}]
-    (place / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for _ in range(24)))
+    chats = [
+        [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Forty." * (1 + i % 3)}]
+        for i in range(24)
+    ]
+    (place / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     data = {"dataset": str(place / "corn.txt"), "samples": 4, "length": 32, "held_out": 1}
     rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}]
     lc.compress(place / "dense", {"version": 1, "rules": rules, "calibration": data}, place / "small")
@@ -148,7 +151,7 @@ def test_the_shares_of_a_run_are_those_of_the_formula(folders: Path, tmp_path: P
 
 
 def test_answers_and_padding_do_not_depend_on_micro_batches(folders: Path, tmp_path: Path) -> None:
-    data = {"dataset": str(folders / "chats.jsonl"), "samples": 22, "length": 40, "held_out": 2, "packing": False}
+    data = {"dataset": str(folders / "chats.jsonl"), "samples": 22, "length": 56, "held_out": 2, "packing": False}
     results = [
         distill(
             folders / "small",
@@ -160,11 +163,11 @@ def test_answers_and_padding_do_not_depend_on_micro_batches(folders: Path, tmp_p
     ]
     one, four = [result.history[-1] for result in results]
     assert math.isclose(one["kl"], four["kl"], rel_tol=1e-4) and math.isclose(one["loss"], four["loss"], rel_tol=1e-4)
-    assert results[0].tokens == 3 * 4 * len("Forty.<") and "shares" not in one
+    assert results[0].tokens == results[1].tokens < 3 * 4 * 19 and "shares" not in one
 
 
 def test_blocks_are_recovered_on_domains_of_unequal_lengths(folders: Path, tmp_path: Path) -> None:
-    chats = {"name": "chats", "dataset": str(folders / "chats.jsonl"), "samples": 16, "length": 40, "held_out": 2}
+    chats = {"name": "chats", "dataset": str(folders / "chats.jsonl"), "samples": 16, "length": 56, "held_out": 2}
     data, phases = [domains(folders)[0], chats | {"packing": False}], [{"kind": "blockwise", "steps": 4}]
     asked = recipe(folders, data=data, phases=phases, rates={"scales": 2e-3})
     done = distill(folders / "small", folders / "dense", asked, tmp_path / "out")
@@ -177,7 +180,7 @@ def test_blocks_are_recovered_on_domains_of_unequal_lengths(folders: Path, tmp_p
 @pytest.mark.slow
 def test_two_processes_learn_from_a_mixture_what_one_learns(folders: Path, tmp_path: Path) -> None:
     """Answers in one domain, so that processes count unequally, and shares that both have to agree on."""
-    chats = {"name": "chats", "dataset": str(folders / "chats.jsonl"), "samples": 16, "length": 40, "held_out": 2}
+    chats = {"name": "chats", "dataset": str(folders / "chats.jsonl"), "samples": 16, "length": 56, "held_out": 2}
     data = [*domains(folders), chats | {"packing": False}]
     asked = recipe(folders, data=data, steps=4, save_every=2, mixture={"reweight": "ddk", "every": 2})
     (tmp_path / "recipe.yaml").write_text(json.dumps(asked))
