@@ -2,16 +2,17 @@
 
 Calibration runs every block twice on all tokens, and on a CPU a fifth of its time was attention. The scores of a few
 queries against the keys up to them are one product, and fit in the cache. Scores stay float32: rounded to bfloat16, a
-score of 20 would change its weight by 6 %.
+score of 20 would change its weight by 6 %. Going backward they are made again, run by run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -50,29 +51,79 @@ def _plain(query: Tensor, key: Tensor, given: dict[str, Any]) -> bool:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """`softmax(query key^T * scale) value`, each query seeing the keys up to its own place.
+    """`softmax(query key^T * scale) value`, each query seeing the keys up to its own place; differentiable once.
 
     `query [batch, heads, length, width]`; `key`, `value` `[batch, groups, length, width]`, with `heads` a multiple of
     `groups`. `scale` is `width ** -0.5` if not given.
     """
-    batch, heads, length, width = query.shape
-    groups, together = key.shape[1], heads // key.shape[1]
-    exact = torch.promote_types(query.dtype, torch.float32)
-    query = query.to(exact) * (width**-0.5 if scale is None else scale)
-    keys = key.to(exact).transpose(-1, -2).flatten(0, 1)
-    values = value.flatten(0, 1)
-    output = value.new_empty(batch, heads, length, value.shape[-1])
-    most = batch * heads * QUERIES * length  # scores at a time; buffers of their own, as growing ones splinter the heap
-    scores, shares, rounded = (torch.empty(most, dtype=t, device=query.device) for t in (exact, exact, value.dtype))
-    later = torch.ones(QUERIES, QUERIES, dtype=torch.bool, device=query.device).triu(1)
-    for start in range(0, length, QUERIES):
-        stop = min(start + QUERIES, length)
-        count = stop - start
-        size = batch * heads * count * stop
-        rows = (batch * groups, together * count)  # the heads that read the same keys are one product
-        score, share, weight = (buffer[:size].view(*rows, stop) for buffer in (scores, shares, rounded))
-        torch.bmm(query[:, :, start:stop].reshape(*rows, width), keys[..., :stop], out=score)
-        score.view(batch, heads, count, stop)[..., start:].masked_fill_(later[:count, :count], -torch.inf)
-        weight.copy_(torch.softmax(score, -1, out=share))
-        output[:, :, start:stop] = (weight @ values[:, :stop]).view(batch, heads, count, -1)
-    return output
+    found: Tensor = _Causal.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    return found
+
+
+class _Runs:
+    """The shares that a run of queries gives to the keys up to it, run by run; heads that read the same keys are one
+    product."""
+
+    def __init__(self, query: Tensor, key: Tensor, scale: float) -> None:
+        self.batch, self.heads, self.length, _ = query.shape
+        self.groups = key.shape[1]
+        exact = torch.promote_types(query.dtype, torch.float32)
+        self.query = query.to(exact) * scale
+        self.keys = key.to(exact).transpose(-1, -2).flatten(0, 1)
+        self.later = torch.ones(QUERIES, QUERIES, dtype=torch.bool, device=query.device).triu(1)
+        most = self.batch * self.heads * QUERIES * self.length  # buffers of their own: growing ones splinter the heap
+        self.scores, self.shares = (torch.empty(most, dtype=exact, device=query.device) for _ in range(2))
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """(the queries, their shares `[batch * groups, queries of all heads, keys]`, overwritten by the next run)."""
+        for start in range(0, self.length, QUERIES):
+            run = slice(start, min(start + QUERIES, self.length))
+            count = run.stop - start
+            size = self.batch * self.heads * count * run.stop
+            together = self.rows(self.query, run)
+            score, share = (buffer[:size].view(*together.shape[:2], run.stop) for buffer in (self.scores, self.shares))
+            torch.bmm(together, self.keys[..., : run.stop], out=score)
+            mine = score.view(self.batch, self.heads, count, run.stop)[..., start:]
+            mine.masked_fill_(self.later[:count, :count], -torch.inf)
+            yield run, torch.softmax(score, -1, out=share)
+
+    def rows(self, tensor: Tensor, run: slice) -> Tensor:
+        """Those of a run, `[batch, heads, length, width]` to `[batch * groups, queries of all heads, width]`."""
+        return tensor[:, :, run].reshape(self.batch * self.groups, -1, tensor.shape[-1])
+
+    def heads_of(self, rows: Tensor) -> Tensor:
+        """The inverse: `[batch, heads, queries, width]`."""
+        return rows.view(self.batch, self.heads, -1, rows.shape[-1])
+
+
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        runs, values = _Runs(query, key, scale), value.flatten(0, 1)
+        output = value.new_empty(*query.shape[:3], value.shape[-1])
+        for run, shares in runs:
+            output[:, :, run] = runs.heads_of(shares.to(value.dtype) @ values[:, : run.stop])
+        ctx.save_for_backward(query, key, value, output)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, output = ctx.saved_tensors
+        runs, incoming = _Runs(query, key, ctx.scale), incoming.to(value.dtype)
+        exact = runs.query.dtype
+        keys, values = key.flatten(0, 1), value.flatten(0, 1).transpose(-1, -2)
+        of_query = torch.empty_like(query)
+        of_key, of_value = (
+            torch.zeros(given.flatten(0, 1).shape, dtype=exact, device=key.device) for given in (key, value)
+        )
+        weighed = (incoming.to(exact) * output.to(exact)).sum(-1, keepdim=True)
+        for run, shares in runs:
+            wanted = runs.rows(incoming, run)
+            of_value[:, : run.stop] += shares.to(value.dtype).transpose(-1, -2) @ wanted
+            of_score = (wanted @ values[..., : run.stop]).to(exact).sub_(runs.rows(weighed, run)).mul_(shares)
+            rounded = of_score.to(query.dtype)
+            of_query[:, :, run] = runs.heads_of(rounded @ keys[:, : run.stop]) * ctx.scale
+            of_key[:, : run.stop] += rounded.transpose(-1, -2) @ runs.rows(query, run) * ctx.scale
+        return of_query, of_key.view(key.shape).to(key.dtype), of_value.view(value.shape).to(value.dtype), None

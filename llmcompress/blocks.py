@@ -99,7 +99,7 @@ class Run:
             for name in names:
                 linear = self.module.get_submodule(name.removeprefix(f"{self.path}."))
                 handles.append(linear.register_forward_pre_hook(hook(name)))
-            with self._products(hidden.device):
+            with products(hidden.device, self.dtype):
                 output = self.module(hidden, *call.args, **call.kwargs)
         except _Enough:
             return hidden.new_empty(0)
@@ -121,15 +121,6 @@ class Run:
         if not _finite(output):
             raise NumericsError(_overflow(self.path, "its outputs"))
         return output
-
-    @contextmanager
-    def _products(self, device: torch.device) -> Iterator[None]:
-        """Products in `dtype`, with the attention that is fastest at it."""
-        if self.dtype == torch.float32:
-            yield
-            return
-        with torch.autocast(device.type, self.dtype), FasterAttention() if device.type == "cpu" else nullcontext():
-            yield
 
 
 class _Enough(Exception):
@@ -364,6 +355,17 @@ def product_dtype(compute: str, device: torch.device) -> torch.dtype:
         known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch from 2.10 on
         native = device.type == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
     return torch.bfloat16 if native else torch.float32
+
+
+@contextmanager
+def products(device: torch.device, dtype: torch.dtype, attention: bool = True) -> Iterator[None]:
+    """Products in `dtype`, with the attention that is fastest at it; without `attention`, with torch's own."""
+    if dtype == torch.float32:
+        yield
+        return
+    faster = attention and device.type == "cpu"
+    with torch.autocast(device.type, dtype), FasterAttention() if faster else nullcontext():
+        yield
 
 
 def _finite(x: Tensor) -> bool:

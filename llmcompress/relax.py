@@ -26,6 +26,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from llmcompress import weight as expression
 from llmcompress.errors import NumericsError, RecipeError
@@ -285,9 +286,30 @@ def _product(x: Tensor, w: Weight) -> Tensor:
         case Sum(parts):
             return reduce(torch.add, [_product(x, part) for part in parts])
         case Grid(codes, scale) if codes.dtype == torch.bfloat16 and scale.shape[1] == 1:
-            whole = nn.functional.linear(x, codes.to(x.dtype))
-            return (whole * scale[:, 0].float()).to(whole.dtype)
+            found: Tensor = _Scaled.apply(nn.functional.linear(x, codes.to(x.dtype)), scale[:, 0].expand(len(codes)))
+            return found
     return expression.matmul(x, w)
+
+
+class _Scaled(torch.autograd.Function):
+    """Columns of a product `[..., out]` times scales `[out]`, in the product's dtype: the scales are not rounded to it
+    on the way forward; gradients are multiplied in it, and summed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(product, scale)
+        exact = torch.promote_types(product.dtype, torch.float32)
+        return (product.to(exact) * scale.to(exact)).to(product.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        product, scale = ctx.saved_tensors
+        of_product = incoming * scale.to(incoming.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_product, None
+        exact = torch.promote_types(product.dtype, torch.float32)
+        return of_product, (incoming * product).flatten(0, -2).sum(0, dtype=exact).to(scale.dtype)
 
 
 # --- where masters start --------------------------------------------------------------------------------------------

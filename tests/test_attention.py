@@ -20,6 +20,24 @@ def test_every_query_sees_the_keys_up_to_its_own(length: int, heads: int, groups
     torch.testing.assert_close(causal_attention(query, key, value, scale), expected)
 
 
+@pytest.mark.parametrize("length", [1, QUERIES, 2 * QUERIES + 5])
+@pytest.mark.parametrize(("heads", "groups", "scale"), [(4, 4, None), (6, 2, None), (6, 1, 0.3)])
+def test_gradients_are_those_of_torch(length: int, heads: int, groups: int, scale: float | None) -> None:
+    random = seeded(length + heads)
+    shapes = [(2, heads, length, 8), (2, groups, length, 8), (2, groups, length, 8)]
+    given = [torch.randn(*size, generator=random, dtype=torch.float64, requires_grad=True) for size in shapes]
+    slopes = torch.randn(*shapes[0], generator=random, dtype=torch.float64)
+    expected = scaled_dot_product_attention(*given, is_causal=True, scale=scale, enable_gqa=True)
+    wanted = torch.autograd.grad((expected * slopes).sum(), given)
+    found = torch.autograd.grad((causal_attention(*given, scale) * slopes).sum(), given)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    half = [tensor.detach().bfloat16().requires_grad_() for tensor in given]
+    rounded = torch.autograd.grad((causal_attention(*half, scale) * slopes.bfloat16()).sum(), half)
+    for one, other in zip(rounded, wanted, strict=True):
+        assert (one.double() - other).norm() <= 0.02 * (1 + other.norm())
+
+
 def test_plain_causal_calls_are_taken_over_and_no_others() -> None:
     random = seeded(1)
     query, key, value = torch.randn(3, 1, 4, 100, 8, generator=random)

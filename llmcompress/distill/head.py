@@ -21,6 +21,7 @@ from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, 
 from llmcompress.errors import InputError
 
 LOGITS = 2**24  # of each model that are in memory at once: 64 MiB a tensor in float32
+LOGITS_ON_CPU = 2**22  # from 32 MiB on, an allocator asks the system for new pages each time: a third slower
 
 Head = Tensor | Callable[[Tensor], Tensor]  # [vocabulary, width], or a function [tokens, width] -> [tokens, vocabulary]
 Term = tuple[LossConfig, LossState | None, float]  # a loss, its state, and its weight in the total
@@ -44,7 +45,7 @@ def chunked_loss(
     chunk: int | None = None,
     parameters: Sequence[Tensor] | None = None,
 ) -> HeadLoss:
-    """The losses of `terms` over all tokens, `chunk` of them at a time (by default, so many that LOGITS are held).
+    """The losses of `terms` over all tokens, `chunk` of them at a time (by default, as many as keep within LOGITS).
 
     student_hidden [tokens, student's width], teacher_hidden [tokens, teacher's width]: what the heads read, so after
     the last norm, at the positions that count. targets int64 [tokens]. `parameters`: those of the student's head that
@@ -67,7 +68,8 @@ def chunked_loss(
         )
     trained = _parameters(student_head) if parameters is None else list(parameters)
     work = _Work(_function(student_head), _function(teacher_head), teacher_hidden.detach(), targets, tuple(terms))
-    size = chunk or max(1, LOGITS // work.vocabulary())
+    logits = LOGITS_ON_CPU if student_hidden.device.type == "cpu" else LOGITS
+    size = chunk or max(1, logits // work.vocabulary())
     total, report = _Chunked.apply(work, size, torch.is_grad_enabled(), student_hidden, *trained)
     return HeadLoss(total, tuple((each[0], each[1]) for each in report.unbind()))
 

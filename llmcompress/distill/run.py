@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from llmcompress import report as reports
-from llmcompress.blocks import product_dtype
+from llmcompress.blocks import product_dtype, products
 from llmcompress.checkpoint import check_output, writing
 from llmcompress.distill.data import Data, read_data
 from llmcompress.distill.loop import Report, Run
@@ -130,7 +130,7 @@ def _run(
     keeper: Keeper,
     accelerator: Accelerator,
 ) -> Run:
-    dtype, kind = product_dtype(recipe.compute, accelerator.device), accelerator.device.type
+    dtype = product_dtype(recipe.compute, accelerator.device)
     cast: nn.Module = teacher.requires_grad_(False)
     cast.to(dtype)
     if recipe.checkpointing:
@@ -145,7 +145,8 @@ def _run(
         data,
         keeper,
         accelerator,
-        partial(torch.autocast, kind, dtype, enabled=dtype != torch.float32),
+        # recomputed activations must come from the same operations, and the second time torch's attention is there
+        partial(products, accelerator.device, dtype, attention=not recipe.checkpointing),
     )
 
 
