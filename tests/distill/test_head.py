@@ -259,7 +259,7 @@ def test_memory_does_not_grow_with_the_text(vocabulary: int) -> None:
 
 
 def test_the_chunk_follows_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmcompress.distill.head, "LOGITS", 50)
+    monkeypatch.setattr(llmcompress.distill.head, "LOGITS_ON_CPU", 50)
     given, rows = models(), []
 
     def head(hidden: Tensor) -> Tensor:
