@@ -16,11 +16,12 @@ from llmcompress import plugin
 if TYPE_CHECKING:
     from llmcompress.adapters import fold, plain_head
     from llmcompress.comparison import compare
-    from llmcompress.driver import Result, compress, plan
+    from llmcompress.driver import Result
     from llmcompress.errors import LLMCompressError
     from llmcompress.modules import decoded
     from llmcompress.protocol import Protocol
     from llmcompress.recipe import Recipe, Rule
+    from llmcompress.recover import compress, plan
     from llmcompress.report import Report, read
     from llmcompress.scoring import score
     from llmcompress.tokens import Calibration
@@ -53,11 +54,11 @@ _HOMES = {
     "Result": "driver",
     "Rule": "recipe",
     "compare": "comparison",
-    "compress": "driver",
+    "compress": "recover",
     "decoded": "modules",
     "fold": "adapters",
     "plain_head": "adapters",
-    "plan": "driver",
+    "plan": "recover",
     "read": "report",
     "score": "scoring",
 }

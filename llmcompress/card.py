@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from llmcompress.report import Report
@@ -20,13 +21,29 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 
 NO_PLOT = "\nThere is no plot of the layers: matplotlib was not installed where this was published."
+NO_CURVE = "\nThere is no plot of it: matplotlib was not installed where it ran."
 
 
-def card(report: Report, name: str, recipe: str, scores: dict[str, Any] | None = None, plot: str | None = None) -> str:
+@dataclass(frozen=True)
+class Taught:
+    """A distillation as a card tells it: what `distill` reported, and its recipe as YAML text."""
+
+    report: dict[str, Any]
+    recipe: str
+
+
+def card(
+    report: Report,
+    name: str,
+    recipe: str,
+    scores: dict[str, Any] | None = None,
+    plot: str | None = None,
+    taught: Taught | None = None,
+) -> str:
     """The README.md of the Hub repository `name`, with metadata that the Hub reads.
 
     `recipe` is the YAML text; `scores` what `score` saved of dense and compressed, None if nobody asked; `plot` the
-    picture of the layers beside it, None if there is none.
+    picture of the layers beside it, None if there is none; `taught` the distillation that followed, if one did.
     """
     from huggingface_hub import ModelCardData
 
@@ -48,7 +65,7 @@ def card(report: Report, name: str, recipe: str, scores: dict[str, Any] | None =
         f"---\n{metadata.to_yaml()}\n---\n",
         title,
         f"{origin}, compressed by llmcompress from {report.dense_bytes / 1e6:,.1f} MB to "
-        f"{report.bytes / 1e6:,.1f} MB.\n",
+        f"{report.bytes / 1e6:,.1f} MB{', then distilled' if taught else ''}.\n",
         LOAD.format(name=name) + "\n",
         "## Size and quality\n",
         *_table(report, scores),
@@ -57,6 +74,7 @@ def card(report: Report, name: str, recipe: str, scores: dict[str, Any] | None =
         *_layers(report),
         f"\n![Output error and bits per weight of every layer]({plot})" if plot else NO_PLOT,
         f"\nRecipe:\n\n```yaml\n{recipe.strip()}\n```\n",
+        *(() if taught is None else _distillation(taught)),
         "## Limits\n",
         *_limits(report, scores),
     ]
@@ -106,6 +124,34 @@ def _layers(report: Report) -> Iterator[str]:
         error = f"{sum(errors) / len(errors):.4f}" if errors else ""
         shape, bpw = "x".join(map(str, rows[0]["shape"])), sum(row["bpw"] for row in rows) / len(rows)
         yield f"| {name} | {len(rows)} | {shape} | {rows[0]['stored']} | {bpw:.3f} | {error} |"
+
+
+def _distillation(taught: Taught) -> Iterator[str]:
+    """Who taught it what, on which text, and what that recovered."""
+    done = taught.report
+    base = done["teacher_id"]
+    teacher = f"[{base}](https://huggingface.co/{base})" if base else "a local checkpoint"
+    losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in done["losses"].items())
+    trained = ", ".join(f"{count:,} {kind}" for kind, count in done["trained"].items())
+    sizes = [done[f"bytes_{when}"] for when in ("before", "after")]
+    grown = "" if sizes[0] == sizes[1] else f" Compressed weights took {sizes[0]:,} bytes before, {sizes[1]:,} after."
+    before, after = done["history"][0], done["history"][-1]
+    yield "## Distillation\n"
+    yield (
+        f"Taught by {teacher} in {done['steps']:,} steps on {done['tokens']:,} tokens of {_sources(done['data'])}. "
+        f"Loss: {losses}. What trained: {trained}.{grown}\n"
+    )
+    yield "| on text held out of it | before | after | teacher |\n|---|---|---|---|"
+    yield f"| KL to the teacher, nats/token | {before['kl']:.4f} | {after['kl']:.4f} | 0 |"
+    perplexities = (before["perplexity"], after["perplexity"], after["teacher_perplexity"])
+    yield f"| perplexity | {' | '.join(f'{value:.3f}' for value in perplexities)} |"
+    yield f"\n![Held-out KL and perplexity by tokens]({done['plot']})" if done["plot"] else NO_CURVE
+    yield f"\nRecipe:\n\n```yaml\n{taught.recipe.strip()}\n```\n"
+
+
+def _sources(data: dict[str, Any]) -> str:
+    """Where the text of a distillation is from: one, or several domains."""
+    return ", ".join(f"`{text['source']}`" for text in data.get("domains", {"text": data}).values())
 
 
 def _limits(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:

@@ -107,18 +107,21 @@ def compress(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Compress MODEL as RECIPE says into the folder OUT, which is there when it is complete.
+    """Compress MODEL as RECIPE says into the folder OUT, which is there when it is complete; distil it there too, if
+    RECIPE has a section for that.
 
     Example: llmcompress compress smollm2 recipe.yaml -o small --set rules[0].steps[0].bits=4
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.driver import compress as run
         from llmcompress.recipe import read_recipe
+        from llmcompress.recover import compress as run
 
         asked = read_recipe(recipe, _settings(settings, seed))
-        result = run(model, asked, output, revision=revision, device=device, progress=terminal.progress)
+        shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
+        result = run(model, asked, output, revision=revision, device=device, **shown)
         terminal.warn(summarized(result.report.warnings))
-        terminal.show(result.report.to_json(), report_view)
+        distilled = {} if result.distillation is None else {"distillation": result.distillation}
+        terminal.show(result.report.to_json() | distilled, report_view)
         if not as_json and not quiet:
             typer.echo(f"next    llmcompress eval {output} --against {model}")
 
@@ -138,8 +141,8 @@ def plan(
     Example: llmcompress plan smollm2 recipe.yaml
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.driver import plan as run
         from llmcompress.recipe import read_recipe
+        from llmcompress.recover import plan as run
 
         found = run(model, read_recipe(recipe, _settings(settings)), revision)
         terminal.warn(summarized(found.warnings))
@@ -165,6 +168,8 @@ def inspect(
         recipe = read_recipe(folder / report.RECIPE)
         terminal.warn(summarized(found.warnings))
         values = found.to_json() | ({"recipe": recipe.model_dump(mode="json")} if as_json else {})
+        if (distilled := report.read_distillation(folder)) is not None:
+            values["distillation"] = distilled
         terminal.show(values, report_view)
         if not as_json and not quiet:
             typer.echo("\n" + dump(recipe), nl=False)
@@ -331,6 +336,7 @@ def distill(
 
         asked = read_as(Distillation, recipe, _settings(settings, seed))
         found = run(student, teacher, asked, output, device=device, progress=terminal.training)
+        terminal.warn(found.warnings)
         terminal.show(found.to_json(), distilled_view)
 
 

@@ -119,6 +119,21 @@ def dotted(path: Path) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
+def is_open(model: type[BaseModel], key: str) -> bool:
+    """Whether the field `key` is a map whose own keys the schema does not list: any may be put there, and is judged
+    when the whole is read."""
+    field = model.model_fields.get(key)
+    options = () if field is None else (field.annotation, *get_args(field.annotation))
+    return any(get_origin(option) is dict for option in options)
+
+
+def paths(values: Any, path: Path = ()) -> Iterator[Path]:
+    """The path of everything inside plain values."""
+    for key, value in _entries(values):
+        yield (*path, key)
+        yield from paths(value, (*path, key))
+
+
 def requirement(spot: Spot, path: Path) -> str:
     """What the field at `path` takes, for people: "a number at least 0 and at most 1 or null"."""
     field = None if spot.model is None or spot.key is None else spot.model.model_fields.get(spot.key)
@@ -172,7 +187,7 @@ def _kinds(annotation: Any) -> Iterator[str]:
         yield from (shown(option) for option in get_args(annotation))
     elif origin in (tuple, list):
         yield "a list"
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    elif origin is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         yield "a map of keys"
     else:
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}

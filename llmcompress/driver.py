@@ -34,7 +34,7 @@ from llmcompress.locate import Place
 from llmcompress.methods.hessian import damped
 from llmcompress.modules import LIKE, Layout, payload_texts
 from llmcompress.moments import Moments
-from llmcompress.planning import Job, Plan, check_memory, lay, plan_of, warnings
+from llmcompress.planning import Job, check_memory, lay, plan_of, warnings
 from llmcompress.recipe import Recipe, dump, read_recipe
 from llmcompress.report import LayerReport, Report
 from llmcompress.runs import apply_in_runs
@@ -53,11 +53,15 @@ Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per
 
 @dataclass(eq=False)
 class Result:
-    """A compressed checkpoint on disk and its report. A result without an `output` lives in a temporary folder."""
+    """A compressed checkpoint on disk and its report. A result without an `output` lives in a temporary folder.
+
+    `distillation`: what `distill` reported, None where the recipe asked for none.
+    """
 
     folder: Path
     report: Report
     _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    distillation: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -73,11 +77,6 @@ class Result:
         return Path(path)
 
 
-def plan(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revision: str | None = None) -> Plan:
-    """What `compress` would do, from headers alone. Raises InputError and RecipeError as it would."""
-    return plan_of(lay(resolve(str(model), revision), read_recipe(recipe)))
-
-
 def compress(
     model: str | Path,
     recipe: Recipe | str | Path | dict[str, Any],
@@ -89,7 +88,8 @@ def compress(
 ) -> Result:
     """Compresses a dense causal LM (folder, Hub id or `smollm2`) as `recipe` says, into the new folder `output`.
 
-    Raises an LLMCompressError, in one sentence, for whatever is wrong; then nothing is left behind.
+    A section `distill:` is left to `recover`. Raises an LLMCompressError, in one sentence, for whatever is wrong; then
+    nothing is left behind.
     """
     started = time.monotonic()
     job = lay(resolve(str(model), revision), read_recipe(recipe))

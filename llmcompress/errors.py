@@ -2,11 +2,21 @@
 
 from collections.abc import Iterable
 
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
 
 def listed(names: Iterable[str], most: int = 3) -> str:
     """The first names for a sentence, and how many more there are; "none" for none."""
     names = list(names)
     return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch says it in a RuntimeError."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(known in words for known in NO_MEMORY)
+    )
 
 
 class LLMCompressError(Exception):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llmcompress import report as reports
-from llmcompress.card import card
+from llmcompress.card import Taught, card
 from llmcompress.checkpoint import CARD, MANIFEST, PLOT, README, manifest, read_json
 from llmcompress.errors import HubError, InputError, RecipeError
 from llmcompress.plots import layers_png
@@ -67,7 +67,17 @@ def _card(folder: Path, repository: str) -> dict[str, bytes]:
     scores = read_json(folder / reports.SCORES) if (folder / reports.SCORES).is_file() else None
     report = reports.read(folder)
     plots = {PLOT: layers_png(report)} if find_spec("matplotlib") else {}
-    return {README: card(report, repository, recipe, scores, PLOT if plots else None).encode(), **plots}
+    text = card(report, repository, recipe, scores, PLOT if plots else None, _taught(folder))
+    return {README: text.encode(), **plots}
+
+
+def _taught(folder: Path) -> Taught | None:
+    """The distillation of a checkpoint; None for one that was only compressed."""
+    found = reports.read_distillation(folder)
+    if found is None:
+        return None
+    recipe = (folder / reports.DISTILLATION_RECIPE).read_text(encoding="utf-8")
+    return Taught(found, recipe)
 
 
 def _upload(

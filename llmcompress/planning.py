@@ -56,6 +56,7 @@ class Plan:
     peak_memory_bytes: int
     seconds: float
     warnings: tuple[str, ...]
+    distillation: dict[str, Any] | None = None  # the section that follows, with every value
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, keys as in the fields."""

@@ -8,6 +8,7 @@
         steps: [{method: gptq, bits: 3, group_size: 64}]
       - match: '*'
         steps: []                            # stays dense, said on purpose
+    distill: {steps: 100}                    # then the dense model teaches it; `distill/recipe.py` reads this part
 
 The same classes can be built in Python. Whatever is wrong is a RecipeError of one sentence that names the line.
 """
@@ -37,7 +38,7 @@ from pydantic import (
 )
 
 import llmcompress.methods  # noqa: F401 (registers them)
-from llmcompress.complaints import at, check_booleans, dotted, first_complaint, locate, unknown_key
+from llmcompress.complaints import at, check_booleans, dotted, first_complaint, is_open, locate, paths, unknown_key
 from llmcompress.errors import RecipeError
 from llmcompress.layer import StepConfig, step
 from llmcompress.strict_yaml import EXPONENT, Path, Places, parse
@@ -150,6 +151,9 @@ class Recipe(BaseModel):
     )
     head: tuple[Step, ...] = Field(default=(), description="steps for an output head that is not tied")
     gates: Gates = Gates()
+    distill: dict[str, Any] | None = Field(
+        default=None, description="a distillation of what was compressed, towards the same model; null: none"
+    )
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
     @model_validator(mode="after")
@@ -248,6 +252,16 @@ def read_as(schema: type[S], source: S | str | FilePath | Mapping[str, Any], set
     return _parsed(schema, text, path.name, settings)
 
 
+def section(recipe: Recipe, key: str, schema: type[S]) -> S:
+    """The map under `key` as a schema that this file does not know reads it. Of version, name and seed it has the
+    recipe's unless it gives its own. Raises RecipeError for the first thing wrong with it."""
+    values = getattr(recipe, key) or {}
+    read = {path[1:]: where for path, where in recipe._origin.places.items() if path[:1] == (key,)}
+    places = read or {path: dotted((key, *path)) for path in [(), *paths(values)]}
+    own = {"version": VERSION, "name": recipe.name, "seed": recipe.seed}
+    return _validated(schema, own | values, places, ())
+
+
 def parse_recipe(text: str, name: str = "recipe.yaml", settings: Sequence[str] = ()) -> Recipe:
     """A recipe of compression from YAML text; `name` is the file's, for errors and recipes without a name of their own.
 
@@ -342,7 +356,7 @@ def _check_part(values: dict[str, Any], path: Path, inside: Any, where: str, sch
             raise RecipeError(f"{where}: {outer} has {len(inside)} entries, counted from 0; there is no [{part}]")
     elif not isinstance(inside, dict):
         raise RecipeError(f"{where}: {outer} has no keys, so there is no {dotted(path)}")
-    elif part not in inside:
+    elif part not in inside and not (len(path) > 1 and is_open(schema, str(path[0]))):
         spot = locate(schema, values, path[:-1])
         if spot.model is None or part not in spot.model.model_fields:
             raise RecipeError(f"{where}: {unknown_key(part, spot)}")

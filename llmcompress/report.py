@@ -14,6 +14,9 @@ from llmcompress.errors import InputError
 FILE = "report.json"
 RECIPE = "recipe.yaml"
 SCORES = "eval.json"  # what `eval --save` leaves for the card
+DISTILLATION = "distillation.json"  # what `distill` did, its recipe, and its curve
+DISTILLATION_RECIPE = "distillation.yaml"
+DISTILLATION_PLOT = "distillation.png"
 PACKAGES = ("llmcompress", "torch", "transformers", "safetensors")
 
 
@@ -75,6 +78,14 @@ def read(folder: Path) -> Report:
         raise InputError(
             f"{folder} holds no {FILE}, so it was not written by llmcompress; give such a folder"
         ) from error
+
+
+def read_distillation(folder: Path) -> dict[str, Any] | None:
+    """What `distill` reported of a checkpoint; None for one that was only compressed. Raises InputError for damage."""
+    try:
+        return read_json(folder / DISTILLATION) if (folder / DISTILLATION).is_file() else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / DISTILLATION} cannot be read ({error}); distil again") from error
 
 
 def versions() -> dict[str, str]:

@@ -27,6 +27,8 @@ def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
     yield table
     yield f"sizes   {_sizes(plan)}"
     yield f"needs   about {_bytes(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}"
+    if (then := plan["distillation"]) is not None:
+        yield f"then    distillation {then['name']}: {_asked(then)}; that comes on top"
 
 
 def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
@@ -50,6 +52,9 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
     fallbacks = [row for row in report["layers"] if row["fallback"]]
     yield from (f"note    {row['name']}: {row['fallback']}" for row in fallbacks)
     yield f"cost    {duration(report['seconds'])} · {_bytes(report['peak_memory_bytes'])} of memory at the peak"
+    if "distillation" in report:
+        yield ""
+        yield from distilled_view(report["distillation"], every)
 
 
 def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
@@ -195,6 +200,15 @@ def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
         yield f"sizes   {_bytes(found['bytes_before'])} -> {_bytes(found['bytes_after'])} of compressed weights"
     trained = " · ".join(f"{count:,} {kind}" for kind, count in found["trained"].items())
     yield f"trained {trained} · on {found['tokens']:,} tokens in {duration(found['seconds'])}"
+    yield f"plot    {found['plot'] or 'none: it needs matplotlib (the extra report)'}"
+
+
+def _asked(distillation: Row) -> str:
+    """What a distillation trains, against what, on how much."""
+    losses = " + ".join(term["of"]["loss"] for term in distillation["losses"])
+    texts = distillation["data"] if isinstance(distillation["data"], list) else [distillation["data"]]
+    amounts = " + ".join(f"{text['samples']} x {text['length']}" for text in texts)
+    return f"{', '.join(distillation['rates'])} by {losses} · {amounts} tokens"
 
 
 def pushed_view(found: Row, every: bool) -> Iterator[RenderableType]:

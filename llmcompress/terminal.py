@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import typer
 
-from llmcompress.errors import DiskError, LLMCompressError, MemoryLimitError, Terminated
+from llmcompress.errors import DiskError, LLMCompressError, MemoryLimitError, Terminated, is_out_of_memory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch says it in a RuntimeError
 WIDE = 160  # columns, where the output is not a terminal
 
 
@@ -47,7 +46,8 @@ class Terminal:
         self._previous: Any = None
         self._result: dict[str, Any] | None = None
         self._bar: Progress | None = None
-        self._first: tuple[int, float] | None = None  # blocks done at the first report, and when that was
+        self._first: tuple[int, float] | None = None  # what was done at the first report, and when that was
+        self._counted = ""  # what is reported: blocks, or steps
 
     def __enter__(self) -> Self:
         self._output = sys.stdout
@@ -101,16 +101,20 @@ class Terminal:
 
     def progress(self, done: int, total: int, tokens_per_second: float) -> None:
         """Reports blocks done: a bar on a terminal, else a line for every tenth."""
-        self._report(f"block {done}/{total} · {tokens_per_second:,.0f} tokens/s", done, total)
+        self._report("block", done, total, f"{tokens_per_second:,.0f} tokens/s")
 
-    def training(self, done: int, total: int, loss: float, tokens_per_second: float) -> None:
-        """Reports optimizer steps done, as `progress` does."""
-        self._report(f"step {done}/{total} · loss {loss:.4f} · {tokens_per_second:,.0f} tokens/s", done, total)
+    def training(self, done: int, total: int, loss: float, tokens_per_second: float, kl: float) -> None:
+        """Reports optimizer steps done, and the last held-out KL, as `progress` does."""
+        what = f"loss {loss:.4f} · held-out KL {kl:.4f} · {tokens_per_second:,.0f} tokens/s"
+        self._report("step", done, total, what)
 
-    def _report(self, what: str, done: int, total: int) -> None:
+    def _report(self, counted: str, done: int, total: int, what: str) -> None:
         if self.quiet:
             return
-        text = what + self._remaining(done, total)
+        if counted != self._counted:  # a second thing is under way
+            self._stop_bar()
+            self._counted, self._first = counted, None
+        text = f"{counted} {done}/{total} · {what}{self._remaining(done, total)}"
         if sys.stderr.isatty():
             self._draw(done, total, text)
         elif done == total or done * 10 // total > (done - 1) * 10 // total:
@@ -173,9 +177,7 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
             return 143, f"stopped by a signal; {_left(error)}"
         case OSError() if error.errno in NO_SPACE:
             return DiskError.exit_code, f"the disk is full ({error.filename or 'no file named'}); free some space"
-        case MemoryError():
-            return MemoryLimitError.exit_code, "there is not enough memory; take a smaller model or fewer samples"
-        case RuntimeError() if any(words in str(error).lower() for words in NO_MEMORY):
+        case _ if is_out_of_memory(error):
             return MemoryLimitError.exit_code, "there is not enough memory; take a smaller model or fewer samples"
         case _:
             return None

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import llmcompress.comparison
-import llmcompress.driver
+import llmcompress.recover
 import llmcompress.scoring
 from llmcompress import errors
 from llmcompress.cli import app
@@ -129,8 +129,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
         return fake
 
-    monkeypatch.setattr(llmcompress.driver, "compress", returning(SimpleNamespace(report=REPORT)))
-    monkeypatch.setattr(llmcompress.driver, "plan", returning(PLAN))
+    result = SimpleNamespace(report=REPORT, distillation=None)
+    monkeypatch.setattr(llmcompress.recover, "compress", returning(result))
+    monkeypatch.setattr(llmcompress.recover, "plan", returning(PLAN))
     monkeypatch.setattr(llmcompress.scoring, "score", returning(SCORES))
     monkeypatch.setattr(llmcompress.comparison, "compare", returning(COMPARED))
     return made
@@ -138,7 +139,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 def failing(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
     """Makes `plan` do this."""
-    monkeypatch.setattr(llmcompress.driver, "plan", lambda *given, **named: act())
+    monkeypatch.setattr(llmcompress.recover, "plan", lambda *given, **named: act())
 
 
 def raising(error: BaseException) -> Callable[[], Any]:

@@ -28,8 +28,10 @@ from llmcompress.distill.data import Data
 from llmcompress.distill.head import chunked_loss
 from llmcompress.distill.held_out import Distances, distances
 from llmcompress.distill.losses.loss import LossState
+from llmcompress.distill.metrics import Metrics, term_names
 from llmcompress.distill.mixture import draw, normalized, quotas, reweighted
 from llmcompress.distill.objective import head_of, hidden_states
+from llmcompress.distill.optimizers import optimizer_of
 from llmcompress.distill.order import rate
 from llmcompress.distill.recipe import Distillation, Term
 from llmcompress.distill.state import Keeper, Progress, stop_requests
@@ -40,8 +42,7 @@ from llmcompress.modules import decoded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BETAS = (0.9, 0.95)
-Report = Callable[[int, int, float, float], None]  # (steps done, steps, loss, tokens per second)
+Report = Callable[[int, int, float, float, float], None]  # (steps done, steps, loss, tokens per second, last KL)
 
 
 class Objective(nn.Module):
@@ -84,6 +85,7 @@ class Run:
     data: Data
     keeper: Keeper
     accelerator: Accelerator
+    metrics: Metrics
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
@@ -101,7 +103,7 @@ def train(run: Run, report: Report | None = None) -> Progress:
     recipe, accelerator = run.recipe, run.accelerator
     states = [term.of.start() for term in recipe.losses]
     objective = Objective(run.student.model, run.teacher, list(zip(recipe.losses, states, strict=True)))
-    optimizer = torch.optim.AdamW(run.student.groups(), betas=BETAS, weight_decay=0.0)
+    optimizer = optimizer_of(recipe, run.student.groups())
     progress = run.keeper.load(run.student.named(), optimizer)
     progress.shares = progress.shares or normalized(run.data.weights)
     progress.cursors = progress.cursors or [0] * len(run.data.sizes)
@@ -111,11 +113,14 @@ def train(run: Run, report: Report | None = None) -> Progress:
     wrapped = accelerator.prepare(objective) if accelerator.num_processes > 1 else objective
     started = time.monotonic() - progress.seconds
     with decoded(run.student.model), decoded(run.teacher), stop_requests() as stopping:
+        run.metrics.start(progress.step, begun=bool(progress.history))
         if not progress.history:
-            progress.history.append(look(run, 0) | _shares(run, progress))
+            progress.history.append(_seen(run, progress))
+            run.metrics.add(progress.history[-1])
         for step in range(progress.step, run.steps):
+            began = time.monotonic()
             batch = _next(run, progress, step)
-            means = _step(run, wrapped, optimizer, step, batch)
+            means, norm = _step(run, wrapped, optimizer, step, batch)
             loss = math.fsum(term.weight * mean for term, mean in zip(recipe.losses, means, strict=True))
             for state, mean in zip(states, means, strict=True):
                 if state is not None:
@@ -123,16 +128,19 @@ def train(run: Run, report: Report | None = None) -> Progress:
             progress.step, progress.seconds = step + 1, time.monotonic() - started
             progress.targets += batch.targets
             progress.losses = [None if state is None else state.state_dict() for state in states]
+            speed = batch.targets / (time.monotonic() - began)
+            run.metrics.add({**_entry(run, progress, loss, means, norm), "tokens_per_second": speed})
             last = progress.step == run.steps
             if last or progress.step % recipe.evaluate_every == 0:
-                seen = look(run, progress.step) | _shares(run, progress)
-                progress.history.append({**seen, "loss": loss, "seconds": progress.seconds})
+                seen = {**_seen(run, progress), "seconds": progress.seconds}
+                progress.history.append({**seen, "loss": loss})
+                run.metrics.add(seen)
             asked = _any(accelerator, stopping)
             if (last or asked or progress.step % recipe.save_every == 0) and accelerator.is_main_process:
                 run.keeper.save(progress, run.student.named(), optimizer)
             if report is not None:
                 read = progress.step * recipe.batch * run.data.sequences.ids.shape[1]
-                report(progress.step, run.steps, loss, read / progress.seconds)
+                report(progress.step, run.steps, loss, read / progress.seconds, progress.history[-1]["kl"])
             if asked and not last:
                 kept = f"step {progress.step} is kept in {run.keeper.folder}, from where the same command goes on"
                 raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(kept)
@@ -173,8 +181,30 @@ def _shares(run: Run, progress: Progress) -> dict[str, dict[str, float]]:
     return {"shares": dict(zip(names, progress.shares, strict=True))} if len(names) > 1 else {}
 
 
-def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> list[float]:
-    """One optimizer step on `batch`, shared by the processes; the mean of each loss over its tokens."""
+def _seen(run: Run, progress: Progress) -> dict[str, Any]:
+    """A look, and what was read before it."""
+    return {**look(run, progress.step), "tokens": progress.targets, **_shares(run, progress)}
+
+
+def _entry(run: Run, progress: Progress, loss: float, means: Sequence[float], norm: float) -> dict[str, Any]:
+    """What is said of the step that was just done."""
+    recipe = run.recipe
+    return {
+        "step": progress.step,
+        "loss": loss,
+        "terms": dict(zip(term_names(recipe.losses), means, strict=True)),
+        "rate": rate(progress.step - 1, run.steps, recipe.warmup, recipe.final_rate),
+        "gradient_norm": norm,
+        "tokens": progress.targets,
+        "seconds": progress.seconds,
+    }
+
+
+def _step(
+    run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Batch
+) -> tuple[list[float], float]:
+    """One optimizer step on `batch`, shared by the processes; the mean of each loss over its tokens, and the norm of
+    the gradient before it was clipped."""
     recipe, accelerator = run.recipe, run.accelerator
     share = rate(step, run.steps, recipe.warmup, recipe.final_rate)
     for group in optimizer.param_groups:
@@ -202,7 +232,7 @@ def _step(run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step
     for module in run.student.relaxed.values():
         module.relaxed.confine()
     optimizer.zero_grad(set_to_none=True)
-    return means
+    return means, float(norm)
 
 
 def _counts(run: Run, objective: nn.Module, parts: Sequence[Batch], targets: int) -> list[float]:

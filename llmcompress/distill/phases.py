@@ -65,7 +65,9 @@ def learn(run: Run, report: Report | None = None) -> Learned:
         keeper = run.keeper
         if len(stages) > 1:
             keeper = Keeper(keeper.folder / f"phase-{number}", f"{keeper.run}/{number}")
-        part = replace(run, recipe=recipe, keeper=keeper)
+        before = sum(phase["steps"] for phase in learned.phases)
+        metrics = run.metrics.of_phase(number, before) if len(stages) > 1 else run.metrics
+        part = replace(run, recipe=recipe, keeper=keeper, metrics=metrics)
         model, [done] = run.student.model, [len(learned.history)]
         adapted = () if recipe.adapt is None else adapt(model, recipe.adapt, run.teacher, recipe.seed)
         (_by_blocks if kind == "blockwise" else _end_to_end)(part, learned, report)
@@ -93,7 +95,10 @@ def _end_to_end(run: Run, learned: Learned, report: Report | None) -> None:
 
 def _by_blocks(run: Run, learned: Learned, report: Report | None) -> None:
     recipe, keeper = run.recipe, run.keeper
-    first = _look(run, 0)
+    first = {**_look(run, 0), "tokens": 0}
+    kl = first["kl"]
+    run.metrics.start(0, begun=False)
+    run.metrics.add(first)
     batch = Batch.joined([run.data.sequences, *run.data.held_out])
     if batch.documents is not None:
         raise RecipeError(
@@ -108,11 +113,13 @@ def _by_blocks(run: Run, learned: Learned, report: Report | None) -> None:
         recipe,
         Shelf(keeper.folder, keeper.run),
         run.autocast,
-        None if report is None else lambda done, blocks, found, speed: report(done, blocks, found.after, speed),
+        None if report is None else lambda done, blocks, found, speed: report(done, blocks, found.after, speed, kl),
     )
     learned.add(walked.linears, walked.vectors, walked.trained)
     seconds = sum(walked.seconds)
-    learned.history += [first, {**_look(run, run.steps), "seconds": seconds}]
+    tokens = run.steps * recipe.batch * run.data.sequences.targets // len(run.data.sequences)  # of every block
+    learned.history += [first, {**_look(run, run.steps), "tokens": tokens, "seconds": seconds}]
+    run.metrics.add(learned.history[-1])
     learned.seconds += seconds
     blocks = {path: found.to_json() for path, found in walked.blocks.items()}
     learned.phases.append({"kind": "blockwise", "steps": run.steps, "seconds": seconds, "blocks": blocks})
@@ -132,4 +139,5 @@ def _round(run: Run, learned: Learned, adapted: Iterable[str]) -> None:
     if found:
         learned.linears |= found
         last = learned.history[-1]
-        learned.history.append({**_look(run, last["step"]), "seconds": last["seconds"]})
+        learned.history.append({**last, **_look(run, last["step"])})
+        run.metrics.add({**learned.history[-1], "rounded": True})

@@ -90,6 +90,13 @@ class Distillation(BaseModel):
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="largest norm of a gradient")
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     checkpointing: bool = Field(default=False, description="activations are computed again instead of being kept")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        default="adamw",
+        description="end to end; 8-bit: moments of 2 bytes for each number instead of 8, by bitsandbytes",
+    )
+    trackers: tuple[str, ...] = Field(
+        default=(), description="where accelerate sends the metrics too, such as tensorboard; they are always in a file"
+    )
     evaluate_every: int = Field(default=25, ge=1, description="steps between looks at the held-out sequences")
     save_every: int = Field(default=25, ge=1, description="steps between states that a run can resume from")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,20 @@ from llmcompress.blocks import product_dtype, products
 from llmcompress.checkpoint import check_output, writing
 from llmcompress.distill.data import Data, read_data
 from llmcompress.distill.loop import Report, Run
+from llmcompress.distill.metrics import Metrics, start_trackers, term_names, tracking
 from llmcompress.distill.objective import check_boundaries, check_head, check_pair
 from llmcompress.distill.phases import Learned, learn
+from llmcompress.distill.ready import check_ready, memory_advice
 from llmcompress.distill.recipe import Distillation
-from llmcompress.distill.state import Keeper
+from llmcompress.distill.state import METRICS, Keeper
 from llmcompress.distill.student import Student
 from llmcompress.driver import copy_companions
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.export.opened import Opened
 from llmcompress.hf import table_entry
 from llmcompress.locate import Place, locate
-from llmcompress.modules import CompressedLinear, Layout, payload_texts
+from llmcompress.modules import CompressedLinear, Layout, compressed_modules, payload_texts
+from llmcompress.plots import distillation_png
 from llmcompress.recipe import dump, read_as
 from llmcompress.source import load_model, load_tokenizer
 from llmcompress.weight import bits, describe
@@ -39,8 +43,7 @@ from llmcompress.weight import bits, describe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FILE = "distillation.json"
-RECIPE = "distillation.yaml"
+COMPRESSED_TEACHER = "the teacher is compressed too, so what it lost the student does not learn"
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Distilled:
     from before the first step to after the last; `steps`, `tokens` predicted in them: end to end; `bytes_before`,
     `bytes_after`: of all compressed weights, which low-rank terms that were added make larger; `phases`: {kind, steps,
     seconds} of each, and of a blockwise one {before, after, step} of every block: its held-out errors, and when it was
-    best."""
+    best; `losses`: the weight of each, end to end; `teacher_id`: its Hub id, if it has one; `plot`: the file of its
+    curve, None where matplotlib is missing."""
 
     output: str
     teacher: str
@@ -62,6 +66,10 @@ class Distilled:
     data: dict[str, Any]
     history: list[dict[str, Any]]
     phases: list[dict[str, Any]]
+    losses: Mapping[str, float]
+    teacher_id: str | None = None
+    plot: str | None = None
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, keys as in the fields."""
@@ -84,8 +92,8 @@ def distill(
     for whatever is wrong.
     """
     asked = read_as(Distillation, recipe)
-    accelerator = _accelerator(device, asked)
     folder, target = locate(str(student)).folder, Path(output)
+    accelerator = _accelerator(device, asked, target)
     opened = Opened(folder)
     check_output(target, opened.bytes)
     place = locate(str(teacher))
@@ -100,19 +108,24 @@ def distill(
         check_head(model, data.sequences.ids)
         if data.sequences.documents is not None:
             check_boundaries(model, data.sequences.ids)
-    learned = learn(run, progress)
-    done = _result(learned, data, target, place, opened.layouts)
+    start_trackers(asked, accelerator)
+    with memory_advice(asked):
+        learned = learn(run, progress)
+    done = _result(run, learned, target, place, opened.layouts)
     if accelerator.is_main_process:
-        _write(opened, learned, asked, done, target)
+        _write(opened, learned, asked, done, target, run.metrics.path)
         keeper.remove()
     accelerator.end_training()
     return done
 
 
-def _accelerator(device: str, recipe: Distillation) -> Accelerator:
-    """The processes that a launcher started, or this one. Raises RecipeError where a batch cannot be shared by them."""
+def _accelerator(device: str, recipe: Distillation, output: Path) -> Accelerator:
+    """The processes that a launcher started, or this one. Raises RecipeError as `check_ready` does, and where a batch
+    cannot be shared by them."""
+    check_ready(recipe, device)
     frozen = DistributedDataParallelKwargs(broadcast_buffers=False)  # packed codes are equal from the start
-    accelerator = Accelerator(cpu=torch.device(device).type == "cpu", kwargs_handlers=[frozen])
+    trackers = tracking(recipe, output)
+    accelerator = Accelerator(cpu=torch.device(device).type == "cpu", kwargs_handlers=[frozen], **trackers)
     for _, stage in recipe.stages():
         if stage.batch % (stage.micro_batch * accelerator.num_processes):
             raise RecipeError(
@@ -145,6 +158,7 @@ def _run(
         data,
         keeper,
         accelerator,
+        Metrics(keeper.folder / METRICS, accelerator),
         # recomputed activations must come from the same operations, and the second time torch's attention is there
         partial(products, accelerator.device, dtype, attention=not recipe.checkpointing),
     )
@@ -157,7 +171,7 @@ def _identity(recipe: Distillation, data: Data, opened: Opened, teacher: Place) 
     return sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _result(learned: Learned, data: Data, output: Path, teacher: Place, before: Mapping[str, Layout]) -> Distilled:
+def _result(run: Run, learned: Learned, output: Path, teacher: Place, before: Mapping[str, Layout]) -> Distilled:
     after = {**before, **{name: layer.layout for name, layer in learned.linears.items()}}
     return Distilled(
         output=str(output),
@@ -168,14 +182,20 @@ def _result(learned: Learned, data: Data, output: Path, teacher: Place, before: 
         bytes_before=sum(layout.bytes() for layout in before.values()),
         bytes_after=sum(layout.bytes() for layout in after.values()),
         trained=learned.trained,
-        data=data.report,
+        data=run.data.report,
         history=learned.history,
         phases=learned.phases,
+        losses={name: term.weight for name, term in zip(term_names(run.recipe.losses), run.recipe.losses, strict=True)},
+        teacher_id=teacher.hub_id,
+        plot=reports.DISTILLATION_PLOT if find_spec("matplotlib") else None,
+        warnings=() if not compressed_modules(run.teacher) else (COMPRESSED_TEACHER,),
     )
 
 
-def _write(opened: Opened, learned: Learned, recipe: Distillation, done: Distilled, output: Path) -> None:
-    """The student's folder again, with what was learned in place of what it held."""
+def _write(
+    opened: Opened, learned: Learned, recipe: Distillation, done: Distilled, output: Path, metrics: Path
+) -> None:
+    """The student's folder again, with what was learned in place of what it held, and what was measured on the way."""
     linears, norms = learned.linears, learned.vectors
     layouts: dict[str, Layout] = opened.layouts | {name: layer.layout for name, layer in linears.items()}
     with writing(output) as writer:
@@ -195,8 +215,11 @@ def _write(opened: Opened, learned: Learned, recipe: Distillation, done: Distill
             after = _recounted(reports.read(opened.folder), linears, size)
             writer.write(reports.FILE, json.dumps(after.to_json(), indent=2))
             writer.write(reports.RECIPE, (opened.folder / reports.RECIPE).read_text(encoding="utf-8"))
-        writer.write(RECIPE, dump(recipe))
-        writer.write(FILE, json.dumps(done.to_json(), indent=2))
+        writer.write(reports.DISTILLATION_RECIPE, dump(recipe))
+        writer.write(METRICS, metrics.read_text(encoding="utf-8"))
+        writer.write(reports.DISTILLATION, json.dumps(done.to_json(), indent=2))
+        if done.plot is not None:
+            (writer.folder / done.plot).write_bytes(distillation_png(done.history))
 
 
 def _recounted(before: reports.Report, linears: Mapping[str, CompressedLinear], size: int) -> reports.Report:

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llmcompress.distill.optimizers import moments, put_moments
 from llmcompress.errors import DiskError, InputError
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, beside its count of steps
+METRICS = "metrics.jsonl"  # grows beside the state
 
 
 @dataclass
@@ -63,12 +64,16 @@ class Keeper:
     def save(self, progress: Progress, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """Replaces the state. Raises DiskError where it cannot be written."""
         staged = self.folder.with_name(self.folder.name + ".partial")
-        entries = {"run": self.run, **vars(progress)}
+        known = {name: moments(optimizer, parameter) for name, parameter in named.items()}
+        listed = {name: list(values) for name, values in known.items()}
+        entries = {"run": self.run, "moments": listed, **vars(progress)}
         try:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
-            save_file(_tensors(named, optimizer), staged / "state.safetensors")
+            save_file(_tensors(named, known), staged / "state.safetensors")
             (staged / "state.json").write_text(json.dumps(entries), encoding="utf-8")
+            if (self.folder / METRICS).is_file():
+                shutil.copyfile(self.folder / METRICS, staged / METRICS)
             shutil.rmtree(self.folder, ignore_errors=True)
             staged.rename(self.folder)
         except (OSError, SafetensorError) as error:
@@ -76,7 +81,7 @@ class Keeper:
 
     def load(self, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
         """Puts the state back; a new `Progress` where there is none. Raises InputError for another run's, or damage."""
-        if not self.folder.is_dir():
+        if not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} == {METRICS}:
             return Progress()
         try:
             entries = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
@@ -91,8 +96,9 @@ class Keeper:
         for name, parameter in named.items():
             with torch.no_grad():
                 parameter.copy_(tensors[f"value.{name}"])
-            moments: dict[str, Tensor] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(entries["step"])), **moments}
+            found = {key: tensors[f"{key}.{name}"] for key in entries["moments"][name]}
+            put_moments(optimizer, parameter, found)
+        del entries["moments"]
         return Progress(**entries)
 
     def remove(self) -> None:
@@ -100,7 +106,7 @@ class Keeper:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _tensors(named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(named: Mapping[str, nn.Parameter], known: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     values = {f"value.{name}": parameter.detach() for name, parameter in named.items()}
-    moments = {f"{key}.{name}": optimizer.state[value][key] for name, value in named.items() for key in MOMENTS}
-    return {name: tensor.cpu().contiguous() for name, tensor in (values | moments).items()}
+    values |= {f"{key}.{name}": value for name, found in known.items() for key, value in found.items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in values.items()}

@@ -47,12 +47,13 @@ ROOMS = (
     "scoring",  # a model by its name, scored
     "verify",  # is a checkpoint what was written, and does it run?
     "export",  # doors out
+    "plots",  # a report as a picture
     "distill",  # the teacher teaches the student
+    "recover",  # compress, then distil
     "terminal",  # how a command speaks and ends
     "tables",  # plans, reports and scores for people
     "comparison",  # several models in one table
     "card",  # a report as the Hub shows it
-    "plots",  # a report as a picture
     "hub",  # publishing
     "cli",
     "__main__",

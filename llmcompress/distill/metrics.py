@@ -1,0 +1,113 @@
+"""What a training measures, while it runs: a line of JSON for every optimizer step and every look at the held-out
+sequences, and the same numbers for those of Accelerate's trackers that the recipe names.
+
+    {"step": 3, "loss": 0.41, "terms": {"forward_kl": 0.41}, "rate": 0.9, "gradient_norm": 0.2, "tokens": 6120, ...}
+    {"step": 25, "kl": 0.31, "perplexity": 25.1, "teacher_perplexity": 17.9, "tokens": 51000, "seconds": 64.0}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration
+
+from llmcompress.checkpoint import replace_text
+from llmcompress.complaints import hint
+from llmcompress.distill.recipe import Distillation, Term
+from llmcompress.errors import DiskError, RecipeError
+
+LOGS = ".logs"  # follows the name of the output folder: where trackers that write files write them
+
+
+class Metrics:
+    """The file of one run and its trackers. Of several processes the first one writes."""
+
+    def __init__(self, path: Path, accelerator: Accelerator, phase: int | None = None, before: int = 0) -> None:
+        self.path, self.accelerator, self.phase, self.before = path, accelerator, phase, before
+
+    def of_phase(self, number: int, before: int) -> Metrics:
+        """Those of one phase of several, with `before` steps in earlier ones; its lines say which it is."""
+        return Metrics(self.path, self.accelerator, number, before)
+
+    def start(self, step: int, begun: bool) -> None:
+        """Forgets what this phase measured after `step`, from where it goes on; all of it unless it has `begun`."""
+        if self.accelerator.is_main_process and self.path.is_file():
+            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line for line in lines if self._stays(json.loads(line), step, begun)]
+            replace_text(self.path, "".join(f"{line}\n" for line in kept))
+
+    def _stays(self, row: Mapping[str, Any], step: int, begun: bool) -> bool:
+        """Whether a line was measured before `step`, or in another phase; what follows rounding is measured again."""
+        if row.get("phase") != self.phase:
+            return True
+        return begun and row["step"] <= step and "rounded" not in row
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """One line, on the disk when this returns; null for numbers that JSON lacks. Raises DiskError."""
+        entry = entry if self.phase is None else {"phase": self.phase, **entry}
+        self.accelerator.log(dict(_scalars(entry)), step=self.before + entry["step"])
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(entry)) + "\n")
+        except OSError as error:
+            raise DiskError(f"{self.path} cannot be written ({error}); free some space and start again") from error
+
+
+def term_names(terms: Sequence[Term]) -> list[str]:
+    """A name for each loss of an objective: its own, with a number from the second one of that name on."""
+    names = [term.of.loss for term in terms]
+    before = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name}_{count + 1}" if count else name for name, count in zip(names, before, strict=True)]
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises RecipeError for a tracker that accelerate does not know, or whose package is missing."""
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise RecipeError(f'trackers: accelerate knows no "{name}"; {hint(name, sorted(LOGGER_TYPE_TO_CLASS))}')
+        builtin = name in {str(kind) for kind in LoggerType}
+        if builtin and LoggerType(name) not in get_available_trackers():
+            package = name.replace("_", "-")
+            raise RecipeError(f"trackers: {name} needs a package that is not installed; run pip install {package}")
+
+
+def tracking(recipe: Distillation, output: Path) -> dict[str, Any]:
+    """The arguments of an `Accelerator` that logs to the recipe's trackers. Raises what `check_trackers` raises."""
+    check_trackers(recipe.trackers)
+    if not recipe.trackers:
+        return {}
+    folder = ProjectConfiguration(logging_dir=str(output.with_name(output.name + LOGS)))
+    return {"log_with": list(recipe.trackers), "project_config": folder}
+
+
+def start_trackers(recipe: Distillation, accelerator: Accelerator) -> None:
+    """Opens a run named as the recipe, with its values, in every tracker."""
+    values = recipe.model_dump(mode="json").items()
+    plain = {key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in values}
+    accelerator.init_trackers(recipe.name, plain)
+
+
+def _scalars(entry: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The numbers of an entry, those of a map inside it by "map/key"."""
+    found: list[tuple[str, float]] = []
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            found += [(f"{key}/{inner}", number) for inner, number in _scalars(value)]
+        elif key != "step":
+            found.append((key, value))
+    return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

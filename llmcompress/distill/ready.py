@@ -1,0 +1,37 @@
+"""What a distillation needs of this machine: packages before it starts, memory while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from llmcompress.distill.metrics import check_trackers
+from llmcompress.distill.optimizers import check_optimizer
+from llmcompress.distill.recipe import Distillation
+from llmcompress.errors import MemoryLimitError, is_out_of_memory
+
+
+def check_ready(recipe: Distillation, device: str) -> None:
+    """Raises RecipeError where the recipe asks for something that is not installed, or that `device` cannot do."""
+    check_trackers(recipe.trackers)
+    check_optimizer(recipe, torch.device(device))
+
+
+@contextmanager
+def memory_advice(recipe: Distillation) -> Iterator[None]:
+    """Turns running out of memory into a MemoryLimitError that names the settings that help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ways = [
+            f"a micro_batch below {recipe.micro_batch}" if recipe.micro_batch > 1 else "",
+            "" if recipe.checkpointing else "checkpointing: true",
+            "a lower data.length",
+        ]
+        raise MemoryLimitError(
+            f"there is not enough memory for this training; set {' or '.join(filter(None, ways))}, and start again"
+        ) from error

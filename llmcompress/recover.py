@@ -1,0 +1,133 @@
+"""Compress, then distil: what a recipe with a `distill:` section asks for, from a Hub id to a recovered checkpoint.
+
+    model, recipe -> OUT.compressed -> trained towards the same model -> OUT
+
+What is wrong with the section or its text is found before anything is compressed. OUT.compressed goes when OUT is
+there; a run that was cut finds it, and goes on with the distillation.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress import driver
+from llmcompress import report as reports
+from llmcompress.checkpoint import check_output
+from llmcompress.driver import Progress, Result
+from llmcompress.errors import DiskError, RecipeError
+from llmcompress.locate import Place
+from llmcompress.planning import Plan, lay, plan_of
+from llmcompress.recipe import Recipe, read_recipe, section
+from llmcompress.source import Source as Dense
+from llmcompress.source import load_model, resolve
+from llmcompress.text import is_file
+from llmcompress.tokens import Calibration, check_length
+
+if TYPE_CHECKING:
+    from llmcompress.distill import Distillation
+
+STAGED = ".compressed"  # follows the name of the output folder
+Training = Callable[[int, int, float, float, float], None]  # as `distill` reports
+
+
+def plan(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revision: str | None = None) -> Plan:
+    """What `compress` would do, from headers alone. Raises InputError and RecipeError as it would."""
+    asked = read_recipe(recipe)
+    dense = resolve(str(model), revision)
+    found = plan_of(lay(dense, asked))
+    if asked.distill is None:
+        return found
+    return replace(found, distillation=_asked(asked, dense).model_dump(mode="json"))
+
+
+def compress(
+    model: str | Path,
+    recipe: Recipe | str | Path | dict[str, Any],
+    output: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    training: Training | None = None,
+) -> Result:
+    """Compresses a dense causal LM (folder, Hub id or `smollm2`) as `recipe` says, into the new folder `output`; with a
+    section `distill:`, what lands there has learned from the dense model again.
+
+    Raises an LLMCompressError, in one sentence, for whatever is wrong; then nothing is left behind, but for a section's
+    finished compression in `<output>.compressed` and its training in `<output>.training`, from where the same call goes
+    on.
+    """
+    asked = read_recipe(recipe)
+    if asked.distill is None:
+        return driver.compress(model, asked, output, revision=revision, device=device, progress=progress)
+    from llmcompress.distill import check_ready, distill
+    from llmcompress.distill.data import read_data
+
+    dense = resolve(str(model), revision)
+    wanted = _asked(asked, dense)
+    check_ready(wanted, device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            "compressing runs in one process; compress without distill: first, then start llmcompress distill in many"
+        )
+    temporary = None
+    if output is None:
+        temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")
+        output = Path(temporary.name) / "model"
+    target = Path(output)
+    first = asked.model_copy(update={"distill": None})
+    check_output(target, 2 * plan_of(lay(dense, first)).bytes)
+    staged = target.with_name(target.name + STAGED)
+    if not _is_there(staged, first, dense):
+        if all(text.dataset != "self" for text in _texts(wanted)):  # which the model would have to write
+            load = partial(load_model, Place(dense.name, dense.folder))
+            read_data(wanted.data, dense.tokenizer(), load, dense.config)  # raises what is wrong with it
+        driver.compress(dense.name, first, staged, revision=dense.revision, device=device, progress=progress)
+    teacher = dense.name if dense.revision is None else f"{dense.name}@{dense.revision}"
+    done = distill(staged, teacher, wanted, target, device=device, progress=training)
+    shutil.rmtree(staged)
+    return Result(target, reports.read(target), temporary, done.to_json())
+
+
+def _asked(recipe: Recipe, dense: Dense) -> Distillation:
+    """The section `distill:`. Raises RecipeError for what is wrong with it, or with it and this model."""
+    from llmcompress.distill import Distillation
+
+    found = section(recipe, "distill", Distillation)
+    for text in _texts(found):
+        check_length(text.length, dense.config)
+    return found
+
+
+def _texts(asked: Distillation) -> tuple[Calibration, ...]:
+    return asked.data if isinstance(asked.data, tuple) else (asked.data,)
+
+
+def _is_there(staged: Path, recipe: Recipe, dense: Dense) -> bool:
+    """Whether an earlier run has compressed this model already. Raises DiskError where it compressed something else."""
+    if not staged.is_dir() or not any(staged.iterdir()):
+        return False
+    found = reports.read(staged)
+    before = (read_recipe(staged / reports.RECIPE), found.model, found.revision, found.versions)
+    if before != (recipe, dense.name, dense.revision, reports.versions()) or _is_older(staged, recipe, dense):
+        raise DiskError(
+            f"{staged} was left by a run with another recipe, model, text or version; remove it, or choose another "
+            f"output folder"
+        )
+    return True
+
+
+def _is_older(staged: Path, recipe: Recipe, dense: Dense) -> bool:
+    """Whether a model on this disk, or the file of text, has changed since."""
+    read = {header.file for header in dense.tensors.values() if dense.revision is None}  # a commit does not change
+    if recipe.calibration is not None and is_file(recipe.calibration.dataset):
+        read.add(Path(recipe.calibration.dataset).expanduser())
+    made = (staged / reports.FILE).stat().st_mtime
+    return any(path.stat().st_mtime > made for path in read if path.is_file())
