@@ -67,7 +67,7 @@ class Writer:
             _sort_header(path)
         except (OSError, SafetensorError) as error:
             raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
-        _sync(path)
+        sync(path)
         self.parts.append({name: tensor.numel() * tensor.element_size() for name, tensor in contiguous.items()})
 
     def write(self, name: str, text: str) -> None:
@@ -140,7 +140,7 @@ def seal(folder: Path) -> None:
         entries = {"format_version": FORMAT_VERSION, "sha256": hashes}
         (folder / MANIFEST).write_text(json.dumps(entries, indent=2), encoding="utf-8")
     for path in folder.iterdir():
-        _sync(path)
+        sync(path)
 
 
 def _publish(staging: Path, output: Path) -> None:
@@ -148,7 +148,7 @@ def _publish(staging: Path, output: Path) -> None:
     if output.exists():
         output.rmdir()  # empty, or check_output would have refused it
     staging.rename(output)
-    _sync(output.parent)
+    sync(output.parent)
 
 
 def add_file(folder: Path, name: str, text: str) -> None:
@@ -167,7 +167,7 @@ def replace_text(path: Path, text: str) -> None:
     staged = path.with_name(f".{path.name}.partial")
     try:
         staged.write_text(text, encoding="utf-8")
-        _sync(staged)
+        sync(staged)
         staged.rename(path)
     finally:
         staged.unlink(missing_ok=True)
@@ -238,7 +238,8 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of a folder's files, is on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

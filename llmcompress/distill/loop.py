@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from llmcompress.distill.batch import Batch
 from llmcompress.distill.data import Data
+from llmcompress.distill.engine import Engine, held_decoded
 from llmcompress.distill.head import chunked_loss
 from llmcompress.distill.held_out import Distances, distances
 from llmcompress.distill.losses.loss import LossState
@@ -37,7 +38,6 @@ from llmcompress.distill.recipe import Distillation, Term
 from llmcompress.distill.state import Keeper, Progress, stop_requests
 from llmcompress.distill.student import Student
 from llmcompress.errors import NumericsError, Terminated
-from llmcompress.modules import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,23 +104,23 @@ def train(run: Run, report: Report | None = None) -> Progress:
     states = [term.of.start() for term in recipe.losses]
     objective = Objective(run.student.model, run.teacher, list(zip(recipe.losses, states, strict=True)))
     optimizer = optimizer_of(recipe, run.student.groups())
-    progress = run.keeper.load(run.student.named(), optimizer)
-    progress.shares = progress.shares or normalized(run.data.weights)
-    progress.cursors = progress.cursors or [0] * len(run.data.sizes)
-    for state, saved in zip(states, progress.losses):
-        if state is not None and saved is not None:
-            state.load_state_dict(saved)
-    wrapped = accelerator.prepare(objective) if accelerator.num_processes > 1 else objective
-    started = time.monotonic() - progress.seconds
-    with decoded(run.student.model), decoded(run.teacher), stop_requests() as stopping:
+    with held_decoded(accelerator, run.student.model, run.teacher), stop_requests() as stopping:
+        engine = Engine.of(accelerator, run.student, run.teacher, objective, optimizer)
+        progress = engine.load(run.keeper)
+        progress.shares = progress.shares or normalized(run.data.weights)
+        progress.cursors = progress.cursors or [0] * len(run.data.sizes)
+        for state, saved in zip(states, progress.losses):
+            if state is not None and saved is not None:
+                state.load_state_dict(saved)
+        started, saved_at = time.monotonic() - progress.seconds, time.monotonic()
         run.metrics.start(progress.step, begun=bool(progress.history))
         if not progress.history:
-            progress.history.append(_seen(run, progress))
+            progress.history.append(_seen(run, engine, progress))
             run.metrics.add(progress.history[-1])
         for step in range(progress.step, run.steps):
             began = time.monotonic()
-            batch = _next(run, progress, step)
-            means, norm = _step(run, wrapped, optimizer, step, batch)
+            batch = _next(run, engine, progress, step)
+            means, norm = _step(run, engine, step, batch)
             loss = math.fsum(term.weight * mean for term, mean in zip(recipe.losses, means, strict=True))
             for state, mean in zip(states, means, strict=True):
                 if state is not None:
@@ -132,34 +132,41 @@ def train(run: Run, report: Report | None = None) -> Progress:
             run.metrics.add({**_entry(run, progress, loss, means, norm), "tokens_per_second": speed})
             last = progress.step == run.steps
             if last or progress.step % recipe.evaluate_every == 0:
-                seen = {**_seen(run, progress), "seconds": progress.seconds}
+                seen = {**_seen(run, engine, progress), "seconds": progress.seconds}
                 progress.history.append({**seen, "loss": loss})
                 run.metrics.add(seen)
-            asked = _any(accelerator, stopping)
-            if (last or asked or progress.step % recipe.save_every == 0) and accelerator.is_main_process:
-                run.keeper.save(progress, run.student.named(), optimizer)
+            asked, late = _decided(accelerator, stopping, time.monotonic() - saved_at >= 60 * recipe.save_minutes)
+            if last or asked or late or progress.step % recipe.save_every == 0:
+                engine.save(run.keeper, progress)
+                saved_at = time.monotonic()
             if report is not None:
                 read = progress.step * recipe.batch * run.data.sequences.ids.shape[1]
                 report(progress.step, run.steps, loss, read / progress.seconds, progress.history[-1]["kl"])
             if asked and not last:
                 kept = f"step {progress.step} is kept in {run.keeper.folder}, from where the same command goes on"
                 raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(kept)
+    engine.gather()
     return progress
 
 
-def _any(accelerator: Accelerator, stopping: list[int]) -> bool:
-    """Whether any process was asked to stop: then all do, or the others would wait for it forever."""
+def _decided(accelerator: Accelerator, stopping: list[int], late: bool) -> tuple[bool, bool]:
+    """Whether any process was asked to stop, and whether the first one finds a state to be `late`.
+
+    All then do the same, or some would wait for the others forever: clocks differ, and a signal may reach one alone.
+    """
     if accelerator.num_processes == 1:
-        return bool(stopping)
-    return bool(accelerator.reduce(torch.tensor(float(len(stopping)), device=accelerator.device), "sum") > 0)
+        return bool(stopping), late
+    mine = [float(len(stopping)), float(late and accelerator.is_main_process)]
+    asked, overdue = accelerator.reduce(torch.tensor(mine, device=accelerator.device), "sum").tolist()
+    return asked > 0, overdue > 0
 
 
-def _next(run: Run, progress: Progress, step: int) -> Batch:
+def _next(run: Run, engine: Engine, progress: Progress, step: int) -> Batch:
     """The sequences of a step; `progress` learns the domains' shares, where they are new, and how far each is read."""
     recipe, data = run.recipe, run.data
     if recipe.mixture.due(step):
         few = recipe.mixture.sequences
-        gaps = [_distances(run, held_out[:few]).means() for held_out in data.held_out]
+        gaps = engine.within(lambda: [_distances(run, held_out[:few]).means() for held_out in data.held_out])
         perplexities = ([gap[key] for gap in gaps] for key in ("perplexity", "teacher_perplexity"))
         progress.shares = _agreed(run.accelerator, reweighted(progress.shares, *perplexities))
     counts = quotas(progress.shares, recipe.batch, step, recipe.seed)
@@ -181,9 +188,10 @@ def _shares(run: Run, progress: Progress) -> dict[str, dict[str, float]]:
     return {"shares": dict(zip(names, progress.shares, strict=True))} if len(names) > 1 else {}
 
 
-def _seen(run: Run, progress: Progress) -> dict[str, Any]:
+def _seen(run: Run, engine: Engine, progress: Progress) -> dict[str, Any]:
     """A look, and what was read before it."""
-    return {**look(run, progress.step), "tokens": progress.targets, **_shares(run, progress)}
+    found = engine.within(lambda: look(run, progress.step))
+    return {**found, "tokens": progress.targets, **_shares(run, progress)}
 
 
 def _entry(run: Run, progress: Progress, loss: float, means: Sequence[float], norm: float) -> dict[str, Any]:
@@ -200,49 +208,46 @@ def _entry(run: Run, progress: Progress, loss: float, means: Sequence[float], no
     }
 
 
-def _step(
-    run: Run, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Batch
-) -> tuple[list[float], float]:
+def _step(run: Run, engine: Engine, step: int, batch: Batch) -> tuple[list[float], float]:
     """One optimizer step on `batch`, shared by the processes; the mean of each loss over its tokens, and the norm of
     the gradient before it was clipped."""
     recipe, accelerator = run.recipe, run.accelerator
     share = rate(step, run.steps, recipe.warmup, recipe.final_rate)
-    for group in optimizer.param_groups:
+    for group in engine.optimizer.param_groups:
         group["lr"] = recipe.rates[group["kind"]] * share * group["size"]
     mine = batch[torch.arange(len(batch)).tensor_split(accelerator.num_processes)[accelerator.process_index]]
     parts = [part.trimmed().to(accelerator.device) for part in mine.split(recipe.micro_batch)]
-    counts = _counts(run, objective, parts, batch.targets)
+    counts = _counts(run, engine, parts, batch.targets)
     report = torch.zeros(len(counts), 2, device=accelerator.device)
     for number, part in enumerate(parts, start=1):
-        waiting = number < len(parts) and accelerator.num_processes > 1
-        with accelerator.no_sync(objective) if waiting else nullcontext():
+        with engine.waiting(last=number == len(parts)):
             with run.autocast():
-                loss, found = objective(part, counts)
-            (loss * accelerator.num_processes).backward()  # wrappers average over processes
+                loss, found = engine.measure(part, counts)
+            engine.backward(loss)
         report += found
     sums = accelerator.reduce(report, "sum")[:, 0]
-    norm = torch.nn.utils.clip_grad_norm_(run.student.named().values(), recipe.clip)
+    norm = engine.clip(recipe.clip)
     means = [float(value) / count for value, count in zip(sums, counts, strict=True)]
-    if not math.isfinite(sum(means)) or not bool(norm.isfinite()):
+    if not math.isfinite(sum(means)) or not math.isfinite(norm):
         raise NumericsError(
-            f"step {step + 1}: the loss is {sum(means)} and the gradient's norm {float(norm)}; lower the rates and "
+            f"step {step + 1}: the loss is {sum(means)} and the gradient's norm {norm}; lower the rates and "
             f"start again, the state before is kept"
         )
-    optimizer.step()
+    engine.optimizer.step()
     for module in run.student.relaxed.values():
         module.relaxed.confine()
-    optimizer.zero_grad(set_to_none=True)
-    return means, float(norm)
+    engine.optimizer.zero_grad(set_to_none=True)
+    return means, norm
 
 
-def _counts(run: Run, objective: nn.Module, parts: Sequence[Batch], targets: int) -> list[float]:
+def _counts(run: Run, engine: Engine, parts: Sequence[Batch], targets: int) -> list[float]:
     """What the sum of each loss over a step is divided by: its `targets`, those of all processes (each knows every
     sequence, so nobody has to ask), or a sum of weights that has to be found."""
     counts = [float(targets)] * len(run.recipe.losses)
     if all(term.of.counts_tokens for term in run.recipe.losses):
         return counts
     with torch.no_grad(), run.autocast():
-        report = torch.stack([objective(part, counts)[1] for part in parts]).sum(0)
+        report = torch.stack([engine.measure(part, counts)[1] for part in parts]).sum(0)
     return [float(count) for count in run.accelerator.reduce(report, "sum")[:, 1]]
 
 

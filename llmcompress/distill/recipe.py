@@ -99,6 +99,7 @@ class Distillation(BaseModel):
     )
     evaluate_every: int = Field(default=25, ge=1, description="steps between looks at the held-out sequences")
     save_every: int = Field(default=25, ge=1, description="steps between states that a run can resume from")
+    save_minutes: float = Field(default=10, gt=0, allow_inf_nan=False, description="and minutes between them at most")
 
     def stages(self) -> tuple[tuple[PhaseKind, Distillation], ...]:
         """The phases: the kind of each, and the recipe of it alone."""

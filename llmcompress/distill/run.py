@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -12,25 +12,23 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from llmcompress import report as reports
 from llmcompress.blocks import product_dtype, products
 from llmcompress.checkpoint import check_output, writing
 from llmcompress.distill.data import Data, read_data
+from llmcompress.distill.launch import check_enough, launched_accelerator, loading_device
 from llmcompress.distill.loop import Report, Run
-from llmcompress.distill.metrics import Metrics, start_trackers, term_names, tracking
+from llmcompress.distill.metrics import Metrics, start_trackers, term_names
 from llmcompress.distill.objective import check_boundaries, check_head, check_pair
 from llmcompress.distill.phases import Learned, learn
-from llmcompress.distill.ready import check_ready, memory_advice
+from llmcompress.distill.ready import memory_advice
 from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.state import METRICS, Keeper
 from llmcompress.distill.student import Student
 from llmcompress.driver import copy_companions
-from llmcompress.errors import InputError, RecipeError
 from llmcompress.export.opened import Opened
 from llmcompress.hf import table_entry
 from llmcompress.locate import Place, locate
@@ -91,14 +89,14 @@ def distill(
     A run that was cut goes on from the last state in `<output>.training`. Raises an LLMCompressError, in one sentence,
     for whatever is wrong.
     """
-    asked = read_as(Distillation, recipe)
-    folder, target = locate(str(student)).folder, Path(output)
-    accelerator = _accelerator(device, asked, target)
+    asked, target = read_as(Distillation, recipe), Path(output)
+    accelerator = launched_accelerator(device, asked, target)
+    folder = locate(str(student)).folder
     opened = Opened(folder)
     check_output(target, opened.bytes)
     place = locate(str(teacher))
     tokenizer = load_tokenizer(folder)
-    where = str(accelerator.device)
+    where = loading_device(accelerator)
     pair = load_model(Place(str(student), folder), where), load_model(place, where)
     check_pair(*pair, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
     data = read_data(asked.data, tokenizer, partial(load_model, place), pair[1].config)
@@ -119,22 +117,6 @@ def distill(
     return done
 
 
-def _accelerator(device: str, recipe: Distillation, output: Path) -> Accelerator:
-    """The processes that a launcher started, or this one. Raises RecipeError as `check_ready` does, and where a batch
-    cannot be shared by them."""
-    check_ready(recipe, device)
-    frozen = DistributedDataParallelKwargs(broadcast_buffers=False)  # packed codes are equal from the start
-    trackers = tracking(recipe, output)
-    accelerator = Accelerator(cpu=torch.device(device).type == "cpu", kwargs_handlers=[frozen], **trackers)
-    for _, stage in recipe.stages():
-        if stage.batch % (stage.micro_batch * accelerator.num_processes):
-            raise RecipeError(
-                f"batch {stage.batch} cannot be shared by {accelerator.num_processes} processes in parts of "
-                f"micro_batch {stage.micro_batch}; choose a multiple of their product"
-            )
-    return accelerator
-
-
 def _run(
     recipe: Distillation,
     student: Student,
@@ -148,9 +130,7 @@ def _run(
     cast.to(dtype)
     if recipe.checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
-    count, batch = len(data.sequences), max(stage.batch for _, stage in recipe.stages())
-    if count < batch:
-        raise InputError(f"{count} sequences are too few for a batch of {batch}; use more data or a smaller batch")
+    check_enough(len(data.sequences), recipe)
     return Run(
         recipe,
         student,
@@ -212,7 +192,7 @@ def _write(
         entry = {"quantization_config": table_entry(layouts, opened.sizes) | {"versions": reports.versions()}}
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
         if (opened.folder / reports.FILE).is_file():  # not beside what save_pretrained wrote
-            after = _recounted(reports.read(opened.folder), linears, size)
+            after = _recounted(reports.read(opened.folder), linears, size, done.warnings)
             writer.write(reports.FILE, json.dumps(after.to_json(), indent=2))
             writer.write(reports.RECIPE, (opened.folder / reports.RECIPE).read_text(encoding="utf-8"))
         writer.write(reports.DISTILLATION_RECIPE, dump(recipe))
@@ -222,7 +202,9 @@ def _write(
             (writer.folder / done.plot).write_bytes(distillation_png(done.history))
 
 
-def _recounted(before: reports.Report, linears: Mapping[str, CompressedLinear], size: int) -> reports.Report:
+def _recounted(
+    before: reports.Report, linears: Mapping[str, CompressedLinear], size: int, warnings: Sequence[str]
+) -> reports.Report:
     """The report of the student with what is stored now, in files of `size` bytes."""
     warning = "errors of layers are those before the distillation, which moves all together"
     stored = {name: layer.expression() for name, layer in linears.items()}
@@ -239,5 +221,5 @@ def _recounted(before: reports.Report, linears: Mapping[str, CompressedLinear], 
         bpw=sum(row.bpw * prod(row.shape) for row in counted) / sum(prod(row.shape) for row in counted),
         model_bpw=size * 8 / before.parameters,
         layers=tuple(rows),
-        warnings=(*before.warnings, warning),
+        warnings=(*before.warnings, warning, *warnings),
     )

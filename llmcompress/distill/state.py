@@ -1,5 +1,8 @@
 """The state of a run that is under way: what moves, the optimizer's moments, the step. Safetensors and JSON, replaced
-as a whole, so that a run which is cut goes on from its last state, to the bit."""
+as a whole, so that a run which is cut goes on from its last state, to the bit.
+
+The JSON file names the file of tensors that belongs to it, and is the last to be written.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmcompress.distill.optimizers import moments, put_moments
+from llmcompress.checkpoint import read_json, replace_text, sync
 from llmcompress.errors import DiskError, InputError
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+STATE = "state.json"
+FILES = ("even.safetensors", "odd.safetensors")  # the state names one, the next one's tensors go to the other
 METRICS = "metrics.jsonl"  # grows beside the state
 
 
@@ -61,52 +65,49 @@ class Keeper:
     def __init__(self, folder: Path, run: str) -> None:
         self.folder, self.run = folder, run
 
-    def save(self, progress: Progress, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        """Replaces the state. Raises DiskError where it cannot be written."""
-        staged = self.folder.with_name(self.folder.name + ".partial")
-        known = {name: moments(optimizer, parameter) for name, parameter in named.items()}
-        listed = {name: list(values) for name, values in known.items()}
-        entries = {"run": self.run, "moments": listed, **vars(progress)}
+    def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
+        """Replaces the state: at every moment the old one or the new one is there, whole, even if the power fails.
+
+        Raises DiskError where it cannot be written.
+        """
         try:
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(parents=True)
-            save_file(_tensors(named, known), staged / "state.safetensors")
-            (staged / "state.json").write_text(json.dumps(entries), encoding="utf-8")
-            if (self.folder / METRICS).is_file():
-                shutil.copyfile(self.folder / METRICS, staged / METRICS)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            staged.rename(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            before = self._named()
+            name = next(name for name in FILES if name != before)
+            save_file(dict(tensors), self.folder / name)
+            for written in (self.folder / name, self.folder):
+                sync(written)
+            replace_text(self.folder / STATE, json.dumps({"run": self.run, "tensors": name, **vars(progress)}))
+            sync(self.folder)
+            if before is not None:
+                (self.folder / before).unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise DiskError(f"{self.folder} cannot be written ({error}); free some space and start again") from error
 
-    def load(self, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
-        """Puts the state back; a new `Progress` where there is none. Raises InputError for another run's, or damage."""
-        if not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} == {METRICS}:
-            return Progress()
+    def load(self) -> tuple[Progress, dict[str, Tensor]]:
+        """The last state and its tensors, or a new `Progress`. Raises InputError for another run's, or damage."""
+        if not (self.folder / STATE).is_file():
+            return Progress(), {}
         try:
-            entries = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
-            tensors = load_file(self.folder / "state.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
+            entries = read_json(self.folder / STATE)
+            tensors = load_file(self.folder / entries.pop("tensors"))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise InputError(f"{self.folder} cannot be read ({error}); remove it to start again") from error
         if entries.pop("run", None) != self.run:
             raise InputError(
                 f"{self.folder} was left by a run with another recipe, other data or other models; remove it, or "
                 f"choose another output folder"
             )
-        for name, parameter in named.items():
-            with torch.no_grad():
-                parameter.copy_(tensors[f"value.{name}"])
-            found = {key: tensors[f"{key}.{name}"] for key in entries["moments"][name]}
-            put_moments(optimizer, parameter, found)
-        del entries["moments"]
-        return Progress(**entries)
+        return Progress(**entries), tensors
 
     def remove(self) -> None:
         """Forgets the state of a run that has ended."""
+        (self.folder / STATE).unlink(missing_ok=True)  # first: it must not name what is gone
         shutil.rmtree(self.folder, ignore_errors=True)
 
-
-def _tensors(named: Mapping[str, nn.Parameter], known: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    values = {f"value.{name}": parameter.detach() for name, parameter in named.items()}
-    values |= {f"{key}.{name}": value for name, found in known.items() for key, value in found.items()}
-    return {name: tensor.cpu().contiguous() for name, tensor in values.items()}
+    def _named(self) -> str | None:
+        """The file of tensors that the state at hand names."""
+        try:
+            return str(read_json(self.folder / STATE)["tensors"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None

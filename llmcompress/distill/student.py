@@ -37,6 +37,11 @@ class Student:
         """Every parameter that moves, by name."""
         return {name: value for values in self.trained.values() for name, value in values.items()}
 
+    def follow(self) -> None:
+        """Takes up what stands in the model now, where other parameters were put in the places of those that train."""
+        for values in self.trained.values():
+            values.update({name: self.model.get_parameter(name) for name in values})
+
     def frozen(self) -> dict[str, CompressedLinear]:
         """The compressed linears with what was learned, by name; the model goes on as it is."""
         return {name: module.freeze() for name, module in self.relaxed.items()}

@@ -22,7 +22,7 @@ from llmcompress.distill.mixture import Mixture, draw, normalized, quotas, rewei
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe import dump, read_as
 from llmcompress.tables import distilled_view
-from tests.distill.test_training import free_port
+from tests.distill.launched import free_port
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
 

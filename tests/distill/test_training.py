@@ -7,9 +7,6 @@ import math
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,6 @@ from llmcompress.modules import compressed_linears
 from llmcompress.report import read
 from llmcompress.verify import verify
 from llmcompress.weight import describe, encode
-from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
 
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
@@ -153,6 +149,20 @@ def test_sigterm_keeps_the_state_of_the_last_step(folders: Path, tmp_path: Path)
     assert again.history[-1]["kl"] == whole.history[-1]["kl"]
 
 
+@pytest.mark.parametrize("minutes, kept", [(1e-9, 2), (60, None)])
+def test_states_are_kept_every_so_many_minutes(minutes: float, kept: int | None, folders: Path, tmp_path: Path) -> None:
+    asked = recipe(folders, steps=4, save_every=1000, save_minutes=minutes)
+
+    def cut(done: int, *_: Any) -> None:
+        if done == 2:
+            raise Cut
+
+    with pytest.raises(Cut):
+        distill(folders / "small", folders / "dense", asked, tmp_path / "out", progress=cut)
+    state = tmp_path / "out.training" / "state.json"
+    assert (json.loads(state.read_text())["step"] if state.exists() else None) == kept
+
+
 def test_the_gradient_does_not_depend_on_micro_batches(folders: Path, tmp_path: Path) -> None:
     results = [
         distill(folders / "small", folders / "dense", recipe(folders, steps=3, micro_batch=size), tmp_path / str(size))
@@ -160,52 +170,6 @@ def test_the_gradient_does_not_depend_on_micro_batches(folders: Path, tmp_path: 
     ]
     one, four = [result.history[-1] for result in results]
     assert math.isclose(one["kl"], four["kl"], rel_tol=1e-4) and math.isclose(one["loss"], four["loss"], rel_tol=1e-5)
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns(folders: Path, tmp_path: Path) -> None:
-    asked = recipe(folders, steps=4, save_every=2, rates={"scales": 5e-3, "norms": 2e-3})
-    (tmp_path / "recipe.yaml").write_text(json.dumps(asked))
-    alone = distill(folders / "small", folders / "dense", asked, tmp_path / "alone")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    words = [
-        "-m",
-        "llmcompress",
-        "distill",
-        folders / "small",
-        tmp_path / "recipe.yaml",
-        "--teacher",
-        folders / "dense",
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [
-            sys.executable,
-            *launcher,
-            *map(str, words),
-            "--teacher",
-            str(folders / "dense"),
-            "-o",
-            str(tmp_path / "both"),
-            "--json",
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    both = json.loads(done.stdout)
-    assert both["tokens"] == alone.tokens and both["steps"] == 4
-    for one, other in zip(alone.history, both["history"], strict=True):
-        for name in {"kl", "perplexity", "loss"} & one.keys():
-            assert math.isclose(one[name], other[name], rel_tol=1e-4), name
-    assert (tmp_path / "both" / "manifest.json").is_file() and not (tmp_path / "both.training").exists()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_another_recipe_does_not_continue(folders: Path, tmp_path: Path) -> None:

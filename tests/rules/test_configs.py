@@ -15,7 +15,8 @@ from llmcompress.recipe import read_as, read_recipe
 from tests.rules.source_tree import ROOT
 
 DISTILLATIONS = sorted((ROOT / "configs" / "distillation").glob("*.yaml"))
-RECIPES = [path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path not in DISTILLATIONS]
+LAUNCHES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))  # Accelerate's, not recipes
+RECIPES = [path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path not in DISTILLATIONS + LAUNCHES]
 
 
 def _methods_in(value: Any) -> Iterator[str]:

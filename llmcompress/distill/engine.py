@@ -1,0 +1,213 @@
+"""How processes hold the models that train: whole and alone, whole in each of several, or in shares.
+
+- alone: nothing is wrapped.
+- data parallel (DDP): every process has all; gradients are averaged over processes.
+- sharded (FSDP2): every process has a share of each parameter, of the student, of the frozen teacher, and of what the
+  optimizer remembers of it. Decoder blocks are gathered one at a time while they run. What is outside of them (tables,
+  last norms, heads) is gathered for the length of a forward and its backward, so that heads can be used in any way.
+  Buffers are not shared out: the packed numbers of a relaxed layer that do not train are in every process, at the bits
+  they are stored with, and so is a compressed head, decoded. Models are read whole by every process, into the host's
+  memory, and shared out from there; a state is one file with whole tensors, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from llmcompress.distill.batch import Batch
+from llmcompress.distill.launch import sharded
+from llmcompress.distill.optimizers import moments, put_moments
+from llmcompress.distill.state import Keeper, Progress
+from llmcompress.distill.student import Student
+from llmcompress.errors import InputError
+from llmcompress.modules import decoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
+
+
+class Root(nn.Module):
+    """What is sharded together. Its forward runs a function, while everything in it outside of blocks is gathered."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        # where Accelerate looks for the names of blocks' classes
+        self._no_split_modules = sorted(_block_classes(self))
+
+    def forward(self, run: Callable[[], T]) -> T:
+        """What `run` returns; every process has to run the same blocks in the same order."""
+        return run()
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """A student that trains, its objective and its optimizer, as the processes of `accelerator` hold them."""
+
+    accelerator: Accelerator
+    student: Student
+    optimizer: torch.optim.Optimizer
+    objective: nn.Module  # to call; wrapped by DDP where that averages gradients
+    root: Root | None = None  # of what is sharded
+
+    @staticmethod
+    def of(
+        accelerator: Accelerator,
+        student: Student,
+        teacher: PreTrainedModel,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> Engine:
+        """Wraps or shards, as the launcher asked. `objective` holds the student but not the teacher.
+
+        Sharding puts other parameters in the place of those of the models, of `student` and of `optimizer`.
+        """
+        if sharded(accelerator):
+            root = Root(objective, teacher)
+            accelerator.prepare(root, optimizer)
+            student.follow()
+            return Engine(accelerator, student, optimizer, objective, root)
+        if accelerator.num_processes > 1:
+            objective = accelerator.prepare(objective)
+        return Engine(accelerator, student, optimizer, objective)
+
+    def within(self, run: Callable[[], T]) -> T:
+        """What `run` returns, which uses the models in any way that needs no gradient."""
+        if self.root is None:
+            return run()
+        with torch.no_grad():
+            found: T = self.root(run)
+        cast(FSDPModule, self.root).reshard()
+        return found
+
+    def measure(self, batch: Batch, counts: list[float]) -> tuple[Tensor, Tensor]:
+        """The objective's (total, report), with gradient where that is on."""
+        run = self.objective
+        found: tuple[Tensor, Tensor] = (
+            run(batch, counts) if self.root is None else self.root(lambda: run(batch, counts))
+        )
+        return found
+
+    def backward(self, total: Tensor) -> None:
+        """Adds the gradients of a share of the objective; they are sums over processes, which wrappers average."""
+        (total * self.accelerator.num_processes).backward()
+
+    def waiting(self, last: bool) -> AbstractContextManager[None]:
+        """Surrounds a forward and backward of one part of a step; processes exchange gradients after the last."""
+        if self.root is not None:
+            cast(FSDPModule, self.root).set_requires_gradient_sync(last)
+            return nullcontext()
+        if last or self.accelerator.num_processes == 1:
+            return nullcontext()
+        waiting: AbstractContextManager[None] = self.accelerator.no_sync(self.objective)
+        return waiting
+
+    def clip(self, most: float) -> float:
+        """Scales the gradients so that their norm over all parameters is at most `most`; returns the norm before."""
+        return float(_whole(torch.nn.utils.clip_grad_norm_(self.student.named().values(), most)))
+
+    def save(self, keeper: Keeper, progress: Progress) -> None:
+        """Keeps the state, by the first process. Raises DiskError where it cannot be written."""
+        tensors = {}
+        for name, parameter in self.student.named().items():
+            for key, value in {"value": parameter.detach(), **moments(self.optimizer, parameter)}.items():
+                found = _whole(value)
+                if self.accelerator.is_main_process:
+                    tensors[f"{key}.{name}"] = found.cpu().contiguous()
+        if self.accelerator.is_main_process:
+            keeper.save(progress, tensors)
+
+    def load(self, keeper: Keeper) -> Progress:
+        """Puts the last state back, which the first process reads; a new `Progress` where there is none.
+
+        Raises InputError for another run's, or damage, in every process.
+        """
+        found: list[Any] = [Progress(), {}]
+        tensors: dict[str, Tensor] = {}
+        if self.accelerator.is_main_process:
+            try:
+                found[0], tensors = keeper.load()
+            except InputError as error:
+                found[0] = error
+            for whole, tensor in tensors.items():
+                key, _, name = whole.partition(".")
+                found[1].setdefault(name, {})[key] = torch.empty_like(tensor, device="meta")
+        broadcast_object_list(found)
+        progress, kept = found
+        if isinstance(progress, InputError):
+            raise progress
+        for name, parameter in self.student.named().items() if progress.step else ():
+            forms = kept[name].items()
+            shares = {key: self._share(parameter, form, tensors.get(f"{key}.{name}")) for key, form in forms}
+            with torch.no_grad():
+                parameter.copy_(shares.pop("value"))
+            put_moments(self.optimizer, parameter, shares)
+        return progress
+
+    def gather(self) -> None:
+        """After the last step: gives the student its whole numbers back, in the host's memory.
+
+        The sharded models cannot run any more.
+        """
+        if self.root is None:
+            return
+        student, trained = self.student, self.student.named()
+        inside = tuple(f"{name}." for name in student.relaxed)
+        frozen = [name for name, _ in student.model.named_parameters() if name.startswith(inside)]
+        for name in dict.fromkeys([*trained, *frozen]):
+            found = _whole(student.model.get_parameter(name).detach())
+            holder, _, leaf = name.rpartition(".")
+            whole = nn.Parameter(found.cpu(), requires_grad=False)
+            student.model.get_submodule(holder).register_parameter(leaf, whole)
+        for module in student.relaxed.values():
+            module.cpu()
+        student.follow()
+
+    def _share(self, like: Tensor, form: Tensor, whole: Tensor | None) -> Tensor:
+        """What this process holds of `whole`, which the first one has and all know the `form` of, where `like` is held
+        so; a count of steps is in the host's memory."""
+        device = self.accelerator.device
+        there = torch.empty_like(form, device=device) if whole is None else whole.to(device)
+        if self.accelerator.num_processes > 1:
+            there = broadcast(there)
+        if not there.ndim:
+            return there.cpu()
+        if isinstance(like, DTensor):
+            return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+        return there
+
+
+@contextmanager
+def held_decoded(accelerator: Accelerator, student: PreTrainedModel, teacher: PreTrainedModel) -> Iterator[None]:
+    """Keeps compressed linears that do not train decoded: all of them, or where models are sharded the heads alone.
+
+    Around `Engine.of`. Blocks of a compressed teacher that is sharded are decoded whenever they run.
+    """
+    models: list[nn.Module] = [student, teacher]
+    if sharded(accelerator):
+        models = [model.get_output_embeddings() for model in (student, teacher)]
+    with decoded(models[0]), decoded(models[1]):
+        yield
+
+
+def _block_classes(module: nn.Module) -> set[str]:
+    """The names that transformers gives of the classes of decoder blocks in the models inside `module`."""
+    found = list(module.modules())
+    named = {name for each in found for name in getattr(each, "_no_split_modules", None) or ()}
+    return named & {type(each).__name__ for each in found}
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,0 +1,131 @@
+"""The processes that train together, as `accelerate launch` or torchrun started them and an Accelerate config says.
+
+Everything comes from the environment that a launcher sets; what could not be right is refused here, before any model is
+read.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from llmcompress.distill.metrics import tracking
+from llmcompress.distill.ready import check_ready
+from llmcompress.distill.recipe import Distillation
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.tokens import held_out_count
+
+FOREIGN = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+SHARDING = "ACCELERATE_USE_FSDP"
+
+
+def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Accelerator:
+    """The processes that a launcher started, or this one alone, on devices of the kind of `device`; files of trackers
+    are to lie beside `output`.
+
+    The recipe says what is computed in which precision, so a `mixed_precision` of the launcher changes nothing. Raises
+    RecipeError as `check_ready` does, for an engine that cannot do it and where a batch cannot be shared, InputError
+    for too little data.
+    """
+    check_ready(recipe, device)
+    for variable, name in FOREIGN.items():
+        if _is_on(variable):
+            raise RecipeError(
+                f"{name} would keep what trains in a form of its own, where latents cannot be confined nor a state be "
+                f"kept; launch with configs/accelerate/fsdp2.yaml, which shards, or ddp.yaml"
+            )
+    _check_shares(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    frozen = DistributedDataParallelKwargs(broadcast_buffers=False)  # packed codes are equal from the start
+    accelerator = Accelerator(
+        cpu=torch.device(device).type == "cpu",
+        mixed_precision="no",
+        kwargs_handlers=[frozen],
+        **tracking(recipe, output),
+    )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise RecipeError(
+            f"{os.environ['WORLD_SIZE']} processes cannot each have a device like {device!r}; use cpu, or one GPU for "
+            f"each"
+        )
+    if _is_on(SHARDING):
+        check_sharding(accelerator, recipe)
+    return accelerator
+
+
+def sharded(accelerator: Accelerator) -> bool:
+    """Whether every process is to hold a share of the models only."""
+    return bool(accelerator.is_fsdp2)
+
+
+def loading_device(accelerator: Accelerator) -> str:
+    """Where models are read to: the process's own device, or the host's memory, from where shares are handed out."""
+    return "cpu" if sharded(accelerator) else str(accelerator.device)
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def _check_shares(recipe: Distillation, processes: int) -> None:
+    for _, stage in recipe.stages():
+        if processes > stage.batch:
+            raise RecipeError(
+                f"{processes} processes are more than the {stage.batch} sequences of a batch; start fewer, or raise "
+                f"batch"
+            )
+        if stage.batch % (stage.micro_batch * processes):
+            raise RecipeError(
+                f"batch {stage.batch} cannot be shared by {processes} processes in parts of micro_batch "
+                f"{stage.micro_batch}; choose a multiple of their product"
+            )
+    sources = recipe.data if isinstance(recipe.data, tuple) else (recipe.data,)
+    counts = [source.samples - held_out_count(source.held_out, source.samples) for source in sources]
+    check_enough(sum(counts), recipe)
+
+
+def check_enough(sequences: int, recipe: Distillation) -> None:
+    """Raises InputError where `sequences` to train on do not fill a batch, so that a process could be left without."""
+    batch = max(stage.batch for _, stage in recipe.stages())
+    if sequences < batch:
+        raise InputError(f"{sequences} sequences are too few for a batch of {batch}; use more data or a smaller batch")
+
+
+def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
+    """Raises RecipeError unless it is FSDP2 in the form that is known to be right, for one phase of training."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise RecipeError(
+            "the launcher asks for FSDP, which Accelerate does on GPUs only; choose --device cuda, or launch with "
+            "configs/accelerate/cpu-ddp.yaml"
+        )
+    plugin = accelerator.state.fsdp_plugin
+    refused = {
+        "fsdp_version: 1": plugin.fsdp_version != 2,
+        "fsdp_cpu_ram_efficient_loading: true": plugin.cpu_ram_efficient_loading,
+        "fsdp_offload_params: true": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "fsdp_activation_checkpointing: true": plugin.activation_checkpointing,
+    }
+    for setting, there in refused.items():
+        if there:
+            raise RecipeError(
+                f"a distillation cannot run with {setting}; launch with configs/accelerate/fsdp2.yaml (activations are "
+                f"computed again where the recipe says checkpointing: true)"
+            )
+    if recipe.optimizer != "adamw":
+        raise RecipeError(
+            f"optimizer: {recipe.optimizer} keeps moments in blocks of whole tensors, which cannot be shared out; use "
+            f"adamw, or launch with configs/accelerate/ddp.yaml"
+        )
+    if len(recipe.stages()) > 1 or any(s.adapt and s.adapt.factor_bits < 16 for _, s in recipe.stages()):
+        raise RecipeError(
+            "models that were shared out cannot run any more after a phase, so neither can other phases, nor factors "
+            "be rounded; give each phase a recipe of its own, and factor_bits: 16"
+        )

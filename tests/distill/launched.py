@@ -1,0 +1,92 @@
+"""What each process of `tests/distill/test_processes.py` runs: the jobs of a file, one distillation after another.
+
+    torchrun ... launched.py JOBS ANSWERS
+
+JOBS: a JSON list of {student, teacher, recipe, output, a free port, and optionally stop: [process, step]}.
+Each process writes what came of each job into the folder ANSWERS, and how much it held of the models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from llmcompress.distill import distill, head, loop
+from llmcompress.errors import LLMCompressError, Terminated
+
+RANK = int(os.environ.get("RANK", "0"))
+CLOCK = SimpleNamespace(monotonic=lambda: time.monotonic() * 10 ** (8 * RANK))  # the second process's runs ahead
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def shares(parameters: Iterable[torch.Tensor]) -> dict[str, int]:
+    """How many numbers there are, how many of them are here, and how many parameters are not sharded."""
+    found = list(parameters)
+    here = [value.to_local() if isinstance(value, DTensor) else value for value in found]
+    whole = sum(not isinstance(value, DTensor) for value in found)
+    return {"all": sum(map(torch.numel, found)), "here": sum(map(torch.numel, here)), "whole": whole}
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """What came of one job, here."""
+    runs: list[loop.Run] = []
+    held: dict[str, Any] = {}
+    seen: list[int] = []
+    look = loop.look
+
+    def remembering(given: loop.Run, step: int) -> dict[str, float]:
+        runs.append(given)
+        return look(given, step)
+
+    def progress(done: int, *_: Any) -> None:
+        seen.append(done)
+        if runs:
+            student, teacher = runs[-1].student.model, runs[-1].teacher
+            held["student"], held["teacher"] = shares(student.parameters()), shares(teacher.parameters())
+            held["payloads"] = shares(value for value in student.parameters() if value.dtype == torch.uint8)
+            held["blocks"] = [sum(isinstance(m, FSDPModule) for m in model.modules()) for model in (student, teacher)]
+        if job.get("stop") == [RANK, done]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if "RANK" in os.environ:  # a process group of its own for every job
+        os.environ.update(MASTER_PORT=str(job["port"]), TORCHELASTIC_USE_AGENT_STORE="False")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # Accelerate shards on GPUs only, FSDP2 itself anywhere
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    try:
+        chunked = mock.patch.object(head, "LOGITS_ON_CPU", 2**12)  # so that heads work on several chunks
+        with chunked, mock.patch.object(loop, "look", remembering), mock.patch.object(loop, "time", CLOCK):
+            done = distill(job["student"], job["teacher"], job["recipe"], job["output"], progress=progress)
+        found = done.to_json()
+    except (LLMCompressError, Terminated) as error:
+        found = {"error": f"{type(error).__name__}: {error}"}
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return {**found, "held": held, "seen": seen}
+
+
+if __name__ == "__main__":
+    results = [run(job) for job in json.loads(Path(sys.argv[1]).read_text())]
+    (Path(sys.argv[2]) / f"{RANK}.json").write_text(json.dumps(results))
+    os._exit(0)  # stores of earlier groups would wait for each other at the end of the interpreter

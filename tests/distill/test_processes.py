@@ -1,0 +1,342 @@
+"""Two processes learn what one learns, with whole models (DDP) and in shares (FSDP2), and take up what was cut."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+
+import llmcompress as lc
+from llmcompress import report as reports
+from llmcompress.distill import Distillation, distill
+from llmcompress.distill.launch import check_sharding, launched_accelerator
+from llmcompress.errors import InputError, RecipeError
+from tests.distill.launched import free_port, run
+from tests.rules.source_tree import ROOT
+from tests.tiny import save_tiny
+
+TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
+RULES = [
+    {"match": "*.q_proj", "steps": [{"method": "magnitude", "pattern": "2:4"}]},
+    {
+        "match": "*.down_proj",
+        "steps": [{"method": "rtn", "bits": 2, "group_size": 16}, {"method": "svd", "rank": 2, "factor_bits": 16}],
+    },
+    {"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2, "group_size": 16}]},
+]
+ALL = {"codes": 1e-2, "scales": 5e-3, "factors": 5e-3, "values": 2e-3, "norms": 2e-3}
+launches = pytest.mark.slow  # two processes that have to import everything
+CONFIGS = ROOT / "configs" / "accelerate"
+ENGINES = {"ddp": "cpu-ddp.yaml", "fsdp2": "fsdp2.yaml"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `dense` model, a `small` and a `tied` one made from such, and a text."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(80)))
+    data = {"dataset": str(folder / "text.txt"), "samples": 8, "length": 32, "held_out": 2}
+    compression = {"version": 1, "rules": RULES, "calibration": data}
+    save_tiny("llama", folder / "tied", tie_word_embeddings=True)
+    save_tiny("llama", folder / "dense", attention_bias=True)
+    lc.compress(folder / "tied", compression | {"embeddings": [{"method": "rtn", "bits": 4}]}, folder / "tied-small")
+    lc.compress(folder / "dense", compression, folder / "dense-small")
+    return folder
+
+
+def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
+    """Distillations by name.
+
+    `cut` is stopped and `resumed` takes it up; `kept` and `clipped` leave their states, `finished` is what becomes of
+    the first, and `moved` what becomes of it elsewhere.
+    """
+
+    def job(output: str, teacher: str = "tied", stop: list[int] | None = None, **more: Any) -> dict[str, Any]:
+        data = {"dataset": str(place / "text.txt"), "samples": 28, "length": 32, "held_out": 4}
+        exact = {"batch": 4, "micro_batch": 1, "evaluate_every": 1, "compute": "float32", "steps": 4}
+        recipe = {"version": 1, "data": data, "rates": ALL} | exact | more
+        folders = {"student": str(place / f"{teacher}-small"), "teacher": str(place / teacher)}
+        return folders | {"output": str(out / output), "recipe": recipe, "stop": stop, "port": free_port()}
+
+    first, last = [0, 1], [1, 1]  # which process is stopped, and after which step
+    stateful = {"losses": [{"of": {"loss": "taid"}}], "save_every": 1000}
+    text = {"dataset": str(place / "text.txt"), "samples": 10, "length": 32, "held_out": 2}
+    domains = [text | {"name": "one"}, text | {"name": "other", "length": 24}]
+    mixed = {"data": domains, "mixture": {"reweight": "ddk", "every": 2, "sequences": 1}}
+    compressed_teacher = job("second-hand", losses=[{"of": {"loss": "dad"}}], checkpointing=True, **mixed)
+    return {
+        "whole": job("whole", **stateful),
+        "cut": job("cut", stop=last, **stateful),
+        "resumed": job("cut", **stateful),
+        "kept": job("kept", "dense", stop=first, clip=1e3),
+        "finished": job("finished", "dense", clip=1e3),
+        "moved": job("moved", "dense", clip=1e3),
+        "other": job("kept", "dense", steps=5),
+        "clipped": job("clipped", "dense", stop=first, clip=1e-3),
+        "second-hand": compressed_teacher | {"teacher": str(place / "tied-small"), "student": str(place / "tied-2")},
+    }
+
+
+def launch_environment(config: str, **more: str) -> dict[str, str]:
+    """What `accelerate launch --config_file CONFIG` sets for its processes."""
+    words = ["--config_file", str(CONFIGS / config), "-m", "llmcompress", "distill"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    names = ("ACCELERATE_", "FSDP_")
+    return {key: value for key, value in prepare_multi_gpu_env(args).items() if key.startswith(names)} | more
+
+
+def answers(engine: str, asked: list[dict[str, Any]], out: Path) -> list[list[dict[str, Any]]]:
+    """What each of two processes says of the jobs."""
+    (out / "jobs.json").write_text(json.dumps(asked))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | launch_environment(ENGINES[engine])
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    script = [str(ROOT / "tests" / "distill" / "launched.py"), str(out / "jobs.json"), str(out)]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """Where the jobs' outputs are, and what came of them in one process."""
+    data = {"dataset": str(place / "text.txt"), "samples": 8, "length": 32, "held_out": 2, "seed": 1}
+    lc.compress(place / "tied", {"version": 1, "rules": RULES[-1:], "calibration": data}, place / "tied-2")
+    out = place / "alone"
+    asked = jobs(place, out)
+    return out, {name: run(asked[name]) for name in ("whole", "kept", "finished", "clipped", "second-hand")}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def together(request: pytest.FixtureRequest, place: Path, alone: Any) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+    """Where the jobs' outputs are, and what each of two processes says of them."""
+    out = place / request.param
+    out.mkdir()
+    asked = jobs(place, out)
+    asked.pop("finished")
+    shutil.copytree(alone[0] / "kept.training", out / "moved.training")
+    first, second = answers(request.param, list(asked.values()), out)
+    return out, dict(zip(asked, map(list, zip(first, second, strict=True)), strict=True))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def measured(folder: Path) -> list[dict[str, Any]]:
+    """What was measured on the way, but for times."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in {"seconds", "tokens_per_second"}} for row in rows]
+
+
+@launches
+@pytest.mark.parametrize("name", ["whole", "second-hand"])
+def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: Any) -> None:
+    wanted = alone[1][name]["history"]
+    assert wanted[-1]["kl"] < wanted[0]["kl"]
+    for found in together[1][name]:
+        for one, other in zip(wanted, found["history"], strict=True):
+            for key in {"kl", "perplexity", "loss"} & one.keys():
+                assert math.isclose(one[key], other[key], rel_tol=1e-5, abs_tol=1e-7), key
+    for one, other in zip(measured(alone[0] / name), measured(together[0] / name), strict=True):
+        assert one.keys() == other.keys() and one["tokens"] == other["tokens"]
+        for key in {"kl", "loss", "gradient_norm"} & one.keys():
+            assert math.isclose(one[key], other[key], rel_tol=1e-5, abs_tol=1e-7), key
+    ours, theirs = weights(alone[0] / name), weights(together[0] / name)
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        if value.dtype == torch.uint8:  # codes, and scales that may have been rounded to either side
+            assert float((value != theirs[key]).float().mean()) < 1e-3, key
+        else:
+            torch.testing.assert_close(value, theirs[key], rtol=1e-5, atol=1e-6)
+
+
+@launches
+@pytest.mark.parametrize("name", ["kept", "clipped"])
+def test_moments_are_those_of_one_process(name: str, alone: Any, together: Any) -> None:
+    """They are sums of gradients, so that a wrong factor shows, which the steps of Adam hide."""
+    states = [next((folder / f"{name}.training").glob("*.safetensors")) for folder in (alone[0], together[0])]
+    ours, theirs = map(load_file, states)
+    assert ours.keys() == theirs.keys() and any(key.startswith("exp_avg.") for key in ours)
+    norms = {}
+    for kind in ("value", "exp_avg", "exp_avg_sq"):
+        [one, other] = [torch.cat([v for k, v in s.items() if k.startswith(f"{kind}.")]) for s in (ours, theirs)]
+        norms[kind] = float(one.norm())
+        assert float((one - other).norm()) <= 1e-5 * norms[kind], kind
+    limit = 1e-3 * (1 - 0.9**2)  # what two clipped gradients can add up to
+    assert norms["exp_avg"] <= limit if name == "clipped" else norms["exp_avg"] > 2 * limit
+
+
+@launches
+def test_a_signal_to_one_process_stops_all_and_the_run_ends_as_a_whole_one(together: Any) -> None:
+    out, found = together
+    for cut, resumed in zip(found["cut"], found["resumed"], strict=True):
+        assert cut["seen"] == [1, 2] and "step 2 is kept in" in cut["error"]
+        assert resumed["seen"] == [3, 4]
+    for name in ("whole", "resumed"):
+        assert all(len(each["history"]) == 5 for each in found[name])
+    histories = [[{**row, "seconds": 0} for row in found[name][0]["history"]] for name in ("whole", "resumed")]
+    assert histories[0] == histories[1]
+    assert measured(out / "whole") == measured(out / "cut")
+    ours, theirs = weights(out / "whole"), weights(out / "cut")
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    assert not (out / "cut.training").exists()
+
+
+@launches
+def test_two_processes_take_up_what_one_left(alone: Any, together: Any) -> None:
+    wanted = alone[1]["finished"]["history"]
+    for found in together[1]["moved"]:
+        assert found["seen"] == [3, 4]
+        for one, other in zip(wanted, found["history"], strict=True):
+            assert math.isclose(one["kl"], other["kl"], rel_tol=1e-5)
+
+
+@launches
+def test_every_process_refuses_the_state_of_another_run(together: Any) -> None:
+    for found in together[1]["other"]:
+        assert found["error"].startswith("InputError: ") and "was left by a run with another recipe" in found["error"]
+
+
+@launches
+def test_a_compressed_teacher_is_said(alone: Any, together: Any) -> None:
+    for found in (alone[1], {name: each[0] for name, each in together[1].items()}):
+        assert not found["whole"]["warnings"]
+        [said] = found["second-hand"]["warnings"]
+        assert said.startswith("the teacher is compressed too")
+    written = json.loads((together[0] / "second-hand" / reports.FILE).read_text())
+    assert said in written["warnings"]
+
+
+def test_latents_can_start_at_a_compressed_teacher(place: Path, alone: Any, tmp_path: Path) -> None:
+    asked = jobs(place, tmp_path)["second-hand"]
+    asked["recipe"] |= {"rates": {"codes": 1e-3}, "latents": "teacher", "steps": 1, "checkpointing": False}
+    assert set(run(asked)["trained"]) == {"codes"}
+
+
+@launches
+def test_student_and_teacher_are_shared_out(together: Any) -> None:
+    out, found = together
+    for name in ("whole", "kept", "second-hand"):
+        assert found[name][0]["held"]["blocks"] == ([0, 0] if out.name == "ddp" else [2, 2])
+        for model in ("student", "teacher"):
+            held = [each["held"][model] for each in found[name]]
+            if out.name == "ddp":
+                assert all(each["here"] == each["all"] for each in held)
+                continue
+            assert all(each["whole"] == 0 for each in held)
+            assert sum(each["here"] for each in held) == held[0]["all"]
+            assert all(0.4 < each["here"] / each["all"] < 0.6 for each in held)
+    assert found["whole"][0]["held"]["payloads"]["all"] > 0  # of a packed table
+
+
+@launches
+def test_accelerate_launches_the_command(place: Path, alone: Any, tmp_path: Path) -> None:
+    """`accelerate launch --config_file configs/accelerate/cpu-ddp.yaml -m llmcompress distill ...`"""
+    job = jobs(place, tmp_path)["whole"]
+    (tmp_path / "recipe.yaml").write_text(json.dumps(job["recipe"]))
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu-ddp.yaml"), "-m", "llmcompress"]
+    words = ["distill", job["student"], str(tmp_path / "recipe.yaml"), "--teacher", job["teacher"]]
+    output = ["-o", str(tmp_path / "out"), "--json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, *words, *output], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    both, wanted = json.loads(done.stdout), alone[1]["whole"]
+    assert both["tokens"] == wanted["tokens"] and both["steps"] == 4
+    assert math.isclose(both["history"][-1]["kl"], wanted["history"][-1]["kl"], rel_tol=1e-5)
+    assert (tmp_path / "out" / "manifest.json").is_file() and not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_configs_are_accelerates(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = launch_environment(config)
+    assert ("fsdp" in config) == (environment.get("ACCELERATE_USE_FSDP") == "true")
+    if "fsdp" in config:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        check_sharding(sharding(FullyShardedDataParallelPlugin()), Distillation())
+
+
+def sharding(plugin: FullyShardedDataParallelPlugin) -> Any:
+    """As much of an Accelerator that shards as is asked."""
+    return SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"fsdp_version": 1}, "fsdp_version: 1"),
+        ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading: true"),
+        ({"cpu_offload": True}, "fsdp_offload_params: true"),
+        ({"activation_checkpointing": True}, "fsdp_activation_checkpointing: true"),
+    ],
+)
+def test_other_ways_to_shard_are_refused(
+    settings: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plug-in writes it
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "sync_module_states": False} | settings)
+    with pytest.raises(RecipeError, match=sentence):
+        check_sharding(sharding(plugin), Distillation())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"phases": [{"kind": "end_to_end"}, {"kind": "end_to_end"}]},
+        {"adapt": {"rank": 2, "factor_bits": 8}},
+    ],
+)
+def test_what_goes_on_after_sharding_is_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="give each phase a recipe of its own, and factor_bits: 16"):
+        check_sharding(sharding(FullyShardedDataParallelPlugin(fsdp_version=2)), Distillation(**more))
+
+
+def test_moments_in_blocks_are_not_shared_out() -> None:
+    with pytest.raises(RecipeError, match="optimizer: adamw_8bit keeps moments in blocks of whole tensors"):
+        check_sharding(sharding(FullyShardedDataParallelPlugin(fsdp_version=2)), Distillation(optimizer="adamw_8bit"))
+
+
+@pytest.mark.parametrize(
+    "environment, sentence",
+    [
+        ({"WORLD_SIZE": "5"}, "5 processes are more than the 4 sequences of a batch"),
+        ({"WORLD_SIZE": "4"}, "batch 4 cannot be shared by 4 processes in parts of micro_batch 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed would keep what trains"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP, which Accelerate does on GPUs only"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_model_is_read(
+    environment: dict[str, str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = {"version": 1, "batch": 4, "micro_batch": 2}
+    with pytest.raises(RecipeError, match=sentence):
+        distill(tmp_path / "absent", tmp_path / "absent", recipe, tmp_path / "out")
+
+
+def test_too_little_data_is_refused_before_a_model_is_read(tmp_path: Path) -> None:
+    data = {"dataset": "text.txt", "samples": 10, "held_out": 4, "length": 32}
+    recipe = Distillation(data=data, batch=8, micro_batch=2)
+    with pytest.raises(InputError, match="6 sequences are too few for a batch of 8"):
+        launched_accelerator("cpu", recipe, tmp_path / "out")
