@@ -129,6 +129,18 @@ def test_half_precision_is_computed_in_float32(config: LossConfig, dtype: torch.
 
 
 @every_loss
+def test_autocast_rounds_nothing(config: LossConfig) -> None:
+    """Models run under it; a product within a loss would be rounded to bfloat16 there."""
+    given = random_predictions()
+    wide = Predictions(given.student.detach().float().requires_grad_(), given.teacher.float(), given.targets)
+    expected = solved(wide, config)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = solved(Predictions(wide.student.detach().requires_grad_(), wide.teacher, wide.targets), config)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
+
+
+@every_loss
 @pytest.mark.parametrize("size", [1e2, 1e4])
 def test_certain_models_give_finite_numbers(config: LossConfig, size: float) -> None:
     given = random_predictions()
