@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llmcompress.recover import compress, plan
     from llmcompress.report import Report, read
     from llmcompress.scoring import score
+    from llmcompress.surgery import alike_blocks, drop_blocks
     from llmcompress.tokens import Calibration
 
 __version__ = "0.1.0"
@@ -35,9 +36,11 @@ __all__ = [
     "Report",
     "Result",
     "Rule",
+    "alike_blocks",
     "compare",
     "compress",
     "decoded",
+    "drop_blocks",
     "fold",
     "plain_head",
     "plan",
@@ -53,9 +56,11 @@ _HOMES = {
     "Report": "report",
     "Result": "driver",
     "Rule": "recipe",
+    "alike_blocks": "surgery",
     "compare": "comparison",
     "compress": "recover",
     "decoded": "modules",
+    "drop_blocks": "surgery",
     "fold": "adapters",
     "plain_head": "adapters",
     "plan": "recover",

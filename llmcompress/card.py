@@ -131,7 +131,8 @@ def _distillation(taught: Taught) -> Iterator[str]:
     done = taught.report
     base = done["teacher_id"]
     teacher = f"[{base}](https://huggingface.co/{base})" if base else "a local checkpoint"
-    losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in done["losses"].items())
+    weights = {name: f"{weight:g}" if isinstance(weight, float) else weight for name, weight in done["losses"].items()}
+    losses = " + ".join(name if weight == "1" else f"{weight} {name}" for name, weight in weights.items())
     trained = ", ".join(f"{count:,} {kind}" for kind, count in done["trained"].items())
     sizes = [done[f"bytes_{when}"] for when in ("before", "after")]
     grown = "" if sizes[0] == sizes[1] else f" Compressed weights took {sizes[0]:,} bytes before, {sizes[1]:,} after."

@@ -30,6 +30,7 @@ MANIFEST = "manifest.json"
 README = "README.md"
 PLOT = "layers.png"
 CARD = {README, PLOT}  # what a push adds beside the checkpoint
+SHARD = 2**31  # bytes of a weight file, unless one tensor alone has more
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -48,6 +49,19 @@ def check_output(output: Path, needed: int) -> None:
 def megabytes(count: int) -> str:
     """A byte count for people."""
     return f"{count / 1e6:.1f} MB"
+
+
+def shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names of tensors with these sizes in bytes, in order, as many at a time as a weight file holds."""
+    names: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if names and held + size > SHARD:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    yield names
 
 
 class Writer:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from llmcompress.protocol import Protocol
 from llmcompress.tables import (
     comparison_view,
     distilled_view,
+    dropped_view,
     exported_view,
     plan_view,
     pushed_view,
@@ -24,38 +22,7 @@ from llmcompress.tables import (
     summarized,
     verified_view,
 )
-from llmcompress.terminal import Terminal
-
-
-class Commands(TyperGroup):
-    """The commands; with `--json`, mistakes in the arguments are a JSON object too."""
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """Runs the command line and exits, as typer does."""
-        words = sys.argv[1:] if args is None else list(args)
-        as_json = standalone_mode and "--json" in words
-        try:
-            code = super().main(
-                args, prog_name, complete_var, standalone_mode and not as_json, windows_expand_args, **extra
-            )
-        except typer.TyperException as error:
-            if not as_json:
-                raise
-            code, message = error.exit_code, error.format_message()
-            typer.echo(json.dumps({"error": {"code": code, "message": message}}, indent=2))
-            typer.echo(f"[{code}] {message}", err=True)
-        if not as_json:
-            return code
-        sys.exit(code)
-
+from llmcompress.terminal import Commands, Terminal
 
 app = typer.Typer(
     cls=Commands,
@@ -314,7 +281,7 @@ def export(
 
 @app.command()
 def distill(
-    student: Annotated[str, typer.Argument(metavar="STUDENT", help="What compress wrote.")],
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="What compress wrote, or a smaller dense model.")],
     recipe: RecipeFile,
     teacher: Annotated[str, typer.Option("--teacher", metavar="DENSE", help="The model that it was made from.")],
     output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
@@ -338,6 +305,34 @@ def distill(
         found = run(student, teacher, asked, output, device=device, progress=terminal.training)
         terminal.warn(found.warnings)
         terminal.show(found.to_json(), distilled_view)
+
+
+@app.command()
+def drop(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
+    blocks: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="Of the blocks to drop: 13-18 or 4,7-9.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Drop so many consecutive blocks, those that change hidden states least.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="What --count reads: a file, a data set, or stdlib.")] = "stdlib",
+    revision: Revision = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write MODEL without some of its decoder blocks: a student for `distill`, which mends it.
+
+    Example: llmcompress drop smollm2 --count 6 -o short
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.surgery import chosen_blocks, drop_blocks
+
+        chosen = chosen_blocks(model, blocks, count, text=text, revision=revision, device=device)
+        terminal.show(drop_blocks(model, chosen, output, revision=revision).to_json(), dropped_view)
 
 
 @app.command()

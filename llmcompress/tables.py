@@ -179,6 +179,12 @@ def exported_view(found: Row, every: bool) -> Iterator[RenderableType]:
     yield from (f"changed {sentence}" for sentence in found["changed"])
 
 
+def dropped_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Which blocks of a model went."""
+    yield f"dropped {', '.join(map(str, found['dropped']))} of the {len(found['dropped'] + found['kept'])} blocks"
+    yield f"sizes   {_bytes(found['bytes_before'])} -> {_bytes(found['bytes_after'])} of weights in {found['output']}"
+
+
 def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """What a distillation recovered, on the sequences that it held out."""
     table = _table(("step", "KL", "perplexity", "loss", "seconds"), right=(0, 1, 2, 3, 4))

@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import typer
+from typer.core import TyperGroup
 
 from llmcompress.errors import DiskError, LLMCompressError, MemoryLimitError, Terminated, is_out_of_memory
 
@@ -28,6 +29,36 @@ if TYPE_CHECKING:
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 WIDE = 160  # columns, where the output is not a terminal
+
+
+class Commands(TyperGroup):
+    """The commands; with `--json`, mistakes in the arguments are a JSON object too."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Runs the command line and exits, as typer does."""
+        words = sys.argv[1:] if args is None else list(args)
+        as_json = standalone_mode and "--json" in words
+        try:
+            code = super().main(
+                args, prog_name, complete_var, standalone_mode and not as_json, windows_expand_args, **extra
+            )
+        except typer.TyperException as error:
+            if not as_json:
+                raise
+            code, message = error.exit_code, error.format_message()
+            typer.echo(json.dumps({"error": {"code": code, "message": message}}, indent=2))
+            typer.echo(f"[{code}] {message}", err=True)
+        if not as_json:
+            return code
+        sys.exit(code)
 
 
 class Terminal:

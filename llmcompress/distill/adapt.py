@@ -13,7 +13,7 @@ as makes the product of B's first step, `rate` in every element, `rate` times th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -27,6 +27,7 @@ from llmcompress.methods.svd import SVD, svd
 from llmcompress.modules import CompressedLinear, compressed_linears, put
 from llmcompress.moments import Moments
 from llmcompress.recipe import Matching, matches
+from llmcompress.surgery.kept import matched_blocks, original_name
 from llmcompress.weight import Dense, LowRank, Sum, Weight, dense, shape
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ def adapt(model: PreTrainedModel, asked: Adaptation, teacher: PreTrainedModel, s
                 f'adapt matches no compressed linear of the student ("{pattern}"); it has {listed(layers)}'
             )
     chosen = [name for name in layers if any(matches(pattern, name) for pattern in asked.match)]
+    targets = teachers_weights(model, teacher) if asked.start == "residual" else None
     for name in chosen:
         w = layers[name].expression()
-        target = dense_weight(teacher, name) if asked.start == "residual" else None
+        target = None if targets is None else targets(name)
         term = _starting_term(name, w, asked.rank, target, seed)
         put(model, name, CompressedLinear.of(plus(w, term), layers[name].bias))
     return tuple(chosen)
@@ -93,6 +95,23 @@ def dense_weight(model: PreTrainedModel, name: str) -> Tensor:
         return module.dequantize()
     weight = module.get_parameter("weight").detach().float()
     return weight if isinstance(module, nn.Linear) else weight.T
+
+
+def teachers_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> Callable[[str], Tensor]:
+    """The teacher's matrix `[out, in]`, float32, for each compressed linear of a student, by the student's name for it.
+
+    Raises RecipeError where the models' blocks do not match, and then for a matrix of another shape.
+    """
+    blocks = matched_blocks(student, teacher)
+    layers = compressed_linears(student)
+
+    def weight(name: str) -> Tensor:
+        found, layer = dense_weight(teacher, original_name(student, name, blocks)), layers[name]
+        if tuple(found.shape) != (layer.out_features, layer.in_features):
+            raise RecipeError(f"{name} is not as large as the teacher's; start its latents at codes, its terms at zero")
+        return found
+
+    return weight
 
 
 def _starting_term(name: str, w: Weight, rank: int, target: Tensor | None, seed: int) -> LowRank:

@@ -92,11 +92,11 @@ class Engine:
         cast(FSDPModule, self.root).reshard()
         return found
 
-    def measure(self, batch: Batch, counts: list[float]) -> tuple[Tensor, Tensor]:
+    def measure(self, batch: Batch, weights: list[float]) -> tuple[Tensor, Tensor]:
         """The objective's (total, report), with gradient where that is on."""
         run = self.objective
         found: tuple[Tensor, Tensor] = (
-            run(batch, counts) if self.root is None else self.root(lambda: run(batch, counts))
+            run(batch, weights) if self.root is None else self.root(lambda: run(batch, weights))
         )
         return found
 

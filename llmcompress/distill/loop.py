@@ -29,6 +29,7 @@ from llmcompress.distill.engine import Engine, held_decoded
 from llmcompress.distill.head import chunked_loss
 from llmcompress.distill.held_out import Distances, distances
 from llmcompress.distill.losses.loss import LossState
+from llmcompress.distill.matching import Matching
 from llmcompress.distill.metrics import Metrics, term_names
 from llmcompress.distill.mixture import draw, normalized, quotas, reweighted
 from llmcompress.distill.objective import head_of, hidden_states
@@ -52,17 +53,20 @@ class Objective(nn.Module):
         self, student: PreTrainedModel, teacher: PreTrainedModel, terms: Sequence[tuple[Term, LossState | None]]
     ) -> None:
         super().__init__()
+        self.matching = Matching.of(student, teacher, [term for term, _ in terms])
         self.student = student
         self.teacher = (teacher,)  # in a tuple, so that it is no submodule: `train()` must not reach it
         self.terms = terms
 
-    def forward(self, batch: Batch, counts: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Of `batch`: its share of the objective of a step in which the losses have these `counts`, with gradient, also
-        where nothing in it counts; and the sum and the count of each loss `[losses, 2]`, without."""
+    def forward(self, batch: Batch, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Of `batch`: the sum of all losses, each times its weight, with gradient, also where nothing in it counts; and
+        the sum and the count of each loss `[losses, 2]`, without."""
         [teacher] = self.teacher
-        with torch.no_grad():
-            wanted = hidden_states(teacher, batch)
-        given = hidden_states(self.student, batch)
+        with self.matching.watched() as states:
+            with torch.no_grad():
+                wanted = hidden_states(teacher, batch)
+            given = hidden_states(self.student, batch)
+        weighted = [(term.of, state, weight) for (term, state), weight in zip(self.terms, weights, strict=True)]
         rows = batch.predicting
         found = chunked_loss(
             given[rows],
@@ -70,9 +74,9 @@ class Objective(nn.Module):
             wanted[rows],
             head_of(teacher),
             batch.ids[batch.counted],
-            [(term.of, state, term.weight / count) for (term, state), count in zip(self.terms, counts, strict=True)],
+            [term for number, term in enumerate(weighted) if number not in self.matching.pairs],
         )
-        return found.total, torch.stack([torch.stack(pair) for pair in found.terms])
+        return self.matching.joined(found, states, rows, weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +125,8 @@ def train(run: Run, report: Report | None = None) -> Progress:
             began = time.monotonic()
             batch = _next(run, engine, progress, step)
             means, norm = _step(run, engine, step, batch)
-            loss = math.fsum(term.weight * mean for term, mean in zip(recipe.losses, means, strict=True))
+            weights = [term.weight_at(step, run.steps) for term in recipe.losses]
+            loss = math.fsum(weight * mean for weight, mean in zip(weights, means, strict=True))
             for state, mean in zip(states, means, strict=True):
                 if state is not None:
                     state.update(mean, (step + 1) / run.steps)
@@ -218,11 +223,12 @@ def _step(run: Run, engine: Engine, step: int, batch: Batch) -> tuple[list[float
     mine = batch[torch.arange(len(batch)).tensor_split(accelerator.num_processes)[accelerator.process_index]]
     parts = [part.trimmed().to(accelerator.device) for part in mine.split(recipe.micro_batch)]
     counts = _counts(run, engine, parts, batch.targets)
+    weights = [term.weight_at(step, run.steps) / count for term, count in zip(recipe.losses, counts, strict=True)]
     report = torch.zeros(len(counts), 2, device=accelerator.device)
     for number, part in enumerate(parts, start=1):
         with engine.waiting(last=number == len(parts)):
             with run.autocast():
-                loss, found = engine.measure(part, counts)
+                loss, found = engine.measure(part, weights)
             engine.backward(loss)
         report += found
     sums = accelerator.reduce(report, "sum")[:, 0]

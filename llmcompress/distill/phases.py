@@ -25,14 +25,14 @@ from llmcompress.modules import CompressedLinear, decoded, put
 
 @dataclass
 class Learned:
-    """What all phases learned: compressed linears and vectors by name, which the student holds, too.
+    """What all phases learned: compressed linears, and what is not compressed, by name; the student holds both, too.
 
     `trained`: how many numbers of each kind moved, in the phase where most of them did; `history`: looks at the
     held-out sequences; `phases`: {kind, steps, seconds, blocks: what became of each} of every one. `steps`: end to end.
     """
 
     linears: dict[str, CompressedLinear] = field(default_factory=dict)
-    vectors: dict[str, Tensor] = field(default_factory=dict)
+    dense: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     phases: list[dict[str, Any]] = field(default_factory=list)
@@ -41,11 +41,11 @@ class Learned:
     seconds: float = 0.0
 
     def add(
-        self, linears: Mapping[str, CompressedLinear], vectors: Mapping[str, Tensor], trained: Mapping[str, int]
+        self, linears: Mapping[str, CompressedLinear], dense: Mapping[str, Tensor], trained: Mapping[str, int]
     ) -> None:
         """What a phase learned."""
         self.linears |= linears
-        self.vectors |= vectors
+        self.dense |= dense
         self.trained |= {kind: max(count, self.trained.get(kind, 0)) for kind, count in trained.items()}
 
 
@@ -85,7 +85,7 @@ def _end_to_end(run: Run, learned: Learned, report: Report | None) -> None:
     numbers: dict[str, int] = {
         kind: sum(value.numel() for value in values.values()) for kind, values in student.trained.items()
     }
-    learned.add(student.settle(), student.norms(), numbers)
+    learned.add(student.settle(), student.dense(), numbers)
     learned.history += measured.history
     learned.steps += measured.step
     learned.tokens += measured.targets
@@ -115,7 +115,7 @@ def _by_blocks(run: Run, learned: Learned, report: Report | None) -> None:
         run.autocast,
         None if report is None else lambda done, blocks, found, speed: report(done, blocks, found.after, speed, kl),
     )
-    learned.add(walked.linears, walked.vectors, walked.trained)
+    learned.add(walked.linears, walked.dense, walked.trained)
     seconds = sum(walked.seconds)
     tokens = run.steps * recipe.batch * run.data.sequences.targets // len(run.data.sequences)  # of every block
     learned.history += [first, {**_look(run, run.steps), "tokens": tokens, "seconds": seconds}]

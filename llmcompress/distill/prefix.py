@@ -31,11 +31,11 @@ Autocast = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Walked:
-    """What a walk learned: compressed linears and vectors by name; `trained`: how many numbers of each kind moved;
-    `blocks`: what became of each, by its path."""
+    """What a walk learned: compressed linears, and what is not compressed, by name; `trained`: how many numbers of each
+    kind moved; `blocks`: what became of each, by its path."""
 
     linears: dict[str, CompressedLinear] = field(default_factory=dict)
-    vectors: dict[str, Tensor] = field(default_factory=dict)
+    dense: dict[str, Tensor] = field(default_factory=dict)
     trained: Counter[str] = field(default_factory=Counter)
     blocks: dict[str, Recovered] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)  # that each block took
@@ -140,7 +140,7 @@ def _recovered(
     parts: tuple[Activations, Activations],
     recipe: Distillation,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a block learned, payloads and vectors by name, and what became of it."""
+    """What a block learned, payloads and dense tensors by name, and what became of it."""
     started = time.monotonic()
     path, dense = student.path(index), teacher if recipe.latents == "teacher" else None
     part = relaxed_student(student.model, recipe.rates, recipe.estimator, dense, f"{path}.")
@@ -148,7 +148,7 @@ def _recovered(
     payloads = {f"{name}.weight": layer.get_parameter("weight") for name, layer in part.settle().items()}
     trained = {kind: sum(value.numel() for value in values.values()) for kind, values in part.trained.items()}
     entry = {"block": found.to_json(), "trained": trained, "seconds": time.monotonic() - started}
-    return payloads | part.norms(), entry
+    return payloads | part.dense(), entry
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def _take(walked: Walked, student: Stream, index: int, tensors: Mapping[str, Ten
             walked.linears[name] = learned
         else:
             model.get_parameter(key).copy_(tensor)
-            walked.vectors[key] = model.get_parameter(key)
+            walked.dense[key] = model.get_parameter(key)
     walked.seconds.append(found["seconds"])
     walked.blocks[path] = Recovered(**found["block"])
     walked.trained.update({kind: count for kind, count in found["trained"].items() if count})

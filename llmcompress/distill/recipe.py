@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 import llmcompress.distill.losses  # noqa: F401 (registers them)
 from llmcompress.distill.adapt import Adaptation
 from llmcompress.distill.data import Source, Texts
-from llmcompress.distill.losses.loss import LossConfig, loss_config
+from llmcompress.distill.losses.features import any_loss_config, reads_states
+from llmcompress.distill.losses.loss import LossConfig
 from llmcompress.distill.mixture import Mixture
 
-Kind = Literal["codes", "scales", "values", "factors", "norms"]
+Kind = Literal["codes", "scales", "values", "factors", "norms", "weights"]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -22,7 +24,26 @@ def _loss(value: Any) -> Any:
         return value
     if not isinstance(value, dict) or not isinstance(value.get("loss"), str):
         raise ValueError("a loss is a map such as {loss: forward_kl}")
-    return loss_config(value)
+    return any_loss_config(value)
+
+
+class Schedule(BaseModel):
+    """A weight that goes from one number to another in a line, over the first share of the steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+    start: float = Field(alias="from", ge=0, allow_inf_nan=False)
+    to: float = Field(ge=0, allow_inf_nan=False)
+    until: float = Field(default=1.0, gt=0, le=1, description="share of the steps after which it stays")
+
+
+def _weight(value: Any) -> Any:
+    """A weight from what a recipe says. Raises ValueError for what is none."""
+    if isinstance(value, int | float | Schedule) and not isinstance(value, bool):
+        return value
+    try:
+        return Schedule.model_validate(value)
+    except ValidationError as error:
+        raise ValueError("a weight is a number above 0, or a map such as {from: 1.0, to: 0.0, until: 0.5}") from error
 
 
 class Term(BaseModel):
@@ -30,7 +51,34 @@ class Term(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     of: Annotated[SerializeAsAny[LossConfig], BeforeValidator(_loss)]
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight: Annotated[float | Schedule, BeforeValidator(_weight)] = 1.0
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="of a loss on hidden states: the teacher's blocks whose inputs it compares with those of the "
+        "student's same blocks; null: all that the student has, but for the first",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Term:
+        if isinstance(self.weight, float) and not 0 < self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight:g}; it must be a number above 0")
+        if self.layers is not None and not reads_states(self.of):
+            raise ValueError(f"{self.of.loss} reads predictions, which are no layer's; leave layers out")
+        if reads_states(self.of) and not self.of.counts_tokens and len(self.layers or ()) != 1:
+            raise ValueError(f"{self.of.loss} per layer is of one layer; name it in layers, and write one for each")
+        return self
+
+    def weight_in_words(self) -> float | str:
+        """The weight for a reader: a number, or from where to where it goes."""
+        return self.weight if isinstance(self.weight, float) else f"{self.weight.start:g} to {self.weight.to:g}"
+
+    def weight_at(self, step: int, steps: int) -> float:
+        """The weight at step `step` (from 0) of `steps`."""
+        if isinstance(self.weight, float):
+            return self.weight
+        done = min(1.0, step / (self.weight.until * steps))
+        return self.weight.start + done * (self.weight.to - self.weight.start)
 
 
 Rates = Annotated[dict[Kind, Rate], Field(min_length=1)]
@@ -58,7 +106,7 @@ class Phase(BaseModel):
 
 
 class Distillation(BaseModel):
-    """A distillation of a dense teacher into a compressed student."""
+    """A distillation of a dense teacher into a student, compressed or with fewer or narrower blocks."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     version: Literal[1] = 1
@@ -71,7 +119,8 @@ class Distillation(BaseModel):
         default={"scales": 1e-3, "factors": 1e-3, "norms": 1e-3},
         min_length=1,
         description="learning rates of what trains, in shares of the size of its numbers: latent codes, scales of "
-        "grids, values kept as they are, low-rank factors, norms and biases; what has no rate stays as it is",
+        "grids, values kept as they are, low-rank factors, norms and biases, weights of linears that are "
+        "dense; what has no rate stays as it is",
     )
     adapt: Adaptation | None = Field(
         default=None, description="low-rank terms that are added to compressed linears, and trained with the factors"
@@ -123,4 +172,6 @@ class Distillation(BaseModel):
                 raise ValueError("adapt adds low-rank factors, which rates has nothing for; give rates one for factors")
         if self.mixture.reweight != "none" and isinstance(self.data, Source):
             raise ValueError("mixture: there is one text, so no shares to move; list domains in data, or leave it out")
+        if all(reads_states(term.of) for term in self.losses):
+            raise ValueError("losses: hidden states alone do not teach what follows; add a loss such as forward_kl")
         return self

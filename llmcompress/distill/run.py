@@ -1,4 +1,4 @@
-"""From a compressed folder and its dense teacher to a recovered folder of the same format and size."""
+"""From a student's folder and its dense teacher to a recovered folder of the same format and size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from llmcompress import report as reports
 from llmcompress.blocks import product_dtype, products
 from llmcompress.checkpoint import check_output, writing
 from llmcompress.distill.data import Data, read_data
+from llmcompress.distill.folders import StudentFolder, open_folder
 from llmcompress.distill.launch import check_enough, launched_accelerator, loading_device
 from llmcompress.distill.loop import Report, Run
 from llmcompress.distill.metrics import Metrics, start_trackers, term_names
@@ -29,10 +30,8 @@ from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.state import METRICS, Keeper
 from llmcompress.distill.student import Student
 from llmcompress.driver import copy_companions
-from llmcompress.export.opened import Opened
-from llmcompress.hf import table_entry
 from llmcompress.locate import Place, locate
-from llmcompress.modules import CompressedLinear, Layout, compressed_modules, payload_texts
+from llmcompress.modules import CompressedLinear, Layout, compressed_modules
 from llmcompress.plots import distillation_png
 from llmcompress.recipe import dump, read_as
 from llmcompress.source import load_model, load_tokenizer
@@ -64,7 +63,7 @@ class Distilled:
     data: dict[str, Any]
     history: list[dict[str, Any]]
     phases: list[dict[str, Any]]
-    losses: Mapping[str, float]
+    losses: Mapping[str, float | str]
     teacher_id: str | None = None
     plot: str | None = None
     warnings: tuple[str, ...] = ()
@@ -83,21 +82,23 @@ def distill(
     device: str = "cpu",
     progress: Report | None = None,
 ) -> Distilled:
-    """Trains what `recipe` names in the compressed folder `student` towards `teacher`, and writes the new folder
-    `output`: the same expressions at the same bytes, and the low-rank terms that it asks for besides.
+    """Trains what `recipe` names in the model `student` towards `teacher`, and writes the new folder `output`: of a
+    compressed student the same expressions at the same bytes, and the low-rank terms that it asks for besides; of a
+    dense one the same tensors in the same dtypes.
 
     A run that was cut goes on from the last state in `<output>.training`. Raises an LLMCompressError, in one sentence,
     for whatever is wrong.
     """
     asked, target = read_as(Distillation, recipe), Path(output)
     accelerator = launched_accelerator(device, asked, target)
-    folder = locate(str(student)).folder
-    opened = Opened(folder)
+    pupil = locate(str(student))
+    folder = pupil.folder
+    opened = open_folder(pupil)
     check_output(target, opened.bytes)
     place = locate(str(teacher))
     tokenizer = load_tokenizer(folder)
     where = loading_device(accelerator)
-    pair = load_model(Place(str(student), folder), where), load_model(place, where)
+    pair = load_model(pupil, where), load_model(place, where)
     check_pair(*pair, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
     data = read_data(asked.data, tokenizer, partial(load_model, place), pair[1].config)
     keeper = Keeper(target.with_name(target.name + ".training"), _identity(asked, data, opened, place))
@@ -144,7 +145,7 @@ def _run(
     )
 
 
-def _identity(recipe: Distillation, data: Data, opened: Opened, teacher: Place) -> str:
+def _identity(recipe: Distillation, data: Data, opened: StudentFolder, teacher: Place) -> str:
     """Of a run: equal where a state of one continues the other."""
     student = json.dumps(opened.digests, sort_keys=True)
     parts = [recipe.model_dump_json(), data.hash, student, teacher.name, str(teacher.revision)]
@@ -165,7 +166,10 @@ def _result(run: Run, learned: Learned, output: Path, teacher: Place, before: Ma
         data=run.data.report,
         history=learned.history,
         phases=learned.phases,
-        losses={name: term.weight for name, term in zip(term_names(run.recipe.losses), run.recipe.losses, strict=True)},
+        losses={
+            name: term.weight_in_words()
+            for name, term in zip(term_names(run.recipe.losses), run.recipe.losses, strict=True)
+        },
         teacher_id=teacher.hub_id,
         plot=reports.DISTILLATION_PLOT if find_spec("matplotlib") else None,
         warnings=() if not compressed_modules(run.teacher) else (COMPRESSED_TEACHER,),
@@ -173,26 +177,15 @@ def _result(run: Run, learned: Learned, output: Path, teacher: Place, before: Ma
 
 
 def _write(
-    opened: Opened, learned: Learned, recipe: Distillation, done: Distilled, output: Path, metrics: Path
+    opened: StudentFolder, learned: Learned, recipe: Distillation, done: Distilled, output: Path, metrics: Path
 ) -> None:
     """The student's folder again, with what was learned in place of what it held, and what was measured on the way."""
-    linears, norms = learned.linears, learned.vectors
-    layouts: dict[str, Layout] = opened.layouts | {name: layer.layout for name, layer in linears.items()}
     with writing(output) as writer:
         copy_companions(opened.folder, writer.folder)
-        for layers, others in opened.parts():
-            tensors: dict[str, Tensor] = {name: opened.read(name) for name in others}
-            tensors |= {name: norms[name].to(tensors[name].dtype) for name in others if name in norms}
-            for name in layers:
-                layer = linears.get(name)
-                stored = opened.read(f"{name}.weight") if layer is None else layer.get_parameter("weight").detach()
-                tensors[f"{name}.weight"] = stored
-            writer.add(tensors, payload_texts(layouts))
+        opened.store(learned.linears, learned.dense, writer)
         size = writer.close()
-        entry = {"quantization_config": table_entry(layouts, opened.sizes) | {"versions": reports.versions()}}
-        writer.write("config.json", json.dumps(opened.config | entry, indent=1))
         if (opened.folder / reports.FILE).is_file():  # not beside what save_pretrained wrote
-            after = _recounted(reports.read(opened.folder), linears, size, done.warnings)
+            after = _recounted(reports.read(opened.folder), learned.linears, size, done.warnings)
             writer.write(reports.FILE, json.dumps(after.to_json(), indent=2))
             writer.write(reports.RECIPE, (opened.folder / reports.RECIPE).read_text(encoding="utf-8"))
         writer.write(reports.DISTILLATION_RECIPE, dump(recipe))

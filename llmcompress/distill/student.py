@@ -1,4 +1,8 @@
-"""A compressed model whose numbers can move, and back: every compressed linear relaxed, everything else as it was."""
+"""A model whose numbers can move, and back: every compressed linear relaxed, everything else as it was.
+
+A dense model is a student too, of fewer blocks or narrower ones than its teacher: its matrices move as float32 masters,
+whatever its folder stores, so that small steps are not lost.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from llmcompress.distill.adapt import dense_weight
+from llmcompress.architecture import block_stack
+from llmcompress.distill.adapt import teachers_weights
 from llmcompress.distill.recipe import Kind
-from llmcompress.errors import InputError, RecipeError
+from llmcompress.errors import RecipeError
 from llmcompress.modules import CompressedLinear, compressed_linears, put
 from llmcompress.relax import KINDS, Relaxation, RelaxedLinear
 
@@ -18,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NORMS: Kind = "norms"  # vectors of the decoder: norms, and biases of what is not compressed
+WEIGHTS: Kind = "weights"  # matrices of the decoder blocks' linears that are not compressed
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +59,10 @@ class Student:
             put(self.model, name, layer)
         return layers
 
-    def norms(self) -> dict[str, Tensor]:
-        """The vectors that trained, float32, by name."""
-        return {name: value.detach() for name, value in self.trained.get(NORMS, {}).items()}
+    def dense(self) -> dict[str, Tensor]:
+        """What trained outside compressed linears, vectors and matrices, float32, by name."""
+        kinds = (self.trained.get(kind, {}) for kind in (NORMS, WEIGHTS))
+        return {name: value.detach() for values in kinds for name, value in values.items()}
 
 
 def relaxed_student(
@@ -65,24 +72,28 @@ def relaxed_student(
     latents_from: PreTrainedModel | None = None,
     inside: str = "",
 ) -> Student:
-    """`model`, its compressed linears replaced by relaxed ones. The tied head stays packed, as the token table is.
+    """`model` (float32), its compressed linears replaced by relaxed ones; head and token table stay as they are.
 
     `rates` names the kinds that train, those the student has. Latent codes start at the codes, or where the weights of
-    the dense model `latents_from` are within their cells. Raises InputError for a model without compressed linears,
-    RecipeError where there is nothing to train; neither of one block, with a module path as `inside`: then what lies
-    elsewhere stays as it is.
+    the dense model `latents_from` are within their cells. Raises RecipeError where there is nothing to train, or but
+    the norms of a dense model for which more was asked; neither of one block, with a module path as `inside`: then what
+    lies elsewhere stays as it is.
     """
     kinds = frozenset(rates) & frozenset(KINDS)
     relaxation = Relaxation(kinds, estimator)  # type: ignore[arg-type]  # checked by the recipe
     model.requires_grad_(False)
     head = model.get_output_embeddings()
     relaxed: dict[str, RelaxedLinear] = {}
+    target = None if latents_from is None else teachers_weights(model, latents_from)
     for name, layer in compressed_linears(model).items():
         if layer is not head and name.startswith(inside):
-            relaxed[name] = RelaxedLinear.of(layer, relaxation, _target(latents_from, name))
+            relaxed[name] = RelaxedLinear.of(layer, relaxation, None if target is None else target(name))
             put(model, name, relaxed[name])
-    if not relaxed and not inside:
-        raise InputError("the student has no compressed linears, so there is nothing to recover; compress it first")
+    if not relaxed and not inside and kinds and WEIGHTS not in rates:
+        raise RecipeError(
+            f"rates: the student has no compressed linears, so no {' and no '.join(sorted(kinds))}; give a rate for "
+            f"its weights, as in {{weights: 1.0e-3, norms: 1.0e-3}}"
+        )
     trained: dict[Kind, dict[str, nn.Parameter]] = {kind: {} for kind in rates}
     for name, module in relaxed.items():
         parameters = dict(module.relaxed.named_parameters())
@@ -90,6 +101,8 @@ def relaxed_student(
             trained[cast(Kind, kind)][f"{name}.relaxed.{key}"] = parameters[key]
     if NORMS in rates:
         trained[NORMS] = _norms(model, relaxed, inside)
+    if WEIGHTS in rates:
+        trained[WEIGHTS] = _weights(model, inside)
     if not any(trained.values()) and not inside:
         raise RecipeError(f"rates: the student has no {' and no '.join(rates)} to train; give a rate for what it has")
     return Student(model, relaxed, trained)
@@ -110,6 +123,13 @@ def _norms(model: PreTrainedModel, relaxed: Mapping[str, RelaxedLinear], inside:
     return found
 
 
-def _target(teacher: PreTrainedModel | None, name: str) -> Tensor | None:
-    """The teacher's matrix `[out, in]` of the linear `name`."""
-    return None if teacher is None else dense_weight(teacher, name)
+def _weights(model: PreTrainedModel, inside: str) -> dict[str, nn.Parameter]:
+    from transformers.pytorch_utils import Conv1D
+
+    stack = block_stack(model.config, model)
+    found = {}
+    for name, module in model.get_submodule(stack).named_modules(prefix=stack):
+        if name.startswith(inside) and isinstance(module, (nn.Linear, Conv1D)):
+            found[f"{name}.weight"] = module.get_parameter("weight")
+            found[f"{name}.weight"].requires_grad_()
+    return found

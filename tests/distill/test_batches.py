@@ -85,11 +85,12 @@ def terms(*names: str) -> list[tuple[Term, Any]]:
 
 def gradient(objective: Objective, parts: list[Batch], targets: int) -> tuple[Tensor, Tensor]:
     """The objective of a step and its gradient, the parts one after the other."""
-    counts, total = [float(targets)] * len(objective.terms), torch.zeros((), dtype=torch.float64)
+    weights = [term.weight_at(0, 1) / targets for term, _ in objective.terms]
+    total = torch.zeros((), dtype=torch.float64)
     objective.zero_grad()
     for part in parts:
-        loss, report = objective(part.trimmed(), counts)
-        assert report.shape == (len(counts), 2) and float(report[0, 1]) == part.targets
+        loss, report = objective(part.trimmed(), weights)
+        assert report.shape == (len(weights), 2) and float(report[0, 1]) == part.targets
         loss.backward()
         total += loss.detach()
     return total, torch.cat([value.grad.flatten() for value in objective.parameters() if value.grad is not None])
@@ -98,7 +99,9 @@ def gradient(objective: Objective, parts: list[Batch], targets: int) -> tuple[Te
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_gradient_of_ragged_parts_is_that_of_one_batch(size: int) -> None:
     student, teacher = tiny("llama", seed=1).double(), tiny("llama").double().requires_grad_(False)
-    objective = Objective(student, teacher, terms("forward_kl", "cross_entropy", "taid"))
+    states = [{"loss": "hidden"}, {"loss": "minilm", "relation_heads": 4}]
+    on_states = [(Term.model_validate({"of": one}), None) for one in states]
+    objective = Objective(student, teacher, terms("forward_kl", "cross_entropy", "taid") + on_states)
     batch = ragged()
     whole, parts = (gradient(objective, batch.split(n), batch.targets) for n in (len(batch), size))
     assert_close(parts[0], whole[0], rtol=1e-10, atol=0)

@@ -223,7 +223,7 @@ def test_impossible_pairs_are_refused(folders: Path, tmp_path: Path) -> None:
     other = save_tiny("llama", tmp_path / "other", vocab_size=300)
     with pytest.raises(InputError, match="the student knows 264 tokens and the teacher 300"):
         distill(folders / "small", other, recipe(folders), tmp_path / "out")
-    with pytest.raises(InputError, match="holds no model compressed by llmcompress"):
+    with pytest.raises(RecipeError, match="the student has no compressed linears"):
         distill(folders / "dense", folders / "dense", recipe(folders), tmp_path / "out")
     with pytest.raises(InputError, match="24 sequences are too few for a batch of 32"):
         distill(folders / "small", folders / "dense", recipe(folders, batch=32), tmp_path / "out")

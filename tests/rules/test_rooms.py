@@ -20,6 +20,7 @@ ROOMS = (
     "runs",  # long matrices, a run of rows at a time
     "methods",  # Layer -> Layer
     "architecture",  # model families as data
+    "states",  # hidden states between blocks
     "locate",  # where a model is
     "validation",  # is a checkpoint whole?
     "source",  # a dense model on disk
@@ -44,6 +45,7 @@ ROOMS = (
     "evaluate",
     "report",
     "driver",  # model + recipe -> checkpoint + report
+    "surgery",  # edits of a dense model's structure
     "scoring",  # a model by its name, scored
     "verify",  # is a checkpoint what was written, and does it run?
     "export",  # doors out

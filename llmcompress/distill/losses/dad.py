@@ -20,7 +20,11 @@ class DAD(LossConfig):
     gamma: float = Field(0.1, ge=0, le=10, description="0 weighs all tokens the same")
     least_entropy: float = Field(1e-4, gt=0, le=1, description="nats; what is less counts as this much")
     examples = ({}, {"gamma": 0.0}, {"gamma": 2.0, "least_entropy": 0.5})
-    counts_tokens = False
+
+    @property
+    def counts_tokens(self) -> bool:
+        """No: it is the sum of their weights."""
+        return False
 
 
 @loss("dad", DAD)

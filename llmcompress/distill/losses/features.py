@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from llmcompress.distill.losses.loss import LossConfig, SumAndCount, known_name
+from llmcompress.distill.losses.loss import LossConfig, SumAndCount, known_name, loss_config, losses
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,17 @@ def feature_losses() -> dict[str, FeatureLoss]:
 def feature_loss_config(arguments: dict[str, Any]) -> LossConfig:
     """A loss as a recipe spells it: `loss` and that loss's arguments. Raises ValueError for an unknown loss."""
     return _FEATURE_LOSSES[known_name(arguments, _FEATURE_LOSSES)].config(**arguments)
+
+
+def any_loss_config(arguments: dict[str, Any]) -> LossConfig:
+    """A loss on predictions or on hidden states, as a recipe spells it. Raises ValueError for an unknown loss."""
+    known = {**losses(), **feature_losses()}
+    return (feature_loss_config if known_name(arguments, known) in _FEATURE_LOSSES else loss_config)(arguments)
+
+
+def reads_states(config: LossConfig) -> bool:
+    """Whether a loss is one on hidden states."""
+    return config.loss in _FEATURE_LOSSES
 
 
 def measure_features(features: Features, config: LossConfig) -> SumAndCount:

@@ -21,26 +21,30 @@ class Hidden(LossConfig):
     loss: Literal["hidden"] = "hidden"
     per: Literal["token", "layer"] = Field("token", description="what the teacher's size is taken of")
     examples = ({}, {"per": "layer"})
-    counts_tokens = False
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Of layers, the count is the teacher's energy."""
+        return self.per == "token"
 
 
 @feature_loss("hidden", Hidden)
 def hidden(features: Features, config: Hidden) -> SumAndCount:
     """Sum / count is the mean of tokens' relative errors, or for `layer` the relative error of all tokens together.
 
-    The count is then the teacher's energy. A token whose teacher state is zero does not count per token. Raises
+    The count is then the teacher's energy. A token whose teacher state is zero has no error per token. Raises
     InputError for different widths.
     """
     student, teacher = wide(features.student), wide(features.teacher.detach())
     if student.shape != teacher.shape:
         raise InputError(
             f"hidden states {tuple(student.shape)} cannot be compared with the teacher's {tuple(teacher.shape)}; "
-            "project them to its width first"
+            "use the loss minilm, which needs no common width"
         )
     if features.keep is not None:
         student, teacher = student[features.keep], teacher[features.keep]
     error, energy = (student - teacher).square().sum(-1).flatten(), teacher.square().sum(-1).flatten()
     if config.per == "layer":
         return error.sum(), energy.sum()
-    counts = energy > 0
-    return (error / energy.where(counts, 1)).where(counts, 0).sum(), counts.sum().to(error)
+    compared = energy > 0
+    return (error / energy.where(compared, 1)).where(compared, 0).sum(), error.new_tensor(len(error))

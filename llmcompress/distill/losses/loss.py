@@ -43,7 +43,11 @@ class LossConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     loss: str
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
-    counts_tokens: ClassVar[bool] = True  # false: the count is a sum of weights, known only once the loss is computed
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the count is that of tokens; else it is a sum of weights, known only once the loss is computed."""
+        return True
 
     def start(self) -> LossState | None:
         """The state before the first step; None for a loss that has none."""

@@ -27,12 +27,11 @@ class MiniLM(LossConfig):
     relation_heads: int = Field(8, ge=1, description="parts that the widths of both models are split into")
     chunk: int = Field(128, ge=1, description="positions whose relations are in memory at once; changes no result")
     examples = ({"relation_heads": 1}, {"relation_heads": 2, "chunk": 3})
-    counts_tokens = False
 
 
 @feature_loss("minilm", MiniLM)
 def minilm(features: Features, config: MiniLM) -> SumAndCount:
-    """KL in nats over relation heads and positions, and the number of both together.
+    """KL in nats over positions, of the mean over relation heads, and the number of positions.
 
     States are [sequences, length, width]; positions that do not count are not related to either. Relations are
     computed again for the gradient, a chunk at a time. Raises InputError for a width that has no such heads.
@@ -49,7 +48,7 @@ def minilm(features: Features, config: MiniLM) -> SumAndCount:
         total = total + checkpoint(
             _divergence, student, teacher, keep, start, config.chunk, use_reentrant=False, preserve_rng_state=False
         )
-    return total, config.relation_heads * keep.sum().to(total)
+    return total / config.relation_heads, keep.sum().to(total)
 
 
 def _heads(states: Tensor, heads: int) -> Tensor:

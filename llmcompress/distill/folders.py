@@ -1,0 +1,98 @@
+"""A student's folder: what identifies it, and the same folder again with what was learned in place of what it held."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from llmcompress import report as reports
+from llmcompress.checkpoint import Writer, read_json, shards
+from llmcompress.export.opened import Opened
+from llmcompress.hf import NAME, table_entry
+from llmcompress.locate import Place
+from llmcompress.modules import CompressedLinear, Layout, payload_texts
+from llmcompress.source import Source, open_source
+from llmcompress.validation import digest
+
+Linears = Mapping[str, CompressedLinear]
+
+
+class StudentFolder(Protocol):
+    """What a run needs of it. `bytes`: of its weights; `digests`: of its tensors, equal for equal students."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+
+    @property
+    def bytes(self) -> int:
+        """What its weights take on disk."""
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """By file or by tensor."""
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """Of its compressed modules, by name."""
+
+    def store(self, linears: Linears, dense: Mapping[str, Tensor], writer: Writer) -> None:
+        """Writes weights and config.json, with what was learned: compressed linears, and what is not compressed."""
+
+
+def open_folder(place: Place) -> StudentFolder:
+    """The folder of a compressed model of ours, or of a dense one. Raises InputError for any other."""
+    try:
+        kind = (read_json(place.folder / "config.json").get("quantization_config") or {}).get("quant_method")
+    except (OSError, ValueError, AttributeError):  # what is wrong with it is said where it is opened
+        kind = None
+    return Compressed(Opened(place.folder)) if kind == NAME else Plain(open_source(place))
+
+
+class Compressed:
+    """What `compress` wrote: the same expressions at the same bytes come back."""
+
+    def __init__(self, opened: Opened) -> None:
+        self.opened, self.folder, self.bytes = opened, opened.folder, opened.bytes
+        self.digests, self.layouts = opened.digests, opened.layouts
+
+    def store(self, linears: Linears, dense: Mapping[str, Tensor], writer: Writer) -> None:
+        """Writes weights and config.json."""
+        opened = self.opened
+        layouts = self.layouts | {name: layer.layout for name, layer in linears.items()}
+        for layers, others in opened.parts():
+            tensors: dict[str, Tensor] = {name: opened.read(name) for name in others}
+            tensors |= {name: dense[name].to(tensors[name].dtype) for name in others if name in dense}
+            for name in layers:
+                learned = linears.get(name)
+                stored = opened.read(f"{name}.weight") if learned is None else learned.get_parameter("weight").detach()
+                tensors[f"{name}.weight"] = stored
+            writer.add(tensors, payload_texts(layouts))
+        entry = {"quantization_config": table_entry(layouts, opened.sizes) | {"versions": reports.versions()}}
+        writer.write("config.json", json.dumps(opened.config | entry, indent=1))
+
+
+class Plain:
+    """A dense checkpoint: the same tensors come back in their dtypes, under the names that the files have."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.folder, self.bytes = source, source.folder, source.bytes
+        self.layouts: dict[str, Layout] = {}
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """By tensor; reads them all."""
+        return {name: digest(self.source.read(name)) for name in sorted(self.source.tensors)}
+
+    def store(self, linears: Linears, dense: Mapping[str, Tensor], writer: Writer) -> None:
+        """Writes weights and config.json."""
+        for names in shards({name: header.bytes for name, header in self.source.tensors.items()}):
+            stored = {name: self.source.read(name) for name in names}
+            learned = {name: dense[name].to(stored[name].dtype) for name in names if name in dense}
+            writer.add({self.source.tensors[name].key: tensor for name, tensor in (stored | learned).items()})
+        writer.write("config.json", (self.folder / "config.json").read_text(encoding="utf-8"))

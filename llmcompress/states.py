@@ -1,0 +1,55 @@
+"""Hidden states between decoder blocks, as a model's own forward makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from llmcompress.architecture import block_stack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def depth(model: PreTrainedModel) -> int:
+    """How many decoder blocks a model has."""
+    return len(list(model.get_submodule(block_stack(model.config, model)).children()))
+
+
+@contextmanager
+def states_between(model: PreTrainedModel, numbers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Where every forward of `model`, while it lasts, leaves its hidden states `[sequences, length, width]`: by number,
+    the input of that block, or for the number of blocks the last one's output, which no norm has seen yet.
+
+    A later forward overwrites them. Activations that are computed again do so too, with the same values.
+    """
+    found: dict[int, Tensor] = {}
+    blocks = list(model.get_submodule(block_stack(model.config, model)).children())
+    handles = []
+    try:
+        for number in numbers:
+            if number < len(blocks):
+                handles.append(blocks[number].register_forward_pre_hook(_input(found, number), with_kwargs=True))
+            else:
+                handles.append(blocks[-1].register_forward_hook(_output(found, number)))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input(found: dict[int, Tensor], number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def seen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[number] = args[0] if args else kwargs["hidden_states"]
+
+    return seen
+
+
+def _output(found: dict[int, Tensor], number: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def seen(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found[number] = output[0] if isinstance(output, tuple) else output
+
+    return seen

@@ -1,0 +1,127 @@
+"""Fewer decoder blocks: the others move together, their numbers and the config's lists with them.
+
+No weight changes. config.json then says under `KEPT` which of the original model's blocks are left, so that a
+distillation knows which hidden states of its teacher belong to which of the student.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.architecture import FAMILIES
+from llmcompress.checkpoint import check_output, read_json, shards, writing
+from llmcompress.driver import copy_companions
+from llmcompress.errors import InputError, RecipeError, listed
+from llmcompress.source import Source, resolve
+from llmcompress.surgery.kept import KEPT, kept_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+PER_BLOCK = ("layer_types", "no_rope_layers")  # lists of a config that have an entry for every block
+BY_NUMBER = "scale_attn_by_inverse_layer_idx"  # GPT-2's: what a block computes depends on its number
+
+
+@dataclass(frozen=True)
+class Shortening:
+    """What goes and what stays. `kept`: numbers of blocks; `stored`: model's name of each tensor that stays -> its name
+    in the new files; `changes`: entries of the new config."""
+
+    kept: tuple[int, ...]
+    stored: dict[str, str]
+    changes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What was written. Blocks are numbered from 0 as in `model`; bytes are those of the weights."""
+
+    model: str
+    output: str
+    dropped: tuple[int, ...]
+    kept: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, keys as in the fields."""
+        return asdict(self)
+
+
+def drop_blocks(
+    model: str | Path, blocks: Iterable[int], output: str | Path, *, revision: str | None = None
+) -> Dropped:
+    """Writes a dense causal LM (folder, Hub id or `smollm2`) without the decoder blocks with these numbers.
+
+    Reads one weight file's worth at a time. Raises RecipeError for blocks that cannot go, InputError for a model whose
+    blocks cannot be told apart, DiskError where `output` cannot be written; then nothing is left behind.
+    """
+    source, target = resolve(str(model), revision), Path(output)
+    plan = shortening(source, blocks)
+    sizes = {name: source.tensors[name].bytes for name in plan.stored}
+    check_output(target, sum(sizes.values()))
+    with writing(target) as writer:
+        copy_companions(source.folder, writer.folder)
+        for names in shards(sizes):
+            writer.add({plan.stored[name]: source.read(name) for name in names})
+        size = writer.close()
+        entries = read_json(source.folder / "config.json") | plan.changes
+        writer.write("config.json", json.dumps(entries, indent=1))
+    dropped = tuple(sorted(set(blocks_of(source)) - set(plan.kept)))
+    return Dropped(source.name, str(target), dropped, plan.kept, source.bytes, size)
+
+
+def shortening(source: Source, blocks: Iterable[int]) -> Shortening:
+    """The plan for dropping `blocks`, from headers alone. Raises as `drop_blocks` does."""
+    there, going = blocks_of(source), set(blocks)
+    if absent := sorted(going.difference(there)):
+        raise RecipeError(
+            f"{source.name} has no block {listed(map(str, absent))}; its blocks are 0 to {len(there) - 1}"
+        )
+    kept = tuple(number for number in there if number not in going)
+    if not going or not kept:
+        raise RecipeError(
+            f"{len(going)} of the {len(there)} blocks of {source.name} cannot be dropped; name at least one, not all"
+        )
+    config = source.config
+    if getattr(config, BY_NUMBER, False):
+        raise InputError(
+            f"{source.name} scales each block's attention by the block's number ({BY_NUMBER}), so no block can take "
+            f"another's place; choose a model without it"
+        )
+    numbers = {old: new for new, old in enumerate(kept)}
+    stack = FAMILIES[config.model_type].blocks
+    stored = {}
+    for name, header in source.tensors.items():
+        inside = name.removeprefix(f"{stack}.")
+        if inside == name:
+            stored[name] = header.key
+            continue
+        number, _, rest = inside.partition(".")
+        if int(number) in numbers:  # the file may have another prefix before the same end
+            stored[name] = f"{header.key.removesuffix(inside)}{numbers[int(number)]}.{rest}"
+    return Shortening(kept, stored, _changes(config, kept))
+
+
+def blocks_of(source: Source) -> range:
+    """The numbers of a model's blocks. Raises InputError for a family that is not in the table."""
+    config = source.config
+    if config.model_type not in FAMILIES:
+        raise InputError(
+            f"model type {config.model_type!r} is not in the table of families, so what else depends on the number of "
+            f"its blocks is not known; choose one of {', '.join(FAMILIES)}"
+        )
+    return range(config.num_hidden_layers)
+
+
+def _changes(config: PreTrainedConfig, kept: tuple[int, ...]) -> dict[str, Any]:
+    """Entries of the shortened model's config; lists as the config resolves them, also where it stores a pattern."""
+    before = kept_blocks(config) or range(config.num_hidden_layers)
+    length = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    lists = {name: getattr(config, name, None) for name in PER_BLOCK}
+    sliced = {name: [entries[number] for number in kept] for name, entries in lists.items() if entries}
+    return {length: len(kept), KEPT: [before[number] for number in kept], **sliced}

@@ -1,0 +1,48 @@
+"""Which blocks of its original a shortened model has, and so which of a teacher's blocks its own once were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from llmcompress.architecture import block_stack
+from llmcompress.errors import RecipeError, listed
+from llmcompress.states import depth
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+KEPT = "llmcompress_kept_blocks"  # in config.json: numbers in the original model, ascending
+
+
+def kept_blocks(config: PreTrainedConfig) -> tuple[int, ...] | None:
+    """Which blocks of the original model a shortened one has; None for a model that says nothing about it."""
+    found: Sequence[int] | None = getattr(config, KEPT, None)
+    return None if found is None else tuple(found)
+
+
+def matched_blocks(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, int]:
+    """The teacher's block that each of the student's blocks once was. Raises RecipeError where that is not known."""
+    few, many = depth(student), depth(teacher)
+    theirs = kept_blocks(teacher.config) or tuple(range(many))
+    mine = kept_blocks(student.config) or (theirs if few == many else None)
+    if mine is None:
+        raise RecipeError(
+            f"the student has {few} blocks, the teacher {many}, and the student's config.json does not say which those "
+            f"are; drop blocks by `llmcompress drop`, or give it {KEPT}"
+        )
+    numbers = {original: number for number, original in enumerate(theirs)}
+    strange = [str(original) for original in mine if original not in numbers]
+    if len(mine) != few or strange:
+        raise RecipeError(
+            f"the student's {KEPT} has {len(mine)} blocks for its {few}, of which the teacher lacks {listed(strange)}; "
+            f"distil from the model that the student was made from"
+        )
+    return {number: numbers[original] for number, original in enumerate(mine)}
+
+
+def original_name(student: PreTrainedModel, name: str, blocks: Mapping[int, int]) -> str:
+    """What the teacher calls the student's module `name`, `blocks` being those of `matched_blocks`."""
+    stack = block_stack(student.config, student)
+    number, _, rest = name.removeprefix(f"{stack}.").partition(".")
+    return f"{stack}.{blocks[int(number)]}.{rest}" if name.startswith(f"{stack}.") else name
