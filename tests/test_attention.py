@@ -25,15 +25,17 @@ def test_every_query_sees_the_keys_up_to_its_own(length: int, heads: int, groups
 def test_gradients_are_those_of_torch(length: int, heads: int, groups: int, scale: float | None) -> None:
     random = seeded(length + heads)
     shapes = [(2, heads, length, 8), (2, groups, length, 8), (2, groups, length, 8)]
-    given = [torch.randn(*size, generator=random, dtype=torch.float64, requires_grad=True) for size in shapes]
+    query, key, value = (
+        torch.randn(*size, generator=random, dtype=torch.float64, requires_grad=True) for size in shapes
+    )
     slopes = torch.randn(*shapes[0], generator=random, dtype=torch.float64)
-    expected = scaled_dot_product_attention(*given, is_causal=True, scale=scale, enable_gqa=True)
-    wanted = torch.autograd.grad((expected * slopes).sum(), given)
-    found = torch.autograd.grad((causal_attention(*given, scale) * slopes).sum(), given)
+    expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    wanted = torch.autograd.grad((expected * slopes).sum(), (query, key, value))
+    found = torch.autograd.grad((causal_attention(query, key, value, scale) * slopes).sum(), (query, key, value))
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
-    half = [tensor.detach().bfloat16().requires_grad_() for tensor in given]
-    rounded = torch.autograd.grad((causal_attention(*half, scale) * slopes.bfloat16()).sum(), half)
+    query, key, value = half = [tensor.detach().bfloat16().requires_grad_() for tensor in (query, key, value)]
+    rounded = torch.autograd.grad((causal_attention(query, key, value, scale) * slopes.bfloat16()).sum(), half)
     for one, other in zip(rounded, wanted, strict=True):
         assert (one.double() - other).norm() <= 0.02 * (1 + other.norm())
 

@@ -36,6 +36,7 @@ from llmcompress.distill.objective import head_of, hidden_states
 from llmcompress.distill.optimizers import optimizer_of
 from llmcompress.distill.order import rate
 from llmcompress.distill.recipe import Distillation, Term
+from llmcompress.distill.recompute import recomputed
 from llmcompress.distill.state import Keeper, Progress, stop_requests
 from llmcompress.distill.student import Student
 from llmcompress.errors import NumericsError, Terminated
@@ -108,7 +109,8 @@ def train(run: Run, report: Report | None = None) -> Progress:
     states = [term.of.start() for term in recipe.losses]
     objective = Objective(run.student.model, run.teacher, list(zip(recipe.losses, states, strict=True)))
     optimizer = optimizer_of(recipe, run.student.groups())
-    with held_decoded(accelerator, run.student.model, run.teacher), stop_requests() as stopping:
+    again = recomputed(run.student.model) if recipe.checkpointing else nullcontext()
+    with again, held_decoded(accelerator, run.student.model, run.teacher), stop_requests() as stopping:
         engine = Engine.of(accelerator, run.student, run.teacher, objective, optimizer)
         progress = engine.load(run.keeper)
         progress.shares = progress.shares or normalized(run.data.weights)

@@ -138,7 +138,9 @@ class Distillation(BaseModel):
     final_rate: float = Field(default=0.1, ge=0, le=1, description="what is left of the rates at the end of a cosine")
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="largest norm of a gradient")
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    checkpointing: bool = Field(default=False, description="activations are computed again instead of being kept")
+    checkpointing: bool = Field(
+        default=False, description="end to end: activations are computed again instead of being kept"
+    )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
         default="adamw",
         description="end to end; 8-bit: moments of 2 bytes for each number instead of 8, by bitsandbytes",

@@ -129,8 +129,6 @@ def _run(
     dtype = product_dtype(recipe.compute, accelerator.device)
     cast: nn.Module = teacher.requires_grad_(False)
     cast.to(dtype)
-    if recipe.checkpointing:
-        student.model.gradient_checkpointing_enable({"use_reentrant": False})
     check_enough(len(data.sequences), recipe)
     return Run(
         recipe,

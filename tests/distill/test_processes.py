@@ -46,7 +46,7 @@ ENGINES = {"ddp": "cpu-ddp.yaml", "fsdp2": "fsdp2.yaml"}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `dense` model, a `small` and a `tied` one made from such, and a text."""
+    """Models `dense` and `tied`, small ones made from them; a `deep` one, a small one with fewer blocks; a text."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(80)))
     data = {"dataset": str(folder / "text.txt"), "samples": 8, "length": 32, "held_out": 2}
@@ -55,6 +55,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny("llama", folder / "dense", attention_bias=True)
     lc.compress(folder / "tied", compression | {"embeddings": [{"method": "rtn", "bits": 4}]}, folder / "tied-small")
     lc.compress(folder / "dense", compression, folder / "dense-small")
+    save_tiny("llama", folder / "deep", num_hidden_layers=3)
+    lc.drop_blocks(folder / "deep", [1], folder / "deep-small")
     return folder
 
 
@@ -78,7 +80,10 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
     domains = [text | {"name": "one"}, text | {"name": "other", "length": 24}]
     mixed = {"data": domains, "mixture": {"reweight": "ddk", "every": 2, "sequences": 1}}
     compressed_teacher = job("second-hand", losses=[{"of": {"loss": "dad"}}], checkpointing=True, **mixed)
+    hidden = {"of": {"loss": "hidden"}, "weight": {"from": 1.0, "to": 0.1}, "layers": [0, 2]}
+    between = {"losses": [{"of": {"loss": "forward_kl"}}, hidden], "checkpointing": True}
     return {
+        "short": job("short", "deep", rates={"weights": 1e-2, "norms": 1e-2}, **between),
         "whole": job("whole", **stateful),
         "cut": job("cut", stop=last, **stateful),
         "resumed": job("cut", **stateful),
@@ -119,7 +124,7 @@ def alone(place: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     lc.compress(place / "tied", {"version": 1, "rules": RULES[-1:], "calibration": data}, place / "tied-2")
     out = place / "alone"
     asked = jobs(place, out)
-    return out, {name: run(asked[name]) for name in ("whole", "kept", "finished", "clipped", "second-hand")}
+    return out, {name: run(asked[name]) for name in ("short", "whole", "kept", "finished", "clipped", "second-hand")}
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -146,7 +151,7 @@ def measured(folder: Path) -> list[dict[str, Any]]:
 
 
 @launches
-@pytest.mark.parametrize("name", ["whole", "second-hand"])
+@pytest.mark.parametrize("name", ["short", "whole", "second-hand"])
 def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: Any) -> None:
     wanted = alone[1][name]["history"]
     assert wanted[-1]["kl"] < wanted[0]["kl"]
@@ -233,8 +238,8 @@ def test_latents_can_start_at_a_compressed_teacher(place: Path, alone: Any, tmp_
 @launches
 def test_student_and_teacher_are_shared_out(together: Any) -> None:
     out, found = together
-    for name in ("whole", "kept", "second-hand"):
-        assert found[name][0]["held"]["blocks"] == ([0, 0] if out.name == "ddp" else [2, 2])
+    for name, blocks in {"short": [2, 3], "whole": [2, 2], "kept": [2, 2], "second-hand": [2, 2]}.items():
+        assert found[name][0]["held"]["blocks"] == ([0, 0] if out.name == "ddp" else blocks)
         for model in ("student", "teacher"):
             held = [each["held"][model] for each in found[name]]
             if out.name == "ddp":

@@ -1,0 +1,55 @@
+"""Activations of decoder blocks that are computed again in the backward pass, instead of being kept until then.
+
+transformers does so for blocks in train mode. So the blocks are put into it, and they alone: the modules inside of them
+stay as they were, without dropout, and a block's own dropout is set to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmcompress.architecture import block_stack
+from llmcompress.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def recomputed(model: PreTrainedModel) -> Iterator[None]:
+    """Computes the activations of every decoder block of `model` again, while it lasts; numbers stay the same.
+
+    Raises RecipeError for a model that cannot do it, or whose blocks drop numbers out by chance after all.
+    """
+    kind = type(model).__name__
+    before = _few(model)
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise RecipeError(f"a {kind} cannot compute activations again; set checkpointing: false") from error
+    blocks = list(model.get_submodule(block_stack(model.config, model)).children())
+    for block in blocks:
+        for name, value in vars(block).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(block, name, 0.0)
+        block.training = True
+    try:
+        if not torch.allclose(before, _few(model)):
+            raise RecipeError(f"blocks of a {kind} drop numbers out by chance in training; set checkpointing: false")
+        yield
+    finally:
+        for block in blocks:
+            block.training = False
+
+
+@torch.no_grad()
+def _few(model: PreTrainedModel) -> Tensor:
+    """The hidden states of two tokens."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    found: Tensor = model.base_model(input_ids=ids, use_cache=False)[0]
+    return found
