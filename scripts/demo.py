@@ -1,4 +1,4 @@
-"""The main job, end to end: compress a model, load the result as any Hub checkpoint, score dense and compressed."""
+"""The main job, end to end: compress a model, let the dense one teach the result, load and score it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmcompress as lc
+from llmcompress.distill import Distillation, Distilled, distill
 from llmcompress.evaluate import PAIRS, compare
 from llmcompress.locate import locate
+from llmcompress.recipe import read_as
 from llmcompress.source import load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs" / "smollm2-135m" / "default.yaml"
+LESSON = ROOT / "configs" / "distillation" / "scales-norms.yaml"
+SIDES = ("dense", "compressed", "distilled")
 PROMPTS = ("The capital of France is", "Water boils when", "To learn to play the piano, one should")
 NEW_TOKENS = 24
 LOCATE = "import sys; from llmcompress.locate import locate; locate(sys.argv[1])"
@@ -43,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2", help="a folder, a Hub id, or smollm2 (embedded)")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--steps", type=int, default=24, help="of the distillation")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "demo", help="replaced if it is there")
     parser.add_argument("--windows", type=int, default=16, help="windows of 1024 tokens that perplexity is measured on")
     options = parser.parse_args()
@@ -51,36 +56,36 @@ def main() -> None:
     shutil.rmtree(options.output, ignore_errors=True)
     # unpacking the embedded model, once, takes more memory than compressing it: not in the process that is measured
     subprocess.run([sys.executable, "-c", LOCATE, options.model], check=True)
-    result = compress(options, console)
-    report = result.report
-    console.print("scoring dense and compressed on text that calibration did not see ...")
-    dense, compressed = load_model(locate(options.model)), load_model(locate(str(options.output)))
+    report = compress(options, console).report
+    lesson = distilled(options, console)
+    console.print("scoring on text that neither calibration nor training saw ...")
+    dense, *small = (load_model(locate(str(place))) for place in (options.model, options.output, lesson.output))
     tokenizer = load_tokenizer(options.output)
     protocol = lc.Protocol(windows=options.windows, tasks=(PAIRS,))
-    measured = compare(dense, [lambda: compressed], tokenizer, protocol)
-    scores = {name: one.to_json() for name, one in zip(("dense", "compressed"), measured)}
-    sentences = {"dense": [write(dense, tokenizer, prompt) for prompt in PROMPTS]}
-    with lc.decoded(compressed):
-        sentences["compressed"] = [write(compressed, tokenizer, prompt) for prompt in PROMPTS]
-    numbers = {
-        "dense": {"bytes": report.dense_bytes, **scores["dense"], "sentences": texts(tokenizer, sentences["dense"])},
-        "compressed": {
-            "bytes": report.bytes,
-            "bpw": report.bpw,
-            "model_bpw": report.model_bpw,
-            **scores["compressed"],
-            "sentences": texts(tokenizer, sentences["compressed"]),
-        },
-        "perplexity_ratio": scores["compressed"]["perplexity"] / scores["dense"]["perplexity"],
+    measured = compare(dense, [lambda: small[0], lambda: small[1]], tokenizer, protocol)
+    sizes = {"bytes": report.bytes, "bpw": report.bpw, "model_bpw": report.model_bpw}
+    numbers: dict[str, Any] = {name: one.to_json() for name, one in zip(SIDES, measured, strict=True)}
+    for name, model in zip(SIDES, (dense, *small), strict=True):
+        with lc.decoded(model):
+            sentences = [write(model, tokenizer, prompt) for prompt in PROMPTS]
+        numbers[name] |= {"bytes": report.dense_bytes} if name == "dense" else sizes
+        numbers[name]["sentences"] = texts(tokenizer, sentences)
+    ratios = {
+        f"{name}_perplexity_ratio": numbers[name]["perplexity"] / numbers["dense"]["perplexity"] for name in SIDES[1:]
+    }
+    numbers |= {
+        **ratios,
         "compress_seconds": report.seconds,
+        "distill_seconds": lesson.seconds,
+        "distill_tokens": lesson.tokens,
         "peak_memory_bytes": report.peak_memory_bytes,
-        "same_tokens_after_reload": reloaded(options.output) == sentences["compressed"][0],
+        "same_tokens_after_reload": reloaded(Path(lesson.output)) == sentences[0],
         "seconds": time.monotonic() - started,
     }
     target = options.output.with_suffix(".json")
     target.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
     show(numbers, console)
-    console.print(f"checkpoint {options.output}\nnumbers    {target}", soft_wrap=True)
+    console.print(f"checkpoints {options.output}, {lesson.output}\nnumbers     {target}", soft_wrap=True)
     if not numbers["same_tokens_after_reload"]:
         sys.exit("the checkpoint does not generate the same tokens when it is loaded again")
 
@@ -95,6 +100,23 @@ def compress(options: argparse.Namespace, console: Console) -> lc.Result:
             options.recipe,
             options.output,
             progress=lambda done, total, speed: bar.update(task, completed=done, total=total),
+        )
+
+
+def distilled(options: argparse.Namespace, console: Console) -> Distilled:
+    """The dense model's lesson: scales and norms of the compressed one move, its codes and bytes stay."""
+    output = options.output.with_name(options.output.name + "-distilled")
+    for left in (output, output.with_name(output.name + ".training")):
+        shutil.rmtree(left, ignore_errors=True)
+    columns = (TextColumn("steps"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        return distill(
+            options.output,
+            options.model,
+            read_as(Distillation, LESSON, [f"steps={options.steps}"]),
+            output,
+            progress=lambda done, total, *_: bar.update(task, completed=done, total=total),
         )
 
 
@@ -122,7 +144,7 @@ def reloaded(folder: Path) -> list[int]:
 
 def show(numbers: dict[str, Any], console: Console) -> None:
     """The table and the sentences."""
-    table = Table("", "dense", "compressed")
+    table = Table("", *SIDES)
     for name, form in (
         ("bytes", "{:,}"),
         ("bpw", "{:.3f}"),
@@ -131,19 +153,20 @@ def show(numbers: dict[str, Any], console: Console) -> None:
         ("kl", "{:.4f}"),
         ("top1_agreement", "{:.4f}"),
     ):
-        cells = [
-            form.format(numbers[side][name]) if name in numbers[side] else "16" for side in ("dense", "compressed")
-        ]
+        cells = [form.format(numbers[side][name]) if name in numbers[side] else "16" for side in SIDES]
         table.add_row(name, *cells)
-    accuracies = [f"{numbers[side]['tasks'][PAIRS]['acc']:.3f}" for side in ("dense", "compressed")]
+    accuracies = [f"{numbers[side]['tasks'][PAIRS]['acc']:.3f}" for side in SIDES]
     table.add_row(f"{PAIRS} accuracy", *accuracies)
     console.print(table)
-    for side in ("dense", "compressed"):
+    for side in SIDES:
         for sentence in numbers[side]["sentences"]:
             console.print(f"{side:<11}{json.dumps(sentence, ensure_ascii=False)}", soft_wrap=True)
+    tokens = f"{numbers['distill_tokens']:,}"
+    ratios = ", ".join(f"{name} x{numbers[f'{name}_perplexity_ratio']:.3f}" for name in SIDES[1:])
     console.print(
-        f"perplexity x{numbers['perplexity_ratio']:.3f} · compressed in {numbers['compress_seconds']:.0f} s "
-        f"with {numbers['peak_memory_bytes'] / 1e6:.0f} MB at the peak · {numbers['seconds']:.0f} s in all"
+        f"perplexity {ratios} · compressed in {numbers['compress_seconds']:.0f} s with "
+        f"{numbers['peak_memory_bytes'] / 1e6:.0f} MB at the peak, distilled on {tokens} tokens in "
+        f"{numbers['distill_seconds']:.0f} s · {numbers['seconds']:.0f} s in all"
     )
 
 
