@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from typing import Any
 
 TOKENS = (256, 1024, 4096, 16384)
 MOST_WHOLE = 4096  # tokens of which whole logits fit in a small machine
@@ -77,10 +78,10 @@ def main() -> None:
         )
 
 
-def measured(arguments: list[str]) -> dict[str, object]:
+def measured(arguments: list[str]) -> dict[str, Any]:
     """What one process says."""
     done = subprocess.run([sys.executable, "-c", WORK, *arguments], check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
