@@ -207,6 +207,10 @@ def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
     trained = " · ".join(f"{count:,} {kind}" for kind, count in found["trained"].items())
     yield f"trained {trained} · on {found['tokens']:,} tokens in {duration(found['seconds'])}"
     yield f"plot    {found['plot'] or 'none: it needs matplotlib (the extra report)'}"
+    if found["cache_bias"] is not None:
+        bias = found["cache_bias"]["after"]
+        seen = f"KL {bias['kl_with_tail']:.4f} of {bias['kl']:.4f}"
+        yield f"cache   {bias['tail_mass']:.1%} of the teacher's mass in the tail · {seen} seen through it"
 
 
 def _asked(distillation: Row) -> str:
@@ -215,6 +219,14 @@ def _asked(distillation: Row) -> str:
     texts = distillation["data"] if isinstance(distillation["data"], list) else [distillation["data"]]
     amounts = " + ".join(f"{text['samples']} x {text['length']}" for text in texts)
     return f"{', '.join(distillation['rates'])} by {losses} · {amounts} tokens"
+
+
+def answered_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """What a teacher answered, and why some of it could not be used."""
+    yield f"answers {found['answers']:,} to {found['prompts']:,} prompts, by {found['model']}, in {found['output']}"
+    faults = " · ".join(f"{count:,} {name}" for name, count in found["faults"].items()) or "none"
+    yield f"faults  {faults}"
+    yield f"instead {found['references']:,} references · {found['dropped']:,} prompts left out"
 
 
 def pushed_view(found: Row, every: bool) -> Iterator[RenderableType]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +18,14 @@ class Batch:
     ids: int64. counted: bool, true = this token is a target that counts, so the position before it is what a loss
     reads; never true in the first column, which nothing predicts. documents: the number of the document that a token
     belongs to, PADDING behind the last; documents do not see each other. None: a sequence is one document, padded
-    behind its end or not at all, where causal attention needs no mask.
+    behind its end or not at all, where causal attention needs no mask. numbers: int64 [sequences], which of the data
+    each sequence is, in what a step reads.
     """
 
     ids: Tensor
     counted: Tensor
     documents: Tensor | None = None
+    numbers: Tensor | None = None
 
     @staticmethod
     def of(ids: Tensor) -> Batch:
@@ -51,7 +53,7 @@ class Batch:
 
     def __getitem__(self, index: slice | Tensor) -> Batch:
         """Some of the sequences."""
-        return Batch(self.ids[index], self.counted[index], None if self.documents is None else self.documents[index])
+        return self._with(lambda values: values[index], lambda numbers: numbers[index])
 
     def split(self, size: int) -> list[Batch]:
         """Parts of at most `size` sequences."""
@@ -59,18 +61,21 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        documents = None if self.documents is None else self.documents.to(device)
-        return Batch(self.ids.to(device), self.counted.to(device), documents)
+        return self._with(lambda values: values.to(device))
 
     def trimmed(self) -> Batch:
         """Without the columns behind the last target: what comes later changes nothing that counts."""
         used = self.counted.any(0).nonzero()
         last = int(used[-1]) + 1 if len(used) else 2
-        return Batch(
-            self.ids[:, :last],
-            self.counted[:, :last],
-            None if self.documents is None else self.documents[:, :last],
-        )
+        return self._with(lambda values: values[:, :last])
+
+    def _with(
+        self, change: Callable[[Tensor], Tensor], choose: Callable[[Tensor], Tensor] = lambda numbers: numbers
+    ) -> Batch:
+        """With every tensor `[sequences, length]` changed, and the numbers chosen alike."""
+        documents = None if self.documents is None else change(self.documents)
+        numbers = None if self.numbers is None else choose(self.numbers)
+        return Batch(change(self.ids), change(self.counted), documents, numbers)
 
     @property
     def targets(self) -> int:

@@ -4,20 +4,21 @@ Logits are [tokens, vocabulary]: for 4096 tokens and 128 k classes 2 GB a tensor
 live a chunk of tokens at a time: the loss of a chunk is taken, and right there its gradient, with respect to the
 student's hidden states and to its head's parameters if they train. Only these are kept, [tokens, width] and the
 parameters' own size; going backward multiplies them by the incoming number. Any separable loss works unchanged, and
-the heads run once, forward and backward, as they would unchunked.
+the heads run once, forward and backward, as they would unchunked. What the teacher predicts comes from a `Teacher`: a
+model's hidden states and its head (`Online`), or what was kept of its predictions (`likeliest.Likeliest`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, SumAndCount, measure
+from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, Reads, SumAndCount, measure
 from llmcompress.errors import InputError
 
 LOGITS = 2**24  # of each model that are in memory at once: 64 MiB a tensor in float32
@@ -35,11 +36,49 @@ class HeadLoss:
     terms: tuple[SumAndCount, ...]
 
 
+class Teacher(Protocol):
+    """What a teacher predicts, a row for each token."""
+
+    def __len__(self) -> int:
+        """Tokens."""
+
+    def vocabulary(self) -> int:
+        """Classes of its whole predictions."""
+
+    def beside(self, student: Tensor, targets: Tensor, rows: slice) -> Mapping[Reads, Predictions]:
+        """Its predictions of `rows` beside the student's logits [tokens, vocabulary] and the targets [tokens] of these
+        rows, for the kinds of losses that it can serve."""
+
+
+@dataclass(frozen=True, eq=False)
+class Online:
+    """A teacher that runs along. hidden [tokens, width]: what its head reads."""
+
+    hidden: Tensor
+    head: Head
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @torch.no_grad()
+    def vocabulary(self) -> int:
+        """See `Teacher.vocabulary`."""
+        return self._logits(slice(1)).shape[-1]
+
+    def beside(self, student: Tensor, targets: Tensor, rows: slice) -> Mapping[Reads, Predictions]:
+        """See `Teacher.beside`: every kind."""
+        with torch.no_grad():
+            predictions = Predictions(student, self._logits(rows), targets)
+        return {"whole": predictions, "merged": predictions, "nothing": predictions}
+
+    def _logits(self, rows: slice) -> Tensor:
+        return _function(self.head)(self.hidden.detach()[rows])
+
+
 def chunked_loss(
     student_hidden: Tensor,
     student_head: Head,
-    teacher_hidden: Tensor,
-    teacher_head: Head,
+    teacher: Teacher,
     targets: Tensor,
     terms: Sequence[Term],
     chunk: int | None = None,
@@ -47,29 +86,29 @@ def chunked_loss(
 ) -> HeadLoss:
     """The losses of `terms` over all tokens, `chunk` of them at a time (by default, as many as keep within LOGITS).
 
-    student_hidden [tokens, student's width], teacher_hidden [tokens, teacher's width]: what the heads read, so after
-    the last norm, at the positions that count. targets int64 [tokens]. `parameters`: those of the student's head that
-    may train; by default a tensor itself, or all of a module; a head that is neither needs them named. A compressed
-    head is decoded for every chunk unless inside `modules.decoded`.
+    student_hidden [tokens, width]: what the head reads, so after the last norm, at the positions that count; `teacher`
+    has a row for each. targets int64 [tokens]. `parameters`: those of the student's head that may train; by default a
+    tensor itself, or all of a module; a head that is neither needs them named. A compressed head is decoded for every
+    chunk unless inside `modules.decoded`.
 
     Sums are not divided by anything. Terms that count tokens share the count of the whole step, so divide `total` by
     it; where the counts of a step differ, put 1 / count into each weight. A count that is a sum of weights
     (`LossConfig.counts_tokens` false) is found beforehand by a call under `torch.no_grad()`.
 
     Raises InputError for vocabularies that differ, ValueError where there is no term, no token in a chunk,
-    or rows do not match.
+    or rows do not match, KeyError for a loss that needs more than the teacher has.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; at least one token must be in memory at once")
-    if not terms or not len(student_hidden) == len(teacher_hidden) == len(targets):
+    if not terms or not len(student_hidden) == len(teacher) == len(targets):
         raise ValueError(
-            f"{len(terms)} losses of {len(student_hidden)} student rows, {len(teacher_hidden)} teacher rows and "
+            f"{len(terms)} losses of {len(student_hidden)} student rows, {len(teacher)} teacher rows and "
             f"{len(targets)} targets; give a loss, and as many of one as of the others"
         )
     trained = _parameters(student_head) if parameters is None else list(parameters)
-    work = _Work(_function(student_head), _function(teacher_head), teacher_hidden.detach(), targets, tuple(terms))
+    work = _Work(_function(student_head), teacher, teacher.vocabulary(), targets, tuple(terms))
     logits = LOGITS_ON_CPU if student_hidden.device.type == "cpu" else LOGITS
-    size = chunk or max(1, logits // work.vocabulary())
+    size = chunk or max(1, logits // work.vocabulary)
     total, report = _Chunked.apply(work, size, torch.is_grad_enabled(), student_hidden, *trained)
     return HeadLoss(total, tuple((each[0], each[1]) for each in report.unbind()))
 
@@ -79,29 +118,22 @@ class _Work:
     """What a chunk needs beside the student's hidden states."""
 
     student_head: Callable[[Tensor], Tensor]
-    teacher_head: Callable[[Tensor], Tensor]
-    teacher_hidden: Tensor
+    teacher: Teacher
+    vocabulary: int  # the teacher's number of classes
     targets: Tensor
     terms: tuple[Term, ...]
-
-    def vocabulary(self) -> int:
-        """The teacher's number of classes."""
-        with torch.no_grad():
-            return self.teacher_head(self.teacher_hidden[:1]).shape[-1]
 
     def of_chunk(self, hidden: Tensor, rows: slice, wanted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """(sum, count) of each term, [terms, 2], and the gradients of the weighted sum with respect to `wanted`."""
         with torch.set_grad_enabled(bool(wanted)):
             student = self.student_head(hidden)
-            with torch.no_grad():
-                teacher = self.teacher_head(self.teacher_hidden[rows])
-            if student.shape != teacher.shape:
+            if student.shape[-1] != self.vocabulary:
                 raise InputError(
-                    f"the student has a vocabulary of {student.shape[-1]}, its teacher one of {teacher.shape[-1]} "
+                    f"the student has a vocabulary of {student.shape[-1]}, its teacher one of {self.vocabulary} "
                     "tokens; distil from the model that the student was made from"
                 )
-            predictions = Predictions(student, teacher, self.targets[rows])
-            pairs = [measure(predictions, config, state) for config, state, _ in self.terms]
+            predictions = self.teacher.beside(student, self.targets[rows], rows)
+            pairs = [measure(predictions[config.reads()], config, state) for config, state, _ in self.terms]
             total = torch.stack([weight * pair[0] for (*_, weight), pair in zip(self.terms, pairs)]).sum()
         gradients = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True) if wanted else ()
         return torch.stack([torch.stack(pair).detach() for pair in pairs]), gradients

@@ -7,11 +7,12 @@ read.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, KwargsHandler
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from llmcompress.distill.metrics import tracking
@@ -26,6 +27,7 @@ FOREIGN = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 SHARDING = "ACCELERATE_USE_FSDP"
+WRITING = timedelta(days=7)  # that the others wait while the first process caches the teacher; of them all, if one ends
 
 
 def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Accelerator:
@@ -44,11 +46,14 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
                 f"kept; launch with configs/accelerate/fsdp2.yaml, which shards, or ddp.yaml"
             )
     _check_shares(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    frozen = DistributedDataParallelKwargs(broadcast_buffers=False)  # packed codes are equal from the start
+    # packed codes are equal from the start
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    if recipe.teacher.kind == "cached":
+        handlers.append(InitProcessGroupKwargs(timeout=WRITING))
     accelerator = Accelerator(
         cpu=torch.device(device).type == "cpu",
         mixed_precision="no",
-        kwargs_handlers=[frozen],
+        kwargs_handlers=handlers,
         **tracking(recipe, output),
     )
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
@@ -123,6 +128,11 @@ def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
         raise RecipeError(
             f"optimizer: {recipe.optimizer} keeps moments in blocks of whole tensors, which cannot be shared out; use "
             f"adamw, or launch with configs/accelerate/ddp.yaml"
+        )
+    if recipe.teacher.kind == "cached":
+        raise RecipeError(
+            "models that are shared out read in step, while a teacher is cached by one process alone; use `teacher: "
+            "{kind: online}`, or launch with configs/accelerate/ddp.yaml"
         )
     if len(recipe.stages()) > 1 or any(s.adapt and s.adapt.factor_bits < 16 for _, s in recipe.stages()):
         raise RecipeError(

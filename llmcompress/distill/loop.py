@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,7 @@ from llmcompress.distill.recipe import Distillation, Term
 from llmcompress.distill.recompute import recomputed
 from llmcompress.distill.state import Keeper, Progress, stop_requests
 from llmcompress.distill.student import Student
+from llmcompress.distill.teaching import Teaching
 from llmcompress.errors import NumericsError, Terminated
 
 if TYPE_CHECKING:
@@ -51,33 +52,32 @@ class Objective(nn.Module):
     """The student and its losses as one module, so that a wrapper of several processes sees every gradient."""
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, terms: Sequence[tuple[Term, LossState | None]]
+        self,
+        student: PreTrainedModel,
+        teaching: Teaching,
+        matching: Matching,
+        terms: Sequence[tuple[Term, LossState | None]],
     ) -> None:
         super().__init__()
-        self.matching = Matching.of(student, teacher, [term for term, _ in terms])
         self.student = student
-        self.teacher = (teacher,)  # in a tuple, so that it is no submodule: `train()` must not reach it
+        self.teaching, self.matching = teaching, matching  # no modules, so that `train()` does not reach the teacher
         self.terms = terms
 
     def forward(self, batch: Batch, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Of `batch`: the sum of all losses, each times its weight, with gradient, also where nothing in it counts; and
         the sum and the count of each loss `[losses, 2]`, without."""
-        [teacher] = self.teacher
         with self.matching.watched() as states:
-            with torch.no_grad():
-                wanted = hidden_states(teacher, batch)
+            teacher = self.teaching.predictions(batch)
             given = hidden_states(self.student, batch)
         weighted = [(term.of, state, weight) for (term, state), weight in zip(self.terms, weights, strict=True)]
-        rows = batch.predicting
         found = chunked_loss(
-            given[rows],
+            given[batch.predicting],
             head_of(self.student),
-            wanted[rows],
-            head_of(teacher),
+            teacher,
             batch.ids[batch.counted],
             [term for number, term in enumerate(weighted) if number not in self.matching.pairs],
         )
-        return self.matching.joined(found, states, rows, weights)
+        return self.matching.joined(found, states, batch.predicting, weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,9 @@ class Run:
 
     recipe: Distillation
     student: Student
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel  # for a look at the held-out sequences
+    dense: Callable[[], PreTrainedModel]  # gives the teacher, where its weights are asked for
+    teaching: Teaching
     data: Data
     keeper: Keeper
     accelerator: Accelerator
@@ -107,7 +109,8 @@ def train(run: Run, report: Report | None = None) -> Progress:
     """
     recipe, accelerator = run.recipe, run.accelerator
     states = [term.of.start() for term in recipe.losses]
-    objective = Objective(run.student.model, run.teacher, list(zip(recipe.losses, states, strict=True)))
+    matching = Matching.of(run.student.model, run.teacher, recipe.losses)
+    objective = Objective(run.student.model, run.teaching, matching, list(zip(recipe.losses, states, strict=True)))
     optimizer = optimizer_of(recipe, run.student.groups())
     again = recomputed(run.student.model) if recipe.checkpointing else nullcontext()
     with again, held_decoded(accelerator, run.student.model, run.teacher), stop_requests() as stopping:
@@ -179,7 +182,8 @@ def _next(run: Run, engine: Engine, progress: Progress, step: int) -> Batch:
     counts = quotas(progress.shares, recipe.batch, step, recipe.seed)
     chosen = draw(progress.cursors, counts, data.sizes, recipe.seed)
     progress.cursors = [cursor + count for cursor, count in zip(progress.cursors, counts, strict=True)]
-    return data.sequences[torch.tensor(chosen)]
+    numbers = torch.tensor(chosen)
+    return replace(data.sequences[numbers], numbers=numbers)
 
 
 def _agreed(accelerator: Accelerator, values: list[float]) -> list[float]:

@@ -69,7 +69,7 @@ def learn(run: Run, report: Report | None = None) -> Learned:
         metrics = run.metrics.of_phase(number, before) if len(stages) > 1 else run.metrics
         part = replace(run, recipe=recipe, keeper=keeper, metrics=metrics)
         model, [done] = run.student.model, [len(learned.history)]
-        adapted = () if recipe.adapt is None else adapt(model, recipe.adapt, run.teacher, recipe.seed)
+        adapted = () if recipe.adapt is None else adapt(model, recipe.adapt, run.dense(), recipe.seed)
         (_by_blocks if kind == "blockwise" else _end_to_end)(part, learned, report)
         _round(part, learned, adapted)
         if len(stages) > 1:
@@ -79,8 +79,9 @@ def learn(run: Run, report: Report | None = None) -> Learned:
 
 def _end_to_end(run: Run, learned: Learned, report: Report | None) -> None:
     recipe = run.recipe
-    targets = run.teacher if recipe.latents == "teacher" else None
-    student = relaxed_student(run.student.model, recipe.rates, recipe.estimator, targets)
+    student = relaxed_student(
+        run.student.model, recipe.rates, recipe.estimator, run.dense() if recipe.latents == "teacher" else None
+    )
     measured = train(replace(run, student=student), report)
     numbers: dict[str, int] = {
         kind: sum(value.numel() for value in values.values()) for kind, values in student.trained.items()
@@ -106,7 +107,7 @@ def _by_blocks(run: Run, learned: Learned, report: Report | None) -> None:
         )
     walked = recover_blocks(
         run.student.model,
-        run.teacher,
+        run.dense(),
         batch.ids,
         batch.read,
         len(batch) - len(run.data.sequences),

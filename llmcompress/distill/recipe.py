@@ -105,6 +105,26 @@ class Phase(BaseModel):
     evaluate_every: int | None = Field(default=None, ge=1)
 
 
+class Teacher(BaseModel):
+    """Where the teacher's predictions come from: it reads along in every step (online), or they are written once and
+    read back (cached), then only the likeliest tokens of each and the mass of all others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["online", "cached"] = "online"
+    k: int = Field(default=64, ge=1, description="likeliest tokens that are cached; all of them if there are fewer")
+    folder: str | None = Field(
+        default=None,
+        min_length=1,
+        description="of the cache, for several runs on the same tokens; null: beside the output, until that is there",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Teacher:
+        if self.kind == "online" and self != Teacher.model_construct():  # a recipe that was written has the defaults
+            raise ValueError("k and folder are those of a cache; leave them out, or set kind to cached")
+        return self
+
+
 class Distillation(BaseModel):
     """A distillation of a dense teacher into a student, compressed or with fewer or narrower blocks."""
 
@@ -115,6 +135,7 @@ class Distillation(BaseModel):
     data: Texts = Source(samples=528, length=256, held_out=16)
     mixture: Mixture = Mixture()
     losses: tuple[Term, ...] = Field(default=(Term(of={"loss": "forward_kl"}),), min_length=1)
+    teacher: Teacher = Teacher()
     rates: dict[Kind, Rate] = Field(
         default={"scales": 1e-3, "factors": 1e-3, "norms": 1e-3},
         min_length=1,
@@ -176,4 +197,21 @@ class Distillation(BaseModel):
             raise ValueError("mixture: there is one text, so no shares to move; list domains in data, or leave it out")
         if all(reads_states(term.of) for term in self.losses):
             raise ValueError("losses: hidden states alone do not teach what follows; add a loss such as forward_kl")
+        if self.teacher.kind == "cached":
+            self._check_cached()
         return self
+
+    def _check_cached(self) -> None:
+        """Raises ValueError for losses that ask for more than is cached of a teacher."""
+        states = sorted({term.of.loss for term in self.losses if reads_states(term.of)})
+        if states:
+            raise ValueError(
+                f"losses: {' and '.join(states)} cannot be computed from a cached teacher, which has no hidden states; "
+                f"use `teacher: {{kind: online}}`"
+            )
+        whole = sorted({term.of.loss for term in self.losses if term.of.reads() == "whole"})
+        if whole:
+            raise ValueError(
+                f"losses: {' and '.join(whole)}, as asked for, cannot be computed from a cached teacher, which lacks "
+                f"the unlikely tokens; use `teacher: {{kind: online}}`, or a loss such as forward_kl at temperature 1"
+            )

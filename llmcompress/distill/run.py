@@ -20,6 +20,7 @@ from llmcompress.blocks import product_dtype, products
 from llmcompress.checkpoint import check_output, writing
 from llmcompress.distill.data import Data, read_data
 from llmcompress.distill.folders import StudentFolder, open_folder
+from llmcompress.distill.kept import measured_bias, remove_cache, taught_from_cache
 from llmcompress.distill.launch import check_enough, launched_accelerator, loading_device
 from llmcompress.distill.loop import Report, Run
 from llmcompress.distill.metrics import Metrics, start_trackers, term_names
@@ -29,6 +30,7 @@ from llmcompress.distill.ready import memory_advice
 from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.state import METRICS, Keeper
 from llmcompress.distill.student import Student
+from llmcompress.distill.teaching import ReadsAlong
 from llmcompress.driver import copy_companions
 from llmcompress.locate import Place, locate
 from llmcompress.modules import CompressedLinear, Layout, compressed_modules
@@ -50,7 +52,7 @@ class Distilled:
     `bytes_after`: of all compressed weights, which low-rank terms that were added make larger; `phases`: {kind, steps,
     seconds} of each, and of a blockwise one {before, after, step} of every block: its held-out errors, and when it was
     best; `losses`: the weight of each, end to end; `teacher_id`: its Hub id, if it has one; `plot`: the file of its
-    curve, None where matplotlib is missing."""
+    curve, None where matplotlib is missing; `cache_bias`: what a cached teacher hides."""
 
     output: str
     teacher: str
@@ -67,6 +69,7 @@ class Distilled:
     teacher_id: str | None = None
     plot: str | None = None
     warnings: tuple[str, ...] = ()
+    cache_bias: dict[str, dict[str, float]] | None = None  # before and after, see `kept.measured_bias`
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, keys as in the fields."""
@@ -107,13 +110,19 @@ def distill(
         check_head(model, data.sequences.ids)
         if data.sequences.documents is not None:
             check_boundaries(model, data.sequences.ids)
+    warnings = () if not compressed_modules(pair[1]) else (COMPRESSED_TEACHER,)
     start_trackers(asked, accelerator)
     with memory_advice(asked):
-        learned = learn(run, progress)
-    done = _result(run, learned, target, place, opened.layouts)
+        if asked.teacher.kind == "cached":
+            run = taught_from_cache(run, asked.teacher, place, target)
+        del pair, model  # so that a teacher which the run does not need is gone
+        learned, bias = _learned(run, progress)
+    done = replace(_result(run, learned, target, place, opened.layouts), warnings=warnings, cache_bias=bias)
     if accelerator.is_main_process:
         _write(opened, learned, asked, done, target, run.metrics.path)
         keeper.remove()
+        if asked.teacher.kind == "cached":
+            remove_cache(asked.teacher, target)
     accelerator.end_training()
     return done
 
@@ -134,6 +143,8 @@ def _run(
         recipe,
         student,
         teacher,
+        lambda: teacher,
+        ReadsAlong(teacher),
         data,
         keeper,
         accelerator,
@@ -141,6 +152,16 @@ def _run(
         # recomputed activations must come from the same operations, and the second time torch's attention is there
         partial(products, accelerator.device, dtype, attention=not recipe.checkpointing),
     )
+
+
+def _learned(run: Run, progress: Report | None) -> tuple[Learned, dict[str, dict[str, float]] | None]:
+    """What was learned, and what a cached teacher hid before and after."""
+    if run.recipe.teacher.kind == "online":
+        return learn(run, progress), None
+    k = run.recipe.teacher.k
+    before = measured_bias(run, k)
+    learned = learn(run, progress)
+    return learned, {"before": before, "after": measured_bias(run, k)}
 
 
 def _identity(recipe: Distillation, data: Data, opened: StudentFolder, teacher: Place) -> str:
@@ -170,7 +191,6 @@ def _result(run: Run, learned: Learned, output: Path, teacher: Place, before: Ma
         },
         teacher_id=teacher.hub_id,
         plot=reports.DISTILLATION_PLOT if find_spec("matplotlib") else None,
-        warnings=() if not compressed_modules(run.teacher) else (COMPRESSED_TEACHER,),
     )
 
 

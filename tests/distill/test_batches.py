@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from llmcompress.distill.batch import PADDING, Batch
-from llmcompress.distill.head import chunked_loss
+from llmcompress.distill.head import Online, chunked_loss
 from llmcompress.distill.held_out import Distances, distances
 from llmcompress.distill.loop import Objective
+from llmcompress.distill.matching import Matching
 from llmcompress.distill.objective import check_boundaries, hidden_states
 from llmcompress.distill.recipe import Term
+from llmcompress.distill.teaching import ReadsAlong
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.evaluate import distance
 from tests.distill.cases import CASES, config, spelled
@@ -83,6 +85,11 @@ def terms(*names: str) -> list[tuple[Term, Any]]:
     return [(term, term.of.start()) for term in made]
 
 
+def objective_of(student: Any, teacher: Any, losses: list[tuple[Term, Any]]) -> Objective:
+    """As a training has it, with a teacher that reads along."""
+    return Objective(student, ReadsAlong(teacher), Matching.of(student, teacher, [term for term, _ in losses]), losses)
+
+
 def gradient(objective: Objective, parts: list[Batch], targets: int) -> tuple[Tensor, Tensor]:
     """The objective of a step and its gradient, the parts one after the other."""
     weights = [term.weight_at(0, 1) / targets for term, _ in objective.terms]
@@ -101,7 +108,7 @@ def test_the_gradient_of_ragged_parts_is_that_of_one_batch(size: int) -> None:
     student, teacher = tiny("llama", seed=1).double(), tiny("llama").double().requires_grad_(False)
     states = [{"loss": "hidden"}, {"loss": "minilm", "relation_heads": 4}]
     on_states = [(Term.model_validate({"of": one}), None) for one in states]
-    objective = Objective(student, teacher, terms("forward_kl", "cross_entropy", "taid") + on_states)
+    objective = objective_of(student, teacher, terms("forward_kl", "cross_entropy", "taid") + on_states)
     batch = ragged()
     whole, parts = (gradient(objective, batch.split(n), batch.targets) for n in (len(batch), size))
     assert_close(parts[0], whole[0], rtol=1e-10, atol=0)
@@ -112,7 +119,7 @@ def test_the_gradient_is_that_of_all_targets_one_by_one() -> None:
     """Sum over targets of KL(teacher || student) / their number, documents alone and unpadded, by plain autograd."""
     student, teacher = tiny("llama", seed=1).double(), tiny("llama").double().requires_grad_(False)
     batch = Batch.joined([packed(), ragged()])
-    total, found = gradient(Objective(student, teacher, terms("forward_kl")), batch.split(3), batch.targets)
+    total, found = gradient(objective_of(student, teacher, terms("forward_kl")), batch.split(3), batch.targets)
     alone = [packed().ids[:, 0:5], packed().ids[:, 6:12]]
     alone += [ragged().ids[row : row + 1, :length] for row, length in enumerate(LENGTHS) if length > 1]
     student.zero_grad()
@@ -135,7 +142,7 @@ def test_a_part_in_which_nothing_counts_has_a_gradient_of_zero(case: dict[str, A
     student, teacher = (torch.nn.Linear(8, 11, bias=False) for _ in range(2))
     hidden = torch.zeros(0, 8, requires_grad=True)
     found = chunked_loss(
-        hidden, student, hidden, teacher, torch.zeros(0, dtype=torch.int64), [(term.of, term.of.start(), 1.0)]
+        hidden, student, Online(hidden, teacher), torch.zeros(0, dtype=torch.int64), [(term.of, term.of.start(), 1.0)]
     )
     found.total.backward()  # type: ignore[no-untyped-call]
     assert found.total.item() == found.terms[0][0].item() == found.terms[0][1].item() == 0
@@ -147,7 +154,7 @@ def test_an_objective_in_which_nothing_counts_reaches_every_parameter() -> None:
     student, teacher = tiny("llama", seed=1), tiny("llama")
     batch = ragged()
     empty = Batch(batch.ids, torch.zeros_like(batch.counted)).trimmed()
-    loss, report = Objective(student, teacher, terms("forward_kl"))(empty, [10.0])
+    loss, report = objective_of(student, teacher, terms("forward_kl"))(empty, [10.0])
     loss.backward()
     assert loss.item() == 0 and not report.any()
     assert all(value.grad is not None and not value.grad.any() for value in student.parameters())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import llmcompress.distill.head
-from llmcompress.distill.head import HeadLoss, Term, chunked_loss
+from llmcompress.distill.head import HeadLoss, Online, Term, chunked_loss
 from llmcompress.distill.losses.loss import LossConfig, Predictions, measure
 from llmcompress.distill.losses.taid import TAID
 from llmcompress.errors import InputError
@@ -46,7 +46,7 @@ class Models:
     def chunked(self, terms: Sequence[Term], chunk: int | None = None) -> HeadLoss:
         """By chunks."""
         return chunked_loss(
-            self.hidden, self.head, self.teacher_hidden, self.teacher_head, self.targets, terms, chunk=chunk
+            self.hidden, self.head, Online(self.teacher_hidden, self.teacher_head), self.targets, terms, chunk=chunk
         )
 
     def whole(self, terms: Sequence[Term]) -> HeadLoss:
@@ -118,8 +118,7 @@ def test_weights_may_divide_by_counts_of_the_whole_step() -> None:
         return chunked_loss(
             given.hidden[part],
             given.head,
-            given.teacher_hidden[part],
-            given.teacher_head,
+            Online(given.teacher_hidden[part], given.teacher_head),
             given.targets[part],
             terms,
             chunk=3,
@@ -165,7 +164,7 @@ def test_heads_may_be_tensors_or_functions() -> None:
     given = models()
     expected = given.gradients(given.whole(several()))
     weight, teacher_weight = given.head.weight, given.teacher_head.weight
-    rest = (given.teacher_hidden, teacher_weight, given.targets, several())
+    rest = (Online(given.teacher_hidden, teacher_weight), given.targets, several())
     by_tensor = chunked_loss(given.hidden, weight, *rest, chunk=4)
     by_function = chunked_loss(given.hidden, lambda h: h @ weight.T, *rest, chunk=4, parameters=[weight])
     for loss in (by_tensor, by_function):
@@ -266,13 +265,13 @@ def test_the_chunk_follows_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> No
         rows.append(len(hidden))
         return given.teacher_head(hidden)
 
-    chunked_loss(given.hidden, given.head, given.teacher_hidden, head, given.targets, several())
+    chunked_loss(given.hidden, given.head, Online(given.teacher_hidden, head), given.targets, several())
     assert rows == [1, 4, 4, 4, 1]  # once to see the vocabulary of 11
 
 
 def test_what_cannot_be_is_refused() -> None:
     given, other = models(), models(vocabulary=12)
-    rest = (given.teacher_hidden, other.teacher_head, given.targets)
+    rest = (Online(given.teacher_hidden, other.teacher_head), given.targets)
     with pytest.raises(InputError, match="the student has a vocabulary of 11, its teacher one of 12"):
         chunked_loss(given.hidden, given.head, *rest, several())
     with pytest.raises(ValueError, match="chunk is 0"):
@@ -280,4 +279,5 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="0 losses of 13 student rows"):
         given.chunked([])
     with pytest.raises(ValueError, match="3 losses of 12 student rows, 13 teacher rows"):
-        chunked_loss(given.hidden[1:], given.head, given.teacher_hidden, given.teacher_head, given.targets, several())
+        teacher = Online(given.teacher_hidden, given.teacher_head)
+        chunked_loss(given.hidden[1:], given.head, teacher, given.targets, several())

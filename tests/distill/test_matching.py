@@ -23,6 +23,7 @@ from llmcompress.modules import compressed_linears
 from llmcompress.recipe import dump, read_as
 from llmcompress.surgery.kept import KEPT, matched_blocks
 from llmcompress.weight import dense
+from tests.distill.test_batches import objective_of
 from tests.distill.test_dense_students import asked, tensors
 from tests.distill.test_training import TEXT, Cut
 from tests.tiny import save_tiny, tiny
@@ -55,7 +56,7 @@ def pair() -> tuple[Any, Any]:
 
 def objective(student: Any, teacher: Any, *terms: dict[str, Any]) -> Objective:
     """As a training has it."""
-    return Objective(student, teacher, [(term, term.of.start()) for term in map(Term.model_validate, terms)])
+    return objective_of(student, teacher, [(term, term.of.start()) for term in map(Term.model_validate, terms)])
 
 
 def gradients(total: Tensor, model: Any) -> list[Tensor]:

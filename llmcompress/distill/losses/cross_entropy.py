@@ -5,13 +5,17 @@ from typing import Literal
 from torch import nn
 
 from llmcompress.distill.losses.divergence import over_tokens, wide
-from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, SumAndCount, loss
+from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, Reads, SumAndCount, loss
 
 
 class CrossEntropy(LossConfig):
     """Arguments of `cross_entropy`: none."""
 
     loss: Literal["cross_entropy"] = "cross_entropy"
+
+    def reads(self) -> Reads:
+        """See `LossConfig.reads`."""
+        return "nothing"
 
 
 @loss("cross_entropy", CrossEntropy)

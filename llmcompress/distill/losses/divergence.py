@@ -9,12 +9,13 @@ such) is left out for both: it gets no probability, no loss and no gradient, and
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.distill.losses.loss import LossConfig, Predictions, SumAndCount
+from llmcompress.distill.losses.loss import LossConfig, Predictions, Reads, SumAndCount
 
 # At or below it, a logit means "never". It takes the place of -inf: its exponential is 0 just the same, but the
 # difference of two of it is 0 and 0 times it is 0, where -inf would make NaN. float32 has room to add a few of it.
@@ -25,6 +26,11 @@ class TemperedConfig(LossConfig):
     """A loss between distributions softened by a temperature T, times T^2: gradients keep their size over T."""
 
     temperature: float = Field(1.0, ge=0.01, le=100, description="both models' logits are divided by it")
+    merges: ClassVar[bool] = False  # true: merging classes leaves it a divergence between the models, and a lower bound
+
+    def reads(self) -> Reads:
+        """See `LossConfig.reads`. What a temperature does to merged classes depends on each of them."""
+        return "merged" if self.merges and self.temperature == 1 else "whole"
 
 
 def wide(values: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ class ForwardKL(TemperedConfig):
 
     loss: Literal["forward_kl"] = "forward_kl"
     examples = ({}, {"temperature": 2.0})
+    merges = True
 
 
 @loss("forward_kl", ForwardKL)

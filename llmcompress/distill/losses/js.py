@@ -19,6 +19,7 @@ class JS(TemperedConfig):
     loss: Literal["js"] = "js"
     beta: float = Field(0.5, ge=0, le=1, description="the teacher's share; 0 is forward KL, 1 is reverse KL")
     examples = ({}, {"beta": 0.0}, {"beta": 1.0}, {"beta": 0.1, "temperature": 2.0})
+    merges = True
 
 
 @loss("js", JS)

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+
+Reads = Literal["whole", "merged", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class LossConfig(BaseModel):
     def counts_tokens(self) -> bool:
         """Whether the count is that of tokens; else it is a sum of weights, known only once the loss is computed."""
         return True
+
+    def reads(self) -> Reads:
+        """What it needs of the teacher: whole predictions, such with several classes merged into one, or nothing."""
+        return "whole"
 
     def start(self) -> LossState | None:
         """The state before the first step; None for a loss that has none."""

@@ -15,6 +15,7 @@ class ReverseKL(TemperedConfig):
 
     loss: Literal["reverse_kl"] = "reverse_kl"
     examples = ({}, {"temperature": 0.5})
+    merges = True
 
 
 @loss("reverse_kl", ReverseKL)

@@ -19,6 +19,7 @@ class SkewedKL(TemperedConfig):
     direction: Literal["forward", "reverse"] = "forward"
     alpha: float = Field(0.1, ge=0, lt=1, description="share of the first model in the mixture")
     examples = ({}, {"direction": "reverse"}, {"alpha": 0.0}, {"alpha": 0.7, "temperature": 2.0})
+    merges = True
 
 
 @loss("skewed_kl", SkewedKL)

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 
 from llmcompress.distill.losses.divergence import over_tokens, shared_logits
-from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, SumAndCount, loss
+from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, Reads, SumAndCount, loss
 from llmcompress.errors import NumericsError
 
 
@@ -38,6 +38,10 @@ class TAID(LossConfig):
         if self.t_start > self.t_end:
             raise ValueError(f"t_start {self.t_start} is above t_end {self.t_end}; t only grows")
         return self
+
+    def reads(self) -> Reads:
+        """See `LossConfig.reads`. A merged class has the logarithm of its classes' mass for a logit."""
+        return "merged"
 
     def start(self) -> Interpolation:
         """See `LossConfig.start`."""

@@ -1,0 +1,154 @@
+"""A run whose teacher has read everything beforehand, and is gone while the student learns.
+
+What it predicts of the training sequences is in a cache (`cache`). Of the held-out sequences its last hidden states
+are kept, with its output head: little beside a whole model, or beside the logits; and a look at them measures the same
+divergence as with the model, to the bit, without running it again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from llmcompress.distill.batch import Batch
+from llmcompress.distill.cache import Origin, open_cache, rounded, teacher_digest, tokens_digest, write_cache
+from llmcompress.distill.head import LOGITS
+from llmcompress.distill.likeliest import Likeliest
+from llmcompress.distill.loop import Run
+from llmcompress.distill.losses.forward_kl import ForwardKL
+from llmcompress.distill.losses.loss import Predictions, measure
+from llmcompress.distill.objective import head_of, hidden_states
+from llmcompress.distill.recipe import Teacher
+from llmcompress.distill.teaching import ReadBack
+from llmcompress.errors import LLMCompressError
+from llmcompress.evaluate.perplexity import POSITIONS
+from llmcompress.locate import Place
+from llmcompress.modules import decoded
+from llmcompress.source import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class RememberedTeacher(nn.Module):
+    """What is left of a model that has read `sequences`, each by itself: for these it answers as the model did.
+
+    It has the parts that `objective.hidden_states` and `objective.head_of` ask a model for.
+    """
+
+    def __init__(self, model: PreTrainedModel, sequences: Sequence[Batch]) -> None:
+        super().__init__()
+        self.config = model.config
+        self.linear = cast(nn.Module, model.get_output_embeddings())
+        self.hidden: dict[bytes, Tensor] = {}
+        for batch in chain.from_iterable(each.split(1) for each in sequences):
+            one = batch.trimmed()
+            with torch.no_grad():
+                states = hidden_states(model, one.to(model.device))
+            self.hidden[_name(one.ids, None if one.documents is None else one.positions())] = states
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The model's."""
+        return self.linear
+
+    def base_model(self, input_ids: Tensor, use_cache: bool, position_ids: Tensor | None = None) -> tuple[Tensor]:
+        """The last hidden states [1, length, width]. Raises KeyError for a sequence that the model has not read."""
+        return (self.hidden[_name(input_ids, position_ids)],)
+
+
+def _name(ids: Tensor, positions: Tensor | None) -> bytes:
+    return b"".join(each.cpu().numpy().tobytes() for each in (ids, positions) if each is not None)
+
+
+def _folder(asked: Teacher, output: Path) -> Path:
+    return output.with_name(output.name + ".teacher") if asked.folder is None else Path(asked.folder).expanduser()
+
+
+def remove_cache(asked: Teacher, output: Path) -> None:
+    """Forgets the cache of a run that has ended, unless it was given a folder to stay in."""
+    if asked.folder is None:
+        shutil.rmtree(_folder(asked, output))
+
+
+def taught_from_cache(run: Run, asked: Teacher, place: Place, output: Path) -> Run:
+    """`run` with a cache for a teacher; written first where it is not there. `place`: where the teacher is.
+
+    Whoever holds the teacher may let it go then: where its weights are asked for, it is loaded again for a while.
+    Raises, in every process, what `cache.write_cache` and `cache.open_cache` raise.
+    """
+    model, accelerator, folder = run.teacher, run.accelerator, _folder(asked, output)
+    sequences, dtype = run.data.sequences, str(model.dtype).removeprefix("torch.")
+    origin = Origin(teacher_digest(place.folder), tokens_digest(sequences), asked.k, dtype)
+    failed: list[LLMCompressError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            with run.autocast():
+                vocabulary = head_of(model)(hidden_states(model, sequences[:1].to(model.device))).shape[-1]
+                write_cache(folder, origin, sequences.counted, _Logits(model, sequences, vocabulary), vocabulary)
+        except LLMCompressError as error:
+            failed = [error]
+    broadcast_object_list(failed)  # in which the others wait
+    if failed[0] is not None:
+        raise failed[0]
+    cache = open_cache(folder, origin, sequences.counted)
+    with run.autocast():
+        remembered = RememberedTeacher(model, run.data.held_out)
+    dense = partial(_loaded, place, model.device, model.dtype)
+    return replace(run, teaching=ReadBack(cache), teacher=cast("PreTrainedModel", remembered), dense=dense)
+
+
+def _loaded(place: Place, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    model = load_model(place, str(device)).requires_grad_(False)
+    placed: nn.Module = model
+    placed.to(dtype)
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class _Logits:
+    """See `cache.Logits`."""
+
+    model: PreTrainedModel
+    sequences: Batch
+    vocabulary: int
+
+    @torch.no_grad()
+    def __call__(self, rows: slice) -> Iterator[Tensor]:
+        """As many tokens at once as LOGITS says."""
+        batch = self.sequences[rows].trimmed().to(self.model.device)
+        hidden = hidden_states(self.model, batch)[batch.predicting]
+        for part in hidden.split(max(1, LOGITS // self.vocabulary)):
+            yield head_of(self.model)(part)
+
+
+@torch.no_grad()
+def measured_bias(run: Run, k: int) -> dict[str, float]:
+    """What the student in `run` cannot see of its teacher, on the held-out sequences, as means over tokens.
+
+    tail_mass: the teacher's probability of all classes but the k likeliest. kl: KL(teacher || student) in nats;
+    kl_with_tail: the same over k + 1 symbols as they are cached, the lower bound that a student is trained on.
+    """
+    loss, totals, tokens = ForwardKL(), torch.zeros(3, dtype=torch.float64), 0
+    models = (run.teacher, run.student.model)
+    with run.autocast(), decoded(run.teacher), decoded(run.student.model):
+        for one in chain.from_iterable(part.split(1) for part in run.data.held_out):
+            batch = one.trimmed().to(run.accelerator.device)
+            hidden = [hidden_states(model, batch)[batch.predicting].split(POSITIONS) for model in models]
+            targets = batch.ids[batch.counted].split(POSITIONS)
+            for wanted, given, here in zip(*hidden, targets, strict=True):
+                teacher, student = head_of(models[0])(wanted), head_of(models[1])(given)
+                known = rounded(Likeliest.of(teacher, k))
+                merged = known.beside(student, here, slice(None))["merged"]
+                bounds = [measure(each, loss)[0] for each in (Predictions(student, teacher, here), merged)]
+                totals += torch.stack([known.log_tail.exp().sum(), *bounds]).double().cpu()
+                tokens += len(here)
+    return dict(zip(("tail_mass", "kl", "kl_with_tail"), (totals / tokens).tolist()))

@@ -1,0 +1,49 @@
+"""Where the teacher's predictions of a step come from: the teacher itself, reading along, or a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from llmcompress.distill.batch import Batch
+from llmcompress.distill.cache import Cache
+from llmcompress.distill.head import Online, Teacher
+from llmcompress.distill.likeliest import Likeliest
+from llmcompress.distill.objective import head_of, hidden_states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Teaching(Protocol):
+    """Gives the teacher's predictions of sequences."""
+
+    def predictions(self, batch: Batch) -> Teacher:
+        """Of all tokens of `batch` that count, sequence after sequence."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReadsAlong:
+    """The teacher reads what the student reads."""
+
+    model: PreTrainedModel
+
+    @torch.no_grad()
+    def predictions(self, batch: Batch) -> Online:
+        """See `Teaching.predictions`."""
+        return Online(hidden_states(self.model, batch)[batch.predicting], head_of(self.model))
+
+
+@dataclass(frozen=True, eq=False)
+class ReadBack:
+    """The teacher has read everything before."""
+
+    cache: Cache
+
+    def predictions(self, batch: Batch) -> Likeliest:
+        """See `Teaching.predictions`. Raises ValueError for sequences without their numbers."""
+        if batch.numbers is None:
+            raise ValueError("predictions are kept by the numbers of sequences, and these have none")
+        return self.cache.of(batch.numbers.tolist(), batch.ids.device)
