@@ -9,8 +9,31 @@ from typing import Annotated, Any
 
 import typer
 
+from llmcompress.options import (
+    AsJson,
+    BatchSize,
+    ChatTemplate,
+    Device,
+    Length,
+    Limit,
+    Model,
+    Quiet,
+    RecipeFile,
+    Revision,
+    Seed,
+    Settings,
+    Shots,
+    Tasks,
+    TaskSeed,
+    Text,
+    Verbose,
+    Windows,
+    all_settings,
+    protocol_of,
+)
 from llmcompress.protocol import Protocol
 from llmcompress.tables import (
+    answered_view,
     comparison_view,
     distilled_view,
     dropped_view,
@@ -31,34 +54,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": lambda word: word.replace("_", "-")},
 )
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, a Hub id (org/name, org/name@revision) or smollm2.")
-]
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override the recipe, as in rules[0].steps[1].rank=16; repeatable."
-    ),
-]
-Seed = Annotated[int | None, typer.Option(help="Override the recipe's seed.")]
-Text = Annotated[Path | None, typer.Option(help="UTF-8 text for perplexity; by default documentation of Python.")]
-Windows = Annotated[int, typer.Option(min=1, help="Windows of text.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
-Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks or task files, separated by commas.")]
-Limit = Annotated[float | None, typer.Option(min=0, help="Items per task, or a share; not a result to quote.")]
-Shots = Annotated[int | None, typer.Option(min=0, help="Examples in a task's prompt; by default the task's own.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Of tasks; moves their scores a little.")]
-ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Write the prompts of tasks as chats.")]
-TaskSeed = Annotated[int, typer.Option(help="Of few-shot examples and samples.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, all else on stderr.")]
-Verbose = Annotated[
-    int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Every layer; -vv: tracebacks too.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and JSON).")]
 
 
 @app.command()
@@ -83,7 +78,7 @@ def compress(
         from llmcompress.recipe import read_recipe
         from llmcompress.recover import compress as run
 
-        asked = read_recipe(recipe, _settings(settings, seed))
+        asked = read_recipe(recipe, all_settings(settings, seed))
         shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
         result = run(model, asked, output, revision=revision, device=device, **shown)
         terminal.warn(summarized(result.report.warnings))
@@ -111,7 +106,7 @@ def plan(
         from llmcompress.recipe import read_recipe
         from llmcompress.recover import plan as run
 
-        found = run(model, read_recipe(recipe, _settings(settings)), revision)
+        found = run(model, read_recipe(recipe, all_settings(settings)), revision)
         terminal.warn(summarized(found.warnings))
         terminal.show(found.to_json(), plan_view)
 
@@ -176,7 +171,7 @@ def evaluate(
         from llmcompress.evaluate import launched
         from llmcompress.scoring import score
 
-        protocol = _protocol(text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed)
+        protocol = protocol_of(text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed)
         with launched(device) as processes:
             found = score(
                 model,
@@ -222,7 +217,7 @@ def compare(
         from llmcompress.comparison import compare as run
         from llmcompress.evaluate import launched
 
-        protocol = _protocol(text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed)
+        protocol = protocol_of(text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed)
         with launched(device) as processes:
             found = run(models, protocol, output=output, device=processes.device, processes=processes)
         terminal.show(found, comparison_view)
@@ -301,7 +296,7 @@ def distill(
         from llmcompress.distill import distill as run
         from llmcompress.recipe import read_as
 
-        asked = read_as(Distillation, recipe, _settings(settings, seed))
+        asked = read_as(Distillation, recipe, all_settings(settings, seed))
         found = run(student, teacher, asked, output, device=device, progress=terminal.training)
         terminal.warn(found.warnings)
         terminal.show(found.to_json(), distilled_view)
@@ -336,6 +331,47 @@ def drop(
 
 
 @app.command()
+def answer(
+    model: Model,
+    prompts: Annotated[
+        str,
+        typer.Argument(metavar="PROMPTS", help="A .jsonl, .parquet or .txt file, or a Hub data set: chats or texts."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="A new .jsonl file of chats.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="The first prompts only.")] = None,
+    column: Annotated[str | None, typer.Option(help="The column with the chats or texts.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of a data set; train by default.")] = None,
+    subset: Annotated[str | None, typer.Option(help="Of a data set that has several.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=10, help="0: always the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(max=1, help="Tokens are drawn from the likeliest with this mass.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws; each prompt has its own.")] = 0,
+    longest: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts side by side.")] = 8,
+    keep_reference: Annotated[
+        bool, typer.Option("--keep-reference", help="Where an answer fails its checks, keep that of the data.")
+    ] = False,
+    revision: Revision = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Let MODEL answer PROMPTS, and write the checked answers as chats to distil from; goes on where it was cut.
+
+    Example: llmcompress answer smollm2 prompts.jsonl -o answers.jsonl
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.distill.answering import Sampling
+        from llmcompress.distill.selfdata import Answering
+        from llmcompress.distill.selfdata import answer as run
+
+        sampling = Sampling(temperature, top_p, seed, longest)
+        asked = Answering(prompts, subset, None, split, column, limit, sampling, batch_size, keep_reference)
+        found = run(model, asked, output, revision=revision, device=device, progress=terminal.answering)
+        terminal.show(found.to_json(), answered_view)
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hub; made if it is not there.")],
@@ -363,16 +399,3 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app()
-
-
-def _settings(settings: list[str] | None, seed: int | None = None) -> list[str]:
-    return [*(settings or ()), *([] if seed is None else [f"seed={seed}"])]
-
-
-def _protocol(
-    text: Path | None, windows: int, length: int, tasks: str | None, limit: float | None, *others: Any
-) -> Protocol:
-    """The options of `eval` and `compare`, in the order of its fields."""
-    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
-    items = int(limit) if limit is not None and limit >= 1 else limit
-    return Protocol(text, windows, length, names, items, *others)

@@ -134,7 +134,7 @@ def _write(
     report: Callable[[int], None],
 ) -> tuple[Tensor, int]:
     """-> int64 [len(starts), length], and how many documents were begun."""
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     forced = [deque(next(start)) for start in starts]  # tokens that are fed in rather than sampled
     documents = len(starts)
     rows: list[list[int]] = [[] for _ in starts]
@@ -160,21 +160,29 @@ def _write(
 
 
 def _sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:
-    """One token per row, drawn on the CPU in float32 so that the generator means the same on every device."""
-    logits = logits_BV.to("cpu", torch.float32)
-    if not bool(logits.isfinite().all()):
-        raise NumericsError(
-            "the dense model's logits are NaN or infinite while it writes calibration text; check its weights"
-        )
-    chances = (logits / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1:
-        ordered, index = chances.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
-        chances = torch.zeros_like(chances).scatter_(-1, index, ordered)
+    """One token per row."""
+    chances = token_chances(logits_BV, sampling.temperature, sampling.top_p)
     return torch.multinomial(chances, 1, generator=generator).squeeze(-1).tolist()
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def token_chances(logits_BV: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The chances of the next token, [rows, vocabulary], up to a factor, of the likeliest ones that hold `top_p`.
+
+    On the CPU in float32, so that a generator's draw means the same on every device. Raises NumericsError for NaN.
+    """
+    logits = logits_BV.to("cpu", torch.float32)
+    if not bool(logits.isfinite().all()):
+        raise NumericsError("the dense model's logits are NaN or infinite while it writes text; check its weights")
+    chances = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, index = chances.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        chances = torch.zeros_like(chances).scatter_(-1, index, ordered)
+    return chances
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token that ends a document: those of the generation config, and the tokenizer's EOS."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}

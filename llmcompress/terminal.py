@@ -139,6 +139,11 @@ class Terminal:
         what = f"loss {loss:.4f} · held-out KL {kl:.4f} · {tokens_per_second:,.0f} tokens/s"
         self._report("step", done, total, what)
 
+    def answering(self, done: int) -> None:
+        """Reports prompts done, of which nobody knows how many there are: a line each time."""
+        if not self.quiet:
+            typer.echo(f"{done:,} prompts", err=True)
+
     def _report(self, counted: str, done: int, total: int, what: str) -> None:
         if self.quiet:
             return

@@ -472,7 +472,7 @@ def test_bad_input(words: list[str], code: int, message: str, recipe: Path, monk
 # --- the whole way --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["compress", "plan", "inspect", "eval", "compare"])
+@pytest.mark.parametrize("command", ["compress", "plan", "inspect", "eval", "compare", "answer"])
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     shown = run(command, "--help").stdout
     assert f"Example: llmcompress {command} " in " ".join(shown.split())

@@ -57,6 +57,7 @@ ROOMS = (
     "comparison",  # several models in one table
     "card",  # a report as the Hub shows it
     "hub",  # publishing
+    "options",  # what commands share
     "cli",
     "__main__",
 )

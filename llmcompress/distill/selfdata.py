@@ -1,0 +1,260 @@
+"""Data that the teacher writes: its own answers to given prompts, as chats (self-data distillation, arXiv 2410.09982).
+
+A student that learns from its teacher's answers stays with what the teacher would say; answers of others pull it away.
+Differs from the paper, where the teacher sees the reference and writes it anew: here it sees the prompt alone. An
+answer that fails a check (`answering.Answerer.checked`) is left out, or the reference takes its place.
+
+The file is written a batch at a time into `<output>.partial`, with a journal, so that a run which was cut goes on after
+its last batch and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import nn
+
+from llmcompress.blocks import product_dtype
+from llmcompress.checkpoint import replace_text
+from llmcompress.distill.answering import Answerer, Sampling
+from llmcompress.distill.cache import teacher_digest
+from llmcompress.distill.state import stop_requests
+from llmcompress.errors import DiskError, InputError, LockedError, RecipeError, Terminated
+from llmcompress.locate import Place, locate
+from llmcompress.report import versions
+from llmcompress.source import load_model, load_tokenizer
+from llmcompress.text import Document, Message, read_documents
+
+Progress = Callable[[int], None]  # prompts done
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What is asked for. `dataset`, `subset`, `revision`, `split`, `column`: as in `tokens.Calibration`; rows are
+    chats, whose last answer is the reference, or texts, each of them a prompt. `prompts`: how many, by default all."""
+
+    dataset: str
+    subset: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    column: str | None = None
+    prompts: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    batch: int = 8
+    keep_reference: bool = False
+
+    def __post_init__(self) -> None:
+        sampling = self.sampling
+        if not 0 <= sampling.temperature <= 10 or not 0 < sampling.top_p <= 1:
+            raise RecipeError(
+                f"temperature {sampling.temperature:g} and top_p {sampling.top_p:g} cannot be; the first is from 0 to "
+                "10, the second above 0 and at most 1"
+            )
+        for name, value in (("prompts", self.prompts), ("batch", self.batch), ("longest", sampling.longest)):
+            if value is not None and value < 1:
+                raise RecipeError(f"{name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What was written. `answers`: lines by the teacher; `references`: lines with the reference in its place;
+    `faults`: how many answers failed, by reason; `dropped`: prompts without a line."""
+
+    output: str
+    model: str
+    prompts: int
+    answers: int
+    references: int
+    dropped: int
+    faults: dict[str, int]
+    generation: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, keys as in the fields."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat up to where an answer is due, and the answer that the data have for it."""
+
+    number: int
+    messages: list[Message]
+    reference: str | None
+
+
+def answer(
+    model: str,
+    asked: Answering,
+    output: Path,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Answered:
+    """Writes the answers of `model` to the prompts as the JSON lines `{id, messages, source, checked, generation}`.
+
+    Equal arguments give equal bytes on one machine and library version. A run that was cut goes on where it was.
+    Raises an LLMCompressError, in one sentence, for whatever is wrong.
+    """
+    if output.exists():
+        raise DiskError(f"{output} exists already; remove it or choose another file")
+    place = locate(model, revision)
+    loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder)
+    dtype = product_dtype("auto", loaded.device)
+    moved: nn.Module = loaded
+    moved.to(dtype)
+    answerer = Answerer(loaded, tokenizer, asked.sampling)
+    made = {"model": place.name, "revision": place.revision, "dtype": str(dtype).removeprefix("torch.")}
+    generation = made | asdict(asked.sampling) | {"versions": versions()}
+    lock = FileLock(f"{output}.partial.lock", timeout=0)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise LockedError(f"{output} is being written by another process; wait, or choose another file") from error
+    except OSError as error:
+        raise DiskError(f"{output} cannot be written ({error.strerror}); choose another file") from error
+    try:
+        counts = _write(answerer, asked, output, generation, _identity(asked, place, generation), progress)
+    except OSError as error:
+        raise DiskError(f"{output} cannot be written ({error}); free some space and start again") from error
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lines = counts["answers"] + counts["references"]
+    faults = {name.removeprefix("fault: "): count for name, count in sorted(counts.items()) if name.startswith("fault")}
+    return Answered(
+        output=str(output),
+        model=place.name,
+        prompts=counts["prompts"],
+        answers=counts["answers"],
+        references=counts["references"],
+        dropped=counts["prompts"] - lines,
+        faults=faults,
+        generation=generation,
+    )
+
+
+def prompts(asked: Answering) -> Iterator[Prompt]:
+    """Those that are asked for, in the order of the data; rows without one (a chat that no user speaks in) are passed
+    over. Raises InputError where there is none, or the data cannot be read."""
+    documents = read_documents(
+        asked.dataset, subset=asked.subset, revision=asked.revision, split=asked.split, column=asked.column
+    )
+    found = (_prompt(number, document) for number, document in enumerate(documents))
+    wanted = islice((prompt for prompt in found if prompt is not None), asked.prompts)
+    first = next(wanted, None)
+    if first is None:
+        raise InputError(f"{asked.dataset} has no prompt; give chats with a user's message, or texts")
+    yield first
+    yield from wanted
+
+
+def _prompt(number: int, document: Document) -> Prompt | None:
+    messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
+    reference = None
+    if messages[-1]["role"] == "assistant":
+        messages, reference = messages[:-1], messages[-1]["content"]
+    return Prompt(number, messages, reference) if messages and messages[-1]["role"] == "user" else None
+
+
+def _identity(asked: Answering, place: Place, generation: dict[str, Any]) -> str:
+    """Of a run: equal where a partial file of one continues the other."""
+    parts = [json.dumps(part, sort_keys=True) for part in (asdict(asked), generation)]
+    return sha256("\n".join([teacher_digest(place.folder), *parts]).encode()).hexdigest()
+
+
+def _write(
+    answerer: Answerer,
+    asked: Answering,
+    output: Path,
+    generation: dict[str, Any],
+    identity: str,
+    progress: Progress | None,
+) -> Counter[str]:
+    """All lines, and then the file under its name; what became of the prompts."""
+    staged, journal = output.with_name(output.name + ".partial"), output.with_name(output.name + ".partial.json")
+    source, read = prompts(asked), sha256()
+    counts, size = _left(journal, identity, source, read)
+    with stop_requests() as stopping, staged.open("r+b" if size else "wb") as file:
+        file.seek(size)
+        file.truncate()  # what a run that was cut wrote behind its last entry
+        while batch := list(islice(source, asked.batch)):
+            _digest(read, batch)
+            lines = _lines(answerer, asked, batch, generation, counts)
+            file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            entries = {"run": identity, "read": read.hexdigest(), "bytes": file.tell(), "counts": counts}
+            replace_text(journal, json.dumps(entries))
+            if progress is not None:
+                progress(counts["prompts"])
+            if stopping:
+                kept = f"the answers to {counts['prompts']} prompts are kept in {staged}, from where the same command"
+                raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(f"{kept} goes on")
+    staged.rename(output)
+    journal.unlink()
+    return counts
+
+
+def _left(journal: Path, identity: str, source: Iterator[Prompt], read: Any) -> tuple[Counter[str], int]:
+    """What a run that was cut had counted, and its bytes; `source` goes on behind the prompts that it had answered.
+
+    Raises InputError for another run's, or where the data are no longer the same.
+    """
+    if not journal.is_file():
+        return Counter(), 0
+    try:
+        entries = json.loads(journal.read_text(encoding="utf-8"))
+        counts, size = Counter(entries["counts"]), int(entries["bytes"])
+        same = entries["run"] == identity
+        _digest(read, list(islice(source, counts["prompts"])) if same else [])
+        same = same and entries["read"] == read.hexdigest()
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{journal} cannot be read ({error}); remove it to start again") from error
+    if not same:
+        raise InputError(
+            f"{journal} was left by a run with other prompts, another model or other settings; remove it, or choose "
+            "another output"
+        )
+    return counts, size
+
+
+def _digest(read: Any, batch: list[Prompt]) -> None:
+    for prompt in batch:
+        read.update(json.dumps(asdict(prompt)).encode())
+
+
+def _lines(
+    answerer: Answerer, asked: Answering, batch: list[Prompt], generation: dict[str, Any], counts: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """What is written of a batch; `counts` goes on."""
+    wrote = answerer.answers([(prompt.number, prompt.messages) for prompt in batch])
+    for prompt, found in zip(batch, wrote, strict=True):
+        counts["prompts"] += 1
+        text, source, made = found.content, "teacher", generation
+        if found.fault is not None:
+            counts[f"fault: {found.fault}"] += 1
+            if not asked.keep_reference or prompt.reference is None:
+                continue
+            text, source, made = prompt.reference, "reference", {}
+        counts["answers" if source == "teacher" else "references"] += 1
+        messages = [*prompt.messages, {"role": "assistant", "content": text}]
+        yield {
+            "id": prompt.number,
+            "messages": messages,
+            "source": source,
+            "checked": source == "teacher",
+            "generation": made or None,
+        }

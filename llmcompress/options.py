@@ -1,0 +1,52 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmcompress.protocol import Protocol
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a Hub id (org/name, org/name@revision) or smollm2.")
+]
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override the recipe, as in rules[0].steps[1].rank=16; repeatable."
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="Override the recipe's seed.")]
+Text = Annotated[Path | None, typer.Option(help="UTF-8 text for perplexity; by default documentation of Python.")]
+Windows = Annotated[int, typer.Option(min=1, help="Windows of text.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks or task files, separated by commas.")]
+Limit = Annotated[float | None, typer.Option(min=0, help="Items per task, or a share; not a result to quote.")]
+Shots = Annotated[int | None, typer.Option(min=0, help="Examples in a task's prompt; by default the task's own.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Of tasks; moves their scores a little.")]
+ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Write the prompts of tasks as chats.")]
+TaskSeed = Annotated[int, typer.Option(help="Of few-shot examples and samples.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, all else on stderr.")]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Every layer; -vv: tracebacks too.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and JSON).")]
+
+
+def all_settings(settings: list[str] | None, seed: int | None = None) -> list[str]:
+    """Those of --set, and the seed of --seed."""
+    return [*(settings or ()), *([] if seed is None else [f"seed={seed}"])]
+
+
+def protocol_of(
+    text: Path | None, windows: int, length: int, tasks: str | None, limit: float | None, *others: Any
+) -> Protocol:
+    """The options of `eval` and `compare`, in the order of its fields."""
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    items = int(limit) if limit is not None and limit >= 1 else limit
+    return Protocol(text, windows, length, names, items, *others)
