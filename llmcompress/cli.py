@@ -14,9 +14,11 @@ from llmcompress.options import (
     BatchSize,
     ChatTemplate,
     Device,
+    KeepReference,
     Length,
     Limit,
     Model,
+    Prompts,
     Quiet,
     RecipeFile,
     Revision,
@@ -333,10 +335,7 @@ def drop(
 @app.command()
 def answer(
     model: Model,
-    prompts: Annotated[
-        str,
-        typer.Argument(metavar="PROMPTS", help="A .jsonl, .parquet or .txt file, or a Hub data set: chats or texts."),
-    ],
+    prompts: Prompts,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="A new .jsonl file of chats.")],
     limit: Annotated[int | None, typer.Option(min=1, help="The first prompts only.")] = None,
     column: Annotated[str | None, typer.Option(help="The column with the chats or texts.")] = None,
@@ -347,9 +346,7 @@ def answer(
     seed: Annotated[int, typer.Option(min=0, help="Of the draws; each prompt has its own.")] = 0,
     longest: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts side by side.")] = 8,
-    keep_reference: Annotated[
-        bool, typer.Option("--keep-reference", help="Where an answer fails its checks, keep that of the data.")
-    ] = False,
+    keep_reference: KeepReference = False,
     revision: Revision = None,
     device: Device = "cpu",
     as_json: AsJson = False,

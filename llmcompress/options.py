@@ -30,6 +30,12 @@ Shots = Annotated[int | None, typer.Option(min=0, help="Examples in a task's pro
 BatchSize = Annotated[int, typer.Option(min=1, help="Of tasks; moves their scores a little.")]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Write the prompts of tasks as chats.")]
 TaskSeed = Annotated[int, typer.Option(help="Of few-shot examples and samples.")]
+Prompts = Annotated[
+    str, typer.Argument(metavar="PROMPTS", help="A .jsonl, .parquet or .txt file, or a Hub data set: chats or texts.")
+]
+KeepReference = Annotated[
+    bool, typer.Option("--keep-reference", help="Where an answer fails its checks, keep that of the data.")
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, all else on stderr.")]
 Verbose = Annotated[

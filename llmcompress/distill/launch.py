@@ -27,7 +27,7 @@ FOREIGN = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 SHARDING = "ACCELERATE_USE_FSDP"
-WRITING = timedelta(days=7)  # that the others wait while the first process caches the teacher; of them all, if one ends
+WRITING = timedelta(days=7)  # how long processes wait for the one that caches the teacher; if it fails, they all end
 
 
 def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Accelerator:

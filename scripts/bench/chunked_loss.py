@@ -19,7 +19,7 @@ MOST_WHOLE = 4096  # tokens of which whole logits fit in a small machine
 WORK = """
 import json, resource, sys, time
 import torch
-from llmcompress.distill.head import chunked_loss
+from llmcompress.distill.head import Online, chunked_loss
 from llmcompress.distill.losses.forward_kl import ForwardKL
 from llmcompress.distill.losses.loss import Predictions, measure
 
@@ -39,7 +39,7 @@ def whole():
 
 
 def chunked():
-    chunked_loss(hidden[0], heads[0], hidden[1], heads[1], targets, [(ForwardKL(), None, 1.0)]).total.backward()
+    chunked_loss(hidden[0], heads[0], Online(hidden[1], heads[1]), targets, [(ForwardKL(), None, 1.0)]).total.backward()
 
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -294,6 +294,10 @@ def test_the_teacher_is_gone_while_the_student_learns(
             "losses: dad and topk, as asked for, cannot be",
         ),
         (
+            {"losses": [{"of": {"loss": "forward_kl"}}, {"of": {"loss": "hidden"}}]},
+            "losses: hidden cannot be computed from a cached teacher, which has no hidden states; use `teacher: {kind",
+        ),
+        (
             {"losses": [{"of": {"loss": "forward_kl", "temperature": 2}}]},
             "forward_kl, as asked for, cannot be computed",
         ),

@@ -67,11 +67,11 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
     the first, and `moved` what becomes of it elsewhere.
     """
 
-    def job(output: str, teacher: str = "tied", stop: list[int] | None = None, **more: Any) -> dict[str, Any]:
+    def job(output: str, model: str = "tied", stop: list[int] | None = None, **more: Any) -> dict[str, Any]:
         data = {"dataset": str(place / "text.txt"), "samples": 28, "length": 32, "held_out": 4}
         exact = {"batch": 4, "micro_batch": 1, "evaluate_every": 1, "compute": "float32", "steps": 4}
         recipe = {"version": 1, "data": data, "rates": ALL} | exact | more
-        folders = {"student": str(place / f"{teacher}-small"), "teacher": str(place / teacher)}
+        folders = {"student": str(place / f"{model}-small"), "teacher": str(place / model)}
         return folders | {"output": str(out / output), "recipe": recipe, "stop": stop, "port": free_port()}
 
     first, last = [0, 1], [1, 1]  # which process is stopped, and after which step
@@ -92,6 +92,8 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
         "moved": job("moved", "dense", clip=1e3),
         "other": job("kept", "dense", steps=5),
         "clipped": job("clipped", "dense", stop=first, clip=1e-3),
+        "cached": job("cached", teacher={"kind": "cached", "k": 16}, losses=[{"of": {"loss": "taid"}}]),
+        "no-cache": job("no-cache", teacher={"kind": "cached", "folder": str(place / "dense")}),
         "second-hand": compressed_teacher | {"teacher": str(place / "tied-small"), "student": str(place / "tied-2")},
     }
 
@@ -124,7 +126,8 @@ def alone(place: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     lc.compress(place / "tied", {"version": 1, "rules": RULES[-1:], "calibration": data}, place / "tied-2")
     out = place / "alone"
     asked = jobs(place, out)
-    return out, {name: run(asked[name]) for name in ("short", "whole", "kept", "finished", "clipped", "second-hand")}
+    names = ("short", "whole", "kept", "finished", "clipped", "cached", "second-hand")
+    return out, {name: run(asked[name]) for name in names}
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -151,9 +154,12 @@ def measured(folder: Path) -> list[dict[str, Any]]:
 
 
 @launches
-@pytest.mark.parametrize("name", ["short", "whole", "second-hand"])
+@pytest.mark.parametrize("name", ["short", "whole", "cached", "second-hand"])
 def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: Any) -> None:
     wanted = alone[1][name]["history"]
+    if name == "cached" and together[0].name == "fsdp2":
+        assert all("a teacher is cached by one process alone" in found["error"] for found in together[1][name])
+        return
     assert wanted[-1]["kl"] < wanted[0]["kl"]
     for found in together[1][name]:
         for one, other in zip(wanted, found["history"], strict=True):
@@ -217,6 +223,18 @@ def test_two_processes_take_up_what_one_left(alone: Any, together: Any) -> None:
 def test_every_process_refuses_the_state_of_another_run(together: Any) -> None:
     for found in together[1]["other"]:
         assert found["error"].startswith("InputError: ") and "was left by a run with another recipe" in found["error"]
+
+
+@launches
+def test_every_process_says_what_is_wrong_with_a_cache(alone: Any, together: Any) -> None:
+    out, found = together
+    sentence = "is no cache of a teacher's" if out.name == "ddp" else "a teacher is cached by one process alone"
+    assert all(sentence in each["error"] for each in found["no-cache"])
+    if out.name == "ddp":
+        assert not (out / "cached.teacher").exists()
+        for each in found["cached"]:
+            for when, bias in alone[1]["cached"]["cache_bias"].items():
+                assert each["cache_bias"][when] == pytest.approx(bias, rel=1e-4)
 
 
 @launches
