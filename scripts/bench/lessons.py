@@ -18,7 +18,7 @@ import llmcompress as lc
 from llmcompress.distill import Distillation, distill
 
 TEACHER = "smollm2"
-DOCS = {"dataset": "stdlib", "length": 256, "held_out": 8}
+DOCS: dict[str, Any] = {"dataset": "stdlib", "length": 256, "held_out": 8}
 BATCH = 8
 KL = {"of": {"loss": "forward_kl"}}
 LOSSES: dict[str, list[dict[str, Any]]] = {
@@ -37,7 +37,7 @@ SELF = "self"
 
 def recipe(arm: str, steps: int, seed: int, other: Path) -> Distillation:
     """What an arm is asked to do."""
-    samples = steps * BATCH + int(DOCS["held_out"])
+    samples = steps * BATCH + DOCS["held_out"]
     data: Any = DOCS | {"samples": samples}
     if arm == SELF:
         data = {**data, "dataset": "self"}
