@@ -123,26 +123,39 @@ def writing(output: Path) -> Iterator[Writer]:
 
     Raises LockedError while another process writes there, DiskError when the folder cannot be made or filled.
     """
+    with locked(output, "output folder") as staging:
+        try:
+            shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
+            staging.mkdir()
+            yield Writer(staging)
+            _publish(staging, output)
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                raise DiskError(f"{output}: the disk is full; free some space and start again") from error
+            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def locked(output: Path, kind: str) -> Iterator[Path]:
+    """Keeps other processes from writing `output`, a "folder" or "file", while it lasts; gives the path beside it where
+    what becomes it is made.
+
+    Raises LockedError while another process writes there, DiskError where nothing can be written.
+    """
     staging = output.with_name(output.name + ".partial")
+    lock = FileLock(staging.with_name(staging.name + ".lock"), timeout=0)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(staging.with_name(staging.name + ".lock"), timeout=0)
         lock.acquire()
     except Timeout as error:
-        raise LockedError(f"{output} is being written by another process; wait, or choose another output") from error
+        raise LockedError(f"{output} is being written by another process; wait, or choose another {kind}") from error
     except OSError as error:
-        raise DiskError(f"{output} cannot be written ({error.strerror}); choose another output folder") from error
+        raise DiskError(f"{output} cannot be written ({error.strerror}); choose another {kind}") from error
     try:
-        shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
-        staging.mkdir()
-        yield Writer(staging)
-        _publish(staging, output)
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise DiskError(f"{output}: the disk is full; free some space and start again") from error
-        raise
+        yield staging
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
@@ -29,6 +28,7 @@ from llmcompress.weight import (
     Zero,
     decode_node,
     describe,
+    expand,
     pattern_tables,
     shape,
 )
@@ -76,9 +76,7 @@ class _Selection:
 
     def spread(self, stored: Tensor) -> Tensor:
         """Stored elements at their places, `[n, in]`; zeros where nothing is shown."""
-        full = torch.zeros(self.shown.shape, dtype=stored.dtype, device=stored.device)
-        full[self.shown] = stored
-        return full
+        return expand(stored, list(self.shown.shape), self.shown)
 
 
 def _rows(

@@ -285,13 +285,13 @@ def decode_node(
         case "zero":
             return Zero((header["shape"][0], header["shape"][1]))
         case "dense":
-            return Dense(_expand(tensors[path + "values"], header["shape"], shown))
+            return Dense(expand(tensors[path + "values"], header["shape"], shown))
         case "grid":
             levels = header["levels"]
             count = math.prod(header["shape"]) if shown is None else int(shown.expand(header["shape"]).sum())
             stored = tensors[path + "codes"]
             whole = stored if stored.is_floating_point() else unpack(stored, levels, count)
-            codes = _expand(whole, header["shape"], shown)
+            codes = expand(whole, header["shape"], shown)
             scale = tensors[path + "scale"].reshape(header["scale"])
             packed = tensors[path + "zero"] if header["asymmetric"] else None
             zero = None if packed is None else unpack(packed, levels, scale.numel()).reshape(scale.shape)
@@ -371,7 +371,7 @@ def _compact(leaf: Tensor, shown: Tensor | None) -> Tensor:
     return leaf.reshape(-1).contiguous() if shown is None else leaf[shown.expand(leaf.shape)]
 
 
-def _expand(stored: Tensor, size: list[int], shown: Tensor | None) -> Tensor:
+def expand(stored: Tensor, size: list[int], shown: Tensor | None) -> Tensor:
     """Stored elements back at their places; zeros where nothing is shown."""
     if shown is None:
         return stored.reshape(size)

@@ -20,14 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from llmcompress.checkpoint import check_output, read_json, replace_text
+from llmcompress.checkpoint import check_output, locked, read_json, replace_text
 from llmcompress.distill.batch import Batch
 from llmcompress.distill.likeliest import Likeliest
 from llmcompress.distill.state import stop_requests
-from llmcompress.errors import DiskError, InputError, LockedError, NumericsError, Terminated
+from llmcompress.errors import DiskError, InputError, NumericsError, Terminated
 from llmcompress.validation import weight_files
 
 RECORDS, JOURNAL = "predictions.npy", "cache.json"
@@ -106,23 +105,12 @@ def write_cache(folder: Path, origin: Origin, counted: Tensor, logits: Logits, v
     if folder.exists():
         _journal(folder, origin)
         return
-    staged = folder.with_name(folder.name + ".partial")
-    lock = FileLock(f"{staged}.lock", timeout=0)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise LockedError(f"{folder} is being written by another process; wait, or choose another folder") from error
-    except OSError as error:
-        raise DiskError(f"{folder} cannot be written ({error.strerror}); choose another folder") from error
-    try:
-        _write(staged, folder, origin, counted, logits, vocabulary)
-        staged.rename(folder)
-    except OSError as error:
-        raise DiskError(f"{folder} cannot be written ({error}); free some space and start again") from error
-    finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+    with locked(folder, "folder") as staged:
+        try:
+            _write(staged, folder, origin, counted, logits, vocabulary)
+            staged.rename(folder)
+        except OSError as error:
+            raise DiskError(f"{folder} cannot be written ({error}); free some space and start again") from error
 
 
 def _write(staged: Path, folder: Path, origin: Origin, counted: Tensor, logits: Logits, vocabulary: int) -> None:

@@ -21,15 +21,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import nn
 
 from llmcompress.blocks import product_dtype
-from llmcompress.checkpoint import replace_text
+from llmcompress.checkpoint import locked, replace_text
 from llmcompress.distill.answering import Answerer, Sampling
 from llmcompress.distill.cache import teacher_digest
 from llmcompress.distill.state import stop_requests
-from llmcompress.errors import DiskError, InputError, LockedError, RecipeError, Terminated
+from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
 from llmcompress.locate import Place, locate
 from llmcompress.report import versions
 from llmcompress.source import load_model, load_tokenizer
@@ -117,21 +116,11 @@ def answer(
     answerer = Answerer(loaded, tokenizer, asked.sampling)
     made = {"model": place.name, "revision": place.revision, "dtype": str(dtype).removeprefix("torch.")}
     generation = made | asdict(asked.sampling) | {"versions": versions()}
-    lock = FileLock(f"{output}.partial.lock", timeout=0)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise LockedError(f"{output} is being written by another process; wait, or choose another file") from error
-    except OSError as error:
-        raise DiskError(f"{output} cannot be written ({error.strerror}); choose another file") from error
-    try:
-        counts = _write(answerer, asked, output, generation, _identity(asked, place, generation), progress)
-    except OSError as error:
-        raise DiskError(f"{output} cannot be written ({error}); free some space and start again") from error
-    finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+    with locked(output, "file"):
+        try:
+            counts = _write(answerer, asked, output, generation, _identity(asked, place, generation), progress)
+        except OSError as error:
+            raise DiskError(f"{output} cannot be written ({error}); free some space and start again") from error
     lines = counts["answers"] + counts["references"]
     faults = {name.removeprefix("fault: "): count for name, count in sorted(counts.items()) if name.startswith("fault")}
     return Answered(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 import llmcompress as lc
 from tests.tiny import save_tiny
 
@@ -19,6 +21,12 @@ def make(place: Path, rules: list[dict[str, Any]]) -> Path:
     recipe = {"version": 1, "rules": rules, "calibration": data, "embeddings": [{"method": "rtn", "bits": 4}]}
     lc.compress(place / "dense", recipe, place / "small")
     return place
+
+
+def loaded(place: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The student and its teacher."""
+    student, teacher = (AutoModelForCausalLM.from_pretrained(place / name) for name in ("small", "dense"))
+    return student, teacher
 
 
 def recipe(place: Path, **more: Any) -> dict[str, Any]:

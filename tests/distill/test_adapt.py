@@ -18,7 +18,7 @@ from llmcompress.modules import CompressedLinear, compressed_linears
 from llmcompress.report import read
 from llmcompress.verify import verify
 from llmcompress.weight import LowRank, Sum, bits, dense, describe, shape
-from tests.distill.miniature import make, recipe, weights_bytes
+from tests.distill.miniature import loaded, make, recipe, weights_bytes
 
 RULES = [
     {"match": "*.down_proj", "steps": [{"method": "rtn", "bits": 3}, {"method": "svd", "rank": 2}]},
@@ -30,12 +30,6 @@ IDS = torch.arange(30)[None] * 7 % 256
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("adapt"), RULES)
-
-
-def loaded(folders: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The student and its teacher."""
-    student, teacher = (AutoModelForCausalLM.from_pretrained(folders / name) for name in ("small", "dense"))
-    return student, teacher
 
 
 def linears(model: PreTrainedModel) -> dict[str, CompressedLinear]:

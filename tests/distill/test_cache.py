@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -187,7 +188,7 @@ def test_what_stands_in_the_way_is_said(tmp_path: Path, text: Batch, monkeypatch
     broken = Predictor(text)
     broken.table[:] = torch.nan
     refused(NumericsError, "the teacher's predictions are NaN", broken)
-    with cache.FileLock(tmp_path / "c.partial.lock"):
+    with FileLock(tmp_path / "c.partial.lock"):
         refused(LockedError, "is being written by another process", Predictor(text))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -18,7 +18,7 @@ from llmcompress.distill import distill
 from llmcompress.errors import RecipeError
 from llmcompress.modules import compressed_linears
 from llmcompress.verify import verify
-from tests.distill.test_training import TEXT
+from tests.distill.miniature import TEXT
 from tests.test_structure import RECIPE, narrow, save
 from tests.tiny import save_tiny, tiny, tiny_tokenizer
 

@@ -23,9 +23,10 @@ from llmcompress.modules import compressed_linears
 from llmcompress.recipe import dump, read_as
 from llmcompress.surgery.kept import KEPT, matched_blocks
 from llmcompress.weight import dense
+from tests.distill.miniature import TEXT
 from tests.distill.test_batches import objective_of
 from tests.distill.test_dense_students import asked, tensors
-from tests.distill.test_training import TEXT, Cut
+from tests.distill.test_training import Cut
 from tests.tiny import save_tiny, tiny
 
 HIDDEN = {"of": {"loss": "hidden"}, "weight": 0.5}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmcompress.distill import Distillation, distill, prefix
 from llmcompress.distill.blockwise import Activations, Block, mean_error, recover_block
@@ -24,7 +24,7 @@ from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.modules import compressed_linears
 from llmcompress.recipe import read_as
 from llmcompress.verify import verify
-from tests.distill.miniature import make, recipe
+from tests.distill.miniature import loaded, make, recipe
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny
 
 RULES = [{"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2, "group_size": 16}]}]
@@ -35,12 +35,6 @@ PATH = "model.layers.0"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("phases"), RULES)
-
-
-def loaded(folders: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The student and its teacher."""
-    student, teacher = (AutoModelForCausalLM.from_pretrained(folders / name) for name in ("small", "dense"))
-    return student, teacher
 
 
 def asked(folders: Path, **more: Any) -> Distillation:

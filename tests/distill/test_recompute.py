@@ -15,8 +15,8 @@ import llmcompress as lc
 from llmcompress.distill import distill
 from llmcompress.distill.recompute import recomputed
 from llmcompress.errors import RecipeError
+from tests.distill.miniature import TEXT
 from tests.distill.test_dense_students import asked, tensors
-from tests.distill.test_training import TEXT
 from tests.tiny import save_tiny, tiny
 
 RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}]

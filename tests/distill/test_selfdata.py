@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 from transformers import AddedToken, PreTrainedModel
 from typer.testing import CliRunner
@@ -282,7 +283,7 @@ def test_what_cannot_be_answered_is_refused(place: Path, monkeypatch: pytest.Mon
     refused(InputError, "empty.jsonl has no prompt", dataset=str(place / "empty.jsonl"))
     refused(RecipeError, "batch is 0", batch=0)
     refused(RecipeError, "temperature -1 and top_p 0.95", sampling=Sampling(temperature=-1))
-    with selfdata.FileLock(place / "out.jsonl.partial.lock"):
+    with FileLock(place / "out.jsonl.partial.lock"):
         refused(LockedError, "is being written by another process")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -23,9 +23,9 @@ from llmcompress.modules import compressed_linears
 from llmcompress.report import read
 from llmcompress.verify import verify
 from llmcompress.weight import describe, encode
+from tests.distill.miniature import make
 from tests.tiny import save_tiny
 
-TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
 RULES = [
     {"match": "*.q_proj", "steps": [{"method": "magnitude", "pattern": "2:4"}]},
     {
@@ -39,13 +39,7 @@ RULES = [
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `dense` model, a `small` one made from it, and a text."""
-    place = tmp_path_factory.mktemp("distill")
-    save_tiny("llama", place / "dense", tie_word_embeddings=True)
-    (place / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(80)))
-    data = {"dataset": str(place / "text.txt"), "samples": 8, "length": 32, "held_out": 2}
-    recipe = {"version": 1, "rules": RULES, "calibration": data, "embeddings": [{"method": "rtn", "bits": 4}]}
-    lc.compress(place / "dense", recipe, place / "small")
-    return place
+    return make(tmp_path_factory.mktemp("distill"), RULES)
 
 
 def recipe(folders: Path, **more: Any) -> dict[str, Any]:

@@ -51,11 +51,17 @@ def _all_possible(logits: Tensor) -> bool:
     return not logits.numel() or bool(logits.detach().amin() > FLOOR)
 
 
-def log_probabilities(predictions: Predictions, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """log q of the student and log p of the teacher, [tokens, vocabulary]."""
+def softened_logits(predictions: Predictions, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`shared_logits` divided by the temperature."""
     student, teacher = shared_logits(predictions)
     if temperature != 1:  # a pass over the logits less
         student, teacher = student / temperature, teacher / temperature
+    return student, teacher
+
+
+def log_probabilities(predictions: Predictions, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log q of the student and log p of the teacher, [tokens, vocabulary]."""
+    student, teacher = softened_logits(predictions, temperature)
     return student.log_softmax(-1), teacher.log_softmax(-1)
 
 

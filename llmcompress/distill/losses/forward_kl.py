@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmcompress.distill.losses.divergence import TemperedConfig, over_tokens, shared_logits
+from llmcompress.distill.losses.divergence import TemperedConfig, over_tokens, softened_logits
 from llmcompress.distill.losses.loss import LossState, Predictions, SumAndCount, loss
 
 
@@ -25,10 +25,7 @@ class ForwardKL(TemperedConfig):
 @loss("forward_kl", ForwardKL)
 def forward_kl(predictions: Predictions, config: ForwardKL, state: LossState | None) -> SumAndCount:
     """T^2 sum p (log p - log q) in nats."""
-    student, teacher = shared_logits(predictions)
-    if config.temperature != 1:  # a pass over the logits less
-        student, teacher = student / config.temperature, teacher / config.temperature
-    each: Tensor = _Divergence.apply(student, teacher)
+    each: Tensor = _Divergence.apply(*softened_logits(predictions, config.temperature))
     return over_tokens(config.temperature**2 * each)
 
 
