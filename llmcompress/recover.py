@@ -68,7 +68,7 @@ def compress(
     if asked.distill is None:
         return driver.compress(model, asked, output, revision=revision, device=device, progress=progress)
     from llmcompress.distill import check_ready, distill
-    from llmcompress.distill.data import read_data
+    from llmcompress.distill.data.source import read_data
 
     dense = resolve(str(model), revision)
     wanted = _asked(asked, dense)

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llmcompress.distill.batch import Batch
+from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.launch import sharded
 from llmcompress.distill.optimizers import moments, put_moments
 from llmcompress.distill.state import Keeper, Progress
-from llmcompress.distill.student import Student
+from llmcompress.distill.student.model import Student
 from llmcompress.errors import InputError
 from llmcompress.modules import decoded
 

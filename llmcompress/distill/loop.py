@@ -23,23 +23,23 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from llmcompress.distill.batch import Batch
-from llmcompress.distill.data import Data
+from llmcompress.distill.data.batch import Batch
+from llmcompress.distill.data.mixture import draw, normalized, quotas, reweighted
+from llmcompress.distill.data.source import Data
 from llmcompress.distill.engine import Engine, held_decoded
 from llmcompress.distill.head import chunked_loss
 from llmcompress.distill.held_out import Distances, distances
 from llmcompress.distill.losses.loss import LossState
 from llmcompress.distill.matching import Matching
 from llmcompress.distill.metrics import Metrics, term_names
-from llmcompress.distill.mixture import draw, normalized, quotas, reweighted
 from llmcompress.distill.objective import head_of, hidden_states
 from llmcompress.distill.optimizers import optimizer_of
 from llmcompress.distill.order import rate
 from llmcompress.distill.recipe import Distillation, Term
 from llmcompress.distill.recompute import recomputed
 from llmcompress.distill.state import Keeper, Progress, stop_requests
-from llmcompress.distill.student import Student
-from llmcompress.distill.teaching import Teaching
+from llmcompress.distill.student.model import Student
+from llmcompress.distill.teacher.teaching import Teaching
 from llmcompress.errors import NumericsError, Terminated
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmcompress.distill.batch import Batch
+from llmcompress.distill.data.batch import Batch
 from llmcompress.errors import InputError
 
 if TYPE_CHECKING:

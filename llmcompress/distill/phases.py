@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from llmcompress.distill.adapt import adapt, rounded
-from llmcompress.distill.batch import Batch
+from llmcompress.distill.blockwise.shelf import Shelf
+from llmcompress.distill.blockwise.walk import recover_blocks
+from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.loop import Report, Run, look, train
-from llmcompress.distill.prefix import recover_blocks
-from llmcompress.distill.shelf import Shelf
 from llmcompress.distill.state import Keeper
-from llmcompress.distill.student import relaxed_student
+from llmcompress.distill.student.adapt import adapt, rounded
+from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
 from llmcompress.modules import CompressedLinear, decoded, put
 

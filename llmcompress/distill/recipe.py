@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 import llmcompress.distill.losses  # noqa: F401 (registers them)
-from llmcompress.distill.adapt import Adaptation
-from llmcompress.distill.data import Source, Texts
+from llmcompress.distill.data.mixture import Mixture
+from llmcompress.distill.data.source import Source, Texts
 from llmcompress.distill.losses.features import any_loss_config, reads_states
 from llmcompress.distill.losses.loss import LossConfig
-from llmcompress.distill.mixture import Mixture
+from llmcompress.distill.student.adapt import Adaptation
 
 Kind = Literal["codes", "scales", "values", "factors", "norms", "weights"]
 Rate = Annotated[float, Field(gt=0, lt=1)]

@@ -18,9 +18,7 @@ from torch import nn
 from llmcompress import report as reports
 from llmcompress.blocks import product_dtype, products
 from llmcompress.checkpoint import check_output, writing
-from llmcompress.distill.data import Data, read_data
-from llmcompress.distill.folders import StudentFolder, open_folder
-from llmcompress.distill.kept import measured_bias, remove_cache, taught_from_cache
+from llmcompress.distill.data.source import Data, read_data
 from llmcompress.distill.launch import check_enough, launched_accelerator, loading_device
 from llmcompress.distill.loop import Report, Run
 from llmcompress.distill.metrics import Metrics, start_trackers, term_names
@@ -29,8 +27,10 @@ from llmcompress.distill.phases import Learned, learn
 from llmcompress.distill.ready import memory_advice
 from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.state import METRICS, Keeper
-from llmcompress.distill.student import Student
-from llmcompress.distill.teaching import ReadsAlong
+from llmcompress.distill.student.folders import StudentFolder, open_folder
+from llmcompress.distill.student.model import Student
+from llmcompress.distill.teacher.kept import measured_bias, remove_cache, taught_from_cache
+from llmcompress.distill.teacher.teaching import ReadsAlong
 from llmcompress.driver import copy_companions
 from llmcompress.locate import Place, locate
 from llmcompress.modules import CompressedLinear, Layout, compressed_modules

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from llmcompress.distill import Distillation, distill
-from llmcompress.distill.student import relaxed_student
+from llmcompress.distill.student.model import relaxed_student
 from llmcompress.locate import locate
 from llmcompress.modules import decoded
 from llmcompress.source import load_model

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.distill import distill
-from llmcompress.distill.adapt import Adaptation, adapt, dense_weight, rounded
+from llmcompress.distill.student.adapt import Adaptation, adapt, dense_weight, rounded
 from llmcompress.errors import RecipeError
 from llmcompress.modules import CompressedLinear, compressed_linears
 from llmcompress.report import read

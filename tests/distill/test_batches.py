@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from llmcompress.distill.batch import PADDING, Batch
+from llmcompress.distill.data.batch import PADDING, Batch
 from llmcompress.distill.head import Online, chunked_loss
 from llmcompress.distill.held_out import Distances, distances
 from llmcompress.distill.loop import Objective
 from llmcompress.distill.matching import Matching
 from llmcompress.distill.objective import check_boundaries, hidden_states
 from llmcompress.distill.recipe import Term
-from llmcompress.distill.teaching import ReadsAlong
+from llmcompress.distill.teacher.teaching import ReadsAlong
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.evaluate import distance
 from tests.distill.cases import CASES, config, spelled

@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import llmcompress as lc
-from llmcompress.distill import cache, distill, kept, run
-from llmcompress.distill.batch import Batch
-from llmcompress.distill.cache import Cache, Origin, open_cache, tokens_digest, write_cache
+from llmcompress.distill import distill, run
+from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.held_out import distances
-from llmcompress.distill.kept import RememberedTeacher
-from llmcompress.distill.likeliest import Likeliest
+from llmcompress.distill.teacher import cache, kept
+from llmcompress.distill.teacher.cache import Cache, Origin, open_cache, tokens_digest, write_cache
+from llmcompress.distill.teacher.kept import RememberedTeacher
+from llmcompress.distill.teacher.likeliest import Likeliest
 from llmcompress.errors import (
     DiskError,
     InputError,

@@ -11,10 +11,10 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
-from llmcompress.distill.answers import answered
-from llmcompress.distill.batch import Batch
-from llmcompress.distill.data import PATIENCE, Data, Source, read_data
-from llmcompress.distill.packing import one_each, packed
+from llmcompress.distill.data.answers import answered
+from llmcompress.distill.data.batch import Batch
+from llmcompress.distill.data.packing import one_each, packed
+from llmcompress.distill.data.source import PATIENCE, Data, Source, read_data
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.tokens import calibration_tokens
 from tests.tiny import tiny_tokenizer

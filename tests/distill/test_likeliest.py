@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from llmcompress.distill.head import Online, Teacher, chunked_loss
-from llmcompress.distill.likeliest import Likeliest
 from llmcompress.distill.losses.loss import LossConfig, Predictions, measure
+from llmcompress.distill.teacher.likeliest import Likeliest
 from tests.distill.cases import CASES, config, every_loss, random_predictions, spelled, value
 from tests.distill.spy import largest_tensor
 

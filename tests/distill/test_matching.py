@@ -13,11 +13,11 @@ from torch import Tensor
 
 import llmcompress as lc
 from llmcompress.distill import Distillation, distill
-from llmcompress.distill.batch import Batch
+from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.loop import Objective
 from llmcompress.distill.matching import Matching
 from llmcompress.distill.recipe import Schedule, Term
-from llmcompress.distill.student import relaxed_student
+from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.modules import compressed_linears
 from llmcompress.recipe import dump, read_as

@@ -18,7 +18,7 @@ import torch
 
 import llmcompress as lc
 from llmcompress.distill import Distillation, distill
-from llmcompress.distill.mixture import Mixture, draw, normalized, quotas, reweighted
+from llmcompress.distill.data.mixture import Mixture, draw, normalized, quotas, reweighted
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe import dump, read_as
 from llmcompress.tables import distilled_view

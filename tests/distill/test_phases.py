@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmcompress.distill import Distillation, distill, prefix
-from llmcompress.distill.blockwise import Activations, Block, mean_error, recover_block
+from llmcompress.distill import Distillation, distill
+from llmcompress.distill.blockwise import walk
+from llmcompress.distill.blockwise.block import Activations, Block, mean_error, recover_block
+from llmcompress.distill.blockwise.shelf import Shelf
+from llmcompress.distill.blockwise.walk import Stream, recover_blocks
 from llmcompress.distill.phases import learn
-from llmcompress.distill.prefix import Stream, recover_blocks
-from llmcompress.distill.shelf import Shelf
-from llmcompress.distill.student import relaxed_student
+from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.modules import compressed_linears
 from llmcompress.recipe import read_as
@@ -46,7 +47,7 @@ def tokens(count: int = 12, length: int = 16) -> Tensor:
     return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(3))
 
 
-def walk(folders: Path, settings: Distillation, shelf: Path, **more: Any) -> tuple[PreTrainedModel, prefix.Walked]:
+def walk_of(folders: Path, settings: Distillation, shelf: Path, **more: Any) -> tuple[PreTrainedModel, walk.Walked]:
     student, teacher = loaded(folders)
     ids = tokens()
     counted = torch.ones_like(ids, dtype=torch.bool)
@@ -62,7 +63,7 @@ def payloads(model: PreTrainedModel) -> dict[str, Tensor]:
 def first_block(folders: Path) -> tuple[PreTrainedModel, Block, Activations, Activations]:
     """The student, its first block, and what that should learn from and be measured on."""
     student, teacher = loaded(folders)
-    batches = prefix.in_batches(12, 4, 2)
+    batches = walk.in_batches(12, 4, 2)
     streams = [Stream.of(model, tokens(), batches, torch.enable_grad) for model in (student, teacher)]
     streams[1].advance(0)
     data = Activations(streams[0].hidden, streams[1].hidden, torch.ones(12, 16, dtype=torch.bool))
@@ -73,7 +74,7 @@ def first_block(folders: Path) -> tuple[PreTrainedModel, Block, Activations, Act
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_streams_are_the_models_own_hidden_states(family: str) -> None:
     model = tiny(family)
-    stream = Stream.of(model, tokens(), prefix.in_batches(12, 4, 3), torch.enable_grad)
+    stream = Stream.of(model, tokens(), walk.in_batches(12, 4, 3), torch.enable_grad)
     wanted = model(tokens(), output_hidden_states=True).hidden_states
     assert stream.blocks == 2 and stream.hidden.dtype == torch.bfloat16
     for index, states in enumerate(wanted[:2]):  # after the last block, transformers gives them normalised
@@ -125,7 +126,7 @@ def test_a_block_that_nothing_helps_stays_as_it_is(folders: Path) -> None:
 
 def test_the_walk_recovers_every_block(folders: Path, tmp_path: Path) -> None:
     before = payloads(loaded(folders)[0])
-    student, walked = walk(folders, asked(folders), tmp_path / "shelf")
+    student, walked = walk_of(folders, asked(folders), tmp_path / "shelf")
     assert list(walked.blocks) == ["model.layers.0", "model.layers.1"]
     assert all(block.after < 0.97 * block.before for block in walked.blocks.values())
     assert walked.trained["norms"] == 4 * 32 and walked.trained["codes"] == sum(
@@ -134,14 +135,14 @@ def test_the_walk_recovers_every_block(folders: Path, tmp_path: Path) -> None:
     after = payloads(student)
     assert before.keys() == after.keys() and walked.linears.keys() == {name for name in after if "layers" in name}
     assert all(len(after[name]) == len(value) for name, value in before.items())
-    again, _ = walk(folders, asked(folders), tmp_path / "other")
+    again, _ = walk_of(folders, asked(folders), tmp_path / "other")
     assert all(torch.equal(value, after[name]) for name, value in payloads(again).items())
 
 
 def test_blocks_that_are_done_are_not_done_again(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, walked = walk(folders, asked(folders), tmp_path / "whole")
+    whole, walked = walk_of(folders, asked(folders), tmp_path / "whole")
 
     class Cut(Exception):
         pass
@@ -150,11 +151,11 @@ def test_blocks_that_are_done_are_not_done_again(
         raise Cut
 
     with pytest.raises(Cut):
-        walk(folders, asked(folders), tmp_path / "shelf", report=cut)
+        walk_of(folders, asked(folders), tmp_path / "shelf", report=cut)
     done: list[str] = []
-    recover = prefix.recover_block
-    monkeypatch.setattr(prefix, "recover_block", lambda *given: (done.append(given[-1]), recover(*given))[1])
-    again, found = walk(folders, asked(folders), tmp_path / "shelf")
+    recover = walk.recover_block
+    monkeypatch.setattr(walk, "recover_block", lambda *given: (done.append(given[-1]), recover(*given))[1])
+    again, found = walk_of(folders, asked(folders), tmp_path / "shelf")
     assert done == ["model.layers.1"] and found.blocks == walked.blocks and found.trained == walked.trained
     state = whole.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())

@@ -18,9 +18,9 @@ from transformers import AddedToken, PreTrainedModel
 from typer.testing import CliRunner
 
 from llmcompress.cli import app
-from llmcompress.distill import answering, selfdata
-from llmcompress.distill.answering import Answer, Answerer, Sampling, repetitive, turn_end
-from llmcompress.distill.selfdata import Answering, answer
+from llmcompress.distill.data import answering, selfdata
+from llmcompress.distill.data.answering import Answer, Answerer, Sampling, repetitive, turn_end
+from llmcompress.distill.data.selfdata import Answering, answer
 from llmcompress.errors import (
     DiskError,
     InputError,

@@ -25,9 +25,9 @@ from torch import nn
 
 from llmcompress.blocks import product_dtype
 from llmcompress.checkpoint import locked, replace_text
-from llmcompress.distill.answering import Answerer, Sampling
-from llmcompress.distill.cache import teacher_digest
+from llmcompress.distill.data.answering import Answerer, Sampling
 from llmcompress.distill.state import stop_requests
+from llmcompress.distill.teacher.cache import teacher_digest
 from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
 from llmcompress.locate import Place, locate
 from llmcompress.report import versions

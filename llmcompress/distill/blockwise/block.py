@@ -30,7 +30,7 @@ from llmcompress.distill.losses.features import Features, measure_features
 from llmcompress.distill.losses.hidden import Hidden
 from llmcompress.distill.order import rate, rows
 from llmcompress.distill.recipe import Distillation
-from llmcompress.distill.student import Student
+from llmcompress.distill.student.model import Student
 from llmcompress.errors import NumericsError
 
 BETAS = (0.9, 0.95)

@@ -1,6 +1,6 @@
 """A run whose teacher has read everything beforehand, and is gone while the student learns.
 
-What it predicts of the training sequences is in a cache (`cache`). Of the held-out sequences its last hidden states
+What it predicts of the training sequences is in a cache (`cache.py`). Of the held-out sequences its last hidden states
 are kept, with its output head: little beside a whole model, or beside the logits; and a look at them measures the same
 divergence as with the model, to the bit, without running it again.
 """
@@ -19,16 +19,16 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from llmcompress.distill.batch import Batch
-from llmcompress.distill.cache import Origin, open_cache, rounded, teacher_digest, tokens_digest, write_cache
+from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.head import LOGITS
-from llmcompress.distill.likeliest import Likeliest
 from llmcompress.distill.loop import Run
 from llmcompress.distill.losses.forward_kl import ForwardKL
 from llmcompress.distill.losses.loss import Predictions, measure
 from llmcompress.distill.objective import head_of, hidden_states
 from llmcompress.distill.recipe import Teacher
-from llmcompress.distill.teaching import ReadBack
+from llmcompress.distill.teacher.cache import Origin, open_cache, rounded, teacher_digest, tokens_digest, write_cache
+from llmcompress.distill.teacher.likeliest import Likeliest
+from llmcompress.distill.teacher.teaching import ReadBack
 from llmcompress.errors import LLMCompressError
 from llmcompress.evaluate.perplexity import POSITIONS
 from llmcompress.locate import Place

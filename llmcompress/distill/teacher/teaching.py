@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from llmcompress.distill.batch import Batch
-from llmcompress.distill.cache import Cache
+from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.head import Online, Teacher
-from llmcompress.distill.likeliest import Likeliest
 from llmcompress.distill.objective import head_of, hidden_states
+from llmcompress.distill.teacher.cache import Cache
+from llmcompress.distill.teacher.likeliest import Likeliest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

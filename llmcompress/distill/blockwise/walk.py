@@ -15,10 +15,10 @@ from torch import Tensor
 
 from llmcompress.architecture import block_stack
 from llmcompress.blocks import Batch, Call, in_batches, recorded
-from llmcompress.distill.blockwise import Activations, Block, Recovered, recover_block
+from llmcompress.distill.blockwise.block import Activations, Block, Recovered, recover_block
+from llmcompress.distill.blockwise.shelf import Shelf
 from llmcompress.distill.recipe import Distillation
-from llmcompress.distill.shelf import Shelf
-from llmcompress.distill.student import relaxed_student
+from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.modules import CompressedLinear, compressed_linears, decoded, put
 

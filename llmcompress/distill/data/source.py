@@ -17,9 +17,9 @@ import torch
 from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 from torch import Tensor
 
-from llmcompress.distill.answers import answered
-from llmcompress.distill.batch import Batch
-from llmcompress.distill.packing import Packed, Tokens, one_each, packed
+from llmcompress.distill.data.answers import answered
+from llmcompress.distill.data.batch import Batch
+from llmcompress.distill.data.packing import Packed, Tokens, one_each, packed
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.text import Document, read_documents, shuffled
 from llmcompress.tokens import (

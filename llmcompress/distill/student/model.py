@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from llmcompress.architecture import block_stack
-from llmcompress.distill.adapt import teachers_weights
 from llmcompress.distill.recipe import Kind
+from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.errors import RecipeError
 from llmcompress.modules import CompressedLinear, compressed_linears, put
 from llmcompress.relax import KINDS, Relaxation, RelaxedLinear

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from llmcompress.distill.packing import Tokens
+from llmcompress.distill.data.packing import Tokens
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.text import Message
 

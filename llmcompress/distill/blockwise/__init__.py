@@ -1,0 +1,1 @@
+"""Recovery of one decoder block after the other."""
