@@ -1,8 +1,8 @@
 """Some rows of a packed matrix, decoded without the others: what an embedding does for every token.
 
-Works on the disk form (`weight.encode`), where leaves lie row after row. Behind a selection a row has as many elements
-as the index selects in it: column sets and n:m patterns select equally many everywhere, the bits of a bitmap before the
-row are counted. A selection within another has no such short way.
+Works on the disk form (`encoding.encode`), where leaves lie row after row. Behind a selection a row has as many
+elements as the index selects in it: column sets and n:m patterns select equally many everywhere, the bits of a bitmap
+before the row are counted. A selection within another has no such short way.
 """
 
 from __future__ import annotations
@@ -14,28 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
+from llmcompress.encoding import decode_node, expand, pattern_tables
 from llmcompress.errors import RecipeError
 from llmcompress.packing import ones_before, unpack, unpack_at, unpack_rows
-from llmcompress.weight import (
-    Bitmap,
-    Dense,
-    Grid,
-    LowRank,
-    Rotated,
-    Sum,
-    Weight,
-    Where,
-    Zero,
-    decode_node,
-    describe,
-    expand,
-    pattern_tables,
-    shape,
-)
+from llmcompress.weight import Bitmap, Dense, Grid, LowRank, Rotated, Sum, Weight, Where, Zero, describe, shape
 
 
 def rows(header: dict[str, Any], tensors: Mapping[str, Tensor], chosen: Tensor) -> Weight:
-    """The expression for the rows `chosen [n]` of the matrix that `weight.encode` wrote.
+    """The expression for the rows `chosen [n]` of the matrix that `encoding.encode` wrote.
 
     Raises KeyError for a tensor that is not there, TypeError for a node that has no rows of its own.
     """

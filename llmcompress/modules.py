@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress import weight as expression
+from llmcompress.encoding import decode, encode
 from llmcompress.errors import InputError
 from llmcompress.lookup import rows
 
@@ -36,7 +37,7 @@ class Layout:
     """What a checkpoint must say of a compressed module so that it can be built before its payload is read."""
 
     size: tuple[int, int]  # (out, in)
-    header: dict[str, Any]  # of `weight.encode`
+    header: dict[str, Any]  # of `encoding.encode`
     tensors: dict[str, tuple[str, int]]  # path in the expression -> (dtype, elements), as they lie in the payload
 
     def to_json(self) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def _aligned(count: int) -> int:
 
 
 class Compressed(nn.Module):
-    """A module whose weight `[out, in]` is a payload: all tensors of `weight.encode` in one frozen uint8 parameter.
+    """A module whose weight `[out, in]` is a payload: all tensors of `encoding.encode` in one frozen uint8 parameter.
 
     One, so that a checkpoint has no more tensors than the dense one; uint8, so that no cast of the model rounds scales;
     under the dense weight's name, so that a loader that does not know this format stops at its shape.
@@ -112,7 +113,7 @@ class Compressed(nn.Module):
 
     def expression(self) -> expression.Weight:
         """The compressed weight."""
-        return expression.decode(self.layout.header, self.payload())
+        return decode(self.layout.header, self.payload())
 
 
 class CompressedLinear(Compressed, nn.Linear):
@@ -193,7 +194,7 @@ def payload_texts(layouts: Mapping[str, Layout]) -> dict[str, str]:
 
 def packed(w: expression.Weight) -> tuple[Layout, Tensor]:
     """The layout and the payload, uint8 `[bytes]`, of an expression."""
-    header, tensors = expression.encode(w)
+    header, tensors = encode(w)
     listed = {path: (NAMES[tensor.dtype], tensor.numel()) for path, tensor in tensors.items()}
     layout = Layout(expression.shape(w), header, listed)
     device = next(iter(tensors.values())).device if tensors else None

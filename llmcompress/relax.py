@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llmcompress import weight as expression
+from llmcompress.encoding import decode, encode
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.estimators import ESTIMATORS, Estimator, straight_cast, straight_codes
 from llmcompress.modules import CompressedLinear
@@ -83,7 +84,7 @@ class Relaxed(nn.Module):
         super().__init__()
         self.relaxation = relaxation
         self.size = expression.shape(w)
-        self.header, tensors = expression.encode(w)
+        self.header, tensors = encode(w)
         self.stored_as = {name: tensor.dtype for name, tensor in tensors.items()}
         self.levels: dict[str, int] = {}  # of codes that train, by the names of their parameters
         self.kind_of: dict[str, str] = {}
@@ -143,7 +144,7 @@ class Relaxed(nn.Module):
                 tensors[name] = pack(learned.to(torch.uint8), self.levels[name])
             else:
                 tensors[name] = learned.to(dtype)
-        return expression.decode(self.header, tensors)
+        return decode(self.header, tensors)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
@@ -170,9 +171,7 @@ class Relaxed(nn.Module):
         if self.ready is None:
             with torch.no_grad():
                 stored = {name: self.get_buffer(name).view(dtype) for name, dtype in self._frozen()}
-                whole = expression.decode(
-                    self.header, stored | {name: found.detach() for name, found in numbers.items()}
-                )
+                whole = decode(self.header, stored | {name: found.detach() for name, found in numbers.items()})
                 self.ready = _centred(whole, "", frozenset(self.levels))
         return _filled(self.ready, "", None, numbers)
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from llmcompress import runs
+from llmcompress.encoding import encode
 from llmcompress.layer import apply, step
 from llmcompress.runs import apply_in_runs
-from llmcompress.weight import bits, dense, encode
+from llmcompress.weight import bits, dense
 from tests.builders import gaussian, layer
 from tests.conformance.cases import ROTATE, SIZE, STEPS, Step, calibration, spelled
 

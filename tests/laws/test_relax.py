@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmcompress.encoding import encode
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.estimators import ESTIMATORS, Estimator, nearest_codes, slope, straight_cast, straight_codes
 from llmcompress.modules import CompressedLinear
@@ -29,7 +30,6 @@ from llmcompress.weight import (
     Zero,
     dense,
     describe,
-    encode,
     matmul,
     shape,
 )

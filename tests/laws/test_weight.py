@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress import weight as weights
+from llmcompress.encoding import decode, encode
 from llmcompress.rotation import rotate
 from llmcompress.weight import (
     Bitmap,
@@ -25,11 +26,9 @@ from llmcompress.weight import (
     Where,
     Zero,
     bits,
-    decode,
     decoded,
     dense,
     describe,
-    encode,
     matmul,
     shape,
     unrotate,
@@ -227,13 +226,15 @@ class Unheard:
     inside: Tensor
 
 
-@pytest.mark.parametrize("question", ["shape", "dense", "bits", "describe", "encode", "decoded"])
+@pytest.mark.parametrize("question", ["shape", "dense", "bits", "describe", "decoded"])
 def test_an_unknown_node_fails_loudly(question: str) -> None:
     unknown: Any = Unheard(torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(TypeError, match="Unheard"):
         getattr(weights, question)(unknown)
     with pytest.raises(TypeError, match="Unheard"):
         matmul(torch.ones(1, 2), unknown)
+    with pytest.raises(TypeError, match="Unheard"):
+        encode(unknown)
     with pytest.raises(TypeError, match="Unheard"):
         encode(Where(unknown, Zero((2, 2)), Zero((2, 2))))
 

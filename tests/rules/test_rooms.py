@@ -14,6 +14,7 @@ ROOMS = (
     "packing",  # codes <-> bytes
     "rotation",  # the random input basis
     "weight",  # what a compressed weight is
+    "encoding",  # its disk form
     "lookup",  # rows of a packed weight
     "moments",  # additive calibration statistics
     "layer",  # Layer, @method
