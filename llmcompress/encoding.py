@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.packing import pack, unpack
+from llmcompress.trellis import Trellis, from_streams, streams
 from llmcompress.weight import (
     Bitmap,
     Columns,
@@ -25,6 +27,7 @@ from llmcompress.weight import (
     Pattern,
     Rotated,
     Sum,
+    TrellisCoded,
     Weight,
     Where,
     Zero,
@@ -61,6 +64,10 @@ def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) 
                 out[path + "zero"] = pack(zero, levels)
             affine = {"scale": list(scale.shape), "asymmetric": zero is not None}
             return {"node": "grid", "shape": size, "levels": levels, "group_size": group_size, **affine}
+        case TrellisCoded(codes, scale, trellis, runs) if shown is None:
+            out[path + "codes"] = pack(streams(codes, runs), 1 << trellis.bits)
+            out[path + "scale"] = scale.reshape(-1).contiguous()
+            return {"node": "trellis", "shape": size, "runs": runs, **asdict(trellis)}
         case LowRank(left, right):
             parts = [_encode(left, None, path + "left_", out), _encode(right, None, path + "right_", out)]
             return {"node": "low_rank", "left": parts[0], "right": parts[1]}
@@ -99,6 +106,12 @@ def decode_node(
             packed = tensors[path + "zero"] if header["asymmetric"] else None
             zero = None if packed is None else unpack(packed, levels, scale.numel()).reshape(scale.shape)
             return Grid(codes, scale, zero, levels, header["group_size"])
+        case "trellis":
+            trellis = Trellis(header["bits"], header["values"], header["memory"])
+            (rows, width), runs = header["shape"], header["runs"]
+            flat = unpack(tensors[path + "codes"], 1 << trellis.bits, rows // trellis.values * width)
+            codes = from_streams(flat, width, runs)
+            return TrellisCoded(codes, tensors[path + "scale"].reshape(-1, 1), trellis, runs)
         case "low_rank":
             left = decode_node(header["left"], tensors, path + "left_", None)
             return LowRank(left, decode_node(header["right"], tensors, path + "right_", None))

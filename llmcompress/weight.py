@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmcompress.packing import packed_bits
 from llmcompress.rotation import rotate_inputs, unrotate
+from llmcompress.trellis import Trellis, matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,19 @@ class Grid:
     zero: Tensor | None
     levels: int
     group_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class TrellisCoded:
+    """Numbers of a trellis times a scale a row.
+
+    `codes` uint8 `[out / trellis.values, in]`, streams as `trellis.matrix` reads them; `scale` float16 `[out, 1]`.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    trellis: Trellis
+    runs: int  # streams, each of some of the rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +123,7 @@ class Sum:
     parts: tuple[Weight, ...]
 
 
-Weight = Zero | Dense | Grid | LowRank | Where | Rotated | Sum
+Weight = Zero | Dense | Grid | TrellisCoded | LowRank | Where | Rotated | Sum
 
 
 def shape(w: Weight) -> tuple[int, int]:
@@ -121,6 +135,8 @@ def shape(w: Weight) -> tuple[int, int]:
             return values.shape[0], values.shape[1]
         case Grid(codes=codes):
             return codes.shape[0], codes.shape[1]
+        case TrellisCoded(codes, scale):
+            return scale.shape[0], codes.shape[1]
         case LowRank(left, right):
             return shape(left)[0], shape(right)[1]
         case Where(inside=inner) | Rotated(inner):
@@ -143,6 +159,8 @@ def dense(w: Weight) -> Tensor:
             if codes.is_floating_point():
                 return (codes - centre) * steps
             return codes.float().sub_(centre).mul_(steps)
+        case TrellisCoded(codes, scale, trellis, runs):
+            return matrix(codes, trellis, runs).mul_(scale.float())
         case LowRank(left, right):
             return dense(left) @ dense(right)
         case Where(index, inside, outside):
@@ -189,6 +207,8 @@ def bits(w: Weight, shown: Tensor | None = None) -> int:
         case Grid(codes, scale, zero, levels):
             parameters = scale.numel() * 16 + (0 if zero is None else packed_bits(levels, zero.numel()))
             return packed_bits(levels, _count(codes, shown)) + parameters
+        case TrellisCoded(codes, scale, trellis) if shown is None:
+            return codes.numel() * trellis.bits + scale.numel() * 16
         case LowRank(left, right):
             return bits(left) + bits(right)
         case Where(index, inside, outside):
@@ -212,6 +232,8 @@ def describe(w: Weight) -> str:
             name = {2: "binary", 3: "ternary"}.get(levels, f"{math.log2(levels):.3g}-bit")
             group = "row" if group_size >= codes.shape[1] else f"g{group_size}"
             return f"{name} {group}{'' if zero is None else ' asymmetric'}"
+        case TrellisCoded(trellis=trellis):
+            return f"{trellis.rate:g}-bit trellis"
         case LowRank(left, right):
             return f"rank {shape(left)[1]} ({describe(left)} | {describe(right)})"
         case Where(index, inside, outside):

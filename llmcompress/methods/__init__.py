@@ -12,6 +12,7 @@ from llmcompress.methods import (
     rtn,
     sparsegpt,
     svd,
+    trellis,
     wanda,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "rtn",
     "sparsegpt",
     "svd",
+    "trellis",
     "wanda",
 ]

@@ -3,12 +3,12 @@
 Minimises tr(E H E^T), which error feedback does only greedily: a column may move again to the stored values nearest to
 `q_j + (E H)_j / H_jj`, knowing how all other columns, later ones too, came out; then the scales of each row are
 multiplied by the factor that fits best. No move raises the loss on the calibration inputs. Stores what was there, in
-the same bits: other grid codes, other kept values of a pruned matrix, other signs of a partially binarized one; masks
-and selections stay. The scheme is that of AQLM's code updates (arXiv 2401.06118), one weight at a time.
+the same bits: other grid codes, other streams of a trellis, other kept values of a pruned matrix, other signs of a
+partially binarized one; masks and selections stay. The scheme is that of AQLM's code updates (arXiv 2401.06118), one
+weight, or one column of a trellis, at a time.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -21,7 +21,9 @@ from llmcompress.methods.feedback import few_threads
 from llmcompress.methods.grid import grid_of
 from llmcompress.methods.hessian import damped, second_moment
 from llmcompress.methods.projection import Kept, Pruned, Quantized
-from llmcompress.weight import Dense, Grid, Weight, Where, Zero, dense, describe, shape
+from llmcompress.methods.scales import rescaled
+from llmcompress.methods.streams import Streams
+from llmcompress.weight import Dense, Grid, TrellisCoded, Weight, Where, Zero, dense, describe, shape
 
 BLOCK = 64  # columns whose moves are gathered into one product; changes speed, never the result
 
@@ -57,7 +59,8 @@ def refine(layer: Layer, config: Refine) -> Layer:
 
 def descended(base: Weight, target: Tensor, hessian: Tensor) -> Weight:
     """One visit to every column of `target [out, in]`, left to right, under `hessian [in, in]`."""
-    move_to = nearest(base)
+    streams = Streams.of(base) if isinstance(base, TrellisCoded) else None
+    move_to = nearest(base) if streams is None else streams.project
     values = dense(base).T.clone(memory_format=torch.contiguous_format)  # [in, out], like everything below
     pull = hessian @ (target.T - values)
     for start in range(0, len(values), BLOCK):
@@ -71,7 +74,7 @@ def descended(base: Weight, target: Tensor, hessian: Tensor) -> Weight:
                 pull[column + 1 : stop].addr_(hessian[column + 1 : stop, column], move, alpha=-1)
         # rows before `stop` are not read again in this visit
         pull[stop:].addmm_(hessian[stop:, start:stop], moves, alpha=-1)
-    return with_values(base, values.T.contiguous())
+    return with_values(base, values.T.contiguous()) if streams is None else streams.weight(values.T)
 
 
 def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
@@ -103,34 +106,8 @@ def with_values(w: Weight, values: Tensor) -> Weight:
             return w
 
 
-def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> Weight:
-    """`w` with each row's scales times their least-squares factor, grid by grid; `shown` is what of `w` counts."""
-    match w:
-        case Grid(scale=scale):
-            values = dense(w) if shown is None else dense(w) * shown
-            seen = values @ hessian
-            energy = (seen * values).sum(1, keepdim=True)
-            gain = (seen * target).sum(1, keepdim=True)
-            wanted = torch.where(energy > 0, scale.float() * gain / energy.clamp_min(1e-30), scale.float())
-            rounded = wanted.clamp(0, torch.finfo(torch.float16).max).to(torch.float16)
-            # the loss is a parabola in the factor; rounding to float16 may overshoot its gain
-            factor = rounded.float() / scale.float().clamp_min(1e-30)
-            better = factor * (factor * energy - 2 * gain) < energy - 2 * gain
-            return replace(w, scale=torch.where(better, rounded, scale))
-        case Where(index, inside, outside):
-            chosen = index.inside.expand(target.shape)
-            if shown is not None:
-                chosen = chosen & shown
-            rest = ~chosen if shown is None else shown & ~chosen
-            inside = rescaled(inside, target - dense(outside).to(target.device) * rest, hessian, chosen)
-            outside = rescaled(outside, target - dense(inside).to(target.device) * chosen, hessian, rest)
-            return Where(index, inside, outside)
-        case _:
-            return w
-
-
 def _compressed_base(approx: Weight) -> Weight:
     base = split(approx)[0]
-    if not isinstance(base, Grid | Where):
+    if not isinstance(base, Grid | TrellisCoded | Where):
         raise RecipeError(f"there is nothing to polish in {describe(base)}; prune or quantize first")
     return base

@@ -13,6 +13,8 @@ ROOMS = (
     "errors",
     "packing",  # codes <-> bytes
     "rotation",  # the random input basis
+    "trellis",  # numbers of a bit-shift trellis
+    "viterbi",  # the codes nearest to given numbers
     "weight",  # what a compressed weight is
     "encoding",  # its disk form
     "lookup",  # rows of a packed weight

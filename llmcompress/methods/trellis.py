@@ -1,0 +1,74 @@
+"""Trellis-coded quantization (QTIP, arXiv 2406.11235) inside error feedback.
+
+Minimises tr(E H E^T) greedily, column by column as GPTQ does; a column becomes the stream of a trellis that is nearest
+to it, found by the Viterbi algorithm. Stores `TrellisCoded`: bits a weight, and a float16 scale a row. Made for weights
+that look Gaussian: rotate first. `refine` chooses every column again.
+
+Differs from the paper: streams run down whole columns instead of through tiles of 16 x 16, so that feedback works
+weight by weight; a column goes on where the last one ended, so that neither start states nor tail-biting are needed.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from llmcompress.errors import RecipeError
+from llmcompress.layer import Layer, StepConfig, base_target, method, split, with_base
+from llmcompress.methods.feedback import feedback
+from llmcompress.methods.hessian import damped, inverse_factor, second_moment
+from llmcompress.methods.scales import rescaled
+from llmcompress.methods.streams import ROWS, Streams
+from llmcompress.trellis import Trellis
+from llmcompress.weight import Dense, TrellisCoded, Weight, describe, shape
+
+
+class TrellisConfig(StepConfig):
+    """Arguments of `trellis`."""
+
+    method: Literal["trellis"] = "trellis"
+    bits: float = Field(
+        2, ge=1, le=4, multiple_of=0.5, description="a weight, in halves; these give two weights a step"
+    )
+    memory: int = Field(12, ge=8, le=16, description="bits of a state: one more doubles the time")
+    damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
+    examples = ({"memory": 8}, {"bits": 1, "memory": 8}, {"bits": 1.5, "memory": 8}, {"bits": 3, "memory": 8})
+
+    def trellis(self) -> Trellis:
+        """The trellis asked for. Raises RecipeError for a memory too short for its bits."""
+        values = 1 if self.bits == int(self.bits) else 2
+        code = int(self.bits * values)
+        if self.memory < 2 * code:
+            raise RecipeError(f"{self.bits:g} bits need a memory of at least {2 * code}; set memory: {2 * code}")
+        return Trellis(code, values, self.memory)
+
+    def sketch(self, approx: Weight) -> Weight:
+        """See `StepConfig.sketch`."""
+        base = split(approx)[0]
+        if not isinstance(base, Dense):
+            raise RecipeError(f"a trellis stores every weight, so it does not go after {describe(base)}; drop one")
+        (rows, width), trellis = shape(approx), self.trellis()
+        if rows % trellis.values:
+            raise RecipeError(f"{self.bits:g} bits go two rows at a time, and there are {rows}; ask for whole bits")
+        codes = torch.empty(rows // trellis.values, width, dtype=torch.uint8, device="meta")
+        scale = torch.empty(rows, 1, dtype=torch.float16, device="meta")
+        return TrellisCoded(codes, scale, trellis, runs(rows))
+
+
+@method("trellis", TrellisConfig, needs={"outer"})
+def trellis(layer: Layer, config: TrellisConfig) -> Layer:
+    """Quantizes the base to streams of a trellis, with error feedback, and fits its scales."""
+    config.sketch(layer.approx)
+    target = base_target(layer)
+    factor, notes = inverse_factor(layer.inputs, config.damping)
+    kind = config.trellis()
+    spread = target.square().mean(1, keepdim=True).sqrt()  # that of the trellis' numbers is 1
+    scale = spread.clamp_max(torch.finfo(torch.float16).max).to(torch.float16)
+    base = feedback(target, factor, Streams(scale, target.shape[1], kind, runs(len(target))))
+    hessian = damped(second_moment(layer.inputs), config.damping).float()
+    return with_base(layer, rescaled(base, target, hessian), notes)
+
+
+def runs(rows: int) -> int:
+    """How many runs the rows of a matrix are cut into."""
+    return max(1, round(rows / ROWS))

@@ -1,0 +1,120 @@
+"""The bit-shift trellis: which numbers a stream of codes stands for (QTIP, arXiv 2406.11235).
+
+A step's code, `bits` wide, is shifted into a state of `memory` bits, and a table has one number for every state, or
+`values` of them: state = (state << bits | code) mod 2^memory. So a code decides its own numbers and, together with
+later ones, those of the next steps: many more numbers than 2^bits, at `bits` a step. Streams start in state 0.
+
+The tables are functions of these three sizes, nothing of them is stored. Differs from the paper, whose tables are
+random: here the numbers of the 2^bits states that can follow a state, and of those that it can follow, lie one in each
+of 2^bits equally likely parts of the Gaussian. At 2 bits and a memory of 12 that lowers the squared error on a Gaussian
+from 0.0733 to 0.0701 (0.0625 is the limit), as much as two more bits of memory do.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Trellis:
+    """A trellis by its three sizes. Raises ValueError for sizes that do not go together."""
+
+    bits: int  # of a code
+    values: int  # that a step gives: 1 or 2
+    memory: int  # bits of a state
+
+    def __post_init__(self) -> None:
+        if self.values not in (1, 2) or not 1 <= self.bits <= 7 or not 2 * self.bits <= self.memory <= 16:
+            raise ValueError(f"{self} is none: bits 1 to 7, 1 or 2 values, a memory of twice the bits up to 16")
+
+    @property
+    def rate(self) -> float:
+        """Bits a number."""
+        return self.bits / self.values
+
+
+@lru_cache(maxsize=16)
+def table(trellis: Trellis) -> Tensor:
+    """The numbers of every state, float32 `[2^memory, values]`, each one that bfloat16 can hold."""
+    states = torch.arange(1 << trellis.memory)
+    parts = 1 << trellis.bits
+    newest, oldest = states % parts, states >> (trellis.memory - trellis.bits)
+    between = (states >> trellis.bits) % (1 << (trellis.memory - 2 * trellis.bits))
+    part = newest ^ oldest ^ (_scrambled(between) % parts)
+    order = _scrambled(states + (1 << trellis.memory)).argsort(stable=True)  # within a part, no order is best
+    order = order[part[order].argsort(stable=True)]
+    found = torch.empty(len(states), trellis.values)
+    found[order] = _gaussian(trellis).to(torch.bfloat16).float()
+    return found
+
+
+def _gaussian(trellis: Trellis) -> Tensor:
+    """As many points as there are states, spread like a Gaussian, ordered by its equally likely parts; float64."""
+    count = 1 << trellis.memory
+    shares = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    if trellis.values == 1:
+        return torch.special.ndtri(shares)[:, None]
+    radius, angle = torch.sqrt(-2 * torch.log1p(-shares)), 2 * math.pi * GOLDEN * torch.arange(count)
+    points = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], 1)  # the seeds of a sunflower
+    groups = points[None]
+    for cut in range(trellis.bits):  # halves by one coordinate, then by the other
+        ranks = groups[..., cut % 2].argsort(dim=1, stable=True)
+        groups = groups.gather(1, ranks[..., None].expand_as(groups)).reshape(2 * len(groups), -1, 2)
+    return groups.reshape(count, 2)
+
+
+def _scrambled(numbers: Tensor) -> Tensor:
+    """Numbers below 2^31 that look random, of int64 numbers below 2^31; the same everywhere."""
+    for shift, factor in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):
+        numbers = (numbers ^ (numbers >> shift)) * factor % (1 << 31)
+    return numbers
+
+
+def states(codes: Tensor, trellis: Trellis) -> Tensor:
+    """The states after each code of a stream, uint8 `[steps]`, that starts in state 0: int32 `[steps]`."""
+    window = codes.int()
+    for back in range(1, -(-trellis.memory // trellis.bits)):
+        window[back:] |= codes[:-back].int() << (back * trellis.bits)
+    return window & ((1 << trellis.memory) - 1)
+
+
+# --- matrices ------------------------------------------------------------------------------------------------------
+
+
+def cuts(steps: int, runs: int) -> list[int]:
+    """Where each of `runs` nearly equal runs of `steps` rows of codes starts, and where the last one ends."""
+    return [steps * run // runs for run in range(runs + 1)]
+
+
+def streams(codes: Tensor, runs: int) -> Tensor:
+    """Codes of a matrix `[steps, in]` as they are read, flat: run after run, in it column after column."""
+    edges = cuts(len(codes), runs)
+    return torch.cat([codes[first:last].T.reshape(-1) for first, last in pairwise(edges)])
+
+
+def from_streams(flat: Tensor, width: int, runs: int) -> Tensor:
+    """The inverse of `streams`, for `width` columns."""
+    edges = cuts(len(flat) // width, runs)
+    return torch.cat([flat[first * width : last * width].reshape(width, -1).T for first, last in pairwise(edges)])
+
+
+def matrix(codes: Tensor, trellis: Trellis, runs: int) -> Tensor:
+    """What the codes of a matrix, uint8 `[out / values, in]`, stand for: float32 `[out, in]`.
+
+    The rows are cut into `runs`, so that several can be searched at a time. In each a stream goes down the first
+    column, a step giving `values` rows, and on with the next.
+    """
+    numbers, width = table(trellis).to(codes.device), codes.shape[1]
+    found = []
+    for first, last in pairwise(cuts(len(codes), runs)):
+        stream = numbers[states(codes[first:last].T.reshape(-1), trellis)]
+        found.append(stream.reshape(width, -1).T)
+    return torch.cat(found)
