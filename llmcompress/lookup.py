@@ -12,12 +12,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmcompress.encoding import decode_node, expand, pattern_tables
 from llmcompress.errors import RecipeError
 from llmcompress.packing import ones_before, unpack, unpack_at, unpack_rows
-from llmcompress.weight import Bitmap, Dense, Grid, LowRank, Rotated, Sum, Weight, Where, Zero, describe, shape
+from llmcompress.trellis import Trellis, cuts, table
+from llmcompress.weight import (
+    Bitmap,
+    Dense,
+    Grid,
+    LowRank,
+    Rotated,
+    Sum,
+    TrellisCoded,
+    Weight,
+    Where,
+    Zero,
+    describe,
+    shape,
+)
 
 
 def rows(header: dict[str, Any], tensors: Mapping[str, Tensor], chosen: Tensor) -> Weight:
@@ -31,7 +46,7 @@ def rows(header: dict[str, Any], tensors: Mapping[str, Tensor], chosen: Tensor) 
 def check_rows(w: Weight, selected: bool = False) -> None:
     """Raises RecipeError for an expression whose rows cannot be decoded one by one."""
     match w:
-        case Zero() | Dense() | Grid():
+        case Zero() | Dense() | Grid() | TrellisCoded():
             return
         case LowRank(left) | Rotated(left):
             check_rows(left)
@@ -79,6 +94,8 @@ def _rows(
             return Dense(values.reshape(header["shape"])[chosen])
         case "grid":
             return _grid_rows(header, tensors, path, chosen, selection)
+        case "trellis" if selection is None:
+            return Dense(_trellis_rows(header, tensors, path, chosen))
         case "low_rank":
             left = _rows(header["left"], tensors, path + "left_", chosen, None)
             return LowRank(left, decode_node(header["right"], tensors, path + "right_"))
@@ -126,3 +143,24 @@ def _grid_rows(
     mine = chosen if parameters > 1 else chosen.new_zeros(1)  # one row of scales may serve all
     zero = unpack_rows(tensors[path + "zero"], levels, groups, mine) if header["asymmetric"] else None
     return Grid(codes, scale[mine], zero, levels, header["group_size"])
+
+
+def _trellis_rows(header: dict[str, Any], tensors: Mapping[str, Tensor], path: str, chosen: Tensor) -> Tensor:
+    """Rows `[n, in]`, float32: of every column the codes that fill the state there, no others."""
+    trellis = Trellis(header["bits"], header["values"], header["memory"])
+    rows, width = header["shape"]
+    edges = torch.tensor(cuts(rows // trellis.values, header["runs"]), device=chosen.device)
+    step = chosen // trellis.values
+    run = torch.bucketize(step, edges, right=True) - 1
+    first, length = edges[run], edges[run + 1] - edges[run]
+    stream = first * width  # where the run's begins, in codes
+    place = (stream + step - first)[:, None] + length[:, None] * torch.arange(width, device=chosen.device)
+    state = torch.zeros_like(place)
+    for back in range(-(-trellis.memory // trellis.bits)):
+        wanted = place - back
+        codes = unpack_at(tensors[path + "codes"], 1 << trellis.bits, wanted.clamp_min(0).flatten())
+        held = codes.reshape(place.shape).long() << (back * trellis.bits)
+        state |= torch.where(wanted >= stream[:, None], held, 0)  # before a stream begins, all is 0
+    numbers = table(trellis).to(chosen.device)[state & ((1 << trellis.memory) - 1)]  # [n, in, values]
+    found = numbers.gather(2, (chosen % trellis.values)[:, None, None].expand(-1, width, 1))[..., 0]
+    return found * tensors[path + "scale"].float()[chosen, None]

@@ -6,9 +6,10 @@ use the masters are rounded to what can be stored, with straight-through gradien
 frozen parts are decoded once: what trains is what `freeze` stores.
 
 What may train (`KINDS`), and how it is kept storable, alike in training and in `freeze`:
-- codes of grids, by latents in code units (`estimators`); zero points stay as they are.
-- scales of grids, rounded to float16 within [2^-24, 65504], its smallest and largest positive numbers. Gradients pass
-  the ends, so that a scale there can come back. A scale that is not positive at first, as of a group of zeros, stays.
+- codes of grids, by latents in code units (`estimators`); zero points, and streams of trellises, stay as they are.
+- scales of grids and trellises, rounded to float16 within [2^-24, 65504], its smallest and largest positive numbers.
+  Gradients pass the ends, so that a scale there can come back. A scale that is not positive at first, as of a group of
+  zeros, stays.
 - values of `Dense` outside low-rank terms, and factors, every `Dense` inside them: rounded to their own dtype, within
   +-its largest number.
 
@@ -35,7 +36,8 @@ from llmcompress.estimators import ESTIMATORS, Estimator, straight_cast, straigh
 from llmcompress.modules import CompressedLinear
 from llmcompress.packing import pack
 from llmcompress.rotation import rotate, rotate_inputs
-from llmcompress.weight import Dense, Grid, LowRank, Rotated, Sum, Weight, Where, Zero
+from llmcompress.trellis import matrix, table
+from llmcompress.weight import Dense, Grid, LowRank, Rotated, Sum, TrellisCoded, Weight, Where, Zero
 
 KINDS = ("codes", "scales", "values", "factors")
 SMALLEST_SCALE = 2.0**-24
@@ -231,6 +233,9 @@ def _centred(w: Weight, path: str, trained: frozenset[str]) -> Weight:
         case Grid(scale=scale) if path + "codes" not in trained:
             whole = expression.dense(replace(w, scale=torch.ones_like(scale)))
             return replace(w, codes=whole.bfloat16(), zero=torch.zeros_like(scale))
+        case TrellisCoded(codes, scale, trellis, runs):
+            numbers = matrix(codes, trellis, runs).bfloat16()  # which its tables are made for
+            return Grid(numbers, scale, torch.zeros_like(scale), len(table(trellis)), codes.shape[1])
         case LowRank(left, right):
             return LowRank(_centred(left, path + "left_", trained), _centred(right, path + "right_", trained))
         case Where(index, inside, outside):
@@ -318,7 +323,7 @@ class _Scaled(torch.autograd.Function):
 class _Leaf:
     """A node with numbers in it, and what its place in the expression says of them."""
 
-    node: Dense | Grid
+    node: Dense | Grid | TrellisCoded
     path: str  # of its tensors in `encode`
     shown: Tensor | None  # true = stored, as there
     target: Tensor | None  # what it should be, in its own basis, float32 [out, in]
@@ -339,6 +344,9 @@ def _masters(w: Weight, trains: frozenset[str], target: Tensor | None) -> Iterat
                     yield leaf.path + "codes", "codes", _latents(leaf.node, leaf.target, leaf.shown), levels
                 if "scales" in trains:
                     yield leaf.path + "scale", "scales", scale.flatten().float(), levels
+            case TrellisCoded(scale=scale):
+                if "scales" in trains:
+                    yield leaf.path + "scale", "scales", scale.flatten().float(), 0
 
 
 def _leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, factor: bool) -> Iterator[_Leaf]:
@@ -346,7 +354,7 @@ def _leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, f
     match w:
         case Zero():
             return
-        case Dense() | Grid():
+        case Dense() | Grid() | TrellisCoded():
             yield _Leaf(w, path, shown, target, factor)
         case LowRank(left, right):
             yield from _leaves(left, path + "left_", None, None, True)

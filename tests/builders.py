@@ -11,6 +11,7 @@ from torch import Tensor
 import llmcompress.methods  # noqa: F401  (registers them)
 from llmcompress.layer import Layer, apply, step
 from llmcompress.moments import STATISTICS, Moments
+from llmcompress.trellis import Trellis
 from llmcompress.weight import (
     Bitmap,
     Columns,
@@ -20,11 +21,13 @@ from llmcompress.weight import (
     Pattern,
     Rotated,
     Sum,
+    TrellisCoded,
     Weight,
     Where,
     Zero,
 )
 
+TRELLISES = (Trellis(1, 1, 8), Trellis(2, 1, 10), Trellis(3, 1, 7), Trellis(3, 2, 9), Trellis(7, 2, 14))
 LEVELS = (2, 3, 4, 5, 8, 16, 100, 256)
 
 
@@ -90,6 +93,13 @@ def grid(size: Sequence[int], levels: int, group_size: int, seed: int, symmetric
     return Grid(codes, scale, zero, levels, group_size)
 
 
+def streams(trellis: Trellis, steps: int, width: int, runs: int) -> TrellisCoded:
+    """Random streams of a trellis."""
+    codes = torch.randint(1 << trellis.bits, (steps, width), generator=seeded(steps), dtype=torch.uint8)
+    scale = torch.rand(steps * trellis.values, 1, generator=seeded(width)) + 0.1
+    return TrellisCoded(codes, scale.half(), trellis, runs)
+
+
 def pattern(size: Sequence[int], kept: int, group: int, seed: int) -> Pattern:
     """A random n:m choice."""
     scores = torch.rand(size[0], size[1] // group, group, generator=seeded(seed))
@@ -113,6 +123,7 @@ def every_node() -> list[Weight]:
     nodes += [grid(size, levels, 8, levels, symmetric=False) for levels in LEVELS[1:]]
     nodes += [grid((5, 33), levels, 16, levels, symmetric) for levels in (2, 3, 8) for symmetric in (True, False)]
     nodes += [grid((1, 1), 4, 1, 0, symmetric=False), grid(size, 8, 7, 0, symmetric=True, one_row=True)]
+    nodes += [streams(kind, steps, 24, runs) for kind in TRELLISES for steps, runs in ((7, 1), (50, 3), (1, 1))]
     nodes += [
         LowRank(values(7, 2), values(2, 24)),
         LowRank(grid((7, 3), 16, 3, 1, True), grid((3, 24), 16, 8, 2, False)),

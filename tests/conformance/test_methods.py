@@ -107,8 +107,9 @@ def test_what_is_refused_is_refused_by_the_plan_and_by_the_run_in_one_sentence(
         assert "\n" not in message and ";" in message, f"what is wrong; what to do: {message}"
 
 
-def test_only_patterns_and_ranks_limit_shapes() -> None:
-    assert all("pattern" in str(a) or ":" in str(a.get("salient")) for a, _ in REFUSED), "an example refuses a shape"
+def test_only_patterns_ranks_and_halves_limit_shapes() -> None:
+    limited = [a for a, _ in REFUSED if "pattern" not in str(a) and ":" not in str(a.get("salient"))]
+    assert all(a["bits"] == 1.5 for a in limited), "an example refuses a shape"
 
 
 # --- difficult layers -----------------------------------------------------------------------------------------------
@@ -221,6 +222,7 @@ SIBLINGS: list[tuple[list[Step], list[Step]]] = [
         for better in ("eora", "lqer")
         for form in ({"rank": 4}, {"rank": 4, "factor_bits": 16}, {"rank": 4, "factor_bits": 4})
     ),
+    ([ROTATE, {"method": "trellis", "memory": 8}], [ROTATE, {"method": "gptq", "bits": 2}]),
     (
         [{"method": "sparsegpt", "sparsity": 0.5, "bits": 4}],
         [{"method": "magnitude", "sparsity": 0.5}, {"method": "rtn", "bits": 4}],
