@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from llmcompress.trellis import Trellis, table
@@ -44,10 +43,42 @@ def _by_newest_code(trellis: Trellis) -> Floats:
 
 @lru_cache(maxsize=16)
 def _compiled(trellis: Trellis) -> Callable[..., Any]:
-    bits, memory, pairs = trellis.bits, trellis.memory, trellis.values == 2
-    parts = 1 << bits
-    rest = 1 << (memory - bits)  # states without their newest, or their oldest, code
-    inner = rest >> bits  # without both
+    from numba import njit  # takes half a second, which only those who search should wait for
+
+    bits, memory = trellis.bits, trellis.memory
+    parts, rest, inner = _sizes(trellis)
+    cheapest, interleave, extend = _step(trellis)
+
+    @njit(fastmath=True, nogil=True)
+    def find(wanted: Floats, importance: Floats, numbers: Floats, start: int, end: int) -> States:
+        steps = len(wanted)
+        states = np.empty(steps, np.int32)
+        costs = np.full((parts, rest), 2 * UNREACHED)
+        costs[start & (parts - 1), start >> bits] = 0
+        best, ordered = np.empty((parts, inner), np.float32), np.empty(rest, np.float32)
+        oldest = np.empty((steps, parts, inner), np.uint8)
+        for step in range(steps):
+            cheapest(costs, best, oldest[step])
+            interleave(best, ordered)
+            extend(ordered, numbers, wanted[step], importance[step], costs)
+        place = costs.argmin()
+        state = np.int64(end if end >= 0 else (place % rest) << bits | place // rest)
+        for step in range(steps - 1, -1, -1):
+            states[step] = state
+            later = state >> bits
+            state = np.int64(oldest[step, later & (parts - 1), later >> bits]) << (memory - bits) | later
+        return states
+
+    compiled: Callable[..., Any] = find
+    return compiled
+
+
+def _step(trellis: Trellis) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
+    """The parts of a step, each a loop that a compiler turns into vectors; sizes are constants to it."""
+    from numba import njit
+
+    parts, rest, inner = _sizes(trellis)
+    pairs = trellis.values == 2
 
     @njit(fastmath=True, nogil=True)
     def cheapest(costs: Floats, best: Floats, oldest: Codes) -> None:
@@ -82,25 +113,9 @@ def _compiled(trellis: Trellis) -> Callable[..., Any]:
                     number = numbers[1, newest, state]
                     costs[newest, state] += number * (slope + weight * number)
 
-    @njit(fastmath=True, nogil=True)
-    def find(wanted: Floats, importance: Floats, numbers: Floats, start: int, end: int) -> States:
-        steps = len(wanted)
-        states = np.empty(steps, np.int32)
-        costs = np.full((parts, rest), 2 * UNREACHED)
-        costs[start & (parts - 1), start >> bits] = 0
-        best, ordered = np.empty((parts, inner), np.float32), np.empty(rest, np.float32)
-        oldest = np.empty((steps, parts, inner), np.uint8)
-        for step in range(steps):
-            cheapest(costs, best, oldest[step])
-            interleave(best, ordered)
-            extend(ordered, numbers, wanted[step], importance[step], costs)
-        place = costs.argmin()
-        state = np.int64(end if end >= 0 else (place % rest) << bits | place // rest)
-        for step in range(steps - 1, -1, -1):
-            states[step] = state
-            later = state >> bits
-            state = np.int64(oldest[step, later & (parts - 1), later >> bits]) << (memory - bits) | later
-        return states
+    return cheapest, interleave, extend
 
-    compiled: Callable[..., Any] = find
-    return compiled
+
+def _sizes(trellis: Trellis) -> tuple[int, int, int]:
+    """How many codes there are, how many states but for one of their codes, and but for both ends."""
+    return 1 << trellis.bits, 1 << (trellis.memory - trellis.bits), 1 << (trellis.memory - 2 * trellis.bits)
