@@ -28,7 +28,7 @@ from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.launch import sharded
 from llmcompress.distill.optimizers import moments, put_moments
 from llmcompress.distill.state import Keeper, Progress
-from llmcompress.distill.student.model import Student
+from llmcompress.distill.student.model import PROJECTIONS, Student
 from llmcompress.errors import InputError
 from llmcompress.modules import decoded
 
@@ -163,7 +163,8 @@ class Engine:
         """
         if self.root is None:
             return
-        student, trained = self.student, self.student.named()
+        student = self.student
+        trained = [name for kind, values in student.trained.items() if kind != PROJECTIONS for name in values]
         inside = tuple(f"{name}." for name in student.relaxed)
         frozen = [name for name, _ in student.model.named_parameters() if name.startswith(inside)]
         for name in dict.fromkeys([*trained, *frozen]):

@@ -27,12 +27,13 @@ from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.data.mixture import draw, normalized, quotas, reweighted
 from llmcompress.distill.data.source import Data
 from llmcompress.distill.engine import Engine, held_decoded
+from llmcompress.distill.exits import Exits
 from llmcompress.distill.head import chunked_loss
 from llmcompress.distill.held_out import Distances, distances
 from llmcompress.distill.losses.loss import LossState
 from llmcompress.distill.matching import Matching
 from llmcompress.distill.metrics import Metrics, term_names
-from llmcompress.distill.objective import head_of, hidden_states
+from llmcompress.distill.objective import head_of, hidden_states, joined
 from llmcompress.distill.optimizers import optimizer_of
 from llmcompress.distill.order import rate
 from llmcompress.distill.recipe import Distillation, Term
@@ -61,23 +62,29 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self.teaching, self.matching = teaching, matching  # no modules, so that `train()` does not reach the teacher
+        self.projections = matching.projections
+        self.exits = Exits.of(student, [term for term, _ in terms])
         self.terms = terms
 
     def forward(self, batch: Batch, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Of `batch`: the sum of all losses, each times its weight, with gradient, also where nothing in it counts; and
         the sum and the count of each loss `[losses, 2]`, without."""
-        with self.matching.watched() as states:
+        with self.matching.watched() as states, self.exits.watched() as passed:
             teacher = self.teaching.predictions(batch)
             given = hidden_states(self.student, batch)
+        rows, targets = batch.predicting, batch.ids[batch.counted]
+        elsewhere = {number: self.matching.measured(number, states, rows) for number in self.matching.pairs}
+        for number in self.exits.numbers:
+            elsewhere[number] = self.exits.measured(number, self.terms[number], passed, rows, teacher, targets)
         weighted = [(term.of, state, weight) for (term, state), weight in zip(self.terms, weights, strict=True)]
         found = chunked_loss(
-            given[batch.predicting],
+            given[rows],
             head_of(self.student),
             teacher,
-            batch.ids[batch.counted],
-            [term for number, term in enumerate(weighted) if number not in self.matching.pairs],
+            targets,
+            [term for number, term in enumerate(weighted) if number not in elsewhere],
         )
-        return self.matching.joined(found, states, batch.predicting, weights)
+        return joined(found, elsewhere, weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +116,8 @@ def train(run: Run, report: Report | None = None) -> Progress:
     """
     recipe, accelerator = run.recipe, run.accelerator
     states = [term.of.start() for term in recipe.losses]
-    matching = Matching.of(run.student.model, run.teacher, recipe.losses)
+    matching = Matching.of(run.student.model, run.teacher, recipe.losses, recipe.seed)
+    run.student.join(matching.projections)
     objective = Objective(run.student.model, run.teaching, matching, list(zip(recipe.losses, states, strict=True)))
     optimizer = optimizer_of(recipe, run.student.groups())
     again = recomputed(run.student.model) if recipe.checkpointing else nullcontext()

@@ -1,25 +1,28 @@
 """Losses on hidden states: which blocks of two models are the same, and how far apart what they read is.
 
 The input of a student's block is compared with the input of the teacher's block that it once was. So where blocks were
-dropped, the block before the gap learns to make what the block behind it used to read.
+dropped, the block before the gap learns to make what the block behind it used to read. A student that was not made from
+its teacher has no such blocks; a recipe says which are to be alike. Where widths differ, a linear for each pair of
+blocks stands between the student's states and a loss that needs one width (`projection.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llmcompress.distill.head import HeadLoss
+from llmcompress.distill.losses.divergence import wide
 from llmcompress.distill.losses.features import Features, measure_features, reads_states
 from llmcompress.distill.losses.loss import SumAndCount
-from llmcompress.distill.recipe import Term
+from llmcompress.distill.projection import Pair, projection_name, projections
+from llmcompress.distill.recipe import Layers, Term
 from llmcompress.errors import RecipeError, listed
-from llmcompress.states import states_between
+from llmcompress.states import depth, states_between
 from llmcompress.surgery.kept import matched_blocks
 
 if TYPE_CHECKING:
@@ -31,23 +34,25 @@ States = Mapping[int, Tensor]  # by block: what it reads, [sequences, length, wi
 @dataclass(frozen=True)
 class Matching:
     """The losses of a recipe that read hidden states. `pairs`: by the number of the loss in the recipe, the blocks of
-    the student and of the teacher whose inputs it compares. `models`: student and teacher."""
+    the student and of the teacher whose inputs it compares. `models`: student and teacher. `projections`: of pairs of
+    unequal widths, for the losses that need one width."""
 
     models: tuple[PreTrainedModel, PreTrainedModel]
-    pairs: dict[int, tuple[tuple[int, int], ...]]
+    pairs: dict[int, tuple[Pair, ...]]
     losses: tuple[Term, ...]
+    projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
 
     @staticmethod
-    def of(student: PreTrainedModel, teacher: PreTrainedModel, losses: Sequence[Term]) -> Matching:
+    def of(student: PreTrainedModel, teacher: PreTrainedModel, losses: Sequence[Term], seed: int = 0) -> Matching:
         """Finds the blocks, and lets both models read two tokens. Raises RecipeError where they do not match,
-        InputError where a loss cannot compare them."""
+        InputError where a loss cannot compare them. `seed`: of the projections, which no randomness follows."""
         reading = [number for number, term in enumerate(losses) if reads_states(term.of)]
-        blocks = matched_blocks(student, teacher) if reading else {}
-        pairs = {number: _pairs(blocks, losses[number].layers) for number in reading}
+        pairs = {number: _pairs(student, teacher, losses[number].layers) for number in reading}
         found = Matching((student, teacher), pairs, tuple(losses))
         with torch.no_grad(), found.watched() as states:
             for model in found.models if reading else ():
                 model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+            found.projections.update(_projections(found, states, seed))
             for number in reading:
                 found.measured(number, states, None)
         return found
@@ -65,41 +70,53 @@ class Matching:
 
     def measured(self, number: int, states: tuple[States, States], keep: Tensor | None) -> SumAndCount:
         """Loss `number`: the mean over its layers, of the positions that count: `keep`, bool `[sequences, length]`."""
-        given, wanted = states
-        with torch.autocast(next(iter(given.values())).device.type, enabled=False):
-            found = [
-                measure_features(Features(given[mine], wanted[theirs].detach(), keep), self.losses[number].of)
-                for mine, theirs in self.pairs[number]
-            ]
+        with torch.autocast(next(iter(states[0].values())).device.type, enabled=False):
+            found = [self._measured(number, pair, states, keep) for pair in self.pairs[number]]
         sums, counts = zip(*found)
         return torch.stack(sums).mean(), torch.stack(counts).mean()
 
-    def joined(
-        self, predicted: HeadLoss, states: tuple[States, States], keep: Tensor, weights: Sequence[float]
-    ) -> tuple[Tensor, Tensor]:
-        """The weighted sum of all losses, with gradient; and the sum and the count of each `[losses, 2]`, without.
-
-        `predicted`: of the other losses, in their order and weighted already.
-        """
-        total, rows = predicted.total, []
-        others = iter(predicted.terms)
-        for number, weight in enumerate(weights):
-            if number not in self.pairs:
-                rows.append(torch.stack(next(others)))
-                continue
-            found, count = self.measured(number, states, keep)
-            total = total + weight * found
-            rows.append(torch.stack([found.detach(), count]).to(total.dtype))
-        return total, torch.stack(rows)
+    def _measured(self, number: int, pair: Pair, states: tuple[States, States], keep: Tensor | None) -> SumAndCount:
+        loss, name = self.losses[number].of, projection_name(pair)
+        given, wanted = (side[block] for side, block in zip(states, pair, strict=True))
+        if loss.needs_one_width and name in self.projections:
+            given = self.projections[name](wide(given))
+        return measure_features(Features(given, wanted.detach(), keep), loss)
 
 
-def _pairs(blocks: Mapping[int, int], layers: Sequence[int] | None) -> tuple[tuple[int, int], ...]:
-    """(student's block, teacher's block) for each of the teacher's blocks `layers`."""
+def _projections(matching: Matching, states: tuple[States, States], seed: int) -> nn.ModuleDict:
+    """For the pairs that a loss compares at one width, and that are not as wide."""
+    numbers = [number for number in matching.pairs if matching.losses[number].of.needs_one_width]
+    pairs = {pair for number in numbers for pair in matching.pairs[number]}
+    widths = {pair: (states[0][pair[0]].shape[-1], states[1][pair[1]].shape[-1]) for pair in sorted(pairs)}
+    unequal = {pair: both for pair, both in widths.items() if both[0] != both[1]}
+    return projections(unequal, seed, next(matching.models[0].parameters()))
+
+
+def _pairs(student: PreTrainedModel, teacher: PreTrainedModel, layers: Layers | None) -> tuple[Pair, ...]:
+    """(student's block, teacher's block) for each of `layers`: the teacher's blocks that the student has, or pairs."""
+    named = [layer for layer in layers or () if not isinstance(layer, int)]
+    _check_there(named, (depth(student), depth(teacher)))
+    if layers is not None and len(named) == len(layers):
+        return tuple(named)
+    try:
+        blocks = matched_blocks(student, teacher)
+    except RecipeError as error:
+        raise RecipeError(f"{error}; or name pairs of blocks in layers, as in layers: [[1, 2]]") from error
     own = {theirs: mine for mine, theirs in blocks.items()}
     chosen = [theirs for theirs, mine in own.items() if mine > 0] if layers is None else layers
-    absent = [str(theirs) for theirs in chosen if theirs not in own]
+    absent = [str(theirs) for theirs in chosen if isinstance(theirs, int) and theirs not in own]
     if absent or not chosen:
         raise RecipeError(
             f"layers: the student does not have the teacher's block {listed(absent)}; it has {', '.join(map(str, own))}"
         )
-    return tuple((own[theirs], theirs) for theirs in chosen)
+    return tuple((own[layer], layer) if isinstance(layer, int) else layer for layer in chosen)
+
+
+def _check_there(pairs: Sequence[Pair], depths: tuple[int, int]) -> None:
+    for pair in pairs:
+        for block, blocks, model in zip(pair, depths, ("student", "teacher"), strict=True):
+            if block >= blocks:
+                raise RecipeError(
+                    f"layers: {list(pair)} is a block of the student and one of the teacher, and the {model} has no "
+                    f"block {block}; its last is {blocks - 1}"
+                )

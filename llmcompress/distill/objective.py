@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.distill.data.batch import Batch
+from llmcompress.distill.head import HeadLoss
+from llmcompress.distill.losses.loss import SumAndCount
 from llmcompress.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +39,24 @@ def head_of(model: PreTrainedModel) -> Head:
     if cap is None:
         return linear
     return lambda hidden: torch.tanh(linear(hidden) / cap) * cap
+
+
+def joined(
+    predicted: HeadLoss, elsewhere: Mapping[int, SumAndCount], weights: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of all losses, with gradient; and the sum and the count of each `[losses, 2]`, without.
+
+    `elsewhere`: by number in the recipe, the losses that are not between the last predictions; `predicted`: of the
+    others, in their order and weighted already.
+    """
+    total, rows = predicted.total, []
+    others = iter(predicted.terms)
+    for number, weight in enumerate(weights):
+        found, count = elsewhere[number] if number in elsewhere else next(others)
+        if number in elsewhere:
+            total = total + weight * found
+        rows.append(torch.stack([found.detach(), count]).to(predicted.total.dtype))
+    return total, torch.stack(rows)
 
 
 @torch.no_grad()

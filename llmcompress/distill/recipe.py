@@ -14,7 +14,7 @@ from llmcompress.distill.losses.features import any_loss_config, reads_states
 from llmcompress.distill.losses.loss import LossConfig
 from llmcompress.distill.student.adapt import Adaptation
 
-Kind = Literal["codes", "scales", "values", "factors", "norms", "weights"]
+Kind = Literal["codes", "scales", "values", "factors", "norms", "weights", "projections"]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -46,17 +46,37 @@ def _weight(value: Any) -> Any:
         raise ValueError("a weight is a number above 0, or a map such as {from: 1.0, to: 0.0, until: 0.5}") from error
 
 
+def _layer(value: Any) -> Any:
+    """A teacher's block, or a pair of blocks. Raises ValueError for what is neither."""
+    blocks = value if isinstance(value, list | tuple) else [value, value]
+    if len(blocks) != 2 or not all(type(block) is int and block >= 0 for block in blocks):
+        raise ValueError(
+            "a layer is a block of the teacher's such as 5, or a pair [2, 5]: the student's, the teacher's"
+        )
+    return value
+
+
+Layers = tuple[Annotated[int | tuple[int, int], BeforeValidator(_layer)], ...]
+
+
 class Term(BaseModel):
     """One loss and its share of the objective."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     of: Annotated[SerializeAsAny[LossConfig], BeforeValidator(_loss)]
     weight: Annotated[float | Schedule, BeforeValidator(_weight)] = 1.0
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+    layers: Layers | None = Field(
         default=None,
         min_length=1,
         description="of a loss on hidden states: the teacher's blocks whose inputs it compares with those of the "
-        "student's same blocks; null: all that the student has, but for the first",
+        "student's same blocks, or pairs such as [2, 5], the student's and the teacher's; null: all that the student "
+        "has, but for the first",
+    )
+    exits: tuple[int, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="of a loss on predictions: behind how many of the student's blocks its hidden states are read as "
+        "predictions, in place of behind the last; the loss is the mean over them",
     )
 
     @model_validator(mode="after")
@@ -65,6 +85,10 @@ class Term(BaseModel):
             raise ValueError(f"weight is {self.weight:g}; it must be a number above 0")
         if self.layers is not None and not reads_states(self.of):
             raise ValueError(f"{self.of.loss} reads predictions, which are no layer's; leave layers out")
+        if self.exits is not None and reads_states(self.of):
+            raise ValueError(f"{self.of.loss} reads hidden states, no predictions at exits; name blocks in layers")
+        if self.exits is not None and (len(set(self.exits)) < len(self.exits) or min(self.exits) < 1):
+            raise ValueError(f"exits {', '.join(map(str, self.exits))} must be different numbers of blocks, from 1 on")
         if reads_states(self.of) and not self.of.counts_tokens and len(self.layers or ()) != 1:
             raise ValueError(f"{self.of.loss} per layer is of one layer; name it in layers, and write one for each")
         return self
@@ -141,7 +165,7 @@ class Distillation(BaseModel):
         min_length=1,
         description="learning rates of what trains, in shares of the size of its numbers: latent codes, scales of "
         "grids, values kept as they are, low-rank factors, norms and biases, weights of linears that are "
-        "dense; what has no rate stays as it is",
+        "dense, projections of hidden states to the teacher's width; what has no rate stays as it is",
     )
     adapt: Adaptation | None = Field(
         default=None, description="low-rank terms that are added to compressed linears, and trained with the factors"
@@ -197,6 +221,10 @@ class Distillation(BaseModel):
             raise ValueError("mixture: there is one text, so no shares to move; list domains in data, or leave it out")
         if all(reads_states(term.of) for term in self.losses):
             raise ValueError("losses: hidden states alone do not teach what follows; add a loss such as forward_kl")
+        if all(reads_states(term.of) or term.exits for term in self.losses):
+            raise ValueError(
+                "losses: exits do not teach the blocks behind them; add a loss without, such as forward_kl"
+            )
         if self.teacher.kind == "cached":
             self._check_cached()
         return self

@@ -57,6 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lc.compress(folder / "dense", compression, folder / "dense-small")
     save_tiny("llama", folder / "deep", num_hidden_layers=3)
     lc.drop_blocks(folder / "deep", [1], folder / "deep-small")
+    save_tiny("llama", folder / "narrow", seed=1, hidden_size=16)
     return folder
 
 
@@ -82,7 +83,13 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
     compressed_teacher = job("second-hand", losses=[{"of": {"loss": "dad"}}], checkpointing=True, **mixed)
     hidden = {"of": {"loss": "hidden"}, "weight": {"from": 1.0, "to": 0.1}, "layers": [0, 2]}
     between = {"losses": [{"of": {"loss": "forward_kl"}}, hidden], "checkpointing": True}
+    through = {"of": {"loss": "hidden"}, "layers": [[1, 2]]}  # a linear, since widths differ
+    early = {"losses": [{"of": {"loss": "forward_kl"}}, through, {"of": {"loss": "ofa"}, "exits": [1, 2]}]}
+    early["rates"] = {"weights": 1e-2, "norms": 1e-2, "projections": 1e-2}
+    narrow = {"student": str(place / "narrow")}
     return {
+        "narrow": job("narrow", "deep", checkpointing=True, **early) | narrow,
+        "narrow-kept": job("narrow-kept", "deep", stop=first, clip=1e3, **early) | narrow,
         "short": job("short", "deep", rates={"weights": 1e-2, "norms": 1e-2}, **between),
         "whole": job("whole", **stateful),
         "cut": job("cut", stop=last, **stateful),
@@ -126,7 +133,7 @@ def alone(place: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     lc.compress(place / "tied", {"version": 1, "rules": RULES[-1:], "calibration": data}, place / "tied-2")
     out = place / "alone"
     asked = jobs(place, out)
-    names = ("short", "whole", "kept", "finished", "clipped", "cached", "second-hand")
+    names = ("narrow", "narrow-kept", "short", "whole", "kept", "finished", "clipped", "cached", "second-hand")
     return out, {name: run(asked[name]) for name in names}
 
 
@@ -154,7 +161,7 @@ def measured(folder: Path) -> list[dict[str, Any]]:
 
 
 @launches
-@pytest.mark.parametrize("name", ["short", "whole", "cached", "second-hand"])
+@pytest.mark.parametrize("name", ["narrow", "short", "whole", "cached", "second-hand"])
 def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: Any) -> None:
     wanted = alone[1][name]["history"]
     if name == "cached" and together[0].name == "fsdp2":
@@ -179,7 +186,7 @@ def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: An
 
 
 @launches
-@pytest.mark.parametrize("name", ["kept", "clipped"])
+@pytest.mark.parametrize("name", ["kept", "clipped", "narrow-kept"])
 def test_moments_are_those_of_one_process(name: str, alone: Any, together: Any) -> None:
     """They are sums of gradients, so that a wrong factor shows, which the steps of Adam hide."""
     states = [next((folder / f"{name}.training").glob("*.safetensors")) for folder in (alone[0], together[0])]
@@ -256,7 +263,13 @@ def test_latents_can_start_at_a_compressed_teacher(place: Path, alone: Any, tmp_
 @launches
 def test_student_and_teacher_are_shared_out(together: Any) -> None:
     out, found = together
-    for name, blocks in {"short": [2, 3], "whole": [2, 2], "kept": [2, 2], "second-hand": [2, 2]}.items():
+    for name, blocks in {
+        "narrow": [2, 3],
+        "short": [2, 3],
+        "whole": [2, 2],
+        "kept": [2, 2],
+        "second-hand": [2, 2],
+    }.items():
         assert found[name][0]["held"]["blocks"] == ([0, 0] if out.name == "ddp" else blocks)
         for model in ("student", "teacher"):
             held = [each["held"][model] for each in found[name]]

@@ -27,6 +27,11 @@ class Hidden(LossConfig):
         """Of layers, the count is the teacher's energy."""
         return self.per == "token"
 
+    @property
+    def needs_one_width(self) -> bool:
+        """See `LossConfig.needs_one_width`."""
+        return True
+
 
 @feature_loss("hidden", Hidden)
 def hidden(features: Features, config: Hidden) -> SumAndCount:

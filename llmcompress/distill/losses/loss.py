@@ -51,6 +51,11 @@ class LossConfig(BaseModel):
         """Whether the count is that of tokens; else it is a sum of weights, known only once the loss is computed."""
         return True
 
+    @property
+    def needs_one_width(self) -> bool:
+        """Whether a loss on hidden states can only compare such that are as wide."""
+        return False
+
     def reads(self) -> Reads:
         """What it needs of the teacher: whole predictions, such with several classes merged into one, or nothing."""
         return "whole"

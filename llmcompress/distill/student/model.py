@@ -7,7 +7,7 @@ whatever its folder stores, so that small steps are not lost.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -24,15 +24,28 @@ if TYPE_CHECKING:
 
 NORMS: Kind = "norms"  # vectors of the decoder: norms, and biases of what is not compressed
 WEIGHTS: Kind = "weights"  # matrices of the decoder blocks' linears that are not compressed
+PROJECTIONS: Kind = "projections"  # linears to the teacher's width, which are no part of the model
 
 
 @dataclass(frozen=True, eq=False)
 class Student:
-    """A model under distillation. `relaxed`: its linears that train, by name; `trained`: what moves, by kind, name."""
+    """A model under distillation. `relaxed`: its linears that train, by name; `trained`: what moves, by kind, name;
+    `projections`: what trains along with it and is no part of it."""
 
     model: PreTrainedModel
     relaxed: dict[str, RelaxedLinear]
     trained: dict[Kind, dict[str, nn.Parameter]]
+    projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+
+    def join(self, projections: nn.ModuleDict) -> None:
+        """Lets linears between hidden states train along. Raises RecipeError where they have no rate."""
+        if len(projections) and PROJECTIONS not in self.trained:
+            raise RecipeError(
+                "losses: the student's hidden states are not as wide as the teacher's, so they are compared through "
+                "linears that train; give these a rate, as in rates: {projections: 1.0e-3}, or use the loss minilm"
+            )
+        self.projections.update(projections)
+        self.trained.get(PROJECTIONS, {}).update(projections.named_parameters())
 
     def groups(self) -> list[dict[str, Any]]:
         """For an optimizer: every parameter by itself, with its kind and the size of its numbers (root mean square)."""
@@ -45,8 +58,9 @@ class Student:
 
     def follow(self) -> None:
         """Takes up what stands in the model now, where other parameters were put in the places of those that train."""
-        for values in self.trained.values():
-            values.update({name: self.model.get_parameter(name) for name in values})
+        for kind, values in self.trained.items():
+            holder = self.projections if kind == PROJECTIONS else self.model
+            values.update({name: holder.get_parameter(name) for name in values})
 
     def frozen(self) -> dict[str, CompressedLinear]:
         """The compressed linears with what was learned, by name; the model goes on as it is."""

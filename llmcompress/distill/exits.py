@@ -1,0 +1,118 @@
+"""Losses on predictions that a student makes early: hidden states behind some of its blocks, read as if they were the
+last (the logit exits of OFA-KD, arXiv 2310.19444).
+
+What stands behind the last block, a norm and the output head, turns such states into logits, and any loss on
+predictions compares these with what the teacher says at its end. No block of the teacher is matched, so layouts may
+differ in width and in depth. Differs from the paper, where every exit has a branch that trains: here norm and head are
+those of the student, and an exit's gradient goes to the blocks before it alone, so that the end is not pulled to the
+middle. Like those of the last states, the logits of an exit live a chunk of tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.architecture import block_stack
+from llmcompress.distill.head import Teacher, chunked_loss
+from llmcompress.distill.losses.loss import LossState, SumAndCount
+from llmcompress.distill.objective import head_of
+from llmcompress.distill.recipe import Term
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.states import depth, states_between
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+States = Mapping[int, Tensor]  # by how many blocks have run: [sequences, length, width]
+
+
+@dataclass(frozen=True)
+class Exits:
+    """The losses of a recipe that are taken at exits. `numbers`: by the number of the loss in the recipe, behind how
+    many of the student's blocks; `ending`: what the student does with the last block's output before its head."""
+
+    student: PreTrainedModel
+    numbers: dict[int, tuple[int, ...]]
+    ending: tuple[nn.Module, ...]
+
+    @staticmethod
+    def of(student: PreTrainedModel, losses: Sequence[Term]) -> Exits:
+        """Finds the ending, letting the student read two tokens. Raises RecipeError for an exit that it does not have,
+        InputError for a model whose ending is not understood."""
+        numbers = {number: term.exits for number, term in enumerate(losses) if term.exits is not None}
+        blocks = depth(student) if numbers else 0
+        for number in (each for exits in numbers.values() for each in exits):
+            if number > blocks:
+                raise RecipeError(f"exits: there is none behind block {number}, since the student has {blocks} blocks")
+        return Exits(student, numbers, ending(student) if numbers else ())
+
+    @contextmanager
+    def watched(self) -> Iterator[States]:
+        """Where the student leaves, while it lasts, the states that are read at exits."""
+        if not self.numbers:
+            yield {}
+            return
+        with states_between(self.student, {each for exits in self.numbers.values() for each in exits}) as states:
+            yield states
+
+    def measured(
+        self,
+        number: int,
+        loss: tuple[Term, LossState | None],
+        states: States,
+        rows: Tensor,
+        teacher: Teacher,
+        targets: Tensor,
+    ) -> SumAndCount:
+        """Loss `number`: the mean over its exits, of the positions `rows`, bool `[sequences, length]`; of each of them
+        `teacher` has a prediction, and `targets` the token that comes."""
+        exits = self.numbers[number]
+        (term, state), weight = loss, 1 / len(exits)
+        found = [
+            # no parameters: what is behind the exit stays as it is
+            chunked_loss(states[each][rows], self._logits, teacher, targets, [(term.of, state, weight)], parameters=())
+            for each in exits
+        ]
+        return torch.stack([each.total for each in found]).sum(), torch.stack(
+            [each.terms[0][1] for each in found]
+        ).mean()
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """[tokens, width] -> [tokens, vocabulary]."""
+        return head_of(self.student)(_through(self.ending, states))
+
+
+@torch.no_grad()
+def ending(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The modules that lead, one after the other, from the last block's output to what the head reads: a norm, in some
+    families a projection, too. Raises InputError for a model in which they alone do not do that."""
+    stack = block_stack(model.config, model)
+    holder, last = model.get_submodule(stack.rpartition(".")[0]), list(model.get_submodule(stack).children())[-1]
+    called: list[nn.Module] = []
+    handles = [last.register_forward_hook(lambda *_: called.clear())]
+    handles += [each.register_forward_pre_hook(lambda module, _: called.append(module)) for each in holder.children()]
+    blocks = depth(model)
+    try:
+        with states_between(model, [blocks]) as states:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+            read: Tensor = model.base_model(input_ids=ids, use_cache=False)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = _through(called, states[blocks])
+    if found.shape != read.shape or not torch.allclose(found, read):
+        kind = type(model).__name__
+        raise InputError(f"what a {kind} does behind its last block is not known here; leave exits out of its losses")
+    return tuple(called)
+
+
+def _through(modules: Sequence[nn.Module], states: Tensor) -> Tensor:
+    for module in modules:
+        states = module(states)
+    return states
