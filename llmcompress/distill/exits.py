@@ -5,7 +5,8 @@ What stands behind the last block, a norm and the output head, turns such states
 predictions compares these with what the teacher says at its end. No block of the teacher is matched, so layouts may
 differ in width and in depth. Differs from the paper, where every exit has a branch that trains: here norm and head are
 those of the student, and an exit's gradient goes to the blocks before it alone, so that the end is not pulled to the
-middle. Like those of the last states, the logits of an exit live a chunk of tokens at a time.
+middle. Like those of the last states, logits of an exit live a chunk of tokens at a time; both models' heads run once
+more for each exit.
 """
 
 from __future__ import annotations

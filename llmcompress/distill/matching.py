@@ -45,14 +45,14 @@ class Matching:
     @staticmethod
     def of(student: PreTrainedModel, teacher: PreTrainedModel, losses: Sequence[Term], seed: int = 0) -> Matching:
         """Finds the blocks, and lets both models read two tokens. Raises RecipeError where they do not match,
-        InputError where a loss cannot compare them. `seed`: of the projections, which no randomness follows."""
+        InputError where a loss cannot compare them. `seed`: of where projections start."""
         reading = [number for number, term in enumerate(losses) if reads_states(term.of)]
         pairs = {number: _pairs(student, teacher, losses[number].layers) for number in reading}
         found = Matching((student, teacher), pairs, tuple(losses))
         with torch.no_grad(), found.watched() as states:
             for model in found.models if reading else ():
                 model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-            found.projections.update(_projections(found, states, seed))
+            found.projections.update(dict(_projections(found, states, seed).items()))
             for number in reading:
                 found.measured(number, states, None)
         return found
@@ -94,22 +94,23 @@ def _projections(matching: Matching, states: tuple[States, States], seed: int) -
 
 def _pairs(student: PreTrainedModel, teacher: PreTrainedModel, layers: Layers | None) -> tuple[Pair, ...]:
     """(student's block, teacher's block) for each of `layers`: the teacher's blocks that the student has, or pairs."""
-    named = [layer for layer in layers or () if not isinstance(layer, int)]
-    _check_there(named, (depth(student), depth(teacher)))
-    if layers is not None and len(named) == len(layers):
-        return tuple(named)
-    try:
-        blocks = matched_blocks(student, teacher)
-    except RecipeError as error:
-        raise RecipeError(f"{error}; or name pairs of blocks in layers, as in layers: [[1, 2]]") from error
-    own = {theirs: mine for mine, theirs in blocks.items()}
+    _check_there([layer for layer in layers or () if not isinstance(layer, int)], (depth(student), depth(teacher)))
+    own = _own(student, teacher) if layers is None or any(isinstance(layer, int) for layer in layers) else {}
     chosen = [theirs for theirs, mine in own.items() if mine > 0] if layers is None else layers
-    absent = [str(theirs) for theirs in chosen if isinstance(theirs, int) and theirs not in own]
+    absent = [str(layer) for layer in chosen if isinstance(layer, int) and layer not in own]
     if absent or not chosen:
         raise RecipeError(
             f"layers: the student does not have the teacher's block {listed(absent)}; it has {', '.join(map(str, own))}"
         )
     return tuple((own[layer], layer) if isinstance(layer, int) else layer for layer in chosen)
+
+
+def _own(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, int]:
+    """The student's block that each of the teacher's blocks has become, of those that it has."""
+    try:
+        return {theirs: mine for mine, theirs in matched_blocks(student, teacher).items()}
+    except RecipeError as error:
+        raise RecipeError(f"{error}; or name pairs of blocks in layers, as in layers: [[1, 2]]") from error
 
 
 def _check_there(pairs: Sequence[Pair], depths: tuple[int, int]) -> None:

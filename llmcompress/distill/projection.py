@@ -1,8 +1,8 @@
 """Linears between hidden states of two models that are not as wide: they train along with the student, and are let go.
 
 One for each pair of matched blocks, float32, from the student's width to the teacher's, without a bias. It starts as a
-rotation that fills up with zeros or leaves some directions out, so that it neither stretches states nor mixes what they
-hold; what it learns is the losses' alone, so it is in a run's state but not in the student. Every phase starts anew.
+random rotation into the wider space, or onto a part of the narrower one, which stretches nothing. It serves the losses
+alone: it is in a run's state, and not in what the run writes. Every phase starts with new ones.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from llmcompress import report as reports
 from llmcompress.blocks import product_dtype, products
 from llmcompress.checkpoint import check_output, writing
 from llmcompress.distill.data.source import Data, read_data
+from llmcompress.distill.exits import Exits
 from llmcompress.distill.launch import check_enough, launched_accelerator, loading_device
 from llmcompress.distill.loop import Report, Run
 from llmcompress.distill.metrics import Metrics, start_trackers, term_names
@@ -110,6 +111,7 @@ def distill(
         check_head(model, data.sequences.ids)
         if data.sequences.documents is not None:
             check_boundaries(model, data.sequences.ids)
+    Exits.of(pair[0], asked.losses)  # so that one which is not there is said before a teacher is cached
     warnings = () if not compressed_modules(pair[1]) else (COMPRESSED_TEACHER,)
     start_trackers(asked, accelerator)
     with memory_advice(asked):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 from llmcompress.distill import Distillation, distill
@@ -111,10 +111,10 @@ def test_a_projection_starts_without_stretching_and_from_the_seed_alone(width: i
         Matching.of(narrow, teacher, terms, seed).projections["projection_1_to_1"] for seed in (0, 0, 1)
     )
     assert torch.equal(torch.get_rng_state(), before)
-    assert isinstance(one, nn.Linear) and one.weight.dtype == torch.float32 and one.bias is None
-    assert torch.equal(one.weight, again.weight) and not torch.equal(one.weight, other.weight)
-    matrix = one.weight if width < 32 else one.weight.T
-    assert_close(matrix.T @ matrix, torch.eye(min(width, 32)), rtol=0, atol=1e-5)
+    [matrix], [same], [another] = (list(linear.parameters()) for linear in (one, again, other))
+    assert matrix.dtype == torch.float32 and torch.equal(matrix, same) and not torch.equal(matrix, another)
+    columns = matrix.data if width < 32 else matrix.data.T
+    assert_close(columns.T @ columns, torch.eye(min(width, 32)), rtol=0, atol=1e-5)
 
 
 # --- in a training ----------------------------------------------------------------------------------------------------
@@ -152,7 +152,12 @@ def test_a_narrower_student_learns_and_a_cut_run_ends_as_a_whole_one(place: Path
     [state] = [load_file(path) for path in (tmp_path / "cut.training").glob("*.safetensors")]
     for kind in ("value", "exp_avg", "exp_avg_sq", "step"):
         assert {f"{kind}.projection_{one}.weight" for one in ("1_to_2", "2_to_3")} <= state.keys()
-    first = Matching.of(*pair(), [Term.model_validate(HIDDEN)]).projections["projection_1_to_2"].weight
+    projections = Matching.of(
+        tiny("llama", num_hidden_layers=3, hidden_size=16),
+        tiny("llama", num_hidden_layers=4),
+        [Term.model_validate(HIDDEN)],
+    ).projections
+    first = projections.get_parameter("projection_1_to_2.weight").detach()
     assert (state["value.projection_1_to_2.weight"] - first).norm() > 1e-3 * first.norm()
     distill(place / "narrow", place / "dense", recipe, tmp_path / "cut")
     again = tensors(tmp_path / "cut")

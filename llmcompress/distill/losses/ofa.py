@@ -1,7 +1,8 @@
 """Adaptive target enhancement (OFA-KD, arXiv 2310.19444): the teacher's prediction, with more on the true next token.
 
 -sum ((p + e)^gamma - e) log q, e being 1 at the true token. gamma 1 is the teacher's cross-entropy; above 1 the true
-token gains, every other loses, and the target's mass is not 1. Only for text that can be trusted.
+token gains, every other loses, and the target's mass is not 1. Only for text that can be trusted. The paper's exits in
+the middle of the student are `exits` of a recipe, for any loss on predictions.
 """
 
 from typing import Literal

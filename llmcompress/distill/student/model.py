@@ -44,7 +44,7 @@ class Student:
                 "losses: the student's hidden states are not as wide as the teacher's, so they are compared through "
                 "linears that train; give these a rate, as in rates: {projections: 1.0e-3}, or use the loss minilm"
             )
-        self.projections.update(projections)
+        self.projections.update(dict(projections.items()))
         self.trained.get(PROJECTIONS, {}).update(projections.named_parameters())
 
     def groups(self) -> list[dict[str, Any]]:
