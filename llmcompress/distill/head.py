@@ -166,7 +166,7 @@ class _Chunked(torch.autograd.Function):
         report = torch.stack(reports).sum(0)
         ctx.mark_non_differentiable(report)
         weights = report.new_tensor([weight for *_, weight in work.terms])
-        return report[:, 0] @ weights, report
+        return (report[:, 0] * weights).sum(), report  # as a product, autocast would round it to bfloat16
 
     @staticmethod
     @once_differentiable

@@ -55,7 +55,7 @@ def joined(
         found, count = elsewhere[number] if number in elsewhere else next(others)
         if number in elsewhere:
             total = total + weight * found
-        rows.append(torch.stack([found.detach(), count]).to(predicted.total.dtype))
+        rows.append(torch.stack([found.detach(), count]))
     return total, torch.stack(rows)
 
 

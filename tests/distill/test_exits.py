@@ -128,6 +128,17 @@ def test_micro_batches_add_up_to_one_batch(loss: str, size: int) -> None:
     assert_close(parts[1], whole[1], rtol=0, atol=1e-10)
 
 
+def test_losses_are_reported_in_float32_where_products_are_bfloat16() -> None:
+    student, teacher = (tiny("llama", seed=seed, num_hidden_layers=3) for seed in (1, 0))
+    rates = [0.7, 0.2, 0.1]
+    terms = [FORWARD, {"of": {"loss": "hidden"}}, OFA]
+    with torch.autocast("cpu", torch.bfloat16):
+        total, rows = objective(student, teacher.requires_grad_(False), *terms)(ragged(), rates)
+    assert total.dtype == rows.dtype == torch.float32
+    assert_close(total.detach(), (rows[:, 0] * torch.tensor(rates)).sum(), rtol=1e-6, atol=0)
+    assert not torch.equal(rows[:, 0], rows[:, 0].bfloat16().float())
+
+
 def test_activations_that_are_computed_again_change_nothing() -> None:
     student, teacher = pair()
     found = objective(student, teacher, FORWARD, OFA | {"exits": [1, 3]})
