@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.packing import pack, unpack
-from llmcompress.trellis import Trellis, from_streams, streams
+from llmcompress.trellis import Trellis
 from llmcompress.weight import (
     Bitmap,
     Columns,
@@ -65,7 +65,7 @@ def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) 
             affine = {"scale": list(scale.shape), "asymmetric": zero is not None}
             return {"node": "grid", "shape": size, "levels": levels, "group_size": group_size, **affine}
         case TrellisCoded(codes, scale, trellis, runs) if shown is None:
-            out[path + "codes"] = pack(streams(codes, runs), 1 << trellis.bits)
+            out[path + "codes"] = pack(codes, 1 << trellis.bits)
             out[path + "scale"] = scale.reshape(-1).contiguous()
             return {"node": "trellis", "shape": size, "runs": runs, **asdict(trellis)}
         case LowRank(left, right):
@@ -108,10 +108,9 @@ def decode_node(
             return Grid(codes, scale, zero, levels, header["group_size"])
         case "trellis":
             trellis = Trellis(header["bits"], header["values"], header["memory"])
-            (rows, width), runs = header["shape"], header["runs"]
-            flat = unpack(tensors[path + "codes"], 1 << trellis.bits, rows // trellis.values * width)
-            codes = from_streams(flat, width, runs)
-            return TrellisCoded(codes, tensors[path + "scale"].reshape(-1, 1), trellis, runs)
+            count = math.prod(header["shape"]) // trellis.values
+            codes = unpack(tensors[path + "codes"], 1 << trellis.bits, count)
+            return TrellisCoded(codes, tensors[path + "scale"].reshape(-1, 1), trellis, header["runs"])
         case "low_rank":
             left = decode_node(header["left"], tensors, path + "left_", None)
             return LowRank(left, decode_node(header["right"], tensors, path + "right_", None))

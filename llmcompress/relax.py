@@ -234,8 +234,8 @@ def _centred(w: Weight, path: str, trained: frozenset[str]) -> Weight:
             whole = expression.dense(replace(w, scale=torch.ones_like(scale)))
             return replace(w, codes=whole.bfloat16(), zero=torch.zeros_like(scale))
         case TrellisCoded(codes, scale, trellis, runs):
-            numbers = matrix(codes, trellis, runs).bfloat16()  # which its tables are made for
-            return Grid(numbers, scale, torch.zeros_like(scale), len(table(trellis)), codes.shape[1])
+            numbers = matrix(codes, len(scale), trellis, runs).bfloat16()  # which its tables are made for
+            return Grid(numbers, scale, torch.zeros_like(scale), len(table(trellis)), numbers.shape[1])
         case LowRank(left, right):
             return LowRank(_centred(left, path + "left_", trained), _centred(right, path + "right_", trained))
         case Where(index, inside, outside):

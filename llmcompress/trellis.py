@@ -80,9 +80,11 @@ def _scrambled(numbers: Tensor) -> Tensor:
 
 def states(codes: Tensor, trellis: Trellis) -> Tensor:
     """The states after each code of a stream, uint8 `[steps]`, that starts in state 0: int32 `[steps]`."""
-    window = codes.int()
-    for back in range(1, -(-trellis.memory // trellis.bits)):
-        window[back:] |= codes[:-back].int() << (back * trellis.bits)
+    window, held = codes.int(), 1  # the codes held in a number
+    while held * trellis.bits < trellis.memory:
+        earlier = window[:-held] << (held * trellis.bits)
+        window[held:] |= earlier
+        held *= 2
     return window & ((1 << trellis.memory) - 1)
 
 
@@ -90,31 +92,20 @@ def states(codes: Tensor, trellis: Trellis) -> Tensor:
 
 
 def cuts(steps: int, runs: int) -> list[int]:
-    """Where each of `runs` nearly equal runs of `steps` rows of codes starts, and where the last one ends."""
+    """Where each of `runs` nearly equal parts of `steps` starts, and where the last one ends."""
     return [steps * run // runs for run in range(runs + 1)]
 
 
-def streams(codes: Tensor, runs: int) -> Tensor:
-    """Codes of a matrix `[steps, in]` as they are read, flat: run after run, in it column after column."""
-    edges = cuts(len(codes), runs)
-    return torch.cat([codes[first:last].T.reshape(-1) for first, last in pairwise(edges)])
+def matrix(codes: Tensor, rows: int, trellis: Trellis, runs: int) -> Tensor:
+    """What codes, flat uint8, stand for as a matrix of so many rows: float32 `[rows, in]`.
 
-
-def from_streams(flat: Tensor, width: int, runs: int) -> Tensor:
-    """The inverse of `streams`, for `width` columns."""
-    edges = cuts(len(flat) // width, runs)
-    return torch.cat([flat[first * width : last * width].reshape(width, -1).T for first, last in pairwise(edges)])
-
-
-def matrix(codes: Tensor, trellis: Trellis, runs: int) -> Tensor:
-    """What the codes of a matrix, uint8 `[out / values, in]`, stand for: float32 `[out, in]`.
-
-    The rows are cut into `runs`, so that several can be searched at a time. In each a stream goes down the first
-    column, a step giving `values` rows, and on with the next.
+    The rows are cut into `runs`, so that several can be searched at a time, and the streams of these follow each other.
+    A stream goes down the first column, a step giving `values` rows, and on with the next column.
     """
-    numbers, width = table(trellis).to(codes.device), codes.shape[1]
+    numbers, steps = table(trellis).to(codes.device), rows // trellis.values
+    width = len(codes) // steps
     found = []
-    for first, last in pairwise(cuts(len(codes), runs)):
-        stream = numbers[states(codes[first:last].T.reshape(-1), trellis)]
+    for first, last in pairwise(cuts(steps, runs)):
+        stream = numbers[states(codes[first * width : last * width], trellis)]
         found.append(stream.reshape(width, -1).T)
-    return torch.cat(found)
+    return torch.cat(found) if runs > 1 else found[0]

@@ -55,7 +55,7 @@ class Grid:
 class TrellisCoded:
     """Numbers of a trellis times a scale a row.
 
-    `codes` uint8 `[out / trellis.values, in]`, streams as `trellis.matrix` reads them; `scale` float16 `[out, 1]`.
+    `codes` uint8 `[out * in / trellis.values]`, flat, as `trellis.matrix` reads them; `scale` float16 `[out, 1]`.
     """
 
     codes: Tensor
@@ -135,8 +135,8 @@ def shape(w: Weight) -> tuple[int, int]:
             return values.shape[0], values.shape[1]
         case Grid(codes=codes):
             return codes.shape[0], codes.shape[1]
-        case TrellisCoded(codes, scale):
-            return scale.shape[0], codes.shape[1]
+        case TrellisCoded(codes, scale, trellis):
+            return scale.shape[0], codes.numel() * trellis.values // scale.shape[0]
         case LowRank(left, right):
             return shape(left)[0], shape(right)[1]
         case Where(inside=inner) | Rotated(inner):
@@ -160,7 +160,7 @@ def dense(w: Weight) -> Tensor:
                 return (codes - centre) * steps
             return codes.float().sub_(centre).mul_(steps)
         case TrellisCoded(codes, scale, trellis, runs):
-            return matrix(codes, trellis, runs).mul_(scale.float())
+            return matrix(codes, len(scale), trellis, runs) * scale.float()
         case LowRank(left, right):
             return dense(left) @ dense(right)
         case Where(index, inside, outside):

@@ -95,7 +95,7 @@ def grid(size: Sequence[int], levels: int, group_size: int, seed: int, symmetric
 
 def streams(trellis: Trellis, steps: int, width: int, runs: int) -> TrellisCoded:
     """Random streams of a trellis."""
-    codes = torch.randint(1 << trellis.bits, (steps, width), generator=seeded(steps), dtype=torch.uint8)
+    codes = torch.randint(1 << trellis.bits, (steps * width,), generator=seeded(steps), dtype=torch.uint8)
     scale = torch.rand(steps * trellis.values, 1, generator=seeded(width)) + 0.1
     return TrellisCoded(codes, scale.half(), trellis, runs)
 

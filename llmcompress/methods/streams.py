@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmcompress.trellis import Trellis, cuts, states, table
 from llmcompress.viterbi import search
-from llmcompress.weight import TrellisCoded
+from llmcompress.weight import TrellisCoded, shape
 
 ROWS = 768  # of a run, about: a run is searched by one thread, and its first numbers in a column have fewer choices
 
@@ -40,9 +40,10 @@ class Streams:
     @staticmethod
     def of(w: TrellisCoded) -> Streams:
         """The columns that were chosen for `w`, to be chosen again."""
-        found = Streams(w.scale, w.codes.shape[1], w.trellis, w.runs)
+        width = shape(w)[1]
+        found = Streams(w.scale, width, w.trellis, w.runs)
         for run, (first, last) in enumerate(pairwise(found.edges)):
-            chosen = states(w.codes[first:last].T.reshape(-1), w.trellis).reshape(-1, last - first)
+            chosen = states(w.codes[first * width : last * width], w.trellis).reshape(width, -1)
             found.states[first:last] = chosen.T.numpy(force=True)
             found.ends[run, 1:] = chosen[:, -1].numpy(force=True)
         return found
@@ -68,7 +69,8 @@ class Streams:
 
     def weight(self, values: Tensor) -> TrellisCoded:
         """The expression for the streams chosen, which are `values [out, in]`."""
-        codes = torch.from_numpy(self.states & ((1 << self.trellis.bits) - 1)).to(torch.uint8)
+        streams = [self.states[first:last].T.reshape(-1) for first, last in pairwise(self.edges)]
+        codes = torch.from_numpy(np.concatenate(streams) & ((1 << self.trellis.bits) - 1)).to(torch.uint8)
         return TrellisCoded(codes.to(values.device), self.scale, self.trellis, self.runs)
 
 

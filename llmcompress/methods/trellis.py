@@ -50,7 +50,7 @@ class TrellisConfig(StepConfig):
         (rows, width), trellis = shape(approx), self.trellis()
         if rows % trellis.values:
             raise RecipeError(f"{self.bits:g} bits go two rows at a time, and there are {rows}; ask for whole bits")
-        codes = torch.empty(rows // trellis.values, width, dtype=torch.uint8, device="meta")
+        codes = torch.empty(rows // trellis.values * width, dtype=torch.uint8, device="meta")
         scale = torch.empty(rows, 1, dtype=torch.float16, device="meta")
         return TrellisCoded(codes, scale, trellis, runs(rows))
 

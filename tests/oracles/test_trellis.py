@@ -15,7 +15,7 @@ from llmcompress.layer import relative_error
 from llmcompress.methods.streams import Streams
 from llmcompress.trellis import Trellis, cuts, states, table
 from llmcompress.viterbi import search
-from llmcompress.weight import TrellisCoded, dense
+from llmcompress.weight import TrellisCoded, dense, shape
 from tests.builders import TRELLISES, compressed, correlated, gaussian, moments, seeded, streams
 from tests.conformance.cases import ROTATE
 
@@ -27,11 +27,11 @@ def read(w: TrellisCoded) -> Tensor:
     """`dense` once more, from the bits of the file, one number at a time."""
     trellis, tensors = w.trellis, encode(w)[1]
     stored = "".join(f"{octet:08b}"[::-1] for octet in tensors["codes"].tolist())  # lowest bits first
-    found = torch.zeros(len(w.scale), w.codes.shape[1])
+    found = torch.zeros(shape(w))
     at = 0
-    for first, last in itertools.pairwise(cuts(len(w.codes), w.runs)):
+    for first, last in itertools.pairwise(cuts(len(found) // trellis.values, w.runs)):
         history = "0" * trellis.memory  # highest bit first
-        for column, step in itertools.product(range(w.codes.shape[1]), range(first, last)):
+        for column, step in itertools.product(range(found.shape[1]), range(first, last)):
             history = (history + stored[at : at + trellis.bits][::-1])[-trellis.memory :]
             at += trellis.bits
             for value in range(trellis.values):
@@ -143,7 +143,7 @@ def test_columns_chosen_again_stay_linked() -> None:
     before = columns.weight(wanted.T)
     again = Streams.of(before)
     for run, (first, last) in enumerate(itertools.pairwise(cuts(40, 3))):
-        way = states(before.codes[first:last].T.reshape(-1), trellis).reshape(width, -1)
+        way = states(before.codes[first * width : last * width], trellis).reshape(width, -1)
         assert np.array_equal(again.ends[run, 1:], way[:, -1].numpy())
     moved = torch.randn(40, generator=seeded(1))
     stored = again.project(2, moved)
