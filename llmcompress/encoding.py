@@ -64,10 +64,10 @@ def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) 
                 out[path + "zero"] = pack(zero, levels)
             affine = {"scale": list(scale.shape), "asymmetric": zero is not None}
             return {"node": "grid", "shape": size, "levels": levels, "group_size": group_size, **affine}
-        case TrellisCoded(codes, scale, trellis, runs) if shown is None:
+        case TrellisCoded(codes, scale, trellis, run) if shown is None:
             out[path + "codes"] = pack(codes, 1 << trellis.bits)
             out[path + "scale"] = scale.reshape(-1).contiguous()
-            return {"node": "trellis", "shape": size, "runs": runs, **asdict(trellis)}
+            return {"node": "trellis", "shape": size, "run": run, **asdict(trellis)}
         case LowRank(left, right):
             parts = [_encode(left, None, path + "left_", out), _encode(right, None, path + "right_", out)]
             return {"node": "low_rank", "left": parts[0], "right": parts[1]}
@@ -110,7 +110,7 @@ def decode_node(
             trellis = Trellis(header["bits"], header["values"], header["memory"])
             count = math.prod(header["shape"]) // trellis.values
             codes = unpack(tensors[path + "codes"], 1 << trellis.bits, count)
-            return TrellisCoded(codes, tensors[path + "scale"].reshape(-1, 1), trellis, header["runs"])
+            return TrellisCoded(codes, tensors[path + "scale"].reshape(-1, 1), trellis, header["run"])
         case "low_rank":
             left = decode_node(header["left"], tensors, path + "left_", None)
             return LowRank(left, decode_node(header["right"], tensors, path + "right_", None))

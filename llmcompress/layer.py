@@ -56,7 +56,7 @@ class StepConfig(BaseModel):
 
     @property
     def rowwise(self) -> bool:
-        """Whether what becomes of a row depends on that row and the inputs alone; see `runs`."""
+        """Whether what becomes of a row depends on the inputs and that row, or a few others, alone; see `runs`."""
         return False
 
     def sketch(self, approx: Weight) -> Weight:

@@ -149,11 +149,11 @@ def _trellis_rows(header: dict[str, Any], tensors: Mapping[str, Tensor], path: s
     """Rows `[n, in]`, float32: of every column the codes that fill the state there, no others."""
     trellis = Trellis(header["bits"], header["values"], header["memory"])
     rows, width = header["shape"]
-    edges = torch.tensor(cuts(rows // trellis.values, header["runs"]), device=chosen.device)
+    edges = torch.tensor(cuts(rows, header["run"], trellis), device=chosen.device)
     step = chosen // trellis.values
-    run = torch.bucketize(step, edges, right=True) - 1
-    first, length = edges[run], edges[run + 1] - edges[run]
-    stream = first * width  # where the run's begins, in codes
+    mine = torch.bucketize(step, edges, right=True) - 1
+    first, length = edges[mine], edges[mine + 1] - edges[mine]
+    stream = first * width  # where it begins, in codes
     place = (stream + step - first)[:, None] + length[:, None] * torch.arange(width, device=chosen.device)
     state = torch.zeros_like(place)
     for back in range(-(-trellis.memory // trellis.bits)):

@@ -233,8 +233,8 @@ def _centred(w: Weight, path: str, trained: frozenset[str]) -> Weight:
         case Grid(scale=scale) if path + "codes" not in trained:
             whole = expression.dense(replace(w, scale=torch.ones_like(scale)))
             return replace(w, codes=whole.bfloat16(), zero=torch.zeros_like(scale))
-        case TrellisCoded(codes, scale, trellis, runs):
-            numbers = matrix(codes, len(scale), trellis, runs).bfloat16()  # which its tables are made for
+        case TrellisCoded(codes, scale, trellis, run):
+            numbers = matrix(codes, len(scale), trellis, run).bfloat16()  # which its tables are made for
             return Grid(numbers, scale, torch.zeros_like(scale), len(table(trellis)), numbers.shape[1])
         case LowRank(left, right):
             return LowRank(_centred(left, path + "left_", trained), _centred(right, path + "right_", trained))

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 
 from llmcompress.layer import Layer, StepConfig, apply
-from llmcompress.weight import Dense, Grid, Rotated, Weight, Where, Zero
+from llmcompress.weight import Dense, Grid, Rotated, TrellisCoded, Weight, Where, Zero
 
-RUN = 8192  # rows
+RUN = 7680  # rows: a multiple of those that a stream of a trellis goes down
 
 
 def apply_in_runs(layer: Layer, steps: Sequence[StepConfig]) -> Layer:
@@ -41,6 +41,10 @@ def joined(parts: Sequence[Weight]) -> Weight:
             codes, scale = torch.cat([grid.codes for grid in grids]), torch.cat([grid.scale for grid in grids])
             zeros = None if zero is None else torch.cat([grid.zero for grid in grids if grid.zero is not None])
             return replace(first, codes=codes, scale=scale, zero=zeros)
+        case TrellisCoded() as first:
+            coded = [part for part in parts if isinstance(part, TrellisCoded)]
+            codes, scale = torch.cat([part.codes for part in coded]), torch.cat([part.scale for part in coded])
+            return replace(first, codes=codes, scale=scale)
         case Where(index):
             choices = [part for part in parts if isinstance(part, Where)]
             if index.inside.ndim == 2:

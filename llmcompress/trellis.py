@@ -91,21 +91,21 @@ def states(codes: Tensor, trellis: Trellis) -> Tensor:
 # --- matrices ------------------------------------------------------------------------------------------------------
 
 
-def cuts(steps: int, runs: int) -> list[int]:
-    """Where each of `runs` nearly equal parts of `steps` starts, and where the last one ends."""
-    return [steps * run // runs for run in range(runs + 1)]
+def cuts(rows: int, run: int, trellis: Trellis) -> list[int]:
+    """At which step of a column each stream starts, and where the last one ends: `run` rows each, or what is left."""
+    return [row // trellis.values for row in (*range(0, rows, run), rows)]
 
 
-def matrix(codes: Tensor, rows: int, trellis: Trellis, runs: int) -> Tensor:
+def matrix(codes: Tensor, rows: int, trellis: Trellis, run: int) -> Tensor:
     """What codes, flat uint8, stand for as a matrix of so many rows: float32 `[rows, in]`.
 
-    The rows are cut into `runs`, so that several can be searched at a time, and the streams of these follow each other.
-    A stream goes down the first column, a step giving `values` rows, and on with the next column.
+    Rows come in runs, so that several can be searched at a time, and the streams of these follow each other. A stream
+    goes down its rows of the first column, a step giving `values` of them, and on with the next column.
     """
     numbers, steps = table(trellis).to(codes.device), rows // trellis.values
     width = len(codes) // steps
     found = []
-    for first, last in pairwise(cuts(steps, runs)):
+    for first, last in pairwise(cuts(rows, run, trellis)):
         stream = numbers[states(codes[first * width : last * width], trellis)]
         found.append(stream.reshape(width, -1).T)
-    return torch.cat(found) if runs > 1 else found[0]
+    return torch.cat(found) if len(found) > 1 else found[0]

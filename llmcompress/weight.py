@@ -61,7 +61,7 @@ class TrellisCoded:
     codes: Tensor
     scale: Tensor
     trellis: Trellis
-    runs: int  # streams, each of some of the rows
+    run: int  # rows that a stream goes down
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,8 +159,8 @@ def dense(w: Weight) -> Tensor:
             if codes.is_floating_point():
                 return (codes - centre) * steps
             return codes.float().sub_(centre).mul_(steps)
-        case TrellisCoded(codes, scale, trellis, runs):
-            return matrix(codes, len(scale), trellis, runs) * scale.float()
+        case TrellisCoded(codes, scale, trellis, run):
+            return matrix(codes, len(scale), trellis, run) * scale.float()
         case LowRank(left, right):
             return dense(left) @ dense(right)
         case Where(index, inside, outside):

@@ -93,11 +93,11 @@ def grid(size: Sequence[int], levels: int, group_size: int, seed: int, symmetric
     return Grid(codes, scale, zero, levels, group_size)
 
 
-def streams(trellis: Trellis, steps: int, width: int, runs: int) -> TrellisCoded:
+def streams(trellis: Trellis, steps: int, width: int, run: int) -> TrellisCoded:
     """Random streams of a trellis."""
     codes = torch.randint(1 << trellis.bits, (steps * width,), generator=seeded(steps), dtype=torch.uint8)
     scale = torch.rand(steps * trellis.values, 1, generator=seeded(width)) + 0.1
-    return TrellisCoded(codes, scale.half(), trellis, runs)
+    return TrellisCoded(codes, scale.half(), trellis, run)
 
 
 def pattern(size: Sequence[int], kept: int, group: int, seed: int) -> Pattern:
@@ -123,7 +123,7 @@ def every_node() -> list[Weight]:
     nodes += [grid(size, levels, 8, levels, symmetric=False) for levels in LEVELS[1:]]
     nodes += [grid((5, 33), levels, 16, levels, symmetric) for levels in (2, 3, 8) for symmetric in (True, False)]
     nodes += [grid((1, 1), 4, 1, 0, symmetric=False), grid(size, 8, 7, 0, symmetric=True, one_row=True)]
-    nodes += [streams(kind, steps, 24, runs) for kind in TRELLISES for steps, runs in ((7, 1), (50, 3), (1, 1))]
+    nodes += [streams(kind, steps, 24, run) for kind in TRELLISES for steps, run in ((7, 768), (50, 22), (1, 2))]
     nodes += [
         LowRank(values(7, 2), values(2, 24)),
         LowRank(grid((7, 3), 16, 3, 1, True), grid((3, 24), 16, 8, 2, False)),

@@ -18,7 +18,7 @@ from llmcompress.layer import Layer, StepConfig, base_target, method, split, wit
 from llmcompress.methods.feedback import feedback
 from llmcompress.methods.hessian import damped, inverse_factor, second_moment
 from llmcompress.methods.scales import rescaled
-from llmcompress.methods.streams import ROWS, Streams
+from llmcompress.methods.streams import RUN, Streams
 from llmcompress.trellis import Trellis
 from llmcompress.weight import Dense, TrellisCoded, Weight, describe, shape
 
@@ -33,6 +33,11 @@ class TrellisConfig(StepConfig):
     memory: int = Field(12, ge=8, le=16, description="bits of a state: one more doubles the time")
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
     examples = ({"memory": 8}, {"bits": 1, "memory": 8}, {"bits": 1.5, "memory": 8}, {"bits": 3, "memory": 8})
+
+    @property
+    def rowwise(self) -> bool:
+        """See `StepConfig.rowwise`."""
+        return True
 
     def trellis(self) -> Trellis:
         """The trellis asked for. Raises RecipeError for a memory too short for its bits."""
@@ -52,7 +57,7 @@ class TrellisConfig(StepConfig):
             raise RecipeError(f"{self.bits:g} bits go two rows at a time, and there are {rows}; ask for whole bits")
         codes = torch.empty(rows // trellis.values * width, dtype=torch.uint8, device="meta")
         scale = torch.empty(rows, 1, dtype=torch.float16, device="meta")
-        return TrellisCoded(codes, scale, trellis, runs(rows))
+        return TrellisCoded(codes, scale, trellis, RUN)
 
 
 @method("trellis", TrellisConfig, needs={"outer"})
@@ -64,11 +69,6 @@ def trellis(layer: Layer, config: TrellisConfig) -> Layer:
     kind = config.trellis()
     spread = target.square().mean(1, keepdim=True).sqrt()  # that of the trellis' numbers is 1
     scale = spread.clamp_max(torch.finfo(torch.float16).max).to(torch.float16)
-    base = feedback(target, factor, Streams(scale, target.shape[1], kind, runs(len(target))))
+    base = feedback(target, factor, Streams(scale, target.shape[1], kind, RUN))
     hessian = damped(second_moment(layer.inputs), config.damping).float()
     return with_base(layer, rescaled(base, target, hessian), notes)
-
-
-def runs(rows: int) -> int:
-    """How many runs the rows of a matrix are cut into."""
-    return max(1, round(rows / ROWS))

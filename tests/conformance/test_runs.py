@@ -8,6 +8,7 @@ import torch
 from llmcompress import runs
 from llmcompress.encoding import encode
 from llmcompress.layer import apply, step
+from llmcompress.methods import trellis
 from llmcompress.runs import apply_in_runs
 from llmcompress.weight import bits, dense
 from tests.builders import gaussian, layer
@@ -19,12 +20,14 @@ PIPELINES: list[list[Step]] = [
     [{"method": "wanda", "sparsity": 0.5}, {"method": "gptq", "bits": 4}],
     [{"method": "pb_llm", "salient": "1:8", "salient_bits": 4}, {"method": "refine"}],
     [{"method": "gptq", "bits": 2}, {"method": "eora", "rank": 2}],
+    [ROTATE, {"method": "trellis", "bits": 1.5, "memory": 8}, {"method": "refine"}],
 ]
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda steps: "+".join(map(spelled, steps)))
 def test_in_runs_as_in_one_piece(pipeline: list[Step], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "RUN", 20)
+    monkeypatch.setattr(trellis, "RUN", 10)  # rows of a stream, which divide those of a run
     given, steps = layer(gaussian(*SIZE), calibration(SIZE[1])), [step(arguments) for arguments in pipeline]
     done, whole = apply_in_runs(given, steps).expression(), apply(given, steps).expression()
     assert encode(done)[0] == encode(whole)[0] and bits(done) == bits(whole)

@@ -29,7 +29,7 @@ def read(w: TrellisCoded) -> Tensor:
     stored = "".join(f"{octet:08b}"[::-1] for octet in tensors["codes"].tolist())  # lowest bits first
     found = torch.zeros(shape(w))
     at = 0
-    for first, last in itertools.pairwise(cuts(len(found) // trellis.values, w.runs)):
+    for first, last in itertools.pairwise(cuts(len(found), w.run, trellis)):
         history = "0" * trellis.memory  # highest bit first
         for column, step in itertools.product(range(found.shape[1]), range(first, last)):
             history = (history + stored[at : at + trellis.bits][::-1])[-trellis.memory :]
@@ -41,9 +41,9 @@ def read(w: TrellisCoded) -> Tensor:
 
 
 @every_trellis
-@pytest.mark.parametrize("steps, runs", [(1, 1), (7, 1), (21, 2), (20, 3)])
-def test_a_matrix_is_what_its_bits_say(trellis: Trellis, steps: int, runs: int) -> None:
-    w = streams(trellis, steps, 5, runs)
+@pytest.mark.parametrize("steps, run", [(1, 768), (7, 14), (21, 12), (20, 6)])
+def test_a_matrix_is_what_its_bits_say(trellis: Trellis, steps: int, run: int) -> None:
+    w = streams(trellis, steps, 5, run)
     assert torch.equal(dense(w), read(w))
 
 
@@ -136,15 +136,15 @@ def test_how_near_a_gaussian_comes(bits: float, limit: float) -> None:
 
 def test_columns_chosen_again_stay_linked() -> None:
     trellis, width = Trellis(2, 1, 8), 6
-    columns = Streams(torch.rand(40, 1).half() + 0.5, width, trellis, runs=3)
+    columns = Streams(torch.rand(40, 1).half() + 0.5, width, trellis, run=16)
     wanted = torch.randn(width, 40, generator=seeded(0))
     for column in range(width):
         columns.project(column, wanted[column])
     before = columns.weight(wanted.T)
     again = Streams.of(before)
-    for run, (first, last) in enumerate(itertools.pairwise(cuts(40, 3))):
+    for stream, (first, last) in enumerate(itertools.pairwise(cuts(40, 16, trellis))):
         way = states(before.codes[first * width : last * width], trellis).reshape(width, -1)
-        assert np.array_equal(again.ends[run, 1:], way[:, -1].numpy())
+        assert np.array_equal(again.ends[stream, 1:], way[:, -1].numpy())
     moved = torch.randn(40, generator=seeded(1))
     stored = again.project(2, moved)
     after = dense(again.weight(wanted.T))
