@@ -320,7 +320,7 @@ class _Scaled(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Leaf:
+class Leaf:
     """A node with numbers in it, and what its place in the expression says of them."""
 
     node: Dense | Grid | TrellisCoded
@@ -333,7 +333,7 @@ class _Leaf:
 @torch.no_grad()
 def _masters(w: Weight, trains: frozenset[str], target: Tensor | None) -> Iterator[tuple[str, str, Tensor, int]]:
     """(name, kind, master, levels) of all that trains; masters flat float32, memory of their own."""
-    for leaf in _leaves(w, "", None, None if target is None else target.float(), False):
+    for leaf in leaves(w, "", None, None if target is None else target.float(), False):
         match leaf.node:
             case Dense(values):
                 kind = "factors" if leaf.factor else "values"
@@ -349,30 +349,30 @@ def _masters(w: Weight, trains: frozenset[str], target: Tensor | None) -> Iterat
                     yield leaf.path + "scale", "scales", scale.flatten().float(), 0
 
 
-def _leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, factor: bool) -> Iterator[_Leaf]:
+def leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, factor: bool) -> Iterator[Leaf]:
     """The leaves below `w`, each with its own part of the target: turned into its basis, less what is added to it."""
     match w:
         case Zero():
             return
         case Dense() | Grid() | TrellisCoded():
-            yield _Leaf(w, path, shown, target, factor)
+            yield Leaf(w, path, shown, target, factor)
         case LowRank(left, right):
-            yield from _leaves(left, path + "left_", None, None, True)
-            yield from _leaves(right, path + "right_", None, None, True)
+            yield from leaves(left, path + "left_", None, None, True)
+            yield from leaves(right, path + "right_", None, None, True)
         case Where(index, inside, outside):
             here, rest = index.inside, ~index.inside
             if shown is not None:
                 here, rest = shown & here, shown & rest
-            yield from _leaves(inside, path + "inside_", here, target, factor)
-            yield from _leaves(outside, path + "outside_", rest, target, factor)
+            yield from leaves(inside, path + "inside_", here, target, factor)
+            yield from leaves(outside, path + "outside_", rest, target, factor)
         case Rotated(inner, signs, block):
             turned = None if target is None else rotate(target, signs, block)
-            yield from _leaves(inner, path + "inner_", None, turned, factor)
+            yield from leaves(inner, path + "inner_", None, turned, factor)
         case Sum(parts):
             missing = None if target is None else target - expression.dense(w).to(target.device)
             for i, part in enumerate(parts):
                 own = None if missing is None else missing + expression.dense(part).to(missing.device)
-                yield from _leaves(part, f"{path}{i}_", shown, own, factor)
+                yield from leaves(part, f"{path}{i}_", shown, own, factor)
         case _:
             raise TypeError(f"relax has no rule for {type(w).__name__}; every node needs one")
 

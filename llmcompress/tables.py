@@ -202,6 +202,8 @@ def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
         if blocks := phase.get("blocks"):
             path, last = list(blocks.items())[-1]
             yield f"blocks  {len(blocks)} · held-out error of {path} {last['before']:.4f} -> {last['after']:.4f}"
+        if (frozen := phase.get("frozen")) is not None:
+            yield f"frozen  {frozen:,} codes that oscillated"
     if found["bytes_before"] != found["bytes_after"]:
         yield f"sizes   {_bytes(found['bytes_before'])} -> {_bytes(found['bytes_after'])} of compressed weights"
     trained = " · ".join(f"{count:,} {kind}" for kind, count in found["trained"].items())

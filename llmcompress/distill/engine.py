@@ -29,6 +29,7 @@ from llmcompress.distill.launch import sharded
 from llmcompress.distill.optimizers import moments, put_moments
 from llmcompress.distill.state import Keeper, Progress
 from llmcompress.distill.student.model import PROJECTIONS, Student
+from llmcompress.distill.student.oscillation import Freezer, Freezing
 from llmcompress.errors import InputError
 from llmcompress.modules import decoded
 
@@ -60,6 +61,7 @@ class Engine:
     student: Student
     optimizer: torch.optim.Optimizer
     objective: nn.Module  # to call; wrapped by DDP where that averages gradients
+    freezer: Freezer  # of codes that oscillate
     root: Root | None = None  # of what is sharded
 
     @staticmethod
@@ -69,6 +71,7 @@ class Engine:
         teacher: PreTrainedModel,
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
+        freezing: Freezing | None = None,
     ) -> Engine:
         """Wraps or shards, as the launcher asked. `objective` holds the student but not the teacher.
 
@@ -78,10 +81,10 @@ class Engine:
             root = Root(objective, teacher)
             accelerator.prepare(root, optimizer)
             student.follow()
-            return Engine(accelerator, student, optimizer, objective, root)
+            return Engine(accelerator, student, optimizer, objective, Freezer.of(freezing, student.relaxed), root)
         if accelerator.num_processes > 1:
             objective = accelerator.prepare(objective)
-        return Engine(accelerator, student, optimizer, objective)
+        return Engine(accelerator, student, optimizer, objective, Freezer.of(freezing, student.relaxed))
 
     def within(self, run: Callable[[], T]) -> T:
         """What `run` returns, which uses the models in any way that needs no gradient."""
@@ -115,14 +118,34 @@ class Engine:
         return waiting
 
     def clip(self, most: float) -> float:
-        """Scales the gradients so that their norm over all parameters is at most `most`; returns the norm before."""
+        """Scales the gradients so that their norm over all parameters is at most `most`; returns the norm before.
+
+        Those of frozen codes are gone.
+        """
+        self.freezer.hold()
         return float(_whole(torch.nn.utils.clip_grad_norm_(self.student.named().values(), most)))
+
+    def update(self, done: float) -> dict[str, int]:
+        """A step of the optimizer, and what follows from it, when a share `done` of all steps is done.
+
+        Where oscillating codes are frozen: how many codes changed, turned and are frozen, over all processes.
+        """
+        self.optimizer.step()
+        self.student.confine()
+        counts = self.freezer.watch(done)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.freezer.asked is None:
+            return {}
+        if self.root is not None:
+            counts = self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
+        return dict(zip(("changed", "turned", "frozen"), counts.tolist(), strict=True))
 
     def save(self, keeper: Keeper, progress: Progress) -> None:
         """Keeps the state, by the first process. Raises DiskError where it cannot be written."""
-        tensors = {}
+        tensors, habits = {}, self.freezer.state()
         for name, parameter in self.student.named().items():
-            for key, value in {"value": parameter.detach(), **moments(self.optimizer, parameter)}.items():
+            known = {**moments(self.optimizer, parameter), **habits.get(name, {})}
+            for key, value in {"value": parameter.detach(), **known}.items():
                 found = _whole(value)
                 if self.accelerator.is_main_process:
                     tensors[f"{key}.{name}"] = found.cpu().contiguous()
@@ -148,11 +171,14 @@ class Engine:
         progress, kept = found
         if isinstance(progress, InputError):
             raise progress
+        habits = self.freezer.state()
         for name, parameter in self.student.named().items() if progress.step else ():
             forms = kept[name].items()
             shares = {key: self._share(parameter, form, tensors.get(f"{key}.{name}")) for key, form in forms}
             with torch.no_grad():
                 parameter.copy_(shares.pop("value"))
+                for key, value in habits.get(name, {}).items():
+                    value.copy_(shares.pop(key))
             put_moments(self.optimizer, parameter, shares)
         return progress
 

@@ -129,6 +129,11 @@ def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
             f"optimizer: {recipe.optimizer} keeps moments in blocks of whole tensors, which cannot be shared out; use "
             f"adamw, or launch with configs/accelerate/ddp.yaml"
         )
+    if any(stage.scales == "median" for _, stage in recipe.stages()):
+        raise RecipeError(
+            "scales: median is of groups of latents, which shares would cut apart; use learned, or launch with "
+            "configs/accelerate/ddp.yaml"
+        )
     if recipe.teacher.kind == "cached":
         raise RecipeError(
             "models that are shared out read in step, while a teacher is cached by one process alone; use `teacher: "

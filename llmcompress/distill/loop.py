@@ -122,7 +122,7 @@ def train(run: Run, report: Report | None = None) -> Progress:
     optimizer = optimizer_of(recipe, run.student.groups())
     again = recomputed(run.student.model) if recipe.checkpointing else nullcontext()
     with again, held_decoded(accelerator, run.student.model, run.teacher), stop_requests() as stopping:
-        engine = Engine.of(accelerator, run.student, run.teacher, objective, optimizer)
+        engine = Engine.of(accelerator, run.student, run.teacher, objective, optimizer, recipe.freezing)
         progress = engine.load(run.keeper)
         progress.shares = progress.shares or normalized(run.data.weights)
         progress.cursors = progress.cursors or [0] * len(run.data.sizes)
@@ -137,7 +137,7 @@ def train(run: Run, report: Report | None = None) -> Progress:
         for step in range(progress.step, run.steps):
             began = time.monotonic()
             batch = _next(run, engine, progress, step)
-            means, norm = _step(run, engine, step, batch)
+            means, norm, codes = _step(run, engine, step, batch)
             weights = [term.weight_at(step, run.steps) for term in recipe.losses]
             loss = math.fsum(weight * mean for weight, mean in zip(weights, means, strict=True))
             for state, mean in zip(states, means, strict=True):
@@ -145,9 +145,11 @@ def train(run: Run, report: Report | None = None) -> Progress:
                     state.update(mean, (step + 1) / run.steps)
             progress.step, progress.seconds = step + 1, time.monotonic() - started
             progress.targets += batch.targets
+            progress.frozen = codes.get("frozen")
             progress.losses = [None if state is None else state.state_dict() for state in states]
             speed = batch.targets / (time.monotonic() - began)
-            run.metrics.add({**_entry(run, progress, loss, means, norm), "tokens_per_second": speed})
+            said = {"codes": codes} if codes else {}
+            run.metrics.add({**_entry(run, progress, loss, means, norm), **said, "tokens_per_second": speed})
             last = progress.step == run.steps
             if last or progress.step % recipe.evaluate_every == 0:
                 seen = {**_seen(run, engine, progress), "seconds": progress.seconds}
@@ -227,9 +229,9 @@ def _entry(run: Run, progress: Progress, loss: float, means: Sequence[float], no
     }
 
 
-def _step(run: Run, engine: Engine, step: int, batch: Batch) -> tuple[list[float], float]:
-    """One optimizer step on `batch`, shared by the processes; the mean of each loss over its tokens, and the norm of
-    the gradient before it was clipped."""
+def _step(run: Run, engine: Engine, step: int, batch: Batch) -> tuple[list[float], float, dict[str, int]]:
+    """One optimizer step on `batch`, shared by the processes; the mean of each loss over its tokens, the norm of the
+    gradient before it was clipped, and what became of codes (`Engine.update`)."""
     recipe, accelerator = run.recipe, run.accelerator
     share = rate(step, run.steps, recipe.warmup, recipe.final_rate)
     for group in engine.optimizer.param_groups:
@@ -253,11 +255,7 @@ def _step(run: Run, engine: Engine, step: int, batch: Batch) -> tuple[list[float
             f"step {step + 1}: the loss is {sum(means)} and the gradient's norm {norm}; lower the rates and "
             f"start again, the state before is kept"
         )
-    engine.optimizer.step()
-    for module in run.student.relaxed.values():
-        module.relaxed.confine()
-    engine.optimizer.zero_grad(set_to_none=True)
-    return means, norm
+    return means, norm, engine.update((step + 1) / run.steps)
 
 
 def _counts(run: Run, engine: Engine, parts: Sequence[Batch], targets: int) -> list[float]:

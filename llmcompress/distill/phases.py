@@ -18,7 +18,7 @@ from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.loop import Report, Run, look, train
 from llmcompress.distill.state import Keeper
 from llmcompress.distill.student.adapt import adapt, rounded
-from llmcompress.distill.student.model import relaxed_student
+from llmcompress.distill.student.model import check_latents, relaxed_student
 from llmcompress.errors import RecipeError
 from llmcompress.modules import CompressedLinear, decoded, put
 
@@ -28,7 +28,8 @@ class Learned:
     """What all phases learned: compressed linears, and what is not compressed, by name; the student holds both, too.
 
     `trained`: how many numbers of each kind moved, in the phase where most of them did; `history`: looks at the
-    held-out sequences; `phases`: {kind, steps, seconds, blocks: what became of each} of every one. `steps`: end to end.
+    held-out sequences; `phases`: {kind, steps, seconds, blocks: what became of each, frozen: how many codes} of every
+    one. `steps`: end to end.
     """
 
     linears: dict[str, CompressedLinear] = field(default_factory=dict)
@@ -52,7 +53,8 @@ class Learned:
 def learn(run: Run, report: Report | None = None) -> Learned:
     """Goes through the phases of `run.recipe` with the compressed model of `run.student`, in place.
 
-    Raises RecipeError for a block-wise phase in several processes; and what `train` and `recover_blocks` raise.
+    Raises RecipeError for a block-wise phase in several processes, and for options of codes that the student lacks; and
+    what `train` and `recover_blocks` raise.
     """
     stages = run.recipe.stages()
     if any(kind == "blockwise" for kind, _ in stages) and run.accelerator.num_processes > 1:
@@ -60,6 +62,8 @@ def learn(run: Run, report: Report | None = None) -> Learned:
             f"a blockwise phase runs in one process, and {run.accelerator.num_processes} were started; put it into a "
             f"recipe of its own, and go on from its output"
         )
+    for _, recipe in stages:
+        check_latents(run.student.model, recipe)
     learned = Learned()
     for number, (kind, recipe) in enumerate(stages, start=1):
         keeper = run.keeper
@@ -79,9 +83,8 @@ def learn(run: Run, report: Report | None = None) -> Learned:
 
 def _end_to_end(run: Run, learned: Learned, report: Report | None) -> None:
     recipe = run.recipe
-    student = relaxed_student(
-        run.student.model, recipe.rates, recipe.estimator, run.dense() if recipe.latents == "teacher" else None
-    )
+    latents = run.dense() if recipe.latents == "teacher" else None
+    student = relaxed_student(run.student.model, recipe.rates, recipe.estimator, latents, scales=recipe.scales)
     measured = train(replace(run, student=student), report)
     numbers: dict[str, int] = {
         kind: sum(value.numel() for value in values.values()) for kind, values in student.trained.items()
@@ -91,7 +94,8 @@ def _end_to_end(run: Run, learned: Learned, report: Report | None) -> None:
     learned.steps += measured.step
     learned.tokens += measured.targets
     learned.seconds += measured.seconds
-    learned.phases.append({"kind": "end_to_end", "steps": measured.step, "seconds": measured.seconds})
+    frozen = {} if measured.frozen is None else {"frozen": measured.frozen}
+    learned.phases.append({"kind": "end_to_end", "steps": measured.step, "seconds": measured.seconds, **frozen})
 
 
 def _by_blocks(run: Run, learned: Learned, report: Report | None) -> None:
@@ -120,10 +124,11 @@ def _by_blocks(run: Run, learned: Learned, report: Report | None) -> None:
     seconds = sum(walked.seconds)
     tokens = run.steps * recipe.batch * run.data.sequences.targets // len(run.data.sequences)  # of every block
     learned.history += [first, {**_look(run, run.steps), "tokens": tokens, "seconds": seconds}]
-    run.metrics.add(learned.history[-1])
+    frozen = {} if recipe.freezing is None else {"frozen": sum(found.frozen for found in walked.blocks.values())}
+    run.metrics.add({**learned.history[-1], **({"codes": frozen} if frozen else {})})
     learned.seconds += seconds
     blocks = {path: found.to_json() for path, found in walked.blocks.items()}
-    learned.phases.append({"kind": "blockwise", "steps": run.steps, "seconds": seconds, "blocks": blocks})
+    learned.phases.append({"kind": "blockwise", "steps": run.steps, "seconds": seconds, **frozen, "blocks": blocks})
 
 
 def _look(run: Run, step: int) -> dict[str, Any]:

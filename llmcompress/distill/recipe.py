@@ -13,6 +13,7 @@ from llmcompress.distill.data.source import Source, Texts
 from llmcompress.distill.losses.features import any_loss_config, reads_states
 from llmcompress.distill.losses.loss import LossConfig
 from llmcompress.distill.student.adapt import Adaptation
+from llmcompress.distill.student.oscillation import Freezing
 
 Kind = Literal["codes", "scales", "values", "factors", "norms", "weights", "projections"]
 Rate = Annotated[float, Field(gt=0, lt=1)]
@@ -108,6 +109,7 @@ class Term(BaseModel):
 Rates = Annotated[dict[Kind, Rate], Field(min_length=1)]
 Estimators = Literal["plain", "reste", "biper"]
 Latents = Literal["codes", "teacher"]
+Scales = Literal["learned", "median"]
 PhaseKind = Literal["blockwise", "end_to_end"]
 
 
@@ -121,6 +123,8 @@ class Phase(BaseModel):
     adapt: Adaptation | None = Field(default=None, description="low-rank terms that are added before it; null: none")
     estimator: Estimators | None = None
     latents: Latents | None = None
+    scales: Scales | None = None
+    freezing: Freezing | None = None
     batch: int | None = Field(default=None, ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1, description="optimizer steps, of every block if it is blockwise")
@@ -175,6 +179,14 @@ class Distillation(BaseModel):
         default="codes",
         description="where latent codes start: at the codes, or at the teacher's weights within the codes' cells",
     )
+    scales: Literal["learned", "median"] = Field(
+        default="learned",
+        description="of symmetric grids with two or three levels whose codes train: learned at their rate, if they "
+        "have one; or after every step the median of the absolute latents",
+    )
+    freezing: Freezing | None = Field(
+        default=None, description="of codes that oscillate between their neighbours while they train; null: none"
+    )
     batch: int = Field(default=8, ge=1, description="sequences of an optimizer step, over all processes")
     micro_batch: int = Field(default=2, ge=1, description="sequences of one forward in one process")
     steps: int | None = Field(default=None, ge=1, description="optimizer steps; null: one pass over the data")
@@ -217,6 +229,7 @@ class Distillation(BaseModel):
                 raise ValueError(f"batch {stage.batch} is no multiple of micro_batch {stage.micro_batch}")
             if stage.adapt is not None and "factors" not in stage.rates:
                 raise ValueError("adapt adds low-rank factors, which rates has nothing for; give rates one for factors")
+            stage._check_latents()
         if self.mixture.reweight != "none" and isinstance(self.data, Source):
             raise ValueError("mixture: there is one text, so no shares to move; list domains in data, or leave it out")
         if all(reads_states(term.of) for term in self.losses):
@@ -228,6 +241,23 @@ class Distillation(BaseModel):
         if self.teacher.kind == "cached":
             self._check_cached()
         return self
+
+    def _check_latents(self) -> None:
+        """Raises ValueError for what is asked of latent codes that there are none of, or not such ones."""
+        asked = {"freezing": self.freezing is not None, "scales: median": self.scales == "median"}
+        for option, there in asked.items():
+            if there and "codes" not in self.rates:
+                raise ValueError(f"{option} is of codes that train, and rates has nothing for codes; give it a rate")
+        if self.scales == "median" and self.latents == "codes":
+            raise ValueError(
+                "scales: median is of latents that are weights, and those that start at the codes are not; set "
+                "latents: teacher"
+            )
+        if self.scales == "median" and self.estimator == "biper":
+            raise ValueError(
+                "scales: median does not go with estimator: biper, whose latents are angles and no sizes; use plain "
+                "or reste"
+            )
 
     def _check_cached(self) -> None:
         """Raises ValueError for losses that ask for more than is cached of a teacher."""

@@ -51,9 +51,10 @@ class Distilled:
     """What a distillation wrote and measured. `history`: KL to the teacher and perplexities on the held-out sequences,
     from before the first step to after the last; `steps`, `tokens` predicted in them: end to end; `bytes_before`,
     `bytes_after`: of all compressed weights, which low-rank terms that were added make larger; `phases`: {kind, steps,
-    seconds} of each, and of a blockwise one {before, after, step} of every block: its held-out errors, and when it was
-    best; `losses`: the weight of each, end to end; `teacher_id`: its Hub id, if it has one; `plot`: the file of its
-    curve, None where matplotlib is missing; `cache_bias`: what a cached teacher hides."""
+    seconds, frozen: how many codes, because they oscillated} of each, and of a blockwise one {before, after, step,
+    frozen} of every block: its held-out errors, and when it was best; `losses`: the weight of each, end to end;
+    `teacher_id`: its Hub id, if it has one; `plot`: the file of its curve, None where matplotlib is missing;
+    `cache_bias`: what a cached teacher hides."""
 
     output: str
     teacher: str

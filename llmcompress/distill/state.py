@@ -33,7 +33,7 @@ METRICS = "metrics.jsonl"  # grows beside the state
 class Progress:
     """How far a run is. `targets`: tokens predicted so far; `losses`: the state of each loss that has one; `shares`
     and `cursors`: of each domain, its part of a step and how many of its sequences were read; `history`: what was
-    measured on the way."""
+    measured on the way; `frozen`: how many codes are, where those that oscillate are frozen."""
 
     step: int = 0
     targets: int = 0
@@ -42,6 +42,7 @@ class Progress:
     shares: list[float] = field(default_factory=list)
     cursors: list[int] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    frozen: int | None = None
 
 
 @contextmanager

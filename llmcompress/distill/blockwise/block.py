@@ -31,6 +31,7 @@ from llmcompress.distill.losses.hidden import Hidden
 from llmcompress.distill.order import rate, rows
 from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.student.model import Student
+from llmcompress.distill.student.oscillation import Freezer
 from llmcompress.errors import NumericsError
 
 BETAS = (0.9, 0.95)
@@ -68,11 +69,12 @@ class Activations:
 @dataclass(frozen=True)
 class Recovered:
     """What became of a block. `before`, `after`: its errors on the held-out sequences; `step`: after which it was best,
-    0 where nothing helped and it is as it was, to the bit."""
+    0 where nothing helped and it is as it was, to the bit; `frozen`: how many codes were, then."""
 
     before: float
     after: float
     step: int
+    frozen: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, keys as in the fields."""
@@ -94,6 +96,7 @@ def recover_block(
         return best
     steps = recipe.steps or max(1, len(train) // recipe.batch)
     optimizer = torch.optim.Adam(student.groups(), betas=BETAS, eps=SMALLEST)
+    freezer = Freezer.of(recipe.freezing, student.relaxed)
     for step in range(steps):
         for group in optimizer.param_groups:
             share = rate(step, steps, recipe.warmup, recipe.final_rate)
@@ -103,17 +106,18 @@ def recover_block(
         count = float(batch.counted.sum()) * before
         for part in batch.split(recipe.micro_batch):
             (part.error(block) / count).backward()
+        freezer.hold()
         norm = torch.nn.utils.clip_grad_norm_(named.values(), recipe.clip)
         if not bool(norm.isfinite()):
             raise NumericsError(f"{name}, step {step + 1}: the gradient's norm is {float(norm)}; lower the rates")
         optimizer.step()
-        for module in student.relaxed.values():
-            module.relaxed.confine()
+        student.confine()
+        freezer.watch((step + 1) / steps)
         optimizer.zero_grad(set_to_none=True)
         if step + 1 == steps or (step + 1) % recipe.evaluate_every == 0:
             after = mean_error(block, held_out, recipe.micro_batch)
             if after < best.after:
-                best, kept = Recovered(before, after, step + 1), _copied(named)
+                best, kept = Recovered(before, after, step + 1, freezer.frozen()), _copied(named)
     with torch.no_grad():
         for key, value in named.items():
             value.copy_(kept[key])

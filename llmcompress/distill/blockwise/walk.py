@@ -143,7 +143,7 @@ def _recovered(
     """What a block learned, payloads and dense tensors by name, and what became of it."""
     started = time.monotonic()
     path, dense = student.path(index), teacher if recipe.latents == "teacher" else None
-    part = relaxed_student(student.model, recipe.rates, recipe.estimator, dense, f"{path}.")
+    part = relaxed_student(student.model, recipe.rates, recipe.estimator, dense, f"{path}.", recipe.scales)
     found = recover_block(student.block(index), part, *parts, recipe, path)
     payloads = {f"{name}.weight": layer.get_parameter("weight") for name, layer in part.settle().items()}
     trained = {kind: sum(value.numel() for value in values.values()) for kind, values in part.trained.items()}

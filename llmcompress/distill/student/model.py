@@ -6,15 +6,16 @@ whatever its folder stores, so that small steps are not lost.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from llmcompress.architecture import block_stack
-from llmcompress.distill.recipe import Kind
+from llmcompress.distill.recipe import Distillation, Kind, Scales
 from llmcompress.distill.student.adapt import teachers_weights
+from llmcompress.distill.student.medians import MedianScale, follows, grids, median_scales
 from llmcompress.errors import RecipeError
 from llmcompress.modules import CompressedLinear, compressed_linears, put
 from llmcompress.relax import KINDS, Relaxation, RelaxedLinear
@@ -30,11 +31,12 @@ PROJECTIONS: Kind = "projections"  # linears to the teacher's width, which are n
 @dataclass(frozen=True, eq=False)
 class Student:
     """A model under distillation. `relaxed`: its linears that train, by name; `trained`: what moves, by kind, name;
-    `projections`: what trains along with it and is no part of it."""
+    `medians`: scales that follow their latents; `projections`: what trains along with it and is no part of it."""
 
     model: PreTrainedModel
     relaxed: dict[str, RelaxedLinear]
     trained: dict[Kind, dict[str, nn.Parameter]]
+    medians: tuple[MedianScale, ...] = ()
     projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
 
     def join(self, projections: nn.ModuleDict) -> None:
@@ -48,13 +50,23 @@ class Student:
         self.trained.get(PROJECTIONS, {}).update(projections.named_parameters())
 
     def groups(self) -> list[dict[str, Any]]:
-        """For an optimizer: every parameter by itself, with its kind and the size of its numbers (root mean square)."""
-        named = [(kind, value) for kind, values in self.trained.items() for value in values.values()]
+        """For an optimizer: every parameter with a gradient by itself, with its kind and the size of its numbers (root
+        mean square)."""
+        trained = [(kind, value) for kind, values in self.trained.items() for value in values.values()]
+        named = [(kind, value) for kind, value in trained if value.requires_grad]
         return [{"params": [value], "kind": kind, "size": _size(value)} for kind, value in named]
 
     def named(self) -> dict[str, nn.Parameter]:
         """Every parameter that moves, by name."""
         return {name: value for values in self.trained.values() for name, value in values.items()}
+
+    def confine(self) -> None:
+        """After a step of the optimizer: sets the scales that follow their latents, and puts latents that left the
+        range of their codes back to its edge."""
+        for scale in self.medians:
+            scale.follow()
+        for module in self.relaxed.values():
+            module.relaxed.confine()
 
     def follow(self) -> None:
         """Takes up what stands in the model now, where other parameters were put in the places of those that train."""
@@ -79,47 +91,76 @@ class Student:
         return {name: value.detach() for values in kinds for name, value in values.items()}
 
 
+def check_latents(model: PreTrainedModel, recipe: Distillation) -> None:
+    """Raises RecipeError where the compressed linears of a student have no codes for what is asked of codes."""
+    head = model.get_output_embeddings()
+    layers = [layer for layer in compressed_linears(model).values() if layer is not head]
+    found = [grid for layer in layers for grid in grids(layer.layout.header)]
+    if recipe.freezing is not None and not found:
+        raise RecipeError("freezing: the student has no codes that could oscillate; leave it out")
+    if recipe.scales == "median" and not any(map(follows, found)):
+        raise RecipeError(
+            "scales: median is of symmetric grids with two or three levels, and the student has none; use learned"
+        )
+
+
 def relaxed_student(
     model: PreTrainedModel,
     rates: Mapping[Kind, float],
     estimator: str,
     latents_from: PreTrainedModel | None = None,
     inside: str = "",
+    scales: Scales = "learned",
 ) -> Student:
     """`model` (float32), its compressed linears replaced by relaxed ones; head and token table stay as they are.
 
     `rates` names the kinds that train, those the student has. Latent codes start at the codes, or where the weights of
     the dense model `latents_from` are within their cells. Raises RecipeError where there is nothing to train, or but
     the norms of a dense model for which more was asked; neither of one block, with a module path as `inside`: then what
-    lies elsewhere stays as it is.
+    lies elsewhere stays as it is. `scales`: median, for those that can follow their latents; others as `rates` says.
     """
     kinds = frozenset(rates) & frozenset(KINDS)
-    relaxation = Relaxation(kinds, estimator)  # type: ignore[arg-type]  # checked by the recipe
+    masters = kinds | ({"scales"} if scales == "median" else set())
+    relaxation = Relaxation(masters, estimator)  # type: ignore[arg-type]  # checked by the recipe
     model.requires_grad_(False)
     head = model.get_output_embeddings()
     relaxed: dict[str, RelaxedLinear] = {}
+    medians: list[MedianScale] = []
     target = None if latents_from is None else teachers_weights(model, latents_from)
     for name, layer in compressed_linears(model).items():
         if layer is not head and name.startswith(inside):
             relaxed[name] = RelaxedLinear.of(layer, relaxation, None if target is None else target(name))
             put(model, name, relaxed[name])
+            if scales == "median":
+                medians += median_scales(layer.expression(), relaxed[name].relaxed)
     if not relaxed and not inside and kinds and WEIGHTS not in rates:
         raise RecipeError(
             f"rates: the student has no compressed linears, so no {' and no '.join(sorted(kinds))}; give a rate for "
             f"its weights, as in {{weights: 1.0e-3, norms: 1.0e-3}}"
         )
-    trained: dict[Kind, dict[str, nn.Parameter]] = {kind: {} for kind in rates}
-    for name, module in relaxed.items():
-        parameters = dict(module.relaxed.named_parameters())
-        for key, kind in module.relaxed.kinds().items():
-            trained[cast(Kind, kind)][f"{name}.relaxed.{key}"] = parameters[key]
+    trained = _masters(relaxed, rates, medians)
     if NORMS in rates:
         trained[NORMS] = _norms(model, relaxed, inside)
     if WEIGHTS in rates:
         trained[WEIGHTS] = _weights(model, inside)
     if not any(trained.values()) and not inside:
         raise RecipeError(f"rates: the student has no {' and no '.join(rates)} to train; give a rate for what it has")
-    return Student(model, relaxed, trained)
+    return Student(model, relaxed, trained, tuple(medians))
+
+
+def _masters(
+    relaxed: Mapping[str, RelaxedLinear], rates: Mapping[Kind, float], medians: Sequence[MedianScale]
+) -> dict[Kind, dict[str, nn.Parameter]]:
+    """What moves in relaxed linears, by kind and name: what has a rate, with a gradient, and medians, without."""
+    trained: dict[Kind, dict[str, nn.Parameter]] = {kind: {} for kind in rates}
+    following = {(scale.relaxed, scale.scales) for scale in medians}
+    for name, module in relaxed.items():
+        for key, kind in module.relaxed.kinds().items():
+            parameter, follows = module.relaxed.get_parameter(key), (module.relaxed, key) in following
+            parameter.requires_grad_(kind in rates and not follows)
+            if kind in rates or follows:
+                trained.setdefault(cast(Kind, kind), {})[f"{name}.relaxed.{key}"] = parameter
+    return trained
 
 
 def _size(value: nn.Parameter) -> float:

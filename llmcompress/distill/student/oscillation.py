@@ -1,0 +1,197 @@
+"""Codes that oscillate while they train, and their freezing (arXiv 2203.11086, 2302.02210).
+
+A latent whose best value lies near the edge of its cell is pushed over it and back, step after step: the code changes
+for as long as training goes on, which is noise to all the others, and where it ends is left to chance. So after every
+step of the optimizer, of each code:
+
+    turned     it changed, and the other way than it did the last time
+    frequency  moving average of having turned
+    mean       moving average of the code
+
+A code whose frequency is above a threshold is frozen at its rounded mean. Its latent stays there, and its gradient
+counts no more, also not for the norm that is clipped. The threshold falls along half a cosine, so that codes may search
+at first. What is remembered takes 11 bytes a code, in the run's state too.
+
+All this is of arXiv 2203.11086. Of 2302.02210, which freezes the codes far from an edge instead while those near it go
+on, only the scales that are no parameters are here, as medians (`medians`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from llmcompress.estimators import nearest_codes
+from llmcompress.relax import Relaxed, RelaxedLinear
+
+
+class Freezing(BaseModel):
+    """When codes that oscillate are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    momentum: float = Field(default=0.01, gt=0, lt=1, description="of the moving averages: what the last step counts")
+    threshold: float = Field(default=0.04, gt=0, le=1, description="frequency above which a code is frozen, at first")
+    final_threshold: float = Field(default=0.011, gt=0, le=1, description="and at the last step, after half a cosine")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Freezing:
+        if self.final_threshold > self.threshold:
+            raise ValueError(
+                f"final_threshold {self.final_threshold:g} is above threshold {self.threshold:g}, which falls to it; "
+                f"lower it"
+            )
+        return self
+
+    def threshold_at(self, done: float) -> float:
+        """The threshold when a share `done` of the steps, 0 to 1, is done."""
+        return self.final_threshold + (self.threshold - self.final_threshold) * (1 + math.cos(math.pi * done)) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Habits:
+    """What is remembered of codes: tensors of the shape of their latents."""
+
+    codes: Tensor  # uint8
+    direction: Tensor  # int8: of the last change, -1 or 1; 0 before there was one
+    frequency: Tensor  # float32
+    mean: Tensor  # float32
+    frozen: Tensor  # bool
+
+    @staticmethod
+    def of(latents: Tensor, codes: Tensor) -> Habits:
+        """Of codes that have not changed yet; sharded where `latents` are. `codes`: those of this process."""
+        found = Habits(
+            torch.zeros_like(latents, dtype=torch.uint8),
+            torch.zeros_like(latents, dtype=torch.int8),
+            torch.zeros_like(latents),
+            torch.zeros_like(latents),
+            torch.zeros_like(latents, dtype=torch.bool),
+        )
+        _here(found.codes).copy_(codes)
+        _here(found.mean).copy_(codes)
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def here(self) -> Habits:
+        """Those of this process: the same memory."""
+        return Habits(*map(_here, self.tensors().values()))
+
+    def take(self, after: Habits) -> None:
+        """Puts others of the same process into this memory."""
+        for name, value in after.tensors().items():
+            _here(getattr(self, name)).copy_(value)
+
+
+def after_step(before: Habits, codes: Tensor, momentum: float, threshold: float) -> tuple[Habits, Tensor]:
+    """The habits of codes that are now `codes` (whole numbers, float32), and which of them turned, bool.
+
+    Codes that were frozen stay what they were, whatever they are now; those that are frozen from now on are their mean.
+    """
+    codes = torch.where(before.frozen, before.codes.float(), codes)
+    change = (codes - before.codes.float()).sign().to(torch.int8)
+    turned = change * before.direction < 0
+    frequency = before.frequency.lerp(turned.float(), momentum)
+    mean = before.mean.lerp(codes, momentum)
+    settled = before.frozen | (frequency > threshold)
+    codes = torch.where(settled & ~before.frozen, (mean + 0.5).floor(), codes)
+    direction = torch.where(change == 0, before.direction, change)
+    return Habits(codes.to(torch.uint8), direction, frequency, mean, settled), turned
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """The codes of one parameter of a student, `name`, which is `key` in its layer."""
+
+    name: str
+    relaxed: Relaxed
+    key: str
+    habits: Habits
+
+    def hold(self) -> None:
+        """Takes the gradients of frozen codes away."""
+        gradient = self.relaxed.get_parameter(self.key).grad
+        if gradient is not None:
+            _here(gradient).masked_fill_(_here(self.habits.frozen), 0.0)
+
+    def watch(self, momentum: float, threshold: float) -> Tensor:
+        """Learns the codes after a step, and freezes; how many changed, turned and are frozen, int64 `[3]`."""
+        latents, before = _here(self.relaxed.get_parameter(self.key)), self.habits.here()
+        after, turned = after_step(before, _codes(self.relaxed, self.key), momentum, threshold)
+        counts = torch.stack([(after.codes != before.codes).sum(), turned.sum(), after.frozen.sum()])
+        latents.copy_(torch.where(after.frozen, after.codes.to(latents.dtype), latents))
+        self.habits.take(after)
+        return counts
+
+
+@dataclass(frozen=True, eq=False)
+class Freezer:
+    """Watches all codes of a student that train, and freezes those that oscillate; without `asked`, none."""
+
+    asked: Freezing | None
+    watched: tuple[Watched, ...]
+
+    @staticmethod
+    @torch.no_grad()
+    def of(asked: Freezing | None, layers: Mapping[str, RelaxedLinear]) -> Freezer:
+        """Of the layers of a student, by name, as its process holds them: whole, or in shares."""
+        if asked is None:
+            return Freezer(None, ())
+        keys = [(name, layer.relaxed, key) for name, layer in layers.items() for key in layer.relaxed.levels]
+        return Freezer(
+            asked,
+            tuple(
+                Watched(
+                    f"{name}.relaxed.{key}",
+                    relaxed,
+                    key,
+                    Habits.of(relaxed.get_parameter(key).detach(), _codes(relaxed, key)),
+                )
+                for name, relaxed, key in keys
+            ),
+        )
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What is remembered, by the name of the parameter: to be kept, and to be put back in place."""
+        return {each.name: each.habits.tensors() for each in self.watched}
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Takes the gradients of frozen codes away: call it before they are clipped."""
+        for each in self.watched:
+            each.hold()
+
+    @torch.no_grad()
+    def watch(self, done: float) -> Tensor:
+        """Learns the codes after a step, when a share `done` of all steps is done, and freezes those that oscillate.
+
+        Returns how many of this process's codes changed, how many of these turned, and how many are frozen, int64
+        `[3]`, on the codes' device.
+        """
+        if self.asked is None or not self.watched:
+            return torch.zeros(3, dtype=torch.int64)
+        threshold = self.asked.threshold_at(done)
+        return torch.stack([each.watch(self.asked.momentum, threshold) for each in self.watched]).sum(0)
+
+    def frozen(self) -> int:
+        """How many of this process's codes are frozen."""
+        return sum(int(_here(each.habits.frozen).sum()) for each in self.watched)
+
+
+def _codes(relaxed: Relaxed, key: str) -> Tensor:
+    """The codes of the latents of this process, float32."""
+    latents = _here(relaxed.get_parameter(key).detach())
+    return nearest_codes(latents, relaxed.levels[key], relaxed.relaxation.estimator)
+
+
+def _here(value: Tensor) -> Tensor:
+    """What this process holds of it, the same memory."""
+    return value.to_local() if isinstance(value, DTensor) else value
