@@ -3,6 +3,9 @@ sequences, and the same numbers for those of Accelerate's trackers that the reci
 
     {"step": 3, "loss": 0.41, "terms": {"forward_kl": 0.41}, "rate": 0.9, "gradient_norm": 0.2, "tokens": 6120, ...}
     {"step": 25, "kl": 0.31, "perplexity": 25.1, "teacher_perplexity": 17.9, "tokens": 51000, "seconds": 64.0}
+
+Where codes that oscillate are frozen, a step also has {"codes": {"changed": 40, "turned": 9, "frozen": 3}}: how many
+codes it changed, how many of them turned back, and how many are frozen by then.
 """
 
 from __future__ import annotations
