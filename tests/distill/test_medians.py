@@ -19,11 +19,12 @@ from llmcompress.distill import Distillation, distill
 from llmcompress.distill.launch import check_sharding
 from llmcompress.distill.student.medians import median_scales
 from llmcompress.distill.student.model import relaxed_student
+from llmcompress.encoding import encode
 from llmcompress.errors import RecipeError
 from llmcompress.modules import compressed_linears
 from llmcompress.relax import Relaxation, Relaxed, relax
 from llmcompress.verify import verify
-from llmcompress.weight import Bitmap, Dense, Grid, LowRank, Rotated, Sum, Weight, Where, dense, describe, encode
+from llmcompress.weight import Bitmap, Dense, Grid, LowRank, Rotated, Sum, Weight, Where, dense, describe
 from tests.builders import grid, seeded
 from tests.distill.miniature import loaded, make, recipe
 
@@ -33,7 +34,7 @@ RULES = [
     {"match": "*.down_proj", "steps": [{"method": "rtn", "bits": 3, "group_size": 16}]},
     {"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": "ternary", "group_size": 16}]},
 ]
-MEDIAN = {"scales": "median", "latents": "teacher", "rates": {"codes": 2e-2}, "steps": 6, "evaluate_every": 1}
+MEDIAN = {"scales": "median", "latents": "teacher", "rates": {"codes": 2e-2}, "steps": 5, "evaluate_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +191,9 @@ def run(folders: Path, output: Path, **more: Any) -> Any:
 
 
 def test_a_student_with_median_scales_learns(folders: Path, tmp_path: Path) -> None:
-    done = run(folders, tmp_path / "out", steps=16)
+    done = run(folders, tmp_path / "out", steps=10)
     distances = [row["kl"] for row in done.history]
-    assert distances[-1] < 0.8 * distances[1]  # the first step sets the scales
+    assert distances[-1] < 0.9 * distances[1]  # the first step sets the scales
     before, after = expressions(folders / "small"), expressions(tmp_path / "out")
     counted = 0
     for name, w in after.items():
@@ -223,11 +224,11 @@ class Cut(Exception):
 def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
     """With frozen codes, too, which stay codes while their scales move."""
     freezing = {"momentum": 0.4, "threshold": 0.3, "final_threshold": 0.3}
-    more = {"rates": {"codes": 0.15}, "freezing": freezing, "save_every": 3}
+    more = {"rates": {"codes": 0.15}, "freezing": freezing, "save_every": 2}
     whole = run(folders, tmp_path / "whole", **more)
 
     def cut(done: int, *_: Any) -> None:
-        if done == 5:
+        if done == 4:
             raise Cut
 
     asked = recipe(folders, **MEDIAN | more)
@@ -241,7 +242,7 @@ def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path) -
 
 
 def test_blocks_have_median_scales_too(folders: Path, tmp_path: Path) -> None:
-    phase = {"kind": "blockwise", "steps": 12, "evaluate_every": 2, "rates": {"codes": 3e-2}}
+    phase = {"kind": "blockwise", "steps": 8, "evaluate_every": 2, "rates": {"codes": 3e-2}}
     asked = recipe(folders, phases=[phase | {"scales": "median", "latents": "teacher"}])
     done = distill(folders / "small", folders / "dense", asked, tmp_path / "out")
     blocks = done.phases[0]["blocks"].values()
