@@ -28,6 +28,7 @@ class GPTQ(GridConfig):
     examples = (
         {"bits": 1},
         {"bits": "ternary"},
+        {"bits": "ternary", "scale": "median"},
         {"bits": 2, "group_size": 16},
         {"bits": 3, "group_size": 16, "symmetric": False, "act_order": True},
         {"bits": 4, "clip": False},

@@ -23,6 +23,7 @@ class GridFormat:
     group_size: int | None = None
     symmetric: bool = True
     clip: bool = True
+    scale: Literal["range", "absmean", "median"] = "range"
 
     def group(self, width: int) -> int:
         """Columns per group in a row of `width`."""
@@ -36,6 +37,9 @@ class GridConfig(StepConfig):
     group_size: int | None = Field(None, ge=1, description="columns per scale; null for one scale per row")
     symmetric: bool = True
     clip: bool = Field(True, description="search the clipping range with the least squared error")
+    scale: Literal["range", "absmean", "median"] = Field(
+        "range", description="of ternary grids: from the range, or the mean or median magnitude (BitNet b1.58)"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -43,12 +47,14 @@ class GridConfig(StepConfig):
             raise ValueError(f"bits is {self.bits}; it must lie in 1..8, or be 'ternary'")
         if self.bits in (1, "ternary") and not self.symmetric:
             raise ValueError(f"bits: {self.bits} needs symmetric: true")
+        if self.scale != "range" and self.bits != "ternary":
+            raise ValueError(f"scale: {self.scale} needs bits: ternary")
         return self
 
     def grid_format(self) -> GridFormat:
         """The format these arguments ask for."""
         levels = 3 if self.bits == "ternary" else 2 ** int(self.bits)
-        return GridFormat(levels, self.group_size, self.symmetric, self.clip)
+        return GridFormat(levels, self.group_size, self.symmetric, self.clip, self.scale)
 
 
 def fit_grid(
@@ -57,7 +63,8 @@ def fit_grid(
     """The scale float16 `[rows, 1]` and zero uint8 `[rows, 1]` (None if symmetric) for `weight [rows, columns]`.
 
     Least squared error, each column weighted by `importance [columns]`; only entries with `shown [rows, columns]`
-    count. Two levels have the closed form scale/2 = mean |w|; others search over `SHRINKS` of the range.
+    count. Two levels have the closed form scale/2 = mean |w|; others search over `SHRINKS` of the range. Not so where
+    the form asks for the mean or median of |w|, all columns alike (BitNet b1.58, arXiv 2402.17764).
     Raises NumericsError for a scale outside float16.
     """
     counted = weight.new_ones(1, 1) if importance is None else importance.to(weight.dtype)[None, :]
@@ -66,14 +73,21 @@ def fit_grid(
     if form.levels == 2:
         share = counted.expand_as(weight)
         mean = (weight.abs() * share).sum(1, keepdim=True) / share.sum(1, keepdim=True).clamp_min(1e-30)
-        return _half(2 * mean), None
+        return float16_scale(2 * mean), None
+    if form.scale != "range":
+        magnitudes = weight.abs() if shown is None else torch.where(shown, weight.abs(), torch.nan)
+        if form.scale == "absmean":
+            middle = magnitudes.nanmean(1, keepdim=True)
+        else:
+            middle = magnitudes.nanmedian(1, keepdim=True).values
+        return float16_scale(middle.nan_to_num(0.0)), None  # of no weights at all: 0
     if form.symmetric:
         high = weight.abs().amax(1, keepdim=True)
         low = -high
     else:
         high, low = weight.amax(1, keepdim=True).clamp_min(0), weight.amin(1, keepdim=True).clamp_max(0)
     shrinks = high.new_tensor(SHRINKS if form.clip else (1.0,))[:, None, None]
-    scales = _half((high - low) * (shrinks / (form.levels - 1)))  # [shrinks, rows, 1], like what follows
+    scales = float16_scale((high - low) * (shrinks / (form.levels - 1)))  # [shrinks, rows, 1], like what follows
     zeros = None
     if not form.symmetric:
         zeros = (-low * shrinks * reciprocal(scales)).round_().clamp_(0, form.levels - 1).to(torch.uint8)
@@ -131,7 +145,7 @@ def grid_sketch(shape: tuple[int, int], form: GridFormat) -> Grid:
     return Grid(codes, scale, zero, form.levels, group)
 
 
-def _half(scale: Tensor) -> Tensor:
+def float16_scale(scale: Tensor) -> Tensor:
     half = scale.to(torch.float16)
     if not bool(torch.isfinite(half).all()):
         raise NumericsError(f"a weight group needs the scale {float(scale.max()):g}, which float16 cannot hold")

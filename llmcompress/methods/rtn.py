@@ -20,6 +20,7 @@ class RTN(GridConfig):
     examples = (
         {"bits": 1},
         {"bits": "ternary"},
+        {"bits": "ternary", "scale": "absmean"},
         {"bits": 2, "group_size": 16},
         {"bits": 3, "symmetric": False},
         {"bits": 8, "clip": False},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -144,3 +144,34 @@ def test_an_asymmetric_grid_always_has_an_exact_zero_and_uses_a_one_sided_range(
 def test_a_scale_that_float16_cannot_hold_is_refused_with_the_layer_and_the_number() -> None:
     with pytest.raises(NumericsError, match=r"block\.0\.linear: rtn: .*float16"):
         rtn(gaussian(2, 8) * 1e9, bits=3)
+
+
+# --- ternary scales -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, theory", [("absmean", 0.263), ("median", 0.318)])
+def test_ternary_scales_from_magnitudes_lose_what_theory_says(kind: str, theory: float) -> None:
+    """Of a unit Gaussian, everything beyond half the scale goes to it (BitNet b1.58, arXiv 2402.17764)."""
+    weight = torch.randn(32, 4096, generator=seeded(0))
+    w = rtn(weight, bits="ternary", scale=kind)
+    expected = weight.abs().mean(1) if kind == "absmean" else weight.abs().median(1).values
+    torch.testing.assert_close(w.scale[:, 0].float(), expected, rtol=1e-3, atol=0)
+    assert relative_error(weight, w) == pytest.approx(theory, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["absmean", "median"])
+def test_ternary_scales_are_of_what_is_shown(kind: Literal["absmean", "median"]) -> None:
+    weight = gaussian(5, 20)
+    shown = torch.rand(5, 20, generator=seeded(1)) < 0.5
+    shown[4] = False
+    scale, _ = fit_grid(torch.where(shown, weight, 1e3), GridFormat(3, scale=kind), None, shown)
+    for row in range(4):
+        kept = weight[row, shown[row]].abs()
+        wanted = kept.mean() if kind == "absmean" else kept.median()
+        assert float(scale[row, 0]) == pytest.approx(float(wanted), rel=1e-3)
+    assert float(scale[4, 0]) == 0
+
+
+def test_a_ternary_scale_needs_three_levels() -> None:
+    with pytest.raises(ValueError, match="scale: absmean needs bits: ternary"):
+        rtn(gaussian(2, 8), bits=2, scale="absmean")
