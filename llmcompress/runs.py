@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from llmcompress.layer import Layer, StepConfig, apply
-from llmcompress.weight import Dense, Grid, Rotated, TrellisCoded, Weight, Where, Zero
+from llmcompress.weight import Dense, Grid, Rotated, Sum, TrellisCoded, Weight, Where, Zero
 
 RUN = 7680  # rows: a multiple of those that a stream of a trellis goes down
 
@@ -51,6 +51,9 @@ def joined(parts: Sequence[Weight]) -> Weight:
                 index = replace(index, inside=torch.cat([part.index.inside for part in choices]))
             inside, outside = joined([part.inside for part in choices]), joined([part.outside for part in choices])
             return Where(index, inside, outside)
+        case Sum(terms):
+            sums = [part.parts for part in parts if isinstance(part, Sum)]
+            return Sum(tuple(joined([each[term] for each in sums]) for term in range(len(terms))))
         case Rotated() as first:
             return replace(first, inner=joined([part.inner for part in parts if isinstance(part, Rotated)]))
     raise TypeError(f"joined has no rule for {type(parts[0]).__name__}")

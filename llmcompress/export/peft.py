@@ -60,8 +60,10 @@ def to_peft(folder: Path, output: Path) -> Exported:
 def without_term(w: Weight) -> tuple[Weight, tuple[Tensor, Tensor] | None]:
     """The expression without its low-rank terms, and their A `[rank, in]` and B `[out, rank]` unrotated."""
     match w:
-        case Sum((base, *terms)) if terms and all(isinstance(term, LowRank) for term in terms):
-            factors = [(dense(term.right), dense(term.left)) for term in terms if isinstance(term, LowRank)]
+        case Sum((first, *others)) if any(isinstance(part, LowRank) for part in others):
+            factors = [(dense(part.right), dense(part.left)) for part in others if isinstance(part, LowRank)]
+            kept = (first, *(part for part in others if not isinstance(part, LowRank)))
+            base = first if len(kept) == 1 else Sum(kept)
             return base, (torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], 1))
         case Rotated(inner, signs, block):
             base, term = without_term(inner)

@@ -2,11 +2,14 @@
 
 from llmcompress.methods import (
     alternate,
+    billm,
     eora,
+    fdb,
     gptq,
     lqer,
     magnitude,
     pb_llm,
+    planes,
     refine,
     rotate,
     rtn,
@@ -18,11 +21,14 @@ from llmcompress.methods import (
 
 __all__ = [
     "alternate",
+    "billm",
     "eora",
+    "fdb",
     "gptq",
     "lqer",
     "magnitude",
     "pb_llm",
+    "planes",
     "refine",
     "rotate",
     "rtn",

@@ -146,6 +146,7 @@ def grid_sketch(shape: tuple[int, int], form: GridFormat) -> Grid:
 
 
 def float16_scale(scale: Tensor) -> Tensor:
+    """`scale` as it is stored. Raises NumericsError for one outside float16."""
     half = scale.to(torch.float16)
     if not bool(torch.isfinite(half).all()):
         raise NumericsError(f"a weight group needs the scale {float(scale.max()):g}, which float16 cannot hold")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmcompress.weight import Grid, TrellisCoded, Weight, Where, dense
+from llmcompress.weight import Grid, Sum, TrellisCoded, Weight, Where, dense
 
 
 def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> Weight:
@@ -30,5 +30,31 @@ def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = 
             inside = rescaled(inside, target - dense(outside).to(target.device) * rest, hessian, chosen)
             outside = rescaled(outside, target - dense(inside).to(target.device) * chosen, hessian, rest)
             return Where(index, inside, outside)
+        case Sum(parts):
+            return Sum(_together(parts, target, hessian, shown))
         case _:
             return w
+
+
+def _together(parts: tuple[Weight, ...], target: Tensor, hessian: Tensor, shown: Tensor | None) -> tuple[Weight, ...]:
+    """Grids added up: the factors of a row's scales, one for each grid, all at once; a row that would lose stays."""
+    grids = [part for part in parts if isinstance(part, Grid)]
+    if len(grids) < len(parts):
+        return parts
+    counted = 1 if shown is None else shown
+    values = torch.stack([dense(grid) * counted for grid in grids])  # [grids, rows, in]
+    missing = target - values.sum(0)
+    pulled = missing @ hessian
+    pull = (values * pulled).sum(2).T.double()
+    gram = torch.einsum("grc,hrc->rgh", values @ hessian, values).double()
+    ridge = gram.diagonal(dim1=1, dim2=2).sum(1) * 1e-6  # grids may be alike
+    ridge = torch.where(ridge > 0, ridge, 1.0)[:, None, None] * torch.eye(len(grids), device=gram.device)
+    move = torch.linalg.solve(gram + ridge, pull[:, :, None]).float()  # [rows, grids, 1]; without a pull, none
+    scales = torch.stack([grid.scale for grid in grids], 1)
+    most = torch.finfo(torch.float16).max
+    tried = torch.addcmul(scales.float(), scales.float(), move).clamp(0, most).to(torch.float16)
+    moved = [replace(grid, scale=scale) for grid, scale in zip(grids, tried.unbind(1), strict=True)]
+    left = target - torch.stack([dense(grid) * counted for grid in moved]).sum(0)
+    better = ((left @ hessian) * left).sum(1) < (pulled * missing).sum(1)
+    chosen = torch.where(better[:, None, None], tried, scales)
+    return tuple(replace(grid, scale=scale) for grid, scale in zip(grids, chosen.unbind(1), strict=True))

@@ -222,6 +222,27 @@ SIBLINGS: list[tuple[list[Step], list[Step]]] = [
         for better in ("eora", "lqer")
         for form in ({"rank": 4}, {"rank": 4, "factor_bits": 16}, {"rank": 4, "factor_bits": 4})
     ),
+    *(
+        ([{"method": name, **form}], [{"method": name, **form, "feedback": False}])
+        for name, form in (
+            ("planes", {"bits": 1}),
+            ("planes", {"bits": 2}),
+            ("planes", {"bits": 3, "group_size": 16}),
+            ("fdb", {"group_size": 16}),
+            ("billm", {}),
+        )
+    ),
+    *(
+        ([{"method": name, **form}], [{"method": name, **form, "rounds": 0}])
+        for name, form in (
+            ("planes", {"bits": 2, "start": "residual"}),
+            ("planes", {"bits": 3}),
+            ("fdb", {"group_size": 16}),
+            ("billm", {"rounds": 15}),
+        )
+    ),
+    ([{"method": "planes", "bits": 2}], [{"method": "planes", "bits": 2, "start": "residual"}]),
+    ([{"method": "planes", "bits": 2}], [{"method": "gptq", "bits": 2}]),
     ([ROTATE, {"method": "trellis", "memory": 8}], [ROTATE, {"method": "gptq", "bits": 2}]),
     (
         [{"method": "sparsegpt", "sparsity": 0.5, "bits": 4}],

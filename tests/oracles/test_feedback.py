@@ -128,6 +128,9 @@ LAZY_STEPS: list[list[dict[str, Any]]] = [
     [{"method": "pb_llm", "salient": 0.1, "group_size": 160}],
     [{"method": "pb_llm", "salient": "1:8", "group_size": 40}],
     [{"method": "pb_llm", "salient": 0.1, "structure": "columns", "group_size": 48}],
+    [{"method": "planes", "bits": 2, "group_size": 48}],
+    [{"method": "fdb", "group_size": 40}],
+    [{"method": "billm", "group_size": 48}],
     [{"method": "wanda", "pattern": "2:4"}, {"method": "gptq", "bits": 3, "group_size": 16}],
     [{"method": "wanda", "pattern": "2:4"}, {"method": "gptq", "bits": 3, "group_size": 48}],
 ]

@@ -31,7 +31,8 @@ def loss(weight: Tensor, w: Weight, hessian: Tensor) -> float:
 
 
 def test_the_bases_are_all_kinds() -> None:
-    assert {"rtn", "gptq", "pb_llm", "wanda", "sparsegpt", "magnitude"} <= {base["method"] for base in BASES}
+    expected = {"rtn", "gptq", "pb_llm", "wanda", "sparsegpt", "magnitude", "planes", "fdb", "billm"}
+    assert expected <= {base["method"] for base in BASES}
 
 
 @every_base

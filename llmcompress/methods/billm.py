@@ -1,0 +1,89 @@
+"""BiLLM (arXiv 2402.04291): salient columns binarized twice, the others in two groups by magnitude.
+
+Minimises tr(E H E^T) in the feedback loop (or |E|^2, columns weighted by their energy, without feedback). The columns
+with the largest sums of w^2 / U_jj^2 are salient: their weights are +-a1 +-a2, the second sign that of what the first
+leaves. Of the others a row keeps +-a for weights of small and +-b for those of large magnitude. How many columns are
+salient is tried out on the weights: a few shares, the best one stays. `rounds` alternates scales and signs after that,
+as ARB-LLM does (arXiv 2410.03129).
+
+Stores Where(salient columns, two binary grids, two binary grids). A sign and the bit that tells small from large are a
+2-bit code of the levels +-a and +-b, and so are two planes with the scales b + a and b - a: the bitmap is there, and
+counted, for the columns that need one, and what trains or refines the planes may move a weight between its groups. It
+comes to 2 bits a weight, where the paper counts 1.1.
+
+Differs from the paper: the split is the best there is for each row, found in sorted magnitudes, not one of 81
+percentiles for a whole block; scales are of rows, or of `group_size` columns, not always of 128; no means are stored;
+saliences rank columns only, and errors are those of weights (the official code searches and splits saliences); every
+column's error is fed back to the next one (the official code updates later blocks only, by the diagonal alone).
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmcompress.layer import Layer, method
+from llmcompress.methods.bitplane_fit import PlaneFormat, fit_planes, lost
+from llmcompress.methods.bitplanes import PlaneConfig, Planes, instead_of_dense, planes_sketch, projected
+from llmcompress.methods.projection import Selected, columns
+from llmcompress.weight import Columns, Weight, Where, shape
+
+SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of columns, tried as salient
+
+
+class BiLLM(PlaneConfig):
+    """Arguments of `billm`."""
+
+    method: Literal["billm"] = "billm"
+    rounds: int = Field(0, ge=0, le=100, description="alternations of scales and signs (ARB); 0: none, as in the paper")
+    examples = ({}, {"group_size": 16}, {"rounds": 15}, {"feedback": False})
+
+    def salient(self) -> PlaneFormat:
+        """The planes of salient columns."""
+        return PlaneFormat(2, "residual", self.group_size, self.rounds)
+
+    def others(self) -> PlaneFormat:
+        """The planes of the others."""
+        return PlaneFormat(2, "split", self.group_size, self.rounds)
+
+    def sketch(self, approx: Weight) -> Weight:
+        """See `StepConfig.sketch`."""
+        size = shape(approx)
+        index = Columns(torch.zeros(size[1], dtype=torch.bool))  # all columns cost the same
+        planes = planes_sketch(size, self.salient()), planes_sketch(size, self.others())
+        return instead_of_dense(approx, Where(index, *planes))
+
+
+@method("billm", BiLLM, needs={"outer"})
+def billm(layer: Layer, config: BiLLM) -> Layer:
+    """Binarizes the base, salient columns in another way than the rest."""
+
+    def make(energy: Tensor, pivots: Tensor) -> Selected:
+        inside, outside = (Planes(form, len(energy), energy) for form in (config.salient(), config.others()))
+
+        def choose(current: Tensor, start: int) -> Tensor:
+            span = slice(start, start + len(current))
+            return salient_columns(current, pivots[span], energy[span], config)[:, None].expand_as(current)
+
+        return Selected(inside, outside, choose, inside.group_size, columns)
+
+    return projected(layer, config, make)
+
+
+def salient_columns(current: Tensor, pivots: Tensor, energy: Tensor, config: BiLLM) -> Tensor:
+    """Which of `current [columns, out]` are salient, bool `[columns]`: the share that loses least, best columns first.
+
+    `pivots [columns]` are U_jj^2, `energy [columns]` weighs the columns' errors.
+    """
+    ranked = (current.square().sum(1) / pivots).argsort(descending=True, stable=True)
+    found, least = torch.zeros_like(pivots, dtype=torch.bool), float("inf")
+    for count in sorted({round(share * len(current)) for share in SHARES}):
+        error = 0.0
+        for chosen, form in ((ranked[:count], config.salient()), (ranked[count:], config.others())):
+            if len(chosen):
+                weight, importance = current[chosen].T.contiguous(), energy[chosen]
+                error += float(lost(weight, *fit_planes(weight, form, importance), importance).sum())
+        if error < least:
+            least, found = error, torch.zeros_like(found).index_fill_(0, ranked[:count], True)
+    return found
