@@ -19,7 +19,7 @@ from llmcompress.methods.bitplane_fit import PlaneFormat, fit_planes, point_tabl
 from llmcompress.methods.feedback import Projection, feedback
 from llmcompress.methods.grid import GridFormat, grid_sketch
 from llmcompress.methods.hessian import channel_energy, damped, inverse_factor, second_moment
-from llmcompress.methods.scales import rescaled
+from llmcompress.methods.scales import added_grids, rescaled
 from llmcompress.weight import Dense, Grid, Sum, Weight, describe
 
 
@@ -98,14 +98,10 @@ class Planes:
         return grids[0] if len(grids) == 1 else Sum(tuple(grids))
 
 
-def grids_of(w: Weight) -> tuple[Grid, ...]:
+def planes_of(w: Weight) -> tuple[Grid, ...]:
     """The planes of a sum of them; none of anything else."""
-    match w:
-        case Sum(parts) if all(isinstance(part, Grid) and part.levels == 2 for part in parts):
-            grids = tuple(part for part in parts if isinstance(part, Grid))
-            alike = {(grid.group_size, grid.zero is None, tuple(grid.scale.shape)) for grid in grids}
-            return grids if len(alike) == 1 and len(grids[0].scale) == len(grids[0].codes) else ()
-    return ()
+    grids = added_grids(w)
+    return grids if all(grid.levels == 2 and (grid.zero is None) == (grids[0].zero is None) for grid in grids) else ()
 
 
 def planes_sketch(size: tuple[int, int], form: PlaneFormat) -> Weight:

@@ -2,8 +2,8 @@
 
 Minimises tr(E H E^T) in the feedback loop (or |E|^2, columns weighted by their energy, without feedback). Stores a sum
 of binary grids: each plane a bit a weight, and a float16 scale a row or group. Scales, by least squares, and signs, to
-the nearest of the 2^planes sums, take turns (ARB of any order); at the end the scales of every row are fitted to
-outputs (ARB-X). `start: residual` binarizes what the planes before leave, as the paper does; `split` begins with the
+the nearest of the 2^planes sums, take turns (ARB of any order); at the end scales are fitted to outputs, group by
+group (ARB-X). `start: residual` binarizes what the planes before leave, as the paper does; `split` begins with the
 best two planes there are (see `bitplane_fit`), which matters for rows with outliers. `start: residual` and `rounds: 0`
 together are plain residual binarization.
 

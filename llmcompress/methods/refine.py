@@ -1,8 +1,8 @@
 """Coordinate descent on what is stored, and least squares for its scales: a polish after any base.
 
 Minimises tr(E H E^T), which error feedback does only greedily: a column may move again to the stored values nearest to
-`q_j + (E H)_j / H_jj`, knowing how all other columns, later ones too, came out; then the scales of each row are
-multiplied by the factors that fit best. No move raises the loss on the calibration inputs. Stores what was there, in
+`q_j + (E H)_j / H_jj`, knowing how all other columns, later ones too, came out; then scales are fitted by least
+squares, each row's and group's in turn. No move raises the loss on the calibration inputs. Stores what was there, in
 the same bits: other grid codes, other streams of a trellis, other bits of binary planes, other kept values of a pruned
 matrix, other signs of a partially binarized one; masks and selections stay. The scheme is that of AQLM's code updates
 (arXiv 2401.06118), one weight, or one column of a trellis, at a time.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmcompress.errors import RecipeError
 from llmcompress.layer import Layer, StepConfig, base_target, method, split, with_base
-from llmcompress.methods.bitplanes import Planes, grids_of
+from llmcompress.methods.bitplanes import Planes, planes_of
 from llmcompress.methods.feedback import few_threads
 from llmcompress.methods.grid import grid_of
 from llmcompress.methods.hessian import damped, second_moment
@@ -87,8 +87,8 @@ def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
             return Kept(values.dtype).project
         case Grid():
             return Quantized.like(w).project
-        case Sum() if grids_of(w):
-            return Planes.like(grids_of(w)).project
+        case Sum() if planes_of(w):
+            return Planes.like(planes_of(w)).project
         case Where(index, inside, outside):
             here, there = nearest(inside), nearest(outside)
             chosen = index.inside.expand(shape(w)).T.contiguous()
@@ -103,8 +103,8 @@ def with_values(w: Weight, values: Tensor) -> Weight:
             return Dense(values.to(old.dtype))
         case Grid(_, scale, zero, levels, group_size):
             return grid_of(values, scale, zero, levels, group_size)
-        case Sum() if grids_of(w):
-            return Planes.like(grids_of(w)).weight(values)
+        case Sum() if planes_of(w):
+            return Planes.like(planes_of(w)).weight(values)
         case Where(index, inside, outside):
             return Where(index, with_values(inside, values), with_values(outside, values))
         case _:

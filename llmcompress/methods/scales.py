@@ -9,8 +9,13 @@ from llmcompress.weight import Grid, Sum, TrellisCoded, Weight, Where, dense
 
 
 def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> Weight:
-    """`w` with each row's scales times their least-squares factor, grid by grid; `shown` is what of `w` counts."""
+    """`w` with least-squares scales, a row and group after the other; grids that are added up have theirs together.
+
+    `shown` is what of `w` counts.
+    """
     match w:
+        case Grid(scale=scale) if scale.shape[1] > 1:
+            return _together((w,), target, hessian, shown)[0]
         case Grid(scale=scale) | TrellisCoded(scale=scale):
             values = dense(w) if shown is None else dense(w) * shown
             seen = values @ hessian
@@ -30,31 +35,41 @@ def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = 
             inside = rescaled(inside, target - dense(outside).to(target.device) * rest, hessian, chosen)
             outside = rescaled(outside, target - dense(inside).to(target.device) * chosen, hessian, rest)
             return Where(index, inside, outside)
-        case Sum(parts):
-            return Sum(_together(parts, target, hessian, shown))
+        case Sum() if added_grids(w):
+            return Sum(_together(added_grids(w), target, hessian, shown))
         case _:
             return w
 
 
-def _together(parts: tuple[Weight, ...], target: Tensor, hessian: Tensor, shown: Tensor | None) -> tuple[Weight, ...]:
-    """Grids added up: the factors of a row's scales, one for each grid, all at once; a row that would lose stays."""
-    grids = [part for part in parts if isinstance(part, Grid)]
-    if len(grids) < len(parts):
-        return parts
-    counted = 1 if shown is None else shown
-    values = torch.stack([dense(grid) * counted for grid in grids])  # [grids, rows, in]
-    missing = target - values.sum(0)
-    pulled = missing @ hessian
-    pull = (values * pulled).sum(2).T.double()
-    gram = torch.einsum("grc,hrc->rgh", values @ hessian, values).double()
-    ridge = gram.diagonal(dim1=1, dim2=2).sum(1) * 1e-6  # grids may be alike
-    ridge = torch.where(ridge > 0, ridge, 1.0)[:, None, None] * torch.eye(len(grids), device=gram.device)
-    move = torch.linalg.solve(gram + ridge, pull[:, :, None]).float()  # [rows, grids, 1]; without a pull, none
-    scales = torch.stack([grid.scale for grid in grids], 1)
-    most = torch.finfo(torch.float16).max
-    tried = torch.addcmul(scales.float(), scales.float(), move).clamp(0, most).to(torch.float16)
-    moved = [replace(grid, scale=scale) for grid, scale in zip(grids, tried.unbind(1), strict=True)]
-    left = target - torch.stack([dense(grid) * counted for grid in moved]).sum(0)
-    better = ((left @ hessian) * left).sum(1) < (pulled * missing).sum(1)
-    chosen = torch.where(better[:, None, None], tried, scales)
-    return tuple(replace(grid, scale=scale) for grid, scale in zip(grids, chosen.unbind(1), strict=True))
+def added_grids(w: Weight) -> tuple[Grid, ...]:
+    """The grids of a sum of grids whose groups are alike; none of anything else."""
+    if not isinstance(w, Sum):
+        return ()
+    grids = tuple(part for part in w.parts if isinstance(part, Grid))
+    alike = {(grid.group_size, tuple(grid.scale.shape), len(grid.codes)) for grid in grids}
+    return grids if len(grids) == len(w.parts) and len(alike) == 1 else ()
+
+
+def _together(grids: tuple[Grid, ...], target: Tensor, hessian: Tensor, shown: Tensor | None) -> tuple[Grid, ...]:
+    """Grids added up, with new scales: of each row and group one of every grid, solved for at once, group by group. A
+    group whose loss would not fall, by what float16 makes of its scales, keeps those it has."""
+    stored = [dense(grid) if shown is None else dense(grid) * shown for grid in grids]
+    pulled = (target - sum(stored)) @ hessian
+    found = []
+    for group, start in enumerate(range(0, target.shape[1], grids[0].group_size)):
+        part = slice(start, start + grids[0].group_size)
+        values, local = torch.stack([each[:, part] for each in stored], 1), hessian[part, part]  # [rows, grids, group]
+        gram = ((values @ local) @ values.mT).double()
+        pull = (values @ pulled[:, part, None]).double()
+        ridge = gram.diagonal(dim1=1, dim2=2).sum(1) * 1e-6  # grids may be alike
+        ridge = torch.where(ridge > 0, ridge, 1.0)[:, None, None] * torch.eye(len(grids), device=gram.device)
+        share = torch.linalg.solve(gram + ridge, pull)[:, :, 0].float()  # of its scale that a scale moves
+        scale = torch.stack([grid.scale[:, group] for grid in grids], 1)
+        tried = (scale.float() * (1 + share)).clamp(0, torch.finfo(torch.float16).max).to(torch.float16)
+        moved = torch.where(scale > 0, tried.float() / scale.float() - 1, 0.0)
+        change = (moved[:, None] @ values)[:, 0]  # [rows, group]
+        better = ((change @ local) * change).sum(1) < 2 * (change * pulled[:, part]).sum(1)
+        pulled -= (change * better[:, None]) @ hessian[part]
+        found.append(torch.where(better[:, None], tried, scale))
+    scales = torch.stack(found, 2).unbind(1)
+    return tuple(replace(grid, scale=scale.contiguous()) for grid, scale in zip(grids, scales, strict=True))

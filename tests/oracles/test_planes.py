@@ -15,11 +15,11 @@ from llmcompress.layer import apply, relative_error, step
 from llmcompress.lookup import rows
 from llmcompress.methods.billm import SHARES, BiLLM, salient_columns
 from llmcompress.methods.bitplane_fit import PlaneFormat, fit_planes, lost, point_table
-from llmcompress.methods.bitplanes import Planes, grids_of
+from llmcompress.methods.bitplanes import Planes, planes_of
 from llmcompress.methods.feedback import feedback
 from llmcompress.methods.hessian import inverse_factor
 from llmcompress.methods.refine import descended
-from llmcompress.methods.scales import rescaled
+from llmcompress.methods.scales import added_grids, rescaled
 from llmcompress.relax import KINDS, Relaxation, relax
 from llmcompress.weight import Bitmap, Columns, Dense, Grid, LowRank, Sum, Where, bits, dense
 from tests.builders import compressed, correlated, gaussian, layer, moments, seeded
@@ -223,7 +223,7 @@ def test_points_are_stored_bit_for_bit(start: Start, group_size: int) -> None:
         values[:, column] = planes.project(column, weight[:, column])
     stored = planes.weight(values)
     assert torch.equal(dense(stored), values)
-    again = Planes.like(grids_of(stored))
+    again = Planes.like(planes_of(stored))
     assert torch.equal(torch.stack([again.project(c, weight[:, c]) for c in range(30)], 1), values)
 
 
@@ -276,10 +276,10 @@ def test_scales_at_the_end_are_least_squares_under_h(arguments: dict[str, Any]) 
     """One factor for each plane of a row, from a float64 solve of all of them."""
     weight, inputs = gaussian(6, 32), correlated(600, 32)
     hessian = damped_moment(inputs, 0.1)
-    w = compressed(weight, inputs, arguments | {"rounds": 0}).approx
+    w = compressed(weight, inputs, arguments | {"group_size": None, "rounds": 0}).approx
     if isinstance(w, Where):
         w = w.outside  # of all columns
-    values = torch.stack([dense(grid) for grid in grids_of(w)]).double()
+    values = torch.stack([dense(grid) for grid in planes_of(w)]).double()
     mine = dense(rescaled(w, weight, hessian.float())).double()
     for row in range(6):
         root = torch.linalg.cholesky(hessian).T  # H = root^T root
@@ -291,13 +291,33 @@ def test_scales_at_the_end_are_least_squares_under_h(arguments: dict[str, Any]) 
             assert losses[0] <= 1.002 * losses[1], "float16 alone may come between them"
 
 
+@pytest.mark.parametrize("name", ["gptq", "planes", "fdb"])
+def test_scales_fitted_many_times_are_those_of_all_groups_together(name: str) -> None:
+    """Every plane's part in every group is a column of one least-squares problem a row."""
+    weight, inputs = gaussian(6, 32), correlated(600, 32)
+    hessian = damped_moment(inputs, 0.1)
+    w = compressed(weight, inputs, {"method": name, "group_size": 8}).approx
+    before = dense(w)
+    parts = added_grids(w) or (w,)
+    for _ in range(100):
+        w = rescaled(w, weight, hessian.float())
+    root = torch.linalg.cholesky(hessian).T
+    for row in range(6):
+        columns = [dense(part)[row] * (torch.arange(32) // 8 == group) for part in parts for group in range(4)]
+        basis = root @ torch.stack(columns, 1).double()
+        wanted = root @ weight[row].double()
+        best = (wanted - basis @ torch.linalg.lstsq(basis, wanted, driver="gelsd").solution).square().sum()
+        mine, old = ((wanted - root @ found[row].double()).square().sum() for found in (dense(w), before))
+        assert float(best) <= float(mine) <= min(float(old), 1.02 * float(best)), "float16 may come between them"
+
+
 def test_one_visit_is_the_best_move_of_every_weight_in_turn() -> None:
     weight, inputs = gaussian(5, 20), correlated(400, 20)
     hessian = damped_moment(inputs, 0.1)
     w = compressed(weight, inputs, {"method": "planes", "bits": 2, "group_size": 8}).approx
     assert isinstance(w, Sum)
     values = dense(w).double()
-    grids = grids_of(w)
+    grids = planes_of(w)
     for row, column in itertools.product(range(5), range(20)):
         points = all_points(torch.stack([grid.scale[row, column // 8] for grid in grids]), None)[0]
         trials = values[row].repeat(len(points), 1)
@@ -329,7 +349,7 @@ def test_a_sign_and_a_bitmap_are_two_planes() -> None:
     salient = w.index.inside
     assert 0 < int(salient.sum()) < 32
     magnitudes = dense(w.outside).abs()
-    level = [grid.scale.float() / 2 for grid in grids_of(w.outside)]
+    level = [grid.scale.float() / 2 for grid in planes_of(w.outside)]
     large = magnitudes > level[0]
     groups = [
         Grid((weight > 0).to(torch.uint8), (2 * each).half(), None, 2, 64)
