@@ -113,6 +113,6 @@ def with_values(w: Weight, values: Tensor) -> Weight:
 
 def _compressed_base(approx: Weight) -> Weight:
     base = split(approx)[0]
-    if not isinstance(base, Grid | TrellisCoded | Where | Sum):
+    if not (isinstance(base, Grid | TrellisCoded | Where) or planes_of(base)):
         raise RecipeError(f"there is nothing to polish in {describe(base)}; prune or quantize first")
     return base
