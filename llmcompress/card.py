@@ -140,7 +140,7 @@ def _distillation(taught: Taught) -> Iterator[str]:
     yield "## Distillation\n"
     yield (
         f"Taught by {teacher} in {done['steps']:,} steps on {done['tokens']:,} tokens of {_sources(done['data'])}. "
-        f"Loss: {losses}. What trained: {trained}.{grown}\n"
+        f"Loss: {losses}. What trained: {trained}.{grown}{_cost(done.get('quantized_teacher'))}\n"
     )
     yield "| on text held out of it | before | after | teacher |\n|---|---|---|---|"
     yield f"| KL to the teacher, nats/token | {before['kl']:.4f} | {after['kl']:.4f} | 0 |"
@@ -148,6 +148,16 @@ def _distillation(taught: Taught) -> Iterator[str]:
     yield f"| perplexity | {' | '.join(f'{value:.3f}' for value in perplexities)} |"
     yield f"\n![Held-out KL and perplexity by tokens]({done['plot']})" if done["plot"] else NO_CURVE
     yield f"\nRecipe:\n\n```yaml\n{taught.recipe.strip()}\n```\n"
+
+
+def _cost(quantized: dict[str, Any] | None) -> str:
+    """That a teacher was quantized, and how far that took it from the model which the table compares with."""
+    if quantized is None:
+        return ""
+    return (
+        f" While it taught, the teacher had its linears in {quantized['bits']} bits, at a KL of {quantized['kl']:.4f} "
+        f"nats/token to itself before; the table compares with the latter."
+    )
 
 
 def _sources(data: dict[str, Any]) -> str:

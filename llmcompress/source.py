@@ -24,6 +24,7 @@ from llmcompress.validation import INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of dense dtypes, bytes per value
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk; GPT-NeoX
@@ -101,21 +102,28 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(place: Place, device: str = "cpu") -> PreTrainedModel:
-    """The model, dense or compressed, by us or by a tool that transformers knows, in float32 and eval mode.
+def load_model(
+    place: Place,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantization: QuantizationConfigMixin | None = None,
+) -> PreTrainedModel:
+    """The model, dense or compressed, by us or by a tool that transformers knows, in eval mode; a dense one quantized,
+    where `quantization` says how.
 
     Raises InputError when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
+    quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            place.folder, dtype=torch.float32, local_files_only=True
+            place.folder, dtype=dtype, local_files_only=True, **quantized
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"{place.name} cannot be loaded ({_reason(error)}); download or write it again") from error
     placed: nn.Module = model
-    if model.device != torch.device(device):  # models that other tools quantized refuse to be moved
+    if not quantized and model.device != torch.device(device):  # what other tools quantized refuses to be moved
         placed.to(device)
     return model.eval()
 

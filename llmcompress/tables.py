@@ -209,6 +209,8 @@ def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
     trained = " · ".join(f"{count:,} {kind}" for kind, count in found["trained"].items())
     yield f"trained {trained} · on {found['tokens']:,} tokens in {duration(found['seconds'])}"
     yield f"plot    {found['plot'] or 'none: it needs matplotlib (the extra report)'}"
+    if (cost := found.get("quantized_teacher")) is not None:
+        yield f"bits    {cost['bits']} of the teacher while it taught · KL {cost['kl']:.4f} to itself before"
     if found["cache_bias"] is not None:
         bias = found["cache_bias"]["after"]
         seen = f"KL {bias['kl_with_tail']:.4f} of {bias['kl']:.4f}"

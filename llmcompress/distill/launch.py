@@ -139,6 +139,11 @@ def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
             "models that are shared out read in step, while a teacher is cached by one process alone; use `teacher: "
             "{kind: online}`, or launch with configs/accelerate/ddp.yaml"
         )
+    if recipe.teacher.bits is not None:
+        raise RecipeError(
+            f"teacher: {{bits: {recipe.teacher.bits}}} is held whole by every process, which models that are shared "
+            f"out are not; leave bits out, or launch with configs/accelerate/ddp.yaml"
+        )
     if len(recipe.stages()) > 1 or any(s.adapt and s.adapt.factor_bits < 16 for _, s in recipe.stages()):
         raise RecipeError(
             "models that were shared out cannot run any more after a phase, so neither can other phases, nor factors "

@@ -40,7 +40,7 @@ from llmcompress.distill.recipe import Distillation, Term
 from llmcompress.distill.recompute import recomputed
 from llmcompress.distill.state import Keeper, Progress, stop_requests
 from llmcompress.distill.student.model import Student
-from llmcompress.distill.teacher.teaching import Teaching
+from llmcompress.distill.teacher.teaching import ReadsAlong, Teaching
 from llmcompress.errors import NumericsError, Terminated
 
 if TYPE_CHECKING:
@@ -103,6 +103,11 @@ class Run:
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
+    def reader(self) -> PreTrainedModel:
+        """The model that reads along; where none does, what looks need of it."""
+        return self.teaching.model if isinstance(self.teaching, ReadsAlong) else self.teacher
+
+    @property
     def steps(self) -> int:
         """Optimizer steps in all."""
         return self.recipe.steps or max(1, len(self.data.sequences) // self.recipe.batch)
@@ -116,7 +121,7 @@ def train(run: Run, report: Report | None = None) -> Progress:
     """
     recipe, accelerator = run.recipe, run.accelerator
     states = [term.of.start() for term in recipe.losses]
-    matching = Matching.of(run.student.model, run.teacher, recipe.losses, recipe.seed)
+    matching = Matching.of(run.student.model, run.reader, recipe.losses, recipe.seed)
     run.student.join(matching.projections)
     objective = Objective(run.student.model, run.teaching, matching, list(zip(recipe.losses, states, strict=True)))
     optimizer = optimizer_of(recipe, run.student.groups())

@@ -7,12 +7,12 @@ paged, they move to the machine's memory when the GPU's is full. Their state goe
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmcompress.distill.packages import check_bitsandbytes
 from llmcompress.distill.recipe import Distillation
 from llmcompress.errors import RecipeError
 
@@ -24,8 +24,7 @@ def check_optimizer(recipe: Distillation, device: torch.device) -> None:
     """Raises RecipeError where the recipe's optimizer lacks its package or cannot run on `device`."""
     if recipe.optimizer == "adamw":
         return
-    if find_spec("bitsandbytes") is None:
-        raise RecipeError(f'optimizer: {recipe.optimizer} needs bitsandbytes; run pip install "llmcompress[distill]"')
+    check_bitsandbytes(f"optimizer: {recipe.optimizer}")
     if recipe.optimizer == "paged_adamw_8bit" and device.type != "cuda":
         raise RecipeError(
             f"optimizer: paged_adamw_8bit moves memory between a GPU and the machine, and this is {device.type}; use "

@@ -9,6 +9,7 @@ import torch
 
 from llmcompress.distill.metrics import check_trackers
 from llmcompress.distill.optimizers import check_optimizer
+from llmcompress.distill.packages import check_bitsandbytes
 from llmcompress.distill.recipe import Distillation
 from llmcompress.errors import MemoryLimitError, is_out_of_memory
 
@@ -17,6 +18,8 @@ def check_ready(recipe: Distillation, device: str) -> None:
     """Raises RecipeError where the recipe asks for something that is not installed, or that `device` cannot do."""
     check_trackers(recipe.trackers)
     check_optimizer(recipe, torch.device(device))
+    if recipe.teacher.bits is not None:
+        check_bitsandbytes(f"teacher: {{bits: {recipe.teacher.bits}}}")
 
 
 @contextmanager

@@ -145,10 +145,14 @@ class Teacher(BaseModel):
         min_length=1,
         description="of the cache, for several runs on the same tokens; null: beside the output, until that is there",
     )
+    bits: Literal[8, 4] | None = Field(
+        default=None, description="of its linears while it teaches, by bitsandbytes; null: as many as they have"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Teacher:
-        if self.kind == "online" and self != Teacher.model_construct():  # a recipe that was written has the defaults
+        online = Teacher.model_construct(bits=self.bits)
+        if self.kind == "online" and self != online:  # a recipe that was written has the defaults
             raise ValueError("k and folder are those of a cache; leave them out, or set kind to cached")
         return self
 

@@ -30,7 +30,8 @@ from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.state import METRICS, Keeper
 from llmcompress.distill.student.folders import StudentFolder, open_folder
 from llmcompress.distill.student.model import Student
-from llmcompress.distill.teacher.kept import measured_bias, remove_cache, taught_from_cache
+from llmcompress.distill.teacher.kept import measured_bias, remembered, remove_cache, taught_from_cache
+from llmcompress.distill.teacher.quantized import check_teacher, taught_by_quantized, without_remarks
 from llmcompress.distill.teacher.teaching import ReadsAlong
 from llmcompress.driver import copy_companions
 from llmcompress.locate import Place, locate
@@ -54,7 +55,8 @@ class Distilled:
     seconds, frozen: how many codes, because they oscillated} of each, and of a blockwise one {before, after, step,
     frozen} of every block: its held-out errors, and when it was best; `losses`: the weight of each, end to end;
     `teacher_id`: its Hub id, if it has one; `plot`: the file of its curve, None where matplotlib is missing;
-    `cache_bias`: what a cached teacher hides."""
+    `cache_bias`: what a cached teacher hides; `quantized_teacher`: {bits, kl, perplexity} of one that was quantized to
+    teach, on the held-out sequences, kl to itself before."""
 
     output: str
     teacher: str
@@ -72,6 +74,7 @@ class Distilled:
     plot: str | None = None
     warnings: tuple[str, ...] = ()
     cache_bias: dict[str, dict[str, float]] | None = None  # before and after, see `kept.measured_bias`
+    quantized_teacher: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, keys as in the fields."""
@@ -103,8 +106,9 @@ def distill(
     place = locate(str(teacher))
     tokenizer = load_tokenizer(folder)
     where = loading_device(accelerator)
-    pair = load_model(pupil, where), load_model(place, where)
+    pair = load_model(pupil, where), load_model(place, where if asked.teacher.bits is None else "cpu")
     check_pair(*pair, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
+    check_teacher(pair[1], asked.teacher.bits)
     data = read_data(asked.data, tokenizer, partial(load_model, place), pair[1].config)
     keeper = Keeper(target.with_name(target.name + ".training"), _identity(asked, data, opened, place))
     run = _run(asked, Student(pair[0], {}, {}), pair[1], data, keeper, accelerator)
@@ -115,12 +119,12 @@ def distill(
     Exits.of(pair[0], asked.losses)  # so that one which is not there is said before a teacher is cached
     warnings = () if not compressed_modules(pair[1]) else (COMPRESSED_TEACHER,)
     start_trackers(asked, accelerator)
-    with memory_advice(asked):
-        if asked.teacher.kind == "cached":
-            run = taught_from_cache(run, asked.teacher, place, target)
+    with memory_advice(asked), without_remarks():
+        run, cost = _taught(run, place, target)
         del pair, model  # so that a teacher which the run does not need is gone
         learned, bias = _learned(run, progress)
-    done = replace(_result(run, learned, target, place, opened.layouts), warnings=warnings, cache_bias=bias)
+    done = _result(run, learned, target, place, opened.layouts)
+    done = replace(done, warnings=warnings, cache_bias=bias, quantized_teacher=cost)
     if accelerator.is_main_process:
         _write(opened, learned, asked, done, target, run.metrics.path)
         keeper.remove()
@@ -140,7 +144,8 @@ def _run(
 ) -> Run:
     dtype = product_dtype(recipe.compute, accelerator.device)
     cast: nn.Module = teacher.requires_grad_(False)
-    cast.to(dtype)
+    if recipe.teacher.bits is None:  # else it reads in the host's memory, and a copy of fewer bits here
+        cast.to(dtype)
     check_enough(len(data.sequences), recipe)
     return Run(
         recipe,
@@ -155,6 +160,18 @@ def _run(
         # recomputed activations must come from the same operations, and the second time torch's attention is there
         partial(products, accelerator.device, dtype, attention=not recipe.checkpointing),
     )
+
+
+def _taught(run: Run, place: Place, output: Path) -> tuple[Run, dict[str, float] | None]:
+    """`run` with the teacher that its recipe asks for, which is at `place`; and what quantizing it cost."""
+    asked, cost = run.recipe.teacher, None
+    if asked.bits is not None or asked.kind == "cached":
+        run = remembered(run, place)
+    if asked.bits is not None:
+        run, cost = taught_by_quantized(run, asked.bits, place)
+    if asked.kind == "cached":
+        run = taught_from_cache(run, asked, place, output)
+    return run, cost
 
 
 def _learned(run: Run, progress: Report | None) -> tuple[Learned, dict[str, dict[str, float]] | None]:

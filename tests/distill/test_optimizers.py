@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import llmcompress as lc
-from llmcompress.distill import Distillation, check_ready, distill, loop, optimizers
+from llmcompress.distill import Distillation, check_ready, distill, loop, packages
 from llmcompress.distill.optimizers import moments, optimizer_of, put_moments
 from llmcompress.distill.ready import memory_advice
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
@@ -19,6 +19,7 @@ from tests.tiny import save_tiny
 
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
 EIGHT_BIT = Distillation(optimizer="adamw_8bit")
+PAGED = Distillation(optimizer="paged_adamw_8bit")
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="an extra")
 
 
@@ -66,7 +67,8 @@ def test_eight_bits_go_where_adamw_goes() -> None:
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("asked", [Distillation(), EIGHT_BIT], ids=lambda asked: asked.optimizer)
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("asked", [Distillation(), EIGHT_BIT, PAGED], ids=lambda asked: asked.optimizer)
 def test_moments_that_were_put_back_go_on_to_the_bit(asked: Distillation) -> None:
     whole = parameters()
     optimizer = optimizer_of(asked, [{"params": [value]} for value in whole])
@@ -105,14 +107,31 @@ def test_a_cut_run_with_eight_bits_ends_as_a_whole_one(folders: Path, tmp_path: 
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 
 
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_paging_changes_no_number() -> None:
+    """Where there is no GPU it does nothing, so that the steps and what is remembered are those of `adamw_8bit`."""
+    asked = (EIGHT_BIT, PAGED)
+    whole, paged = parameters(), parameters()
+    built: list[Any] = [optimizer_of(one, [{"params": given}]) for one, given in zip(asked, (whole, paged))]
+    first, other = built
+    assert other.is_paged and not first.is_paged
+    for optimizer, given in ((first, whole), (other, paged)):
+        steps(optimizer, given, 5)
+    for one, two in zip(whole, paged, strict=True):
+        assert torch.equal(one, two)
+        ours, theirs = moments(first, one), moments(other, two)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 def test_what_an_optimizer_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers, "find_spec", lambda name: object())
+    monkeypatch.setattr(packages, "find_spec", lambda name: object())
     with pytest.raises(
         RecipeError, match="paged_adamw_8bit moves memory between a GPU and the machine.*use adamw_8bit"
     ):
-        check_ready(Distillation(optimizer="paged_adamw_8bit"), "cpu")
-    check_ready(Distillation(optimizer="paged_adamw_8bit"), "cuda:1")
-    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
+        check_ready(PAGED, "cpu")
+    check_ready(PAGED, "cuda:1")
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r'adamw_8bit needs bitsandbytes; run pip install "llmcompress\[distill\]"'):
         check_ready(EIGHT_BIT, "cpu")
     check_ready(Distillation(), "cpu")

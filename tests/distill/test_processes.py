@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ RULES = [
     {"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2, "group_size": 16}]},
 ]
 ALL = {"codes": 1e-2, "scales": 5e-3, "factors": 5e-3, "values": 2e-3, "norms": 2e-3}
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="an extra")
 launches = pytest.mark.slow  # two processes that have to import everything
 CONFIGS = ROOT / "configs" / "accelerate"
 ENGINES = {"ddp": "cpu-ddp.yaml", "fsdp2": "fsdp2.yaml"}
@@ -102,6 +104,7 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
         "other": job("kept", "dense", steps=5),
         "clipped": job("clipped", "dense", stop=first, clip=1e-3),
         "cached": job("cached", teacher={"kind": "cached", "k": 16}, losses=[{"of": {"loss": "taid"}}]),
+        "coarse": job("coarse", teacher={"bits": 4}, losses=[*between["losses"][:1], {"of": {"loss": "hidden"}}]),
         "no-cache": job("no-cache", teacher={"kind": "cached", "folder": str(place / "dense")}),
         "second-hand": compressed_teacher | {"teacher": str(place / "tied-small"), "student": str(place / "tied-2")},
     }
@@ -135,7 +138,18 @@ def alone(place: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     lc.compress(place / "tied", {"version": 1, "rules": RULES[-1:], "calibration": data}, place / "tied-2")
     out = place / "alone"
     asked = jobs(place, out)
-    names = ("narrow", "narrow-kept", "short", "whole", "kept", "finished", "clipped", "cached", "second-hand")
+    names = (
+        "narrow",
+        "narrow-kept",
+        "short",
+        "whole",
+        "kept",
+        "finished",
+        "clipped",
+        "cached",
+        "coarse",
+        "second-hand",
+    )
     return out, {name: run(asked[name]) for name in names}
 
 
@@ -163,11 +177,14 @@ def measured(folder: Path) -> list[dict[str, Any]]:
 
 
 @launches
-@pytest.mark.parametrize("name", ["narrow", "short", "whole", "cached", "second-hand"])
+@pytest.mark.parametrize(
+    "name", ["narrow", "short", "whole", "cached", pytest.param("coarse", marks=needs_bitsandbytes), "second-hand"]
+)
 def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: Any) -> None:
     wanted = alone[1][name]["history"]
-    if name == "cached" and together[0].name == "fsdp2":
-        assert all("a teacher is cached by one process alone" in found["error"] for found in together[1][name])
+    refused = {"cached": "a teacher is cached by one process alone", "coarse": "{bits: 4} is held whole by"}
+    if name in refused and together[0].name == "fsdp2":
+        assert all(refused[name] in found["error"] for found in together[1][name])
         return
     assert wanted[-1]["kl"] < wanted[0]["kl"]
     for found in together[1][name]:

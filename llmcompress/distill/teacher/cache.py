@@ -44,10 +44,12 @@ class Origin:
     tokens: str  # digest of the token ids, of which of them count, and of documents
     k: int
     dtype: str  # in which the teacher computes
+    bits: int | None = None  # to which it was quantized as it was read
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """What is not the same there, in words."""
         words = {"teacher": "another teacher", "tokens": "other tokens", "k": "another k", "dtype": "another dtype"}
+        words["bits"] = "a teacher of other bits"
         return [word for name, word in words.items() if other.get(name) != getattr(self, name)]
 
 

@@ -1,8 +1,9 @@
-"""A run whose teacher has read everything beforehand, and is gone while the student learns.
+"""A run whose teacher has read beforehand what it is asked for, and is gone while the student learns.
 
-What it predicts of the training sequences is in a cache (`cache.py`). Of the held-out sequences its last hidden states
-are kept, with its output head: little beside a whole model, or beside the logits; and a look at them measures the same
-divergence as with the model, to the bit, without running it again.
+What it predicts of the training sequences is in a cache (`cache.py`), unless a copy of fewer bits reads them along
+(`quantized.py`). Of the held-out sequences its last hidden states are kept, with its output head: little beside a whole
+model, or beside the logits; and a look at them measures the same divergence as with the model, to the bit, without
+running it again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from llmcompress.blocks import product_dtype
 from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.head import LOGITS
 from llmcompress.distill.loop import Run
@@ -62,7 +64,7 @@ class RememberedTeacher(nn.Module):
 
     def base_model(self, input_ids: Tensor, use_cache: bool, position_ids: Tensor | None = None) -> tuple[Tensor]:
         """The last hidden states [1, length, width]. Raises KeyError for a sequence that the model has not read."""
-        return (self.hidden[_name(input_ids, position_ids)],)
+        return (self.hidden[_name(input_ids, position_ids)].to(input_ids.device),)
 
 
 def _name(ids: Tensor, positions: Tensor | None) -> bytes:
@@ -79,15 +81,26 @@ def remove_cache(asked: Teacher, output: Path) -> None:
         shutil.rmtree(_folder(asked, output))
 
 
-def taught_from_cache(run: Run, asked: Teacher, place: Place, output: Path) -> Run:
-    """`run` with a cache for a teacher; written first where it is not there. `place`: where the teacher is.
+def remembered(run: Run, place: Place) -> Run:
+    """`run` with what its teacher, which is at `place`, says of the held-out sequences, in place of the teacher.
 
-    Whoever holds the teacher may let it go then: where its weights are asked for, it is loaded again for a while.
+    Nobody but who reads along needs that then: where its weights are asked for, it is loaded again for a while.
+    """
+    device, dtype = run.accelerator.device, product_dtype(run.recipe.compute, run.accelerator.device)
+    with run.autocast():
+        kept = RememberedTeacher(run.teacher, run.data.held_out).to(device, dtype)
+    return replace(run, teacher=cast("PreTrainedModel", kept), dense=partial(_loaded, place, device, dtype))
+
+
+def taught_from_cache(run: Run, asked: Teacher, place: Place, output: Path) -> Run:
+    """`run` with a cache for a teacher; written first, by the one that reads along, where it is not there. `place`:
+    where that one is.
+
     Raises, in every process, what `cache.write_cache` and `cache.open_cache` raise.
     """
-    model, accelerator, folder = run.teacher, run.accelerator, _folder(asked, output)
+    model, accelerator, folder = run.reader, run.accelerator, _folder(asked, output)
     sequences, dtype = run.data.sequences, str(model.dtype).removeprefix("torch.")
-    origin = Origin(teacher_digest(place.folder), tokens_digest(sequences), asked.k, dtype)
+    origin = Origin(teacher_digest(place.folder), tokens_digest(sequences), asked.k, dtype, asked.bits)
     failed: list[LLMCompressError | None] = [None]
     if accelerator.is_main_process:
         try:
@@ -99,11 +112,7 @@ def taught_from_cache(run: Run, asked: Teacher, place: Place, output: Path) -> R
     broadcast_object_list(failed)  # in which the others wait
     if failed[0] is not None:
         raise failed[0]
-    cache = open_cache(folder, origin, sequences.counted)
-    with run.autocast():
-        remembered = RememberedTeacher(model, run.data.held_out)
-    dense = partial(_loaded, place, model.device, model.dtype)
-    return replace(run, teaching=ReadBack(cache), teacher=cast("PreTrainedModel", remembered), dense=dense)
+    return replace(run, teaching=ReadBack(open_cache(folder, origin, sequences.counted)))
 
 
 def _loaded(place: Place, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
