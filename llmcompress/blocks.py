@@ -291,6 +291,15 @@ def head_inputs(
         drop(body, skip=(stack, table))
 
 
+@contextmanager
+def answered(model: PreTrainedModel, stack: str, count: int, hidden: Tensor, as_tuple: bool) -> Iterator[None]:
+    """While it lasts, forwards of `model` do not run its first `count` blocks: the next one gets `hidden` instead."""
+    module = model.get_submodule(stack)
+    blocks = list(module.children())[:count]
+    with _standing_in(module, [_Replay(block, hidden=hidden, as_tuple=as_tuple) for block in blocks]):
+        yield
+
+
 def _same(a: Any, b: Any) -> bool:
     """Whether two nested arguments are equal."""
     if a is b:

@@ -9,12 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
+from llmcompress.delivery import export, push, verify
 from llmcompress.options import (
     AsJson,
     BatchSize,
+    Bpw,
     ChatTemplate,
     Device,
     KeepReference,
+    Kl,
     Length,
     Limit,
     Model,
@@ -25,6 +28,7 @@ from llmcompress.options import (
     Seed,
     Settings,
     Shots,
+    Size,
     Tasks,
     TaskSeed,
     Text,
@@ -32,6 +36,7 @@ from llmcompress.options import (
     Windows,
     all_settings,
     protocol_of,
+    recipe_or_default,
 )
 from llmcompress.protocol import Protocol
 from llmcompress.tables import (
@@ -39,13 +44,10 @@ from llmcompress.tables import (
     comparison_view,
     distilled_view,
     dropped_view,
-    exported_view,
     plan_view,
-    pushed_view,
     report_view,
     score_view,
     summarized,
-    verified_view,
 )
 from llmcompress.terminal import Commands, Terminal
 
@@ -61,8 +63,13 @@ app = typer.Typer(
 @app.command()
 def compress(
     model: Model,
-    recipe: RecipeFile,
     output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A YAML file; with a target it may be left out.")
+    ] = None,
+    bpw: Bpw = None,
+    size: Size = None,
+    kl: Kl = None,
     settings: Settings = None,
     revision: Revision = None,
     seed: Seed = None,
@@ -72,20 +79,23 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress MODEL as RECIPE says into the folder OUT, which is there when it is complete; distil it there too, if
-    RECIPE has a section for that.
+    RECIPE has a section for that. With a target (one of --bpw, --size, --kl) the steps of all layers that RECIPE does
+    not speak of are chosen to fit it.
 
-    Example: llmcompress compress smollm2 recipe.yaml -o small --set rules[0].steps[0].bits=4
+    Example: llmcompress compress smollm2 --size 40MB -o small
     """
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.recipe import read_recipe
         from llmcompress.recover import compress as run
 
-        asked = read_recipe(recipe, all_settings(settings, seed))
+        given = all_settings(settings, seed, {"bpw": bpw, "bytes": size, "kl": kl})
+        asked = read_recipe(recipe_or_default(recipe, given), given)
         shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
-        result = run(model, asked, output, revision=revision, device=device, **shown)
+        result = run(model, asked, output, revision=revision, device=device, pricing=terminal.pricing, **shown)
         terminal.warn(summarized(result.report.warnings))
-        distilled = {} if result.distillation is None else {"distillation": result.distillation}
-        terminal.show(result.report.to_json() | distilled, report_view)
+        more = {"distillation": result.distillation, "allocation": result.allocation}
+        found = result.report.to_json() | {name: part for name, part in more.items() if part is not None}
+        terminal.show(found, report_view)
         if not as_json and not quiet:
             typer.echo(f"next    llmcompress eval {output} --against {model}")
 
@@ -134,6 +144,8 @@ def inspect(
         values = found.to_json() | ({"recipe": recipe.model_dump(mode="json")} if as_json else {})
         if (distilled := report.read_distillation(folder)) is not None:
             values["distillation"] = distilled
+        if (allocated := report.read_allocation(folder)) is not None:
+            values["allocation"] = allocated
         terminal.show(values, report_view)
         if not as_json and not quiet:
             typer.echo("\n" + dump(recipe), nl=False)
@@ -225,55 +237,9 @@ def compare(
         terminal.show(found, comparison_view)
 
 
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress or save_pretrained wrote.")],
-    against: Annotated[
-        str | None, typer.Option(metavar="DENSE", help="Also KL and top-1 agreement with this model.")
-    ] = None,
-    text: Text = None,
-    windows: Windows = 4,
-    length: Length = 512,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> None:
-    """Check that FOLDER is as it was written, bit for bit, that it loads, and that it runs.
+app.command()(verify)
 
-    Example: llmcompress verify small --against smollm2
-    """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.verify import verify as run
-
-        found = run(folder, against, text, windows, length, device)
-        terminal.warn(found.notes)
-        terminal.show(found.to_json(), verified_view)
-
-
-@app.command()
-def export(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],
-    to: Annotated[
-        str,
-        typer.Option("--to", metavar="FORMAT", help="dense (bfloat16), compressed-tensors, gguf (llama.cpp) or peft."),
-    ],
-    output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
-    allow_dense: Annotated[
-        bool, typer.Option("--allow-dense", help="What compressed-tensors or gguf cannot hold becomes bfloat16.")
-    ] = False,
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> None:
-    """Write FOLDER in a format that other engines read, and say what that changed.
-
-    Example: llmcompress export small --to dense -o small-dense
-    """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.export import export as run
-
-        terminal.show(run(folder, output, to, allow_dense).to_json(), exported_view)
+app.command()(export)
 
 
 @app.command()
@@ -368,26 +334,7 @@ def answer(
         terminal.show(found.to_json(), answered_view)
 
 
-@app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hub; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="If it is made, make it private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if it is not there.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify, list files and bytes, send nothing.")] = False,
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> None:
-    """Verify FOLDER and publish it on the Hub with a model card, in one commit; the token comes from the environment.
-
-    Example: llmcompress push small me/small --dry-run
-    """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.hub import push as run
-
-        found = run(folder, repository, private=private, revision=revision, dry_run=dry_run)
-        terminal.show(found.to_json(), pushed_view)
+app.command()(push)
 
 
 def main() -> None:

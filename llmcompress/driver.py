@@ -55,13 +55,15 @@ Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per
 class Result:
     """A compressed checkpoint on disk and its report. A result without an `output` lives in a temporary folder.
 
-    `distillation`: what `distill` reported, None where the recipe asked for none.
+    `distillation`: what `distill` reported, None where the recipe asked for none; `allocation`: how a target was met,
+    None where there was none.
     """
 
     folder: Path
     report: Report
     _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
     distillation: dict[str, Any] | None = field(default=None, repr=False)
+    allocation: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def model(self) -> PreTrainedModel:

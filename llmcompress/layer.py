@@ -63,6 +63,11 @@ class StepConfig(BaseModel):
         """The expression this step will leave, on meta tensors: what `plan` counts bits of."""
         raise NotImplementedError(f"{type(self).__name__} needs a sketch")
 
+    def rough(self) -> StepConfig | None:
+        """A faster step, or none, that changes a layer's error by a factor which hardly depends on the layer; itself
+        where there is none such."""
+        return self
+
 
 @dataclass(frozen=True)
 class Method:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from llmcompress.errors import RecipeError
 from llmcompress.protocol import Protocol
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a Hub id (org/name, org/name@revision) or smollm2.")
 ]
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file.")]
+Bpw = Annotated[float | None, typer.Option("--bpw", help="Target: bits per weight of the decoder's linears.")]
+Size = Annotated[str | None, typer.Option("--size", help="Target: of all weight files, as in 40MB.")]
+Kl = Annotated[float | None, typer.Option("--kl", help="Target: predicted KL, the smallest file that keeps to it.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 Settings = Annotated[
     list[str] | None,
@@ -44,9 +49,23 @@ Verbose = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and JSON).")]
 
 
-def all_settings(settings: list[str] | None, seed: int | None = None) -> list[str]:
-    """Those of --set, and the seed of --seed."""
-    return [*(settings or ()), *([] if seed is None else [f"seed={seed}"])]
+def all_settings(
+    settings: list[str] | None, seed: int | None = None, target: dict[str, float | str | None] | None = None
+) -> list[str]:
+    """Those of --set, the seed of --seed, and the target of --bpw, --size and --kl."""
+    given = {name: value for name, value in (target or {}).items() if value is not None}
+    targets = [f"target={json.dumps(given)}"] if given else []
+    return [*(settings or ()), *([] if seed is None else [f"seed={seed}"]), *targets]
+
+
+def recipe_or_default(recipe: str | None, settings: list[str]) -> str | dict[str, Any]:
+    """A recipe's file, or where `settings` give a target what stands in for none. Raises RecipeError without both."""
+    if recipe is not None:
+        return recipe
+    if not any(setting.startswith("target") for setting in settings):
+        raise RecipeError("there is no RECIPE; name one, or give a target: one of --bpw, --size and --kl")
+    calibration = {"dataset": "stdlib", "samples": 66, "length": 1024, "held_out": 2}
+    return {"version": 1, "name": "target", "calibration": calibration, "asymmetric": 0.25}
 
 
 def protocol_of(

@@ -136,7 +136,13 @@ def _check_tables(recipe: Recipe, arch: Architecture, source: Source) -> None:
 
 
 def plan_of(job: Job) -> Plan:
-    """What the job will do. Raises RecipeError where a step cannot work on a layer's shape."""
+    """What the job will do. Raises RecipeError where a step cannot work on a layer's shape, and for a target, whose
+    steps `allocate` must choose first."""
+    if job.recipe.target is not None:
+        raise RecipeError(
+            "the steps for a target are chosen by measuring the model, which only compress does; plan the recipe that "
+            "compress leaves beside the model"
+        )
     linears = job.arch.linears()
     rows = []
     for name, steps in job.steps.items():

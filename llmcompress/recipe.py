@@ -24,7 +24,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -33,6 +32,7 @@ from pydantic import (
     PrivateAttr,
     SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -41,7 +41,8 @@ import llmcompress.methods  # noqa: F401 (registers them)
 from llmcompress.complaints import at, check_booleans, dotted, first_complaint, is_open, locate, paths, unknown_key
 from llmcompress.errors import RecipeError
 from llmcompress.layer import StepConfig, step
-from llmcompress.strict_yaml import EXPONENT, Path, Places, parse
+from llmcompress.strict_yaml import OneLine, Path, Places, parse, written
+from llmcompress.target import Target
 from llmcompress.tokens import Calibration
 
 VERSION = 1
@@ -71,6 +72,7 @@ def _check_plain(arguments: dict[str, Any]) -> None:
 
 
 Step = Annotated[SerializeAsAny[StepConfig], BeforeValidator(_step)]
+Option = Annotated[tuple[Step, ...], Field(min_length=1)]
 
 
 class Matching(BaseModel):
@@ -145,7 +147,11 @@ class Recipe(BaseModel):
         allow_inf_nan=False,
         description="most a token's norm counts, in medians of its sequence; null: all",
     )
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    target: Target | None = Field(default=None, description="how large or how good: the other layers' steps are chosen")
+    options: tuple[Option, ...] | None = Field(
+        default=None, min_length=1, description="lists of steps to choose from for a target; null: trellises"
+    )
+    rules: tuple[Rule, ...] = Field(default=(), description="may be left out where there is a target")
     embeddings: tuple[Step, ...] = Field(
         default=(), description="steps for the token table, and for the output head where it is tied to it"
     )
@@ -156,8 +162,21 @@ class Recipe(BaseModel):
     )
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
+    @field_validator("rules")
+    @classmethod
+    def _some(cls, rules: tuple[Rule, ...], info: ValidationInfo) -> tuple[Rule, ...]:
+        if not rules and info.data.get("target", ()) is None:
+            raise ValueError("rules is []; it must not be empty")
+        return rules
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if self.target is None and not self.rules:
+            raise ValueError('the key "rules" is missing')
+        if self.options is not None and self.target is None:
+            raise ValueError("options: they are what a target is reached with, and there is none; set target or rules")
+        if self.target is not None and (self.calibration is None or not self.calibration.held_out):
+            raise ValueError("target: options are judged on held-out text; add calibration with held_out more than 0")
         if self.asymmetric and self.prefix == "dense":
             raise ValueError("asymmetric: with prefix: dense every layer sees dense inputs anyway; set one of them")
         return self
@@ -279,7 +298,7 @@ def _parsed(schema: type[S], text: str, name: str, settings: Sequence[str]) -> S
 
 def dump(recipe: BaseModel) -> str:
     """The recipe as YAML text with every value written out; reads back equal."""
-    return yaml.dump(_flow(recipe.model_dump(mode="json")), Dumper=_Dumper, sort_keys=False, width=110)
+    return written(_flow(recipe.model_dump(mode="json")))
 
 
 def overrides(
@@ -362,28 +381,10 @@ def _check_part(values: dict[str, Any], path: Path, inside: Any, where: str, sch
             raise RecipeError(f"{where}: {unknown_key(part, spot)}")
 
 
-class _Dumper(yaml.SafeDumper):
-    """Steps and other small maps on one line, quotes where YAML 1.1 would read something else."""
-
-    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        """List items are indented below their key."""
-        return super().increase_indent(flow, False)
-
-
-class _Flow(dict[str, Any]):
-    """A map to be written on one line."""
-
-
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))  # text like 1e-4 gets quotes
-_Dumper.add_representer(
-    _Flow, lambda dumper, values: dumper.represent_mapping("tag:yaml.org,2002:map", values, flow_style=True)
-)
-
-
 def _flow(values: dict[str, Any]) -> dict[str, Any]:
     if "rules" not in values:
         return values
-    rules = [{**rule, "steps": [_Flow(one) for one in rule["steps"]]} for rule in values["rules"]]
+    rules = [{**rule, "steps": [OneLine(one) for one in rule["steps"]]} for rule in values["rules"]]
     return {**values, "rules": rules}
 
 

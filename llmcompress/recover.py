@@ -1,6 +1,7 @@
-"""Compress, then distil: what a recipe with a `distill:` section asks for, from a Hub id to a recovered checkpoint.
+"""Choose, compress, distil: what a recipe with a `target:` or a section `distill:` asks for, from a Hub id to the
+finished checkpoint.
 
-    model, recipe -> OUT.compressed -> trained towards the same model -> OUT
+    model, recipe with a target -> recipe -> OUT.compressed -> trained towards the same model -> OUT
 
 What is wrong with the section or its text is found before anything is compressed. OUT.compressed goes when OUT is
 there; a run that was cut finds it, and goes on with the distillation.
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress import driver
 from llmcompress import report as reports
+from llmcompress.allocate import allocate
 from llmcompress.checkpoint import check_output
 from llmcompress.driver import Progress, Result
 from llmcompress.errors import DiskError, RecipeError
@@ -55,16 +57,20 @@ def compress(
     revision: str | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    pricing: Progress | None = None,
     training: Training | None = None,
 ) -> Result:
     """Compresses a dense causal LM (folder, Hub id or `smollm2`) as `recipe` says, into the new folder `output`; with a
-    section `distill:`, what lands there has learned from the dense model again.
+    section `distill:`, what lands there has learned from the dense model again. With a `target:`, the steps of what no
+    rule speaks of are chosen first, which `pricing` reports.
 
     Raises an LLMCompressError, in one sentence, for whatever is wrong; then nothing is left behind, but for a section's
     finished compression in `<output>.compressed` and its training in `<output>.training`, from where the same call goes
     on.
     """
     asked = read_recipe(recipe)
+    if asked.target is not None:
+        return _to_target(model, asked, output, revision, device, pricing, {"progress": progress, "training": training})
     if asked.distill is None:
         return driver.compress(model, asked, output, revision=revision, device=device, progress=progress)
     from llmcompress.distill import check_ready, distill
@@ -94,6 +100,28 @@ def compress(
     done = distill(staged, teacher, wanted, target, device=device, progress=training)
     shutil.rmtree(staged)
     return Result(target, reports.read(target), temporary, done.to_json())
+
+
+def _to_target(
+    model: str | Path,
+    asked: Recipe,
+    output: str | Path | None,
+    revision: str | None,
+    device: str,
+    pricing: Progress | None,
+    shown: dict[str, Any],
+) -> Result:
+    """The whole of it for a recipe with a target; its price list and its plan lie beside the report."""
+    dense = resolve(str(model), revision)
+    if output is not None:
+        check_output(Path(output), 0)
+    if asked.distill is not None:
+        _asked(asked, dense)
+    plan = allocate(dense, asked, device=device, progress=pricing)
+    result = compress(model, plan.recipe, output, revision=revision, device=device, **shown)
+    found = plan.summary(plan.measured(result.folder, device), result.report.bytes)
+    plan.keep(result.folder, found)
+    return replace(result, allocation=found)
 
 
 def _asked(recipe: Recipe, dense: Dense) -> Distillation:

@@ -14,6 +14,7 @@ from llmcompress.errors import InputError
 FILE = "report.json"
 RECIPE = "recipe.yaml"
 SCORES = "eval.json"  # what `eval --save` leaves for the card
+ALLOCATION = "allocation.json"  # what a target's plan was chosen from, and what it was to do and did
 DISTILLATION = "distillation.json"  # what `distill` did, its recipe, and its curve
 DISTILLATION_RECIPE = "distillation.yaml"
 DISTILLATION_PLOT = "distillation.png"
@@ -86,6 +87,15 @@ def read_distillation(folder: Path) -> dict[str, Any] | None:
         return read_json(folder / DISTILLATION) if (folder / DISTILLATION).is_file() else None
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / DISTILLATION} cannot be read ({error}); distil again") from error
+
+
+def read_allocation(folder: Path) -> dict[str, Any] | None:
+    """The price list and the plan of a checkpoint that a target was set for; None for others. Raises InputError for
+    damage."""
+    try:
+        return read_json(folder / ALLOCATION) if (folder / ALLOCATION).is_file() else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / ALLOCATION} cannot be read ({error}); compress again") from error
 
 
 def versions() -> dict[str, str]:

@@ -92,3 +92,26 @@ class _Reader:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+class _Dumper(yaml.SafeDumper):
+    """Indented lists, quotes where YAML 1.1 would read something else."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        """List items are indented below their key."""
+        return super().increase_indent(flow, False)
+
+
+class OneLine(dict[str, Any]):
+    """A map to be written on one line."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))  # text like 1e-4 gets quotes
+_Dumper.add_representer(
+    OneLine, lambda dumper, values: dumper.represent_mapping("tag:yaml.org,2002:map", values, flow_style=True)
+)
+
+
+def written(values: Any) -> str:
+    """Plain values as YAML text that `parse` reads back equal; maps that are `OneLine` take one."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=110)

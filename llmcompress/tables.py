@@ -52,9 +52,19 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
     fallbacks = [row for row in report["layers"] if row["fallback"]]
     yield from (f"note    {row['name']}: {row['fallback']}" for row in fallbacks)
     yield f"cost    {duration(report['seconds'])} · {_bytes(report['peak_memory_bytes'])} of memory at the peak"
+    if "allocation" in report:
+        yield _reached(report["allocation"])
     if "distillation" in report:
         yield ""
         yield from distilled_view(report["distillation"], every)
+
+
+def _reached(allocation: Row) -> str:
+    """A target, and how far off its prediction was."""
+    [(aim, value)] = allocation["target"].items()
+    wanted = _bytes(value) if aim == "bytes" else f"{value:g} {aim}"
+    kl = f"KL predicted {allocation['predicted_kl']:.4f}, measured {allocation['measured_kl']:.4f}"
+    return f"target  {wanted} · {kl} on {allocation['probing_tokens']} tokens · {duration(allocation['seconds'])}"
 
 
 def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:

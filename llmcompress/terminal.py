@@ -134,6 +134,10 @@ class Terminal:
         """Reports blocks done: a bar on a terminal, else a line for every tenth."""
         self._report("block", done, total, f"{tokens_per_second:,.0f} tokens/s")
 
+    def pricing(self, done: int, total: int, tokens_per_second: float) -> None:
+        """Reports blocks whose options were tried, as `progress` does."""
+        self._report("priced block", done, total, f"{tokens_per_second:,.0f} tokens/s")
+
     def training(self, done: int, total: int, loss: float, tokens_per_second: float, kl: float) -> None:
         """Reports optimizer steps done, and the last held-out KL, as `progress` does."""
         what = f"loss {loss:.4f} · held-out KL {kl:.4f} · {tokens_per_second:,.0f} tokens/s"

@@ -129,7 +129,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
         return fake
 
-    result = SimpleNamespace(report=REPORT, distillation=None)
+    result = SimpleNamespace(report=REPORT, distillation=None, allocation=None)
     monkeypatch.setattr(llmcompress.recover, "compress", returning(result))
     monkeypatch.setattr(llmcompress.recover, "plan", returning(PLAN))
     monkeypatch.setattr(llmcompress.scoring, "score", returning(SCORES))

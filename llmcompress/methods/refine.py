@@ -47,6 +47,9 @@ class Refine(StepConfig):
         _compressed_base(approx)
         return approx
 
+    def rough(self) -> None:
+        """Nothing; see `StepConfig.rough`."""
+
 
 @method("refine", Refine, needs={"outer"})
 def refine(layer: Layer, config: Refine) -> Layer:

@@ -59,6 +59,10 @@ class TrellisConfig(StepConfig):
         scale = torch.empty(rows, 1, dtype=torch.float16, device="meta")
         return TrellisCoded(codes, scale, trellis, RUN)
 
+    def rough(self) -> StepConfig:
+        """With the shortest memory; see `StepConfig.rough`."""
+        return self.model_copy(update={"memory": min(self.memory, max(8, 2 * self.trellis().bits))})
+
 
 @method("trellis", TrellisConfig, needs={"outer"})
 def trellis(layer: Layer, config: TrellisConfig) -> Layer:

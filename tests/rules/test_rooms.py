@@ -38,6 +38,7 @@ ROOMS = (
     "calibrate",  # the walk
     "strict_yaml",  # YAML as recipes use it
     "complaints",  # what is wrong with a recipe, in words
+    "target",  # a size or a quality to aim at
     "recipe",  # what the user asked for
     "planning",  # what a run would do, from headers alone
     "checkpoint",  # disk
@@ -48,6 +49,7 @@ ROOMS = (
     "evaluate",
     "report",
     "driver",  # model + recipe -> checkpoint + report
+    "allocate",  # a size or a quality -> steps for every layer
     "surgery",  # edits of a dense model's structure
     "scoring",  # a model by its name, scored
     "verify",  # is a checkpoint what was written, and does it run?
@@ -61,6 +63,7 @@ ROOMS = (
     "card",  # a report as the Hub shows it
     "hub",  # publishing
     "options",  # what commands share
+    "delivery",  # commands that check and hand on
     "cli",
     "__main__",
 )

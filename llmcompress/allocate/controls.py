@@ -1,0 +1,70 @@
+"""Plans of the same size that nobody thought about: what an allocation has to beat, and to predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+Costs = Sequence[Sequence[float]]  # by matrix, then by option
+
+
+def uniform_plan(costs: Costs, limit: float) -> tuple[int, ...] | None:
+    """For every matrix the same option, counted from its cheapest one: the last that fits all of them; then one more
+    step for as many as the limit lets, spread evenly over the depth. None where nothing fits."""
+    ladders = [_ladder(row) for row in costs]
+    level = -1
+    while level + 1 < max(map(len, ladders)) and _total(costs, _at(ladders, level + 1)) <= limit:
+        level += 1
+    if level < 0:
+        return None
+    count = len(costs)
+    spread = sorted(range(count), key=lambda number: (number * GOLDEN) % 1)
+    return _filled(costs, ladders, _at(ladders, level), limit, spread, steps=1)
+
+
+GOLDEN = (5**0.5 - 1) / 2  # its multiples lie evenly in 0..1, however many are taken
+
+
+def random_plan(costs: Costs, limit: float, random: Random) -> tuple[int, ...] | None:
+    """A random option for every matrix, then random ones made cheaper or dearer until no more fits. None where nothing
+    fits."""
+    ladders = [_ladder(row) for row in costs]
+    if _total(costs, _at(ladders, 0)) > limit:
+        return None
+    plan = [random.choice(ladder) for ladder in ladders]
+    while _total(costs, plan) > limit:
+        number = random.randrange(len(plan))
+        place = ladders[number].index(plan[number])
+        plan[number] = ladders[number][max(place - 1, 0)]
+    order = random.sample(range(len(plan)), len(plan))
+    return _filled(costs, ladders, plan, limit, order, steps=max(map(len, ladders)))
+
+
+def _ladder(row: Sequence[float]) -> list[int]:
+    """A matrix's options, cheapest first."""
+    return sorted(range(len(row)), key=lambda option: row[option])
+
+
+def _at(ladders: Sequence[list[int]], level: int) -> list[int]:
+    return [ladder[min(level, len(ladder) - 1)] for ladder in ladders]
+
+
+def _total(costs: Costs, plan: Sequence[int]) -> float:
+    return sum(row[option] for row, option in zip(costs, plan, strict=True))
+
+
+def _filled(
+    costs: Costs, ladders: Sequence[list[int]], plan: list[int], limit: float, order: Sequence[int], steps: int
+) -> tuple[int, ...]:
+    """The plan with matrices in `order` moved up their ladders, a step at a time, wherever that fits."""
+    plan, used = list(plan), _total(costs, plan)
+    for _ in range(steps):
+        for number in order:
+            place = ladders[number].index(plan[number])
+            if place + 1 == len(ladders[number]):
+                continue
+            dearer = ladders[number][place + 1]
+            more = costs[number][dearer] - costs[number][plan[number]]
+            if used + more <= limit:
+                plan[number], used = dearer, used + more
+    return tuple(plan)

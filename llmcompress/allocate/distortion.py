@@ -1,0 +1,95 @@
+"""The output error that every option leaves in a layer, without running every option on every layer.
+
+Of options that differ only in their bits a few are run, with `StepConfig.rough` steps, on each layer; all of them, as
+they are asked for, on one small reference layer. A layer's error is that of the reference times their ratio, which is
+measured for the options that were run and interpolated between them, along the logarithm of the reference's error.
+
+Why that keeps the ranking: a coder's error on a layer is nearly a product, of what the coder leaves of Gaussian weights
+and of how far the layer's inputs let feedback hide it. Another encoder changes the first factor for all layers alike
+within a quarter, a sixth of a bit (`tests/allocate/test_prices.py`); more bits change the second one slowly, hence the
+ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmcompress.layer import Layer, StepConfig, apply, relative_error
+from llmcompress.moments import Moments
+from llmcompress.runs import apply_in_runs
+from llmcompress.weight import Dense, dense
+
+Steps = tuple[StepConfig, ...]
+
+MOST_RUN = 3  # options of a family that are run on every layer
+ROWS = 2048  # of a matrix that an error is measured on
+LEAST = 1e-12  # an error below it counts as this
+
+
+def families(options: Sequence[Steps]) -> list[list[int]]:
+    """The numbers of the options, those together that differ in nothing but bits, fewest bits first."""
+    found: dict[str, list[tuple[float, int]]] = {}
+    for number, steps in enumerate(options):
+        values = [config.model_dump(mode="json") for config in steps]
+        rate = sum(_bits(one.pop("bits", 0)) for one in values)
+        found.setdefault(repr(values), []).append((rate, number))
+    return [[number for _, number in sorted(family)] for family in found.values()]
+
+
+def _bits(value: Any) -> float:
+    return math.log2(3) if value == "ternary" else float(value or 0)
+
+
+def run_of(family: Sequence[int]) -> list[int]:
+    """Those of a family's options that are run on every layer: the ends, and what lies between them evenly."""
+    places = np.linspace(0, len(family) - 1, min(MOST_RUN, len(family)))
+    return [family[int(place)] for place in places]
+
+
+def rough(steps: Steps) -> Steps:
+    """The steps in their fastest form."""
+    return tuple(fast for config in steps if (fast := config.rough()) is not None)
+
+
+def sampled(layer: Layer, most: int = ROWS) -> Layer:
+    """At most `most` rows of the layer, evenly spaced, in whole pairs where there are two."""
+    rows = len(layer.weight)
+    if rows <= most:
+        return layer
+    weight = layer.weight[torch.linspace(0, rows - 1, most, device=layer.weight.device).long()]
+    return Layer(layer.name, weight, Dense(weight.to(torch.bfloat16)), layer.inputs, layer.seed)
+
+
+def error(layer: Layer, steps: Steps, held_out: Moments | None) -> float:
+    """The relative output error of the layer after the steps, on held-out inputs; without inputs, of the weights.
+
+    Raises what `layer.apply` raises.
+    """
+    stored = apply(layer, steps).expression()
+    return max(relative_error(layer.weight, stored, held_out), LEAST)
+
+
+def changed(layer: Layer, steps: Steps, held_out: Moments | None) -> tuple[Tensor, float]:
+    """The layer's weight `[out, in]` after the steps, and its error as above."""
+    value = dense(apply_in_runs(layer, steps).expression())
+    return value, max(relative_error(layer.weight, value, held_out), LEAST)
+
+
+def interpolated(
+    run: Mapping[int, float], reference_run: Mapping[int, float], reference: Sequence[float]
+) -> list[float]:
+    """A layer's error after every option of a family.
+
+    `run`: after those that were run on it, by number; `reference_run`: of the reference layer, after the same steps;
+    `reference`: of the reference layer, after every option as it was asked for, by number.
+    """
+    numbers = sorted(run, key=lambda number: reference[number])
+    places = [math.log(reference[number]) for number in numbers]
+    ratios = [math.log(run[number] / reference_run[number]) for number in numbers]
+    return [value * math.exp(float(np.interp(math.log(value), places, ratios))) for value in reference]

@@ -1,0 +1,81 @@
+"""One option for every matrix: the least total damage at a size, or the least size at a damage.
+
+A multiple-choice knapsack: minimise sum_u d[u, o_u] over the choices o with sum_u c[u, o_u] <= limit. Solved exactly as
+a mixed-integer programme, by HiGHS through scipy; a few hundred matrices with a handful of options take a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcompress.errors import NumericsError
+
+LARGE = 1e4  # what objectives sum up to at most, and the limit: to the solver, 1e-6 is nothing
+ROUNDING = 1e-12
+
+Table = Sequence[Sequence[float]]  # by matrix, then by option
+
+
+def solve(value: Table, cost: Table, limit: float) -> tuple[int, ...] | None:
+    """The option of each matrix with the least sum of `value` among those whose sum of `cost` is at most `limit`; None
+    where there is no such choice.
+
+    Raises NumericsError where the solver gives up.
+    """
+    cheapest = tuple(min(range(len(row)), key=row.__getitem__) for row in cost)
+    least = _total(cost, cheapest)
+    if least > limit:
+        return None
+    bound = float(limit)
+    while least < bound:
+        chosen = _milp(value, cost, bound)
+        excess = _total(cost, chosen) - limit
+        if excess <= 0:
+            return chosen
+        bound -= max(excess, ROUNDING * limit)  # the solver keeps to its bound but for a rounding error
+    return cheapest
+
+
+def _total(table: Table, chosen: Sequence[int]) -> float:
+    return sum(row[option] for row, option in zip(table, chosen, strict=True))
+
+
+def _milp(value: Table, cost: Table, limit: float) -> tuple[int, ...]:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_matrix
+
+    counts = [len(row) for row in value]
+    owner = np.repeat(np.arange(len(counts)), counts)
+    flat = np.concatenate([np.asarray(row, float) for row in value])
+    used = np.concatenate([np.asarray(row, float) for row in cost])
+    one_each = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
+    largest = max(float(np.abs(flat).sum()), np.finfo(float).tiny)
+    found = milp(
+        flat * (LARGE / largest),
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(used[None] * (LARGE / limit), -np.inf, LARGE)],
+        options={"mip_rel_gap": 0},
+    )
+    if found.x is None:
+        raise NumericsError(f"no option could be chosen for every layer ({found.message}); ask for another size")
+    return _chosen(found.x, counts)
+
+
+def _chosen(shares: NDArray[np.float64], counts: Sequence[int]) -> tuple[int, ...]:
+    parts = np.split(shares, np.cumsum(counts)[:-1])
+    return tuple(int(part.argmax()) for part in parts)
+
+
+def monotone(damage: Sequence[float], cost: Sequence[float]) -> tuple[float, ...]:
+    """The damage of one matrix's options, none below that of an option with more cost: measured ones can be, by noise,
+    and a solver would look for these."""
+    rising = sorted(range(len(cost)), key=lambda option: (-cost[option], damage[option]))
+    found, worst = list(damage), 0.0
+    for option in rising:
+        worst = max(worst, damage[option])
+        found[option] = worst
+    return tuple(found)

@@ -1,0 +1,82 @@
+"""Commands that check what was made and hand it on; `cli` lists them among the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmcompress.options import AsJson, Device, Length, Quiet, Text, Verbose, Windows
+from llmcompress.tables import exported_view, pushed_view, verified_view
+from llmcompress.terminal import Terminal
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress or save_pretrained wrote.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="DENSE", help="Also KL and top-1 agreement with this model.")
+    ] = None,
+    text: Text = None,
+    windows: Windows = 4,
+    length: Length = 512,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Check that FOLDER is as it was written, bit for bit, that it loads, and that it runs.
+
+    Example: llmcompress verify small --against smollm2
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.verify import verify as run
+
+        found = run(folder, against, text, windows, length, device)
+        terminal.warn(found.notes)
+        terminal.show(found.to_json(), verified_view)
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="FORMAT", help="dense (bfloat16), compressed-tensors, gguf (llama.cpp) or peft."),
+    ],
+    output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
+    allow_dense: Annotated[
+        bool, typer.Option("--allow-dense", help="What compressed-tensors or gguf cannot hold becomes bfloat16.")
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write FOLDER in a format that other engines read, and say what that changed.
+
+    Example: llmcompress export small --to dense -o small-dense
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.export import export as run
+
+        terminal.show(run(folder, output, to, allow_dense).to_json(), exported_view)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="If it is made, make it private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if it is not there.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify, list files and bytes, send nothing.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Verify FOLDER and publish it on the Hub with a model card, in one commit; the token comes from the environment.
+
+    Example: llmcompress push small me/small --dry-run
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.hub import push as run
+
+        found = run(folder, repository, private=private, revision=revision, dry_run=dry_run)
+        terminal.show(found.to_json(), pushed_view)

@@ -1,0 +1,43 @@
+"""What a recipe aims at: one size, or one quality.
+
+    target: {bpw: 2.05}      # bits per weight of the decoder's linears, as reports count them; tables are not touched
+    target: {bytes: 40MB}    # of all weight files; the token table and the output head are chosen for too
+    target: {kl: 0.1}        # nats per token on held-out text, as predicted; the smallest file that keeps to it
+
+The steps of all that the recipe's rules do not speak of are then chosen by `allocate`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def count_of(size: Any) -> Any:
+    """The bytes that words such as "40MB" or "1.5 GiB" mean; anything but text as it is. Raises ValueError."""
+    if not isinstance(size, str):
+        return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+    unit = None if found is None else UNITS.get(found[2] or "B")
+    if found is None or unit is None:
+        raise ValueError(f"{size!r} is no size; write a number and one of {', '.join(UNITS)}, such as 40MB")
+    return int(float(found[1]) * unit)
+
+
+class Target(BaseModel):
+    """Exactly one of three."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    bpw: float | None = Field(None, gt=0, le=16, description="bits per weight of the decoder's linears")
+    bytes: Annotated[int | None, BeforeValidator(count_of)] = Field(None, gt=0, description="of all weight files")
+    kl: float | None = Field(None, gt=0, allow_inf_nan=False, description="predicted, in nats per token")
+
+    @model_validator(mode="after")
+    def _one(self) -> Target:
+        if sum(value is not None for value in (self.bpw, self.bytes, self.kl)) != 1:
+            raise ValueError("give exactly one of bpw, bytes and kl")
+        return self
