@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -33,11 +34,17 @@ RANK = int(os.environ.get("RANK", "0"))
 CLOCK = SimpleNamespace(monotonic=lambda: time.monotonic() * 10 ** (8 * RANK))  # the second process's runs ahead
 
 
+# below those that the system gives to connections, of which one might take a port before its turn comes
+PORTS = iter(random.sample(range(20000, 32000), 1000))
+
+
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, another at every call."""
+    for port in PORTS:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise RuntimeError("every port that was tried is taken")
 
 
 def shares(parameters: Iterable[torch.Tensor]) -> dict[str, int]:
