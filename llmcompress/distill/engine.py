@@ -7,11 +7,15 @@
   last norms, heads) is gathered for the length of a forward and its backward, so that heads can be used in any way.
   Buffers are not shared out: the packed numbers of a relaxed layer that do not train are in every process, at the bits
   they are stored with, and so is a compressed head, decoded. Models are read whole by every process, into the host's
-  memory, and shared out from there; a state is one file with whole tensors, whatever the number of processes.
+  memory, and shared out from there.
+- partitioned (DeepSpeed): every process has whole models, and a share of the optimizer's part (`zero`).
+
+A state is one file with whole tensors, whatever the processes and how they hold the models.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,11 +29,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmcompress.distill.data.batch import Batch
-from llmcompress.distill.launch import sharded
+from llmcompress.distill.launch import partitioned, sharded
 from llmcompress.distill.optimizers import moments, put_moments
 from llmcompress.distill.state import Keeper, Progress
 from llmcompress.distill.student.model import PROJECTIONS, Student
 from llmcompress.distill.student.oscillation import Freezer, Freezing
+from llmcompress.distill.zero import Zero
 from llmcompress.errors import InputError
 from llmcompress.modules import decoded
 
@@ -40,7 +45,7 @@ T = TypeVar("T")
 
 
 class Root(nn.Module):
-    """What is sharded together. Its forward runs a function, while everything in it outside of blocks is gathered."""
+    """What is prepared together. Its forward runs a function, while what is sharded outside of blocks is gathered."""
 
     def __init__(self, *parts: nn.Module) -> None:
         super().__init__()
@@ -63,6 +68,7 @@ class Engine:
     objective: nn.Module  # to call; wrapped by DDP where that averages gradients
     freezer: Freezer  # of codes that oscillate
     root: Root | None = None  # of what is sharded
+    zero: Zero | None = None  # where the optimizer's part is partitioned
 
     @staticmethod
     def of(
@@ -75,16 +81,24 @@ class Engine:
     ) -> Engine:
         """Wraps or shards, as the launcher asked. `objective` holds the student but not the teacher.
 
-        Sharding puts other parameters in the place of those of the models, of `student` and of `optimizer`.
+        Sharding puts other parameters in the place of those of the models, of `student` and of `optimizer`;
+        partitioning of those of `optimizer` alone.
         """
+
+        def freezer() -> Freezer:
+            return Freezer.of(freezing, student.relaxed)
+
         if sharded(accelerator):
             root = Root(objective, teacher)
             accelerator.prepare(root, optimizer)
             student.follow()
-            return Engine(accelerator, student, optimizer, objective, Freezer.of(freezing, student.relaxed), root)
+            return Engine(accelerator, student, optimizer, objective, freezer(), root)
+        if partitioned(accelerator):
+            zero = Zero.of(accelerator, Root(objective), optimizer)
+            return Engine(accelerator, student, optimizer, objective, freezer(), zero=zero)
         if accelerator.num_processes > 1:
             objective = accelerator.prepare(objective)
-        return Engine(accelerator, student, optimizer, objective, Freezer.of(freezing, student.relaxed))
+        return Engine(accelerator, student, optimizer, objective, freezer())
 
     def within(self, run: Callable[[], T]) -> T:
         """What `run` returns, which uses the models in any way that needs no gradient."""
@@ -97,43 +111,59 @@ class Engine:
 
     def measure(self, batch: Batch, weights: list[float]) -> tuple[Tensor, Tensor]:
         """The objective's (total, report), with gradient where that is on."""
-        run = self.objective
-        found: tuple[Tensor, Tensor] = (
-            run(batch, weights) if self.root is None else self.root(lambda: run(batch, weights))
-        )
-        return found
+
+        def run() -> tuple[Tensor, Tensor]:
+            found: tuple[Tensor, Tensor] = self.objective(batch, weights)
+            return found
+
+        if self.zero is not None:
+            return self.zero.forward(run)
+        return run() if self.root is None else cast(tuple[Tensor, Tensor], self.root(run))
 
     def backward(self, total: Tensor) -> None:
         """Adds the gradients of a share of the objective; they are sums over processes, which wrappers average."""
-        (total * self.accelerator.num_processes).backward()
+        total = total * self.accelerator.num_processes
+        if self.zero is None:
+            total.backward()
+        else:
+            self.zero.backward(total)
 
     def waiting(self, last: bool) -> AbstractContextManager[None]:
         """Surrounds a forward and backward of one part of a step; processes exchange gradients after the last."""
         if self.root is not None:
             cast(FSDPModule, self.root).set_requires_gradient_sync(last)
             return nullcontext()
+        if self.zero is not None:
+            self.zero.waiting(last)
+            return nullcontext()
         if last or self.accelerator.num_processes == 1:
             return nullcontext()
         waiting: AbstractContextManager[None] = self.accelerator.no_sync(self.objective)
         return waiting
 
-    def clip(self, most: float) -> float:
-        """Scales the gradients so that their norm over all parameters is at most `most`; returns the norm before.
+    def step(self, most: float) -> float:
+        """A step of the optimizer, with gradients scaled so that their norm over all parameters is at most `most`.
 
-        Those of frozen codes are gone.
+        Returns the norm before; gradients of frozen codes are gone. Where it is not finite, nothing moves.
         """
+        if self.zero is not None:
+            return self.zero.step(most)
         self.freezer.hold()
-        return float(_whole(torch.nn.utils.clip_grad_norm_(self.student.named().values(), most)))
+        norm = float(_whole(torch.nn.utils.clip_grad_norm_(self.student.named().values(), most)))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def update(self, done: float) -> dict[str, int]:
-        """A step of the optimizer, and what follows from it, when a share `done` of all steps is done.
+        """What follows from a step, when a share `done` of all steps is done.
 
         Where oscillating codes are frozen: how many codes changed, turned and are frozen, over all processes.
         """
-        self.optimizer.step()
         self.student.confine()
         counts = self.freezer.watch(done)
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.zero is not None:
+            self.zero.take_up()
         if self.freezer.asked is None:
             return {}
         if self.root is not None:
@@ -144,7 +174,7 @@ class Engine:
         """Keeps the state, by the first process. Raises DiskError where it cannot be written."""
         tensors, habits = {}, self.freezer.state()
         for name, parameter in self.student.named().items():
-            known = {**moments(self.optimizer, parameter), **habits.get(name, {})}
+            known = {**self._moments(parameter), **habits.get(name, {})}
             for key, value in {"value": parameter.detach(), **known}.items():
                 found = _whole(value)
                 if self.accelerator.is_main_process:
@@ -179,14 +209,33 @@ class Engine:
                 parameter.copy_(shares.pop("value"))
                 for key, value in habits.get(name, {}).items():
                     value.copy_(shares.pop(key))
-            put_moments(self.optimizer, parameter, shares)
+            self._put_moments(parameter, shares)
+        if self.zero is not None:
+            self.zero.take_up()
         return progress
 
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What the optimizer remembers of a parameter, shaped and shared out as that is."""
+        if self.zero is None:
+            return moments(self.optimizer, parameter)
+        pieces = moments(self.optimizer, self.zero.pieces[parameter])
+        return {key: self.zero.whole(value, parameter) if value.ndim else value for key, value in pieces.items()}
+
+    def _put_moments(self, parameter: nn.Parameter, saved: dict[str, Tensor]) -> None:
+        """The inverse of `_moments`."""
+        if self.zero is None:
+            put_moments(self.optimizer, parameter, saved)
+            return
+        pieces = {key: self.zero.piece(value, parameter) if value.ndim else value for key, value in saved.items()}
+        put_moments(self.optimizer, self.zero.pieces[parameter], pieces)
+
     def gather(self) -> None:
-        """After the last step: gives the student its whole numbers back, in the host's memory.
+        """After the last step: gives the student its whole numbers back, in the host's memory where they were shared.
 
         The sharded models cannot run any more.
         """
+        if self.zero is not None:
+            self.zero.end()
         if self.root is None:
             return
         student = self.student

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,11 +23,12 @@ from llmcompress.errors import InputError, RecipeError
 from llmcompress.tokens import held_out_count
 
 FOREIGN = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 SHARDING = "ACCELERATE_USE_FSDP"
+PARTITIONING = "ACCELERATE_USE_DEEPSPEED"
+ZERO_STAGES = (1, 2)
 WRITING = timedelta(days=7)  # how long processes wait for the one that caches the teacher; if it fails, they all end
 
 
@@ -45,6 +47,8 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
                 f"{name} would keep what trains in a form of its own, where latents cannot be confined nor a state be "
                 f"kept; launch with configs/accelerate/fsdp2.yaml, which shards, or ddp.yaml"
             )
+    if _is_on(PARTITIONING):
+        _check_deepspeed()
     _check_shares(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     # packed codes are equal from the start
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
@@ -63,7 +67,14 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
         )
     if _is_on(SHARDING):
         check_sharding(accelerator, recipe)
+    if _is_on(PARTITIONING):
+        check_partitioning(accelerator, recipe)
     return accelerator
+
+
+def partitioned(accelerator: Accelerator) -> bool:
+    """Whether every process is to hold whole models, and a share of the optimizer's part."""
+    return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
 def sharded(accelerator: Accelerator) -> bool:
@@ -78,6 +89,27 @@ def loading_device(accelerator: Accelerator) -> str:
 
 def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
+
+
+def _check_deepspeed() -> None:
+    if find_spec("deepspeed") is None:
+        raise RecipeError(
+            'the launcher asks for DeepSpeed, which is not installed; run pip install "llmcompress[deepspeed]", or '
+            "launch with configs/accelerate/fsdp2.yaml or ddp.yaml"
+        )
+    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+        raise RecipeError(
+            "a distillation sets DeepSpeed up itself; leave deepspeed_config_file out of the launcher's config, as in "
+            "configs/accelerate/deepspeed.yaml"
+        )
+
+
+def _check_whole_moments(recipe: Distillation) -> None:
+    if recipe.optimizer != "adamw":
+        raise RecipeError(
+            f"optimizer: {recipe.optimizer} keeps moments in blocks of whole tensors, which cannot be shared out; use "
+            f"adamw, or launch with configs/accelerate/ddp.yaml"
+        )
 
 
 def _check_shares(recipe: Distillation, processes: int) -> None:
@@ -124,11 +156,7 @@ def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
                 f"a distillation cannot run with {setting}; launch with configs/accelerate/fsdp2.yaml (activations are "
                 f"computed again where the recipe says checkpointing: true)"
             )
-    if recipe.optimizer != "adamw":
-        raise RecipeError(
-            f"optimizer: {recipe.optimizer} keeps moments in blocks of whole tensors, which cannot be shared out; use "
-            f"adamw, or launch with configs/accelerate/ddp.yaml"
-        )
+    _check_whole_moments(recipe)
     if any(stage.scales == "median" for _, stage in recipe.stages()):
         raise RecipeError(
             "scales: median is of groups of latents, which shares would cut apart; use learned, or launch with "
@@ -149,3 +177,35 @@ def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
             "models that were shared out cannot run any more after a phase, so neither can other phases, nor factors "
             "be rounded; give each phase a recipe of its own, and factor_bits: 16"
         )
+
+
+def check_partitioning(accelerator: Accelerator, recipe: Distillation) -> None:
+    """Raises RecipeError unless it is DeepSpeed's ZeRO in a form that is known to be right.
+
+    Tells DeepSpeed what a recipe decides and it would guess: how many sequences it is given at once.
+    """
+    if not partitioned(accelerator):
+        raise RecipeError(
+            "the launcher asks for DeepSpeed, which Accelerate does on GPUs only; choose --device cuda, or launch with "
+            "configs/accelerate/cpu-ddp.yaml"
+        )
+    plugin = accelerator.state.deepspeed_plugin
+    refused = {
+        f"zero_stage: {plugin.zero_stage}": plugin.zero_stage not in ZERO_STAGES,
+        f"offload_optimizer_device: {plugin.offload_optimizer_device}": plugin.offload_optimizer_device != "none",
+        f"offload_param_device: {plugin.offload_param_device}": plugin.offload_param_device != "none",
+    }
+    for setting, there in refused.items():
+        if there:
+            raise RecipeError(
+                f"a distillation cannot run with {setting}; launch with configs/accelerate/deepspeed.yaml, or with "
+                f"fsdp2.yaml, which shares out the models too"
+            )
+    _check_whole_moments(recipe)
+    if any(stage.freezing is not None for _, stage in recipe.stages()):
+        raise RecipeError(
+            "freezing takes gradients of single codes away, which DeepSpeed keeps in pieces of its own; leave it out, "
+            "or launch with configs/accelerate/fsdp2.yaml or ddp.yaml"
+        )
+    settings = {"train_micro_batch_size_per_gpu": recipe.micro_batch, "gradient_accumulation_steps": 1}
+    plugin.deepspeed_config.update(settings)

@@ -253,7 +253,7 @@ def _step(run: Run, engine: Engine, step: int, batch: Batch) -> tuple[list[float
             engine.backward(loss)
         report += found
     sums = accelerator.reduce(report, "sum")[:, 0]
-    norm = engine.clip(recipe.clip)
+    norm = engine.step(recipe.clip)
     means = [float(value) / count for value, count in zip(sums, counts, strict=True)]
     if not math.isfinite(sum(means)) or not math.isfinite(norm):
         raise NumericsError(

@@ -16,12 +16,14 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
@@ -32,6 +34,18 @@ from llmcompress.errors import LLMCompressError, Terminated
 
 RANK = int(os.environ.get("RANK", "0"))
 CLOCK = SimpleNamespace(monotonic=lambda: time.monotonic() * 10 ** (8 * RANK))  # the second process's runs ahead
+PARTITIONED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+# DeepSpeed remembers the process groups that it made, so they stay for all jobs
+ONE_GROUP = mock.patch.object(PartialState, "destroy_process_group") if PARTITIONED else nullcontext()
+
+
+def partition() -> None:
+    """Has DeepSpeed run here: Accelerate takes it on GPUs only, and on CPUs it would compile a way to share memory."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
+    PartialState(cpu=True)
+    Accelerator()
 
 
 # below those that the system gives to connections, of which one might take a port before its turn comes
@@ -72,6 +86,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             student, teacher = runs[-1].student.model, runs[-1].teacher
             held["student"], held["teacher"] = shares(student.parameters()), shares(teacher.parameters())
             held["payloads"] = shares(value for value in student.parameters() if value.dtype == torch.uint8)
+            if PARTITIONED:
+                groups = runs[-1].accelerator.deepspeed_engine_wrapped.engine.optimizer.param_groups
+                held["pieces"] = sum(piece.numel() for group in groups for piece in group["params"])
             held["blocks"] = [sum(isinstance(m, FSDPModule) for m in model.modules()) for model in (student, teacher)]
         if job.get("stop") == [RANK, done]:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -80,14 +97,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         os.environ.update(MASTER_PORT=str(job["port"]), TORCHELASTIC_USE_AGENT_STORE="False")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # Accelerate shards on GPUs only, FSDP2 itself anywhere
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    if PARTITIONED:
+        partition()
     try:
         chunked = mock.patch.object(head, "LOGITS_ON_CPU", 2**12)  # so that heads work on several chunks
-        with chunked, mock.patch.object(loop, "look", remembering), mock.patch.object(loop, "time", CLOCK):
+        with chunked, ONE_GROUP, mock.patch.object(loop, "look", remembering), mock.patch.object(loop, "time", CLOCK):
             done = distill(job["student"], job["teacher"], job["recipe"], job["output"], progress=progress)
         found = done.to_json()
     except (LLMCompressError, Terminated) as error:
         found = {"error": f"{type(error).__name__}: {error}"}
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and not PARTITIONED:
         torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
     return {**found, "held": held, "seen": seen}

@@ -1,4 +1,5 @@
-"""Two processes learn what one learns, with whole models (DDP) and in shares (FSDP2), and take up what was cut."""
+"""Two processes learn what one learns, with whole models (DDP), in shares (FSDP2), and with the optimizer's part in
+shares (DeepSpeed); and they take up what was cut."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 import llmcompress as lc
@@ -43,7 +44,7 @@ ALL = {"codes": 1e-2, "scales": 5e-3, "factors": 5e-3, "values": 2e-3, "norms": 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="an extra")
 launches = pytest.mark.slow  # two processes that have to import everything
 CONFIGS = ROOT / "configs" / "accelerate"
-ENGINES = {"ddp": "cpu-ddp.yaml", "fsdp2": "fsdp2.yaml"}
+ENGINES = {"ddp": "cpu-ddp.yaml", "fsdp2": "fsdp2.yaml", "deepspeed": "deepspeed.yaml"}
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
     """Distillations by name.
 
-    `cut` is stopped and `resumed` takes it up; `kept` and `clipped` leave their states, `finished` is what becomes of
-    the first, and `moved` what becomes of it elsewhere.
+    `cut` is stopped and `resumed` takes it up; `kept`, `clipped` and `confined` leave their states, `finished` is what
+    becomes of the first, and `moved` what becomes of it elsewhere.
     """
 
     def job(output: str, model: str = "tied", stop: list[int] | None = None, **more: Any) -> dict[str, Any]:
@@ -84,6 +85,7 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
     mixed = {"data": domains, "mixture": {"reweight": "ddk", "every": 2, "sequences": 1}}
     compressed_teacher = job("second-hand", losses=[{"of": {"loss": "dad"}}], checkpointing=True, **mixed)
     hidden = {"of": {"loss": "hidden"}, "weight": {"from": 1.0, "to": 0.1}, "layers": [0, 2]}
+    two = {"kind": "end_to_end", "steps": 2}
     between = {"losses": [{"of": {"loss": "forward_kl"}}, hidden], "checkpointing": True}
     through = {"of": {"loss": "hidden"}, "layers": [[1, 2]]}  # a linear, since widths differ
     early: dict[str, Any] = {
@@ -103,6 +105,8 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
         "moved": job("moved", "dense", clip=1e3),
         "other": job("kept", "dense", steps=5),
         "clipped": job("clipped", "dense", stop=first, clip=1e-3),
+        "confined": job("confined", "dense", stop=first, rates={"codes": 0.4}, warmup=0, clip=1e3),
+        "phased": job("phased", phases=[two | {"rates": {"norms": 1e-2}}, two]),
         "cached": job("cached", teacher={"kind": "cached", "k": 16}, losses=[{"of": {"loss": "taid"}}]),
         "coarse": job("coarse", teacher={"bits": 4}, losses=[*between["losses"][:1], {"of": {"loss": "hidden"}}]),
         "no-cache": job("no-cache", teacher={"kind": "cached", "folder": str(place / "dense")}),
@@ -114,14 +118,16 @@ def launch_environment(config: str, **more: str) -> dict[str, str]:
     """What `accelerate launch --config_file CONFIG` sets for its processes."""
     words = ["--config_file", str(CONFIGS / config), "-m", "llmcompress", "distill"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
-    names = ("ACCELERATE_", "FSDP_")
-    return {key: value for key, value in prepare_multi_gpu_env(args).items() if key.startswith(names)} | more
+    args.deepspeed_fields_from_accelerate_config = ""  # so does the command that launches
+    found = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    return {key: value for key, value in found.items() if key.startswith(("ACCELERATE_", "FSDP_"))} | more
 
 
 def answers(engine: str, asked: list[dict[str, Any]], out: Path) -> list[list[dict[str, Any]]]:
     """What each of two processes says of the jobs."""
     (out / "jobs.json").write_text(json.dumps(asked))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | launch_environment(ENGINES[engine])
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = os.environ | paths | {"OMP_NUM_THREADS": "1"} | launch_environment(ENGINES[engine])
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     script = [str(ROOT / "tests" / "distill" / "launched.py"), str(out / "jobs.json"), str(out)]
     done = subprocess.run(
@@ -138,24 +144,15 @@ def alone(place: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     lc.compress(place / "tied", {"version": 1, "rules": RULES[-1:], "calibration": data}, place / "tied-2")
     out = place / "alone"
     asked = jobs(place, out)
-    names = (
-        "narrow",
-        "narrow-kept",
-        "short",
-        "whole",
-        "kept",
-        "finished",
-        "clipped",
-        "cached",
-        "coarse",
-        "second-hand",
-    )
-    return out, {name: run(asked[name]) for name in names}
+    later = {"cut", "resumed", "moved", "other", "no-cache"}
+    return out, {name: run(asked[name]) for name in asked if name not in later}
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def together(request: pytest.FixtureRequest, place: Path, alone: Any) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     """Where the jobs' outputs are, and what each of two processes says of them."""
+    if request.param == "deepspeed" and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
     out = place / request.param
     out.mkdir()
     asked = jobs(place, out)
@@ -178,11 +175,16 @@ def measured(folder: Path) -> list[dict[str, Any]]:
 
 @launches
 @pytest.mark.parametrize(
-    "name", ["narrow", "short", "whole", "cached", pytest.param("coarse", marks=needs_bitsandbytes), "second-hand"]
+    "name",
+    ["narrow", "short", "whole", "phased", "cached", pytest.param("coarse", marks=needs_bitsandbytes), "second-hand"],
 )
 def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: Any) -> None:
     wanted = alone[1][name]["history"]
-    refused = {"cached": "a teacher is cached by one process alone", "coarse": "{bits: 4} is held whole by"}
+    refused = {
+        "cached": "a teacher is cached by one process alone",
+        "coarse": "{bits: 4} is held whole by",
+        "phased": "give each phase a recipe of its own",
+    }
     if name in refused and together[0].name == "fsdp2":
         assert all(refused[name] in found["error"] for found in together[1][name])
         return
@@ -205,12 +207,15 @@ def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: An
 
 
 @launches
-@pytest.mark.parametrize("name", ["kept", "clipped", "narrow-kept"])
+@pytest.mark.parametrize("name", ["kept", "clipped", "confined", "narrow-kept"])
 def test_moments_are_those_of_one_process(name: str, alone: Any, together: Any) -> None:
     """They are sums of gradients, so that a wrong factor shows, which the steps of Adam hide."""
     states = [next((folder / f"{name}.training").glob("*.safetensors")) for folder in (alone[0], together[0])]
     ours, theirs = map(load_file, states)
     assert ours.keys() == theirs.keys() and any(key.startswith("exp_avg.") for key in ours)
+    if name == "confined":
+        codes = torch.cat([value for key, value in theirs.items() if key.startswith("value.")])
+        assert 0.05 < float((codes == -0.5).float().mean()) < 0.5  # those that would have left it are at the edge
     norms = {}
     for kind in ("value", "exp_avg", "exp_avg_sq"):
         [one, other] = [
@@ -256,9 +261,10 @@ def test_every_process_refuses_the_state_of_another_run(together: Any) -> None:
 @launches
 def test_every_process_says_what_is_wrong_with_a_cache(alone: Any, together: Any) -> None:
     out, found = together
-    sentence = "is no cache of a teacher's" if out.name == "ddp" else "a teacher is cached by one process alone"
+    whole = out.name != "fsdp2"
+    sentence = "is no cache of a teacher's" if whole else "a teacher is cached by one process alone"
     assert all(sentence in each["error"] for each in found["no-cache"])
-    if out.name == "ddp":
+    if whole:
         assert not (out / "cached.teacher").exists()
         for each in found["cached"]:
             for when, bias in alone[1]["cached"]["cache_bias"].items():
@@ -284,23 +290,28 @@ def test_latents_can_start_at_a_compressed_teacher(place: Path, alone: Any, tmp_
 @launches
 def test_student_and_teacher_are_shared_out(together: Any) -> None:
     out, found = together
-    for name, blocks in {
-        "narrow": [2, 3],
-        "short": [2, 3],
-        "whole": [2, 2],
-        "kept": [2, 2],
-        "second-hand": [2, 2],
-    }.items():
-        assert found[name][0]["held"]["blocks"] == ([0, 0] if out.name == "ddp" else blocks)
+    for name in ("narrow", "short", "whole", "kept", "second-hand"):
+        blocks = [2, 3] if name in {"narrow", "short"} else [2, 2]
+        assert found[name][0]["held"]["blocks"] == (blocks if out.name == "fsdp2" else [0, 0])
         for model in ("student", "teacher"):
             held = [each["held"][model] for each in found[name]]
-            if out.name == "ddp":
+            if out.name != "fsdp2":
                 assert all(each["here"] == each["all"] for each in held)
                 continue
             assert all(each["whole"] == 0 for each in held)
             assert sum(each["here"] for each in held) == held[0]["all"]
             assert all(0.4 < each["here"] / each["all"] < 0.6 for each in held)
     assert found["whole"][0]["held"]["payloads"]["all"] > 0  # of a packed table
+
+
+@launches
+def test_the_optimizers_part_is_shared_out(alone: Any, together: Any) -> None:
+    out, found = together
+    for name in ("short", "whole"):
+        trained = sum(alone[1][name]["trained"].values())
+        for each in found[name]:
+            pieces = each["held"].get("pieces", 0)
+            assert trained / 2 <= pieces < 0.51 * trained if out.name == "deepspeed" else pieces == 0
 
 
 @launches
@@ -326,6 +337,7 @@ def test_accelerate_launches_the_command(place: Path, alone: Any, tmp_path: Path
 def test_configs_are_accelerates(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = launch_environment(config)
     assert ("fsdp" in config) == (environment.get("ACCELERATE_USE_FSDP") == "true")
+    assert ("deepspeed" in config) == (environment.get("ACCELERATE_USE_DEEPSPEED") == "true")
     if "fsdp" in config:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -377,7 +389,7 @@ def test_moments_in_blocks_are_not_shared_out() -> None:
     [
         ({"WORLD_SIZE": "5"}, "5 processes are more than the 4 sequences of a batch"),
         ({"WORLD_SIZE": "4"}, "batch 4 cannot be shared by 4 processes in parts of micro_batch 2"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed would keep what trains"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM would keep what trains"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP, which Accelerate does on GPUs only"),
     ],
 )
