@@ -3,6 +3,7 @@ parameters, the precision of products, and which of its ways are refused."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor, nn
 
 from llmcompress.distill import Distillation, distill, launch
+from llmcompress.distill.engine import Engine
 from llmcompress.distill.launch import check_partitioning
 from llmcompress.distill.zero import Zero
 from llmcompress.errors import RecipeError
@@ -43,6 +45,18 @@ def test_products_keep_the_precision_at_hand(enabled: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
         found = zero.forward(lambda: torch.ones(2, 2) @ torch.ones(2, 2))
     assert found.dtype == (torch.bfloat16 if enabled else torch.float32)
+
+
+def test_a_step_without_a_finite_gradient_moves_nothing() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    student: Any = SimpleNamespace(named=lambda: {"weight": parameter})
+    engine = Engine(Any, student, torch.optim.AdamW([parameter], lr=0.1), nn.Identity())
+    parameter.grad = torch.tensor([1.0, math.inf])
+    assert engine.step(1.0) == math.inf
+    assert torch.equal(parameter, torch.ones(2)) and parameter.grad is None
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert engine.step(1.0) == 5
+    assert bool((parameter < 1).all())
 
 
 def accelerator(plugin: Any, distributed_type: DistributedType = DistributedType.DEEPSPEED) -> Any:
