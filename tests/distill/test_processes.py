@@ -58,6 +58,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny("llama", folder / "dense", attention_bias=True)
     lc.compress(folder / "tied", compression | {"embeddings": [{"method": "rtn", "bits": 4}]}, folder / "tied-small")
     lc.compress(folder / "dense", compression, folder / "dense-small")
+    other = {"version": 1, "rules": RULES[-1:], "calibration": data | {"seed": 1}}
+    lc.compress(folder / "tied", other, folder / "tied-2")
     save_tiny("llama", folder / "deep", num_hidden_layers=3)
     lc.drop_blocks(folder / "deep", [1], folder / "deep-small")
     save_tiny("llama", folder / "narrow", seed=1, hidden_size=16)
@@ -140,8 +142,6 @@ def answers(engine: str, asked: list[dict[str, Any]], out: Path) -> list[list[di
 @pytest.fixture(scope="module")
 def alone(place: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     """Where the jobs' outputs are, and what came of them in one process."""
-    data = {"dataset": str(place / "text.txt"), "samples": 8, "length": 32, "held_out": 2, "seed": 1}
-    lc.compress(place / "tied", {"version": 1, "rules": RULES[-1:], "calibration": data}, place / "tied-2")
     out = place / "alone"
     asked = jobs(place, out)
     later = {"cut", "resumed", "moved", "other", "no-cache"}
@@ -281,7 +281,7 @@ def test_a_compressed_teacher_is_said(alone: Any, together: Any) -> None:
     assert said in written["warnings"]
 
 
-def test_latents_can_start_at_a_compressed_teacher(place: Path, alone: Any, tmp_path: Path) -> None:
+def test_latents_can_start_at_a_compressed_teacher(place: Path, tmp_path: Path) -> None:
     asked = jobs(place, tmp_path)["second-hand"]
     asked["recipe"] |= {"rates": {"codes": 1e-3}, "latents": "teacher", "steps": 1, "checkpointing": False}
     assert set(run(asked)["trained"]) == {"codes"}

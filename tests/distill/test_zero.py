@@ -53,7 +53,7 @@ def test_a_step_without_a_finite_gradient_moves_nothing() -> None:
     engine = Engine(Any, student, torch.optim.AdamW([parameter], lr=0.1), nn.Identity())
     parameter.grad = torch.tensor([1.0, math.inf])
     assert engine.step(1.0) == math.inf
-    assert torch.equal(parameter, torch.ones(2)) and parameter.grad is None
+    assert torch.equal(parameter, torch.ones(2))
     parameter.grad = torch.tensor([3.0, 4.0])
     assert engine.step(1.0) == 5
     assert bool((parameter < 1).all())
