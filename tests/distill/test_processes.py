@@ -379,11 +379,6 @@ def test_what_goes_on_after_sharding_is_refused(more: dict[str, Any]) -> None:
         check_sharding(sharding(FullyShardedDataParallelPlugin(fsdp_version=2)), Distillation(**more))
 
 
-def test_moments_in_blocks_are_not_shared_out() -> None:
-    with pytest.raises(RecipeError, match="optimizer: adamw_8bit keeps moments in blocks of whole tensors"):
-        check_sharding(sharding(FullyShardedDataParallelPlugin(fsdp_version=2)), Distillation(optimizer="adamw_8bit"))
-
-
 @pytest.mark.parametrize(
     "environment, sentence",
     [

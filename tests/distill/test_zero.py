@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
 from llmcompress.distill import Distillation, distill, launch
 from llmcompress.distill.engine import Engine
-from llmcompress.distill.launch import check_partitioning
+from llmcompress.distill.launch import check_partitioning, check_sharding
 from llmcompress.distill.zero import Zero
 from llmcompress.errors import RecipeError
-from tests.distill.test_processes import launch_environment
+from tests.distill.test_processes import launch_environment, sharding
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (4, 3)])
@@ -95,6 +95,8 @@ def test_other_ways_of_deepspeed_are_refused(
 def test_moments_in_blocks_are_not_shared_out() -> None:
     with pytest.raises(RecipeError, match="optimizer: adamw_8bit keeps moments in blocks of whole tensors"):
         check_partitioning(accelerator(DeepSpeedPlugin(zero_stage=2)), Distillation(optimizer="adamw_8bit"))
+    with pytest.raises(RecipeError, match="optimizer: adamw_8bit keeps moments in blocks of whole tensors"):
+        check_sharding(sharding(FullyShardedDataParallelPlugin(fsdp_version=2)), Distillation(optimizer="adamw_8bit"))
 
 
 def test_deepspeed_is_for_gpus() -> None:
