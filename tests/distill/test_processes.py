@@ -17,16 +17,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 import llmcompress as lc
 from llmcompress import report as reports
-from llmcompress.distill import Distillation, distill
-from llmcompress.distill.launch import check_sharding, launched_accelerator
-from llmcompress.errors import InputError, RecipeError
+from llmcompress.distill import Distillation
+from llmcompress.distill.launch import check_sharding
+from llmcompress.errors import RecipeError
 from tests.distill.launched import free_port, run
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
@@ -377,30 +376,3 @@ def test_other_ways_to_shard_are_refused(
 def test_what_goes_on_after_sharding_is_refused(more: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="give each phase a recipe of its own, and factor_bits: 16"):
         check_sharding(sharding(FullyShardedDataParallelPlugin(fsdp_version=2)), Distillation(**more))
-
-
-@pytest.mark.parametrize(
-    "environment, sentence",
-    [
-        ({"WORLD_SIZE": "5"}, "5 processes are more than the 4 sequences of a batch"),
-        ({"WORLD_SIZE": "4"}, "batch 4 cannot be shared by 4 processes in parts of micro_batch 2"),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM would keep what trains"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP, which Accelerate does on GPUs only"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_a_model_is_read(
-    environment: dict[str, str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    recipe = {"version": 1, "batch": 4, "micro_batch": 2}
-    with pytest.raises(RecipeError, match=sentence):
-        distill(tmp_path / "absent", tmp_path / "absent", recipe, tmp_path / "out")
-
-
-def test_too_little_data_is_refused_before_a_model_is_read(tmp_path: Path) -> None:
-    data = {"dataset": "text.txt", "samples": 10, "held_out": 4, "length": 32}
-    recipe = Distillation(data=data, batch=8, micro_batch=2)
-    with pytest.raises(InputError, match="6 sequences are too few for a batch of 8"):
-        launched_accelerator("cpu", recipe, tmp_path / "out")

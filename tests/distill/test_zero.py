@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llmcompress.distill import Distillation, distill, launch
 from llmcompress.distill.engine import Engine
 from llmcompress.distill.launch import check_partitioning, check_sharding
+from llmcompress.distill.student.oscillation import Freezer
 from llmcompress.distill.zero import Zero
 from llmcompress.errors import RecipeError
 from tests.distill.test_processes import launch_environment, sharding
@@ -50,7 +51,7 @@ def test_products_keep_the_precision_at_hand(enabled: bool) -> None:
 def test_a_step_without_a_finite_gradient_moves_nothing() -> None:
     parameter = nn.Parameter(torch.ones(2))
     student: Any = SimpleNamespace(named=lambda: {"weight": parameter})
-    engine = Engine(Any, student, torch.optim.AdamW([parameter], lr=0.1), nn.Identity())
+    engine = Engine(Any, student, torch.optim.AdamW([parameter], lr=0.1), nn.Identity(), Freezer(None, ()))
     parameter.grad = torch.tensor([1.0, math.inf])
     assert engine.step(1.0) == math.inf
     assert torch.equal(parameter, torch.ones(2))
@@ -97,6 +98,12 @@ def test_moments_in_blocks_are_not_shared_out() -> None:
         check_partitioning(accelerator(DeepSpeedPlugin(zero_stage=2)), Distillation(optimizer="adamw_8bit"))
     with pytest.raises(RecipeError, match="optimizer: adamw_8bit keeps moments in blocks of whole tensors"):
         check_sharding(sharding(FullyShardedDataParallelPlugin(fsdp_version=2)), Distillation(optimizer="adamw_8bit"))
+
+
+def test_codes_are_not_frozen_in_pieces() -> None:
+    recipe = Distillation(rates={"codes": 1e-3}, freezing={})
+    with pytest.raises(RecipeError, match="freezing takes gradients of single codes away"):
+        check_partitioning(accelerator(DeepSpeedPlugin(zero_stage=2)), recipe)
 
 
 def test_deepspeed_is_for_gpus() -> None:
