@@ -216,14 +216,14 @@ class Engine:
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """What the optimizer remembers of a parameter, shaped and shared out as that is."""
-        if self.zero is None:
+        if self.zero is None or parameter not in self.zero.pieces:  # as scales that follow their latents
             return moments(self.optimizer, parameter)
         pieces = moments(self.optimizer, self.zero.pieces[parameter])
         return {key: self.zero.whole(value, parameter) if value.ndim else value for key, value in pieces.items()}
 
     def _put_moments(self, parameter: nn.Parameter, saved: dict[str, Tensor]) -> None:
         """The inverse of `_moments`."""
-        if self.zero is None:
+        if self.zero is None or parameter not in self.zero.pieces:
             put_moments(self.optimizer, parameter, saved)
             return
         pieces = {key: self.zero.piece(value, parameter) if value.ndim else value for key, value in saved.items()}

@@ -41,6 +41,7 @@ RULES = [
 ]
 ALL = {"codes": 1e-2, "scales": 5e-3, "factors": 5e-3, "values": 2e-3, "norms": 2e-3}
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="an extra")
+COMMON = ("narrow", "short", "whole", "phased", "median", "cached", "second-hand")
 launches = pytest.mark.slow  # two processes that have to import everything
 CONFIGS = ROOT / "configs" / "accelerate"
 ENGINES = {"ddp": "cpu-ddp.yaml", "fsdp2": "fsdp2.yaml", "deepspeed": "deepspeed.yaml"}
@@ -59,6 +60,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lc.compress(folder / "dense", compression, folder / "dense-small")
     other = {"version": 1, "rules": RULES[-1:], "calibration": data | {"seed": 1}}
     lc.compress(folder / "tied", other, folder / "tied-2")
+    ternary = [{"match": "*", "steps": [{"method": "rtn", "bits": "ternary", "group_size": 16}]}]
+    lc.compress(folder / "tied", compression | {"rules": ternary}, folder / "ternary")
     save_tiny("llama", folder / "deep", num_hidden_layers=3)
     lc.drop_blocks(folder / "deep", [1], folder / "deep-small")
     save_tiny("llama", folder / "narrow", seed=1, hidden_size=16)
@@ -93,6 +96,7 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
         "losses": [{"of": {"loss": "forward_kl"}}, through, {"of": {"loss": "ofa"}, "exits": [1, 2]}],
         "rates": {"weights": 1e-2, "norms": 1e-2, "projections": 1e-2},
     }
+    medians = {"latents": "teacher", "scales": "median", "rates": {"codes": 1e-4, "norms": 1e-2}}
     narrow = {"student": str(place / "narrow")}
     return {
         "narrow": job("narrow", "deep", checkpointing=True, **early) | narrow,
@@ -108,6 +112,7 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
         "clipped": job("clipped", "dense", stop=first, clip=1e-3),
         "confined": job("confined", "dense", stop=first, rates={"codes": 0.4}, warmup=0, clip=1e3),
         "phased": job("phased", phases=[two | {"rates": {"norms": 1e-2}}, two]),
+        "median": job("median", **medians) | {"student": str(place / "ternary")},
         "cached": job("cached", teacher={"kind": "cached", "k": 16}, losses=[{"of": {"loss": "taid"}}]),
         "coarse": job("coarse", teacher={"bits": 4}, losses=[*between["losses"][:1], {"of": {"loss": "hidden"}}]),
         "no-cache": job("no-cache", teacher={"kind": "cached", "folder": str(place / "dense")}),
@@ -175,7 +180,7 @@ def measured(folder: Path) -> list[dict[str, Any]]:
 @launches
 @pytest.mark.parametrize(
     "name",
-    ["narrow", "short", "whole", "phased", "cached", pytest.param("coarse", marks=needs_bitsandbytes), "second-hand"],
+    [*COMMON, pytest.param("coarse", marks=needs_bitsandbytes)],
 )
 def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: Any) -> None:
     wanted = alone[1][name]["history"]
@@ -183,11 +188,13 @@ def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: An
         "cached": "a teacher is cached by one process alone",
         "coarse": "{bits: 4} is held whole by",
         "phased": "give each phase a recipe of its own",
+        "median": "scales: median is of groups of latents",
     }
     if name in refused and together[0].name == "fsdp2":
         assert all(refused[name] in found["error"] for found in together[1][name])
         return
-    assert wanted[-1]["kl"] < wanted[0]["kl"]
+    first = 1 if name == "median" else 0  # the step in which scales become medians
+    assert wanted[-1]["kl"] < wanted[first]["kl"]
     for found in together[1][name]:
         for one, other in zip(wanted, found["history"], strict=True):
             for key in {"kl", "perplexity", "loss"} & one.keys():
