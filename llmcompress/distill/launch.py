@@ -104,6 +104,13 @@ def _check_deepspeed() -> None:
         )
 
 
+def _refuse(settings: dict[str, bool], instead: str) -> None:
+    """Raises RecipeError for the first of a launcher's settings that is there."""
+    for setting, there in settings.items():
+        if there:
+            raise RecipeError(f"a distillation cannot run with {setting}; launch with configs/accelerate/{instead}")
+
+
 def _check_whole_moments(recipe: Distillation) -> None:
     if recipe.optimizer != "adamw":
         raise RecipeError(
@@ -150,12 +157,7 @@ def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
         "fsdp_offload_params: true": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "fsdp_activation_checkpointing: true": plugin.activation_checkpointing,
     }
-    for setting, there in refused.items():
-        if there:
-            raise RecipeError(
-                f"a distillation cannot run with {setting}; launch with configs/accelerate/fsdp2.yaml (activations are "
-                f"computed again where the recipe says checkpointing: true)"
-            )
+    _refuse(refused, "fsdp2.yaml (activations are computed again where the recipe says checkpointing: true)")
     _check_whole_moments(recipe)
     if any(stage.scales == "median" for _, stage in recipe.stages()):
         raise RecipeError(
@@ -195,12 +197,7 @@ def check_partitioning(accelerator: Accelerator, recipe: Distillation) -> None:
         f"offload_optimizer_device: {plugin.offload_optimizer_device}": plugin.offload_optimizer_device != "none",
         f"offload_param_device: {plugin.offload_param_device}": plugin.offload_param_device != "none",
     }
-    for setting, there in refused.items():
-        if there:
-            raise RecipeError(
-                f"a distillation cannot run with {setting}; launch with configs/accelerate/deepspeed.yaml, or with "
-                f"fsdp2.yaml, which shares out the models too"
-            )
+    _refuse(refused, "deepspeed.yaml, or with fsdp2.yaml, which shares out the models too")
     _check_whole_moments(recipe)
     if any(stage.freezing is not None for _, stage in recipe.stages()):
         raise RecipeError(

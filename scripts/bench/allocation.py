@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from rows import calibration
 from scipy.stats import spearmanr
 
 from llmcompress import driver
@@ -74,18 +75,15 @@ def main() -> None:
 
 def recipe(asked: argparse.Namespace) -> dict[str, Any]:
     """Of a target, on the benchmarks' calibration text."""
-    calibration = {
-        "dataset": str(asked.data / "wikitext2-valid.txt"),
-        "samples": 18,
-        "length": 1024,
-        "held_out": 2,
-        "bos": False,
-        "eos": False,
-        "shuffle": False,
-    }
     target = {"bpw": asked.bpw} if asked.size is None else {"bytes": asked.size}
     options = None if asked.options is None else yaml.safe_load(asked.options.read_text(encoding="utf-8"))
-    return {"version": 1, "name": "allocation", "calibration": calibration, "target": target, "options": options}
+    return {
+        "version": 1,
+        "name": "allocation",
+        "calibration": calibration(asked.data),
+        "target": target,
+        "options": options,
+    }
 
 
 def plans(found: Allocation, count: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -72,16 +72,7 @@ def measured(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
         found = score(options.model, protocol)
         return {"recipe": recipe, **{key: found[key] for key in ("bytes", "bpw", "model_bpw", "perplexity")}}
     path = CONFIGS / f"{recipe}.yaml"
-    calibration = {
-        "dataset": str(options.data / "wikitext2-valid.txt"),
-        "samples": 18,
-        "length": 1024,
-        "held_out": 2,
-        "bos": False,
-        "eos": False,
-        "shuffle": False,
-    }
-    settings = [f"calibration={json.dumps(calibration)}"]
+    settings = [f"calibration={json.dumps(calibration(options.data))}"]
     with tempfile.TemporaryDirectory() as folder:
         chosen = read_recipe(path if path.is_file() else recipe, settings)
         report = lc.compress(options.model, chosen, Path(folder) / "model").report
@@ -98,6 +89,12 @@ def measured(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
         "seconds": report.seconds,
         "peak_memory_bytes": report.peak_memory_bytes,
     }
+
+
+def calibration(data: Path) -> dict[str, Any]:
+    """That of every row, as a recipe says it: the first windows of WikiText-2 validation in the folder `data`."""
+    text = {"dataset": str(data / "wikitext2-valid.txt"), "bos": False, "eos": False, "shuffle": False}
+    return text | {"samples": 18, "length": 1024, "held_out": 2}
 
 
 def line(row: dict[str, Any], dense: dict[str, Any] | None) -> str:

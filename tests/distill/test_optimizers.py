@@ -15,9 +15,9 @@ from llmcompress.distill import Distillation, check_ready, distill, loop, packag
 from llmcompress.distill.optimizers import moments, optimizer_of, put_moments
 from llmcompress.distill.ready import memory_advice
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
+from tests.distill import miniature
 from tests.tiny import save_tiny
 
-TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
 EIGHT_BIT = Distillation(optimizer="adamw_8bit")
 PAGED = Distillation(optimizer="paged_adamw_8bit")
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="an extra")
@@ -28,16 +28,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `dense` model with a matrix of 4096 numbers and more, a `small` one made from it, and a text."""
     place = tmp_path_factory.mktemp("optimizers")
     save_tiny("llama", place / "dense", num_hidden_layers=1, intermediate_size=160)
-    (place / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(80)))
+    (place / "text.txt").write_text("".join(f"{i}. {miniature.TEXT}" for i in range(80)))
     rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}]
     lc.compress(place / "dense", {"version": 1, "rules": rules}, place / "small")
     return place
 
 
 def recipe(folders: Path, **more: Any) -> dict[str, Any]:
-    data = {"dataset": str(folders / "text.txt"), "samples": 28, "length": 32, "held_out": 4}
-    exact = {"batch": 4, "micro_batch": 2, "evaluate_every": 3, "compute": "float32", "steps": 6}
-    return {"version": 1, "data": data, "rates": {"codes": 1e-2, "scales": 5e-3}, **exact} | more
+    return miniature.recipe(
+        folders, **{"rates": {"codes": 1e-2, "scales": 5e-3}, "evaluate_every": 3, "steps": 6} | more
+    )
 
 
 def parameters() -> list[nn.Parameter]:

@@ -28,10 +28,10 @@ from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluate.distance import kl_divergence
 from llmcompress.locate import Place, locate
 from llmcompress.tables import distilled_view
+from tests.distill import miniature
 from tests.tiny import save_tiny, tiny_tokenizer
 
 pytest.importorskip("bitsandbytes")
-TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
 CPU = torch.device("cpu")
 
 
@@ -40,16 +40,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `dense` model whose predictions are not flat, a `small` one made from it, and a text."""
     folder = tmp_path_factory.mktemp("quantized")
     save_tiny("llama", folder / "dense", tie_word_embeddings=True, initializer_range=0.2)
-    (folder / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(80)))
+    (folder / "text.txt").write_text("".join(f"{i}. {miniature.TEXT}" for i in range(80)))
     rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}]
     lc.compress(folder / "dense", {"version": 1, "rules": rules}, folder / "small")
     return folder
 
 
 def recipe(place: Path, **more: Any) -> dict[str, Any]:
-    data = {"dataset": str(place / "text.txt"), "samples": 28, "length": 32, "held_out": 4}
-    exact = {"batch": 4, "micro_batch": 2, "evaluate_every": 9, "compute": "float32", "steps": 9}
-    return {"version": 1, "data": data, "rates": {"scales": 5e-3, "norms": 5e-3}, **exact} | more
+    return miniature.recipe(place, **{"rates": {"scales": 5e-3, "norms": 5e-3}, "evaluate_every": 9, "steps": 9} | more)
 
 
 def predictions(model: PreTrainedModel) -> Tensor:
