@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 HELD_OUT = frozenset({"outer"})  # what an honest layer error is computed from
 TOKENS_PER_BATCH = 2048
 
+Wanted = dict[tuple[str, ...], frozenset[str]]  # the statistics of each input group, by the names of its linears
 Needs = frozenset[str] | Mapping[str, frozenset[str]]
 Progress = Callable[[int, int, float], None]
 
@@ -49,12 +50,28 @@ class InputGroup:
     held_out: Moments | None
 
 
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """The hidden states that blocks read, `[sequences, length, width]`, and how moments are gathered of them.
+
+    `dense`: those in the dense model, of the calibration sequences or of all, None where they are not carried;
+    `keep_outputs`: `hidden` moves on to a block's outputs while its moments are gathered.
+    """
+
+    batches: list[Batch]
+    hidden: Tensor
+    dense: Tensor | None
+    cap: float | None
+    keep_outputs: bool
+
+
 @dataclass(eq=False)
 class Block:
     """One decoder block while the walk stands at it: loaded in float32, its input moments gathered.
 
     `hidden [sequences, length, width]` is the buffer of the block's inputs, calibration sequences first; it holds the
-    outputs once the walk has moved on. Everything else here is dropped then.
+    outputs once the walk has moved on. `wanted`, as large: what the dense block gives in the dense model, if the walk
+    was asked for it. Everything else here is dropped then. `model`: that the block is in, the rest of it on meta.
     """
 
     index: int
@@ -63,6 +80,10 @@ class Block:
     groups: tuple[InputGroup, ...]
     hidden: Tensor
     linears: dict[str, Linear] = field(repr=False)
+    model: PreTrainedModel = field(repr=False)
+    run: Run | None = field(default=None, repr=False)  # on hidden states alone; None where nothing runs
+    wanted: Tensor | None = field(default=None, repr=False)
+    gather: Callable[[tuple[str, ...]], InputGroup] | None = field(default=None, repr=False)
 
     def weight(self, name: str) -> Tensor:
         """The dense matrix `[out, in]` of the linear at module path `name`, float32; not to be written to."""
@@ -99,6 +120,7 @@ def walk(
     cap: float | None = 4.0,
     prefix: Literal["compressed", "dense"] = "compressed",
     dense_stream: bool = False,
+    outputs: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
@@ -112,13 +134,14 @@ def walk(
     reads, or those of each linear by module path; groups of linears that are not named are left out. `cap`: see
     `moments.capped_weights`; None weighs all tokens alike. `prefix`: whether a block's inputs come from the blocks as
     the caller left them, or from the dense ones. `dense_stream`: carry the dense model's hidden states beside the
-    compressed prefix's, for the moment `cross`. `dtype`: of the products in a block's forward. `batch_size`: sequences
-    per forward (2048 tokens' worth). `progress(blocks done, blocks, tokens per second)` is called after every block.
+    compressed prefix's, for the moment `cross`; `outputs`: for `Block.wanted`, of held-out sequences too. `dtype`: of
+    the products in a block's forward. `batch_size`: sequences per forward (2048 tokens' worth). `progress(blocks done,
+    blocks, tokens per second)` is called after every block.
 
     Raises InputError when the sequences do not suit the model or its blocks cannot be run on their own, NumericsError,
     naming the layer, when weights or activations are not finite.
     """
-    if dense_stream and prefix == "dense":
+    if (dense_stream or outputs) and prefix == "dense":
         raise ValueError("a dense stream beside a dense prefix would be the same stream twice")
     model = source.skeleton()
     if sequences is None:
@@ -127,28 +150,41 @@ def walk(
     _check_sequences(model, sequences, held_out)
     batches = in_batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
     hidden, calls, as_tuple = embed(model, source, arch, sequences, batches, torch.device(device))
-    dense_hidden = hidden[: len(hidden) - held_out].clone() if dense_stream else None
-    linears = arch.linears()
+    beside = len(hidden) if outputs else len(hidden) - held_out if dense_stream else 0
+    streams = Streams(batches, hidden, hidden[:beside].clone() if beside else None, cap, prefix == "dense")
     started = time.monotonic()
     for index, layout in enumerate(arch.blocks):
         module = model.get_submodule(layout.path)
         load(module, layout.path, source, hidden.device)
         run = Run(module, layout.path, {size: blocks[index] for size, blocks in calls.items()}, dtype)
-        groups = _gather(run, _wanted(layout, needs), batches, hidden, dense_hidden, cap, prefix == "dense")
-        block = Block(index, layout.path, module, groups, hidden, linears)
-        del groups  # the block holds them, until the walk moves on
+        block = _block(model, arch, index, run, _wanted(layout, needs), streams, outputs)
         give_back_memory()
         yield block
-        block.groups = ()
+        block.groups, block.wanted = (), None
         if prefix == "compressed":
             _advance(run, batches, hidden)
         drop(module)
         if progress is not None:
             progress(index + 1, len(arch.blocks), (index + 1) * sequences.numel() / (time.monotonic() - started))
     ends = _gather_ends(model, source, arch, needs, hidden, batches, as_tuple, cap)
-    del hidden, dense_hidden, block  # tables are large
+    del hidden, streams, block  # tables are large
     for group in ends:
         yield from _table(model, source, arch, group, torch.device(device))
+
+
+def _block(
+    model: PreTrainedModel, arch: Architecture, index: int, run: Run, wanted: Wanted, streams: Streams, outputs: bool
+) -> Block:
+    """A block that was just loaded, with the moments of its linears' inputs."""
+    groups = _gather(run, wanted, streams)
+
+    def gather(names: tuple[str, ...]) -> InputGroup:
+        alone = replace(streams, dense=None, keep_outputs=False)
+        [group] = _gather(run, {names: wanted[names] - {"cross"}}, alone)
+        return group
+
+    dense = streams.dense if outputs else None
+    return Block(index, run.path, run.module, groups, streams.hidden, arch.linears(), model, run, dense, gather)
 
 
 @torch.no_grad()
@@ -198,7 +234,7 @@ def _table(
     load(module, name, source, device)
     out, width = module.get_parameter("weight").shape
     nothing = torch.empty(0, device=device)
-    yield Block(len(arch.blocks), "", model, (group,), nothing, {name: Linear(name, (out, width))})
+    yield Block(len(arch.blocks), "", model, (group,), nothing, {name: Linear(name, (out, width))}, model)
     drop(module)
 
 
@@ -215,7 +251,7 @@ def _without_data(
         module = model.get_submodule(layout.path)
         load(module, layout.path, source, device)
         groups = tuple(InputGroup(names, Moments(0.0), None) for names in _wanted(layout, needs))
-        yield Block(index, layout.path, module, groups, torch.empty(0), linears)
+        yield Block(index, layout.path, module, groups, torch.empty(0), linears, model)
         drop(module)
         if progress is not None:
             progress(index + 1, len(arch.blocks), 0.0)
@@ -224,25 +260,18 @@ def _without_data(
 
 
 @torch.no_grad()
-def _gather(
-    run: Run,
-    wanted: dict[tuple[str, ...], frozenset[str]],
-    batches: list[Batch],
-    hidden: Tensor,
-    dense_hidden: Tensor | None,
-    cap: float | None,
-    keep_outputs: bool,
-) -> tuple[InputGroup, ...]:
+def _gather(run: Run, wanted: Wanted, streams: Streams) -> tuple[InputGroup, ...]:
     """The moments of each input group over all batches.
 
-    `dense_hidden` moves on to the block's outputs for it; so does `hidden` if `keep_outputs`.
+    The dense hidden states move on to the block's outputs for them; so do the others if `keep_outputs`.
     """
+    hidden, dense_hidden, cap = streams.hidden, streams.dense, streams.cap
     readers = {names[0]: names for names in wanted}  # one linear stands for its group
     totals: dict[tuple[str, bool], Moments] = {}
     last: str | None = None  # the linear that the block calls last: known, and all calls counted, after the first batch
-    for batch in batches:
+    for batch in streams.batches:
         dense_inputs: dict[str, Tensor] = {}
-        if dense_hidden is not None and not batch.held_out:
+        if dense_hidden is not None and batch.rows.stop <= len(dense_hidden):
             rows = dense_hidden[batch.rows]
             dense_hidden[batch.rows] = run(rows, dense_inputs.__setitem__, tuple(readers))
 
@@ -251,9 +280,9 @@ def _gather(
             moments = _moments(x, dense.pop(name, None), needs, cap)
             totals[name, held] = totals[name, held] + moments if (name, held) in totals else moments
 
-        output = run(hidden[batch.rows], add, tuple(readers), None if keep_outputs else last)
+        output = run(hidden[batch.rows], add, tuple(readers), None if streams.keep_outputs else last)
         last = list(totals)[-1][0] if last is None and totals else last
-        if keep_outputs:
+        if streams.keep_outputs:
             hidden[batch.rows] = output
     return tuple(InputGroup(names, totals[name, False], totals.get((name, True))) for name, names in readers.items())
 
@@ -286,7 +315,7 @@ def _check_sequences(model: PreTrainedModel, sequences: Tensor, held_out: int) -
         )
 
 
-def _wanted(layout: BlockLayout, needs: Needs) -> dict[tuple[str, ...], frozenset[str]]:
+def _wanted(layout: BlockLayout, needs: Needs) -> Wanted:
     """The groups of a block to gather, each with what the methods of its linears need together."""
     wanted = {}
     for group in layout.groups:

@@ -32,6 +32,7 @@ from llmcompress.options import (
     Tasks,
     TaskSeed,
     Text,
+    Tune,
     Verbose,
     Windows,
     all_settings,
@@ -70,6 +71,7 @@ def compress(
     bpw: Bpw = None,
     size: Size = None,
     kl: Kl = None,
+    tune: Tune = False,
     settings: Settings = None,
     revision: Revision = None,
     seed: Seed = None,
@@ -90,6 +92,8 @@ def compress(
 
         given = all_settings(settings, seed, {"bpw": bpw, "bytes": size, "kl": kl})
         asked = read_recipe(recipe_or_default(recipe, given), given)
+        if tune and asked.reconstruct is None:
+            asked = read_recipe(asked, ["reconstruct={}"])
         shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
         result = run(model, asked, output, revision=revision, device=device, pricing=terminal.pricing, **shown)
         terminal.warn(summarized(result.report.warnings))

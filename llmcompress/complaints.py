@@ -17,6 +17,7 @@ from llmcompress.layer import StepConfig, methods
 from llmcompress.strict_yaml import Path, Places
 
 _BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
+EXPECTED = "Input should be "  # pydantic's way to begin
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,12 @@ def first_complaint(error: ValidationError, model: type[BaseModel], values: Any,
             elif spot.key is not None and spot.key not in message:
                 message = f"{spot.key}: {message}"
         case kind:
-            short = kind in ("too_short", "string_too_short")
-            message = _misfit(
-                spot, path, details["input"], "not be empty" if short else f"be {requirement(spot, path)}"
-            )
+            wanted = f"be {requirement(spot, path)}"
+            if kind in ("too_short", "string_too_short"):
+                wanted = "not be empty"
+            elif spot.model is None and message.startswith(EXPECTED):  # a value in a map, whose keys no schema lists
+                wanted = f"be {message.removeprefix(EXPECTED)}"
+            message = _misfit(spot, path, details["input"], wanted)
     return at(path, places) + _intro(spot) + message
 
 

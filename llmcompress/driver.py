@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -25,14 +25,14 @@ from torch import Tensor
 
 from llmcompress import report as reports
 from llmcompress.blocks import give_back_memory, product_dtype
-from llmcompress.calibrate import Block, walk
+from llmcompress.calibrate import Block, InputGroup, walk
 from llmcompress.checkpoint import MANIFEST, Writer, check_output, copy_folder, writing
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.hf import table_entry
-from llmcompress.layer import Layer, relative_error
+from llmcompress.layer import Layer, StepConfig, relative_error
 from llmcompress.locate import Place
 from llmcompress.methods.hessian import damped
-from llmcompress.modules import LIKE, Layout, payload_texts
+from llmcompress.modules import LIKE, CompressedLinear, Layout, payload_texts
 from llmcompress.moments import Moments
 from llmcompress.planning import Job, check_memory, lay, plan_of, warnings
 from llmcompress.recipe import Recipe, dump, read_recipe
@@ -49,6 +49,25 @@ if TYPE_CHECKING:
 TARGET_DAMPING = 0.1  # of the solve that aims at the dense model's outputs
 
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What a block learned: its compressed linears and other parameters by name, and what became of its error."""
+
+    linears: dict[str, CompressedLinear]
+    dense: dict[str, Tensor]
+    found: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tune:
+    """How a block learns once its layers are set, in place: `learn(block, dense weights by name, how many sequences are
+    held out)`; with `between`, also after each group of layers with a common input. `batch_size`: of a forward."""
+
+    learn: Callable[[Block, Mapping[str, Tensor], int], Tuned]
+    between: bool
+    batch_size: int
 
 
 @dataclass(eq=False)
@@ -87,11 +106,12 @@ def compress(
     revision: str | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    tune: Tune | None = None,
 ) -> Result:
     """Compresses a dense causal LM (folder, Hub id or `smollm2`) as `recipe` says, into the new folder `output`.
 
-    A section `distill:` is left to `recover`. Raises an LLMCompressError, in one sentence, for whatever is wrong; then
-    nothing is left behind.
+    `tune`: what the section `reconstruct:` asks for; `distill:` is left to `recover`. Raises an LLMCompressError, in
+    one sentence, for whatever is wrong; then nothing is left behind.
     """
     started = time.monotonic()
     job = lay(resolve(str(model), revision), read_recipe(recipe))
@@ -106,13 +126,34 @@ def compress(
     check_memory(planned, device)
     tokens = _tokens(job)
     with writing(Path(output)) as writer:
-        rows, layouts = _compress_blocks(job, tokens, writer, device, progress)
-        _write_rest(job, layouts, writer)
+        run = _Run(job, tune, 0 if tokens is None else tokens.held_out)
+        for block in _blocks(run, tokens, device, progress):
+            tensors = _compress_block(run, block)
+            writer.add(tensors, payload_texts(run.layouts))
+        _write_rest(job, run.layouts, writer)
         size = writer.close()
-        report = _report(job, tokens, rows, size, time.monotonic() - started)
+        report = _report(run, tokens, size, time.monotonic() - started)
         writer.write(reports.FILE, json.dumps(report.to_json(), indent=2))
         writer.write(reports.RECIPE, dump(job.recipe))
     return Result(Path(output), report, temporary)
+
+
+@dataclass(eq=False)
+class _Run:
+    """A job under way. `layouts`: of what is compressed, for the config; `rows`: of the report; `blocks`: how each
+    learned."""
+
+    job: Job
+    tune: Tune | None
+    held_out: int  # of the calibration sequences
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    rows: list[LayerReport] = field(default_factory=list)
+    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> dict[str, tuple[StepConfig, ...]]:
+        """Of everything that is compressed."""
+        return self.job.steps | self.job.tables
 
 
 def _tokens(job: Job) -> CalibrationTokens | None:
@@ -125,9 +166,9 @@ def _tokens(job: Job) -> CalibrationTokens | None:
     return calibration_tokens(config, source.tokenizer(), teacher, source.config)
 
 
-def _blocks(job: Job, tokens: CalibrationTokens | None, device: str, progress: Progress | None) -> Iterator[Block]:
+def _blocks(run: _Run, tokens: CalibrationTokens | None, device: str, progress: Progress | None) -> Iterator[Block]:
     """The walk over the model; without tokens, the moments are empty."""
-    recipe = job.recipe
+    job, recipe = run.job, run.job.recipe
     return walk(
         job.source,
         job.arch,
@@ -137,47 +178,65 @@ def _blocks(job: Job, tokens: CalibrationTokens | None, device: str, progress: P
         cap=recipe.cap,
         prefix=recipe.prefix,
         dense_stream=recipe.asymmetric > 0,
+        outputs=run.tune is not None,
+        batch_size=None if run.tune is None else run.tune.batch_size,
         device=device,
         dtype=product_dtype(recipe.compute, torch.device(device)),
         progress=progress,
     )
 
 
-def _compress_blocks(
-    job: Job, tokens: CalibrationTokens | None, writer: Writer, device: str, progress: Progress | None
-) -> tuple[list[LayerReport], dict[str, Layout]]:
-    """Compresses and writes block after block; returns the rows of the report and the layouts for the config."""
-    rows: list[LayerReport] = []
-    layouts: dict[str, Layout] = {}
-    for block in _blocks(job, tokens, device, progress):
-        tensors = _compress_block(job, block, rows, layouts)
-        writer.add(tensors, payload_texts(layouts))
-    return rows, layouts
-
-
-def _compress_block(job: Job, block: Block, rows: list[LayerReport], layouts: dict[str, Layout]) -> dict[str, Tensor]:
+def _compress_block(run: _Run, block: Block) -> dict[str, Tensor]:
     """Swaps the block's linears for compressed ones; returns every tensor that the checkpoint stores of the block."""
-    done: dict[str, Weight] = {}
-    payload: dict[str, Tensor] = {}
-    steps = job.steps | job.tables
-    for group in block.groups:
-        for name in group.names:
-            if name not in steps:
-                continue
-            layer = _layer(job, name, group.names[0], block.weight(name), group.inputs)
-            compressed = apply_in_runs(layer, steps[name])
-            done[name] = compressed.expression()
-            rows.append(_row(job, layer, compressed, group.held_out))
-        group.inputs.derived.clear()  # factors that only this group's linears could share
+    job, tune = run.job, run.tune
+    linears: dict[str, CompressedLinear] = {}
+    learned: dict[str, Tensor] = {}
+    weights = {name: block.weight(name) for group in block.groups for name in group.names if name in run.steps}
+    groups = [group for group in block.groups if any(name in run.steps for name in group.names)]
+    for number, group in enumerate(groups):
+        if number and tune is not None and tune.between and block.gather is not None:
+            group = block.gather(group.names)
+        linears |= block.swap(_compressed(run, block, group))
+        last = number + 1 == len(groups)
+        if tune is not None and (last or tune.between) and block.wanted is not None:
+            tuned = tune.learn(block, weights, run.held_out)
+            linears |= tuned.linears
+            learned |= _stored(job, block, tuned.dense)
+            run.blocks[block.path] = tuned.found
         give_back_memory()
-    for name, module in block.swap(done).items():
-        layouts[name] = module.layout
+    payload: dict[str, Tensor] = {}
+    for name, module in linears.items():
+        run.layouts[name] = module.layout
         payload[f"{name}.weight"] = module.get_parameter("weight").detach()
         if name == job.arch.embedding:
             payload[f"{name}.{LIKE}"] = torch.empty(0, dtype=job.source.read(f"{name}.weight").dtype)
-    weights = {f"{name}.weight" for name in done}
-    inside = (n for n in job.source.tensors if n.startswith(f"{block.path}.") and n not in weights)
-    return payload | {name: job.source.read(name) for name in inside}
+    apart = {f"{name}.weight" for name in linears} | set(learned)
+    inside = (n for n in job.source.tensors if n.startswith(f"{block.path}.") and n not in apart)
+    return payload | learned | {name: job.source.read(name) for name in inside}
+
+
+def _compressed(run: _Run, block: Block, group: InputGroup) -> dict[str, Weight]:
+    """What becomes of the linears of a group, by name."""
+    done: dict[str, Weight] = {}
+    for name in (name for name in group.names if name in run.steps):
+        layer = _layer(run.job, name, group.names[0], block.weight(name), group.inputs)
+        compressed = apply_in_runs(layer, run.steps[name])
+        done[name] = compressed.expression()
+        run.rows.append(_row(run.job, layer, compressed, group.held_out))
+    group.inputs.derived.clear()  # factors that only this group's linears could share
+    return done
+
+
+@torch.no_grad()
+def _stored(job: Job, block: Block, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a block learned outside compressed linears, in the types that the dense model stores; the block goes on with
+    that."""
+    found = {}
+    for name, value in learned.items():
+        if name in job.source.tensors:
+            found[name] = value.to(job.source.read(name).dtype)
+            block.model.get_parameter(name).copy_(found[name])
+    return found
 
 
 def _layer(job: Job, name: str, group: str, weight: Tensor, inputs: Moments) -> Layer:
@@ -244,7 +303,8 @@ COMPANIONS = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
 OURS = {"config.json", INDEX, MANIFEST, reports.FILE, reports.SCORES}
 
 
-def _report(job: Job, tokens: CalibrationTokens | None, rows: list[LayerReport], size: int, seconds: float) -> Report:
+def _report(run: _Run, tokens: CalibrationTokens | None, size: int, seconds: float) -> Report:
+    job, rows = run.job, run.rows
     fallbacks = [row.name for row in rows if row.fallback]
     if len(fallbacks) > job.recipe.gates.max_fallback_layers * len(rows):
         raise NumericsError(
@@ -270,6 +330,7 @@ def _report(job: Job, tokens: CalibrationTokens | None, rows: list[LayerReport],
         base_model=job.source.hub_id,
         license=job.source.license,
         versions=reports.versions(),
+        blocks=run.blocks,
     )
 
 

@@ -18,6 +18,9 @@ RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file."
 Bpw = Annotated[float | None, typer.Option("--bpw", help="Target: bits per weight of the decoder's linears.")]
 Size = Annotated[str | None, typer.Option("--size", help="Target: of all weight files, as in 40MB.")]
 Kl = Annotated[float | None, typer.Option("--kl", help="Target: predicted KL, the smallest file that keeps to it.")]
+Tune = Annotated[
+    bool, typer.Option("--tune", help="Blocks learn while they are compressed: better, and several times slower.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 Settings = Annotated[
     list[str] | None,

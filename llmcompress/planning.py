@@ -15,17 +15,19 @@ import psutil
 import torch
 
 from llmcompress.architecture import Architecture, architecture
+from llmcompress.assignment import Assignment, assign
 from llmcompress.blocks import product_dtype
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.layer import StepConfig, methods, sketch
 from llmcompress.lookup import check_rows
 from llmcompress.modules import row_scale
-from llmcompress.recipe import Assignment, Recipe, assign
+from llmcompress.recipe import Recipe
 from llmcompress.source import Source
 from llmcompress.weight import Weight, bits, describe
 
 LIBRARIES = 450_000_000  # bytes that torch and transformers take before any work
 COLUMN_SECONDS = 4e-5  # per column of a feedback loop, whatever the length of the column
+LEARNING_BYTES = 16  # per weight of a block that learns: gradient, two moments, and the best state
 TABLE_BYTES = 16  # per weight of a table while it is compressed: float32 twice, bfloat16, codes, and their sum
 FORWARD_SHARE = 2.0  # time of a calibration pass over that of its linears: attention, norms, and what is not products
 
@@ -56,6 +58,7 @@ class Plan:
     peak_memory_bytes: int
     seconds: float
     warnings: tuple[str, ...]
+    reconstruction: dict[str, Any] | None = None  # how blocks learn meanwhile, with every value
     distillation: dict[str, Any] | None = None  # the section that follows, with every value
 
     def to_json(self) -> dict[str, Any]:
@@ -221,12 +224,14 @@ def _memory(job: Job) -> int:
     """Bytes at the peak: one block twice, its statistics, the hidden states, or the embeddings, whichever is more."""
     block = max(sum(prod(lin.shape) for group in layout.groups for lin in group) for layout in job.arch.blocks)
     widths = [group[0].shape[1] for group in job.arch.blocks[0].groups]
-    hidden = _tokens(job) * min(widths) * 4 * (2 if job.recipe.asymmetric else 1)
+    learns = job.recipe.reconstruct is not None
+    hidden = _tokens(job) * min(widths) * 4 * (2 if job.recipe.asymmetric or learns else 1)
     statistics = sum(width**2 * 8 for width in widths) + max(widths) ** 2 * 40
     embeddings = max(prod(header.shape) for header in job.source.tensors.values()) * 4
     batch = 4096 * max(widths) * 4 * 6
     tables = max((prod(job.source.tensors[f"{name}.weight"].shape) for name in job.tables), default=0) * TABLE_BYTES
-    return LIBRARIES + hidden + batch + max(block * 4 * 3 + statistics, 2 * embeddings, tables)
+    learning = block * LEARNING_BYTES if learns else 0
+    return LIBRARIES + hidden + batch + max(block * 4 * 3 + statistics + learning, 2 * embeddings, tables)
 
 
 def _seconds(job: Job) -> float:

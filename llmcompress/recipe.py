@@ -16,11 +16,9 @@ The same classes can be built in Python. Whatever is wrong is a RecipeError of o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
-from fnmatch import fnmatchcase
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -157,6 +155,9 @@ class Recipe(BaseModel):
     )
     head: tuple[Step, ...] = Field(default=(), description="steps for an output head that is not tied")
     gates: Gates = Gates()
+    reconstruct: dict[str, Any] | None = Field(
+        default=None, description="how every block learns, once its layers are set; null: it does not"
+    )
     distill: dict[str, Any] | None = Field(
         default=None, description="a distillation of what was compressed, towards the same model; null: none"
     )
@@ -177,74 +178,15 @@ class Recipe(BaseModel):
             raise ValueError("options: they are what a target is reached with, and there is none; set target or rules")
         if self.target is not None and (self.calibration is None or not self.calibration.held_out):
             raise ValueError("target: options are judged on held-out text; add calibration with held_out more than 0")
+        if self.reconstruct is not None and (self.calibration is None or not self.calibration.held_out):
+            raise ValueError("reconstruct: blocks are judged on held-out text; add calibration with held_out over 0")
+        if self.reconstruct is not None and self.prefix == "dense":
+            raise ValueError(
+                "reconstruct: blocks make up for those before them, which prefix: dense hides; leave it out"
+            )
         if self.asymmetric and self.prefix == "dense":
             raise ValueError("asymmetric: with prefix: dense every layer sees dense inputs anyway; set one of them")
         return self
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """A recipe laid over a model's linears.
-
-    `steps`: of every linear, empty where it stays dense. `unmatched`: the patterns that no linear matches. `unruled`:
-    linears that no rule speaks about. `shadowed`: patterns whose linears all belong to earlier rules.
-    """
-
-    steps: dict[str, tuple[StepConfig, ...]]
-    unmatched: tuple[str, ...]
-    unruled: tuple[str, ...]
-    shadowed: tuple[str, ...]
-    complaints: tuple[str, ...]  # a sentence for each unmatched pattern
-
-    def complaint(self) -> str:
-        """What is wrong with the first pattern that matches nothing."""
-        return self.complaints[0]
-
-
-def assign(recipe: Recipe, names: Iterable[str], others: Sequence[str] = ()) -> Assignment:
-    """The steps for each linear in `names` (module paths): those of the first rule that matches.
-
-    `others` are modules that are never compressed, such as the head: a rule without steps may name them.
-    """
-    names = list(names)
-    steps: dict[str, tuple[StepConfig, ...]] = {}
-    unmatched, shadowed, complaints = [], [], []
-    for number, rule in enumerate(recipe.rules):
-        before = set(steps)
-        for index, pattern in enumerate(rule.match):
-            found = [name for name in names if matches(pattern, name)]
-            steps.update({name: rule.steps for name in found if name not in steps})
-            elsewhere = [name for name in others if matches(pattern, name)]
-            if not found and (rule.steps or not elsewhere):
-                unmatched.append(pattern)
-                where = at(("rules", number, "match", index), recipe._origin.places) if recipe._origin.places else ""
-                complaints.append(f"{where}rule {number + 1} {_nothing(pattern, names, elsewhere)}")
-            elif found and before.issuperset(found):
-                shadowed.append(pattern)
-    unruled = tuple(name for name in names if name not in steps)
-    return Assignment(
-        {name: steps.get(name, ()) for name in names}, tuple(unmatched), unruled, tuple(shadowed), tuple(complaints)
-    )
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a recipe's pattern means the module `name`: a glob on the whole path, or 're:' and a full match."""
-    if pattern.startswith(REGEX):
-        return re.fullmatch(pattern.removeprefix(REGEX), name) is not None
-    return fnmatchcase(name, pattern)
-
-
-def _nothing(pattern: str, names: Sequence[str], elsewhere: Sequence[str]) -> str:
-    if elsewhere:
-        return (
-            f'has steps for {elsewhere[0]} ("{pattern}"), which is in no block; give them as embeddings: or head: if '
-            f"it is that, else drop the rule"
-        )
-    if not names:
-        return f'matches no layer ("{pattern}"): the model has none that can be compressed'
-    bare = pattern.removeprefix(REGEX)
-    nearest = max(names, key=lambda name: SequenceMatcher(None, bare, name, autojunk=False).ratio())
-    return f'matches no layer of the model ("{pattern}"); the nearest name is {nearest}'
 
 
 def read_recipe(source: Recipe | str | FilePath | Mapping[str, Any], settings: Sequence[str] = ()) -> Recipe:

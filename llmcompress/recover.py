@@ -34,6 +34,7 @@ from llmcompress.tokens import Calibration, check_length
 
 if TYPE_CHECKING:
     from llmcompress.distill import Distillation
+    from llmcompress.distill.blockwise.reconstruction import Reconstruction
 
 STAGED = ".compressed"  # follows the name of the output folder
 Training = Callable[[int, int, float, float, float], None]  # as `distill` reports
@@ -44,9 +45,9 @@ def plan(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revisi
     asked = read_recipe(recipe)
     dense = resolve(str(model), revision)
     found = plan_of(lay(dense, asked))
-    if asked.distill is None:
-        return found
-    return replace(found, distillation=_asked(asked, dense).model_dump(mode="json"))
+    blocks = None if asked.reconstruct is None else _reconstruction(asked).model_dump(mode="json")
+    then = None if asked.distill is None else _asked(asked, dense).model_dump(mode="json")
+    return replace(found, reconstruction=blocks, distillation=then)
 
 
 def compress(
@@ -71,8 +72,9 @@ def compress(
     asked = read_recipe(recipe)
     if asked.target is not None:
         return _to_target(model, asked, output, revision, device, pricing, {"progress": progress, "training": training})
+    tune = _tuner(asked)
     if asked.distill is None:
-        return driver.compress(model, asked, output, revision=revision, device=device, progress=progress)
+        return driver.compress(model, asked, output, revision=revision, device=device, progress=progress, tune=tune)
     from llmcompress.distill import check_ready, distill
     from llmcompress.distill.data.source import read_data
 
@@ -95,7 +97,7 @@ def compress(
         if all(text.dataset != "self" for text in _texts(wanted)):  # which the model would have to write
             load = partial(load_model, Place(dense.name, dense.folder))
             read_data(wanted.data, dense.tokenizer(), load, dense.config)  # raises what is wrong with it
-        driver.compress(dense.name, first, staged, revision=dense.revision, device=device, progress=progress)
+        driver.compress(dense.name, first, staged, revision=dense.revision, device=device, progress=progress, tune=tune)
     teacher = dense.name if dense.revision is None else f"{dense.name}@{dense.revision}"
     done = distill(staged, teacher, wanted, target, device=device, progress=training)
     shutil.rmtree(staged)
@@ -117,6 +119,7 @@ def _to_target(
         check_output(Path(output), 0)
     if asked.distill is not None:
         _asked(asked, dense)
+    _tuner(asked)
     plan = allocate(dense, asked, device=device, progress=pricing)
     result = compress(model, plan.recipe, output, revision=revision, device=device, **shown)
     found = plan.summary(plan.measured(result.folder, device), result.report.bytes)
@@ -132,6 +135,22 @@ def _asked(recipe: Recipe, dense: Dense) -> Distillation:
     for text in _texts(found):
         check_length(text.length, dense.config)
     return found
+
+
+def _tuner(recipe: Recipe) -> driver.Tune | None:
+    """How blocks learn, where the recipe says so. Raises RecipeError for what is wrong with the section."""
+    if recipe.reconstruct is None:
+        return None
+    from llmcompress.distill.blockwise.tune import tuner
+
+    return tuner(_reconstruction(recipe))
+
+
+def _reconstruction(recipe: Recipe) -> Reconstruction:
+    """The section `reconstruct:`. Raises RecipeError for what is wrong with it."""
+    from llmcompress.distill.blockwise.reconstruction import Reconstruction
+
+    return section(recipe, "reconstruct", Reconstruction)
 
 
 def _texts(asked: Distillation) -> tuple[Calibration, ...]:

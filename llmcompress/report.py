@@ -55,6 +55,7 @@ class Report:
     base_model: str | None = None  # a Hub id
     license: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)  # how each learned, where the recipe reconstructs
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, keys as in the fields."""

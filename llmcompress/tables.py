@@ -27,6 +27,10 @@ def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
     yield table
     yield f"sizes   {_sizes(plan)}"
     yield f"needs   about {_bytes(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}"
+    if (blocks := plan["reconstruction"]) is not None:
+        rates = ", ".join(f"{kind} at {rate:g}" for kind, rate in blocks["rates"].items())
+        steps = "a pass over the text" if blocks["steps"] is None else f"{blocks['steps']} steps"
+        yield f"learns  every block, {steps} each time: {rates}; that comes on top"
     if (then := plan["distillation"]) is not None:
         yield f"then    distillation {then['name']}: {_asked(then)}; that comes on top"
 
@@ -51,6 +55,12 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
         yield f"data    {text['source']} · {text['tokens']:,} tokens · sha256 {text['hash'][:12]}…"
     fallbacks = [row for row in report["layers"] if row["fallback"]]
     yield from (f"note    {row['name']}: {row['fallback']}" for row in fallbacks)
+    if blocks := list(report["blocks"].values()):
+        before, after = (median(block[key] for block in blocks) for key in ("before", "after"))
+        same = sum(not block["step"] for block in blocks)
+        yield f"blocks  {len(blocks)} reconstructed · error {before:.4f} to {after:.4f} in the median" + (
+            f" · nothing helped {same}" if same else ""
+        )
     yield f"cost    {duration(report['seconds'])} · {_bytes(report['peak_memory_bytes'])} of memory at the peak"
     if "allocation" in report:
         yield _reached(report["allocation"])

@@ -13,12 +13,13 @@ from math import prod
 from typing import Any
 
 from llmcompress.allocate.sizes import bytes_around, payload_bytes
+from llmcompress.assignment import matches
 from llmcompress.errors import RecipeError
 from llmcompress.layer import StepConfig, sketch, step
 from llmcompress.lookup import check_rows
 from llmcompress.modules import row_scale
 from llmcompress.planning import Job
-from llmcompress.recipe import Recipe, matches
+from llmcompress.recipe import Recipe
 from llmcompress.weight import bits
 
 Steps = tuple[StepConfig, ...]

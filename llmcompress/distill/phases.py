@@ -17,7 +17,7 @@ from llmcompress.distill.blockwise.walk import recover_blocks
 from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.loop import Report, Run, look, train
 from llmcompress.distill.state import Keeper
-from llmcompress.distill.student.adapt import adapt, rounded
+from llmcompress.distill.student.adapt import adapt, rounded, teachers_weights
 from llmcompress.distill.student.model import check_latents, relaxed_student
 from llmcompress.errors import RecipeError
 from llmcompress.modules import CompressedLinear, decoded, put
@@ -83,7 +83,7 @@ def learn(run: Run, report: Report | None = None) -> Learned:
 
 def _end_to_end(run: Run, learned: Learned, report: Report | None) -> None:
     recipe = run.recipe
-    latents = run.dense() if recipe.latents == "teacher" else None
+    latents = teachers_weights(run.student.model, run.dense()) if recipe.latents == "teacher" else None
     student = relaxed_student(run.student.model, recipe.rates, recipe.estimator, latents, scales=recipe.scales)
     measured = train(replace(run, student=student), report)
     numbers: dict[str, int] = {

@@ -17,6 +17,7 @@ from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.loop import Objective
 from llmcompress.distill.matching import Matching
 from llmcompress.distill.recipe import Schedule, Term
+from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
 from llmcompress.modules import compressed_linears
@@ -236,7 +237,7 @@ def test_latents_start_at_the_blocks_that_the_student_kept(place: Path, tmp_path
     student = lc.compress(place / "short", {"version": 1, "rules": rules}, tmp_path / "small").model
     teacher = tiny("llama", num_hidden_layers=4, tie_word_embeddings=True)
     stored = {name: dense(layer.expression()) for name, layer in compressed_linears(student).items()}
-    found = relaxed_student(student, {"codes": 1e-3}, "plain", teacher)
+    found = relaxed_student(student, {"codes": 1e-3}, "plain", teachers_weights(student, teacher))
     name = "model.layers.2.mlp.up_proj"
     grid = found.relaxed[name].relaxed
     [latents] = [value for key, value in grid.named_parameters() if "codes" in key]

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from llmcompress.distill import Distillation, distill
 from llmcompress.distill.launch import check_sharding
+from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.medians import median_scales
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.encoding import encode
@@ -210,7 +211,9 @@ def test_a_student_with_median_scales_learns(folders: Path, tmp_path: Path) -> N
 
 def test_other_scales_learn_at_their_rate(folders: Path, tmp_path: Path) -> None:
     student, teacher = loaded(folders)
-    found = relaxed_student(student, {"codes": 0.1, "scales": 0.1}, "plain", teacher, scales="median")
+    found = relaxed_student(
+        student, {"codes": 0.1, "scales": 0.1}, "plain", teachers_weights(student, teacher), scales="median"
+    )
     grouped = [id(value) for group in found.groups() for value in group["params"]]
     for name, value in found.trained["scales"].items():
         assert (id(value) in grouped) == value.requires_grad == ("down_proj" in name)

@@ -20,6 +20,7 @@ from llmcompress.distill.blockwise.block import Activations, Block, mean_error, 
 from llmcompress.distill.blockwise.shelf import Shelf
 from llmcompress.distill.blockwise.walk import Stream, recover_blocks
 from llmcompress.distill.phases import learn
+from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.modules import compressed_linears
@@ -99,7 +100,7 @@ def test_the_error_is_the_mean_of_relative_errors_of_tokens_that_count() -> None
 def test_a_block_comes_nearer_on_text_it_has_not_seen(kind: Any, folders: Path) -> None:
     student, block, train, held_out = first_block(folders)
     settings = asked(folders, rates={kind: RATES[kind]})
-    part = relaxed_student(student, settings.rates, "plain", loaded(folders)[1], f"{PATH}.")
+    part = relaxed_student(student, settings.rates, "plain", teachers_weights(student, loaded(folders)[1]), f"{PATH}.")
     assert {name.rpartition(".")[0][: len(PATH)] for name in part.named()} == {PATH}
     found = recover_block(block, part, train, held_out, settings, PATH)
     assert found.after < (0.99 if kind == "norms" else 0.97) * found.before and found.step in (5, 10, 15, 20)

@@ -40,6 +40,7 @@ ROOMS = (
     "complaints",  # what is wrong with a recipe, in words
     "target",  # a size or a quality to aim at
     "recipe",  # what the user asked for
+    "assignment",  # a recipe over a model's linears
     "planning",  # what a run would do, from headers alone
     "checkpoint",  # disk
     "hf",  # the transformers plug-in

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmcompress.distill.blockwise.reconstruction import Reconstruction
 from llmcompress.distill.losses.features import Features, measure_features
 from llmcompress.distill.losses.hidden import Hidden
 from llmcompress.distill.order import rate, rows
@@ -35,6 +36,7 @@ from llmcompress.distill.student.oscillation import Freezer
 from llmcompress.errors import NumericsError
 
 BETAS = (0.9, 0.95)
+SIGN = (0.0, 0.0)  # with which a step of Adam is that of the gradient's sign
 SMALLEST = 1e-12  # Adam's epsilon: gradients of single codes are small
 Block = Callable[[Tensor], Tensor]  # hidden states [sequences, length, width] to those after the block
 
@@ -82,7 +84,12 @@ class Recovered:
 
 
 def recover_block(
-    block: Block, student: Student, train: Activations, held_out: Activations, recipe: Distillation, name: str
+    block: Block,
+    student: Student,
+    train: Activations,
+    held_out: Activations,
+    recipe: Distillation | Reconstruction,
+    name: str,
 ) -> Recovered:
     """Trains `student`, the part of a model that is in `block`, as `recipe` says: rates, batches, `steps` or one pass.
 
@@ -95,7 +102,7 @@ def recover_block(
     if before == 0 or not named:
         return best
     steps = recipe.steps or max(1, len(train) // recipe.batch)
-    optimizer = torch.optim.Adam(student.groups(), betas=BETAS, eps=SMALLEST)
+    optimizer = torch.optim.Adam(student.groups(), betas=SIGN if recipe.optimizer == "sign" else BETAS, eps=SMALLEST)
     freezer = Freezer.of(recipe.freezing, student.relaxed)
     for step in range(steps):
         for group in optimizer.param_groups:

@@ -18,6 +18,7 @@ from llmcompress.blocks import Batch, Call, in_batches, recorded
 from llmcompress.distill.blockwise.block import Activations, Block, Recovered, recover_block
 from llmcompress.distill.blockwise.shelf import Shelf
 from llmcompress.distill.recipe import Distillation
+from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.modules import CompressedLinear, compressed_linears, decoded, put
@@ -142,8 +143,9 @@ def _recovered(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a block learned, payloads and dense tensors by name, and what became of it."""
     started = time.monotonic()
-    path, dense = student.path(index), teacher if recipe.latents == "teacher" else None
-    part = relaxed_student(student.model, recipe.rates, recipe.estimator, dense, f"{path}.", recipe.scales)
+    path = student.path(index)
+    target = teachers_weights(student.model, teacher) if recipe.latents == "teacher" else None
+    part = relaxed_student(student.model, recipe.rates, recipe.estimator, target, f"{path}.", recipe.scales)
     found = recover_block(student.block(index), part, *parts, recipe, path)
     payloads = {f"{name}.weight": layer.get_parameter("weight") for name, layer in part.settle().items()}
     trained = {kind: sum(value.numel() for value in values.values()) for kind, values in part.trained.items()}

@@ -6,7 +6,7 @@ whatever its folder stores, so that small steps are not lost.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from llmcompress.architecture import block_stack
 from llmcompress.distill.recipe import Distillation, Kind, Scales
-from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.medians import MedianScale, follows, grids, median_scales
 from llmcompress.errors import RecipeError
 from llmcompress.modules import CompressedLinear, compressed_linears, put
@@ -108,16 +107,17 @@ def relaxed_student(
     model: PreTrainedModel,
     rates: Mapping[Kind, float],
     estimator: str,
-    latents_from: PreTrainedModel | None = None,
+    target: Callable[[str], Tensor] | None = None,
     inside: str = "",
     scales: Scales = "learned",
 ) -> Student:
     """`model` (float32), its compressed linears replaced by relaxed ones; head and token table stay as they are.
 
-    `rates` names the kinds that train, those the student has. Latent codes start at the codes, or where the weights of
-    the dense model `latents_from` are within their cells. Raises RecipeError where there is nothing to train, or but
-    the norms of a dense model for which more was asked; neither of one block, with a module path as `inside`: then what
-    lies elsewhere stays as it is. `scales`: median, for those that can follow their latents; others as `rates` says.
+    `rates` names the kinds that train, those the student has. Latent codes start at the codes, or where the dense
+    weights `target`, `[out, in]` by name, are within their cells. Raises RecipeError where there is nothing to train,
+    or but the norms of a dense model for which more was asked; neither of one block, with a module path as `inside`:
+    then what lies elsewhere stays as it is. `scales`: median, for those that can follow their latents; others as
+    `rates` says.
     """
     kinds = frozenset(rates) & frozenset(KINDS)
     masters = kinds | ({"scales"} if scales == "median" else set())
@@ -126,7 +126,6 @@ def relaxed_student(
     head = model.get_output_embeddings()
     relaxed: dict[str, RelaxedLinear] = {}
     medians: list[MedianScale] = []
-    target = None if latents_from is None else teachers_weights(model, latents_from)
     for name, layer in compressed_linears(model).items():
         if layer is not head and name.startswith(inside):
             relaxed[name] = RelaxedLinear.of(layer, relaxation, None if target is None else target(name))
