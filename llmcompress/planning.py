@@ -110,9 +110,15 @@ def _check_calibration(recipe: Recipe) -> None:
         return
     tables = (*recipe.embeddings, *recipe.head)
     used = {step.method for step in (*(step for rule in recipe.rules for step in rule.steps), *tables)}
-    hungry = sorted(name for name in used if methods()[name].needs)
-    if hungry or recipe.asymmetric:
-        raise RecipeError(f"{', '.join(hungry) or 'asymmetric'} needs calibration; add it to the recipe")
+    hungry = sorted(name for name in used if not methods()[name].data_free)
+    if recipe.asymmetric and not hungry:
+        raise RecipeError("asymmetric needs calibration; add it to the recipe, or leave asymmetric out")
+    if hungry:
+        frugal = ", ".join(name for name, one in sorted(methods().items()) if one.data_free)
+        raise RecipeError(
+            f"{', '.join(hungry)} needs calibration; add it to the recipe, such as calibration: {{dataset: stdlib}} "
+            f"(or self: the model writes the text), or use methods that need none: {frugal}"
+        )
 
 
 def _check_tables(recipe: Recipe, arch: Architecture, source: Source) -> None:
@@ -127,7 +133,7 @@ def _check_tables(recipe: Recipe, arch: Architecture, source: Source) -> None:
         row_scale(source.skeleton().get_input_embeddings())
     except TypeError as error:
         raise RecipeError(f"embeddings: {error}; leave embeddings: out") from error
-    hungry = [step.method for step in recipe.embeddings if methods()[step.method].needs]
+    hungry = [step.method for step in recipe.embeddings if not methods()[step.method].data_free]
     if hungry and not arch.tied:
         raise RecipeError(
             f"embeddings: {hungry[0]} learns from a layer's inputs, and a table that is only looked up has none; "
@@ -189,7 +195,16 @@ def warnings(job: Job) -> tuple[str, ...]:
     dense = [name for name, steps in job.assignment.steps.items() if not steps]
     outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
     left = [f"{name} stays dense" for name in (*dense, *outside, *job.arch.other)]
-    return (*job.source.notes, *job.assignment.complaints, *shadowed, *left)
+    return (*job.source.notes, *job.assignment.complaints, *shadowed, *left, *_without_data(job))
+
+
+def _without_data(job: Job) -> tuple[str, ...]:
+    """A sentence where methods that can learn from data have none."""
+    used = {step.method for steps in (job.steps | job.tables).values() for step in steps}
+    able = sorted(name for name in used if methods()[name].needs)
+    if job.recipe.calibration is not None or not able:
+        return ()
+    return (f"without calibration {', '.join(able)} keep to the weights, not to what layers make of their inputs",)
 
 
 def _is_compressed(job: Job, name: str) -> bool:
