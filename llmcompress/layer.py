@@ -59,6 +59,11 @@ class StepConfig(BaseModel):
         """Whether what becomes of a row depends on the inputs and that row, or a few others, alone; see `runs`."""
         return False
 
+    @property
+    def presumes(self) -> bool:
+        """Whether the steps after this one find statistics even where nothing was measured."""
+        return False
+
     def sketch(self, approx: Weight) -> Weight:
         """The expression this step will leave, on meta tensors: what `plan` counts bits of."""
         raise NotImplementedError(f"{type(self).__name__} needs a sketch")

@@ -7,6 +7,7 @@ expression that each step announces for the layer's shape.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -108,9 +109,8 @@ def _check_calibration(recipe: Recipe) -> None:
     """Raises RecipeError where a method needs data and the recipe has none."""
     if recipe.calibration is not None:
         return
-    tables = (*recipe.embeddings, *recipe.head)
-    used = {step.method for step in (*(step for rule in recipe.rules for step in rule.steps), *tables)}
-    hungry = sorted(name for name in used if not methods()[name].data_free)
+    lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head)
+    hungry = sorted({name for steps in lists for name in _hungry(steps)})
     if recipe.asymmetric and not hungry:
         raise RecipeError("asymmetric needs calibration; add it to the recipe, or leave asymmetric out")
     if hungry:
@@ -119,6 +119,15 @@ def _check_calibration(recipe: Recipe) -> None:
             f"{', '.join(hungry)} needs calibration; add it to the recipe, such as calibration: {{dataset: stdlib}} "
             f"(or self: the model writes the text), or use methods that need none: {frugal}"
         )
+
+
+def _hungry(steps: Sequence[StepConfig]) -> Iterator[str]:
+    """The methods of these steps that cannot do without calibration."""
+    for step in steps:
+        if step.presumes:
+            return
+        if not methods()[step.method].data_free:
+            yield step.method
 
 
 def _check_tables(recipe: Recipe, arch: Architecture, source: Source) -> None:
@@ -133,7 +142,7 @@ def _check_tables(recipe: Recipe, arch: Architecture, source: Source) -> None:
         row_scale(source.skeleton().get_input_embeddings())
     except TypeError as error:
         raise RecipeError(f"embeddings: {error}; leave embeddings: out") from error
-    hungry = [step.method for step in recipe.embeddings if not methods()[step.method].data_free]
+    hungry = list(_hungry(recipe.embeddings))
     if hungry and not arch.tied:
         raise RecipeError(
             f"embeddings: {hungry[0]} learns from a layer's inputs, and a table that is only looked up has none; "

@@ -28,6 +28,11 @@ class Presume(StepConfig):
 
     method: Literal["presume"] = "presume"
 
+    @property
+    def presumes(self) -> bool:
+        """See `StepConfig.presumes`."""
+        return True
+
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         return approx
