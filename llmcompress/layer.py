@@ -59,6 +59,11 @@ class StepConfig(BaseModel):
         """Whether what becomes of a row depends on the inputs and that row, or a few others, alone; see `runs`."""
         return False
 
+    @property
+    def presumes(self) -> bool:
+        """Whether the steps after this one find statistics even where nothing was measured."""
+        return False
+
     def sketch(self, approx: Weight) -> Weight:
         """The expression this step will leave, on meta tensors: what `plan` counts bits of."""
         raise NotImplementedError(f"{type(self).__name__} needs a sketch")
@@ -71,25 +76,32 @@ class StepConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: `run(layer, config) -> layer`, and the statistics it reads."""
+    """A registered method: `run(layer, config) -> layer`, and the statistics it reads.
+
+    `data_free`: whether it also works on moments of no tokens; then it minimises |W - W_approx|^2.
+    """
 
     name: str
     config: type[StepConfig]
     needs: frozenset[str]
     run: Callable[[Layer, Any], Layer]
+    data_free: bool
 
 
 _METHODS: dict[str, Method] = {}
 Run = TypeVar("Run", bound=Callable[..., Layer])
 
 
-def method(name: str, config: type[StepConfig], needs: set[str] | frozenset[str] = frozenset()) -> Callable[[Run], Run]:
-    """Registers a function `(layer, config) -> layer` under `name`. Raises ValueError for an unknown statistic."""
+def method(
+    name: str, config: type[StepConfig], needs: set[str] | frozenset[str] = frozenset(), data_free: bool = False
+) -> Callable[[Run], Run]:
+    """Registers a function `(layer, config) -> layer` under `name`; `data_free` if it can also do without what it
+    `needs`, see `Method`. Raises ValueError for an unknown statistic."""
     if not needs <= STATISTICS:
         raise ValueError(f"method {name!r} needs {sorted(set(needs) - STATISTICS)}; known: {sorted(STATISTICS)}")
 
     def register(run: Run) -> Run:
-        _METHODS[name] = Method(name, config, frozenset(needs), run)
+        _METHODS[name] = Method(name, config, frozenset(needs), run, data_free or not needs)
         return run
 
     return register

@@ -7,6 +7,7 @@ expression that each step announces for the layer's shape.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -111,11 +112,25 @@ def _check_calibration(recipe: Recipe) -> None:
     """Raises RecipeError where a method needs data and the recipe has none."""
     if recipe.calibration is not None:
         return
-    tables = (*recipe.embeddings, *recipe.head)
-    used = {step.method for step in (*(step for rule in recipe.rules for step in rule.steps), *tables)}
-    hungry = sorted(name for name in used if methods()[name].needs)
-    if hungry or recipe.asymmetric:
-        raise RecipeError(f"{', '.join(hungry) or 'asymmetric'} needs calibration; add it to the recipe")
+    lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head)
+    hungry = sorted({name for steps in lists for name in _hungry(steps)})
+    if recipe.asymmetric and not hungry:
+        raise RecipeError("asymmetric needs calibration; add it to the recipe, or leave asymmetric out")
+    if hungry:
+        frugal = ", ".join(name for name, one in sorted(methods().items()) if one.data_free)
+        raise RecipeError(
+            f"{', '.join(hungry)} needs calibration; add it to the recipe, such as calibration: {{dataset: stdlib}} "
+            f"(or self: the model writes the text), or use methods that need none: {frugal}"
+        )
+
+
+def _hungry(steps: Sequence[StepConfig]) -> Iterator[str]:
+    """The methods of these steps that cannot do without calibration."""
+    for step in steps:
+        if step.presumes:
+            return
+        if not methods()[step.method].data_free:
+            yield step.method
 
 
 def _check_tables(recipe: Recipe, arch: Architecture, source: Source) -> None:
@@ -130,7 +145,7 @@ def _check_tables(recipe: Recipe, arch: Architecture, source: Source) -> None:
         row_scale(source.skeleton().get_input_embeddings())
     except TypeError as error:
         raise RecipeError(f"embeddings: {error}; leave embeddings: out") from error
-    hungry = [step.method for step in recipe.embeddings if methods()[step.method].needs]
+    hungry = list(_hungry(recipe.embeddings))
     if hungry and not arch.tied:
         raise RecipeError(
             f"embeddings: {hungry[0]} learns from a layer's inputs, and a table that is only looked up has none; "
@@ -192,7 +207,16 @@ def warnings(job: Job) -> tuple[str, ...]:
     dense = [name for name, steps in job.assignment.steps.items() if not steps]
     outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
     left = [f"{name} stays dense" for name in (*dense, *outside, *job.arch.other)]
-    return (*job.source.notes, *job.assignment.complaints, *shadowed, *left)
+    return (*job.source.notes, *job.assignment.complaints, *shadowed, *left, *_without_data(job))
+
+
+def _without_data(job: Job) -> tuple[str, ...]:
+    """A sentence where methods that can learn from data have none."""
+    used = {step.method for steps in (job.steps | job.tables).values() for step in steps}
+    able = sorted(name for name in used if methods()[name].needs)
+    if job.recipe.calibration is not None or not able:
+        return ()
+    return (f"without calibration {', '.join(able)} keep to the weights, not to what layers make of their inputs",)
 
 
 def _is_compressed(job: Job, name: str) -> bool:

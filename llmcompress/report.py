@@ -23,7 +23,8 @@ PACKAGES = ("llmcompress", "torch", "transformers", "safetensors")
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear. Errors: relative output errors |(W - W_approx) X|^2 / |W X|^2, on calibration and held-out text."""
+    """One linear. Errors: relative output errors |(W - W_approx) X|^2 / |W X|^2, on calibration and held-out text;
+    those of the weights alone, |W - W_approx|^2 / |W|^2, without calibration."""
 
     name: str
     shape: tuple[int, int]  # (out, in)

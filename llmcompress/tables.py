@@ -53,6 +53,8 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
     yield f"sizes   {_sizes(report)}"
     if (text := report["calibration"]) is not None:
         yield f"data    {text['source']} · {text['tokens']:,} tokens · sha256 {text['hash'][:12]}…"
+    else:
+        yield "data    none: errors are those of the weights, not of what layers make of their inputs"
     fallbacks = [row for row in report["layers"] if row["fallback"]]
     yield from (f"note    {row['name']}: {row['fallback']}" for row in fallbacks)
     if blocks := list(report["blocks"].values()):

@@ -2,6 +2,7 @@
 
 H = X^T X / tokens `[in, in]`. Damping adds a share of the mean diagonal: 0.1 beats the usual 0.01 on held-out tokens
 when calibration is small. Factors are memoised on the moments, so layers that share an input share them too.
+Moments of no tokens have no H: methods that do without (`Method.data_free`) take the identity in its place.
 """
 
 import torch
@@ -63,6 +64,18 @@ def inverse_factor(moments: Moments, damping: float, order: Tensor | None = None
 
     key = ("inverse_factor", damping, None if order is None else order.numpy(force=True).tobytes())
     return moments.memo(key, compute)
+
+
+def metric(moments: Moments, target: Tensor, damping: float) -> Tensor:
+    """What errors in `target [out, in]` are measured with, float32 `[in, in]`: the damped H, or without tokens I."""
+    if moments.outer is None:
+        return torch.eye(target.shape[1], device=target.device)
+    return damped(second_moment(moments), damping).float()
+
+
+def feedback_factor(moments: Moments, damping: float) -> tuple[Tensor | None, tuple[str, ...]]:
+    """`inverse_factor`; without tokens None, since an error in one column then says nothing of the others."""
+    return (None, ()) if moments.outer is None else inverse_factor(moments, damping)
 
 
 def root(moments: Moments, damping: float) -> Tensor:

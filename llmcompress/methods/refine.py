@@ -20,7 +20,7 @@ from llmcompress.layer import Layer, StepConfig, base_target, method, split, wit
 from llmcompress.methods.bitplanes import Planes, planes_of
 from llmcompress.methods.feedback import few_threads
 from llmcompress.methods.grid import grid_of
-from llmcompress.methods.hessian import damped, second_moment
+from llmcompress.methods.hessian import metric
 from llmcompress.methods.projection import Kept, Pruned, Quantized
 from llmcompress.methods.scales import rescaled
 from llmcompress.methods.streams import Streams
@@ -51,11 +51,11 @@ class Refine(StepConfig):
         """Nothing; see `StepConfig.rough`."""
 
 
-@method("refine", Refine, needs={"outer"})
+@method("refine", Refine, needs={"outer"}, data_free=True)
 def refine(layer: Layer, config: Refine) -> Layer:
     """The base with better stored values, in the same bits."""
     base, target = _compressed_base(layer.approx), base_target(layer)
-    hessian = damped(second_moment(layer.inputs), config.damping).float()
+    hessian = metric(layer.inputs, target, config.damping)
     for _ in range(config.passes):
         base = rescaled(descended(base, target, hessian), target, hessian)
     return with_base(layer, base)

@@ -30,7 +30,7 @@ class Rotate(StepConfig):
         return Rotated(approx, torch.empty(width, dtype=torch.bool, device="meta"), hadamard_size(width))
 
 
-@method("rotate", Rotate, needs={"outer"})
+@method("rotate", Rotate, needs={"outer"}, data_free=True)
 def rotate(layer: Layer, config: Rotate) -> Layer:
     """The layer in a seeded random basis."""
     width = layer.weight.shape[1]

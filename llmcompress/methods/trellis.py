@@ -1,8 +1,9 @@
 """Trellis-coded quantization (QTIP, arXiv 2406.11235) inside error feedback.
 
 Minimises tr(E H E^T) greedily, column by column as GPTQ does; a column becomes the stream of a trellis that is nearest
-to it, found by the Viterbi algorithm. Stores `TrellisCoded`: bits a weight, and a float16 scale a row. Made for weights
-that look Gaussian: rotate first. `refine` chooses every column again.
+to it, found by the Viterbi algorithm; without data |E|^2, with nothing to feed back. Stores `TrellisCoded`: bits a
+weight, and a float16 scale a row. Made for weights that look Gaussian: rotate first. `refine` chooses every column
+again.
 
 Differs from the paper: streams run down whole columns instead of through tiles of 16 x 16, so that feedback works
 weight by weight; a column goes on where the last one ended, so that neither start states nor tail-biting are needed.
@@ -16,7 +17,7 @@ from pydantic import Field
 from llmcompress.errors import RecipeError
 from llmcompress.layer import Layer, StepConfig, base_target, method, split, with_base
 from llmcompress.methods.feedback import feedback
-from llmcompress.methods.hessian import damped, inverse_factor, second_moment
+from llmcompress.methods.hessian import feedback_factor, metric
 from llmcompress.methods.scales import rescaled
 from llmcompress.methods.streams import RUN, Streams
 from llmcompress.trellis import Trellis
@@ -64,15 +65,15 @@ class TrellisConfig(StepConfig):
         return self.model_copy(update={"memory": min(self.memory, max(8, 2 * self.trellis().bits))})
 
 
-@method("trellis", TrellisConfig, needs={"outer"})
+@method("trellis", TrellisConfig, needs={"outer"}, data_free=True)
 def trellis(layer: Layer, config: TrellisConfig) -> Layer:
     """Quantizes the base to streams of a trellis, with error feedback, and fits its scales."""
     config.sketch(layer.approx)
     target = base_target(layer)
-    factor, notes = inverse_factor(layer.inputs, config.damping)
+    factor, notes = feedback_factor(layer.inputs, config.damping)
     kind = config.trellis()
     spread = target.square().mean(1, keepdim=True).sqrt()  # that of the trellis' numbers is 1
     scale = spread.clamp_max(torch.finfo(torch.float16).max).to(torch.float16)
     base = feedback(target, factor, Streams(scale, target.shape[1], kind, RUN))
-    hessian = damped(second_moment(layer.inputs), config.damping).float()
+    hessian = metric(layer.inputs, target, config.damping)
     return with_base(layer, rescaled(base, target, hessian), notes)

@@ -68,8 +68,11 @@ ROOMS = (
     "cli",
     "__main__",
 )
-# A method shares code with others through the files of methods/ that register none. The one exception:
-SIBLINGS = {"llmcompress.methods.gptq": {"llmcompress.methods.rtn"}}  # rtn with feedback
+# A method shares code with others through the files of methods/ that register none. The exceptions:
+SIBLINGS = {
+    "llmcompress.methods.gptq": {"llmcompress.methods.rtn"},  # rtn with feedback
+    "llmcompress.methods.hqq": {"llmcompress.methods.rtn"},  # rtn whose grids are solved for again
+}
 NOUNS_MISSING = {"utils", "util", "common", "base", "manager", "helpers", "misc"}
 
 ROOM_MODULES = [module for module in MODULES if module.room]
