@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -28,6 +28,7 @@ from llmcompress.blocks import give_back_memory, product_dtype
 from llmcompress.calibrate import Block, walk
 from llmcompress.checkpoint import MANIFEST, Writer, check_output, copy_folder, writing
 from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.fuse import Balanced, balance
 from llmcompress.hf import table_entry
 from llmcompress.layer import Layer, relative_error
 from llmcompress.locate import Place
@@ -106,10 +107,10 @@ def compress(
     check_memory(planned, device)
     tokens = _tokens(job)
     with writing(Path(output)) as writer:
-        rows, layouts = _compress_blocks(job, tokens, writer, device, progress)
+        rows, layouts, fused = _compress_blocks(job, tokens, writer, device, progress)
         _write_rest(job, layouts, writer)
         size = writer.close()
-        report = _report(job, tokens, rows, size, time.monotonic() - started)
+        report = replace(_report(job, tokens, rows, size, time.monotonic() - started), fused=tuple(fused))
         writer.write(reports.FILE, json.dumps(report.to_json(), indent=2))
         writer.write(reports.RECIPE, dump(job.recipe))
     return Result(Path(output), report, temporary)
@@ -145,14 +146,24 @@ def _blocks(job: Job, tokens: CalibrationTokens | None, device: str, progress: P
 
 def _compress_blocks(
     job: Job, tokens: CalibrationTokens | None, writer: Writer, device: str, progress: Progress | None
-) -> tuple[list[LayerReport], dict[str, Layout]]:
-    """Compresses and writes block after block; returns the rows of the report and the layouts for the config."""
+) -> tuple[list[LayerReport], dict[str, Layout], list[str]]:
+    """Compresses and writes block after block; returns the rows of the report, the layouts for the config, and what was
+    fused into the blocks."""
     rows: list[LayerReport] = []
     layouts: dict[str, Layout] = {}
+    fused: list[str] = []
     for block in _blocks(job, tokens, device, progress):
-        tensors = _compress_block(job, block, rows, layouts)
+        balanced = _balanced(job, block)
+        tensors = _compress_block(job, block, rows, layouts) | balanced.tensors
         writer.add(tensors, payload_texts(layouts))
-    return rows, layouts
+        fused += balanced.notes
+    return rows, layouts, fused
+
+
+def _balanced(job: Job, block: Block) -> Balanced:
+    """The block with its channels scaled, where the recipe asks for it."""
+    fuse = job.recipe.fuse
+    return balance(block, job.source, job.arch, job.steps) if fuse is not None and fuse.awq else Balanced()
 
 
 def _compress_block(job: Job, block: Block, rows: list[LayerReport], layouts: dict[str, Layout]) -> dict[str, Tensor]:
@@ -227,7 +238,7 @@ def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
     tables = {f"{name}.weight" for name in job.tables}
     rest = [name for name in job.source.tensors if not name.startswith(inside) and name not in tables]
     writer.add({name: job.source.read(name) for name in rest})
-    config = json.loads((job.source.folder / "config.json").read_text(encoding="utf-8"))
+    config = job.source.config_entries()
     config["quantization_config"] = table_entry(layouts) | {"versions": reports.versions()}
     writer.write("config.json", json.dumps(config, indent=1))
     copy_companions(job.source.folder, writer.folder)

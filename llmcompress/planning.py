@@ -17,6 +17,7 @@ import torch
 from llmcompress.architecture import Architecture, architecture
 from llmcompress.blocks import product_dtype
 from llmcompress.errors import MemoryLimitError, RecipeError
+from llmcompress.fuse import check_awq, rotated_source
 from llmcompress.layer import StepConfig, methods, sketch
 from llmcompress.lookup import check_rows
 from llmcompress.modules import row_scale
@@ -97,11 +98,17 @@ class Job:
 def lay(source: Source, recipe: Recipe) -> Job:
     """The recipe laid over the model. Raises InputError for a model that is not understood, RecipeError for a recipe
     whose methods need calibration that it does not have."""
+    fuse = recipe.fuse
+    if fuse is not None and fuse.rotation:
+        source = rotated_source(source, recipe.seed, fuse.untie)
     arch = architecture(source.config, source.skeleton())
     _check_calibration(recipe)
     _check_tables(recipe, arch, source)
     others = [linear.name for linear in arch.outside] + [name.rpartition(".")[0] for name in source.tensors]
-    return Job(source, arch, recipe, assign(recipe, list(arch.linears()), others))
+    job = Job(source, arch, recipe, assign(recipe, list(arch.linears()), others))
+    if fuse is not None and fuse.awq:
+        check_awq(arch, job.steps)
+    return job
 
 
 def _check_calibration(recipe: Recipe) -> None:
@@ -111,8 +118,10 @@ def _check_calibration(recipe: Recipe) -> None:
     tables = (*recipe.embeddings, *recipe.head)
     used = {step.method for step in (*(step for rule in recipe.rules for step in rule.steps), *tables)}
     hungry = sorted(name for name in used if methods()[name].needs)
-    if hungry or recipe.asymmetric:
-        raise RecipeError(f"{', '.join(hungry) or 'asymmetric'} needs calibration; add it to the recipe")
+    hungry += ["asymmetric"] if recipe.asymmetric else []
+    hungry += ["awq"] if recipe.fuse is not None and recipe.fuse.awq else []
+    if hungry:
+        raise RecipeError(f"{', '.join(hungry)} needs calibration; add it to the recipe")
 
 
 def _check_tables(recipe: Recipe, arch: Architecture, source: Source) -> None:
