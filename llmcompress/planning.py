@@ -17,7 +17,7 @@ import torch
 from llmcompress.architecture import Architecture, architecture
 from llmcompress.blocks import product_dtype
 from llmcompress.errors import MemoryLimitError, RecipeError
-from llmcompress.fuse import check_awq, rotated_source
+from llmcompress.fuse import EXPONENTS, check_awq, rotated_source
 from llmcompress.layer import StepConfig, methods, sketch
 from llmcompress.lookup import check_rows
 from llmcompress.modules import row_scale
@@ -239,12 +239,15 @@ def _memory(job: Job) -> int:
 
 
 def _seconds(job: Job) -> float:
-    """Two forward passes, one product X^T X per input, and the column loops, at the speed that this machine shows."""
+    """Two forward passes, one product X^T X per input, the column loops, and the search for scales, at the speed that
+    this machine shows."""
     tokens = _tokens(job)
     linears = job.arch.linears()
     forward = 2 * sum(2 * tokens * prod(lin.shape) for lin in linears.values())
     forward += sum(tokens * group[0].shape[1] ** 2 for layout in job.arch.blocks for group in layout.groups)
     solve = sum(linears[name].shape[0] * linears[name].shape[1] ** 2 for name in job.steps)
+    if job.recipe.fuse is not None and job.recipe.fuse.awq:
+        solve += 2 * len(EXPONENTS) * solve
     columns = sum(linears[name].shape[1] * len(steps) for name, steps in job.steps.items())
     dtype = product_dtype(job.recipe.compute, torch.device("cpu"))
     return FORWARD_SHARE * forward / _speed(dtype) + solve / _speed(torch.float32) + columns * COLUMN_SECONDS

@@ -6,9 +6,9 @@ what it did, and no linear that reads the stream needs signs or a transform at r
 which is still there for what reads something else (o and down of a Llama).
 
 The output head reads the last norm, whose weight is no constant, so a head that is the token table must become a matrix
-of its own. Rotated weights are rounded to their stored dtype once more: in bfloat16 that alone moves the predictions of
-SmolLM2-135M by 2e-4 nats, in float32 by nothing that counts. QuaRot's code also takes the mean from each row of the table; that is right for layer norms alone, and not
-done here.
+of its own. Rotated weights are rounded to their stored dtype once more; in bfloat16 that alone moves the predictions of
+SmolLM2-135M by 2e-4 nats. QuaRot's code also takes the mean from each row of the table: that is right for layer norms
+alone, and not done here.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def rotated_source(source: Source, seed: int, untie: bool) -> Source:
             f"fuse: the output head of {source.name} is its token table, and a rotation makes them differ; set "
             f"untie: true for a head of its own ({size} before it is compressed), or use the step rotate instead"
         )
-    note = f"the output head is a matrix of its own since the rotation, {size} more before it is compressed"
+    notes = ["the residual stream is in a random basis, so hidden states and adapters of the dense model do not fit"]
+    if tied:
+        notes.append(f"the output head is a matrix of its own since the rotation, {size} more before it is compressed")
     config = copy.deepcopy(source.config)
     config.tie_word_embeddings = False
     return RotatedSource(
@@ -110,7 +112,7 @@ def rotated_source(source: Source, seed: int, untie: bool) -> Source:
         config,
         {**source.tensors, head: table} if tied else source.tensors,
         {alias: origin for alias, origin in source.tied.items() if alias != head},
-        (*source.notes, note) if tied else source.notes,
+        (*source.notes, *notes),
         source.hub_id,
         source.license,
         dense=source,

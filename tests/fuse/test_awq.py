@@ -22,7 +22,7 @@ from llmcompress.fuse import Balanced, balance, rotated_source
 from llmcompress.fuse.awq import producer_rows, rounded
 from llmcompress.layer import Layer, relative_error, step
 from llmcompress.methods.rtn import RTN, rtn
-from llmcompress.moments import Moments
+from llmcompress.moments import STATISTICS, Moments
 from llmcompress.source import Source, resolve
 from llmcompress.weight import Dense, dense
 from tests.tiny import VOCABULARY, save_tiny
@@ -49,7 +49,7 @@ def with_outliers(family: str, folder: Path, dtype: torch.dtype = torch.float32,
 def blocks(source: Source, arch: Architecture) -> Iterator[Block]:
     """Without a cap, as what a token counts for would depend on the scales."""
     ids = torch.randint(VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
-    yield from walk(source, arch, ids, held_out=2, needs=frozenset({"outer"}), cap=None)
+    yield from walk(source, arch, ids, held_out=2, needs=STATISTICS, cap=None, dense_stream=True)
 
 
 def balanced(source: Source, steps: tuple[Any, ...] = (step(GRID),)) -> Iterator[tuple[Block, Balanced]]:
@@ -99,11 +99,17 @@ def test_moments_follow_the_inputs(tmp_path: Path) -> None:
     for block, _ in balanced(source):
         again = next(one for one in blocks(_as_in(source, block), arch) if one.index == block.index)
         for mine, theirs in zip(block.groups, again.groups, strict=True):
-            for found, expected in ((mine.inputs, theirs.inputs), (mine.held_out, theirs.held_out)):
-                assert found is not None and expected is not None and found.outer is not None
-                size = expected.outer.abs().max()
-                torch.testing.assert_close(found.outer / size, expected.outer / size, rtol=0, atol=1e-4)
+            assert mine.held_out is not None and theirs.held_out is not None
+            _assert_close(mine.held_out.outer, theirs.held_out.outer)
+            for statistic in STATISTICS:
+                _assert_close(getattr(mine.inputs, statistic), getattr(theirs.inputs, statistic))
         break
+
+
+def _assert_close(found: Tensor | None, expected: Tensor | None) -> None:
+    assert found is not None and expected is not None
+    size = expected.abs().max()
+    torch.testing.assert_close(found / size, expected / size, rtol=0, atol=1e-4)
 
 
 def _as_in(source: Source, block: Block) -> Source:

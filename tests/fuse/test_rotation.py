@@ -111,12 +111,14 @@ def test_a_checkpoint_loads_and_computes_like_the_dense_model(tied: bool, tmp_pa
     text.write_text("".join(f"{i}. {TEXT}" for i in range(60)))
     folder = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=tied)
     asked = recipe(text, rotation=True, untie=tied)
+    asked |= {key: [{"method": "rtn", "bits": 8, "group_size": 8}] for key in ("embeddings", "head")} if tied else {}
     planned = lc.plan(folder, asked)
     result = lc.compress(folder, asked, tmp_path / "out")
     assert planned.bytes <= result.report.bytes < planned.bytes + 20_000  # headers
     assert any("matrix of its own" in warning for warning in result.report.warnings) == tied
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
     turned = {name for name, layer in compressed_linears(result.model).items() if _is_turned(layer)}
+    assert any("hidden states and adapters" in warning for warning in result.report.warnings)
     assert {name.rpartition(".")[2] for name in turned} == {"o_proj", "down_proj"}
     dense, found = logits(AutoModelForCausalLM.from_pretrained(folder)), logits(result.model)
     assert float((found - dense).norm() / dense.norm()) < 0.02
