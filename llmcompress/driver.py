@@ -154,7 +154,7 @@ def _compress_blocks(
     fused: list[str] = []
     for block in _blocks(job, tokens, device, progress):
         balanced = _balanced(job, block)
-        tensors = _compress_block(job, block, rows, layouts) | balanced.tensors
+        tensors = _compress_block(job, block, rows, layouts) | balanced.tensors(block)
         writer.add(tensors, payload_texts(layouts))
         fused += balanced.notes
     return rows, layouts, fused

@@ -35,11 +35,15 @@ Steps = Mapping[str, tuple[StepConfig, ...]]
 
 @dataclass(frozen=True)
 class Balanced:
-    """What `balance` did to a block. `tensors`: those that it changed and that are stored as they are, by name, in
-    their stored dtypes; `notes`: a sentence for each group of linears."""
+    """What `balance` did to a block. `changed`: the dtypes of the tensors that are no longer those of the dense model
+    and that no method will compress, by name; `notes`: a sentence for each group of linears."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    changed: dict[str, torch.dtype] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def tensors(self, block: Block) -> dict[str, Tensor]:
+        """What a checkpoint stores of the block in place of the dense model's tensors."""
+        return {name: _parameter(block, name).to(dtype) for name, dtype in self.changed.items()}
 
 
 def check_awq(arch: Architecture, steps: Steps) -> None:
@@ -74,7 +78,7 @@ def balance(block: Block, source: Source, arch: Architecture, steps: Steps) -> B
         groups.append(InputGroup(group.names, _scaled(group.inputs, found.scale), held_out))
         notes.append(found.note(feed))
     block.groups = tuple(groups)
-    return Balanced(edits.stored, tuple(notes))
+    return Balanced(edits.changed, tuple(notes))
 
 
 def producer_rows(out: int, width: int, head_dim: int) -> Tensor:
@@ -106,19 +110,19 @@ class _Found:
 
 
 class _Edits:
-    """The parameters of a block that are changed, as it computes with them and as they are stored."""
+    """Changes to the parameters of a block, which it then has as they will be stored."""
 
     def __init__(self, block: Block, source: Source, steps: Steps) -> None:
         self.block, self.source, self.steps = block, source, steps
-        self.stored: dict[str, Tensor] = {}  # not the weights of linears that have steps
+        self.changed: dict[str, torch.dtype] = {}  # not the weights of linears that have steps
 
     def value(self, name: str) -> Tensor:
         """The parameter as it is now, float32."""
-        return self._owner(name).get_parameter(name.rpartition(".")[2]).detach()
+        return _parameter(self.block, name)
 
     def divide(self, producer: str, divisor: Tensor) -> None:
         """Divides what a norm or a linear gives, channel by channel."""
-        for leaf, value in list(self._owner(f"{producer}.weight").named_parameters(recurse=False)):
+        for leaf, value in list(_module(self.block, producer).named_parameters(recurse=False)):
             self._put(f"{producer}.{leaf}", value.detach() / divisor.reshape(-1, *[1] * (value.dim() - 1)))
 
     def multiply(self, names: tuple[str, ...], scale: Tensor) -> None:
@@ -133,12 +137,18 @@ class _Edits:
     def _put(self, name: str, value: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
         if leaf != "weight" or path not in self.steps:
-            self.stored[name] = self.as_stored(name, value)
-            value = self.stored[name].float()
-        setattr(self._owner(name), leaf, nn.Parameter(value, requires_grad=False))
+            stored = self.as_stored(name, value)
+            self.changed[name], value = stored.dtype, stored.float()
+        setattr(_module(self.block, path), leaf, nn.Parameter(value, requires_grad=False))
 
-    def _owner(self, name: str) -> nn.Module:
-        return self.block.module.get_submodule(name.rpartition(".")[0].removeprefix(f"{self.block.path}."))
+
+def _module(block: Block, path: str) -> nn.Module:
+    return block.module.get_submodule(path.removeprefix(f"{block.path}."))
+
+
+def _parameter(block: Block, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    return _module(block, path).get_parameter(leaf).detach()
 
 
 def _search(edits: _Edits, feed: Feed, inputs: Moments, rows: Tensor) -> _Found:

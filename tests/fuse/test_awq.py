@@ -173,7 +173,7 @@ def test_norms_are_exact_in_their_stored_dtype(tmp_path: Path) -> None:
     source = with_outliers("llama", tmp_path, torch.bfloat16)
     for block, done in balanced(source):
         for norm, first in (("input_layernorm", "self_attn.q_proj"), ("post_attention_layernorm", "mlp.gate_proj")):
-            stored = done.tensors[f"{block.path}.{norm}.weight"]
+            stored = done.tensors(block)[f"{block.path}.{norm}.weight"]
             assert stored.dtype == torch.bfloat16
             before = source.read(f"{block.path}.{first}.weight").float() * source.read(f"{block.path}.{norm}.weight")
             assert torch.equal(block.module.get_submodule(norm).weight, stored.float())
@@ -185,8 +185,8 @@ def test_linears_without_steps_are_stored_scaled(tmp_path: Path) -> None:
     arch = architecture(source.config, source.skeleton())
     steps = {name: (step(GRID),) for name in arch.linears() if not name.endswith(("v_proj", "up_proj"))}
     for block in blocks(source, arch):
-        tensors = balance(block, source, arch, steps).tensors
-        inner = {name.removeprefix(f"{block.path}.") for name in tensors}
+        changed = balance(block, source, arch, steps).changed
+        inner = {name.removeprefix(f"{block.path}.") for name in changed}
         norms = {"input_layernorm.weight", "post_attention_layernorm.weight"}
         assert inner == norms | {"self_attn.v_proj.weight", "mlp.up_proj.weight"}
 
