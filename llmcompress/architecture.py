@@ -25,6 +25,7 @@ LLAMA: Groups = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+LLAMA_PRODUCERS = ("input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj")
 FUSED: Groups = (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))
 OPT: Groups = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -43,21 +44,29 @@ GPT2: Groups = (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj"
 
 @dataclass(frozen=True)
 class Family:
-    """One row: the module path of the block list, and each block's linears; those of one group read the same tensor."""
+    """One row: the module path of the block list, and each block's linears; those of one group read the same tensor.
+
+    `producers`: for each group what its inputs are proportional to, channel by channel: an RMSNorm of the residual
+    stream that has a weight, or a linear, whose rows are then the channels (or, of values, those of a few query heads);
+    `norm`: such a norm before the output head. Linears that no norm feeds write to the stream. Empty where a block is
+    not like that.
+    """
 
     model_type: str
     blocks: str = "model.layers"
     groups: Groups = LLAMA
+    producers: tuple[str, ...] = ()
+    norm: str = "model.norm"
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama"),  # and SmolLM, SmolLM2
-        Family("mistral"),
-        Family("smollm3"),
-        Family("qwen2"),
-        Family("qwen3"),
+        Family("llama", producers=LLAMA_PRODUCERS),  # and SmolLM, SmolLM2
+        Family("mistral", producers=LLAMA_PRODUCERS),
+        Family("smollm3", producers=LLAMA_PRODUCERS),
+        Family("qwen2", producers=LLAMA_PRODUCERS),
+        Family("qwen3", producers=LLAMA_PRODUCERS),
         Family("gemma2"),
         Family("gemma3_text"),
         Family("phi3", groups=FUSED),

@@ -28,6 +28,7 @@ from llmcompress.blocks import give_back_memory, product_dtype
 from llmcompress.calibrate import Block, InputGroup, walk
 from llmcompress.checkpoint import MANIFEST, Writer, check_output, copy_folder, writing
 from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.fuse import Balanced, balance
 from llmcompress.hf import table_entry
 from llmcompress.layer import Layer, StepConfig, relative_error
 from llmcompress.locate import Place
@@ -128,8 +129,10 @@ def compress(
     with writing(Path(output)) as writer:
         run = _Run(job, tune, 0 if tokens is None else tokens.held_out)
         for block in _blocks(run, tokens, device, progress):
-            tensors = _compress_block(run, block)
+            balanced = _balanced(job, block)
+            tensors = _compress_block(run, block) | balanced.tensors(block)
             writer.add(tensors, payload_texts(run.layouts))
+            run.fused += balanced.notes
         _write_rest(job, run.layouts, writer)
         size = writer.close()
         report = _report(run, tokens, size, time.monotonic() - started)
@@ -141,7 +144,7 @@ def compress(
 @dataclass(eq=False)
 class _Run:
     """A job under way. `layouts`: of what is compressed, for the config; `rows`: of the report; `blocks`: how each
-    learned."""
+    learned; `fused`: what went into their dense weights."""
 
     job: Job
     tune: Tune | None
@@ -149,6 +152,7 @@ class _Run:
     layouts: dict[str, Layout] = field(default_factory=dict)
     rows: list[LayerReport] = field(default_factory=list)
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fused: list[str] = field(default_factory=list)
 
     @property
     def steps(self) -> dict[str, tuple[StepConfig, ...]]:
@@ -184,6 +188,12 @@ def _blocks(run: _Run, tokens: CalibrationTokens | None, device: str, progress: 
         dtype=product_dtype(recipe.compute, torch.device(device)),
         progress=progress,
     )
+
+
+def _balanced(job: Job, block: Block) -> Balanced:
+    """The block with its channels scaled, where the recipe asks for it."""
+    fuse = job.recipe.fuse
+    return balance(block, job.source, job.arch, job.steps) if fuse is not None and fuse.awq else Balanced()
 
 
 def _compress_block(run: _Run, block: Block) -> dict[str, Tensor]:
@@ -286,7 +296,7 @@ def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
     tables = {f"{name}.weight" for name in job.tables}
     rest = [name for name in job.source.tensors if not name.startswith(inside) and name not in tables]
     writer.add({name: job.source.read(name) for name in rest})
-    config = json.loads((job.source.folder / "config.json").read_text(encoding="utf-8"))
+    config = job.source.config_entries()
     config["quantization_config"] = table_entry(layouts) | {"versions": reports.versions()}
     writer.write("config.json", json.dumps(config, indent=1))
     copy_companions(job.source.folder, writer.folder)
@@ -331,6 +341,7 @@ def _report(run: _Run, tokens: CalibrationTokens | None, size: int, seconds: flo
         license=job.source.license,
         versions=reports.versions(),
         blocks=run.blocks,
+        fused=tuple(run.fused),
     )
 
 

@@ -19,6 +19,7 @@ from llmcompress.architecture import Architecture, architecture
 from llmcompress.assignment import Assignment, assign
 from llmcompress.blocks import product_dtype
 from llmcompress.errors import MemoryLimitError, RecipeError
+from llmcompress.fuse import EXPONENTS, check_awq, rotated_source
 from llmcompress.layer import StepConfig, methods, sketch
 from llmcompress.lookup import check_rows
 from llmcompress.modules import row_scale
@@ -101,11 +102,17 @@ class Job:
 def lay(source: Source, recipe: Recipe) -> Job:
     """The recipe laid over the model. Raises InputError for a model that is not understood, RecipeError for a recipe
     whose methods need calibration that it does not have."""
+    fuse = recipe.fuse
+    if fuse is not None and fuse.rotation:
+        source = rotated_source(source, recipe.seed, fuse.untie)
     arch = architecture(source.config, source.skeleton())
     _check_calibration(recipe)
     _check_tables(recipe, arch, source)
     others = [linear.name for linear in arch.outside] + [name.rpartition(".")[0] for name in source.tensors]
-    return Job(source, arch, recipe, assign(recipe, list(arch.linears()), others))
+    job = Job(source, arch, recipe, assign(recipe, list(arch.linears()), others))
+    if fuse is not None and fuse.awq:
+        check_awq(arch, job.steps)
+    return job
 
 
 def _check_calibration(recipe: Recipe) -> None:
@@ -114,8 +121,9 @@ def _check_calibration(recipe: Recipe) -> None:
         return
     lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head)
     hungry = sorted({name for steps in lists for name in _hungry(steps)})
-    if recipe.asymmetric and not hungry:
-        raise RecipeError("asymmetric needs calibration; add it to the recipe, or leave asymmetric out")
+    others = {"asymmetric": recipe.asymmetric, "fuse: awq": recipe.fuse is not None and recipe.fuse.awq}
+    for name in (name for name, asked in others.items() if asked and not hungry):
+        raise RecipeError(f"{name} needs calibration; add it to the recipe, or leave {name.split(':')[0]} out")
     if hungry:
         frugal = ", ".join(name for name, one in sorted(methods().items()) if one.data_free)
         raise RecipeError(
@@ -259,12 +267,15 @@ def _memory(job: Job) -> int:
 
 
 def _seconds(job: Job) -> float:
-    """Two forward passes, one product X^T X per input, and the column loops, at the speed that this machine shows."""
+    """Two forward passes, one product X^T X per input, the column loops, and the search for scales, at the speed that
+    this machine shows."""
     tokens = _tokens(job)
     linears = job.arch.linears()
     forward = 2 * sum(2 * tokens * prod(lin.shape) for lin in linears.values())
     forward += sum(tokens * group[0].shape[1] ** 2 for layout in job.arch.blocks for group in layout.groups)
     solve = sum(linears[name].shape[0] * linears[name].shape[1] ** 2 for name in job.steps)
+    if job.recipe.fuse is not None and job.recipe.fuse.awq:
+        solve += 2 * len(EXPONENTS) * solve
     columns = sum(linears[name].shape[1] * len(steps) for name, steps in job.steps.items())
     dtype = product_dtype(job.recipe.compute, torch.device("cpu"))
     return FORWARD_SHARE * forward / _speed(dtype) + solve / _speed(torch.float32) + columns * COLUMN_SECONDS

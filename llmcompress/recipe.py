@@ -38,6 +38,7 @@ from pydantic import (
 import llmcompress.methods  # noqa: F401 (registers them)
 from llmcompress.complaints import at, check_booleans, dotted, first_complaint, is_open, locate, paths, unknown_key
 from llmcompress.errors import RecipeError
+from llmcompress.fuse import Fuse
 from llmcompress.layer import StepConfig, step
 from llmcompress.strict_yaml import OneLine, Path, Places, parse, written
 from llmcompress.target import Target
@@ -145,6 +146,7 @@ class Recipe(BaseModel):
         allow_inf_nan=False,
         description="most a token's norm counts, in medians of its sequence; null: all",
     )
+    fuse: Fuse | None = Field(default=None, description="what is fused into the dense model before; null: nothing")
     target: Target | None = Field(default=None, description="how large or how good: the other layers' steps are chosen")
     options: tuple[Option, ...] | None = Field(
         default=None, min_length=1, description="lists of steps to choose from for a target; null: trellises"
@@ -178,6 +180,8 @@ class Recipe(BaseModel):
             raise ValueError("options: they are what a target is reached with, and there is none; set target or rules")
         if self.target is not None and (self.calibration is None or not self.calibration.held_out):
             raise ValueError("target: options are judged on held-out text; add calibration with held_out more than 0")
+        if self.target is not None and self.fuse is not None:
+            raise ValueError("fuse: a target prices the model as it is; leave one out")
         if self.reconstruct is not None and (self.calibration is None or not self.calibration.held_out):
             raise ValueError("reconstruct: blocks are judged on held-out text; add calibration with held_out over 0")
         if self.reconstruct is not None and self.prefix == "dense":

@@ -129,9 +129,10 @@ def _to_target(
 
 def _asked(recipe: Recipe, dense: Dense) -> Distillation:
     """The section `distill:`. Raises RecipeError for what is wrong with it, or with it and this model."""
-    from llmcompress.distill import Distillation
+    from llmcompress.distill import Distillation, check_fused
 
     found = section(recipe, "distill", Distillation)
+    check_fused(recipe.fuse, found)
     for text in _texts(found):
         check_length(text.length, dense.config)
     return found

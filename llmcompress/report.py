@@ -57,6 +57,7 @@ class Report:
     license: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)  # how each learned, where the recipe reconstructs
+    fused: tuple[str, ...] = ()  # what was fused into the dense blocks
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, keys as in the fields."""
@@ -68,7 +69,8 @@ class Report:
         try:
             tuples = [{**row, "shape": tuple(row["shape"]), "steps": tuple(row["steps"])} for row in entries["layers"]]
             layers = [LayerReport(**row) for row in tuples]
-            return Report(**{**entries, "layers": tuple(layers), "warnings": tuple(entries["warnings"])})
+            texts = {"warnings": tuple(entries["warnings"]), "fused": tuple(entries.get("fused", ()))}
+            return Report(**{**entries, **texts, "layers": tuple(layers)})
         except (KeyError, TypeError) as error:
             raise InputError(f"{FILE} is not a report of this version of llmcompress ({error})") from error
 

@@ -79,6 +79,10 @@ class Source:
         """The tensor `name` in its stored dtype, in memory of its own. Raises InputError if its file is damaged."""
         return _read(self.tensors[self.tied.get(name, name)])
 
+    def config_entries(self) -> dict[str, Any]:
+        """The entries of the model's config.json."""
+        return _read_json(self.folder / "config.json", self.folder)
+
     def skeleton(self) -> PreTrainedModel:
         """The model with weights on meta and real buffers, in eval mode; a new one at every call."""
         return dense_skeleton(self.config, self.folder)

@@ -20,6 +20,7 @@ from llmcompress.blocks import product_dtype, products
 from llmcompress.checkpoint import check_output, writing
 from llmcompress.distill.data.source import Data, read_data
 from llmcompress.distill.exits import Exits
+from llmcompress.distill.fused import check_fused, fused_into
 from llmcompress.distill.launch import check_enough, launched_accelerator, loading_device
 from llmcompress.distill.loop import Report, Run
 from llmcompress.distill.metrics import Metrics, start_trackers, term_names
@@ -101,6 +102,7 @@ def distill(
     accelerator = launched_accelerator(device, asked, target)
     pupil = locate(str(student))
     folder = pupil.folder
+    check_fused(fused_into(folder), asked)
     opened = open_folder(pupil)
     check_output(target, opened.bytes)
     place = locate(str(teacher))

@@ -39,6 +39,7 @@ ROOMS = (
     "strict_yaml",  # YAML as recipes use it
     "complaints",  # what is wrong with a recipe, in words
     "target",  # a size or a quality to aim at
+    "fuse",  # changes to a dense model that leave its outputs as they are
     "recipe",  # what the user asked for
     "assignment",  # a recipe over a model's linears
     "planning",  # what a run would do, from headers alone

@@ -1,0 +1,41 @@
+"""Students whose dense weights were changed before they were compressed (`fuse:` in their recipe): what their teacher,
+the model as it was, can no longer teach them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmcompress.distill.losses.features import reads_states
+from llmcompress.distill.recipe import Distillation
+from llmcompress.errors import RecipeError
+from llmcompress.fuse import Fuse
+from llmcompress.recipe import read_recipe
+from llmcompress.report import RECIPE
+
+
+def fused_into(folder: Path) -> Fuse | None:
+    """What the recipe beside a student's weights fused into them. Raises RecipeError where it cannot be read."""
+    recipe = folder / RECIPE
+    return read_recipe(recipe).fuse if recipe.is_file() else None
+
+
+def check_fused(fuse: Fuse | None, recipe: Distillation) -> None:
+    """Raises RecipeError for what compares weights, or hidden states between blocks, that are not of one basis."""
+    if fuse is None:
+        return
+    stages = recipe.stages()
+    if any(stage.latents == "teacher" for _, stage in stages):
+        raise RecipeError(
+            "latents: teacher takes the weights of a teacher, and those of this student were changed by fuse: before "
+            "they were compressed; set latents: codes"
+        )
+    if fuse.rotation and any(reads_states(term.of) for term in recipe.losses):
+        raise RecipeError(
+            "losses: hidden states of this student are in the basis that fuse: rotated them to, which is not that of "
+            "its teacher; leave such losses out"
+        )
+    if fuse.rotation and any(kind == "blockwise" for kind, _ in stages):
+        raise RecipeError(
+            "a blockwise phase compares hidden states, and those of this student are in the basis that fuse: rotated "
+            "them to, which is not that of its teacher; leave the phase out"
+        )

@@ -1,0 +1,37 @@
+"""What feeds each linear of a block: a norm of the residual stream, or another linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmcompress.architecture import FAMILIES, Architecture, BlockLayout
+from llmcompress.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Linears that read the same tensor, and the module that makes its channels, all by module path.
+
+    `is_norm`: that module is a norm of the residual stream, else a linear.
+    """
+
+    names: tuple[str, ...]
+    producer: str
+    is_norm: bool
+
+
+def feeds(arch: Architecture, block: BlockLayout) -> tuple[Feed, ...]:
+    """The feeds of a block in the order of its groups. Raises RecipeError for a family that has no such table."""
+    producers = () if arch.family is None else arch.family.producers
+    if not producers:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.producers)
+        raise RecipeError(
+            f"fuse: nothing can be fused into model type {arch.model_type!r}, only into {known}; leave fuse: out, or "
+            f"use the step rotate"
+        )
+    linears = {linear.name for group in block.groups for linear in group}
+    found = []
+    for group, producer in zip(block.groups, producers, strict=True):
+        path = f"{block.path}.{producer}"
+        found.append(Feed(tuple(linear.name for linear in group), path, path not in linears))
+    return tuple(found)
