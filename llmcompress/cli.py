@@ -39,6 +39,7 @@ from llmcompress.options import (
     recipe_or_default,
 )
 from llmcompress.protocol import Protocol
+from llmcompress.sweeping import frontier
 from llmcompress.tables import (
     answered_view,
     comparison_view,
@@ -236,6 +237,8 @@ def compare(
             found = run(models, protocol, output=output, device=processes.device, processes=processes)
         terminal.show(found, comparison_view)
 
+
+app.command()(frontier)
 
 app.command()(verify)
 
