@@ -73,7 +73,7 @@ def frontier(
 
         wanted = budgets(bpw, sizes)
         given = all_settings(settings, seed, wanted[0].target.model_dump(exclude_none=True))
-        asked = [read_recipe(recipe_or_default(one, given), given) for one in recipes or [None]]
+        asked = [read_recipe(recipe_or_default(one, given), given) for one in recipes or (None,)]
         others = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
         protocol = protocol_of(text, windows, length, tasks, limit, None, batch_size)
         told = Told(terminal.stage, terminal.pricing, terminal.progress, terminal.training)

@@ -1,4 +1,4 @@
-"""A sweep over budgets: one pricing for all, resumed where it was cut, shown in a table and a plot that hold its figures."""
+"""A sweep over budgets: one pricing for all, resumed where it was cut, shown in a table and a plot of its figures."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import llmcompress as lc
 from llmcompress.checkpoint import check_manifest
 from llmcompress.cli import app
 from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeError
-from llmcompress.evaluate import PAIRS, evaluate
-from llmcompress.frontier import Told, budgets, frontier, read_peers, sweep
+from llmcompress.evaluate import evaluate
+from llmcompress.frontier import SILENT, Told, budgets, frontier, read_peers, sweep
 from llmcompress.frontier.prices import FILE as PRICES
 from llmcompress.locate import locate
 from llmcompress.protocol import Protocol
@@ -62,7 +62,7 @@ def protocol(place: Path, *tasks: str) -> Protocol:
     return Protocol(place / "other.txt", 4, 48, tasks)
 
 
-def swept(place: Path, output: Path, bpw: str = BPW, told: Told = Told(), **more: Any) -> Found:
+def swept(place: Path, output: Path, bpw: str = BPW, told: Told = SILENT, **more: Any) -> Found:
     recipe = read_recipe(values(place, **more))
     return frontier(place / "dense", [recipe], budgets(bpw, None), output, protocol(place), told=told)
 

@@ -2,6 +2,6 @@
 
 from llmcompress.frontier.budgets import Budget, budgets
 from llmcompress.frontier.peers import Peer, read_peers
-from llmcompress.frontier.sweep import Told, frontier
+from llmcompress.frontier.sweep import SILENT, Told, frontier
 
-__all__ = ["Budget", "Peer", "Told", "budgets", "frontier", "read_peers"]
+__all__ = ["SILENT", "Budget", "Peer", "Told", "budgets", "frontier", "read_peers"]

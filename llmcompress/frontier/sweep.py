@@ -60,6 +60,9 @@ class Told:
             self.stage(sentence)
 
 
+SILENT = Told()
+
+
 @dataclass(frozen=True)
 class Line:
     """One recipe of a sweep, laid over the model, and where its checkpoints go."""
@@ -79,7 +82,7 @@ def frontier(
     peers: Sequence[Peer] = (),
     revision: str | None = None,
     device: str = "cpu",
-    told: Told = Told(),
+    told: Told = SILENT,
 ) -> dict[str, Any]:
     """Compresses `model` as each recipe says to each size, whatever target it had, scores all of it by `protocol`, and
     leaves that in `output`, a new folder or one of an earlier sweep; returns what is in its frontier.json.
