@@ -78,7 +78,7 @@ def frontier_pictures(found: dict[str, Any]) -> dict[str, bytes]:
     _draw_frontier(above, found, lambda one: one["perplexity"])
     _describe(above, "perplexity", "log")
     above.yaxis.set_major_formatter(LogFormatter())
-    above.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    above.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(4, 1)))
     for axes, task in zip(others, tasks, strict=True):
         _draw_frontier(axes, found, partial(_task_score, task=task))
         _describe(axes, f"{task}: {main_metric(found['dense']['tasks'][task])}", "linear")
@@ -98,11 +98,9 @@ def main_metric(entry: dict[str, float]) -> str | None:
 
 
 def _task_score(one: dict[str, Any], task: str) -> float | None:
-    entry = one["tasks"].get(task)
-    if isinstance(entry, dict):
-        metric = main_metric(entry)
-        return None if metric is None else entry[metric]
-    return entry
+    entry = one["tasks"].get(task, {})
+    metric = main_metric(entry)
+    return None if metric is None else float(entry[metric])
 
 
 def _draw_frontier(axes: Axes, found: dict[str, Any], value: Callable[[dict[str, Any]], float | None]) -> None:
@@ -118,6 +116,7 @@ def _draw_frontier(axes: Axes, found: dict[str, Any], value: Callable[[dict[str,
         if (y := value(peer)) is not None:
             axes.plot(place(peer), y, marker="x", linestyle="", color="black")
             axes.annotate(peer["name"], (place(peer), y), (4, 4), textcoords="offset points", fontsize="x-small")
+    axes.margins(x=0.12)  # room for names
     axes.axhline(value(found["dense"]) or 0.0, linestyle="--", color="gray", label="dense")
 
 

@@ -201,21 +201,19 @@ def frontier_cells(found: Row) -> tuple[list[str], list[list[str]], list[str]]:
 
 
 def _frontier_cells(one: Row, columns: Sequence[tuple[str, str]]) -> list[str]:
-    """What is known of a point; a peer's tasks are plain numbers."""
+    """What is known of a point."""
     size = one.get("bytes")
     cells = [_number(one.get("bpw")), "?" if size is None else f"{size:,}", _number(one.get("model_bpw"))]
     cells += [measured(one["perplexity"], one.get("perplexity_stderr"), 3), _number(one["ratio"]), _number(one["gap"])]
     for name in ("kl", "top1_agreement"):
         cells.append("?" if one.get(name) is None else measured(one[name], one.get(f"{name}_stderr")))
     for task, metric in columns:
-        cells.append(_task_cell(one["tasks"].get(task), metric))
+        cells.append(_task_cell(one["tasks"].get(task, {}), metric))
     cells += [f"{one[name]:.4f}" if name in one else "" for name in ("predicted_kl", "measured_kl")]
     return [*cells, f"{one['seconds']:.0f}" if "seconds" in one else ""]
 
 
-def _task_cell(entry: dict[str, float] | float | None, metric: str) -> str:
-    if not isinstance(entry, dict):
-        return "?" if entry is None else f"{entry:.4f}"
+def _task_cell(entry: dict[str, float], metric: str) -> str:
     return next((measured(value, error) for name, value, error in metrics(entry) if name == metric), "?")
 
 

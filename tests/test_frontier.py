@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.checkpoint import check_manifest
+from llmcompress.checkpoint import MANIFEST, check_manifest
 from llmcompress.cli import app
 from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeError
 from llmcompress.evaluate import evaluate
@@ -195,6 +195,22 @@ def test_what_is_finished_is_read_and_more_budgets_are_added(
     more = swept(place, tmp_path / "out", "4,3")  # and another protocol: without the task
     assert [one["budget"] for one in more["series"][0]["points"]] == ["bpw-3", "bpw-4"]
     assert not more["dense"]["tasks"] and json.loads((tmp_path / "out" / "bpw-4" / SCORES).read_text())["tasks"] == []
+
+
+def test_what_was_cut_between_a_file_and_its_manifest_is_written_again(
+    place: Path, tmp_path: Path, curve: tuple[Path, Found]
+) -> None:
+    shutil.copytree(curve[0] / "bpw-4", tmp_path / "out" / "bpw-4")
+    for name in (PRICES, "frontier.json"):
+        shutil.copy(curve[0] / name, tmp_path / "out" / name)
+    path = tmp_path / "out" / "bpw-4" / MANIFEST
+    entries = json.loads(path.read_text())
+    entries["sha256"] = {name: value for name, value in entries["sha256"].items() if name not in (ALLOCATION, SCORES)}
+    path.write_text(json.dumps(entries))
+    with pytest.raises(InputError, match="is not part of the checkpoint"):
+        check_manifest(path.parent)
+    swept(place, tmp_path / "out", "4")
+    assert check_manifest(path.parent)
 
 
 def test_a_text_of_the_same_name_is_read_again(place: Path, tmp_path: Path, curve: tuple[Path, Found]) -> None:

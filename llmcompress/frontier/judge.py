@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from llmcompress import report as reports
-from llmcompress.checkpoint import add_file, read_json
+from llmcompress.checkpoint import add_file, holds, read_json
 from llmcompress.evaluate import Distance, Evaluation, evaluate, evaluation_windows
 from llmcompress.locate import Place, locate
 from llmcompress.protocol import Protocol
@@ -41,10 +41,9 @@ class Judge:
 
     def kept(self, folder: Path) -> dict[str, Any] | None:
         """The entries {"dense", "compressed", ...} that a checkpoint has of the same protocol, if it has any."""
-        try:
-            entries = read_json(folder / reports.SCORES)
-        except (OSError, ValueError):
+        if not holds(folder, reports.SCORES):
             return None
+        entries = read_json(folder / reports.SCORES)
         same = all(entries.get(key) == value for key, value in self.asked.items())
         return entries if same and "dense" in entries else None
 

@@ -22,7 +22,7 @@ from typing import Any
 from llmcompress import report as reports
 from llmcompress.allocate import Allocation, PriceList, reachable
 from llmcompress.allocate.choices import Choices
-from llmcompress.checkpoint import locked, replace_text
+from llmcompress.checkpoint import holds, locked, replace_text
 from llmcompress.errors import DiskError, RecipeError, Terminated
 from llmcompress.frontier.budgets import Budget
 from llmcompress.frontier.judge import Judge
@@ -30,7 +30,7 @@ from llmcompress.frontier.peers import Peer
 from llmcompress.frontier.prices import check_prices, price_list
 from llmcompress.locate import Place
 from llmcompress.planning import Job
-from llmcompress.plots import MISSING, frontier_pictures
+from llmcompress.plots import MISSING, frontier_pictures, main_metric
 from llmcompress.protocol import STANDARD, Protocol
 from llmcompress.recipe import Recipe, read_as
 from llmcompress.recover import compress, is_there, record, wanted_distillation
@@ -143,7 +143,7 @@ def _swept(
         "versions": reports.versions(),
         "dense": dense | asdict(size_of(Place(source.name, source.folder))),
         "series": [],
-        "peers": [_beside(peer.model_dump(mode="json"), dense) for peer in peers],
+        "peers": [_beside(_as_point(peer, dense), dense) for peer in peers],
     }
     if not (output / FILE).is_file():
         _write(output, {FILE: json.dumps(finite(found), indent=2)})
@@ -168,7 +168,8 @@ def _point(
     if not _is_done(folder, plan, source):
         shown: dict[str, Any] = {"progress": told.progress, "training": told.training}
         compress(source.name, plan.recipe, folder, revision=source.revision, device=judge.device, **shown)
-    aimed = reports.read_allocation(folder) or record(plan, folder, judge.device)
+    found = reports.read_allocation(folder) if holds(folder, reports.ALLOCATION) else None
+    aimed = record(plan, folder, judge.device) if found is None else found
     told.next(f"scoring {folder.name}")
     report, taught = reports.read(folder), reports.read_distillation(folder)
     place = {
@@ -188,6 +189,12 @@ def _beside(point: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
     """The point with its perplexity over the dense model's: the ratio, and as `gap` its logarithm."""
     ratio = point["perplexity"] / dense["perplexity"]
     return point | {"ratio": ratio, "gap": math.log(ratio)}
+
+
+def _as_point(peer: Peer, dense: dict[str, Any]) -> dict[str, Any]:
+    """A peer in the form of a sweep's points: its score in a task is that of the metric which is drawn."""
+    tasks = {task: {main_metric(dense["tasks"].get(task, {})) or "score": value} for task, value in peer.tasks.items()}
+    return peer.model_dump(mode="json") | {"tasks": tasks}
 
 
 def _is_done(folder: Path, plan: Allocation, source: Source) -> bool:
