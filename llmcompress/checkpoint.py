@@ -189,6 +189,11 @@ def add_file(folder: Path, name: str, text: str) -> None:
         raise DiskError(f"{folder / name} cannot be written ({error.strerror}); make the folder writable") from error
 
 
+def holds(folder: Path, name: str) -> bool:
+    """Whether a finished checkpoint has the file `name`, as its manifest says; not where `add_file` was cut short."""
+    return (folder / name).is_file() and (manifest(folder) or {}).get(name) == _digest(folder / name)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Writes a text file so that the old one or the new one is there, never half of it. Raises OSError."""
     staged = path.with_name(f".{path.name}.partial")

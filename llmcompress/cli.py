@@ -38,8 +38,10 @@ from llmcompress.options import (
     all_settings,
     protocol_of,
     recipe_or_default,
+    tuned,
 )
 from llmcompress.protocol import Protocol
+from llmcompress.sweeping import frontier
 from llmcompress.tables import (
     answered_view,
     comparison_view,
@@ -91,9 +93,7 @@ def compress(
         from llmcompress.recover import compress as run
 
         given = all_settings(settings, seed, {"bpw": bpw, "bytes": size, "kl": kl})
-        asked = read_recipe(recipe_or_default(recipe, given), given)
-        if tune and asked.reconstruct is None:
-            asked = read_recipe(asked, ["reconstruct={}"])
+        asked = tuned(read_recipe(recipe_or_default(recipe, given), given), tune)
         shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
         result = run(model, asked, output, revision=revision, device=device, pricing=terminal.pricing, **shown)
         terminal.warn(summarized(result.report.warnings))
@@ -240,6 +240,8 @@ def compare(
             found = run(models, protocol, output=output, device=processes.device, processes=processes)
         terminal.show(found, comparison_view)
 
+
+app.command()(frontier)
 
 app.command()(verify)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmcompress.errors import RecipeError
 from llmcompress.protocol import Protocol
+
+if TYPE_CHECKING:
+    from llmcompress.recipe import Recipe
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a Hub id (org/name, org/name@revision) or smollm2.")
@@ -69,6 +72,13 @@ def recipe_or_default(recipe: str | None, settings: list[str]) -> str | dict[str
         raise RecipeError("there is no RECIPE; name one, or give a target: one of --bpw, --size and --kl")
     calibration = {"dataset": "stdlib", "samples": 66, "length": 1024, "held_out": 2}
     return {"version": 1, "name": "target", "calibration": calibration, "asymmetric": 0.25}
+
+
+def tuned(recipe: Recipe, tune: bool) -> Recipe:
+    """The recipe of --tune: where it says nothing of how blocks learn, they do so as they do by default."""
+    from llmcompress.recipe import read_recipe
+
+    return read_recipe(recipe, ["reconstruct={}"]) if tune and recipe.reconstruct is None else recipe
 
 
 def protocol_of(

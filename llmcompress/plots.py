@@ -1,9 +1,11 @@
-"""Reports as pictures: what each layer lost and what it costs, by depth; what a distillation recovered, by tokens."""
+"""Reports as pictures: what each layer lost and what it costs, by depth; what a distillation recovered, by tokens; what
+a model is worth, by size."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MISSING = 'plots need matplotlib; run pip install "llmcompress[report]"'
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -59,6 +62,64 @@ def distillation_png(history: Sequence[dict[str, Any]]) -> bytes:
     return _png(figure)
 
 
+def frontier_pictures(found: dict[str, Any]) -> dict[str, bytes]:
+    """{"png", "svg"}: perplexity, and the score in each task, over the size; a line for each recipe, a cross for each
+    peer, and a dashed line where the dense model is.
+
+    `found`: what `llmcompress.frontier` finds. Raises RecipeError where matplotlib is missing.
+    """
+    figure = _figure()
+    import matplotlib
+    from matplotlib.ticker import LogFormatter
+
+    tasks = [task for task, entry in found["dense"]["tasks"].items() if main_metric(entry) is not None]
+    figure.set_size_inches(8, 1.5 + 3.5 * (1 + len(tasks)))
+    above, *others = figure.subplots(1 + len(tasks), sharex=True, squeeze=False)[:, 0]
+    _draw_frontier(above, found, lambda one: one["perplexity"])
+    _describe(above, "perplexity", "log")
+    above.yaxis.set_major_formatter(LogFormatter())
+    above.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(4, 1)))
+    for axes, task in zip(others, tasks, strict=True):
+        _draw_frontier(axes, found, partial(_task_score, task=task))
+        _describe(axes, f"{task}: {main_metric(found['dense']['tasks'][task])}", "linear")
+    last = [above, *others][-1]
+    last.set_xlabel("bits per weight of the decoder's linears" if found["axis"] == "bpw" else "weight files, MB")
+    above.legend(fontsize="small")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "frontier"}):
+        drawing = BytesIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
+    return {"png": _png(figure), "svg": drawing.getvalue()}
+
+
+def main_metric(entry: dict[str, float]) -> str | None:
+    """The metric of a task that a plot shows: accuracy, else the first; None where there is none."""
+    names = [name for name in entry if name != "samples" and not name.partition(",")[0].endswith("_stderr")]
+    return next((name for name in ("acc", *names) if name in names), None)
+
+
+def _task_score(one: dict[str, Any], task: str) -> float | None:
+    entry = one["tasks"].get(task, {})
+    metric = main_metric(entry)
+    return None if metric is None else float(entry[metric])
+
+
+def _draw_frontier(axes: Axes, found: dict[str, Any], value: Callable[[dict[str, Any]], float | None]) -> None:
+    """One quantity of all points: lines by size, peers with their names, the dense model."""
+
+    def place(one: dict[str, Any]) -> float:
+        return float(one["bpw"] if found["axis"] == "bpw" else one["bytes"] / 1e6)
+
+    for series in found["series"]:
+        points = sorted((place(one), y) for one in series["points"] if (y := value(one)) is not None)
+        axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=series["recipe"])
+    for peer in found["peers"]:
+        if (y := value(peer)) is not None:
+            axes.plot(place(peer), y, marker="x", linestyle="", color="black")
+            axes.annotate(peer["name"], (place(peer), y), (4, 4), textcoords="offset points", fontsize="x-small")
+    axes.margins(x=0.12)  # room for names
+    axes.axhline(value(found["dense"]) or 0.0, linestyle="--", color="gray", label="dense")
+
+
 def _running(tokens: Iterable[int]) -> Iterator[int]:
     """Counts that start again with every phase, as one that goes on."""
     before = last = 0
@@ -72,7 +133,7 @@ def _figure() -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RecipeError('plots need matplotlib; run pip install "llmcompress[report]"') from error
+        raise RecipeError(MISSING) from error
     return Figure(figsize=(8, 6), layout="constrained")
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress import driver
 from llmcompress import report as reports
-from llmcompress.allocate import allocate
+from llmcompress.allocate import Allocation, allocate
 from llmcompress.checkpoint import check_output
 from llmcompress.driver import Progress, Result
 from llmcompress.errors import DiskError, RecipeError
@@ -46,7 +46,7 @@ def plan(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revisi
     dense = resolve(str(model), revision)
     found = plan_of(lay(dense, asked))
     blocks = None if asked.reconstruct is None else _reconstruction(asked).model_dump(mode="json")
-    then = None if asked.distill is None else _asked(asked, dense).model_dump(mode="json")
+    then = None if asked.distill is None else wanted_distillation(asked, dense).model_dump(mode="json")
     return replace(found, reconstruction=blocks, distillation=then)
 
 
@@ -79,7 +79,7 @@ def compress(
     from llmcompress.distill.data.source import read_data
 
     dense = resolve(str(model), revision)
-    wanted = _asked(asked, dense)
+    wanted = wanted_distillation(asked, dense)
     check_ready(wanted, device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
@@ -93,7 +93,7 @@ def compress(
     first = asked.model_copy(update={"distill": None})
     check_output(target, 2 * plan_of(lay(dense, first)).bytes)
     staged = target.with_name(target.name + STAGED)
-    if not _is_there(staged, first, dense):
+    if not is_there(staged, first, dense):
         if all(text.dataset != "self" for text in _texts(wanted)):  # which the model would have to write
             load = partial(load_model, Place(dense.name, dense.folder))
             read_data(wanted.data, dense.tokenizer(), load, dense.config)  # raises what is wrong with it
@@ -117,17 +117,29 @@ def _to_target(
     dense = resolve(str(model), revision)
     if output is not None:
         check_output(Path(output), 0)
-    if asked.distill is not None:
-        _asked(asked, dense)
-    _tuner(asked)
+    check_sections(asked, dense)
     plan = allocate(dense, asked, device=device, progress=pricing)
     result = compress(model, plan.recipe, output, revision=revision, device=device, **shown)
-    found = plan.summary(plan.measured(result.folder, device), result.report.bytes)
-    plan.keep(result.folder, found)
-    return replace(result, allocation=found)
+    return replace(result, allocation=record(plan, result.folder, device))
 
 
-def _asked(recipe: Recipe, dense: Dense) -> Distillation:
+def record(plan: Allocation, folder: Path, device: str = "cpu") -> dict[str, Any]:
+    """Measures the finished checkpoint in `folder` beside its plan, and leaves both there. Raises DiskError if that
+    cannot be."""
+    found = plan.summary(plan.measured(folder, device), reports.read(folder).bytes)
+    plan.keep(folder, found)
+    return found
+
+
+def check_sections(recipe: Recipe, dense: Dense) -> None:
+    """Raises RecipeError for what is wrong with the sections `reconstruct:` and `distill:`."""
+    if recipe.distill is not None:
+        wanted_distillation(recipe, dense)
+    if recipe.reconstruct is not None:
+        _reconstruction(recipe)
+
+
+def wanted_distillation(recipe: Recipe, dense: Dense) -> Distillation:
     """The section `distill:`. Raises RecipeError for what is wrong with it, or with it and this model."""
     from llmcompress.distill import Distillation, check_fused
 
@@ -158,13 +170,15 @@ def _texts(asked: Distillation) -> tuple[Calibration, ...]:
     return asked.data if isinstance(asked.data, tuple) else (asked.data,)
 
 
-def _is_there(staged: Path, recipe: Recipe, dense: Dense) -> bool:
+def is_there(staged: Path, recipe: Recipe, dense: Dense) -> bool:
     """Whether an earlier run has compressed this model already. Raises DiskError where it compressed something else."""
     if not staged.is_dir() or not any(staged.iterdir()):
         return False
     found = reports.read(staged)
     before = (read_recipe(staged / reports.RECIPE), found.model, found.revision, found.versions)
-    if before != (recipe, dense.name, dense.revision, reports.versions()) or _is_older(staged, recipe, dense):
+    if before != (recipe, dense.name, dense.revision, reports.versions()) or is_older(
+        staged / reports.FILE, recipe, dense
+    ):
         raise DiskError(
             f"{staged} was left by a run with another recipe, model, text or version; remove it, or choose another "
             f"output folder"
@@ -172,10 +186,10 @@ def _is_there(staged: Path, recipe: Recipe, dense: Dense) -> bool:
     return True
 
 
-def _is_older(staged: Path, recipe: Recipe, dense: Dense) -> bool:
-    """Whether a model on this disk, or the file of text, has changed since."""
+def is_older(made: Path, recipe: Recipe, dense: Dense) -> bool:
+    """Whether a model on this disk, or the file of text, has changed since the file `made` was."""
     read = {header.file for header in dense.tensors.values() if dense.revision is None}  # a commit does not change
     if recipe.calibration is not None and is_file(recipe.calibration.dataset):
         read.add(Path(recipe.calibration.dataset).expanduser())
-    made = (staged / reports.FILE).stat().st_mtime
-    return any(path.stat().st_mtime > made for path in read if path.is_file())
+    then = made.stat().st_mtime
+    return any(path.stat().st_mtime > then for path in read if path.is_file())

@@ -172,6 +172,63 @@ def _comparison_row(row: Row, columns: Sequence[tuple[str, str]]) -> list[str]:
     return cells + [score + MARKS[change and change["beyond_noise"]] for score, change in scores]
 
 
+def frontier_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """A model at many sizes, and where that was written."""
+    headings, rows, notes = frontier_cells(found)
+    table = _table(headings, right=range(2, len(headings)))
+    for row in rows:
+        table.add_row(*row)
+    yield table
+    yield from notes
+
+
+def frontier_markdown(found: Row) -> str:
+    """The table of `frontier_view` as Markdown."""
+    headings, rows, notes = frontier_cells(found)
+    return "\n".join((*_markdown(headings, rows), "", *(f"- {note}" for note in notes))) + "\n"
+
+
+def frontier_cells(found: Row) -> tuple[list[str], list[list[str]], list[str]]:
+    """(headings, rows: the dense model, every budget, the peers; notes): a table for people, in whatever form."""
+    dense = found["dense"]
+    columns = [(task, metric) for task, entry in dense["tasks"].items() for metric, _, _ in metrics(entry)]
+    headings = ["recipe", "budget", "bpw", "bytes", "model_bpw", "perplexity", "ratio", "gap", "KL", "top-1 agreement"]
+    headings += [f"{task}: {metric}" for task, metric in columns]
+    headings += ["predicted KL", "measured KL", "seconds"]
+    rows = [["dense", "", *_frontier_cells(dense | {"ratio": 1.0, "gap": 0.0}, columns)]]
+    for series in found["series"]:
+        rows += [[series["recipe"], one["budget"], *_frontier_cells(one, columns)] for one in series["points"]]
+    rows += [[one["name"], "peer", *_frontier_cells(one, columns)] for one in found["peers"]]
+    notes = [
+        "ratio: perplexity over the dense model's, gap: its logarithm; KL in nats/token",
+        "predicted KL: the sum of what the chosen options cost; measured KL: of the finished model on the same tokens",
+    ]
+    notes += [
+        f"prices of {series['recipe']}: {duration(series['pricing_seconds'])}, once for all its budgets"
+        for series in found["series"]
+    ]
+    notes += ["peers: as given, not measured here"] * bool(found["peers"])
+    protocol = ", ".join(f"{key} {value}" for key, value in found["protocol"].items() if value not in (None, []))
+    return headings, rows, [*notes, f"protocol: {protocol}"]
+
+
+def _frontier_cells(one: Row, columns: Sequence[tuple[str, str]]) -> list[str]:
+    """What is known of a point."""
+    size = one.get("bytes")
+    cells = [_number(one.get("bpw")), "?" if size is None else f"{size:,}", _number(one.get("model_bpw"))]
+    cells += [measured(one["perplexity"], one.get("perplexity_stderr"), 3), _number(one["ratio"]), _number(one["gap"])]
+    for name in ("kl", "top1_agreement"):
+        cells.append("?" if one.get(name) is None else measured(one[name], one.get(f"{name}_stderr")))
+    for task, metric in columns:
+        cells.append(_task_cell(one["tasks"].get(task, {}), metric))
+    cells += [f"{one[name]:.4f}" if name in one else "" for name in ("predicted_kl", "measured_kl")]
+    return [*cells, f"{one['seconds']:.0f}" if "seconds" in one else ""]
+
+
+def _task_cell(entry: dict[str, float], metric: str) -> str:
+    return next((measured(value, error) for name, value, error in metrics(entry) if name == metric), "?")
+
+
 def metrics(entry: dict[str, float]) -> Iterator[tuple[str, float, float | None]]:
     """(metric, value, standard error or None) of a task's scores."""
     for metric, value in entry.items():

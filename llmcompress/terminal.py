@@ -143,6 +143,13 @@ class Terminal:
         what = f"loss {loss:.4f} · held-out KL {kl:.4f} · {tokens_per_second:,.0f} tokens/s"
         self._report("step", done, total, what)
 
+    def stage(self, sentence: str) -> None:
+        """Says on standard error what comes next; what was counted so far is over."""
+        self._stop_bar()
+        self._counted, self._first = "", None
+        if not self.quiet:
+            typer.echo(sentence, err=True)
+
     def answering(self, done: int) -> None:
         """Reports prompts done, of which nobody knows how many there are: a line each time."""
         if not self.quiet:
@@ -202,7 +209,7 @@ class Terminal:
     def _emit(self, values: dict[str, Any]) -> None:
         if not self.first:
             return
-        self._output.write(json.dumps(_finite(values), indent=2) + "\n")
+        self._output.write(json.dumps(finite(values), indent=2) + "\n")
         self._output.flush()
 
 
@@ -240,10 +247,10 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same plain value with null for NaN and Inf, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {key: finite(entry) for key, entry in value.items()}
+    return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -1,5 +1,5 @@
 """State a size or a quality, get the steps of every layer: `target:` of a recipe, before the driver runs."""
 
-from llmcompress.allocate.plan import Allocation, allocate, damage
+from llmcompress.allocate.plan import Allocation, PriceList, allocate, damage, price, reachable
 
-__all__ = ["Allocation", "allocate", "damage"]
+__all__ = ["Allocation", "PriceList", "allocate", "damage", "price", "reachable"]

@@ -2,8 +2,8 @@
 
     recipe with a target -> choices -> prices -> one option for each matrix -> recipe -> the driver, as ever
 
-The price list and the plan travel in `allocation.json` beside the report, so that another plan can be made of them
-without the model.
+Prices do not depend on how large a target is, so one list serves many. The price list and the plan travel in
+`allocation.json` beside the report, so that another plan can be made of them without the model.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from llmcompress.allocate.choices import Choices, Steps, choices
+from llmcompress.allocate.distortion import families
 from llmcompress.allocate.prices import Priced, Progress, prices
 from llmcompress.allocate.sensitivity import Dense, Probe, probe_windows
 from llmcompress.allocate.solve import monotone, solve
@@ -33,7 +34,7 @@ from llmcompress.recipe import Recipe, Rule
 from llmcompress.report import ALLOCATION
 from llmcompress.source import Source, load_model
 from llmcompress.target import Target
-from llmcompress.tokens import Calibration, CalibrationTokens, calibration_tokens
+from llmcompress.tokens import CalibrationTokens, calibration_tokens
 
 FLOAT32 = 4  # bytes
 
@@ -41,13 +42,13 @@ FLOAT32 = 4  # bytes
 @dataclass(frozen=True)
 class Allocation:
     """What was chosen, and why; with another `chosen`, another plan. `job`: the recipe with its target, laid over the
-    model; `dense`: what the dense model predicts on the probing tokens, to measure the finished model against."""
+    model; `dense`: gives what the dense model predicts on the probing tokens, to measure the finished model against."""
 
     job: Job
     choices: Choices
     prices: tuple[Priced, ...]
     chosen: tuple[int, ...]
-    dense: Dense
+    dense: Callable[[], Dense]
     seconds: float
 
     @property
@@ -57,9 +58,9 @@ class Allocation:
 
     def measured(self, folder: Path, device: str = "cpu") -> float:
         """KL(dense || the model in `folder`) on the probing tokens, in nats per token."""
-        model = load_model(locate(str(folder)), device)
+        model, dense = load_model(locate(str(folder)), device), self.dense()
         with torch.no_grad(), decoded(model):
-            return self.dense.divergence(model(input_ids=self.dense.windows, use_cache=False).logits)
+            return dense.divergence(model(input_ids=dense.windows, use_cache=False).logits)
 
     def summary(self, measured_kl: float, size: int) -> dict[str, Any]:
         """What was aimed at, predicted and reached; `size`: bytes of the finished weight files."""
@@ -71,7 +72,7 @@ class Allocation:
             "predicted_bytes": self.choices.size(self.chosen),
             "measured_bytes": size,
             "bpw": self.choices.bpw(self.chosen),
-            "probing_tokens": self.dense.tokens,
+            "probing_tokens": self.dense().tokens,
             "seconds": self.seconds,
         }
 
@@ -80,6 +81,27 @@ class Allocation:
         rows = [one.to_json() | {"chosen": option} for one, option in zip(self.prices, self.chosen, strict=True)]
         entries = summary | {"fixed_bytes": self.choices.fixed_bytes, "matrices": rows}
         add_file(folder, ALLOCATION, json.dumps(entries, indent=1))
+
+
+@dataclass(frozen=True)
+class PriceList:
+    """What every option of a job's matrices takes and costs, for all targets of the kind that its recipe has. `dense`:
+    as in an `Allocation`; `seconds`: that the measurements took."""
+
+    job: Job
+    choices: Choices
+    prices: tuple[Priced, ...]
+    dense: Callable[[], Dense]
+    seconds: float
+
+    def reaching(self, target: Target) -> Allocation:
+        """The plan for a target; bits per weight and bytes are not of one kind. Raises RecipeError for one that no
+        choice reaches."""
+        started = time.monotonic()
+        chosen = choose(self.choices, self.prices, target)
+        job = replace(self.job, recipe=self.job.recipe.model_copy(update={"target": target}))
+        seconds = self.seconds + time.monotonic() - started
+        return Allocation(job, self.choices, self.prices, chosen, self.dense, seconds)
 
 
 def damage(price_list: Sequence[Priced], chosen: Sequence[int]) -> float:
@@ -93,25 +115,46 @@ def allocate(source: Source, recipe: Recipe, *, device: str = "cpu", progress: P
     Raises RecipeError for a target that no choice reaches, before anything is measured where headers tell, and what
     the walk and the methods raise.
     """
-    started, target, calibration = time.monotonic(), recipe.target, recipe.calibration
-    if target is None or calibration is None:
-        raise RecipeError("there is nothing to choose steps for; give a recipe with target and calibration")
+    if recipe.target is None:
+        raise RecipeError("there is nothing to choose steps for; give a recipe with a target")
+    job, found = reachable(source, recipe, (recipe.target,))
+    return price(job, found, device=device, progress=progress).reaching(recipe.target)
+
+
+def reachable(source: Source, recipe: Recipe, targets: Sequence[Target]) -> tuple[Job, Choices]:
+    """The recipe laid over the model, and what it leaves to choose, from headers alone; the targets are of its kind.
+
+    Raises RecipeError for a target below what the cheapest options take, and for what is wrong with recipe or options.
+    """
     job = lay(source, recipe)
     if job.assignment.unmatched:
         raise RecipeError(job.assignment.complaint())
     found = choices(job)
-    _check_reachable(found, target)
+    for target in targets:
+        _check_reachable(found, target)
+    return job, found
+
+
+def price(job: Job, found: Choices, *, device: str = "cpu", progress: Progress | None = None) -> PriceList:
+    """Measures what every choice costs, on the calibration text of the job's recipe. Holds the dense model in float32.
+
+    Raises MemoryLimitError where that is too much, InputError for too little text, and what the walk and the methods
+    raise.
+    """
+    started, source = time.monotonic(), job.source
     _check_memory(source, device)
-    tokens = _tokens(source, calibration)
+    tokens = _tokens(job)
     windows = probe_windows(tokens.sequences[tokens.obtained - tokens.held_out :])
     probe = Probe(load_model(Place(source.name, source.folder), device), job.arch, windows)
-    priced = prices(job, found, tokens, probe, device, progress)
-    chosen = choose(found, priced, target)
-    return Allocation(job, found, priced, chosen, probe.dense, time.monotonic() - started)
+    priced, dense = prices(job, found, tokens, probe, device, progress), probe.dense
+    return PriceList(job, found, priced, lambda: dense, time.monotonic() - started)
 
 
-def _tokens(source: Source, config: Calibration) -> CalibrationTokens:
+def _tokens(job: Job) -> CalibrationTokens:
     """The calibration tokens, as the driver will have them. Raises InputError where none of them is held out."""
+    source, config = job.source, job.recipe.calibration
+    if config is None:
+        raise RecipeError("options are judged on text; give a recipe with calibration")
     found = calibration_tokens(
         config, source.tokenizer(), partial(load_model, Place(source.name, source.folder)), source.config
     )
@@ -155,7 +198,7 @@ def choose(found: Choices, priced: Sequence[Priced], target: Target) -> tuple[in
     Raises RecipeError for a target that no choice reaches.
     """
     _check_reachable(found, target)
-    damages = [monotone([offer.damage for offer in one.offers], [offer.bits for offer in one.offers]) for one in priced]
+    damages = [_smoothed(one) for one in priced]
     sizes = [one.bytes for one in found.matrices]
     if target.bpw is not None:
         weights = found.fixed_weights + sum(prod(one.shape) for one in priced)
@@ -170,6 +213,17 @@ def choose(found: Choices, priced: Sequence[Priced], target: Target) -> tuple[in
             f"predicted of the options; raise it, or give options with more bits"
         )
     return chosen
+
+
+def _smoothed(one: Priced) -> list[float]:
+    """The damages of a matrix's options, in each family alone none below that of one with more bits: a family that is
+    bad at many bits says nothing about a better one at fewer."""
+    found = [offer.damage for offer in one.offers]
+    for family in families([offer.steps for offer in one.offers]):
+        rising = monotone([found[number] for number in family], [one.offers[number].bits for number in family])
+        for number, value in zip(family, rising, strict=True):
+            found[number] = value
+    return found
 
 
 def with_steps(job: Job, found: Choices, chosen: Sequence[int]) -> Recipe:

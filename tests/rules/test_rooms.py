@@ -62,10 +62,12 @@ ROOMS = (
     "terminal",  # how a command speaks and ends
     "tables",  # plans, reports and scores for people
     "comparison",  # several models in one table
+    "frontier",  # one model at many sizes
     "card",  # a report as the Hub shows it
     "hub",  # publishing
     "options",  # what commands share
     "delivery",  # commands that check and hand on
+    "sweeping",  # the command for many sizes
     "cli",
     "__main__",
 )

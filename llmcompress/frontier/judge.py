@@ -1,0 +1,81 @@
+"""The scores of a sweep: of the dense model once, of every checkpoint beside it, kept in the checkpoint.
+
+What is kept is what `eval --save` keeps for a card, with a digest of what was read, so that it is measured anew where
+text, tasks or protocol have changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmcompress import report as reports
+from llmcompress.checkpoint import add_file, holds, read_json
+from llmcompress.evaluate import Distance, Evaluation, evaluate, evaluation_windows
+from llmcompress.locate import Place, locate
+from llmcompress.protocol import Protocol
+from llmcompress.source import Source, load_model
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scores models against `dense`. `asked`: what two scores must agree in to be comparable; plain values."""
+
+    dense: Source
+    protocol: Protocol
+    device: str
+    asked: dict[str, Any]
+
+    @staticmethod
+    def of(dense: Source, protocol: Protocol, device: str) -> Judge:
+        """Raises InputError for a text that is too short or cannot be read, RecipeError for windows too long."""
+        ids = evaluation_windows(dense.tokenizer(), protocol, dense.config)
+        asked = protocol.to_json() | {"digest": _digest(ids, protocol.tasks), "versions": reports.versions()}
+        return Judge(dense, protocol, device, json.loads(json.dumps(asked)))
+
+    def kept(self, folder: Path) -> dict[str, Any] | None:
+        """The entries {"dense", "compressed", ...} that a checkpoint has of the same protocol, if it has any."""
+        if not holds(folder, reports.SCORES):
+            return None
+        entries = read_json(folder / reports.SCORES)
+        same = all(entries.get(key) == value for key, value in self.asked.items())
+        return entries if same and "dense" in entries else None
+
+    def of_dense(self, folders: Iterable[Path]) -> dict[str, Any]:
+        """The dense model's scores, from a checkpoint that has them or measured."""
+        for folder in folders:
+            if (entries := self.kept(folder)) is not None:
+                scores: dict[str, Any] = entries["dense"]
+                return scores
+        model = load_model(Place(self.dense.name, self.dense.folder), self.device)
+        found = evaluate(model, self.dense.tokenizer(), self.protocol)
+        return Evaluation(found.perplexity, found.tasks, Distance.to_itself(found.perplexity)).to_json()
+
+    def scores(self, folder: Path, dense: dict[str, Any]) -> dict[str, Any]:
+        """Those of the checkpoint in `folder`, kept there. `dense`: the dense model's. Raises DiskError if it cannot
+        be written to."""
+        entries = self.kept(folder)
+        if entries is None:
+            teacher = load_model(Place(self.dense.name, self.dense.folder), self.device)
+            student = load_model(locate(str(folder)), self.device)
+            found = evaluate(student, self.dense.tokenizer(), self.protocol, against=teacher)
+            entries = self.asked | {"dense": dense, "compressed": found.to_json()}
+            add_file(folder, reports.SCORES, json.dumps(entries, indent=2))
+        scores: dict[str, Any] = entries["compressed"]
+        return scores
+
+
+def _digest(windows: Tensor, tasks: Iterable[str]) -> str:
+    """Of the tokens to read, and of the files among the tasks."""
+    digest = sha256(windows.numpy().tobytes())
+    for path in (Path(task).expanduser() for task in tasks):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(file.read_bytes())
+    return digest.hexdigest()

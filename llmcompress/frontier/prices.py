@@ -1,0 +1,101 @@
+"""Price lists on disk: a sweep that was cut, or that gets more budgets, does not measure them again."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmcompress import report as reports
+from llmcompress.allocate import PriceList, price
+from llmcompress.allocate.choices import Choices
+from llmcompress.allocate.prices import Priced
+from llmcompress.allocate.sensitivity import Dense
+from llmcompress.checkpoint import read_json, replace_text
+from llmcompress.errors import DiskError
+from llmcompress.locate import Place
+from llmcompress.planning import Job
+from llmcompress.recover import is_older
+from llmcompress.source import Source, load_model
+
+FILE = "prices.json"
+
+Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
+
+
+def price_list(folder: Path, job: Job, found: Choices, device: str, progress: Progress | None) -> PriceList:
+    """The price list that `folder` keeps; where there is none it is measured, and kept.
+
+    Raises DiskError for a list of another recipe, model or version, or that cannot be written.
+    """
+    path = folder / FILE
+    if path.is_file():
+        return _read(path, job, found, device)
+    made = price(job, found, device=device, progress=progress)
+    dense = made.dense()
+    entries = {
+        "of": _identity(job),
+        "seconds": made.seconds,
+        "windows": dense.windows.tolist(),
+        "matrices": [one.to_json() for one in made.prices],
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(entries))
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written ({error.strerror}); free some space and start again") from error
+    return made
+
+
+def check_prices(folder: Path, job: Job) -> None:
+    """Raises DiskError where `folder` keeps prices that are not this job's, or are older than its model or text."""
+    path = folder / FILE
+    if not path.is_file():
+        return
+    try:
+        kept = read_json(path)["of"] == json.loads(json.dumps(_identity(job)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DiskError(f"{path} cannot be read ({error}); remove it") from error
+    if not kept or is_older(path, job.recipe, job.source):
+        raise DiskError(
+            f"{path} was left by a sweep with another recipe, model, text, version or kind of budget; remove it, or "
+            f"choose another output folder"
+        )
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What prices depend on. Of the target only its kind: with bytes, tables have prices too."""
+    recipe = job.recipe.model_dump(mode="json")
+    target = recipe.pop("target")
+    kind = [key for key, value in target.items() if value is not None]
+    source = job.source
+    return {
+        "model": source.name,
+        "revision": source.revision,
+        "versions": reports.versions(),
+        "kind": kind,
+        "recipe": recipe,
+    }
+
+
+def _read(path: Path, job: Job, found: Choices, device: str) -> PriceList:
+    try:
+        entries = read_json(path)
+        matrices = tuple(Priced.from_json(one) for one in entries["matrices"])
+        windows = torch.tensor(entries["windows"], dtype=torch.int64)
+        dense = functools.cache(functools.partial(_dense, job.source, windows, device))
+        return PriceList(job, found, matrices, dense, float(entries["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DiskError(f"{path} cannot be read ({error}); remove it") from error
+
+
+def _dense(source: Source, windows: torch.Tensor, device: str) -> Dense:
+    """What the dense model predicts on the probing tokens, anew."""
+    model = load_model(Place(source.name, source.folder), device)
+    with torch.no_grad():
+        here = windows.to(model.device)
+        return Dense(here, model(input_ids=here, use_cache=False).logits)

@@ -1,0 +1,86 @@
+"""The command that makes a model at many sizes; `cli` lists it among the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmcompress.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    Length,
+    Limit,
+    Model,
+    Quiet,
+    Revision,
+    Seed,
+    Settings,
+    Tasks,
+    Text,
+    Tune,
+    Verbose,
+    Windows,
+    all_settings,
+    protocol_of,
+    recipe_or_default,
+    tuned,
+)
+from llmcompress.protocol import Protocol
+from llmcompress.tables import frontier_view
+from llmcompress.terminal import Terminal
+
+
+def frontier(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new folder, or one of a sweep to go on with.")
+    ],
+    recipes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE...", help="YAML files, a line of the plot for each; may be left out."),
+    ] = None,
+    bpw: Annotated[
+        str | None, typer.Option("--bpw", help="Budgets in bits per weight of the decoder's linears: 1.25,1.6,2.")
+    ] = None,
+    sizes: Annotated[str | None, typer.Option("--sizes", help="Budgets in bytes of all files: 30MB,40MB.")] = None,
+    peers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON: what other tools reached, to draw beside.")
+    ] = None,
+    text: Text = None,
+    windows: Windows = Protocol.windows,
+    length: Length = Protocol.length,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    batch_size: BatchSize = Protocol.batch_size,
+    tune: Tune = False,
+    settings: Settings = None,
+    revision: Revision = None,
+    seed: Seed = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Compress MODEL to many sizes, score each, and draw quality over size. Options are priced once for all budgets;
+    a sweep that was cut goes on where it was.
+
+    Example: llmcompress frontier smollm2 --bpw 1.25,1.6,2,2.5,3 -o curve
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.frontier import Told, budgets, read_peers
+        from llmcompress.frontier import frontier as run
+        from llmcompress.recipe import read_recipe
+
+        wanted = budgets(bpw, sizes)
+        given = all_settings(settings, seed, wanted[0].target.model_dump(exclude_none=True))
+        asked = [tuned(read_recipe(recipe_or_default(one, given), given), tune) for one in recipes or (None,)]
+        others = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
+        protocol = protocol_of(text, windows, length, tasks, limit, None, batch_size)
+        told = Told(terminal.stage, terminal.pricing, terminal.progress, terminal.training)
+        found = run(model, asked, wanted, output, protocol, peers=others, revision=revision, device=device, told=told)
+        terminal.show(found, frontier_view)
+        if not as_json and not quiet:
+            typer.echo(f"plot    {output / 'frontier.png'} and .svg; table {output / 'frontier.md'}")
