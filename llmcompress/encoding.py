@@ -26,13 +26,16 @@ from llmcompress.weight import (
     LowRank,
     Pattern,
     Rotated,
+    Scaled,
     Sum,
+    Transposed,
     TrellisCoded,
     Weight,
     Where,
     Zero,
     both,
     shape,
+    turned,
     unknown,
 )
 
@@ -80,6 +83,12 @@ def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) 
             header = {"node": "rotated", "block": block, "inner": _encode(inner, None, path + "inner_", out)}
             out[path + "signs"] = pack(signs.to(torch.uint8), 2)
             return header
+        case Scaled(inner, columns):
+            out[path + "columns"] = columns.contiguous()
+            return {"node": "scaled", "inner": _encode(inner, shown, path + "inner_", out)}
+        case Transposed(inner):
+            lying = _encode(inner, turned(shown, inner), path + "inner_", out)
+            return {"node": "transposed", "shape": size, "inner": lying}
         case Sum(parts):
             encoded = [_encode(part, shown, f"{path}{i}_", out) for i, part in enumerate(parts)]
             return {"node": "sum", "parts": encoded}
@@ -123,6 +132,12 @@ def decode_node(
             inner = decode_node(header["inner"], tensors, path + "inner_", None)
             signs = unpack(tensors[path + "signs"], 2, shape(inner)[1]).bool()
             return Rotated(inner, signs, header["block"])
+        case "scaled":
+            inner = decode_node(header["inner"], tensors, path + "inner_", shown)
+            return Scaled(inner, tensors[path + "columns"])
+        case "transposed":
+            lying = None if shown is None else shown.expand(header["shape"]).T
+            return Transposed(decode_node(header["inner"], tensors, path + "inner_", lying))
         case "sum":
             parts = enumerate(header["parts"])
             return Sum(tuple(decode_node(part, tensors, f"{path}{i}_", shown) for i, part in parts))

@@ -25,7 +25,9 @@ from llmcompress.weight import (
     Grid,
     LowRank,
     Rotated,
+    Scaled,
     Sum,
+    Transposed,
     TrellisCoded,
     Weight,
     Where,
@@ -50,6 +52,12 @@ def check_rows(w: Weight, selected: bool = False) -> None:
             return
         case LowRank(left) | Rotated(left):
             check_rows(left)
+        case Scaled(inner):
+            check_rows(inner, selected)
+        case Transposed():
+            raise RecipeError(
+                f"rows of {describe(w)} cannot be looked up one by one; give embeddings groups along the input"
+            )
         case Sum(parts):
             for part in parts:
                 check_rows(part, selected)
@@ -102,6 +110,10 @@ def _rows(
         case "rotated":
             inner = _rows(header["inner"], tensors, path + "inner_", chosen, None)
             return Rotated(inner, unpack(tensors[path + "signs"], 2, shape(inner)[1]).bool(), header["block"])
+        case "scaled":
+            return Scaled(
+                _rows(header["inner"], tensors, path + "inner_", chosen, selection), tensors[path + "columns"]
+            )
         case "sum":
             parts = enumerate(header["parts"])
             return Sum(tuple(_rows(part, tensors, f"{path}{i}_", chosen, selection) for i, part in parts))

@@ -7,7 +7,7 @@ frozen parts are decoded once: what trains is what `freeze` stores.
 
 What may train (`KINDS`), and how it is kept storable, alike in training and in `freeze`:
 - codes of grids, by latents in code units (`estimators`); zero points, and streams of trellises, stay as they are.
-- scales of grids and trellises, rounded to float16 within [2^-24, 65504], its smallest and largest positive numbers.
+- scales of grids, trellises and columns, rounded to float16 within [2^-24, 65504], its smallest and largest positive numbers.
   Gradients pass the ends, so that a scale there can come back. A scale that is not positive at first, as of a group of
   zeros, stays.
 - values of `Dense` outside low-rank terms, and factors, every `Dense` inside them: rounded to their own dtype, within
@@ -20,7 +20,7 @@ its backward; checkpoint activations to have those of one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Self
@@ -33,16 +33,28 @@ from llmcompress import weight as expression
 from llmcompress.encoding import decode, encode
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.estimators import ESTIMATORS, Estimator, straight_cast, straight_codes
+from llmcompress.masters import masters
 from llmcompress.modules import CompressedLinear
 from llmcompress.packing import pack
-from llmcompress.rotation import rotate, rotate_inputs
+from llmcompress.rotation import rotate_inputs
 from llmcompress.trellis import matrix, table
-from llmcompress.weight import Dense, Grid, LowRank, Rotated, Sum, TrellisCoded, Weight, Where, Zero
+from llmcompress.weight import (
+    Dense,
+    Grid,
+    LowRank,
+    Rotated,
+    Scaled,
+    Sum,
+    Transposed,
+    TrellisCoded,
+    Weight,
+    Where,
+    turned,
+)
 
 KINDS = ("codes", "scales", "values", "factors")
 SMALLEST_SCALE = 2.0**-24
 START = "_start"  # of the name of stored scales that train
-MARGIN = 2.0**-9  # codes: how far inside its code's cell a latent starts; float32 resolves it at 255
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,7 @@ class Relaxed(nn.Module):
         self.stored_as = {name: tensor.dtype for name, tensor in tensors.items()}
         self.levels: dict[str, int] = {}  # of codes that train, by the names of their parameters
         self.kind_of: dict[str, str] = {}
-        for name, kind, master, levels in _masters(w, relaxation.trains, target):
+        for name, kind, master, levels in masters(w, relaxation.trains, target):
             if master.numel():
                 self.kind_of[name] = kind
                 self.register_parameter(name, nn.Parameter(master))
@@ -241,7 +253,7 @@ def _centred(w: Weight, path: str, trained: frozenset[str]) -> Weight:
         case Where(index, inside, outside):
             sides = _centred(inside, path + "inside_", trained), _centred(outside, path + "outside_", trained)
             return Where(index, *sides)
-        case Rotated(inner):
+        case Rotated(inner) | Scaled(inner) | Transposed(inner):
             return replace(w, inner=_centred(inner, path + "inner_", trained))
         case Sum(parts):
             return Sum(tuple(_centred(part, f"{path}{i}_", trained) for i, part in enumerate(parts)))
@@ -266,6 +278,11 @@ def _filled(w: Weight, path: str, shown: Tensor | None, numbers: dict[str, Tenso
             return Where(index, *sides)
         case Rotated(inner):
             return replace(w, inner=_filled(inner, path + "inner_", None, numbers))
+        case Scaled(inner, columns):
+            columns = numbers.get(path + "columns", columns)
+            return Scaled(_filled(inner, path + "inner_", shown, numbers), columns)
+        case Transposed(inner):
+            return Transposed(_filled(inner, path + "inner_", turned(shown, inner), numbers))
         case Sum(parts):
             return Sum(tuple(_filled(part, f"{path}{i}_", shown, numbers) for i, part in enumerate(parts)))
     return w
@@ -287,6 +304,8 @@ def _product(x: Tensor, w: Weight) -> Tensor:
             return _product(_product(x, right), left)
         case Rotated(inner, signs, block):
             return _product(rotate_inputs(x, signs, block), inner)
+        case Scaled(inner, columns):
+            return _product((x * columns).to(x.dtype), inner)
         case Sum(parts):
             return reduce(torch.add, [_product(x, part) for part in parts])
         case Grid(codes, scale) if codes.dtype == torch.bfloat16 and scale.shape[1] == 1:
@@ -314,82 +333,6 @@ class _Scaled(torch.autograd.Function):
             return of_product, None
         exact = torch.promote_types(product.dtype, torch.float32)
         return of_product, (incoming * product).flatten(0, -2).sum(0, dtype=exact).to(scale.dtype)
-
-
-# --- where masters start --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A node with numbers in it, and what its place in the expression says of them."""
-
-    node: Dense | Grid | TrellisCoded
-    path: str  # of its tensors in `encode`
-    shown: Tensor | None  # true = stored, as there
-    target: Tensor | None  # what it should be, in its own basis, float32 [out, in]
-    factor: bool  # is it in a low-rank term?
-
-
-@torch.no_grad()
-def _masters(w: Weight, trains: frozenset[str], target: Tensor | None) -> Iterator[tuple[str, str, Tensor, int]]:
-    """(name, kind, master, levels) of all that trains; masters flat float32, memory of their own."""
-    for leaf in leaves(w, "", None, None if target is None else target.float(), False):
-        match leaf.node:
-            case Dense(values):
-                kind = "factors" if leaf.factor else "values"
-                if kind in trains:
-                    yield leaf.path + "values", kind, _stored(values, leaf.shown).float().clone(), 0
-            case Grid(scale=scale, levels=levels):
-                if "codes" in trains:
-                    yield leaf.path + "codes", "codes", _latents(leaf.node, leaf.target, leaf.shown), levels
-                if "scales" in trains:
-                    yield leaf.path + "scale", "scales", scale.flatten().float(), levels
-            case TrellisCoded(scale=scale):
-                if "scales" in trains:
-                    yield leaf.path + "scale", "scales", scale.flatten().float(), 0
-
-
-def leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, factor: bool) -> Iterator[Leaf]:
-    """The leaves below `w`, each with its own part of the target: turned into its basis, less what is added to it."""
-    match w:
-        case Zero():
-            return
-        case Dense() | Grid() | TrellisCoded():
-            yield Leaf(w, path, shown, target, factor)
-        case LowRank(left, right):
-            yield from leaves(left, path + "left_", None, None, True)
-            yield from leaves(right, path + "right_", None, None, True)
-        case Where(index, inside, outside):
-            here, rest = index.inside, ~index.inside
-            if shown is not None:
-                here, rest = shown & here, shown & rest
-            yield from leaves(inside, path + "inside_", here, target, factor)
-            yield from leaves(outside, path + "outside_", rest, target, factor)
-        case Rotated(inner, signs, block):
-            turned = None if target is None else rotate(target, signs, block)
-            yield from leaves(inner, path + "inner_", None, turned, factor)
-        case Sum(parts):
-            missing = None if target is None else target - expression.dense(w).to(target.device)
-            for i, part in enumerate(parts):
-                own = None if missing is None else missing + expression.dense(part).to(missing.device)
-                yield from leaves(part, f"{path}{i}_", shown, own, factor)
-        case _:
-            raise TypeError(f"relax has no rule for {type(w).__name__}; every node needs one")
-
-
-def _latents(grid: Grid, target: Tensor | None, shown: Tensor | None) -> Tensor:
-    """Where the latents of stored codes start, flat float32: at the target, but inside the codes' own cells."""
-    codes = _stored(grid.codes, shown).float()
-    if target is None:
-        return codes
-    steps = expression.dense(replace(grid, codes=torch.ones_like(grid.codes), zero=torch.zeros_like(grid.scale)))
-    away = torch.where(steps == 0, 0.0, (target - expression.dense(grid)) / steps)  # in code units
-    return codes + _stored(away, shown).clamp(MARGIN - 0.5, 0.5 - MARGIN)
-
-
-def _stored(leaf: Tensor, shown: Tensor | None) -> Tensor:
-    """The elements of a leaf that are stored, flat, as `encode` orders them."""
-    return leaf.reshape(-1) if shown is None else leaf[shown.expand(leaf.shape)]
 
 
 def _octets(tensor: Tensor) -> Tensor:

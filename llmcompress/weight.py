@@ -117,13 +117,28 @@ class Rotated:
 
 
 @dataclass(frozen=True, eq=False)
+class Scaled:
+    """`inner * columns`: a factor for every input column, float16 `[in]`."""
+
+    inner: Weight
+    columns: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Transposed:
+    """`inner.T`, of an inner `[in, out]`: groups of a grid in it go along the output."""
+
+    inner: Weight
+
+
+@dataclass(frozen=True, eq=False)
 class Sum:
     """Parts added."""
 
     parts: tuple[Weight, ...]
 
 
-Weight = Zero | Dense | Grid | TrellisCoded | LowRank | Where | Rotated | Sum
+Weight = Zero | Dense | Grid | TrellisCoded | LowRank | Where | Rotated | Scaled | Transposed | Sum
 
 
 def shape(w: Weight) -> tuple[int, int]:
@@ -139,8 +154,10 @@ def shape(w: Weight) -> tuple[int, int]:
             return scale.shape[0], codes.numel() * trellis.values // scale.shape[0]
         case LowRank(left, right):
             return shape(left)[0], shape(right)[1]
-        case Where(inside=inner) | Rotated(inner):
+        case Where(inside=inner) | Rotated(inner) | Scaled(inner):
             return shape(inner)
+        case Transposed(inner):
+            return shape(inner)[1], shape(inner)[0]
         case Sum(parts):
             return shape(parts[0])
     raise unknown("shape", w)
@@ -168,6 +185,10 @@ def dense(w: Weight) -> Tensor:
             return torch.where(index.inside, dense(inside).to(device), dense(outside).to(device))
         case Rotated(inner, signs, block):
             return unrotate(dense(inner), signs, block)
+        case Scaled(inner, columns):
+            return dense(inner).to(columns.device) * columns.float()
+        case Transposed(inner):
+            return dense(inner).T.contiguous()
         case Sum(parts):
             return reduce(torch.add, [dense(part) for part in parts])
     raise unknown("dense", w)
@@ -180,6 +201,8 @@ def matmul(x: Tensor, w: Weight) -> Tensor:
             return matmul(matmul(x, right), left)
         case Rotated(inner, signs, block):
             return matmul(rotate_inputs(x, signs, block), inner)
+        case Scaled(inner, columns):
+            return matmul((x * columns).to(x.dtype), inner)
         case Sum(parts):
             return reduce(torch.add, [matmul(x, part) for part in parts])
         case _:
@@ -216,6 +239,10 @@ def bits(w: Weight, shown: Tensor | None = None) -> int:
             return _index_bits(index) + bits(inside, here) + bits(outside, both(shown, ~index.inside))
         case Rotated(inner, signs):
             return bits(inner) + signs.numel()
+        case Scaled(inner, columns):
+            return bits(inner, shown) + columns.numel() * 16
+        case Transposed(inner):
+            return bits(inner, turned(shown, inner))
         case Sum(parts):
             return sum(bits(part, shown) for part in parts)
     raise unknown("bits", w)
@@ -242,6 +269,10 @@ def describe(w: Weight) -> str:
             return f"{share:.0%} of {kind}: {describe(inside)}, else {describe(outside)}"
         case Rotated(inner, _, block):
             return f"rotated {block} ({describe(inner)})"
+        case Scaled(inner):
+            return f"scaled columns ({describe(inner)})"
+        case Transposed(inner):
+            return f"transposed ({describe(inner)})"
         case Sum(parts):
             return " + ".join(describe(part) for part in parts)
     raise unknown("describe", w)
@@ -261,6 +292,11 @@ def _count(leaf: Tensor, shown: Tensor | None) -> int:
 def both(shown: Tensor | None, selected: Tensor) -> Tensor:
     """What of `shown` (None: everything) is selected too."""
     return selected if shown is None else shown & selected
+
+
+def turned(shown: Tensor | None, inner: Weight) -> Tensor | None:
+    """What is shown of `Transposed(inner)`, as `inner` lies."""
+    return None if shown is None else shown.expand(*reversed(shape(inner))).T
 
 
 def _spread(groups: Tensor, group_size: int, width: int) -> Tensor:

@@ -20,7 +20,9 @@ from llmcompress.weight import (
     LowRank,
     Pattern,
     Rotated,
+    Scaled,
     Sum,
+    Transposed,
     TrellisCoded,
     Weight,
     Where,
@@ -108,6 +110,11 @@ def pattern(size: Sequence[int], kept: int, group: int, seed: int) -> Pattern:
     return Pattern(inside.reshape(size[0], size[1]), kept, group)
 
 
+def factors(width: int, seed: int) -> Tensor:
+    """Positive float16 factors of columns `[width]`."""
+    return (torch.rand(width, generator=seeded(seed)) + 0.25).half()
+
+
 def every_node() -> list[Weight]:
     """Each node by itself, each index, each number of levels, ragged groups, a matrix of one element, empty sets."""
     random = seeded(0)
@@ -129,6 +136,15 @@ def every_node() -> list[Weight]:
         LowRank(grid((7, 3), 16, 3, 1, True), grid((3, 24), 16, 8, 2, False)),
     ]
     nodes += [Rotated(values(*size), torch.rand(24, generator=random) < 0.5, block) for block in (1, 4, 8)]
+    nodes += [Scaled(inner, factors(24, 1)) for inner in (values(*size), grid(size, 2, 8, 1, True), Zero(size))]
+    nodes += [
+        Scaled(grid((1, 1), 2, 1, 0, True), factors(1, 2)),
+        Scaled(streams(TRELLISES[0], 7, 24, 22), factors(24, 3)),
+    ]
+    nodes += [
+        Transposed(inner) for inner in (values(24, 7), grid((33, 5), 3, 2, 1, True), grid((24, 7), 8, 3, 2, False))
+    ]
+    nodes += [Where(Columns(half[0]), Scaled(values(*size), factors(24, 4)), Transposed(grid((24, 7), 4, 3, 5, True)))]
     nodes += [Sum((values(*size),)), Sum((grid(size, 2, 24, 3, True), grid(size, 2, 24, 4, True), values(*size)))]
     for index in (
         Columns(half[0]),
@@ -154,7 +170,7 @@ def random_nestings(seed: int, count: int, depth: int = 4) -> list[Weight]:
     def build(size: tuple[int, int], depth: int) -> Weight:
         out, width = size
         even = width % 4 == 0
-        match draw(3 if depth == 0 else 9):
+        match draw(3 if depth == 0 else 11):
             case 0:
                 return Zero(size)
             case 1:
@@ -168,6 +184,10 @@ def random_nestings(seed: int, count: int, depth: int = 4) -> list[Weight]:
             case 5:
                 return Rotated(build(size, depth - 1), torch.rand(width, generator=random) < 0.5, 4 if even else 1)
             case 6:
+                return Scaled(build(size, depth - 1), factors(width, draw(10**6)))
+            case 7:
+                return Transposed(build((width, out), depth - 1))
+            case 8:
                 return Sum(tuple(build(size, depth - 1) for _ in range(1 + draw(3))))
             case _:
                 inside = torch.rand(size, generator=random) < 0.3

@@ -24,7 +24,9 @@ from llmcompress.weight import (
     Grid,
     LowRank,
     Rotated,
+    Scaled,
     Sum,
+    Transposed,
     TrellisCoded,
     Weight,
     Where,
@@ -310,6 +312,11 @@ def formula(w: Weight, leaves: dict[str, Tensor], path: str = "", shown: Tensor 
         case Rotated(inner, signs, block):
             turned = dense(Rotated(Dense(torch.eye(len(signs))), signs, block)).double()  # R.T
             return formula(inner, leaves, path + "inner_") @ turned
+        case Scaled(inner, columns):
+            return formula(inner, leaves, path + "inner_", shown) * leaves.get(path + "columns", columns.double())
+        case Transposed(inner):
+            lying = None if shown is None else shown.expand(shape(w)).T
+            return formula(inner, leaves, path + "inner_", lying).T
         case Sum(parts):
             return torch.stack([formula(part, leaves, f"{path}{i}_", shown) for i, part in enumerate(parts)]).sum(0)
     raise TypeError(type(w).__name__)

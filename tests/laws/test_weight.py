@@ -21,6 +21,7 @@ from llmcompress.weight import (
     Grid,
     LowRank,
     Rotated,
+    Scaled,
     Sum,
     Weight,
     Where,
@@ -50,7 +51,8 @@ def inputs(w: Weight, rows: int = 5) -> Tensor:
 
 def test_the_random_nestings_cover_every_node() -> None:
     text = json.dumps([encode(w)[0] for w in EXPRESSIONS[len(every_node()) :]])
-    for name in ("zero", "dense", "grid", "low_rank", "where", "rotated", "sum", "columns", "bitmap", "pattern"):
+    nodes = ("zero", "dense", "grid", "low_rank", "where", "rotated", "scaled", "transposed", "sum")
+    for name in (*nodes, "columns", "bitmap", "pattern"):
         assert f'"{name}"' in text, f"no random nesting contains {name}; raise their count or change the seed"
 
 
@@ -75,6 +77,8 @@ def test_decode_gives_back_every_field_of_an_unselected_leaf() -> None:
                 assert torch.equal(scale, scale_) and scale_.dtype == torch.float16
                 assert (zero is None) == (zero_ is None) and (zero is None or torch.equal(zero, zero_))
                 assert (levels, size) == (levels_, size_)
+            case Scaled(columns=columns), Scaled(columns=columns_):
+                assert torch.equal(columns, columns_) and columns_.dtype == torch.float16
             case Rotated(_, signs, block), Rotated(_, signs_, block_):
                 assert torch.equal(signs, signs_) and block == block_
             case Where(index), Where(index_):
@@ -119,7 +123,7 @@ def test_decoded_multiplies_to_the_same(w: Weight) -> None:
     x = inputs(w)
     again, expected = decoded(w), matmul(x, w)
     assert shape(again) == shape(w)
-    if "rotated" in describe(w):  # decoding turns the matrix instead of the inputs
+    if "rotated" in describe(w) or "scaled" in describe(w):  # decoding changes the matrix instead of the inputs
         assert (matmul(x, again) - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
         return
     assert torch.equal(matmul(x, again), expected)

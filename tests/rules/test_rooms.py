@@ -32,6 +32,7 @@ ROOMS = (
     "tokens",  # text -> calibration sequences
     "modules",  # CompressedLinear
     "estimators",  # gradients through rounding
+    "masters",  # where what trains starts
     "relax",  # a compressed weight that trains
     "attention",  # causal attention, fast in bfloat16
     "blocks",  # one decoder block at a time

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.estimators import straight_cast
+from llmcompress.masters import leaves
 from llmcompress.methods.grid import spread
-from llmcompress.relax import SMALLEST_SCALE, Relaxed, leaves
+from llmcompress.relax import SMALLEST_SCALE, Relaxed
 from llmcompress.weight import Grid, Weight
 
 MOST_LEVELS = 3
