@@ -80,7 +80,7 @@ def leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, fa
         case Rotated(inner, signs, block):
             own = None if target is None else rotate(target, signs, block)
             yield from leaves(inner, path + "inner_", None, own, factor)
-        case Scaled(inner, columns):
+        case Scaled(inner):
             yield Leaf(w, path, shown, target, factor)
             own = None if target is None else _unscaled(target, w)
             yield from leaves(inner, path + "inner_", shown, own, factor)
