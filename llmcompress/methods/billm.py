@@ -25,23 +25,32 @@ from torch import Tensor
 
 from llmcompress.layer import Layer, method
 from llmcompress.methods.bitplane_fit import PlaneFormat, fit_planes, lost
-from llmcompress.methods.bitplanes import PlaneConfig, Planes, instead_of_dense, planes_sketch, projected
+from llmcompress.methods.bitplanes import ColumnConfig, Planes, instead_of_dense, planes_sketch, projected
 from llmcompress.methods.projection import Selected, columns
 from llmcompress.weight import Columns, Weight, Where, shape
 
 SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of columns, tried as salient
 
 
-class BiLLM(PlaneConfig):
+class BiLLM(ColumnConfig):
     """Arguments of `billm`."""
 
     method: Literal["billm"] = "billm"
     rounds: int = Field(0, ge=0, le=100, description="alternations of scales and signs (ARB); 0: none, as in the paper")
-    examples = ({}, {"group_size": 16}, {"rounds": 15}, {"feedback": False})
+    bitmap: Literal["others", "all"] = Field(
+        "others", description="what is split by magnitude: columns that are not salient, or both kinds, each by itself"
+    )
+    examples = (
+        {},
+        {"group_size": 16},
+        {"rounds": 15},
+        {"feedback": False},
+        {"bitmap": "all", "group_size": 16, "columns": True, "rounds": 15},
+    )
 
     def salient(self) -> PlaneFormat:
         """The planes of salient columns."""
-        return PlaneFormat(2, "residual", self.group_size, self.rounds)
+        return PlaneFormat(2, "residual" if self.bitmap == "others" else "split", self.group_size, self.rounds)
 
     def others(self) -> PlaneFormat:
         """The planes of the others."""
@@ -52,7 +61,7 @@ class BiLLM(PlaneConfig):
         size = shape(approx)
         index = Columns(torch.zeros(size[1], dtype=torch.bool))  # all columns cost the same
         planes = planes_sketch(size, self.salient()), planes_sketch(size, self.others())
-        return instead_of_dense(approx, Where(index, *planes))
+        return instead_of_dense(approx, self.stored(Where(index, *planes)))
 
 
 @method("billm", BiLLM, needs={"outer"})
@@ -68,7 +77,7 @@ def billm(layer: Layer, config: BiLLM) -> Layer:
 
         return Selected(inside, outside, choose, inside.group_size, columns)
 
-    return projected(layer, config, make)
+    return projected(layer, config, make, config.columns)
 
 
 def salient_columns(current: Tensor, pivots: Tensor, energy: Tensor, config: BiLLM) -> Tensor:

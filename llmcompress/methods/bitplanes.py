@@ -16,11 +16,14 @@ from torch import Tensor
 from llmcompress.errors import RecipeError
 from llmcompress.layer import Layer, StepConfig, base_target, join, split, with_base
 from llmcompress.methods.bitplane_fit import PlaneFormat, fit_planes, point_table
+from llmcompress.methods.column_scales import ColumnScaled
 from llmcompress.methods.feedback import Projection, feedback
 from llmcompress.methods.grid import GridFormat, grid_sketch
 from llmcompress.methods.hessian import channel_energy, damped, inverse_factor, second_moment
 from llmcompress.methods.scales import added_grids, rescaled
-from llmcompress.weight import Dense, Grid, Sum, Weight, describe
+from llmcompress.weight import Dense, Grid, Scaled, Sum, Weight, describe, shape
+
+TURNS = 3  # of scales of rows and factors of columns, fitted to outputs; more gain nothing
 
 
 class PlaneConfig(StepConfig):
@@ -30,6 +33,18 @@ class PlaneConfig(StepConfig):
     rounds: int = Field(15, ge=0, le=100, description="alternations of scales and signs; 0: none, as they start")
     feedback: bool = True
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
+
+
+class ColumnConfig(PlaneConfig):
+    """The arguments of methods whose planes may have a factor for every input column as well."""
+
+    columns: bool = Field(False, description="a scale for every input column as well (ARB-RC)")
+
+    def stored(self, planes: Weight) -> Weight:
+        """What is stored of planes, without values: what `plan` counts bits of."""
+        if not self.columns:
+            return planes
+        return Scaled(planes, torch.empty(shape(planes)[1], dtype=torch.float16, device="meta"))
 
 
 class Planes:
@@ -118,16 +133,22 @@ def instead_of_dense(approx: Weight, base: Weight) -> Weight:
     return join(base, term)
 
 
-def projected(layer: Layer, config: PlaneConfig, make: Callable[[Tensor, Tensor], Projection]) -> Layer:
+def projected(
+    layer: Layer, config: PlaneConfig, make: Callable[[Tensor, Tensor], Projection], columns: bool = False
+) -> Layer:
     """The layer with its base in the planes of a projection: `make(energy, pivots)`, both `[in]`: the channels' energy,
     and what an error in a column costs less when it is fed back, squared. If scales alternate with signs, they are
-    fitted once more at the end, to outputs (ARB-X).
+    fitted once more at the end, to outputs (ARB-X). With `columns` there are factors of columns as well, fitted in turn
+    with the scales.
     """
     config.sketch(layer.approx)
     target = base_target(layer)
     factor, notes = inverse_factor(layer.inputs, config.damping)
-    projection = make(channel_energy(layer.inputs).float(), factor.diagonal().square())
+    energy, pivots = channel_energy(layer.inputs).float(), factor.diagonal().square()
+    projection = ColumnScaled(make, energy, pivots, config.rounds) if columns else make(energy, pivots)
     base = feedback(target, factor if config.feedback else None, projection)
     if config.rounds:
-        base = rescaled(base, target, damped(second_moment(layer.inputs), config.damping).float())
+        hessian = damped(second_moment(layer.inputs), config.damping).float()
+        for _ in range(TURNS if columns else 1):
+            base = rescaled(base, target, hessian)
     return with_base(layer, base, notes)

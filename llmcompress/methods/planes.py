@@ -9,8 +9,12 @@ together are plain residual binarization.
 
 Differs from the paper: the scales of a row are solved for at once, not one after the other; signs are chosen column by
 column on weights that carry all earlier feedback; no mean of a row is stored, for which there is no node; there is no
-bitmap, since the bitmap and the sign of a weight are two planes (see `billm`). Row and column scales at once (ARB-RC)
-are not here: factors of columns have no node either. No official code is published.
+bitmap, since the bitmap and the sign of a weight are two planes (see `billm`). No official code is published.
+
+`columns: true` stores a factor for every input column as well (ARB-RC), of any number of planes. The paper fits row and
+column scales to the magnitudes of weights alone, which may raise the error of outputs where inputs have loud channels;
+here a column's factor is fitted when the loop reaches it, and at the end rows and columns are fitted to outputs in turn
+(see `column_scales`).
 """
 
 from typing import Literal
@@ -19,11 +23,11 @@ from pydantic import Field
 
 from llmcompress.layer import Layer, method
 from llmcompress.methods.bitplane_fit import PlaneFormat
-from llmcompress.methods.bitplanes import PlaneConfig, Planes, instead_of_dense, planes_sketch, projected
+from llmcompress.methods.bitplanes import ColumnConfig, Planes, instead_of_dense, planes_sketch, projected
 from llmcompress.weight import Weight, shape
 
 
-class PlanesConfig(PlaneConfig):
+class PlanesConfig(ColumnConfig):
     """Arguments of `planes`."""
 
     method: Literal["planes"] = "planes"
@@ -34,12 +38,14 @@ class PlanesConfig(PlaneConfig):
         {"bits": 2},
         {"bits": 3, "group_size": 16},
         {"bits": 2, "start": "residual", "rounds": 0, "feedback": False},
+        {"bits": 1, "columns": True},
+        {"bits": 2, "columns": True, "group_size": 16},
     )
 
     @property
     def rowwise(self) -> bool:
         """See `StepConfig.rowwise`."""
-        return True
+        return not self.columns
 
     def form(self) -> PlaneFormat:
         """The planes asked for."""
@@ -47,10 +53,10 @@ class PlanesConfig(PlaneConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        return instead_of_dense(approx, planes_sketch(shape(approx), self.form()))
+        return instead_of_dense(approx, self.stored(planes_sketch(shape(approx), self.form())))
 
 
 @method("planes", PlanesConfig, needs={"outer"})
 def planes(layer: Layer, config: PlanesConfig) -> Layer:
     """Binarizes the base in `bits` planes."""
-    return projected(layer, config, lambda energy, _: Planes(config.form(), len(energy), energy))
+    return projected(layer, config, lambda energy, _: Planes(config.form(), len(energy), energy), config.columns)

@@ -3,9 +3,9 @@
 Minimises tr(E H E^T), which error feedback does only greedily: a column may move again to the stored values nearest to
 `q_j + (E H)_j / H_jj`, knowing how all other columns, later ones too, came out; then scales are fitted by least
 squares, each row's and group's in turn. No move raises the loss on the calibration inputs. Stores what was there, in
-the same bits: other grid codes, other streams of a trellis, other bits of binary planes, other kept values of a pruned
-matrix, other signs of a partially binarized one; masks and selections stay. The scheme is that of AQLM's code updates
-(arXiv 2401.06118), one weight, or one column of a trellis, at a time.
+the same bits: other grid codes, other streams of a trellis, other bits of binary planes, other factors of columns,
+other kept values of a pruned matrix, other signs of a partially binarized one; masks and selections stay. The scheme is
+that of AQLM's code updates (arXiv 2401.06118), one weight, or one column of a trellis, at a time.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,14 @@ from torch import Tensor
 from llmcompress.errors import RecipeError
 from llmcompress.layer import Layer, StepConfig, base_target, method, split, with_base
 from llmcompress.methods.bitplanes import Planes, planes_of
+from llmcompress.methods.column_scales import without
 from llmcompress.methods.feedback import few_threads
 from llmcompress.methods.grid import grid_of
 from llmcompress.methods.hessian import metric
 from llmcompress.methods.projection import Kept, Pruned, Quantized
 from llmcompress.methods.scales import rescaled
 from llmcompress.methods.streams import Streams
-from llmcompress.weight import Dense, Grid, Sum, TrellisCoded, Weight, Where, Zero, dense, describe, shape
+from llmcompress.weight import Dense, Grid, Scaled, Sum, TrellisCoded, Weight, Where, Zero, dense, describe, shape
 
 BLOCK = 64  # columns whose moves are gathered into one product; changes speed, never the result
 
@@ -96,6 +97,10 @@ def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
             here, there = nearest(inside), nearest(outside)
             chosen = index.inside.expand(shape(w)).T.contiguous()
             return lambda column, wanted: torch.where(chosen[column], here(column, wanted), there(column, wanted))
+        case Scaled(inner, columns):
+            bare, factors = nearest(inner), columns.float()
+            divisors = torch.where(factors == 0, 1.0, factors)
+            return lambda column, wanted: bare(column, wanted / divisors[column]) * factors[column]
     raise RecipeError(f"refine cannot move the values of {describe(w)}; leave it out for this layer")
 
 
@@ -110,12 +115,14 @@ def with_values(w: Weight, values: Tensor) -> Weight:
             return Planes.like(planes_of(w)).weight(values)
         case Where(index, inside, outside):
             return Where(index, with_values(inside, values), with_values(outside, values))
+        case Scaled(inner, columns):
+            return Scaled(with_values(inner, without(values, columns)), columns)
         case _:
             return w
 
 
 def _compressed_base(approx: Weight) -> Weight:
     base = split(approx)[0]
-    if not (isinstance(base, Grid | TrellisCoded | Where) or planes_of(base)):
+    if not (isinstance(base, Grid | TrellisCoded | Where | Scaled) or planes_of(base)):
         raise RecipeError(f"there is nothing to polish in {describe(base)}; prune or quantize first")
     return base

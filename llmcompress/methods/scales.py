@@ -5,11 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmcompress.weight import Grid, Sum, TrellisCoded, Weight, Where, dense
+from llmcompress.methods.column_scales import refactored, without
+from llmcompress.weight import Grid, Scaled, Sum, TrellisCoded, Weight, Where, dense
 
 
 def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> Weight:
-    """`w` with least-squares scales, a row and group after the other; grids that are added up have theirs together.
+    """`w` with least-squares scales, a row and group after the other; grids that are added up have theirs together, and
+    factors of columns come last.
 
     `shown` is what of `w` counts.
     """
@@ -35,6 +37,10 @@ def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = 
             inside = rescaled(inside, target - dense(outside).to(target.device) * rest, hessian, chosen)
             outside = rescaled(outside, target - dense(inside).to(target.device) * chosen, hessian, rest)
             return Where(index, inside, outside)
+        case Scaled(inner, columns):
+            factors = columns.float()
+            inner = rescaled(inner, without(target, columns), hessian * torch.outer(factors, factors), shown)
+            return refactored(Scaled(inner, columns), target, hessian, shown)
         case Sum() if added_grids(w):
             return Sum(_together(added_grids(w), target, hessian, shown))
         case _:
