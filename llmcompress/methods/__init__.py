@@ -1,6 +1,7 @@
 """Layer -> Layer, one file each. Importing this package registers them all."""
 
 from llmcompress.methods import (
+    adadim,
     alternate,
     billm,
     dimap,
@@ -23,6 +24,7 @@ from llmcompress.methods import (
 )
 
 __all__ = [
+    "adadim",
     "alternate",
     "billm",
     "dimap",
