@@ -9,7 +9,8 @@ the smaller output error tr(E H E^T) on the calibration inputs stays: a Grid, or
 Differs from the paper: the better of the two finished results is taken, not the one that rounding to nearest favours,
 and a layer is judged by its own outputs, not by its block's. A scale along the output is fitted to the column as it
 is when the loop reaches it. A layer on whose shape the two would not take equally many bits, as where groups do not
-divide its height, has groups along the input: a plan's bits must not depend on values.
+divide its height, has groups along the input: a plan's bits must not depend on values. The plan names the transposed
+grid wherever there is a choice; token tables, whose rows must be found one by one, are therefore refused.
 """
 
 from typing import Literal
@@ -44,7 +45,10 @@ class AdaDim(GridConfig):
         base, term = split(approx)
         if not isinstance(base, Dense):
             raise RecipeError(f"adadim stores every weight, so it does not go after {describe(base)}; drop one")
-        return join(grid_sketch(shape(base), self.grid_format()), term)
+        (rows, width), form = shape(base), self.grid_format()
+        if not takes_the_same((rows, width), form):
+            return join(grid_sketch((rows, width), form), term)
+        return join(Transposed(grid_sketch((width, rows), form)), term)
 
 
 class DownColumns:

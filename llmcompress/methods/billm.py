@@ -11,6 +11,11 @@ Stores Where(salient columns, two binary grids, two binary grids). A sign and th
 counted, for the columns that need one, and what trains or refines the planes may move a weight between its groups. It
 comes to 2 bits a weight, where the paper counts 1.1.
 
+`bitmap: all` splits salient columns by magnitude too, in place of binarizing them twice: four groups of weights a row,
+each with its own scale, in the same bits (the column-group bitmap of ARB-LLM; a second plane beside the bitmap would be
+a third bit for each salient weight, and is not there). `columns: true` stores a factor for every column as well
+(ARB-RC, see `column_scales`).
+
 Differs from the paper: the split is the best there is for each row, found in sorted magnitudes, not one of 81
 percentiles for a whole block; scales are of rows, or of `group_size` columns, not always of 128; no means are stored;
 saliences rank columns only, and errors are those of weights (the official code searches and splits saliences); every

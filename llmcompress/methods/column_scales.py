@@ -25,7 +25,7 @@ class ColumnScaled:
     Where a run of columns starts, their factors are those of the best rank-one matrix to the magnitudes there
     (`rank_one`); the other projection then fits its parameters to the columns without their factors. To it an error in
     a column costs its factor, squared, times as much: `make(energy, pivots)` gets tensors `[in]` that are kept up to
-    date with that.
+    date with that. All runs of the other one, its groups and choices, have one length.
     """
 
     def __init__(

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.layer import Layer, relative_error
+from llmcompress.errors import RecipeError
+from llmcompress.layer import Layer, relative_error, sketch, step
+from llmcompress.lookup import check_rows
 from llmcompress.methods.adadim import DownColumns
 from llmcompress.methods.feedback import feedback
 from llmcompress.methods.grid import GridFormat
@@ -108,3 +110,10 @@ def test_a_choice_does_not_change_the_bits(size: tuple[int, int]) -> None:
     weight = gaussian(*size)
     weight[:, ::5] *= 30
     assert isinstance(chosen(weight, torch.randn(512, size[1], generator=seeded(0))).approx, Grid)
+
+
+def test_a_token_table_is_refused_by_the_plan() -> None:
+    planned = sketch("embedding", (48, 64), [step(STEP)])
+    with pytest.raises(RecipeError, match="groups along the input"):
+        check_rows(planned)
+    assert isinstance(sketch("o", (40, 64), [step(STEP)]), Grid), "no choice, so a plain grid"

@@ -178,9 +178,10 @@ def test_no_turn_of_rows_and_columns_loses(arguments: Step) -> None:
     w, weight, hessian = made(arguments | {"rounds": 0})
     before = [loss(w, weight, hessian)]
     for _ in range(6):
-        w = rescaled(w, weight, hessian.float())
-        assert isinstance(w, Scaled) and bool((w.columns >= 0).all())
-        before.append(loss(w, weight, hessian))
+        fitted = rescaled(w, weight, hessian.float())
+        assert isinstance(fitted, Scaled) and bool((fitted.columns >= 0).all())
+        before.append(loss(fitted, weight, hessian))
+        w = fitted
         assert before[-1] <= before[-2] * (1 + 1e-6)
     assert before[-1] < 0.995 * before[0]
 
@@ -191,6 +192,15 @@ def test_no_visit_loses_and_the_bits_stay(arguments: Step) -> None:
     moved = descended(w, weight, hessian.float())
     assert loss(moved, weight, hessian) <= loss(w, weight, hessian) * (1 + 1e-6)
     assert bits(moved) == bits(w) and isinstance(moved, Scaled) and torch.equal(moved.columns, w.columns)
+
+
+@every_method
+def test_refine_polishes_rows_columns_and_signs(arguments: Step) -> None:
+    weight, inputs = gaussian(24, 48), correlated(768, 48)
+    hessian = damped_moment(inputs, 0.1)
+    plain, polished = (compressed(weight, inputs, arguments, *more) for more in ((), ({"method": "refine"},)))
+    assert loss(polished.approx, weight, hessian) < 0.99 * loss(plain.approx, weight, hessian)
+    assert bits(polished.approx) == bits(plain.approx) and isinstance(polished.approx, Scaled)
 
 
 def test_negative_factors_turn_signs_round() -> None:
@@ -209,6 +219,43 @@ def test_mirrored_turns_columns_of_symmetric_planes_and_refuses_others() -> None
         assert bits(mirrored(w, half)) == bits(w)
     with pytest.raises(TypeError, match="LowRank"):
         mirrored(LowRank(Dense(torch.ones(6, 1)), Dense(torch.ones(1, 10))), half)
+
+
+# --- the column-group bitmap -----------------------------------------------------------------------------------------
+
+
+def halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The two magnitudes that occur in a row."""
+    levels = values.abs().unique()
+    assert len(levels) <= 2
+    return levels[0], levels[-1]
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_all_columns_are_split_by_magnitude_each_kind_by_itself(group_size: int | None) -> None:
+    """Four groups a row; where none is fed back, the two of salient columns lose least of all splits in two."""
+    weight = gaussian(24, 64)
+    weight[:, [3, 20, 40, 55]] *= 5
+    inputs = torch.randn(1024, 64, generator=seeded(0))
+    energy = inputs.square().mean(0).double()
+    arguments: Step = {"method": "billm", "group_size": group_size, "feedback": False}
+    found = [compressed(weight, inputs, arguments | {"bitmap": each}).approx for each in ("all", "others")]
+    every, others = ((weight.double() - dense(w).double()).square() @ energy for w in found)
+    assert float(every.sum()) <= float(others.sum()) * (1 + 1e-6) and bits(found[0]) == bits(found[1])
+    w = found[0]
+    assert isinstance(w, Where) and isinstance(w.index, Columns)
+    for start in range(0, 64, group_size or 64):
+        part = torch.arange(64).div(group_size or 64, rounding_mode="floor") == start // (group_size or 64)
+        for side, columns in ((w.inside, part & w.index.inside), (w.outside, part & ~w.index.inside)):
+            if not bool(columns.any()):
+                continue
+            for row, stored in zip(weight[:, columns], dense(side)[:, columns]):
+                low, high = halves(stored)
+                large = stored.abs() == high
+                if low < high:  # bell-shaped: what is large is larger than what is small
+                    assert row[large].abs().min() >= row[~large].abs().max()
+                mean = (row.abs() * energy[columns])[large].sum() / energy[columns][large].sum()
+                assert float(high) == pytest.approx(float(mean), rel=2e-3)
 
 
 # --- what it is worth ------------------------------------------------------------------------------------------------
