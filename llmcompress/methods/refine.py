@@ -4,8 +4,9 @@ Minimises tr(E H E^T), which error feedback does only greedily: a column may mov
 `q_j + (E H)_j / H_jj`, knowing how all other columns, later ones too, came out; then scales are fitted by least
 squares, each row's and group's in turn. No move raises the loss on the calibration inputs. Stores what was there, in
 the same bits: other grid codes, other streams of a trellis, other bits of binary planes, other factors of columns,
-other kept values of a pruned matrix, other signs of a partially binarized one; masks and selections stay. The scheme is
-that of AQLM's code updates (arXiv 2401.06118), one weight, or one column of a trellis, at a time.
+other kept values of a pruned matrix, other signs of a partially binarized one; masks, selections and the scales of
+groups along the output stay. The scheme is that of AQLM's code updates (arXiv 2401.06118), one weight, or one column of
+a trellis, at a time.
 """
 
 from collections.abc import Callable
@@ -20,12 +21,25 @@ from llmcompress.layer import Layer, StepConfig, base_target, method, split, wit
 from llmcompress.methods.bitplanes import Planes, planes_of
 from llmcompress.methods.column_scales import without
 from llmcompress.methods.feedback import few_threads
-from llmcompress.methods.grid import grid_of
+from llmcompress.methods.grid import grid_of, round_to, spread
 from llmcompress.methods.hessian import metric
 from llmcompress.methods.projection import Kept, Pruned, Quantized
 from llmcompress.methods.scales import rescaled
 from llmcompress.methods.streams import Streams
-from llmcompress.weight import Dense, Grid, Scaled, Sum, TrellisCoded, Weight, Where, Zero, dense, describe, shape
+from llmcompress.weight import (
+    Dense,
+    Grid,
+    Scaled,
+    Sum,
+    Transposed,
+    TrellisCoded,
+    Weight,
+    Where,
+    Zero,
+    dense,
+    describe,
+    shape,
+)
 
 BLOCK = 64  # columns whose moves are gathered into one product; changes speed, never the result
 
@@ -101,6 +115,10 @@ def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
             bare, factors = nearest(inner), columns.float()
             divisors = torch.where(factors == 0, 1.0, factors)
             return lambda column, wanted: bare(column, wanted / divisors[column]) * factors[column]
+        case Transposed(Grid(codes, scale, zero, levels, group_size)):
+            steps = spread(scale, group_size, codes.shape[1])  # [in, out]
+            middles = [None] * len(steps) if zero is None else spread(zero, group_size, codes.shape[1])
+            return lambda column, wanted: round_to(wanted, steps[column], middles[column], levels)
     raise RecipeError(f"refine cannot move the values of {describe(w)}; leave it out for this layer")
 
 
@@ -117,12 +135,14 @@ def with_values(w: Weight, values: Tensor) -> Weight:
             return Where(index, with_values(inside, values), with_values(outside, values))
         case Scaled(inner, columns):
             return Scaled(with_values(inner, without(values, columns)), columns)
+        case Transposed(inner):
+            return Transposed(with_values(inner, values.T.contiguous()))
         case _:
             return w
 
 
 def _compressed_base(approx: Weight) -> Weight:
     base = split(approx)[0]
-    if not (isinstance(base, Grid | TrellisCoded | Where | Scaled) or planes_of(base)):
+    if not (isinstance(base, Grid | TrellisCoded | Where | Scaled | Transposed) or planes_of(base)):
         raise RecipeError(f"there is nothing to polish in {describe(base)}; prune or quantize first")
     return base

@@ -230,8 +230,10 @@ SIBLINGS: list[tuple[list[Step], list[Step]]] = [
             ("planes", {"bits": 3, "group_size": 16}),
             ("fdb", {"group_size": 16}),
             ("billm", {}),
+            ("planes", {"bits": 1, "columns": True}),
         )
     ),
+    ([{"method": "adadim", "bits": 3, "group_size": 16}], [{"method": "rtn", "bits": 3, "group_size": 16}]),
     *(
         ([{"method": name, **form}], [{"method": name, **form, "rounds": 0}])
         for name, form in (
@@ -239,6 +241,7 @@ SIBLINGS: list[tuple[list[Step], list[Step]]] = [
             ("planes", {"bits": 3}),
             ("fdb", {"group_size": 16}),
             ("billm", {"rounds": 15}),
+            ("billm", {"rounds": 15, "columns": True, "bitmap": "all"}),
         )
     ),
     ([{"method": "planes", "bits": 2}], [{"method": "planes", "bits": 2, "start": "residual"}]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from llmcompress.methods.feedback import feedback
 from llmcompress.methods.grid import GridFormat
 from llmcompress.methods.hessian import inverse_factor
 from llmcompress.methods.projection import Quantized
+from llmcompress.methods.refine import descended
 from llmcompress.weight import Grid, Transposed, bits, dense, describe
 from tests.builders import compressed, correlated, gaussian, moments, seeded
 from tests.oracles.slow import fit, nearest, optimal_brain_surgeon
@@ -110,6 +112,29 @@ def test_a_choice_does_not_change_the_bits(size: tuple[int, int]) -> None:
     weight = gaussian(*size)
     weight[:, ::5] *= 30
     assert isinstance(chosen(weight, torch.randn(512, size[1], generator=seeded(0))).approx, Grid)
+
+
+@every_form
+def test_a_visit_is_the_best_move_of_every_weight_in_turn(form: GridFormat) -> None:
+    weight, inputs, hessian, _ = problem(5)
+    w = down(weight, form)
+    moved = descended(w, weight, hessian.float())
+    errors = [weight.double() - dense(each).double() for each in (w, moved)]
+    before, after = (float(((error @ hessian) * error).sum()) for error in errors)
+    assert after < before
+    assert isinstance(moved, Transposed) and isinstance(moved.inner, Grid) and isinstance(w.inner, Grid)
+    assert torch.equal(moved.inner.scale, w.inner.scale) and bits(moved) == bits(w)
+    lying = moved.inner
+    values, middle = dense(w).double(), torch.full(lying.scale.shape, (form.levels - 1) / 2)
+    for row, column in itertools.product(range(len(weight)), range(weight.shape[1])):
+        place = column, row // lying.group_size
+        centre = middle[place] if lying.zero is None else lying.zero[place].double()
+        points = (torch.arange(form.levels) - centre) * lying.scale[place].double()
+        trials = values[row].repeat(form.levels, 1)
+        trials[:, column] = points
+        lost = weight[row].double() - trials
+        values[row, column] = points[((lost @ hessian) * lost).sum(1).argmin()]
+    torch.testing.assert_close(dense(moved).double(), values, rtol=1e-5, atol=1e-6)
 
 
 def test_a_token_table_is_refused_by_the_plan() -> None:

@@ -118,6 +118,20 @@ def test_one_plane_is_obs_with_a_factor_fitted_to_every_column(group_size: int) 
     assert_same_but_for_ties(mine, optimal_brain_surgeon(weight, hessian, begin, store), hessian, weight)
 
 
+def test_turns_of_a_factor_and_its_points_do_not_lose() -> None:
+    weight = gaussian(40, 12) * torch.arange(1, 13)
+    form = PlaneFormat(2, "split", None, 5)
+    energy = torch.ones(12)
+    started = ColumnScaled(lambda energy, _: Planes(form, 12, energy), energy, energy, 5)
+    started.begin(0, weight.T)
+    for column, values in enumerate(weight.T):
+        factor = started.columns[column].float()
+        before = (values - started.inner.project(column, values / factor) * factor).square().sum()
+        after = (values - started.project(column, values)).square().sum()
+        assert after <= before * (1 + 1e-3), "float16 alone may come between them"
+    assert len(started.columns.unique()) == 12
+
+
 @pytest.mark.parametrize("fed_back", [True, False])
 @pytest.mark.parametrize("name", ["planes", "billm"])
 def test_magnitudes_of_rank_one_are_exact(name: str, fed_back: bool) -> None:
