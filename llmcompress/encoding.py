@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from llmcompress.packing import pack, unpack
 from llmcompress.trellis import Trellis
 from llmcompress.weight import (
     Bitmap,
+    Codebook,
     Columns,
     Dense,
     Grid,
@@ -34,6 +35,7 @@ from llmcompress.weight import (
     both,
     shape,
     unknown,
+    vectors_shown,
 )
 
 
@@ -68,6 +70,11 @@ def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) 
             out[path + "codes"] = pack(codes, 1 << trellis.bits)
             out[path + "scale"] = scale.reshape(-1).contiguous()
             return {"node": "trellis", "shape": size, "run": run, **asdict(trellis)}
+        case Codebook(codes, centroids, scale):
+            out[path + "codes"] = pack(_compact(codes, vectors_shown(w, shown)), len(centroids))
+            out[path + "centroids"] = centroids.reshape(-1).contiguous()
+            out[path + "scale"] = scale.reshape(-1).contiguous()
+            return {"node": "codebook", "shape": size, "entries": len(centroids), "length": centroids.shape[1]}
         case LowRank(left, right):
             parts = [_encode(left, None, path + "left_", out), _encode(right, None, path + "right_", out)]
             return {"node": "low_rank", "left": parts[0], "right": parts[1]}
@@ -111,6 +118,8 @@ def decode_node(
             count = math.prod(header["shape"]) // trellis.values
             codes = unpack(tensors[path + "codes"], 1 << trellis.bits, count)
             return TrellisCoded(codes, tensors[path + "scale"].reshape(-1, 1), trellis, header["run"])
+        case "codebook":
+            return _decode_codebook(header, tensors, path, shown)
         case "low_rank":
             left = decode_node(header["left"], tensors, path + "left_", None)
             return LowRank(left, decode_node(header["right"], tensors, path + "right_", None))
@@ -127,6 +136,19 @@ def decode_node(
             parts = enumerate(header["parts"])
             return Sum(tuple(decode_node(part, tensors, f"{path}{i}_", shown) for i, part in parts))
     raise TypeError(f"no weight node is called {header['node']!r}")
+
+
+def _decode_codebook(
+    header: dict[str, Any], tensors: Mapping[str, Tensor], path: str, shown: Tensor | None
+) -> Codebook:
+    (rows, width), length = header["shape"], header["length"]
+    centroids = tensors[path + "centroids"].reshape(-1, length)
+    codes = torch.empty(rows, -(-width // length), dtype=torch.uint8, device="meta")
+    empty = Codebook(codes, centroids, tensors[path + "scale"].reshape(-1, 1), width)
+    stored = vectors_shown(empty, shown)
+    count = codes.numel() if stored is None else int(stored.sum())
+    unpacked = unpack(tensors[path + "codes"], header["entries"], count)
+    return replace(empty, codes=expand(unpacked, list(codes.shape), stored))
 
 
 def _encode_index(index: Index, path: str, out: dict[str, Tensor]) -> dict[str, Any]:

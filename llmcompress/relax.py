@@ -6,12 +6,13 @@ use the masters are rounded to what can be stored, with straight-through gradien
 frozen parts are decoded once: what trains is what `freeze` stores.
 
 What may train (`KINDS`), and how it is kept storable, alike in training and in `freeze`:
-- codes of grids, by latents in code units (`estimators`); zero points, and streams of trellises, stay as they are.
-- scales of grids and trellises, rounded to float16 within [2^-24, 65504], its smallest and largest positive numbers.
+- codes of grids, by latents in code units (`estimators`); zero points, streams of trellises, and codes of codebooks
+  stay as they are.
+- scales of grids, trellises and codebooks, rounded to float16 within [2^-24, 65504], its smallest and largest positive numbers.
   Gradients pass the ends, so that a scale there can come back. A scale that is not positive at first, as of a group of
   zeros, stays.
-- values of `Dense` outside low-rank terms, and factors, every `Dense` inside them: rounded to their own dtype, within
-  +-its largest number.
+- values of `Dense` and centroids outside low-rank terms, and factors, every `Dense` and centroid inside them: rounded
+  to their own dtype, within +-its largest number.
 
 A grid whose codes stay and that has one scale a row is multiplied as (x codes^T) * scale: the gradient of the scale
 comes from the product, and no matrix is built. Of other nodes autograd keeps the float32 matrices of a forward until
@@ -37,7 +38,7 @@ from llmcompress.modules import CompressedLinear
 from llmcompress.packing import pack
 from llmcompress.rotation import rotate, rotate_inputs
 from llmcompress.trellis import matrix, table
-from llmcompress.weight import Dense, Grid, LowRank, Rotated, Sum, TrellisCoded, Weight, Where, Zero
+from llmcompress.weight import Codebook, Dense, Grid, LowRank, Rotated, Sum, TrellisCoded, Weight, Where, Zero, both
 
 KINDS = ("codes", "scales", "values", "factors")
 SMALLEST_SCALE = 2.0**-24
@@ -256,12 +257,13 @@ def _filled(w: Weight, path: str, shown: Tensor | None, numbers: dict[str, Tenso
         case Grid(codes, scale):
             scales = _placed(numbers.get(path + "scale"), scale, None)
             return replace(w, codes=_placed(numbers.get(path + "codes"), codes, shown), scale=scales)
+        case Codebook(_, centroids, scale):
+            entries = _placed(numbers.get(path + "centroids"), centroids, None)
+            return replace(w, centroids=entries, scale=_placed(numbers.get(path + "scale"), scale, None))
         case LowRank(left, right):
             return LowRank(_filled(left, path + "left_", None, numbers), _filled(right, path + "right_", None, numbers))
         case Where(index, inside, outside):
-            here, rest = index.inside, ~index.inside
-            if shown is not None:
-                here, rest = shown & here, shown & rest
+            here, rest = both(shown, index.inside), both(shown, ~index.inside)
             sides = _filled(inside, path + "inside_", here, numbers), _filled(outside, path + "outside_", rest, numbers)
             return Where(index, *sides)
         case Rotated(inner):
@@ -323,7 +325,7 @@ class _Scaled(torch.autograd.Function):
 class Leaf:
     """A node with numbers in it, and what its place in the expression says of them."""
 
-    node: Dense | Grid | TrellisCoded
+    node: Dense | Grid | TrellisCoded | Codebook
     path: str  # of its tensors in `encode`
     shown: Tensor | None  # true = stored, as there
     target: Tensor | None  # what it should be, in its own basis, float32 [out, in]
@@ -334,9 +336,9 @@ class Leaf:
 def _masters(w: Weight, trains: frozenset[str], target: Tensor | None) -> Iterator[tuple[str, str, Tensor, int]]:
     """(name, kind, master, levels) of all that trains; masters flat float32, memory of their own."""
     for leaf in leaves(w, "", None, None if target is None else target.float(), False):
+        kind = "factors" if leaf.factor else "values"
         match leaf.node:
             case Dense(values):
-                kind = "factors" if leaf.factor else "values"
                 if kind in trains:
                     yield leaf.path + "values", kind, _stored(values, leaf.shown).float().clone(), 0
             case Grid(scale=scale, levels=levels):
@@ -344,9 +346,10 @@ def _masters(w: Weight, trains: frozenset[str], target: Tensor | None) -> Iterat
                     yield leaf.path + "codes", "codes", _latents(leaf.node, leaf.target, leaf.shown), levels
                 if "scales" in trains:
                     yield leaf.path + "scale", "scales", scale.flatten().float(), levels
-            case TrellisCoded(scale=scale):
-                if "scales" in trains:
-                    yield leaf.path + "scale", "scales", scale.flatten().float(), 0
+            case Codebook(_, centroids) if kind in trains:
+                yield leaf.path + "centroids", kind, centroids.flatten().float(), 0
+        if isinstance(leaf.node, TrellisCoded | Codebook) and "scales" in trains:
+            yield leaf.path + "scale", "scales", leaf.node.scale.flatten().float(), 0
 
 
 def leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, factor: bool) -> Iterator[Leaf]:
@@ -354,15 +357,13 @@ def leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, fa
     match w:
         case Zero():
             return
-        case Dense() | Grid() | TrellisCoded():
+        case Dense() | Grid() | TrellisCoded() | Codebook():
             yield Leaf(w, path, shown, target, factor)
         case LowRank(left, right):
             yield from leaves(left, path + "left_", None, None, True)
             yield from leaves(right, path + "right_", None, None, True)
         case Where(index, inside, outside):
-            here, rest = index.inside, ~index.inside
-            if shown is not None:
-                here, rest = shown & here, shown & rest
+            here, rest = both(shown, index.inside), both(shown, ~index.inside)
             yield from leaves(inside, path + "inside_", here, target, factor)
             yield from leaves(outside, path + "outside_", rest, target, factor)
         case Rotated(inner, signs, block):

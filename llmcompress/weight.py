@@ -65,6 +65,21 @@ class TrellisCoded:
 
 
 @dataclass(frozen=True, eq=False)
+class Codebook:
+    """Vectors of consecutive input columns, each an entry of one small table, times a scale a row.
+
+    `codes` uint8 `[out, vectors]` number the entries; `centroids` float16 `[entries, length]`, at most 256 entries, of
+    single weights where the length is 1; `scale` float16 `[out, 1]`. The last vector of a row shows only its first
+    columns where the length does not divide the `width`.
+    """
+
+    codes: Tensor
+    centroids: Tensor
+    scale: Tensor
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """`left [out, rank] @ right [rank, in]`; the factors are weights themselves."""
 
@@ -123,7 +138,7 @@ class Sum:
     parts: tuple[Weight, ...]
 
 
-Weight = Zero | Dense | Grid | TrellisCoded | LowRank | Where | Rotated | Sum
+Weight = Zero | Dense | Grid | TrellisCoded | Codebook | LowRank | Where | Rotated | Sum
 
 
 def shape(w: Weight) -> tuple[int, int]:
@@ -137,6 +152,8 @@ def shape(w: Weight) -> tuple[int, int]:
             return codes.shape[0], codes.shape[1]
         case TrellisCoded(codes, scale, trellis):
             return scale.shape[0], codes.numel() * trellis.values // scale.shape[0]
+        case Codebook(codes, width=width):
+            return codes.shape[0], width
         case LowRank(left, right):
             return shape(left)[0], shape(right)[1]
         case Where(inside=inner) | Rotated(inner):
@@ -161,6 +178,8 @@ def dense(w: Weight) -> Tensor:
             return codes.float().sub_(centre).mul_(steps)
         case TrellisCoded(codes, scale, trellis, run):
             return matrix(codes, len(scale), trellis, run) * scale.float()
+        case Codebook(codes, centroids, scale, width):
+            return centroids.float()[codes.long()].flatten(1)[:, :width] * scale.float()
         case LowRank(left, right):
             return dense(left) @ dense(right)
         case Where(index, inside, outside):
@@ -209,6 +228,9 @@ def bits(w: Weight, shown: Tensor | None = None) -> int:
             return packed_bits(levels, _count(codes, shown)) + parameters
         case TrellisCoded(codes, scale, trellis) if shown is None:
             return codes.numel() * trellis.bits + scale.numel() * 16
+        case Codebook(codes, centroids, scale):
+            stored = packed_bits(len(centroids), _count(codes, vectors_shown(w, shown)))
+            return stored + (centroids.numel() + scale.numel()) * 16
         case LowRank(left, right):
             return bits(left) + bits(right)
         case Where(index, inside, outside):
@@ -234,6 +256,9 @@ def describe(w: Weight) -> str:
             return f"{name} {group}{'' if zero is None else ' asymmetric'}"
         case TrellisCoded(trellis=trellis):
             return f"{trellis.rate:g}-bit trellis"
+        case Codebook(centroids=centroids):
+            entries, length = centroids.shape
+            return f"{entries} vectors of {length}" if length > 1 else f"{entries} points"
         case LowRank(left, right):
             return f"rank {shape(left)[1]} ({describe(left)} | {describe(right)})"
         case Where(index, inside, outside):
@@ -261,6 +286,15 @@ def _count(leaf: Tensor, shown: Tensor | None) -> int:
 def both(shown: Tensor | None, selected: Tensor) -> Tensor:
     """What of `shown` (None: everything) is selected too."""
     return selected if shown is None else shown & selected
+
+
+def vectors_shown(w: Codebook, shown: Tensor | None) -> Tensor | None:
+    """Which codes are stored, bool `[out, vectors]`: those of vectors of which anything is shown; None: all."""
+    if shown is None:
+        return None
+    length = w.centroids.shape[1]
+    filled = torch.nn.functional.pad(shown.expand(shape(w)), (0, -w.width % length))
+    return filled.unflatten(1, (-1, length)).any(2)
 
 
 def _spread(groups: Tensor, group_size: int, width: int) -> Tensor:
