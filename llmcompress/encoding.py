@@ -1,6 +1,7 @@
 """The disk form of a compressed weight: a JSON header and flat tensors, by one recursion over its nodes.
 
-What a side of a `Where` does not show is not stored: the selection (`shown`, true = stored) goes down to the leaves.
+What a side of a `Where` does not show is not stored: the selection (`shown`, true = stored) goes down to the leaves,
+but to those of codebooks.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -35,7 +36,6 @@ from llmcompress.weight import (
     both,
     shape,
     unknown,
-    vectors_shown,
 )
 
 
@@ -71,7 +71,7 @@ def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) 
             out[path + "scale"] = scale.reshape(-1).contiguous()
             return {"node": "trellis", "shape": size, "run": run, **asdict(trellis)}
         case Codebook(codes, centroids, scale):
-            out[path + "codes"] = pack(_compact(codes, vectors_shown(w, shown)), len(centroids))
+            out[path + "codes"] = pack(codes, len(centroids))
             out[path + "centroids"] = centroids.reshape(-1).contiguous()
             out[path + "scale"] = scale.reshape(-1).contiguous()
             return {"node": "codebook", "shape": size, "entries": len(centroids), "length": centroids.shape[1]}
@@ -119,7 +119,11 @@ def decode_node(
             codes = unpack(tensors[path + "codes"], 1 << trellis.bits, count)
             return TrellisCoded(codes, tensors[path + "scale"].reshape(-1, 1), trellis, header["run"])
         case "codebook":
-            return _decode_codebook(header, tensors, path, shown)
+            (rows, width), length = header["shape"], header["length"]
+            vectors = -(-width // length)
+            codes = unpack(tensors[path + "codes"], header["entries"], rows * vectors).reshape(rows, vectors)
+            centroids = tensors[path + "centroids"].reshape(-1, length)
+            return Codebook(codes, centroids, tensors[path + "scale"].reshape(-1, 1), width)
         case "low_rank":
             left = decode_node(header["left"], tensors, path + "left_", None)
             return LowRank(left, decode_node(header["right"], tensors, path + "right_", None))
@@ -136,19 +140,6 @@ def decode_node(
             parts = enumerate(header["parts"])
             return Sum(tuple(decode_node(part, tensors, f"{path}{i}_", shown) for i, part in parts))
     raise TypeError(f"no weight node is called {header['node']!r}")
-
-
-def _decode_codebook(
-    header: dict[str, Any], tensors: Mapping[str, Tensor], path: str, shown: Tensor | None
-) -> Codebook:
-    (rows, width), length = header["shape"], header["length"]
-    centroids = tensors[path + "centroids"].reshape(-1, length)
-    codes = torch.empty(rows, -(-width // length), dtype=torch.uint8, device="meta")
-    empty = Codebook(codes, centroids, tensors[path + "scale"].reshape(-1, 1), width)
-    stored = vectors_shown(empty, shown)
-    count = codes.numel() if stored is None else int(stored.sum())
-    unpacked = unpack(tensors[path + "codes"], header["entries"], count)
-    return replace(empty, codes=expand(unpacked, list(codes.shape), stored))
 
 
 def _encode_index(index: Index, path: str, out: dict[str, Tensor]) -> dict[str, Any]:

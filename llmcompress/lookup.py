@@ -47,9 +47,7 @@ def rows(header: dict[str, Any], tensors: Mapping[str, Tensor], chosen: Tensor) 
 def check_rows(w: Weight, selected: bool = False) -> None:
     """Raises RecipeError for an expression whose rows cannot be decoded one by one."""
     match w:
-        case Zero() | Dense() | Grid() | TrellisCoded():
-            return
-        case Codebook() if not selected:
+        case Zero() | Dense() | Grid() | TrellisCoded() | Codebook():
             return
         case LowRank(left) | Rotated(left):
             check_rows(left)
@@ -62,7 +60,7 @@ def check_rows(w: Weight, selected: bool = False) -> None:
         case _:
             raise RecipeError(
                 f"rows of {describe(w)} within a selection cannot be looked up one by one; give embeddings one "
-                f"selection (pruning or salient weights) at most, and none around a codebook"
+                f"selection (pruning or salient weights) at most"
             )
 
 
@@ -99,7 +97,7 @@ def _rows(
             return _grid_rows(header, tensors, path, chosen, selection)
         case "trellis" if selection is None:
             return Dense(_trellis_rows(header, tensors, path, chosen))
-        case "codebook" if selection is None:
+        case "codebook":
             return _codebook_rows(header, tensors, path, chosen)
         case "low_rank":
             left = _rows(header["left"], tensors, path + "left_", chosen, None)

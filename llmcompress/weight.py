@@ -4,7 +4,7 @@ Every node stands for a matrix `[out, in]`. A method builds an expression; its s
 its product with activations (`matmul`) follow from here, its disk form from `encoding`.
 
 `Where` selects element by element, so both its sides have the full shape; what a side does not show is not
-stored: `bits` hands the selection (`shown`, true = stored) down to the leaves.
+stored: `bits` hands the selection (`shown`, true = stored) down to the leaves. Only a `Codebook` stores all its codes.
 """
 
 from __future__ import annotations
@@ -229,8 +229,7 @@ def bits(w: Weight, shown: Tensor | None = None) -> int:
         case TrellisCoded(codes, scale, trellis) if shown is None:
             return codes.numel() * trellis.bits + scale.numel() * 16
         case Codebook(codes, centroids, scale):
-            stored = packed_bits(len(centroids), _count(codes, vectors_shown(w, shown)))
-            return stored + (centroids.numel() + scale.numel()) * 16
+            return packed_bits(len(centroids), codes.numel()) + (centroids.numel() + scale.numel()) * 16
         case LowRank(left, right):
             return bits(left) + bits(right)
         case Where(index, inside, outside):
@@ -286,15 +285,6 @@ def _count(leaf: Tensor, shown: Tensor | None) -> int:
 def both(shown: Tensor | None, selected: Tensor) -> Tensor:
     """What of `shown` (None: everything) is selected too."""
     return selected if shown is None else shown & selected
-
-
-def vectors_shown(w: Codebook, shown: Tensor | None) -> Tensor | None:
-    """Which codes are stored, bool `[out, vectors]`: those of vectors of which anything is shown; None: all."""
-    if shown is None:
-        return None
-    length = w.centroids.shape[1]
-    filled = torch.nn.functional.pad(shown.expand(shape(w)), (0, -w.width % length))
-    return filled.unflatten(1, (-1, length)).any(2)
 
 
 def _spread(groups: Tensor, group_size: int, width: int) -> Tensor:

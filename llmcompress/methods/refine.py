@@ -4,8 +4,9 @@ Minimises tr(E H E^T), which error feedback does only greedily: a column may mov
 `q_j + (E H)_j / H_jj`, knowing how all other columns, later ones too, came out; then scales are fitted by least
 squares, each row's and group's in turn. No move raises the loss on the calibration inputs. Stores what was there, in
 the same bits: other grid codes, other streams of a trellis, other bits of binary planes, other kept values of a pruned
-matrix, other signs of a partially binarized one; masks and selections stay. The scheme is that of AQLM's code updates
-(arXiv 2401.06118), one weight, or one column of a trellis, at a time.
+matrix, other signs of a partially binarized one, other entries for the vectors of codebooks; masks and selections stay.
+Entries of codebooks are fitted with the scales. The scheme is that of AQLM's code updates (arXiv 2401.06118), one
+weight, one vector, or one column of a trellis, at a time.
 """
 
 from collections.abc import Callable
@@ -21,10 +22,12 @@ from llmcompress.methods.bitplanes import Planes, planes_of
 from llmcompress.methods.feedback import few_threads
 from llmcompress.methods.grid import grid_of
 from llmcompress.methods.hessian import metric
+from llmcompress.methods.moves import moved, visited
 from llmcompress.methods.projection import Kept, Pruned, Quantized
 from llmcompress.methods.scales import rescaled
 from llmcompress.methods.streams import Streams
-from llmcompress.weight import Dense, Grid, Sum, TrellisCoded, Weight, Where, Zero, dense, describe, shape
+from llmcompress.methods.vectors import books_of
+from llmcompress.weight import Codebook, Dense, Grid, Sum, TrellisCoded, Weight, Where, Zero, dense, describe, shape
 
 BLOCK = 64  # columns whose moves are gathered into one product; changes speed, never the result
 
@@ -63,6 +66,9 @@ def refine(layer: Layer, config: Refine) -> Layer:
 
 def descended(base: Weight, target: Tensor, hessian: Tensor) -> Weight:
     """One visit to every column of `target [out, in]`, left to right, under `hessian [in, in]`."""
+    base = moved(base, target, lambda books, own, shown: visited(books, own, hessian, shown))
+    if books_of(base):
+        return base
     streams = Streams.of(base) if isinstance(base, TrellisCoded) else None
     move_to = nearest(base) if streams is None else streams.project
     values = dense(base).T.clone(memory_format=torch.contiguous_format)  # [in, out], like everything below
@@ -92,6 +98,9 @@ def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
             return Quantized.like(w).project
         case Sum() if planes_of(w):
             return Planes.like(planes_of(w)).project
+        case Codebook() | Sum() if books_of(w):
+            stored = dense(w).T.contiguous()
+            return lambda column, wanted: stored[column]  # vectors move before, as a whole
         case Where(index, inside, outside):
             here, there = nearest(inside), nearest(outside)
             chosen = index.inside.expand(shape(w)).T.contiguous()
@@ -116,6 +125,6 @@ def with_values(w: Weight, values: Tensor) -> Weight:
 
 def _compressed_base(approx: Weight) -> Weight:
     base = split(approx)[0]
-    if not (isinstance(base, Grid | TrellisCoded | Where) or planes_of(base)):
+    if not (isinstance(base, Grid | TrellisCoded | Where) or planes_of(base) or books_of(base)):
         raise RecipeError(f"there is nothing to polish in {describe(base)}; prune or quantize first")
     return base
