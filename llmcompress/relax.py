@@ -8,9 +8,9 @@ frozen parts are decoded once: what trains is what `freeze` stores.
 What may train (`KINDS`), and how it is kept storable, alike in training and in `freeze`:
 - codes of grids, by latents in code units (`estimators`); zero points, streams of trellises, and codes of codebooks
   stay as they are.
-- scales of grids, trellises and codebooks, rounded to float16 within [2^-24, 65504], its smallest and largest positive numbers.
-  Gradients pass the ends, so that a scale there can come back. A scale that is not positive at first, as of a group of
-  zeros, stays.
+- scales of grids, trellises and codebooks, rounded to float16 within [2^-24, 65504], its smallest and largest positive
+  numbers. Gradients pass the ends, so that a scale there can come back. A scale that is not positive at first, as of a
+  group of zeros, stays.
 - values of `Dense` and centroids outside low-rank terms, and factors, every `Dense` and centroid inside them: rounded
   to their own dtype, within +-its largest number.
 

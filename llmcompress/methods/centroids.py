@@ -60,8 +60,8 @@ def _spread_out(vectors: Tensor, importance: Tensor, entries: int, random: torch
 def refitted(w: Codebook, target: Tensor, hessian: Tensor, shown: Tensor | None) -> Codebook:
     """`w` with entries nearer to least squares of tr(E H E^T), all at once, for the codes and scales that it has.
 
-    `shown` is what of `w` is seen of the approximation to `target [out, in]`. The normal equations are solved by a few conjugate gradients, scaled by
-    their diagonal; where float16 leaves none of their gain, `w` as it is.
+    E is `target [out, in]` less what of `w` is `shown`. The normal equations are solved by a few conjugate gradients,
+    scaled by their diagonal; where float16 leaves none of their gain, `w` as it is.
     """
     scale = w.scale.float() if shown is None else w.scale.float() * shown
     codes, (entries, length) = w.codes.long().flatten(), w.centroids.shape

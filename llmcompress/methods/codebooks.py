@@ -8,7 +8,6 @@ weight more where a row has 576.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from pydantic import Field

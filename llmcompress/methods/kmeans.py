@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from llmcompress.layer import Layer, method
-from llmcompress.methods.codebooks import CodebookConfig, coded, codebook_sketch
+from llmcompress.methods.codebooks import CodebookConfig, codebook_sketch, coded
 from llmcompress.weight import Weight
 
 

@@ -1,4 +1,4 @@
-"""Moves of codes that are stored already, none of which raises tr(E H E^T): by visits in order, or the best few at once.
+"""Moves of stored codes, none of which raises tr(E H E^T): by visits in order, or the best few at once.
 
 With all else as it is, the best entry for a vector is the one nearest to `q + (E H)_v inverse(H_vv)`, under H_vv, where
 v are its columns and q is what they store.

@@ -44,8 +44,7 @@ def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = 
             for place in range(len(parts)):
                 others = sum(dense(part) for part in (*parts[:place], *parts[place + 1 :]))
                 rest = target - (others if shown is None else others * shown)
-                better = rescaled(parts[place], rest, hessian, shown)
-                parts = (*parts[:place], better, *parts[place + 1 :])
+                parts = (*parts[:place], rescaled(parts[place], rest, hessian, shown), *parts[place + 1 :])
             return Sum(parts)
         case _:
             return w

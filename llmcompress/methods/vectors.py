@@ -75,7 +75,7 @@ class Vectors:
         values = [torch.zeros_like(wanted.T) for _ in entries]
         if codes is not None:
             values = [each[code.long()] * scale for each, code, scale in zip(entries, codes, self.scales, strict=True)]
-        for turn in range(1 if codes is not None or len(entries) == 1 else TURNS):
+        for _ in range(1 if codes is not None or len(entries) == 1 else TURNS):
             for book, scale in enumerate(self.scales):
                 others = [value for other, value in enumerate(values) if other != book]
                 left = sum((-value for value in others), wanted.T)

@@ -230,6 +230,7 @@ SIBLINGS: list[tuple[list[Step], list[Step]]] = [
             ("planes", {"bits": 3, "group_size": 16}),
             ("fdb", {"group_size": 16}),
             ("billm", {}),
+            ("kmeans", {}),
         )
     ),
     *(
@@ -244,6 +245,7 @@ SIBLINGS: list[tuple[list[Step], list[Step]]] = [
     ([{"method": "planes", "bits": 2}], [{"method": "planes", "bits": 2, "start": "residual"}]),
     ([{"method": "planes", "bits": 2}], [{"method": "gptq", "bits": 2}]),
     ([ROTATE, {"method": "trellis", "memory": 8}], [ROTATE, {"method": "gptq", "bits": 2}]),
+    ([ROTATE, {"method": "vq"}], [ROTATE, {"method": "kmeans", "bits": 2}]),
     (
         [{"method": "sparsegpt", "sparsity": 0.5, "bits": 4}],
         [{"method": "magnitude", "sparsity": 0.5}, {"method": "rtn", "bits": 4}],

@@ -150,7 +150,7 @@ def test_added_codebooks_take_turns_and_never_get_worse() -> None:
 def slow_vectors(weight: Tensor, hessian: Tensor, book: Codebook) -> Tensor:
     """OBS by vectors, in float64: with F the columns not stored yet, v the vector's, and P = inverse(H_FF), storing c
     costs `(w_v - c) inverse(P_vv) (w_v - c)^T` and moves the others by `-(w_v - c) inverse(P_vv) P_vF`."""
-    current, (entries, length) = weight.double().clone(), book.centroids.shape
+    current, length = weight.double().clone(), book.centroids.shape[1]
     for start in range(0, current.shape[1], length):
         left = torch.linalg.inv(hessian[start:, start:])
         width = min(length, current.shape[1] - start)
