@@ -61,7 +61,7 @@ def fitted(
     target: Tensor, importance: Tensor, entries: Sequence[int], length: int, random: torch.Generator
 ) -> tuple[Codebook, ...]:
     """Codebooks for `target [out, in]`, each fitted to what those before it leave, squared errors counted by the
-    `importance [in]` of their columns (0: left out); scales are the root mean squares of rows.
+    `importance [in]` of their columns (0: left out); scales are the root mean squares of rows, codes are yet to choose.
     """
     counted = importance > 0
     energy = (target.square() * counted).sum(1, keepdim=True) / counted.sum().clamp_min(1)
@@ -70,14 +70,15 @@ def fitted(
     left = torch.where(scale > 0, target / scale.float(), 0.0)
     left = torch.nn.functional.pad(left, fill).reshape(-1, length)
     counts = torch.nn.functional.pad(importance * scale.float().square(), fill).reshape(-1, length)
-    books = []
+    codes = torch.zeros(len(target), len(left) // len(target), dtype=torch.uint8, device=target.device)
+    books: list[Codebook] = []
     with few_threads(length):
         for number in entries:
+            if books:
+                last = books[-1].centroids.float()
+                left = left - last[nearest_entries(left, counts, last)]
             centroids = clustered(left, counts, number, random).to(torch.float16)
-            codes = nearest_entries(left, counts, centroids.float())
-            left = left - centroids.float()[codes]
-            shaped = codes.to(torch.uint8).reshape(len(target), -1)
-            books.append(Codebook(shaped, centroids, scale, target.shape[1]))
+            books.append(Codebook(codes, centroids, scale, target.shape[1]))
     return tuple(books)
 
 

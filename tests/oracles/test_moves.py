@@ -26,6 +26,7 @@ BASES: list[dict[str, Any]] = [
     {"method": "vq", "entries": [16]},
     {"method": "vq", "entries": [16, 4], "length": 2},
     {"method": "vq", "entries": [8], "length": 5, "outliers": 0.06},
+    {"method": "vq", "entries": [4], "length": 1, "outliers": 0.1},
     {"method": "kmeans"},
     {"method": "kmeans", "bits": 3, "feedback": False},
 ]
