@@ -40,19 +40,19 @@ def coded(
     `outliers` of its columns at 8 bits."""
     config.sketch(layer.approx)
     target = base_target(layer)
-    factor, notes = inverse_factor(layer.inputs, config.damping)
+    factor, notes = inverse_factor(layer.inputs, config.damping) if fed_back else (None, ())
     energy = channel_energy(layer.inputs).float()
-    cost = 1 / factor.diagonal().square() if fed_back else energy  # of a squared error in a column
+    cost = energy if factor is None else 1 / factor.diagonal().square()  # of a squared error in a column
     kept = largest(target.square().sum(0) * cost, outlier_count(target.shape[1], outliers))
     random = generator(config.method, layer.name)
     books = fitted(target, torch.where(kept, 0.0, cost), entries, length, random)
-    vectors = Vectors(books, factor if fed_back else None, energy)
+    vectors = Vectors(books, factor, energy)
     projection: Projection = vectors
     if bool(kept.any()):
         chosen = kept[:, None].expand(-1, len(target))
         precise = Quantized(KEPT, len(kept), energy)
         projection = Selected(precise, vectors, lambda now, start: chosen[start : start + len(now)], len(kept), columns)
-    base = feedback(target, factor if fed_back else None, projection)
+    base = feedback(target, factor, projection)
     hessian = damped(second_moment(layer.inputs), config.damping).float()
     return with_base(layer, rescaled(base, target, hessian), notes)
 
