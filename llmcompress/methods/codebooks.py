@@ -18,7 +18,7 @@ from llmcompress.layer import Layer, StepConfig, base_target, generator, join, s
 from llmcompress.methods.centroids import clustered, nearest_entries
 from llmcompress.methods.feedback import Projection, feedback, few_threads
 from llmcompress.methods.grid import GridFormat, grid_sketch
-from llmcompress.methods.hessian import channel_energy, damped, inverse_factor, second_moment
+from llmcompress.methods.hessian import feedback_factor, metric
 from llmcompress.methods.projection import Quantized, Selected, columns, largest
 from llmcompress.methods.scales import rescaled
 from llmcompress.methods.vectors import Vectors, added
@@ -40,8 +40,9 @@ def coded(
     `outliers` of its columns at 8 bits."""
     config.sketch(layer.approx)
     target = base_target(layer)
-    factor, notes = inverse_factor(layer.inputs, config.damping) if fed_back else (None, ())
-    energy = channel_energy(layer.inputs).float()
+    factor, notes = feedback_factor(layer.inputs, config.damping) if fed_back else (None, ())
+    hessian = metric(layer.inputs, target, config.damping)
+    energy = hessian.diagonal()
     cost = energy if factor is None else 1 / factor.diagonal().square()  # of a squared error in a column
     kept = largest(target.square().sum(0) * cost, outlier_count(target.shape[1], outliers))
     random = generator(config.method, layer.name)
@@ -53,7 +54,6 @@ def coded(
         precise = Quantized(KEPT, len(kept), energy)
         projection = Selected(precise, vectors, lambda now, start: chosen[start : start + len(now)], len(kept), columns)
     base = feedback(target, factor, projection)
-    hessian = damped(second_moment(layer.inputs), config.damping).float()
     return with_base(layer, rescaled(base, target, hessian), notes)
 
 

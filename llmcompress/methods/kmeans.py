@@ -29,7 +29,7 @@ class KMeans(CodebookConfig):
         return codebook_sketch(approx, [2**self.bits], 1, 0)
 
 
-@method("kmeans", KMeans, needs={"outer"})
+@method("kmeans", KMeans, needs={"outer"}, data_free=True)
 def kmeans(layer: Layer, config: KMeans) -> Layer:
     """Quantizes the base to the points of a codebook."""
     return coded(layer, config, [2**config.bits], 1, 0, config.feedback)

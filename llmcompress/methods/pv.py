@@ -14,7 +14,7 @@ from pydantic import Field
 
 from llmcompress.errors import RecipeError
 from llmcompress.layer import Layer, StepConfig, base_target, method, split, with_base
-from llmcompress.methods.hessian import damped, second_moment
+from llmcompress.methods.hessian import metric
 from llmcompress.methods.moves import changed, moved
 from llmcompress.methods.scales import rescaled
 from llmcompress.methods.vectors import books_of
@@ -39,11 +39,11 @@ class PV(StepConfig):
         """Nothing; see `StepConfig.rough`."""
 
 
-@method("pv", PV, needs={"outer"})
+@method("pv", PV, needs={"outer"}, data_free=True)
 def pv(layer: Layer, config: PV) -> Layer:
     """The base with better codes, entries and scales, in the same bits."""
     base, target = _coded_base(layer.approx), base_target(layer)
-    hessian = damped(second_moment(layer.inputs), config.damping).float()
+    hessian = metric(layer.inputs, target, config.damping)
     for _ in range(config.steps):
         base = moved(base, target, lambda books, own, shown: changed(books, own, hessian, shown, SHARE))
         base = rescaled(base, target, hessian)

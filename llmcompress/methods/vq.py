@@ -41,7 +41,7 @@ class VQ(CodebookConfig):
         return codebook_sketch(approx, self.entries, self.length, self.outliers)
 
 
-@method("vq", VQ, needs={"outer"})
+@method("vq", VQ, needs={"outer"}, data_free=True)
 def vq(layer: Layer, config: VQ) -> Layer:
     """Quantizes the base to entries of codebooks, vector by vector, with error feedback."""
     return coded(layer, config, config.entries, config.length, config.outliers, True)
