@@ -1,11 +1,11 @@
 """Vector quantization in the feedback loop (GPTVQ, arXiv 2402.15319; VPTQ, arXiv 2409.17066).
 
-Minimises tr(E H E^T) greedily. Vectors of `length` consecutive input columns of a row become entries of a codebook,
-placed by k-means that counts an error as feedback makes it count; each vector goes to the entry that is nearest once
-its error is fed back, and entries and scales are fitted to outputs by least squares at the end. Stores a `Codebook`, or
-several added up: where `entries` has several numbers, each codebook codes what those before it leave. A share of the
-columns, those with the most energy, can stay outside at 8 bits. Made for few bits, and for weights that look Gaussian:
-rotate first, which also leaves no outlier columns. `refine` and `pv` choose codes again.
+Minimises tr(E H E^T) greedily, without data |E|^2. Vectors of `length` consecutive input columns of a row become
+entries of a codebook, placed by k-means that counts an error as feedback makes it count; each vector goes to the entry
+that is nearest once its error is fed back, and entries and scales are fitted to outputs by least squares at the end.
+Stores a `Codebook`, or several added up: where `entries` has several numbers, each codebook codes what those before it
+leave. A share of the columns, those with the most energy, can stay outside at 8 bits. Made for few bits, and for
+weights that look Gaussian: rotate first, which also leaves no outlier columns. `refine` and `pv` choose codes again.
 
 Differs from the papers: vectors lie along a row (GPTVQ) and not down a column (VPTQ), so that one choice sees the
 Hessian between its weights, by the whole triangular block of the loop's factor, not its diagonal; a row has one scale,
