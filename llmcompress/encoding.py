@@ -1,6 +1,7 @@
 """The disk form of a compressed weight: a JSON header and flat tensors, by one recursion over its nodes.
 
-What a side of a `Where` does not show is not stored: the selection (`shown`, true = stored) goes down to the leaves.
+What a side of a `Where` does not show is not stored: the selection (`shown`, true = stored) goes down to the leaves,
+but to those of codebooks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from llmcompress.packing import pack, unpack
 from llmcompress.trellis import Trellis
 from llmcompress.weight import (
     Bitmap,
+    Codebook,
     Columns,
     Dense,
     Grid,
@@ -71,6 +73,11 @@ def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) 
             out[path + "codes"] = pack(codes, 1 << trellis.bits)
             out[path + "scale"] = scale.reshape(-1).contiguous()
             return {"node": "trellis", "shape": size, "run": run, **asdict(trellis)}
+        case Codebook(codes, centroids, scale):
+            out[path + "codes"] = pack(codes, len(centroids))
+            out[path + "centroids"] = centroids.reshape(-1).contiguous()
+            out[path + "scale"] = scale.reshape(-1).contiguous()
+            return {"node": "codebook", "shape": size, "entries": len(centroids), "length": centroids.shape[1]}
         case LowRank(left, right):
             parts = [_encode(left, None, path + "left_", out), _encode(right, None, path + "right_", out)]
             return {"node": "low_rank", "left": parts[0], "right": parts[1]}
@@ -120,6 +127,12 @@ def decode_node(
             count = math.prod(header["shape"]) // trellis.values
             codes = unpack(tensors[path + "codes"], 1 << trellis.bits, count)
             return TrellisCoded(codes, tensors[path + "scale"].reshape(-1, 1), trellis, header["run"])
+        case "codebook":
+            (rows, width), length = header["shape"], header["length"]
+            vectors = -(-width // length)
+            codes = unpack(tensors[path + "codes"], header["entries"], rows * vectors).reshape(rows, vectors)
+            centroids = tensors[path + "centroids"].reshape(-1, length)
+            return Codebook(codes, centroids, tensors[path + "scale"].reshape(-1, 1), width)
         case "low_rank":
             left = decode_node(header["left"], tensors, path + "left_", None)
             return LowRank(left, decode_node(header["right"], tensors, path + "right_", None))

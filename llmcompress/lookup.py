@@ -21,6 +21,7 @@ from llmcompress.packing import ones_before, unpack, unpack_at, unpack_rows
 from llmcompress.trellis import Trellis, cuts, table
 from llmcompress.weight import (
     Bitmap,
+    Codebook,
     Dense,
     Grid,
     LowRank,
@@ -48,7 +49,7 @@ def rows(header: dict[str, Any], tensors: Mapping[str, Tensor], chosen: Tensor) 
 def check_rows(w: Weight, selected: bool = False) -> None:
     """Raises RecipeError for an expression whose rows cannot be decoded one by one."""
     match w:
-        case Zero() | Dense() | Grid() | TrellisCoded():
+        case Zero() | Dense() | Grid() | TrellisCoded() | Codebook():
             return
         case LowRank(left) | Rotated(left):
             check_rows(left)
@@ -104,6 +105,8 @@ def _rows(
             return _grid_rows(header, tensors, path, chosen, selection)
         case "trellis" if selection is None:
             return Dense(_trellis_rows(header, tensors, path, chosen))
+        case "codebook":
+            return _codebook_rows(header, tensors, path, chosen)
         case "low_rank":
             left = _rows(header["left"], tensors, path + "left_", chosen, None)
             return LowRank(left, decode_node(header["right"], tensors, path + "right_"))
@@ -155,6 +158,13 @@ def _grid_rows(
     mine = chosen if parameters > 1 else chosen.new_zeros(1)  # one row of scales may serve all
     zero = unpack_rows(tensors[path + "zero"], levels, groups, mine) if header["asymmetric"] else None
     return Grid(codes, scale[mine], zero, levels, header["group_size"])
+
+
+def _codebook_rows(header: dict[str, Any], tensors: Mapping[str, Tensor], path: str, chosen: Tensor) -> Codebook:
+    width, length = header["shape"][1], header["length"]
+    codes = unpack_rows(tensors[path + "codes"], header["entries"], -(-width // length), chosen)
+    centroids = tensors[path + "centroids"].reshape(-1, length)
+    return Codebook(codes, centroids, tensors[path + "scale"][chosen, None], width)
 
 
 def _trellis_rows(header: dict[str, Any], tensors: Mapping[str, Tensor], path: str, chosen: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmcompress.rotation import rotate
 from llmcompress.weight import (
+    Codebook,
     Dense,
     Grid,
     LowRank,
@@ -21,6 +22,7 @@ from llmcompress.weight import (
     Weight,
     Where,
     Zero,
+    both,
     dense,
     turned,
 )
@@ -32,7 +34,7 @@ MARGIN = 2.0**-9  # codes: how far inside its code's cell a latent starts; float
 class Leaf:
     """A node with numbers in it, and what its place in the expression says of them."""
 
-    node: Dense | Grid | TrellisCoded | Scaled
+    node: Dense | Grid | TrellisCoded | Codebook | Scaled
     path: str  # of its tensors in `encode`
     shown: Tensor | None  # true = stored, as there
     target: Tensor | None  # what it should be, in its own basis, float32 [out, in]
@@ -43,9 +45,9 @@ class Leaf:
 def masters(w: Weight, trains: frozenset[str], target: Tensor | None) -> Iterator[tuple[str, str, Tensor, int]]:
     """(name, kind, master, levels) of all that trains; masters flat float32, memory of their own."""
     for leaf in leaves(w, "", None, None if target is None else target.float(), False):
+        kind = "factors" if leaf.factor else "values"
         match leaf.node:
             case Dense(values):
-                kind = "factors" if leaf.factor else "values"
                 if kind in trains:
                     yield leaf.path + "values", kind, _stored(values, leaf.shown).float().clone(), 0
             case Grid(scale=scale, levels=levels):
@@ -53,7 +55,9 @@ def masters(w: Weight, trains: frozenset[str], target: Tensor | None) -> Iterato
                     yield leaf.path + "codes", "codes", _latents(leaf.node, leaf.target, leaf.shown), levels
                 if "scales" in trains:
                     yield leaf.path + "scale", "scales", scale.flatten().float(), levels
-            case TrellisCoded(scale=scale):
+            case TrellisCoded(scale=scale) | Codebook(scale=scale):
+                if isinstance(leaf.node, Codebook) and kind in trains:
+                    yield leaf.path + "centroids", kind, leaf.node.centroids.flatten().float(), 0
                 if "scales" in trains:
                     yield leaf.path + "scale", "scales", scale.flatten().float(), 0
             case Scaled(columns=columns):
@@ -66,15 +70,13 @@ def leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, fa
     match w:
         case Zero():
             return
-        case Dense() | Grid() | TrellisCoded():
+        case Dense() | Grid() | TrellisCoded() | Codebook():
             yield Leaf(w, path, shown, target, factor)
         case LowRank(left, right):
             yield from leaves(left, path + "left_", None, None, True)
             yield from leaves(right, path + "right_", None, None, True)
         case Where(index, inside, outside):
-            here, rest = index.inside, ~index.inside
-            if shown is not None:
-                here, rest = shown & here, shown & rest
+            here, rest = both(shown, index.inside), both(shown, ~index.inside)
             yield from leaves(inside, path + "inside_", here, target, factor)
             yield from leaves(outside, path + "outside_", rest, target, factor)
         case Rotated(inner, signs, block):

@@ -6,12 +6,13 @@ use the masters are rounded to what can be stored, with straight-through gradien
 frozen parts are decoded once: what trains is what `freeze` stores.
 
 What may train (`KINDS`), and how it is kept storable, alike in training and in `freeze`:
-- codes of grids, by latents in code units (`estimators`); zero points, and streams of trellises, stay as they are.
-- scales of grids, trellises and columns, rounded to float16 within [2^-24, 65504], its smallest and largest positive
-  numbers. Gradients pass the ends, so that a scale there can come back. A scale that is not positive at first, as of a
-  group of zeros, stays.
-- values of `Dense` outside low-rank terms, and factors, every `Dense` inside them: rounded to their own dtype, within
-  +-its largest number.
+- codes of grids, by latents in code units (`estimators`); zero points, streams of trellises, and codes of codebooks
+  stay as they are.
+- scales of grids, trellises, codebooks and columns, rounded to float16 within [2^-24, 65504], its smallest and largest
+  positive numbers. Gradients pass the ends, so that a scale there can come back. A scale that is not positive at first,
+  as of a group of zeros, stays.
+- values of `Dense` and centroids outside low-rank terms, and factors, every `Dense` and centroid inside them: rounded
+  to their own dtype, within +-its largest number.
 
 A grid whose codes stay and that has one scale a row is multiplied as (x codes^T) * scale: the gradient of the scale
 comes from the product, and no matrix is built. Of other nodes autograd keeps the float32 matrices of a forward until
@@ -39,6 +40,7 @@ from llmcompress.packing import pack
 from llmcompress.rotation import rotate_inputs
 from llmcompress.trellis import matrix, table
 from llmcompress.weight import (
+    Codebook,
     Dense,
     Grid,
     LowRank,
@@ -49,6 +51,7 @@ from llmcompress.weight import (
     TrellisCoded,
     Weight,
     Where,
+    both,
     turned,
 )
 
@@ -268,12 +271,13 @@ def _filled(w: Weight, path: str, shown: Tensor | None, numbers: dict[str, Tenso
         case Grid(codes, scale):
             scales = _placed(numbers.get(path + "scale"), scale, None)
             return replace(w, codes=_placed(numbers.get(path + "codes"), codes, shown), scale=scales)
+        case Codebook(_, centroids, scale):
+            entries = _placed(numbers.get(path + "centroids"), centroids, None)
+            return replace(w, centroids=entries, scale=_placed(numbers.get(path + "scale"), scale, None))
         case LowRank(left, right):
             return LowRank(_filled(left, path + "left_", None, numbers), _filled(right, path + "right_", None, numbers))
         case Where(index, inside, outside):
-            here, rest = index.inside, ~index.inside
-            if shown is not None:
-                here, rest = shown & here, shown & rest
+            here, rest = both(shown, index.inside), both(shown, ~index.inside)
             sides = _filled(inside, path + "inside_", here, numbers), _filled(outside, path + "outside_", rest, numbers)
             return Where(index, *sides)
         case Rotated(inner):

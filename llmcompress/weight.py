@@ -4,7 +4,7 @@ Every node stands for a matrix `[out, in]`. A method builds an expression; its s
 its product with activations (`matmul`) follow from here, its disk form from `encoding`.
 
 `Where` selects element by element, so both its sides have the full shape; what a side does not show is not
-stored: `bits` hands the selection (`shown`, true = stored) down to the leaves.
+stored: `bits` hands the selection (`shown`, true = stored) down to the leaves. Only a `Codebook` stores all its codes.
 """
 
 from __future__ import annotations
@@ -62,6 +62,21 @@ class TrellisCoded:
     scale: Tensor
     trellis: Trellis
     run: int  # rows that a stream goes down
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """Vectors of consecutive input columns, each an entry of one small table, times a scale a row.
+
+    `codes` uint8 `[out, vectors]` number the entries; `centroids` float16 `[entries, length]`, at most 256 entries, of
+    single weights where the length is 1; `scale` float16 `[out, 1]`. The last vector of a row shows only its first
+    columns where the length does not divide the `width`.
+    """
+
+    codes: Tensor
+    centroids: Tensor
+    scale: Tensor
+    width: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +153,7 @@ class Sum:
     parts: tuple[Weight, ...]
 
 
-Weight = Zero | Dense | Grid | TrellisCoded | LowRank | Where | Rotated | Scaled | Transposed | Sum
+Weight = Zero | Dense | Grid | TrellisCoded | Codebook | LowRank | Where | Rotated | Scaled | Transposed | Sum
 
 
 def shape(w: Weight) -> tuple[int, int]:
@@ -152,6 +167,8 @@ def shape(w: Weight) -> tuple[int, int]:
             return codes.shape[0], codes.shape[1]
         case TrellisCoded(codes, scale, trellis):
             return scale.shape[0], codes.numel() * trellis.values // scale.shape[0]
+        case Codebook(codes, width=width):
+            return codes.shape[0], width
         case LowRank(left, right):
             return shape(left)[0], shape(right)[1]
         case Where(inside=inner) | Rotated(inner) | Scaled(inner):
@@ -178,6 +195,8 @@ def dense(w: Weight) -> Tensor:
             return codes.float().sub_(centre).mul_(steps)
         case TrellisCoded(codes, scale, trellis, run):
             return matrix(codes, len(scale), trellis, run) * scale.float()
+        case Codebook(codes, centroids, scale, width):
+            return centroids.float()[codes.long()].flatten(1)[:, :width] * scale.float()
         case LowRank(left, right):
             return dense(left) @ dense(right)
         case Where(index, inside, outside):
@@ -232,6 +251,8 @@ def bits(w: Weight, shown: Tensor | None = None) -> int:
             return packed_bits(levels, _count(codes, shown)) + parameters
         case TrellisCoded(codes, scale, trellis) if shown is None:
             return codes.numel() * trellis.bits + scale.numel() * 16
+        case Codebook(codes, centroids, scale):
+            return packed_bits(len(centroids), codes.numel()) + (centroids.numel() + scale.numel()) * 16
         case LowRank(left, right):
             return bits(left) + bits(right)
         case Where(index, inside, outside):
@@ -261,6 +282,9 @@ def describe(w: Weight) -> str:
             return f"{name} {group}{'' if zero is None else ' asymmetric'}"
         case TrellisCoded(trellis=trellis):
             return f"{trellis.rate:g}-bit trellis"
+        case Codebook(centroids=centroids):
+            entries, length = centroids.shape
+            return f"{entries} vectors of {length}" if length > 1 else f"{entries} points"
         case LowRank(left, right):
             return f"rank {shape(left)[1]} ({describe(left)} | {describe(right)})"
         case Where(index, inside, outside):

@@ -14,6 +14,7 @@ from llmcompress.moments import STATISTICS, Moments
 from llmcompress.trellis import Trellis
 from llmcompress.weight import (
     Bitmap,
+    Codebook,
     Columns,
     Dense,
     Grid,
@@ -102,6 +103,15 @@ def streams(trellis: Trellis, steps: int, width: int, run: int) -> TrellisCoded:
     return TrellisCoded(codes, scale.half(), trellis, run)
 
 
+def codebook(size: Sequence[int], entries: int, length: int, seed: int) -> Codebook:
+    """A codebook with random codes, entries and scales."""
+    random = seeded(seed)
+    out, width = size
+    codes = torch.randint(entries, (out, -(-width // length)), generator=random, dtype=torch.uint8)
+    centroids = torch.randn(entries, length, generator=random).half()
+    return Codebook(codes, centroids, (torch.rand(out, 1, generator=random) + 0.1).half(), width)
+
+
 def pattern(size: Sequence[int], kept: int, group: int, seed: int) -> Pattern:
     """A random n:m choice."""
     scores = torch.rand(size[0], size[1] // group, group, generator=seeded(seed))
@@ -131,6 +141,8 @@ def every_node() -> list[Weight]:
     nodes += [grid((5, 33), levels, 16, levels, symmetric) for levels in (2, 3, 8) for symmetric in (True, False)]
     nodes += [grid((1, 1), 4, 1, 0, symmetric=False), grid(size, 8, 7, 0, symmetric=True, one_row=True)]
     nodes += [streams(kind, steps, 24, run) for kind in TRELLISES for steps, run in ((7, 768), (50, 22), (1, 2))]
+    nodes += [codebook(size, entries, length, entries) for entries, length in ((2, 1), (3, 2), (16, 4), (256, 8))]
+    nodes += [codebook((5, 33), 6, 4, 0), codebook((1, 1), 256, 4, 0)]
     nodes += [
         LowRank(values(7, 2), values(2, 24)),
         LowRank(grid((7, 3), 16, 3, 1, True), grid((3, 24), 16, 8, 2, False)),
@@ -155,6 +167,7 @@ def every_node() -> list[Weight]:
     ):
         nodes.append(Where(index, grid(size, 256, 24, 5, symmetric=True), grid(size, 2, 8, 6, symmetric=True)))
         nodes.append(Where(index, values(*size, dtype=torch.bfloat16), Zero(size)))
+        nodes.append(Where(index, values(*size, dtype=torch.bfloat16), codebook(size, 16, 4, 1)))
     for inside in (torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool)):
         nodes.append(Where(Bitmap(inside), grid(size, 3, 24, 7, symmetric=True), values(*size)))
     return nodes
@@ -170,7 +183,7 @@ def random_nestings(seed: int, count: int, depth: int = 4) -> list[Weight]:
     def build(size: tuple[int, int], depth: int) -> Weight:
         out, width = size
         even = width % 4 == 0
-        match draw(3 if depth == 0 else 11):
+        match draw(4 if depth == 0 else 12):
             case 0:
                 return Zero(size)
             case 1:
@@ -178,16 +191,18 @@ def random_nestings(seed: int, count: int, depth: int = 4) -> list[Weight]:
                 return Dense(torch.randn(size, generator=random).to(dtype))
             case 2:
                 return grid(size, LEVELS[draw(len(LEVELS))], 1 + draw(width), draw(10**6), symmetric=draw(2) == 0)
-            case 3 | 4:
+            case 3:
+                return codebook(size, 2 + draw(30), 1 + draw(5), draw(10**6))
+            case 4 | 5:
                 rank = 1 + draw(3)
                 return LowRank(build((out, rank), depth - 1), build((rank, width), depth - 1))
-            case 5:
-                return Rotated(build(size, depth - 1), torch.rand(width, generator=random) < 0.5, 4 if even else 1)
             case 6:
-                return Scaled(build(size, depth - 1), factors(width, draw(10**6)))
+                return Rotated(build(size, depth - 1), torch.rand(width, generator=random) < 0.5, 4 if even else 1)
             case 7:
-                return Transposed(build((width, out), depth - 1))
+                return Scaled(build(size, depth - 1), factors(width, draw(10**6)))
             case 8:
+                return Transposed(build((width, out), depth - 1))
+            case 9:
                 return Sum(tuple(build(size, depth - 1) for _ in range(1 + draw(3))))
             case _:
                 inside = torch.rand(size, generator=random) < 0.3

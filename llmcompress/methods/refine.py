@@ -4,9 +4,10 @@ Minimises tr(E H E^T), which error feedback does only greedily: a column may mov
 `q_j + (E H)_j / H_jj`, knowing how all other columns, later ones too, came out; then scales are fitted by least
 squares, each row's and group's in turn. No move raises the loss on the calibration inputs. Stores what was there, in
 the same bits: other grid codes, other streams of a trellis, other bits of binary planes, other factors of columns,
-other kept values of a pruned matrix, other signs of a partially binarized one; masks, selections and the scales of
-groups along the output stay. The scheme is that of AQLM's code updates (arXiv 2401.06118), one weight, or one column of
-a trellis, at a time.
+other kept values of a pruned matrix, other signs of a partially binarized one, other entries for the vectors of
+codebooks; masks, selections and the scales of groups along the output stay. Entries of codebooks are fitted with the
+scales. The scheme is that of AQLM's code updates (arXiv 2401.06118), one weight, one vector, or one column of a
+trellis, at a time.
 """
 
 from collections.abc import Callable
@@ -23,10 +24,13 @@ from llmcompress.methods.column_scales import without
 from llmcompress.methods.feedback import few_threads
 from llmcompress.methods.grid import grid_of, round_to, spread
 from llmcompress.methods.hessian import metric
+from llmcompress.methods.moves import moved, visited
 from llmcompress.methods.projection import Kept, Pruned, Quantized
 from llmcompress.methods.scales import rescaled
 from llmcompress.methods.streams import Streams
+from llmcompress.methods.vectors import books_of
 from llmcompress.weight import (
+    Codebook,
     Dense,
     Grid,
     Scaled,
@@ -78,6 +82,9 @@ def refine(layer: Layer, config: Refine) -> Layer:
 
 def descended(base: Weight, target: Tensor, hessian: Tensor) -> Weight:
     """One visit to every column of `target [out, in]`, left to right, under `hessian [in, in]`."""
+    base = moved(base, target, lambda books, own, shown: visited(books, own, hessian, shown))
+    if books_of(base):
+        return base
     streams = Streams.of(base) if isinstance(base, TrellisCoded) else None
     move_to = nearest(base) if streams is None else streams.project
     values = dense(base).T.clone(memory_format=torch.contiguous_format)  # [in, out], like everything below
@@ -107,6 +114,9 @@ def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
             return Quantized.like(w).project
         case Sum() if planes_of(w):
             return Planes.like(planes_of(w)).project
+        case Codebook() | Sum() if books_of(w):
+            stored = dense(w).T.contiguous()
+            return lambda column, wanted: stored[column]  # vectors move before, as a whole
         case Where(index, inside, outside):
             here, there = nearest(inside), nearest(outside)
             chosen = index.inside.expand(shape(w)).T.contiguous()
@@ -143,6 +153,7 @@ def with_values(w: Weight, values: Tensor) -> Weight:
 
 def _compressed_base(approx: Weight) -> Weight:
     base = split(approx)[0]
-    if not (isinstance(base, Grid | TrellisCoded | Where | Scaled | Transposed) or planes_of(base)):
+    known = isinstance(base, Grid | TrellisCoded | Where | Scaled | Transposed)
+    if not (known or planes_of(base) or books_of(base)):
         raise RecipeError(f"there is nothing to polish in {describe(base)}; prune or quantize first")
     return base

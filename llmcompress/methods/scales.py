@@ -1,24 +1,25 @@
-"""Least squares for the scales of what is stored."""
+"""Least squares for the scales of what is stored, and for the entries of codebooks."""
 
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from llmcompress.methods.centroids import refitted
 from llmcompress.methods.column_scales import refactored, without
-from llmcompress.weight import Grid, Scaled, Sum, TrellisCoded, Weight, Where, dense
+from llmcompress.weight import Codebook, Grid, Scaled, Sum, TrellisCoded, Weight, Where, dense
 
 
 def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> Weight:
     """`w` with least-squares scales, a row and group after the other; grids that are added up have theirs together, and
-    factors of columns come last.
+    factors of columns come last. Entries of a codebook follow its scales; codebooks that are added up take turns.
 
     `shown` is what of `w` counts.
     """
     match w:
         case Grid(scale=scale) if scale.shape[1] > 1:
             return _together((w,), target, hessian, shown)[0]
-        case Grid(scale=scale) | TrellisCoded(scale=scale):
+        case Grid(scale=scale) | TrellisCoded(scale=scale) | Codebook(scale=scale):
             values = dense(w) if shown is None else dense(w) * shown
             seen = values @ hessian
             energy = (seen * values).sum(1, keepdim=True)
@@ -28,7 +29,8 @@ def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = 
             # the loss is a parabola in the factor; rounding to float16 may overshoot its gain
             factor = rounded.float() / scale.float().clamp_min(1e-30)
             better = factor * (factor * energy - 2 * gain) < energy - 2 * gain
-            return replace(w, scale=torch.where(better, rounded, scale))
+            found = replace(w, scale=torch.where(better, rounded, scale))
+            return refitted(found, target, hessian, shown) if isinstance(found, Codebook) else found
         case Where(index, inside, outside):
             chosen = index.inside.expand(target.shape)
             if shown is not None:
@@ -43,6 +45,12 @@ def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = 
             return refactored(Scaled(inner, columns), target, hessian, shown)
         case Sum() if added_grids(w):
             return Sum(_together(added_grids(w), target, hessian, shown))
+        case Sum(parts) if all(isinstance(part, Codebook) for part in parts):
+            for place in range(len(parts)):
+                others = sum(dense(part) for part in (*parts[:place], *parts[place + 1 :]))
+                rest = target - (others if shown is None else others * shown)
+                parts = (*parts[:place], rescaled(parts[place], rest, hessian, shown), *parts[place + 1 :])
+            return Sum(parts)
         case _:
             return w
 

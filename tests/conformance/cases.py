@@ -19,7 +19,7 @@ Step = dict[str, Any]
 
 SIZE = (48, 64)
 ROTATE: Step = {"method": "rotate"}
-POLISHES = {"refine"}  # methods that need a compressed base before them; see tests/oracles/test_refine.py
+POLISHES = {"refine", "pv"}  # that need a compressed base before them; see tests/oracles/test_refine.py, test_moves.py
 STEPS: list[Step] = [
     {"method": m.name, **example} for m in methods().values() for example in m.config.examples if m.name not in POLISHES
 ]

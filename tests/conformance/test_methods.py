@@ -231,6 +231,7 @@ SIBLINGS: list[tuple[list[Step], list[Step]]] = [
             ("fdb", {"group_size": 16}),
             ("billm", {}),
             ("planes", {"bits": 1, "columns": True}),
+            ("kmeans", {}),
         )
     ),
     ([{"method": "adadim", "bits": 3, "group_size": 16}], [{"method": "rtn", "bits": 3, "group_size": 16}]),
@@ -247,6 +248,7 @@ SIBLINGS: list[tuple[list[Step], list[Step]]] = [
     ([{"method": "planes", "bits": 2}], [{"method": "planes", "bits": 2, "start": "residual"}]),
     ([{"method": "planes", "bits": 2}], [{"method": "gptq", "bits": 2}]),
     ([ROTATE, {"method": "trellis", "memory": 8}], [ROTATE, {"method": "gptq", "bits": 2}]),
+    ([ROTATE, {"method": "vq"}], [ROTATE, {"method": "kmeans", "bits": 2}]),
     (
         [{"method": "sparsegpt", "sparsity": 0.5, "bits": 4}],
         [{"method": "magnitude", "sparsity": 0.5}, {"method": "rtn", "bits": 4}],

@@ -20,6 +20,7 @@ from llmcompress.modules import CompressedLinear
 from llmcompress.relax import KINDS, Relaxation, Relaxed, RelaxedLinear, relax
 from llmcompress.weight import (
     Bitmap,
+    Codebook,
     Dense,
     Grid,
     LowRank,
@@ -302,6 +303,11 @@ def formula(w: Weight, leaves: dict[str, Tensor], path: str = "", shown: Tensor 
         case TrellisCoded(codes, scale):
             scales = leaves[path + "scale"].reshape(scale.shape) if path + "scale" in leaves else scale.double()
             return dense(replace(w, scale=torch.ones_like(scale))).double() * scales
+        case Codebook(codes, centroids, scale, width):
+            scales = leaves[path + "scale"].reshape(scale.shape) if path + "scale" in leaves else scale.double()
+            entries = leaves.get(path + "centroids", centroids.double()).reshape(centroids.shape)
+            rows = [torch.cat([entries[int(code)] for code in row])[:width] for row in codes]
+            return torch.stack(rows) * scales
         case LowRank(left, right):
             return formula(left, leaves, path + "left_") @ formula(right, leaves, path + "right_")
         case Where(index, inside, outside):

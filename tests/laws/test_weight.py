@@ -16,6 +16,7 @@ from llmcompress.encoding import decode, encode
 from llmcompress.rotation import rotate
 from llmcompress.weight import (
     Bitmap,
+    Codebook,
     Columns,
     Dense,
     Grid,
@@ -51,8 +52,8 @@ def inputs(w: Weight, rows: int = 5) -> Tensor:
 
 def test_the_random_nestings_cover_every_node() -> None:
     text = json.dumps([encode(w)[0] for w in EXPRESSIONS[len(every_node()) :]])
-    nodes = ("zero", "dense", "grid", "low_rank", "where", "rotated", "scaled", "transposed", "sum")
-    for name in (*nodes, "columns", "bitmap", "pattern"):
+    names = "zero dense grid codebook low_rank where rotated scaled transposed sum columns bitmap pattern"
+    for name in names.split():
         assert f'"{name}"' in text, f"no random nesting contains {name}; raise their count or change the seed"
 
 
@@ -79,6 +80,10 @@ def test_decode_gives_back_every_field_of_an_unselected_leaf() -> None:
                 assert (levels, size) == (levels_, size_)
             case Scaled(columns=columns), Scaled(columns=columns_):
                 assert torch.equal(columns, columns_) and columns_.dtype == torch.float16
+            case Codebook(codes, centroids, scale, width), Codebook(codes_, centroids_, scale_, width_):
+                assert torch.equal(codes, codes_) and codes_.dtype == torch.uint8 and width == width_
+                assert torch.equal(centroids, centroids_) and centroids_.dtype == torch.float16
+                assert torch.equal(scale, scale_) and scale_.dtype == torch.float16
             case Rotated(_, signs, block), Rotated(_, signs_, block_):
                 assert torch.equal(signs, signs_) and block == block_
             case Where(index), Where(index_):

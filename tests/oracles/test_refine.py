@@ -31,7 +31,7 @@ def loss(weight: Tensor, w: Weight, hessian: Tensor) -> float:
 
 
 def test_the_bases_are_all_kinds() -> None:
-    expected = {"rtn", "gptq", "pb_llm", "wanda", "sparsegpt", "magnitude", "planes", "fdb", "billm"}
+    expected = {"rtn", "gptq", "pb_llm", "wanda", "sparsegpt", "magnitude", "planes", "fdb", "billm", "kmeans", "vq"}
     assert expected <= {base["method"] for base in BASES}
 
 

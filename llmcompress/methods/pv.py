@@ -1,0 +1,57 @@
+"""Few codes at a time (PV-Tuning, arXiv 2405.14852): a polish of codebooks that never raises the loss.
+
+Minimises tr(E H E^T) by two kinds of steps in turn: all scales and entries by least squares (P), and the codes of a
+small share of each row's vectors, those that gain most with all others as they are (V). Those are changed together, and
+only if that lowers the loss of their row; otherwise the best of them alone. Stores what was there, in the same bits.
+
+Differs from the paper, which tunes a whole model on its own loss, where neither the gain of a code nor the best of all
+entries is known: there a code follows the gradient. `refine` instead visits every vector in order.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmcompress.errors import RecipeError
+from llmcompress.layer import Layer, StepConfig, base_target, method, split, with_base
+from llmcompress.methods.hessian import metric
+from llmcompress.methods.moves import changed, moved
+from llmcompress.methods.scales import rescaled
+from llmcompress.methods.vectors import books_of
+from llmcompress.weight import Weight, Where, describe
+
+SHARE = 0.1  # of the vectors of a row that may change in a step
+
+
+class PV(StepConfig):
+    """Arguments of `pv`."""
+
+    method: Literal["pv"] = "pv"
+    steps: int = Field(4, ge=1, le=1000, description="of each kind")
+    damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
+
+    def sketch(self, approx: Weight) -> Weight:
+        """See `StepConfig.sketch`."""
+        _coded_base(approx)
+        return approx
+
+    def rough(self) -> None:
+        """Nothing; see `StepConfig.rough`."""
+
+
+@method("pv", PV, needs={"outer"}, data_free=True)
+def pv(layer: Layer, config: PV) -> Layer:
+    """The base with better codes, entries and scales, in the same bits."""
+    base, target = _coded_base(layer.approx), base_target(layer)
+    hessian = metric(layer.inputs, target, config.damping)
+    for _ in range(config.steps):
+        base = moved(base, target, lambda books, own, shown: changed(books, own, hessian, shown, SHARE))
+        base = rescaled(base, target, hessian)
+    return with_base(layer, base)
+
+
+def _coded_base(approx: Weight) -> Weight:
+    base = split(approx)[0]
+    if not books_of(base.outside if isinstance(base, Where) else base):
+        raise RecipeError(f"there are no codebooks in {describe(base)}; make them before, as by vq")
+    return base
