@@ -27,12 +27,11 @@ INTERFACE = "llmcompress_received_attention"  # the name transformers knows `_re
 class TokenWeights(BaseModel, extra="forbid", frozen=True):
     """Weights from `minimum` to 1, linear in what they go by over each sequence of a block's inputs.
 
-    With `quantile` 1, as in the paper, a sink that receives a hundred times as much as others leaves these alike.
+    Where sinks receive a hundred times as much as others, these count about alike, and the sinks 1.
     """
 
     by: Literal["attention", "norm"] = Field(description="the attention a token receives, or its hidden state's norm")
     minimum: float = Field(default=0.01, gt=0, le=1, description="what the least token of a sequence counts")
-    quantile: float = Field(default=1.0, gt=0, le=1, description="of a sequence's tokens; those from there on count 1")
 
 
 @torch.no_grad()
@@ -45,14 +44,13 @@ def token_weights(run: Run, hidden: Tensor, config: TokenWeights) -> Tensor:
         measure = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
     else:
         measure = received_attention(run, hidden)
-    return scaled(measure, config.minimum, config.quantile)
+    return scaled(measure, config.minimum)
 
 
-def scaled(measure: Tensor, minimum: float, quantile: float = 1.0) -> Tensor:
-    """`measure [sequences, length]` moved linearly to `minimum` ... 1, its least and its quantile in every sequence;
-    to 1 where these are equal."""
-    low, high = measure.amin(1, keepdim=True), measure.quantile(quantile, dim=1, keepdim=True)
-    share = torch.where(high > low, (measure - low) / (high - low), 1.0).clamp_max(1.0)
+def scaled(measure: Tensor, minimum: float) -> Tensor:
+    """`measure [sequences, length]` moved linearly to `minimum` ... 1 in every sequence; to 1 where all are equal."""
+    low, high = measure.amin(1, keepdim=True), measure.amax(1, keepdim=True)
+    share = torch.where(high > low, (measure - low) / (high - low), 1.0)
     return minimum + (1 - minimum) * share
 
 
