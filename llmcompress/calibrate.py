@@ -133,13 +133,12 @@ def walk(
     them, the token table and the output head, each as a block of its own.
 
     `sequences`: token ids `[sequences, length]`, the last `held_out` of which are only measured on; None for methods
-    without data: nothing is run then, and moments are of no tokens. `needs`: the statistics every linear's method
-    reads, or those of each linear by module path; groups of linears that are not named are left out. `cap`: see
-    `moments.capped_weights`; None: none. `weights`: see `importance`; not for the output head. `prefix`: whether a
-    block's inputs come from the blocks as the caller left them, or from the dense ones. `dense_stream`: carry the dense
-    model's hidden states beside the others, for `cross`; `outputs`: for `Block.wanted`, of held-out sequences too.
-    `dtype`: of a block's products. `batch_size`: sequences per forward (2048 tokens' worth). `progress(blocks done,
-    blocks, tokens per second)` is called after every block.
+    without data: then nothing is run, and moments are empty. `needs`: the statistics every linear's method reads, or
+    those of each linear by module path; groups that are not named are left out. `cap`: see `moments.capped_weights`;
+    None: none. `weights`: see `importance`. `prefix`: whether inputs come from the blocks as the caller left them, or
+    from the dense ones. `dense_stream`: carry the dense model's hidden states beside the others, for `cross`;
+    `outputs`: for `Block.wanted`, of held-out sequences too. `dtype`: of a block's products. `batch_size`: sequences
+    per forward (2048 tokens). `progress(blocks done, blocks, tokens per second)` is called after each.
 
     Raises InputError when the sequences do not suit the model or its blocks cannot be run on their own, NumericsError,
     naming the layer, when weights or activations are not finite.

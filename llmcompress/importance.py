@@ -1,9 +1,10 @@
 """What each calibration token counts, by the attention it receives or by its norm (RSQ, arXiv 2503.01820).
 
-A block's tokens get one weight each, for the inputs of all its linears; it multiplies with the cap of `moments`. The
-attention that a token receives is the probability that all queries of all heads give to its key, summed. The block's
-own code computes it, in transformers' eager form, a run of queries at a time: softcaps, sliding windows and attention
-sinks are thereby right without knowing the family, and memory follows the run.
+A block's tokens get one weight each, for the inputs of all its linears; it multiplies with the cap of `moments`. What
+the output head reads is not weighed. The attention that a token receives is the probability that all queries of all
+heads give to its key, summed. The block's own code computes it, in transformers' eager form, a run of queries at a
+time: softcaps, sliding windows and attention sinks are thereby right without knowing the family, and memory follows the
+run.
 """
 
 from __future__ import annotations
