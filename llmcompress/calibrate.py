@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from llmcompress.architecture import Architecture, BlockLayout, Linear
 from llmcompress.blocks import Batch, Run, drop, embed, give_back_memory, head_inputs, in_batches, load
 from llmcompress.errors import InputError
+from llmcompress.importance import TokenWeights, token_weights
 from llmcompress.modules import CompressedLinear, decoded, put
 from llmcompress.moments import Moments, capped_weights
 from llmcompress.source import Source
@@ -62,6 +63,7 @@ class Streams:
     hidden: Tensor
     dense: Tensor | None
     cap: float | None
+    weights: TokenWeights | None
     keep_outputs: bool
 
 
@@ -118,6 +120,7 @@ def walk(
     held_out: int = 0,
     needs: Needs = frozenset(),
     cap: float | None = 4.0,
+    weights: TokenWeights | None = None,
     prefix: Literal["compressed", "dense"] = "compressed",
     dense_stream: bool = False,
     outputs: bool = False,
@@ -130,13 +133,12 @@ def walk(
     them, the token table and the output head, each as a block of its own.
 
     `sequences`: token ids `[sequences, length]`, the last `held_out` of which are only measured on; None for methods
-    without data: then nothing is run, and the moments are of no tokens. `needs`: the statistics every linear's method
-    reads, or those of each linear by module path; groups of linears that are not named are left out. `cap`: see
-    `moments.capped_weights`; None weighs all tokens alike. `prefix`: whether a block's inputs come from the blocks as
-    the caller left them, or from the dense ones. `dense_stream`: carry the dense model's hidden states beside the
-    compressed prefix's, for the moment `cross`; `outputs`: for `Block.wanted`, of held-out sequences too. `dtype`: of
-    the products in a block's forward. `batch_size`: sequences per forward (2048 tokens' worth). `progress(blocks done,
-    blocks, tokens per second)` is called after every block.
+    without data: then nothing is run, and moments are empty. `needs`: the statistics every linear's method reads, or
+    those of each linear by module path; groups that are not named are left out. `cap`: see `moments.capped_weights`;
+    None: none. `weights`: see `importance`. `prefix`: whether inputs come from the blocks as the caller left them, or
+    from the dense ones. `dense_stream`: carry the dense model's hidden states beside the others, for `cross`;
+    `outputs`: for `Block.wanted`, of held-out sequences too. `dtype`: of a block's products. `batch_size`: sequences
+    per forward (2048 tokens). `progress(blocks done, blocks, tokens per second)` is called after each.
 
     Raises InputError when the sequences do not suit the model or its blocks cannot be run on their own, NumericsError,
     naming the layer, when weights or activations are not finite.
@@ -151,7 +153,7 @@ def walk(
     batches = in_batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
     hidden, calls, as_tuple = embed(model, source, arch, sequences, batches, torch.device(device))
     beside = len(hidden) if outputs else len(hidden) - held_out if dense_stream else 0
-    streams = Streams(batches, hidden, hidden[:beside].clone() if beside else None, cap, prefix == "dense")
+    streams = Streams(batches, hidden, hidden[:beside].clone() if beside else None, cap, weights, prefix == "dense")
     started = time.monotonic()
     for index, layout in enumerate(arch.blocks):
         module = model.get_submodule(layout.path)
@@ -213,7 +215,7 @@ def _gather_ends(
     for name, statistics in _tables(arch, needs).items():
         totals: dict[bool, Moments] = {}
         for batch, x in head_inputs(model, source, arch, hidden, batches, as_tuple) if statistics else ():
-            moments = _moments(x, None, HELD_OUT, cap)
+            moments = _moments(x, None, HELD_OUT, cap, None)
             totals[batch.held_out] = totals[batch.held_out] + moments if batch.held_out in totals else moments
         groups.append(InputGroup((name,), totals.get(False, Moments(0.0)), totals.get(True)))
     return groups
@@ -274,10 +276,17 @@ def _gather(run: Run, wanted: Wanted, streams: Streams) -> tuple[InputGroup, ...
         if dense_hidden is not None and batch.rows.stop <= len(dense_hidden):
             rows = dense_hidden[batch.rows]
             dense_hidden[batch.rows] = run(rows, dense_inputs.__setitem__, tuple(readers))
+        counts = None if streams.weights is None else token_weights(run, hidden[batch.rows], streams.weights)
 
-        def add(name: str, x: Tensor, held: bool = batch.held_out, dense: dict[str, Tensor] = dense_inputs) -> None:
+        def add(
+            name: str,
+            x: Tensor,
+            held: bool = batch.held_out,
+            dense: dict[str, Tensor] = dense_inputs,
+            counts: Tensor | None = counts,
+        ) -> None:
             needs = HELD_OUT if held else wanted[readers[name]]
-            moments = _moments(x, dense.pop(name, None), needs, cap)
+            moments = _moments(x, dense.pop(name, None), needs, cap, counts)
             totals[name, held] = totals[name, held] + moments if (name, held) in totals else moments
 
         output = run(hidden[batch.rows], add, tuple(readers), None if streams.keep_outputs else last)
@@ -287,9 +296,15 @@ def _gather(run: Run, wanted: Wanted, streams: Streams) -> tuple[InputGroup, ...
     return tuple(InputGroup(names, totals[name, False], totals.get((name, True))) for name, names in readers.items())
 
 
-def _moments(x: Tensor, dense_inputs: Tensor | None, needs: frozenset[str], cap: float | None) -> Moments:
-    """The moments of one batch of a linear's inputs `[sequences, length, in]`."""
-    weights = None if cap is None else capped_weights(x, cap).flatten()
+def _moments(
+    x: Tensor, dense_inputs: Tensor | None, needs: frozenset[str], cap: float | None, counts: Tensor | None
+) -> Moments:
+    """The moments of one batch of a linear's inputs `[sequences, length, in]`; `counts [sequences, length]` are weights
+    of its tokens, which the cap lowers."""
+    weights = None if cap is None else capped_weights(x, cap)
+    if counts is not None:
+        weights = counts if weights is None else weights * counts
+    weights = None if weights is None else weights.flatten()
     return Moments.of(x.flatten(0, 1), needs, weights, None if dense_inputs is None else dense_inputs.flatten(0, 1))
 
 

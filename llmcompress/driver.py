@@ -180,6 +180,7 @@ def _blocks(run: _Run, tokens: CalibrationTokens | None, device: str, progress: 
         held_out=0 if tokens is None else tokens.held_out,
         needs=job.needs(),
         cap=recipe.cap,
+        weights=recipe.token_weights,
         prefix=recipe.prefix,
         dense_stream=recipe.asymmetric > 0,
         outputs=run.tune is not None,

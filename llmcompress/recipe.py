@@ -39,6 +39,7 @@ import llmcompress.methods  # noqa: F401 (registers them)
 from llmcompress.complaints import at, check_booleans, dotted, first_complaint, is_open, locate, paths, unknown_key
 from llmcompress.errors import RecipeError
 from llmcompress.fuse import Fuse
+from llmcompress.importance import TokenWeights
 from llmcompress.layer import StepConfig, step
 from llmcompress.strict_yaml import OneLine, Path, Places, parse, written
 from llmcompress.target import Target
@@ -146,6 +147,7 @@ class Recipe(BaseModel):
         allow_inf_nan=False,
         description="most a token's norm counts, in medians of its sequence; null: all",
     )
+    token_weights: TokenWeights | None = Field(default=None, description="what calibration's tokens count; null: alike")
     fuse: Fuse | None = Field(default=None, description="what is fused into the dense model before; null: nothing")
     target: Target | None = Field(default=None, description="how large or how good: the other layers' steps are chosen")
     options: tuple[Option, ...] | None = Field(
@@ -188,6 +190,8 @@ class Recipe(BaseModel):
             raise ValueError(
                 "reconstruct: blocks make up for those before them, which prefix: dense hides; leave it out"
             )
+        if self.token_weights is not None and self.calibration is None:
+            raise ValueError("token_weights: there are no tokens to weigh; add calibration, or leave token_weights out")
         if self.asymmetric and self.prefix == "dense":
             raise ValueError("asymmetric: with prefix: dense every layer sees dense inputs anyway; set one of them")
         return self

@@ -2,7 +2,8 @@
 
 Of every state the cheapest way to it is known; a step extends all of them. States that share all but their oldest code
 lead to the same successors, so of these only the cheapest goes on. Costs lie by a state's newest code, so that each
-loop below runs along memory.
+loop below runs along memory. Sums are rounded as they are written (no `fastmath`, which gains nothing here), and of
+equally cheap ways the one with the lowest oldest code goes on: every machine finds the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 
 from llmcompress.trellis import Trellis, table
 
-UNREACHED = np.float32(1e30)
+FAR = np.float32(2e30)  # the cost, at first, of states that no way leads to
+UNREACHED = np.float32(1e30)  # costs from here on
 TWICE = np.float32(-2)  # a plain number would make the arithmetic float64
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
@@ -49,11 +51,11 @@ def _compiled(trellis: Trellis) -> Callable[..., Any]:
     parts, rest, inner = _sizes(trellis)
     cheapest, interleave, extend = _step(trellis)
 
-    @njit(fastmath=True, nogil=True)
+    @njit(nogil=True)
     def find(wanted: Floats, importance: Floats, numbers: Floats, start: int, end: int) -> States:
         steps = len(wanted)
         states = np.empty(steps, np.int32)
-        costs = np.full((parts, rest), 2 * UNREACHED)
+        costs = np.full((parts, rest), FAR)
         costs[start & (parts - 1), start >> bits] = 0
         best, ordered = np.empty((parts, inner), np.float32), np.empty(rest, np.float32)
         oldest = np.empty((steps, parts, inner), np.uint8)
@@ -80,7 +82,7 @@ def _step(trellis: Trellis) -> tuple[Callable[..., None], Callable[..., None], C
     parts, rest, inner = _sizes(trellis)
     pairs = trellis.values == 2
 
-    @njit(fastmath=True, nogil=True)
+    @njit(nogil=True)
     def cheapest(costs: Floats, best: Floats, oldest: Codes) -> None:
         for newest in range(parts):
             for middle in range(inner):
@@ -92,13 +94,13 @@ def _step(trellis: Trellis) -> tuple[Callable[..., None], Callable[..., None], C
                 best[newest, middle] = low
                 oldest[newest, middle] = chosen
 
-    @njit(fastmath=True, nogil=True)
+    @njit(nogil=True)
     def interleave(best: Floats, ordered: Floats) -> None:
         for middle in range(inner):
             for newest in range(parts):
                 ordered[middle * parts + newest] = best[newest, middle]
 
-    @njit(fastmath=True, nogil=True)
+    @njit(nogil=True)
     def extend(ordered: Floats, numbers: Floats, wanted: Floats, importance: Floats, costs: Floats) -> None:
         base = ordered[0] if ordered[0] < UNREACHED else np.float32(0)  # or costs grow until they are rounded
         slope, weight = TWICE * wanted[0] * importance[0], importance[0]

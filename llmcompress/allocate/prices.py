@@ -126,6 +126,7 @@ def _layers(
         held_out=held_out,
         needs=_needs(job, wanted),
         cap=recipe.cap,
+        weights=recipe.token_weights,
         prefix="dense",
         device=device,
         dtype=product_dtype(recipe.compute, torch.device(device)),

@@ -36,6 +36,7 @@ ROOMS = (
     "relax",  # a compressed weight that trains
     "attention",  # causal attention, fast in bfloat16
     "blocks",  # one decoder block at a time
+    "importance",  # what each calibration token counts
     "calibrate",  # the walk
     "strict_yaml",  # YAML as recipes use it
     "complaints",  # what is wrong with a recipe, in words

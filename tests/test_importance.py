@@ -1,0 +1,258 @@
+"""What tokens count: attention from first principles and from transformers' own outputs, and moments weighed by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import llmcompress as lc
+from llmcompress.architecture import FAMILIES, Architecture, architecture
+from llmcompress.blocks import Run, embed, in_batches, load
+from llmcompress.calibrate import InputGroup, walk
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.importance import QUERIES, TokenWeights, received_attention, scaled
+from llmcompress.moments import STATISTICS, capped_weights
+from llmcompress.recipe import parse_recipe
+from llmcompress.source import Source, resolve
+from tests.builders import seeded
+from tests.tiny import save_tiny, tiny
+
+LENGTH = QUERIES + 13  # more than one run of queries
+EVERYTHING = frozenset({"square", "outer"})
+Opened = Callable[[str], tuple[Source, Architecture]]
+both = pytest.mark.parametrize("by", ["attention", "norm"])
+
+
+def sequences(count: int = 4) -> Tensor:
+    return torch.randint(0, 250, (count, LENGTH), generator=seeded(3))
+
+
+@pytest.fixture(scope="session")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """Tiny models on disk, one per family."""
+    made: dict[str, tuple[Source, Architecture]] = {}
+
+    def get(family: str) -> tuple[Source, Architecture]:
+        if family not in made:
+            changes = {"hidden_size": 32, "n_layer": 2, "n_head": 4} if family == "bloom" else {}
+            source = resolve(str(save_tiny(family, tmp_path_factory.mktemp(family), tokenizer=False, **changes)))
+            made[family] = source, architecture(source.config, source.skeleton())
+        return made[family]
+
+    return get
+
+
+def runs(
+    source: Source, arch: Architecture, tokens: Tensor, dtype: torch.dtype = torch.float32
+) -> list[tuple[Run, Tensor]]:
+    """Every dense block with its inputs."""
+    model, batches = source.skeleton(), in_batches(len(tokens), 0, len(tokens))
+    hidden, calls, _ = embed(model, source, arch, tokens, batches, torch.device("cpu"))
+    found = []
+    for index, layout in enumerate(arch.blocks):
+        module = model.get_submodule(layout.path)
+        load(module, layout.path, source, hidden.device)
+        run = Run(module, layout.path, {size: given[index] for size, given in calls.items()}, dtype)
+        found.append((run, hidden))
+        with torch.no_grad():
+            hidden = run(hidden)
+    return found
+
+
+# --- attention received ----------------------------------------------------------------------------------------------
+
+
+def turned(x: Tensor, base: float) -> Tensor:
+    """Rotary positions on `[sequences, heads, length, width]`, pair by pair (arXiv 2104.09864)."""
+    half = x.shape[-1] // 2
+    rate = base ** -(torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(x.shape[2], dtype=torch.float64)[:, None] * rate
+    one, other = x[..., :half], x[..., half:]
+    return torch.cat([one * angle.cos() - other * angle.sin(), other * angle.cos() + one * angle.sin()], -1)
+
+
+def explicit(model: PreTrainedModel, index: int, hidden: Tensor) -> Tensor:
+    """The attention that the tokens of a Llama block's inputs receive, from its matrices alone, in float64."""
+    config, block = model.config, model.model.layers[index].double()
+    hidden = hidden.double()
+    normed = hidden * (hidden.square().mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt()
+    normed = normed * block.input_layernorm.weight
+    width = config.hidden_size // config.num_attention_heads
+
+    def heads(matrix: Tensor) -> Tensor:
+        found = (normed @ matrix.T).unflatten(-1, (-1, width)).transpose(1, 2)
+        return turned(found, config.rope_parameters["rope_theta"])
+
+    query, key = heads(block.self_attn.q_proj.weight), heads(block.self_attn.k_proj.weight)
+    received = torch.zeros(hidden.shape[:2], dtype=torch.float64)
+    for head in range(config.num_attention_heads):
+        other = head // (config.num_attention_heads // config.num_key_value_heads)
+        for at in range(hidden.shape[1]):
+            scores = (query[:, head, at, None] * key[:, other, : at + 1]).sum(-1) / width**0.5
+            received[:, : at + 1] += scores.exp() / scores.exp().sum(-1, keepdim=True)
+    return received
+
+
+@torch.no_grad()
+def test_attention_is_that_of_the_formula(opened: Opened) -> None:
+    source, arch = opened("llama")
+    for index, (run, hidden) in enumerate(runs(source, arch, sequences())):
+        expected = explicit(tiny("llama"), index, hidden)
+        found = received_attention(run, hidden)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(expected[:, :-1], expected[:, 1:], rtol=0.05)  # tokens differ
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_what_transformers_puts_out(family: str, opened: Opened) -> None:
+    """Softcaps, windows and biases included."""
+    source, arch = opened(family)
+    with torch.no_grad():
+        shares = tiny(family, attn_implementation="eager")(sequences(), output_attentions=True).attentions
+    for (run, hidden), expected in zip(runs(source, arch, sequences()), shares, strict=True):
+        found = received_attention(run, hidden)
+        torch.testing.assert_close(found, expected.sum((1, 2)), rtol=1e-4, atol=1e-4)
+        assert found.sum(1) == pytest.approx([LENGTH * expected.shape[1]] * len(found), rel=1e-4)
+
+
+def test_attention_in_bfloat16_is_near_that_in_float32(opened: Opened) -> None:
+    source, arch = opened("llama")
+    rounded = runs(source, arch, sequences(), torch.bfloat16)
+    for (run, hidden), (half, _) in zip(runs(source, arch, sequences()), rounded, strict=True):
+        found = received_attention(half, hidden)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, received_attention(run, hidden), rtol=0.05, atol=0.01)
+
+
+def test_a_block_is_as_before_when_it_was_asked(opened: Opened) -> None:
+    source, arch = opened("gemma2")
+    for run, hidden in runs(source, arch, sequences()):
+        with torch.no_grad():
+            before, known = run(hidden), run.module.self_attn.config._attn_implementation
+            received_attention(run, hidden)
+            assert run.module.self_attn.config._attn_implementation == known
+            assert torch.equal(run(hidden), before)
+
+
+def test_attention_past_the_interface_is_refused(opened: Opened) -> None:
+    source, arch = opened("bloom")
+    sentence = r"^transformer\.h\.0 does not tell how much attention its tokens receive.*set token_weights\.by to norm"
+    with pytest.raises(InputError, match=sentence):
+        next(walk(source, arch, sequences(), needs=EVERYTHING, weights=TokenWeights(by="attention")))
+    next(walk(source, arch, sequences(), needs=EVERYTHING, weights=TokenWeights(by="norm")))
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_linear_from_the_least_to_one() -> None:
+    measure = torch.tensor([[3.0, 1.0, 2.0, 5.0, 1.0], [7.0, 7.0, 7.0, 7.0, 7.0], [0.0, 1e4, 0.0, 1.0, 2.0]])
+    expected = torch.tensor([[0.6, 0.2, 0.4, 1.0, 0.2], [1, 1, 1, 1, 1], [0.2, 1.0, 0.2, 0.20008, 0.20016]])
+    torch.testing.assert_close(scaled(measure, 0.2), expected)
+    assert torch.equal(scaled(measure, 1.0), torch.ones(3, 5))
+
+
+# --- moments ---------------------------------------------------------------------------------------------------------
+
+
+def gathered(opened: Opened, weights: TokenWeights | None, **arguments: Any) -> list[InputGroup]:
+    source, arch = opened("llama")
+    blocks = walk(source, arch, sequences(), held_out=1, needs=EVERYTHING, weights=weights, **arguments)
+    return [group for block in blocks for group in block.groups]
+
+
+@torch.no_grad()
+@both
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_every_moment_is_weighed(by: Literal["attention", "norm"], cap: float | None, opened: Opened) -> None:
+    """Those of the dense stream and of held-out tokens too; the cap multiplies."""
+    source, arch = opened("llama")
+    config = TokenWeights(by=by, minimum=0.1)
+    tokens = sequences()
+    inputs: dict[str, Tensor] = {}
+    measures: list[Tensor] = []
+    for run, hidden in runs(source, arch, tokens):
+        names = tuple(name for name in arch.linears() if name.startswith(f"{run.path}."))
+        run(hidden, inputs.__setitem__, names)
+        measures.append(
+            explicit(tiny("llama"), len(measures), hidden).float() if by == "attention" else hidden.norm(dim=-1)
+        )
+    blocks = walk(
+        source, arch, tokens, held_out=1, needs=STATISTICS, weights=config, cap=cap, dense_stream=True, batch_size=2
+    )
+    for block, measure in zip(blocks, measures, strict=True):
+        for group in block.groups:
+            x = inputs[group.names[0]]
+            counts = scaled(measure, 0.1) * (1 if cap is None else capped_weights(x, cap))
+            for moments, rows in ((group.inputs, slice(0, 3)), (group.held_out, slice(3, 4))):
+                assert moments is not None and moments.outer is not None
+                weighed = x[rows].double() * counts[rows, :, None].double()
+                expected = (weighed.flatten(0, 1).T @ x[rows].flatten(0, 1).double()).float()
+                close = {"rtol": 1e-4, "atol": 1e-4 * float(expected.abs().max())}
+                torch.testing.assert_close(moments.outer, expected, **close)
+                assert moments.tokens == pytest.approx(float(counts[rows].sum()), rel=1e-4)
+                if moments.square is not None and moments.cross is not None:  # the prefix is the dense one
+                    torch.testing.assert_close(moments.square, expected.diagonal(), **close)
+                    torch.testing.assert_close(moments.cross, expected, **close)
+
+
+@both
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_weights_of_one_change_no_bit(by: Literal["attention", "norm"], cap: float | None, opened: Opened) -> None:
+    alike = gathered(opened, None, cap=cap)
+    weighed = gathered(opened, TokenWeights(by=by, minimum=1), cap=cap)
+    for one, other in zip(alike, weighed, strict=True):
+        for a, b in ((one.inputs, other.inputs), (one.held_out, other.held_out)):
+            assert a is not None and b is not None and a.outer is not None and b.outer is not None
+            assert a.tokens == b.tokens and torch.equal(a.outer, b.outer)
+
+
+@both
+def test_weighed_moments_add(by: Literal["attention", "norm"], opened: Opened) -> None:
+    """A sequence's weights do not depend on those beside it."""
+    config = TokenWeights(by=by)
+    for together, apart in zip(gathered(opened, config), gathered(opened, config, batch_size=1), strict=True):
+        torch.testing.assert_close(together.inputs.outer, apart.inputs.outer, rtol=1e-4, atol=1e-4)
+        assert together.inputs.tokens == pytest.approx(apart.inputs.tokens, rel=1e-5)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_weighs_tokens(opened: Opened, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number}. The mill by the river stands still in winter. " for number in range(40)))
+    recipe = {
+        "version": 1,
+        "calibration": {"dataset": str(text), "samples": 6, "length": 32, "held_out": 2},
+        "rules": [{"match": "*", "steps": [{"method": "gptq", "bits": 3}]}],
+    }
+    errors = {}
+    for by in ("attention", "norm", None):
+        weights = None if by is None else {"by": by}
+        report = lc.compress(folder, {**recipe, "token_weights": weights}).report
+        errors[by] = [row.error for row in report.layers]
+    assert len({tuple(one) for one in errors.values()}) == 3
+    assert all(0 < error < 0.2 for one in errors.values() for error in one)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("token_weights: {by: importance}", 'token_weights: by is "importance"; it must be "attention" or "norm"'),
+        ("token_weights: {by: norm, minimum: 0}", "token_weights: minimum is 0; it must be a number more than 0"),
+        ("token_weights: {minimum: 0.1}", 'token_weights: the key "by" is missing'),
+        ("token_weights: {by: norm}", "token_weights: there are no tokens to weigh; add calibration, or leave"),
+    ],
+)
+def test_weights_that_make_no_sense_are_refused(line: str, sentence: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(f"version: 1\n{line}\nrules: [{{match: '*', steps: []}}]")
+    assert sentence in str(caught.value)
