@@ -1,0 +1,112 @@
+"""Scores the folders of the peers by one evaluator, and prints their table.
+
+    python scripts/bench/peers/score.py --data DATA --model MODEL --jsonl SCORES --plot peers.json FOLDER ...
+
+A FOLDER is what a peer's script handed over, or a checkpoint of ours; all are loaded in float32. MODEL, the dense one,
+is scored first: gaps, ln(perplexity / dense perplexity), are to it. DATA holds `wikitext2-test.raw` and 24 paradigms in
+`blimp/*.jsonl`, of which every other one is asked, 50 pairs of each. Text of another domain is Python's documentation,
+which llmcompress takes from the standard library. SCORES collects the rows as they come, and folders that it holds are
+not scored again; peers.json lists them for a plot of size and quality.
+bpw and bytes are those of the decoder's linears.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmcompress.architecture import architecture
+from llmcompress.evaluate import evaluate
+from llmcompress.locate import locate
+from llmcompress.protocol import Protocol
+from llmcompress.scoring import size_of
+from llmcompress.source import load_model, load_tokenizer, resolve
+
+WINDOWS, OTHER_WINDOWS, PAIRS = 32, 16, 50
+COLUMNS = ("tool", "arm", "bpw", "MB", "perplexity", "gap", "BLiMP", "other", "gap", "seconds", "CPU s", "peak MB")
+
+
+def main() -> None:
+    """Scores what was asked for and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2", help="the dense model: a name or a folder")
+    parser.add_argument("--jsonl", type=Path, required=True, help="collects finished rows")
+    parser.add_argument("--plot", type=Path, help="the rows once more, as one JSON list")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("folders", nargs="*", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    held = given.jsonl.read_text(encoding="utf-8").splitlines() if given.jsonl.exists() else []
+    rows = {row["folder"]: row for row in map(json.loads, held)}
+    folders = [given.model, *map(str, given.folders)]
+    for folder in folders:
+        if folder not in rows:
+            rows[folder] = described(folder, given.model) | scored(folder, given.data)
+            with given.jsonl.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[folder]) + "\n")
+    dense = rows[given.model]
+    found = [row | gaps(row, dense) for row in map(rows.__getitem__, folders)]
+    if given.plot:
+        given.plot.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    for row in found:
+        print(line(row))
+
+
+def described(folder: str, dense: str) -> dict[str, Any]:
+    """Tool, arm, bpw and bytes of a folder, and what it took to make where a peer's script has said so."""
+    handed_over = Path(folder, "peer.json")
+    if handed_over.is_file():
+        return {"folder": folder, **json.loads(handed_over.read_text(encoding="utf-8"))}
+    source = resolve(dense)
+    linears = architecture(source.config, source.skeleton()).linears()
+    weights = sum(math.prod(source.tensors[f"{name}.weight"].shape) for name in linears)
+    bpw = size_of(locate(folder)).bpw or math.nan
+    tool = "dense" if folder == dense else "llmcompress"
+    return {"folder": folder, "tool": tool, "arm": Path(folder).name, "bpw": bpw, "bytes": bpw * weights / 8}
+
+
+def scored(folder: str, data: Path) -> dict[str, float]:
+    """Perplexity on WikiText-2 and on text of another domain, and the mean accuracy of BLiMP's paradigms."""
+    place = locate(folder)
+    model, tokenizer = load_model(place), load_tokenizer(place.folder)
+    tasks = tuple(map(str, sorted((data / "blimp").glob("*.jsonl"))[::2]))
+    found = evaluate(model, tokenizer, Protocol(data / "wikitext2-test.raw", WINDOWS, tasks=tasks, limit=PAIRS))
+    other = evaluate(model, tokenizer, Protocol(windows=OTHER_WINDOWS))
+    return {
+        "perplexity": found.perplexity.value,
+        "blimp": statistics.mean(scores["acc"] for scores in found.tasks.scores.values()),
+        "other_perplexity": other.perplexity.value,
+    }
+
+
+def gaps(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+    """How far a row is from dense, in nats per token."""
+    texts = {"gap": "perplexity", "other_gap": "other_perplexity"}
+    return {name: math.log(row[text] / dense[text]) for name, text in texts.items()}
+
+
+def line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    cells = [row["tool"], row["arm"], f"{row['bpw']:.3f}", f"{row['bytes'] / 1e6:.1f}"]
+    cells += [short(row["perplexity"]), f"{row['gap']:.3f}", f"{row['blimp']:.3f}"]
+    cells += [short(row["other_perplexity"]), f"{row['other_gap']:.3f}"]
+    if "seconds" in row:
+        cells += [f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}", f"{row['peak_rss_bytes'] / 1e6:.0f}"]
+    return f"| {' | '.join(cells + [''] * (len(COLUMNS) - len(cells)))} |"
+
+
+def short(perplexity: float) -> str:
+    """Three digits after the point, or powers of ten where they say nothing."""
+    return f"{perplexity:.3f}" if perplexity < 1000 else f"{perplexity:.2e}"
+
+
+if __name__ == "__main__":
+    main()
