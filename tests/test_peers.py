@@ -8,11 +8,13 @@ import math
 from pathlib import Path
 
 import pytest
+import score
 import torch
-from handover import decoder_linears, grouped_bits, hand_over, loaded
+from handover import WEIGHTS, decoder_linears, grouped_bits, hand_over, loaded
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from llmcompress.frontier.peers import read_peers
 from tests.tiny import save_tiny
 
 pytest.importorskip("gguf", reason="needs the package gguf (extra `export`)")
@@ -74,7 +76,7 @@ def test_folder_holds_these_weights_and_else_the_model(tmp_path: Path) -> None:
     hand_over(given, "tool", ("safetensors",), weights, {"bits": 1000})
     again = AutoModelForCausalLM.from_pretrained(given.out)
     assert again.dtype == torch.float32
-    dense = load_file(given.model / "model.safetensors")
+    dense = load_file(given.model / WEIGHTS)
     for name, value in again.named_parameters():
         expected = weights.get(name.removesuffix(".weight"), dense.get(name))
         assert torch.equal(value, expected), name
@@ -82,3 +84,17 @@ def test_folder_holds_these_weights_and_else_the_model(tmp_path: Path) -> None:
     assert report["bpw"] == 1000 / sum(weight.numel() for weight in weights.values())
     with pytest.raises(ValueError, match="not exactly the decoder's linears"):
         hand_over(given, "tool", (), dict(list(weights.items())[1:]), {"bits": 1000})
+
+
+def test_points_are_those_that_a_sweep_draws(tmp_path: Path) -> None:
+    """Bytes are of the whole model: the linears' as the tool has them, all else as it is stored."""
+    given = given_for(tmp_path)
+    rest = sum(
+        tensor.nbytes for name, tensor in load_file(given.model / WEIGHTS).items() if not name.endswith("_proj.weight")
+    )
+    row = {"tool": "tool", "arm": "arm", "bpw": 2.5, "bytes": 1000.0, "perplexity": 30.0, "blimp": 0.6}
+    found = score.points([row, row | {"tool": "dense"}], str(given.model))
+    file = tmp_path / "peers.json"
+    file.write_text(json.dumps({"peers": found}), encoding="utf-8")
+    (peer,) = read_peers(file, "bytes")
+    assert (peer.name, peer.bpw, peer.bytes) == ("tool arm", 2.5, 1000 + rest)

@@ -54,7 +54,7 @@ def main() -> None:
     for name in chosen:
         if not (given.out / name / "peer.json").is_file():
             run_once(name, *known[name], folder, given)
-    scores = ["--jsonl", given.out / "scores.jsonl", "--plot", given.out / "peers.json", "--threads", given.threads]
+    scores = ["--jsonl", given.out / "scores.jsonl", "--peers", given.out / "peers.json", "--threads", given.threads]
     folders = [given.out / name for name in chosen]
     command = [sys.executable, HERE / "score.py", "--data", given.data, "--model", given.model, *scores, *folders]
     subprocess.run(list(map(str, command)), check=True)

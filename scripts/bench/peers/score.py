@@ -1,12 +1,13 @@
 """Scores the folders of the peers by one evaluator, and prints their table.
 
-    python scripts/bench/peers/score.py --data DATA --model MODEL --jsonl SCORES --plot peers.json FOLDER ...
+    python scripts/bench/peers/score.py --data DATA --model MODEL --jsonl SCORES --peers PEERS FOLDER ...
 
 A FOLDER is what a peer's script handed over, or a checkpoint of ours; all are loaded in float32. MODEL, the dense one,
 is scored first: gaps, ln(perplexity / dense perplexity), are to it. DATA holds `wikitext2-test.raw` and paradigms of
 BLiMP, `blimp/*.jsonl`; 12 are asked, 50 pairs of each: where dense itself guesses, nothing is seen of what was lost.
 Text of another domain is Python's documentation, which llmcompress takes from the standard library. SCORES collects the
-rows as they come, and folders that it holds are not scored again; peers.json lists them for a plot of size and quality.
+rows as they come, and folders that it holds are not scored again. PEERS is those of other tools once more, for
+`llmcompress frontier --peers`: there, bytes are of the whole model, what is no linear of the decoder being dense; else
 bpw and bytes are those of the decoder's linears.
 """
 
@@ -26,9 +27,10 @@ from llmcompress.evaluate import evaluate
 from llmcompress.locate import locate
 from llmcompress.protocol import Protocol
 from llmcompress.scoring import size_of
-from llmcompress.source import load_model, load_tokenizer, resolve
+from llmcompress.source import Header, Source, load_model, load_tokenizer, resolve
 
 WINDOWS, OTHER_WINDOWS, PAIRS = 32, 16, 50
+DENSE, OURS = "dense", "llmcompress"
 PARADIGMS = (  # the 12 of 24 in which dense SmolLM2-135M-Instruct is right in more than 4 of 5 pairs
     "anaphor_number_agreement",
     "determiner_noun_agreement_1",
@@ -43,7 +45,8 @@ PARADIGMS = (  # the 12 of 24 in which dense SmolLM2-135M-Instruct is right in m
     "transitive",
     "wh_questions_object_gap",
 )
-COLUMNS = ("tool", "arm", "bpw", "MB", "perplexity", "gap", "BLiMP", "other", "gap", "seconds", "CPU s", "peak MB")
+QUALITY = ("perplexity", "gap", "BLiMP", "Python docs", "gap there")
+COLUMNS = ("tool", "arm", "bpw", "MB", *QUALITY, "seconds", "CPU s", "peak MB")
 
 
 def main() -> None:
@@ -52,7 +55,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="smollm2", help="the dense model: a name or a folder")
     parser.add_argument("--jsonl", type=Path, required=True, help="collects finished rows")
-    parser.add_argument("--plot", type=Path, help="the rows once more, as one JSON list")
+    parser.add_argument("--peers", type=Path, help="writes the peers' points for a plot of sizes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("folders", nargs="*", type=Path)
     given = parser.parse_args()
@@ -62,13 +65,13 @@ def main() -> None:
     folders = [given.model, *map(str, given.folders)]
     for folder in folders:
         if folder not in rows:
-            rows[folder] = described(folder, given.model) | scored(folder, given.data)
+            row = described(folder, given.model) | scored(folder, given.data)
+            rows[folder] = row | gaps(row, rows.get(given.model, row))
             with given.jsonl.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[folder]) + "\n")
-    dense = rows[given.model]
-    found = [row | gaps(row, dense) for row in map(rows.__getitem__, folders)]
-    if given.plot:
-        given.plot.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = [rows[folder] for folder in folders]
+    if given.peers:
+        given.peers.write_text(json.dumps({"peers": points(found, given.model)}, indent=1) + "\n", encoding="utf-8")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for row in found:
         print(line(row))
@@ -79,11 +82,9 @@ def described(folder: str, dense: str) -> dict[str, Any]:
     handed_over = Path(folder, "peer.json")
     if handed_over.is_file():
         return {"folder": folder, **json.loads(handed_over.read_text(encoding="utf-8"))}
-    source = resolve(dense)
-    linears = architecture(source.config, source.skeleton()).linears()
-    weights = sum(math.prod(source.tensors[f"{name}.weight"].shape) for name in linears)
+    weights = sum(math.prod(header.shape) for header in linear_headers(resolve(dense)))
     bpw = size_of(locate(folder)).bpw or math.nan
-    tool = "dense" if folder == dense else "llmcompress"
+    tool = DENSE if folder == dense else OURS
     return {"folder": folder, "tool": tool, "arm": Path(folder).name, "bpw": bpw, "bytes": bpw * weights / 8}
 
 
@@ -105,6 +106,28 @@ def gaps(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
     """How far a row is from dense, in nats per token."""
     texts = {"gap": "perplexity", "other_gap": "other_perplexity"}
     return {name: math.log(row[text] / dense[text]) for name, text in texts.items()}
+
+
+def linear_headers(source: Source) -> list[Header]:
+    """Those of the weights of the decoder's linears."""
+    return [source.tensors[f"{name}.weight"] for name in architecture(source.config, source.skeleton()).linears()]
+
+
+def points(rows: list[dict[str, Any]], dense: str) -> list[dict[str, Any]]:
+    """The rows of other tools as `llmcompress.frontier.peers` reads them."""
+    source = resolve(dense)
+    rest = source.bytes - sum(header.bytes for header in linear_headers(source))
+    return [
+        {
+            "name": f"{row['tool']} {row['arm']}",
+            "bpw": row["bpw"],
+            "bytes": round(row["bytes"]) + rest,
+            "perplexity": row["perplexity"],
+            "tasks": {"blimp": row["blimp"]},
+        }
+        for row in rows
+        if row["tool"] not in (DENSE, OURS)
+    ]
 
 
 def line(row: dict[str, Any]) -> str:
