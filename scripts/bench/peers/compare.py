@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,23 +22,12 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parents[2] / "configs" / "smollm2-135m"
 OURS, PEER = "llmcompress", "llm-compressor"
-GROUPED_3_BIT = 3 + (16 + 3) / 64  # codes, and per 64 of them an fp16 scale and a zero point as wide as a code
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What both tools do: our recipe, and the peer's bits per weight (None: bitmap + 16 bits per kept weight)."""
-
-    recipe: str
-    peer_bpw: float | None = None
-
-
-ARMS = {
-    "wanda50": Arm("wanda-50"),
-    "sparsegpt50": Arm("sparsegpt-50"),
-    "sparsegpt24": Arm("sparsegpt-2-4"),
-    "gptq3g64": Arm("gptq-3-g64", GROUPED_3_BIT),
-    "gptq3g64mse": Arm("gptq-3-g64", GROUPED_3_BIT),
+ARMS = {  # what both tools do, and our recipe of it
+    "wanda50": "wanda-50",
+    "sparsegpt50": "sparsegpt-50",
+    "sparsegpt24": "sparsegpt-2-4",
+    "gptq3g64": "gptq-3-g64",
+    "gptq3g64mse": "gptq-3-g64",
 }
 
 
@@ -56,13 +44,13 @@ def windows(model: Path, text: Path, count: int, length: int) -> "Tensor":
 
 
 def run_once(tool: str, arm: str, given: argparse.Namespace) -> dict[str, Any]:
-    """One fresh process; its report. Weights land in OUT/<tool>-<arm>.safetensors (a repeat writes them again)."""
-    common = ["--model", given.model, "--arm", arm, "--threads", given.threads, "--out", weights_of(tool, arm, given)]
+    """One fresh process; its report. Weights land in the folder OUT/<tool>-<arm> (a repeat writes them again)."""
+    common = ["--model", given.model, "--arm", arm, "--threads", given.threads, "--out", given.out / f"{tool}-{arm}"]
     if tool == PEER:
         command = [given.peer_python, HERE / "llm_compressor.py", "--tokens", given.out / "tokens.safetensors"]
         command += ["--dtype", given.peer_dtype]
     else:
-        command = [sys.executable, HERE / "ours.py", "--recipe", RECIPES / f"{ARMS[arm].recipe}.yaml"]
+        command = [sys.executable, HERE / "ours.py", "--recipe", RECIPES / f"{ARMS[arm]}.yaml"]
         command += ["--text", given.text, "--sequences", given.sequences, "--length", given.length]
     threads = str(given.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
@@ -80,12 +68,6 @@ def run_once(tool: str, arm: str, given: argparse.Namespace) -> dict[str, Any]:
     if report.get("tokens_sha256", given.tokens_sha256) != given.tokens_sha256:
         sys.exit(f"{tool} made other calibration tokens of {given.text} for {arm} than the peer was given.")
     return report | {"process_seconds": time.monotonic() - begun}
-
-
-def weights_of(tool: str, arm: str, given: argparse.Namespace) -> Path:
-    """Where a tool's dequantized weights lie."""
-    folder: Path = given.out
-    return folder / f"{tool}-{arm}.safetensors"
 
 
 def measure(given: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -119,10 +101,8 @@ def score(pairs: list[tuple[str, str]], given: argparse.Namespace) -> tuple[floa
     dense = perplexity(model, sequences).value
     scores = {}
     for tool, arm in pairs:
-        file = weights_of(tool, arm, given)
-        weights = load_file(file)
-        if weights.keys() != linears.keys():
-            sys.exit(f"{file} does not hold exactly the model's decoder linears: {weights.keys() ^ linears.keys()}.")
+        stored = load_file(given.out / f"{tool}-{arm}" / "model.safetensors")
+        weights = {name: stored[name] for name in linears}
         kept = sum(int(weight.count_nonzero()) for weight in weights.values())
         with torch.no_grad():
             for name, weight in weights.items():
@@ -136,11 +116,10 @@ def score(pairs: list[tuple[str, str]], given: argparse.Namespace) -> tuple[floa
 
 def row(tool: str, arm: str, runs: list[dict[str, Any]], scored: dict[str, float]) -> dict[str, Any]:
     """One line of the table: median seconds, largest peak; the peer's bits by rule, ours as reported."""
-    by_rule = ARMS[arm].peer_bpw or 1 + 16 * scored["nonzero"]
     return {
         "tool": tool,
         "arm": arm,
-        "bpw": by_rule if tool == PEER else runs[-1]["bpw"],
+        "bpw": runs[-1]["bpw"],
         "ppl": scored["perplexity"],
         "seconds": statistics.median(run["seconds"] for run in runs),
         "cpu_seconds": statistics.median(run["cpu_seconds"] for run in runs),

@@ -33,7 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_compressor import peak_rss_bytes
+from handover import peak_rss_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,100 @@
+"""The benchmark of peers: bits by hand, llama.cpp's choice of types, and the folder that every tool hands over."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import pytest
+import score
+import torch
+from handover import WEIGHTS, decoder_linears, grouped_bits, hand_over, loaded
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from llmcompress.frontier.peers import read_peers
+from tests.tiny import save_tiny
+
+pytest.importorskip("gguf", reason="needs the package gguf (extra `export`)")
+import ggml  # the benchmark's script, which imports gguf
+
+SHAPES = {  # of one block of SmolLM2-135M: rows, columns
+    "q_proj": (576, 576),
+    "k_proj": (192, 576),
+    "v_proj": (192, 576),
+    "o_proj": (576, 576),
+    "gate_proj": (1536, 576),
+    "up_proj": (1536, 576),
+    "down_proj": (576, 1536),
+}
+
+
+def given_for(folder: Path) -> argparse.Namespace:
+    save_tiny("llama", folder / "dense")
+    return argparse.Namespace(model=folder / "dense", out=folder / "out", arm="arm", threads=torch.get_num_threads())
+
+
+def test_bits_of_groups_by_hand() -> None:
+    """3 rows of 10 columns: 30 codes of 2 bits, and in each row groups of 4, 4 and 2 with 18 bits beside them."""
+    assert grouped_bits([torch.zeros(3, 10)], 2, 4, 18) == 30 * 2 + 3 * 3 * 18
+    assert grouped_bits([torch.zeros(1, 64), torch.zeros(2, 64)], 2, 64, 18) / 192 == 2.28125
+
+
+@pytest.mark.parametrize(
+    ("arm", "kept", "early"), [("iq1_s", 1.5625, 2.625), ("iq2_xxs", 2.0625, 2.625), ("q2_k", 3.4375, 3.4375)]
+)
+def test_llama_cpp_falls_back_where_blocks_do_not_divide(arm: str, kept: float, early: float) -> None:
+    """All but down_proj, a quarter of the weights, is at 4.5 bits; of 30 blocks the first three are the early ones."""
+    size = weights = 0.0
+    for block in range(30):
+        for linear, (rows, columns) in SHAPES.items():
+            values, size_of_block = ggml.gguf.GGML_QUANT_SIZES[
+                ggml.chosen(arm, f"layers.{block}.{linear}", 30, columns)
+            ]
+            size += rows * columns / values * size_of_block * 8
+            weights += rows * columns
+    assert weights == 106_168_320
+    assert math.isclose(size / weights, 0.75 * 4.5 + 0.25 * (0.9 * kept + 0.1 * early))
+
+
+def test_importance_is_the_mean_square_of_inputs(tmp_path: Path) -> None:
+    """Of the first block's q_proj: what its norm gives for the embedded tokens."""
+    given = given_for(tmp_path)
+    model, ids = loaded(given, "float32"), torch.arange(48).reshape(3, 16)
+    inputs = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
+    found = ggml.importance(model, ids)
+    assert found.keys() == decoder_linears(model).keys()
+    torch.testing.assert_close(found["model.layers.0.self_attn.q_proj"], inputs.square().mean((0, 1)).detach())
+
+
+def test_folder_holds_these_weights_and_else_the_model(tmp_path: Path) -> None:
+    given = given_for(tmp_path)
+    linears = decoder_linears(loaded(given, "bfloat16"))
+    weights = {name: torch.randn_like(part.weight, dtype=torch.float32) for name, part in linears.items()}
+    hand_over(given, "tool", ("safetensors",), weights, {"bits": 1000})
+    again = AutoModelForCausalLM.from_pretrained(given.out)
+    assert again.dtype == torch.float32
+    dense = load_file(given.model / WEIGHTS)
+    for name, value in again.named_parameters():
+        expected = weights.get(name.removesuffix(".weight"), dense.get(name))
+        assert torch.equal(value, expected), name
+    report = json.loads((given.out / "peer.json").read_text(encoding="utf-8"))
+    assert report["bpw"] == 1000 / sum(weight.numel() for weight in weights.values())
+    with pytest.raises(ValueError, match="not exactly the decoder's linears"):
+        hand_over(given, "tool", (), dict(list(weights.items())[1:]), {"bits": 1000})
+
+
+def test_points_are_those_that_a_sweep_draws(tmp_path: Path) -> None:
+    """Bytes are of the whole model: the linears' as the tool has them, all else as it is stored."""
+    given = given_for(tmp_path)
+    rest = sum(
+        tensor.nbytes for name, tensor in load_file(given.model / WEIGHTS).items() if not name.endswith("_proj.weight")
+    )
+    row = {"tool": "tool", "arm": "arm", "bpw": 2.5, "bytes": 1000.0, "perplexity": 30.0, "blimp": 0.6}
+    found = score.points([row, row | {"tool": "dense"}], str(given.model))
+    file = tmp_path / "peers.json"
+    file.write_text(json.dumps({"peers": found}), encoding="utf-8")
+    (peer,) = read_peers(file, "bytes")
+    assert (peer.name, peer.bpw, peer.bytes) == ("tool arm", 2.5, 1000 + rest)
