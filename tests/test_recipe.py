@@ -289,7 +289,7 @@ WRONG = [
     (rules("{bits: 3}"), 'recipe.yaml:4: a step needs the key "method" with the name of a method'),
     (rules("{method: [rtn]}"), 'recipe.yaml:4: a step needs the key "method" with the name of a method'),
     (rules("{method: gtpq}"), "recipe.yaml:4: unknown method 'gtpq'; did you mean 'gptq'?"),
-    (rules("{method: xyz}"), "recipe.yaml:4: unknown method 'xyz'; known: alternate, "),
+    (rules("{method: xyz}"), "recipe.yaml:4: unknown method 'xyz'; known: adadim, "),
     (rules("{method: gptq, bits: 9}"), "recipe.yaml:4: step gptq: bits is 9; it must lie in 1..8, or be 'ternary'"),
     (rules("{method: gptq, bits: 3.5}"), 'recipe.yaml:4: step gptq: bits is 3.5; it must be a whole number or "tern'),
     (
