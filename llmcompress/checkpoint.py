@@ -195,10 +195,15 @@ def holds(folder: Path, name: str) -> bool:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a text file so that the old one or the new one is there, never half of it. Raises OSError."""
+    """`replace_bytes` of a text in UTF-8."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that the old one or the new one is there, never half of it. Raises OSError."""
     staged = path.with_name(f".{path.name}.partial")
     try:
-        staged.write_text(text, encoding="utf-8")
+        staged.write_bytes(content)
         sync(staged)
         staged.rename(path)
     finally:

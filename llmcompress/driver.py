@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,7 @@ class _Run:
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
     fused: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def steps(self) -> dict[str, tuple[StepConfig, ...]]:
         """Of everything that is compressed."""
         return self.job.steps | self.job.tables
@@ -202,7 +202,8 @@ def _compress_block(run: _Run, block: Block) -> dict[str, Tensor]:
     job, tune = run.job, run.tune
     linears: dict[str, CompressedLinear] = {}
     learned: dict[str, Tensor] = {}
-    weights = {name: block.weight(name) for group in block.groups for name in group.names if name in run.steps}
+    named = (name for group in block.groups for name in group.names if name in run.steps)
+    weights = {} if tune is None else {name: block.weight(name) for name in named}
     groups = [group for group in block.groups if any(name in run.steps for name in group.names)]
     for number, group in enumerate(groups):
         if number and tune is not None and tune.between and block.gather is not None:
@@ -233,7 +234,7 @@ def _compressed(run: _Run, block: Block, group: InputGroup) -> dict[str, Weight]
         layer = _layer(run.job, name, group.names[0], block.weight(name), group.inputs)
         compressed = apply_in_runs(layer, run.steps[name])
         done[name] = compressed.expression()
-        run.rows.append(_row(run.job, layer, compressed, group.held_out))
+        run.rows.append(_row(run.steps[name], layer, compressed, group.held_out))
     group.inputs.derived.clear()  # factors that only this group's linears could share
     return done
 
@@ -272,7 +273,7 @@ def _to_dense_outputs(inputs: Moments, outer: Tensor, cross: Tensor) -> Tensor:
     return inputs.memo("to_dense_outputs", compute)
 
 
-def _row(job: Job, layer: Layer, compressed: Layer, held_out: Moments | None) -> LayerReport:
+def _row(steps: tuple[StepConfig, ...], layer: Layer, compressed: Layer, held_out: Moments | None) -> LayerReport:
     stored = compressed.expression()
     value = dense(stored)
     error = relative_error(layer.weight, value, layer.inputs)
@@ -282,7 +283,7 @@ def _row(job: Job, layer: Layer, compressed: Layer, held_out: Moments | None) ->
     return LayerReport(
         name=layer.name,
         shape=size,
-        steps=tuple(s.method for s in (job.steps | job.tables)[layer.name]),
+        steps=tuple(s.method for s in steps),
         bpw=bits(stored) / prod(size),
         error=error,
         error_heldout=None if held_out is None else relative_error(layer.weight, value, held_out),

@@ -15,8 +15,9 @@ from llmcompress.allocate import PriceList, price
 from llmcompress.allocate.choices import Choices
 from llmcompress.allocate.prices import Priced
 from llmcompress.allocate.sensitivity import Dense
-from llmcompress.checkpoint import read_json, replace_text
+from llmcompress.checkpoint import read_json
 from llmcompress.errors import DiskError
+from llmcompress.frontier.files import write_files
 from llmcompress.locate import Place
 from llmcompress.planning import Job
 from llmcompress.recover import is_older
@@ -43,11 +44,7 @@ def price_list(folder: Path, job: Job, found: Choices, device: str, progress: Pr
         "windows": dense.windows.tolist(),
         "matrices": [one.to_json() for one in made.prices],
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(entries))
-    except OSError as error:
-        raise DiskError(f"{path} cannot be written ({error.strerror}); free some space and start again") from error
+    write_files(folder, {FILE: json.dumps(entries).encode()})
     return made
 
 

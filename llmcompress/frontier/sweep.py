@@ -22,9 +22,10 @@ from typing import Any
 from llmcompress import report as reports
 from llmcompress.allocate import Allocation, PriceList, reachable
 from llmcompress.allocate.choices import Choices
-from llmcompress.checkpoint import holds, locked, replace_text
+from llmcompress.checkpoint import holds, locked
 from llmcompress.errors import DiskError, RecipeError, Terminated
 from llmcompress.frontier.budgets import Budget
+from llmcompress.frontier.files import write_files
 from llmcompress.frontier.judge import Judge
 from llmcompress.frontier.peers import Peer
 from llmcompress.frontier.prices import check_prices, price_list
@@ -145,7 +146,7 @@ def _swept(
         "peers": [_beside(_as_point(peer, dense), dense) for peer in peers],
     }
     if not (output / FILE).is_file():
-        _write(output, {FILE: json.dumps(finite(found), indent=2)})
+        write_files(output, {FILE: _numbers(found)})
     for line in lines:
         recipe = line.job.recipe.name
         told.next(f"{recipe}: prices for {len(sizes)} budgets")
@@ -212,21 +213,9 @@ def _is_done(folder: Path, plan: Allocation, source: Source) -> bool:
 
 def _publish(output: Path, found: dict[str, Any]) -> None:
     """Writes numbers, table and pictures."""
-    _write(output, {FILE: json.dumps(finite(found), indent=2), TABLE: frontier_markdown(found)})
-    for kind, picture in frontier_pictures(found).items():
-        path = output / f"{PICTURE}.{kind}"
-        try:
-            path.write_bytes(picture)
-        except OSError as error:
-            raise DiskError(f"{path} cannot be written ({error.strerror}); free some space and start again") from error
+    pictures = {f"{PICTURE}.{kind}": picture for kind, picture in frontier_pictures(found).items()}
+    write_files(output, {FILE: _numbers(found), TABLE: frontier_markdown(found).encode()} | pictures)
 
 
-def _write(output: Path, texts: dict[str, str]) -> None:
-    for name, text in texts.items():
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            replace_text(output / name, text)
-        except OSError as error:
-            raise DiskError(
-                f"{output / name} cannot be written ({error.strerror}); free some space and start again"
-            ) from error
+def _numbers(found: dict[str, Any]) -> bytes:
+    return json.dumps(finite(found), indent=2).encode()
