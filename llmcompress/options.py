@@ -70,8 +70,9 @@ def recipe_or_default(recipe: str | None, settings: list[str]) -> str | dict[str
         return recipe
     if not any(setting.startswith("target") for setting in settings):
         raise RecipeError("there is no RECIPE; name one, or give a target: one of --bpw, --size and --kl")
-    calibration = {"dataset": "stdlib", "samples": 66, "length": 1024, "held_out": 2}
-    return {"version": 1, "name": "target", "calibration": calibration, "asymmetric": 0.25}
+    calibration = {"dataset": "builtin", "samples": 66, "length": 1024, "held_out": 2}
+    weights = {"by": "attention"}
+    return {"version": 1, "name": "target", "calibration": calibration, "token_weights": weights, "asymmetric": 0.25}
 
 
 def tuned(recipe: Recipe, tune: bool) -> Recipe:

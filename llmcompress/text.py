@@ -1,4 +1,4 @@
-"""Where text comes from: files, `datasets`, and the Python standard library, one document at a time.
+"""Where text comes from: files, `datasets`, this package and the Python standard library, one document at a time.
 
 A document is a string, or a chat: a list of `{"role": ..., "content": ...}` messages. Nothing here tokenizes.
 """
@@ -31,6 +31,8 @@ SKIPPED_MODULES = frozenset(
     {"distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "tkinter", "turtle", "turtledemo"}
 )
 TEST_EVERY = 6  # one document in six of the standard library is evaluation text
+TEXTS = Path(__file__).with_name("texts")
+BETWEEN = "\n%%%\n"  # documents in a file of these
 
 
 def read_documents(
@@ -42,12 +44,15 @@ def read_documents(
     column: str | None = None,
     streaming: bool = True,
 ) -> Iterator[Document]:
-    """The documents of `dataset`: "stdlib", a local .txt/.jsonl/.parquet file, or a name that `datasets` knows.
+    """The documents of `dataset`: "builtin", "stdlib", a local .txt/.jsonl/.parquet file, or a name that `datasets`
+    knows.
 
     A .txt file is one document. Blank documents are left out. Raises InputError where something cannot be read.
     """
-    if dataset == "stdlib":
-        rows: Iterable[Any] = (text for _, text in stdlib_documents(split or "train"))
+    if dataset == "builtin":
+        rows: Iterable[Any] = builtin_documents()
+    elif dataset == "stdlib":
+        rows = (text for _, text in stdlib_documents(split or "train"))
     elif is_file(dataset):
         rows = _file_rows(Path(dataset).expanduser())
     else:
@@ -84,6 +89,26 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); give the path of a text file") from error
+
+
+# --- text that this package ships -------------------------------------------------------------------------------
+
+
+@functools.cache
+def builtin_documents() -> tuple[str, ...]:
+    """Text of many kinds, for who has none: articles, news, fiction, textbooks, dialogues, letters and code written
+    for this package (`texts/`), and as many characters of the standard library's "train" documents.
+
+    None of it is evaluation text of any benchmark. Statistics of one kind of text suit that kind alone (LOG.md).
+    """
+    own = tuple(text for path in sorted(TEXTS.glob("*.txt")) for text in read_text(path).strip().split(BETWEEN))
+    left, beside = sum(map(len, own)), []
+    for _, text in stdlib_documents("train"):
+        beside.append(text[:left])
+        left -= len(beside[-1])
+        if not left:
+            break
+    return (*own, *beside)
 
 
 # --- the standard library ---------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PIECE = 200_000  # characters of one document tokenized at a time
 SHORTFALL = 0.1  # the share of the asked-for sequences that may be missing
+OFFLINE = ("builtin", "stdlib", "self")  # what needs neither a file nor the Hub
 Switch = Literal["auto"] | bool
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -32,8 +33,8 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
     """Which text calibration runs on. Every field that says "auto" is resolved and reported."""
 
     dataset: str = Field(default="stdlib", min_length=1)
-    """A name for `datasets`, a local .txt/.jsonl/.parquet file, "stdlib" (documentation that Python ships), or "self"
-    (the dense model writes the text itself)."""
+    """A name for `datasets`, a local .txt/.jsonl/.parquet file, "builtin" (text of many kinds that comes with this
+    package, and documentation), "stdlib" (documentation that Python ships), or "self" (the dense model writes it)."""
     subset: str | None = None
     """The configuration of a data set that has several ("wikitext-2-raw-v1")."""
     revision: str | None = None
@@ -74,11 +75,11 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
             raise ValueError(f"held_out {self.held_out} is neither a share below 1 nor a whole number of sequences")
         if self.held_out >= self.samples and self.held_out >= 1:
             raise ValueError(f"held_out {int(self.held_out)} leaves none of the {self.samples} samples to fit on")
-        local = self.dataset in ("self", "stdlib") or is_file(self.dataset)
+        local = self.dataset in OFFLINE or is_file(self.dataset)
         given = [name for name in ("subset", "revision") if local and getattr(self, name) is not None]
         if self.split is not None and local and self.dataset != "stdlib":
             given.append("split")
-        if self.column is not None and self.dataset in ("self", "stdlib"):
+        if self.column is not None and self.dataset in OFFLINE:
             given.append("column")
         if given:
             raise ValueError(f"{' and '.join(given)} cannot be chosen for dataset {self.dataset!r}; leave it out")
@@ -266,6 +267,8 @@ def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibratio
 
 def source_name(config: Calibration) -> str:
     """Where text that exists comes from, as reports and errors say it."""
+    if config.dataset == "builtin":
+        return f"builtin (texts of llmcompress, and {stdlib_source()})"
     if config.dataset == "stdlib":
         return f"{stdlib_source()}, split {config.split or 'train'}"
     if is_file(config.dataset):

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from llmcompress.errors import InputError, NumericsError, RecipeError
-from llmcompress.text import read_documents, shuffled, stdlib_documents, stdlib_text
+from llmcompress.text import builtin_documents, read_documents, shuffled, stdlib_documents, stdlib_text
 from llmcompress.tokens import Calibration, CalibrationTokens, calibration_tokens, given_tokens, held_out_count
 from tests.tiny import tiny, tiny_tokenizer
 
@@ -132,6 +132,21 @@ def test_standard_library_is_deterministic_and_its_test_part_is_disjoint() -> No
     assert found.held_out == 2
     with pytest.raises(RecipeError, match="no split 'valid'"):
         read(dataset="stdlib", split="valid")
+
+
+def test_builtin_text_is_of_many_kinds_half_of_it_documentation_and_none_of_it_evaluation_text() -> None:
+    documents = builtin_documents()
+    train = {text for _, text in stdlib_documents("train")}
+    documentation = [text for text in documents if any(whole.startswith(text) for whole in train)]
+    own = [text for text in documents if text not in documentation]
+    assert len(own) > 100
+    assert sum(map(len, own)) == sum(map(len, documentation)) > 300_000
+    assert documents[-len(documentation) :] == tuple(documentation)
+    test = {" ".join(part.split()) for part in stdlib_text("test").split("\n\n")}
+    assert not test & {" ".join(part.split()) for text in documents[:-1] for part in text.split("\n\n")}
+    report = read(dataset="builtin", samples=64, length=128).report()
+    assert "texts of llmcompress" in report["source"]
+    assert report["documents"] > 1
 
 
 @pytest.mark.parametrize(
@@ -312,6 +327,7 @@ def test_tokens_outside_the_vocabulary_and_too_long_sequences() -> None:
         ({"held_out": -0.1}, "held_out"),
         ({"dataset": "self", "packing": False}, "always packed"),
         ({"dataset": "stdlib", "revision": "main"}, "revision cannot be chosen"),
+        ({"dataset": "builtin", "split": "test"}, "split cannot be chosen"),
         ({"dataset": "x.txt", "split": "train"}, "split cannot be chosen"),
         ({"temperature": 0}, "temperature"),
         ({"bos": "perhaps"}, "bos"),
