@@ -153,6 +153,11 @@ class Recipe(BaseModel):
     options: tuple[Option, ...] | None = Field(
         default=None, min_length=1, description="lists of steps to choose from for a target; null: trellises"
     )
+    damage: Literal["distortion", "kl"] = Field(
+        default="distortion",
+        description="what an option is judged by: its output error times what errors of that layer cost, measured "
+        "once, or the KL of the model's predictions with each option in it, in three times the probes",
+    )
     rules: tuple[Rule, ...] = Field(default=(), description="may be left out where there is a target")
     embeddings: tuple[Step, ...] = Field(
         default=(), description="steps for the token table, and for the output head where it is tied to it"
@@ -180,6 +185,10 @@ class Recipe(BaseModel):
             raise ValueError('the key "rules" is missing')
         if self.options is not None and self.target is None:
             raise ValueError("options: they are what a target is reached with, and there is none; set target or rules")
+        if self.damage != "distortion" and self.target is None:
+            raise ValueError(
+                "damage: it says how options are judged, and there is no target; set target, or leave it out"
+            )
         if self.target is not None and (self.calibration is None or not self.calibration.held_out):
             raise ValueError("target: options are judged on held-out text; add calibration with held_out more than 0")
         if self.target is not None and self.fuse is not None:

@@ -237,4 +237,5 @@ def with_steps(job: Job, found: Choices, chosen: Sequence[int]) -> Recipe:
         else:
             groups.setdefault(one.options[option], []).append(one.name)
     rules = (*job.recipe.rules, *(Rule(match=tuple(names), steps=steps) for steps, names in groups.items()))
-    return Recipe(**{**dict(job.recipe), "target": None, "options": None, "rules": rules, **tables})
+    settled = {"target": None, "options": None, "damage": "distortion"}  # as where there is no target
+    return Recipe(**{**dict(job.recipe), **settled, "rules": rules, **tables})

@@ -2,10 +2,11 @@
 
 The predicted damage of an option is the relative output error that it leaves times the matrix's sensitivity: the KL of
 the model's predictions per unit of that error, measured by exchanging this one matrix (both grow with the square of a
-small change). Sums of damages predict that of a plan as long as the errors of different layers do not add up.
+small change). The recipe's `damage` says whether one option's sensitivity goes for all (distortion) or is measured with
+each that is run (kl). Sums of damages predict that of a plan as long as the errors of different layers do not add up.
 
 Of a model with n weights, for t probing tokens, c calibration tokens and L linears: c forwards of the linears and their
-Gram matrices, three rough encodings of all weights, and L half forwards and heads of t tokens.
+Gram matrices, three rough encodings of all weights, and L (3 L for kl) half forwards and heads of t tokens.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from llmcompress.allocate.choices import Choices, Matrix, Steps
-from llmcompress.allocate.distortion import changed, error, families, interpolated, rough, run_of, sampled
+from llmcompress.allocate.distortion import LEAST, changed, error, families, interpolated, rough, run_of, sampled
 from llmcompress.allocate.sensitivity import Probe
 from llmcompress.blocks import product_dtype
 from llmcompress.calibrate import InputGroup, walk
@@ -59,7 +61,7 @@ class Offer:
 @dataclass(frozen=True)
 class Priced:
     """A matrix with its offers, in the order of the options. `sensitivity`: KL in nats per token for each unit of
-    relative error."""
+    relative error, as a middle option has it."""
 
     name: str
     shape: tuple[int, int]
@@ -80,10 +82,12 @@ class Priced:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Of one matrix: the error of each option that was run, and its sensitivity."""
+    """Of one matrix: the error of each option that was run, and the sensitivities that were measured, by option; of a
+    middle one, `probed`, always."""
 
     errors: dict[int, float]
-    sensitivity: float
+    sensitivities: dict[int, float]
+    probed: int
 
 
 def prices(
@@ -102,7 +106,7 @@ def prices(
         one = wanted[layer.name]
         if one is smallest:
             reference = [_of_reference(layer, one, family, held_out) for family in families(one.options)]
-        measured[one.name] = _measured(layer, one, held_out, probe)
+        measured[one.name] = _measured(layer, one, held_out, probe, every=job.recipe.damage == "kl")
     return tuple(_priced(one, measured[one.name], [] if one.is_table else reference) for one in found.matrices)
 
 
@@ -165,33 +169,38 @@ def _of_reference(
     return fast, [error(layer, one.options[number], held_out) for number in family]
 
 
-def _measured(layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe) -> _Measured:
-    """Runs options: of a linear a few roughly, of a table all on some of its rows; and probes with a middle one."""
+def _measured(layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe, every: bool) -> _Measured:
+    """Runs options: of a linear a few roughly, of a table all on some of its rows; and probes with a middle one, or
+    with every one that is run."""
     rows = sampled(layer)
     run = range(len(one.options)) if one.is_table else [number for f in families(one.options) for number in run_of(f)]
     largest = max(families(one.options), key=len)
     middle = run_of(largest)[(len(run_of(largest)) - 1) // 2]
-    value, made = changed(layer, rough(one.options[middle]), held_out)
-    errors = {}
+    errors, sensitivities = {}, {}
     for number in run:
-        if number == middle and rows is layer and not one.is_table:
-            errors[number] = made
-        else:
-            steps = one.options[number] if one.is_table else rough(one.options[number])
-            errors[number] = error(rows, steps, held_out)
-    sensitivity = max(probe.divergence(layer.name, value), 0.0) / made  # rounding can make no change a negative one
-    if not all(map(math.isfinite, (sensitivity, *errors.values()))):
+        fast, probed = rough(one.options[number]), every or number == middle
+        if probed:
+            value, made = changed(layer, fast, held_out)
+            divergence = max(probe.divergence(layer.name, value), 0.0)  # rounding can make no change a negative one
+            sensitivities[number] = divergence / made
+        exact = probed and rows is layer and not one.is_table
+        errors[number] = made if exact else error(rows, one.options[number] if one.is_table else fast, held_out)
+    if not all(map(math.isfinite, (*sensitivities.values(), *errors.values()))):
         raise NumericsError(f"{layer.name}: an option for it gives NaN or Inf; give other options, or a rule for it")
-    return _Measured(errors, sensitivity)
+    return _Measured(errors, sensitivities, middle)
 
 
 def _priced(one: Matrix, found: _Measured, reference: list[tuple[dict[int, float], list[float]]]) -> Priced:
-    errors = dict(found.errors)
+    errors, damages = dict(found.errors), {}
     for family, (fast, asked) in zip(families(one.options), reference):
         places = {number: place for place, number in enumerate(family)}
         run = {places[number]: found.errors[number] for number in fast}
         values = interpolated(run, {places[number]: value for number, value in fast.items()}, asked)
         errors |= {number: values[place] for number, place in places.items()}
+    for family in families(one.options):
+        measured = {number: found.sensitivities[number] for number in family if number in found.sensitivities}
+        curve = {errors[number]: value for number, value in (measured or found.sensitivities).items()}
+        damages |= {number: errors[number] * _between(curve, errors[number]) for number in family}
     offers = tuple(
         Offer(
             steps,
@@ -199,8 +208,16 @@ def _priced(one: Matrix, found: _Measured, reference: list[tuple[dict[int, float
             one.bytes[number],
             errors[number],
             number in found.errors,
-            errors[number] * found.sensitivity,
+            damages[number],
         )
         for number, steps in enumerate(one.options)
     )
-    return Priced(one.name, one.shape, one.is_table, found.sensitivity, offers)
+    return Priced(one.name, one.shape, one.is_table, found.sensitivities[found.probed], offers)
+
+
+def _between(curve: dict[float, float], place: float) -> float:
+    """The value at a place of a curve, given by its points, all above 0: along the logarithms of both, level beyond the
+    ends."""
+    points = sorted((math.log(x), math.log(max(y, LEAST))) for x, y in curve.items())
+    xs, ys = zip(*points, strict=True)
+    return math.exp(float(np.interp(math.log(place), xs, ys)))

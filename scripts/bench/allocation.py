@@ -1,6 +1,6 @@
 """What an allocation is worth: its plan beside plans of the same size, and how well damages are predicted.
 
-    python scripts/bench/allocation.py --data DATA (--bpw 2 | --size 40MB) [--options FILE] [--plans 20]
+    python scripts/bench/allocation.py --data DATA (--bpw 2 | --size 40MB) [--options FILE] [--damage kl] [--plans 20]
 
 DATA holds `wikitext2-valid.txt` (calibration: its first 16 windows of 1024 tokens, the next two held out) and
 `wikitext2-test.raw` (the KL of every plan: its first `--windows` windows of 256 tokens). Prices are measured once; then
@@ -49,6 +49,7 @@ def main() -> None:
     aims.add_argument("--bpw", type=float)
     aims.add_argument("--size")
     parser.add_argument("--options", type=Path, help="what each linear may become; the default ones otherwise")
+    parser.add_argument("--damage", choices=("distortion", "kl"), default="distortion", help="as in a recipe")
     parser.add_argument("--plans", type=int, default=20, help="random ones")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--jsonl", type=Path, help="collects the rows as they come")
@@ -83,6 +84,7 @@ def recipe(asked: argparse.Namespace) -> dict[str, Any]:
         "calibration": calibration(asked.data),
         "target": target,
         "options": options,
+        "damage": asked.damage,
     }
 
 

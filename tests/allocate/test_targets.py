@@ -103,6 +103,26 @@ def test_less_damage_takes_more_bytes_and_is_predicted_to_be_kept(plan: Allocati
 # --- quality --------------------------------------------------------------------------------------------------------
 
 
+def test_by_kl_an_option_costs_what_a_model_with_it_alone_loses(place: Path, plan: Allocation, tmp_path: Path) -> None:
+    probed = allocated(place, {"bytes": SIZE}, damage="kl")
+    assert [[offer.error for offer in one.offers] for one in probed.prices] == [
+        [offer.error for offer in one.offers] for one in plan.prices
+    ]
+    assert probed.recipe.damage == "distortion" and probed.recipe.target is None, "the driver's recipe has no target"
+    for one, other in zip(probed.prices, plan.prices, strict=True):
+        middle = 2  # of six widths, the one that sensitivities are measured with
+        assert one.offers[middle].damage == pytest.approx(other.offers[middle].damage)
+    for name, option in (("model.layers.0.mlp.up_proj", 0), ("model.layers.2.self_attn.v_proj", 0)):
+        rules = [{"match": name, "steps": OPTIONS[option]}, {"match": "*", "steps": []}]
+        alone = recipe(place, {}, rules=rules, prefix="dense")
+        del alone["target"], alone["options"]
+        folder = lc.compress(place / "dense", alone, tmp_path / name).folder
+        [priced] = [one for one in probed.prices if one.name == name]
+        assert priced.offers[option].damage == pytest.approx(probed.measured(folder), rel=0.05)
+    with pytest.raises(RecipeError, match="damage: it says how options are judged, and there is no target"):
+        read_recipe({"version": 1, "damage": "kl", "rules": [{"match": "*", "steps": [{"method": "rtn"}]}]})
+
+
 def test_a_chosen_plan_beats_plans_of_no_thought_and_damages_are_ranked(plan: Allocation, tmp_path: Path) -> None:
     costs = [one.bytes for one in plan.choices.matrices]
     limit = sum(row[option] for row, option in zip(costs, plan.chosen, strict=True))
