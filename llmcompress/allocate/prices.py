@@ -191,12 +191,13 @@ def _measured(layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe,
 
 
 def _priced(one: Matrix, found: _Measured, reference: list[tuple[dict[int, float], list[float]]]) -> Priced:
-    errors, damages = dict(found.errors), {}
+    errors = dict(found.errors)
     for family, (fast, asked) in zip(families(one.options), reference):
         places = {number: place for place, number in enumerate(family)}
         run = {places[number]: found.errors[number] for number in fast}
         values = interpolated(run, {places[number]: value for number, value in fast.items()}, asked)
         errors |= {number: values[place] for number, place in places.items()}
+    damages: dict[int, float] = {}
     for family in families(one.options):
         measured = {number: found.sensitivities[number] for number in family if number in found.sensitivities}
         curve = {errors[number]: value for number, value in (measured or found.sensitivities).items()}
