@@ -354,8 +354,8 @@ def _searched_elsewhere(run: _Run) -> tuple[str, ...]:
     if searched_there(run.device) or not any("trellis" in row.stored for row in run.rows):
         return ()
     return (
-        f"trellises were searched on the CPU, not on {run.device}, which takes an NVIDIA GPU and Triton; install "
-        "llmcompress[gpu] if there is such a GPU",
+        f"trellises were searched on the CPU, not on {run.device}, since that takes an NVIDIA GPU and Triton; if there "
+        'is such a GPU, run pip install "llmcompress[gpu]"',
     )
 
 

@@ -31,8 +31,9 @@ def search(trellis: Trellis, edges: list[int], importance: Tensor) -> Search:
     """The function `(wanted, starts, ends) -> states` for columns of streams, see `methods/streams.py`, on one device.
 
     `importance` float32 `[steps, values]`; a stream lasts from one of `edges` to the next. `wanted` is like
-    `importance`; `starts` and `ends` int32 `[streams]`, -1 for any end; `states` int32 `[steps]`.
+    `importance`; `starts` and `ends` int32 `[streams]`, contiguous, -1 for any end; `states` int32 `[steps]`.
     """
+    importance = importance.contiguous()
     device, rest = importance.device, 1 << (trellis.memory - trellis.bits)
     streams = len(edges) - 1
     numbers = table(trellis).T.contiguous().to(device)

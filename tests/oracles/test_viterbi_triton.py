@@ -14,14 +14,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-import llmcompress as lc
-from llmcompress import driver
 from llmcompress.methods.stream_search import searched_there
 from llmcompress.trellis import Trellis
 from llmcompress.viterbi import search
 from tests.oracles.interpreted import CASES, Case, codes, on
 from tests.rules.source_tree import ROOT
-from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which is for Linux")
 on_a_gpu = pytest.mark.skipif(not searched_there(torch.device("cuda")), reason="needs a GPU that Triton supports")
@@ -99,14 +96,3 @@ def test_on_a_gpu_it_finds_the_same_states_in_long_streams(trellis: Trellis) -> 
 @on_a_gpu
 def test_on_a_gpu_it_chooses_the_same_columns() -> None:
     assert np.array_equal(codes("cuda"), codes("cpu"))
-
-
-def test_a_search_on_another_device_than_asked_for_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save_tiny("llama", tmp_path / "dense")
-    rules = [{"match": "*", "steps": [{"method": "trellis", "memory": 8}]}]
-    found = []
-    for there in (True, False):
-        monkeypatch.setattr(driver, "searched_there", lambda device, there=there: there)
-        report = lc.compress(folder, {"version": 1, "rules": rules}, tmp_path / str(there)).report
-        found.append([warning for warning in report.warnings if "searched on the CPU" in warning])
-    assert [len(warnings) for warnings in found] == [0, 1]
