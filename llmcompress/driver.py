@@ -33,6 +33,7 @@ from llmcompress.hf import table_entry
 from llmcompress.layer import Layer, StepConfig, relative_error
 from llmcompress.locate import Place
 from llmcompress.methods.hessian import damped
+from llmcompress.methods.stream_search import searched_there
 from llmcompress.modules import LIKE, CompressedLinear, Layout, payload_texts
 from llmcompress.moments import Moments
 from llmcompress.planning import Job, check_memory, lay, plan_of, warnings
@@ -127,8 +128,8 @@ def compress(
     check_memory(planned, device)
     tokens = _tokens(job)
     with writing(Path(output)) as writer:
-        run = _Run(job, tune, 0 if tokens is None else tokens.held_out)
-        for block in _blocks(run, tokens, device, progress):
+        run = _Run(job, torch.device(device), tune, 0 if tokens is None else tokens.held_out)
+        for block in _blocks(run, tokens, progress):
             balanced = _balanced(job, block)
             tensors = _compress_block(run, block) | balanced.tensors(block)
             writer.add(tensors, payload_texts(run.layouts))
@@ -147,6 +148,7 @@ class _Run:
     learned; `fused`: what went into their dense weights."""
 
     job: Job
+    device: torch.device
     tune: Tune | None
     held_out: int  # of the calibration sequences
     layouts: dict[str, Layout] = field(default_factory=dict)
@@ -170,7 +172,7 @@ def _tokens(job: Job) -> CalibrationTokens | None:
     return calibration_tokens(config, source.tokenizer(), teacher, source.config)
 
 
-def _blocks(run: _Run, tokens: CalibrationTokens | None, device: str, progress: Progress | None) -> Iterator[Block]:
+def _blocks(run: _Run, tokens: CalibrationTokens | None, progress: Progress | None) -> Iterator[Block]:
     """The walk over the model; without tokens, the moments are empty."""
     job, recipe = run.job, run.job.recipe
     return walk(
@@ -185,8 +187,8 @@ def _blocks(run: _Run, tokens: CalibrationTokens | None, device: str, progress: 
         dense_stream=recipe.asymmetric > 0,
         outputs=run.tune is not None,
         batch_size=None if run.tune is None else run.tune.batch_size,
-        device=device,
-        dtype=product_dtype(recipe.compute, torch.device(device)),
+        device=run.device,
+        dtype=product_dtype(recipe.compute, run.device),
         progress=progress,
     )
 
@@ -338,12 +340,22 @@ def _report(run: _Run, tokens: CalibrationTokens | None, size: int, seconds: flo
         peak_memory_bytes=peak_memory(),
         calibration=None if tokens is None else tokens.report(),
         layers=tuple(rows),
-        warnings=warnings(job),
+        warnings=(*warnings(job), *_searched_elsewhere(run)),
         base_model=job.source.hub_id,
         license=job.source.license,
         versions=reports.versions(),
         blocks=run.blocks,
         fused=tuple(run.fused),
+    )
+
+
+def _searched_elsewhere(run: _Run) -> tuple[str, ...]:
+    """A sentence where trellises were searched on another device than asked for."""
+    if searched_there(run.device) or not any("trellis" in row.stored for row in run.rows):
+        return ()
+    return (
+        f"trellises were searched on the CPU, not on {run.device}, since that takes an NVIDIA GPU and Triton; if there "
+        'is such a GPU, run pip install "llmcompress[gpu]"',
     )
 
 

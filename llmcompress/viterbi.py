@@ -3,7 +3,8 @@
 Of every state the cheapest way to it is known; a step extends all of them. States that share all but their oldest code
 lead to the same successors, so of these only the cheapest goes on. Costs lie by a state's newest code, so that each
 loop below runs along memory. Sums are rounded as they are written (no `fastmath`, which gains nothing here), and of
-equally cheap ways the one with the lowest oldest code goes on: every machine finds the same.
+equally cheap ways the one with the lowest oldest code goes on: every machine finds the same, GPUs
+too (`viterbi_triton.py`).
 """
 
 from __future__ import annotations

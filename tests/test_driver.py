@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
+from llmcompress import driver
 from llmcompress.errors import DiskError, InputError, MemoryLimitError, NumericsError, RecipeError
 from llmcompress.modules import compressed_linears
 from llmcompress.weight import bits, dense
@@ -146,6 +147,18 @@ def test_layers_that_no_rule_compresses_are_reported(folder: Path, tmp_path: Pat
     assert len(planned.layers) == 6
     assert "model.layers.0.self_attn.q_proj stays dense" in planned.warnings
     assert lc.compress(folder, recipe(text, rules=rules), tmp_path / "out").report.warnings == planned.warnings
+
+
+def test_a_search_on_another_device_than_asked_for_is_reported(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = [{"match": "*", "steps": [{"method": "trellis", "memory": 8}]}]
+    found = []
+    for there in (True, False):
+        monkeypatch.setattr(driver, "searched_there", lambda device, there=there: there)
+        report = lc.compress(folder, {"version": 1, "rules": rules}, tmp_path / str(there)).report
+        found.append(sum("searched on the CPU" in warning for warning in report.warnings))
+    assert found == [0, 1]
 
 
 def test_an_idle_pattern_warns_in_the_plan_and_stops_the_run(folder: Path, tmp_path: Path, text: Path) -> None:

@@ -15,6 +15,7 @@ ROOMS = (
     "rotation",  # the random input basis
     "trellis",  # numbers of a bit-shift trellis
     "viterbi",  # the codes nearest to given numbers
+    "viterbi_triton",  # the same on a GPU
     "weight",  # what a compressed weight is
     "encoding",  # its disk form
     "lookup",  # rows of a packed weight
