@@ -3,10 +3,10 @@
     for block in walk(source, arch, sequences, held_out=16, needs=frozenset({"outer"})):
         block.swap({linear.name: compressed(block.weight(linear.name), group.inputs) ...})
 
-Peak memory is one block, the hidden states of all sequences, and the statistics of that block, whatever the depth of
-the model. A block is loaded in float32, run once on the sequences to gather the moments of its linears' inputs, handed
-to the caller, run again with what the caller swapped in, and dropped; the second run's outputs are the next block's
-inputs, so later layers see the errors of earlier ones.
+Peak memory is one block, or a pair, the hidden states of all sequences, and the statistics of one block, whatever the
+depth of the model. A block is loaded in float32, run once on the sequences to gather the moments of its linears'
+inputs, handed to the caller, run again with what the caller swapped in, and dropped; the second run's outputs are the
+next block's inputs, so later layers see the errors of earlier ones.
 """
 
 from __future__ import annotations
@@ -56,12 +56,14 @@ class Streams:
     """The hidden states that blocks read, `[sequences, length, width]`, and how moments are gathered of them.
 
     `dense`: those in the dense model, of the calibration sequences or of all, None where they are not carried;
-    `keep_outputs`: `hidden` moves on to a block's outputs while its moments are gathered.
+    `behind`: those that the block before read, None where it does not stay; `keep_outputs`: `hidden` moves on to a
+    block's outputs while its moments are gathered.
     """
 
     batches: list[Batch]
     hidden: Tensor
     dense: Tensor | None
+    behind: Tensor | None
     cap: float | None
     weights: TokenWeights | None
     keep_outputs: bool
@@ -86,6 +88,7 @@ class Block:
     run: Run | None = field(default=None, repr=False)  # on hidden states alone; None where nothing runs
     wanted: Tensor | None = field(default=None, repr=False)
     gather: Callable[[tuple[str, ...]], InputGroup] | None = field(default=None, repr=False)
+    before: Block | None = field(default=None, repr=False)  # still loaded, with its own inputs, if it was asked for
 
     def weight(self, name: str) -> Tensor:
         """The dense matrix `[out, in]` of the linear at module path `name`, float32; not to be written to."""
@@ -124,6 +127,7 @@ def walk(
     prefix: Literal["compressed", "dense"] = "compressed",
     dense_stream: bool = False,
     outputs: bool = False,
+    pairs: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
@@ -137,14 +141,15 @@ def walk(
     those of each linear by module path; groups that are not named are left out. `cap`: see `moments.capped_weights`;
     None: none. `weights`: see `importance`. `prefix`: whether inputs come from the blocks as the caller left them, or
     from the dense ones. `dense_stream`: carry the dense model's hidden states beside the others, for `cross`;
-    `outputs`: for `Block.wanted`, of held-out sequences too. `dtype`: of a block's products. `batch_size`: sequences
-    per forward (2048 tokens). `progress(blocks done, blocks, tokens per second)` is called after each.
+    `outputs`: for `Block.wanted`, of held-out sequences too; `pairs`: for `Block.before`, which may change as well.
+    `dtype`: of a block's products. `batch_size`: sequences per forward (2048 tokens). `progress(blocks done, blocks,
+    tokens per second)` is called after each.
 
     Raises InputError when the sequences do not suit the model or its blocks cannot be run on their own, NumericsError,
     naming the layer, when weights or activations are not finite.
     """
-    if (dense_stream or outputs) and prefix == "dense":
-        raise ValueError("a dense stream beside a dense prefix would be the same stream twice")
+    if (dense_stream or outputs or pairs) and prefix == "dense":
+        raise ValueError("a dense stream beside a dense prefix would be the same stream twice, pairs of no use")
     model = source.skeleton()
     if sequences is None:
         yield from _without_data(model, source, arch, needs, torch.device(device), progress)
@@ -153,23 +158,21 @@ def walk(
     batches = in_batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
     hidden, calls, as_tuple = embed(model, source, arch, sequences, batches, torch.device(device))
     beside = len(hidden) if outputs else len(hidden) - held_out if dense_stream else 0
-    streams = Streams(batches, hidden, hidden[:beside].clone() if beside else None, cap, weights, prefix == "dense")
-    started = time.monotonic()
+    dense, behind = hidden[:beside].clone() if beside else None, hidden.clone() if pairs else None
+    streams = Streams(batches, hidden, dense, behind, cap, weights, prefix == "dense")
+    before, started = None, time.monotonic()
     for index, layout in enumerate(arch.blocks):
         module = model.get_submodule(layout.path)
         load(module, layout.path, source, hidden.device)
         run = Run(module, layout.path, {size: blocks[index] for size, blocks in calls.items()}, dtype)
-        block = _block(model, arch, index, run, _wanted(layout, needs), streams, outputs)
+        block = replace(_block(model, arch, index, run, _wanted(layout, needs), streams, outputs), before=before)
         give_back_memory()
         yield block
-        block.groups, block.wanted = (), None
-        if prefix == "compressed":
-            _advance(run, batches, hidden)
-        drop(module)
+        before = _leave(block, run, streams, index + 1 == len(arch.blocks))
         if progress is not None:
             progress(index + 1, len(arch.blocks), (index + 1) * sequences.numel() / (time.monotonic() - started))
     ends = _gather_ends(model, source, arch, needs, hidden, batches, as_tuple, cap)
-    del hidden, streams, block  # tables are large
+    del hidden, dense, behind, before, streams, block  # tables are large
     for group in ends:
         yield from _table(model, source, arch, group, torch.device(device))
 
@@ -187,6 +190,26 @@ def _block(
 
     dense = streams.dense if outputs else None
     return Block(index, run.path, run.module, groups, streams.hidden, arch.linears(), model, run, dense, gather)
+
+
+def _leave(block: Block, run: Run, streams: Streams, last: bool) -> Block | None:
+    """Moves the hidden states on to the outputs of the block as it is now, and drops it.
+
+    Where inputs stay `behind`, the block before may have changed: its outputs are computed again, and it is dropped in
+    the place of this one, which is returned with its own inputs; after the `last` none stays.
+    """
+    block.groups, block.wanted = (), None
+    before, block.before = block.before, None
+    if before is not None and before.run is not None:
+        _advance(before.run, streams.batches, before.hidden)
+        block.hidden.copy_(before.hidden)
+        drop(before.module)
+    if not streams.keep_outputs:
+        _advance(run, streams.batches, block.hidden)
+    if streams.behind is None or last:
+        drop(block.module)
+        return None
+    return replace(block, hidden=streams.behind, gather=None)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    """What a block learned: its compressed linears and other parameters by name, and what became of its error."""
+    """What blocks learned: their compressed linears and other parameters by name, and what became of the error."""
 
     linears: dict[str, CompressedLinear]
     dense: dict[str, Tensor]
@@ -64,12 +64,14 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Tune:
-    """How a block learns once its layers are set, in place: `learn(block, dense weights by name, how many sequences are
-    held out)`; with `between`, also after each group of layers with a common input. `batch_size`: of a forward."""
+    """How blocks learn once their layers are set, in place: `learn(blocks, dense weights by name, how many sequences
+    are held out)`, with blocks that follow each other: `window` of them, 1 or 2, in the end; with `between`, also one
+    alone after each group of its layers with a common input. `batch_size`: of a forward."""
 
-    learn: Callable[[Block, Mapping[str, Tensor], int], Tuned]
+    learn: Callable[[tuple[Block, ...], Mapping[str, Tensor], int], Tuned]
     between: bool
     batch_size: int
+    window: int
 
 
 @dataclass(eq=False)
@@ -130,10 +132,8 @@ def compress(
     with writing(Path(output)) as writer:
         run = _Run(job, torch.device(device), tune, 0 if tokens is None else tokens.held_out)
         for block in _blocks(run, tokens, progress):
-            balanced = _balanced(job, block)
-            tensors = _compress_block(run, block) | balanced.tensors(block)
-            writer.add(tensors, payload_texts(run.layouts))
-            run.fused += balanced.notes
+            for tensors in _compress_block(run, block):
+                writer.add(tensors, payload_texts(run.layouts))
         _write_rest(job, run.layouts, writer)
         size = writer.close()
         report = _report(run, tokens, size, time.monotonic() - started)
@@ -143,14 +143,27 @@ def compress(
 
 
 @dataclass(eq=False)
+class _Open:
+    """A block that may still change. `weights`: the dense matrices `[out, in]` that it learns from, by name; `linears`,
+    `learned`: what the checkpoint will hold of it, as it is now."""
+
+    block: Block
+    balanced: Balanced
+    weights: dict[str, Tensor]
+    linears: dict[str, CompressedLinear] = field(default_factory=dict)
+    learned: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
 class _Run:
-    """A job under way. `layouts`: of what is compressed, for the config; `rows`: of the report; `blocks`: how each
-    learned; `fused`: what went into their dense weights."""
+    """A job under way. `open`: the blocks that are not written yet, in order; `layouts`: of what is compressed, for the
+    config; `rows`: of the report; `blocks`: how each learned; `fused`: what went into their dense weights."""
 
     job: Job
     device: torch.device
     tune: Tune | None
     held_out: int  # of the calibration sequences
+    open: list[_Open] = field(default_factory=list)
     layouts: dict[str, Layout] = field(default_factory=dict)
     rows: list[LayerReport] = field(default_factory=list)
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -186,6 +199,7 @@ def _blocks(run: _Run, tokens: CalibrationTokens | None, progress: Progress | No
         prefix=recipe.prefix,
         dense_stream=recipe.asymmetric > 0,
         outputs=run.tune is not None,
+        pairs=run.tune is not None and run.tune.window > 1,
         batch_size=None if run.tune is None else run.tune.batch_size,
         device=run.device,
         dtype=product_dtype(recipe.compute, run.device),
@@ -199,34 +213,55 @@ def _balanced(job: Job, block: Block) -> Balanced:
     return balance(block, job.source, job.arch, job.steps) if fuse is not None and fuse.awq else Balanced()
 
 
-def _compress_block(run: _Run, block: Block) -> dict[str, Tensor]:
-    """Swaps the block's linears for compressed ones; returns every tensor that the checkpoint stores of the block."""
-    job, tune = run.job, run.tune
-    linears: dict[str, CompressedLinear] = {}
-    learned: dict[str, Tensor] = {}
-    named = (name for group in block.groups for name in group.names if name in run.steps)
-    weights = {} if tune is None else {name: block.weight(name) for name in named}
+def _compress_block(run: _Run, block: Block) -> Iterator[dict[str, Tensor]]:
+    """Swaps the block's linears for compressed ones; then, for each block that nothing changes any more, every tensor
+    that the checkpoint stores of it."""
+    tune, named = run.tune, [name for group in block.groups for name in group.names if name in run.steps]
+    balanced = _balanced(run.job, block)
+    run.fused += balanced.notes
+    here = _Open(block, balanced, {} if tune is None else {name: block.weight(name) for name in named})
+    run.open.append(here)
     groups = [group for group in block.groups if any(name in run.steps for name in group.names)]
     for number, group in enumerate(groups):
         if number and tune is not None and tune.between and block.gather is not None:
             group = block.gather(group.names)
-        linears |= block.swap(_compressed(run, block, group))
+        here.linears |= block.swap(_compressed(run, block, group))
         last = number + 1 == len(groups)
         if tune is not None and (last or tune.between) and block.wanted is not None:
-            tuned = tune.learn(block, weights, run.held_out)
-            linears |= tuned.linears
-            learned |= _stored(job, block, tuned.dense)
-            run.blocks[block.path] = tuned.found
+            _learn(run, tune, block, last)
         give_back_memory()
+    behind = 0 if tune is None or block.index + 1 >= len(run.job.arch.blocks) else tune.window - 1
+    while len(run.open) > behind:
+        yield _tensors(run, run.open.pop(0))
+
+
+def _learn(run: _Run, tune: Tune, block: Block, last: bool) -> None:
+    """Lets the block learn; together with the one before it, if that is open, once its `last` layers are set."""
+    together = run.open if last else run.open[-1:]
+    blocks = (block,) if len(together) == 1 or block.before is None else (block.before, block)
+    weights = {name: weight for each in together for name, weight in each.weights.items()}
+    tuned = tune.learn(blocks, weights, run.held_out)
+    for each in together:
+        inside = f"{each.block.path}."
+        each.linears |= {name: linear for name, linear in tuned.linears.items() if name.startswith(inside)}
+        theirs = {name: value for name, value in tuned.dense.items() if name.startswith(inside)}
+        each.learned |= _stored(run.job, each.block, theirs)
+    run.blocks[block.path] = tuned.found
+
+
+def _tensors(run: _Run, done: _Open) -> dict[str, Tensor]:
+    """Every tensor that the checkpoint stores of a block, and its layouts into the run's."""
+    job, path = run.job, done.block.path
     payload: dict[str, Tensor] = {}
-    for name, module in linears.items():
+    for name, module in done.linears.items():
         run.layouts[name] = module.layout
         payload[f"{name}.weight"] = module.get_parameter("weight").detach()
         if name == job.arch.embedding:
             payload[f"{name}.{LIKE}"] = torch.empty(0, dtype=job.source.read(f"{name}.weight").dtype)
-    apart = {f"{name}.weight" for name in linears} | set(learned)
-    inside = (n for n in job.source.tensors if n.startswith(f"{block.path}.") and n not in apart)
-    return payload | learned | {name: job.source.read(name) for name in inside}
+    apart = {f"{name}.weight" for name in done.linears} | set(done.learned)
+    inside = (n for n in job.source.tensors if n.startswith(f"{path}.") and n not in apart)
+    stored = {name: job.source.read(name) for name in inside}
+    return payload | done.learned | stored | done.balanced.tensors(done.block)
 
 
 def _compressed(run: _Run, block: Block, group: InputGroup) -> dict[str, Weight]:

@@ -253,17 +253,19 @@ def _tokens(job: Job) -> int:
 
 
 def _memory(job: Job) -> int:
-    """Bytes at the peak: one block twice, its statistics, the hidden states, or the embeddings, whichever is more."""
+    """Bytes at the peak: one block twice (two, where they learn together), its statistics, the hidden states, or the
+    embeddings, whichever is more."""
     block = max(sum(prod(lin.shape) for group in layout.groups for lin in group) for layout in job.arch.blocks)
     widths = [group[0].shape[1] for group in job.arch.blocks[0].groups]
-    learns = job.recipe.reconstruct is not None
-    hidden = _tokens(job) * min(widths) * 4 * (2 if job.recipe.asymmetric or learns else 1)
+    asked = job.recipe.reconstruct
+    learning = 0 if asked is None else 2 if asked.get("window") == 2 else 1  # blocks, together
+    hidden = _tokens(job) * min(widths) * 4 * (1 + max(learning, 1 if job.recipe.asymmetric else 0))
     statistics = sum(width**2 * 8 for width in widths) + max(widths) ** 2 * 40
     embeddings = max(prod(header.shape) for header in job.source.tensors.values()) * 4
     batch = 4096 * max(widths) * 4 * 6
     tables = max((prod(job.source.tensors[f"{name}.weight"].shape) for name in job.tables), default=0) * TABLE_BYTES
-    learning = block * LEARNING_BYTES if learns else 0
-    return LIBRARIES + hidden + batch + max(block * 4 * 3 + statistics + learning, 2 * embeddings, tables)
+    blocks = block * (4 * 3 * max(learning, 1) + LEARNING_BYTES * learning)
+    return LIBRARIES + hidden + batch + max(blocks + statistics, 2 * embeddings, tables)
 
 
 def _seconds(job: Job) -> float:

@@ -30,7 +30,8 @@ def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
     if (blocks := plan["reconstruction"]) is not None:
         rates = ", ".join(f"{kind} at {rate:g}" for kind, rate in blocks["rates"].items())
         steps = "a pass over the text" if blocks["steps"] is None else f"{blocks['steps']} steps"
-        yield f"learns  every block, {steps} each time: {rates}; that comes on top"
+        window = "" if blocks["window"] == 1 else f" in windows of {blocks['window']}"
+        yield f"learns  every block{window}, {steps} each time: {rates}; that comes on top"
     if (then := plan["distillation"]) is not None:
         yield f"then    distillation {then['name']}: {_asked(then)}; that comes on top"
 

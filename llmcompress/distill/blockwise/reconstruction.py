@@ -6,6 +6,8 @@ reconstruct: {rates: {scales: 3.0e-3, norms: 3.0e-3}}
 reconstruct: {rates: {scales: 3.0e-3, norms: 3.0e-3, weights: 1.0e-3}}
 # rounding, as AutoRound does
 reconstruct: {rates: {codes: 5.0e-3}, latents: weights, optimizer: sign, steps: 200}
+# two blocks at a time, as CBQ does
+reconstruct: {rates: {scales: 3.0e-3, norms: 3.0e-3}, window: 2}
 """
 
 from __future__ import annotations
@@ -31,6 +33,13 @@ class Reconstruction(BaseModel):
         description="learning rates of what trains, in shares of the size of its numbers: latent codes, scales, values "
         "kept as they are, low-rank factors, norms and biases; weights: those of the block's linears that are still to "
         "be compressed, which then make up for the ones that are (QuIP#, arXiv 2402.04396)",
+    )
+    window: int = Field(
+        default=1,
+        ge=1,
+        le=2,
+        description="blocks that learn together, in windows that overlap: 1, each alone; 2, each also with the one "
+        "before it, once its own layers are set (CBQ, arXiv 2312.07950)",
     )
     latents: Literal["codes", "weights"] = Field(
         default="codes", description="where latent codes start: at the codes, or at the weights within the codes' cells"

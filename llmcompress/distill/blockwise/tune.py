@@ -2,11 +2,22 @@
 
 BRECQ (arXiv 2102.05426) and its kin. The aim is what the dense block gives in the dense model, for the inputs that the
 compressed blocks before it leave: so a block also learns to undo what those lost.
+
+With windows of two, the cross-block dependency of CBQ (arXiv 2312.07950), block b learns together with b - 1, which has
+learned with b - 2 before:
+
+    inputs of b - 1, as the compressed model has them -> b - 1, b -> towards the dense model's states after b
+
+So every block learns twice, for itself and for the one after it, and is stored after the second time. The first alone
+learns by itself at first. Where this differs: the error is that of `block`, without CBQ's divergence of distributions,
+and layers of block b are set before it learns, on the inputs that the compressed blocks before it leave. Memory: one
+more block that learns, and its input states, 4 bytes x tokens x width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -22,25 +33,32 @@ from llmcompress.errors import InputError
 def tuner(recipe: Reconstruction) -> Tune:
     """What the driver calls when layers of a block are set. Raises InputError where nothing is held out to judge by."""
 
-    def tune(block: Block, weights: Mapping[str, Tensor], held_out: int) -> Tuned:
-        return _tuned(block, weights, recipe, held_out)
+    def tune(blocks: tuple[Block, ...], weights: Mapping[str, Tensor], held_out: int) -> Tuned:
+        return _tuned(blocks, weights, recipe, held_out)
 
-    return Tune(tune, between="weights" in recipe.rates, batch_size=recipe.micro_batch)
+    between = "weights" in recipe.rates
+    return Tune(tune, between=between, batch_size=recipe.micro_batch, window=recipe.window)
 
 
-def _tuned(block: Block, weights: Mapping[str, Tensor], recipe: Reconstruction, held_out: int) -> Tuned:
-    if block.run is None or block.wanted is None:
+def _tuned(blocks: tuple[Block, ...], weights: Mapping[str, Tensor], recipe: Reconstruction, held_out: int) -> Tuned:
+    block, runs = blocks[-1], [each.run for each in blocks if each.run is not None]
+    if len(runs) < len(blocks) or block.wanted is None:
         raise ValueError("the walk must carry the dense model's hidden states; ask it for outputs")
     if not held_out:
         raise InputError("reconstruct: the calibration text is too short to hold any of it out; give more text")
     target = weights.__getitem__ if recipe.latents == "weights" else None
-    part = relaxed_student(block.model, recipe.rates, recipe.estimator, target, f"{block.path}.")
+    inside = tuple(f"{each.path}." for each in blocks)
+    part = relaxed_student(block.model, recipe.rates, recipe.estimator, target, inside)
     _leave_dense(part, weights)
     counted = torch.ones(block.hidden.shape[:2], dtype=torch.bool, device=block.hidden.device)
-    data, first = Activations(block.hidden, block.wanted, counted), len(block.hidden) - held_out
-    found = recover_block(block.run, part, data[:first], data[first:], recipe, block.path)
+    data, first = Activations(blocks[0].hidden, block.wanted, counted), len(block.hidden) - held_out
+
+    def window(hidden: Tensor) -> Tensor:
+        return reduce(lambda states, run: run(states), runs, hidden)
+
+    found = recover_block(window, part, data[:first], data[first:], recipe, block.path)
     beside = {name: value for name, value in part.dense().items() if name.removesuffix(".weight") not in weights}
-    return Tuned(part.settle(), beside, found.to_json())
+    return Tuned(part.settle(), beside, found.to_json() | {"window": [each.path for each in blocks]})
 
 
 def _leave_dense(part: Student, weights: Mapping[str, Tensor]) -> None:

@@ -108,16 +108,16 @@ def relaxed_student(
     rates: Mapping[Kind, float],
     estimator: str,
     target: Callable[[str], Tensor] | None = None,
-    inside: str = "",
+    inside: str | tuple[str, ...] = "",
     scales: Scales = "learned",
 ) -> Student:
     """`model` (float32), its compressed linears replaced by relaxed ones; head and token table stay as they are.
 
     `rates` names the kinds that train, those the student has. Latent codes start at the codes, or where the dense
     weights `target`, `[out, in]` by name, are within their cells. Raises RecipeError where there is nothing to train,
-    or but the norms of a dense model for which more was asked; neither of one block, with a module path as `inside`:
-    then what lies elsewhere stays as it is. `scales`: median, for those that can follow their latents; others as
-    `rates` says.
+    or but the norms of a dense model for which more was asked; neither of some blocks, with the starts of their names
+    as `inside`: then what lies elsewhere stays as it is. `scales`: median, for those that can follow their latents;
+    others as `rates` says.
     """
     kinds = frozenset(rates) & frozenset(KINDS)
     masters = kinds | ({"scales"} if scales == "median" else set())
@@ -166,7 +166,9 @@ def _size(value: nn.Parameter) -> float:
     return float(value.detach().square().mean().sqrt()) or 1.0
 
 
-def _norms(model: PreTrainedModel, relaxed: Mapping[str, RelaxedLinear], inside: str) -> dict[str, nn.Parameter]:
+def _norms(
+    model: PreTrainedModel, relaxed: Mapping[str, RelaxedLinear], inside: str | tuple[str, ...]
+) -> dict[str, nn.Parameter]:
     theirs = tuple(f"{name}." for name in relaxed)
     found = {}
     for name, value in model.named_parameters():
@@ -177,7 +179,7 @@ def _norms(model: PreTrainedModel, relaxed: Mapping[str, RelaxedLinear], inside:
     return found
 
 
-def _weights(model: PreTrainedModel, inside: str) -> dict[str, nn.Parameter]:
+def _weights(model: PreTrainedModel, inside: str | tuple[str, ...]) -> dict[str, nn.Parameter]:
     from transformers.pytorch_utils import Conv1D
 
     stack = block_stack(model.config, model)

@@ -1,0 +1,181 @@
+"""Windows of two blocks that learn together, overlapping: what the walk keeps, what is stored, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import llmcompress as lc
+from llmcompress.architecture import architecture
+from llmcompress.calibrate import Block, walk
+from llmcompress.cli import app
+from llmcompress.distill.blockwise.reconstruction import Reconstruction
+from llmcompress.modules import compressed_linears
+from llmcompress.source import resolve
+from llmcompress.validation import INDEX
+from llmcompress.verify import verify
+from tests.distill.miniature import TEXT
+from tests.distill.test_reconstruct import RULES, SCALES, block_errors, recipe
+from tests.test_walk import block_outputs, sequences
+from tests.tiny import save_tiny, tiny
+
+DEPTH = 4
+PATHS = [f"model.layers.{index}" for index in range(DEPTH)]
+OUTER = frozenset({"outer"})
+FACTOR = 1.25
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `dense` model of four blocks, and a text."""
+    folder = tmp_path_factory.mktemp("windows")
+    save_tiny("llama", folder / "dense", num_hidden_layers=DEPTH, tie_word_embeddings=False)
+    (folder / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(80)))
+    return folder
+
+
+@torch.no_grad()
+def _change(module: nn.Module) -> None:
+    """A change that may come to a block more than once."""
+    for parameter in module.parameters():
+        parameter.mul_(FACTOR)
+
+
+def _loaded(module: nn.Module) -> bool:
+    return all(not parameter.is_meta for parameter in module.parameters())
+
+
+def test_a_block_may_change_until_the_one_after_it_is_left(place: Path) -> None:
+    """Hidden states are those of a model whose blocks have changed twice, the last two of them once."""
+    source = resolve(str(place / "dense"))
+    arch, tokens = architecture(source.config, source.skeleton()), sequences()
+    plain = tiny("llama", num_hidden_layers=DEPTH)
+    block: Block | None = None
+    for block in walk(source, arch, tokens, held_out=2, needs=OUTER, outputs=True, pairs=True, batch_size=2):
+        dense = block_outputs(tiny("llama", num_hidden_layers=DEPTH), arch, tokens)
+        assert block.wanted is not None
+        torch.testing.assert_close(block.wanted, dense[block.index])
+        seen = block_outputs(plain, arch, tokens)
+        if block.index:
+            torch.testing.assert_close(block.hidden, seen[block.index - 1])
+        assert (block.before is None) == (block.index == 0)
+        if block.before is not None and block.before.run is not None:
+            assert block.before.path == PATHS[block.index - 1] and block.before.before is None
+            torch.testing.assert_close(block.before.run(block.before.hidden[:2]), block.hidden[:2])
+            _change(block.before.module)
+            _change(plain.get_submodule(block.before.path))
+        _change(block.module)
+        _change(plain.get_submodule(block.path))
+    assert block is not None
+    torch.testing.assert_close(block.hidden, block_outputs(plain, arch, tokens)[-1])
+
+
+def test_two_blocks_are_in_memory_at_a_time(place: Path) -> None:
+    source = resolve(str(place / "dense"))
+    arch = architecture(source.config, source.skeleton())
+    model = None
+    for block in walk(source, arch, sequences(), held_out=2, needs=OUTER, outputs=True, pairs=True):
+        model = block.model
+        loaded = [path for path in PATHS if _loaded(model.get_submodule(path))]
+        assert loaded == PATHS[max(0, block.index - 1) : block.index + 1]
+    assert model is not None and not any(_loaded(model.get_submodule(path)) for path in PATHS)
+
+
+def test_the_report_says_what_the_checkpoint_holds(place: Path, tmp_path: Path) -> None:
+    """Of the last block; others have learned for the next one since. The head comes after them."""
+    head: dict[str, Any] = {"head": [{"method": "rtn", "bits": 4}]}
+    plain = lc.compress(place / "dense", recipe(place, None), tmp_path / "plain")
+    asked = recipe(place, {"rates": SCALES | {"weights": 1e-2}, "window": 2, "steps": 12}, **head)
+    found = lc.compress(place / "dense", asked, tmp_path / "tuned")
+    blocks = found.report.blocks
+    assert [entry["window"] for entry in blocks.values()] == [PATHS[max(0, i - 1) : i + 1] for i in range(DEPTH)]
+    assert list(blocks) == PATHS and all(entry["after"] <= entry["before"] for entry in blocks.values())
+    assert sum(entry["step"] > 0 for entry in blocks.values()) > DEPTH // 2
+    assert "lm_head" in compressed_linears(found.model)
+    after, before = block_errors(place, found.folder), block_errors(place, plain.folder)
+    assert blocks[PATHS[-1]]["after"] == pytest.approx(after[-1], rel=0.02), "norms are rounded"
+    assert after[-1] < 0.99 * before[-1]
+    verify(found.folder, text=place / "text.txt", length=16)
+
+
+def test_a_block_learns_again_for_the_next_one(place: Path, tmp_path: Path) -> None:
+    """What is stored of a block is not what it learned alone; the window ends nearer to the dense model."""
+    asked = {"rates": SCALES, "steps": 12}
+    one, two = (
+        lc.compress(place / "dense", recipe(place, asked | {"window": size}), tmp_path / str(size)) for size in (1, 2)
+    )
+    alone, together = (compressed_linears(found.model) for found in (one, two))
+    first = [name for name in alone if name.startswith(PATHS[0])]
+    assert first and any(not torch.equal(alone[name].W_q, together[name].W_q) for name in first)
+    assert two.report.blocks[PATHS[0]] == one.report.blocks[PATHS[0]], "the first block has nothing before it"
+    assert block_errors(place, two.folder)[1] < block_errors(place, one.folder)[1]
+
+
+def test_what_learns_nothing_changes_nothing(place: Path, tmp_path: Path) -> None:
+    """At rates too small for float16, windows of two leave the files that blocks alone leave."""
+    asked = [{"rates": {"scales": 1e-12}, "window": size, "steps": 2} for size in (1, 2)]
+    one, two = (
+        lc.compress(place / "dense", recipe(place, one), tmp_path / str(number)).folder
+        for number, one in enumerate(asked)
+    )
+    assert list(_weights(one)) == list(_weights(two))
+
+
+def test_a_run_that_was_cut_leaves_nothing_and_starts_again_alike(place: Path, tmp_path: Path) -> None:
+    """Cut while a block waits for the next window."""
+    asked = recipe(place, {"rates": SCALES, "window": 2, "steps": 4, "evaluate_every": 2})
+
+    def cut(done: int, blocks: int, rate: float) -> None:
+        staged = [path for path in (tmp_path / "out.partial").iterdir() if path.suffix == ".safetensors"]
+        assert len(staged) == (done if done == blocks else done - 1), "a block is written when nothing can change it"
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lc.compress(place / "dense", asked, tmp_path / "out", progress=cut)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    again = lc.compress(place / "dense", asked, tmp_path / "out")
+    whole = lc.compress(place / "dense", asked, tmp_path / "whole")
+    assert list(_weights(again.folder)) == list(_weights(whole.folder))
+    assert again.report.blocks == whole.report.blocks
+
+
+def test_a_block_without_steps_stays_dense(place: Path, tmp_path: Path) -> None:
+    """It opens no window of its own, and those beside it are stored all the same."""
+    rules = [{"match": f"{PATHS[1]}.*", "steps": []}, *RULES]
+    asked = recipe(place, {"rates": SCALES, "window": 2, "steps": 2}, rules=rules)
+    found = lc.compress(place / "dense", asked, tmp_path / "out")
+    assert list(found.report.blocks) == [path for path in PATHS if path != PATHS[1]]
+    dense, kept = (AutoModelForCausalLM.from_pretrained(path) for path in (place / "dense", found.folder))
+    linear = f"{PATHS[1]}.mlp.up_proj.weight"
+    assert torch.equal(kept.get_parameter(linear), dense.get_parameter(linear))
+    assert len(compressed_linears(kept)) == 7 * (DEPTH - 1)
+
+
+def test_the_plan_says_how_many_learn_together_and_takes_memory_for_both(place: Path, tmp_path: Path) -> None:
+    plans = [lc.plan(place / "dense", recipe(place, {"rates": SCALES, "window": size})) for size in (1, 2)]
+    assert plans[1].peak_memory_bytes > plans[0].peak_memory_bytes
+    assert Reconstruction().window == 1, "what --tune does"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(place, {"rates": SCALES, "window": 2})))
+    done = CliRunner().invoke(app, ["plan", str(place / "dense"), str(path)])
+    assert done.exit_code == 0 and "every block in windows of 2, 24 steps each time" in done.output
+
+
+def _weights(folder: Path) -> Iterator[tuple[str, str, bytes]]:
+    """What a checkpoint stores, tensor by tensor."""
+    assert (folder / INDEX).is_file()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                tensor: Tensor = file.get_tensor(name)
+                yield path.name, name, tensor.contiguous().view(torch.uint8).numpy().tobytes()
