@@ -6,7 +6,8 @@ use the masters are rounded to what can be stored, with straight-through gradien
 frozen parts are decoded once: what trains is what `freeze` stores.
 
 What may train (`KINDS`), and how it is kept storable, alike in training and in `freeze`:
-- codes of grids, by latents in code units (`estimators`); zero points, streams of trellises, and codes of codebooks
+- codes of grids, by latents in code units (`estimators`), which are masters themselves or, outside low-rank terms, made
+  of them in another form (`latents`); zero points, streams of trellises, and codes of codebooks
   stay as they are.
 - scales of grids, trellises, codebooks and columns, rounded to float16 within [2^-24, 65504], its smallest and largest
   positive numbers. Gradients pass the ends, so that a scale there can come back. A scale that is not positive at first,
@@ -24,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from llmcompress import weight as expression
 from llmcompress.encoding import decode, encode
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.estimators import ESTIMATORS, Estimator, straight_cast, straight_codes
+from llmcompress.latents.form import Form, Latents, cells
 from llmcompress.masters import masters
 from llmcompress.modules import CompressedLinear
 from llmcompress.packing import pack
@@ -67,6 +69,7 @@ class Relaxation:
     trains: frozenset[str]  # of KINDS
     estimator: Estimator = "plain"  # of codes with two levels; more levels have the plain one
     power: float = 3.0  # of ReSTE, at least 1; its authors raise it from 1 to 3 while they train
+    form: Form | None = None  # of latents; None: each is a number that trains
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.trains) - set(KINDS))
@@ -93,8 +96,9 @@ def relax(w: Weight, relaxation: Relaxation, target: Tensor | None = None) -> Re
 class Relaxed(nn.Module):
     """An expression `[out, in]` with float32 masters; build it by `relax`.
 
-    Parameters are flat and have the names of the tensors that `encode` would write; casts of the model leave them
-    float32. `relaxation` may be replaced between steps by one that trains the same kinds, to change ReSTE's power.
+    Parameters are flat and have the names of the tensors that `encode` would write, but for latents in another form,
+    which are those of a module of that name in `formed`; casts of the model leave them float32. `relaxation` may be
+    replaced between steps by one that trains the same kinds in the same form, to change ReSTE's power.
     """
 
     def __init__(self, w: Weight, relaxation: Relaxation, target: Tensor | None) -> None:
@@ -103,14 +107,19 @@ class Relaxed(nn.Module):
         self.size = expression.shape(w)
         self.header, tensors = encode(w)
         self.stored_as = {name: tensor.dtype for name, tensor in tensors.items()}
-        self.levels: dict[str, int] = {}  # of codes that train, by the names of their parameters
+        self.levels: dict[str, int] = {}  # of codes that train, by the names of what is stored
         self.kind_of: dict[str, str] = {}
+        self.formed = nn.ModuleDict()  # latents by the names of their codes, where they are no parameters themselves
+        forms = {} if relaxation.form is None else cells(w)
         for name, kind, master, levels in masters(w, relaxation.trains, target):
             if master.numel():
                 self.kind_of[name] = kind
-                self.register_parameter(name, nn.Parameter(master))
                 if kind == "codes":
                     self.levels[name] = levels
+                if kind == "codes" and relaxation.form is not None and name in forms:
+                    self.formed[name] = relaxation.form(master, forms[name])
+                else:
+                    self.register_parameter(name, nn.Parameter(master))
         for name, tensor in tensors.items():
             if name not in self.kind_of:
                 self.register_buffer(name, _octets(tensor))
@@ -120,7 +129,8 @@ class Relaxed(nn.Module):
 
     def kinds(self) -> dict[str, str]:
         """The name of each trainable parameter, and its kind (of `KINDS`)."""
-        return dict(self.kind_of)
+        own = {name: kind for name, kind in self.kind_of.items() if name not in self.formed}
+        return own | {f"formed.{name}": "codes" for name, _ in self.formed.named_parameters()}
 
     def weight(self) -> Tensor:
         """The matrix, float32 `[out, in]`, differentiable in what trains."""
@@ -140,7 +150,11 @@ class Relaxed(nn.Module):
         is stored does not change. BiPer's latents have a gradient everywhere and stay where they are.
         """
         for name, levels in self.levels.items():
-            if self.relaxation.estimator != "biper" or levels > 2:
+            if self.relaxation.estimator == "biper" and levels == 2:
+                continue
+            if name in self.formed:
+                cast(Latents, self.formed[name]).confine()
+            else:
                 self.get_parameter(name).clamp_(-0.5, levels - 0.5)
 
     @torch.no_grad()
@@ -154,7 +168,7 @@ class Relaxed(nn.Module):
             if name not in self.kind_of:
                 tensors[name] = self.get_buffer(name).view(dtype).clone()
                 continue
-            if bool(self.get_parameter(name).isnan().any()):
+            if bool(self._master(name).isnan().any()):
                 raise NumericsError(f"{name} became NaN in training; lower the learning rate, or skip steps with NaN")
             learned = self._numbers(name)
             if name in self.levels:
@@ -196,9 +210,14 @@ class Relaxed(nn.Module):
         """The stored tensors that do not train."""
         return [(name, dtype) for name, dtype in self.stored_as.items() if name not in self.kind_of]
 
+    def _master(self, name: str) -> Tensor:
+        """What one stored tensor is rounded from, flat float32, differentiable."""
+        found: Tensor = self.formed[name]() if name in self.formed else self.get_parameter(name)
+        return found
+
     def _numbers(self, name: str) -> Tensor:
-        """What would be stored of one parameter, flat float32, differentiable."""
-        master, dtype = self.get_parameter(name), self.stored_as[name]
+        """What would be stored of one tensor, flat float32, differentiable."""
+        master, dtype = self._master(name), self.stored_as[name]
         match self.kind_of[name]:
             case "codes":
                 return straight_codes(master, self.levels[name], self.relaxation.estimator, self.relaxation.power)

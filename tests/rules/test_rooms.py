@@ -34,6 +34,7 @@ ROOMS = (
     "modules",  # CompressedLinear
     "estimators",  # gradients through rounding
     "masters",  # where what trains starts
+    "latents",  # what latent codes are made of
     "relax",  # a compressed weight that trains
     "attention",  # causal attention, fast in bfloat16
     "blocks",  # one decoder block at a time

@@ -6,8 +6,10 @@ reconstruct: {rates: {scales: 3.0e-3, norms: 3.0e-3}}
 reconstruct: {rates: {scales: 3.0e-3, norms: 3.0e-3, weights: 1.0e-3}}
 # rounding, as AutoRound does
 reconstruct: {rates: {codes: 5.0e-3}, latents: weights, optimizer: sign, steps: 200}
-# two blocks at a time, as CBQ does
-reconstruct: {rates: {scales: 3.0e-3, norms: 3.0e-3}, window: 2}
+# plain rounding that moves with few numbers, two blocks at a time, as CBQ does
+reconstruct: {rates: {codes: 5.0e-2, scales: 3.0e-3}, latents: weights, offsets: {rank: 5}, window: 2}
+# rounding by division, as FlexRound does
+reconstruct: {rates: {codes: 3.0e-3, scales: 3.0e-3}, latents: divided}
 """
 
 from __future__ import annotations
@@ -18,6 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmcompress.distill.recipe import Kind, Rate
 from llmcompress.distill.student.oscillation import Freezing
+
+
+class LowRankOffsets(BaseModel):
+    """How latent codes move together (LoRA-Rounding of CBQ, arXiv 2312.07950)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    rank: int = Field(default=5, ge=1, description="numbers that train for each row and each column of a layer")
 
 
 class Reconstruction(BaseModel):
@@ -41,8 +50,13 @@ class Reconstruction(BaseModel):
         description="blocks that learn together, in windows that overlap: 1, each alone; 2, each also with the one "
         "before it, once its own layers are set (CBQ, arXiv 2312.07950)",
     )
-    latents: Literal["codes", "weights"] = Field(
-        default="codes", description="where latent codes start: at the codes, or at the weights within the codes' cells"
+    latents: Literal["codes", "weights", "divided"] = Field(
+        default="codes",
+        description="where latent codes start: at the codes, or at the weights within the codes' cells; divided: at "
+        "the weights, and what each of them, and each row, is divided by learns (FlexRound, arXiv 2306.00317)",
+    )
+    offsets: LowRankOffsets | None = Field(
+        default=None, description="latents move by a product of two factors of this rank; null: each by itself"
     )
     estimator: Literal["plain", "reste", "biper"] = Field(default="plain", description="gradient through rounding")
     freezing: Freezing | None = Field(default=None, description="of codes that oscillate; null: none")
@@ -65,8 +79,13 @@ class Reconstruction(BaseModel):
             raise ValueError("rates: a block's outputs are as wide as the dense block's, so there are no projections")
         if self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
-        if "codes" not in self.rates and (self.latents != "codes" or self.freezing is not None):
-            raise ValueError("latents and freezing are of codes that train, and rates has nothing for codes")
+        given = self.latents != "codes" or self.offsets is not None or self.freezing is not None
+        if "codes" not in self.rates and given:
+            raise ValueError("latents, offsets and freezing are of codes that train, and rates has nothing for codes")
+        if self.latents == "divided" and self.offsets is not None:
+            raise ValueError("latents that are divided learn their divisors, so no offsets; leave one of them out")
+        if self.freezing is not None and (self.latents == "divided" or self.offsets is not None):
+            raise ValueError("freezing holds latents one by one, which share what they are made of here; leave it out")
         if set(self.rates) == {"weights"}:
             raise ValueError(
                 "rates: weights are those of layers still to be compressed, so of the last ones nothing trains; give a "

@@ -17,7 +17,7 @@ more block that learns, and its input states, 4 bytes x tokens x width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from llmcompress.distill.blockwise.reconstruction import Reconstruction
 from llmcompress.distill.student.model import WEIGHTS, Student, relaxed_student
 from llmcompress.driver import Tune, Tuned
 from llmcompress.errors import InputError
+from llmcompress.latents.divided import Divided
+from llmcompress.latents.form import Form
+from llmcompress.latents.offsets import Offsets
 
 
 def tuner(recipe: Reconstruction) -> Tune:
@@ -46,9 +49,9 @@ def _tuned(blocks: tuple[Block, ...], weights: Mapping[str, Tensor], recipe: Rec
         raise ValueError("the walk must carry the dense model's hidden states; ask it for outputs")
     if not held_out:
         raise InputError("reconstruct: the calibration text is too short to hold any of it out; give more text")
-    target = weights.__getitem__ if recipe.latents == "weights" else None
+    target = None if recipe.latents == "codes" else weights.__getitem__
     inside = tuple(f"{each.path}." for each in blocks)
-    part = relaxed_student(block.model, recipe.rates, recipe.estimator, target, inside)
+    part = relaxed_student(block.model, recipe.rates, recipe.estimator, target, inside, form=_form(recipe))
     _leave_dense(part, weights)
     counted = torch.ones(block.hidden.shape[:2], dtype=torch.bool, device=block.hidden.device)
     data, first = Activations(blocks[0].hidden, block.wanted, counted), len(block.hidden) - held_out
@@ -59,6 +62,13 @@ def _tuned(blocks: tuple[Block, ...], weights: Mapping[str, Tensor], recipe: Rec
     found = recover_block(window, part, data[:first], data[first:], recipe, block.path)
     beside = {name: value for name, value in part.dense().items() if name.removesuffix(".weight") not in weights}
     return Tuned(part.settle(), beside, found.to_json() | {"window": [each.path for each in blocks]})
+
+
+def _form(recipe: Reconstruction) -> Form | None:
+    """What latents are made of; None where each is a number of its own."""
+    if recipe.offsets is not None:
+        return partial(Offsets, rank=recipe.offsets.rank)
+    return Divided if recipe.latents == "divided" else None
 
 
 def _leave_dense(part: Student, weights: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from llmcompress.architecture import block_stack
 from llmcompress.distill.recipe import Distillation, Kind, Scales
 from llmcompress.distill.student.medians import MedianScale, follows, grids, median_scales
 from llmcompress.errors import RecipeError
+from llmcompress.latents.form import Form
 from llmcompress.modules import CompressedLinear, compressed_linears, put
 from llmcompress.relax import KINDS, Relaxation, RelaxedLinear
 
@@ -110,6 +111,7 @@ def relaxed_student(
     target: Callable[[str], Tensor] | None = None,
     inside: str | tuple[str, ...] = "",
     scales: Scales = "learned",
+    form: Form | None = None,
 ) -> Student:
     """`model` (float32), its compressed linears replaced by relaxed ones; head and token table stay as they are.
 
@@ -117,11 +119,11 @@ def relaxed_student(
     weights `target`, `[out, in]` by name, are within their cells. Raises RecipeError where there is nothing to train,
     or but the norms of a dense model for which more was asked; neither of some blocks, with the starts of their names
     as `inside`: then what lies elsewhere stays as it is. `scales`: median, for those that can follow their latents;
-    others as `rates` says.
+    others as `rates` says. `form`: of latents, as in `Relaxation`.
     """
     kinds = frozenset(rates) & frozenset(KINDS)
     masters = kinds | ({"scales"} if scales == "median" else set())
-    relaxation = Relaxation(masters, estimator)  # type: ignore[arg-type]  # checked by the recipe
+    relaxation = Relaxation(masters, estimator, form=form)  # type: ignore[arg-type]  # checked by the recipe
     model.requires_grad_(False)
     head = model.get_output_embeddings()
     relaxed: dict[str, RelaxedLinear] = {}

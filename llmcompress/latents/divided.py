@@ -1,0 +1,55 @@
+"""Latents that are weights divided by learned numbers, as in FlexRound (arXiv 2306.00317).
+
+    code = round(weight / (scale * element * row) + zero)        element: one for each weight; row: one for each row
+
+all of them 1 at first. Divisors are held by their logarithms, which keeps them positive. A latent's derivative by the
+logarithm of its divisor is minus the quotient itself: large weights, which matter more, move more, and may cross
+several cells, while a weight of zero stays where it is.
+
+Where this differs from FlexRound: latents are in units of the scale at first, so that a scale that learns is what codes
+are multiplied by, and no divisor; `row` has its part in the division. Weights start within the cells of their stored
+codes, which need not be the nearest ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.latents.form import Cells, Latents
+from llmcompress.masters import MARGIN
+
+
+class Divided(Latents):
+    """The latents of one grid that start at `start`, flat float32."""
+
+    weights: Tensor  # in units of their scales, flat float32
+    zero: Tensor
+    row: Tensor  # int32, of each weight; empty where all are stored
+
+    def __init__(self, start: Tensor, cells: Cells) -> None:
+        super().__init__()
+        out, width = self.size = cells.size
+        numbers = torch.arange(out, dtype=torch.int32, device=start.device)[:, None].expand(out, width)
+        self.levels = cells.levels
+        self.register_buffer("weights", start - cells.zero)
+        self.register_buffer("zero", cells.zero)
+        self.register_buffer("row", numbers[:0, 0] if cells.shown is None else cells.stored(numbers))
+        self.elements = nn.Parameter(torch.zeros_like(start))
+        self.rows = nn.Parameter(torch.zeros(out, device=start.device))
+
+    def forward(self) -> Tensor:
+        """The latents, flat float32."""
+        return self.zero + self.weights * torch.exp(-self.elements - self._of_rows())
+
+    @torch.no_grad()
+    def confine(self) -> None:
+        """Lets no divisor of an element be so small that its latent leaves the range of the codes."""
+        room = torch.where(self.weights > 0, self.levels - 0.5 - self.zero, 0.5 + self.zero) - MARGIN
+        self.elements.clamp_(min=(self.weights.abs() / room).log() - self._of_rows())
+
+    def _of_rows(self) -> Tensor:
+        """The logarithm of its row's divisor for each weight, flat."""
+        if len(self.row):
+            return self.rows[self.row]
+        return self.rows[:, None].expand(self.size).reshape(-1)

@@ -1,0 +1,60 @@
+"""What a form of latents is: a module that gives the latents of one grid's codes, and keeps them within their range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.masters import leaves
+from llmcompress.weight import Grid, Weight, dense
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """The codes of one grid `[out, in]`, in [0, levels).
+
+    `shown` bool, broadcasts to it: which have a code, None: all. `zero`: the code units of a weight of zero, float32,
+    flat as the stored codes, or a single one for all.
+    """
+
+    size: tuple[int, int]
+    shown: Tensor | None
+    levels: int
+    zero: Tensor
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """The elements of a matrix `[out, in]` that have a code, flat."""
+        return matrix.reshape(-1) if self.shown is None else matrix[self.shown.expand(self.size).to(matrix.device)]
+
+
+class Latents(nn.Module):
+    """Latents of the codes of one grid, flat float32, as its `forward` makes them of its parameters."""
+
+    def confine(self) -> None:
+        """After a step of the optimizer: brings latents that left the range of their codes back, where that is due."""
+
+
+Form = Callable[[Tensor, Cells], Latents]  # of where latents start, flat float32, and their cells
+
+
+@torch.no_grad()
+def cells(w: Weight) -> dict[str, Cells]:
+    """Those of all grids of `w` outside low-rank terms, by the names of their codes in `encode`.
+
+    Nobody knows what the codes of a factor should be, so their latents stay numbers of their own.
+    """
+    found = {}
+    for leaf in leaves(w, "", None, None, False):
+        match leaf.node:
+            case Grid(codes, scale, zero, levels, group_size) if not leaf.factor:
+                size = codes.shape[0], codes.shape[1]
+                middle = torch.tensor((levels - 1) / 2, device=codes.device)
+                here = Cells(size, leaf.shown, levels, middle)
+                if zero is not None:
+                    away = dense(Grid(torch.zeros_like(codes), torch.ones_like(scale), zero, levels, group_size))
+                    here = Cells(size, leaf.shown, levels, here.stored(-away))
+                found[leaf.path + "codes"] = here
+    return found

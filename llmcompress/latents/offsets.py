@@ -1,0 +1,42 @@
+"""Latents with low-rank offsets, the LoRA-Rounding of CBQ (arXiv 2312.07950): rounding moves with few numbers.
+
+    latent = start + left right        left [out, rank], right [rank, in], in units of a cell
+
+A rank of 4 has 4 (out + in) numbers that train where latents of their own have out x in, so codes change together, in
+patterns of rows and columns, and a short text cannot teach each code its own noise. `right` is zero at first, so that
+nothing changes; `left` is drawn, of the size 1 / sqrt(rank), so that a step moves latents as much at every rank.
+
+Where this differs from CBQ: its factors make the variable of AdaRound, which goes through a sigmoid and chooses between
+the two codes beside a weight, softly until a penalty has made it hard. Here latents are rounded in every step, with
+straight-through gradients, so an offset may carry a code further than to its neighbour. Offsets are not confined: what
+one latent has no use for, others of its row and column have.
+
+Made for plain rounding, where the code beside a weight's own is about as good. After error feedback it is not: codes
+were chosen one after the other to make up for each other, and a pattern that moves many at once undoes that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.latents.form import Cells, Latents
+
+
+class Offsets(Latents):
+    """The latents of one grid that start at `start`, flat float32; the rank is at most that of the grid's matrix."""
+
+    start: Tensor
+
+    def __init__(self, start: Tensor, cells: Cells, rank: int) -> None:
+        super().__init__()
+        (out, width), self.cells = cells.size, cells
+        rank = min(rank, out, width)
+        drawn = torch.randn(out, rank, generator=torch.Generator().manual_seed(0)) / rank**0.5
+        self.register_buffer("start", start)
+        self.left = nn.Parameter(drawn.to(start.device))
+        self.right = nn.Parameter(torch.zeros(rank, width, device=start.device))
+
+    def forward(self) -> Tensor:
+        """The latents, flat float32."""
+        return self.start + self.cells.stored(self.left @ self.right)
