@@ -31,6 +31,7 @@ from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.fuse import Balanced, balance
 from llmcompress.hf import table_entry
 from llmcompress.layer import Layer, StepConfig, relative_error
+from llmcompress.learning import Tune
 from llmcompress.locate import Place
 from llmcompress.methods.hessian import damped
 from llmcompress.methods.stream_search import searched_there
@@ -51,27 +52,6 @@ if TYPE_CHECKING:
 TARGET_DAMPING = 0.1  # of the solve that aims at the dense model's outputs
 
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
-
-
-@dataclass(frozen=True, eq=False)
-class Tuned:
-    """What blocks learned: their compressed linears and other parameters by name, and what became of the error."""
-
-    linears: dict[str, CompressedLinear]
-    dense: dict[str, Tensor]
-    found: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Tune:
-    """How blocks learn once their layers are set, in place: `learn(blocks, dense weights by name, how many sequences
-    are held out)`, with blocks that follow each other: `window` of them, 1 or 2, in the end; with `between`, also one
-    alone after each group of its layers with a common input. `batch_size`: of a forward."""
-
-    learn: Callable[[tuple[Block, ...], Mapping[str, Tensor], int], Tuned]
-    between: bool
-    batch_size: int
-    window: int
 
 
 @dataclass(eq=False)

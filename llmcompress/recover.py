@@ -24,6 +24,7 @@ from llmcompress.allocate import Allocation, allocate
 from llmcompress.checkpoint import check_output
 from llmcompress.driver import Progress, Result
 from llmcompress.errors import DiskError, RecipeError
+from llmcompress.learning import Tune
 from llmcompress.locate import Place
 from llmcompress.planning import Plan, lay, plan_of
 from llmcompress.recipe import Recipe, read_recipe, section
@@ -150,7 +151,7 @@ def wanted_distillation(recipe: Recipe, dense: Dense) -> Distillation:
     return found
 
 
-def _tuner(recipe: Recipe) -> driver.Tune | None:
+def _tuner(recipe: Recipe) -> Tune | None:
     """How blocks learn, where the recipe says so. Raises RecipeError for what is wrong with the section."""
     if recipe.reconstruct is None:
         return None

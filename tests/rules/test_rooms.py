@@ -54,6 +54,7 @@ ROOMS = (
     "protocol",  # how models are scored
     "evaluate",
     "report",
+    "learning",  # blocks that learn meanwhile
     "driver",  # model + recipe -> checkpoint + report
     "allocate",  # a size or a quality -> steps for every layer
     "surgery",  # edits of a dense model's structure

@@ -26,11 +26,11 @@ from llmcompress.calibrate import Block
 from llmcompress.distill.blockwise.block import Activations, recover_block
 from llmcompress.distill.blockwise.reconstruction import Reconstruction
 from llmcompress.distill.student.model import WEIGHTS, Student, relaxed_student
-from llmcompress.driver import Tune, Tuned
 from llmcompress.errors import InputError
 from llmcompress.latents.divided import Divided
 from llmcompress.latents.form import Form
 from llmcompress.latents.offsets import Offsets
+from llmcompress.learning import Tune, Tuned
 
 
 def tuner(recipe: Reconstruction) -> Tune:
