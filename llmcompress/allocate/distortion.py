@@ -13,7 +13,7 @@ ratio.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,12 @@ def interpolated(
     `run`: after those that were run on it, by number; `reference_run`: of the reference layer, after the same steps;
     `reference`: of the reference layer, after every option as it was asked for, by number.
     """
-    numbers = sorted(run, key=lambda number: reference[number])
-    places = [math.log(reference[number]) for number in numbers]
-    ratios = [math.log(run[number] / reference_run[number]) for number in numbers]
-    return [value * math.exp(float(np.interp(math.log(value), places, ratios))) for value in reference]
+    points = [(reference[number], run[number] / reference_run[number]) for number in run]
+    return [value * between(points, value) for value in reference]
+
+
+def between(points: Iterable[tuple[float, float]], place: float) -> float:
+    """The value at a place of a curve, given by points above 0: along the logarithms of both, level beyond the ends."""
+    found = sorted(((math.log(x), math.log(max(y, LEAST))) for x, y in points), key=lambda point: point[0])
+    places, values = zip(*found, strict=True)
+    return math.exp(float(np.interp(math.log(place), places, values)))

@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from llmcompress.allocate.choices import Choices, Matrix, Steps
-from llmcompress.allocate.distortion import LEAST, changed, error, families, interpolated, rough, run_of, sampled
+from llmcompress.allocate.distortion import between, changed, error, families, interpolated, rough, run_of, sampled
 from llmcompress.allocate.sensitivity import Probe
 from llmcompress.blocks import product_dtype
 from llmcompress.calibrate import InputGroup, walk
@@ -173,9 +172,10 @@ def _measured(layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe,
     """Runs options: of a linear a few roughly, of a table all on some of its rows; and probes with a middle one, or
     with every one that is run."""
     rows = sampled(layer)
-    run = range(len(one.options)) if one.is_table else [number for f in families(one.options) for number in run_of(f)]
-    largest = max(families(one.options), key=len)
-    middle = run_of(largest)[(len(run_of(largest)) - 1) // 2]
+    kin = families(one.options)
+    run = range(len(one.options)) if one.is_table else [number for family in kin for number in run_of(family)]
+    largest = run_of(max(kin, key=len))
+    middle = largest[(len(largest) - 1) // 2]
     errors, sensitivities = {}, {}
     for number in run:
         fast, probed = rough(one.options[number]), every or number == middle
@@ -191,17 +191,17 @@ def _measured(layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe,
 
 
 def _priced(one: Matrix, found: _Measured, reference: list[tuple[dict[int, float], list[float]]]) -> Priced:
-    errors = dict(found.errors)
-    for family, (fast, asked) in zip(families(one.options), reference):
+    errors, kin = dict(found.errors), families(one.options)
+    for family, (fast, asked) in zip(kin, reference):
         places = {number: place for place, number in enumerate(family)}
         run = {places[number]: found.errors[number] for number in fast}
         values = interpolated(run, {places[number]: value for number, value in fast.items()}, asked)
         errors |= {number: values[place] for number, place in places.items()}
     damages: dict[int, float] = {}
-    for family in families(one.options):
+    for family in kin:
         measured = {number: found.sensitivities[number] for number in family if number in found.sensitivities}
         curve = {errors[number]: value for number, value in (measured or found.sensitivities).items()}
-        damages |= {number: errors[number] * _between(curve, errors[number]) for number in family}
+        damages |= {number: errors[number] * between(curve.items(), errors[number]) for number in family}
     offers = tuple(
         Offer(
             steps,
@@ -214,11 +214,3 @@ def _priced(one: Matrix, found: _Measured, reference: list[tuple[dict[int, float
         for number, steps in enumerate(one.options)
     )
     return Priced(one.name, one.shape, one.is_table, found.sensitivities[found.probed], offers)
-
-
-def _between(curve: dict[float, float], place: float) -> float:
-    """The value at a place of a curve, given by its points, all above 0: along the logarithms of both, level beyond the
-    ends."""
-    points = sorted((math.log(x), math.log(max(y, LEAST))) for x, y in curve.items())
-    xs, ys = zip(*points, strict=True)
-    return math.exp(float(np.interp(math.log(place), xs, ys)))
