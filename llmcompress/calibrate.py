@@ -131,6 +131,7 @@ def walk(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
+    finished: int = 0,
     progress: Progress | None = None,
 ) -> Iterator[Block]:
     """Yields the model's blocks in depth order, each with the moments of its linears' inputs; then, where `needs` names
@@ -142,8 +143,9 @@ def walk(
     None: none. `weights`: see `importance`. `prefix`: whether inputs come from the blocks as the caller left them, or
     from the dense ones. `dense_stream`: carry the dense model's hidden states beside the others, for `cross`;
     `outputs`: for `Block.wanted`, of held-out sequences too; `pairs`: for `Block.before`, which may change as well.
-    `dtype`: of a block's products. `batch_size`: sequences per forward (2048 tokens). `progress(blocks done, blocks,
-    tokens per second)` is called after each.
+    `dtype`: of a block's products. `batch_size`: sequences per forward (2048 tokens). `finished`: of so many blocks the
+    caller has the outcome; they come without moments, to be made what they were, or not at all where nothing depends on
+    it. `progress(blocks done, blocks, tokens per second)` is called after each.
 
     Raises InputError when the sequences do not suit the model or its blocks cannot be run on their own, NumericsError,
     naming the layer, when weights or activations are not finite.
@@ -152,7 +154,7 @@ def walk(
         raise ValueError("a dense stream beside a dense prefix would be the same stream twice, pairs of no use")
     model = source.skeleton()
     if sequences is None:
-        yield from _without_data(model, source, arch, needs, torch.device(device), progress)
+        yield from _without_data(model, source, arch, needs, finished, torch.device(device), progress)
         return
     _check_sequences(model, sequences, held_out)
     batches = in_batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
@@ -162,19 +164,20 @@ def walk(
     streams = Streams(batches, hidden, dense, behind, cap, weights, prefix == "dense")
     before, started = None, time.monotonic()
     for index, layout in enumerate(arch.blocks):
-        module = model.get_submodule(layout.path)
-        load(module, layout.path, source, hidden.device)
-        run = Run(module, layout.path, {size: blocks[index] for size, blocks in calls.items()}, dtype)
-        block = replace(_block(model, arch, index, run, _wanted(layout, needs), streams, outputs), before=before)
+        known = {size: blocks[index] for size, blocks in calls.items()}
+        run = Run(model.get_submodule(layout.path), layout.path, known, dtype)
+        load(run.module, layout.path, source, hidden.device)
+        wanted = {} if index < finished else _wanted(layout, needs)
+        block = replace(_block(model, arch, index, run, wanted, streams, outputs), before=before)
         give_back_memory()
         yield block
         before = _leave(block, run, streams, index + 1 == len(arch.blocks))
         if progress is not None:
             progress(index + 1, len(arch.blocks), (index + 1) * sequences.numel() / (time.monotonic() - started))
-    ends = _gather_ends(model, source, arch, needs, hidden, batches, as_tuple, cap)
+    ends = _gather_ends(model, source, arch, needs, finished, hidden, batches, as_tuple, cap)
     del hidden, dense, behind, before, streams, block  # tables are large
-    for group in ends:
-        yield from _table(model, source, arch, group, torch.device(device))
+    for index, group in ends.items():
+        yield from _table(model, source, index, group, torch.device(device))
 
 
 def _block(
@@ -225,33 +228,38 @@ def _gather_ends(
     source: Source,
     arch: Architecture,
     needs: Needs,
+    finished: int,
     hidden: Tensor,
     batches: list[Batch],
     as_tuple: bool,
     cap: float | None,
-) -> list[InputGroup]:
-    """The token table and the output head that `needs` names, with the moments of what the head reads.
+) -> dict[int, InputGroup]:
+    """The token table and the output head that `needs` names, those not `finished`, by their number as a block, with
+    the moments of what the head reads.
 
     A table that is only looked up has none.
     """
-    groups = []
-    for name, statistics in _tables(arch, needs).items():
+    groups = {}
+    for number, name, statistics in _tables(arch, needs, finished):
         totals: dict[bool, Moments] = {}
         for batch, x in head_inputs(model, source, arch, hidden, batches, as_tuple) if statistics else ():
             moments = _moments(x, None, HELD_OUT, cap, None)
             totals[batch.held_out] = totals[batch.held_out] + moments if batch.held_out in totals else moments
-        groups.append(InputGroup((name,), totals.get(False, Moments(0.0)), totals.get(True)))
+        groups[number] = InputGroup((name,), totals.get(False, Moments(0.0)), totals.get(True))
     return groups
 
 
-def _tables(arch: Architecture, needs: Needs) -> dict[str, frozenset[str]]:
-    """The token table and the output head, those that the caller named, with what their methods read."""
+def _tables(arch: Architecture, needs: Needs, finished: int) -> list[tuple[int, str, frozenset[str]]]:
+    """The token table and the output head, those that the caller named and that are not `finished`: their number as a
+    block, their name, and what their methods read."""
     named = needs if isinstance(needs, Mapping) else {}
-    return {name: named[name] for name in (arch.embedding, arch.head) if name in named}
+    names = [name for name in (arch.embedding, arch.head) if name in named]
+    numbered = enumerate(names, start=len(arch.blocks))
+    return [(number, name, named[name]) for number, name in numbered if number >= finished]
 
 
 def _table(
-    model: PreTrainedModel, source: Source, arch: Architecture, group: InputGroup, device: torch.device
+    model: PreTrainedModel, source: Source, index: int, group: InputGroup, device: torch.device
 ) -> Iterator[Block]:
     """The token table or the output head, as a block of its own after all others."""
     [name] = group.names
@@ -259,7 +267,7 @@ def _table(
     load(module, name, source, device)
     out, width = module.get_parameter("weight").shape
     nothing = torch.empty(0, device=device)
-    yield Block(len(arch.blocks), "", model, (group,), nothing, {name: Linear(name, (out, width))}, model)
+    yield Block(index, "", model, (group,), nothing, {name: Linear(name, (out, width))}, model)
     drop(module)
 
 
@@ -268,11 +276,12 @@ def _without_data(
     source: Source,
     arch: Architecture,
     needs: Needs,
+    finished: int,
     device: torch.device,
     progress: Progress | None,
 ) -> Iterator[Block]:
     linears = arch.linears()
-    for index, layout in enumerate(arch.blocks):
+    for index, layout in list(enumerate(arch.blocks))[finished:]:
         module = model.get_submodule(layout.path)
         load(module, layout.path, source, device)
         groups = tuple(InputGroup(names, Moments(0.0), None) for names in _wanted(layout, needs))
@@ -280,8 +289,8 @@ def _without_data(
         drop(module)
         if progress is not None:
             progress(index + 1, len(arch.blocks), 0.0)
-    for name in _tables(arch, needs):
-        yield from _table(model, source, arch, InputGroup((name,), Moments(0.0), None), device)
+    for number, name, _ in _tables(arch, needs, finished):
+        yield from _table(model, source, number, InputGroup((name,), Moments(0.0), None), device)
 
 
 @torch.no_grad()
@@ -299,6 +308,8 @@ def _gather(run: Run, wanted: Wanted, streams: Streams) -> tuple[InputGroup, ...
         if dense_hidden is not None and batch.rows.stop <= len(dense_hidden):
             rows = dense_hidden[batch.rows]
             dense_hidden[batch.rows] = run(rows, dense_inputs.__setitem__, tuple(readers))
+        if not readers and not streams.keep_outputs:
+            continue
         counts = None if streams.weights is None else token_weights(run, hidden[batch.rows], streams.weights)
 
         def add(

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, LockedError
-from llmcompress.validation import INDEX, MENDING, digests
+from llmcompress.validation import DIGESTS, INDEX, MENDING, digest, digests
 
 FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor
 MANIFEST = "manifest.json"
@@ -35,15 +35,23 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_output(output: Path, needed: int) -> None:
-    """Raises DiskError unless a folder with `needed` bytes can be made at `output`, which must not exist yet."""
+    """Raises DiskError unless a folder with `needed` bytes can be made at `output`, which must not exist yet.
+
+    What an earlier run left beside it counts as free: it is gone on with, or removed.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DiskError(f"{output} exists already; remove it or choose another output folder")
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise DiskError(f"{parent} is not a folder that can be written to; choose another output folder")
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in _staging(output).glob("*"))
     if free < needed:
         raise DiskError(f"{output} needs {megabytes(needed)} and its disk has {megabytes(free)} free; choose another")
+
+
+def _staging(output: Path) -> Path:
+    """Where what becomes `output` is made."""
+    return output.with_name(output.name + ".partial")
 
 
 def megabytes(count: int) -> str:
@@ -74,15 +82,12 @@ class Writer:
     def add(self, tensors: dict[str, Tensor], layouts: Mapping[str, str] | None = None) -> None:
         """Writes the tensors of one part of the model, with the `layouts` of those that are payloads. Raises DiskError
         when the disk is full."""
-        contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        path = self._shard(len(self.parts))
-        try:
-            save_file(contiguous, path, metadata={"format": "pt"} | digests(contiguous, layouts or {}))
-            _sort_header(path)
-        except (OSError, SafetensorError) as error:
-            raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
-        sync(path)
-        self.parts.append({name: tensor.numel() * tensor.element_size() for name, tensor in contiguous.items()})
+        write_tensors(self.part(len(self.parts)), tensors, layouts or {})
+        self.count(tensors)
+
+    def count(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the next part for written, with these tensors."""
+        self.parts.append({name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()})
 
     def write(self, name: str, text: str) -> None:
         """Writes a text file. Raises DiskError when the disk is full."""
@@ -92,19 +97,45 @@ class Writer:
         except OSError as error:
             raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
 
-    def _shard(self, index: int) -> Path:
+    def part(self, index: int) -> Path:
+        """The file of a part, until all are there."""
         return self.folder / f"part-{index:05}.safetensors"
 
     def close(self) -> int:
         """Names the shards as Hugging Face loaders expect them and writes their index; returns the weights' bytes."""
         names = [f"model-{index + 1:05}-of-{len(self.parts):05}.safetensors" for index in range(len(self.parts))]
         for index, name in enumerate(names):
-            self._shard(index).rename(self.folder / name)
+            self.part(index).rename(self.folder / name)
         total = sum(sum(part.values()) for part in self.parts)
         weight_map = {key: name for name, part in zip(names, self.parts, strict=True) for key in part}
         listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self.write(INDEX, json.dumps(listing, indent=2))
         return sum((self.folder / name).stat().st_size for name in names)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], layouts: Mapping[str, str]) -> None:
+    """Writes a weight file with the digests of its tensors, and waits until it is on the disk; `layouts`: of those that
+    are payloads. Raises DiskError when the disk is full."""
+    contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata={"format": "pt"} | digests(contiguous, layouts))
+        _sort_header(path)
+    except (OSError, SafetensorError) as error:
+        raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
+    sync(path)
+
+
+def read_tensors(path: Path, layouts: Mapping[str, str]) -> dict[str, Tensor]:
+    """What `write_tensors` wrote. Raises InputError where it is not there as it was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            written = json.loads((file.metadata() or {})[DIGESTS])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if {name: digest(tensor, layouts.get(name, "")) for name, tensor in tensors.items()} != written:
+        raise InputError(f"{path} is not as it was written")
+    return tensors
 
 
 def _sort_header(path: Path) -> None:
@@ -118,15 +149,17 @@ def _sort_header(path: Path) -> None:
 
 
 @contextmanager
-def writing(output: Path) -> Iterator[Writer]:
+def writing(output: Path, keep: bool = False) -> Iterator[Writer]:
     """A `Writer` whose files become the folder `output` when the context ends well, and vanish when it does not.
 
-    Raises LockedError while another process writes there, DiskError when the folder cannot be made or filled.
+    `keep`: what an earlier run left is the caller's, and so is what this one leaves when it ends badly. Raises
+    LockedError while another process writes there, DiskError when the folder cannot be made or filled.
     """
     with locked(output, "output folder") as staging:
         try:
-            shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
-            staging.mkdir()
+            if not keep:
+                shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
+            staging.mkdir(exist_ok=keep)
             yield Writer(staging)
             _publish(staging, output)
         except OSError as error:
@@ -134,7 +167,8 @@ def writing(output: Path) -> Iterator[Writer]:
                 raise DiskError(f"{output}: the disk is full; free some space and start again") from error
             raise
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if not keep:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
@@ -144,7 +178,7 @@ def locked(output: Path, kind: str) -> Iterator[Path]:
 
     Raises LockedError while another process writes there, DiskError where nothing can be written.
     """
-    staging = output.with_name(output.name + ".partial")
+    staging = _staging(output)
     lock = FileLock(staging.with_name(staging.name + ".lock"), timeout=0)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -192,6 +226,18 @@ def add_file(folder: Path, name: str, text: str) -> None:
 def holds(folder: Path, name: str) -> bool:
     """Whether a finished checkpoint has the file `name`, as its manifest says; not where `add_file` was cut short."""
     return (folder / name).is_file() and (manifest(folder) or {}).get(name) == _digest(folder / name)
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Writes the files, by name, into `folder`, which is made if need be. Raises DiskError where that cannot be."""
+    for name, content in contents.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_bytes(folder / name, content)
+        except OSError as error:
+            raise DiskError(
+                f"{folder / name} cannot be written ({error.strerror}); free some space and start again"
+            ) from error
 
 
 def replace_text(path: Path, text: str) -> None:

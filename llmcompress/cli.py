@@ -74,6 +74,9 @@ def compress(
     size: Size = None,
     kl: Kl = None,
     tune: Tune = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on where the same command was cut, or begin anew.")
+    ] = True,
     settings: Settings = None,
     revision: Revision = None,
     seed: Seed = None,
@@ -95,7 +98,8 @@ def compress(
         given = all_settings(settings, seed, {"bpw": bpw, "bytes": size, "kl": kl})
         asked = tuned(read_recipe(recipe_or_default(recipe, given), given), tune)
         shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
-        result = run(model, asked, output, revision=revision, device=device, pricing=terminal.pricing, **shown)
+        how: dict[str, Any] = {"revision": revision, "device": device, "resume": resume}
+        result = run(model, asked, output, pricing=terminal.pricing, **how, **shown)
         terminal.warn(summarized(result.report.warnings))
         more = {"distillation": result.distillation, "allocation": result.allocation}
         found = result.report.to_json() | {name: part for name, part in more.items() if part is not None}

@@ -13,43 +13,36 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from llmcompress import report as reports
-from llmcompress.blocks import give_back_memory, product_dtype
-from llmcompress.calibrate import Block, InputGroup, walk
+from llmcompress.blocks import product_dtype
+from llmcompress.calibrate import Block, walk
 from llmcompress.checkpoint import MANIFEST, Writer, check_output, copy_folder, writing
+from llmcompress.compression import Run, compress_block, restore, waiting
 from llmcompress.errors import NumericsError, RecipeError
-from llmcompress.fuse import Balanced, balance
 from llmcompress.hf import table_entry
-from llmcompress.layer import Layer, StepConfig, relative_error
+from llmcompress.journal import Journal, Origin, opened
 from llmcompress.learning import Tune
 from llmcompress.locate import Place
-from llmcompress.methods.hessian import damped
 from llmcompress.methods.stream_search import searched_there
-from llmcompress.modules import LIKE, CompressedLinear, Layout, payload_texts
-from llmcompress.moments import Moments
+from llmcompress.modules import Layout, payload_texts
 from llmcompress.planning import Job, check_memory, lay, plan_of, warnings
 from llmcompress.recipe import Recipe, dump, read_recipe
-from llmcompress.report import LayerReport, Report
-from llmcompress.runs import apply_in_runs
+from llmcompress.report import Report
 from llmcompress.source import load_model, resolve
 from llmcompress.tokens import CalibrationTokens, calibration_tokens
 from llmcompress.validation import INDEX
-from llmcompress.weight import Dense, Weight, bits, dense, describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TARGET_DAMPING = 0.1  # of the solve that aims at the dense model's outputs
 
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
 
@@ -91,11 +84,13 @@ def compress(
     device: str = "cpu",
     progress: Progress | None = None,
     tune: Tune | None = None,
+    resume: bool = True,
 ) -> Result:
     """Compresses a dense causal LM (folder, Hub id or `smollm2`) as `recipe` says, into the new folder `output`.
 
     `tune`: what the section `reconstruct:` asks for; `distill:` is left to `recover`. Raises an LLMCompressError, in
-    one sentence, for whatever is wrong; then nothing is left behind.
+    one sentence, for whatever is wrong; then nothing is left behind but finished blocks, in `<output>.partial`, behind
+    which the same call goes on; without `resume` it begins anew.
     """
     started = time.monotonic()
     job = lay(resolve(str(model), revision), read_recipe(recipe))
@@ -109,50 +104,42 @@ def compress(
     check_output(Path(output), planned.bytes + planned.bytes // 20)
     check_memory(planned, device)
     tokens = _tokens(job)
-    with writing(Path(output)) as writer:
-        run = _Run(job, torch.device(device), tune, 0 if tokens is None else tokens.held_out)
-        for block in _blocks(run, tokens, progress):
-            for tensors in _compress_block(run, block):
-                writer.add(tensors, payload_texts(run.layouts))
+    origin = Origin.of(job.source, job.recipe, None if tokens is None else tokens.hash, device)
+    with writing(Path(output), keep=True) as writer, opened(writer.folder, origin, job.source, resume) as journal:
+        run = Run(job, torch.device(device), tune, 0 if tokens is None else tokens.held_out, list(journal.found))
+        started -= journal.seconds
+        _compress_blocks(run, tokens, journal, writer, started, progress)
+        _check_gates(run)
         _write_rest(job, run.layouts, writer)
+        journal.close()
         size = writer.close()
-        report = _report(run, tokens, size, time.monotonic() - started)
+        report = _report(run, tokens, journal, size, time.monotonic() - started)
         writer.write(reports.FILE, json.dumps(report.to_json(), indent=2))
         writer.write(reports.RECIPE, dump(job.recipe))
     return Result(Path(output), report, temporary)
 
 
-@dataclass(eq=False)
-class _Open:
-    """A block that may still change. `weights`: the dense matrices `[out, in]` that it learns from, by name; `linears`,
-    `learned`: what the checkpoint will hold of it, as it is now."""
-
-    block: Block
-    balanced: Balanced
-    weights: dict[str, Tensor]
-    linears: dict[str, CompressedLinear] = field(default_factory=dict)
-    learned: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Run:
-    """A job under way. `open`: the blocks that are not written yet, in order; `layouts`: of what is compressed, for the
-    config; `rows`: of the report; `blocks`: how each learned; `fused`: what went into their dense weights."""
-
-    job: Job
-    device: torch.device
-    tune: Tune | None
-    held_out: int  # of the calibration sequences
-    open: list[_Open] = field(default_factory=list)
-    layouts: dict[str, Layout] = field(default_factory=dict)
-    rows: list[LayerReport] = field(default_factory=list)
-    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    fused: list[str] = field(default_factory=list)
-
-    @cached_property
-    def steps(self) -> dict[str, tuple[StepConfig, ...]]:
-        """Of everything that is compressed."""
-        return self.job.steps | self.job.tables
+def _compress_blocks(
+    run: Run,
+    tokens: CalibrationTokens | None,
+    journal: Journal,
+    writer: Writer,
+    started: float,
+    progress: Progress | None,
+) -> None:
+    """Every block into the writer's folder; what the journal has found there is put in its place and run."""
+    for number in journal.closed():
+        writer.count(journal.tensors(number))
+    finished = len(journal.found)
+    for block in _blocks(run, tokens, finished, progress):
+        if block.index < finished:
+            restore(run, block, journal.tensors(block.index), last=block.index + 1 == finished)
+            continue
+        for tensors in compress_block(run, block):
+            writer.add(tensors, payload_texts(run.layouts))
+        pending = waiting(run)
+        run.entries[-1].seconds = time.monotonic() - started
+        journal.add(run.entries[-1], pending)
 
 
 def _tokens(job: Job) -> CalibrationTokens | None:
@@ -165,7 +152,7 @@ def _tokens(job: Job) -> CalibrationTokens | None:
     return calibration_tokens(config, source.tokenizer(), teacher, source.config)
 
 
-def _blocks(run: _Run, tokens: CalibrationTokens | None, progress: Progress | None) -> Iterator[Block]:
+def _blocks(run: Run, tokens: CalibrationTokens | None, finished: int, progress: Progress | None) -> Iterator[Block]:
     """The walk over the model; without tokens, the moments are empty."""
     job, recipe = run.job, run.job.recipe
     return walk(
@@ -183,129 +170,8 @@ def _blocks(run: _Run, tokens: CalibrationTokens | None, progress: Progress | No
         batch_size=None if run.tune is None else run.tune.batch_size,
         device=run.device,
         dtype=product_dtype(recipe.compute, run.device),
+        finished=finished,
         progress=progress,
-    )
-
-
-def _balanced(job: Job, block: Block) -> Balanced:
-    """The block with its channels scaled, where the recipe asks for it."""
-    fuse = job.recipe.fuse
-    return balance(block, job.source, job.arch, job.steps) if fuse is not None and fuse.awq else Balanced()
-
-
-def _compress_block(run: _Run, block: Block) -> Iterator[dict[str, Tensor]]:
-    """Swaps the block's linears for compressed ones; then, for each block that nothing changes any more, every tensor
-    that the checkpoint stores of it."""
-    tune, named = run.tune, [name for group in block.groups for name in group.names if name in run.steps]
-    balanced = _balanced(run.job, block)
-    run.fused += balanced.notes
-    here = _Open(block, balanced, {} if tune is None else {name: block.weight(name) for name in named})
-    run.open.append(here)
-    groups = [group for group in block.groups if any(name in run.steps for name in group.names)]
-    for number, group in enumerate(groups):
-        if number and tune is not None and tune.between and block.gather is not None:
-            group = block.gather(group.names)
-        here.linears |= block.swap(_compressed(run, block, group))
-        last = number + 1 == len(groups)
-        if tune is not None and (last or tune.between) and block.wanted is not None:
-            _learn(run, tune, block, last)
-        give_back_memory()
-    behind = 0 if tune is None or block.index + 1 >= len(run.job.arch.blocks) else tune.window - 1
-    while len(run.open) > behind:
-        yield _tensors(run, run.open.pop(0))
-
-
-def _learn(run: _Run, tune: Tune, block: Block, last: bool) -> None:
-    """Lets the block learn; together with the one before it, if that is open, once its `last` layers are set."""
-    together = run.open if last else run.open[-1:]
-    blocks = (block,) if len(together) == 1 or block.before is None else (block.before, block)
-    weights = {name: weight for each in together for name, weight in each.weights.items()}
-    tuned = tune.learn(blocks, weights, run.held_out)
-    for each in together:
-        inside = f"{each.block.path}."
-        each.linears |= {name: linear for name, linear in tuned.linears.items() if name.startswith(inside)}
-        theirs = {name: value for name, value in tuned.dense.items() if name.startswith(inside)}
-        each.learned |= _stored(run.job, each.block, theirs)
-    run.blocks[block.path] = tuned.found
-
-
-def _tensors(run: _Run, done: _Open) -> dict[str, Tensor]:
-    """Every tensor that the checkpoint stores of a block, and its layouts into the run's."""
-    job, path = run.job, done.block.path
-    payload: dict[str, Tensor] = {}
-    for name, module in done.linears.items():
-        run.layouts[name] = module.layout
-        payload[f"{name}.weight"] = module.get_parameter("weight").detach()
-        if name == job.arch.embedding:
-            payload[f"{name}.{LIKE}"] = torch.empty(0, dtype=job.source.read(f"{name}.weight").dtype)
-    apart = {f"{name}.weight" for name in done.linears} | set(done.learned)
-    inside = (n for n in job.source.tensors if n.startswith(f"{path}.") and n not in apart)
-    stored = {name: job.source.read(name) for name in inside}
-    return payload | done.learned | stored | done.balanced.tensors(done.block)
-
-
-def _compressed(run: _Run, block: Block, group: InputGroup) -> dict[str, Weight]:
-    """What becomes of the linears of a group, by name."""
-    done: dict[str, Weight] = {}
-    for name in (name for name in group.names if name in run.steps):
-        layer = _layer(run.job, name, group.names[0], block.weight(name), group.inputs)
-        compressed = apply_in_runs(layer, run.steps[name])
-        done[name] = compressed.expression()
-        run.rows.append(_row(run.steps[name], layer, compressed, group.held_out))
-    group.inputs.derived.clear()  # factors that only this group's linears could share
-    return done
-
-
-@torch.no_grad()
-def _stored(job: Job, block: Block, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a block learned outside compressed linears, in the types that the dense model stores; the block goes on with
-    that."""
-    found = {}
-    for name, value in learned.items():
-        if name in job.source.tensors:
-            found[name] = value.to(job.source.read(name).dtype)
-            block.model.get_parameter(name).copy_(found[name])
-    return found
-
-
-def _layer(job: Job, name: str, group: str, weight: Tensor, inputs: Moments) -> Layer:
-    """The layer as methods see it; layers that read the same input get the same seed."""
-    target = weight
-    if inputs.cross is not None and inputs.outer is not None:
-        target = weight + job.recipe.asymmetric * (weight @ _to_dense_outputs(inputs, inputs.outer, inputs.cross))
-    seed = f"{job.recipe.seed}/{group}"
-    return Layer(name, target, Dense(target.to(torch.bfloat16)), inputs, seed)
-
-
-def _to_dense_outputs(inputs: Moments, outer: Tensor, cross: Tensor) -> Tensor:
-    """D `[in, in]` for which W + W D, on the inputs seen, comes closest to W's outputs on the dense model's inputs.
-
-    (C - H) inverse(H) with C = X_dense^T X and H = X^T X (GPTAQ, arXiv 2504.02692); one for all layers that read X.
-    """
-
-    def compute() -> Tensor:
-        hessian = damped(outer.double(), TARGET_DAMPING)
-        return torch.linalg.solve(hessian, (cross - outer).double(), left=False).float()
-
-    return inputs.memo("to_dense_outputs", compute)
-
-
-def _row(steps: tuple[StepConfig, ...], layer: Layer, compressed: Layer, held_out: Moments | None) -> LayerReport:
-    stored = compressed.expression()
-    value = dense(stored)
-    error = relative_error(layer.weight, value, layer.inputs)
-    if not error < float("inf"):
-        raise NumericsError(f"{layer.name}: the compressed weight holds NaN or Inf; choose other steps for it")
-    size = (layer.weight.shape[0], layer.weight.shape[1])
-    return LayerReport(
-        name=layer.name,
-        shape=size,
-        steps=tuple(s.method for s in steps),
-        bpw=bits(stored) / prod(size),
-        error=error,
-        error_heldout=None if held_out is None else relative_error(layer.weight, value, held_out),
-        fallback="; ".join(compressed.notes) or None,
-        stored=describe(stored),
     )
 
 
@@ -332,14 +198,18 @@ COMPANIONS = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
 OURS = {"config.json", INDEX, MANIFEST, reports.FILE, reports.SCORES}
 
 
-def _report(run: _Run, tokens: CalibrationTokens | None, size: int, seconds: float) -> Report:
-    job, rows = run.job, run.rows
-    fallbacks = [row.name for row in rows if row.fallback]
-    if len(fallbacks) > job.recipe.gates.max_fallback_layers * len(rows):
+def _check_gates(run: Run) -> None:
+    """Raises NumericsError where more layers needed a fallback than the recipe allows."""
+    fallbacks = [row.name for row in run.rows if row.fallback]
+    if len(fallbacks) > run.job.recipe.gates.max_fallback_layers * len(run.rows):
         raise NumericsError(
-            f"{len(fallbacks)} of {len(rows)} layers needed a fallback, {fallbacks[0]} first "
-            f"({next(row.fallback for row in rows if row.fallback)}); calibrate on more text"
+            f"{len(fallbacks)} of {len(run.rows)} layers needed a fallback, {fallbacks[0]} first "
+            f"({next(row.fallback for row in run.rows if row.fallback)}); calibrate on more text"
         )
+
+
+def _report(run: Run, tokens: CalibrationTokens | None, journal: Journal, size: int, seconds: float) -> Report:
+    job, rows = run.job, run.rows
     linears = [row for row in rows if row.name not in job.tables]
     weights = sum(prod(row.shape) for row in linears)
     return Report(
@@ -355,16 +225,16 @@ def _report(run: _Run, tokens: CalibrationTokens | None, size: int, seconds: flo
         peak_memory_bytes=peak_memory(),
         calibration=None if tokens is None else tokens.report(),
         layers=tuple(rows),
-        warnings=(*warnings(job), *_searched_elsewhere(run)),
+        warnings=(*warnings(job), *_searched_elsewhere(run), *_from_before(journal)),
         base_model=job.source.hub_id,
         license=job.source.license,
         versions=reports.versions(),
-        blocks=run.blocks,
-        fused=tuple(run.fused),
+        blocks=run.learned,
+        fused=run.fused,
     )
 
 
-def _searched_elsewhere(run: _Run) -> tuple[str, ...]:
+def _searched_elsewhere(run: Run) -> tuple[str, ...]:
     """A sentence where trellises were searched on another device than asked for."""
     if searched_there(run.device) or not any("trellis" in row.stored for row in run.rows):
         return ()
@@ -372,6 +242,12 @@ def _searched_elsewhere(run: _Run) -> tuple[str, ...]:
         f"trellises were searched on the CPU, not on {run.device}, since that takes an NVIDIA GPU and Triton; if there "
         'is such a GPU, run pip install "llmcompress[gpu]"',
     )
+
+
+def _from_before(journal: Journal) -> tuple[str, ...]:
+    """A sentence where blocks are those of an earlier run."""
+    count = len(journal.found)
+    return (f"{count} of {journal.count} blocks and tables are of an earlier run, which was cut",) if count else ()
 
 
 def peak_memory() -> int:

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,24 +21,25 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress import driver
 from llmcompress import report as reports
-from llmcompress.allocate import Allocation, allocate
-from llmcompress.checkpoint import check_output
+from llmcompress.allocate import Allocation, allocate, reachable
+from llmcompress.allocate.kept import check_prices, price_list
+from llmcompress.checkpoint import check_output, locked
 from llmcompress.driver import Progress, Result
 from llmcompress.errors import DiskError, RecipeError
+from llmcompress.journal import is_older
 from llmcompress.learning import Tune
 from llmcompress.locate import Place
 from llmcompress.planning import Plan, lay, plan_of
 from llmcompress.recipe import Recipe, read_recipe, section
 from llmcompress.source import Source as Dense
 from llmcompress.source import load_model, resolve
-from llmcompress.text import is_file
 from llmcompress.tokens import Calibration, check_length
 
 if TYPE_CHECKING:
     from llmcompress.distill import Distillation
     from llmcompress.distill.blockwise.reconstruction import Reconstruction
 
-STAGED = ".compressed"  # follows the name of the output folder
+STAGED, PRICES = ".compressed", ".prices.json"  # follow the name of the output folder
 Training = Callable[[int, int, float, float, float], None]  # as `distill` reports
 
 
@@ -61,23 +63,27 @@ def compress(
     progress: Progress | None = None,
     pricing: Progress | None = None,
     training: Training | None = None,
+    resume: bool = True,
 ) -> Result:
     """Compresses a dense causal LM (folder, Hub id or `smollm2`) as `recipe` says, into the new folder `output`; with a
     section `distill:`, what lands there has learned from the dense model again. With a `target:`, the steps of what no
     rule speaks of are chosen first, which `pricing` reports.
 
-    Raises an LLMCompressError, in one sentence, for whatever is wrong; then nothing is left behind, but for a section's
-    finished compression in `<output>.compressed` and its training in `<output>.training`, from where the same call goes
-    on.
+    Raises an LLMCompressError, in one sentence, for whatever is wrong; then nothing is left behind, but for finished
+    blocks in `<output>.partial`, what a target was chosen by in `<output>.prices.json`, and with a section its finished
+    compression in `<output>.compressed` and its training in `<output>.training`, from where the same call goes on;
+    without `resume` it begins anew.
     """
     asked = read_recipe(recipe)
     if asked.target is not None:
-        return _to_target(model, asked, output, revision, device, pricing, {"progress": progress, "training": training})
-    tune = _tuner(asked)
+        then: dict[str, Any] = {"progress": progress, "training": training, "resume": resume}
+        return _to_target(model, asked, output, revision, device, pricing, then)
+    how: dict[str, Any] = {"device": device, "progress": progress, "tune": _tuner(asked), "resume": resume}
     if asked.distill is None:
-        return driver.compress(model, asked, output, revision=revision, device=device, progress=progress, tune=tune)
+        return driver.compress(model, asked, output, revision=revision, **how)
     from llmcompress.distill import check_ready, distill
     from llmcompress.distill.data.source import read_data
+    from llmcompress.distill.run import TRAINING
 
     dense = resolve(str(model), revision)
     wanted = wanted_distillation(asked, dense)
@@ -94,11 +100,14 @@ def compress(
     first = asked.model_copy(update={"distill": None})
     check_output(target, 2 * plan_of(lay(dense, first)).bytes)
     staged = target.with_name(target.name + STAGED)
+    if not resume:
+        for left in (staged, target.with_name(target.name + TRAINING)):
+            shutil.rmtree(left, ignore_errors=True)
     if not is_there(staged, first, dense):
         if all(text.dataset != "self" for text in _texts(wanted)):  # which the model would have to write
             load = partial(load_model, Place(dense.name, dense.folder))
             read_data(wanted.data, dense.tokenizer(), load, dense.config)  # raises what is wrong with it
-        driver.compress(dense.name, first, staged, revision=dense.revision, device=device, progress=progress, tune=tune)
+        driver.compress(dense.name, first, staged, revision=dense.revision, **how)
     teacher = dense.name if dense.revision is None else f"{dense.name}@{dense.revision}"
     done = distill(staged, teacher, wanted, target, device=device, progress=training)
     shutil.rmtree(staged)
@@ -112,16 +121,47 @@ def _to_target(
     revision: str | None,
     device: str,
     pricing: Progress | None,
-    shown: dict[str, Any],
+    then: dict[str, Any],
 ) -> Result:
     """The whole of it for a recipe with a target; its price list and its plan lie beside the report."""
     dense = resolve(str(model), revision)
-    if output is not None:
-        check_output(Path(output), 0)
     check_sections(asked, dense)
-    plan = allocate(dense, asked, device=device, progress=pricing)
-    result = compress(model, plan.recipe, output, revision=revision, device=device, **shown)
+    if output is None:
+        plan = allocate(dense, asked, device=device, progress=pricing)
+        result = compress(model, plan.recipe, None, revision=revision, device=device, **then)
+        return replace(result, allocation=record(plan, result.folder, device))
+    target = Path(output)
+    check_output(target, 0)
+    plan, kept = _kept_plan(dense, asked, target, device, pricing, then["resume"])
+    with ExitStack() as stack:
+        stack.push(partial(_note, f"what the options cost is kept in {kept}"))
+        result = compress(model, plan.recipe, target, revision=revision, device=device, **then)
+    kept.unlink()
     return replace(result, allocation=record(plan, result.folder, device))
+
+
+def _note(sentence: str, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    """What an error that leaves a context says besides."""
+    if error is not None:
+        error.add_note(sentence)
+
+
+def _kept_plan(
+    dense: Dense, asked: Recipe, output: Path, device: str, pricing: Progress | None, resume: bool
+) -> tuple[Allocation, Path]:
+    """What is chosen for a recipe with a target, and the file beside `output` that keeps its prices.
+
+    Raises RecipeError for a target that no choice reaches, LockedError while another process writes there.
+    """
+    if asked.target is None:
+        raise ValueError("there is no target")
+    job, found = reachable(dense, asked, (asked.target,))
+    kept = output.with_name(output.name + PRICES)
+    with locked(output, "output folder"):
+        if not resume:
+            kept.unlink(missing_ok=True)
+        check_prices(kept, job)
+        return price_list(kept, job, found, device, pricing).reaching(asked.target), kept
 
 
 def record(plan: Allocation, folder: Path, device: str = "cpu") -> dict[str, Any]:
@@ -177,20 +217,10 @@ def is_there(staged: Path, recipe: Recipe, dense: Dense) -> bool:
         return False
     found = reports.read(staged)
     before = (read_recipe(staged / reports.RECIPE), found.model, found.revision, found.versions)
-    if before != (recipe, dense.name, dense.revision, reports.versions()) or is_older(
-        staged / reports.FILE, recipe, dense
-    ):
+    then = (staged / reports.FILE).stat().st_mtime
+    if before != (recipe, dense.name, dense.revision, reports.versions()) or is_older(then, dense, recipe.calibration):
         raise DiskError(
             f"{staged} was left by a run with another recipe, model, text or version; remove it, or choose another "
             f"output folder"
         )
     return True
-
-
-def is_older(made: Path, recipe: Recipe, dense: Dense) -> bool:
-    """Whether a model on this disk, or the file of text, has changed since the file `made` was."""
-    read = {header.file for header in dense.tensors.values() if dense.revision is None}  # a commit does not change
-    if recipe.calibration is not None and is_file(recipe.calibration.dataset):
-        read.add(Path(recipe.calibration.dataset).expanduser())
-    then = made.stat().st_mtime
-    return any(path.stat().st_mtime > then for path in read if path.is_file())

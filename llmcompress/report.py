@@ -35,6 +35,11 @@ class LayerReport:
     fallback: str | None  # what had to be done differently than asked, if anything
     stored: str  # the expression, for people
 
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> LayerReport:
+        """The inverse of `dataclasses.asdict`. Raises KeyError or TypeError for a row of another form."""
+        return LayerReport(**{**row, "shape": tuple(row["shape"]), "steps": tuple(row["steps"])})
+
 
 @dataclass(frozen=True)
 class Report:
@@ -67,8 +72,7 @@ class Report:
     def from_json(entries: dict[str, Any]) -> Report:
         """The inverse of `to_json`. Raises InputError for entries of another form."""
         try:
-            tuples = [{**row, "shape": tuple(row["shape"]), "steps": tuple(row["steps"])} for row in entries["layers"]]
-            layers = [LayerReport(**row) for row in tuples]
+            layers = map(LayerReport.from_json, entries["layers"])
             texts = {"warnings": tuple(entries["warnings"]), "fused": tuple(entries.get("fused", ()))}
             return Report(**{**entries, **texts, "layers": tuple(layers)})
         except (KeyError, TypeError) as error:

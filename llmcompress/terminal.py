@@ -217,22 +217,25 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the sentence for an error that a user can do something about; None for any other."""
     match error:
         case LLMCompressError():
-            return error.exit_code, str(error)
+            found = error.exit_code, str(error)
         case KeyboardInterrupt():
-            return 130, f"stopped from the keyboard; {_left(error)}"
+            found = 130, f"stopped from the keyboard{_left(error)}"
         case Terminated():
-            return 143, f"stopped by a signal; {_left(error)}"
+            found = 143, f"stopped by a signal{_left(error)}"
         case OSError() if error.errno in NO_SPACE:
-            return DiskError.exit_code, f"the disk is full ({error.filename or 'no file named'}); free some space"
+            found = DiskError.exit_code, f"the disk is full ({error.filename or 'no file named'}); free some space"
         case _ if is_out_of_memory(error):
-            return MemoryLimitError.exit_code, "there is not enough memory; take a smaller model or fewer samples"
+            found = MemoryLimitError.exit_code, "there is not enough memory; take a smaller model or fewer samples"
         case _:
             return None
+    return found[0], "; ".join((found[1], *getattr(error, "__notes__", ())))
 
 
 def _left(error: BaseException) -> str:
-    """What an interrupted run says that it keeps."""
-    return str(error.args[0]) if error.args else "nothing was left behind"
+    """What an interrupted run says that it keeps, unless a note does."""
+    if error.args:
+        return f"; {error.args[0]}"
+    return "" if getattr(error, "__notes__", ()) else "; nothing was left behind"
 
 
 def duration(seconds: float) -> str:

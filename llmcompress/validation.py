@@ -80,7 +80,8 @@ def _finite(stored: NDArray[np.uint8], places: Iterable[tuple[torch.dtype, int, 
 
 def digests(tensors: Mapping[str, Tensor], layouts: Mapping[str, str]) -> dict[str, str]:
     """The metadata of a safetensors file that holds `tensors`; `layouts`: of those that are payloads, by name."""
-    return {DIGESTS: json.dumps({name: digest(tensor, layouts.get(name, "")) for name, tensor in tensors.items()})}
+    found = {name: digest(tensor, layouts.get(name, "")) for name, tensor in tensors.items()}
+    return {DIGESTS: json.dumps(found, sort_keys=True)}
 
 
 def weight_files(folder: Path) -> list[Path]:

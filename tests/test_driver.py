@@ -235,9 +235,9 @@ def test_a_failing_run_leaves_nothing(folder: Path, tmp_path: Path, text: Path) 
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.up_proj"):
+    with pytest.raises(NumericsError, match=r"layers\.0\.mlp\.up_proj"):
         lc.compress(folder, recipe(text), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 

@@ -19,7 +19,7 @@ from llmcompress.cli import app
 from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeError
 from llmcompress.evaluate import evaluate
 from llmcompress.frontier import SILENT, Told, budgets, frontier, read_peers, sweep
-from llmcompress.frontier.prices import FILE as PRICES
+from llmcompress.frontier.sweep import PRICES
 from llmcompress.locate import locate
 from llmcompress.protocol import Protocol
 from llmcompress.recipe import Recipe, dump, read_recipe
@@ -188,7 +188,7 @@ def test_what_is_finished_is_read_and_more_budgets_are_added(
         for module, name in ((sweep, "compress"), (sweep, "record")):
             context.setattr(module, name, never)
         context.setattr("llmcompress.frontier.judge.load_model", never)
-        context.setattr("llmcompress.frontier.prices.load_model", never)
+        context.setattr("llmcompress.allocate.kept.load_model", never)
         sizes, recipe = budgets(BPW, None), read_recipe(values(place))
         again = frontier(place / "dense", [recipe], sizes, tmp_path / "out", protocol(place, tasks))
     assert [one["kl"] for one in again["series"][0]["points"]] == [one["kl"] for one in curve[1]["series"][0]["points"]]
@@ -240,7 +240,7 @@ def test_a_distilled_point_is_kept_too(place: Path, tmp_path: Path, monkeypatch:
     assert point["seconds"] > taught["seconds"] > 0
     monkeypatch.setattr(sweep, "compress", dying(sweep.compress, 0))
     assert swept(place, tmp_path / "out", "4", distill=section)["series"][0]["points"] == [point]
-    with pytest.raises(DiskError, match=r"prices.json was left by a sweep with another recipe"):
+    with pytest.raises(DiskError, match=r"prices.json was left by a run with another recipe"):
         swept(place, tmp_path / "out", "4", distill=section | {"steps": 3})
 
 
@@ -432,7 +432,7 @@ def test_prices_and_checkpoints_of_something_else_are_not_taken(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(curve[0], out)
-    other = "was left by a sweep with another recipe, model, text, version or kind of budget"
+    other = "was left by a run with another recipe, model, text, version or kind of budget"
     with pytest.raises(DiskError, match=other):
         swept(place, out, seed=1)
     with pytest.raises(DiskError, match=other):

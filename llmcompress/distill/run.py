@@ -45,6 +45,7 @@ from llmcompress.weight import bits, describe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TRAINING = ".training"  # follows the name of the output folder: the state of a run that was cut
 COMPRESSED_TEACHER = "the teacher is compressed too, so what it lost the student does not learn"
 
 
@@ -112,7 +113,7 @@ def distill(
     check_pair(*pair, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
     check_teacher(pair[1], asked.teacher.bits)
     data = read_data(asked.data, tokenizer, partial(load_model, place), pair[1].config)
-    keeper = Keeper(target.with_name(target.name + ".training"), _identity(asked, data, opened, place))
+    keeper = Keeper(target.with_name(target.name + TRAINING), _identity(asked, data, opened, place))
     run = _run(asked, Student(pair[0], {}, {}), pair[1], data, keeper, accelerator)
     for model in pair:
         check_head(model, data.sequences.ids)

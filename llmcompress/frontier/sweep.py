@@ -22,13 +22,12 @@ from typing import Any
 from llmcompress import report as reports
 from llmcompress.allocate import Allocation, PriceList, reachable
 from llmcompress.allocate.choices import Choices
-from llmcompress.checkpoint import holds, locked
+from llmcompress.allocate.kept import check_prices, price_list
+from llmcompress.checkpoint import holds, locked, write_files
 from llmcompress.errors import DiskError, RecipeError, Terminated
 from llmcompress.frontier.budgets import Budget
-from llmcompress.frontier.files import write_files
 from llmcompress.frontier.judge import Judge
 from llmcompress.frontier.peers import Peer
-from llmcompress.frontier.prices import check_prices, price_list
 from llmcompress.locate import Place
 from llmcompress.planning import Job
 from llmcompress.plots import MISSING, frontier_pictures, main_metric
@@ -42,6 +41,7 @@ from llmcompress.terminal import finite
 
 FILE = "frontier.json"
 TABLE = "frontier.md"
+PRICES = "prices.json"
 PICTURE = "frontier"  # .png and .svg
 FOLDER_NAME = re.compile(r"[\w][\w.+-]*")
 
@@ -124,7 +124,7 @@ def _line(dense: Source, recipe: Recipe, sizes: Sequence[Budget], folder: Path) 
         job, found = reachable(dense, aimed, [budget.target for budget in sizes])
     except RecipeError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error
-    check_prices(folder, job)
+    check_prices(folder / PRICES, job)
     return Line(job, found, folder)
 
 
@@ -150,7 +150,7 @@ def _swept(
     for line in lines:
         recipe = line.job.recipe.name
         told.next(f"{recipe}: prices for {len(sizes)} budgets")
-        prices = price_list(line.folder, line.job, line.choices, judge.device, told.pricing)
+        prices = price_list(line.folder / PRICES, line.job, line.choices, judge.device, told.pricing)
         series: dict[str, Any] = {"recipe": recipe, "pricing_seconds": prices.seconds, "points": []}
         found["series"].append(series)
         for number, budget in enumerate(sizes, start=1):

@@ -130,23 +130,20 @@ def test_what_learns_nothing_changes_nothing(place: Path, tmp_path: Path) -> Non
     assert list(_weights(one)) == list(_weights(two))
 
 
-def test_a_run_that_was_cut_leaves_nothing_and_starts_again_alike(place: Path, tmp_path: Path) -> None:
-    """Cut while a block waits for the next window."""
+def test_blocks_are_written_when_nothing_changes_them(place: Path, tmp_path: Path) -> None:
+    """Beside them the one that waits for the next window lies in a file that goes again."""
     asked = recipe(place, {"rates": SCALES, "window": 2, "steps": 4, "evaluate_every": 2})
 
-    def cut(done: int, blocks: int, rate: float) -> None:
-        staged = [path for path in (tmp_path / "out.partial").iterdir() if path.suffix == ".safetensors"]
-        assert len(staged) == (done if done == blocks else done - 1), "a block is written when nothing can change it"
-        if done == 2:
-            raise KeyboardInterrupt
+    def look(done: int, blocks: int, rate: float) -> None:
+        staged = sorted(path.name for path in (tmp_path / "out.partial").iterdir())
+        waiting = [] if done == blocks else [f"open-{done - 1:05}.safetensors"]
+        parts = [f"part-{index:05}.safetensors" for index in range(done - len(waiting))]
+        assert staged == ["journal.jsonl", *waiting, *parts]
+        seen.append(done)
 
-    with pytest.raises(KeyboardInterrupt):
-        lc.compress(place / "dense", asked, tmp_path / "out", progress=cut)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-    again = lc.compress(place / "dense", asked, tmp_path / "out")
-    whole = lc.compress(place / "dense", asked, tmp_path / "whole")
-    assert list(_weights(again.folder)) == list(_weights(whole.folder))
-    assert again.report.blocks == whole.report.blocks
+    seen: list[int] = []
+    lc.compress(place / "dense", asked, tmp_path / "out", progress=look)
+    assert seen == [1, 2, 3, 4]
 
 
 def test_a_block_without_steps_stays_dense(place: Path, tmp_path: Path) -> None:

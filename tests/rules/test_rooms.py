@@ -54,7 +54,9 @@ ROOMS = (
     "protocol",  # how models are scored
     "evaluate",
     "report",
+    "journal",  # finished blocks, for a run that was cut
     "learning",  # blocks that learn meanwhile
+    "compression",  # what becomes of one block
     "driver",  # model + recipe -> checkpoint + report
     "allocate",  # a size or a quality -> steps for every layer
     "surgery",  # edits of a dense model's structure

@@ -1,4 +1,4 @@
-"""Price lists on disk: a sweep that was cut, or that gets more budgets, does not measure them again."""
+"""Price lists on disk: a run that was cut, or a sweep that gets more budgets, does not measure them again."""
 
 from __future__ import annotations
 
@@ -11,29 +11,25 @@ from typing import Any
 import torch
 
 from llmcompress import report as reports
-from llmcompress.allocate import PriceList, price
 from llmcompress.allocate.choices import Choices
+from llmcompress.allocate.plan import PriceList, price
 from llmcompress.allocate.prices import Priced
 from llmcompress.allocate.sensitivity import Dense
-from llmcompress.checkpoint import read_json
+from llmcompress.checkpoint import read_json, write_files
 from llmcompress.errors import DiskError
-from llmcompress.frontier.files import write_files
+from llmcompress.journal import is_older
 from llmcompress.locate import Place
 from llmcompress.planning import Job
-from llmcompress.recover import is_older
 from llmcompress.source import Source, load_model
-
-FILE = "prices.json"
 
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
 
 
-def price_list(folder: Path, job: Job, found: Choices, device: str, progress: Progress | None) -> PriceList:
-    """The price list that `folder` keeps; where there is none it is measured, and kept.
+def price_list(path: Path, job: Job, found: Choices, device: str, progress: Progress | None) -> PriceList:
+    """The price list in the file `path`; where there is none it is measured, and kept there.
 
     Raises DiskError for a list of another recipe, model or version, or that cannot be written.
     """
-    path = folder / FILE
     if path.is_file():
         return _read(path, job, found, device)
     made = price(job, found, device=device, progress=progress)
@@ -44,22 +40,21 @@ def price_list(folder: Path, job: Job, found: Choices, device: str, progress: Pr
         "windows": dense.windows.tolist(),
         "matrices": [one.to_json() for one in made.prices],
     }
-    write_files(folder, {FILE: json.dumps(entries).encode()})
+    write_files(path.parent, {path.name: json.dumps(entries).encode()})
     return made
 
 
-def check_prices(folder: Path, job: Job) -> None:
-    """Raises DiskError where `folder` keeps prices that are not this job's, or are older than its model or text."""
-    path = folder / FILE
+def check_prices(path: Path, job: Job) -> None:
+    """Raises DiskError where `path` holds prices that are not this job's, or are older than its model or text."""
     if not path.is_file():
         return
     try:
         kept = read_json(path)["of"] == json.loads(json.dumps(_identity(job)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DiskError(f"{path} cannot be read ({error}); remove it") from error
-    if not kept or is_older(path, job.recipe, job.source):
+    if not kept or is_older(path.stat().st_mtime, job.source, job.recipe.calibration):
         raise DiskError(
-            f"{path} was left by a sweep with another recipe, model, text, version or kind of budget; remove it, or "
+            f"{path} was left by a run with another recipe, model, text, version or kind of budget; remove it, or "
             f"choose another output folder"
         )
 
