@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.architecture import Architecture, BlockLayout, Linear
-from llmcompress.blocks import Batch, Run, drop, embed, give_back_memory, head_inputs, in_batches, load
+from llmcompress.blocks import Batch, Calls, Run, drop, embed, give_back_memory, head_inputs, in_batches, load
 from llmcompress.errors import InputError
 from llmcompress.importance import TokenWeights, token_weights
 from llmcompress.modules import CompressedLinear, decoded, put
@@ -143,9 +143,9 @@ def walk(
     None: none. `weights`: see `importance`. `prefix`: whether inputs come from the blocks as the caller left them, or
     from the dense ones. `dense_stream`: carry the dense model's hidden states beside the others, for `cross`;
     `outputs`: for `Block.wanted`, of held-out sequences too; `pairs`: for `Block.before`, which may change as well.
-    `dtype`: of a block's products. `batch_size`: sequences per forward (2048 tokens). `finished`: of so many blocks the
-    caller has the outcome; they come without moments, to be made what they were, or not at all where nothing depends on
-    it. `progress(blocks done, blocks, tokens per second)` is called after each.
+    `dtype`: of a block's products. `batch_size`: sequences per forward (2048 tokens). `finished`: so many blocks come
+    without moments, to be made what they were in an earlier walk, or not at all where nothing depends on them.
+    `progress(blocks done, blocks, tokens per second)` is called after each.
 
     Raises InputError when the sequences do not suit the model or its blocks cannot be run on their own, NumericsError,
     naming the layer, when weights or activations are not finite.
@@ -159,29 +159,49 @@ def walk(
     _check_sequences(model, sequences, held_out)
     batches = in_batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
     hidden, calls, as_tuple = embed(model, source, arch, sequences, batches, torch.device(device))
-    beside = len(hidden) if outputs else len(hidden) - held_out if dense_stream else 0
-    dense, behind = hidden[:beside].clone() if beside else None, hidden.clone() if pairs else None
-    streams = Streams(batches, hidden, dense, behind, cap, weights, prefix == "dense")
+    beside = hidden[: len(hidden) if outputs else len(hidden) - held_out].clone() if outputs or dense_stream else None
+    streams = Streams(batches, hidden, beside, hidden.clone() if pairs else None, cap, weights, prefix == "dense")
     before, started = None, time.monotonic()
     for index, layout in enumerate(arch.blocks):
-        known = {size: blocks[index] for size, blocks in calls.items()}
-        run = Run(model.get_submodule(layout.path), layout.path, known, dtype)
-        load(run.module, layout.path, source, hidden.device)
-        wanted = {} if index < finished else _wanted(layout, needs)
-        block = replace(_block(model, arch, index, run, wanted, streams, outputs), before=before)
+        run = _loaded(model, source, arch, index, calls, dtype, hidden.device)
+        wanted = _wanted(layout, {} if index < finished else needs)
+        block = _block(model, arch, index, run, wanted, streams, outputs, before)
         give_back_memory()
         yield block
         before = _leave(block, run, streams, index + 1 == len(arch.blocks))
         if progress is not None:
             progress(index + 1, len(arch.blocks), (index + 1) * sequences.numel() / (time.monotonic() - started))
     ends = _gather_ends(model, source, arch, needs, finished, hidden, batches, as_tuple, cap)
-    del hidden, dense, behind, before, streams, block  # tables are large
+    del hidden, beside, before, streams, block  # tables are large
     for index, group in ends.items():
         yield from _table(model, source, index, group, torch.device(device))
 
 
+def _loaded(
+    model: PreTrainedModel,
+    source: Source,
+    arch: Architecture,
+    index: int,
+    calls: Calls,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Run:
+    """A block with its dense weights."""
+    path = arch.blocks[index].path
+    module = model.get_submodule(path)
+    load(module, path, source, device)
+    return Run(module, path, {size: blocks[index] for size, blocks in calls.items()}, dtype)
+
+
 def _block(
-    model: PreTrainedModel, arch: Architecture, index: int, run: Run, wanted: Wanted, streams: Streams, outputs: bool
+    model: PreTrainedModel,
+    arch: Architecture,
+    index: int,
+    run: Run,
+    wanted: Wanted,
+    streams: Streams,
+    outputs: bool,
+    before: Block | None,
 ) -> Block:
     """A block that was just loaded, with the moments of its linears' inputs."""
     groups = _gather(run, wanted, streams)
@@ -192,7 +212,7 @@ def _block(
         return group
 
     dense = streams.dense if outputs else None
-    return Block(index, run.path, run.module, groups, streams.hidden, arch.linears(), model, run, dense, gather)
+    return Block(index, run.path, run.module, groups, streams.hidden, arch.linears(), model, run, dense, gather, before)
 
 
 def _leave(block: Block, run: Run, streams: Streams, last: bool) -> Block | None:
