@@ -1,10 +1,11 @@
 """Which codes of a trellis stand for numbers nearest to those wanted: the Viterbi algorithm, compiled.
 
 Of every state the cheapest way to it is known; a step extends all of them. States that share all but their oldest code
-lead to the same successors, so of these only the cheapest goes on. Costs lie by a state's newest code, so that each
-loop below runs along memory. Sums are rounded as they are written (no `fastmath`, which gains nothing here), and of
-equally cheap ways the one with the lowest oldest code goes on: every machine finds the same, GPUs
-too (`viterbi_triton.py`).
+lead to the same successors, so of these only the cheapest goes on. Costs lie so that each loop below runs along memory:
+by a state's newest code where codes are few, and otherwise (`WIDE`) in the order of states, which has as many newest
+codes beside each other as there are. Sums are rounded as they are written (no `fastmath`, which gains nothing here),
+and of equally cheap ways the one with the lowest oldest code goes on, of equally cheap ends that with the lowest newest
+code and then the lowest state: every machine finds the same, GPUs too (`viterbi_triton.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from llmcompress.trellis import Trellis, table
 
 FAR = np.float32(2e30)  # the cost, at first, of states that no way leads to
 UNREACHED = np.float32(1e30)  # costs from here on
+WIDE = 5  # bits of a code from which on codes are many
 TWICE = np.float32(-2)  # a plain number would make the arithmetic float64
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
@@ -33,15 +35,16 @@ def search(trellis: Trellis) -> Search:
     `wanted` float32 `[steps, values]`; `importance`, alike, is what a squared error counts. The way begins in the state
     `start` and ends in the state `end`, or in any for -1; its states, int32 `[steps]`, are those after each step.
     """
-    find, numbers = _compiled(trellis), _by_newest_code(trellis)
+    find, numbers = _compiled(trellis), _arranged(trellis)
     return lambda wanted, importance, start, end: find(wanted, importance, numbers, start, end)
 
 
 @lru_cache(maxsize=16)
-def _by_newest_code(trellis: Trellis) -> Floats:
-    """The table as `[values, newest code, the rest of the state]`."""
+def _arranged(trellis: Trellis) -> Floats:
+    """The table as costs lie: `[values, newest code, the rest of the state]`, or where codes are many `[values, the
+    rest, newest code]`."""
     numbers = table(trellis).numpy().reshape(-1, 1 << trellis.bits, trellis.values)
-    return np.ascontiguousarray(numbers.transpose(2, 1, 0))
+    return np.ascontiguousarray(numbers.transpose((2, 0, 1) if trellis.bits >= WIDE else (2, 1, 0)))
 
 
 @lru_cache(maxsize=16)
@@ -50,38 +53,46 @@ def _compiled(trellis: Trellis) -> Callable[..., Any]:
 
     bits, memory = trellis.bits, trellis.memory
     parts, rest, inner = _sizes(trellis)
-    cheapest, interleave, extend = _step(trellis)
+    wide = bits >= WIDE
+    forward = _wide(trellis) if wide else _narrow(trellis)
+
+    @njit(nogil=True)
+    def place(state: int) -> int:
+        return state if wide else (state & (parts - 1)) * rest + (state >> bits)
+
+    @njit(nogil=True)
+    def cheapest_end(costs: Floats) -> int:
+        low = costs.min()
+        for newest in range(parts):
+            for other in range(rest):
+                state = other << bits | newest
+                if costs[place(state)] == low:
+                    return state
+        return 0
 
     @njit(nogil=True)
     def find(wanted: Floats, importance: Floats, numbers: Floats, start: int, end: int) -> States:
-        steps = len(wanted)
-        states = np.empty(steps, np.int32)
-        costs = np.full((parts, rest), FAR)
-        costs[start & (parts - 1), start >> bits] = 0
-        best, ordered = np.empty((parts, inner), np.float32), np.empty(rest, np.float32)
-        oldest = np.empty((steps, parts, inner), np.uint8)
-        for step in range(steps):
-            cheapest(costs, best, oldest[step])
-            interleave(best, ordered)
-            extend(ordered, numbers, wanted[step], importance[step], costs)
-        place = costs.argmin()
-        state = np.int64(end if end >= 0 else (place % rest) << bits | place // rest)
-        for step in range(steps - 1, -1, -1):
+        states = np.empty(len(wanted), np.int32)
+        costs, oldest = forward(wanted, importance, numbers, start)
+        state = np.int64(end if end >= 0 else cheapest_end(costs))
+        for step in range(len(wanted) - 1, -1, -1):
             states[step] = state
             later = state >> bits
-            state = np.int64(oldest[step, later & (parts - 1), later >> bits]) << (memory - bits) | later
+            entry = later if wide else (later & (parts - 1)) * inner + (later >> bits)
+            state = np.int64(oldest[step, entry]) << (memory - bits) | later
         return states
 
     compiled: Callable[..., Any] = find
     return compiled
 
 
-def _step(trellis: Trellis) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
-    """The parts of a step, each a loop that a compiler turns into vectors; sizes are constants to it."""
+def _narrow(trellis: Trellis) -> Callable[..., Any]:
+    """All steps with costs `[newest code, rest]`: those at the end, and at every step the oldest code of the cheapest
+    way to `[newest code, middle]`. Its parts are loops that a compiler turns into vectors, with sizes as constants."""
     from numba import njit
 
+    bits, pairs = trellis.bits, trellis.values == 2
     parts, rest, inner = _sizes(trellis)
-    pairs = trellis.values == 2
 
     @njit(nogil=True)
     def cheapest(costs: Floats, best: Floats, oldest: Codes) -> None:
@@ -104,19 +115,79 @@ def _step(trellis: Trellis) -> tuple[Callable[..., None], Callable[..., None], C
     @njit(nogil=True)
     def extend(ordered: Floats, numbers: Floats, wanted: Floats, importance: Floats, costs: Floats) -> None:
         base = ordered[0] if ordered[0] < UNREACHED else np.float32(0)  # or costs grow until they are rounded
+        last = len(wanted) - 1  # 0 or 1
         slope, weight = TWICE * wanted[0] * importance[0], importance[0]
+        slope_2, weight_2 = TWICE * wanted[last] * importance[last], importance[last]
         for newest in range(parts):
             for state in range(rest):
                 number = numbers[0, newest, state]
-                costs[newest, state] = ordered[state] - base + number * (slope + weight * number)
-        if pairs:
-            slope, weight = TWICE * wanted[1] * importance[1], importance[1]
-            for newest in range(parts):
-                for state in range(rest):
+                cost = ordered[state] - base + number * (slope + weight * number)
+                if pairs:
                     number = numbers[1, newest, state]
-                    costs[newest, state] += number * (slope + weight * number)
+                    cost += number * (slope_2 + weight_2 * number)
+                costs[newest, state] = cost
 
-    return cheapest, interleave, extend
+    @njit(nogil=True)
+    def forward(wanted: Floats, importance: Floats, numbers: Floats, start: int) -> tuple[Floats, Codes]:
+        costs = np.full((parts, rest), FAR)
+        costs[start & (parts - 1), start >> bits] = 0
+        best, ordered = np.empty((parts, inner), np.float32), np.empty(rest, np.float32)
+        oldest = np.empty((len(wanted), parts, inner), np.uint8)
+        for step in range(len(wanted)):
+            cheapest(costs, best, oldest[step])
+            interleave(best, ordered)
+            extend(ordered, numbers, wanted[step], importance[step], costs)
+        return costs.ravel(), oldest.reshape(len(wanted), rest)
+
+    compiled: Callable[..., Any] = forward
+    return compiled
+
+
+def _wide(trellis: Trellis) -> Callable[..., Any]:
+    """All steps with costs in the order of states, likewise; oldest codes `[middle, newest code]`."""
+    from numba import njit
+
+    pairs = trellis.values == 2
+    parts, rest, _ = _sizes(trellis)
+
+    @njit(nogil=True)
+    def cheapest(costs: Floats, ordered: Floats, oldest: Codes) -> None:
+        for state in range(rest):
+            ordered[state], oldest[state] = costs[0, state], 0
+        for old in range(1, parts):
+            for state in range(rest):
+                cost = costs[old, state]
+                oldest[state] = old if cost < ordered[state] else oldest[state]
+                ordered[state] = min(cost, ordered[state])
+
+    @njit(nogil=True)
+    def extend(ordered: Floats, numbers: Floats, wanted: Floats, importance: Floats, costs: Floats) -> None:
+        base = ordered[0] if ordered[0] < UNREACHED else np.float32(0)  # or costs grow until they are rounded
+        last = len(wanted) - 1  # 0 or 1
+        slope, weight = TWICE * wanted[0] * importance[0], importance[0]
+        slope_2, weight_2 = TWICE * wanted[last] * importance[last], importance[last]
+        for state in range(rest):
+            for newest in range(parts):
+                number = numbers[0, state, newest]
+                cost = ordered[state] - base + number * (slope + weight * number)
+                if pairs:
+                    number = numbers[1, state, newest]
+                    cost += number * (slope_2 + weight_2 * number)
+                costs[state, newest] = cost
+
+    @njit(nogil=True)
+    def forward(wanted: Floats, importance: Floats, numbers: Floats, start: int) -> tuple[Floats, Codes]:
+        costs = np.full(parts * rest, FAR)
+        costs[start] = 0
+        by_oldest, by_newest = costs.reshape(parts, rest), costs.reshape(rest, parts)
+        ordered, oldest = np.empty(rest, np.float32), np.empty((len(wanted), rest), np.uint8)
+        for step in range(len(wanted)):
+            cheapest(by_oldest, ordered, oldest[step])
+            extend(ordered, numbers, wanted[step], importance[step], by_newest)
+        return costs, oldest
+
+    compiled: Callable[..., Any] = forward
+    return compiled
 
 
 def _sizes(trellis: Trellis) -> tuple[int, int, int]:
