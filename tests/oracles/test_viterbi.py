@@ -43,7 +43,7 @@ def plainly(trellis: Trellis, wanted: Floats, importance: Floats, start: int) ->
     return np.array(way[::-1])
 
 
-@pytest.mark.parametrize("trellis", TRELLISES, ids=str)
+@pytest.mark.parametrize("trellis", [*TRELLISES, Trellis(5, 1, 10), Trellis(5, 2, 12)], ids=str)
 @pytest.mark.parametrize("kind", ["any", "large", "worthless", "doubled"])
 def test_the_way_is_that_of_rounded_sums(trellis: Trellis, kind: str) -> None:
     steps, start = 100, 5
