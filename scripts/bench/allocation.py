@@ -1,10 +1,12 @@
 """What an allocation is worth: its plan beside plans of the same size, and how well damages are predicted.
 
     python scripts/bench/allocation.py --data DATA (--bpw 2 | --size 40MB) [--options FILE] [--damage kl] [--plans 20]
+        [--subsets 1] [--prices FILE]
 
 DATA holds `wikitext2-valid.txt` (calibration: its first 16 windows of 1024 tokens, the next two held out) and
-`wikitext2-test.raw` (the KL of every plan: its first `--windows` windows of 256 tokens). Prices are measured once; then
-the chosen plan, the uniform one and `--plans` random ones are compressed, measured and printed, with the rank
+`wikitext2-test.raw` (the KL of every plan: its first `--windows` windows of 256 tokens). Prices are measured once, or
+read from `--prices`, where they are kept; then the chosen plan, the uniform one, `--plans` random ones, and those that
+prices on `--subsets` random samples of the same text choose are compressed alike, measured and printed, with the rank
 correlation of predicted and measured KL over the random ones. `--options` is a YAML list of lists of steps; trellises
 with a memory of 8 and no `refine` take a sixth of the time of the default ones and are ranked alike.
 """
@@ -16,6 +18,7 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,8 +29,9 @@ from rows import calibration
 from scipy.stats import spearmanr
 
 from llmcompress import driver
-from llmcompress.allocate import Allocation, allocate, damage
+from llmcompress.allocate import Allocation, allocate, damage, reachable
 from llmcompress.allocate.controls import random_plan, uniform_plan
+from llmcompress.allocate.kept import check_prices, price_list
 from llmcompress.allocate.sensitivity import Dense
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.perplexity import text_windows
@@ -38,6 +42,7 @@ from llmcompress.source import Source, load_model, load_tokenizer, resolve
 
 COLUMNS = ("plan", "bpw", "MB", "predicted KL", "probing KL", "text KL")
 LENGTH = 256
+PIECE = 4000  # characters
 
 
 def main() -> None:
@@ -51,18 +56,20 @@ def main() -> None:
     parser.add_argument("--options", type=Path, help="what each linear may become; the default ones otherwise")
     parser.add_argument("--damage", choices=("distortion", "kl"), default="distortion", help="as in a recipe")
     parser.add_argument("--plans", type=int, default=20, help="random ones")
+    parser.add_argument("--subsets", type=int, default=1, help="random samples of text to price on once more")
+    parser.add_argument("--prices", type=Path, help="a file that keeps them, for other budgets of the same kind")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--jsonl", type=Path, help="collects the rows as they come")
     asked = parser.parse_args()
     source = resolve(asked.model)
-    found = allocate(source, read_recipe(recipe(asked)))
+    found = allocated(source, recipe(asked), asked.prices)
     text = (asked.data / "wikitext2-test.raw").read_text(encoding="utf-8")
     windows = text_windows(load_tokenizer(source.folder), text, asked.windows, LENGTH, source.config)
     with torch.no_grad():
         dense = Dense(windows, load_model(Place(source.name, source.folder))(input_ids=windows).logits)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     rows = []
-    for name, plan in plans(found, asked.plans):
+    for name, plan in chain(plans(found, asked.plans), others(source, asked)):
         rows.append(measured(name, dataclasses.replace(found, chosen=plan), source, dense))
         print(line(rows[-1]), flush=True)
         if asked.jsonl:
@@ -86,6 +93,29 @@ def recipe(asked: argparse.Namespace) -> dict[str, Any]:
         "options": options,
         "damage": asked.damage,
     }
+
+
+def allocated(source: Source, asked: dict[str, Any], kept: Path | None) -> Allocation:
+    """The plan for a recipe, by the prices in the file `kept`."""
+    wanted = read_recipe(asked)
+    if kept is None or wanted.target is None:
+        return allocate(source, wanted)
+    job, choices = reachable(source, wanted, (wanted.target,))
+    check_prices(kept, job)
+    return price_list(kept, job, choices, "cpu", None).reaching(wanted.target)
+
+
+def others(source: Source, asked: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What is chosen by prices on random pieces of the calibration text."""
+    text = (asked.data / "wikitext2-valid.txt").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        pieces = Path(folder) / "pieces.jsonl"
+        lines = [json.dumps({"text": text[start : start + PIECE]}) for start in range(0, len(text), PIECE)]
+        pieces.write_text("\n".join(lines), encoding="utf-8")
+        for seed in range(asked.subsets):
+            wanted = recipe(asked)
+            wanted["calibration"] |= {"dataset": str(pieces), "shuffle": True, "seed": seed}
+            yield f"chosen on sample {seed}", allocated(source, wanted, None).chosen
 
 
 def plans(found: Allocation, count: int) -> Iterator[tuple[str, tuple[int, ...]]]:
