@@ -30,6 +30,7 @@ from llmcompress.report import LayerReport
 from llmcompress.runs import apply_in_runs
 from llmcompress.weight import Dense, Weight, bits, dense, describe
 
+DENSE = "dense"  # of a block that may still change: a weight as it was before its layer was compressed
 TARGET_DAMPING = 0.1  # of the solve that aims at the dense model's outputs
 
 
@@ -117,19 +118,24 @@ def _stays_open(run: Run, block: Block) -> bool:
 
 
 def waiting(run: Run) -> dict[str, Tensor]:
-    """The tensors of the block that may still change, as they would be stored now; empty where there is none."""
-    return _tensors(run, run.open[-1]) if run.open else {}
+    """The tensors of the block that may still change, as they would be stored now, and the weights it learns from if
+    they are not the model's; empty where there is none."""
+    if not run.open:
+        return {}
+    here = run.open[-1]
+    scaled = here.weights if here.balanced.notes else {}
+    return _tensors(run, here) | {f"{name}.{DENSE}": weight for name, weight in scaled.items()}
 
 
 @torch.no_grad()
 def restore(run: Run, block: Block, tensors: Mapping[str, Tensor], last: bool) -> None:
     """Makes the block what its stored `tensors` say; the `last` one of an earlier run may be waiting for the next."""
     names = [name for name in block.linears if name in run.layouts and f"{name}.weight" in tensors]
-    weights = {name: block.weight(name) for name in names}
+    weights = {name: tensors.get(f"{name}.{DENSE}", block.weight(name)) for name in names}
     layouts = run.layouts
     found = {name: decode(layouts[name].header, layouts[name].views(tensors[f"{name}.weight"])) for name in names}
     linears = block.swap(found)
-    apart = {f"{name}.weight" for name in names}
+    apart = {f"{name}.{leaf}" for name in names for leaf in ("weight", DENSE)}
     for name, value in block.module.named_parameters(prefix=block.path):
         if name in tensors and name not in apart:
             value.copy_(tensors[name])

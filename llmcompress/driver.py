@@ -105,7 +105,10 @@ def compress(
     check_memory(planned, device)
     tokens = _tokens(job)
     origin = Origin.of(job.source, job.recipe, None if tokens is None else tokens.hash, device)
-    with writing(Path(output), keep=True) as writer, opened(writer.folder, origin, job.source, resume) as journal:
+    with (
+        writing(Path(output), keep=True) as writer,
+        opened(writer.folder, origin, job.source, resume, last=temporary is None) as journal,
+    ):
         run = Run(job, torch.device(device), tune, 0 if tokens is None else tokens.held_out, list(journal.found))
         started -= journal.seconds
         _compress_blocks(run, tokens, journal, writer, started, progress)

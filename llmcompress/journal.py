@@ -88,11 +88,13 @@ class Entry:
 class Journal:
     """The finished blocks of a run, as a context. `found`: those of an earlier one; `count`: of these and those since.
 
-    When the context ends badly the folder stays if a block is finished, and the error says so in a note.
+    When the context ends badly and the folder is to `last`, it stays if a block is finished, and the error says so in
+    a note.
     """
 
     folder: Path
     found: tuple[Entry, ...]
+    last: bool
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -143,7 +145,7 @@ class Journal:
     ) -> None:
         if error is None:
             return
-        if self.count and (self.folder / FILE).is_file():
+        if self.last and self.count and (self.folder / FILE).is_file():
             blocks = "one finished block is" if self.count == 1 else f"{self.count} finished blocks are"
             error.add_note(f"{blocks} kept in {self.folder}, from where the same command goes on")
         else:
@@ -153,12 +155,13 @@ class Journal:
         return self.folder / f"open-{number:05}.safetensors"
 
 
-def opened(folder: Path, origin: Origin, source: Source, resume: bool = True) -> Journal:
-    """The journal in `folder`, which is emptied first unless it holds finished blocks of `origin` and `resume` is true.
+def opened(folder: Path, origin: Origin, source: Source, resume: bool = True, last: bool = True) -> Journal:
+    """The journal in `folder`, which is emptied first unless it holds finished blocks of `origin` and `resume` is true;
+    `last`: as of a `Journal`.
 
     Raises DiskError for finished blocks of another origin, of an earlier state of the model, or damaged ones.
     """
-    journal = Journal(folder, _found(folder, origin, source) if resume else ())
+    journal = Journal(folder, _found(folder, origin, source) if resume else (), last)
     if not journal.count:
         shutil.rmtree(folder)
         folder.mkdir()
@@ -187,7 +190,7 @@ def _found(folder: Path, origin: Origin, source: Source) -> tuple[Entry, ...]:
         different += ["an earlier state of the model"] if is_older(float(first.get("begun", 0)), source) else []
     except (ValueError, KeyError, TypeError) as error:
         raise DiskError(f"{path} cannot be read ({type(error).__name__}: {error}); remove {folder}") from error
-    journal = Journal(folder, tuple(entries))
+    journal = Journal(folder, tuple(entries), last=True)
     if not all(journal.stored(number).is_file() for number in range(len(entries))):
         return ()
     if entries and different:

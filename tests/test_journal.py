@@ -35,6 +35,7 @@ GPTQ = [{"method": "gptq", "bits": 3, "group_size": 8}]
 RTN: list[dict[str, Any]] = [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 8}]}]
 TABLES: dict[str, Any] = {"embeddings": [{"method": "rtn", "bits": 8, "group_size": 8}], "head": GPTQ}
 SCALES: dict[str, Any] = {"rates": {"scales": 1e-2, "norms": 1e-2}, "steps": 4, "evaluate_every": 2}
+ROUNDING: dict[str, Any] = {"rates": {"codes": 5e-2, "scales": 1e-2}, "latents": "weights", "steps": 8, "evaluate_every": 1}
 # name -> what the recipe says besides its rule
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -43,9 +44,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "attention": {"token_weights": {"by": "attention"}},
     "tables": TABLES,
     "awq": {"fuse": {"awq": True}},
+    "fused rotation": {"fuse": {"rotation": True}},
     "learning": {"reconstruct": SCALES},
     "learning between layers": {"reconstruct": SCALES | {"rates": {"weights": 1e-3, "scales": 1e-2}}},
     "windows": {"reconstruct": SCALES | {"window": 2}, "asymmetric": 0.5, **TABLES},
+    "awq in windows": {"fuse": {"awq": True}, "reconstruct": ROUNDING | {"window": 2}},
     "low rank": {"rules": [{"match": "*", "steps": [*TRELLIS, {"method": "eora", "rank": 2}]}]},
     "some layers": {"rules": [{"match": "model.layers.1.*", "steps": []}, {"match": "*", "steps": GPTQ}]},
     "some layers in windows": {
@@ -258,6 +261,15 @@ def test_what_the_kept_blocks_are_of_is_compared(place: Path, tmp_path: Path) ->
     attempt("an earlier state of the model")
     fresh = lc.compress(tmp_path / "dense", asked, tmp_path / "out", resume=False)
     assert not [warning for warning in fresh.report.warnings if "earlier run" in warning]
+
+
+def test_a_temporary_result_keeps_nothing(place: Path) -> None:
+    def stop(done: int, blocks: int, rate: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        lc.compress(place / "dense", recipe(place), progress=stop)
+    assert verdict(raised.value) == (130, "stopped from the keyboard; nothing was left behind")
 
 
 @pytest.mark.parametrize("damage", ["part", "journal"])
