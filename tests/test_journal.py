@@ -33,9 +33,10 @@ DEPTH = 4
 TRELLIS = [{"method": "rotate"}, {"method": "trellis", "bits": 2, "memory": 8}]
 GPTQ = [{"method": "gptq", "bits": 3, "group_size": 8}]
 RTN: list[dict[str, Any]] = [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 8}]}]
+RTN3: list[dict[str, Any]] = [{"match": "*", "steps": [{"method": "rtn", "bits": 3, "group_size": 8}]}]
 TABLES: dict[str, Any] = {"embeddings": [{"method": "rtn", "bits": 8, "group_size": 8}], "head": GPTQ}
 SCALES: dict[str, Any] = {"rates": {"scales": 1e-2, "norms": 1e-2}, "steps": 4, "evaluate_every": 2}
-ROUNDING: dict[str, Any] = {"rates": {"codes": 5e-2, "scales": 1e-2}, "latents": "weights", "steps": 8, "evaluate_every": 1}
+ROUNDING: dict[str, Any] = {"rates": {"codes": 5e-3}, "latents": "weights", "optimizer": "sign", "steps": 8}
 # name -> what the recipe says besides its rule
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -48,7 +49,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "learning": {"reconstruct": SCALES},
     "learning between layers": {"reconstruct": SCALES | {"rates": {"weights": 1e-3, "scales": 1e-2}}},
     "windows": {"reconstruct": SCALES | {"window": 2}, "asymmetric": 0.5, **TABLES},
-    "awq in windows": {"fuse": {"awq": True}, "reconstruct": ROUNDING | {"window": 2}},
+    "awq in windows": {
+        "rules": RTN3,
+        "fuse": {"awq": True},
+        "reconstruct": ROUNDING | {"window": 2, "evaluate_every": 1},
+    },
     "low rank": {"rules": [{"match": "*", "steps": [*TRELLIS, {"method": "eora", "rank": 2}]}]},
     "some layers": {"rules": [{"match": "model.layers.1.*", "steps": []}, {"match": "*", "steps": GPTQ}]},
     "some layers in windows": {
