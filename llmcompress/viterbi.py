@@ -91,7 +91,7 @@ def _narrow(trellis: Trellis) -> Callable[..., Any]:
     way to `[newest code, middle]`. Its parts are loops that a compiler turns into vectors, with sizes as constants."""
     from numba import njit
 
-    bits, pairs = trellis.bits, trellis.values == 2
+    bits, extend = trellis.bits, _extension(trellis)
     parts, rest, inner = _sizes(trellis)
 
     @njit(nogil=True)
@@ -113,21 +113,6 @@ def _narrow(trellis: Trellis) -> Callable[..., Any]:
                 ordered[middle * parts + newest] = best[newest, middle]
 
     @njit(nogil=True)
-    def extend(ordered: Floats, numbers: Floats, wanted: Floats, importance: Floats, costs: Floats) -> None:
-        base = ordered[0] if ordered[0] < UNREACHED else np.float32(0)  # or costs grow until they are rounded
-        last = len(wanted) - 1  # 0 or 1
-        slope, weight = TWICE * wanted[0] * importance[0], importance[0]
-        slope_2, weight_2 = TWICE * wanted[last] * importance[last], importance[last]
-        for newest in range(parts):
-            for state in range(rest):
-                number = numbers[0, newest, state]
-                cost = ordered[state] - base + number * (slope + weight * number)
-                if pairs:
-                    number = numbers[1, newest, state]
-                    cost += number * (slope_2 + weight_2 * number)
-                costs[newest, state] = cost
-
-    @njit(nogil=True)
     def forward(wanted: Floats, importance: Floats, numbers: Floats, start: int) -> tuple[Floats, Codes]:
         costs = np.full((parts, rest), FAR)
         costs[start & (parts - 1), start >> bits] = 0
@@ -147,7 +132,7 @@ def _wide(trellis: Trellis) -> Callable[..., Any]:
     """All steps with costs in the order of states, likewise; oldest codes `[middle, newest code]`."""
     from numba import njit
 
-    pairs = trellis.values == 2
+    extend = _extension(trellis)
     parts, rest, _ = _sizes(trellis)
 
     @njit(nogil=True)
@@ -161,21 +146,6 @@ def _wide(trellis: Trellis) -> Callable[..., Any]:
                 ordered[state] = min(cost, ordered[state])
 
     @njit(nogil=True)
-    def extend(ordered: Floats, numbers: Floats, wanted: Floats, importance: Floats, costs: Floats) -> None:
-        base = ordered[0] if ordered[0] < UNREACHED else np.float32(0)  # or costs grow until they are rounded
-        last = len(wanted) - 1  # 0 or 1
-        slope, weight = TWICE * wanted[0] * importance[0], importance[0]
-        slope_2, weight_2 = TWICE * wanted[last] * importance[last], importance[last]
-        for state in range(rest):
-            for newest in range(parts):
-                number = numbers[0, state, newest]
-                cost = ordered[state] - base + number * (slope + weight * number)
-                if pairs:
-                    number = numbers[1, state, newest]
-                    cost += number * (slope_2 + weight_2 * number)
-                costs[state, newest] = cost
-
-    @njit(nogil=True)
     def forward(wanted: Floats, importance: Floats, numbers: Floats, start: int) -> tuple[Floats, Codes]:
         costs = np.full(parts * rest, FAR)
         costs[start] = 0
@@ -187,6 +157,33 @@ def _wide(trellis: Trellis) -> Callable[..., Any]:
         return costs, oldest
 
     compiled: Callable[..., Any] = forward
+    return compiled
+
+
+def _extension(trellis: Trellis) -> Callable[..., None]:
+    """The costs of all states, from those of what each continues, `ordered [rest]`."""
+    from numba import njit
+
+    pairs, wide = trellis.values == 2, trellis.bits >= WIDE
+    parts, rest, _ = _sizes(trellis)
+    rows, columns = (rest, parts) if wide else (parts, rest)
+
+    @njit(nogil=True)
+    def extend(ordered: Floats, numbers: Floats, wanted: Floats, importance: Floats, costs: Floats) -> None:
+        base = ordered[0] if ordered[0] < UNREACHED else np.float32(0)  # or costs grow until they are rounded
+        last = len(wanted) - 1  # 0 or 1
+        slope, weight = TWICE * wanted[0] * importance[0], importance[0]
+        slope_2, weight_2 = TWICE * wanted[last] * importance[last], importance[last]
+        for row in range(rows):
+            for column in range(columns):
+                number = numbers[0, row, column]
+                cost = ordered[row if wide else column] - base + number * (slope + weight * number)
+                if pairs:
+                    number = numbers[1, row, column]
+                    cost += number * (slope_2 + weight_2 * number)
+                costs[row, column] = cost
+
+    compiled: Callable[..., None] = extend
     return compiled
 
 
