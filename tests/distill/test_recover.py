@@ -95,6 +95,25 @@ def test_a_cut_run_goes_on_and_does_not_compress_again(
     assert not (tmp_path / "out.compressed").exists()
 
 
+def test_asked_to_a_run_begins_anew(place: Path, tmp_path: Path) -> None:
+    """What another recipe left, finished blocks, a compressed model or a state of training, is no hindrance then."""
+    asked, out = recipe(place, save_every=2), tmp_path / "out"
+
+    def stop(done: int, *_: Any) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lc.compress(place / "dense", asked, out, training=stop)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.compressed", "out.training"}
+    seen: list[int] = []
+    result = lc.compress(
+        place / "dense", asked | {"seed": 6}, out, training=lambda done, *_: seen.append(done), resume=False
+    )
+    assert seen == [1, 2, 3, 4, 5, 6] and result.folder == out
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
 def test_a_model_that_changed_is_not_taken_for_compressed(place: Path, tmp_path: Path) -> None:
     dense = save_tiny("llama", tmp_path / "dense")
     asked = recipe(place)
