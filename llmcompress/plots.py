@@ -112,11 +112,15 @@ def _draw_frontier(axes: Axes, found: dict[str, Any], value: Callable[[dict[str,
     for series in found["series"]:
         points = sorted((place(one), y) for one in series["points"] if (y := value(one)) is not None)
         axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=series["recipe"])
-    for peer in found["peers"]:
-        if (y := value(peer)) is not None:
-            axes.plot(place(peer), y, marker="x", linestyle="", color="black")
-            axes.annotate(peer["name"], (place(peer), y), (4, 4), textcoords="offset points", fontsize="x-small")
-    axes.margins(x=0.12)  # room for names
+    peers = sorted((place(peer), y, peer["name"]) for peer in found["peers"] if (y := value(peer)) is not None)
+    for number, (x, y, name) in enumerate(peers):
+        axes.plot(x, y, marker="x", linestyle="", color="black")
+        before = (
+            number % 2 == 1 or x > (peers[0][0] + 3 * peers[-1][0]) / 4
+        )  # names of neighbours apart, and all inside
+        place_of_name = (-4, 4) if before else (4, 4)
+        side = "right" if before else "left"
+        axes.annotate(name, (x, y), place_of_name, textcoords="offset points", fontsize="x-small", ha=side)
     axes.axhline(value(found["dense"]) or 0.0, linestyle="--", color="gray", label="dense")
 
 
