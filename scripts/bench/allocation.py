@@ -18,6 +18,7 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -37,7 +38,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.evaluate.perplexity import text_windows
 from llmcompress.locate import Place
 from llmcompress.modules import decoded
-from llmcompress.recipe import read_recipe
+from llmcompress.recipe import dump, read_recipe
 from llmcompress.source import Source, load_model, load_tokenizer, resolve
 
 COLUMNS = ("plan", "bpw", "MB", "predicted KL", "probing KL", "text KL")
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--subsets", type=int, default=1, help="random samples of text to price on once more")
     parser.add_argument("--prices", type=Path, help="a file that keeps them, for other budgets of the same kind")
     parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--jsonl", type=Path, help="collects the rows as they come")
+    parser.add_argument("--jsonl", type=Path, help="collects the rows; plans that it holds are not measured again")
     asked = parser.parse_args()
     source = resolve(asked.model)
     found = allocated(source, recipe(asked), asked.prices)
@@ -68,13 +69,19 @@ def main() -> None:
     with torch.no_grad():
         dense = Dense(windows, load_model(Place(source.name, source.folder))(input_ids=windows).logits)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    held = asked.jsonl.read_text(encoding="utf-8").splitlines() if asked.jsonl and asked.jsonl.exists() else []
+    known = {row["steps"]: row for row in map(json.loads, held)}
     rows = []
     for name, plan in chain(plans(found, asked.plans), others(source, asked)):
-        rows.append(measured(name, dataclasses.replace(found, chosen=plan), source, dense))
-        print(line(rows[-1]), flush=True)
-        if asked.jsonl:
+        planned = dataclasses.replace(found, chosen=plan)
+        steps = sha256(dump(planned.recipe).encode()).hexdigest()
+        row = known.get(steps) or measured(planned, source, dense)
+        row |= {"plan": name, "predicted_kl": damage(found.prices, plan)}
+        rows.append(row)
+        print(line(row), flush=True)
+        if asked.jsonl and steps not in known:
             with asked.jsonl.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+                file.write(json.dumps(row | {"steps": steps}) + "\n")
     random = [row for row in rows if row["plan"].startswith("random")]
     for where in ("probing_kl", "text_kl") if len(random) > 1 else ():
         rank = spearmanr([row["predicted_kl"] for row in random], [row[where] for row in random]).statistic
@@ -132,17 +139,15 @@ def plans(found: Allocation, count: int) -> Iterator[tuple[str, tuple[int, ...]]
         yield name, plan
 
 
-def measured(name: str, found: Allocation, source: Source, dense: Dense) -> dict[str, Any]:
-    """Compresses by a plan; its sizes, and its KL as predicted, on the probing tokens, and on the text."""
+def measured(found: Allocation, source: Source, dense: Dense) -> dict[str, Any]:
+    """Compresses by a plan; its sizes, and its KL on the probing tokens and on the text."""
     with tempfile.TemporaryDirectory() as folder:
         report = driver.compress(source.name, found.recipe, Path(folder) / "model", revision=source.revision).report
         probing = found.measured(Path(folder) / "model")
-        model = load_model(Place(name, Path(folder) / "model"))
+        model = load_model(Place("model", Path(folder) / "model"))
         with torch.no_grad(), decoded(model):
             text = dense.divergence(model(input_ids=dense.windows).logits)
-    sizes = {"bpw": report.bpw, "bytes": report.bytes}
-    predicted = damage(found.prices, found.chosen)
-    return {"plan": name, **sizes, "predicted_kl": predicted, "probing_kl": probing, "text_kl": text}
+    return {"bpw": report.bpw, "bytes": report.bytes, "probing_kl": probing, "text_kl": text}
 
 
 def line(row: dict[str, Any]) -> str:
