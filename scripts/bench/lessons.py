@@ -3,7 +3,8 @@
 python scripts/bench/lessons.py STUDENT --text OTHER [--steps 20] [--seeds 0 1] [--arms forward_kl taid ...] --out OUT
 
 Every arm trains scales, norms and low-rank terms of rank 16 on Python's documentation, `ddk` and its control `mixed` on
-half of it and half of the first part of OTHER; scored on documentation that no training saw and on the end of OTHER.
+half of it and half of the first part of OTHER, `self` on what the teacher writes, `cached` of a teacher of which the 64
+likeliest tokens are kept; scored on documentation that no training saw and on the end of OTHER.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ LOSSES: dict[str, list[dict[str, Any]]] = {
     "hidden": [KL, {"of": {"loss": "hidden"}, "weight": 0.5}],
 }
 MIXTURES = ("mixed", "ddk")
-SELF = "self"
+SELF, CACHED = "self", "cached"
 
 
 def recipe(arm: str, steps: int, seed: int, other: Path) -> Distillation:
@@ -44,7 +45,9 @@ def recipe(arm: str, steps: int, seed: int, other: Path) -> Distillation:
     if arm in MIXTURES:
         part = {"length": 256, "held_out": 8, "samples": samples}
         data = [{"name": "docs", "dataset": "stdlib", **part}, {"name": "other", "dataset": str(other), **part}]
-    more = {"mixture": {"reweight": "ddk", "every": 5}} if arm == "ddk" else {}
+    more: dict[str, Any] = {"mixture": {"reweight": "ddk", "every": 5}} if arm == "ddk" else {}
+    if arm == CACHED:
+        more = {"teacher": {"kind": "cached", "k": 64}}
     asked = {
         "seed": seed,
         "data": data,
@@ -67,7 +70,7 @@ def scored(model: str | Path, texts: list[str | None]) -> list[tuple[float, floa
 
 def main() -> None:
     """Prints a row for each arm: the shares of KL and gap that are gone, on both texts; means and half the spread."""
-    arms = [*LOSSES, *MIXTURES, SELF]
+    arms = [*LOSSES, *MIXTURES, SELF, CACHED]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student")
     parser.add_argument("--text", type=Path, required=True)
