@@ -1,6 +1,6 @@
 """The door to GGUF: every tensor type exactly, the vocabulary, and the model itself as llama.cpp runs it.
 
-The engine is the package xllamacpp (extra `dev`), in this process.
+The engine is the package xllamacpp (extra `dev`), in a process of its own.
 """
 
 from __future__ import annotations
