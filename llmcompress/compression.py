@@ -130,9 +130,9 @@ def waiting(run: Run) -> dict[str, Tensor]:
 @torch.no_grad()
 def restore(run: Run, block: Block, tensors: Mapping[str, Tensor], last: bool) -> None:
     """Makes the block what its stored `tensors` say; the `last` one of an earlier run may be waiting for the next."""
-    names = [name for name in block.linears if name in run.layouts and f"{name}.weight" in tensors]
-    weights = {name: tensors.get(f"{name}.{DENSE}", block.weight(name)) for name in names}
     layouts = run.layouts
+    names = [name for name in block.linears if name in layouts and f"{name}.weight" in tensors]
+    weights = {name: tensors.get(f"{name}.{DENSE}", block.weight(name)) for name in names}
     found = {name: decode(layouts[name].header, layouts[name].views(tensors[f"{name}.weight"])) for name in names}
     linears = block.swap(found)
     apart = {f"{name}.{leaf}" for name in names for leaf in ("weight", DENSE)}

@@ -139,7 +139,7 @@ def _compress_blocks(
             restore(run, block, journal.tensors(block.index), last=block.index + 1 == finished)
             continue
         for tensors in compress_block(run, block):
-            writer.add(tensors, payload_texts(run.layouts))
+            writer.add(tensors, payload_texts(run.entries[-1].layouts))
         pending = waiting(run)
         run.entries[-1].seconds = time.monotonic() - started
         journal.add(run.entries[-1], pending)
@@ -203,11 +203,12 @@ OURS = {"config.json", INDEX, MANIFEST, reports.FILE, reports.SCORES}
 
 def _check_gates(run: Run) -> None:
     """Raises NumericsError where more layers needed a fallback than the recipe allows."""
-    fallbacks = [row.name for row in run.rows if row.fallback]
-    if len(fallbacks) > run.job.recipe.gates.max_fallback_layers * len(run.rows):
+    rows = run.rows
+    fallbacks = [row for row in rows if row.fallback]
+    if len(fallbacks) > run.job.recipe.gates.max_fallback_layers * len(rows):
         raise NumericsError(
-            f"{len(fallbacks)} of {len(run.rows)} layers needed a fallback, {fallbacks[0]} first "
-            f"({next(row.fallback for row in run.rows if row.fallback)}); calibrate on more text"
+            f"{len(fallbacks)} of {len(rows)} layers needed a fallback, {fallbacks[0].name} first "
+            f"({fallbacks[0].fallback}); calibrate on more text"
         )
 
 

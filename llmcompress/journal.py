@@ -25,7 +25,7 @@ from torch import Tensor
 from llmcompress import report as reports
 from llmcompress.checkpoint import Writer, read_tensors, sync, write_tensors
 from llmcompress.errors import DiskError, InputError
-from llmcompress.modules import Layout
+from llmcompress.modules import Layout, payload_texts
 from llmcompress.recipe import Recipe
 from llmcompress.report import LayerReport
 from llmcompress.source import Source
@@ -113,9 +113,8 @@ class Journal:
     def tensors(self, number: int) -> dict[str, Tensor]:
         """What is stored of a block that was `found`. Raises DiskError where that is damaged."""
         layouts = {name: layout for entry in self.found for name, layout in entry.layouts.items()}
-        texts = {f"{name}.weight": layout.text for name, layout in layouts.items()}
         try:
-            return read_tensors(self.stored(number), texts)
+            return read_tensors(self.stored(number), payload_texts(layouts))
         except InputError as error:
             raise DiskError(f"{error}; remove {self.folder}, and all is done anew") from error
 
@@ -127,8 +126,7 @@ class Journal:
         """Notes that the next block is finished; `waiting`: its tensors, where they may still change. Raises DiskError
         when the disk is full."""
         if waiting:
-            texts = {f"{name}.weight": layout.text for name, layout in entry.layouts.items()}
-            write_tensors(self._open(self.count), waiting, texts)
+            write_tensors(self._open(self.count), waiting, payload_texts(entry.layouts))
         _append(self.folder / FILE, entry.to_json())
         self._open(self.count - 1).unlink(missing_ok=True)
         self.count += 1

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress import driver
 from llmcompress import report as reports
-from llmcompress.allocate import Allocation, allocate, reachable
-from llmcompress.allocate.kept import check_prices, price_list
+from llmcompress.allocate import Allocation, allocate
+from llmcompress.allocate.kept import allocate_by
 from llmcompress.checkpoint import check_output, locked
 from llmcompress.driver import Progress, Result
 from llmcompress.errors import DiskError, RecipeError
@@ -132,7 +132,11 @@ def _to_target(
         return replace(result, allocation=record(plan, result.folder, device))
     target = Path(output)
     check_output(target, 0)
-    plan, kept = _kept_plan(dense, asked, target, device, pricing, then["resume"])
+    kept = target.with_name(target.name + PRICES)
+    with locked(target, "output folder"):
+        if not then["resume"]:
+            kept.unlink(missing_ok=True)
+        plan = allocate_by(kept, dense, asked, device=device, progress=pricing)
     with ExitStack() as stack:
         stack.push(partial(_note, f"what the options cost is kept in {kept}"))
         result = compress(model, plan.recipe, target, revision=revision, device=device, **then)
@@ -144,24 +148,6 @@ def _note(sentence: str, kind: type[BaseException] | None, error: BaseException 
     """What an error that leaves a context says besides."""
     if error is not None:
         error.add_note(sentence)
-
-
-def _kept_plan(
-    dense: Dense, asked: Recipe, output: Path, device: str, pricing: Progress | None, resume: bool
-) -> tuple[Allocation, Path]:
-    """What is chosen for a recipe with a target, and the file beside `output` that keeps its prices.
-
-    Raises RecipeError for a target that no choice reaches, LockedError while another process writes there.
-    """
-    if asked.target is None:
-        raise ValueError("there is no target")
-    job, found = reachable(dense, asked, (asked.target,))
-    kept = output.with_name(output.name + PRICES)
-    with locked(output, "output folder"):
-        if not resume:
-            kept.unlink(missing_ok=True)
-        check_prices(kept, job)
-        return price_list(kept, job, found, device, pricing).reaching(asked.target), kept
 
 
 def record(plan: Allocation, folder: Path, device: str = "cpu") -> dict[str, Any]:

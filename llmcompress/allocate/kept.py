@@ -12,17 +12,29 @@ import torch
 
 from llmcompress import report as reports
 from llmcompress.allocate.choices import Choices
-from llmcompress.allocate.plan import PriceList, price
+from llmcompress.allocate.plan import Allocation, PriceList, price, reachable
 from llmcompress.allocate.prices import Priced
 from llmcompress.allocate.sensitivity import Dense
 from llmcompress.checkpoint import read_json, write_files
-from llmcompress.errors import DiskError
+from llmcompress.errors import DiskError, RecipeError
 from llmcompress.journal import is_older
 from llmcompress.locate import Place
 from llmcompress.planning import Job
+from llmcompress.recipe import Recipe
 from llmcompress.source import Source, load_model
 
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
+
+
+def allocate_by(
+    path: Path, source: Source, recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None
+) -> Allocation:
+    """What `allocate` gives, by the price list in the file `path`. Raises DiskError for one of something else too."""
+    if recipe.target is None:
+        raise RecipeError("there is nothing to choose steps for; give a recipe with a target")
+    job, found = reachable(source, recipe, (recipe.target,))
+    check_prices(path, job)
+    return price_list(path, job, found, device, progress).reaching(recipe.target)
 
 
 def price_list(path: Path, job: Job, found: Choices, device: str, progress: Progress | None) -> PriceList:

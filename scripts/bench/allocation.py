@@ -30,9 +30,9 @@ from rows import calibration
 from scipy.stats import spearmanr
 
 from llmcompress import driver
-from llmcompress.allocate import Allocation, allocate, damage, reachable
+from llmcompress.allocate import Allocation, allocate, damage
 from llmcompress.allocate.controls import random_plan, uniform_plan
-from llmcompress.allocate.kept import check_prices, price_list
+from llmcompress.allocate.kept import allocate_by
 from llmcompress.allocate.sensitivity import Dense
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.perplexity import text_windows
@@ -105,11 +105,7 @@ def recipe(asked: argparse.Namespace) -> dict[str, Any]:
 def allocated(source: Source, asked: dict[str, Any], kept: Path | None) -> Allocation:
     """The plan for a recipe, by the prices in the file `kept`."""
     wanted = read_recipe(asked)
-    if kept is None or wanted.target is None:
-        return allocate(source, wanted)
-    job, choices = reachable(source, wanted, (wanted.target,))
-    check_prices(kept, job)
-    return price_list(kept, job, choices, "cpu", None).reaching(wanted.target)
+    return allocate(source, wanted) if kept is None else allocate_by(kept, source, wanted)
 
 
 def others(source: Source, asked: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...]]]:
