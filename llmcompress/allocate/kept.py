@@ -14,7 +14,7 @@ from llmcompress import report as reports
 from llmcompress.allocate.choices import Choices
 from llmcompress.allocate.plan import Allocation, PriceList, price, reachable
 from llmcompress.allocate.prices import Priced
-from llmcompress.allocate.sensitivity import Dense
+from llmcompress.allocate.sensitivity import Dense, in_parts
 from llmcompress.checkpoint import read_json, write_files
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.journal import is_older
@@ -100,6 +100,5 @@ def _read(path: Path, job: Job, found: Choices, device: str) -> PriceList:
 def _dense(source: Source, windows: torch.Tensor, device: str) -> Dense:
     """What the dense model predicts on the probing tokens, anew."""
     model = load_model(Place(source.name, source.folder), device)
-    with torch.no_grad():
-        here = windows.to(model.device)
-        return Dense(here, model(input_ids=here, use_cache=False).logits)
+    here = windows.to(model.device)
+    return Dense(here, in_parts(model, here))

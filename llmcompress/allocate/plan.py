@@ -18,12 +18,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmcompress.allocate.choices import Choices, Steps, choices
 from llmcompress.allocate.distortion import families
 from llmcompress.allocate.prices import Priced, Progress, prices
-from llmcompress.allocate.sensitivity import Dense, Probe, probe_windows
+from llmcompress.allocate.sensitivity import Dense, Probe, in_parts, probe_windows
 from llmcompress.allocate.solve import monotone, solve
 from llmcompress.checkpoint import add_file, megabytes
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
@@ -59,8 +57,8 @@ class Allocation:
     def measured(self, folder: Path, device: str = "cpu") -> float:
         """KL(dense || the model in `folder`) on the probing tokens, in nats per token."""
         model, dense = load_model(locate(str(folder)), device), self.dense()
-        with torch.no_grad(), decoded(model):
-            return dense.divergence(model(input_ids=dense.windows, use_cache=False).logits)
+        with decoded(model):
+            return dense.divergence(in_parts(model, dense.windows))
 
     def summary(self, measured_kl: float, size: int) -> dict[str, Any]:
         """What was aimed at, predicted and reached; `size`: bytes of the finished weight files."""

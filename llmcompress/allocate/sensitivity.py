@@ -7,8 +7,9 @@ perturbed by an error that compressing it makes). The whole dense model is in me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,36 +18,49 @@ from torch import Tensor
 from llmcompress.architecture import Architecture
 from llmcompress.blocks import Batch, answered, recorded
 from llmcompress.evaluate.distance import kl_divergence
+from llmcompress.evaluate.perplexity import POSITIONS, window_logits
 from llmcompress.states import states_between
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WINDOW = 128  # tokens: two of them make 42 GFLOP a layer on SmolLM2-135M, a third of it for the logits
-WINDOWS = 2
+WINDOW = 128  # tokens
+WINDOWS = 4  # LOG.md, "how many tokens to probe with"; 84 GFLOP a layer on SmolLM2-135M, a third of it for the logits
+AT_ONCE = 2  # windows whose logits are in memory together
 
 
 class Dense:
-    """What the dense model predicts on `windows`, int64 `[windows, length]`: float32 log-probabilities of every token
-    that another follows, `[windows, length - 1, vocabulary]`."""
+    """What the dense model predicts on `windows`, int64 `[windows, length]`, every token that another follows.
 
-    def __init__(self, windows: Tensor, logits: Tensor) -> None:
-        self.windows, self.expected = windows, _log_probabilities(logits)
+    `logits [part, length, vocabulary]`, here and below: of some windows after the others, as `in_parts` has them.
+    """
+
+    def __init__(self, windows: Tensor, logits: Iterable[Tensor]) -> None:
+        self.windows = windows
+        self.expected = list(_log_probabilities(logits))
 
     @property
     def tokens(self) -> int:
         """How many predictions are compared."""
-        return self.expected.shape[0] * self.expected.shape[1]
+        return self.windows.shape[0] * (self.windows.shape[1] - 1)
 
-    def divergence(self, logits: Tensor) -> float:
-        """The mean KL(dense || other), in nats per token, of the other's `logits [windows, length, vocabulary]`."""
-        found = _log_probabilities(logits)
-        total = sum(float(kl_divergence(p, q).double().sum()) for p, q in zip(self.expected, found, strict=True))
+    def divergence(self, logits: Iterable[Tensor]) -> float:
+        """The mean KL(dense || other), in nats per token, of the other's logits."""
+        pairs = zip(self.expected, _log_probabilities(logits), strict=True)
+        total = sum(float(kl_divergence(p, q).double().sum()) for p, q in pairs)
         return total / self.tokens
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return logits[:, :-1].float().log_softmax(-1)
+def _log_probabilities(logits: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Float32 `[positions, vocabulary]`, a few positions at a time."""
+    for row in chain.from_iterable(logits):
+        for chunk in row[:-1].split(POSITIONS):
+            yield chunk.float().log_softmax(-1)
+
+
+def in_parts(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
+    """The model's logits on `windows [windows, length]`, `[part, length, vocabulary]` of some after the others."""
+    return (logits for _, logits in window_logits(model, windows, AT_ONCE))
 
 
 class Probe:
@@ -55,26 +69,36 @@ class Probe:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, arch: Architecture, windows: Tensor) -> None:
         """Runs the model on `windows`. Raises InputError for one whose blocks cannot be run one by one."""
-        self.model, self.arch, self.windows = model, arch, windows.to(model.device)
-        every = [Batch(slice(0, len(windows)), held_out=False)]
-        _, _, self.as_tuple = recorded(model, arch.stack, self.windows, every, model.device)
-        with states_between(model, range(len(arch.blocks))) as states:
-            self.dense = Dense(self.windows, self._logits())
-        self.inputs = dict(states)
+        self.model, self.arch, self.parts = model, arch, windows.to(model.device).split(AT_ONCE)
+        first = self.parts[0]
+        _, _, self.as_tuple = recorded(model, arch.stack, first, [Batch(slice(0, len(first)), False)], model.device)
+        self.inputs: list[dict[int, Tensor]] = []  # of every block, by part
+        self.dense = Dense(windows.to(model.device), self._recorded())
 
     @torch.no_grad()
     def divergence(self, name: str, weight: Tensor) -> float:
         """KL, in nats per token, with `weight [out, in]` in the linear or the table at module path `name`."""
         inside = (number for number, layout in enumerate(self.arch.blocks) if name.startswith(f"{layout.path}."))
-        first = next(inside, 0)
         with self._exchanged(name, weight):
-            if not first:
-                return self.dense.divergence(self._logits())
-            with answered(self.model, self.arch.stack, first, self.inputs[first], self.as_tuple):
-                return self.dense.divergence(self._logits())
+            return self.dense.divergence(self._from(next(inside, 0)))
 
-    def _logits(self) -> Tensor:
-        logits: Tensor = self.model(input_ids=self.windows, use_cache=False).logits
+    def _recorded(self) -> Iterator[Tensor]:
+        """The logits of every part, whose inputs to blocks are kept."""
+        for part in self.parts:
+            with states_between(self.model, range(len(self.arch.blocks))) as states:
+                logits = self._logits(part)
+            self.inputs.append(dict(states))
+            yield logits
+
+    def _from(self, block: int) -> Iterator[Tensor]:
+        """The logits of every part, by the model from `block` on."""
+        for part, inputs in zip(self.parts, self.inputs, strict=True):
+            with answered(self.model, self.arch.stack, block, inputs[block], self.as_tuple):
+                logits = self._logits(part)
+            yield logits
+
+    def _logits(self, part: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=part, use_cache=False).logits
         return logits
 
     @contextmanager

@@ -13,10 +13,13 @@ from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.objective import head_of, hidden_states
 from llmcompress.errors import NumericsError
 from llmcompress.evaluate.distance import kl_divergence
-from llmcompress.evaluate.perplexity import POSITIONS, negative_log_likelihood
+from llmcompress.evaluate.perplexity import negative_log_likelihood
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+POSITIONS = 256  # that a head predicts for at once: 256 * 49152 * 4 bytes = 50 MB
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from llmcompress.tokens import context_length
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-POSITIONS = 256  # positions whose log-probabilities are in memory at once: 256 * 49152 * 4 bytes = 50 MB
+POSITIONS = 32  # whose log-probabilities are in memory at once: 32 * 49152 * 4 bytes = 6 MB, which caches hold
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
 import yaml
 from rows import calibration
 from scipy.stats import spearmanr
@@ -33,7 +32,7 @@ from llmcompress import driver
 from llmcompress.allocate import Allocation, allocate, damage
 from llmcompress.allocate.controls import random_plan, uniform_plan
 from llmcompress.allocate.kept import allocate_by
-from llmcompress.allocate.sensitivity import Dense
+from llmcompress.allocate.sensitivity import Dense, in_parts
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.perplexity import text_windows
 from llmcompress.locate import Place
@@ -66,8 +65,7 @@ def main() -> None:
     found = allocated(source, recipe(asked), asked.prices)
     text = (asked.data / "wikitext2-test.raw").read_text(encoding="utf-8")
     windows = text_windows(load_tokenizer(source.folder), text, asked.windows, LENGTH, source.config)
-    with torch.no_grad():
-        dense = Dense(windows, load_model(Place(source.name, source.folder))(input_ids=windows).logits)
+    dense = Dense(windows, in_parts(load_model(Place(source.name, source.folder)), windows))
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     held = asked.jsonl.read_text(encoding="utf-8").splitlines() if asked.jsonl and asked.jsonl.exists() else []
     known = {row["steps"]: row for row in map(json.loads, held)}
@@ -141,8 +139,8 @@ def measured(found: Allocation, source: Source, dense: Dense) -> dict[str, Any]:
         report = driver.compress(source.name, found.recipe, Path(folder) / "model", revision=source.revision).report
         probing = found.measured(Path(folder) / "model")
         model = load_model(Place("model", Path(folder) / "model"))
-        with torch.no_grad(), decoded(model):
-            text = dense.divergence(model(input_ids=dense.windows).logits)
+        with decoded(model):
+            text = dense.divergence(in_parts(model, dense.windows))
     return {"bpw": report.bpw, "bytes": report.bytes, "probing_kl": probing, "text_kl": text}
 
 

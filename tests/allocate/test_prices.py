@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.allocate.choices import RATES, choices
 from llmcompress.allocate.distortion import error, families, interpolated, rough, run_of, sampled
-from llmcompress.allocate.sensitivity import WINDOW, Probe, probe_windows
+from llmcompress.allocate.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, probe_windows
 from llmcompress.allocate.sizes import payload_bytes
 from llmcompress.architecture import architecture
 from llmcompress.layer import Layer, StepConfig, methods, sketch, step
@@ -117,7 +117,7 @@ def test_some_rows_stand_for_all() -> None:
 def test_the_dense_weight_changes_nothing_and_another_what_a_whole_forward_says(family: str) -> None:
     model = tiny(family, tie_word_embeddings=True)
     arch = architecture(model.config, model)
-    windows = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(0))
+    windows = torch.randint(0, 250, (AT_ONCE + 1, 12), generator=torch.Generator().manual_seed(0))
     probe = Probe(model, arch, windows)
     with torch.no_grad():
         expected = model(windows).logits.log_softmax(-1)[:, :-1]
@@ -138,9 +138,9 @@ def test_the_dense_weight_changes_nothing_and_another_what_a_whole_forward_says(
 
 
 def test_probing_tokens_are_held_out_ones() -> None:
-    held_out = torch.arange(3 * 1000).reshape(3, 1000)
-    assert torch.equal(probe_windows(held_out), held_out[:2, :WINDOW])
-    assert torch.equal(probe_windows(held_out[:1]), held_out[0, : 2 * WINDOW].reshape(2, WINDOW))
+    held_out = torch.arange(9 * 1100).reshape(9, 1100)
+    assert torch.equal(probe_windows(held_out), held_out[:WINDOWS, :WINDOW])
+    assert torch.equal(probe_windows(held_out[:1]), held_out[0, : WINDOWS * WINDOW].reshape(WINDOWS, WINDOW))
     assert torch.equal(probe_windows(held_out[:1, :40]), held_out[:1, :40])
 
 

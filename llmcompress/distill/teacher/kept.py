@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from llmcompress.blocks import product_dtype
 from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.head import LOGITS
+from llmcompress.distill.held_out import POSITIONS
 from llmcompress.distill.loop import Run
 from llmcompress.distill.losses.forward_kl import ForwardKL
 from llmcompress.distill.losses.loss import Predictions, measure
@@ -32,7 +33,6 @@ from llmcompress.distill.teacher.cache import Origin, open_cache, rounded, teach
 from llmcompress.distill.teacher.likeliest import Likeliest
 from llmcompress.distill.teacher.teaching import ReadBack
 from llmcompress.errors import LLMCompressError
-from llmcompress.evaluate.perplexity import POSITIONS
 from llmcompress.locate import Place
 from llmcompress.modules import decoded
 from llmcompress.source import load_model
