@@ -15,6 +15,7 @@ from llmcompress.report import LayerReport, Report
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 MISSING = 'plots need matplotlib; run pip install "llmcompress[report]"'
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
@@ -75,13 +76,12 @@ def frontier_pictures(found: dict[str, Any]) -> dict[str, bytes]:
     tasks = [task for task, entry in found["dense"]["tasks"].items() if main_metric(entry) is not None]
     figure.set_size_inches(8, 1.5 + 3.5 * (1 + len(tasks)))
     above, *others = figure.subplots(1 + len(tasks), sharex=True, squeeze=False)[:, 0]
-    _draw_frontier(above, found, lambda one: one["perplexity"])
-    _describe(above, "perplexity", "log")
+    _draw_frontier(above, found, lambda one: one["perplexity"], "perplexity", "log")
     above.yaxis.set_major_formatter(LogFormatter())
     above.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(4, 1)))
     for axes, task in zip(others, tasks, strict=True):
-        _draw_frontier(axes, found, partial(_task_score, task=task))
-        _describe(axes, f"{task}: {main_metric(found['dense']['tasks'][task])}", "linear")
+        label = f"{task}: {main_metric(found['dense']['tasks'][task])}"
+        _draw_frontier(axes, found, partial(_task_score, task=task), label, "linear")
     last = [above, *others][-1]
     last.set_xlabel("bits per weight of the decoder's linears" if found["axis"] == "bpw" else "weight files, MB")
     above.legend(fontsize="small")
@@ -103,7 +103,9 @@ def _task_score(one: dict[str, Any], task: str) -> float | None:
     return None if metric is None else float(entry[metric])
 
 
-def _draw_frontier(axes: Axes, found: dict[str, Any], value: Callable[[dict[str, Any]], float | None]) -> None:
+def _draw_frontier(
+    axes: Axes, found: dict[str, Any], value: Callable[[dict[str, Any]], float | None], label: str, scale: str
+) -> None:
     """One quantity of all points: lines by size, peers with their names, the dense model."""
 
     def place(one: dict[str, Any]) -> float:
@@ -113,15 +115,30 @@ def _draw_frontier(axes: Axes, found: dict[str, Any], value: Callable[[dict[str,
         points = sorted((place(one), y) for one in series["points"] if (y := value(one)) is not None)
         axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=series["recipe"])
     peers = sorted((place(peer), y, peer["name"]) for peer in found["peers"] if (y := value(peer)) is not None)
-    for number, (x, y, name) in enumerate(peers):
-        axes.plot(x, y, marker="x", linestyle="", color="black")
-        before = (
-            number % 2 == 1 or x > (peers[0][0] + 3 * peers[-1][0]) / 4
-        )  # names of neighbours apart, and all inside
-        place_of_name = (-4, 4) if before else (4, 4)
-        side = "right" if before else "left"
-        axes.annotate(name, (x, y), place_of_name, textcoords="offset points", fontsize="x-small", ha=side)
+    crosses = axes.plot([x for x, *_ in peers], [y for _, y, _ in peers], marker="x", linestyle="", color="black")
     axes.axhline(value(found["dense"]) or 0.0, linestyle="--", color="gray", label="dense")
+    _describe(axes, label, scale)
+    from matplotlib.transforms import Bbox
+
+    corners = axes.transData.transform(crosses[0].get_xydata())
+    covered = [Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in corners]
+    for x, y, name in peers:
+        covered.append(_named(axes, (x, y), name, covered))
+
+
+def _named(axes: Axes, point: tuple[float, float], name: str, covered: list[Bbox]) -> Bbox:
+    """Writes a name on that side of a point where it covers least and is not cut off; the place it takes."""
+    texts = [
+        axes.annotate(name, point, (right, up), textcoords="offset points", fontsize="x-small", ha=side)
+        for up in (4, -10)
+        for side, right in (("left", 4), ("right", -4))
+    ]
+    boxes = [text.get_window_extent() for text in texts]
+    inside = [axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 for box in boxes]
+    best = min(range(len(texts)), key=lambda number: (not inside[number], boxes[number].count_overlaps(covered)))
+    for text in (*texts[:best], *texts[best + 1 :]):
+        text.remove()
+    return boxes[best]
 
 
 def _running(tokens: Iterable[int]) -> Iterator[int]:
