@@ -93,13 +93,14 @@ def test_a_model_does_not_differ_from_itself() -> None:
 
 
 def test_distance_equals_the_definition() -> None:
-    teacher, student, ids = reader(0), reader(1), torch.randint(0, 256, (3, POSITIONS + 10))
+    ids = torch.randint(0, 256, (3, 4 * POSITIONS + 10), generator=torch.Generator().manual_seed(0))
+    teacher, student = reader(0), reader(1)
     found = distance(teacher, student, ids, batch_size=2)
     alone = perplexity(teacher, ids), perplexity(student, ids)
     p, q = (log_probabilities(model, ids)[:, :-1] for model in (teacher, student))
     divergence = float((p.exp() * (p - q)).sum(-1).mean())  # KL(teacher || student)
     assert math.isclose(found.kl, divergence, rel_tol=1e-5)
-    assert not math.isclose(found.kl, float((q.exp() * (q - p)).sum(-1).mean()), rel_tol=1e-3)
+    assert not math.isclose(found.kl, float((q.exp() * (q - p)).sum(-1).mean()), rel_tol=1e-4)
     agreement = (p.argmax(-1) == q.argmax(-1)).double().mean(1)
     assert math.isclose(found.top1_agreement, float(agreement.mean()))
     assert math.isclose(found.top1_agreement_stderr, float(agreement.std() / math.sqrt(3)))
