@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
         bpw = sum(row["bpw"] for row in rows) / len(rows)
         held_out, worst = (f"{median(seen):.4f}", f"{max(seen):.4f}") if seen else ("", f"{max(fitted):.4f}")
         cells = (f"{bpw:.3f}", f"{median(fitted):.4f}", held_out, worst)
-        table.add_row(name, _times(rows), _shape(rows[0]), _steps(rows[0]), *cells, rows[0]["stored"])
+        table.add_row(name, _times(rows), _shape(rows[0]), _steps(rows[0]), *cells, _stored(rows))
     yield table
     yield f"sizes   {_sizes(report)}"
     if (text := report["calibration"]) is not None:
@@ -70,6 +71,12 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
     if "distillation" in report:
         yield ""
         yield from distilled_view(report["distillation"], every)
+
+
+def _stored(rows: Sequence[Row]) -> str:
+    """The form that most of the rows have, and how many have another."""
+    (form, count), *others = Counter(row["stored"] for row in rows).most_common()
+    return f"{form}, {len(rows) - count} otherwise" if others else form
 
 
 def _reached(allocation: Row) -> str:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from llmcompress.planning import LayerPlan, Plan
 from llmcompress.protocol import Protocol
 from llmcompress.recipe import dump, parse_recipe
 from llmcompress.report import FILE, RECIPE, LayerReport, Report
-from llmcompress.tables import comparison_markdown, grouped, summarized
+from llmcompress.tables import comparison_markdown, grouped, report_view, summarized
 from llmcompress.terminal import Terminal, duration, verdict
 from tests.tiny import save_tiny
 
@@ -324,6 +325,12 @@ def test_what_libraries_print_does_not_reach_the_json(
     captured = capfd.readouterr()
     assert "from C" not in captured.out
     assert "from C" in captured.err
+
+
+def test_a_form_is_not_said_of_layers_that_have_another() -> None:
+    other = replace(REPORT.layers[0], stored="2-bit row")
+    _, table, *_ = report_view(replace(REPORT, layers=(other, *REPORT.layers[1:])).to_json(), every=False)
+    assert list(table.columns[-1].cells) == ["3-bit row, 1 otherwise", "3-bit row"]
 
 
 def test_summarized_and_grouped() -> None:
