@@ -69,11 +69,13 @@ class Probe:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, arch: Architecture, windows: Tensor) -> None:
         """Runs the model on `windows`. Raises InputError for one whose blocks cannot be run one by one."""
-        self.model, self.arch, self.parts = model, arch, windows.to(model.device).split(AT_ONCE)
+        self.model, self.arch = model, arch
+        here = windows.to(model.device)
+        self.parts = here.split(AT_ONCE)
         first = self.parts[0]
         _, _, self.as_tuple = recorded(model, arch.stack, first, [Batch(slice(0, len(first)), False)], model.device)
         self.inputs: list[dict[int, Tensor]] = []  # of every block, by part
-        self.dense = Dense(windows.to(model.device), self._recorded())
+        self.dense = Dense(here, self._recorded())
 
     @torch.no_grad()
     def divergence(self, name: str, weight: Tensor) -> float:

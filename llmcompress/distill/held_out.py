@@ -18,7 +18,6 @@ from llmcompress.evaluate.perplexity import negative_log_likelihood
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 POSITIONS = 256  # that a head predicts for at once: 256 * 49152 * 4 bytes = 50 MB
 
 
