@@ -101,7 +101,7 @@ class Compressed(nn.Module):
     def payload(self) -> dict[str, Tensor]:
         """The stored tensors by their paths in the expression: views of the weight.
 
-        Raises InputError where something has put a matrix in the payload's place, as some merges of PEFT do.
+        Raises InputError where something has put a matrix in the payload's place, as a merge of PEFT's layers would.
         """
         stored = self.get_parameter("weight").detach()
         if stored.ndim != 1:

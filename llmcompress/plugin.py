@@ -1,7 +1,7 @@
-"""Registers our checkpoints with transformers at the moment transformers' quantizers are imported, not before.
+"""Teaches transformers and PEFT about our checkpoints at the moment they are imported, not before.
 
-transformers looks for third-party quantizers nowhere, and importing its registry takes seconds; so `import
-llmcompress` leaves a finder that waits for that one module and adds ours behind it.
+transformers looks for third-party quantizers nowhere, PEFT for third-party weights neither, and importing them takes
+seconds; so `import llmcompress` leaves a finder that waits for the modules concerned and loads ours behind each.
 """
 
 import sys
@@ -12,42 +12,50 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-REGISTRY = "transformers.quantizers.auto"
-PLUGIN = "llmcompress.hf"  # registers itself when it is imported
+AWAITED = {  # theirs -> ours, which registers itself when it is imported
+    "transformers.quantizers.auto": "llmcompress.hf",
+    "peft.tuners.tuners_utils": "llmcompress.merges",
+}
 
 
 class _Then(Loader):
-    """Loads a module with its own loader, then registers."""
+    """Loads a module with its own loader, then ours."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, ours: str) -> None:
         self.loader = loader
+        self.ours = ours
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        import_module(PLUGIN)
+        import_module(self.ours)
 
 
 class _Waiting(MetaPathFinder):
-    """Finds the registry once, for `_Then`."""
+    """Finds one module once, for `_Then`."""
+
+    def __init__(self, theirs: str) -> None:
+        self.theirs = theirs
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != REGISTRY:
+        if fullname != self.theirs:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader)
+            spec.loader = _Then(spec.loader, AWAITED[fullname])
         return spec
 
 
 def install() -> None:
-    """Registers now if transformers' registry is loaded, else when it will be; safe to call again."""
-    if REGISTRY in sys.modules:
-        import_module(PLUGIN)
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+    """Loads ours now where theirs is loaded, else when it will be; safe to call again."""
+    waiting = {finder.theirs for finder in sys.meta_path if isinstance(finder, _Waiting)}
+    for theirs, ours in AWAITED.items():
+        if theirs in sys.modules:
+            import_module(ours)
+        elif theirs not in waiting:
+            sys.meta_path.insert(0, _Waiting(theirs))

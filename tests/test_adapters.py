@@ -3,13 +3,15 @@ model exactly or not at all."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -110,20 +112,56 @@ def test_dora_begins_at_the_model_as_it_is(folder: Path) -> None:
     torch.testing.assert_close(magnitude, dense(layer.get_base_layer().expression()).norm(dim=1))
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        LoraConfig(r=2, target_modules=TARGETS),
+        LoraConfig(r=2, target_modules=TARGETS, use_dora=True),
+        IA3Config(target_modules=TARGETS, feedforward_modules=[]),
+    ],
+    ids=["lora", "dora", "ia3"],
+)
 @pytest.mark.parametrize("safe", [False, True])
-def test_a_merge_into_codes_is_never_silently_wrong(dora: bool, safe: bool, folder: Path) -> None:
-    """PEFT's own merge cannot work on a payload: it stops at its shape, or what it leaves does not run."""
-    adapted = get_peft_model(compressed(folder), LoraConfig(r=2, use_dora=dora, target_modules=TARGETS))
-    before = payloads(adapted)
-    if dora and safe:
-        merged = adapted.merge_and_unload(safe_merge=True)
-        with pytest.raises(InputError, match="was overwritten, as by merging an adapter into it; load the model again"):
-            logits(merged)
-        return
-    with pytest.raises(RuntimeError):
+def test_a_merge_into_codes_is_refused(kind: PeftConfig, safe: bool, folder: Path) -> None:
+    """By every door of PEFT, and nothing is changed: the adapter goes on working."""
+    adapted = get_peft_model(compressed(folder), kind).eval()
+    before, expected = payloads(adapted), logits(adapted)
+    sentence = r"cannot merge an adapter into model\.layers\.0\.\w+\.\w+, which is compressed; .* llmcompress\.fold"
+    with pytest.raises(InputError, match=sentence):
         adapted.merge_and_unload(safe_merge=safe)
-    assert all(map(torch.equal, payloads(adapted), before))
+    with pytest.raises(InputError, match=sentence):
+        adapted.merge_adapter(safe_merge=safe)
+    assert all(map(torch.equal, payloads(adapted), before)) and torch.equal(logits(adapted), expected)
+
+
+def test_a_dense_model_still_merges(folder: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder.parent / "dense")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    expected = logits(adapted)
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_payload_overwritten_from_outside_is_noticed(folder: Path) -> None:
+    """As by a layer's own merge, which asks nobody."""
+    model = compressed(folder)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight.data = torch.zeros(layer.out_features, layer.in_features)
+    with pytest.raises(InputError, match="was overwritten, as by merging an adapter into it; load the model again"):
+        logits(model)
+
+
+@pytest.mark.parametrize("first", ["llmcompress", "peft"])
+def test_the_order_of_imports_does_not_matter(first: str) -> None:
+    """PEFT learns of compressed weights whoever comes first; llmcompress alone does not import it."""
+    second = "peft" if first == "llmcompress" else "llmcompress"
+    code = f"""
+import sys, {first}
+assert ("peft" in sys.modules) == ({first!r} == "peft")
+import {second}, peft.tuners.tuners_utils as tuners
+assert tuners.BaseTuner._check_merge_allowed.__wrapped__
+assert not hasattr(tuners.BaseTuner._check_merge_allowed.__wrapped__, "__wrapped__")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("rank", [2, 5])

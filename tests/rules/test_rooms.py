@@ -49,7 +49,8 @@ ROOMS = (
     "planning",  # what a run would do, from headers alone
     "checkpoint",  # disk
     "hf",  # the transformers plug-in
-    "plugin",  # when to load it
+    "merges",  # what PEFT must know of compressed weights
+    "plugin",  # when to load these two
     "adapters",  # LoRA adapters as low-rank terms
     "protocol",  # how models are scored
     "evaluate",
