@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.architecture import Architecture
-from llmcompress.attention import FasterAttention
 from llmcompress.errors import InputError, NumericsError
+from llmcompress.products import products
 from llmcompress.source import Source
 
 if TYPE_CHECKING:
@@ -352,29 +352,6 @@ def _owners(module: nn.Module, path: str, skip: Sequence[nn.Module]) -> Iterator
     for owner_path, owner in module.named_modules(prefix=path):
         if owner not in skipped:
             yield owner_path, owner
-
-
-def product_dtype(compute: str, device: torch.device) -> torch.dtype:
-    """What a recipe's `compute` means; "auto" is bfloat16 where the device multiplies it natively, else float32."""
-    if compute != "auto":
-        return torch.bfloat16 if compute == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch from 2.10 on
-        native = device.type == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
-    return torch.bfloat16 if native else torch.float32
-
-
-@contextmanager
-def products(device: torch.device, dtype: torch.dtype, attention: bool = True) -> Iterator[None]:
-    """Products in `dtype`, with the attention that is fastest at it; without `attention`, with torch's own."""
-    if dtype == torch.float32:
-        yield
-        return
-    faster = attention and device.type == "cpu"
-    with torch.autocast(device.type, dtype), FasterAttention() if faster else nullcontext():
-        yield
 
 
 def _finite(x: Tensor) -> bool:

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmcompress import report as reports
-from llmcompress.blocks import product_dtype
 from llmcompress.calibrate import Block, walk
 from llmcompress.checkpoint import MANIFEST, Writer, check_output, copy_folder, writing
 from llmcompress.compression import Run, compress_block, restore, waiting
@@ -35,6 +34,7 @@ from llmcompress.locate import Place
 from llmcompress.methods.stream_search import searched_there
 from llmcompress.modules import Layout, payload_texts
 from llmcompress.planning import Job, check_memory, lay, plan_of, warnings
+from llmcompress.products import fast_float32, product_dtype
 from llmcompress.recipe import Recipe, dump, read_recipe
 from llmcompress.report import Report
 from llmcompress.source import load_model, resolve
@@ -75,6 +75,7 @@ class Result:
         return Path(path)
 
 
+@fast_float32()
 def compress(
     model: str | Path,
     recipe: Recipe | str | Path | dict[str, Any],

@@ -18,8 +18,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from llmcompress.blocks import Run, products
+from llmcompress.blocks import Run
 from llmcompress.errors import InputError
+from llmcompress.products import products
 
 QUERIES = 32  # at a time, as in `attention`
 INTERFACE = "llmcompress_received_attention"  # the name transformers knows `_receive` by

@@ -17,12 +17,12 @@ import torch
 
 from llmcompress.architecture import Architecture, architecture
 from llmcompress.assignment import Assignment, assign
-from llmcompress.blocks import product_dtype
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.fuse import EXPONENTS, check_awq, rotated_source
 from llmcompress.layer import StepConfig, methods, sketch
 from llmcompress.lookup import check_rows
 from llmcompress.modules import row_scale
+from llmcompress.products import product_dtype
 from llmcompress.recipe import Recipe
 from llmcompress.source import Source
 from llmcompress.weight import Weight, bits, describe

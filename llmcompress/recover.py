@@ -30,6 +30,7 @@ from llmcompress.journal import is_older
 from llmcompress.learning import Tune
 from llmcompress.locate import Place
 from llmcompress.planning import Plan, lay, plan_of
+from llmcompress.products import fast_float32
 from llmcompress.recipe import Recipe, read_recipe, section
 from llmcompress.source import Source as Dense
 from llmcompress.source import load_model, resolve
@@ -53,6 +54,7 @@ def plan(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revisi
     return replace(found, reconstruction=blocks, distillation=then)
 
 
+@fast_float32()
 def compress(
     model: str | Path,
     recipe: Recipe | str | Path | dict[str, Any],

@@ -17,6 +17,7 @@ from llmcompress.checkpoint import add_file, check_output, read_json, writing
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate import ALONE, Evaluation, Processes, compare, evaluate
 from llmcompress.locate import Place, locate
+from llmcompress.products import fast_float32
 from llmcompress.protocol import STANDARD, Protocol
 from llmcompress.source import Source, dense_skeleton, load_model, load_tokenizer, open_source, read_headers
 
@@ -30,6 +31,7 @@ class Size:
     model_bpw: float
 
 
+@fast_float32()
 def score(
     model: str | Path,
     protocol: Protocol = STANDARD,

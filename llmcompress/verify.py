@@ -12,6 +12,7 @@ from llmcompress.evaluate import evaluate
 from llmcompress.hf import NAME
 from llmcompress.locate import Place, locate
 from llmcompress.modules import compressed_modules
+from llmcompress.products import fast_float32
 from llmcompress.protocol import Protocol
 from llmcompress.source import load_model, load_tokenizer
 from llmcompress.tokens import context_length
@@ -36,6 +37,7 @@ class Verified:
         return asdict(self)
 
 
+@fast_float32()
 def verify(
     folder: str | Path,
     against: str | None = None,

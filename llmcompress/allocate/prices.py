@@ -21,12 +21,12 @@ import torch
 from llmcompress.allocate.choices import Choices, Matrix, Steps
 from llmcompress.allocate.distortion import between, changed, error, families, interpolated, rough, run_of, sampled
 from llmcompress.allocate.sensitivity import Probe
-from llmcompress.blocks import product_dtype
 from llmcompress.calibrate import InputGroup, walk
 from llmcompress.errors import NumericsError
 from llmcompress.layer import Layer, methods, step
 from llmcompress.moments import Moments
 from llmcompress.planning import Job
+from llmcompress.products import product_dtype
 from llmcompress.tokens import CalibrationTokens
 from llmcompress.weight import Dense
 

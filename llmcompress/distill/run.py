@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from llmcompress import report as reports
-from llmcompress.blocks import product_dtype, products
 from llmcompress.checkpoint import check_output, writing
 from llmcompress.distill.data.source import Data, read_data
 from llmcompress.distill.exits import Exits
@@ -38,6 +37,7 @@ from llmcompress.driver import copy_companions
 from llmcompress.locate import Place, locate
 from llmcompress.modules import CompressedLinear, Layout, compressed_modules
 from llmcompress.plots import distillation_png
+from llmcompress.products import fast_float32, product_dtype, products
 from llmcompress.recipe import dump, read_as
 from llmcompress.source import load_model, load_tokenizer
 from llmcompress.weight import bits, describe
@@ -83,6 +83,7 @@ class Distilled:
         return vars(self)
 
 
+@fast_float32()
 def distill(
     student: str | Path,
     teacher: str | Path,

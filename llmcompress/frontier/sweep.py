@@ -31,6 +31,7 @@ from llmcompress.frontier.peers import Peer
 from llmcompress.locate import Place
 from llmcompress.planning import Job
 from llmcompress.plots import MISSING, frontier_pictures, main_metric
+from llmcompress.products import fast_float32
 from llmcompress.protocol import STANDARD, Protocol
 from llmcompress.recipe import Recipe, read_as
 from llmcompress.recover import check_sections, compress, is_there, record, wanted_distillation
@@ -73,6 +74,7 @@ class Line:
     folder: Path
 
 
+@fast_float32()
 def frontier(
     model: str | Path,
     recipes: Sequence[Recipe],

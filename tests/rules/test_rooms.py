@@ -37,6 +37,7 @@ ROOMS = (
     "latents",  # what latent codes are made of
     "relax",  # a compressed weight that trains
     "attention",  # causal attention, fast in bfloat16
+    "products",  # in which dtype, by which library
     "blocks",  # one decoder block at a time
     "importance",  # what each calibration token counts
     "calibrate",  # the walk

@@ -23,13 +23,13 @@ from typing import Any
 
 from torch import nn
 
-from llmcompress.blocks import product_dtype
 from llmcompress.checkpoint import locked, replace_text
 from llmcompress.distill.data.answering import Answerer, Sampling
 from llmcompress.distill.state import stop_requests
 from llmcompress.distill.teacher.cache import teacher_digest
 from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
 from llmcompress.locate import Place, locate
+from llmcompress.products import product_dtype
 from llmcompress.report import versions
 from llmcompress.source import load_model, load_tokenizer
 from llmcompress.text import Document, Message, read_documents

@@ -20,7 +20,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from llmcompress.blocks import product_dtype
 from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.head import LOGITS
 from llmcompress.distill.held_out import POSITIONS
@@ -35,6 +34,7 @@ from llmcompress.distill.teacher.teaching import ReadBack
 from llmcompress.errors import LLMCompressError
 from llmcompress.locate import Place
 from llmcompress.modules import decoded
+from llmcompress.products import product_dtype
 from llmcompress.source import load_model
 
 if TYPE_CHECKING:

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from llmcompress.blocks import product_dtype
 from llmcompress.distill.held_out import Distances, distances
 from llmcompress.distill.loop import Run
 from llmcompress.distill.teacher.teaching import ReadsAlong
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.locate import Place
+from llmcompress.products import product_dtype
 from llmcompress.source import load_model
 
 if TYPE_CHECKING:

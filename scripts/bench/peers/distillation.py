@@ -88,11 +88,11 @@ def peer(student: str, teacher: str, asked: Distillation, output: Path) -> dict[
     import torch
 
     from llmcompress.adapters import fold, plain_head
-    from llmcompress.blocks import product_dtype
     from llmcompress.distill.data.source import read_data
     from llmcompress.distill.order import span
     from llmcompress.locate import locate
     from llmcompress.modules import decoded
+    from llmcompress.products import product_dtype
     from llmcompress.source import load_model, load_tokenizer
 
     place = locate(student)
