@@ -17,6 +17,7 @@ from llmcompress.checkpoint import replace_text
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate import ALONE, Processes
 from llmcompress.locate import Place, locate
+from llmcompress.products import fast_float32
 from llmcompress.protocol import STANDARD, Protocol
 from llmcompress.scoring import size_of
 from llmcompress.source import load_model, load_tokenizer
@@ -25,6 +26,7 @@ from llmcompress.tables import comparison_markdown
 KINDS = (".md", ".json")  # of an output file
 
 
+@fast_float32()
 def compare(
     models: Sequence[str | Path],
     protocol: Protocol = STANDARD,
