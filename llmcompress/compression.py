@@ -155,7 +155,13 @@ def _learn(run: Run, tune: Tune, block: Block, last: bool) -> None:
         each.linears |= {name: linear for name, linear in tuned.linears.items() if name.startswith(inside)}
         theirs = {name: value for name, value in tuned.dense.items() if name.startswith(inside)}
         each.learned |= _stored(run.job, each.block, theirs)
-    run.entries[-1].learned[block.path] = tuned.found
+    known = run.entries[-1].learned
+    known[block.path] = tuned.found | {"left": known.get(block.path, {"left": 1.0})["left"] * _left(tuned.found)}
+
+
+def _left(found: Mapping[str, Any]) -> float:
+    """The share of a block's error that learning once left."""
+    return float(found["after"] / found["before"]) if found["before"] else 1.0
 
 
 def _tensors(run: Run, done: Open) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from llmcompress.modules import CompressedLinear
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    """What blocks learned: their compressed linears and other parameters by name, and what became of the error."""
+    """What blocks learned: their compressed linears and other parameters by name, and in `found` what became of the
+    error, `before` and `after`."""
 
     linears: dict[str, CompressedLinear]
     dense: dict[str, Tensor]

@@ -61,7 +61,8 @@ class Report:
     base_model: str | None = None  # a Hub id
     license: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)  # how each learned, where the recipe reconstructs
+    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)  # how each learned the last time, and what share of
+    # its error all times together `left`; where the recipe reconstructs
     fused: tuple[str, ...] = ()  # what was fused into the dense blocks
 
     def to_json(self) -> dict[str, Any]:

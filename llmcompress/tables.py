@@ -60,9 +60,9 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
     fallbacks = [row for row in report["layers"] if row["fallback"]]
     yield from (f"note    {row['name']}: {row['fallback']}" for row in fallbacks)
     if blocks := list(report["blocks"].values()):
-        before, after = (median(block[key] for block in blocks) for key in ("before", "after"))
-        same = sum(not block["step"] for block in blocks)
-        yield f"blocks  {len(blocks)} reconstructed · error {before:.4f} to {after:.4f} in the median" + (
+        after, left = (median(block[key] for block in blocks) for key in ("after", "left"))
+        same = sum(block["left"] == 1 for block in blocks)
+        yield f"blocks  {len(blocks)} reconstructed · error {after:.4f}, x{left:.3f} by learning, in the median" + (
             f" · nothing helped {same}" if same else ""
         )
     yield f"cost    {duration(report['seconds'])} · {_bytes(report['peak_memory_bytes'])} of memory at the peak"
