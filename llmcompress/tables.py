@@ -60,11 +60,12 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
     fallbacks = [row for row in report["layers"] if row["fallback"]]
     yield from (f"note    {row['name']}: {row['fallback']}" for row in fallbacks)
     if blocks := list(report["blocks"].values()):
-        after, left = (median(block[key] for block in blocks) for key in ("after", "left"))
-        same = sum(block["left"] == 1 for block in blocks)
-        yield f"blocks  {len(blocks)} reconstructed · error {after:.4f}, x{left:.3f} by learning, in the median" + (
-            f" · nothing helped {same}" if same else ""
-        )
+        error = median(block["after"] for block in blocks)
+        said = [f"blocks  {len(blocks)} reconstructed", f"error {error:.4f} in the median"]
+        if left := [block["left"] for block in blocks if "left" in block]:  # which older reports lack
+            said.append(f"x{median(left):.3f} by learning")
+            said += [f"nothing helped {left.count(1)}"] if 1 in left else []
+        yield " · ".join(said)
     yield f"cost    {duration(report['seconds'])} · {_bytes(report['peak_memory_bytes'])} of memory at the peak"
     if "allocation" in report:
         yield _reached(report["allocation"])

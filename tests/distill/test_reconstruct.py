@@ -24,6 +24,7 @@ from llmcompress.modules import compressed_linears
 from llmcompress.recipe import read_recipe
 from llmcompress.report import RECIPE, read
 from llmcompress.source import resolve
+from llmcompress.tables import report_view
 from llmcompress.tokens import calibration_tokens
 from llmcompress.verify import verify
 from tests.distill.miniature import TEXT, loaded, make
@@ -194,8 +195,13 @@ def test_the_command_prints_what_became_of_the_blocks(place: Path, tmp_path: Pat
     path.write_text(yaml.safe_dump(recipe(place, {"rates": SCALES, "steps": 4})))
     done = CliRunner().invoke(app, ["compress", str(place / "dense"), str(path), "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    left = median(block["left"] for block in read(tmp_path / "out").blocks.values())
-    assert "blocks  2 reconstructed" in done.output and f", x{left:.3f} by learning" in done.output
+    report = read(tmp_path / "out").to_json()
+    left = median(block["left"] for block in report["blocks"].values())
+    assert "blocks  2 reconstructed" in done.output and f" · x{left:.3f} by learning" in done.output
+    for block in report["blocks"].values():
+        del block["left"]  # as in reports of earlier versions
+    [line] = [line for line in map(str, report_view(report, every=False)) if line.startswith("blocks")]
+    assert line.startswith("blocks  2 reconstructed · error ") and "learning" not in line
 
 
 def test_the_plan_says_that_blocks_will_learn(place: Path, tmp_path: Path) -> None:
