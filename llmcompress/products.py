@@ -44,12 +44,16 @@ def fast_float32() -> Iterator[None]:
     torch asks oneDNN only where it may round to bfloat16. Where it does so (on CPUs with matrix units for bfloat16),
     and where somebody has chosen a precision already, nothing changes.
     """
-    if not _onednn_is_precise():
+    with _may_round() if _onednn_is_precise() and _switch().fp32_precision == "none" else nullcontext():
         yield
-        return
+
+
+@contextmanager
+def _may_round() -> Iterator[None]:
+    """Float32 products by oneDNN, rounded to bfloat16 where that is faster."""
     switch = _switch()
     before = switch.fp32_precision
-    switch.fp32_precision = "bf16" if before == "none" else before
+    switch.fp32_precision = "bf16"
     try:
         yield
     finally:
@@ -69,12 +73,7 @@ def _onednn_is_precise() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 256, 256, generator=generator)
-    switch = _switch()
-    before = switch.fp32_precision
-    switch.fp32_precision = "bf16"
-    try:
+    with _may_round():
         found = left @ right
-    finally:
-        switch.fp32_precision = before
     expected = left.double() @ right.double()
     return float((found - expected).norm() / expected.norm()) < PRECISE
