@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,8 @@ from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.head import HeadLoss
 from llmcompress.distill.losses.loss import SumAndCount
 from llmcompress.errors import InputError
+from llmcompress.modules import CompressedLinear
+from llmcompress.weight import Dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,11 +37,26 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def head_of(model: PreTrainedModel) -> Head:
     """The function from hidden states `[..., width]` to logits `[..., vocabulary]`."""
-    linear: nn.Module = model.get_output_embeddings()
+    linear = _cast_once(model.get_output_embeddings())
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap is None:
         return linear
     return lambda hidden: torch.tanh(linear(hidden) / cap) * cap
+
+
+def _cast_once(linear: nn.Module) -> Head:
+    """`linear`; under autocast with its frozen matrix cast already. Autocast keeps its casts of what trains alone: a
+    frozen table would be cast for every chunk of tokens anew, a seventh of a step."""
+    matrix: Tensor | None = None
+    match linear:
+        case CompressedLinear(ready=Dense(values)):
+            matrix = values
+        case nn.Linear(weight=weight) if type(linear) is nn.Linear and not weight.requires_grad:
+            matrix = weight
+    bias = getattr(linear, "bias", None)
+    if matrix is None or bias is not None or not torch.is_autocast_enabled(matrix.device.type):
+        return linear
+    return partial(nn.functional.linear, weight=matrix.to(torch.get_autocast_dtype(matrix.device.type)))
 
 
 def joined(
