@@ -73,20 +73,20 @@ class Exits:
     ) -> SumAndCount:
         """Loss `number`: the mean over its exits, of the positions `rows`, bool `[sequences, length]`; of each of them
         `teacher` has a prediction, and `targets` the token that comes."""
-        exits = self.numbers[number]
+        exits, head = self.numbers[number], head_of(self.student)
         (term, state), weight = loss, 1 / len(exits)
+
+        def logits(hidden: Tensor) -> Tensor:
+            return head(_through(self.ending, hidden))
+
         found = [
             # no parameters: what is behind the exit stays as it is
-            chunked_loss(states[each][rows], self._logits, teacher, targets, [(term.of, state, weight)], parameters=())
+            chunked_loss(states[each][rows], logits, teacher, targets, [(term.of, state, weight)], parameters=())
             for each in exits
         ]
         return torch.stack([each.total for each in found]).sum(), torch.stack(
             [each.terms[0][1] for each in found]
         ).mean()
-
-    def _logits(self, states: Tensor) -> Tensor:
-        """[tokens, width] -> [tokens, vocabulary]."""
-        return head_of(self.student)(_through(self.ending, states))
 
 
 @torch.no_grad()

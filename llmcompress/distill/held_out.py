@@ -53,14 +53,14 @@ class Distances:
 @torch.no_grad()
 def distances(teacher: PreTrainedModel, student: PreTrainedModel, sequences: Batch, device: torch.device) -> Distances:
     """Over all targets of `sequences`, one at a time. Log-probabilities are float32, sums float64."""
-    total = Distances()
+    total, heads = Distances(), [head_of(model) for model in (teacher, student)]
     for one in sequences.split(1):
         batch = one.trimmed().to(device)
         rows = batch.predicting
         targets = batch.ids[batch.counted]
         wanted, given = (hidden_states(model, batch)[rows] for model in (teacher, student))
         for hidden, here, next_tokens in zip(*(_chunks([wanted, given, targets])), strict=True):
-            p, q = head_of(teacher)(hidden).float().log_softmax(-1), head_of(student)(here).float().log_softmax(-1)
+            p, q = heads[0](hidden).float().log_softmax(-1), heads[1](here).float().log_softmax(-1)
             total += Distances(
                 float(kl_divergence(p, q).double().sum()),
                 negative_log_likelihood(q, next_tokens),

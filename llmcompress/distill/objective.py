@@ -36,7 +36,8 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The function from hidden states `[..., width]` to logits `[..., vocabulary]`."""
+    """The function from hidden states `[..., width]` to logits `[..., vocabulary]`; ask once for all of a computation,
+    with the products that it is to have."""
     linear = _cast_once(model.get_output_embeddings())
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap is None:

@@ -134,9 +134,9 @@ class _Logits:
     def __call__(self, rows: slice) -> Iterator[Tensor]:
         """As many tokens at once as LOGITS says."""
         batch = self.sequences[rows].trimmed().to(self.model.device)
-        hidden = hidden_states(self.model, batch)[batch.predicting]
+        hidden, head = hidden_states(self.model, batch)[batch.predicting], head_of(self.model)
         for part in hidden.split(max(1, LOGITS // self.vocabulary)):
-            yield head_of(self.model)(part)
+            yield head(part)
 
 
 @torch.no_grad()
@@ -149,12 +149,13 @@ def measured_bias(run: Run, k: int) -> dict[str, float]:
     loss, totals, tokens = ForwardKL(), torch.zeros(3, dtype=torch.float64), 0
     models = (run.teacher, run.student.model)
     with run.autocast(), decoded(run.teacher), decoded(run.student.model):
+        heads = [head_of(model) for model in models]
         for one in chain.from_iterable(part.split(1) for part in run.data.held_out):
             batch = one.trimmed().to(run.accelerator.device)
             hidden = [hidden_states(model, batch)[batch.predicting].split(POSITIONS) for model in models]
             targets = batch.ids[batch.counted].split(POSITIONS)
             for wanted, given, here in zip(*hidden, targets, strict=True):
-                teacher, student = head_of(models[0])(wanted), head_of(models[1])(given)
+                teacher, student = heads[0](wanted), heads[1](given)
                 known = rounded(Likeliest.of(teacher, k))
                 merged = known.beside(student, here, slice(None))["merged"]
                 bounds = [measure(each, loss)[0] for each in (Predictions(student, teacher, here), merged)]
