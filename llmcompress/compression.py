@@ -130,7 +130,7 @@ def waiting(run: Run) -> dict[str, Tensor]:
 @torch.no_grad()
 def restore(run: Run, block: Block, tensors: Mapping[str, Tensor], last: bool) -> None:
     """Makes the block what its stored `tensors` say; the `last` one of an earlier run may be waiting for the next."""
-    layouts = run.layouts
+    layouts, tensors = run.layouts, {name: value.to(run.device) for name, value in tensors.items()}
     names = [name for name in block.linears if name in layouts and f"{name}.weight" in tensors]
     weights = {name: tensors.get(f"{name}.{DENSE}", block.weight(name)) for name in names}
     found = {name: decode(layouts[name].header, layouts[name].views(tensors[f"{name}.weight"])) for name in names}

@@ -20,12 +20,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from llmcompress import report as reports
 from llmcompress.calibrate import Block, walk
 from llmcompress.checkpoint import MANIFEST, Writer, check_output, copy_folder, writing
 from llmcompress.compression import Run, compress_block, restore, waiting
+from llmcompress.devices import device_of
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.hf import table_entry
 from llmcompress.journal import Journal, Origin, opened
@@ -94,6 +93,7 @@ def compress(
     which the same call goes on; without `resume` it begins anew.
     """
     started = time.monotonic()
+    place = device_of(device)
     job = lay(resolve(str(model), revision), read_recipe(recipe))
     planned = plan_of(job)
     if job.assignment.unmatched:
@@ -110,7 +110,7 @@ def compress(
         writing(Path(output), keep=True) as writer,
         opened(writer.folder, origin, job.source, resume, last=temporary is None) as journal,
     ):
-        run = Run(job, torch.device(device), tune, 0 if tokens is None else tokens.held_out, list(journal.found))
+        run = Run(job, place, tune, 0 if tokens is None else tokens.held_out, list(journal.found))
         started -= journal.seconds
         _compress_blocks(run, tokens, journal, writer, started, progress)
         _check_gates(run)

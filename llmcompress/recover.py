@@ -24,6 +24,7 @@ from llmcompress import report as reports
 from llmcompress.allocate import Allocation, allocate
 from llmcompress.allocate.kept import allocate_by
 from llmcompress.checkpoint import check_output, locked
+from llmcompress.devices import device_of
 from llmcompress.driver import Progress, Result
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.journal import is_older
@@ -76,6 +77,7 @@ def compress(
     compression in `<output>.compressed` and its training in `<output>.training`, from where the same call goes on;
     without `resume` it begins anew.
     """
+    device_of(device)  # before a model is looked at
     asked = read_recipe(recipe)
     if asked.target is not None:
         then: dict[str, Any] = {"progress": progress, "training": training, "resume": resume}

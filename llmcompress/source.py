@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llmcompress.architecture import refuse_experts
+from llmcompress.devices import device_of
 from llmcompress.errors import InputError, listed
 from llmcompress.locate import Place, locate
 from llmcompress.validation import INDEX
@@ -115,9 +116,11 @@ def load_model(
     """The model, dense or compressed, by us or by a tool that transformers knows, in eval mode; a dense one quantized,
     where `quantization` says how.
 
-    Raises InputError when it cannot be loaded.
+    Raises InputError when it cannot be loaded, RecipeError for a device that is not there.
     """
     from transformers import AutoModelForCausalLM
+
+    there = device_of(device)
 
     quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
     try:
@@ -127,8 +130,8 @@ def load_model(
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"{place.name} cannot be loaded ({_reason(error)}); download or write it again") from error
     placed: nn.Module = model
-    if not quantized and model.device != torch.device(device):  # what other tools quantized refuses to be moved
-        placed.to(device)
+    if not quantized and model.device != there:  # what other tools quantized refuses to be moved
+        placed.to(there)
     return model.eval()
 
 

@@ -180,11 +180,32 @@ def shape(w: Weight) -> tuple[int, int]:
     raise unknown("shape", w)
 
 
-def dense(w: Weight) -> Tensor:
-    """The matrix, float32 `[out, in]`; the same bits on every call."""
+def device(w: Weight) -> torch.device | None:
+    """Where the tensors of `w` are; None where there are none, as in `Zero`."""
+    match w:
+        case Zero():
+            return None
+        case Dense(tensor) | Grid(tensor) | TrellisCoded(tensor) | Codebook(tensor) | Scaled(columns=tensor):
+            return tensor.device
+        case Where(index):
+            return index.inside.device
+        case Rotated(signs=signs):
+            return signs.device
+        case Transposed(inner):
+            return device(inner)
+        case LowRank(left, right):
+            return device(left) or device(right)
+        case Sum(parts):
+            return next(filter(None, map(device, parts)), None)
+    raise unknown("device", w)
+
+
+def dense(w: Weight, where: torch.device | None = None) -> Tensor:
+    """The matrix, float32 `[out, in]`; the same bits on every call. What has no tensor comes out on device `where`."""
+    where = device(w) or where
     match w:
         case Zero(size):
-            return torch.zeros(size)
+            return torch.zeros(size, device=where)
         case Dense(values):
             return values.float()
         case Grid(codes, scale, zero, levels, group_size):
@@ -198,18 +219,17 @@ def dense(w: Weight) -> Tensor:
         case Codebook(codes, centroids, scale, width):
             return centroids.float()[codes.long()].flatten(1)[:, :width] * scale.float()
         case LowRank(left, right):
-            return dense(left) @ dense(right)
+            return dense(left, where) @ dense(right, where)
         case Where(index, inside, outside):
-            device = index.inside.device  # a Zero side lives nowhere
-            return torch.where(index.inside, dense(inside).to(device), dense(outside).to(device))
+            return torch.where(index.inside, dense(inside, where), dense(outside, where))
         case Rotated(inner, signs, block):
-            return unrotate(dense(inner), signs, block)
+            return unrotate(dense(inner, where), signs, block)
         case Scaled(inner, columns):
-            return dense(inner).to(columns.device) * columns.float()
+            return dense(inner, where) * columns.float()
         case Transposed(inner):
-            return dense(inner).T.contiguous()
+            return dense(inner, where).T.contiguous()
         case Sum(parts):
-            return reduce(torch.add, [dense(part) for part in parts])
+            return reduce(torch.add, [dense(part, where) for part in parts])
     raise unknown("dense", w)
 
 
@@ -225,12 +245,14 @@ def matmul(x: Tensor, w: Weight) -> Tensor:
         case Sum(parts):
             return reduce(torch.add, [matmul(x, part) for part in parts])
         case _:
-            return torch.nn.functional.linear(x, dense(w).to(x.dtype))
+            return torch.nn.functional.linear(x, dense(w, x.device).to(x.dtype))
 
 
 def decoded(w: Weight) -> Weight:
     """The same matrix with packed leaves and rotations as `Dense`: more memory, faster, equal up to rounding."""
     match w:
+        case Zero():
+            return w
         case LowRank(left, right):
             return LowRank(decoded(left), decoded(right))
         case Sum(parts):

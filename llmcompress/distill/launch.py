@@ -11,11 +11,17 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    patch_environment,
+)
 from torch.distributed.fsdp import CPUOffloadPolicy
 
+from llmcompress.devices import is_at, kind_of
 from llmcompress.distill.metrics import tracking
 from llmcompress.distill.ready import check_ready
 from llmcompress.distill.recipe import Distillation
@@ -37,9 +43,11 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
     are to lie beside `output`.
 
     The recipe says what is computed in which precision, so a `mixed_precision` of the launcher changes nothing. Raises
-    RecipeError as `check_ready` does, for an engine that cannot do it and where a batch cannot be shared, InputError
-    for too little data.
+    RecipeError as `check_ready` does, for a device that is not there, for an engine that cannot do it and where a batch
+    cannot be shared, InputError for too little data.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    place = kind_of(device, processes)
     check_ready(recipe, device)
     for variable, name in FOREIGN.items():
         if _is_on(variable):
@@ -49,21 +57,25 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
             )
     if _is_on(PARTITIONING):
         _check_deepspeed()
-    _check_shares(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    _check_shares(recipe, processes)
     # packed codes are equal from the start
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if recipe.teacher.kind == "cached":
         handlers.append(InitProcessGroupKwargs(timeout=WRITING))
-    accelerator = Accelerator(
-        cpu=torch.device(device).type == "cpu",
-        mixed_precision="no",
-        kwargs_handlers=handlers,
-        **tracking(recipe, output),
-    )
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+    named = {"ACCELERATE_TORCH_DEVICE": device} if "LOCAL_RANK" not in os.environ else {}  # else it gives one to each
+    with patch_environment(**named):
+        accelerator = Accelerator(
+            cpu=place.type == "cpu",
+            mixed_precision="no",
+            kwargs_handlers=handlers,
+            **tracking(recipe, output),
+        )
+    if accelerator.num_processes != processes:
+        raise RecipeError(f"{processes} processes cannot each have a device like {device!r}; use cpu, or GPUs")
+    if not is_at(accelerator.device, place):
         raise RecipeError(
-            f"{os.environ['WORLD_SIZE']} processes cannot each have a device like {device!r}; use cpu, or one GPU for "
-            f"each"
+            f"Accelerate computes on {accelerator.device} in this Python process already, not on {device}; start the "
+            f"distillation in a process of its own"
         )
     if _is_on(SHARDING):
         check_sharding(accelerator, recipe)

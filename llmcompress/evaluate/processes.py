@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from torch import Tensor
 
+from llmcompress.devices import kind_of
 from llmcompress.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -61,16 +61,17 @@ ALONE = Processes()
 def launched(device: str) -> Iterator[Processes]:
     """The processes that a launcher started, each with a device of the kind of `device`; without one, this process.
 
-    Raises RecipeError where there is no such device for each of them.
+    Raises RecipeError where there is no such device, or not one for each of them.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes(device)
         return
+    place = kind_of(device, count)
     from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 
     patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))  # as lm-eval: some shares take hours longer
-    accelerator = Accelerator(cpu=torch.device(device).type == "cpu", kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=place.type == "cpu", kwargs_handlers=[patience])
     if accelerator.num_processes != count:
         raise RecipeError(f"{count} processes cannot each have a device like {device!r}; use cpu, or one GPU for each")
     try:

@@ -24,6 +24,7 @@ from llmcompress.allocate import Allocation, PriceList, reachable
 from llmcompress.allocate.choices import Choices
 from llmcompress.allocate.kept import check_prices, price_list
 from llmcompress.checkpoint import holds, locked, write_files
+from llmcompress.devices import device_of
 from llmcompress.errors import DiskError, RecipeError, Terminated
 from llmcompress.frontier.budgets import Budget
 from llmcompress.frontier.judge import Judge
@@ -93,6 +94,7 @@ def frontier(
     Raises an LLMCompressError, in one sentence, for whatever is wrong; sizes that cannot be reached are found from
     headers alone. What is finished stays.
     """
+    device_of(device)  # before a model is looked at
     dense = resolve(str(model), revision)
     _check(recipes, output)
     lines = [_line(dense, recipe, sizes, output if len(recipes) == 1 else output / recipe.name) for recipe in recipes]

@@ -11,6 +11,7 @@ from tests.rules.source_tree import MODULES, ROOT, Module, repository_files
 # From the foundation up to the command line; a room may import only rooms before it.
 ROOMS = (
     "errors",
+    "devices",  # where to compute
     "packing",  # codes <-> bytes
     "rotation",  # the random input basis
     "trellis",  # numbers of a bit-shift trellis

@@ -1,0 +1,46 @@
+"""Where to compute: a device by its name, if it is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llmcompress.errors import RecipeError
+
+
+def device_of(name: str) -> torch.device:
+    """The CPU, or an accelerator that torch finds: `cuda`, `cuda:1`, `mps`.
+
+    Raises RecipeError for what is no device, and for one that is not there.
+    """
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"{name!r} is no device; use cpu, cuda, cuda:1 or mps") from error
+    module: Any = getattr(torch, found.type, None)
+    if not hasattr(module, "device_count"):
+        raise RecipeError(f"nothing can be computed on device {name}; use cpu, cuda, cuda:1 or mps")
+    count = module.device_count() if module.is_available() else 0
+    if count == 0:
+        raise RecipeError(
+            f"device {name} is not there: torch {torch.__version__} finds no {found.type} device; use cpu, or install "
+            f"a torch and a driver for it"
+        )
+    if found.index is not None and found.index >= count:
+        raise RecipeError(f"device {name} is not there: torch finds {count}, from {found.type}:0 on; use one of them")
+    return found
+
+
+def is_at(place: torch.device, wanted: torch.device) -> bool:
+    """Whether `place` is what was asked for; one without a number is the first, and asks for any."""
+    return place.type == wanted.type and wanted.index in (None, place.index or 0)
+
+
+def kind_of(name: str, processes: int) -> torch.device:
+    """`device_of`, for `processes` that have a device of that kind each. Raises RecipeError for the name of a single
+    one, too."""
+    found = device_of(name)
+    if processes > 1 and found.index is not None:
+        raise RecipeError(f"device {name} is one, and there are {processes} processes; use {found.type}, one for each")
+    return found

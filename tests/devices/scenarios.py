@@ -1,0 +1,255 @@
+"""What `test_devices.py` has done on the CPU and on the stand-in for a GPU, in a process of its own.
+
+    python tests/devices/scenarios.py LIBRARY FOLDER ANSWERS
+
+A scenario takes a device and an empty folder and returns what came out, in numbers, texts and tensors. ANSWERS becomes
+{scenario: what is wrong on the stand-in, or null}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import llmcompress as lc
+from llmcompress.distill import distill
+from llmcompress.distill.data.answering import Sampling
+from llmcompress.distill.data.selfdata import Answering, answer
+from llmcompress.distill.losses.loss import loss_config, measure
+from llmcompress.encoding import decode, encode
+from llmcompress.layer import apply, relative_error, step
+from llmcompress.protocol import Protocol
+from llmcompress.surgery import alike_blocks
+from llmcompress.verify import verify
+from llmcompress.weight import Weight, Zero, dense, matmul
+from tests.builders import every_node, gaussian, layer, random_nestings
+from tests.conformance.cases import SIZE, Step, calibration, spelled
+from tests.conformance.test_runs import PIPELINES
+from tests.devices.stand_in import NAME, register
+from tests.distill import cases, miniature
+from tests.test_journal import SETTINGS
+from tests.test_journal import recipe as compression
+from tests.tiny import FAMILY_CONFIGS, save_tiny
+
+Scenario = Callable[[str, Path], Any]
+
+EXACT = 0.0  # the kernels are the same
+CLOSE = 0.1  # codes that lie between two others go either way by rounding, which spreads
+STUDENT: list[dict[str, Any]] = [
+    {"match": "*.q_proj", "steps": [{"method": "gptq", "bits": "ternary", "group_size": 8}]},
+    {"match": "*", "steps": [{"method": "rotate"}, {"method": "gptq", "bits": 2, "group_size": 8}]},
+]
+MLPS = {"match": "*.mlp.*", "steps": [{"method": "rtn", "bits": 4}]}  # so that fewer layers are left to choose for
+CODES = {"rates": {"codes": 2e-2, "scales": 1e-2}, "latents": "teacher"}
+COMPRESSIONS = ("attention", "tables", "awq", "fused rotation", "windows", "low rank")  # of the journal's tests
+# name -> what the recipe says of a distillation
+DISTILLATIONS: dict[str, dict[str, Any]] = {
+    "scales": {},
+    "bfloat16": {"compute": "bfloat16"},
+    "codes": CODES | {"freezing": {"momentum": 0.4, "threshold": 0.5}, "estimator": "reste"},
+    "median scales": {"rates": {"codes": 2e-2}, "latents": "teacher", "scales": "median"},
+    "terms": {"rates": {"factors": 1e-2, "norms": 1e-3}, "adapt": {"rank": 2, "factor_bits": 4}},
+    "phases": CODES | {"phases": [{"kind": "blockwise"}, {"kind": "end_to_end"}]},
+    "cached": {"teacher": {"kind": "cached", "k": 8}},
+    "checkpointing": {"checkpointing": True},
+    "states": {
+        "rates": {"scales": 1e-2, "projections": 1e-3},
+        "losses": [
+            {"of": {"loss": "forward_kl"}},
+            {"of": {"loss": "hidden"}},
+            {"of": {"loss": "minilm"}, "layers": [1]},
+            {"of": {"loss": "ofa"}, "exits": [1]},
+        ],
+    },
+    "taid": {"losses": [{"of": {"loss": "taid"}}]},
+}
+
+
+def moved(value: Any, device: str) -> Any:
+    """The same with its tensors on `device`; a dict, of what was derived from them, is empty."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: moved(getattr(value, each.name), device) for each in fields(value)})
+    if isinstance(value, dict):
+        return {}
+    return tuple(moved(each, device) for each in value) if isinstance(value, tuple) else value
+
+
+def of_method(pipeline: list[Step], device: str, out: Path) -> Any:
+    """A layer after some steps."""
+    given = moved(layer(gaussian(*SIZE), calibration(SIZE[1])), device)
+    found = apply(given, [step(arguments) for arguments in pipeline]).expression()
+    assert all(tensor.device.type == device for tensor in encode(found)[1].values()), "parts of it went elsewhere"
+    return [dense(found), relative_error(given.weight, found, given.inputs)]
+
+
+def of_nodes(nodes: list[Weight], device: str, out: Path) -> Any:
+    """Every question about expressions."""
+    found = []
+    for node in (moved(node, device) for node in nodes):
+        if not isinstance(node, Zero):  # which comes out on the CPU if nobody says where it goes
+            found.append(dense(decode(*encode(node))))
+        found.append(matmul(torch.ones(2, dense(node).shape[1], device=device), node))
+    return found
+
+
+def of_loss(arguments: dict[str, Any], device: str, out: Path) -> Any:
+    """A loss and its gradient."""
+    asked, given = loss_config(arguments), moved(cases.random_predictions(dtype=torch.float32), device)
+    given = replace(given, student=given.student.detach().requires_grad_())
+    total, count = measure(given, asked, asked.start())
+    return [total.detach(), count, *torch.autograd.grad(total, [given.student])]
+
+
+def of_compression(place: Path, more: Mapping[str, Any], device: str, out: Path) -> Any:
+    """What the report says; a run that was cut must leave what a whole one does."""
+    asked = compression(place, **{"compute": "float32"} | more)
+    run = partial(lc.compress, place / "untied", asked, device=device)
+    whole = run(out / "whole")
+    if device == NAME:
+        _check_cut(run, out, 1)
+    return [row.error for row in whole.report.layers]
+
+
+def of_family(place: Path, family: str, device: str, out: Path) -> Any:
+    """What the report says of a model of a family, and what that predicts."""
+    asked = compression(place, compute="float32", rules=STUDENT[1:])
+    done = lc.compress(place / family, asked, out / "small", device=device)
+    model = AutoModelForCausalLM.from_pretrained(done.folder).to(device)
+    written = model.generate(torch.arange(4, 9, device=device)[None], max_new_tokens=4, do_sample=False)
+    return [[row.error for row in done.report.layers], written.shape[1]]
+
+
+def of_target(place: Path, damage: str, device: str, out: Path) -> Any:
+    """What was predicted and measured of a model of a given size."""
+    target = {"target": {"bpw": 3.5}, "damage": damage, "rules": [MLPS], "compute": "float32"}
+    done = lc.compress(place / "dense", compression(place, **target), out / "small", device=device)
+    assert done.allocation is not None
+    return [done.allocation["predicted_kl"], done.allocation["measured_kl"]]
+
+
+def of_distillation(place: Path, more: Mapping[str, Any], device: str, out: Path) -> Any:
+    """What was measured; a run that was cut must leave what a whole one does."""
+    asked = miniature.recipe(place, **{"steps": 6, "save_every": 2, "evaluate_every": 3} | more)
+    run = partial(distill, place / "small", place / "dense", asked, device=device)
+    whole = run(out / "whole")
+    if device == NAME:
+        _check_cut(run, out, 3)
+    return [[entry["kl"], entry["perplexity"]] for entry in whole.history]
+
+
+def of_scores(place: Path, device: str, out: Path) -> Any:
+    """Perplexities and distances, from every command that measures."""
+    protocol = Protocol(text=place / "text.txt", windows=2, length=32)
+    scored = lc.score(place / "small", protocol, against=str(place / "dense"), device=device)
+    compared = lc.compare([place / "dense", place / "small"], protocol, device=device)
+    checked = verify(place / "small", str(place / "dense"), place / "text.txt", 2, 32, device=device)
+    return [scored["perplexity"], scored["kl"], *(row["perplexity"] for row in compared["models"]), checked.kl]
+
+
+def of_writing(place: Path, device: str, out: Path) -> Any:
+    """Answers of a model, and which of its blocks are alike."""
+    asked = Answering(str(place / "prompts.jsonl"), sampling=Sampling(longest=6))
+    done = answer(str(place / "untied"), asked, out / "answers.jsonl", device=device)
+    alike = alike_blocks(place / "untied", 1, text=str(place / "text.txt"), device=device)
+    return [done.prompts, list(alike.cosines)]
+
+
+def _check_cut(run: Callable[..., Any], out: Path, after: int) -> None:
+    """Raises AssertionError unless a run that is cut after `after` steps leaves what a whole one left in `whole`."""
+
+    def stop(done: int, *_: Any) -> None:
+        if done == after:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        run(out / "cut", progress=stop)
+        raise AssertionError(f"it ended before step {after}")
+    run(out / "cut")
+    assert _weights(out / "cut") == _weights(out / "whole"), "a run that was cut ends otherwise"
+
+
+def _weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def scenarios(place: Path) -> Iterator[tuple[str, Scenario, float]]:
+    """The name of each, what it does, and how far its numbers may be from the CPU's, in shares of them."""
+    for pipeline in PIPELINES:
+        yield f"method {'+'.join(map(spelled, pipeline))}", partial(of_method, pipeline), EXACT
+    yield "nodes", partial(of_nodes, [*every_node(), *random_nestings(0, 100)]), EXACT
+    for arguments in cases.CASES:
+        yield f"loss {cases.spelled(arguments)}", partial(of_loss, arguments), 1e-6
+    for name in COMPRESSIONS:
+        yield f"compress {name}", partial(of_compression, place, SETTINGS[name]), CLOSE
+    for family in FAMILY_CONFIGS:
+        yield f"family {family}", partial(of_family, place, family), CLOSE
+    for damage in ("distortion", "kl"):
+        yield f"target by {damage}", partial(of_target, place, damage), CLOSE
+    for name, more in DISTILLATIONS.items():
+        yield f"distill {name}", partial(of_distillation, place, more), CLOSE
+    yield "scores", partial(of_scores, place), 1e-4
+    yield "writing", partial(of_writing, place), 1e-4
+
+
+def prepare(place: Path) -> None:
+    """Fills `place` with models, a student, texts and prompts."""
+    miniature.make(place, STUDENT)
+    for family in FAMILY_CONFIGS:
+        save_tiny(family, place / family)
+    save_tiny("llama", place / "untied", tie_word_embeddings=False)
+    (place / "prompts.jsonl").write_text('{"text": "Why?"}\n{"text": "Who is there?"}\n')
+
+
+def difference(expected: Any, found: Any, tolerance: float) -> str | None:
+    """How `found` is not `expected`, or None."""
+    if isinstance(expected, Tensor):
+        expected, found = expected.cpu(), found.cpu()
+        same = torch.equal(expected, found) if tolerance == EXACT else torch.allclose(expected, found, tolerance, 1e-7)
+        return None if same else f"{found} instead of {expected}"
+    if isinstance(expected, Mapping):
+        expected, found = list(expected.values()), list(found.values())
+    if isinstance(expected, Sequence) and not isinstance(expected, str):
+        each = [difference(*pair, tolerance) for pair in zip(expected, found, strict=True)]
+        return next(filter(None, each), None)
+    if isinstance(expected, float):
+        same = math.isclose(expected, found, rel_tol=tolerance, abs_tol=1e-6)
+        return None if same else f"{found} instead of {expected}"
+    return None if expected == found else f"{found} instead of {expected}"
+
+
+def wrong(scenario: Scenario, out: Path, tolerance: float) -> str | None:
+    """What is wrong with a scenario on the stand-in, or None."""
+    for device in ("cpu", NAME):
+        (out / device).mkdir(parents=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    expected = scenario("cpu", out / "cpu")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        return difference(expected, scenario(NAME, out / NAME), tolerance)
+    except Exception:  # noqa: BLE001 (whatever it is, the test says it)
+        return traceback.format_exc()
+
+
+if __name__ == "__main__":
+    library, place, answers = map(Path, sys.argv[1:])
+    register(library)
+    prepare(place)
+    found = {
+        name: wrong(run, place / "out" / str(number), near) for number, (name, run, near) in enumerate(scenarios(place))
+    }
+    answers.write_text(json.dumps(found))

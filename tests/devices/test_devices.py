@@ -1,0 +1,142 @@
+"""Devices: what is not there is refused; and on a second device everything goes as on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+import llmcompress as lc
+from llmcompress.devices import device_of, is_at, kind_of
+from llmcompress.distill import Distillation
+from llmcompress.distill.launch import launched_accelerator
+from llmcompress.errors import RecipeError
+from llmcompress.evaluate import launched
+from llmcompress.protocol import Protocol
+from llmcompress.surgery import alike_blocks
+from llmcompress.verify import verify
+from llmcompress.weight import Dense, LowRank, Rotated, Sum, Transposed, Weight, Zero, decoded, dense, device, matmul
+from tests.devices.stand_in import build
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).parents[2]
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+EXPECTED = ("method", "nodes", "loss", "compress", "family", "target", "distill", "scores", "writing")
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("graphics", "'graphics' is no device; use cpu, cuda, cuda:1 or mps"),
+        ("meta", "nothing can be computed on device meta; use cpu, cuda, cuda:1 or mps"),
+        ("cpu:1", "device cpu:1 is not there: torch finds 1, from cpu:0 on; use one of them"),
+        (
+            "xpu",
+            "device xpu is not there: torch .* finds no xpu device; use cpu, or install a torch and a driver for it",
+        ),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(name: str, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=f"^{sentence}$"):
+        device_of(name)
+
+
+def test_no_command_takes_another_device_instead(tmp_path: Path) -> None:
+    model, absent = save_tiny("llama", tmp_path / "dense"), "xpu"
+    text = tmp_path / "text.txt"
+    text.write_text("A text that is long enough for a window of it, and for another one. " * 20)
+    recipe = {"version": 1, "calibration": None, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4}]}]}
+    protocol = Protocol(text=text, windows=1, length=32)
+    small = lc.compress(model, recipe, tmp_path / "small").folder
+    calls = [
+        lambda: lc.compress(model, recipe, tmp_path / "out", device=absent),
+        lambda: lc.compress(model, recipe | {"rules": [], "target": {"bpw": 4}}, tmp_path / "out", device=absent),
+        lambda: lc.score(small, protocol, device=absent),
+        lambda: lc.compare([model, small], protocol, device=absent),
+        lambda: verify(small, None, text, 1, 32, absent),
+        lambda: alike_blocks(model, 1, text=str(text), device=absent),
+        lambda: launched_accelerator(absent, Distillation(), tmp_path / "out"),
+    ]
+    for call in calls:
+        with pytest.raises(RecipeError, match="device xpu is not there"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_have_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kind_of("cpu:0", 1) == torch.device("cpu:0") and kind_of("cpu", 4) == torch.device("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(RecipeError, match="device cpu:0 is one, and there are 4 processes; use cpu, one for each"):
+        launched("cpu:0").__enter__()
+
+
+@pytest.mark.parametrize(
+    "place, wanted, same",
+    [("cuda", "cuda", True), ("cuda:1", "cuda", True), ("cuda", "cuda:0", True), ("cuda", "cuda:1", False)],
+)
+def test_a_device_without_a_number_is_the_first(place: str, wanted: str, same: bool) -> None:
+    assert is_at(torch.device(place), torch.device(wanted)) == same
+    assert not is_at(torch.device(place), torch.device("cpu"))
+
+
+def test_a_process_that_computes_elsewhere_already_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Accelerate keeps its device for as long as Python runs; two CPUs stand for a CPU and a GPU."""
+    monkeypatch.setattr(torch.cpu, "device_count", lambda: 2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert launched_accelerator("cpu:1", Distillation(), tmp_path / "out").device == torch.device("cpu:1")
+    with pytest.raises(RecipeError, match="Accelerate computes on cpu:1 in this Python process already, not on cpu:0"):
+        launched_accelerator("cpu:0", Distillation(), tmp_path / "out")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_what_has_no_tensor_is_where_it_is_needed() -> None:
+    nothing, nowhere = Zero((4, 4)), torch.device("meta")
+    some = Dense(torch.ones(4, 4, device=nowhere))
+    expressions: list[Weight] = [
+        Sum((nothing, some)),
+        LowRank(nothing, some),
+        LowRank(some, Transposed(nothing)),
+        Sum((Rotated(nothing, torch.ones(4, dtype=torch.bool, device=nowhere), 4), nothing)),
+    ]
+    assert device(nothing) is None and device(Sum((nothing, nothing))) is None
+    for w in expressions:
+        assert device(w) == nowhere and dense(w).device == nowhere
+    assert dense(nothing, nowhere).device == nowhere
+    assert matmul(torch.ones(2, 4, device=nowhere), decoded(nothing)).device == nowhere
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    """What was wrong on the stand-in for a GPU, by scenario."""
+    if COMPILER is None:
+        pytest.skip("needs a C++ compiler for the stand-in for a GPU")
+    folder = tmp_path_factory.mktemp("stand_in")
+    script = str(ROOT / "tests/devices/scenarios.py")
+    command = [sys.executable, script, str(build(COMPILER, folder)), str(folder), str(folder / "answers.json")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str | None] = json.loads((folder / "answers.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_on_a_second_device_as_on_the_cpu(kind: str, answers: dict[str, str | None]) -> None:
+    mine = {name: what for name, what in answers.items() if name.split()[0] == kind}
+    assert mine, f"no scenario is called {kind}"
+    wrong = {name: what for name, what in mine.items() if what is not None}
+    assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong.items())
+
+
+@pytest.mark.slow
+def test_every_scenario_is_looked_at(answers: dict[str, str | None]) -> None:
+    assert {name.split()[0] for name in answers} == set(EXPECTED)
