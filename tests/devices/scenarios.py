@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -75,6 +76,7 @@ DISTILLATIONS: dict[str, dict[str, Any]] = {
         ],
     },
     "taid": {"losses": [{"of": {"loss": "taid"}}]},
+    "mixture": {"mixture": {"reweight": "ddk", "every": 2, "sequences": 2}},
 }
 
 
@@ -144,12 +146,29 @@ def of_target(place: Path, damage: str, device: str, out: Path) -> Any:
 
 def of_distillation(place: Path, more: Mapping[str, Any], device: str, out: Path) -> Any:
     """What was measured; a run that was cut must leave what a whole one does."""
-    asked = miniature.recipe(place, **{"steps": 6, "save_every": 2, "evaluate_every": 3} | more)
+    if "mixture" in more:
+        more = {"data": [miniature.recipe(place)["data"] | {"name": name} for name in ("corn", "mill")], **more}
+    asked = miniature.recipe(place, **{"steps": 4, "save_every": 1, "evaluate_every": 4} | more)
     run = partial(distill, place / "small", place / "dense", asked, device=device)
     whole = run(out / "whole")
     if device == NAME:
-        _check_cut(run, out, 3)
+        _check_cut(run, out, 2)
     return [[entry["kl"], entry["perplexity"]] for entry in whole.history]
+
+
+def of_adapter(place: Path, device: str, out: Path) -> Any:
+    """The loss of PEFT's adapter before and after a step, and what the model says once it is part of the weights."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(place / "small"), lora).to(device)
+    optimizer = torch.optim.AdamW([value for value in adapted.parameters() if value.requires_grad], lr=1e-2)
+    ids, losses = torch.arange(24, device=device)[None], []
+    for _ in range(2):
+        losses.append(adapted(ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+    with torch.no_grad():
+        return [float(losses[0]), float(losses[1]), lc.fold(adapted.eval())(ids).logits]
 
 
 def of_scores(place: Path, device: str, out: Path) -> Any:
@@ -202,6 +221,7 @@ def scenarios(place: Path) -> Iterator[tuple[str, Scenario, float]]:
         yield f"target by {damage}", partial(of_target, place, damage), CLOSE
     for name, more in DISTILLATIONS.items():
         yield f"distill {name}", partial(of_distillation, place, more), CLOSE
+    yield "adapter", partial(of_adapter, place), 1e-3
     yield "scores", partial(of_scores, place), 1e-4
     yield "writing", partial(of_writing, place), 1e-4
 

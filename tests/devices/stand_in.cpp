@@ -153,11 +153,16 @@ at::Scalar number(const Tensor& t) { return on_cpu(t).item(); }
 const std::set<std::string> MIXED = {"aten::index.Tensor", "aten::index.Tensor_out", "aten::index_put",
                                      "aten::index_put_", "aten::_index_put_impl_"};
 
+// What CUDA has for floating point alone.
+const std::set<std::string> PRODUCTS = {"aten::mm.out",    "aten::bmm.out",   "aten::addmm.out",
+                                        "aten::addmv.out", "aten::baddbmm.out", "aten::dot"};
+
 void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   auto name = c10::toString(op.schema().operator_name());
   bool here = false, elsewhere = false;
   auto look = [&](const Tensor& t) {
     if (t.defined() && !(t.dim() == 0 && t.is_cpu())) (t.is_privateuseone() ? here : elsewhere) = true;
+    TORCH_CHECK(!t.defined() || t.is_floating_point() || !PRODUCTS.count(name), name, ": CUDA multiplies no integers");
   };
   for (const auto& given : torch::jit::last(*stack, op.schema().arguments().size())) {
     if (given.isTensor()) {

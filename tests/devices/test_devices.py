@@ -28,7 +28,7 @@ from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-EXPECTED = ("method", "nodes", "loss", "compress", "family", "target", "distill", "scores", "writing")
+EXPECTED = ("method", "nodes", "loss", "compress", "family", "target", "distill", "adapter", "scores", "writing")
 
 
 @pytest.mark.parametrize(
