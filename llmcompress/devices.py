@@ -10,17 +10,19 @@ from llmcompress.errors import RecipeError
 
 
 def device_of(name: str) -> torch.device:
-    """The CPU, or an accelerator that torch finds: `cuda`, `cuda:1`, `mps`.
+    """The CPU, or an accelerator that torch finds: `cuda`, `cuda:1`.
 
-    Raises RecipeError for what is no device, and for one that is not there.
+    Raises RecipeError for what is no device, for one that cannot do what is needed, and for one that is not there.
     """
     try:
         found = torch.device(name)
     except RuntimeError as error:
-        raise RecipeError(f"{name!r} is no device; use cpu, cuda, cuda:1 or mps") from error
+        raise RecipeError(f"{name!r} is no device; use cpu, cuda or cuda:1") from error
     module: Any = getattr(torch, found.type, None)
     if not hasattr(module, "device_count"):
-        raise RecipeError(f"nothing can be computed on device {name}; use cpu, cuda, cuda:1 or mps")
+        raise RecipeError(f"nothing can be computed on device {name}; use cpu, cuda or cuda:1")
+    if found.type == "mps":
+        raise RecipeError(f"device {name} has no float64, in which sums are taken here; use cpu")
     count = module.device_count() if module.is_available() else 0
     if count == 0:
         raise RecipeError(

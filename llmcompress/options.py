@@ -47,7 +47,7 @@ Prompts = Annotated[
 KeepReference = Annotated[
     bool, typer.Option("--keep-reference", help="Where an answer fails its checks, keep that of the data.")
 ]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, all else on stderr.")]
 Verbose = Annotated[
     int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Every layer; -vv: tracebacks too.")

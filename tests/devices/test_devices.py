@@ -34,8 +34,9 @@ EXPECTED = ("method", "nodes", "loss", "compress", "family", "target", "distill"
 @pytest.mark.parametrize(
     "name, sentence",
     [
-        ("graphics", "'graphics' is no device; use cpu, cuda, cuda:1 or mps"),
-        ("meta", "nothing can be computed on device meta; use cpu, cuda, cuda:1 or mps"),
+        ("graphics", "'graphics' is no device; use cpu, cuda or cuda:1"),
+        ("meta", "nothing can be computed on device meta; use cpu, cuda or cuda:1"),
+        ("mps", "device mps has no float64, in which sums are taken here; use cpu"),
         ("cpu:1", "device cpu:1 is not there: torch finds 1, from cpu:0 on; use one of them"),
         (
             "xpu",
