@@ -91,9 +91,9 @@ def leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, fa
                 inner, path + "inner_", turned(shown, inner), None if target is None else target.T, factor
             )
         case Sum(parts):
-            missing = None if target is None else target - dense(w, target.device)
+            missing = None if target is None else target - dense(w).to(target.device)
             for i, part in enumerate(parts):
-                own = None if missing is None else missing + dense(part, missing.device)
+                own = None if missing is None else missing + dense(part).to(missing.device)
                 yield from leaves(part, f"{path}{i}_", shown, own, factor)
         case _:
             raise TypeError(f"relax has no rule for {type(w).__name__}; every node needs one")
@@ -101,7 +101,7 @@ def leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, fa
 
 def _unscaled(target: Tensor, w: Scaled) -> Tensor:
     """What the inner weight should be; what it is, where a column is stored as zero."""
-    return torch.where(w.columns == 0, dense(w.inner, target.device), target / w.columns.float())
+    return torch.where(w.columns == 0, dense(w.inner).to(target.device), target / w.columns.float())
 
 
 def _latents(grid: Grid, target: Tensor | None, shown: Tensor | None) -> Tensor:

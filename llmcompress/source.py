@@ -121,7 +121,6 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     there = device_of(device)
-
     quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

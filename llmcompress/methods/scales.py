@@ -36,8 +36,8 @@ def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = 
             if shown is not None:
                 chosen = chosen & shown
             rest = ~chosen if shown is None else shown & ~chosen
-            inside = rescaled(inside, target - dense(outside, target.device) * rest, hessian, chosen)
-            outside = rescaled(outside, target - dense(inside, target.device) * chosen, hessian, rest)
+            inside = rescaled(inside, target - dense(outside).to(target.device) * rest, hessian, chosen)
+            outside = rescaled(outside, target - dense(inside).to(target.device) * chosen, hessian, rest)
             return Where(index, inside, outside)
         case Scaled(inner, columns):
             factors = columns.float()

@@ -23,16 +23,19 @@ import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.distill import distill
 from llmcompress.distill.data.answering import Sampling
 from llmcompress.distill.data.selfdata import Answering, answer
 from llmcompress.distill.losses.loss import loss_config, measure
+from llmcompress.distill.teacher import quantized
 from llmcompress.encoding import decode, encode
 from llmcompress.layer import apply, relative_error, step
+from llmcompress.locate import Place
 from llmcompress.protocol import Protocol
+from llmcompress.source import load_model
 from llmcompress.surgery import alike_blocks
 from llmcompress.verify import verify
 from llmcompress.weight import Weight, Zero, dense, matmul
@@ -65,6 +68,8 @@ DISTILLATIONS: dict[str, dict[str, Any]] = {
     "terms": {"rates": {"factors": 1e-2, "norms": 1e-3}, "adapt": {"rank": 2, "factor_bits": 4}},
     "phases": CODES | {"phases": [{"kind": "blockwise"}, {"kind": "end_to_end"}]},
     "cached": {"teacher": {"kind": "cached", "k": 8}},
+    "teacher of 8 bits": CODES | {"teacher": {"bits": 8}},
+    "cached teacher of 8 bits": {"teacher": {"bits": 8, "kind": "cached", "k": 8}},
     "checkpointing": {"checkpointing": True},
     "states": {
         "rates": {"scales": 1e-2, "projections": 1e-3},
@@ -202,6 +207,12 @@ def _check_cut(run: Callable[..., Any], out: Path, after: int) -> None:
     assert _weights(out / "cut") == _weights(out / "whole"), "a run that was cut ends otherwise"
 
 
+def _loaded(place: Place, bits: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """In place of a teacher that bitsandbytes quantized, for which it has no kernels on the stand-in."""
+    model: Any = load_model(place, str(device), dtype).requires_grad_(False)
+    return model
+
+
 def _weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
@@ -268,6 +279,7 @@ def wrong(scenario: Scenario, out: Path, tolerance: float) -> str | None:
 if __name__ == "__main__":
     library, place, answers = map(Path, sys.argv[1:])
     register(library)
+    quantized.load_quantized = _loaded
     prepare(place)
     found = {
         name: wrong(run, place / "out" / str(number), near) for number, (name, run, near) in enumerate(scenarios(place))
