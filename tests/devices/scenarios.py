@@ -56,8 +56,9 @@ STUDENT: list[dict[str, Any]] = [
     {"match": "*.q_proj", "steps": [{"method": "gptq", "bits": "ternary", "group_size": 8}]},
     {"match": "*", "steps": [{"method": "rotate"}, {"method": "gptq", "bits": 2, "group_size": 8}]},
 ]
-MLPS = {"match": "*.mlp.*", "steps": [{"method": "rtn", "bits": 4}]}  # so that fewer layers are left to choose for
+OPTIONS = [[{"method": "rtn", "bits": bits}] for bits in (2, 3, 4)]
 CODES = {"rates": {"codes": 2e-2, "scales": 1e-2}, "latents": "teacher"}
+CUT = {"scales", "codes", "phases", "cached"}  # distillations that are cut and gone on with, too
 COMPRESSIONS = ("attention", "tables", "awq", "fused rotation", "windows", "low rank")  # of the journal's tests
 # name -> what the recipe says of a distillation
 DISTILLATIONS: dict[str, dict[str, Any]] = {
@@ -143,20 +144,21 @@ def of_family(place: Path, family: str, device: str, out: Path) -> Any:
 
 def of_target(place: Path, damage: str, device: str, out: Path) -> Any:
     """What was predicted and measured of a model of a given size."""
-    target = {"target": {"bpw": 3.5}, "damage": damage, "rules": [MLPS], "compute": "float32"}
+    target = {"target": {"bpw": 3.5}, "damage": damage, "rules": [], "options": OPTIONS, "compute": "float32"}
     done = lc.compress(place / "dense", compression(place, **target), out / "small", device=device)
     assert done.allocation is not None
     return [done.allocation["predicted_kl"], done.allocation["measured_kl"]]
 
 
-def of_distillation(place: Path, more: Mapping[str, Any], device: str, out: Path) -> Any:
+def of_distillation(place: Path, name: str, device: str, out: Path) -> Any:
     """What was measured; a run that was cut must leave what a whole one does."""
+    more = DISTILLATIONS[name]
     if "mixture" in more:
-        more = {"data": [miniature.recipe(place)["data"] | {"name": name} for name in ("corn", "mill")], **more}
+        more = {"data": [miniature.recipe(place)["data"] | {"name": domain} for domain in ("corn", "mill")], **more}
     asked = miniature.recipe(place, **{"steps": 4, "save_every": 1, "evaluate_every": 4} | more)
     run = partial(distill, place / "small", place / "dense", asked, device=device)
     whole = run(out / "whole")
-    if device == NAME:
+    if device == NAME and name in CUT:
         _check_cut(run, out, 2)
     return [[entry["kl"], entry["perplexity"]] for entry in whole.history]
 
@@ -230,8 +232,8 @@ def scenarios(place: Path) -> Iterator[tuple[str, Scenario, float]]:
         yield f"family {family}", partial(of_family, place, family), CLOSE
     for damage in ("distortion", "kl"):
         yield f"target by {damage}", partial(of_target, place, damage), CLOSE
-    for name, more in DISTILLATIONS.items():
-        yield f"distill {name}", partial(of_distillation, place, more), CLOSE
+    for name in DISTILLATIONS:
+        yield f"distill {name}", partial(of_distillation, place, name), CLOSE
     yield "adapter", partial(of_adapter, place), 1e-3
     yield "scores", partial(of_scores, place), 1e-4
     yield "writing", partial(of_writing, place), 1e-4
