@@ -201,8 +201,9 @@ def device(w: Weight) -> torch.device | None:
 
 
 def dense(w: Weight, where: torch.device | None = None) -> Tensor:
-    """The matrix, float32 `[out, in]`; the same bits on every call. What has no tensor comes out on device `where`."""
-    where = device(w) or where
+    """The matrix, float32 `[out, in]`; the same bits on every call. What has no tensor goes to device `where`, by
+    default to that of the others."""
+    where = device(w) if where is None else where
     match w:
         case Zero(size):
             return torch.zeros(size, device=where)

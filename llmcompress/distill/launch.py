@@ -71,7 +71,9 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
             **tracking(recipe, output),
         )
     if accelerator.num_processes != processes:
-        raise RecipeError(f"{processes} processes cannot each have a device like {device!r}; use cpu, or GPUs")
+        raise RecipeError(
+            f"{processes} processes cannot each have a device like {device!r}; use cpu, or one GPU for each"
+        )
     if not is_at(accelerator.device, place):
         raise RecipeError(
             f"Accelerate computes on {accelerator.device} in this Python process already, not on {device}; start the "
