@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from llmcompress.errors import NumericsError, RecipeError
-from llmcompress.moments import STATISTICS, TILE, Moments, bfloat16_factors
+from llmcompress.moments import STATISTICS, TILE, Moments
+from llmcompress.products import bfloat16_factors
 from llmcompress.rotation import rotate
 from llmcompress.weight import Dense, LowRank, Rotated, Sum, Weight, Where, Zero, dense, describe
 

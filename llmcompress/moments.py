@@ -5,13 +5,15 @@ X is `[tokens, in]`. A token may carry a weight w: its row counts as sqrt(w) * x
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from llmcompress.products import bfloat16_factors
 
 STATISTICS = frozenset({"square", "outer", "cross"})
 
@@ -76,19 +78,6 @@ class Moments:
         if key not in self.derived:
             self.derived[key] = compute()
         return self.derived[key]
-
-
-@contextmanager
-def bfloat16_factors() -> Iterator[None]:
-    """Float32 products whose factors are rounded to bfloat16, which is exact for inputs that were bfloat16 but for
-    token weights, and whose sums stay float32. CPUs with bfloat16 units are twice as fast at them."""
-    library = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made when torch is imported
-    before = library.fp32_precision
-    library.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        library.fp32_precision = before
 
 
 def _gram(x: Tensor) -> Tensor:

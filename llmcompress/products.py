@@ -15,15 +15,14 @@ PRECISE = 1e-6  # relative error of a product that was computed in float32, of r
 
 
 def product_dtype(compute: str, device: torch.device) -> torch.dtype:
-    """What a recipe's `compute` means; "auto" is bfloat16 where the device multiplies it natively, else float32."""
+    """What a recipe's `compute` means; "auto" is bfloat16 where the device multiplies it faster, else float32."""
     if compute != "auto":
         return torch.bfloat16 if compute == "bfloat16" else torch.float32
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch from 2.10 on
-        native = device.type == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
-    return torch.bfloat16 if native else torch.float32
+        faster = device.type == "cpu" and (_matrix_units() or (_made_by_amd() and bool(_cpu().get("avx512_bf16"))))
+    return torch.bfloat16 if faster else torch.float32
 
 
 @contextmanager
@@ -39,18 +38,29 @@ def products(device: torch.device, dtype: torch.dtype, attention: bool = True) -
 
 @contextmanager
 def fast_float32() -> Iterator[None]:
-    """Float32 products on the CPU by oneDNN where that is as precise as MKL, which on AMD's processors is half as fast.
+    """Float32 products by oneDNN on AMD's processors, where MKL, which torch gives them to, is half as fast.
 
-    torch asks oneDNN only where it may round to bfloat16. Where it does so (on CPUs with matrix units for bfloat16),
-    and where somebody has chosen a precision already, nothing changes.
+    torch asks oneDNN only where it may round to bfloat16, so nothing changes where it would (a trial product tells).
+    Nor does anything where somebody has chosen a precision already, or on other processors, where MKL is faster.
     """
-    with _may_round() if _onednn_is_precise() and _switch().fp32_precision == "none" else nullcontext():
+    wanted = _made_by_amd() and _onednn_is_precise() and _switch().fp32_precision == "none"
+    with _by_onednn() if wanted else nullcontext():
         yield
 
 
 @contextmanager
-def _may_round() -> Iterator[None]:
-    """Float32 products by oneDNN, rounded to bfloat16 where that is faster."""
+def bfloat16_factors() -> Iterator[None]:
+    """Float32 products whose factors are rounded to bfloat16 where that is faster: on CPUs with matrix units, twice.
+
+    Exact for factors that were bfloat16; sums stay float32.
+    """
+    with _by_onednn() if _matrix_units() or _made_by_amd() else nullcontext():
+        yield
+
+
+@contextmanager
+def _by_onednn() -> Iterator[None]:
+    """Float32 products by oneDNN, which rounds factors to bfloat16 where the CPU has matrix units for that."""
     switch = _switch()
     before = switch.fp32_precision
     switch.fp32_precision = "bf16"
@@ -66,6 +76,22 @@ def _switch() -> Any:
     return onednn.matmul
 
 
+def _cpu() -> dict[str, Any]:
+    """What torch knows of the CPU: its name and what it can do. Not every torch from 2.10 on has it."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return known
+
+
+def _matrix_units() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices as such (AMX)."""
+    return bool(_cpu().get("amx_bf16"))
+
+
+def _made_by_amd() -> bool:
+    """Whether the CPU is AMD's. Intel's without matrix units take 1.7 times as long for bfloat16 as for float32."""
+    return str(_cpu().get("cpu_name", "")).startswith("AMD")
+
+
 @lru_cache(maxsize=1)
 def _onednn_is_precise() -> bool:
     """Whether float32 products stay float32 when oneDNN may round."""
@@ -73,7 +99,7 @@ def _onednn_is_precise() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 256, 256, generator=generator)
-    with _may_round():
+    with _by_onednn():
         found = left @ right
     expected = left.double() @ right.double()
     return float((found - expected).norm() / expected.norm()) < PRECISE

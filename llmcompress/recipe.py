@@ -139,7 +139,7 @@ class Recipe(BaseModel):
         default=0.0, ge=0, le=1, description="share of the way to the dense layer's outputs (GPTAQ)"
     )
     compute: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="products in calibration's forward; auto: bfloat16 where the device has it"
+        default="auto", description="products in calibration's forward; auto: bfloat16 where it is faster"
     )
     cap: float | None = Field(
         default=4.0,

@@ -1,4 +1,4 @@
-"""Float32 products stay float32, whichever library computes them, and the switch is left as it was found."""
+"""Float32 products stay float32, whichever library computes them; the CPU decides which, and in which dtype others are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,26 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.products import PRECISE, fast_float32
+from llmcompress import products
+from llmcompress.products import PRECISE, bfloat16_factors, fast_float32, product_dtype
+
+AMD = {"cpu_name": "AMD EPYC 9R45", "avx512_bf16": True}
+CPUS: dict[
+    str, tuple[dict[str, Any], torch.dtype, bool, bool]
+] = {  # dtype of products, oneDNN for float32, for factors
+    "Intel with matrix units": ({"cpu_name": "Intel Xeon", "amx_bf16": True}, torch.bfloat16, False, True),
+    "Intel without": ({"cpu_name": "Intel Xeon", "avx512_bf16": True}, torch.float32, False, False),
+    "AMD": (AMD, torch.bfloat16, True, True),
+    "AMD of old": ({"cpu_name": "AMD Ryzen 7 5800X", "avx512_bf16": False}, torch.float32, True, True),
+    "another": ({"cpu_name": "Apple M2"}, torch.float32, False, False),
+    "unknown": ({}, torch.float32, False, False),
+}
+
+
+@pytest.fixture
+def amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor whose float32 products go to oneDNN, if that is precise on the one that is there."""
+    monkeypatch.setattr(products, "_cpu", lambda: AMD)
 
 
 @pytest.fixture
@@ -19,6 +38,23 @@ def switch() -> Iterator[Any]:
     onednn.matmul.fp32_precision = before
 
 
+@pytest.mark.parametrize("name", CPUS)
+def test_the_cpu_decides(name: str, switch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, dtype, float32, factors = CPUS[name]
+    monkeypatch.setattr(products, "_cpu", lambda: known)
+    monkeypatch.setattr(products, "_onednn_is_precise", lambda: "amx_bf16" not in known)
+    switch.fp32_precision = "none"
+    assert product_dtype("auto", torch.device("cpu")) == dtype
+    for asked in (torch.float32, torch.bfloat16):
+        assert product_dtype(str(asked).removeprefix("torch."), torch.device("cpu")) == asked
+    with fast_float32():
+        assert switch.fp32_precision == ("bf16" if float32 else "none")
+    with bfloat16_factors():
+        assert switch.fp32_precision == ("bf16" if factors else "none")
+    assert switch.fp32_precision == "none"
+
+
+@pytest.mark.usefixtures("amd")
 @pytest.mark.parametrize("sizes", [(1, 576, 1536), (64, 64, 64), (512, 576, 1536), (1536, 4096, 1536), (300, 1, 17)])
 def test_products_are_precise(sizes: tuple[int, int, int]) -> None:
     rows, inner, columns = sizes
@@ -34,6 +70,7 @@ def inside(switch: Any) -> str:
     return str(switch.fp32_precision)
 
 
+@pytest.mark.usefixtures("amd")
 def test_the_switch_is_set_meanwhile_alone(switch: Any) -> None:
     before = switch.fp32_precision
     outer = inside(switch)
@@ -45,6 +82,7 @@ def test_the_switch_is_set_meanwhile_alone(switch: Any) -> None:
     assert switch.fp32_precision == before
 
 
+@pytest.mark.usefixtures("amd")
 @pytest.mark.parametrize("chosen", ["ieee", "bf16"])
 def test_what_somebody_has_chosen_stays(chosen: str, switch: Any) -> None:
     switch.fp32_precision = chosen

@@ -20,6 +20,8 @@ ROOMS = (
     "weight",  # what a compressed weight is
     "encoding",  # its disk form
     "lookup",  # rows of a packed weight
+    "attention",  # causal attention, fast in bfloat16
+    "products",  # in which dtype, by which library
     "moments",  # additive calibration statistics
     "layer",  # Layer, @method
     "runs",  # long matrices, a run of rows at a time
@@ -37,8 +39,6 @@ ROOMS = (
     "masters",  # where what trains starts
     "latents",  # what latent codes are made of
     "relax",  # a compressed weight that trains
-    "attention",  # causal attention, fast in bfloat16
-    "products",  # in which dtype, by which library
     "blocks",  # one decoder block at a time
     "importance",  # what each calibration token counts
     "calibrate",  # the walk
