@@ -46,3 +46,9 @@ def kind_of(name: str, processes: int) -> torch.device:
     if processes > 1 and found.index is not None:
         raise RecipeError(f"device {name} is one, and there are {processes} processes; use {found.type}, one for each")
     return found
+
+
+def check_each(found: int, processes: int, name: str) -> None:
+    """Raises RecipeError where a launcher started `processes` and Accelerate has devices for other `found` ones."""
+    if found != processes:
+        raise RecipeError(f"{processes} processes cannot each have a device like {name!r}; use cpu, or a GPU for each")

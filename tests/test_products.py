@@ -1,4 +1,4 @@
-"""Float32 products stay float32, whichever library computes them; the CPU decides which, and in which dtype others are."""
+"""Float32 products stay float32 whichever library computes them; the CPU decides which, and other products' dtype."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from llmcompress.devices import is_at, kind_of
+from llmcompress.devices import check_each, is_at, kind_of
 from llmcompress.distill.metrics import tracking
 from llmcompress.distill.ready import check_ready
 from llmcompress.distill.recipe import Distillation
@@ -70,10 +70,7 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
             kwargs_handlers=handlers,
             **tracking(recipe, output),
         )
-    if accelerator.num_processes != processes:
-        raise RecipeError(
-            f"{processes} processes cannot each have a device like {device!r}; use cpu, or one GPU for each"
-        )
+    check_each(accelerator.num_processes, processes, device)
     if not is_at(accelerator.device, place):
         raise RecipeError(
             f"Accelerate computes on {accelerator.device} in this Python process already, not on {device}; start the "

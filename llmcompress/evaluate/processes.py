@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from llmcompress.devices import kind_of
-from llmcompress.errors import RecipeError
+from llmcompress.devices import check_each, kind_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,8 +71,7 @@ def launched(device: str) -> Iterator[Processes]:
 
     patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))  # as lm-eval: some shares take hours longer
     accelerator = Accelerator(cpu=place.type == "cpu", kwargs_handlers=[patience])
-    if accelerator.num_processes != count:
-        raise RecipeError(f"{count} processes cannot each have a device like {device!r}; use cpu, or one GPU for each")
+    check_each(accelerator.num_processes, count, device)
     try:
         yield Processes(str(accelerator.device), accelerator)
     finally:

@@ -32,9 +32,11 @@ from llmcompress.distill.data.selfdata import Answering, answer
 from llmcompress.distill.losses.loss import loss_config, measure
 from llmcompress.distill.teacher import quantized
 from llmcompress.encoding import decode, encode
+from llmcompress.frontier import budgets, frontier
 from llmcompress.layer import apply, relative_error, step
 from llmcompress.locate import Place
 from llmcompress.protocol import Protocol
+from llmcompress.recipe import read_recipe
 from llmcompress.source import load_model
 from llmcompress.surgery import alike_blocks
 from llmcompress.verify import verify
@@ -150,6 +152,14 @@ def of_target(place: Path, damage: str, device: str, out: Path) -> Any:
     return [done.allocation["predicted_kl"], done.allocation["measured_kl"]]
 
 
+def of_frontier(place: Path, device: str, out: Path) -> Any:
+    """The scores of every size."""
+    asked = read_recipe(compression(place, target={"bpw": 3}, rules=[], options=OPTIONS, compute="float32"))
+    protocol = Protocol(text=place / "text.txt", windows=2, length=32)
+    found = frontier(place / "dense", [asked], budgets("2.5,3.5", None), out / "sizes", protocol, device=device)
+    return [[point["perplexity"], point["kl"]] for point in found["series"][0]["points"]]
+
+
 def of_distillation(place: Path, name: str, device: str, out: Path) -> Any:
     """What was measured; a run that was cut must leave what a whole one does."""
     more = DISTILLATIONS[name]
@@ -232,6 +242,7 @@ def scenarios(place: Path) -> Iterator[tuple[str, Scenario, float]]:
         yield f"family {family}", partial(of_family, place, family), CLOSE
     for damage in ("distortion", "kl"):
         yield f"target by {damage}", partial(of_target, place, damage), CLOSE
+    yield "frontier", partial(of_frontier, place), CLOSE
     for name in DISTILLATIONS:
         yield f"distill {name}", partial(of_distillation, place, name), CLOSE
     yield "adapter", partial(of_adapter, place), 1e-3
