@@ -44,7 +44,7 @@ def fast_float32() -> Iterator[None]:
     Nor does anything where somebody has chosen a precision already, or on other processors, where MKL is faster.
     """
     wanted = _made_by_amd() and _onednn_is_precise() and _switch().fp32_precision == "none"
-    with _by_onednn() if wanted else nullcontext():
+    with by_onednn() if wanted else nullcontext():
         yield
 
 
@@ -54,12 +54,12 @@ def bfloat16_factors() -> Iterator[None]:
 
     Exact for factors that were bfloat16; sums stay float32.
     """
-    with _by_onednn() if _matrix_units() or _made_by_amd() else nullcontext():
+    with by_onednn() if _matrix_units() or _made_by_amd() else nullcontext():
         yield
 
 
 @contextmanager
-def _by_onednn() -> Iterator[None]:
+def by_onednn() -> Iterator[None]:
     """Float32 products by oneDNN, which rounds factors to bfloat16 where the CPU has matrix units for that."""
     switch = _switch()
     before = switch.fp32_precision
@@ -99,7 +99,7 @@ def _onednn_is_precise() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 256, 256, generator=generator)
-    with _by_onednn():
+    with by_onednn():
         found = left @ right
     expected = left.double() @ right.double()
     return float((found - expected).norm() / expected.norm()) < PRECISE
