@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from llmcompress.allocator import give_back_memory
 from llmcompress.architecture import Architecture, BlockLayout, Linear
-from llmcompress.blocks import Batch, Calls, Run, drop, embed, give_back_memory, head_inputs, in_batches, load
+from llmcompress.blocks import Batch, Calls, Run, drop, embed, head_inputs, in_batches, load
 from llmcompress.errors import InputError
 from llmcompress.importance import TokenWeights, token_weights
 from llmcompress.modules import CompressedLinear, decoded, put

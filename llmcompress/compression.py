@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.blocks import give_back_memory
+from llmcompress.allocator import give_back_memory
 from llmcompress.calibrate import Block, InputGroup
 from llmcompress.encoding import decode
 from llmcompress.errors import NumericsError

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from llmcompress import report as reports
+from llmcompress.allocator import keeping_freed_memory
 from llmcompress.checkpoint import check_output, writing
 from llmcompress.distill.data.source import Data, read_data
 from llmcompress.distill.exits import Exits
@@ -123,7 +124,7 @@ def distill(
     Exits.of(pair[0], asked.losses)  # so that one which is not there is said before a teacher is cached
     warnings = () if not compressed_modules(pair[1]) else (COMPRESSED_TEACHER,)
     start_trackers(asked, accelerator)
-    with memory_advice(asked), without_remarks():
+    with memory_advice(asked), without_remarks(), keeping_freed_memory():
         run, cost = _taught(run, place, target)
         del pair, model  # so that a teacher which the run does not need is gone
         learned, bias = _learned(run, progress)

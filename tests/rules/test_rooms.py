@@ -12,6 +12,7 @@ from tests.rules.source_tree import MODULES, ROOT, Module, repository_files
 ROOMS = (
     "errors",
     "devices",  # where to compute
+    "allocator",  # what becomes of freed memory
     "packing",  # codes <-> bytes
     "rotation",  # the random input basis
     "trellis",  # numbers of a bit-shift trellis

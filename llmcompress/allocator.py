@@ -1,0 +1,52 @@
+"""What becomes of freed memory: C libraries keep it or return it to the system, each by rules of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# glibc's mallopt: what each parameter is called in malloc.h
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX = -1, -2, -3, -4
+NEVER = -1
+KEPT = ((TRIM_THRESHOLD, NEVER), (TOP_PAD, 2**26), (MMAP_MAX, 0))
+# What glibc comes to by itself once a process has freed 32 MiB at once; where it began cannot be had again.
+USUAL = ((TRIM_THRESHOLD, 2**26), (TOP_PAD, 2**17), (MMAP_MAX, 2**16), (MMAP_THRESHOLD, 2**25))
+
+
+def give_back_memory() -> None:
+    """Returns freed memory to the system.
+
+    glibc keeps what lies between long-lived allocations: without this, 24 blocks of 28 MB left 370 MB behind.
+    """
+    trim = _of_library("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def keeping_freed_memory() -> Iterator[None]:
+    """While it lasts, freed memory stays with the process, to be used again; then it is returned.
+
+    Steps of a training free and allocate the same hundreds of megabytes over and over, and glibc returns them each time
+    to take them again page by page, each cleared by the system: a tenth of a step's time on a CPU.
+    """
+    mallopt = _of_library("mallopt")
+    if mallopt is None:
+        yield
+        return
+    for parameter, value in KEPT:
+        mallopt(parameter, value)
+    try:
+        yield
+    finally:
+        for parameter, value in USUAL:
+            mallopt(parameter, value)
+        give_back_memory()
+
+
+def _of_library(name: str) -> Any:
+    """A function of the C library, None where it has no such one."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
