@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 # glibc's mallopt: what each parameter is called in malloc.h
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX = -1, -2, -3, -4
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 NEVER = -1
-KEPT = ((TRIM_THRESHOLD, NEVER), (TOP_PAD, 2**26), (MMAP_MAX, 0))
+# Larger allocations go back at once all the same: kept, they would seldom fit the next ones.
+KEPT = ((MMAP_THRESHOLD, 2**25), (TRIM_THRESHOLD, NEVER), (TOP_PAD, 2**26))
 # What glibc comes to by itself once a process has freed 32 MiB at once; where it began cannot be had again.
-USUAL = ((TRIM_THRESHOLD, 2**26), (TOP_PAD, 2**17), (MMAP_MAX, 2**16), (MMAP_THRESHOLD, 2**25))
+USUAL = ((MMAP_THRESHOLD, 2**25), (TRIM_THRESHOLD, 2**26), (TOP_PAD, 2**17))
 
 
 def give_back_memory() -> None:
@@ -28,7 +29,7 @@ def give_back_memory() -> None:
 
 @contextmanager
 def keeping_freed_memory() -> Iterator[None]:
-    """While it lasts, freed memory stays with the process, to be used again; then it is returned.
+    """While it lasts, freed memory, up to 32 MiB a piece, stays with the process to be used again; then it is returned.
 
     Steps of a training free and allocate the same hundreds of megabytes over and over, and glibc returns them each time
     to take them again page by page, each cleared by the system: a tenth of a step's time on a CPU.
