@@ -40,6 +40,7 @@ ROUNDING: dict[str, Any] = {"rates": {"codes": 5e-3}, "latents": "weights", "opt
 # name -> what the recipe says besides its rule
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "bfloat16": {"compute": "bfloat16", "asymmetric": 0.5},
     "dense stream": {"asymmetric": 0.5},
     "dense prefix": {"prefix": "dense"},
     "attention": {"token_weights": {"by": "attention"}},

@@ -12,9 +12,8 @@ from llmcompress import products
 from llmcompress.products import PRECISE, bfloat16_factors, fast_float32, product_dtype
 
 AMD = {"cpu_name": "AMD EPYC 9R45", "avx512_bf16": True}
-CPUS: dict[
-    str, tuple[dict[str, Any], torch.dtype, bool, bool]
-] = {  # dtype of products, oneDNN for float32, for factors
+# what torch knows of a CPU, the dtype of products there, whether oneDNN has float32 products, and those of such factors
+CPUS: dict[str, tuple[dict[str, Any], torch.dtype, bool, bool]] = {
     "Intel with matrix units": ({"cpu_name": "Intel Xeon", "amx_bf16": True}, torch.bfloat16, False, True),
     "Intel without": ({"cpu_name": "Intel Xeon", "avx512_bf16": True}, torch.float32, False, False),
     "AMD": (AMD, torch.bfloat16, True, True),

@@ -263,9 +263,7 @@ def difference(expected: Any, found: Any, tolerance: float) -> str | None:
     """How `found` is not `expected`, or None."""
     if isinstance(expected, Tensor):
         expected, found = expected.cpu(), found.cpu()
-        off = float(
-            (found - expected).norm() / expected.norm().clamp_min(1e-7)
-        )  # as a whole: single numbers may be near 0
+        off = float((found - expected).norm() / expected.norm().clamp_min(1e-7))  # single numbers may be near zero
         return None if off <= tolerance else f"off by {off:.1e}: {found} instead of {expected}"
     if isinstance(expected, Sequence) and not isinstance(expected, str):
         each = [difference(*pair, tolerance) for pair in zip(expected, found, strict=True)]
