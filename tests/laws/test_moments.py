@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmcompress import products
 from llmcompress.layer import method
 from llmcompress.moments import STATISTICS, Moments, capped_weights
 from tests.builders import seeded
@@ -141,8 +142,12 @@ def test_all_zero_tokens_have_finite_weights() -> None:
     assert bool(weights.isfinite().all()) and float(weights.max()) <= 1.0
 
 
+@pytest.mark.parametrize("maker", ["AMD", "another"])  # by oneDNN, or as torch does it
 @pytest.mark.parametrize("width", [96, 700])
-def test_bfloat16_inputs_are_multiplied_exactly_and_summed_in_float32(width: int) -> None:
+def test_bfloat16_inputs_are_multiplied_exactly_and_summed_in_float32(
+    width: int, maker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_cpu", lambda: {"cpu_name": maker})
     x = torch.randn(500, width, generator=seeded(3)).bfloat16()
     other = torch.randn(500, width, generator=seeded(4)).bfloat16()
     before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
