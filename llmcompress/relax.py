@@ -15,47 +15,28 @@ What may train (`KINDS`), and how it is kept storable, alike in training and in 
 - values of `Dense` and centroids outside low-rank terms, and factors, every `Dense` and centroid inside them: rounded
   to their own dtype, within +-its largest number.
 
-A grid whose codes stay and that has one scale a row is multiplied as (x codes^T) * scale: the gradient of the scale
-comes from the product, and no matrix is built. Of other nodes autograd keeps the float32 matrices of a forward until
-its backward; checkpoint activations to have those of one block.
+How the expression is multiplied meanwhile, and what autograd keeps of it: see `live`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import reduce
+from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from llmcompress import weight as expression
 from llmcompress.encoding import decode, encode
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.estimators import ESTIMATORS, Estimator, straight_cast, straight_codes
 from llmcompress.latents.form import Form, Latents, cells
+from llmcompress.live import by_rows, centred, filled, product
 from llmcompress.masters import masters
 from llmcompress.modules import CompressedLinear
 from llmcompress.packing import pack
-from llmcompress.rotation import rotate_inputs
-from llmcompress.trellis import matrix, table
-from llmcompress.weight import (
-    Codebook,
-    Dense,
-    Grid,
-    LowRank,
-    Rotated,
-    Scaled,
-    Sum,
-    Transposed,
-    TrellisCoded,
-    Weight,
-    Where,
-    both,
-    turned,
-)
+from llmcompress.weight import Weight
 
 KINDS = ("codes", "scales", "values", "factors")
 SMALLEST_SCALE = 2.0**-24
@@ -125,7 +106,8 @@ class Relaxed(nn.Module):
                 self.register_buffer(name, _octets(tensor))
             elif self.kind_of[name] == "scales":
                 self.register_buffer(name + START, _octets(tensor))
-        self.ready: Weight | None = None  # the expression with its frozen parts decoded, once it was used
+        # the expression with its frozen parts decoded, once it was multiplied, and the dtype of these products
+        self.ready: tuple[torch.dtype, Weight] | None = None
 
     def kinds(self) -> dict[str, str]:
         """The name of each trainable parameter, and its kind (of `KINDS`)."""
@@ -136,11 +118,17 @@ class Relaxed(nn.Module):
         """The matrix, float32 `[out, in]`, differentiable in what trains."""
         device = next(iter([*self.parameters(), *self.buffers()]), torch.empty(0)).device
         with torch.autocast(device.type, enabled=False):
-            return expression.dense(self._live())
+            numbers = self._live()
+            return expression.dense(filled(self._decoded(numbers), "", None, numbers))
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in]` to `[..., out]`, in x's dtype (under autocast in its dtype, as `nn.Linear`)."""
-        return _product(x, self._live())
+        kind, numbers = x.device.type, self._live()
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if self.ready is None or self.ready[0] != dtype:
+            with torch.no_grad():
+                self.ready = dtype, by_rows(self._decoded(numbers), "", dtype)
+        return product(x, filled(self.ready[1], "", None, numbers))
 
     @torch.no_grad()
     def confine(self) -> None:
@@ -196,15 +184,16 @@ class Relaxed(nn.Module):
         self.ready = None
         super()._load_from_state_dict(*arguments, **named)
 
-    def _live(self) -> Weight:
-        """The expression as it would be stored, its trained numbers differentiable float32."""
-        numbers = {name: self._numbers(name) for name in self.kind_of}
-        if self.ready is None:
-            with torch.no_grad():
-                stored = {name: self.get_buffer(name).view(dtype) for name, dtype in self._frozen()}
-                whole = decode(self.header, stored | {name: found.detach() for name, found in numbers.items()})
-                self.ready = _centred(whole, "", frozenset(self.levels))
-        return _filled(self.ready, "", None, numbers)
+    def _live(self) -> dict[str, Tensor]:
+        """All trained numbers as they would be stored, by name, flat float32, differentiable."""
+        return {name: self._numbers(name) for name in self.kind_of}
+
+    @torch.no_grad()
+    def _decoded(self, numbers: dict[str, Tensor]) -> Weight:
+        """The expression with its frozen parts decoded."""
+        stored = {name: self.get_buffer(name).view(dtype) for name, dtype in self._frozen()}
+        whole = decode(self.header, stored | {name: found.detach() for name, found in numbers.items()})
+        return centred(whole, "", frozenset(self.levels))
 
     def _frozen(self) -> list[tuple[str, torch.dtype]]:
         """The stored tensors that do not train."""
@@ -256,106 +245,6 @@ class RelaxedLinear(nn.Module):
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-# --- products ------------------------------------------------------------------------------------------------------
-
-
-def _centred(w: Weight, path: str, trained: frozenset[str]) -> Weight:
-    """`w` with the codes of frozen grids as bfloat16, less their zero points: whole and half numbers, held exactly."""
-    match w:
-        case Grid(scale=scale) if path + "codes" not in trained:
-            whole = expression.dense(replace(w, scale=torch.ones_like(scale)))
-            return replace(w, codes=whole.bfloat16(), zero=torch.zeros_like(scale))
-        case TrellisCoded(codes, scale, trellis, run):
-            numbers = matrix(codes, len(scale), trellis, run).bfloat16()  # which its tables are made for
-            return Grid(numbers, scale, torch.zeros_like(scale), len(table(trellis)), numbers.shape[1])
-        case LowRank(left, right):
-            return LowRank(_centred(left, path + "left_", trained), _centred(right, path + "right_", trained))
-        case Where(index, inside, outside):
-            sides = _centred(inside, path + "inside_", trained), _centred(outside, path + "outside_", trained)
-            return Where(index, *sides)
-        case Rotated(inner) | Scaled(inner) | Transposed(inner):
-            return replace(w, inner=_centred(inner, path + "inner_", trained))
-        case Sum(parts):
-            return Sum(tuple(_centred(part, f"{path}{i}_", trained) for i, part in enumerate(parts)))
-    return w
-
-
-def _filled(w: Weight, path: str, shown: Tensor | None, numbers: dict[str, Tensor]) -> Weight:
-    """`w` with the numbers that train, each flat under its path, in their places."""
-    match w:
-        case Dense(values):
-            return Dense(_placed(numbers.get(path + "values"), values, shown))
-        case Grid(codes, scale):
-            scales = _placed(numbers.get(path + "scale"), scale, None)
-            return replace(w, codes=_placed(numbers.get(path + "codes"), codes, shown), scale=scales)
-        case Codebook(_, centroids, scale):
-            entries = _placed(numbers.get(path + "centroids"), centroids, None)
-            return replace(w, centroids=entries, scale=_placed(numbers.get(path + "scale"), scale, None))
-        case LowRank(left, right):
-            return LowRank(_filled(left, path + "left_", None, numbers), _filled(right, path + "right_", None, numbers))
-        case Where(index, inside, outside):
-            here, rest = both(shown, index.inside), both(shown, ~index.inside)
-            sides = _filled(inside, path + "inside_", here, numbers), _filled(outside, path + "outside_", rest, numbers)
-            return Where(index, *sides)
-        case Rotated(inner):
-            return replace(w, inner=_filled(inner, path + "inner_", None, numbers))
-        case Scaled(inner, columns):
-            columns = numbers.get(path + "columns", columns)
-            return Scaled(_filled(inner, path + "inner_", shown, numbers), columns)
-        case Transposed(inner):
-            return Transposed(_filled(inner, path + "inner_", turned(shown, inner), numbers))
-        case Sum(parts):
-            return Sum(tuple(_filled(part, f"{path}{i}_", shown, numbers) for i, part in enumerate(parts)))
-    return w
-
-
-def _placed(stored: Tensor | None, leaf: Tensor, shown: Tensor | None) -> Tensor:
-    """A leaf with the elements `stored`, flat; without them as it is."""
-    if stored is None:
-        return leaf
-    if shown is None:
-        return stored.reshape(leaf.shape)
-    return torch.zeros(leaf.shape, dtype=stored.dtype, device=stored.device).masked_scatter(shown, stored)
-
-
-def _product(x: Tensor, w: Weight) -> Tensor:
-    """`expression.matmul`, but for grids with frozen codes, which `_centred` made."""
-    match w:
-        case LowRank(left, right):
-            return _product(_product(x, right), left)
-        case Rotated(inner, signs, block):
-            return _product(rotate_inputs(x, signs, block), inner)
-        case Scaled(inner, columns):
-            return _product((x * columns).to(x.dtype), inner)
-        case Sum(parts):
-            return reduce(torch.add, [_product(x, part) for part in parts])
-        case Grid(codes, scale) if codes.dtype == torch.bfloat16 and scale.shape[1] == 1:
-            found: Tensor = _Scaled.apply(nn.functional.linear(x, codes.to(x.dtype)), scale[:, 0].expand(len(codes)))
-            return found
-    return expression.matmul(x, w)
-
-
-class _Scaled(torch.autograd.Function):
-    """Columns of a product `[..., out]` times scales `[out]`, in the product's dtype: the scales are not rounded to it
-    on the way forward; gradients are multiplied in it, and summed in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, product: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(product, scale)
-        exact = torch.promote_types(product.dtype, torch.float32)
-        return (product.to(exact) * scale.to(exact)).to(product.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        product, scale = ctx.saved_tensors
-        of_product = incoming * scale.to(incoming.dtype) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return of_product, None
-        exact = torch.promote_types(product.dtype, torch.float32)
-        return of_product, (incoming * product).flatten(0, -2).sum(0, dtype=exact).to(scale.dtype)
 
 
 def _octets(tensor: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmcompress import live
 from llmcompress.encoding import encode
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.estimators import ESTIMATORS, Estimator, nearest_codes, slope, straight_cast, straight_codes
 from llmcompress.modules import CompressedLinear
 from llmcompress.relax import KINDS, Relaxation, Relaxed, RelaxedLinear, relax
+from llmcompress.rotation import rotate
 from llmcompress.weight import (
     Bitmap,
     Codebook,
@@ -344,6 +346,35 @@ def test_gradients_are_those_of_the_formula_in_float64(w: Weight) -> None:
             continue
         reach = max(1.0, float(leaf.grad.abs().max()))
         torch.testing.assert_close(module.get_parameter(name).grad.double(), leaf.grad, rtol=1e-4, atol=1e-4 * reach)
+
+
+@pytest.mark.parametrize("terms", [False, True], ids=["alone", "beside a low-rank term"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_codes_that_stay_are_turned_back_once(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, terms: bool) -> None:
+    """No input is rotated; products and gradients of scales are those of the rotated basis, in float64."""
+    stored = grid((12, 64), levels=4, group_size=64, seed=1, symmetric=False)
+    turned = Rotated(stored, torch.arange(64) % 3 == 0, 16)
+    w: Weight = Sum((turned, LowRank(Dense(torch.ones(12, 1)), Dense(torch.ones(1, 64))))) if terms else turned
+    module, x = relax(w, Relaxation(frozenset({"scales"}))), inputs(w).to(dtype)
+    scale = stored.scale.double().clone().requires_grad_()
+    codes = dense(replace(stored, scale=torch.ones_like(stored.scale))).double()
+    slow = (rotate(x.double(), turned.signs, turned.block) @ codes.T) * scale[:, 0]
+    slow.square().sum().backward()
+    monkeypatch.setattr(live, "rotate_inputs", None)
+    found = module(x) - (x.sum(-1, keepdim=True) if terms else 0)
+    found.square().sum().backward()
+    close = {torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
+    torch.testing.assert_close(found.double(), slow, rtol=close, atol=close)
+    [name] = module.kinds()
+    torch.testing.assert_close(module.get_parameter(name).grad, scale.grad.flatten().float(), rtol=1e-4, atol=1e-3)
+
+
+def test_products_in_another_dtype_are_not_made_of_what_was_rounded_for_the_last(w: Weight) -> None:
+    module, x = relax(w, ALL, elsewhere(w)), inputs(w)
+    first = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        module(x)
+    assert torch.equal(module(x), first)
 
 
 def test_gradients_through_the_product_are_those_through_the_matrix(w: Weight) -> None:

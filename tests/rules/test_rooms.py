@@ -39,6 +39,7 @@ ROOMS = (
     "estimators",  # gradients through rounding
     "masters",  # where what trains starts
     "latents",  # what latent codes are made of
+    "live",  # how a weight that trains is multiplied
     "relax",  # a compressed weight that trains
     "blocks",  # one decoder block at a time
     "importance",  # what each calibration token counts

@@ -1,0 +1,167 @@
+"""A weight that trains, as it is multiplied: what is frozen decoded once, what trains put into its places at every use.
+
+    ready = by_rows(centred(decode(...), "", codes), "", dtype)
+    product(x, filled(ready, "", None, numbers))
+
+A grid whose codes stay and that has one scale a row is multiplied as (x codes^T) * scale: the gradient of the scale
+comes from the product, and no matrix is built. In a rotated basis its codes are turned back once, which scales of rows
+commute with, instead of `x` at every use. Of other nodes autograd keeps the float32 matrices of a forward until its
+backward; checkpoint activations to have those of one block. Paths are those of stored tensors (`encoding`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from llmcompress import weight as expression
+from llmcompress.rotation import rotate_inputs, unrotate
+from llmcompress.trellis import matrix, table
+from llmcompress.weight import (
+    Codebook,
+    Dense,
+    Grid,
+    LowRank,
+    Rotated,
+    Scaled,
+    Sum,
+    Transposed,
+    TrellisCoded,
+    Weight,
+    Where,
+    both,
+    turned,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows(Grid):
+    """Codes that do not train, in the basis and dtype of the inputs, and one scale a row, which is stored as `name`."""
+
+    name: str
+
+
+def centred(w: Weight, path: str, trained: frozenset[str]) -> Weight:
+    """`w` with the codes of frozen grids as bfloat16, less their zero points: whole and half numbers, held exactly."""
+    match w:
+        case Grid(scale=scale) if path + "codes" not in trained:
+            whole = expression.dense(replace(w, scale=torch.ones_like(scale)))
+            return replace(w, codes=whole.bfloat16(), zero=torch.zeros_like(scale))
+        case TrellisCoded(codes, scale, trellis, run):
+            numbers = matrix(codes, len(scale), trellis, run).bfloat16()  # which its tables are made for
+            return Grid(numbers, scale, torch.zeros_like(scale), len(table(trellis)), numbers.shape[1])
+        case LowRank(left, right):
+            return LowRank(centred(left, path + "left_", trained), centred(right, path + "right_", trained))
+        case Where(index, inside, outside):
+            sides = centred(inside, path + "inside_", trained), centred(outside, path + "outside_", trained)
+            return Where(index, *sides)
+        case Rotated(inner) | Scaled(inner) | Transposed(inner):
+            return replace(w, inner=centred(inner, path + "inner_", trained))
+        case Sum(parts):
+            return Sum(tuple(centred(part, f"{path}{i}_", trained) for i, part in enumerate(parts)))
+    return w
+
+
+def by_rows(w: Weight, path: str, dtype: torch.dtype) -> Weight:
+    """`w`, which `centred` made, for products in `dtype`: with `_Rows` where they fit.
+
+    Codes that are turned back are rounded to `dtype`, as a decoded weight would be.
+    """
+    match w:
+        case Grid(codes, scale, zero, levels, group_size) if codes.dtype == torch.bfloat16 and scale.shape[1] == 1:
+            return _Rows(codes.to(dtype), scale, zero, levels, group_size, path + "scale")
+        case Rotated(Grid() as grid, signs, block):
+            found = by_rows(grid, path + "inner_", torch.promote_types(dtype, torch.float32))
+            if isinstance(found, _Rows):
+                return replace(found, codes=unrotate(found.codes, signs, block).to(dtype))
+            return w
+        case Rotated(inner) | Scaled(inner):
+            return replace(w, inner=by_rows(inner, path + "inner_", dtype))
+        case LowRank(left, right):
+            return LowRank(by_rows(left, path + "left_", dtype), by_rows(right, path + "right_", dtype))
+        case Sum(parts):
+            return Sum(tuple(by_rows(part, f"{path}{i}_", dtype) for i, part in enumerate(parts)))
+    return w
+
+
+def filled(w: Weight, path: str, shown: Tensor | None, numbers: dict[str, Tensor]) -> Weight:
+    """`w` with the numbers that train, each flat under its path, in their places."""
+    match w:
+        case _Rows(scale=scale, name=name):
+            return replace(w, scale=_placed(numbers.get(name), scale, None))
+        case Dense(values):
+            return Dense(_placed(numbers.get(path + "values"), values, shown))
+        case Grid(codes, scale):
+            scales = _placed(numbers.get(path + "scale"), scale, None)
+            return replace(w, codes=_placed(numbers.get(path + "codes"), codes, shown), scale=scales)
+        case Codebook(_, centroids, scale):
+            entries = _placed(numbers.get(path + "centroids"), centroids, None)
+            return replace(w, centroids=entries, scale=_placed(numbers.get(path + "scale"), scale, None))
+        case LowRank(left, right):
+            return LowRank(filled(left, path + "left_", None, numbers), filled(right, path + "right_", None, numbers))
+        case Where(index, inside, outside):
+            here, rest = both(shown, index.inside), both(shown, ~index.inside)
+            sides = filled(inside, path + "inside_", here, numbers), filled(outside, path + "outside_", rest, numbers)
+            return Where(index, *sides)
+        case Rotated(inner):
+            return replace(w, inner=filled(inner, path + "inner_", None, numbers))
+        case Scaled(inner, columns):
+            columns = numbers.get(path + "columns", columns)
+            return Scaled(filled(inner, path + "inner_", shown, numbers), columns)
+        case Transposed(inner):
+            return Transposed(filled(inner, path + "inner_", turned(shown, inner), numbers))
+        case Sum(parts):
+            return Sum(tuple(filled(part, f"{path}{i}_", shown, numbers) for i, part in enumerate(parts)))
+    return w
+
+
+def _placed(stored: Tensor | None, leaf: Tensor, shown: Tensor | None) -> Tensor:
+    """A leaf with the elements `stored`, flat; without them as it is."""
+    if stored is None:
+        return leaf
+    if shown is None:
+        return stored.reshape(leaf.shape)
+    return torch.zeros(leaf.shape, dtype=stored.dtype, device=stored.device).masked_scatter(shown, stored)
+
+
+def product(x: Tensor, w: Weight) -> Tensor:
+    """`expression.matmul`, but for what `by_rows` made."""
+    match w:
+        case LowRank(left, right):
+            return product(product(x, right), left)
+        case Rotated(inner, signs, block):
+            return product(rotate_inputs(x, signs, block), inner)
+        case Scaled(inner, columns):
+            return product((x * columns).to(x.dtype), inner)
+        case Sum(parts):
+            return reduce(torch.add, [product(x, part) for part in parts])
+        case _Rows(codes, scale):
+            found: Tensor = _Scaled.apply(nn.functional.linear(x, codes), scale[:, 0].expand(len(codes)))
+            return found
+    return expression.matmul(x, w)
+
+
+class _Scaled(torch.autograd.Function):
+    """Columns of a product `[..., out]` times scales `[out]`, in the product's dtype: the scales are not rounded to it
+    on the way forward; gradients are multiplied in it, and summed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(product, scale)
+        exact = torch.promote_types(product.dtype, torch.float32)
+        return (product.to(exact) * scale.to(exact)).to(product.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        product, scale = ctx.saved_tensors
+        of_product = incoming * scale.to(incoming.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_product, None
+        exact = torch.promote_types(product.dtype, torch.float32)
+        return of_product, (incoming * product).flatten(0, -2).sum(0, dtype=exact).to(scale.dtype)
