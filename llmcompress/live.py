@@ -12,7 +12,6 @@ backward; checkpoint activations to have those of one block. Paths are those of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llmcompress import weight as expression
-from llmcompress.rotation import rotate_inputs, unrotate
+from llmcompress.rotation import unrotate
 from llmcompress.trellis import matrix, table
 from llmcompress.weight import (
     Codebook,
@@ -130,20 +129,16 @@ def _placed(stored: Tensor | None, leaf: Tensor, shown: Tensor | None) -> Tensor
 
 
 def product(x: Tensor, w: Weight) -> Tensor:
-    """`expression.matmul`, but for what `by_rows` made."""
+    """`expression.matmul` of what `by_rows` made."""
+    return expression.matmul(x, w, _leaf_product)
+
+
+def _leaf_product(x: Tensor, w: Weight) -> Tensor:
     match w:
-        case LowRank(left, right):
-            return product(product(x, right), left)
-        case Rotated(inner, signs, block):
-            return product(rotate_inputs(x, signs, block), inner)
-        case Scaled(inner, columns):
-            return product((x * columns).to(x.dtype), inner)
-        case Sum(parts):
-            return reduce(torch.add, [product(x, part) for part in parts])
         case _Rows(codes, scale):
             found: Tensor = _Scaled.apply(nn.functional.linear(x, codes), scale[:, 0].expand(len(codes)))
             return found
-    return expression.matmul(x, w)
+    return expression.by_dense(x, w)
 
 
 class _Scaled(torch.autograd.Function):

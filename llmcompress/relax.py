@@ -126,8 +126,7 @@ class Relaxed(nn.Module):
         kind, numbers = x.device.type, self._live()
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         if self.ready is None or self.ready[0] != dtype:
-            with torch.no_grad():
-                self.ready = dtype, by_rows(self._decoded(numbers), "", dtype)
+            self.ready = dtype, by_rows(self._decoded(numbers), "", dtype)
         return product(x, filled(self.ready[1], "", None, numbers))
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ stored: `bits` hands the selection (`shown`, true = stored) down to the leaves. 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
@@ -234,19 +235,25 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
     raise unknown("dense", w)
 
 
-def matmul(x: Tensor, w: Weight) -> Tensor:
-    """`x [..., in] @ dense(w).T`, in x's dtype, without building what can be applied in parts."""
+def by_dense(x: Tensor, w: Weight) -> Tensor:
+    """`x [..., in] @ dense(w).T`, in x's dtype."""
+    return torch.nn.functional.linear(x, dense(w, x.device).to(x.dtype))
+
+
+def matmul(x: Tensor, w: Weight, leaf: Callable[[Tensor, Weight], Tensor] = by_dense) -> Tensor:
+    """`x [..., in] @ dense(w).T`, in x's dtype, without building what can be applied in parts; `leaf` multiplies what
+    has none."""
     match w:
         case LowRank(left, right):
-            return matmul(matmul(x, right), left)
+            return matmul(matmul(x, right, leaf), left, leaf)
         case Rotated(inner, signs, block):
-            return matmul(rotate_inputs(x, signs, block), inner)
+            return matmul(rotate_inputs(x, signs, block), inner, leaf)
         case Scaled(inner, columns):
-            return matmul((x * columns).to(x.dtype), inner)
+            return matmul((x * columns).to(x.dtype), inner, leaf)
         case Sum(parts):
-            return reduce(torch.add, [matmul(x, part) for part in parts])
+            return reduce(torch.add, [matmul(x, part, leaf) for part in parts])
         case _:
-            return torch.nn.functional.linear(x, dense(w, x.device).to(x.dtype))
+            return leaf(x, w)
 
 
 def decoded(w: Weight) -> Weight:

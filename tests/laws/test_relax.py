@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmcompress import live
+from llmcompress import weight as expression
 from llmcompress.encoding import encode
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.estimators import ESTIMATORS, Estimator, nearest_codes, slope, straight_cast, straight_codes
@@ -360,7 +360,7 @@ def test_codes_that_stay_are_turned_back_once(monkeypatch: pytest.MonkeyPatch, d
     codes = dense(replace(stored, scale=torch.ones_like(stored.scale))).double()
     slow = (rotate(x.double(), turned.signs, turned.block) @ codes.T) * scale[:, 0]
     slow.square().sum().backward()
-    monkeypatch.setattr(live, "rotate_inputs", None)
+    monkeypatch.setattr(expression, "rotate_inputs", None)
     found = module(x) - (x.sum(-1, keepdim=True) if terms else 0)
     found.square().sum().backward()
     close = {torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
