@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.allocator import give_back_memory
 from llmcompress.architecture import Architecture
 from llmcompress.errors import InputError, NumericsError
-from llmcompress.products import products
+from llmcompress.runtime.memory import give_back_memory
+from llmcompress.runtime.precision import products
 from llmcompress.source import Source
 
 if TYPE_CHECKING:

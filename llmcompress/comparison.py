@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from llmcompress import evaluate
-from llmcompress import report as reports
 from llmcompress.checkpoint import replace_text
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate import ALONE, Processes
 from llmcompress.locate import Place, locate
-from llmcompress.products import fast_float32
 from llmcompress.protocol import STANDARD, Protocol
+from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.versions import versions
 from llmcompress.scoring import size_of
 from llmcompress.source import load_model, load_tokenizer
 from llmcompress.tables import comparison_markdown
@@ -59,7 +59,7 @@ def compare(
         | {"differences": None if one is first else one.differences(first)}
         for place, size, one in zip(places, sizes, found)
     ]
-    result = {"protocol": protocol.to_json(), "versions": reports.versions(), "models": rows}
+    result = {"protocol": protocol.to_json(), "versions": versions(), "models": rows}
     if output is not None and processes.rank == 0:
         text = comparison_markdown(result) if output.suffix == ".md" else json.dumps(result, indent=2) + "\n"
         _write(output, text)

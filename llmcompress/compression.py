@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.allocator import give_back_memory
 from llmcompress.calibrate import Block, InputGroup
 from llmcompress.encoding import decode
 from llmcompress.errors import NumericsError
@@ -28,6 +27,7 @@ from llmcompress.moments import Moments
 from llmcompress.planning import Job
 from llmcompress.report import LayerReport
 from llmcompress.runs import apply_in_runs
+from llmcompress.runtime.memory import give_back_memory
 from llmcompress.weight import Dense, Weight, bits, dense, describe
 
 DENSE = "dense"  # of a block that may still change: a weight as it was before its layer was compressed

@@ -8,9 +8,7 @@ Blocks are written as soon as they are done, so memory follows one block, whatev
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +22,6 @@ from llmcompress import report as reports
 from llmcompress.calibrate import Block, walk
 from llmcompress.checkpoint import MANIFEST, Writer, check_output, copy_folder, writing
 from llmcompress.compression import Run, compress_block, restore, waiting
-from llmcompress.devices import device_of
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.hf import table_entry
 from llmcompress.journal import Journal, Origin, opened
@@ -33,9 +30,12 @@ from llmcompress.locate import Place
 from llmcompress.methods.stream_search import searched_there
 from llmcompress.modules import Layout, payload_texts
 from llmcompress.planning import Job, check_memory, lay, plan_of, warnings
-from llmcompress.products import fast_float32, product_dtype
 from llmcompress.recipe import Recipe, dump, read_recipe
 from llmcompress.report import Report
+from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.memory import peak_memory
+from llmcompress.runtime.precision import fast_float32, product_dtype
+from llmcompress.runtime.versions import versions
 from llmcompress.source import load_model, resolve
 from llmcompress.tokens import CalibrationTokens, calibration_tokens
 from llmcompress.validation import INDEX
@@ -186,7 +186,7 @@ def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
     rest = [name for name in job.source.tensors if not name.startswith(inside) and name not in tables]
     writer.add({name: job.source.read(name) for name in rest})
     config = job.source.config_entries()
-    config["quantization_config"] = table_entry(layouts) | {"versions": reports.versions()}
+    config["quantization_config"] = table_entry(layouts) | {"versions": versions()}
     writer.write("config.json", json.dumps(config, indent=1))
     copy_companions(job.source.folder, writer.folder)
 
@@ -233,7 +233,7 @@ def _report(run: Run, tokens: CalibrationTokens | None, journal: Journal, size: 
         warnings=(*warnings(job), *_searched_elsewhere(run), *_from_before(journal)),
         base_model=job.source.hub_id,
         license=job.source.license,
-        versions=reports.versions(),
+        versions=versions(),
         blocks=run.learned,
         fused=run.fused,
     )
@@ -253,13 +253,3 @@ def _from_before(journal: Journal) -> tuple[str, ...]:
     """A sentence where blocks are those of an earlier run."""
     count = len(journal.found)
     return (f"{count} of {journal.count} blocks and tables are of an earlier run, which was cut",) if count else ()
-
-
-def peak_memory() -> int:
-    """The most memory this process has held, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux ru_maxrss would start from what the launching process held
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmcompress.blocks import Run
 from llmcompress.errors import InputError
-from llmcompress.products import products
+from llmcompress.runtime.precision import products
 
 QUERIES = 32  # at a time, as in `attention`
 INTERFACE = "llmcompress_received_attention"  # the name transformers knows `_receive` by

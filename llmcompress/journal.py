@@ -22,12 +22,12 @@ from typing import Any
 
 from torch import Tensor
 
-from llmcompress import report as reports
 from llmcompress.checkpoint import Writer, read_tensors, sync, write_tensors
 from llmcompress.errors import DiskError, InputError
 from llmcompress.modules import Layout, payload_texts
 from llmcompress.recipe import Recipe
 from llmcompress.report import LayerReport
+from llmcompress.runtime.versions import versions
 from llmcompress.source import Source
 from llmcompress.text import is_file
 from llmcompress.tokens import Calibration
@@ -50,7 +50,7 @@ class Origin:
     def of(source: Source, recipe: Recipe, tokens: str | None, device: str) -> Origin:
         """That of a run which begins."""
         asked = recipe.model_dump(mode="json", exclude={"gates"})
-        return Origin(source.name, source.revision, asked, tokens, device, reports.versions())
+        return Origin(source.name, source.revision, asked, tokens, device, versions())
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What is not the same there, in words."""

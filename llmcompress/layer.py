@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from hashlib import sha256
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.moments import STATISTICS, TILE, Moments
-from llmcompress.products import bfloat16_factors
 from llmcompress.rotation import rotate
+from llmcompress.runtime.precision import bfloat16_factors
 from llmcompress.weight import Dense, LowRank, Rotated, Sum, Weight, Where, Zero, dense, describe
 
 ROWS = 8192  # that are in memory a third time while their error is measured
@@ -257,9 +256,3 @@ def rotated(layer: Layer, rotation: Rotation) -> Layer:
     inputs = layer.inputs.memo(key, lambda: turn(layer.inputs))
     weight = rotate(layer.weight, rotation.signs, rotation.block)
     return replace(layer, weight=weight, approx=Dense(weight.to(torch.bfloat16)), inputs=inputs, rotation=rotation)
-
-
-def generator(*parts: object) -> torch.Generator:
-    """A generator seeded by what it is for (a recipe's seed, a layer's name): no global state, no salted hash."""
-    digest = sha256("/".join(map(str, parts)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

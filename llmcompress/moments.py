@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llmcompress.products import bfloat16_factors
+from llmcompress.runtime.precision import bfloat16_factors
 
 STATISTICS = frozenset({"square", "outer", "cross"})
 

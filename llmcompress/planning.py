@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-import psutil
 import torch
 
 from llmcompress.architecture import Architecture, architecture
@@ -22,8 +21,9 @@ from llmcompress.fuse import EXPONENTS, check_awq, rotated_source
 from llmcompress.layer import StepConfig, methods, sketch
 from llmcompress.lookup import check_rows
 from llmcompress.modules import row_scale
-from llmcompress.products import product_dtype
 from llmcompress.recipe import Recipe
+from llmcompress.runtime.memory import total_memory
+from llmcompress.runtime.precision import product_dtype
 from llmcompress.source import Source
 from llmcompress.weight import Weight, bits, describe
 
@@ -240,11 +240,6 @@ def check_memory(planned: Plan, device: str) -> None:
             f"compressing {planned.model} takes about {planned.peak_memory_bytes / 1e6:.1f} MB and this machine has "
             f"{total / 1e6:.1f} MB; take fewer or shorter calibration samples, or a larger machine"
         )
-
-
-def total_memory() -> int:
-    """Bytes of physical memory."""
-    return int(psutil.virtual_memory().total)
 
 
 def _tokens(job: Job) -> int:

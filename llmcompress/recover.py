@@ -24,15 +24,16 @@ from llmcompress import report as reports
 from llmcompress.allocate import Allocation, allocate
 from llmcompress.allocate.kept import allocate_by
 from llmcompress.checkpoint import check_output, locked
-from llmcompress.devices import device_of
 from llmcompress.driver import Progress, Result
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.journal import is_older
 from llmcompress.learning import Tune
 from llmcompress.locate import Place
 from llmcompress.planning import Plan, lay, plan_of
-from llmcompress.products import fast_float32
 from llmcompress.recipe import Recipe, read_recipe, section
+from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.versions import versions
 from llmcompress.source import Source as Dense
 from llmcompress.source import load_model, resolve
 from llmcompress.tokens import Calibration, check_length
@@ -208,7 +209,7 @@ def is_there(staged: Path, recipe: Recipe, dense: Dense) -> bool:
     found = reports.read(staged)
     before = (read_recipe(staged / reports.RECIPE), found.model, found.revision, found.versions)
     then = (staged / reports.FILE).stat().st_mtime
-    if before != (recipe, dense.name, dense.revision, reports.versions()) or is_older(then, dense, recipe.calibration):
+    if before != (recipe, dense.name, dense.revision, versions()) or is_older(then, dense, recipe.calibration):
         raise DiskError(
             f"{staged} was left by a run with another recipe, model, text or version; remove it, or choose another "
             f"output folder"

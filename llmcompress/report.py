@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ ALLOCATION = "allocation.json"  # what a target's plan was chosen from, and what
 DISTILLATION = "distillation.json"  # what `distill` did, its recipe, and its curve
 DISTILLATION_RECIPE = "distillation.yaml"
 DISTILLATION_PLOT = "distillation.png"
-PACKAGES = ("llmcompress", "torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -105,14 +102,3 @@ def read_allocation(folder: Path) -> dict[str, Any] | None:
         return read_json(folder / ALLOCATION) if (folder / ALLOCATION).is_file() else None
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / ALLOCATION} cannot be read ({error}); compress again") from error
-
-
-def versions() -> dict[str, str]:
-    """The versions that made a result."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found

@@ -17,8 +17,9 @@ from llmcompress.checkpoint import add_file, check_output, read_json, writing
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate import ALONE, Evaluation, Processes, compare, evaluate
 from llmcompress.locate import Place, locate
-from llmcompress.products import fast_float32
 from llmcompress.protocol import STANDARD, Protocol
+from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.versions import versions
 from llmcompress.source import Source, dense_skeleton, load_model, load_tokenizer, open_source, read_headers
 
 
@@ -64,7 +65,7 @@ def score(
         dense, found = compare(teacher, [lambda: loaded], tokenizer, protocol, processes=processes)
         if processes.rank == 0:
             both = {"dense": dense.to_json(), "compressed": found.to_json()}
-            entries = protocol.to_json() | {"versions": reports.versions()} | both
+            entries = protocol.to_json() | {"versions": versions()} | both
             add_file(place.folder, reports.SCORES, json.dumps(entries, indent=2))
     else:
         found = evaluate(loaded, tokenizer, protocol, against=teacher, processes=processes)

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llmcompress.architecture import refuse_experts
-from llmcompress.devices import device_of
 from llmcompress.errors import InputError, listed
 from llmcompress.locate import Place, locate
+from llmcompress.runtime.devices import device_of
 from llmcompress.validation import INDEX
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from llmcompress import report as reports
 from llmcompress.allocate.choices import Choices
 from llmcompress.allocate.plan import Allocation, PriceList, price, reachable
 from llmcompress.allocate.prices import Priced
@@ -21,6 +20,7 @@ from llmcompress.journal import is_older
 from llmcompress.locate import Place
 from llmcompress.planning import Job
 from llmcompress.recipe import Recipe
+from llmcompress.runtime.versions import versions
 from llmcompress.source import Source, load_model
 
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
@@ -80,7 +80,7 @@ def _identity(job: Job) -> dict[str, Any]:
     return {
         "model": source.name,
         "revision": source.revision,
-        "versions": reports.versions(),
+        "versions": versions(),
         "kind": kind,
         "recipe": recipe,
     }

@@ -27,9 +27,10 @@ from llmcompress.checkpoint import add_file, megabytes
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
 from llmcompress.locate import Place, locate
 from llmcompress.modules import decoded
-from llmcompress.planning import Job, lay, total_memory
+from llmcompress.planning import Job, lay
 from llmcompress.recipe import Recipe, Rule
 from llmcompress.report import ALLOCATION
+from llmcompress.runtime.memory import total_memory
 from llmcompress.source import Source, load_model
 from llmcompress.target import Target
 from llmcompress.tokens import CalibrationTokens, calibration_tokens

@@ -26,7 +26,7 @@ from llmcompress.errors import NumericsError
 from llmcompress.layer import Layer, methods, step
 from llmcompress.moments import Moments
 from llmcompress.planning import Job
-from llmcompress.products import product_dtype
+from llmcompress.runtime.precision import product_dtype
 from llmcompress.tokens import CalibrationTokens
 from llmcompress.weight import Dense
 

@@ -21,11 +21,11 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from llmcompress.devices import check_each, is_at, kind_of
 from llmcompress.distill.metrics import tracking
 from llmcompress.distill.ready import check_ready
 from llmcompress.distill.recipe import Distillation
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.runtime.devices import check_each, is_at, kind_of
 from llmcompress.tokens import held_out_count
 
 FOREIGN = {

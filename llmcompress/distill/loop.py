@@ -38,10 +38,11 @@ from llmcompress.distill.optimizers import optimizer_of
 from llmcompress.distill.order import rate
 from llmcompress.distill.recipe import Distillation, Term
 from llmcompress.distill.recompute import recomputed
-from llmcompress.distill.state import Keeper, Progress, stop_requests
+from llmcompress.distill.state import Keeper, Progress
 from llmcompress.distill.student.model import Student
 from llmcompress.distill.teacher.teaching import ReadsAlong, Teaching
 from llmcompress.errors import NumericsError, Terminated
+from llmcompress.runtime.signals import stop_requests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

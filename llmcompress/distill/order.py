@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from llmcompress.layer import generator
+from llmcompress.runtime.seeding import generator
 
 
 def rows(step: int, batch: int, sequences: int, seed: int | str) -> list[int]:

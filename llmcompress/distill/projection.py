@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from llmcompress.layer import generator
+from llmcompress.runtime.seeding import generator
 
 Pair = tuple[int, int]  # the student's block, the teacher's
 

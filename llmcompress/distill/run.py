@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from llmcompress import report as reports
-from llmcompress.allocator import keeping_freed_memory
 from llmcompress.checkpoint import check_output, writing
 from llmcompress.distill.data.source import Data, read_data
 from llmcompress.distill.exits import Exits
@@ -38,8 +37,9 @@ from llmcompress.driver import copy_companions
 from llmcompress.locate import Place, locate
 from llmcompress.modules import CompressedLinear, Layout, compressed_modules
 from llmcompress.plots import distillation_png
-from llmcompress.products import fast_float32, product_dtype, products
 from llmcompress.recipe import dump, read_as
+from llmcompress.runtime.memory import keeping_freed_memory
+from llmcompress.runtime.precision import fast_float32, product_dtype, products
 from llmcompress.source import load_model, load_tokenizer
 from llmcompress.weight import bits, describe
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,6 @@ from torch import Tensor
 from llmcompress.checkpoint import read_json, replace_text, sync
 from llmcompress.errors import DiskError, InputError
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
 STATE = "state.json"
 FILES = ("even.safetensors", "odd.safetensors")  # the state names one, the next one's tensors go to the other
 METRICS = "metrics.jsonl"  # grows beside the state
@@ -43,21 +39,6 @@ class Progress:
     cursors: list[int] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     frozen: int | None = None
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """The signals that asked to stop, while it lasts: they wait for the end of a step, so that a state can be kept."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.signal(number, lambda got, _: received.append(got)) for number in STOPPING}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Keeper:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from llmcompress.devices import check_each, kind_of
+from llmcompress.runtime.devices import check_each, kind_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -20,6 +20,7 @@ from llmcompress.checkpoint import add_file, holds, read_json
 from llmcompress.evaluate import Distance, Evaluation, evaluate, evaluation_windows
 from llmcompress.locate import Place, locate
 from llmcompress.protocol import Protocol
+from llmcompress.runtime.versions import versions
 from llmcompress.source import Source, load_model
 
 
@@ -36,7 +37,7 @@ class Judge:
     def of(dense: Source, protocol: Protocol, device: str) -> Judge:
         """Raises InputError for a text that is too short or cannot be read, RecipeError for windows too long."""
         ids = evaluation_windows(dense.tokenizer(), protocol, dense.config)
-        asked = protocol.to_json() | {"digest": _digest(ids, protocol.tasks), "versions": reports.versions()}
+        asked = protocol.to_json() | {"digest": _digest(ids, protocol.tasks), "versions": versions()}
         return Judge(dense, protocol, device, json.loads(json.dumps(asked)))
 
     def kept(self, folder: Path) -> dict[str, Any] | None:

@@ -24,7 +24,6 @@ from llmcompress.allocate import Allocation, PriceList, reachable
 from llmcompress.allocate.choices import Choices
 from llmcompress.allocate.kept import check_prices, price_list
 from llmcompress.checkpoint import holds, locked, write_files
-from llmcompress.devices import device_of
 from llmcompress.errors import DiskError, RecipeError, Terminated
 from llmcompress.frontier.budgets import Budget
 from llmcompress.frontier.judge import Judge
@@ -32,10 +31,12 @@ from llmcompress.frontier.peers import Peer
 from llmcompress.locate import Place
 from llmcompress.planning import Job
 from llmcompress.plots import MISSING, frontier_pictures, main_metric
-from llmcompress.products import fast_float32
 from llmcompress.protocol import STANDARD, Protocol
 from llmcompress.recipe import Recipe, read_as
 from llmcompress.recover import check_sections, compress, is_there, record, wanted_distillation
+from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.versions import versions
 from llmcompress.scoring import size_of
 from llmcompress.source import Source, resolve
 from llmcompress.tables import frontier_markdown
@@ -144,7 +145,7 @@ def _swept(
         "revision": source.revision,
         "axis": "bytes" if sizes[0].target.bpw is None else "bpw",
         "protocol": judge.protocol.to_json(),
-        "versions": reports.versions(),
+        "versions": versions(),
         "dense": dense | asdict(size_of(Place(source.name, source.folder))),
         "series": [],
         "peers": [_beside(_as_point(peer, dense), dense) for peer in peers],

@@ -23,8 +23,8 @@ from torch import Tensor
 from llmcompress.architecture import Architecture, architecture
 from llmcompress.errors import RecipeError
 from llmcompress.fuse.producers import feeds
-from llmcompress.layer import generator
 from llmcompress.rotation import ROWS, rotate
+from llmcompress.runtime.seeding import generator
 from llmcompress.source import Source
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.layer import Layer, StepConfig, base_target, generator, join, split, with_base
+from llmcompress.layer import Layer, StepConfig, base_target, join, split, with_base
 from llmcompress.methods.centroids import clustered, nearest_entries
 from llmcompress.methods.feedback import Projection, feedback, few_threads
 from llmcompress.methods.grid import GridFormat, grid_sketch
@@ -22,6 +22,7 @@ from llmcompress.methods.hessian import feedback_factor, metric
 from llmcompress.methods.projection import Quantized, Selected, columns, largest
 from llmcompress.methods.scales import rescaled
 from llmcompress.methods.vectors import Vectors, added
+from llmcompress.runtime.seeding import generator
 from llmcompress.weight import Codebook, Columns, Dense, Weight, Where, describe, shape
 
 KEPT = GridFormat(256)  # of columns that are not coded

@@ -10,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from llmcompress.layer import Layer, Rotation, StepConfig, generator, method, rotated
+from llmcompress.layer import Layer, Rotation, StepConfig, method, rotated
+from llmcompress.runtime.seeding import generator
 from llmcompress.weight import Rotated, Weight, shape
 
 

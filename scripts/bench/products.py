@@ -21,7 +21,7 @@ from torch import Tensor
 import llmcompress as lc
 from llmcompress.evaluate import evaluation_windows, perplexity
 from llmcompress.locate import Place
-from llmcompress.products import by_onednn, fast_float32, product_dtype, products
+from llmcompress.runtime.precision import by_onednn, fast_float32, product_dtype, products
 from llmcompress.source import load_model, resolve
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress import products
 from llmcompress.layer import method
 from llmcompress.moments import STATISTICS, Moments, capped_weights
+from llmcompress.runtime import precision
 from tests.builders import seeded
 
 WIDTH = 12
@@ -147,7 +147,7 @@ def test_all_zero_tokens_have_finite_weights() -> None:
 def test_bfloat16_inputs_are_multiplied_exactly_and_summed_in_float32(
     width: int, maker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_cpu", lambda: {"cpu_name": maker})
+    monkeypatch.setattr(precision, "_cpu", lambda: {"cpu_name": maker})
     x = torch.randn(500, width, generator=seeded(3)).bfloat16()
     other = torch.randn(500, width, generator=seeded(4)).bfloat16()
     before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]

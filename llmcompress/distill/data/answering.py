@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.layer import generator
+from llmcompress.runtime.seeding import generator
 from llmcompress.teacher import end_tokens, token_chances
 from llmcompress.text import Message
 from llmcompress.tokens import context_length

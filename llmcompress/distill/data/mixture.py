@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmcompress.distill.order import span
-from llmcompress.layer import generator
+from llmcompress.runtime.seeding import generator
 
 SMOOTHING = 0.5
 MOST = 20.0

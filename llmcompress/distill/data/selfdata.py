@@ -25,12 +25,12 @@ from torch import nn
 
 from llmcompress.checkpoint import locked, replace_text
 from llmcompress.distill.data.answering import Answerer, Sampling
-from llmcompress.distill.state import stop_requests
 from llmcompress.distill.teacher.cache import teacher_digest
 from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
 from llmcompress.locate import Place, locate
-from llmcompress.products import product_dtype
-from llmcompress.report import versions
+from llmcompress.runtime.precision import product_dtype
+from llmcompress.runtime.signals import stop_requests
+from llmcompress.runtime.versions import versions
 from llmcompress.source import load_model, load_tokenizer
 from llmcompress.text import Document, Message, read_documents
 

@@ -10,12 +10,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llmcompress import report as reports
 from llmcompress.checkpoint import Writer, read_json, shards
 from llmcompress.export.opened import Opened
 from llmcompress.hf import NAME, table_entry
 from llmcompress.locate import Place
 from llmcompress.modules import CompressedLinear, Layout, payload_texts
+from llmcompress.runtime.versions import versions
 from llmcompress.source import Source, open_source
 from llmcompress.validation import digest
 
@@ -73,7 +73,7 @@ class Compressed:
                 stored = opened.read(f"{name}.weight") if learned is None else learned.get_parameter("weight").detach()
                 tensors[f"{name}.weight"] = stored
             writer.add(tensors, payload_texts(layouts))
-        entry = {"quantization_config": table_entry(layouts, opened.sizes) | {"versions": reports.versions()}}
+        entry = {"quantization_config": table_entry(layouts, opened.sizes) | {"versions": versions()}}
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
 
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from llmcompress.checkpoint import check_output, locked, read_json, replace_text
 from llmcompress.distill.data.batch import Batch
-from llmcompress.distill.state import stop_requests
 from llmcompress.distill.teacher.likeliest import Likeliest
 from llmcompress.errors import DiskError, InputError, NumericsError, Terminated
+from llmcompress.runtime.signals import stop_requests
 from llmcompress.validation import weight_files
 
 RECORDS, JOURNAL = "predictions.npy", "cache.json"

@@ -34,7 +34,7 @@ from llmcompress.distill.teacher.teaching import ReadBack
 from llmcompress.errors import LLMCompressError
 from llmcompress.locate import Place
 from llmcompress.modules import decoded
-from llmcompress.products import product_dtype
+from llmcompress.runtime.precision import product_dtype
 from llmcompress.source import load_model
 
 if TYPE_CHECKING:

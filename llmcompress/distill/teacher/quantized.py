@@ -27,7 +27,7 @@ from llmcompress.distill.loop import Run
 from llmcompress.distill.teacher.teaching import ReadsAlong
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.locate import Place
-from llmcompress.products import product_dtype
+from llmcompress.runtime.precision import product_dtype
 from llmcompress.source import load_model
 
 if TYPE_CHECKING:

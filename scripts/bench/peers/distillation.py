@@ -92,7 +92,7 @@ def peer(student: str, teacher: str, asked: Distillation, output: Path) -> dict[
     from llmcompress.distill.order import span
     from llmcompress.locate import locate
     from llmcompress.modules import decoded
-    from llmcompress.products import product_dtype
+    from llmcompress.runtime.precision import product_dtype
     from llmcompress.source import load_model, load_tokenizer
 
     place = locate(student)

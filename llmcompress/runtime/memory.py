@@ -1,12 +1,16 @@
-"""What becomes of freed memory: C libraries keep it or return it to the system, each by rules of its own."""
+"""Memory: how much there is, how much a process has held, and what becomes of what it frees."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 # glibc's mallopt: what each parameter is called in malloc.h
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
@@ -51,3 +55,18 @@ def keeping_freed_memory() -> Iterator[None]:
 def _of_library(name: str) -> Any:
     """A function of the C library, None where it has no such one."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss would start from what the launching process held
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def total_memory() -> int:
+    """Bytes of physical memory."""
+    return int(psutil.virtual_memory().total)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from llmcompress.attention import QUERIES, FasterAttention, causal_attention
+from llmcompress.runtime.attention import QUERIES, FasterAttention, causal_attention
 from tests.builders import seeded
 
 

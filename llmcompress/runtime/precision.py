@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmcompress.attention import FasterAttention
+from llmcompress.runtime.attention import FasterAttention
 
 PRECISE = 1e-6  # relative error of a product that was computed in float32, of rounding to bfloat16 it is 2e-3
 

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 import psutil
 import pytest
 
-from llmcompress.allocator import keeping_freed_memory
+from llmcompress.runtime.memory import keeping_freed_memory
 
 MEGABYTE = 10**6
 pytestmark = pytest.mark.skipif(

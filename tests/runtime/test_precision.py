@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress import products
-from llmcompress.products import PRECISE, bfloat16_factors, fast_float32, product_dtype
+from llmcompress.runtime import precision
+from llmcompress.runtime.precision import PRECISE, bfloat16_factors, fast_float32, product_dtype
 
 AMD = {"cpu_name": "AMD EPYC 9R45", "avx512_bf16": True}
 # what torch knows of a CPU, the dtype of products there, whether oneDNN has float32 products, and those of such factors
@@ -26,7 +26,7 @@ CPUS: dict[str, tuple[dict[str, Any], torch.dtype, bool, bool]] = {
 @pytest.fixture
 def amd(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor whose float32 products go to oneDNN, if that is precise on the one that is there."""
-    monkeypatch.setattr(products, "_cpu", lambda: AMD)
+    monkeypatch.setattr(precision, "_cpu", lambda: AMD)
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def switch() -> Iterator[Any]:
 @pytest.mark.parametrize("name", CPUS)
 def test_the_cpu_decides(name: str, switch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     known, dtype, float32, factors = CPUS[name]
-    monkeypatch.setattr(products, "_cpu", lambda: known)
-    monkeypatch.setattr(products, "_onednn_is_precise", lambda: "amx_bf16" not in known)
+    monkeypatch.setattr(precision, "_cpu", lambda: known)
+    monkeypatch.setattr(precision, "_onednn_is_precise", lambda: "amx_bf16" not in known)
     switch.fp32_precision = "none"
     assert product_dtype("auto", torch.device("cpu")) == dtype
     for asked in (torch.float32, torch.bfloat16):
