@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from llmcompress.comparison import compare
     from llmcompress.driver import Result
     from llmcompress.errors import LLMCompressError
-    from llmcompress.modules import decoded
     from llmcompress.protocol import Protocol
     from llmcompress.recipe import Recipe, Rule
     from llmcompress.recover import compress, plan
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from llmcompress.scoring import score
     from llmcompress.surgery import alike_blocks, drop_blocks
     from llmcompress.tokens import Calibration
+    from llmcompress.weight.modules import decoded
 
 __version__ = "0.1.0"
 __all__ = [

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.hf import LLMCompressConfig, table_entry
-from llmcompress.modules import CompressedLinear, compressed_linears, put
-from llmcompress.weight import Dense, LowRank, Sum, Weight
+from llmcompress.weight.expression import Dense, LowRank
+from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
+from llmcompress.weight.sums import plus
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,11 +73,6 @@ def fold(model: PeftModel) -> PreTrainedModel:
     base.config.quantization_config = LLMCompressConfig(**table_entry(table, base.config.quantization_config.sizes))
     found: PreTrainedModel = base
     return found
-
-
-def plus(w: Weight, term: LowRank) -> Weight:
-    """A weight and one more term, which is the last."""
-    return Sum((*w.parts, term)) if isinstance(w, Sum) else Sum((w, term))
 
 
 def _term(name: str, module: Any, adapter: str) -> LowRank:

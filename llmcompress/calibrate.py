@@ -23,11 +23,11 @@ from llmcompress.architecture import Architecture, BlockLayout, Linear
 from llmcompress.blocks import Batch, Calls, Run, drop, embed, head_inputs, in_batches, load
 from llmcompress.errors import InputError
 from llmcompress.importance import TokenWeights, token_weights
-from llmcompress.modules import CompressedLinear, decoded, put
 from llmcompress.moments import Moments, capped_weights
 from llmcompress.runtime.memory import give_back_memory
 from llmcompress.source import Source
-from llmcompress.weight import Weight
+from llmcompress.weight.expression import Weight
+from llmcompress.weight.modules import CompressedLinear, decoded, put
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

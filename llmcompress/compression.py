@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from llmcompress.calibrate import Block, InputGroup
-from llmcompress.encoding import decode
 from llmcompress.errors import NumericsError
 from llmcompress.fuse import Balanced, balance
 from llmcompress.journal import Entry
 from llmcompress.layer import Layer, StepConfig, relative_error
 from llmcompress.learning import Tune
 from llmcompress.methods.hessian import damped
-from llmcompress.modules import LIKE, CompressedLinear, Layout
 from llmcompress.moments import Moments
 from llmcompress.planning import Job
 from llmcompress.report import LayerReport
 from llmcompress.runs import apply_in_runs
 from llmcompress.runtime.memory import give_back_memory
-from llmcompress.weight import Dense, Weight, bits, dense, describe
+from llmcompress.weight.encoding import decode
+from llmcompress.weight.expression import Dense, Weight, bits, dense, describe
+from llmcompress.weight.modules import LIKE, CompressedLinear, Layout
 
 DENSE = "dense"  # of a block that may still change: a weight as it was before its layer was compressed
 TARGET_DAMPING = 0.1  # of the solve that aims at the dense model's outputs

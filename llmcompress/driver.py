@@ -28,7 +28,6 @@ from llmcompress.journal import Journal, Origin, opened
 from llmcompress.learning import Tune
 from llmcompress.locate import Place
 from llmcompress.methods.stream_search import searched_there
-from llmcompress.modules import Layout, payload_texts
 from llmcompress.planning import Job, check_memory, lay, plan_of, warnings
 from llmcompress.recipe import Recipe, dump, read_recipe
 from llmcompress.report import Report
@@ -39,6 +38,7 @@ from llmcompress.runtime.versions import versions
 from llmcompress.source import load_model, resolve
 from llmcompress.tokens import CalibrationTokens, calibration_tokens
 from llmcompress.validation import INDEX
+from llmcompress.weight.modules import Layout, payload_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,7 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.errors import InputError
-from llmcompress.modules import (
+from llmcompress.validation import MENDING, Expected, check, digests
+from llmcompress.weight.modules import (
     CompressedEmbedding,
     CompressedLinear,
     Layout,
@@ -29,7 +30,6 @@ from llmcompress.modules import (
     put,
     row_scale,
 )
-from llmcompress.validation import MENDING, Expected, check, digests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.moments import STATISTICS, TILE, Moments
-from llmcompress.rotation import rotate
 from llmcompress.runtime.precision import bfloat16_factors
-from llmcompress.weight import Dense, LowRank, Rotated, Sum, Weight, Where, Zero, dense, describe
+from llmcompress.weight.expression import Dense, LowRank, Rotated, Sum, Weight, Where, Zero, dense, describe
+from llmcompress.weight.hadamard import rotate
 
 ROWS = 8192  # that are in memory a third time while their error is measured
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from llmcompress.calibrate import Block
-from llmcompress.modules import CompressedLinear
+from llmcompress.weight.modules import CompressedLinear
 
 
 @dataclass(frozen=True, eq=False)

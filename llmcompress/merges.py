@@ -12,7 +12,7 @@ from functools import wraps
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 from llmcompress.errors import InputError
-from llmcompress.modules import Compressed
+from llmcompress.weight.modules import Compressed
 
 
 def knowing_codes(allowed: Callable[[BaseTuner], None]) -> Callable[[BaseTuner], None]:

@@ -19,13 +19,13 @@ from llmcompress.assignment import Assignment, assign
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.fuse import EXPONENTS, check_awq, rotated_source
 from llmcompress.layer import StepConfig, methods, sketch
-from llmcompress.lookup import check_rows
-from llmcompress.modules import row_scale
 from llmcompress.recipe import Recipe
 from llmcompress.runtime.memory import total_memory
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.source import Source
-from llmcompress.weight import Weight, bits, describe
+from llmcompress.weight.expression import Weight, bits, describe
+from llmcompress.weight.modules import row_scale
+from llmcompress.weight.rows import check_rows
 
 LIBRARIES = 450_000_000  # bytes that torch and transformers take before any work
 COLUMN_SECONDS = 4e-5  # per column of a feedback loop, whatever the length of the column

@@ -11,12 +11,12 @@ from llmcompress.errors import InputError
 from llmcompress.evaluate import evaluate
 from llmcompress.hf import NAME
 from llmcompress.locate import Place, locate
-from llmcompress.modules import compressed_modules
 from llmcompress.protocol import Protocol
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.source import load_model, load_tokenizer
 from llmcompress.tokens import context_length
 from llmcompress.validation import weight_files
+from llmcompress.weight.modules import compressed_modules
 
 
 @dataclass(frozen=True)

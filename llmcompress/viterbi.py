@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcompress.trellis import Trellis, table
+from llmcompress.weight.trellis import Trellis, table
 
 FAR = np.float32(2e30)  # the cost, at first, of states that no way leads to
 UNREACHED = np.float32(1e30)  # costs from here on

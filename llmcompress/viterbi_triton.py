@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmcompress.trellis import Trellis, table
+from llmcompress.weight.trellis import Trellis, table
 
 FAR = tl.constexpr(2e30)  # the cost, at first, of states that no way leads to
 UNREACHED = tl.constexpr(1e30)  # costs from here on

@@ -11,8 +11,7 @@ from torch import Tensor
 import llmcompress.methods  # noqa: F401  (registers them)
 from llmcompress.layer import Layer, apply, step
 from llmcompress.moments import STATISTICS, Moments
-from llmcompress.trellis import Trellis
-from llmcompress.weight import (
+from llmcompress.weight.expression import (
     Bitmap,
     Codebook,
     Columns,
@@ -29,6 +28,7 @@ from llmcompress.weight import (
     Where,
     Zero,
 )
+from llmcompress.weight.trellis import Trellis
 
 TRELLISES = (Trellis(1, 1, 8), Trellis(2, 1, 10), Trellis(3, 1, 7), Trellis(3, 2, 9), Trellis(7, 2, 14))
 LEVELS = (2, 3, 4, 5, 8, 16, 100, 256)

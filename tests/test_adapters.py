@@ -17,9 +17,9 @@ from trl import SFTConfig, SFTTrainer
 
 import llmcompress as lc
 from llmcompress.errors import InputError
-from llmcompress.modules import compressed_modules
 from llmcompress.source import load_tokenizer
-from llmcompress.weight import dense
+from llmcompress.weight.expression import dense
+from llmcompress.weight.modules import compressed_modules
 from tests.tiny import save_tiny
 
 RULES = [

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress import driver
 from llmcompress.errors import DiskError, InputError, MemoryLimitError, NumericsError, RecipeError
-from llmcompress.modules import compressed_linears
-from llmcompress.weight import bits, dense
+from llmcompress.weight.expression import bits, dense
+from llmcompress.weight.modules import compressed_linears
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny_tokenizer
 
 ROTATED = [{"method": "rotate"}, {"method": "gptq", "bits": 3}, {"method": "eora", "rank": 2}]

@@ -31,8 +31,8 @@ from llmcompress.export.opened import Opened
 from llmcompress.export.peft import without_term
 from llmcompress.hf import LLMCompressConfig, table_entry
 from llmcompress.locate import locate
-from llmcompress.modules import CompressedLinear, put
-from llmcompress.weight import Dense, Grid, LowRank, Rotated, Sum, Weight, Zero, dense
+from llmcompress.weight.expression import Dense, Grid, LowRank, Rotated, Sum, Weight, Zero, dense
+from llmcompress.weight.modules import CompressedLinear, put
 from tests.builders import grid
 from tests.tiny import CHAT_TEMPLATE, tiny
 

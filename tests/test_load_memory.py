@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmcompress.checkpoint import writing
 from llmcompress.hf import table_entry
-from llmcompress.modules import Layout, packed, payload_texts
-from llmcompress.weight import Grid
+from llmcompress.weight.expression import Grid
+from llmcompress.weight.modules import Layout, packed, payload_texts
 
 WIDTH, DEPTH = 1536, 18
 LOAD = """

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.hf import LLMCompressConfig, table_entry
-from llmcompress.modules import CompressedLinear, compressed_linears, put
 from llmcompress.verify import verify
-from llmcompress.weight import Grid, dense
+from llmcompress.weight.expression import Grid, dense
+from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
 from tests.tiny import save_tiny, tiny_tokenizer
 
 RECIPE = {

@@ -11,14 +11,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
-from llmcompress import modules
 from llmcompress.architecture import architecture
 from llmcompress.calibrate import walk
 from llmcompress.errors import RecipeError
-from llmcompress.modules import CompressedEmbedding, CompressedLinear
 from llmcompress.moments import Moments
 from llmcompress.source import Source, resolve
-from llmcompress.weight import dense
+from llmcompress.weight import modules
+from llmcompress.weight.expression import dense
+from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear
 from tests.tiny import FAMILY_CONFIGS, save_tiny
 
 RTN = [{"method": "rtn", "bits": 4, "group_size": 16, "symmetric": False}]

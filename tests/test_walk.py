@@ -19,10 +19,10 @@ from llmcompress.architecture import FAMILIES, Architecture, architecture
 from llmcompress.blocks import Batch, Call, Run, _record, _Tape, embed
 from llmcompress.calibrate import Block, walk
 from llmcompress.errors import InputError, NumericsError
-from llmcompress.modules import CompressedLinear
 from llmcompress.moments import capped_weights
 from llmcompress.source import Source, resolve
-from llmcompress.weight import Dense, dense
+from llmcompress.weight.expression import Dense, dense
+from llmcompress.weight.modules import CompressedLinear
 from tests.tiny import VOCABULARY, save_tiny, tiny
 
 DISCOVERED = ["stablelm", "starcoder2", "olmo2", "granite", "cohere", "bloom"]  # families without a row

@@ -16,11 +16,11 @@ from llmcompress.allocate.sizes import bytes_around, payload_bytes
 from llmcompress.assignment import matches
 from llmcompress.errors import RecipeError
 from llmcompress.layer import StepConfig, sketch, step
-from llmcompress.lookup import check_rows
-from llmcompress.modules import row_scale
 from llmcompress.planning import Job
 from llmcompress.recipe import Recipe
-from llmcompress.weight import bits
+from llmcompress.weight.expression import bits
+from llmcompress.weight.modules import row_scale
+from llmcompress.weight.rows import check_rows
 
 Steps = tuple[StepConfig, ...]
 

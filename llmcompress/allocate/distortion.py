@@ -23,7 +23,7 @@ from torch import Tensor
 from llmcompress.layer import Layer, StepConfig, apply, relative_error
 from llmcompress.moments import Moments
 from llmcompress.runs import apply_in_runs
-from llmcompress.weight import Dense, dense
+from llmcompress.weight.expression import Dense, dense
 
 Steps = tuple[StepConfig, ...]
 

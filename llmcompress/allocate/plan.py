@@ -26,7 +26,6 @@ from llmcompress.allocate.solve import monotone, solve
 from llmcompress.checkpoint import add_file, megabytes
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
 from llmcompress.locate import Place, locate
-from llmcompress.modules import decoded
 from llmcompress.planning import Job, lay
 from llmcompress.recipe import Recipe, Rule
 from llmcompress.report import ALLOCATION
@@ -34,6 +33,7 @@ from llmcompress.runtime.memory import total_memory
 from llmcompress.source import Source, load_model
 from llmcompress.target import Target
 from llmcompress.tokens import CalibrationTokens, calibration_tokens
+from llmcompress.weight.modules import decoded
 
 FLOAT32 = 4  # bytes
 

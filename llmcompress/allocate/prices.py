@@ -28,7 +28,7 @@ from llmcompress.moments import Moments
 from llmcompress.planning import Job
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.tokens import CalibrationTokens
-from llmcompress.weight import Dense
+from llmcompress.weight.expression import Dense
 
 TOKENS = 8192  # of calibration that suffice for a ranking
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.modules import ALIGNMENT, LIKE
 from llmcompress.planning import Job
 from llmcompress.source import Header
 from llmcompress.validation import DIGESTS, digest
-from llmcompress.weight import Grid, LowRank, Rotated, Sum, TrellisCoded, Weight, bits
+from llmcompress.weight.expression import Grid, LowRank, Rotated, Sum, TrellisCoded, Weight, bits
+from llmcompress.weight.modules import ALIGNMENT, LIKE
 
 PADDING = 8  # of a header, at most
 

@@ -36,7 +36,7 @@ from llmcompress.distill.student.model import PROJECTIONS, Student
 from llmcompress.distill.student.oscillation import Freezer, Freezing
 from llmcompress.distill.zero import Zero
 from llmcompress.errors import InputError
-from llmcompress.modules import decoded
+from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

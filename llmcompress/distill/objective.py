@@ -13,8 +13,8 @@ from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.head import HeadLoss
 from llmcompress.distill.losses.loss import SumAndCount
 from llmcompress.errors import InputError
-from llmcompress.modules import CompressedLinear
-from llmcompress.weight import Dense
+from llmcompress.weight.expression import Dense
+from llmcompress.weight.modules import CompressedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

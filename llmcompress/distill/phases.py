@@ -20,7 +20,7 @@ from llmcompress.distill.state import Keeper
 from llmcompress.distill.student.adapt import adapt, rounded, teachers_weights
 from llmcompress.distill.student.model import check_latents, relaxed_student
 from llmcompress.errors import RecipeError
-from llmcompress.modules import CompressedLinear, decoded, put
+from llmcompress.weight.modules import CompressedLinear, decoded, put
 
 
 @dataclass

@@ -35,13 +35,13 @@ from llmcompress.distill.teacher.quantized import check_teacher, taught_by_quant
 from llmcompress.distill.teacher.teaching import ReadsAlong
 from llmcompress.driver import copy_companions
 from llmcompress.locate import Place, locate
-from llmcompress.modules import CompressedLinear, Layout, compressed_modules
 from llmcompress.plots import distillation_png
 from llmcompress.recipe import dump, read_as
 from llmcompress.runtime.memory import keeping_freed_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype, products
 from llmcompress.source import load_model, load_tokenizer
-from llmcompress.weight import bits, describe
+from llmcompress.weight.expression import bits, describe
+from llmcompress.weight.modules import CompressedLinear, Layout, compressed_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

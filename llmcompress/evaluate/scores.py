@@ -11,8 +11,8 @@ from llmcompress.evaluate.harness import Items, TaskScores, run_tasks
 from llmcompress.evaluate.noise import paired
 from llmcompress.evaluate.perplexity import Perplexity, evaluation_windows, perplexity
 from llmcompress.evaluate.processes import ALONE, Processes
-from llmcompress.modules import decoded
 from llmcompress.protocol import STANDARD, Protocol
+from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

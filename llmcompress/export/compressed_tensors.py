@@ -20,9 +20,9 @@ from llmcompress.checkpoint import check_output, writing
 from llmcompress.driver import copy_companions
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.export.opened import Exported, Opened
-from llmcompress.modules import LIKE
 from llmcompress.source import transposed_linears
-from llmcompress.weight import Grid, Weight, dense, describe
+from llmcompress.weight.expression import Grid, Weight, dense, describe
+from llmcompress.weight.modules import LIKE
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from llmcompress.checkpoint import check_output, writing
 from llmcompress.driver import copy_companions
 from llmcompress.export.opened import Exported, Opened, rounded
 from llmcompress.source import transposed_linears
-from llmcompress.weight import dense
+from llmcompress.weight.expression import dense
 
 
 def to_dense(folder: Path, output: Path) -> Exported:

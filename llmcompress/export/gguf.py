@@ -27,8 +27,8 @@ from llmcompress.export.gguf_types import Inexact, TensorType, exact_type, packe
 from llmcompress.export.gguf_vocabulary import read_vocabulary
 from llmcompress.export.opened import Exported, Opened, rounded
 from llmcompress.export.peft import without_term
-from llmcompress.modules import LIKE
-from llmcompress.weight import Dense, Weight, dense, shape
+from llmcompress.weight.expression import Dense, Weight, dense, shape
+from llmcompress.weight.modules import LIKE
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

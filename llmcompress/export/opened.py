@@ -12,12 +12,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcompress.checkpoint import check_manifest, read_json
-from llmcompress.encoding import decode
 from llmcompress.hf import LLMCompressConfig
-from llmcompress.modules import LIKE, Layout
 from llmcompress.validation import DIGESTS, weight_files
 from llmcompress.verify import check_kind
-from llmcompress.weight import Weight
+from llmcompress.weight.encoding import decode
+from llmcompress.weight.expression import Weight
+from llmcompress.weight.modules import LIKE, Layout
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from llmcompress.driver import copy_companions
 from llmcompress.errors import InputError
 from llmcompress.export.opened import Exported, Opened
 from llmcompress.hf import table_entry
-from llmcompress.modules import Layout, packed, payload_texts
-from llmcompress.rotation import unrotate
-from llmcompress.weight import LowRank, Rotated, Sum, Weight, dense
+from llmcompress.weight.expression import LowRank, Rotated, Sum, Weight, dense
+from llmcompress.weight.hadamard import unrotate
+from llmcompress.weight.modules import Layout, packed, payload_texts
 
 
 def to_peft(folder: Path, output: Path) -> Exported:

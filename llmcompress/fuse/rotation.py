@@ -23,9 +23,9 @@ from torch import Tensor
 from llmcompress.architecture import Architecture, architecture
 from llmcompress.errors import RecipeError
 from llmcompress.fuse.producers import feeds
-from llmcompress.rotation import ROWS, rotate
 from llmcompress.runtime.seeding import generator
 from llmcompress.source import Source
+from llmcompress.weight.hadamard import ROWS, rotate
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from llmcompress.methods.feedback import feedback
 from llmcompress.methods.grid import GridConfig, GridFormat, fit_grid, grid_of, grid_sketch, round_to
 from llmcompress.methods.hessian import channel_energy, inverse_factor
 from llmcompress.methods.projection import Quantized
-from llmcompress.weight import Dense, Transposed, Weight, bits, describe, shape
+from llmcompress.weight.expression import Dense, Transposed, Weight, bits, describe, shape
 
 
 class AdaDim(GridConfig):

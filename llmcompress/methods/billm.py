@@ -32,7 +32,7 @@ from llmcompress.layer import Layer, method
 from llmcompress.methods.bitplane_fit import PlaneFormat, fit_planes, lost
 from llmcompress.methods.bitplanes import ColumnConfig, Planes, instead_of_dense, planes_sketch, projected
 from llmcompress.methods.projection import Selected, columns
-from llmcompress.weight import Columns, Weight, Where, shape
+from llmcompress.weight.expression import Columns, Weight, Where, shape
 
 SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of columns, tried as salient
 

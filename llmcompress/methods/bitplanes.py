@@ -21,7 +21,7 @@ from llmcompress.methods.feedback import Projection, feedback
 from llmcompress.methods.grid import GridFormat, grid_sketch
 from llmcompress.methods.hessian import channel_energy, damped, inverse_factor, second_moment
 from llmcompress.methods.scales import added_grids, rescaled
-from llmcompress.weight import Dense, Grid, Scaled, Sum, Weight, describe, shape
+from llmcompress.weight.expression import Dense, Grid, Scaled, Sum, Weight, describe, shape
 
 TURNS = 3  # of scales of rows and factors of columns, fitted to outputs; more gain nothing
 

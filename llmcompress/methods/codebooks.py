@@ -23,7 +23,7 @@ from llmcompress.methods.projection import Quantized, Selected, columns, largest
 from llmcompress.methods.scales import rescaled
 from llmcompress.methods.vectors import Vectors, added
 from llmcompress.runtime.seeding import generator
-from llmcompress.weight import Codebook, Columns, Dense, Weight, Where, describe, shape
+from llmcompress.weight.expression import Codebook, Columns, Dense, Weight, Where, describe, shape
 
 KEPT = GridFormat(256)  # of columns that are not coded
 

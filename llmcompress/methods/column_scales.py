@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.feedback import Projection
-from llmcompress.weight import Grid, Scaled, Sum, Weight, Where, dense, unknown
+from llmcompress.weight.expression import Grid, Scaled, Sum, Weight, Where, dense, unknown
 
 TURNS = 5  # of a column's factor and its nearest points, where these are more than a sign
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from llmcompress.layer import Layer, method
 from llmcompress.methods.bitplane_fit import PlaneFormat
 from llmcompress.methods.bitplanes import PlaneConfig, Planes, instead_of_dense, planes_sketch, projected
-from llmcompress.weight import Weight, shape
+from llmcompress.weight.expression import Weight, shape
 
 
 class FDB(PlaneConfig):

@@ -16,7 +16,7 @@ from llmcompress.methods.grid import GridConfig
 from llmcompress.methods.hessian import channel_energy, inverse_factor
 from llmcompress.methods.projection import Quantized
 from llmcompress.methods.rtn import quantized_sketch, within_support
-from llmcompress.weight import Weight
+from llmcompress.weight.expression import Weight
 
 
 class GPTQ(GridConfig):

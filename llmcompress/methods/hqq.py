@@ -24,7 +24,7 @@ from llmcompress.methods.feedback import feedback
 from llmcompress.methods.grid import GridFormat, fit_grid, reciprocal
 from llmcompress.methods.projection import Quantized
 from llmcompress.methods.rtn import RTN, within_support
-from llmcompress.weight import Weight
+from llmcompress.weight.expression import Weight
 
 ROUNDS = 20  # these three as in the official code
 BETA = 10.0

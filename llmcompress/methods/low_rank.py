@@ -15,7 +15,7 @@ from torch import Tensor
 from llmcompress.errors import RecipeError
 from llmcompress.layer import Layer, StepConfig, join, split
 from llmcompress.methods.grid import GridFormat, fit_grid, grid_of, grid_sketch
-from llmcompress.weight import Dense, Grid, LowRank, Weight, bits, dense, shape
+from llmcompress.weight.expression import Dense, Grid, LowRank, Weight, bits, dense, shape
 
 
 class LowRankConfig(StepConfig):

@@ -8,7 +8,7 @@ from typing import Literal
 from llmcompress.layer import Layer, base_target, method, with_base
 from llmcompress.methods.projection import largest
 from llmcompress.methods.sparsity import PruneConfig, keep_largest_of_rows, kept_of, prune_sketch, pruned
-from llmcompress.weight import Weight
+from llmcompress.weight.expression import Weight
 
 
 class Magnitude(PruneConfig):

@@ -30,7 +30,7 @@ from llmcompress.methods.projection import (
     pattern,
 )
 from llmcompress.methods.sparsity import check_pattern, parse_pattern
-from llmcompress.weight import Bitmap, Columns, Dense, Index, Pattern, Weight, Where, shape
+from llmcompress.weight.expression import Bitmap, Columns, Dense, Index, Pattern, Weight, Where, shape
 
 SPAN = 128  # columns over which an element-wise salient share is even
 

@@ -24,7 +24,7 @@ from pydantic import Field
 from llmcompress.layer import Layer, method
 from llmcompress.methods.bitplane_fit import PlaneFormat
 from llmcompress.methods.bitplanes import ColumnConfig, Planes, instead_of_dense, planes_sketch, projected
-from llmcompress.weight import Weight, shape
+from llmcompress.weight.expression import Weight, shape
 
 
 class PlanesConfig(ColumnConfig):

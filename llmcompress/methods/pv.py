@@ -18,7 +18,7 @@ from llmcompress.methods.hessian import metric
 from llmcompress.methods.moves import changed, moved
 from llmcompress.methods.scales import rescaled
 from llmcompress.methods.vectors import books_of
-from llmcompress.weight import Weight, Where, describe
+from llmcompress.weight.expression import Weight, Where, describe
 
 SHARE = 0.1  # of the vectors of a row that may change in a step
 

@@ -29,7 +29,7 @@ from llmcompress.methods.projection import Kept, Pruned, Quantized
 from llmcompress.methods.scales import rescaled
 from llmcompress.methods.streams import Streams
 from llmcompress.methods.vectors import books_of
-from llmcompress.weight import (
+from llmcompress.weight.expression import (
     Codebook,
     Dense,
     Grid,

@@ -10,7 +10,7 @@ from llmcompress.layer import Layer, base_target, join, method, split, support, 
 from llmcompress.methods.feedback import Projection, feedback
 from llmcompress.methods.grid import GridConfig, grid_sketch
 from llmcompress.methods.projection import Pruned, Quantized, Selected
-from llmcompress.weight import Weight, Where, shape
+from llmcompress.weight.expression import Weight, Where, shape
 
 
 class RTN(GridConfig):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmcompress.methods.centroids import refitted
 from llmcompress.methods.column_scales import refactored, without
-from llmcompress.weight import Codebook, Grid, Scaled, Sum, TrellisCoded, Weight, Where, dense
+from llmcompress.weight.expression import Codebook, Grid, Scaled, Sum, TrellisCoded, Weight, Where, dense
 
 
 def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> Weight:

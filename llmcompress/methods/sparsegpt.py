@@ -17,7 +17,7 @@ from llmcompress.methods.grid import GridFormat, grid_sketch
 from llmcompress.methods.hessian import channel_energy, inverse_factor
 from llmcompress.methods.projection import Kept, Pruned, Quantized, Selected, Side, largest, largest_of_each
 from llmcompress.methods.sparsity import PruneConfig, check_pattern, kept_of, prune_sketch
-from llmcompress.weight import Weight, shape
+from llmcompress.weight.expression import Weight, shape
 
 SPAN = 128  # columns over which unstructured sparsity is even
 

@@ -13,7 +13,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.layer import StepConfig, join, split
 from llmcompress.methods.projection import bitmap
 from llmcompress.methods.projection import pattern as pattern_index
-from llmcompress.weight import Bitmap, Dense, Index, Pattern, Weight, Where, Zero, shape
+from llmcompress.weight.expression import Bitmap, Dense, Index, Pattern, Weight, Where, Zero, shape
 
 
 class PruneConfig(StepConfig):

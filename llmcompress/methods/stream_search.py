@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress import viterbi
-from llmcompress.trellis import Trellis
+from llmcompress.weight.trellis import Trellis
 
 OLDEST_GPU = (7, 0)  # compute capability that Triton compiles for
 Search = Callable[[Tensor, Tensor, Tensor], Tensor]

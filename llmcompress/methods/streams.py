@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.stream_search import stream_search
-from llmcompress.trellis import Trellis, cuts, states, table
-from llmcompress.weight import TrellisCoded, shape
+from llmcompress.weight.expression import TrellisCoded, shape
+from llmcompress.weight.trellis import Trellis, cuts, states, table
 
 RUN = 768  # rows: one thread searches them, and the first in a column have fewer choices
 

@@ -20,8 +20,8 @@ from llmcompress.methods.feedback import feedback
 from llmcompress.methods.hessian import feedback_factor, metric
 from llmcompress.methods.scales import rescaled
 from llmcompress.methods.streams import RUN, Streams
-from llmcompress.trellis import Trellis
-from llmcompress.weight import Dense, TrellisCoded, Weight, describe, shape
+from llmcompress.weight.expression import Dense, TrellisCoded, Weight, describe, shape
+from llmcompress.weight.trellis import Trellis
 
 
 class TrellisConfig(StepConfig):

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from llmcompress.layer import Layer, method
 from llmcompress.methods.codebooks import CodebookConfig, codebook_sketch, coded
-from llmcompress.weight import Weight
+from llmcompress.weight.expression import Weight
 
 
 class VQ(CodebookConfig):

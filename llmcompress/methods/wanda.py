@@ -9,7 +9,7 @@ from typing import Literal
 from llmcompress.layer import Layer, base_target, method, with_base
 from llmcompress.methods.hessian import channel_energy
 from llmcompress.methods.sparsity import PruneConfig, keep_largest_of_rows, prune_sketch, pruned
-from llmcompress.weight import Weight
+from llmcompress.weight.expression import Weight
 
 
 class Wanda(PruneConfig):

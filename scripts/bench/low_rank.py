@@ -22,7 +22,7 @@ from llmcompress.layer import Layer, apply, relative_error, step
 from llmcompress.source import resolve
 from llmcompress.text import read_text
 from llmcompress.tokens import given_tokens
-from llmcompress.weight import Dense, bits
+from llmcompress.weight.expression import Dense, bits
 
 BASE: dict[str, Any] = {"method": "rtn", "bits": 3, "group_size": 64}
 ARMS: dict[str, list[dict[str, Any]]] = {

@@ -15,7 +15,7 @@ import torch
 
 from llmcompress.methods.stream_search import searched_there
 from llmcompress.methods.streams import RUN, Streams
-from llmcompress.trellis import Trellis
+from llmcompress.weight.trellis import Trellis
 
 
 def main() -> None:

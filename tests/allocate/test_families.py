@@ -23,7 +23,7 @@ from llmcompress.recipe import read_recipe
 from llmcompress.source import resolve
 from llmcompress.target import Target
 from llmcompress.verify import verify
-from llmcompress.weight import bits
+from llmcompress.weight.expression import bits
 from tests.builders import gaussian, layer, moments
 from tests.tiny import save_tiny
 

@@ -15,12 +15,12 @@ from llmcompress.allocate.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, pr
 from llmcompress.allocate.sizes import payload_bytes
 from llmcompress.architecture import architecture
 from llmcompress.layer import Layer, StepConfig, methods, sketch, step
-from llmcompress.modules import packed
 from llmcompress.moments import Moments
 from llmcompress.planning import lay
 from llmcompress.recipe import read_recipe
 from llmcompress.source import resolve
-from llmcompress.weight import bits
+from llmcompress.weight.expression import bits
+from llmcompress.weight.modules import packed
 from tests.builders import correlated, every_node, gaussian, layer, moments
 from tests.tiny import save_tiny, tiny
 

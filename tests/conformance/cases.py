@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.encoding import decode, encode
 from llmcompress.errors import RecipeError
 from llmcompress.layer import Layer, methods, sketch, step
-from llmcompress.weight import Weight, bits, dense, shape
+from llmcompress.weight.encoding import decode, encode
+from llmcompress.weight.expression import Weight, bits, dense, shape
 from tests.builders import correlated, payload_bits
 
 Step = dict[str, Any]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.encoding import encode
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.layer import Layer, apply, methods, relative_error, step
-from llmcompress.weight import Dense, bits, dense
+from llmcompress.weight.encoding import encode
+from llmcompress.weight.expression import Dense, bits, dense
 from tests.builders import compressed, correlated, gaussian, layer, moments
 from tests.conformance.cases import (
     ROTATE,

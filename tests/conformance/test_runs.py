@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from llmcompress import runs
-from llmcompress.encoding import encode
 from llmcompress.layer import apply, step
 from llmcompress.methods import trellis
 from llmcompress.runs import apply_in_runs
-from llmcompress.weight import bits, dense
+from llmcompress.weight.encoding import encode
+from llmcompress.weight.expression import bits, dense
 from tests.builders import gaussian, layer
 from tests.conformance.cases import ROTATE, SIZE, STEPS, Step, calibration, spelled
 

@@ -7,7 +7,7 @@ import torch
 
 from llmcompress.errors import RecipeError
 from llmcompress.layer import apply, relative_error, split, step, support
-from llmcompress.weight import dense
+from llmcompress.weight.expression import dense
 from tests.builders import compressed, correlated, gaussian, moments
 from tests.conformance.cases import ROTATE, SIZE, Step, assert_sound, calibration, every_step, refusal, spelled
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from llmcompress.layer import Layer, apply, methods, relative_error, step
 from llmcompress.methods.presume import FLOOR, presumed_energy
 from llmcompress.moments import Moments
-from llmcompress.weight import Dense, dense
+from llmcompress.weight.expression import Dense, dense
 from tests.builders import compressed, correlated, gaussian, moments, seeded
 from tests.conformance.cases import ROTATE, SIZE, STEPS, Step, assert_sound, spelled
 

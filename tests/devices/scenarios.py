@@ -31,7 +31,6 @@ from llmcompress.distill.data.answering import Sampling
 from llmcompress.distill.data.selfdata import Answering, answer
 from llmcompress.distill.losses.loss import loss_config, measure
 from llmcompress.distill.teacher import quantized
-from llmcompress.encoding import decode, encode
 from llmcompress.frontier import budgets, frontier
 from llmcompress.layer import apply, relative_error, step
 from llmcompress.locate import Place
@@ -40,7 +39,8 @@ from llmcompress.recipe import read_recipe
 from llmcompress.source import load_model
 from llmcompress.surgery import alike_blocks
 from llmcompress.verify import verify
-from llmcompress.weight import Weight, Zero, dense, matmul
+from llmcompress.weight.encoding import decode, encode
+from llmcompress.weight.expression import Weight, Zero, dense, matmul
 from tests.builders import every_node, gaussian, layer, random_nestings
 from tests.conformance.cases import SIZE, Step, calibration, spelled
 from tests.conformance.test_runs import PIPELINES

@@ -22,7 +22,19 @@ from llmcompress.protocol import Protocol
 from llmcompress.runtime.devices import device_of, is_at, kind_of
 from llmcompress.surgery import alike_blocks
 from llmcompress.verify import verify
-from llmcompress.weight import Dense, LowRank, Rotated, Sum, Transposed, Weight, Zero, decoded, dense, device, matmul
+from llmcompress.weight.expression import (
+    Dense,
+    LowRank,
+    Rotated,
+    Sum,
+    Transposed,
+    Weight,
+    Zero,
+    decoded,
+    dense,
+    device,
+    matmul,
+)
 from tests.devices.scenarios import scenarios
 from tests.devices.stand_in import build
 from tests.tiny import save_tiny

@@ -14,10 +14,10 @@ import llmcompress as lc
 from llmcompress.distill import distill
 from llmcompress.distill.student.adapt import Adaptation, adapt, dense_weight, rounded
 from llmcompress.errors import RecipeError
-from llmcompress.modules import CompressedLinear, compressed_linears
 from llmcompress.report import read
 from llmcompress.verify import verify
-from llmcompress.weight import LowRank, Sum, bits, dense, describe, shape
+from llmcompress.weight.expression import LowRank, Sum, bits, dense, describe, shape
+from llmcompress.weight.modules import CompressedLinear, compressed_linears
 from tests.distill.miniature import loaded, make, recipe, weights_bytes
 
 RULES = [

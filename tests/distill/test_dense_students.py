@@ -16,8 +16,8 @@ import llmcompress as lc
 from llmcompress import checkpoint
 from llmcompress.distill import distill
 from llmcompress.errors import RecipeError
-from llmcompress.modules import compressed_linears
 from llmcompress.verify import verify
+from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT
 from tests.test_structure import RECIPE, narrow, save
 from tests.tiny import save_tiny, tiny, tiny_tokenizer

@@ -15,8 +15,8 @@ from llmcompress.distill.head import HeadLoss, Online, Term, chunked_loss
 from llmcompress.distill.losses.loss import LossConfig, Predictions, measure
 from llmcompress.distill.losses.taid import TAID
 from llmcompress.errors import InputError
-from llmcompress.modules import CompressedLinear
-from llmcompress.weight import dense
+from llmcompress.weight.expression import dense
+from llmcompress.weight.modules import CompressedLinear
 from tests.builders import compressed
 from tests.distill.cases import config, every_loss
 from tests.distill.spy import largest_tensor

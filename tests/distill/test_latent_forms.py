@@ -10,7 +10,7 @@ import torch
 
 import llmcompress as lc
 from llmcompress.errors import RecipeError
-from llmcompress.modules import compressed_linears
+from llmcompress.weight.modules import compressed_linears
 from tests.distill.test_reconstruct import block_errors, place, recipe
 
 __all__ = ["place"]

@@ -20,10 +20,10 @@ from llmcompress.distill.recipe import Schedule, Term
 from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
-from llmcompress.modules import compressed_linears
 from llmcompress.recipe import dump, read_as
 from llmcompress.surgery.kept import KEPT, matched_blocks
-from llmcompress.weight import dense
+from llmcompress.weight.expression import dense
+from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT
 from tests.distill.test_batches import objective_of
 from tests.distill.test_dense_students import asked, tensors

@@ -20,12 +20,12 @@ from llmcompress.distill.launch import check_sharding
 from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.medians import median_scales
 from llmcompress.distill.student.model import relaxed_student
-from llmcompress.encoding import encode
 from llmcompress.errors import RecipeError
-from llmcompress.modules import compressed_linears
-from llmcompress.relax import Relaxation, Relaxed, relax
 from llmcompress.verify import verify
-from llmcompress.weight import Bitmap, Dense, Grid, LowRank, Rotated, Sum, Weight, Where, dense, describe
+from llmcompress.weight.encoding import encode
+from llmcompress.weight.expression import Bitmap, Dense, Grid, LowRank, Rotated, Sum, Weight, Where, dense, describe
+from llmcompress.weight.modules import compressed_linears
+from llmcompress.weight.trainable.relax import Relaxation, Relaxed, relax
 from tests.builders import grid, seeded
 from tests.distill.miniature import loaded, make, recipe
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress.distill.objective import head_of
-from llmcompress.modules import decoded
+from llmcompress.weight.modules import decoded
 from tests.distill.miniature import make
 
 RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 4}]}]

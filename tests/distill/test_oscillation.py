@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from llmcompress import tables
 from llmcompress.distill import distill
 from llmcompress.distill.student.oscillation import Freezer, Freezing, Habits, after_step
-from llmcompress.encoding import encode
 from llmcompress.errors import RecipeError
-from llmcompress.modules import CompressedLinear
-from llmcompress.relax import Relaxation, RelaxedLinear
-from llmcompress.weight import Grid, Sum
+from llmcompress.weight.encoding import encode
+from llmcompress.weight.expression import Grid, Sum
+from llmcompress.weight.modules import CompressedLinear
+from llmcompress.weight.trainable.relax import Relaxation, RelaxedLinear
 from tests.builders import grid, seeded
 from tests.distill.miniature import make, recipe
 from tests.tiny import save_tiny

@@ -20,13 +20,13 @@ from llmcompress.distill.blockwise.block import Activations, recover_block
 from llmcompress.distill.blockwise.reconstruction import Reconstruction
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.modules import compressed_linears
 from llmcompress.recipe import read_recipe
 from llmcompress.report import RECIPE, read
 from llmcompress.source import resolve
 from llmcompress.tables import report_view
 from llmcompress.tokens import calibration_tokens
 from llmcompress.verify import verify
+from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT, loaded, make
 from tests.tiny import save_tiny
 

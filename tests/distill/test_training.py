@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.distill import Distillation, distill, loop
 from llmcompress.distill.order import rate, rows
-from llmcompress.encoding import encode
 from llmcompress.errors import InputError, NumericsError, RecipeError, Terminated
-from llmcompress.modules import compressed_linears
 from llmcompress.report import read
 from llmcompress.verify import verify
-from llmcompress.weight import describe
+from llmcompress.weight.encoding import encode
+from llmcompress.weight.expression import describe
+from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import make
 from tests.tiny import save_tiny
 

@@ -19,10 +19,10 @@ from llmcompress.architecture import architecture
 from llmcompress.calibrate import Block, walk
 from llmcompress.cli import app
 from llmcompress.distill.blockwise.reconstruction import Reconstruction
-from llmcompress.modules import compressed_linears
 from llmcompress.source import resolve
 from llmcompress.validation import INDEX
 from llmcompress.verify import verify
+from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT
 from tests.distill.test_reconstruct import RULES, SCALES, block_errors, recipe
 from tests.test_walk import block_outputs, sequences

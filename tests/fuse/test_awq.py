@@ -24,7 +24,7 @@ from llmcompress.layer import Layer, relative_error, step
 from llmcompress.methods.rtn import RTN, rtn
 from llmcompress.moments import STATISTICS, Moments
 from llmcompress.source import Source, resolve
-from llmcompress.weight import Dense, dense
+from llmcompress.weight.expression import Dense, dense
 from tests.tiny import VOCABULARY, save_tiny
 
 FUSIBLE = [name for name, family in FAMILIES.items() if family.producers]

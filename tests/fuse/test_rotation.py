@@ -16,9 +16,9 @@ from llmcompress.architecture import FAMILIES
 from llmcompress.blocks import load
 from llmcompress.errors import RecipeError
 from llmcompress.fuse import rotated_source
-from llmcompress.modules import compressed_linears
 from llmcompress.source import Source, resolve
-from llmcompress.weight import Rotated
+from llmcompress.weight.expression import Rotated
+from llmcompress.weight.modules import compressed_linears
 from tests.tiny import VOCABULARY, save_tiny
 
 FUSIBLE = [name for name, family in FAMILIES.items() if family.producers]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmcompress.methods.streams import Streams
-from llmcompress.trellis import Trellis
+from llmcompress.weight.trellis import Trellis
 from tests.builders import TRELLISES, seeded
 
 KINDS = ("any", "coarse", "worthless", "doubled")

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from llmcompress.errors import RecipeError
 from llmcompress.layer import Layer, relative_error, sketch, step
-from llmcompress.lookup import check_rows
 from llmcompress.methods.adadim import DownColumns
 from llmcompress.methods.feedback import feedback
 from llmcompress.methods.grid import GridFormat
 from llmcompress.methods.hessian import inverse_factor
 from llmcompress.methods.projection import Quantized
 from llmcompress.methods.refine import descended
-from llmcompress.weight import Grid, Transposed, bits, dense, describe
+from llmcompress.weight.expression import Grid, Transposed, bits, dense, describe
+from llmcompress.weight.rows import check_rows
 from tests.builders import compressed, correlated, gaussian, moments, seeded
 from tests.oracles.slow import fit, nearest, optimal_brain_surgeon
 from tests.oracles.test_feedback import DAMPING, assert_same_but_for_ties, problem

@@ -16,7 +16,7 @@ from llmcompress.methods.codebooks import fitted
 from llmcompress.methods.feedback import feedback
 from llmcompress.methods.hessian import inverse_factor
 from llmcompress.methods.vectors import Vectors, books_of
-from llmcompress.weight import Codebook, Columns, Dense, Sum, Weight, Where, bits, dense
+from llmcompress.weight.expression import Codebook, Columns, Dense, Sum, Weight, Where, bits, dense
 from tests.builders import codebook, compressed, correlated, gaussian, moments, seeded
 from tests.conformance.cases import ROTATE
 from tests.oracles.slow import damped_moment

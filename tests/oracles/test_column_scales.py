@@ -17,7 +17,7 @@ from llmcompress.methods.feedback import feedback
 from llmcompress.methods.hessian import inverse_factor
 from llmcompress.methods.refine import descended
 from llmcompress.methods.scales import rescaled
-from llmcompress.weight import Columns, Dense, Grid, LowRank, Scaled, Sum, Weight, Where, bits, dense
+from llmcompress.weight.expression import Columns, Dense, Grid, LowRank, Scaled, Sum, Weight, Where, bits, dense
 from tests.builders import compressed, correlated, gaussian, grid, moments, seeded
 from tests.oracles.slow import damped_moment, optimal_brain_surgeon
 from tests.oracles.test_feedback import DAMPING, WIDTH, assert_same_but_for_ties, problem

@@ -13,7 +13,7 @@ from llmcompress.methods import feedback as engine
 from llmcompress.methods.grid import GridFormat
 from llmcompress.methods.hessian import damped, inverse_factor, second_moment
 from llmcompress.methods.projection import Kept, Pruned, Quantized
-from llmcompress.weight import Bitmap, Dense, Grid, Where, dense
+from llmcompress.weight.expression import Bitmap, Dense, Grid, Where, dense
 from tests.builders import compressed, correlated, gaussian, layer, moments
 from tests.oracles.slow import damped_moment, slow_gptq, slow_pb_llm, slow_sparsegpt
 

@@ -10,7 +10,7 @@ import torch
 from llmcompress.errors import NumericsError
 from llmcompress.layer import relative_error
 from llmcompress.methods.grid import GridFormat, fit_grid, round_to
-from llmcompress.weight import Grid, dense
+from llmcompress.weight.expression import Grid, dense
 from tests.builders import compressed, correlated, gaussian, seeded
 
 # Squared error of a unit Gaussian: the best grid of equal steps, and where half of it is the optimum of any kind.

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmcompress.layer import support
 from llmcompress.methods.grid import GridFormat, fit_grid
 from llmcompress.methods.hqq import _fitted, solved
-from llmcompress.weight import Grid, bits, dense
+from llmcompress.weight.expression import Grid, bits, dense
 from tests.builders import compressed, correlated, gaussian, seeded
 
 

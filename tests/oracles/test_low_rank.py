@@ -11,7 +11,7 @@ from torch import Tensor
 from llmcompress.layer import relative_error, split
 from llmcompress.methods.hessian import damped, second_moment
 from llmcompress.methods.low_rank import leading_directions
-from llmcompress.weight import Grid, LowRank, bits, dense
+from llmcompress.weight.expression import Grid, LowRank, bits, dense
 from tests.builders import compressed, correlated, gaussian, moments, seeded
 
 SIZES = ((12, 20), (20, 12), (16, 16), (1, 9), (9, 1))

@@ -15,7 +15,7 @@ from llmcompress.layer import apply, relative_error, step
 from llmcompress.methods import moves as engine
 from llmcompress.methods.moves import changed, moved, visited
 from llmcompress.methods.vectors import books_of
-from llmcompress.weight import Codebook, Dense, Grid, Sum, Weight, Where, bits, dense
+from llmcompress.weight.expression import Codebook, Dense, Grid, Sum, Weight, Where, bits, dense
 from tests.builders import codebook, compressed, correlated, gaussian, layer, moments
 from tests.conformance.cases import ROTATE, SIZE, assert_sound, refusal, spelled
 from tests.oracles.slow import damped_moment

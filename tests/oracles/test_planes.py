@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.encoding import encode
 from llmcompress.export.peft import without_term
 from llmcompress.layer import apply, relative_error, step
-from llmcompress.lookup import rows
 from llmcompress.methods.billm import SHARES, BiLLM, salient_columns
 from llmcompress.methods.bitplane_fit import PlaneFormat, fit_planes, lost, point_table
 from llmcompress.methods.bitplanes import Planes, planes_of
@@ -20,8 +18,10 @@ from llmcompress.methods.feedback import feedback
 from llmcompress.methods.hessian import inverse_factor
 from llmcompress.methods.refine import descended
 from llmcompress.methods.scales import added_grids, rescaled
-from llmcompress.relax import KINDS, Relaxation, relax
-from llmcompress.weight import Bitmap, Columns, Dense, Grid, LowRank, Sum, Where, bits, dense
+from llmcompress.weight.encoding import encode
+from llmcompress.weight.expression import Bitmap, Columns, Dense, Grid, LowRank, Sum, Where, bits, dense
+from llmcompress.weight.rows import rows
+from llmcompress.weight.trainable.relax import KINDS, Relaxation, relax
 from tests.builders import compressed, correlated, gaussian, layer, moments, seeded
 from tests.oracles.slow import damped_moment, optimal_brain_surgeon
 from tests.oracles.test_feedback import DAMPING, OUT, WIDTH, assert_same_but_for_ties, problem

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.encoding import decode, encode
 from llmcompress.layer import relative_error
 from llmcompress.methods.projection import largest, largest_of_each
-from llmcompress.weight import Pattern, Where, dense
+from llmcompress.weight.encoding import decode, encode
+from llmcompress.weight.expression import Pattern, Where, dense
 from tests.builders import compressed, correlated, gaussian, layer, moments
 
 PRUNERS = ("magnitude", "wanda", "sparsegpt")

@@ -12,7 +12,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.layer import apply, relative_error, split, step, support
 from llmcompress.methods import refine as engine
 from llmcompress.methods.refine import descended, rescaled
-from llmcompress.weight import Dense, Grid, Weight, Where, bits, dense
+from llmcompress.weight.expression import Dense, Grid, Weight, Where, bits, dense
 from tests.builders import compressed, correlated, gaussian, layer, moments
 from tests.conformance.cases import ROTATE, STEPS, assert_sound, refusal, spelled
 from tests.oracles.slow import damped_moment

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcompress.encoding import encode
 from llmcompress.layer import relative_error
 from llmcompress.methods.streams import Streams
-from llmcompress.trellis import Trellis, cuts, states, table
 from llmcompress.viterbi import search
-from llmcompress.weight import TrellisCoded, dense, shape
+from llmcompress.weight.encoding import encode
+from llmcompress.weight.expression import TrellisCoded, dense, shape
+from llmcompress.weight.trellis import Trellis, cuts, states, table
 from tests.builders import TRELLISES, compressed, correlated, gaussian, moments, seeded, streams
 from tests.conformance.cases import ROTATE
 

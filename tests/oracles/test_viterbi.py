@@ -7,8 +7,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from llmcompress.trellis import Trellis, table
 from llmcompress.viterbi import search
+from llmcompress.weight.trellis import Trellis, table
 from tests.builders import TRELLISES, seeded
 
 Floats = NDArray[np.float32]

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from llmcompress.methods.stream_search import searched_there
-from llmcompress.trellis import Trellis
 from llmcompress.viterbi import search
+from llmcompress.weight.trellis import Trellis
 from tests.oracles.interpreted import CASES, Case, codes, on
 from tests.rules.source_tree import ROOT
 

@@ -59,7 +59,7 @@ def _imports(node: ast.AST, at_top: bool) -> Iterator[tuple[str, bool]]:
 
 
 def _module_of(name: str) -> str:
-    """`llmcompress.weight.Dense` -> `llmcompress.weight`."""
+    """`llmcompress.weight.expression.Dense` -> `llmcompress.weight.expression`."""
     while name and not _file_of(name):
         name = name.rpartition(".")[0]
     return name

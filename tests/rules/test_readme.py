@@ -14,7 +14,7 @@ import torch
 import llmcompress.layer
 from llmcompress.methods.grid import GridFormat, grid_sketch
 from llmcompress.recipe import dump, parse_recipe
-from llmcompress.weight import Dense, bits
+from llmcompress.weight.expression import Dense, bits
 from tests.builders import compressed, correlated, gaussian
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny

@@ -27,10 +27,10 @@ from llmcompress.distill.blockwise.block import Activations, recover_block
 from llmcompress.distill.blockwise.reconstruction import Reconstruction
 from llmcompress.distill.student.model import WEIGHTS, Student, relaxed_student
 from llmcompress.errors import InputError
-from llmcompress.latents.divided import Divided
-from llmcompress.latents.form import Form
-from llmcompress.latents.offsets import Offsets
 from llmcompress.learning import Tune, Tuned
+from llmcompress.weight.trainable.latents.flexround import Divided
+from llmcompress.weight.trainable.latents.form import Form
+from llmcompress.weight.trainable.latents.lora_rounding import Offsets
 
 
 def tuner(recipe: Reconstruction) -> Tune:

@@ -21,7 +21,7 @@ from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.modules import CompressedLinear, compressed_linears, decoded, put
+from llmcompress.weight.modules import CompressedLinear, compressed_linears, decoded, put
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,17 +20,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from llmcompress.adapters import plus
 from llmcompress.assignment import matches
 from llmcompress.errors import RecipeError, listed
 from llmcompress.layer import Layer, split
 from llmcompress.methods.svd import SVD, svd
-from llmcompress.modules import CompressedLinear, compressed_linears, put
 from llmcompress.moments import Moments
 from llmcompress.recipe import Matching
 from llmcompress.runtime.seeding import generator
 from llmcompress.surgery.kept import matched_blocks, original_name
-from llmcompress.weight import Dense, LowRank, Sum, Weight, dense, shape
+from llmcompress.weight.expression import Dense, LowRank, Sum, Weight, dense, shape
+from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
+from llmcompress.weight.sums import plus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,10 +14,10 @@ from llmcompress.checkpoint import Writer, read_json, shards
 from llmcompress.export.opened import Opened
 from llmcompress.hf import NAME, table_entry
 from llmcompress.locate import Place
-from llmcompress.modules import CompressedLinear, Layout, payload_texts
 from llmcompress.runtime.versions import versions
 from llmcompress.source import Source, open_source
 from llmcompress.validation import digest
+from llmcompress.weight.modules import CompressedLinear, Layout, payload_texts
 
 Linears = Mapping[str, CompressedLinear]
 

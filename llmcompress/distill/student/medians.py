@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.estimators import straight_cast
-from llmcompress.masters import leaves
 from llmcompress.methods.grid import spread
-from llmcompress.relax import SMALLEST_SCALE, Relaxed
-from llmcompress.weight import Grid, Weight
+from llmcompress.weight.expression import Grid, Weight
+from llmcompress.weight.trainable.masters import leaves
+from llmcompress.weight.trainable.relax import SMALLEST_SCALE, Relaxed
+from llmcompress.weight.trainable.straight_through import straight_cast
 
 MOST_LEVELS = 3
 

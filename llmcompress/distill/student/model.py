@@ -16,9 +16,9 @@ from llmcompress.architecture import block_stack
 from llmcompress.distill.recipe import Distillation, Kind, Scales
 from llmcompress.distill.student.medians import MedianScale, follows, grids, median_scales
 from llmcompress.errors import RecipeError
-from llmcompress.latents.form import Form
-from llmcompress.modules import CompressedLinear, compressed_linears, put
-from llmcompress.relax import KINDS, Relaxation, RelaxedLinear
+from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
+from llmcompress.weight.trainable.latents.form import Form
+from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

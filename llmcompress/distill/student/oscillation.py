@@ -27,8 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llmcompress.estimators import nearest_codes
-from llmcompress.relax import Relaxed, RelaxedLinear
+from llmcompress.weight.trainable.relax import Relaxed, RelaxedLinear
+from llmcompress.weight.trainable.straight_through import nearest_codes
 
 
 class Freezing(BaseModel):

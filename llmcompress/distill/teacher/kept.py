@@ -33,9 +33,9 @@ from llmcompress.distill.teacher.likeliest import Likeliest
 from llmcompress.distill.teacher.teaching import ReadBack
 from llmcompress.errors import LLMCompressError
 from llmcompress.locate import Place
-from llmcompress.modules import decoded
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.source import load_model
+from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -91,9 +91,9 @@ def peer(student: str, teacher: str, asked: Distillation, output: Path) -> dict[
     from llmcompress.distill.data.source import read_data
     from llmcompress.distill.order import span
     from llmcompress.locate import locate
-    from llmcompress.modules import decoded
     from llmcompress.runtime.precision import product_dtype
     from llmcompress.source import load_model, load_tokenizer
+    from llmcompress.weight.modules import decoded
 
     place = locate(student)
     model, dense = load_model(place), load_model(locate(teacher))
@@ -126,9 +126,9 @@ def with_lora(model: PreTrainedModel, dense: PreTrainedModel, asked: Distillatio
     from peft import LoraConfig, get_peft_model
 
     from llmcompress.distill.student.adapt import adapt
-    from llmcompress.modules import compressed_linears, put
-    from llmcompress.weight import LowRank, Sum
-    from llmcompress.weight import dense as value_of
+    from llmcompress.weight.expression import LowRank, Sum
+    from llmcompress.weight.expression import dense as value_of
+    from llmcompress.weight.modules import compressed_linears, put
 
     if asked.adapt is None:
         raise TypeError("there is no low-rank term to train")

@@ -20,10 +20,10 @@ def compressed(
 ) -> tuple["dict[str, Tensor]", dict[str, Any]]:
     """The one call into llmcompress: ({linear's module path: dense float32 [out, in]}, facts for the JSON line)."""
     from llmcompress.driver import compress
-    from llmcompress.modules import CompressedLinear
     from llmcompress.recipe import read_recipe
     from llmcompress.source import resolve
-    from llmcompress.weight import dense
+    from llmcompress.weight.expression import dense
+    from llmcompress.weight.modules import CompressedLinear
 
     chosen = {"dataset": text, "samples": sequences, "length": length, "held_out": 0}
     same_tokens = {"packing": "true", "bos": "false", "eos": "false", "shuffle": "false"}

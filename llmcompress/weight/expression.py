@@ -17,9 +17,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from llmcompress.packing import packed_bits
-from llmcompress.rotation import rotate_inputs, unrotate
-from llmcompress.trellis import Trellis, matrix
+from llmcompress.weight.hadamard import rotate_inputs, unrotate
+from llmcompress.weight.packing import packed_bits
+from llmcompress.weight.trellis import Trellis, matrix
 
 
 @dataclass(frozen=True, eq=False)

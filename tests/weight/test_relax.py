@@ -13,14 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmcompress import weight as expression
-from llmcompress.encoding import encode
 from llmcompress.errors import NumericsError, RecipeError
-from llmcompress.estimators import ESTIMATORS, Estimator, nearest_codes, slope, straight_cast, straight_codes
-from llmcompress.modules import CompressedLinear
-from llmcompress.relax import KINDS, Relaxation, Relaxed, RelaxedLinear, relax
-from llmcompress.rotation import rotate
-from llmcompress.weight import (
+from llmcompress.weight import expression
+from llmcompress.weight.encoding import encode
+from llmcompress.weight.expression import (
     Bitmap,
     Codebook,
     Dense,
@@ -38,6 +34,17 @@ from llmcompress.weight import (
     describe,
     matmul,
     shape,
+)
+from llmcompress.weight.hadamard import rotate
+from llmcompress.weight.modules import CompressedLinear
+from llmcompress.weight.trainable.relax import KINDS, Relaxation, Relaxed, RelaxedLinear, relax
+from llmcompress.weight.trainable.straight_through import (
+    ESTIMATORS,
+    Estimator,
+    nearest_codes,
+    slope,
+    straight_cast,
+    straight_codes,
 )
 from tests.builders import every_node, grid, random_nestings, seeded
 

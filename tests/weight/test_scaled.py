@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmcompress.encoding import encode
 from llmcompress.errors import RecipeError
 from llmcompress.export.compressed_tensors import obstacle
 from llmcompress.export.gguf_types import Inexact, exact_type
 from llmcompress.export.peft import without_term
-from llmcompress.lookup import check_rows, rows
-from llmcompress.relax import Relaxation, relax
-from llmcompress.weight import (
+from llmcompress.weight.encoding import encode
+from llmcompress.weight.expression import (
     Bitmap,
     Columns,
     Dense,
@@ -30,6 +28,8 @@ from llmcompress.weight import (
     matmul,
     shape,
 )
+from llmcompress.weight.rows import check_rows, rows
+from llmcompress.weight.trainable.relax import Relaxation, relax
 from tests.builders import factors, grid, payload_bits, seeded
 
 SIZE = (6, 16)

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.encoding import decode_node, expand, pattern_tables
 from llmcompress.errors import RecipeError
-from llmcompress.packing import ones_before, unpack, unpack_at, unpack_rows
-from llmcompress.trellis import Trellis, cuts, table
-from llmcompress.weight import (
+from llmcompress.weight.encoding import decode_node, expand, pattern_tables
+from llmcompress.weight.expression import (
     Bitmap,
     Codebook,
     Dense,
@@ -36,6 +34,8 @@ from llmcompress.weight import (
     describe,
     shape,
 )
+from llmcompress.weight.packing import ones_before, unpack, unpack_at, unpack_rows
+from llmcompress.weight.trellis import Trellis, cuts, table
 
 
 def rows(header: dict[str, Any], tensors: Mapping[str, Tensor], chosen: Tensor) -> Weight:

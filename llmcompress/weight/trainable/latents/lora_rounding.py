@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmcompress.latents.form import Cells, Latents
+from llmcompress.weight.trainable.latents.form import Cells, Latents
 
 
 class Offsets(Latents):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmcompress.encoding import encode
 from llmcompress.errors import RecipeError
-from llmcompress.lookup import check_rows, rows
-from llmcompress.weight import Weight, dense, describe, shape
+from llmcompress.weight.encoding import encode
+from llmcompress.weight.expression import Weight, dense, describe, shape
+from llmcompress.weight.rows import check_rows, rows
 from tests.builders import every_node, random_nestings
 
 

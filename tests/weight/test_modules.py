@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.modules import CompressedLinear, Layout, compressed_linears, put
-from llmcompress.relax import KINDS, Relaxation, RelaxedLinear
-from llmcompress.weight import dense, describe
+from llmcompress.weight.expression import dense, describe
+from llmcompress.weight.modules import CompressedLinear, Layout, compressed_linears, put
+from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedLinear
 from tests.builders import every_node
 from tests.tiny import save_tiny
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llmcompress.rotation import rotate
-from llmcompress.weight import (
+from llmcompress.weight.expression import (
     Codebook,
     Dense,
     Grid,
@@ -26,6 +25,7 @@ from llmcompress.weight import (
     dense,
     turned,
 )
+from llmcompress.weight.hadamard import rotate
 
 MARGIN = 2.0**-9  # codes: how far inside its code's cell a latent starts; float32 resolves it at 255
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmcompress.masters import leaves
-from llmcompress.weight import Grid, Weight, dense
+from llmcompress.weight.expression import Grid, Weight, dense
+from llmcompress.weight.trainable.masters import leaves
 
 
 @dataclass(frozen=True, eq=False)

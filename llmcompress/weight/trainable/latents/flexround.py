@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmcompress.latents.form import Cells, Latents
-from llmcompress.masters import MARGIN
+from llmcompress.weight.trainable.latents.form import Cells, Latents
+from llmcompress.weight.trainable.masters import MARGIN
 
 
 class Divided(Latents):

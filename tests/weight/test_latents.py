@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.estimators import slope
-from llmcompress.latents.divided import Divided
-from llmcompress.latents.form import Form, Latents, cells
-from llmcompress.latents.offsets import Offsets
-from llmcompress.masters import MARGIN
-from llmcompress.relax import KINDS, Relaxation, Relaxed, relax
-from llmcompress.weight import Bitmap, Grid, LowRank, Sum, Transposed, Weight, Where, Zero, dense, shape
+from llmcompress.weight.expression import Bitmap, Grid, LowRank, Sum, Transposed, Weight, Where, Zero, dense, shape
+from llmcompress.weight.trainable.latents.flexround import Divided
+from llmcompress.weight.trainable.latents.form import Form, Latents, cells
+from llmcompress.weight.trainable.latents.lora_rounding import Offsets
+from llmcompress.weight.trainable.masters import MARGIN
+from llmcompress.weight.trainable.relax import KINDS, Relaxation, Relaxed, relax
+from llmcompress.weight.trainable.straight_through import slope
 from tests.builders import every_node, grid, random_nestings, seeded
-from tests.laws.test_relax import assert_same_bits, elsewhere, layout, steps
+from tests.weight.test_relax import assert_same_bits, elsewhere, layout, steps
 
 FORMS: dict[str, Form] = {"offsets": partial(Offsets, rank=3), "divided": Divided}
 EXPRESSIONS = every_node() + random_nestings(seed=5, count=12)

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress import weight as weights
-from llmcompress.encoding import decode, encode
-from llmcompress.rotation import rotate
-from llmcompress.weight import (
+from llmcompress.weight import expression as weights
+from llmcompress.weight.encoding import decode, encode
+from llmcompress.weight.expression import (
     Bitmap,
     Codebook,
     Columns,
@@ -35,6 +34,7 @@ from llmcompress.weight import (
     shape,
     unrotate,
 )
+from llmcompress.weight.hadamard import rotate
 from tests.builders import every_node, grid, pattern, payload_bits, random_nestings, seeded
 
 EXPRESSIONS = every_node() + random_nestings(seed=0, count=60)

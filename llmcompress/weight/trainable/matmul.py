@@ -18,10 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llmcompress import weight as expression
-from llmcompress.rotation import unrotate
-from llmcompress.trellis import matrix, table
-from llmcompress.weight import (
+from llmcompress.weight import expression
+from llmcompress.weight.expression import (
     Codebook,
     Dense,
     Grid,
@@ -36,6 +34,8 @@ from llmcompress.weight import (
     both,
     turned,
 )
+from llmcompress.weight.hadamard import unrotate
+from llmcompress.weight.trellis import matrix, table
 
 
 @dataclass(frozen=True, eq=False)

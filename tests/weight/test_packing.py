@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmcompress.packing import (
+from llmcompress.weight.packing import (
     digits_per_byte,
     ones_before,
     pack,

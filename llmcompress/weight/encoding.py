@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.packing import pack, unpack
-from llmcompress.trellis import Trellis
-from llmcompress.weight import (
+from llmcompress.weight.expression import (
     Bitmap,
     Codebook,
     Columns,
@@ -40,6 +38,8 @@ from llmcompress.weight import (
     turned,
     unknown,
 )
+from llmcompress.weight.packing import pack, unpack
+from llmcompress.weight.trellis import Trellis
 
 
 def encode(w: Weight) -> tuple[dict[str, Any], dict[str, Tensor]]:

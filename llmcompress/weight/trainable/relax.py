@@ -27,16 +27,16 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from llmcompress import weight as expression
-from llmcompress.encoding import decode, encode
 from llmcompress.errors import NumericsError, RecipeError
-from llmcompress.estimators import ESTIMATORS, Estimator, straight_cast, straight_codes
-from llmcompress.latents.form import Form, Latents, cells
-from llmcompress.live import by_rows, centred, filled, product
-from llmcompress.masters import masters
-from llmcompress.modules import CompressedLinear
-from llmcompress.packing import pack
-from llmcompress.weight import Weight
+from llmcompress.weight import expression
+from llmcompress.weight.encoding import decode, encode
+from llmcompress.weight.expression import Weight
+from llmcompress.weight.modules import CompressedLinear
+from llmcompress.weight.packing import pack
+from llmcompress.weight.trainable.latents.form import Form, Latents, cells
+from llmcompress.weight.trainable.masters import masters
+from llmcompress.weight.trainable.matmul import by_rows, centred, filled, product
+from llmcompress.weight.trainable.straight_through import ESTIMATORS, Estimator, straight_cast, straight_codes
 
 KINDS = ("codes", "scales", "values", "factors")
 SMALLEST_SCALE = 2.0**-24

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress import weight as expression
-from llmcompress.encoding import decode, encode
 from llmcompress.errors import InputError
-from llmcompress.lookup import rows
+from llmcompress.weight import expression
+from llmcompress.weight.encoding import decode, encode
+from llmcompress.weight.rows import rows
 
 DTYPES = {
     "U8": torch.uint8,

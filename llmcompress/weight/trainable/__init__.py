@@ -1,0 +1,1 @@
+"""A compressed weight that trains: master weights behind straight-through rounding."""
