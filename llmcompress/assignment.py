@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 
 from llmcompress.complaints import at
-from llmcompress.layer import StepConfig
+from llmcompress.methods.layer import StepConfig
 from llmcompress.recipe import REGEX, Recipe
 
 

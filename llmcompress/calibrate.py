@@ -23,7 +23,7 @@ from llmcompress.architecture import Architecture, BlockLayout, Linear
 from llmcompress.blocks import Batch, Calls, Run, drop, embed, head_inputs, in_batches, load
 from llmcompress.errors import InputError
 from llmcompress.importance import TokenWeights, token_weights
-from llmcompress.moments import Moments, capped_weights
+from llmcompress.methods.moments import Moments, capped_weights
 from llmcompress.runtime.memory import give_back_memory
 from llmcompress.source import Source
 from llmcompress.weight.expression import Weight

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from llmcompress.errors import RecipeError
-from llmcompress.layer import StepConfig, methods
+from llmcompress.methods.layer import StepConfig, methods
 from llmcompress.strict_yaml import Path, Places
 
 _BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}

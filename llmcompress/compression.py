@@ -18,13 +18,13 @@ from llmcompress.calibrate import Block, InputGroup
 from llmcompress.errors import NumericsError
 from llmcompress.fuse import Balanced, balance
 from llmcompress.journal import Entry
-from llmcompress.layer import Layer, StepConfig, relative_error
 from llmcompress.learning import Tune
-from llmcompress.methods.hessian import damped
-from llmcompress.moments import Moments
+from llmcompress.methods.engines.hessian import damped
+from llmcompress.methods.layer import Layer, StepConfig, relative_error
+from llmcompress.methods.moments import Moments
+from llmcompress.methods.row_chunks import apply_in_runs
 from llmcompress.planning import Job
 from llmcompress.report import LayerReport
-from llmcompress.runs import apply_in_runs
 from llmcompress.runtime.memory import give_back_memory
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import Dense, Weight, bits, dense, describe

@@ -27,7 +27,7 @@ from llmcompress.hf import table_entry
 from llmcompress.journal import Journal, Origin, opened
 from llmcompress.learning import Tune
 from llmcompress.locate import Place
-from llmcompress.methods.stream_search import searched_there
+from llmcompress.methods.engines.stream_search import searched_there
 from llmcompress.planning import Job, check_memory, lay, plan_of, warnings
 from llmcompress.recipe import Recipe, dump, read_recipe
 from llmcompress.report import Report

@@ -18,7 +18,7 @@ from llmcompress.architecture import Architecture, architecture
 from llmcompress.assignment import Assignment, assign
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.fuse import EXPONENTS, check_awq, rotated_source
-from llmcompress.layer import StepConfig, methods, sketch
+from llmcompress.methods.layer import StepConfig, methods, sketch
 from llmcompress.recipe import Recipe
 from llmcompress.runtime.memory import total_memory
 from llmcompress.runtime.precision import product_dtype

@@ -40,7 +40,7 @@ from llmcompress.complaints import at, check_booleans, dotted, first_complaint, 
 from llmcompress.errors import RecipeError
 from llmcompress.fuse import Fuse
 from llmcompress.importance import TokenWeights
-from llmcompress.layer import StepConfig, step
+from llmcompress.methods.layer import StepConfig, step
 from llmcompress.strict_yaml import OneLine, Path, Places, parse, written
 from llmcompress.target import Target
 from llmcompress.tokens import Calibration

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import llmcompress.methods  # noqa: F401  (registers them)
-from llmcompress.layer import Layer, apply, step
-from llmcompress.moments import STATISTICS, Moments
+from llmcompress.methods.layer import Layer, apply, step
+from llmcompress.methods.moments import STATISTICS, Moments
 from llmcompress.weight.expression import (
     Bitmap,
     Codebook,

@@ -17,7 +17,7 @@ from llmcompress.blocks import Run, embed, in_batches, load
 from llmcompress.calibrate import InputGroup, walk
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.importance import QUERIES, TokenWeights, received_attention, scaled
-from llmcompress.moments import STATISTICS, capped_weights
+from llmcompress.methods.moments import STATISTICS, capped_weights
 from llmcompress.recipe import parse_recipe
 from llmcompress.source import Source, resolve
 from tests.builders import seeded

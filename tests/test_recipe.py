@@ -10,7 +10,7 @@ import yaml
 
 from llmcompress.assignment import assign, matches
 from llmcompress.errors import RecipeError
-from llmcompress.layer import methods, step
+from llmcompress.methods.layer import methods, step
 from llmcompress.recipe import Gates, Recipe, Rule, dump, overrides, parse_recipe, read_recipe
 from llmcompress.strict_yaml import parse
 from llmcompress.tokens import Calibration

@@ -14,7 +14,7 @@ import llmcompress as lc
 from llmcompress.architecture import architecture
 from llmcompress.calibrate import walk
 from llmcompress.errors import RecipeError
-from llmcompress.moments import Moments
+from llmcompress.methods.moments import Moments
 from llmcompress.source import Source, resolve
 from llmcompress.weight import modules
 from llmcompress.weight.expression import dense

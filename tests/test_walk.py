@@ -19,7 +19,7 @@ from llmcompress.architecture import FAMILIES, Architecture, architecture
 from llmcompress.blocks import Batch, Call, Run, _record, _Tape, embed
 from llmcompress.calibrate import Block, walk
 from llmcompress.errors import InputError, NumericsError
-from llmcompress.moments import capped_weights
+from llmcompress.methods.moments import capped_weights
 from llmcompress.source import Source, resolve
 from llmcompress.weight.expression import Dense, dense
 from llmcompress.weight.modules import CompressedLinear

@@ -15,7 +15,7 @@ from typing import Any
 from llmcompress.allocate.sizes import bytes_around, payload_bytes
 from llmcompress.assignment import matches
 from llmcompress.errors import RecipeError
-from llmcompress.layer import StepConfig, sketch, step
+from llmcompress.methods.layer import StepConfig, sketch, step
 from llmcompress.planning import Job
 from llmcompress.recipe import Recipe
 from llmcompress.weight.expression import bits

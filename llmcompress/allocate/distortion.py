@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmcompress.layer import Layer, StepConfig, apply, relative_error
-from llmcompress.moments import Moments
-from llmcompress.runs import apply_in_runs
+from llmcompress.methods.layer import Layer, StepConfig, apply, relative_error
+from llmcompress.methods.moments import Moments
+from llmcompress.methods.row_chunks import apply_in_runs
 from llmcompress.weight.expression import Dense, dense
 
 Steps = tuple[StepConfig, ...]

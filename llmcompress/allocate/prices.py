@@ -23,8 +23,8 @@ from llmcompress.allocate.distortion import between, changed, error, families, i
 from llmcompress.allocate.sensitivity import Probe
 from llmcompress.calibrate import InputGroup, walk
 from llmcompress.errors import NumericsError
-from llmcompress.layer import Layer, methods, step
-from llmcompress.moments import Moments
+from llmcompress.methods.layer import Layer, methods, step
+from llmcompress.methods.moments import Moments
 from llmcompress.planning import Job
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.tokens import CalibrationTokens

@@ -22,9 +22,9 @@ from llmcompress.architecture import Architecture
 from llmcompress.calibrate import Block, InputGroup
 from llmcompress.errors import RecipeError
 from llmcompress.fuse.producers import Feed, feeds
-from llmcompress.layer import StepConfig
-from llmcompress.methods.grid import GridConfig, GridFormat, fit_grid, round_to
-from llmcompress.moments import Moments
+from llmcompress.methods.engines.grid import GridConfig, GridFormat, fit_grid, round_to
+from llmcompress.methods.layer import StepConfig
+from llmcompress.methods.moments import Moments
 from llmcompress.source import Source
 
 EXPONENTS = tuple(step / 20 for step in range(20))

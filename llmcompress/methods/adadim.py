@@ -20,11 +20,11 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.layer import Layer, base_target, join, method, relative_error, split, with_base
-from llmcompress.methods.feedback import feedback
-from llmcompress.methods.grid import GridConfig, GridFormat, fit_grid, grid_of, grid_sketch, round_to
-from llmcompress.methods.hessian import channel_energy, inverse_factor
-from llmcompress.methods.projection import Quantized
+from llmcompress.methods.engines.feedback import feedback
+from llmcompress.methods.engines.grid import GridConfig, GridFormat, fit_grid, grid_of, grid_sketch, round_to
+from llmcompress.methods.engines.hessian import channel_energy, inverse_factor
+from llmcompress.methods.engines.projection import Quantized
+from llmcompress.methods.layer import Layer, base_target, join, method, relative_error, split, with_base
 from llmcompress.weight.expression import Dense, Transposed, Weight, bits, describe, shape
 
 

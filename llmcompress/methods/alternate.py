@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator
 
 from llmcompress.errors import RecipeError
-from llmcompress.layer import Layer, StepConfig, method, methods, relative_error, step
-from llmcompress.methods.low_rank import LowRankConfig
+from llmcompress.methods.engines.low_rank import LowRankConfig
+from llmcompress.methods.layer import Layer, StepConfig, method, methods, relative_error, step
 from llmcompress.weight.expression import Rotated, Weight
 
 ROTATES = "its base is a rotation; make that a step of its own, before alternate"

@@ -28,10 +28,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.layer import Layer, method
-from llmcompress.methods.bitplane_fit import PlaneFormat, fit_planes, lost
-from llmcompress.methods.bitplanes import ColumnConfig, Planes, instead_of_dense, planes_sketch, projected
-from llmcompress.methods.projection import Selected, columns
+from llmcompress.methods.engines.bitplane_fit import PlaneFormat, fit_planes, lost
+from llmcompress.methods.engines.bitplanes import ColumnConfig, Planes, instead_of_dense, planes_sketch, projected
+from llmcompress.methods.engines.projection import Selected, columns
+from llmcompress.methods.layer import Layer, method
 from llmcompress.weight.expression import Columns, Weight, Where, shape
 
 SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of columns, tried as salient

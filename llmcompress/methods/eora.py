@@ -7,9 +7,9 @@ over tokens, not an exponential window over samples.
 
 from typing import Literal
 
-from llmcompress.layer import Layer, method
-from llmcompress.methods.hessian import damped, second_moment
-from llmcompress.methods.low_rank import LowRankConfig, compensate
+from llmcompress.methods.engines.hessian import damped, second_moment
+from llmcompress.methods.engines.low_rank import LowRankConfig, compensate
+from llmcompress.methods.layer import Layer, method
 
 
 class EoRA(LowRankConfig):

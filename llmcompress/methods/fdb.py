@@ -15,9 +15,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmcompress.layer import Layer, method
-from llmcompress.methods.bitplane_fit import PlaneFormat
-from llmcompress.methods.bitplanes import PlaneConfig, Planes, instead_of_dense, planes_sketch, projected
+from llmcompress.methods.engines.bitplane_fit import PlaneFormat
+from llmcompress.methods.engines.bitplanes import PlaneConfig, Planes, instead_of_dense, planes_sketch, projected
+from llmcompress.methods.layer import Layer, method
 from llmcompress.weight.expression import Weight, shape
 
 

@@ -10,11 +10,11 @@ from typing import Literal
 from pydantic import Field
 
 from llmcompress.errors import RecipeError
-from llmcompress.layer import Layer, base_target, method, support, with_base
-from llmcompress.methods.feedback import feedback
-from llmcompress.methods.grid import GridConfig
-from llmcompress.methods.hessian import channel_energy, inverse_factor
-from llmcompress.methods.projection import Quantized
+from llmcompress.methods.engines.feedback import feedback
+from llmcompress.methods.engines.grid import GridConfig
+from llmcompress.methods.engines.hessian import channel_energy, inverse_factor
+from llmcompress.methods.engines.projection import Quantized
+from llmcompress.methods.layer import Layer, base_target, method, support, with_base
 from llmcompress.methods.rtn import quantized_sketch, within_support
 from llmcompress.weight.expression import Weight
 

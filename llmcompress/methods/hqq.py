@@ -19,10 +19,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.layer import Layer, StepConfig, base_target, method, with_base
-from llmcompress.methods.feedback import feedback
-from llmcompress.methods.grid import GridFormat, fit_grid, reciprocal
-from llmcompress.methods.projection import Quantized
+from llmcompress.methods.engines.feedback import feedback
+from llmcompress.methods.engines.grid import GridFormat, fit_grid, reciprocal
+from llmcompress.methods.engines.projection import Quantized
+from llmcompress.methods.layer import Layer, StepConfig, base_target, method, with_base
 from llmcompress.methods.rtn import RTN, within_support
 from llmcompress.weight.expression import Weight
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
-from llmcompress.layer import Layer, method
-from llmcompress.methods.hessian import channel_energy
-from llmcompress.methods.low_rank import LowRankConfig, compensate
+from llmcompress.methods.engines.hessian import channel_energy
+from llmcompress.methods.engines.low_rank import LowRankConfig, compensate
+from llmcompress.methods.layer import Layer, method
 
 
 class LQER(LowRankConfig):

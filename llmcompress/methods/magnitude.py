@@ -5,9 +5,9 @@ Minimises |W - W_approx|^2; needs no data. Stores Where(keep, Dense, Zero). The 
 
 from typing import Literal
 
-from llmcompress.layer import Layer, base_target, method, with_base
-from llmcompress.methods.projection import largest
-from llmcompress.methods.sparsity import PruneConfig, keep_largest_of_rows, kept_of, prune_sketch, pruned
+from llmcompress.methods.engines.projection import largest
+from llmcompress.methods.engines.sparsity import PruneConfig, keep_largest_of_rows, kept_of, prune_sketch, pruned
+from llmcompress.methods.layer import Layer, base_target, method, with_base
 from llmcompress.weight.expression import Weight
 
 

@@ -14,11 +14,10 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.layer import Layer, StepConfig, base_target, join, method, split, with_base
-from llmcompress.methods.feedback import feedback
-from llmcompress.methods.grid import GridFormat, grid_sketch
-from llmcompress.methods.hessian import channel_energy, inverse_factor
-from llmcompress.methods.projection import (
+from llmcompress.methods.engines.feedback import feedback
+from llmcompress.methods.engines.grid import GridFormat, grid_sketch
+from llmcompress.methods.engines.hessian import channel_energy, inverse_factor
+from llmcompress.methods.engines.projection import (
     Kept,
     Quantized,
     Selected,
@@ -29,7 +28,8 @@ from llmcompress.methods.projection import (
     largest_of_each,
     pattern,
 )
-from llmcompress.methods.sparsity import check_pattern, parse_pattern
+from llmcompress.methods.engines.sparsity import check_pattern, parse_pattern
+from llmcompress.methods.layer import Layer, StepConfig, base_target, join, method, split, with_base
 from llmcompress.weight.expression import Bitmap, Columns, Dense, Index, Pattern, Weight, Where, shape
 
 SPAN = 128  # columns over which an element-wise salient share is even

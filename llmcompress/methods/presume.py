@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmcompress.layer import Layer, StepConfig, method
-from llmcompress.moments import Moments
+from llmcompress.methods.layer import Layer, StepConfig, method
+from llmcompress.methods.moments import Moments
 from llmcompress.weight.expression import Weight
 
 FLOOR = 0.1  # of the mean magnitude: a channel with smaller weights may as well be one that is never used

@@ -13,11 +13,11 @@ from typing import Literal
 from pydantic import Field
 
 from llmcompress.errors import RecipeError
-from llmcompress.layer import Layer, StepConfig, base_target, method, split, with_base
-from llmcompress.methods.hessian import metric
-from llmcompress.methods.moves import changed, moved
-from llmcompress.methods.scales import rescaled
-from llmcompress.methods.vectors import books_of
+from llmcompress.methods.engines.hessian import metric
+from llmcompress.methods.engines.moves import changed, moved
+from llmcompress.methods.engines.scales import rescaled
+from llmcompress.methods.engines.vectors import books_of
+from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
 from llmcompress.weight.expression import Weight, Where, describe
 
 SHARE = 0.1  # of the vectors of a row that may change in a step

@@ -18,17 +18,17 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.layer import Layer, StepConfig, base_target, method, split, with_base
-from llmcompress.methods.bitplanes import Planes, planes_of
-from llmcompress.methods.column_scales import without
-from llmcompress.methods.feedback import few_threads
-from llmcompress.methods.grid import grid_of, round_to, spread
-from llmcompress.methods.hessian import metric
-from llmcompress.methods.moves import moved, visited
-from llmcompress.methods.projection import Kept, Pruned, Quantized
-from llmcompress.methods.scales import rescaled
-from llmcompress.methods.streams import Streams
-from llmcompress.methods.vectors import books_of
+from llmcompress.methods.engines.bitplanes import Planes, planes_of
+from llmcompress.methods.engines.column_scales import without
+from llmcompress.methods.engines.feedback import few_threads
+from llmcompress.methods.engines.grid import grid_of, round_to, spread
+from llmcompress.methods.engines.hessian import metric
+from llmcompress.methods.engines.moves import moved, visited
+from llmcompress.methods.engines.projection import Kept, Pruned, Quantized
+from llmcompress.methods.engines.scales import rescaled
+from llmcompress.methods.engines.streams import Streams
+from llmcompress.methods.engines.vectors import books_of
+from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
 from llmcompress.weight.expression import (
     Codebook,
     Dense,

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from llmcompress.layer import Layer, Rotation, StepConfig, method, rotated
+from llmcompress.methods.layer import Layer, Rotation, StepConfig, method, rotated
 from llmcompress.runtime.seeding import generator
 from llmcompress.weight.expression import Rotated, Weight, shape
 

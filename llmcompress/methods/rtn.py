@@ -6,10 +6,10 @@ quantization method. A base that was pruned before stays pruned: only what is ke
 
 from typing import Literal
 
-from llmcompress.layer import Layer, base_target, join, method, split, support, with_base
-from llmcompress.methods.feedback import Projection, feedback
-from llmcompress.methods.grid import GridConfig, grid_sketch
-from llmcompress.methods.projection import Pruned, Quantized, Selected
+from llmcompress.methods.engines.feedback import Projection, feedback
+from llmcompress.methods.engines.grid import GridConfig, grid_sketch
+from llmcompress.methods.engines.projection import Pruned, Quantized, Selected
+from llmcompress.methods.layer import Layer, base_target, join, method, split, support, with_base
 from llmcompress.weight.expression import Weight, Where, shape
 
 

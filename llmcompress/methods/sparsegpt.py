@@ -11,12 +11,12 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from llmcompress.layer import Layer, base_target, method, with_base
-from llmcompress.methods.feedback import feedback
-from llmcompress.methods.grid import GridFormat, grid_sketch
-from llmcompress.methods.hessian import channel_energy, inverse_factor
-from llmcompress.methods.projection import Kept, Pruned, Quantized, Selected, Side, largest, largest_of_each
-from llmcompress.methods.sparsity import PruneConfig, check_pattern, kept_of, prune_sketch
+from llmcompress.methods.engines.feedback import feedback
+from llmcompress.methods.engines.grid import GridFormat, grid_sketch
+from llmcompress.methods.engines.hessian import channel_energy, inverse_factor
+from llmcompress.methods.engines.projection import Kept, Pruned, Quantized, Selected, Side, largest, largest_of_each
+from llmcompress.methods.engines.sparsity import PruneConfig, check_pattern, kept_of, prune_sketch
+from llmcompress.methods.layer import Layer, base_target, method, with_base
 from llmcompress.weight.expression import Weight, shape
 
 SPAN = 128  # columns over which unstructured sparsity is even

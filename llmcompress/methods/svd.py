@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from llmcompress.layer import Layer, method
-from llmcompress.methods.low_rank import LowRankConfig, compensate
+from llmcompress.methods.engines.low_rank import LowRankConfig, compensate
+from llmcompress.methods.layer import Layer, method
 
 
 class SVD(LowRankConfig):

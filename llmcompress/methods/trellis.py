@@ -15,11 +15,11 @@ import torch
 from pydantic import Field
 
 from llmcompress.errors import RecipeError
-from llmcompress.layer import Layer, StepConfig, base_target, method, split, with_base
-from llmcompress.methods.feedback import feedback
-from llmcompress.methods.hessian import feedback_factor, metric
-from llmcompress.methods.scales import rescaled
-from llmcompress.methods.streams import RUN, Streams
+from llmcompress.methods.engines.feedback import feedback
+from llmcompress.methods.engines.hessian import feedback_factor, metric
+from llmcompress.methods.engines.scales import rescaled
+from llmcompress.methods.engines.streams import RUN, Streams
+from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
 from llmcompress.weight.expression import Dense, TrellisCoded, Weight, describe, shape
 from llmcompress.weight.trellis import Trellis
 

@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llmcompress.layer import Layer, method
-from llmcompress.methods.codebooks import CodebookConfig, codebook_sketch, coded
+from llmcompress.methods.engines.codebooks import CodebookConfig, codebook_sketch, coded
+from llmcompress.methods.layer import Layer, method
 from llmcompress.weight.expression import Weight
 
 

@@ -6,9 +6,9 @@ Where(keep, Dense, Zero). Every row keeps the same number of weights.
 
 from typing import Literal
 
-from llmcompress.layer import Layer, base_target, method, with_base
-from llmcompress.methods.hessian import channel_energy
-from llmcompress.methods.sparsity import PruneConfig, keep_largest_of_rows, prune_sketch, pruned
+from llmcompress.methods.engines.hessian import channel_energy
+from llmcompress.methods.engines.sparsity import PruneConfig, keep_largest_of_rows, prune_sketch, pruned
+from llmcompress.methods.layer import Layer, base_target, method, with_base
 from llmcompress.weight.expression import Weight
 
 

@@ -18,7 +18,7 @@ import torch
 import llmcompress.methods  # noqa: F401 (registers them)
 from llmcompress.architecture import architecture
 from llmcompress.calibrate import walk
-from llmcompress.layer import Layer, apply, relative_error, step
+from llmcompress.methods.layer import Layer, apply, relative_error, step
 from llmcompress.source import resolve
 from llmcompress.text import read_text
 from llmcompress.tokens import given_tokens

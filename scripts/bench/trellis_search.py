@@ -13,8 +13,8 @@ import time
 
 import torch
 
-from llmcompress.methods.stream_search import searched_there
-from llmcompress.methods.streams import RUN, Streams
+from llmcompress.methods.engines.stream_search import searched_there
+from llmcompress.methods.engines.streams import RUN, Streams
 from llmcompress.weight.trellis import Trellis
 
 

@@ -18,7 +18,7 @@ from llmcompress.allocate.distortion import error, families
 from llmcompress.allocate.plan import choose
 from llmcompress.allocate.prices import Offer, Priced
 from llmcompress.allocate.sizes import payload_bytes
-from llmcompress.layer import StepConfig, sketch, step
+from llmcompress.methods.layer import StepConfig, sketch, step
 from llmcompress.recipe import read_recipe
 from llmcompress.source import resolve
 from llmcompress.target import Target

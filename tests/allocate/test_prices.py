@@ -14,8 +14,8 @@ from llmcompress.allocate.distortion import error, families, interpolated, rough
 from llmcompress.allocate.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, probe_windows
 from llmcompress.allocate.sizes import payload_bytes
 from llmcompress.architecture import architecture
-from llmcompress.layer import Layer, StepConfig, methods, sketch, step
-from llmcompress.moments import Moments
+from llmcompress.methods.layer import Layer, StepConfig, methods, sketch, step
+from llmcompress.methods.moments import Moments
 from llmcompress.planning import lay
 from llmcompress.recipe import read_recipe
 from llmcompress.source import resolve

@@ -32,8 +32,8 @@ from llmcompress.distill.data.selfdata import Answering, answer
 from llmcompress.distill.losses.loss import loss_config, measure
 from llmcompress.distill.teacher import quantized
 from llmcompress.frontier import budgets, frontier
-from llmcompress.layer import apply, relative_error, step
 from llmcompress.locate import Place
+from llmcompress.methods.layer import apply, relative_error, step
 from llmcompress.protocol import Protocol
 from llmcompress.recipe import read_recipe
 from llmcompress.source import load_model
@@ -42,10 +42,10 @@ from llmcompress.verify import verify
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import Weight, Zero, dense, matmul
 from tests.builders import every_node, gaussian, layer, random_nestings
-from tests.conformance.cases import SIZE, Step, calibration, spelled
-from tests.conformance.test_runs import PIPELINES
 from tests.devices.stand_in import NAME, register
 from tests.distill import cases, miniature
+from tests.methods.conformance.cases import SIZE, Step, calibration, spelled
+from tests.methods.conformance.test_row_chunks import PIPELINES
 from tests.test_journal import SETTINGS
 from tests.test_journal import recipe as compression
 from tests.tiny import FAMILY_CONFIGS, save_tiny

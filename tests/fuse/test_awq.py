@@ -20,9 +20,9 @@ from llmcompress.calibrate import Block, InputGroup, walk
 from llmcompress.errors import RecipeError
 from llmcompress.fuse import Balanced, balance, rotated_source
 from llmcompress.fuse.awq import producer_rows, rounded
-from llmcompress.layer import Layer, relative_error, step
+from llmcompress.methods.layer import Layer, relative_error, step
+from llmcompress.methods.moments import STATISTICS, Moments
 from llmcompress.methods.rtn import RTN, rtn
-from llmcompress.moments import STATISTICS, Moments
 from llmcompress.source import Source, resolve
 from llmcompress.weight.expression import Dense, dense
 from tests.tiny import VOCABULARY, save_tiny

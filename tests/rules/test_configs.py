@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmcompress.distill import Distillation
-from llmcompress.layer import methods
+from llmcompress.methods.layer import methods
 from llmcompress.recipe import read_as, read_recipe
 from tests.rules.source_tree import ROOT
 

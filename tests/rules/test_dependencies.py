@@ -11,7 +11,7 @@ from tests.rules.source_tree import MODULES, ROOT, Module
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LATE = {  # read only when what they are about is there: kernels in Triton, changes to PEFT
-    "llmcompress.viterbi_triton",
+    "llmcompress.methods.engines.viterbi_triton",
     "llmcompress.merges",
 }
 DISTRIBUTIONS = metadata.packages_distributions() | {

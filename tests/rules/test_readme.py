@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import llmcompress.layer
-from llmcompress.methods.grid import GridFormat, grid_sketch
+import llmcompress.methods.layer
+from llmcompress.methods.engines.grid import GridFormat, grid_sketch
 from llmcompress.recipe import dump, parse_recipe
 from llmcompress.weight.expression import Dense, bits
 from tests.builders import compressed, correlated, gaussian
@@ -89,7 +89,7 @@ def test_named_files_are_there(document: str) -> None:
 
 
 def test_the_method_of_fifteen_lines_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmcompress.layer, "_METHODS", llmcompress.layer.methods())
+    monkeypatch.setattr(llmcompress.methods.layer, "_METHODS", llmcompress.methods.layer.methods())
     [program] = blocks("python", "CONTRIBUTING.md")
     assert len([line for line in program.splitlines() if line.strip()]) <= 15
     (tmp_path / "method_of_fifteen_lines.py").write_text(program)
@@ -97,6 +97,6 @@ def test_the_method_of_fifteen_lines_works(tmp_path: Path, monkeypatch: pytest.M
     import_module("method_of_fifteen_lines")
     weight = gaussian(8, 16)
     done = compressed(weight, correlated(64, 16), {"method": "mine"}).approx
-    promised = llmcompress.layer.sketch("a", (8, 16), [llmcompress.layer.step({"method": "mine"})])
+    promised = llmcompress.methods.layer.sketch("a", (8, 16), [llmcompress.methods.layer.step({"method": "mine"})])
     assert bits(done) == bits(promised) < bits(Dense(weight.to(torch.bfloat16)))
     assert bits(done) < bits(grid_sketch((8, 16), GridFormat(2)))

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from llmcompress.assignment import matches
 from llmcompress.errors import RecipeError, listed
-from llmcompress.layer import Layer, split
+from llmcompress.methods.layer import Layer, split
+from llmcompress.methods.moments import Moments
 from llmcompress.methods.svd import SVD, svd
-from llmcompress.moments import Moments
 from llmcompress.recipe import Matching
 from llmcompress.runtime.seeding import generator
 from llmcompress.surgery.kept import matched_blocks, original_name

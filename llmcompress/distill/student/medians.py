@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.methods.grid import spread
+from llmcompress.methods.engines.grid import spread
 from llmcompress.weight.expression import Grid, Weight
 from llmcompress.weight.trainable.masters import leaves
 from llmcompress.weight.trainable.relax import SMALLEST_SCALE, Relaxed

@@ -1,0 +1,258 @@
+"""A layer under compression, the registry of methods, and how far a layer is from its dense weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.methods.moments import STATISTICS, TILE, Moments
+from llmcompress.runtime.precision import bfloat16_factors
+from llmcompress.weight.expression import Dense, LowRank, Rotated, Sum, Weight, Where, Zero, dense, describe
+from llmcompress.weight.hadamard import rotate
+
+ROWS = 8192  # that are in memory a third time while their error is measured
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The input basis a layer is compressed in: `signs` bool `[in]` and Hadamard size of `weight.rotate`."""
+
+    signs: Tensor
+    block: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear on its way. `weight`, `approx` and `inputs` are all in the basis of `rotation`, if there is one."""
+
+    name: str
+    weight: Tensor  # [out, in] float32: what to approximate, the dense teacher's
+    approx: Weight  # what stands for it so far (Dense at first)
+    inputs: Moments
+    seed: str = ""  # the same for layers that read the same input
+    rotation: Rotation | None = None
+    notes: tuple[str, ...] = ()  # fallbacks taken, for the report
+
+    def expression(self) -> Weight:
+        """The finished weight, in the model's own basis."""
+        if self.rotation is None:
+            return self.approx
+        return Rotated(self.approx, self.rotation.signs, self.rotation.block)
+
+
+class StepConfig(BaseModel):
+    """A method's arguments, as a recipe spells them. `examples` feed the conformance suite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: str
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether what becomes of a row depends on the inputs and that row, or a few others, alone; see `runs`."""
+        return False
+
+    @property
+    def presumes(self) -> bool:
+        """Whether the steps after this one find statistics even where nothing was measured."""
+        return False
+
+    def sketch(self, approx: Weight) -> Weight:
+        """The expression this step will leave, on meta tensors: what `plan` counts bits of."""
+        raise NotImplementedError(f"{type(self).__name__} needs a sketch")
+
+    def rough(self) -> StepConfig | None:
+        """A faster step, or none, that changes a layer's error by a factor which hardly depends on the layer; itself
+        where there is none such."""
+        return self
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: `run(layer, config) -> layer`, and the statistics it reads.
+
+    `data_free`: whether it also works on moments of no tokens; then it minimises |W - W_approx|^2.
+    """
+
+    name: str
+    config: type[StepConfig]
+    needs: frozenset[str]
+    run: Callable[[Layer, Any], Layer]
+    data_free: bool
+
+
+_METHODS: dict[str, Method] = {}
+Run = TypeVar("Run", bound=Callable[..., Layer])
+
+
+def method(
+    name: str, config: type[StepConfig], needs: set[str] | frozenset[str] = frozenset(), data_free: bool = False
+) -> Callable[[Run], Run]:
+    """Registers a function `(layer, config) -> layer` under `name`; `data_free` if it can also do without what it
+    `needs`, see `Method`. Raises ValueError for an unknown statistic."""
+    if not needs <= STATISTICS:
+        raise ValueError(f"method {name!r} needs {sorted(set(needs) - STATISTICS)}; known: {sorted(STATISTICS)}")
+
+    def register(run: Run) -> Run:
+        _METHODS[name] = Method(name, config, frozenset(needs), run, data_free or not needs)
+        return run
+
+    return register
+
+
+def methods() -> dict[str, Method]:
+    """Every registered method by name."""
+    return dict(_METHODS)
+
+
+def step(arguments: dict[str, Any]) -> StepConfig:
+    """A step as a recipe spells it: `method` and that method's arguments. Raises ValueError for an unknown method."""
+    name = arguments.get("method")
+    if not isinstance(name, str) or name not in _METHODS:
+        near = get_close_matches(str(name), _METHODS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_METHODS))}"
+        raise ValueError(f"unknown method {name!r}; {hint}")
+    return _METHODS[name].config(**arguments)
+
+
+def apply(layer: Layer, steps: Sequence[StepConfig]) -> Layer:
+    """The layer after every step, in order. Errors of the steps are raised again with the layer's name.
+
+    Raises NumericsError for a weight or statistics with NaN or Inf.
+    """
+    _check_finite(layer)
+    for config in steps:
+        try:
+            layer = _METHODS[config.method].run(layer, config)
+        except (RecipeError, NumericsError) as error:
+            raise type(error)(f"{layer.name}: {config.method}: {error}") from error
+    return layer
+
+
+def _check_finite(layer: Layer) -> None:
+    given = {"weights": layer.weight, "input statistics": layer.inputs.outer, "channel energies": layer.inputs.square}
+    for what, values in given.items():
+        if values is not None and not bool(values.isfinite().all()):
+            raise NumericsError(f"{layer.name}: its {what} hold NaN or Inf; check the model and the calibration text")
+
+
+def sketch(name: str, size: tuple[int, int], steps: Sequence[StepConfig]) -> Weight:
+    """The expression that the steps will leave of a matrix `[out, in]`, without values: what `plan` counts bits of.
+
+    Raises RecipeError where a step cannot work on this shape.
+    """
+    approx: Weight = Dense(torch.empty(size, dtype=torch.bfloat16, device="meta"))
+    outer: Rotated | None = None
+    for config in steps:
+        try:
+            after = config.sketch(approx)
+            if isinstance(after, Rotated):
+                _check_untouched(approx, outer)
+                outer, after = after, after.inner
+            _check_order(approx, after)
+        except RecipeError as error:
+            raise RecipeError(f"{name}: {config.method}: {error}") from error
+        approx = after
+    return approx if outer is None else replace(outer, inner=approx)
+
+
+def _check_untouched(approx: Weight, rotation: object | None) -> None:
+    """Raises RecipeError for a rotation of what is compressed or rotated already."""
+    if not isinstance(approx, Dense) or rotation is not None:
+        raise RecipeError("a rotation must come before every other step, and once; move it to the front")
+
+
+def _check_order(before: Weight, after: Weight) -> None:
+    """Raises RecipeError for a step that would throw away the base that an earlier step made."""
+    (old, old_term), (new, new_term) = split(before), split(after)
+    if old_term is not None and new_term is not old_term:
+        raise RecipeError(f"it would replace the low-rank term of an earlier step ({describe(old_term)}); drop one")
+    kept_pruned = isinstance(old, Where) and isinstance(new, Where) and old.index is new.index
+    if not (isinstance(old, Dense) or old is new or kept_pruned):
+        raise RecipeError(f"it would undo what the steps before it made ({describe(old)}); drop one of them")
+
+
+def relative_error(weight: Tensor, approx: Weight | Tensor, moments: Moments | None = None) -> float:
+    """Output error `|(W - W_approx) X|^2 / |W X|^2`, summed in float64; of the weights alone without an `outer`.
+
+    What it is relative to may be off by one in ten thousand.
+    """
+    value = approx if isinstance(approx, Tensor) else dense(approx)
+    outer = None if moments is None else moments.outer
+    lost = total = 0.0
+    for rows, stored in zip(weight.split(ROWS), value.split(ROWS), strict=True):
+        with bfloat16_factors():  # nothing cancels in it, unlike in what error feedback left
+            total += _energy(rows, outer)
+        lost += _energy(rows - stored.to(weight.device), outer)
+    return lost / total if total > 0 else 0.0
+
+
+def _energy(matrix: Tensor, outer: Tensor | None) -> float:
+    """tr(M H M^T) from the upper half of `outer` (H); |M|^2 without one."""
+    if outer is None:
+        return float(matrix.double().square().sum())
+    total = 0.0
+    for start in range(0, len(outer), TILE):
+        stop = start + TILE
+        seen = matrix[:, start:stop] @ outer[start:stop, start:]
+        seen[:, TILE:] *= 2  # for the mirrored tiles
+        total += float(torch.linalg.vecdot(seen, matrix[:, start:]).sum(dtype=torch.float64))
+    return total
+
+
+def split(approx: Weight) -> tuple[Weight, LowRank | None]:
+    """The base of an approximation and its low-rank term."""
+    match approx:
+        case Sum((base, LowRank() as term)):
+            return base, term
+        case _:
+            return approx, None
+
+
+def join(base: Weight, term: LowRank | None) -> Weight:
+    """The inverse of `split`."""
+    return base if term is None else Sum((base, term))
+
+
+def base_target(layer: Layer) -> Tensor:
+    """What the base should approximate, `[out, in]`: the weight, less what the low-rank term already gives."""
+    term = split(layer.approx)[1]
+    return layer.weight if term is None else layer.weight - dense(term)
+
+
+def with_base(layer: Layer, base: Weight, notes: tuple[str, ...] = ()) -> Layer:
+    """The layer with another base beside its low-rank term, if it has one."""
+    return replace(layer, approx=join(base, split(layer.approx)[1]), notes=layer.notes + notes)
+
+
+def support(approx: Weight) -> Tensor | None:
+    """Where a pruned base may be non-zero, bool `[out, in]`; None for one that is not pruned."""
+    match split(approx)[0]:
+        case Where(index, _, Zero()):
+            return index.inside
+        case _:
+            return None
+
+
+def rotated(layer: Layer, rotation: Rotation) -> Layer:
+    """The layer seen in another input basis; `expression()` leads back. Only before anything was compressed."""
+    _check_untouched(layer.approx, layer.rotation)
+
+    def turn(moments: Moments) -> Moments:
+        if moments.outer is None:
+            return Moments(moments.tokens)
+        half = rotate(moments.outer, rotation.signs, rotation.block)
+        outer = rotate(half.T.contiguous(), rotation.signs, rotation.block).T.contiguous()
+        return Moments(moments.tokens, square=outer.diagonal().clone(), outer=outer)
+
+    key = ("rotated", rotation.block, rotation.signs.numpy(force=True).tobytes())
+    inputs = layer.inputs.memo(key, lambda: turn(layer.inputs))
+    weight = rotate(layer.weight, rotation.signs, rotation.block)
+    return replace(layer, weight=weight, approx=Dense(weight.to(torch.bfloat16)), inputs=inputs, rotation=rotation)

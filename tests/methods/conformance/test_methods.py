@@ -1,0 +1,297 @@
+"""What every registered method promises, checked on every example of its config: a new method is tested from here on.
+
+A step is given small layers of several shapes; where it cannot work on one, it must say so in a sentence, and
+`sketch` must say the same before anything is run.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.methods.layer import Layer, apply, methods, relative_error, step
+from llmcompress.weight.encoding import encode
+from llmcompress.weight.expression import Dense, bits, dense
+from tests.builders import compressed, correlated, gaussian, layer, moments
+from tests.methods.conformance.cases import (
+    ROTATE,
+    SIZE,
+    STEPS,
+    Step,
+    assert_sound,
+    calibration,
+    every_step,
+    refusal,
+    sketched,
+    spelled,
+)
+
+SHAPES = ((1, 1), (7, 33), SIZE, (64, 128), (5, 300))
+
+
+def name(part: Step | tuple[int, int]) -> str:
+    return spelled(part) if isinstance(part, dict) else f"{part[0]}x{part[1]}"
+
+
+CASES = [(arguments, size) for arguments in STEPS for size in SHAPES if refusal(size, arguments) is None]
+REFUSED = [(arguments, size) for arguments in STEPS for size in SHAPES if refusal(size, arguments) is not None]
+every_case = pytest.mark.parametrize("arguments, size", CASES, ids=name)
+
+
+@lru_cache(maxsize=256)
+def _run(name: str, size: tuple[int, int]) -> Layer:
+    arguments = next(a for a in STEPS if str(a) == name)
+    return compressed(gaussian(*size), calibration(size[1]), arguments)
+
+
+def result(arguments: Step, size: tuple[int, int]) -> Layer:
+    """The layer after one step, computed once for all tests that only look at it."""
+    return _run(str(arguments), size)
+
+
+# --- every example on every shape -----------------------------------------------------------------------------------
+
+
+@every_case
+def test_finite_and_as_large_as_planned(arguments: Step, size: tuple[int, int]) -> None:
+    assert_sound(result(arguments, size), size, arguments)
+
+
+@every_case
+def test_same_input_same_bits(arguments: Step, size: tuple[int, int]) -> None:
+    once = encode(result(arguments, size).expression())
+    torch.randn(3)  # the global generator is nobody's business
+    again = encode(compressed(gaussian(*size), calibration(size[1]), arguments).expression())
+    assert once[0] == again[0]
+    assert all(torch.equal(once[1][name], again[1][name]) for name in once[1]), "two runs differ"
+
+
+@every_case
+def test_inputs_are_not_edited(arguments: Step, size: tuple[int, int]) -> None:
+    given = layer(gaussian(*size), calibration(size[1]))
+    assert isinstance(given.approx, Dense)
+    held = {
+        "weight": given.weight,
+        "approx": given.approx.values,
+        "outer": given.inputs.outer,
+        "square": given.inputs.square,
+        "cross": given.inputs.cross,
+    }
+    before = {name: tensor.clone() for name, tensor in held.items() if tensor is not None}
+    state = torch.get_rng_state()
+    done = apply(given, [step(arguments)])
+    assert [name for name in before if not torch.equal(before[name], held[name])] == []  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
+    assert done is not given and given.rotation is None and given.notes == ()
+
+
+@every_case
+def test_never_worse_than_zeroing(arguments: Step, size: tuple[int, int]) -> None:
+    error = relative_error(gaussian(*size), result(arguments, size).expression(), moments(calibration(size[1])))
+    assert error <= 1 + 1e-6, f"error {error}: dropping the layer would be better"
+
+
+@pytest.mark.parametrize("arguments, size", REFUSED, ids=name)
+def test_what_is_refused_is_refused_by_the_plan_and_by_the_run_in_one_sentence(
+    arguments: Step, size: tuple[int, int]
+) -> None:
+    planned = refusal(size, arguments)
+    with pytest.raises(RecipeError) as refused:
+        compressed(gaussian(*size), calibration(size[1]), arguments)
+    for message in (str(refused.value), str(planned)):
+        assert message.startswith(f"block.0.linear: {arguments['method']}: "), message
+        assert "\n" not in message and ";" in message, f"what is wrong; what to do: {message}"
+
+
+def test_only_patterns_ranks_and_halves_limit_shapes() -> None:
+    limited = [a for a, _ in REFUSED if "pattern" not in str(a) and ":" not in str(a.get("salient"))]
+    assert all(a["bits"] == 1.5 for a in limited), "an example refuses a shape"
+
+
+# --- difficult layers -----------------------------------------------------------------------------------------------
+
+
+def difficult() -> dict[str, tuple[Tensor, Tensor]]:
+    """(weight, inputs) by what is difficult about them."""
+    weight, inputs = gaussian(*SIZE), correlated(1024, SIZE[1], seed=1)
+    dead = inputs.clone()
+    dead[:, 3] = 0
+    dead[:, 40:48] = 0
+    twins = inputs.clone()
+    twins[:, 1::2] = twins[:, ::2]
+    spiky = inputs.clone()
+    spiky[0] *= 1000
+    outlier = weight.clone()
+    outlier[5, 7] = 100.0
+    return {
+        "dead channels": (weight, dead),
+        "no input at all": (weight, torch.zeros_like(inputs)),
+        "one token": (weight, inputs[:1]),
+        "fewer tokens than channels": (weight, inputs[:20]),
+        "twin channels": (weight, twins),
+        "constant inputs": (weight, torch.ones(64, SIZE[1])),
+        "one loud token": (weight, spiky),
+        "an outlier weight": (outlier, inputs),
+        "constant weights": (torch.full(SIZE, 0.5), inputs),
+        "bfloat16 weights": (weight.bfloat16().float(), inputs),
+        "tiny inputs": (weight, inputs * 1e-4),
+        "huge inputs": (weight, inputs * 1e4),
+    }
+
+
+@pytest.mark.parametrize("difficulty", difficult())
+@every_step
+def test_difficult_layers(arguments: Step, difficulty: str) -> None:
+    weight, inputs = difficult()[difficulty]
+    done = compressed(weight, inputs, arguments)
+    assert_sound(done, SIZE, arguments)
+    needs = methods()[arguments["method"]].needs  # without data, only the weights' own error is minimised
+    error = relative_error(weight, done.expression(), moments(inputs) if needs else None)
+    assert error <= 1 + 1e-6, f"error {error}: dropping the layer would be better"
+    assert relative_error(weight, done.expression()) < 1.5, "the weights themselves went astray"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weights", "input statistics"])
+@every_step
+def test_nan_and_inf_are_refused_with_the_layer_named(arguments: Step, where: str, bad: float) -> None:
+    weight, inputs = gaussian(*SIZE), correlated(256, SIZE[1])
+    (weight if where == "weights" else inputs)[3, 5] = bad
+    with pytest.raises(NumericsError, match=rf"^block\.0\.linear: its {where} hold NaN or Inf; "):
+        compressed(weight, inputs, arguments)
+
+
+@every_step
+def test_a_zero_matrix_stays_zero(arguments: Step) -> None:
+    done = compressed(torch.zeros(SIZE), correlated(256, SIZE[1]), arguments)
+    assert_sound(done, SIZE, arguments)
+    assert int(dense(done.expression()).count_nonzero()) == 0
+
+
+@every_step
+def test_twice_the_weights_give_twice_the_approximation(arguments: Step) -> None:
+    weight, inputs = 16 * gaussian(*SIZE), correlated(1024, SIZE[1], seed=1)
+    one = dense(compressed(weight, inputs, arguments).expression())
+    two = dense(compressed(2 * weight, inputs, arguments).expression())
+    torch.testing.assert_close(two, 2 * one, rtol=1e-4, atol=1e-5)
+
+
+@every_step
+def test_dead_channels_keep_their_weights(arguments: Step) -> None:
+    """A channel that calibration never saw may speak later; its weights are approximated like any other's."""
+    weight, inputs = gaussian(*SIZE), correlated(1024, SIZE[1], seed=1)
+    inputs[:, :8] = 0
+    if arguments["method"] == "rotate":
+        inputs = correlated(1024, SIZE[1], seed=1)  # no channel is dead in a rotated basis
+    done = compressed(weight, inputs, arguments)
+    lost = (weight - dense(done.expression()))[:, :8].square().sum() / weight[:, :8].square().sum()
+    assert lost < 1, f"{lost} of the unseen channels' energy is lost"
+
+
+# --- against the data-free sibling ----------------------------------------------------------------------------------
+
+SIBLINGS: list[tuple[list[Step], list[Step]]] = [
+    *(
+        ([{"method": "gptq", **form}], [{"method": "rtn", **form}])
+        for form in (
+            {"bits": 1},
+            {"bits": "ternary"},
+            {"bits": 2, "group_size": 16},
+            {"bits": 3, "symmetric": False},
+            {"bits": 4, "clip": False},
+        )
+    ),
+    *(
+        ([{"method": better, **form}], [{"method": "magnitude", **form}])
+        for better in ("wanda", "sparsegpt")
+        for form in ({"sparsity": 0.5}, {"pattern": "2:4"}, {"pattern": "4:8"})
+    ),
+    *(
+        ([{"method": "pb_llm", **form}], [{"method": "pb_llm", **form, "feedback": False}])
+        for form in ({"salient": 0.1}, {"salient": 0.1, "structure": "columns"}, {"salient": "1:8", "group_size": 16})
+    ),
+    *(
+        (
+            [{"method": "rtn", "bits": 2}, {"method": better, **form}],
+            [{"method": "rtn", "bits": 2}, {"method": "svd", **form}],
+        )
+        for better in ("eora", "lqer")
+        for form in ({"rank": 4}, {"rank": 4, "factor_bits": 16}, {"rank": 4, "factor_bits": 4})
+    ),
+    *(
+        ([{"method": name, **form}], [{"method": name, **form, "feedback": False}])
+        for name, form in (
+            ("planes", {"bits": 1}),
+            ("planes", {"bits": 2}),
+            ("planes", {"bits": 3, "group_size": 16}),
+            ("fdb", {"group_size": 16}),
+            ("billm", {}),
+            ("planes", {"bits": 1, "columns": True}),
+            ("kmeans", {}),
+        )
+    ),
+    ([{"method": "adadim", "bits": 3, "group_size": 16}], [{"method": "rtn", "bits": 3, "group_size": 16}]),
+    *(
+        ([{"method": name, **form}], [{"method": name, **form, "rounds": 0}])
+        for name, form in (
+            ("planes", {"bits": 2, "start": "residual"}),
+            ("planes", {"bits": 3}),
+            ("fdb", {"group_size": 16}),
+            ("billm", {"rounds": 15}),
+            ("billm", {"rounds": 15, "columns": True, "bitmap": "all"}),
+        )
+    ),
+    ([{"method": "planes", "bits": 2}], [{"method": "planes", "bits": 2, "start": "residual"}]),
+    ([{"method": "planes", "bits": 2}], [{"method": "gptq", "bits": 2}]),
+    ([ROTATE, {"method": "trellis", "memory": 8}], [ROTATE, {"method": "gptq", "bits": 2}]),
+    ([ROTATE, {"method": "vq"}], [ROTATE, {"method": "kmeans", "bits": 2}]),
+    (
+        [{"method": "sparsegpt", "sparsity": 0.5, "bits": 4}],
+        [{"method": "magnitude", "sparsity": 0.5}, {"method": "rtn", "bits": 4}],
+    ),
+]
+
+
+@pytest.mark.parametrize("steps, sibling", SIBLINGS, ids=lambda steps: " > ".join(map(spelled, steps)))
+def test_calibration_pays_on_tokens_it_has_not_seen(steps: list[Step], sibling: list[Step]) -> None:
+    """Mean over four layers with correlated inputs, 16 tokens a channel; the data must earn at least 3 %."""
+    errors = torch.zeros(2)
+    for seed in range(4):
+        weight = gaussian(48, 64, seed=10 * seed)
+        calibration, unseen = (correlated(1024, 64, seed=100 * seed + part, basis=seed) for part in (1, 2))
+        for i, chosen in enumerate((steps, sibling)):
+            w = compressed(weight, calibration, *chosen).expression()
+            errors[i] += relative_error(weight, w, moments(unseen))
+    assert errors[0] <= 0.97 * errors[1], f"held-out error {errors[0] / 4:.4f}, without data {errors[1] / 4:.4f}"
+
+
+# --- the registry ---------------------------------------------------------------------------------------------------
+
+
+def test_unknown_methods_and_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="did you mean 'gptq'"):
+        step({"method": "gptg"})
+    with pytest.raises(ValueError, match="grup_size"):
+        step({"method": "gptq", "grup_size": 3})
+
+
+def test_layers_that_share_an_input_share_a_rotation_and_its_moments() -> None:
+    inputs = moments(calibration(64))
+    layers = [
+        Layer(name, gaussian(48, 64, s), Dense(gaussian(48, 64, s)), inputs, seed=5) for s, name in enumerate("qk")
+    ]
+    q, k = (apply(each, [step(ROTATE)]) for each in layers)
+    assert q.rotation is not None and k.rotation is not None and torch.equal(q.rotation.signs, k.rotation.signs)
+    assert q.inputs is k.inputs, "the rotated moments are computed twice"
+    other = apply(Layer("o", gaussian(48, 64), Dense(gaussian(48, 64)), inputs, seed=6), [step(ROTATE)])
+    assert other.rotation is not None and not torch.equal(other.rotation.signs, q.rotation.signs)
+
+
+def test_sketches_need_no_values() -> None:
+    big = (2**20, 2**14)  # 34 GB in bfloat16
+    for arguments in ({"method": "gptq", "bits": 3, "group_size": 128}, {"method": "eora", "rank": 64}):
+        assert bits(sketched(big, arguments)) > 0
