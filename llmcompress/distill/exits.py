@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from llmcompress.architecture import block_stack
 from llmcompress.distill.head import Teacher, chunked_loss
-from llmcompress.distill.losses.loss import LossState, SumAndCount
 from llmcompress.distill.objective import head_of
 from llmcompress.distill.recipe import Term
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.losses.loss import LossState, SumAndCount
 from llmcompress.states import depth, states_between
 
 if TYPE_CHECKING:

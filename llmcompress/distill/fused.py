@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmcompress.distill.losses.features import reads_states
 from llmcompress.distill.recipe import Distillation
 from llmcompress.errors import RecipeError
 from llmcompress.fuse import Fuse
+from llmcompress.losses.features import reads_states
 from llmcompress.recipe import read_recipe
 from llmcompress.report import RECIPE
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, Reads, SumAndCount, measure
 from llmcompress.errors import InputError
+from llmcompress.losses.loss import LossConfig, LossState, Predictions, Reads, SumAndCount, measure
 
 LOGITS = 2**24  # of each model that are in memory at once: 64 MiB a tensor in float32
 LOGITS_ON_CPU = 2**22  # from 32 MiB on, an allocator asks the system for new pages each time: a third slower

@@ -30,7 +30,6 @@ from llmcompress.distill.engine import Engine, held_decoded
 from llmcompress.distill.exits import Exits
 from llmcompress.distill.head import chunked_loss
 from llmcompress.distill.held_out import Distances, distances
-from llmcompress.distill.losses.loss import LossState
 from llmcompress.distill.matching import Matching
 from llmcompress.distill.metrics import Metrics, term_names
 from llmcompress.distill.objective import head_of, hidden_states, joined
@@ -42,6 +41,7 @@ from llmcompress.distill.state import Keeper, Progress
 from llmcompress.distill.student.model import Student
 from llmcompress.distill.teacher.teaching import ReadsAlong, Teaching
 from llmcompress.errors import NumericsError, Terminated
+from llmcompress.losses.loss import LossState
 from llmcompress.runtime.signals import stop_requests
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmcompress.distill.losses.divergence import wide
-from llmcompress.distill.losses.features import Features, measure_features, reads_states
-from llmcompress.distill.losses.loss import SumAndCount
 from llmcompress.distill.projection import Pair, projection_name, projections
 from llmcompress.distill.recipe import Layers, Term
 from llmcompress.errors import RecipeError, listed
+from llmcompress.losses.divergence import wide
+from llmcompress.losses.features import Features, measure_features, reads_states
+from llmcompress.losses.loss import SumAndCount
 from llmcompress.states import depth, states_between
 from llmcompress.surgery.kept import matched_blocks
 

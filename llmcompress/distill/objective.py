@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.head import HeadLoss
-from llmcompress.distill.losses.loss import SumAndCount
 from llmcompress.errors import InputError
+from llmcompress.losses.loss import SumAndCount
 from llmcompress.weight.expression import Dense
 from llmcompress.weight.modules import CompressedLinear
 

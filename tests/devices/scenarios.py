@@ -29,10 +29,10 @@ import llmcompress as lc
 from llmcompress.distill import distill
 from llmcompress.distill.data.answering import Sampling
 from llmcompress.distill.data.selfdata import Answering, answer
-from llmcompress.distill.losses.loss import loss_config, measure
 from llmcompress.distill.teacher import quantized
 from llmcompress.frontier import budgets, frontier
 from llmcompress.locate import Place
+from llmcompress.losses.loss import loss_config, measure
 from llmcompress.methods.layer import apply, relative_error, step
 from llmcompress.protocol import Protocol
 from llmcompress.recipe import read_recipe
@@ -43,7 +43,8 @@ from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import Weight, Zero, dense, matmul
 from tests.builders import every_node, gaussian, layer, random_nestings
 from tests.devices.stand_in import NAME, register
-from tests.distill import cases, miniature
+from tests.distill import miniature
+from tests.losses import cases
 from tests.methods.conformance.cases import SIZE, Step, calibration, spelled
 from tests.methods.conformance.test_row_chunks import PIPELINES
 from tests.test_journal import SETTINGS

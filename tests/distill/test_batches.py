@@ -19,7 +19,7 @@ from llmcompress.distill.recipe import Term
 from llmcompress.distill.teacher.teaching import ReadsAlong
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.evaluate import distance
-from tests.distill.cases import CASES, config, spelled
+from tests.losses.cases import CASES, config, spelled
 from tests.tiny import FAMILY_CONFIGS, tiny
 
 LENGTHS = (9, 1, 4, 12, 2, 7)

@@ -12,14 +12,14 @@ from torch.testing import assert_close
 
 import llmcompress.distill.head
 from llmcompress.distill.head import HeadLoss, Online, Term, chunked_loss
-from llmcompress.distill.losses.loss import LossConfig, Predictions, measure
-from llmcompress.distill.losses.taid import TAID
 from llmcompress.errors import InputError
+from llmcompress.losses.loss import LossConfig, Predictions, measure
+from llmcompress.losses.taid import TAID
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear
 from tests.builders import compressed
-from tests.distill.cases import config, every_loss
-from tests.distill.spy import largest_tensor
+from tests.losses.cases import config, every_loss
+from tests.losses.spy import largest_tensor
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from llmcompress.distill.head import Online, Teacher, chunked_loss
-from llmcompress.distill.losses.loss import LossConfig, Predictions, measure
 from llmcompress.distill.teacher.likeliest import Likeliest
-from tests.distill.cases import CASES, config, every_loss, random_predictions, spelled, value
-from tests.distill.spy import largest_tensor
+from llmcompress.losses.loss import LossConfig, Predictions, measure
+from tests.losses.cases import CASES, config, every_loss, random_predictions, spelled, value
+from tests.losses.spy import largest_tensor
 
 MERGING = [case for case in CASES if config(case["loss"], **case).reads() == "merged"]
 merging = pytest.mark.parametrize(

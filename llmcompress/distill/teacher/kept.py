@@ -24,8 +24,6 @@ from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.head import LOGITS
 from llmcompress.distill.held_out import POSITIONS
 from llmcompress.distill.loop import Run
-from llmcompress.distill.losses.forward_kl import ForwardKL
-from llmcompress.distill.losses.loss import Predictions, measure
 from llmcompress.distill.objective import head_of, hidden_states
 from llmcompress.distill.recipe import Teacher
 from llmcompress.distill.teacher.cache import Origin, open_cache, rounded, teacher_digest, tokens_digest, write_cache
@@ -33,6 +31,8 @@ from llmcompress.distill.teacher.likeliest import Likeliest
 from llmcompress.distill.teacher.teaching import ReadBack
 from llmcompress.errors import LLMCompressError
 from llmcompress.locate import Place
+from llmcompress.losses.forward_kl import ForwardKL
+from llmcompress.losses.loss import Predictions, measure
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.source import load_model
 from llmcompress.weight.modules import decoded

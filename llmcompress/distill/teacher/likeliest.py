@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.distill.losses.divergence import FLOOR, wide
-from llmcompress.distill.losses.loss import Predictions, Reads
+from llmcompress.losses.divergence import FLOOR, wide
+from llmcompress.losses.loss import Predictions, Reads
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.distill.losses.divergence import log_probabilities, over_tokens
-from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, SumAndCount, loss
+from llmcompress.losses.divergence import log_probabilities, over_tokens
+from llmcompress.losses.loss import LossConfig, LossState, Predictions, SumAndCount, loss
 
 
 class OFA(LossConfig):

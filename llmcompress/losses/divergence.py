@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.distill.losses.loss import LossConfig, Predictions, Reads, SumAndCount
+from llmcompress.losses.loss import LossConfig, Predictions, Reads, SumAndCount
 
 # At or below it, a logit means "never". It takes the place of -inf: its exponential is 0 just the same, but the
 # difference of two of it is 0 and 0 times it is 0, where -inf would make NaN. float32 has room to add a few of it.

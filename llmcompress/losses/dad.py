@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmcompress.distill.losses.divergence import entropy, kl, log_probabilities
-from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, SumAndCount, loss
+from llmcompress.losses.divergence import entropy, kl, log_probabilities
+from llmcompress.losses.loss import LossConfig, LossState, Predictions, SumAndCount, loss
 
 
 class DAD(LossConfig):

@@ -9,10 +9,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmcompress.distill.losses.divergence import wide
-from llmcompress.distill.losses.features import Features, feature_loss
-from llmcompress.distill.losses.loss import LossConfig, SumAndCount
 from llmcompress.errors import InputError
+from llmcompress.losses.divergence import wide
+from llmcompress.losses.features import Features, feature_loss
+from llmcompress.losses.loss import LossConfig, SumAndCount
 
 
 class Hidden(LossConfig):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmcompress.distill.losses.divergence import TemperedConfig, over_tokens, softened_logits
-from llmcompress.distill.losses.loss import LossState, Predictions, SumAndCount, loss
+from llmcompress.losses.divergence import TemperedConfig, over_tokens, softened_logits
+from llmcompress.losses.loss import LossState, Predictions, SumAndCount, loss
 
 
 class ForwardKL(TemperedConfig):

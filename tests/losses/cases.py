@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import llmcompress.distill.losses  # noqa: F401  (registers them)
-from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, loss_config, losses, measure
+import llmcompress.losses  # noqa: F401  (registers them)
+from llmcompress.losses.loss import LossConfig, LossState, Predictions, loss_config, losses, measure
 
 # Losses that want something else than the teacher's prediction: the truth, too.
 BY_TRUTH = {"cross_entropy", "ofa"}

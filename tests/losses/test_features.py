@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-import llmcompress.distill.losses  # noqa: F401  (registers them)
-from llmcompress.distill.losses.features import Features, feature_loss_config, feature_losses, measure_features
-from llmcompress.distill.losses.loss import LossConfig
+import llmcompress.losses  # noqa: F401  (registers them)
 from llmcompress.errors import InputError
-from tests.distill.cases import spelled
-from tests.distill.spy import largest_tensor
+from llmcompress.losses.features import Features, feature_loss_config, feature_losses, measure_features
+from llmcompress.losses.loss import LossConfig
+from tests.losses.cases import spelled
+from tests.losses.spy import largest_tensor
 
 CASES = [{"loss": each.name, **example} for each in feature_losses().values() for example in each.config.examples]
 every_loss = pytest.mark.parametrize("config", [feature_loss_config(case) for case in CASES], ids=map(spelled, CASES))

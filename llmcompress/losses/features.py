@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from llmcompress.distill.losses.loss import LossConfig, SumAndCount, known_name, loss_config, losses
+from llmcompress.losses.loss import LossConfig, SumAndCount, known_name, loss_config, losses
 
 
 @dataclass(frozen=True)

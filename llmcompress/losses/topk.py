@@ -11,8 +11,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, stack
 
-from llmcompress.distill.losses.divergence import FLOOR, TemperedConfig, kl, log_probabilities, over_tokens
-from llmcompress.distill.losses.loss import LossState, Predictions, SumAndCount, loss
+from llmcompress.losses.divergence import FLOOR, TemperedConfig, kl, log_probabilities, over_tokens
+from llmcompress.losses.loss import LossState, Predictions, SumAndCount, loss
 
 
 class TopK(TemperedConfig):

@@ -6,8 +6,8 @@ degree, where KL asks for likely ones.
 
 from typing import Literal
 
-from llmcompress.distill.losses.divergence import FLOOR, over_tokens, shared_logits
-from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, SumAndCount, loss
+from llmcompress.losses.divergence import FLOOR, over_tokens, shared_logits
+from llmcompress.losses.loss import LossConfig, LossState, Predictions, SumAndCount, loss
 
 
 class LogitMSE(LossConfig):

@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmcompress.distill.losses.divergence import TemperedConfig, kl, log_probabilities, mixture, over_tokens
-from llmcompress.distill.losses.loss import LossState, Predictions, SumAndCount, loss
+from llmcompress.losses.divergence import TemperedConfig, kl, log_probabilities, mixture, over_tokens
+from llmcompress.losses.loss import LossState, Predictions, SumAndCount, loss
 
 
 class SkewedKL(TemperedConfig):

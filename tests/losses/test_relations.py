@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmcompress.distill.losses.ofa import enhanced
-from tests.distill.cases import config, random_predictions, solved, value
+from llmcompress.losses.ofa import enhanced
+from tests.losses.cases import config, random_predictions, solved, value
 
 GIVEN = random_predictions()
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

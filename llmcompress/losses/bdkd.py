@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmcompress.distill.losses.divergence import TemperedConfig, entropy, kl, log_probabilities, over_tokens
-from llmcompress.distill.losses.loss import LossState, Predictions, SumAndCount, loss
+from llmcompress.losses.divergence import TemperedConfig, entropy, kl, log_probabilities, over_tokens
+from llmcompress.losses.loss import LossState, Predictions, SumAndCount, loss
 
 
 class BDKD(TemperedConfig):

@@ -1,6 +1,6 @@
 """Losses of distillation, one file each. Importing this package registers them all."""
 
-from llmcompress.distill.losses import (
+from llmcompress.losses import (
     bdkd,
     cross_entropy,
     dad,

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from llmcompress.distill.losses.divergence import over_tokens, shared_logits
-from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, Reads, SumAndCount, loss
 from llmcompress.errors import NumericsError
+from llmcompress.losses.divergence import over_tokens, shared_logits
+from llmcompress.losses.loss import LossConfig, LossState, Predictions, Reads, SumAndCount, loss
 
 
 class TAID(LossConfig):

@@ -9,9 +9,9 @@ import random
 import pytest
 from pydantic import ValidationError
 
-from llmcompress.distill.losses.taid import TAID, taid
 from llmcompress.errors import NumericsError
-from tests.distill.cases import random_predictions
+from llmcompress.losses.taid import TAID, taid
+from tests.losses.cases import random_predictions
 
 
 def noisy_losses(steps: int, seed: int = 0) -> list[float]:

@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from llmcompress.distill.losses.divergence import FLOOR, kl, wide
-from llmcompress.distill.losses.features import Features, feature_loss
-from llmcompress.distill.losses.loss import LossConfig, SumAndCount
 from llmcompress.errors import InputError
+from llmcompress.losses.divergence import FLOOR, kl, wide
+from llmcompress.losses.features import Features, feature_loss
+from llmcompress.losses.loss import LossConfig, SumAndCount
 
 
 class MiniLM(LossConfig):

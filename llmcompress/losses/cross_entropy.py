@@ -4,8 +4,8 @@ from typing import Literal
 
 from torch import nn
 
-from llmcompress.distill.losses.divergence import over_tokens, wide
-from llmcompress.distill.losses.loss import LossConfig, LossState, Predictions, Reads, SumAndCount, loss
+from llmcompress.losses.divergence import over_tokens, wide
+from llmcompress.losses.loss import LossConfig, LossState, Predictions, Reads, SumAndCount, loss
 
 
 class CrossEntropy(LossConfig):

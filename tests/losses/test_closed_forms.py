@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from llmcompress.distill.losses.taid import TAID
-from tests.distill.cases import config, random_predictions, solved
+from llmcompress.losses.taid import TAID
+from tests.losses.cases import config, random_predictions, solved
 
 Solution = tuple[Tensor, Tensor]  # loss [tokens], gradient [tokens, vocabulary]
 GIVEN = random_predictions()

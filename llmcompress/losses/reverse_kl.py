@@ -6,8 +6,8 @@ takes it over texts that the student writes; here the texts are given.
 
 from typing import Literal
 
-from llmcompress.distill.losses.divergence import TemperedConfig, kl, log_probabilities, over_tokens
-from llmcompress.distill.losses.loss import LossState, Predictions, SumAndCount, loss
+from llmcompress.losses.divergence import TemperedConfig, kl, log_probabilities, over_tokens
+from llmcompress.losses.loss import LossState, Predictions, SumAndCount, loss
 
 
 class ReverseKL(TemperedConfig):
