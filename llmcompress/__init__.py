@@ -11,13 +11,13 @@ when it is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from llmcompress import plugin
+from llmcompress.models import import_hooks
 
 if TYPE_CHECKING:
-    from llmcompress.adapters import fold, plain_head
     from llmcompress.comparison import compare
     from llmcompress.driver import Result
     from llmcompress.errors import LLMCompressError
+    from llmcompress.models.lora import fold, plain_head
     from llmcompress.protocol import Protocol
     from llmcompress.recipe import Recipe, Rule
     from llmcompress.recover import compress, plan
@@ -68,7 +68,7 @@ _HOMES = {
     "score": "scoring",
 }
 
-plugin.install()
+import_hooks.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.architecture import Architecture
 from llmcompress.errors import InputError, NumericsError
+from llmcompress.models.dense import Source
+from llmcompress.models.families import Architecture
 from llmcompress.runtime.memory import give_back_memory
 from llmcompress.runtime.precision import products
-from llmcompress.source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from llmcompress.delivery import export, push, verify
+from llmcompress.models import file_names
 from llmcompress.options import (
     AsJson,
     BatchSize,
@@ -147,7 +148,7 @@ def inspect(
         from llmcompress.recipe import dump, read_recipe
 
         found = report.read(folder)
-        recipe = read_recipe(folder / report.RECIPE)
+        recipe = read_recipe(folder / file_names.RECIPE)
         terminal.warn(summarized(found.warnings))
         values = found.to_json() | ({"recipe": recipe.model_dump(mode="json")} if as_json else {})
         if (distilled := report.read_distillation(folder)) is not None:

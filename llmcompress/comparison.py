@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from llmcompress import evaluate
-from llmcompress.checkpoint import replace_text
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate import ALONE, Processes
-from llmcompress.locate import Place, locate
+from llmcompress.models.checkpoint import replace_text
+from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.locate import Place, locate
 from llmcompress.protocol import STANDARD, Protocol
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
 from llmcompress.scoring import size_of
-from llmcompress.source import load_model, load_tokenizer
 from llmcompress.tables import comparison_markdown
 
 KINDS = (".md", ".json")  # of an output file

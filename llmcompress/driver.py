@@ -8,7 +8,6 @@ Blocks are written as soon as they are done, so memory follows one block, whatev
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,16 +17,18 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress import report as reports
 from llmcompress.calibrate import Block, walk
-from llmcompress.checkpoint import MANIFEST, Writer, check_output, copy_folder, writing
 from llmcompress.compression import Run, compress_block, restore, waiting
 from llmcompress.errors import NumericsError, RecipeError
-from llmcompress.hf import table_entry
 from llmcompress.journal import Journal, Origin, opened
 from llmcompress.learning import Tune
-from llmcompress.locate import Place
 from llmcompress.methods.engines.stream_search import searched_there
+from llmcompress.models import file_names
+from llmcompress.models.checkpoint import Writer, check_output, copy_folder, writing
+from llmcompress.models.companions import copy_companions
+from llmcompress.models.dense import load_model, resolve
+from llmcompress.models.hf_quantizer import table_entry
+from llmcompress.models.locate import Place
 from llmcompress.planning import Job, check_memory, lay, plan_of, warnings
 from llmcompress.recipe import Recipe, dump, read_recipe
 from llmcompress.report import Report
@@ -35,9 +36,7 @@ from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import peak_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype
 from llmcompress.runtime.versions import versions
-from llmcompress.source import load_model, resolve
 from llmcompress.tokens import CalibrationTokens, calibration_tokens
-from llmcompress.validation import INDEX
 from llmcompress.weight.modules import Layout, payload_texts
 
 if TYPE_CHECKING:
@@ -118,8 +117,8 @@ def compress(
         journal.close()
         size = writer.close()
         report = _report(run, tokens, journal, size, time.monotonic() - started)
-        writer.write(reports.FILE, json.dumps(report.to_json(), indent=2))
-        writer.write(reports.RECIPE, dump(job.recipe))
+        writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
+        writer.write(file_names.RECIPE, dump(job.recipe))
     return Result(Path(output), report, temporary)
 
 
@@ -189,17 +188,6 @@ def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
     config["quantization_config"] = table_entry(layouts) | {"versions": versions()}
     writer.write("config.json", json.dumps(config, indent=1))
     copy_companions(job.source.folder, writer.folder)
-
-
-def copy_companions(folder: Path, target: Path) -> None:
-    """Copies what lies beside a model's weights: tokenizer, chat template, generation config, licence."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and (path.suffix in COMPANIONS or path.name.startswith("LICENSE")) and path.name not in OURS:
-            shutil.copyfile(path, target / path.name)
-
-
-COMPANIONS = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
-OURS = {"config.json", INDEX, MANIFEST, reports.FILE, reports.SCORES}
 
 
 def _check_gates(run: Run) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmcompress import report as reports
 from llmcompress.card import Taught, card
-from llmcompress.checkpoint import CARD, MANIFEST, PLOT, README, manifest, read_json
 from llmcompress.errors import HubError, InputError, RecipeError
+from llmcompress.models import file_names
+from llmcompress.models.checkpoint import CARD, MANIFEST, PLOT, README, manifest, read_json
 from llmcompress.plots import layers_png
 from llmcompress.verify import verify
 
@@ -63,8 +64,8 @@ def push(
 
 def _card(folder: Path, repository: str) -> dict[str, bytes]:
     """The files of the card: its text, and its plot if matplotlib is there; the text says so if not."""
-    recipe = (folder / reports.RECIPE).read_text(encoding="utf-8")
-    scores = read_json(folder / reports.SCORES) if (folder / reports.SCORES).is_file() else None
+    recipe = (folder / file_names.RECIPE).read_text(encoding="utf-8")
+    scores = read_json(folder / file_names.SCORES) if (folder / file_names.SCORES).is_file() else None
     report = reports.read(folder)
     plots = {PLOT: layers_png(report)} if find_spec("matplotlib") else {}
     text = card(report, repository, recipe, scores, PLOT if plots else None, _taught(folder))
@@ -76,7 +77,7 @@ def _taught(folder: Path) -> Taught | None:
     found = reports.read_distillation(folder)
     if found is None:
         return None
-    recipe = (folder / reports.DISTILLATION_RECIPE).read_text(encoding="utf-8")
+    recipe = (folder / file_names.DISTILLATION_RECIPE).read_text(encoding="utf-8")
     return Taught(found, recipe)
 
 
@@ -114,7 +115,7 @@ def _files_of(api: HfApi, repository: str, revision: str | None) -> set[str]:
 def _check_ours(repository: str, there: set[str]) -> None:
     """Raises HubError for a repository that holds another kind of model."""
     weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in there)
-    if weights and not {MANIFEST, reports.FILE} <= there:
+    if weights and not {MANIFEST, file_names.REPORT} <= there:
         raise HubError(f"{repository} holds a model that llmcompress did not write; choose another name")
 
 

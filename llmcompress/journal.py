@@ -22,12 +22,12 @@ from typing import Any
 
 from torch import Tensor
 
-from llmcompress.checkpoint import Writer, read_tensors, sync, write_tensors
 from llmcompress.errors import DiskError, InputError
+from llmcompress.models.checkpoint import Writer, read_tensors, sync, write_tensors
+from llmcompress.models.dense import Source
 from llmcompress.recipe import Recipe
 from llmcompress.report import LayerReport
 from llmcompress.runtime.versions import versions
-from llmcompress.source import Source
 from llmcompress.text import is_file
 from llmcompress.tokens import Calibration
 from llmcompress.weight.modules import Layout, payload_texts

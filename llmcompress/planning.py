@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from llmcompress.architecture import Architecture, architecture
 from llmcompress.assignment import Assignment, assign
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.fuse import EXPONENTS, check_awq, rotated_source
 from llmcompress.methods.layer import StepConfig, methods, sketch
+from llmcompress.models.dense import Source
+from llmcompress.models.families import Architecture, architecture
 from llmcompress.recipe import Recipe
 from llmcompress.runtime.memory import total_memory
 from llmcompress.runtime.precision import product_dtype
-from llmcompress.source import Source
 from llmcompress.weight.expression import Weight, bits, describe
 from llmcompress.weight.modules import row_scale
 from llmcompress.weight.rows import check_rows

@@ -23,19 +23,20 @@ from llmcompress import driver
 from llmcompress import report as reports
 from llmcompress.allocate import Allocation, allocate
 from llmcompress.allocate.kept import allocate_by
-from llmcompress.checkpoint import check_output, locked
 from llmcompress.driver import Progress, Result
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.journal import is_older
 from llmcompress.learning import Tune
-from llmcompress.locate import Place
+from llmcompress.models import file_names
+from llmcompress.models.checkpoint import check_output, locked
+from llmcompress.models.dense import Source as Dense
+from llmcompress.models.dense import load_model, resolve
+from llmcompress.models.locate import Place
 from llmcompress.planning import Plan, lay, plan_of
 from llmcompress.recipe import Recipe, read_recipe, section
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
-from llmcompress.source import Source as Dense
-from llmcompress.source import load_model, resolve
 from llmcompress.tokens import Calibration, check_length
 
 if TYPE_CHECKING:
@@ -207,8 +208,8 @@ def is_there(staged: Path, recipe: Recipe, dense: Dense) -> bool:
     if not staged.is_dir() or not any(staged.iterdir()):
         return False
     found = reports.read(staged)
-    before = (read_recipe(staged / reports.RECIPE), found.model, found.revision, found.versions)
-    then = (staged / reports.FILE).stat().st_mtime
+    before = (read_recipe(staged / file_names.RECIPE), found.model, found.revision, found.versions)
+    then = (staged / file_names.REPORT).stat().st_mtime
     if before != (recipe, dense.name, dense.revision, versions()) or is_older(then, dense, recipe.calibration):
         raise DiskError(
             f"{staged} was left by a run with another recipe, model, text or version; remove it, or choose another "

@@ -6,16 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmcompress.checkpoint import read_json
 from llmcompress.errors import InputError
-
-FILE = "report.json"
-RECIPE = "recipe.yaml"
-SCORES = "eval.json"  # what `eval --save` leaves for the card
-ALLOCATION = "allocation.json"  # what a target's plan was chosen from, and what it was to do and did
-DISTILLATION = "distillation.json"  # what `distill` did, its recipe, and its curve
-DISTILLATION_RECIPE = "distillation.yaml"
-DISTILLATION_PLOT = "distillation.png"
+from llmcompress.models.checkpoint import read_json
+from llmcompress.models.file_names import ALLOCATION, DISTILLATION, REPORT
 
 
 @dataclass(frozen=True)
@@ -74,16 +67,16 @@ class Report:
             texts = {"warnings": tuple(entries["warnings"]), "fused": tuple(entries.get("fused", ()))}
             return Report(**{**entries, **texts, "layers": tuple(layers)})
         except (KeyError, TypeError) as error:
-            raise InputError(f"{FILE} is not a report of this version of llmcompress ({error})") from error
+            raise InputError(f"{REPORT} is not a report of this version of llmcompress ({error})") from error
 
 
 def read(folder: Path) -> Report:
     """The report of a compressed checkpoint. Raises InputError for a folder without one."""
     try:
-        return Report.from_json(read_json(folder / FILE))
+        return Report.from_json(read_json(folder / REPORT))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{folder} holds no {FILE}, so it was not written by llmcompress; give such a folder"
+            f"{folder} holds no {REPORT}, so it was not written by llmcompress; give such a folder"
         ) from error
 
 

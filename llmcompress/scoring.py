@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 from llmcompress import report as reports
-from llmcompress.architecture import Linear, architecture
-from llmcompress.checkpoint import add_file, check_output, read_json, writing
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate import ALONE, Evaluation, Processes, compare, evaluate
-from llmcompress.locate import Place, locate
+from llmcompress.models import file_names
+from llmcompress.models.checkpoint import add_file, check_output, read_json, writing
+from llmcompress.models.dense import Source, dense_skeleton, load_model, load_tokenizer, open_source, read_headers
+from llmcompress.models.families import Linear, architecture
+from llmcompress.models.locate import Place, locate
 from llmcompress.protocol import STANDARD, Protocol
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
-from llmcompress.source import Source, dense_skeleton, load_model, load_tokenizer, open_source, read_headers
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def score(
     output that cannot be written.
     """
     place = locate(str(model), revision)
-    if save and (against is None or not (place.folder / reports.FILE).is_file()):
+    if save and (against is None or not (place.folder / file_names.REPORT).is_file()):
         raise RecipeError("saving scores needs a folder that compress wrote, and the dense model to compare it with")
     if output is not None:
         check_output(output, 0)
@@ -66,7 +67,7 @@ def score(
         if processes.rank == 0:
             both = {"dense": dense.to_json(), "compressed": found.to_json()}
             entries = protocol.to_json() | {"versions": versions()} | both
-            add_file(place.folder, reports.SCORES, json.dumps(entries, indent=2))
+            add_file(place.folder, file_names.SCORES, json.dumps(entries, indent=2))
     else:
         found = evaluate(loaded, tokenizer, protocol, against=teacher, processes=processes)
     values = found.to_json() | asdict(size) | {"protocol": protocol.to_json()}
@@ -77,7 +78,7 @@ def score(
 
 def _write(output: Path, place: Place, found: Evaluation, values: dict[str, Any]) -> None:
     with writing(output) as writer:
-        writer.write(reports.SCORES, json.dumps(values, indent=2))
+        writer.write(file_names.SCORES, json.dumps(values, indent=2))
         if found.tasks.scores:
             found.tasks.save(writer.folder, place.name if place.name.strip("./") else str(place.folder.resolve()))
 
@@ -85,7 +86,7 @@ def _write(output: Path, place: Place, found: Evaluation, values: dict[str, Any]
 def size_of(place: Place) -> Size:
     """From the report of a compressed checkpoint, else from the headers of a dense one, which is checked thereby, or of
     one that another tool has quantized."""
-    if (place.folder / reports.FILE).is_file():
+    if (place.folder / file_names.REPORT).is_file():
         report = reports.read(place.folder)
         return Size(report.bytes, report.bpw, report.model_bpw)
     entries = _config(place.folder)

@@ -6,16 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcompress.checkpoint import MANIFEST, check_manifest, manifest, read_json
-from llmcompress.errors import InputError
 from llmcompress.evaluate import evaluate
-from llmcompress.hf import NAME
-from llmcompress.locate import Place, locate
+from llmcompress.models.checkpoint import MANIFEST, check_manifest, manifest
+from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.integrity import weight_files
+from llmcompress.models.kind import check_kind
+from llmcompress.models.locate import Place, locate
 from llmcompress.protocol import Protocol
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.source import load_model, load_tokenizer
 from llmcompress.tokens import context_length
-from llmcompress.validation import weight_files
 from llmcompress.weight.modules import compressed_modules
 
 
@@ -72,14 +71,3 @@ def verify(
         top1_agreement=None if found.distance is None else found.distance.top1_agreement,
         notes=notes,
     )
-
-
-def check_kind(folder: Path) -> None:
-    """Raises InputError for a folder that holds no checkpoint of ours."""
-    try:
-        config = read_json(folder / "config.json")
-        kind = (config.get("quantization_config") or {}).get("quant_method")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read ({error}); give a compressed checkpoint") from error
-    if kind != NAME:
-        raise InputError(f"{folder} holds no model compressed by llmcompress; give the folder that compress wrote")

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import llmcompress as lc
 from llmcompress.distill import Distillation, Distilled, distill
 from llmcompress.evaluate import PAIRS, compare
-from llmcompress.locate import locate
+from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.locate import locate
 from llmcompress.recipe import read_as
-from llmcompress.source import load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs" / "smollm2-135m" / "default.yaml"
@@ -30,7 +30,7 @@ LESSON = ROOT / "configs" / "distillation" / "scales-norms.yaml"
 SIDES = ("dense", "compressed", "distilled")
 PROMPTS = ("The capital of France is", "Water boils when", "To learn to play the piano, one should")
 NEW_TOKENS = 24
-LOCATE = "import sys; from llmcompress.locate import locate; locate(sys.argv[1])"
+LOCATE = "import sys; from llmcompress.models.locate import locate; locate(sys.argv[1])"
 RELOAD = """
 import json, sys, torch, llmcompress
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -22,10 +22,12 @@ import llmcompress.recover
 import llmcompress.scoring
 from llmcompress import errors
 from llmcompress.cli import app
+from llmcompress.models.file_names import RECIPE
+from llmcompress.models.file_names import REPORT as REPORT_FILE
 from llmcompress.planning import LayerPlan, Plan
 from llmcompress.protocol import Protocol
 from llmcompress.recipe import dump, parse_recipe
-from llmcompress.report import FILE, RECIPE, LayerReport, Report
+from llmcompress.report import LayerReport, Report
 from llmcompress.tables import comparison_markdown, grouped, report_view, summarized
 from llmcompress.terminal import Terminal, duration, verdict
 from tests.tiny import save_tiny
@@ -238,7 +240,7 @@ def test_json_has_null_for_numbers_that_json_lacks(monkeypatch: pytest.MonkeyPat
 
 
 def test_inspect_shows_the_report_and_the_recipe(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text(json.dumps(REPORT.to_json()))
+    (tmp_path / REPORT_FILE).write_text(json.dumps(REPORT.to_json()))
     (tmp_path / RECIPE).write_text(dump(parse_recipe(TEXT)))
     found = json.loads(run("inspect", tmp_path, "--json").stdout)
     assert found["recipe"]["rules"][0]["steps"][0]["bits"] == 3

@@ -14,17 +14,17 @@ import pytest
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.checkpoint import MANIFEST, check_manifest
 from llmcompress.cli import app
 from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeError
 from llmcompress.evaluate import evaluate
 from llmcompress.frontier import SILENT, Told, budgets, frontier, read_peers, sweep
 from llmcompress.frontier.sweep import PRICES
-from llmcompress.locate import locate
+from llmcompress.models.checkpoint import MANIFEST, check_manifest
+from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.file_names import ALLOCATION, DISTILLATION, RECIPE, SCORES
+from llmcompress.models.locate import locate
 from llmcompress.protocol import Protocol
 from llmcompress.recipe import Recipe, dump, read_recipe
-from llmcompress.report import ALLOCATION, DISTILLATION, RECIPE, SCORES
-from llmcompress.source import load_model, load_tokenizer
 from llmcompress.tables import frontier_markdown
 from llmcompress.verify import verify
 from tests.tiny import save_tiny

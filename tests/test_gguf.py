@@ -27,10 +27,10 @@ from llmcompress.export import export
 from llmcompress.export.gguf_llama import llama
 from llmcompress.export.gguf_types import Inexact, exact_type, packed
 from llmcompress.export.gguf_vocabulary import BYTES, PRE_TOKENIZERS, SPACE, Steps, read_vocabulary
-from llmcompress.export.opened import Opened
 from llmcompress.export.peft import without_term
-from llmcompress.hf import LLMCompressConfig, table_entry
-from llmcompress.locate import locate
+from llmcompress.models.compressed import Opened
+from llmcompress.models.hf_quantizer import LLMCompressConfig, table_entry
+from llmcompress.models.locate import locate
 from llmcompress.weight.expression import Dense, Grid, LowRank, Rotated, Sum, Weight, Zero, dense
 from llmcompress.weight.modules import CompressedLinear, put
 from tests.builders import grid

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.architecture import FAMILIES, Architecture, architecture
 from llmcompress.blocks import Run, embed, in_batches, load
 from llmcompress.calibrate import InputGroup, walk
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.importance import QUERIES, TokenWeights, received_attention, scaled
 from llmcompress.methods.moments import STATISTICS, capped_weights
+from llmcompress.models.dense import Source, resolve
+from llmcompress.models.families import FAMILIES, Architecture, architecture
 from llmcompress.recipe import parse_recipe
-from llmcompress.source import Source, resolve
 from tests.builders import seeded
 from tests.tiny import save_tiny, tiny
 

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli import app
 from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.models.kept_blocks import KEPT
 from llmcompress.surgery import chosen_blocks
 from llmcompress.surgery.alike import run_cosines
-from llmcompress.surgery.kept import KEPT
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer
 
 IDS = torch.arange(24)[None] * 7 % 256

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
-from llmcompress.architecture import architecture
 from llmcompress.calibrate import walk
 from llmcompress.errors import RecipeError
 from llmcompress.methods.moments import Moments
-from llmcompress.source import Source, resolve
+from llmcompress.models.dense import Source, resolve
+from llmcompress.models.families import architecture
 from llmcompress.weight import modules
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llmcompress.architecture import FAMILIES, Architecture, architecture
 from llmcompress.blocks import Batch, Call, Run, _record, _Tape, embed
 from llmcompress.calibrate import Block, walk
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.methods.moments import capped_weights
-from llmcompress.source import Source, resolve
+from llmcompress.models.dense import Source, resolve
+from llmcompress.models.families import FAMILIES, Architecture, architecture
 from llmcompress.weight.expression import Dense, dense
 from llmcompress.weight.modules import CompressedLinear
 from tests.tiny import VOCABULARY, save_tiny, tiny

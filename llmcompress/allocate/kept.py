@@ -14,14 +14,14 @@ from llmcompress.allocate.choices import Choices
 from llmcompress.allocate.plan import Allocation, PriceList, price, reachable
 from llmcompress.allocate.prices import Priced
 from llmcompress.allocate.sensitivity import Dense, in_parts
-from llmcompress.checkpoint import read_json, write_files
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.journal import is_older
-from llmcompress.locate import Place
+from llmcompress.models.checkpoint import read_json, write_files
+from llmcompress.models.dense import Source, load_model
+from llmcompress.models.locate import Place
 from llmcompress.planning import Job
 from llmcompress.recipe import Recipe
 from llmcompress.runtime.versions import versions
-from llmcompress.source import Source, load_model
 
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
 

@@ -23,14 +23,14 @@ from llmcompress.allocate.distortion import families
 from llmcompress.allocate.prices import Priced, Progress, prices
 from llmcompress.allocate.sensitivity import Dense, Probe, in_parts, probe_windows
 from llmcompress.allocate.solve import monotone, solve
-from llmcompress.checkpoint import add_file, megabytes
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
-from llmcompress.locate import Place, locate
+from llmcompress.models.checkpoint import add_file, megabytes
+from llmcompress.models.dense import Source, load_model
+from llmcompress.models.file_names import ALLOCATION
+from llmcompress.models.locate import Place, locate
 from llmcompress.planning import Job, lay
 from llmcompress.recipe import Recipe, Rule
-from llmcompress.report import ALLOCATION
 from llmcompress.runtime.memory import total_memory
-from llmcompress.source import Source, load_model
 from llmcompress.target import Target
 from llmcompress.tokens import CalibrationTokens, calibration_tokens
 from llmcompress.weight.modules import decoded

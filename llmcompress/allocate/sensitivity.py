@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress.architecture import Architecture
 from llmcompress.blocks import Batch, answered, recorded
 from llmcompress.evaluate.distance import kl_divergence
 from llmcompress.evaluate.perplexity import POSITIONS, window_logits
-from llmcompress.states import states_between
+from llmcompress.models.families import Architecture
+from llmcompress.models.hidden_states import states_between
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcompress.models.dense import Header
+from llmcompress.models.integrity import DIGESTS, digest
 from llmcompress.planning import Job
-from llmcompress.source import Header
-from llmcompress.validation import DIGESTS, digest
 from llmcompress.weight.expression import Grid, LowRank, Rotated, Sum, TrellisCoded, Weight, bits
 from llmcompress.weight.modules import ALIGNMENT, LIKE
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmcompress.architecture import block_stack
 from llmcompress.distill.head import Teacher, chunked_loss
 from llmcompress.distill.objective import head_of
 from llmcompress.distill.recipe import Term
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.losses.loss import LossState, SumAndCount
-from llmcompress.states import depth, states_between
+from llmcompress.models.families import block_stack
+from llmcompress.models.hidden_states import depth, states_between
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

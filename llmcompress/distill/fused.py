@@ -9,8 +9,8 @@ from llmcompress.distill.recipe import Distillation
 from llmcompress.errors import RecipeError
 from llmcompress.fuse import Fuse
 from llmcompress.losses.features import reads_states
+from llmcompress.models.file_names import RECIPE
 from llmcompress.recipe import read_recipe
-from llmcompress.report import RECIPE
 
 
 def fused_into(folder: Path) -> Fuse | None:

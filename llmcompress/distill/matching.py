@@ -22,8 +22,8 @@ from llmcompress.errors import RecipeError, listed
 from llmcompress.losses.divergence import wide
 from llmcompress.losses.features import Features, measure_features, reads_states
 from llmcompress.losses.loss import SumAndCount
-from llmcompress.states import depth, states_between
-from llmcompress.surgery.kept import matched_blocks
+from llmcompress.models.hidden_states import depth, states_between
+from llmcompress.models.kept_blocks import matched_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress.architecture import block_stack
 from llmcompress.errors import RecipeError
+from llmcompress.models.families import block_stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

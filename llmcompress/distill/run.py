@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from llmcompress import report as reports
-from llmcompress.checkpoint import check_output, writing
 from llmcompress.distill.data.source import Data, read_data
 from llmcompress.distill.exits import Exits
 from llmcompress.distill.fused import check_fused, fused_into
@@ -33,13 +32,15 @@ from llmcompress.distill.student.model import Student
 from llmcompress.distill.teacher.kept import measured_bias, remembered, remove_cache, taught_from_cache
 from llmcompress.distill.teacher.quantized import check_teacher, taught_by_quantized, without_remarks
 from llmcompress.distill.teacher.teaching import ReadsAlong
-from llmcompress.driver import copy_companions
-from llmcompress.locate import Place, locate
+from llmcompress.models import file_names
+from llmcompress.models.checkpoint import check_output, writing
+from llmcompress.models.companions import copy_companions
+from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.locate import Place, locate
 from llmcompress.plots import distillation_png
 from llmcompress.recipe import dump, read_as
 from llmcompress.runtime.memory import keeping_freed_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype, products
-from llmcompress.source import load_model, load_tokenizer
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.modules import CompressedLinear, Layout, compressed_modules
 
@@ -215,7 +216,7 @@ def _result(run: Run, learned: Learned, output: Path, teacher: Place, before: Ma
             for name, term in zip(term_names(run.recipe.losses), run.recipe.losses, strict=True)
         },
         teacher_id=teacher.hub_id,
-        plot=reports.DISTILLATION_PLOT if find_spec("matplotlib") else None,
+        plot=file_names.DISTILLATION_PLOT if find_spec("matplotlib") else None,
     )
 
 
@@ -227,13 +228,13 @@ def _write(
         copy_companions(opened.folder, writer.folder)
         opened.store(learned.linears, learned.dense, writer)
         size = writer.close()
-        if (opened.folder / reports.FILE).is_file():  # not beside what save_pretrained wrote
+        if (opened.folder / file_names.REPORT).is_file():  # not beside what save_pretrained wrote
             after = _recounted(reports.read(opened.folder), learned.linears, size, done.warnings)
-            writer.write(reports.FILE, json.dumps(after.to_json(), indent=2))
-            writer.write(reports.RECIPE, (opened.folder / reports.RECIPE).read_text(encoding="utf-8"))
-        writer.write(reports.DISTILLATION_RECIPE, dump(recipe))
+            writer.write(file_names.REPORT, json.dumps(after.to_json(), indent=2))
+            writer.write(file_names.RECIPE, (opened.folder / file_names.RECIPE).read_text(encoding="utf-8"))
+        writer.write(file_names.DISTILLATION_RECIPE, dump(recipe))
         writer.write(METRICS, metrics.read_text(encoding="utf-8"))
-        writer.write(reports.DISTILLATION, json.dumps(done.to_json(), indent=2))
+        writer.write(file_names.DISTILLATION, json.dumps(done.to_json(), indent=2))
         if done.plot is not None:
             (writer.folder / done.plot).write_bytes(distillation_png(done.history))
 

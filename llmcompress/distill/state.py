@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmcompress.checkpoint import read_json, replace_text, sync
 from llmcompress.errors import DiskError, InputError
+from llmcompress.models.checkpoint import read_json, replace_text, sync
 
 STATE = "state.json"
 FILES = ("even.safetensors", "odd.safetensors")  # the state names one, the next one's tensors go to the other

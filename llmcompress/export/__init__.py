@@ -8,8 +8,8 @@ from pathlib import Path
 from llmcompress.errors import RecipeError
 from llmcompress.export.compressed_tensors import to_compressed_tensors
 from llmcompress.export.dense import to_dense
+from llmcompress.export.exported import Exported
 from llmcompress.export.gguf import to_gguf
-from llmcompress.export.opened import Exported
 from llmcompress.export.peft import to_peft
 
 DOORS = ("dense", "compressed-tensors", "peft", "gguf")

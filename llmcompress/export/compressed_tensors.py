@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.checkpoint import check_output, writing
-from llmcompress.driver import copy_companions
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.export.opened import Exported, Opened
-from llmcompress.source import transposed_linears
+from llmcompress.export.exported import Exported
+from llmcompress.models.checkpoint import check_output, writing
+from llmcompress.models.companions import copy_companions
+from llmcompress.models.compressed import Opened
+from llmcompress.models.dense import transposed_linears
 from llmcompress.weight.expression import Grid, Weight, dense, describe
 from llmcompress.weight.modules import LIKE
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llmcompress.checkpoint import check_output, writing
-from llmcompress.driver import copy_companions
-from llmcompress.export.opened import Exported, Opened, rounded
-from llmcompress.source import transposed_linears
+from llmcompress.export.exported import Exported
+from llmcompress.models.checkpoint import check_output, writing
+from llmcompress.models.companions import copy_companions
+from llmcompress.models.compressed import Opened, rounded
+from llmcompress.models.dense import transposed_linears
 from llmcompress.weight.expression import dense
 
 

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from llmcompress import report
-from llmcompress.checkpoint import check_output, writing
 from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.export.exported import Exported
 from llmcompress.export.gguf_llama import ARCHITECTURE, ROPE_FACTORS, Llama, llama
 from llmcompress.export.gguf_types import Inexact, TensorType, exact_type, packed
 from llmcompress.export.gguf_vocabulary import read_vocabulary
-from llmcompress.export.opened import Exported, Opened, rounded
 from llmcompress.export.peft import without_term
+from llmcompress.models import file_names
+from llmcompress.models.checkpoint import check_output, writing
+from llmcompress.models.compressed import Opened, rounded
 from llmcompress.weight.expression import Dense, Weight, dense, shape
 from llmcompress.weight.modules import LIKE
 
@@ -178,7 +180,7 @@ def _introduce(writer: GGUFWriter, folder: Path, mostly: str) -> None:
     """Writes what the file is, and whose."""
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
-    known = report.read(folder) if (folder / report.FILE).is_file() else None
+    known = report.read(folder) if (folder / file_names.REPORT).is_file() else None
     base = known.base_model if known else None
     writer.add_type("model")
     writer.add_name((base or folder.resolve().name).rpartition("/")[2])

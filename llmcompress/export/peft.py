@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmcompress.checkpoint import Writer, check_output, seal, writing
-from llmcompress.driver import copy_companions
 from llmcompress.errors import InputError
-from llmcompress.export.opened import Exported, Opened
-from llmcompress.hf import table_entry
+from llmcompress.export.exported import Exported
+from llmcompress.models.checkpoint import Writer, check_output, seal, writing
+from llmcompress.models.companions import copy_companions
+from llmcompress.models.compressed import Opened
+from llmcompress.models.hf_quantizer import table_entry
 from llmcompress.weight.expression import LowRank, Rotated, Sum, Weight, dense
 from llmcompress.weight.hadamard import unrotate
 from llmcompress.weight.modules import Layout, packed, payload_texts

@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from llmcompress import report as reports
-from llmcompress.checkpoint import add_file, holds, read_json
 from llmcompress.evaluate import Distance, Evaluation, evaluate, evaluation_windows
-from llmcompress.locate import Place, locate
+from llmcompress.models import file_names
+from llmcompress.models.checkpoint import add_file, holds, read_json
+from llmcompress.models.dense import Source, load_model
+from llmcompress.models.locate import Place, locate
 from llmcompress.protocol import Protocol
 from llmcompress.runtime.versions import versions
-from llmcompress.source import Source, load_model
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Judge:
 
     def kept(self, folder: Path) -> dict[str, Any] | None:
         """The entries {"dense", "compressed", ...} that a checkpoint has of the same protocol, if it has any."""
-        if not holds(folder, reports.SCORES):
+        if not holds(folder, file_names.SCORES):
             return None
-        entries = read_json(folder / reports.SCORES)
+        entries = read_json(folder / file_names.SCORES)
         same = all(entries.get(key) == value for key, value in self.asked.items())
         return entries if same and "dense" in entries else None
 
@@ -67,7 +67,7 @@ class Judge:
             student = load_model(locate(str(folder)), self.device)
             found = evaluate(student, self.dense.tokenizer(), self.protocol, against=teacher)
             entries = self.asked | {"dense": dense, "compressed": found.to_json()}
-            add_file(folder, reports.SCORES, json.dumps(entries, indent=2))
+            add_file(folder, file_names.SCORES, json.dumps(entries, indent=2))
         scores: dict[str, Any] = entries["compressed"]
         return scores
 

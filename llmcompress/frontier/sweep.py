@@ -23,12 +23,14 @@ from llmcompress import report as reports
 from llmcompress.allocate import Allocation, PriceList, reachable
 from llmcompress.allocate.choices import Choices
 from llmcompress.allocate.kept import check_prices, price_list
-from llmcompress.checkpoint import holds, locked, write_files
 from llmcompress.errors import DiskError, RecipeError, Terminated
 from llmcompress.frontier.budgets import Budget
 from llmcompress.frontier.judge import Judge
 from llmcompress.frontier.peers import Peer
-from llmcompress.locate import Place
+from llmcompress.models import file_names
+from llmcompress.models.checkpoint import holds, locked, write_files
+from llmcompress.models.dense import Source, resolve
+from llmcompress.models.locate import Place
 from llmcompress.planning import Job
 from llmcompress.plots import MISSING, frontier_pictures, main_metric
 from llmcompress.protocol import STANDARD, Protocol
@@ -38,7 +40,6 @@ from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
 from llmcompress.scoring import size_of
-from llmcompress.source import Source, resolve
 from llmcompress.tables import frontier_markdown
 from llmcompress.terminal import finite
 
@@ -173,7 +174,7 @@ def _point(
     if not _is_done(folder, plan, source):
         shown: dict[str, Any] = {"progress": told.progress, "training": told.training}
         compress(source.name, plan.recipe, folder, revision=source.revision, device=judge.device, **shown)
-    found = reports.read_allocation(folder) if holds(folder, reports.ALLOCATION) else None
+    found = reports.read_allocation(folder) if holds(folder, file_names.ALLOCATION) else None
     aimed = record(plan, folder, judge.device) if found is None else found
     told.next(f"scoring {folder.name}")
     report, taught = reports.read(folder), reports.read_distillation(folder)
@@ -209,7 +210,7 @@ def _is_done(folder: Path, plan: Allocation, source: Source) -> bool:
         return False
     from llmcompress.distill import Distillation
 
-    path = folder / reports.DISTILLATION_RECIPE
+    path = folder / file_names.DISTILLATION_RECIPE
     taught = read_as(Distillation, path) if path.is_file() else None
     if taught != (None if recipe.distill is None else wanted_distillation(recipe, source)):
         raise DiskError(f"{folder} was distilled by another recipe; remove it, or choose another output folder")

@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from llmcompress.architecture import Architecture
 from llmcompress.calibrate import Block, InputGroup
 from llmcompress.errors import RecipeError
 from llmcompress.fuse.producers import Feed, feeds
 from llmcompress.methods.engines.grid import GridConfig, GridFormat, fit_grid, round_to
 from llmcompress.methods.layer import StepConfig
 from llmcompress.methods.moments import Moments
-from llmcompress.source import Source
+from llmcompress.models.dense import Source
+from llmcompress.models.families import Architecture
 
 EXPONENTS = tuple(step / 20 for step in range(20))
 QUIETEST = 1e-4  # of the loudest channel's root mean square: the least that a channel counts

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmcompress.architecture import FAMILIES, Architecture, BlockLayout
 from llmcompress.errors import RecipeError
+from llmcompress.models.families import FAMILIES, Architecture, BlockLayout
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.architecture import Architecture, architecture
 from llmcompress.errors import RecipeError
 from llmcompress.fuse.producers import feeds
+from llmcompress.models.dense import Source
+from llmcompress.models.families import Architecture, architecture
 from llmcompress.runtime.seeding import generator
-from llmcompress.source import Source
 from llmcompress.weight.hadamard import ROWS, rotate
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from llmcompress.errors import NumericsError, RecipeError
-from llmcompress.locate import locate
-from llmcompress.source import load_model, open_source
-from llmcompress.states import states_between
+from llmcompress.models.dense import load_model, open_source
+from llmcompress.models.hidden_states import states_between
+from llmcompress.models.locate import locate
 from llmcompress.surgery.depth import blocks_of
 from llmcompress.tokens import Calibration, calibration_tokens, context_length
 

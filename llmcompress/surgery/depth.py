@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.architecture import FAMILIES
-from llmcompress.checkpoint import check_output, read_json, shards, writing
-from llmcompress.driver import copy_companions
 from llmcompress.errors import InputError, RecipeError, listed
-from llmcompress.source import Source, resolve
-from llmcompress.surgery.kept import KEPT, kept_blocks
+from llmcompress.models.checkpoint import check_output, read_json, shards, writing
+from llmcompress.models.companions import copy_companions
+from llmcompress.models.dense import Source, resolve
+from llmcompress.models.families import FAMILIES
+from llmcompress.models.kept_blocks import KEPT, kept_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

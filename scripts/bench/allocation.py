@@ -35,9 +35,9 @@ from llmcompress.allocate.kept import allocate_by
 from llmcompress.allocate.sensitivity import Dense, in_parts
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.perplexity import text_windows
-from llmcompress.locate import Place
+from llmcompress.models.dense import Source, load_model, load_tokenizer, resolve
+from llmcompress.models.locate import Place
 from llmcompress.recipe import dump, read_recipe
-from llmcompress.source import Source, load_model, load_tokenizer, resolve
 from llmcompress.weight.modules import decoded
 
 COLUMNS = ("plan", "bpw", "MB", "predicted KL", "probing KL", "text KL")

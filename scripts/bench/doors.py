@@ -22,7 +22,7 @@ import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.evaluate import evaluation_windows
 from llmcompress.export import DOORS, export
-from llmcompress.source import load_tokenizer
+from llmcompress.models.dense import load_tokenizer
 
 
 def main() -> None:

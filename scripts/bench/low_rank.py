@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 import llmcompress.methods  # noqa: F401 (registers them)
-from llmcompress.architecture import architecture
 from llmcompress.calibrate import walk
 from llmcompress.methods.layer import Layer, apply, relative_error, step
-from llmcompress.source import resolve
+from llmcompress.models.dense import resolve
+from llmcompress.models.families import architecture
 from llmcompress.text import read_text
 from llmcompress.tokens import given_tokens
 from llmcompress.weight.expression import Dense, bits

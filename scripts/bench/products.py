@@ -20,9 +20,9 @@ from torch import Tensor
 
 import llmcompress as lc
 from llmcompress.evaluate import evaluation_windows, perplexity
-from llmcompress.locate import Place
+from llmcompress.models.dense import load_model, resolve
+from llmcompress.models.locate import Place
 from llmcompress.runtime.precision import by_onednn, fast_float32, product_dtype, products
-from llmcompress.source import load_model, resolve
 
 CPU = torch.device("cpu")
 WAYS: dict[str, Callable[[], AbstractContextManager[None]]] = {

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from llmcompress.distill import Distillation, distill
 from llmcompress.distill.student.model import relaxed_student
-from llmcompress.locate import locate
-from llmcompress.source import load_model
+from llmcompress.models.dense import load_model
+from llmcompress.models.locate import locate
 from llmcompress.weight.modules import decoded
 
 RATES = {"scales": 1e-3, "norms": 1e-3}

@@ -19,8 +19,8 @@ from llmcompress.allocate.plan import choose
 from llmcompress.allocate.prices import Offer, Priced
 from llmcompress.allocate.sizes import payload_bytes
 from llmcompress.methods.layer import StepConfig, sketch, step
+from llmcompress.models.dense import resolve
 from llmcompress.recipe import read_recipe
-from llmcompress.source import resolve
 from llmcompress.target import Target
 from llmcompress.verify import verify
 from llmcompress.weight.expression import bits

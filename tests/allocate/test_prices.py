@@ -13,12 +13,12 @@ from llmcompress.allocate.choices import RATES, choices
 from llmcompress.allocate.distortion import error, families, interpolated, rough, run_of, sampled
 from llmcompress.allocate.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, probe_windows
 from llmcompress.allocate.sizes import payload_bytes
-from llmcompress.architecture import architecture
 from llmcompress.methods.layer import Layer, StepConfig, methods, sketch, step
 from llmcompress.methods.moments import Moments
+from llmcompress.models.dense import resolve
+from llmcompress.models.families import architecture
 from llmcompress.planning import lay
 from llmcompress.recipe import read_recipe
-from llmcompress.source import resolve
 from llmcompress.weight.expression import bits
 from llmcompress.weight.modules import packed
 from tests.builders import correlated, every_node, gaussian, layer, moments

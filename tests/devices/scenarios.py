@@ -31,12 +31,12 @@ from llmcompress.distill.data.answering import Sampling
 from llmcompress.distill.data.selfdata import Answering, answer
 from llmcompress.distill.teacher import quantized
 from llmcompress.frontier import budgets, frontier
-from llmcompress.locate import Place
 from llmcompress.losses.loss import loss_config, measure
 from llmcompress.methods.layer import apply, relative_error, step
+from llmcompress.models.dense import load_model
+from llmcompress.models.locate import Place
 from llmcompress.protocol import Protocol
 from llmcompress.recipe import read_recipe
-from llmcompress.source import load_model
 from llmcompress.surgery import alike_blocks
 from llmcompress.verify import verify
 from llmcompress.weight.encoding import decode, encode

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
-from llmcompress import checkpoint
 from llmcompress.distill import distill
 from llmcompress.errors import RecipeError
+from llmcompress.models import checkpoint
 from llmcompress.verify import verify
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT
-from tests.test_structure import RECIPE, narrow, save
+from tests.models.test_structure import RECIPE, narrow, save
 from tests.tiny import save_tiny, tiny, tiny_tokenizer
 
 RATES = {"weights": 2e-2, "norms": 1e-2}

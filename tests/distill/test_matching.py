@@ -20,8 +20,8 @@ from llmcompress.distill.recipe import Schedule, Term
 from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
+from llmcompress.models.kept_blocks import KEPT, matched_blocks
 from llmcompress.recipe import dump, read_as
-from llmcompress.surgery.kept import KEPT, matched_blocks
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT

@@ -22,10 +22,10 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 
 import llmcompress as lc
-from llmcompress import report as reports
 from llmcompress.distill import Distillation
 from llmcompress.distill.launch import check_sharding
 from llmcompress.errors import RecipeError
+from llmcompress.models import file_names
 from tests.distill.launched import free_port, run
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
@@ -283,7 +283,7 @@ def test_a_compressed_teacher_is_said(alone: Any, together: Any) -> None:
         assert not found["whole"]["warnings"]
         [said] = found["second-hand"]["warnings"]
         assert said.startswith("the teacher is compressed too")
-    written = json.loads((together[0] / "second-hand" / reports.FILE).read_text())
+    written = json.loads((together[0] / "second-hand" / file_names.REPORT).read_text())
     assert said in written["warnings"]
 
 

@@ -14,15 +14,16 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.architecture import block_stack
 from llmcompress.cli import app
 from llmcompress.distill.blockwise.block import Activations, recover_block
 from llmcompress.distill.blockwise.reconstruction import Reconstruction
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.models.dense import resolve
+from llmcompress.models.families import block_stack
+from llmcompress.models.file_names import RECIPE
 from llmcompress.recipe import read_recipe
-from llmcompress.report import RECIPE, read
-from llmcompress.source import resolve
+from llmcompress.report import read
 from llmcompress.tables import report_view
 from llmcompress.tokens import calibration_tokens
 from llmcompress.verify import verify

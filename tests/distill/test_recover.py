@@ -17,7 +17,7 @@ from llmcompress.cli import app
 from llmcompress.distill import distill
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.hub import _card
-from llmcompress.locate import Place
+from llmcompress.models.locate import Place
 from llmcompress.recipe import dump, parse_recipe, read_recipe
 from llmcompress.verify import verify
 from tests.tiny import save_tiny
@@ -133,7 +133,7 @@ def test_a_hub_model_is_resolved_once_and_is_the_teacher(
         asked.append(revision)
         return Place(name, place / "dense", revision=commit, hub_id=name)
 
-    monkeypatch.setattr("llmcompress.locate.download", download)
+    monkeypatch.setattr("llmcompress.models.locate.download", download)
     result = lc.compress("org/dense@main", recipe(place, steps=1), tmp_path / "out")
     assert asked[0] == "main" and set(asked[1:]) == {commit}, "a branch may move while a model is compressed"
     assert result.report.revision == commit and result.report.base_model == "org/dense"

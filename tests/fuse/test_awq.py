@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import repeat_kv
 
 import llmcompress as lc
-from llmcompress.architecture import FAMILIES, Architecture, architecture
 from llmcompress.blocks import load
 from llmcompress.calibrate import Block, InputGroup, walk
 from llmcompress.errors import RecipeError
@@ -23,7 +22,8 @@ from llmcompress.fuse.awq import producer_rows, rounded
 from llmcompress.methods.layer import Layer, relative_error, step
 from llmcompress.methods.moments import STATISTICS, Moments
 from llmcompress.methods.rtn import RTN, rtn
-from llmcompress.source import Source, resolve
+from llmcompress.models.dense import Source, resolve
+from llmcompress.models.families import FAMILIES, Architecture, architecture
 from llmcompress.weight.expression import Dense, dense
 from tests.tiny import VOCABULARY, save_tiny
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.architecture import FAMILIES
 from llmcompress.blocks import load
 from llmcompress.errors import RecipeError
 from llmcompress.fuse import rotated_source
-from llmcompress.source import Source, resolve
+from llmcompress.models.dense import Source, resolve
+from llmcompress.models.families import FAMILIES
 from llmcompress.weight.expression import Rotated
 from llmcompress.weight.modules import compressed_linears
 from tests.tiny import VOCABULARY, save_tiny

@@ -12,7 +12,7 @@ from tests.rules.source_tree import MODULES, ROOT, Module
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LATE = {  # read only when what they are about is there: kernels in Triton, changes to PEFT
     "llmcompress.methods.engines.viterbi_triton",
-    "llmcompress.merges",
+    "llmcompress.models.peft_merge",
 }
 DISTRIBUTIONS = metadata.packages_distributions() | {
     name: [distribution]  # for an environment without these extras

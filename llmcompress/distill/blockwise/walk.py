@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmcompress.architecture import block_stack
 from llmcompress.blocks import Batch, Call, in_batches, recorded
 from llmcompress.distill.blockwise.block import Activations, Block, Recovered, recover_block
 from llmcompress.distill.blockwise.shelf import Shelf
@@ -21,6 +20,7 @@ from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.models.families import block_stack
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, decoded, put
 
 if TYPE_CHECKING:

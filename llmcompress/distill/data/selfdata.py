@@ -23,15 +23,15 @@ from typing import Any
 
 from torch import nn
 
-from llmcompress.checkpoint import locked, replace_text
 from llmcompress.distill.data.answering import Answerer, Sampling
-from llmcompress.distill.teacher.cache import teacher_digest
 from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
-from llmcompress.locate import Place, locate
+from llmcompress.models.checkpoint import locked, replace_text
+from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.digest import teacher_digest
+from llmcompress.models.locate import Place, locate
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.signals import stop_requests
 from llmcompress.runtime.versions import versions
-from llmcompress.source import load_model, load_tokenizer
 from llmcompress.text import Document, Message, read_documents
 
 Progress = Callable[[int], None]  # prompts done

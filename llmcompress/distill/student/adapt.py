@@ -25,9 +25,9 @@ from llmcompress.errors import RecipeError, listed
 from llmcompress.methods.layer import Layer, split
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.svd import SVD, svd
+from llmcompress.models.kept_blocks import matched_blocks, original_name
 from llmcompress.recipe import Matching
 from llmcompress.runtime.seeding import generator
-from llmcompress.surgery.kept import matched_blocks, original_name
 from llmcompress.weight.expression import Dense, LowRank, Sum, Weight, dense, shape
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
 from llmcompress.weight.sums import plus

@@ -10,13 +10,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llmcompress.checkpoint import Writer, read_json, shards
-from llmcompress.export.opened import Opened
-from llmcompress.hf import NAME, table_entry
-from llmcompress.locate import Place
+from llmcompress.models.checkpoint import Writer, read_json, shards
+from llmcompress.models.compressed import Opened
+from llmcompress.models.dense import Source, open_source
+from llmcompress.models.hf_quantizer import NAME, table_entry
+from llmcompress.models.integrity import digest
+from llmcompress.models.locate import Place
 from llmcompress.runtime.versions import versions
-from llmcompress.source import Source, open_source
-from llmcompress.validation import digest
 from llmcompress.weight.modules import CompressedLinear, Layout, payload_texts
 
 Linears = Mapping[str, CompressedLinear]

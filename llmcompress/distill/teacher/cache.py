@@ -14,7 +14,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmcompress.checkpoint import check_output, locked, read_json, replace_text
 from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.teacher.likeliest import Likeliest
 from llmcompress.errors import DiskError, InputError, NumericsError, Terminated
+from llmcompress.models.checkpoint import check_output, locked, read_json, replace_text
 from llmcompress.runtime.signals import stop_requests
-from llmcompress.validation import weight_files
 
 RECORDS, JOURNAL = "predictions.npy", "cache.json"
 RUN = 4096  # tokens that the teacher reads between two entries of the journal; part of what a cache's bytes depend on
@@ -51,15 +50,6 @@ class Origin:
         words = {"teacher": "another teacher", "tokens": "other tokens", "k": "another k", "dtype": "another dtype"}
         words["bits"] = "a teacher of other bits"
         return [word for name, word in words.items() if other.get(name) != getattr(self, name)]
-
-
-def teacher_digest(folder: Path) -> str:
-    """Of the files that say what a model predicts: its config and its weights."""
-    digest = sha256()
-    for path in (folder / "config.json", *weight_files(folder)):
-        with path.open("rb") as file:
-            digest.update(file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def tokens_digest(sequences: Batch) -> str:

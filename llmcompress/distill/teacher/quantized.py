@@ -26,9 +26,9 @@ from llmcompress.distill.held_out import Distances, distances
 from llmcompress.distill.loop import Run
 from llmcompress.distill.teacher.teaching import ReadsAlong
 from llmcompress.errors import InputError, NumericsError
-from llmcompress.locate import Place
+from llmcompress.models.dense import load_model
+from llmcompress.models.locate import Place
 from llmcompress.runtime.precision import product_dtype
-from llmcompress.source import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

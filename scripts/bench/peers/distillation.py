@@ -87,12 +87,12 @@ def peer(student: str, teacher: str, asked: Distillation, output: Path) -> dict[
     """The same by TRL."""
     import torch
 
-    from llmcompress.adapters import fold, plain_head
     from llmcompress.distill.data.source import read_data
     from llmcompress.distill.order import span
-    from llmcompress.locate import locate
+    from llmcompress.models.dense import load_model, load_tokenizer
+    from llmcompress.models.locate import locate
+    from llmcompress.models.lora import fold, plain_head
     from llmcompress.runtime.precision import product_dtype
-    from llmcompress.source import load_model, load_tokenizer
     from llmcompress.weight.modules import decoded
 
     place = locate(student)

@@ -20,8 +20,8 @@ def compressed(
 ) -> tuple["dict[str, Tensor]", dict[str, Any]]:
     """The one call into llmcompress: ({linear's module path: dense float32 [out, in]}, facts for the JSON line)."""
     from llmcompress.driver import compress
+    from llmcompress.models.dense import resolve
     from llmcompress.recipe import read_recipe
-    from llmcompress.source import resolve
     from llmcompress.weight.expression import dense
     from llmcompress.weight.modules import CompressedLinear
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from compare import windows
 from safetensors.torch import save_file
 
-from llmcompress.locate import locate
+from llmcompress.models.locate import locate
 
 HERE = Path(__file__).resolve().parent
 OURS = "llama.cpp"  # needs no environment but ours

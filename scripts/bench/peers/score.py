@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from llmcompress.architecture import architecture
 from llmcompress.evaluate import evaluate
-from llmcompress.locate import locate
+from llmcompress.models.dense import Header, Source, load_model, load_tokenizer, resolve
+from llmcompress.models.families import architecture
+from llmcompress.models.locate import locate
 from llmcompress.protocol import Protocol
 from llmcompress.scoring import size_of
-from llmcompress.source import Header, Source, load_model, load_tokenizer, resolve
 
 WINDOWS, OTHER_WINDOWS, PAIRS = 32, 16, 50
 DENSE, OURS = "dense", "llmcompress"

@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from llmcompress.architecture import refuse_experts
 from llmcompress.errors import InputError, listed
-from llmcompress.locate import Place, locate
+from llmcompress.models.families import refuse_experts
+from llmcompress.models.integrity import INDEX
+from llmcompress.models.locate import Place, locate
 from llmcompress.runtime.devices import device_of
-from llmcompress.validation import INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llmcompress.checkpoint import check_manifest, read_json
-from llmcompress.hf import LLMCompressConfig
-from llmcompress.validation import DIGESTS, weight_files
-from llmcompress.verify import check_kind
+from llmcompress.models.checkpoint import check_manifest, read_json
+from llmcompress.models.hf_quantizer import LLMCompressConfig
+from llmcompress.models.integrity import DIGESTS, weight_files
+from llmcompress.models.kind import check_kind
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import Weight
 from llmcompress.weight.modules import LIKE, Layout
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export did. `kept`, `changed`: sentences; bytes are those of the weights."""
-
-    to: str
-    output: str
-    bytes_before: int
-    bytes_after: int
-    kept: tuple[str, ...]
-    changed: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields."""
-        return asdict(self)
 
 
 class Opened:

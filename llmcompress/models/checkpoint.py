@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, LockedError
-from llmcompress.validation import DIGESTS, INDEX, MENDING, digest, digests
+from llmcompress.models.integrity import DIGESTS, INDEX, MENDING, digest, digests
 
 FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor
 MANIFEST = "manifest.json"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from llmcompress.architecture import block_stack
 from llmcompress.errors import RecipeError, listed
-from llmcompress.states import depth
+from llmcompress.models.families import block_stack
+from llmcompress.models.hidden_states import depth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -18,9 +18,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmcompress.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.errors import InputError
-from llmcompress.validation import MENDING, Expected, check, digests
+from llmcompress.models.checkpoint import FORMAT_VERSION, check_config
+from llmcompress.models.integrity import MENDING, Expected, check, digests
 from llmcompress.weight.modules import (
     CompressedEmbedding,
     CompressedLinear,

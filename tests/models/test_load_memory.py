@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from llmcompress.checkpoint import writing
-from llmcompress.hf import table_entry
+from llmcompress.models.checkpoint import writing
+from llmcompress.models.hf_quantizer import table_entry
 from llmcompress.weight.expression import Grid
 from llmcompress.weight.modules import Layout, packed, payload_texts
 

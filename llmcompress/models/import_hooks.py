@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from types import ModuleType
 
 AWAITED = {  # theirs -> ours, which registers itself when it is imported
-    "transformers.quantizers.auto": "llmcompress.hf",
-    "peft.tuners.tuners_utils": "llmcompress.merges",
+    "transformers.quantizers.auto": "llmcompress.models.hf_quantizer",
+    "peft.tuners.tuners_utils": "llmcompress.models.peft_merge",
 }
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
-from llmcompress.hf import LLMCompressConfig, table_entry
+from llmcompress.models.hf_quantizer import LLMCompressConfig, table_entry
 from llmcompress.weight.expression import Dense, LowRank
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
 from llmcompress.weight.sums import plus

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from llmcompress.architecture import FAMILIES, architecture
 from llmcompress.errors import InputError
+from llmcompress.models.families import FAMILIES, architecture
 from tests.tiny import FAMILY_CONFIGS, VOCABULARY, tiny
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

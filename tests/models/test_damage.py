@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import llmcompress as lc
 from llmcompress.errors import InputError, LLMCompressError
-from llmcompress.locate import Place
-from llmcompress.source import load_model
-from llmcompress.validation import INDEX
+from llmcompress.models.dense import load_model
+from llmcompress.models.integrity import INDEX
+from llmcompress.models.locate import Place
 from llmcompress.verify import verify
 from tests.tiny import save_tiny
 

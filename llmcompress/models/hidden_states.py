@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from llmcompress.architecture import block_stack
+from llmcompress.models.families import block_stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,20 @@
+"""Is a folder a checkpoint of llmcompress?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmcompress.errors import InputError
+from llmcompress.models.checkpoint import read_json
+from llmcompress.models.hf_quantizer import NAME
+
+
+def check_kind(folder: Path) -> None:
+    """Raises InputError for a folder that holds no checkpoint of ours."""
+    try:
+        config = read_json(folder / "config.json")
+        kind = (config.get("quantization_config") or {}).get("quant_method")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder / 'config.json'} cannot be read ({error}); give a compressed checkpoint") from error
+    if kind != NAME:
+        raise InputError(f"{folder} holds no model compressed by llmcompress; give the folder that compress wrote")
