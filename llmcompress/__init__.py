@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from llmcompress.errors import LLMCompressError
     from llmcompress.models.lora import fold, plain_head
     from llmcompress.protocol import Protocol
-    from llmcompress.recipe import Recipe, Rule
+    from llmcompress.recipe.calibration import Calibration
+    from llmcompress.recipe.compression import Recipe, Rule
     from llmcompress.recover import compress, plan
     from llmcompress.report import Report, read
     from llmcompress.scoring import score
     from llmcompress.surgery import alike_blocks, drop_blocks
-    from llmcompress.tokens import Calibration
     from llmcompress.weight.modules import decoded
 
 __version__ = "0.1.0"

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from llmcompress.blocks import Batch, Calls, Run, drop, embed, head_inputs, in_batches, load
 from llmcompress.errors import InputError
-from llmcompress.importance import TokenWeights, token_weights
+from llmcompress.importance import token_weights
 from llmcompress.methods.moments import Moments, capped_weights
 from llmcompress.models.dense import Source
 from llmcompress.models.families import Architecture, BlockLayout, Linear
+from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.runtime.memory import give_back_memory
 from llmcompress.weight.expression import Weight
 from llmcompress.weight.modules import CompressedLinear, decoded, put

@@ -93,7 +93,7 @@ def compress(
     Example: llmcompress compress smollm2 --size 40MB -o small
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.recipe import read_recipe
+        from llmcompress.recipe.compression import read_recipe
         from llmcompress.recover import compress as run
 
         given = all_settings(settings, seed, {"bpw": bpw, "bytes": size, "kl": kl})
@@ -124,7 +124,7 @@ def plan(
     Example: llmcompress plan smollm2 recipe.yaml
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.recipe import read_recipe
+        from llmcompress.recipe.compression import read_recipe
         from llmcompress.recover import plan as run
 
         found = run(model, read_recipe(recipe, all_settings(settings)), revision)
@@ -145,7 +145,7 @@ def inspect(
     """
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress import report
-        from llmcompress.recipe import dump, read_recipe
+        from llmcompress.recipe.compression import dump, read_recipe
 
         found = report.read(folder)
         recipe = read_recipe(folder / file_names.RECIPE)
@@ -271,9 +271,9 @@ def distill(
     Example: llmcompress distill small distil.yaml --teacher smollm2 -o recovered
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.distill import Distillation
         from llmcompress.distill import distill as run
-        from llmcompress.recipe import read_as
+        from llmcompress.recipe.compression import read_as
+        from llmcompress.recipe.distillation import Distillation
 
         asked = read_as(Distillation, recipe, all_settings(settings, seed))
         found = run(student, teacher, asked, output, device=device, progress=terminal.training)

@@ -30,7 +30,7 @@ from llmcompress.models.dense import load_model, resolve
 from llmcompress.models.hf_quantizer import table_entry
 from llmcompress.models.locate import Place
 from llmcompress.planning import Job, check_memory, lay, plan_of, warnings
-from llmcompress.recipe import Recipe, dump, read_recipe
+from llmcompress.recipe.compression import Recipe, dump, read_recipe
 from llmcompress.report import Report
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import peak_memory

@@ -12,28 +12,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from llmcompress.blocks import Run
 from llmcompress.errors import InputError
+from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.runtime.precision import products
 
 QUERIES = 32  # at a time, as in `attention`
 INTERFACE = "llmcompress_received_attention"  # the name transformers knows `_receive` by
-
-
-class TokenWeights(BaseModel, extra="forbid", frozen=True):
-    """Weights from `minimum` to 1, linear in what they go by over each sequence of a block's inputs.
-
-    Where sinks receive a hundred times as much as others, these count about alike, and the sinks 1.
-    """
-
-    by: Literal["attention", "norm"] = Field(description="the attention a token receives, or its hidden state's norm")
-    minimum: float = Field(default=0.01, gt=0, le=1, description="what the least token of a sequence counts")
 
 
 @torch.no_grad()

@@ -25,11 +25,10 @@ from torch import Tensor
 from llmcompress.errors import DiskError, InputError
 from llmcompress.models.checkpoint import Writer, read_tensors, sync, write_tensors
 from llmcompress.models.dense import Source
-from llmcompress.recipe import Recipe
+from llmcompress.recipe.calibration import Calibration, is_file
+from llmcompress.recipe.compression import Recipe
 from llmcompress.report import LayerReport
 from llmcompress.runtime.versions import versions
-from llmcompress.text import is_file
-from llmcompress.tokens import Calibration
 from llmcompress.weight.modules import Layout, payload_texts
 
 FILE = "journal.jsonl"

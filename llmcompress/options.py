@@ -12,7 +12,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.protocol import Protocol
 
 if TYPE_CHECKING:
-    from llmcompress.recipe import Recipe
+    from llmcompress.recipe.compression import Recipe
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a Hub id (org/name, org/name@revision) or smollm2.")
@@ -77,7 +77,7 @@ def recipe_or_default(recipe: str | None, settings: list[str]) -> str | dict[str
 
 def tuned(recipe: Recipe, tune: bool) -> Recipe:
     """The recipe of --tune: where it says nothing of how blocks learn, they do so as they do by default."""
-    from llmcompress.recipe import read_recipe
+    from llmcompress.recipe.compression import read_recipe
 
     return read_recipe(recipe, ["reconstruct={}"]) if tune and recipe.reconstruct is None else recipe
 

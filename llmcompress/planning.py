@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from llmcompress.assignment import Assignment, assign
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.fuse import EXPONENTS, check_awq, rotated_source
 from llmcompress.methods.layer import StepConfig, methods, sketch
 from llmcompress.models.dense import Source
 from llmcompress.models.families import Architecture, architecture
-from llmcompress.recipe import Recipe
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.matching import Assignment, assign
 from llmcompress.runtime.memory import total_memory
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.weight.expression import Weight, bits, describe

@@ -33,15 +33,16 @@ from llmcompress.models.dense import Source as Dense
 from llmcompress.models.dense import load_model, resolve
 from llmcompress.models.locate import Place
 from llmcompress.planning import Plan, lay, plan_of
-from llmcompress.recipe import Recipe, read_recipe, section
+from llmcompress.recipe.calibration import Calibration
+from llmcompress.recipe.compression import Recipe, read_recipe, section
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
-from llmcompress.tokens import Calibration, check_length
+from llmcompress.tokens import check_length
 
 if TYPE_CHECKING:
-    from llmcompress.distill import Distillation
-    from llmcompress.distill.blockwise.reconstruction import Reconstruction
+    from llmcompress.recipe.distillation import Distillation
+    from llmcompress.recipe.reconstruction import Reconstruction
 
 STAGED, PRICES = ".compressed", ".prices.json"  # follow the name of the output folder
 Training = Callable[[int, int, float, float, float], None]  # as `distill` reports
@@ -174,7 +175,8 @@ def check_sections(recipe: Recipe, dense: Dense) -> None:
 
 def wanted_distillation(recipe: Recipe, dense: Dense) -> Distillation:
     """The section `distill:`. Raises RecipeError for what is wrong with it, or with it and this model."""
-    from llmcompress.distill import Distillation, check_fused
+    from llmcompress.distill import check_fused
+    from llmcompress.recipe.distillation import Distillation
 
     found = section(recipe, "distill", Distillation)
     check_fused(recipe.fuse, found)
@@ -194,7 +196,7 @@ def _tuner(recipe: Recipe) -> Tune | None:
 
 def _reconstruction(recipe: Recipe) -> Reconstruction:
     """The section `reconstruct:`. Raises RecipeError for what is wrong with it."""
-    from llmcompress.distill.blockwise.reconstruction import Reconstruction
+    from llmcompress.recipe.reconstruction import Reconstruction
 
     return section(recipe, "reconstruct", Reconstruction)
 

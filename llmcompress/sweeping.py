@@ -72,7 +72,7 @@ def frontier(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.frontier import Told, budgets, read_peers
         from llmcompress.frontier import frontier as run
-        from llmcompress.recipe import read_recipe
+        from llmcompress.recipe.compression import read_recipe
 
         wanted = budgets(bpw, sizes)
         given = all_settings(settings, seed, wanted[0].target.model_dump(exclude_none=True))

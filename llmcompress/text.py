@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.recipe.calibration import FILE_KINDS, is_file
 
 Message = dict[str, str]
 Document = str | list[Message]
 
-FILE_KINDS = (".txt", ".jsonl", ".parquet")
 SHUFFLE_BUFFER = 4096  # documents held while shuffling; a smaller source is shuffled completely
 CHAT_COLUMNS = ("messages", "conversation", "conversations")
 
@@ -61,11 +61,6 @@ def read_documents(
         document = _document(row, column, where=f"{dataset}, row {number}")
         if document and not (isinstance(document, str) and document.isspace()):
             yield document
-
-
-def is_file(dataset: str) -> bool:
-    """True when `dataset` names a local file rather than a data set."""
-    return Path(dataset).suffix.lower() in FILE_KINDS or Path(dataset).expanduser().is_file()
 
 
 def shuffled(documents: Iterable[Document], seed: int, buffer: int = SHUFFLE_BUFFER) -> Iterator[Document]:

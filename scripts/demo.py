@@ -18,11 +18,12 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmcompress as lc
-from llmcompress.distill import Distillation, Distilled, distill
+from llmcompress.distill import Distilled, distill
 from llmcompress.evaluate import PAIRS, compare
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.locate import locate
-from llmcompress.recipe import read_as
+from llmcompress.recipe.compression import read_as
+from llmcompress.recipe.distillation import Distillation
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs" / "smollm2-135m" / "default.yaml"

@@ -26,7 +26,7 @@ from llmcompress.models.file_names import RECIPE
 from llmcompress.models.file_names import REPORT as REPORT_FILE
 from llmcompress.planning import LayerPlan, Plan
 from llmcompress.protocol import Protocol
-from llmcompress.recipe import dump, parse_recipe
+from llmcompress.recipe.compression import dump, parse_recipe
 from llmcompress.report import LayerReport, Report
 from llmcompress.tables import comparison_markdown, grouped, report_view, summarized
 from llmcompress.terminal import Terminal, duration, verdict

@@ -24,7 +24,7 @@ from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.file_names import ALLOCATION, DISTILLATION, RECIPE, SCORES
 from llmcompress.models.locate import locate
 from llmcompress.protocol import Protocol
-from llmcompress.recipe import Recipe, dump, read_recipe
+from llmcompress.recipe.compression import Recipe, dump, read_recipe
 from llmcompress.tables import frontier_markdown
 from llmcompress.verify import verify
 from tests.tiny import save_tiny

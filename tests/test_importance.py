@@ -15,11 +15,12 @@ import llmcompress as lc
 from llmcompress.blocks import Run, embed, in_batches, load
 from llmcompress.calibrate import InputGroup, walk
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.importance import QUERIES, TokenWeights, received_attention, scaled
+from llmcompress.importance import QUERIES, received_attention, scaled
 from llmcompress.methods.moments import STATISTICS, capped_weights
 from llmcompress.models.dense import Source, resolve
 from llmcompress.models.families import FAMILIES, Architecture, architecture
-from llmcompress.recipe import parse_recipe
+from llmcompress.recipe.calibration import TokenWeights
+from llmcompress.recipe.compression import parse_recipe
 from tests.builders import seeded
 from tests.tiny import save_tiny, tiny
 

@@ -12,8 +12,9 @@ import torch
 from pydantic import ValidationError
 
 from llmcompress.errors import InputError, NumericsError, RecipeError
+from llmcompress.recipe.calibration import Calibration
 from llmcompress.text import builtin_documents, read_documents, shuffled, stdlib_documents, stdlib_text
-from llmcompress.tokens import Calibration, CalibrationTokens, calibration_tokens, given_tokens, held_out_count
+from llmcompress.tokens import CalibrationTokens, calibration_tokens, given_tokens, held_out_count
 from tests.tiny import tiny, tiny_tokenizer
 
 BOS, EOS = 256, 257

@@ -13,11 +13,11 @@ from math import prod
 from typing import Any
 
 from llmcompress.allocate.sizes import bytes_around, payload_bytes
-from llmcompress.assignment import matches
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import StepConfig, sketch, step
 from llmcompress.planning import Job
-from llmcompress.recipe import Recipe
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.patterns import matches
 from llmcompress.weight.expression import bits
 from llmcompress.weight.modules import row_scale
 from llmcompress.weight.rows import check_rows

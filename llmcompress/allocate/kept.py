@@ -20,7 +20,7 @@ from llmcompress.models.checkpoint import read_json, write_files
 from llmcompress.models.dense import Source, load_model
 from llmcompress.models.locate import Place
 from llmcompress.planning import Job
-from llmcompress.recipe import Recipe
+from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.versions import versions
 
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)

@@ -29,9 +29,9 @@ from llmcompress.models.dense import Source, load_model
 from llmcompress.models.file_names import ALLOCATION
 from llmcompress.models.locate import Place, locate
 from llmcompress.planning import Job, lay
-from llmcompress.recipe import Recipe, Rule
+from llmcompress.recipe.compression import Recipe, Rule
+from llmcompress.recipe.target import Target
 from llmcompress.runtime.memory import total_memory
-from llmcompress.target import Target
 from llmcompress.tokens import CalibrationTokens, calibration_tokens
 from llmcompress.weight.modules import decoded
 

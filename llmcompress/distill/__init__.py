@@ -2,7 +2,7 @@
 
 from llmcompress.distill.fused import check_fused
 from llmcompress.distill.ready import check_ready
-from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.run import Distilled, distill
+from llmcompress.recipe.distillation import Distillation
 
 __all__ = ["Distillation", "Distilled", "check_fused", "check_ready", "distill"]

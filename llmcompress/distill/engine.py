@@ -33,9 +33,10 @@ from llmcompress.distill.launch import partitioned, sharded
 from llmcompress.distill.optimizers import moments, put_moments
 from llmcompress.distill.state import Keeper, Progress
 from llmcompress.distill.student.model import PROJECTIONS, Student
-from llmcompress.distill.student.oscillation import Freezer, Freezing
+from llmcompress.distill.student.oscillation import Freezer
 from llmcompress.distill.zero import Zero
 from llmcompress.errors import InputError
+from llmcompress.recipe.freezing import Freezing
 from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:

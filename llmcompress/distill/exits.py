@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from llmcompress.distill.head import Teacher, chunked_loss
 from llmcompress.distill.objective import head_of
-from llmcompress.distill.recipe import Term
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.losses.loss import LossState, SumAndCount
 from llmcompress.models.families import block_stack
 from llmcompress.models.hidden_states import depth, states_between
+from llmcompress.recipe.distillation import Term
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

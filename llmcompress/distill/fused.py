@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmcompress.distill.recipe import Distillation
 from llmcompress.errors import RecipeError
-from llmcompress.fuse import Fuse
 from llmcompress.losses.features import reads_states
 from llmcompress.models.file_names import RECIPE
-from llmcompress.recipe import read_recipe
+from llmcompress.recipe.compression import read_recipe
+from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.fuse import Fuse
 
 
 def fused_into(folder: Path) -> Fuse | None:

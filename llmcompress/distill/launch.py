@@ -23,8 +23,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from llmcompress.distill.metrics import tracking
 from llmcompress.distill.ready import check_ready
-from llmcompress.distill.recipe import Distillation
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.recipe.distillation import Distillation
 from llmcompress.runtime.devices import check_each, is_at, kind_of
 from llmcompress.tokens import held_out_count
 

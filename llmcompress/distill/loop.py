@@ -35,13 +35,13 @@ from llmcompress.distill.metrics import Metrics, term_names
 from llmcompress.distill.objective import head_of, hidden_states, joined
 from llmcompress.distill.optimizers import optimizer_of
 from llmcompress.distill.order import rate
-from llmcompress.distill.recipe import Distillation, Term
 from llmcompress.distill.recompute import recomputed
 from llmcompress.distill.state import Keeper, Progress
 from llmcompress.distill.student.model import Student
 from llmcompress.distill.teacher.teaching import ReadsAlong, Teaching
 from llmcompress.errors import NumericsError, Terminated
 from llmcompress.losses.loss import LossState
+from llmcompress.recipe.distillation import Distillation, Term
 from llmcompress.runtime.signals import stop_requests
 
 if TYPE_CHECKING:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.distill.projection import Pair, projection_name, projections
-from llmcompress.distill.recipe import Layers, Term
 from llmcompress.errors import RecipeError, listed
 from llmcompress.losses.divergence import wide
 from llmcompress.losses.features import Features, measure_features, reads_states
 from llmcompress.losses.loss import SumAndCount
 from llmcompress.models.hidden_states import depth, states_between
 from llmcompress.models.kept_blocks import matched_blocks
+from llmcompress.recipe.distillation import Layers, Term
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

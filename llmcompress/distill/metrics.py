@@ -20,10 +20,10 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
 
-from llmcompress.complaints import hint
-from llmcompress.distill.recipe import Distillation, Term
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.models.checkpoint import replace_text
+from llmcompress.recipe.distillation import Distillation, Term
+from llmcompress.recipe.error_messages import hint
 
 LOGS = ".logs"  # follows the name of the output folder: where trackers that write files write them
 

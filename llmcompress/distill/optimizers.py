@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.distill.packages import check_bitsandbytes
-from llmcompress.distill.recipe import Distillation
 from llmcompress.errors import RecipeError
+from llmcompress.recipe.distillation import Distillation
 
 BETAS = (0.9, 0.95)
 TABLES = {"qmap1", "qmap2"}  # what 8-bit codes mean: constants that all parameters share

@@ -10,8 +10,8 @@ import torch
 from llmcompress.distill.metrics import check_trackers
 from llmcompress.distill.optimizers import check_optimizer
 from llmcompress.distill.packages import check_bitsandbytes
-from llmcompress.distill.recipe import Distillation
 from llmcompress.errors import MemoryLimitError, is_out_of_memory
+from llmcompress.recipe.distillation import Distillation
 
 
 def check_ready(recipe: Distillation, device: str) -> None:

@@ -25,7 +25,6 @@ from llmcompress.distill.metrics import Metrics, start_trackers, term_names
 from llmcompress.distill.objective import check_boundaries, check_head, check_pair
 from llmcompress.distill.phases import Learned, learn
 from llmcompress.distill.ready import memory_advice
-from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.state import METRICS, Keeper
 from llmcompress.distill.student.folders import StudentFolder, open_folder
 from llmcompress.distill.student.model import Student
@@ -38,7 +37,8 @@ from llmcompress.models.companions import copy_companions
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.locate import Place, locate
 from llmcompress.plots import distillation_png
-from llmcompress.recipe import dump, read_as
+from llmcompress.recipe.compression import dump, read_as
+from llmcompress.recipe.distillation import Distillation
 from llmcompress.runtime.memory import keeping_freed_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype, products
 from llmcompress.weight.expression import bits, describe

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from llmcompress.errors import RecipeError
-from llmcompress.target import Target, count_of
+from llmcompress.recipe.target import Target, count_of
 
 MOST_BPW = 16.0
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llmcompress.complaints import check_booleans, first_complaint
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.recipe.error_messages import check_booleans, first_complaint
 
 
 class Peer(BaseModel):

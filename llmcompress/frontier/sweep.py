@@ -34,7 +34,7 @@ from llmcompress.models.locate import Place
 from llmcompress.planning import Job
 from llmcompress.plots import MISSING, frontier_pictures, main_metric
 from llmcompress.protocol import STANDARD, Protocol
-from llmcompress.recipe import Recipe, read_as
+from llmcompress.recipe.compression import Recipe, read_as
 from llmcompress.recover import check_sections, compress, is_there, record, wanted_distillation
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
@@ -208,7 +208,7 @@ def _is_done(folder: Path, plan: Allocation, source: Source) -> bool:
     recipe = plan.recipe
     if not is_there(folder, recipe.model_copy(update={"distill": None}), source):
         return False
-    from llmcompress.distill import Distillation
+    from llmcompress.recipe.distillation import Distillation
 
     path = folder / file_names.DISTILLATION_RECIPE
     taught = read_as(Distillation, path) if path.is_file() else None

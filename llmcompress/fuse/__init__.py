@@ -3,6 +3,6 @@ a rotation of the residual stream, and scales of input channels."""
 
 from llmcompress.fuse.awq import EXPONENTS, Balanced, balance, check_awq
 from llmcompress.fuse.rotation import rotated_source
-from llmcompress.fuse.settings import Fuse
+from llmcompress.recipe.fuse import Fuse
 
 __all__ = ["EXPONENTS", "Balanced", "Fuse", "balance", "check_awq", "rotated_source"]

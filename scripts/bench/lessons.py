@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import llmcompress as lc
-from llmcompress.distill import Distillation, distill
+from llmcompress.distill import distill
+from llmcompress.recipe.distillation import Distillation
 
 TEACHER = "smollm2"
 DOCS: dict[str, Any] = {"dataset": "stdlib", "length": 256, "held_out": 8}

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from llmcompress.distill import Distillation, distill
+from llmcompress.distill import distill
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.models.dense import load_model
 from llmcompress.models.locate import locate
+from llmcompress.recipe.distillation import Distillation
 from llmcompress.weight.modules import decoded
 
 RATES = {"scales": 1e-3, "norms": 1e-3}

@@ -20,8 +20,8 @@ from llmcompress.allocate.prices import Offer, Priced
 from llmcompress.allocate.sizes import payload_bytes
 from llmcompress.methods.layer import StepConfig, sketch, step
 from llmcompress.models.dense import resolve
-from llmcompress.recipe import read_recipe
-from llmcompress.target import Target
+from llmcompress.recipe.compression import read_recipe
+from llmcompress.recipe.target import Target
 from llmcompress.verify import verify
 from llmcompress.weight.expression import bits
 from tests.builders import gaussian, layer, moments

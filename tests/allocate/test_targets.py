@@ -25,9 +25,9 @@ from llmcompress.cli import app
 from llmcompress.errors import LLMCompressError, MemoryLimitError, RecipeError
 from llmcompress.models.dense import resolve
 from llmcompress.models.file_names import ALLOCATION, RECIPE
-from llmcompress.recipe import dump, parse_recipe, read_recipe
+from llmcompress.recipe.compression import dump, parse_recipe, read_recipe
+from llmcompress.recipe.target import Target, count_of
 from llmcompress.report import read_allocation
-from llmcompress.target import Target, count_of
 from llmcompress.verify import verify
 from tests.tiny import save_tiny
 

@@ -36,7 +36,7 @@ from llmcompress.methods.layer import apply, relative_error, step
 from llmcompress.models.dense import load_model
 from llmcompress.models.locate import Place
 from llmcompress.protocol import Protocol
-from llmcompress.recipe import read_recipe
+from llmcompress.recipe.compression import read_recipe
 from llmcompress.surgery import alike_blocks
 from llmcompress.verify import verify
 from llmcompress.weight.encoding import decode, encode

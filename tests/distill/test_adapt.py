@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.distill import distill
-from llmcompress.distill.student.adapt import Adaptation, adapt, dense_weight, rounded
+from llmcompress.distill.student.adapt import adapt, dense_weight, rounded
 from llmcompress.errors import RecipeError
+from llmcompress.recipe.adaptation import Adaptation
 from llmcompress.report import read
 from llmcompress.verify import verify
 from llmcompress.weight.expression import LowRank, Sum, bits, dense, describe, shape

@@ -15,10 +15,10 @@ from llmcompress.distill.held_out import Distances, distances
 from llmcompress.distill.loop import Objective
 from llmcompress.distill.matching import Matching
 from llmcompress.distill.objective import check_boundaries, hidden_states
-from llmcompress.distill.recipe import Term
 from llmcompress.distill.teacher.teaching import ReadsAlong
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.evaluate import distance
+from llmcompress.recipe.distillation import Term
 from tests.losses.cases import CASES, config, spelled
 from tests.tiny import FAMILY_CONFIGS, tiny
 

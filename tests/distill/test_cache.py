@@ -316,7 +316,7 @@ def test_impossible_recipes_are_refused(more: dict[str, Any], sentence: str, fol
 
 
 def test_losses_that_need_no_teacher_or_symbols_are_allowed(folders: Path) -> None:
-    from llmcompress.distill import Distillation
+    from llmcompress.recipe.distillation import Distillation
 
     names = ("forward_kl", "reverse_kl", "js", "skewed_kl", "taid", "cross_entropy")
     losses = [{"of": {"loss": name}} for name in names]

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from llmcompress.distill.data.answers import answered
 from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.data.packing import one_each, packed
-from llmcompress.distill.data.source import PATIENCE, Data, Source, read_data
+from llmcompress.distill.data.source import PATIENCE, Data, read_data
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.recipe.data import Source
 from llmcompress.tokens import calibration_tokens
 from tests.tiny import tiny_tokenizer
 

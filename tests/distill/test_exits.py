@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import llmcompress.distill.head
-from llmcompress.distill import Distillation
 from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.loop import Objective
-from llmcompress.distill.recipe import Term
 from llmcompress.distill.recompute import recomputed
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.hidden_states import states_between
-from llmcompress.recipe import dump, read_as
+from llmcompress.recipe.compression import dump, read_as
+from llmcompress.recipe.distillation import Distillation, Term
 from tests.distill.test_batches import gradient, objective_of, ragged
 from tests.losses.spy import largest_tensor
 from tests.tiny import FAMILY_CONFIGS, VOCABULARY, tiny

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from llmcompress.distill import Distillation, distill
+from llmcompress.distill import distill
 from llmcompress.distill.launch import launched_accelerator
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.recipe.distillation import Distillation
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 import llmcompress as lc
-from llmcompress.distill import Distillation, distill
+from llmcompress.distill import distill
 from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.loop import Objective
 from llmcompress.distill.matching import Matching
-from llmcompress.distill.recipe import Schedule, Term
 from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
 from llmcompress.models.kept_blocks import KEPT, matched_blocks
-from llmcompress.recipe import dump, read_as
+from llmcompress.recipe.compression import dump, read_as
+from llmcompress.recipe.distillation import Distillation, Schedule, Term
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT

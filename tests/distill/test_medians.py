@@ -15,12 +15,13 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmcompress.distill import Distillation, distill
+from llmcompress.distill import distill
 from llmcompress.distill.launch import check_sharding
 from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.medians import median_scales
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
+from llmcompress.recipe.distillation import Distillation
 from llmcompress.verify import verify
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import Bitmap, Dense, Grid, LowRank, Rotated, Sum, Weight, Where, dense, describe

@@ -17,10 +17,12 @@ import pytest
 import torch
 
 import llmcompress as lc
-from llmcompress.distill import Distillation, distill
-from llmcompress.distill.data.mixture import Mixture, draw, normalized, quotas, reweighted
+from llmcompress.distill import distill
+from llmcompress.distill.data.mixture import draw, normalized, quotas, reweighted
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.recipe import dump, read_as
+from llmcompress.recipe.compression import dump, read_as
+from llmcompress.recipe.data import Mixture
+from llmcompress.recipe.distillation import Distillation
 from llmcompress.tables import distilled_view
 from tests.distill.launched import free_port
 from tests.rules.source_tree import ROOT

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import llmcompress as lc
-from llmcompress.distill import Distillation, check_ready, distill, loop, packages
+from llmcompress.distill import check_ready, distill, loop, packages
 from llmcompress.distill.optimizers import moments, optimizer_of, put_moments
 from llmcompress.distill.ready import memory_advice
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
+from llmcompress.recipe.distillation import Distillation
 from tests.distill import miniature
 from tests.tiny import save_tiny
 

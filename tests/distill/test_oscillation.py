@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from llmcompress import tables
 from llmcompress.distill import distill
-from llmcompress.distill.student.oscillation import Freezer, Freezing, Habits, after_step
+from llmcompress.distill.student.oscillation import Freezer, Habits, after_step
 from llmcompress.errors import RecipeError
+from llmcompress.recipe.freezing import Freezing
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import Grid, Sum
 from llmcompress.weight.modules import CompressedLinear

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmcompress.distill import Distillation
+from llmcompress.recipe.distillation import Distillation
 from tests.distill.miniature import make, recipe
 
 RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}]

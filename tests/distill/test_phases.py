@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmcompress.distill import Distillation, distill
+from llmcompress.distill import distill
 from llmcompress.distill.blockwise import walk
 from llmcompress.distill.blockwise.block import Activations, Block, mean_error, recover_block
 from llmcompress.distill.blockwise.shelf import Shelf
@@ -23,7 +23,8 @@ from llmcompress.distill.phases import learn
 from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, NumericsError, RecipeError
-from llmcompress.recipe import read_as
+from llmcompress.recipe.compression import read_as
+from llmcompress.recipe.distillation import Distillation
 from llmcompress.verify import verify
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import loaded, make, recipe

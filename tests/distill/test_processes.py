@@ -22,10 +22,10 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 
 import llmcompress as lc
-from llmcompress.distill import Distillation
 from llmcompress.distill.launch import check_sharding
 from llmcompress.errors import RecipeError
 from llmcompress.models import file_names
+from llmcompress.recipe.distillation import Distillation
 from tests.distill.launched import free_port, run
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from llmcompress.distill import Distillation, distill
+from llmcompress.distill import distill
 from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.matching import Matching
-from llmcompress.distill.recipe import Term
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
-from llmcompress.recipe import dump, read_as
+from llmcompress.recipe.compression import dump, read_as
+from llmcompress.recipe.distillation import Distillation, Term
 from tests.distill.miniature import TEXT
 from tests.distill.test_batches import gradient, objective_of, ragged
 from tests.distill.test_dense_students import asked, tensors

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import llmcompress as lc
 from llmcompress.card import Taught, _distillation
-from llmcompress.distill import Distillation, check_ready, distill, packages, run
+from llmcompress.distill import check_ready, distill, packages, run
 from llmcompress.distill.launch import check_sharding
 from llmcompress.distill.teacher import quantized
 from llmcompress.distill.teacher.cache import Origin
@@ -27,6 +27,7 @@ from llmcompress.distill.teacher.quantized import Bits, load_quantized, without_
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluate.distance import kl_divergence
 from llmcompress.models.locate import Place, locate
+from llmcompress.recipe.distillation import Distillation
 from llmcompress.tables import distilled_view
 from tests.distill import miniature
 from tests.tiny import save_tiny, tiny_tokenizer

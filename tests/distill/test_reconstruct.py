@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli import app
 from llmcompress.distill.blockwise.block import Activations, recover_block
-from llmcompress.distill.blockwise.reconstruction import Reconstruction
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import block_stack
 from llmcompress.models.file_names import RECIPE
-from llmcompress.recipe import read_recipe
+from llmcompress.recipe.compression import read_recipe
+from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.report import read
 from llmcompress.tables import report_view
 from llmcompress.tokens import calibration_tokens

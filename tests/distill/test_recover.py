@@ -18,7 +18,7 @@ from llmcompress.distill import distill
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.hub import _card
 from llmcompress.models.locate import Place
-from llmcompress.recipe import dump, parse_recipe, read_recipe
+from llmcompress.recipe.compression import dump, parse_recipe, read_recipe
 from llmcompress.verify import verify
 from tests.tiny import save_tiny
 

@@ -30,7 +30,8 @@ from llmcompress.errors import (
     RecipeError,
     Terminated,
 )
-from llmcompress.tokens import Calibration, calibration_tokens
+from llmcompress.recipe.calibration import Calibration
+from llmcompress.tokens import calibration_tokens
 from tests.tiny import save_tiny, tiny, tiny_tokenizer
 
 END = 257  # </s>

@@ -16,9 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
-from llmcompress.distill import Distillation, distill, loop
+from llmcompress.distill import distill, loop
 from llmcompress.distill.order import rate, rows
 from llmcompress.errors import InputError, NumericsError, RecipeError, Terminated
+from llmcompress.recipe.distillation import Distillation
 from llmcompress.report import read
 from llmcompress.verify import verify
 from llmcompress.weight.encoding import encode

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.calibrate import Block, walk
 from llmcompress.cli import app
-from llmcompress.distill.blockwise.reconstruction import Reconstruction
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import architecture
 from llmcompress.models.integrity import INDEX
+from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.verify import verify
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llmcompress.distill import Distillation
 from llmcompress.methods.layer import methods
-from llmcompress.recipe import read_as, read_recipe
+from llmcompress.recipe.compression import read_as, read_recipe
+from llmcompress.recipe.distillation import Distillation
 from tests.rules.source_tree import ROOT
 
 DISTILLATIONS = sorted((ROOT / "configs" / "distillation").glob("*.yaml"))

@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.distill.blockwise.reconstruction import Reconstruction
 from llmcompress.distill.order import rate, rows
-from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.student.model import Student
 from llmcompress.distill.student.oscillation import Freezer
 from llmcompress.errors import NumericsError
 from llmcompress.losses.features import Features, measure_features
 from llmcompress.losses.hidden import Hidden
+from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.reconstruction import Reconstruction
 
 BETAS = (0.9, 0.95)
 SIGN = (0.0, 0.0)  # with which a step of Adam is that of the gradient's sign

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from llmcompress.calibrate import Block
 from llmcompress.distill.blockwise.block import Activations, recover_block
-from llmcompress.distill.blockwise.reconstruction import Reconstruction
 from llmcompress.distill.student.model import WEIGHTS, Student, relaxed_student
 from llmcompress.errors import InputError
 from llmcompress.learning import Tune, Tuned
+from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.weight.trainable.latents.flexround import Divided
 from llmcompress.weight.trainable.latents.form import Form
 from llmcompress.weight.trainable.latents.lora_rounding import Offsets

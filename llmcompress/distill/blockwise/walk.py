@@ -16,11 +16,11 @@ from torch import Tensor
 from llmcompress.blocks import Batch, Call, in_batches, recorded
 from llmcompress.distill.blockwise.block import Activations, Block, Recovered, recover_block
 from llmcompress.distill.blockwise.shelf import Shelf
-from llmcompress.distill.recipe import Distillation
 from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.families import block_stack
+from llmcompress.recipe.distillation import Distillation
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, decoded, put
 
 if TYPE_CHECKING:

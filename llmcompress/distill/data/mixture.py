@@ -16,31 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 from llmcompress.distill.order import span
 from llmcompress.runtime.seeding import generator
 
 SMOOTHING = 0.5
 MOST = 20.0
-
-
-class Mixture(BaseModel):
-    """How the domains of a distillation share its steps. A blockwise phase reads all of each, whatever their shares."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    reweight: Literal["none", "ddk"] = Field(
-        default="none", description="shares stay the domains' weights, or follow the student's gap to its teacher"
-    )
-    every: int = Field(default=50, ge=1, description="steps between new shares")
-    sequences: int = Field(default=8, ge=1, description="of each domain's held-out ones, those that tell the gap")
-
-    def due(self, step: int) -> bool:
-        """Whether shares are computed anew before `step` (from 0)."""
-        return self.reweight == "ddk" and step % self.every == 0
 
 
 def normalized(weights: Sequence[float]) -> list[float]:

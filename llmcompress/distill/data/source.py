@@ -11,22 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 from torch import Tensor
 
 from llmcompress.distill.data.answers import answered
 from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.data.packing import Packed, Tokens, one_each, packed
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.recipe.data import Domain, Source
 from llmcompress.text import Document, read_documents, shuffled
 from llmcompress.tokens import (
     SHORTFALL,
-    Calibration,
     CalibrationTokens,
-    Switch,
     calibration_tokens,
     check_length,
     check_tokens,
@@ -42,63 +40,6 @@ if TYPE_CHECKING:
 PATIENCE = 1000  # documents without any target before a source is given up
 
 Load = Callable[[], "PreTrainedModel"]
-
-
-class Source(Calibration):
-    """One text that a distillation reads, as calibration reads it, and what of it counts.
-
-    With `shuffle`, `samples` sequences are a random part of the data: the control for any cleverer choice.
-    """
-
-    packing: bool = True
-    """True: documents are joined and cut into sequences. False: one document each, cut or padded to `length`."""
-    boundaries: bool = False
-    """Packed documents do not see each other: positions start again with each, and its first token is no target."""
-    answers_only: Switch = "auto"
-    """Of chats, only what the assistant says counts, with the token that ends it; auto: where a chat template renders
-    them. True: text that is no chat does not count at all."""
-
-    @model_validator(mode="after")
-    def _countable(self) -> Source:
-        if self.held_out == 0:
-            raise ValueError("held_out is 0, so nothing could tell whether it helps; hold some sequences out")
-        if self.samples < 2:
-            raise ValueError("samples is 1, so none is left to hold out; ask for two or more")
-        if self.dataset == "self" and (self.boundaries or self.answers_only is True):
-            raise ValueError("dataset 'self' is read as one text; leave boundaries and answers_only out")
-        if self.answers_only is True and self.chat_template is False:
-            raise ValueError("answers_only needs the chat template to know answers; leave chat_template out")
-        if self.boundaries and not self.packing:
-            raise ValueError("boundaries: a sequence is one document anyway without packing; leave one of them out")
-        return self
-
-
-class Domain(Source):
-    """One of several texts, by name."""
-
-    name: str = Field(min_length=1, max_length=100)
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Its share of what is read, relative to those of the others."""
-
-
-def _texts(value: Any) -> Any:
-    """One source, or domains, from a map or a list of maps. Raises ValueError (pydantic's kind is one)."""
-    if isinstance(value, dict):
-        if one := sorted({"name", "weight"} & value.keys()):
-            raise ValueError(f"data is one text, which needs no {one[0]}; write it as a list, or leave that out")
-        return Source.model_validate(value)
-    if isinstance(value, list | tuple):
-        if not value or not all(isinstance(each, dict | Domain) for each in value):
-            raise ValueError("data is a map, or a list of domains such as {name: code, dataset: code.jsonl}")
-        domains = TypeAdapter(tuple[Domain, ...]).validate_python(value)
-        names = [domain.name for domain in domains]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"data has the domain {twice[0]!r} twice; give each a name of its own")
-        return domains
-    return value
-
-
-Texts = Annotated[tuple[Domain, ...] | Source, BeforeValidator(_texts)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,16 +17,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from llmcompress.assignment import matches
 from llmcompress.errors import RecipeError, listed
 from llmcompress.methods.layer import Layer, split
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.svd import SVD, svd
 from llmcompress.models.kept_blocks import matched_blocks, original_name
-from llmcompress.recipe import Matching
+from llmcompress.recipe.adaptation import Adaptation
+from llmcompress.recipe.patterns import matches
 from llmcompress.runtime.seeding import generator
 from llmcompress.weight.expression import Dense, LowRank, Sum, Weight, dense, shape
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
@@ -34,17 +33,6 @@ from llmcompress.weight.sums import plus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class Adaptation(Matching):
-    """Which compressed linears get a low-rank term, and how it is stored."""
-
-    match: tuple[str, ...] = Field(default=("*",), min_length=1, description="as in the rules of a compression")
-    rank: int = Field(ge=1, description="columns of the left factor")
-    factor_bits: Literal[4, 8, 16] = Field(default=16, description="16 keeps bfloat16; fewer are rounded at the end")
-    start: Literal["zero", "residual"] = Field(
-        default="zero", description="zero: nothing changes at first; residual: the SVD of what the weight lost"
-    )
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from llmcompress.distill.recipe import Distillation, Kind, Scales
 from llmcompress.distill.student.medians import MedianScale, follows, grids, median_scales
 from llmcompress.errors import RecipeError
 from llmcompress.models.families import block_stack
+from llmcompress.recipe.distillation import Distillation, Kind, Scales
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
 from llmcompress.weight.trainable.latents.form import Form
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedLinear

@@ -18,39 +18,16 @@ on, only the scales that are no parameters are here, as medians (`medians`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from llmcompress.recipe.freezing import Freezing
 from llmcompress.weight.trainable.relax import Relaxed, RelaxedLinear
 from llmcompress.weight.trainable.straight_through import nearest_codes
-
-
-class Freezing(BaseModel):
-    """When codes that oscillate are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    momentum: float = Field(default=0.01, gt=0, lt=1, description="of the moving averages: what the last step counts")
-    threshold: float = Field(default=0.04, gt=0, le=1, description="frequency above which a code is frozen, at first")
-    final_threshold: float = Field(default=0.011, gt=0, le=1, description="and at the last step, after half a cosine")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Freezing:
-        if self.final_threshold > self.threshold:
-            raise ValueError(
-                f"final_threshold {self.final_threshold:g} is above threshold {self.threshold:g}, which falls to it; "
-                f"lower it"
-            )
-        return self
-
-    def threshold_at(self, done: float) -> float:
-        """The threshold when a share `done` of the steps, 0 to 1, is done."""
-        return self.final_threshold + (self.threshold - self.final_threshold) * (1 + math.cos(math.pi * done)) / 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,6 @@ from llmcompress.distill.head import LOGITS
 from llmcompress.distill.held_out import POSITIONS
 from llmcompress.distill.loop import Run
 from llmcompress.distill.objective import head_of, hidden_states
-from llmcompress.distill.recipe import Teacher
 from llmcompress.distill.teacher.cache import Origin, open_cache, rounded, tokens_digest, write_cache
 from llmcompress.distill.teacher.likeliest import Likeliest
 from llmcompress.distill.teacher.teaching import ReadBack
@@ -35,6 +34,7 @@ from llmcompress.losses.loss import Predictions, measure
 from llmcompress.models.dense import load_model
 from llmcompress.models.digest import teacher_digest
 from llmcompress.models.locate import Place
+from llmcompress.recipe.distillation import Teacher
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.weight.modules import decoded
 

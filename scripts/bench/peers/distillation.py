@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from llmcompress.distill import Distillation
+    from llmcompress.recipe.distillation import Distillation
 
 BATCH, PART, LENGTH, HELD_OUT, RANK, RATE = 8, 4, 256, 2, 16, 3e-3
 OURS, PEER = "llmcompress", "trl"
@@ -50,7 +50,7 @@ SAME = ("text", "tokens", "trained")  # of both reports
 
 def recipe(steps: int) -> Distillation:
     """What both are asked to do."""
-    from llmcompress.distill import Distillation
+    from llmcompress.recipe.distillation import Distillation
 
     samples = BATCH * steps + HELD_OUT
     asked = {

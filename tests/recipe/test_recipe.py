@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from llmcompress.assignment import assign, matches
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import methods, step
-from llmcompress.recipe import Gates, Recipe, Rule, dump, overrides, parse_recipe, read_recipe
-from llmcompress.strict_yaml import parse
-from llmcompress.tokens import Calibration
+from llmcompress.recipe.calibration import Calibration
+from llmcompress.recipe.compression import Gates, Recipe, Rule, dump, overrides, parse_recipe, read_recipe
+from llmcompress.recipe.matching import assign
+from llmcompress.recipe.patterns import matches
+from llmcompress.recipe.yaml import parse
 
 EXAMPLES = [{"method": name, **example} for name, method in methods().items() for example in method.config.examples]
 NAMES = [

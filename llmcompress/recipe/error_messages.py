@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import StepConfig, methods
-from llmcompress.strict_yaml import Path, Places
+from llmcompress.recipe.yaml import Path, Places
 
 _BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
 EXPECTED = "Input should be "  # pydantic's way to begin

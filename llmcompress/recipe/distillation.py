@@ -8,12 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 import llmcompress.losses  # noqa: F401 (registers them)
-from llmcompress.distill.data.mixture import Mixture
-from llmcompress.distill.data.source import Source, Texts
-from llmcompress.distill.student.adapt import Adaptation
-from llmcompress.distill.student.oscillation import Freezing
 from llmcompress.losses.features import any_loss_config, reads_states
 from llmcompress.losses.loss import LossConfig
+from llmcompress.recipe.adaptation import Adaptation
+from llmcompress.recipe.data import Mixture, Source, Texts
+from llmcompress.recipe.freezing import Freezing
 
 Kind = Literal["codes", "scales", "values", "factors", "norms", "weights", "projections"]
 Rate = Annotated[float, Field(gt=0, lt=1)]

@@ -18,8 +18,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llmcompress.distill.recipe import Kind, Rate
-from llmcompress.distill.student.oscillation import Freezing
+from llmcompress.recipe.distillation import Kind, Rate
+from llmcompress.recipe.freezing import Freezing
 
 
 class LowRankOffsets(BaseModel):

@@ -36,18 +36,26 @@ from pydantic import (
 )
 
 import llmcompress.methods  # noqa: F401 (registers them)
-from llmcompress.complaints import at, check_booleans, dotted, first_complaint, is_open, locate, paths, unknown_key
 from llmcompress.errors import RecipeError
-from llmcompress.fuse import Fuse
-from llmcompress.importance import TokenWeights
 from llmcompress.methods.layer import StepConfig, step
-from llmcompress.strict_yaml import OneLine, Path, Places, parse, written
-from llmcompress.target import Target
-from llmcompress.tokens import Calibration
+from llmcompress.recipe.calibration import Calibration, TokenWeights
+from llmcompress.recipe.error_messages import (
+    at,
+    check_booleans,
+    dotted,
+    first_complaint,
+    is_open,
+    locate,
+    paths,
+    unknown_key,
+)
+from llmcompress.recipe.fuse import Fuse
+from llmcompress.recipe.patterns import Matching
+from llmcompress.recipe.target import Target
+from llmcompress.recipe.yaml import OneLine, Path, Places, parse, written
 
 VERSION = 1
 S = TypeVar("S", bound=BaseModel)
-REGEX = "re:"
 
 
 def _step(value: Any) -> Any:
@@ -73,31 +81,6 @@ def _check_plain(arguments: dict[str, Any]) -> None:
 
 Step = Annotated[SerializeAsAny[StepConfig], BeforeValidator(_step)]
 Option = Annotated[tuple[Step, ...], Field(min_length=1)]
-
-
-class Matching(BaseModel):
-    """Something that is said of the layers that match one of the patterns."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    match: tuple[str, ...] = Field(min_length=1, description="globs on module paths, or regular expressions as 're:…'")
-
-    @field_validator("match", mode="before")
-    @classmethod
-    def _one_or_more(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("match")
-    @classmethod
-    def _readable(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            if not pattern.removeprefix(REGEX).strip():
-                raise ValueError(f"match has the empty pattern {pattern!r}; write '*' for every layer")
-            if pattern.startswith(REGEX):
-                try:
-                    re.compile(pattern.removeprefix(REGEX))
-                except re.error as error:
-                    raise ValueError(f"match has {pattern!r}, which is no regular expression ({error})") from error
-        return patterns
 
 
 class Rule(Matching):

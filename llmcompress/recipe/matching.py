@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from fnmatch import fnmatchcase
 
-from llmcompress.complaints import at
 from llmcompress.methods.layer import StepConfig
-from llmcompress.recipe import REGEX, Recipe
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.error_messages import at
+from llmcompress.recipe.patterns import REGEX, matches
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,6 @@ def assign(recipe: Recipe, names: Iterable[str], others: Sequence[str] = ()) -> 
     return Assignment(
         {name: steps.get(name, ()) for name in names}, tuple(unmatched), unruled, tuple(shadowed), tuple(complaints)
     )
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a recipe's pattern means the module `name`: a glob on the whole path, or 're:' and a full match."""
-    if pattern.startswith(REGEX):
-        return re.fullmatch(pattern.removeprefix(REGEX), name) is not None
-    return fnmatchcase(name, pattern)
 
 
 def _nothing(pattern: str, names: Sequence[str], elsewhere: Sequence[str]) -> str:
