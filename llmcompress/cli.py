@@ -335,9 +335,9 @@ def answer(
     Example: llmcompress answer smollm2 prompts.jsonl -o answers.jsonl
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.distill.data.answering import Sampling
-        from llmcompress.distill.data.selfdata import Answering
-        from llmcompress.distill.data.selfdata import answer as run
+        from llmcompress.data.generate_answers import Sampling
+        from llmcompress.data.self_data import Answering
+        from llmcompress.data.self_data import answer as run
 
         sampling = Sampling(temperature, top_p, seed, longest)
         asked = Answering(prompts, subset, None, split, column, limit, sampling, batch_size, keep_reference)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.calibrate import Block, walk
 from llmcompress.compression import Run, compress_block, restore, waiting
+from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.journal import Journal, Origin, opened
 from llmcompress.learning import Tune
@@ -36,7 +37,6 @@ from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import peak_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype
 from llmcompress.runtime.versions import versions
-from llmcompress.tokens import CalibrationTokens, calibration_tokens
 from llmcompress.weight.modules import Layout, payload_texts
 
 if TYPE_CHECKING:

@@ -11,6 +11,11 @@ def listed(names: Iterable[str], most: int = 3) -> str:
     return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library said, or the name of the error where it said nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; torch says it in a RuntimeError."""
     words = str(error).lower()

@@ -23,6 +23,7 @@ from llmcompress import driver
 from llmcompress import report as reports
 from llmcompress.allocate import Allocation, allocate
 from llmcompress.allocate.kept import allocate_by
+from llmcompress.data.calibration import check_length
 from llmcompress.driver import Progress, Result
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.journal import is_older
@@ -38,7 +39,6 @@ from llmcompress.recipe.compression import Recipe, read_recipe, section
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
-from llmcompress.tokens import check_length
 
 if TYPE_CHECKING:
     from llmcompress.recipe.distillation import Distillation
@@ -88,8 +88,8 @@ def compress(
     how: dict[str, Any] = {"device": device, "progress": progress, "tune": _tuner(asked), "resume": resume}
     if asked.distill is None:
         return driver.compress(model, asked, output, revision=revision, **how)
+    from llmcompress.data.distillation import read_data
     from llmcompress.distill import check_ready, distill
-    from llmcompress.distill.data.source import read_data
     from llmcompress.distill.run import TRAINING
 
     dense = resolve(str(model), revision)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmcompress.data.calibration import context_length
 from llmcompress.evaluate import evaluate
 from llmcompress.models.checkpoint import MANIFEST, check_manifest, manifest
 from llmcompress.models.dense import load_model, load_tokenizer
@@ -14,7 +15,6 @@ from llmcompress.models.kind import check_kind
 from llmcompress.models.locate import Place, locate
 from llmcompress.protocol import Protocol
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.tokens import context_length
 from llmcompress.weight.modules import compressed_modules
 
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from llmcompress.data.builtin import stdlib_text
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluate import PAIRS, compare, distance, evaluate, perplexity, run_tasks, text_windows
 from llmcompress.evaluate.distance import Distance
 from llmcompress.evaluate.harness import PAIRS_FILE, _scores
 from llmcompress.evaluate.perplexity import POSITIONS
 from llmcompress.protocol import Protocol
-from llmcompress.text import stdlib_text
 from tests.tiny import VOCABULARY, tiny, tiny_tokenizer
 
 TEXT = "Some plain text for windows, long enough for a few of them. " * 20
@@ -250,7 +250,7 @@ def test_results_are_read_with_care() -> None:
 
 def test_importing_evaluation_imports_nothing_large() -> None:
     program = (
-        "import sys, llmcompress.evaluate, llmcompress.tokens\n"
+        "import sys, llmcompress.evaluate, llmcompress.data.calibration\n"
         "print([name for name in ('lm_eval', 'datasets', 'pyarrow', 'sklearn') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

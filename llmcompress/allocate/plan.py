@@ -23,6 +23,7 @@ from llmcompress.allocate.distortion import families
 from llmcompress.allocate.prices import Priced, Progress, prices
 from llmcompress.allocate.sensitivity import Dense, Probe, in_parts, probe_windows
 from llmcompress.allocate.solve import monotone, solve
+from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
 from llmcompress.models.checkpoint import add_file, megabytes
 from llmcompress.models.dense import Source, load_model
@@ -32,7 +33,6 @@ from llmcompress.planning import Job, lay
 from llmcompress.recipe.compression import Recipe, Rule
 from llmcompress.recipe.target import Target
 from llmcompress.runtime.memory import total_memory
-from llmcompress.tokens import CalibrationTokens, calibration_tokens
 from llmcompress.weight.modules import decoded
 
 FLOAT32 = 4  # bytes

@@ -22,12 +22,12 @@ from llmcompress.allocate.choices import Choices, Matrix, Steps
 from llmcompress.allocate.distortion import between, changed, error, families, interpolated, rough, run_of, sampled
 from llmcompress.allocate.sensitivity import Probe
 from llmcompress.calibrate import InputGroup, walk
+from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import NumericsError
 from llmcompress.methods.layer import Layer, methods, step
 from llmcompress.methods.moments import Moments
 from llmcompress.planning import Job
 from llmcompress.runtime.precision import product_dtype
-from llmcompress.tokens import CalibrationTokens
 from llmcompress.weight.expression import Dense
 
 TOKENS = 8192  # of calibration that suffice for a ranking

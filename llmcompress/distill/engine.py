@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llmcompress.distill.data.batch import Batch
+from llmcompress.data.batch import Batch
 from llmcompress.distill.launch import partitioned, sharded
 from llmcompress.distill.optimizers import moments, put_moments
 from llmcompress.distill.state import Keeper, Progress

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmcompress.distill.data.batch import Batch
+from llmcompress.data.batch import Batch
 from llmcompress.distill.objective import head_of, hidden_states
 from llmcompress.errors import NumericsError
 from llmcompress.evaluate.distance import kl_divergence

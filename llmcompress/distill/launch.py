@@ -21,12 +21,12 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import CPUOffloadPolicy
 
+from llmcompress.data.calibration import held_out_count
 from llmcompress.distill.metrics import tracking
 from llmcompress.distill.ready import check_ready
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.runtime.devices import check_each, is_at, kind_of
-from llmcompress.tokens import held_out_count
 
 FOREIGN = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",

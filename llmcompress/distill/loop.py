@@ -23,9 +23,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from llmcompress.distill.data.batch import Batch
-from llmcompress.distill.data.mixture import draw, normalized, quotas, reweighted
-from llmcompress.distill.data.source import Data
+from llmcompress.data.batch import Batch
+from llmcompress.data.distillation import Data
+from llmcompress.data.mixture import draw, normalized, quotas, reweighted
+from llmcompress.data.schedule import rate
 from llmcompress.distill.engine import Engine, held_decoded
 from llmcompress.distill.exits import Exits
 from llmcompress.distill.head import chunked_loss
@@ -34,7 +35,6 @@ from llmcompress.distill.matching import Matching
 from llmcompress.distill.metrics import Metrics, term_names
 from llmcompress.distill.objective import head_of, hidden_states, joined
 from llmcompress.distill.optimizers import optimizer_of
-from llmcompress.distill.order import rate
 from llmcompress.distill.recompute import recomputed
 from llmcompress.distill.state import Keeper, Progress
 from llmcompress.distill.student.model import Student

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmcompress.distill.data.batch import Batch
+from llmcompress.data.batch import Batch
 from llmcompress.distill.head import HeadLoss
 from llmcompress.errors import InputError
 from llmcompress.losses.loss import SumAndCount

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llmcompress.data.batch import Batch
 from llmcompress.distill.blockwise.shelf import Shelf
 from llmcompress.distill.blockwise.walk import recover_blocks
-from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.loop import Report, Run, look, train
 from llmcompress.distill.state import Keeper
 from llmcompress.distill.student.adapt import adapt, rounded, teachers_weights

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from llmcompress import report as reports
-from llmcompress.distill.data.source import Data, read_data
+from llmcompress.data.distillation import Data, read_data
 from llmcompress.distill.exits import Exits
 from llmcompress.distill.fused import check_fused, fused_into
 from llmcompress.distill.launch import check_enough, launched_accelerator, loading_device

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from llmcompress.data.files import read_text
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate.noise import mean
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.protocol import Protocol
-from llmcompress.text import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

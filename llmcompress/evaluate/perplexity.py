@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llmcompress.data.builtin import stdlib_text
+from llmcompress.data.calibration import context_length
+from llmcompress.data.files import read_text
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluate.noise import mean, stderr
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.protocol import Protocol
-from llmcompress.text import read_text, stdlib_text
-from llmcompress.tokens import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

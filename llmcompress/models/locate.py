@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, first_line
 from llmcompress.models.smollm2 import EMBEDDED, EMBEDDED_LICENSE, EMBEDDED_NAME, embedded
 
 HUB_FILES = [
@@ -101,9 +101,5 @@ def download(name: str, revision: str | None) -> Place:
             f"download it once while online (`hf download {name}`), or give a folder"
         ) from error
     except (errors.HfHubHTTPError, ConnectionError) as error:
-        raise InputError(f"the Hub answered {_first_line(error)} for {what}; try again, or give a folder") from error
+        raise InputError(f"the Hub answered {first_line(error)} for {what}; try again, or give a folder") from error
     return Place(name, folder, revision=folder.name if COMMIT.fullmatch(folder.name) else revision, hub_id=name)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from llmcompress.data.calibration import calibration_tokens, context_length
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.models.dense import load_model, open_source
 from llmcompress.models.hidden_states import states_between
 from llmcompress.models.locate import locate
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.surgery.depth import blocks_of
-from llmcompress.tokens import calibration_tokens, context_length
 
 SAMPLES, LENGTH = 16, 512  # of text: 8192 tokens are enough for the choice
 

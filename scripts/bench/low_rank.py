@@ -17,11 +17,11 @@ import torch
 
 import llmcompress.methods  # noqa: F401 (registers them)
 from llmcompress.calibrate import walk
+from llmcompress.data.calibration import given_tokens
+from llmcompress.data.files import read_text
 from llmcompress.methods.layer import Layer, apply, relative_error, step
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import architecture
-from llmcompress.text import read_text
-from llmcompress.tokens import given_tokens
 from llmcompress.weight.expression import Dense, bits
 
 BASE: dict[str, Any] = {"method": "rtn", "bits": 3, "group_size": 64}

@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
+from llmcompress.data.generate_answers import Sampling
+from llmcompress.data.self_data import Answering, answer
 from llmcompress.distill import distill
-from llmcompress.distill.data.answering import Sampling
-from llmcompress.distill.data.selfdata import Answering, answer
 from llmcompress.distill.teacher import quantized
 from llmcompress.frontier import budgets, frontier
 from llmcompress.losses.loss import loss_config, measure

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from llmcompress.distill.data.batch import PADDING, Batch
+from llmcompress.data.batch import PADDING, Batch
 from llmcompress.distill.head import Online, chunked_loss
 from llmcompress.distill.held_out import Distances, distances
 from llmcompress.distill.loop import Objective

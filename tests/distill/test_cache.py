@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import llmcompress as lc
+from llmcompress.data.batch import Batch
 from llmcompress.distill import distill, run
-from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.held_out import distances
 from llmcompress.distill.teacher import cache, kept
 from llmcompress.distill.teacher.cache import Cache, Origin, open_cache, tokens_digest, write_cache

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import llmcompress.distill.head
-from llmcompress.distill.data.batch import Batch
+from llmcompress.data.batch import Batch
 from llmcompress.distill.loop import Objective
 from llmcompress.distill.recompute import recomputed
 from llmcompress.errors import InputError, RecipeError

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import llmcompress as lc
+from llmcompress.data.batch import Batch
 from llmcompress.distill import distill
-from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.loop import Objective
 from llmcompress.distill.matching import Matching
 from llmcompress.distill.student.adapt import teachers_weights

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from llmcompress.data.batch import Batch
 from llmcompress.distill import distill
-from llmcompress.distill.data.batch import Batch
 from llmcompress.distill.matching import Matching
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.cli import app
+from llmcompress.data.calibration import calibration_tokens
 from llmcompress.distill.blockwise.block import Activations, recover_block
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
@@ -25,7 +26,6 @@ from llmcompress.recipe.compression import read_recipe
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.report import read
 from llmcompress.tables import report_view
-from llmcompress.tokens import calibration_tokens
 from llmcompress.verify import verify
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT, loaded, make

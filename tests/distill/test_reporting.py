@@ -15,8 +15,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 import llmcompress as lc
 from llmcompress.card import Taught, _distillation
 from llmcompress.cli import app
+from llmcompress.data.schedule import rate
 from llmcompress.distill import Distilled, distill, metrics
-from llmcompress.distill.order import rate
 from llmcompress.errors import RecipeError
 from llmcompress.hub import push
 from llmcompress.plots import _running, distillation_png

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
+from llmcompress.data.schedule import rate, rows
 from llmcompress.distill import distill, loop
-from llmcompress.distill.order import rate, rows
 from llmcompress.errors import InputError, NumericsError, RecipeError, Terminated
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.report import read

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.distill.order import rate, rows
+from llmcompress.data.schedule import rate, rows
 from llmcompress.distill.student.model import Student
 from llmcompress.distill.student.oscillation import Freezer
 from llmcompress.errors import NumericsError

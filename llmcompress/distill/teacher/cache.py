@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmcompress.distill.data.batch import Batch
+from llmcompress.data.batch import Batch
 from llmcompress.distill.teacher.likeliest import Likeliest
 from llmcompress.errors import DiskError, InputError, NumericsError, Terminated
 from llmcompress.models.checkpoint import check_output, locked, read_json, replace_text

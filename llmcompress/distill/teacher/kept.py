@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from llmcompress.distill.data.batch import Batch
+from llmcompress.data.batch import Batch
 from llmcompress.distill.head import LOGITS
 from llmcompress.distill.held_out import POSITIONS
 from llmcompress.distill.loop import Run

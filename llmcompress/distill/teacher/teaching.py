@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from llmcompress.distill.data.batch import Batch
+from llmcompress.data.batch import Batch
 from llmcompress.distill.head import Online, Teacher
 from llmcompress.distill.objective import head_of, hidden_states
 from llmcompress.distill.teacher.cache import Cache

@@ -87,8 +87,8 @@ def peer(student: str, teacher: str, asked: Distillation, output: Path) -> dict[
     """The same by TRL."""
     import torch
 
-    from llmcompress.distill.data.source import read_data
-    from llmcompress.distill.order import span
+    from llmcompress.data.distillation import read_data
+    from llmcompress.data.schedule import span
     from llmcompress.models.dense import load_model, load_tokenizer
     from llmcompress.models.locate import locate
     from llmcompress.models.lora import fold, plain_head
@@ -161,8 +161,8 @@ def gkd(
     from transformers import TrainerCallback
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+    from llmcompress.data.schedule import rate
     from llmcompress.distill.optimizers import BETAS
-    from llmcompress.distill.order import rate
 
     moving = [value for value in adapted.parameters() if value.requires_grad]
     groups = [{"params": [value], "lr": asked.rates["factors"] * size_of(value)} for value in moving]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from llmcompress.distill.data.batch import Batch
+from llmcompress.data.batch import Batch
 
 Tokens = tuple[list[int], list[bool]]  # ids, and which of them count as targets
 Document = Iterable[Tokens]  # piece by piece

@@ -11,10 +11,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from llmcompress.data.builtin import builtin_documents, stdlib_documents, stdlib_text
+from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, given_tokens, held_out_count
+from llmcompress.data.text import read_documents, shuffled
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.recipe.calibration import Calibration
-from llmcompress.text import builtin_documents, read_documents, shuffled, stdlib_documents, stdlib_text
-from llmcompress.tokens import CalibrationTokens, calibration_tokens, given_tokens, held_out_count
 from tests.tiny import tiny, tiny_tokenizer
 
 BOS, EOS = 256, 257

@@ -11,13 +11,13 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
-from llmcompress.distill.data.answers import answered
-from llmcompress.distill.data.batch import Batch
-from llmcompress.distill.data.packing import one_each, packed
-from llmcompress.distill.data.source import PATIENCE, Data, read_data
+from llmcompress.data.batch import Batch
+from llmcompress.data.calibration import calibration_tokens
+from llmcompress.data.chat_targets import answered
+from llmcompress.data.distillation import PATIENCE, Data, read_data
+from llmcompress.data.packing import one_each, packed
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.data import Source
-from llmcompress.tokens import calibration_tokens
 from tests.tiny import tiny_tokenizer
 
 BOS, EOS = 256, 257

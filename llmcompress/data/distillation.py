@@ -16,13 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmcompress.distill.data.answers import answered
-from llmcompress.distill.data.batch import Batch
-from llmcompress.distill.data.packing import Packed, Tokens, one_each, packed
-from llmcompress.errors import InputError, RecipeError
-from llmcompress.recipe.data import Domain, Source
-from llmcompress.text import Document, read_documents, shuffled
-from llmcompress.tokens import (
+from llmcompress.data.batch import Batch
+from llmcompress.data.calibration import (
     SHORTFALL,
     CalibrationTokens,
     calibration_tokens,
@@ -33,6 +28,11 @@ from llmcompress.tokens import (
     source_name,
     special_tokens,
 )
+from llmcompress.data.chat_targets import answered
+from llmcompress.data.packing import Packed, Tokens, one_each, packed
+from llmcompress.data.text import Document, read_documents, shuffled
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.recipe.data import Domain, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -18,9 +18,10 @@ from transformers import AddedToken, PreTrainedModel
 from typer.testing import CliRunner
 
 from llmcompress.cli import app
-from llmcompress.distill.data import answering, selfdata
-from llmcompress.distill.data.answering import Answer, Answerer, Sampling, repetitive, turn_end
-from llmcompress.distill.data.selfdata import Answering, answer
+from llmcompress.data import generate_answers, self_data
+from llmcompress.data.calibration import calibration_tokens
+from llmcompress.data.generate_answers import Answer, Answerer, Sampling, repetitive, turn_end
+from llmcompress.data.self_data import Answering, answer
 from llmcompress.errors import (
     DiskError,
     InputError,
@@ -31,7 +32,6 @@ from llmcompress.errors import (
     Terminated,
 )
 from llmcompress.recipe.calibration import Calibration
-from llmcompress.tokens import calibration_tokens
 from tests.tiny import save_tiny, tiny, tiny_tokenizer
 
 END = 257  # </s>
@@ -85,7 +85,7 @@ def test_answers_are_those_of_a_loop_that_reads_everything_again(temperature: fl
     model.generation_config.repetition_penalty = 5.0  # its own settings must not bend what it says
     writer = answerer(model, temperature=temperature)
     for number, messages in asked(PROMPTS[:3]):
-        ids, draw = writer.rendered(messages), answering.generator(0, "answer", number)
+        ids, draw = writer.rendered(messages), generate_answers.generator(0, "answer", number)
         start = len(ids)
         while len(ids) < start + 12 and (len(ids) == start or ids[-1] != END):
             with torch.no_grad():
@@ -93,7 +93,7 @@ def test_answers_are_those_of_a_loop_that_reads_everything_again(temperature: fl
             if temperature == 0:
                 ids.append(int(logits.argmax()))
                 continue
-            chances = answering.token_chances(logits[None], temperature, 0.9)[0]
+            chances = generate_answers.token_chances(logits[None], temperature, 0.9)[0]
             ids.append(int(torch.multinomial(chances, 1, generator=draw)))
         [wrote] = writer._written([ids[:start]], [number])
         assert wrote == ids[start:]
@@ -146,7 +146,7 @@ def test_repetition_needs_length() -> None:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A `model`, and prompts: chats with and without a reference, and one without a question."""
     save_tiny("llama", tmp_path / "model")
-    monkeypatch.setattr(selfdata, "load_model", lambda *_: ending(max_position_embeddings=128))
+    monkeypatch.setattr(self_data, "load_model", lambda *_: ending(max_position_embeddings=128))
     chats: list[list[dict[str, str]]] = []
     for number, text in enumerate(PROMPTS * 2):
         chats.append([{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}])
@@ -290,12 +290,12 @@ def test_what_cannot_be_answered_is_refused(place: Path, monkeypatch: pytest.Mon
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         refused(DiskError, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(selfdata, "load_model", lambda *_: ending(bias=float("nan")))
+        patch.setattr(self_data, "load_model", lambda *_: ending(bias=float("nan")))
         refused(NumericsError, "logits are NaN or infinite while it writes text")
     with monkeypatch.context() as patch:
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = None
-        patch.setattr(selfdata, "load_tokenizer", lambda _: tokenizer)
+        patch.setattr(self_data, "load_tokenizer", lambda _: tokenizer)
         refused(RecipeError, "the model has no chat template")
     (place / "there.jsonl").write_text("")
     with pytest.raises(DiskError, match="there.jsonl exists already"):

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmcompress.data.builtin import stdlib_source
+from llmcompress.data.generate_text import Sampling, teacher_sequences
+from llmcompress.data.text import Document, read_documents, shuffled
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.calibration import Calibration, Switch, is_file
-from llmcompress.teacher import Sampling, teacher_sequences
-from llmcompress.text import Document, read_documents, shuffled, stdlib_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from llmcompress.distill.data.packing import Tokens
+from llmcompress.data.packing import Tokens
+from llmcompress.data.text import Message
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.text import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

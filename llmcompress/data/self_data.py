@@ -23,7 +23,8 @@ from typing import Any
 
 from torch import nn
 
-from llmcompress.distill.data.answering import Answerer, Sampling
+from llmcompress.data.generate_answers import Answerer, Sampling
+from llmcompress.data.text import Document, Message, read_documents
 from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
 from llmcompress.models.checkpoint import locked, replace_text
 from llmcompress.models.dense import load_model, load_tokenizer
@@ -32,7 +33,6 @@ from llmcompress.models.locate import Place, locate
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.signals import stop_requests
 from llmcompress.runtime.versions import versions
-from llmcompress.text import Document, Message, read_documents
 
 Progress = Callable[[int], None]  # prompts done
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import llmcompress as lc
+from llmcompress.data.mixture import draw, normalized, quotas, reweighted
 from llmcompress.distill import distill
-from llmcompress.distill.data.mixture import draw, normalized, quotas, reweighted
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.compression import dump, read_as
 from llmcompress.recipe.data import Mixture

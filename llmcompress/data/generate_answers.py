@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmcompress.data.calibration import context_length
+from llmcompress.data.generate_text import end_tokens, token_chances
+from llmcompress.data.text import Message
 from llmcompress.errors import RecipeError
 from llmcompress.runtime.seeding import generator
-from llmcompress.teacher import end_tokens, token_chances
-from llmcompress.text import Message
-from llmcompress.tokens import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

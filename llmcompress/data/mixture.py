@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from llmcompress.distill.order import span
+from llmcompress.data.schedule import span
 from llmcompress.runtime.seeding import generator
 
 SMOOTHING = 0.5

@@ -1,0 +1,1 @@
+"""Text to tokens to batches: calibration and distillation data, and text that a model writes."""

@@ -1,0 +1,121 @@
+"""Text that is always there: the texts of this package, and the documentation that Python ships."""
+
+import ast
+import functools
+import hashlib
+import itertools
+import platform
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmcompress.data.files import read_text
+from llmcompress.errors import InputError, RecipeError
+
+# Parts of the standard library that distributions leave out, or that hold code or tables rather than prose.
+SKIPPED_MODULES = frozenset(
+    {"distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "tkinter", "turtle", "turtledemo"}
+)
+TEST_EVERY = 6  # one document in six of the standard library is evaluation text
+TEXTS = Path(__file__).with_name("texts")
+BETWEEN = "\n%%%\n"  # documents in a file of these
+
+
+@functools.cache
+def builtin_documents() -> tuple[str, ...]:
+    """Text of many kinds, for who has none: articles, news, fiction, textbooks, dialogues, letters and code written
+    for this package (`texts/`), and as many characters of the standard library's "train" documents.
+
+    None of it is evaluation text of any benchmark. Statistics of one kind of text suit that kind alone (LOG.md).
+    """
+    own = tuple(text for path in sorted(TEXTS.glob("*.txt")) for text in read_text(path).strip().split(BETWEEN))
+    left, beside = sum(map(len, own)), []
+    for _, text in stdlib_documents("train"):
+        beside.append(text[:left])
+        left -= len(beside[-1])
+        if not left:
+            break
+    return (*own, *beside)
+
+
+def stdlib_text(split: str) -> str:
+    """One text out of all documents of `stdlib_documents(split)`, blank lines between them."""
+    return "\n\n".join(text for _, text in stdlib_documents(split))
+
+
+def stdlib_source() -> str:
+    """What to write in a report for text from the standard library: it differs between Python versions."""
+    return f"stdlib (Python {platform.python_version()} documentation)"
+
+
+def stdlib_documents(split: str) -> tuple[tuple[str, str], ...]:
+    """(name, text) of the language reference topics and module docstrings that this Python ships: about 1.7 MB.
+
+    `split` is "train" or "test". Documents are split by a hash of their name, and a paragraph that occurs twice is
+    kept once, so no paragraph of the evaluation text can be met in calibration. The hash also orders them, which
+    mixes reference and modules. Sources are parsed, never imported.
+    """
+    if split not in ("train", "test"):
+        raise RecipeError(f"the standard library's text has no split {split!r}; use 'train' or 'test'")
+    wanted = split == "test"
+    chosen = tuple(document for document in _stdlib_paragraphs_once() if _is_test(document[0]) == wanted)
+    if not chosen:
+        raise InputError("this Python ships no documentation in source form; give a text file or a data set instead")
+    return chosen
+
+
+def _name_hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def _is_test(name: str) -> bool:
+    return _name_hash(name)[-1] % TEST_EVERY == 0
+
+
+@functools.cache
+def _stdlib_paragraphs_once() -> tuple[tuple[str, str], ...]:
+    """All documents of the standard library without the paragraphs that an earlier document already has."""
+    seen: set[str] = set()
+    documents = []
+    for name, text in itertools.chain(_topics(), _docstrings()):
+        fresh = []
+        for paragraph in text.split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key and key not in seen:
+                seen.add(key)
+                fresh.append(paragraph.strip("\n"))
+        if fresh:
+            documents.append((name, "\n\n".join(fresh)))
+    return tuple(sorted(documents, key=lambda document: _name_hash(document[0])))
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    """The language reference as `help()` shows it: pydoc_data/topics.py is one dictionary of texts."""
+    path = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
+    if not path.is_file():
+        return
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign):
+            for name, text in sorted(ast.literal_eval(node.value).items()):
+                yield f"topic {name}", text
+
+
+def _docstrings() -> Iterator[tuple[str, str]]:
+    """All docstrings of one module after the other, in the order of its source."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for module in sorted(sys.stdlib_module_names - SKIPPED_MODULES):
+        paths = [library / f"{module}.py", *sorted((library / module).rglob("*.py"))]
+        for path in paths:
+            inner = path.relative_to(library)
+            if not path.is_file() or {"test", "tests"} & set(inner.parts):
+                continue
+            tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+            found = (_docstring(node) for node in ast.walk(tree))
+            yield inner.as_posix(), "\n\n".join(text for text in found if text)
+
+
+def _docstring(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return ast.get_docstring(node)
+    return None
