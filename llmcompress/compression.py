@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate import Block, InputGroup
+from llmcompress.calibrate.walk import Block, InputGroup
 from llmcompress.errors import NumericsError
 from llmcompress.fuse import Balanced, balance
 from llmcompress.journal import Entry

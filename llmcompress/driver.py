@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.calibrate import Block, walk
+from llmcompress.calibrate.walk import Block, walk
 from llmcompress.compression import Run, compress_block, restore, waiting
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import NumericsError, RecipeError

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmcompress.calibrate import Block
+from llmcompress.calibrate.walk import Block
 from llmcompress.weight.modules import CompressedLinear
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress import compression, journal
-from llmcompress.calibrate import Block
+from llmcompress.calibrate.walk import Block
 from llmcompress.cli import app
 from llmcompress.errors import DiskError, NumericsError
 from llmcompress.report import LayerReport, Report

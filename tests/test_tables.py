@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
-from llmcompress.calibrate import walk
+from llmcompress.calibrate.walk import walk
 from llmcompress.errors import RecipeError
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense import Source, resolve

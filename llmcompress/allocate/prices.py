@@ -21,7 +21,7 @@ import torch
 from llmcompress.allocate.choices import Choices, Matrix, Steps
 from llmcompress.allocate.distortion import between, changed, error, families, interpolated, rough, run_of, sampled
 from llmcompress.allocate.sensitivity import Probe
-from llmcompress.calibrate import InputGroup, walk
+from llmcompress.calibrate.walk import InputGroup, walk
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import NumericsError
 from llmcompress.methods.layer import Layer, methods, step

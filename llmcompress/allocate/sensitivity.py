@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress.blocks import Batch, answered, recorded
+from llmcompress.calibrate.blocks import Batch, answered, recorded
 from llmcompress.evaluate.distance import kl_divergence
 from llmcompress.evaluate.perplexity import POSITIONS, window_logits
 from llmcompress.models.families import Architecture

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibrate import Block, InputGroup
+from llmcompress.calibrate.walk import Block, InputGroup
 from llmcompress.errors import RecipeError
 from llmcompress.fuse.producers import Feed, feeds
 from llmcompress.methods.engines.grid import GridConfig, GridFormat, fit_grid, round_to

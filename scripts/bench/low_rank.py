@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import llmcompress.methods  # noqa: F401 (registers them)
-from llmcompress.calibrate import walk
+from llmcompress.calibrate.walk import walk
 from llmcompress.data.calibration import given_tokens
 from llmcompress.data.files import read_text
 from llmcompress.methods.layer import Layer, apply, relative_error, step

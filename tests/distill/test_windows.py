@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.calibrate import Block, walk
+from llmcompress.calibrate.walk import Block, walk
 from llmcompress.cli import app
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import architecture
@@ -23,9 +23,9 @@ from llmcompress.models.integrity import INDEX
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.verify import verify
 from llmcompress.weight.modules import compressed_linears
+from tests.calibrate.test_walk import block_outputs, sequences
 from tests.distill.miniature import TEXT
 from tests.distill.test_reconstruct import RULES, SCALES, block_errors, recipe
-from tests.test_walk import block_outputs, sequences
 from tests.tiny import save_tiny, tiny
 
 DEPTH = 4

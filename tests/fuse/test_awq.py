@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import repeat_kv
 
 import llmcompress as lc
-from llmcompress.blocks import load
-from llmcompress.calibrate import Block, InputGroup, walk
+from llmcompress.calibrate.blocks import load
+from llmcompress.calibrate.walk import Block, InputGroup, walk
 from llmcompress.errors import RecipeError
 from llmcompress.fuse import Balanced, balance, rotated_source
 from llmcompress.fuse.awq import producer_rows, rounded

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.blocks import load
+from llmcompress.calibrate.blocks import load
 from llmcompress.errors import RecipeError
 from llmcompress.fuse import rotated_source
 from llmcompress.models.dense import Source, resolve

@@ -22,7 +22,7 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate import Block
+from llmcompress.calibrate.walk import Block
 from llmcompress.distill.blockwise.block import Activations, recover_block
 from llmcompress.distill.student.model import WEIGHTS, Student, relaxed_student
 from llmcompress.errors import InputError

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmcompress.blocks import Batch, Call, in_batches, recorded
+from llmcompress.calibrate.blocks import Batch, Call, in_batches, recorded
 from llmcompress.distill.blockwise.block import Activations, Block, Recovered, recover_block
 from llmcompress.distill.blockwise.shelf import Shelf
 from llmcompress.distill.student.adapt import teachers_weights

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.blocks import Run
+from llmcompress.calibrate.blocks import Run
 from llmcompress.errors import InputError
 from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.runtime.precision import products

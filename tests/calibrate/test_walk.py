@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llmcompress.blocks import Batch, Call, Run, _record, _Tape, embed
-from llmcompress.calibrate import Block, walk
+from llmcompress.calibrate.blocks import Batch, Call, Run, _record, _Tape, embed
+from llmcompress.calibrate.walk import Block, walk
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.methods.moments import capped_weights
 from llmcompress.models.dense import Source, resolve

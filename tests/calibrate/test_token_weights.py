@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.blocks import Run, embed, in_batches, load
-from llmcompress.calibrate import InputGroup, walk
+from llmcompress.calibrate.blocks import Run, embed, in_batches, load
+from llmcompress.calibrate.token_weights import QUERIES, received_attention, scaled
+from llmcompress.calibrate.walk import InputGroup, walk
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.importance import QUERIES, received_attention, scaled
 from llmcompress.methods.moments import STATISTICS, capped_weights
 from llmcompress.models.dense import Source, resolve
 from llmcompress.models.families import FAMILIES, Architecture, architecture

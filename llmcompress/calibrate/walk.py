@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from llmcompress.blocks import Batch, Calls, Run, drop, embed, head_inputs, in_batches, load
+from llmcompress.calibrate.blocks import Batch, Calls, Run, drop, embed, head_inputs, in_batches, load
+from llmcompress.calibrate.token_weights import token_weights
 from llmcompress.errors import InputError
-from llmcompress.importance import token_weights
 from llmcompress.methods.moments import Moments, capped_weights
 from llmcompress.models.dense import Source
 from llmcompress.models.families import Architecture, BlockLayout, Linear

@@ -1,0 +1,1 @@
+"""The walk through a model, one decoder block at a time, and what its tokens count."""
