@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.models import import_hooks
 
 if TYPE_CHECKING:
-    from llmcompress.comparison import compare
     from llmcompress.driver import Result
     from llmcompress.errors import LLMCompressError
+    from llmcompress.evaluate.compare import compare
+    from llmcompress.evaluate.protocol import Protocol
+    from llmcompress.evaluate.report import Report, read
+    from llmcompress.evaluate.score import score
     from llmcompress.models.lora import fold, plain_head
-    from llmcompress.protocol import Protocol
     from llmcompress.recipe.calibration import Calibration
     from llmcompress.recipe.compression import Recipe, Rule
     from llmcompress.recover import compress, plan
-    from llmcompress.report import Report, read
-    from llmcompress.scoring import score
     from llmcompress.surgery import alike_blocks, drop_blocks
     from llmcompress.weight.modules import decoded
 

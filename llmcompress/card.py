@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llmcompress.report import Report
-from llmcompress.tables import grouped, measured, metrics
+from llmcompress.evaluate.report import Report
+from llmcompress.evaluate.tables import grouped, measured, metrics
 
 LOAD = """\
 ```python

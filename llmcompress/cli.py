@@ -10,6 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from llmcompress.delivery import export, push, verify
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.tables import (
+    answered_view,
+    comparison_view,
+    distilled_view,
+    dropped_view,
+    plan_view,
+    report_view,
+    score_view,
+    summarized,
+)
 from llmcompress.models import file_names
 from llmcompress.options import (
     AsJson,
@@ -41,18 +52,7 @@ from llmcompress.options import (
     recipe_or_default,
     tuned,
 )
-from llmcompress.protocol import Protocol
 from llmcompress.sweeping import frontier
-from llmcompress.tables import (
-    answered_view,
-    comparison_view,
-    distilled_view,
-    dropped_view,
-    plan_view,
-    report_view,
-    score_view,
-    summarized,
-)
 from llmcompress.terminal import Commands, Terminal
 
 app = typer.Typer(
@@ -144,7 +144,7 @@ def inspect(
     Example: llmcompress inspect small -v
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress import report
+        from llmcompress.evaluate import report
         from llmcompress.recipe.compression import dump, read_recipe
 
         found = report.read(folder)
@@ -191,8 +191,8 @@ def evaluate(
     Example: llmcompress eval small --against smollm2 --tasks arc_easy --limit 100
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.evaluate import launched
-        from llmcompress.scoring import score
+        from llmcompress.evaluate.processes import launched
+        from llmcompress.evaluate.score import score
 
         protocol = protocol_of(text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed)
         with launched(device) as processes:
@@ -237,8 +237,8 @@ def compare(
     Example: llmcompress compare smollm2 small smaller --tasks llmcompress_pairs -o table.md
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.comparison import compare as run
-        from llmcompress.evaluate import launched
+        from llmcompress.evaluate.compare import compare as run
+        from llmcompress.evaluate.processes import launched
 
         protocol = protocol_of(text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed)
         with launched(device) as processes:

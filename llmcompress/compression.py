@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmcompress.calibrate.walk import Block, InputGroup
 from llmcompress.errors import NumericsError
+from llmcompress.evaluate.report import LayerReport
 from llmcompress.fuse import Balanced, balance
 from llmcompress.journal import Entry
 from llmcompress.learning import Tune
@@ -24,7 +25,6 @@ from llmcompress.methods.layer import Layer, StepConfig, relative_error
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.row_chunks import apply_in_runs
 from llmcompress.planning import Job
-from llmcompress.report import LayerReport
 from llmcompress.runtime.memory import give_back_memory
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import Dense, Weight, bits, dense, describe

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from llmcompress.evaluate.tables import exported_view, pushed_view, verified_view
 from llmcompress.options import AsJson, Device, Length, Quiet, Text, Verbose, Windows
-from llmcompress.tables import exported_view, pushed_view, verified_view
 from llmcompress.terminal import Terminal
 
 
@@ -30,7 +30,7 @@ def verify(
     Example: llmcompress verify small --against smollm2
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.verify import verify as run
+        from llmcompress.evaluate.verify import verify as run
 
         found = run(folder, against, text, windows, length, device)
         terminal.warn(found.notes)

@@ -21,6 +21,7 @@ from llmcompress.calibrate.walk import Block, walk
 from llmcompress.compression import Run, compress_block, restore, waiting
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.evaluate.report import Report
 from llmcompress.journal import Journal, Origin, opened
 from llmcompress.learning import Tune
 from llmcompress.methods.engines.stream_search import searched_there
@@ -32,7 +33,6 @@ from llmcompress.models.hf_quantizer import table_entry
 from llmcompress.models.locate import Place
 from llmcompress.planning import Job, check_memory, lay, plan_of, warnings
 from llmcompress.recipe.compression import Recipe, dump, read_recipe
-from llmcompress.report import Report
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import peak_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype

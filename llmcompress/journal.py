@@ -23,11 +23,11 @@ from typing import Any
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError
+from llmcompress.evaluate.report import LayerReport
 from llmcompress.models.checkpoint import Writer, read_tensors, sync, write_tensors
 from llmcompress.models.dense import Source
 from llmcompress.recipe.calibration import Calibration, is_file
 from llmcompress.recipe.compression import Recipe
-from llmcompress.report import LayerReport
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.modules import Layout, payload_texts
 

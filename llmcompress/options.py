@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.errors import RecipeError
-from llmcompress.protocol import Protocol
+from llmcompress.evaluate.protocol import Protocol
 
 if TYPE_CHECKING:
     from llmcompress.recipe.compression import Recipe

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress import driver
-from llmcompress import report as reports
 from llmcompress.allocate import Allocation, allocate
 from llmcompress.allocate.kept import allocate_by
 from llmcompress.data.calibration import check_length
 from llmcompress.driver import Progress, Result
 from llmcompress.errors import DiskError, RecipeError
+from llmcompress.evaluate import report as reports
 from llmcompress.journal import is_older
 from llmcompress.learning import Tune
 from llmcompress.models import file_names

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.tables import frontier_view
 from llmcompress.options import (
     AsJson,
     BatchSize,
@@ -28,8 +30,6 @@ from llmcompress.options import (
     recipe_or_default,
     tuned,
 )
-from llmcompress.protocol import Protocol
-from llmcompress.tables import frontier_view
 from llmcompress.terminal import Terminal
 
 

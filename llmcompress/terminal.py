@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmcompress.errors import DiskError, LLMCompressError, MemoryLimitError, Terminated, is_out_of_memory
+from llmcompress.evaluate.formatting import duration, finite
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -238,22 +238,5 @@ def _left(error: BaseException) -> str:
     return "" if getattr(error, "__notes__", ()) else "; nothing was left behind"
 
 
-def duration(seconds: float) -> str:
-    """Seconds as "48 s", "3 min 20 s" or "1 h 2 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
-
-
-def finite(value: Any) -> Any:
-    """The same plain value with null for NaN and Inf, which JSON does not have."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmcompress as lc
 from llmcompress.distill import Distilled, distill
-from llmcompress.evaluate import PAIRS, compare
+from llmcompress.evaluate.lm_eval import PAIRS
+from llmcompress.evaluate.scores import evaluate_all
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.locate import locate
 from llmcompress.recipe.compression import read_as
@@ -63,7 +64,7 @@ def main() -> None:
     dense, *small = (load_model(locate(str(place))) for place in (options.model, options.output, lesson.output))
     tokenizer = load_tokenizer(options.output)
     protocol = lc.Protocol(windows=options.windows, tasks=(PAIRS,))
-    measured = compare(dense, [lambda: small[0], lambda: small[1]], tokenizer, protocol)
+    measured = evaluate_all(dense, [lambda: small[0], lambda: small[1]], tokenizer, protocol)
     sizes = {"bytes": report.bytes, "bpw": report.bpw, "model_bpw": report.model_bpw}
     numbers: dict[str, Any] = {name: one.to_json() for name, one in zip(SIDES, measured, strict=True)}
     for name, model in zip(SIDES, (dense, *small), strict=True):

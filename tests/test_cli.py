@@ -17,19 +17,20 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import llmcompress.comparison
+import llmcompress.evaluate.compare
+import llmcompress.evaluate.score
 import llmcompress.recover
-import llmcompress.scoring
 from llmcompress import errors
 from llmcompress.cli import app
+from llmcompress.evaluate.formatting import duration
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.report import LayerReport, Report
+from llmcompress.evaluate.tables import comparison_markdown, grouped, report_view, summarized
 from llmcompress.models.file_names import RECIPE
 from llmcompress.models.file_names import REPORT as REPORT_FILE
 from llmcompress.planning import LayerPlan, Plan
-from llmcompress.protocol import Protocol
 from llmcompress.recipe.compression import dump, parse_recipe
-from llmcompress.report import LayerReport, Report
-from llmcompress.tables import comparison_markdown, grouped, report_view, summarized
-from llmcompress.terminal import Terminal, duration, verdict
+from llmcompress.terminal import Terminal, verdict
 from tests.tiny import save_tiny
 
 TEXT = """\
@@ -135,8 +136,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     result = SimpleNamespace(report=REPORT, distillation=None, allocation=None)
     monkeypatch.setattr(llmcompress.recover, "compress", returning(result))
     monkeypatch.setattr(llmcompress.recover, "plan", returning(PLAN))
-    monkeypatch.setattr(llmcompress.scoring, "score", returning(SCORES))
-    monkeypatch.setattr(llmcompress.comparison, "compare", returning(COMPARED))
+    monkeypatch.setattr(llmcompress.evaluate.score, "score", returning(SCORES))
+    monkeypatch.setattr(llmcompress.evaluate.compare, "compare", returning(COMPARED))
     return made
 
 
@@ -235,7 +236,7 @@ def test_json_of_plan_has_every_layer_and_the_warnings(recipe: Path, calls: Call
 
 
 def test_json_has_null_for_numbers_that_json_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmcompress.scoring, "score", lambda *a, **k: SCORES | {"perplexity": float("inf")})
+    monkeypatch.setattr(llmcompress.evaluate.score, "score", lambda *a, **k: SCORES | {"perplexity": float("inf")})
     assert json.loads(run("eval", "small", "--json").stdout)["perplexity"] is None
 
 

@@ -16,17 +16,17 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli import app
 from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeError
-from llmcompress.evaluate import evaluate
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.scores import evaluate
+from llmcompress.evaluate.tables import frontier_markdown
+from llmcompress.evaluate.verify import verify
 from llmcompress.frontier import SILENT, Told, budgets, frontier, read_peers, sweep
 from llmcompress.frontier.sweep import PRICES
 from llmcompress.models.checkpoint import MANIFEST, check_manifest
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.file_names import ALLOCATION, DISTILLATION, RECIPE, SCORES
 from llmcompress.models.locate import locate
-from llmcompress.protocol import Protocol
 from llmcompress.recipe.compression import Recipe, dump, read_recipe
-from llmcompress.tables import frontier_markdown
-from llmcompress.verify import verify
 from tests.tiny import save_tiny
 
 TEXT = "The quick brown fox jumps over the lazy dog, and 42 grey geese fly past the old mill by the river. "
@@ -275,7 +275,7 @@ def test_the_table_holds_the_figures(curve: tuple[Path, Found]) -> None:
 
 
 def test_the_plot_shows_lines_peers_and_the_dense_model(curve: tuple[Path, Found]) -> None:
-    from llmcompress.plots import frontier_pictures
+    from llmcompress.evaluate.plots import frontier_pictures
 
     out, found = curve
     svg = (out / "frontier.svg").read_text()

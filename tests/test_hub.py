@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llmcompress as lc
 from llmcompress.card import card
 from llmcompress.errors import HubError, InputError, RecipeError
+from llmcompress.evaluate.plots import by_kind, layers_png
+from llmcompress.evaluate.report import read
+from llmcompress.evaluate.score import score
 from llmcompress.hub import push
-from llmcompress.plots import by_kind, layers_png
-from llmcompress.report import read
-from llmcompress.scoring import score
 from tests.rules.source_tree import ROOT
 from tests.stand_in_hub import StandInHub
 from tests.tiny import save_tiny

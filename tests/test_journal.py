@@ -23,9 +23,9 @@ from llmcompress import compression, journal
 from llmcompress.calibrate.walk import Block
 from llmcompress.cli import app
 from llmcompress.errors import DiskError, NumericsError
-from llmcompress.report import LayerReport, Report
+from llmcompress.evaluate.report import LayerReport, Report
+from llmcompress.evaluate.verify import verify
 from llmcompress.terminal import verdict
-from llmcompress.verify import verify
 from tests.test_driver import TEXT
 from tests.tiny import save_tiny
 

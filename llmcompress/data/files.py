@@ -20,6 +20,7 @@ def read_text(path: Path) -> str:
 
 
 def file_rows(path: Path) -> Iterator[Any]:
+    """Yield the rows of a text file: one for plain text. Raises InputError where it cannot be read."""
     if not path.is_file():
         raise InputError(f"there is no file {path}; calibration text is a .txt, .jsonl or .parquet file")
     match path.suffix.lower():

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch import nn
 
-from llmcompress import report as reports
 from llmcompress.data.distillation import Data, read_data
 from llmcompress.distill.exits import Exits
 from llmcompress.distill.fused import check_fused, fused_into
@@ -31,12 +30,13 @@ from llmcompress.distill.student.model import Student
 from llmcompress.distill.teacher.kept import measured_bias, remembered, remove_cache, taught_from_cache
 from llmcompress.distill.teacher.quantized import check_teacher, taught_by_quantized, without_remarks
 from llmcompress.distill.teacher.teaching import ReadsAlong
+from llmcompress.evaluate import report as reports
+from llmcompress.evaluate.plots import distillation_png
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import check_output, writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.locate import Place, locate
-from llmcompress.plots import distillation_png
 from llmcompress.recipe.compression import dump, read_as
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.runtime.memory import keeping_freed_memory

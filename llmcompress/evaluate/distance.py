@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
-from llmcompress.evaluate.noise import mean, stderr
 from llmcompress.evaluate.perplexity import (
     Perplexity,
     negative_log_likelihood,
@@ -21,6 +20,7 @@ from llmcompress.evaluate.perplexity import (
     window_logits,
 )
 from llmcompress.evaluate.processes import ALONE, Processes
+from llmcompress.evaluate.uncertainty import mean, stderr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

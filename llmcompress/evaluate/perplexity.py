@@ -19,9 +19,9 @@ from llmcompress.data.builtin import stdlib_text
 from llmcompress.data.calibration import context_length
 from llmcompress.data.files import read_text
 from llmcompress.errors import InputError, NumericsError, RecipeError
-from llmcompress.evaluate.noise import mean, stderr
 from llmcompress.evaluate.processes import ALONE, Processes
-from llmcompress.protocol import Protocol
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.uncertainty import mean, stderr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

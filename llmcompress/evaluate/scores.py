@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.evaluate.distance import Distance, distance
-from llmcompress.evaluate.harness import Items, TaskScores, run_tasks
-from llmcompress.evaluate.noise import paired
+from llmcompress.evaluate.lm_eval import Items, TaskScores, run_tasks
 from llmcompress.evaluate.perplexity import Perplexity, evaluation_windows, perplexity
 from llmcompress.evaluate.processes import ALONE, Processes
-from llmcompress.protocol import STANDARD, Protocol
+from llmcompress.evaluate.protocol import STANDARD, Protocol
+from llmcompress.evaluate.uncertainty import paired
 from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def evaluate(
         return Evaluation(score, run_tasks(model, tokenizer, protocol, processes), None)
 
 
-def compare(
+def evaluate_all(
     reference: PreTrainedModel,
     others: Sequence[Callable[[], PreTrainedModel]],
     tokenizer: PreTrainedTokenizerBase,

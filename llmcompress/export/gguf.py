@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress import report
 from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.evaluate import report
 from llmcompress.export.exported import Exported
 from llmcompress.export.gguf_llama import ARCHITECTURE, ROPE_FACTORS, Llama, llama
 from llmcompress.export.gguf_types import Inexact, TensorType, exact_type, packed

@@ -15,12 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from llmcompress.evaluate import Distance, Evaluation, evaluate, evaluation_windows
+from llmcompress.evaluate.distance import Distance
+from llmcompress.evaluate.perplexity import evaluation_windows
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.scores import Evaluation, evaluate
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import add_file, holds, read_json
 from llmcompress.models.dense import Source, load_model
 from llmcompress.models.locate import Place, locate
-from llmcompress.protocol import Protocol
 from llmcompress.runtime.versions import versions
 
 

@@ -19,11 +19,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llmcompress import report as reports
 from llmcompress.allocate import Allocation, PriceList, reachable
 from llmcompress.allocate.choices import Choices
 from llmcompress.allocate.kept import check_prices, price_list
 from llmcompress.errors import DiskError, RecipeError, Terminated
+from llmcompress.evaluate import report as reports
+from llmcompress.evaluate.formatting import finite
+from llmcompress.evaluate.plots import MISSING, frontier_pictures, main_metric
+from llmcompress.evaluate.protocol import STANDARD, Protocol
+from llmcompress.evaluate.score import size_of
+from llmcompress.evaluate.tables import frontier_markdown
 from llmcompress.frontier.budgets import Budget
 from llmcompress.frontier.judge import Judge
 from llmcompress.frontier.peers import Peer
@@ -32,16 +37,11 @@ from llmcompress.models.checkpoint import holds, locked, write_files
 from llmcompress.models.dense import Source, resolve
 from llmcompress.models.locate import Place
 from llmcompress.planning import Job
-from llmcompress.plots import MISSING, frontier_pictures, main_metric
-from llmcompress.protocol import STANDARD, Protocol
 from llmcompress.recipe.compression import Recipe, read_as
 from llmcompress.recover import check_sections, compress, is_there, record, wanted_distillation
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
-from llmcompress.scoring import size_of
-from llmcompress.tables import frontier_markdown
-from llmcompress.terminal import finite
 
 FILE = "frontier.json"
 TABLE = "frontier.md"

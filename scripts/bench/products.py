@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import llmcompress as lc
-from llmcompress.evaluate import evaluation_windows, perplexity
+from llmcompress.evaluate.perplexity import evaluation_windows, perplexity
 from llmcompress.models.dense import load_model, resolve
 from llmcompress.models.locate import Place
 from llmcompress.runtime.precision import by_onednn, fast_float32, product_dtype, products

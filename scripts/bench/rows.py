@@ -64,8 +64,8 @@ def in_own_process(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
 def measured(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
     """Compresses and scores; `dense` is the model as it is."""
     import llmcompress as lc
+    from llmcompress.evaluate.score import score
     from llmcompress.recipe.compression import read_recipe
-    from llmcompress.scoring import score
 
     protocol = lc.Protocol(text=options.data / "wikitext2-test.raw", windows=options.windows)
     if recipe == "dense":

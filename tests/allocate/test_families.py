@@ -18,11 +18,11 @@ from llmcompress.allocate.distortion import error, families
 from llmcompress.allocate.plan import choose
 from llmcompress.allocate.prices import Offer, Priced
 from llmcompress.allocate.sizes import payload_bytes
+from llmcompress.evaluate.verify import verify
 from llmcompress.methods.layer import StepConfig, sketch, step
 from llmcompress.models.dense import resolve
 from llmcompress.recipe.compression import read_recipe
 from llmcompress.recipe.target import Target
-from llmcompress.verify import verify
 from llmcompress.weight.expression import bits
 from tests.builders import gaussian, layer, moments
 from tests.tiny import save_tiny

@@ -23,12 +23,12 @@ from llmcompress.allocate.plan import choose
 from llmcompress.allocate.prices import Priced
 from llmcompress.cli import app
 from llmcompress.errors import LLMCompressError, MemoryLimitError, RecipeError
+from llmcompress.evaluate.report import read_allocation
+from llmcompress.evaluate.verify import verify
 from llmcompress.models.dense import resolve
 from llmcompress.models.file_names import ALLOCATION, RECIPE
 from llmcompress.recipe.compression import dump, parse_recipe, read_recipe
 from llmcompress.recipe.target import Target, count_of
-from llmcompress.report import read_allocation
-from llmcompress.verify import verify
 from tests.tiny import save_tiny
 
 TEXT = "The quick brown fox jumps over the lazy dog, and 42 grey geese fly past the old mill by the river. "

@@ -30,15 +30,15 @@ from llmcompress.data.generate_answers import Sampling
 from llmcompress.data.self_data import Answering, answer
 from llmcompress.distill import distill
 from llmcompress.distill.teacher import quantized
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.verify import verify
 from llmcompress.frontier import budgets, frontier
 from llmcompress.losses.loss import loss_config, measure
 from llmcompress.methods.layer import apply, relative_error, step
 from llmcompress.models.dense import load_model
 from llmcompress.models.locate import Place
-from llmcompress.protocol import Protocol
 from llmcompress.recipe.compression import read_recipe
 from llmcompress.surgery import alike_blocks
-from llmcompress.verify import verify
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import Weight, Zero, dense, matmul
 from tests.builders import every_node, gaussian, layer, random_nestings

@@ -16,12 +16,12 @@ from accelerate.state import AcceleratorState
 import llmcompress as lc
 from llmcompress.distill.launch import launched_accelerator
 from llmcompress.errors import RecipeError
-from llmcompress.evaluate import launched
-from llmcompress.protocol import Protocol
+from llmcompress.evaluate.processes import launched
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.verify import verify
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.runtime.devices import device_of, is_at, kind_of
 from llmcompress.surgery import alike_blocks
-from llmcompress.verify import verify
 from llmcompress.weight.expression import (
     Dense,
     LowRank,

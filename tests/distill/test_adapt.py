@@ -14,9 +14,9 @@ import llmcompress as lc
 from llmcompress.distill import distill
 from llmcompress.distill.student.adapt import adapt, dense_weight, rounded
 from llmcompress.errors import RecipeError
+from llmcompress.evaluate.report import read
+from llmcompress.evaluate.verify import verify
 from llmcompress.recipe.adaptation import Adaptation
-from llmcompress.report import read
-from llmcompress.verify import verify
 from llmcompress.weight.expression import LowRank, Sum, bits, dense, describe, shape
 from llmcompress.weight.modules import CompressedLinear, compressed_linears
 from tests.distill.miniature import loaded, make, recipe, weights_bytes

@@ -36,7 +36,7 @@ from llmcompress.errors import (
     RecipeError,
     Terminated,
 )
-from llmcompress.tables import distilled_view
+from llmcompress.evaluate.tables import distilled_view
 from tests.tiny import save_tiny, tiny
 
 VOCABULARY = 300  # so that ids take two bytes

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.distill import distill
 from llmcompress.errors import RecipeError
+from llmcompress.evaluate.verify import verify
 from llmcompress.models import checkpoint
-from llmcompress.verify import verify
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT
 from tests.models.test_structure import RECIPE, narrow, save

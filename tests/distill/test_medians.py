@@ -21,8 +21,8 @@ from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.medians import median_scales
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
+from llmcompress.evaluate.verify import verify
 from llmcompress.recipe.distillation import Distillation
-from llmcompress.verify import verify
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import Bitmap, Dense, Grid, LowRank, Rotated, Sum, Weight, Where, dense, describe
 from llmcompress.weight.modules import compressed_linears

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmcompress import tables
 from llmcompress.distill import distill
 from llmcompress.distill.student.oscillation import Freezer, Habits, after_step
 from llmcompress.errors import RecipeError
+from llmcompress.evaluate import tables
 from llmcompress.recipe.freezing import Freezing
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import Grid, Sum

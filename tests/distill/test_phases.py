@@ -23,9 +23,9 @@ from llmcompress.distill.phases import learn
 from llmcompress.distill.student.adapt import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, NumericsError, RecipeError
+from llmcompress.evaluate.verify import verify
 from llmcompress.recipe.compression import read_as
 from llmcompress.recipe.distillation import Distillation
-from llmcompress.verify import verify
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import loaded, make, recipe
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny

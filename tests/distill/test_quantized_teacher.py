@@ -26,9 +26,9 @@ from llmcompress.distill.teacher.cache import Origin
 from llmcompress.distill.teacher.quantized import Bits, load_quantized, without_remarks
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluate.distance import kl_divergence
+from llmcompress.evaluate.tables import distilled_view
 from llmcompress.models.locate import Place, locate
 from llmcompress.recipe.distillation import Distillation
-from llmcompress.tables import distilled_view
 from tests.distill import miniature
 from tests.tiny import save_tiny, tiny_tokenizer
 

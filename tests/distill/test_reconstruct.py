@@ -19,14 +19,14 @@ from llmcompress.data.calibration import calibration_tokens
 from llmcompress.distill.blockwise.block import Activations, recover_block
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.evaluate.report import read
+from llmcompress.evaluate.tables import report_view
+from llmcompress.evaluate.verify import verify
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import block_stack
 from llmcompress.models.file_names import RECIPE
 from llmcompress.recipe.compression import read_recipe
 from llmcompress.recipe.reconstruction import Reconstruction
-from llmcompress.report import read
-from llmcompress.tables import report_view
-from llmcompress.verify import verify
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT, loaded, make
 from tests.tiny import save_tiny

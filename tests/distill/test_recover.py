@@ -16,10 +16,10 @@ from llmcompress import driver
 from llmcompress.cli import app
 from llmcompress.distill import distill
 from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.evaluate.verify import verify
 from llmcompress.hub import _card
 from llmcompress.models.locate import Place
 from llmcompress.recipe.compression import dump, parse_recipe, read_recipe
-from llmcompress.verify import verify
 from tests.tiny import save_tiny
 
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "

@@ -18,9 +18,9 @@ from llmcompress.cli import app
 from llmcompress.data.schedule import rate
 from llmcompress.distill import Distilled, distill, metrics
 from llmcompress.errors import RecipeError
+from llmcompress.evaluate.plots import _running, distillation_png
+from llmcompress.evaluate.tables import distilled_view
 from llmcompress.hub import push
-from llmcompress.plots import _running, distillation_png
-from llmcompress.tables import distilled_view
 from llmcompress.terminal import Terminal
 from tests.tiny import save_tiny
 

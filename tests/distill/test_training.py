@@ -19,9 +19,9 @@ import llmcompress as lc
 from llmcompress.data.schedule import rate, rows
 from llmcompress.distill import distill, loop
 from llmcompress.errors import InputError, NumericsError, RecipeError, Terminated
+from llmcompress.evaluate.report import read
+from llmcompress.evaluate.verify import verify
 from llmcompress.recipe.distillation import Distillation
-from llmcompress.report import read
-from llmcompress.verify import verify
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import describe
 from llmcompress.weight.modules import compressed_linears

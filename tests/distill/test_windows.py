@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.calibrate.walk import Block, walk
 from llmcompress.cli import app
+from llmcompress.evaluate.verify import verify
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import architecture
 from llmcompress.models.integrity import INDEX
 from llmcompress.recipe.reconstruction import Reconstruction
-from llmcompress.verify import verify
 from llmcompress.weight.modules import compressed_linears
 from tests.calibrate.test_walk import block_outputs, sequences
 from tests.distill.miniature import TEXT

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import llmcompress as lc
 from llmcompress.errors import InputError, LLMCompressError
+from llmcompress.evaluate.verify import verify
 from llmcompress.models.dense import load_model
 from llmcompress.models.integrity import INDEX
 from llmcompress.models.locate import Place
-from llmcompress.verify import verify
 from tests.tiny import save_tiny
 
 RULES: list[dict[str, Any]] = [

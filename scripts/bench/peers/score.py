@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from llmcompress.evaluate import evaluate
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.score import size_of
+from llmcompress.evaluate.scores import evaluate
 from llmcompress.models.dense import Header, Source, load_model, load_tokenizer, resolve
 from llmcompress.models.families import architecture
 from llmcompress.models.locate import locate
-from llmcompress.protocol import Protocol
-from llmcompress.scoring import size_of
 
 WINDOWS, OTHER_WINDOWS, PAIRS = 32, 16, 50
 DENSE, OURS = "dense", "llmcompress"

@@ -23,15 +23,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from typer.testing import CliRunner
 
 import llmcompress as lc
-import llmcompress.comparison
+import llmcompress.evaluate.compare
 from llmcompress.cli import app
 from llmcompress.errors import DiskError, InputError, RecipeError
-from llmcompress.evaluate import PAIRS, TaskScores, compare, paired, run_tasks
-from llmcompress.evaluate.harness import _items
-from llmcompress.evaluate.noise import stderr, within
+from llmcompress.evaluate.lm_eval import PAIRS, TaskScores, _items, run_tasks
 from llmcompress.evaluate.processes import Processes
-from llmcompress.protocol import Protocol
-from llmcompress.tables import comparison_markdown
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.scores import evaluate_all
+from llmcompress.evaluate.tables import comparison_markdown
+from llmcompress.evaluate.uncertainty import paired, stderr, within
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny, tiny, tiny_tokenizer
 
@@ -146,7 +146,7 @@ def test_the_same_is_not_marked_and_ruins_are() -> None:
     pytest.importorskip("lm_eval")
     protocol = Protocol(windows=6, length=64, tasks=(PAIRS,), limit=LIMIT)
     loads: list[Callable[[], PreTrainedModel]] = [reader, lambda: reader(noise=2.0)]
-    first, same, ruin = compare(reader(), loads, tiny_tokenizer(), protocol)
+    first, same, ruin = evaluate_all(reader(), loads, tiny_tokenizer(), protocol)
     assert same.to_json() == first.to_json()
     found = same.differences(first)
     for change in (found["nll"], found["tasks"][PAIRS]["acc"]):
@@ -174,7 +174,7 @@ def test_two_models_are_in_memory_at_a_time() -> None:
         alive.append(weakref.ref(model))
         return model
 
-    assert len(compare(reader(), [load] * 3, tiny_tokenizer(), Protocol(windows=1, length=16))) == 4
+    assert len(evaluate_all(reader(), [load] * 3, tiny_tokenizer(), Protocol(windows=1, length=16))) == 4
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_models_by_name_make_one_table(folders: Path, tmp_path: Path, monkeypatc
 
 def test_comparisons_that_cannot_be_made(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folders)
-    monkeypatch.setattr(llmcompress.comparison, "load_model", lambda *given: pytest.fail("noticed too late"))
+    monkeypatch.setattr(llmcompress.evaluate.compare, "load_model", lambda *given: pytest.fail("noticed too late"))
     (tmp_path / "there.md").touch()
     for models, output, kind, message in (
         (["dense"], None, RecipeError, "two models or more"),

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.terminal import duration
+from llmcompress.evaluate.formatting import duration
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

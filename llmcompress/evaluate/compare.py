@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
-from llmcompress import evaluate
 from llmcompress.errors import DiskError, InputError, RecipeError
-from llmcompress.evaluate import ALONE, Processes
+from llmcompress.evaluate.perplexity import evaluation_windows
+from llmcompress.evaluate.processes import ALONE, Processes
+from llmcompress.evaluate.protocol import STANDARD, Protocol
+from llmcompress.evaluate.score import size_of
+from llmcompress.evaluate.scores import evaluate_all
+from llmcompress.evaluate.tables import comparison_markdown
 from llmcompress.models.checkpoint import replace_text
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.locate import Place, locate
-from llmcompress.protocol import STANDARD, Protocol
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
-from llmcompress.scoring import size_of
-from llmcompress.tables import comparison_markdown
 
 KINDS = (".md", ".json")  # of an output file
 
@@ -52,7 +53,7 @@ def compare(
     _check_tokens(places, protocol)
     reference, *others = (partial(load_model, place, device) for place in places)
     tokenizer = load_tokenizer(places[0].folder)
-    found = evaluate.compare(reference(), others, tokenizer, protocol, processes=processes)
+    found = evaluate_all(reference(), others, tokenizer, protocol, processes=processes)
     first = found[0]
     rows = [
         {"model": place.name, **asdict(size), **one.to_json()}
@@ -69,7 +70,7 @@ def compare(
 def _check_tokens(places: Sequence[Place], protocol: Protocol) -> None:
     """Raises InputError unless all models know the same tokens and read the protocol's text as the same ones."""
     tokenizers = [load_tokenizer(place.folder) for place in places]
-    windows = [evaluate.evaluation_windows(tokenizer, protocol) for tokenizer in tokenizers]
+    windows = [evaluation_windows(tokenizer, protocol) for tokenizer in tokenizers]
     for place, tokenizer, ids in zip(places, tokenizers, windows):
         if tokenizer.get_vocab() != tokenizers[0].get_vocab() or not torch.equal(ids, windows[0]):
             raise InputError(

@@ -27,9 +27,9 @@ import yaml
 
 from llmcompress.data.files import read_text
 from llmcompress.errors import DiskError, InputError, RecipeError
-from llmcompress.evaluate.noise import mean
 from llmcompress.evaluate.processes import ALONE, Processes
-from llmcompress.protocol import Protocol
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.uncertainty import mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import RecipeError
-from llmcompress.report import LayerReport, Report
+from llmcompress.evaluate.report import LayerReport, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 
 from llmcompress.data.builtin import stdlib_text
 from llmcompress.errors import InputError, NumericsError, RecipeError
-from llmcompress.evaluate import PAIRS, compare, distance, evaluate, perplexity, run_tasks, text_windows
+from llmcompress.evaluate import distance, perplexity
 from llmcompress.evaluate.distance import Distance
-from llmcompress.evaluate.harness import PAIRS_FILE, _scores
-from llmcompress.evaluate.perplexity import POSITIONS
-from llmcompress.protocol import Protocol
+from llmcompress.evaluate.lm_eval import PAIRS, PAIRS_FILE, _scores, run_tasks
+from llmcompress.evaluate.perplexity import POSITIONS, text_windows
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.scores import evaluate, evaluate_all
 from tests.tiny import VOCABULARY, tiny, tiny_tokenizer
 
 TEXT = "Some plain text for windows, long enough for a few of them. " * 20
@@ -128,7 +129,7 @@ def test_evaluate_has_the_promised_keys(tmp_path: Path) -> None:
 
 def test_both_ways_to_compare_agree_and_read_the_standard_library_by_default() -> None:
     dense, other, tokenizer, protocol = reader(0), reader(1), tiny_tokenizer(), Protocol(windows=2, length=48)
-    both = [one.to_json() for one in compare(dense, [lambda: other], tokenizer, protocol)]
+    both = [one.to_json() for one in evaluate_all(dense, [lambda: other], tokenizer, protocol)]
     assert both[0] == evaluate(dense, tokenizer, protocol, against=dense).to_json()
     assert both[1] == evaluate(other, tokenizer, protocol, against=dense).to_json()
     text = evaluate(dense, tokenizer, Protocol(stdlib_text("test"), windows=2, length=48))

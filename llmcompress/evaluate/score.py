@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from llmcompress import report as reports
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.evaluate import ALONE, Evaluation, Processes, compare, evaluate
+from llmcompress.evaluate import report as reports
+from llmcompress.evaluate.processes import ALONE, Processes
+from llmcompress.evaluate.protocol import STANDARD, Protocol
+from llmcompress.evaluate.scores import Evaluation, evaluate, evaluate_all
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import add_file, check_output, read_json, writing
 from llmcompress.models.dense import Source, dense_skeleton, load_model, load_tokenizer, open_source, read_headers
 from llmcompress.models.families import Linear, architecture
 from llmcompress.models.locate import Place, locate
-from llmcompress.protocol import STANDARD, Protocol
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
 
@@ -63,7 +64,7 @@ def score(
     size = size_of(place)
     loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder)
     if save and teacher is not None:
-        dense, found = compare(teacher, [lambda: loaded], tokenizer, protocol, processes=processes)
+        dense, found = evaluate_all(teacher, [lambda: loaded], tokenizer, protocol, processes=processes)
         if processes.rank == 0:
             both = {"dense": dense.to_json(), "compressed": found.to_json()}
             entries = protocol.to_json() | {"versions": versions()} | both
