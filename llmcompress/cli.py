@@ -271,7 +271,7 @@ def distill(
     Example: llmcompress distill small distil.yaml --teacher smollm2 -o recovered
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.distill import distill as run
+        from llmcompress.distill.run import distill as run
         from llmcompress.recipe.compression import read_as
         from llmcompress.recipe.distillation import Distillation
 

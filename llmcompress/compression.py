@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from llmcompress.calibrate.walk import Block, InputGroup
+from llmcompress.distill.blockwise.tune import Tune
 from llmcompress.errors import NumericsError
 from llmcompress.evaluate.report import LayerReport
 from llmcompress.fuse import Balanced, balance
 from llmcompress.journal import Entry
-from llmcompress.learning import Tune
 from llmcompress.methods.engines.hessian import damped
 from llmcompress.methods.layer import Layer, StepConfig, relative_error
 from llmcompress.methods.moments import Moments

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.calibrate.walk import Block, walk
 from llmcompress.compression import Run, compress_block, restore, waiting
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
+from llmcompress.distill.blockwise.tune import Tune
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.evaluate.report import Report
 from llmcompress.journal import Journal, Origin, opened
-from llmcompress.learning import Tune
 from llmcompress.methods.engines.stream_search import searched_there
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import Writer, check_output, copy_folder, writing

@@ -23,11 +23,11 @@ from llmcompress import driver
 from llmcompress.allocate import Allocation, allocate
 from llmcompress.allocate.kept import allocate_by
 from llmcompress.data.calibration import check_length
+from llmcompress.distill.blockwise.tune import Tune
 from llmcompress.driver import Progress, Result
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.evaluate import report as reports
 from llmcompress.journal import is_older
-from llmcompress.learning import Tune
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import check_output, locked
 from llmcompress.models.dense import Source as Dense
@@ -89,8 +89,8 @@ def compress(
     if asked.distill is None:
         return driver.compress(model, asked, output, revision=revision, **how)
     from llmcompress.data.distillation import read_data
-    from llmcompress.distill import check_ready, distill
-    from llmcompress.distill.run import TRAINING
+    from llmcompress.distill.ready import check_ready
+    from llmcompress.distill.run import TRAINING, distill
 
     dense = resolve(str(model), revision)
     wanted = wanted_distillation(asked, dense)
@@ -175,7 +175,7 @@ def check_sections(recipe: Recipe, dense: Dense) -> None:
 
 def wanted_distillation(recipe: Recipe, dense: Dense) -> Distillation:
     """The section `distill:`. Raises RecipeError for what is wrong with it, or with it and this model."""
-    from llmcompress.distill import check_fused
+    from llmcompress.distill.check_fused import check_fused
     from llmcompress.recipe.distillation import Distillation
 
     found = section(recipe, "distill", Distillation)

@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmcompress as lc
-from llmcompress.distill import Distilled, distill
+from llmcompress.distill.run import Distilled, distill
 from llmcompress.evaluate.lm_eval import PAIRS
 from llmcompress.evaluate.scores import evaluate_all
 from llmcompress.models.dense import load_model, load_tokenizer

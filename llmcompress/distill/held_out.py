@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmcompress.data.batch import Batch
-from llmcompress.distill.objective import head_of, hidden_states
+from llmcompress.distill.context import TrainContext
+from llmcompress.distill.objective.heads import head_of, hidden_states
 from llmcompress.errors import NumericsError
 from llmcompress.evaluate.distance import kl_divergence
 from llmcompress.evaluate.perplexity import negative_log_likelihood
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,3 +80,16 @@ def _chunks(values: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
 
 def _exponential(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
+
+
+def look(run: TrainContext, step: int) -> dict[str, Any]:
+    """The student on the held-out sequences: {step, kl, perplexity, teacher_perplexity}, and of several `domains` each
+    of them."""
+    found = {name: _distances(run, part) for name, part in zip(run.data.names, run.data.held_out, strict=True)}
+    domains = {"domains": {name: each.means() for name, each in found.items()}} if len(found) > 1 else {}
+    return {"step": step, **sum(found.values(), start=Distances()).means(), **domains}
+
+
+def _distances(run: TrainContext, sequences: Batch) -> Distances:
+    with run.autocast():
+        return distances(run.teacher, run.student.model, sequences, run.accelerator.device)

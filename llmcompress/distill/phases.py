@@ -13,12 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from llmcompress.data.batch import Batch
-from llmcompress.distill.blockwise.shelf import Shelf
+from llmcompress.distill.blockwise.store import Shelf
 from llmcompress.distill.blockwise.walk import recover_blocks
-from llmcompress.distill.loop import Report, Run, look, train
-from llmcompress.distill.state import Keeper
-from llmcompress.distill.student.adapt import adapt, rounded, teachers_weights
+from llmcompress.distill.context import Report, TrainContext
+from llmcompress.distill.held_out import look
+from llmcompress.distill.resume import Keeper
+from llmcompress.distill.student.low_rank import adapt, rounded, teachers_weights
 from llmcompress.distill.student.model import check_latents, relaxed_student
+from llmcompress.distill.train import train
 from llmcompress.errors import RecipeError
 from llmcompress.weight.modules import CompressedLinear, decoded, put
 
@@ -50,7 +52,7 @@ class Learned:
         self.trained |= {kind: max(count, self.trained.get(kind, 0)) for kind, count in trained.items()}
 
 
-def learn(run: Run, report: Report | None = None) -> Learned:
+def learn(run: TrainContext, report: Report | None = None) -> Learned:
     """Goes through the phases of `run.recipe` with the compressed model of `run.student`, in place.
 
     Raises RecipeError for a block-wise phase in several processes, and for options of codes that the student lacks; and
@@ -81,7 +83,7 @@ def learn(run: Run, report: Report | None = None) -> Learned:
     return learned
 
 
-def _end_to_end(run: Run, learned: Learned, report: Report | None) -> None:
+def _end_to_end(run: TrainContext, learned: Learned, report: Report | None) -> None:
     recipe = run.recipe
     latents = teachers_weights(run.student.model, run.dense()) if recipe.latents == "teacher" else None
     student = relaxed_student(run.student.model, recipe.rates, recipe.estimator, latents, scales=recipe.scales)
@@ -98,7 +100,7 @@ def _end_to_end(run: Run, learned: Learned, report: Report | None) -> None:
     learned.phases.append({"kind": "end_to_end", "steps": measured.step, "seconds": measured.seconds, **frozen})
 
 
-def _by_blocks(run: Run, learned: Learned, report: Report | None) -> None:
+def _by_blocks(run: TrainContext, learned: Learned, report: Report | None) -> None:
     recipe, keeper = run.recipe, run.keeper
     first = {**_look(run, 0), "tokens": 0}
     kl = first["kl"]
@@ -131,13 +133,13 @@ def _by_blocks(run: Run, learned: Learned, report: Report | None) -> None:
     learned.phases.append({"kind": "blockwise", "steps": run.steps, "seconds": seconds, **frozen, "blocks": blocks})
 
 
-def _look(run: Run, step: int) -> dict[str, Any]:
+def _look(run: TrainContext, step: int) -> dict[str, Any]:
     """`look`, decoding every weight once."""
     with decoded(run.student.model), decoded(run.teacher):
         return look(run, step)
 
 
-def _round(run: Run, learned: Learned, adapted: Iterable[str]) -> None:
+def _round(run: TrainContext, learned: Learned, adapted: Iterable[str]) -> None:
     """Gives the terms that a phase added the bits that they are to have; measured again if that changes any."""
     found = {} if run.recipe.adapt is None else rounded(learned.linears, adapted, run.recipe.adapt)
     for name, layer in found.items():

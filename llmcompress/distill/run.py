@@ -16,20 +16,20 @@ from accelerate import Accelerator
 from torch import nn
 
 from llmcompress.data.distillation import Data, read_data
-from llmcompress.distill.exits import Exits
-from llmcompress.distill.fused import check_fused, fused_into
-from llmcompress.distill.launch import check_enough, launched_accelerator, loading_device
-from llmcompress.distill.loop import Report, Run
+from llmcompress.distill.check_fused import check_fused, fused_into
+from llmcompress.distill.context import Report, TrainContext
 from llmcompress.distill.metrics import Metrics, start_trackers, term_names
-from llmcompress.distill.objective import check_boundaries, check_head, check_pair
+from llmcompress.distill.objective.early_exits import Exits
+from llmcompress.distill.objective.heads import check_boundaries, check_head, check_pair
+from llmcompress.distill.parallel.launch import check_enough, launched_accelerator, loading_device
 from llmcompress.distill.phases import Learned, learn
 from llmcompress.distill.ready import memory_advice
-from llmcompress.distill.state import METRICS, Keeper
-from llmcompress.distill.student.folders import StudentFolder, open_folder
+from llmcompress.distill.resume import METRICS, Keeper
+from llmcompress.distill.student.folder import StudentFolder, open_folder
 from llmcompress.distill.student.model import Student
-from llmcompress.distill.teacher.kept import measured_bias, remembered, remove_cache, taught_from_cache
+from llmcompress.distill.teacher.predictions import ReadsAlong
 from llmcompress.distill.teacher.quantized import check_teacher, taught_by_quantized, without_remarks
-from llmcompress.distill.teacher.teaching import ReadsAlong
+from llmcompress.distill.teacher.remembered import measured_bias, remembered, remove_cache, taught_from_cache
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.plots import distillation_png
 from llmcompress.models import file_names
@@ -147,13 +147,13 @@ def _run(
     data: Data,
     keeper: Keeper,
     accelerator: Accelerator,
-) -> Run:
+) -> TrainContext:
     dtype = product_dtype(recipe.compute, accelerator.device)
     cast: nn.Module = teacher.requires_grad_(False)
     if recipe.teacher.bits is None:  # else it reads in the host's memory, and a copy of fewer bits here
         cast.to(dtype)
     check_enough(len(data.sequences), recipe)
-    return Run(
+    return TrainContext(
         recipe,
         student,
         teacher,
@@ -168,7 +168,7 @@ def _run(
     )
 
 
-def _taught(run: Run, place: Place, output: Path) -> tuple[Run, dict[str, float] | None]:
+def _taught(run: TrainContext, place: Place, output: Path) -> tuple[TrainContext, dict[str, float] | None]:
     """`run` with the teacher that its recipe asks for, which is at `place`; and what quantizing it cost."""
     asked, cost = run.recipe.teacher, None
     if asked.bits is not None or asked.kind == "cached":
@@ -180,7 +180,7 @@ def _taught(run: Run, place: Place, output: Path) -> tuple[Run, dict[str, float]
     return run, cost
 
 
-def _learned(run: Run, progress: Report | None) -> tuple[Learned, dict[str, dict[str, float]] | None]:
+def _learned(run: TrainContext, progress: Report | None) -> tuple[Learned, dict[str, dict[str, float]] | None]:
     """What was learned, and what a cached teacher hid before and after."""
     if run.recipe.teacher.kind == "online":
         return learn(run, progress), None
@@ -197,7 +197,9 @@ def _identity(recipe: Distillation, data: Data, opened: StudentFolder, teacher: 
     return sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _result(run: Run, learned: Learned, output: Path, teacher: Place, before: Mapping[str, Layout]) -> Distilled:
+def _result(
+    run: TrainContext, learned: Learned, output: Path, teacher: Place, before: Mapping[str, Layout]
+) -> Distilled:
     after = {**before, **{name: layer.layout for name, layer in learned.linears.items()}}
     return Distilled(
         output=str(output),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import llmcompress as lc
-from llmcompress.distill import distill
+from llmcompress.distill.run import distill
 from llmcompress.recipe.distillation import Distillation
 
 TEACHER = "smollm2"

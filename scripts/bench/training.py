@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from llmcompress.distill import distill
+from llmcompress.distill.run import distill
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.models.dense import load_model
 from llmcompress.models.locate import locate

@@ -18,7 +18,7 @@ import torch
 
 import llmcompress as lc
 from llmcompress.data.mixture import draw, normalized, quotas, reweighted
-from llmcompress.distill import distill
+from llmcompress.distill.run import distill
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate.tables import distilled_view
 from llmcompress.recipe.compression import dump, read_as

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import llmcompress as lc
 from llmcompress.data.generate_answers import Sampling
 from llmcompress.data.self_data import Answering, answer
-from llmcompress.distill import distill
+from llmcompress.distill.run import distill
 from llmcompress.distill.teacher import quantized
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.verify import verify

@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import llmcompress as lc
-from llmcompress.distill.launch import launched_accelerator
+from llmcompress.distill.parallel.launch import launched_accelerator
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.processes import launched
 from llmcompress.evaluate.protocol import Protocol

@@ -29,7 +29,10 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from llmcompress.distill import distill, head, loop
+from llmcompress.distill import train
+from llmcompress.distill.context import TrainContext
+from llmcompress.distill.objective import chunked_loss
+from llmcompress.distill.run import distill
 from llmcompress.errors import LLMCompressError, Terminated
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -71,12 +74,12 @@ def shares(parameters: Iterable[torch.Tensor]) -> dict[str, int]:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """What came of one job, here."""
-    runs: list[loop.Run] = []
+    runs: list[TrainContext] = []
     held: dict[str, Any] = {}
     seen: list[int] = []
-    look = loop.look
+    look = train.look
 
-    def remembering(given: loop.Run, step: int) -> dict[str, float]:
+    def remembering(given: TrainContext, step: int) -> dict[str, float]:
         runs.append(given)
         return look(given, step)
 
@@ -100,8 +103,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if PARTITIONED:
         partition()
     try:
-        chunked = mock.patch.object(head, "LOGITS_ON_CPU", 2**12)  # so that heads work on several chunks
-        with chunked, ONE_GROUP, mock.patch.object(loop, "look", remembering), mock.patch.object(loop, "time", CLOCK):
+        chunked = mock.patch.object(chunked_loss, "LOGITS_ON_CPU", 2**12)  # so that heads work on several chunks
+        with chunked, ONE_GROUP, mock.patch.object(train, "look", remembering), mock.patch.object(train, "time", CLOCK):
             done = distill(job["student"], job["teacher"], job["recipe"], job["output"], progress=progress)
         found = done.to_json()
     except (LLMCompressError, Terminated) as error:

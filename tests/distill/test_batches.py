@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from llmcompress.data.batch import PADDING, Batch
-from llmcompress.distill.head import Online, chunked_loss
 from llmcompress.distill.held_out import Distances, distances
-from llmcompress.distill.loop import Objective
-from llmcompress.distill.matching import Matching
-from llmcompress.distill.objective import check_boundaries, hidden_states
-from llmcompress.distill.teacher.teaching import ReadsAlong
+from llmcompress.distill.objective.chunked_loss import Online, chunked_loss
+from llmcompress.distill.objective.heads import check_boundaries, hidden_states
+from llmcompress.distill.objective.hidden_states import Matching
+from llmcompress.distill.objective.module import Objective
+from llmcompress.distill.teacher.predictions import ReadsAlong
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.evaluate import distance
 from llmcompress.recipe.distillation import Term

@@ -21,12 +21,13 @@ from torch.testing import assert_close
 
 import llmcompress as lc
 from llmcompress.data.batch import Batch
-from llmcompress.distill import distill, run
+from llmcompress.distill import run
 from llmcompress.distill.held_out import distances
-from llmcompress.distill.teacher import cache, kept
+from llmcompress.distill.run import distill
+from llmcompress.distill.teacher import cache, remembered
 from llmcompress.distill.teacher.cache import Cache, Origin, open_cache, tokens_digest, write_cache
-from llmcompress.distill.teacher.kept import RememberedTeacher
-from llmcompress.distill.teacher.likeliest import Likeliest
+from llmcompress.distill.teacher.remembered import RememberedTeacher
+from llmcompress.distill.teacher.top_k import Likeliest
 from llmcompress.errors import (
     DiskError,
     InputError,
@@ -263,7 +264,7 @@ def test_the_teacher_is_gone_while_the_student_learns(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[weakref.ref[Any]] = []
-    load, forward = run.load_model, kept.write_cache
+    load, forward = run.load_model, remembered.write_cache
 
     def counted(*given: Any) -> Any:
         model = load(*given)
@@ -282,10 +283,10 @@ def test_the_teacher_is_gone_while_the_student_learns(
     )
     assert len(loaded) == 2 and alive == [1] * 4
     read: list[Any] = []
-    monkeypatch.setattr(kept._Logits, "__call__", lambda *given: read.append(given))
+    monkeypatch.setattr(remembered._Logits, "__call__", lambda *given: read.append(given))
     again = distill(folders / "small", folders / "dense", asked, tmp_path / "b")
     assert not read and again.steps == 4
-    assert forward is kept.write_cache
+    assert forward is remembered.write_cache
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
-from llmcompress.distill import distill
+from llmcompress.distill.run import distill
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.verify import verify
 from llmcompress.models import checkpoint

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from llmcompress.distill import distill
-from llmcompress.distill.launch import launched_accelerator
+from llmcompress.distill.parallel.launch import launched_accelerator
+from llmcompress.distill.run import distill
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.distillation import Distillation
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import llmcompress as lc
-from llmcompress.distill import check_ready, distill, loop, packages
+from llmcompress.distill import packages, train
 from llmcompress.distill.optimizers import moments, optimizer_of, put_moments
-from llmcompress.distill.ready import memory_advice
+from llmcompress.distill.ready import check_ready, memory_advice
+from llmcompress.distill.run import distill
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
 from llmcompress.recipe.distillation import Distillation
 from tests.distill import miniature
@@ -156,7 +157,7 @@ def test_running_out_of_memory_names_what_helps(
     def exhausted(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(loop, "_step", exhausted)
+    monkeypatch.setattr(train, "_step", exhausted)
     sentence = (
         "there is not enough memory for this training; set a micro_batch below 2 or checkpointing: true or a lower "
         "data.length, and start again"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmcompress.distill import distill
+from llmcompress.distill.run import distill
 from llmcompress.distill.student.oscillation import Freezer, Habits, after_step
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate import tables

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmcompress.distill import distill
 from llmcompress.distill.blockwise import walk
 from llmcompress.distill.blockwise.block import Activations, Block, mean_error, recover_block
-from llmcompress.distill.blockwise.shelf import Shelf
+from llmcompress.distill.blockwise.store import Shelf
 from llmcompress.distill.blockwise.walk import Stream, recover_blocks
 from llmcompress.distill.phases import learn
-from llmcompress.distill.student.adapt import teachers_weights
+from llmcompress.distill.run import distill
+from llmcompress.distill.student.low_rank import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluate.verify import verify

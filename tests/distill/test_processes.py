@@ -22,7 +22,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 
 import llmcompress as lc
-from llmcompress.distill.launch import check_sharding
+from llmcompress.distill.parallel.launch import check_sharding
 from llmcompress.errors import RecipeError
 from llmcompress.models import file_names
 from llmcompress.recipe.distillation import Distillation

@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import llmcompress as lc
 from llmcompress.card import Taught, _distillation
-from llmcompress.distill import check_ready, distill, packages, run
-from llmcompress.distill.launch import check_sharding
+from llmcompress.distill import packages, run
+from llmcompress.distill.parallel.launch import check_sharding
+from llmcompress.distill.ready import check_ready
+from llmcompress.distill.run import distill
 from llmcompress.distill.teacher import quantized
 from llmcompress.distill.teacher.cache import Origin
 from llmcompress.distill.teacher.quantized import Bits, load_quantized, without_remarks

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress import driver
 from llmcompress.cli import app
-from llmcompress.distill import distill
+from llmcompress.distill.run import distill
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate.verify import verify
 from llmcompress.hub import _card

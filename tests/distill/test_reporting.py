@@ -16,7 +16,8 @@ import llmcompress as lc
 from llmcompress.card import Taught, _distillation
 from llmcompress.cli import app
 from llmcompress.data.schedule import rate
-from llmcompress.distill import Distilled, distill, metrics
+from llmcompress.distill import metrics
+from llmcompress.distill.run import Distilled, distill
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.plots import _running, distillation_png
 from llmcompress.evaluate.tables import distilled_view

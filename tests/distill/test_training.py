@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.data.schedule import rate, rows
-from llmcompress.distill import distill, loop
+from llmcompress.distill import train
+from llmcompress.distill.run import distill
 from llmcompress.errors import InputError, NumericsError, RecipeError, Terminated
 from llmcompress.evaluate.report import read
 from llmcompress.evaluate.verify import verify
@@ -228,7 +229,7 @@ def test_impossible_pairs_are_refused(folders: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_at_its_step(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = loop.rate
+    step = train.rate
 
     def broken(number: int, *given: Any) -> float:
         if number == 2:
@@ -237,9 +238,9 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(
         return step(number, *given)
 
     student: list[Any] = []
-    look = loop.look
-    monkeypatch.setattr(loop, "look", lambda run, number: (student.append(run.student), look(run, number))[1])
-    monkeypatch.setattr(loop, "rate", broken)
+    look = train.look
+    monkeypatch.setattr(train, "look", lambda run, number: (student.append(run.student), look(run, number))[1])
+    monkeypatch.setattr(train, "rate", broken)
     with pytest.raises(NumericsError, match="^step 3: the loss is nan"):
         distill(folders / "small", folders / "dense", recipe(folders, steps=6, save_every=1), tmp_path / "out")
     assert json.loads((tmp_path / "out.training" / "state.json").read_text())["step"] == 2

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
-from llmcompress.distill import distill
+from llmcompress.distill.run import distill
 from llmcompress.errors import RecipeError
 from tests.distill.miniature import TEXT, recipe
 from tests.tiny import save_tiny

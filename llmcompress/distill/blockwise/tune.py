@@ -16,8 +16,10 @@ more block that learns, and its input states, 4 bytes x tokens x width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +28,33 @@ from llmcompress.calibrate.walk import Block
 from llmcompress.distill.blockwise.block import Activations, recover_block
 from llmcompress.distill.student.model import WEIGHTS, Student, relaxed_student
 from llmcompress.errors import InputError
-from llmcompress.learning import Tune, Tuned
 from llmcompress.recipe.reconstruction import Reconstruction
+from llmcompress.weight.modules import CompressedLinear
 from llmcompress.weight.trainable.latents.flexround import Divided
 from llmcompress.weight.trainable.latents.form import Form
 from llmcompress.weight.trainable.latents.lora_rounding import Offsets
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What blocks learned: their compressed linears and other parameters by name, and in `found` what became of the
+    error, `before` and `after`."""
+
+    linears: dict[str, CompressedLinear]
+    dense: dict[str, Tensor]
+    found: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tune:
+    """How blocks learn once their layers are set, in place: `learn(blocks, dense weights by name, how many sequences
+    are held out)`, with blocks that follow each other: `window` of them, 1 or 2, in the end; with `between`, also one
+    alone after each group of its layers with a common input. `batch_size`: of a forward."""
+
+    learn: Callable[[tuple[Block, ...], Mapping[str, Tensor], int], Tuned]
+    between: bool
+    batch_size: int
+    window: int
 
 
 def tuner(recipe: Reconstruction) -> Tune:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llmcompress.calibrate.blocks import Batch, Call, in_batches, recorded
 from llmcompress.distill.blockwise.block import Activations, Block, Recovered, recover_block
-from llmcompress.distill.blockwise.shelf import Shelf
-from llmcompress.distill.student.adapt import teachers_weights
+from llmcompress.distill.blockwise.store import Shelf
+from llmcompress.distill.student.low_rank import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.families import block_stack

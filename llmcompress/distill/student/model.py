@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from llmcompress.distill.student.medians import MedianScale, follows, grids, median_scales
+from llmcompress.distill.student.median_scales import MedianScale, follows, grids, median_scales
 from llmcompress.errors import RecipeError
 from llmcompress.models.families import block_stack
 from llmcompress.recipe.distillation import Distillation, Kind, Scales

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.batch import Batch
-from llmcompress.distill.teacher.likeliest import Likeliest
+from llmcompress.distill.teacher.top_k import Likeliest
 from llmcompress.errors import DiskError, InputError, NumericsError, Terminated
 from llmcompress.models.checkpoint import check_output, locked, read_json, replace_text
 from llmcompress.runtime.signals import stop_requests

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from llmcompress.distill.context import TrainContext
 from llmcompress.distill.held_out import Distances, distances
-from llmcompress.distill.loop import Run
-from llmcompress.distill.teacher.teaching import ReadsAlong
+from llmcompress.distill.teacher.predictions import ReadsAlong
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense import load_model
 from llmcompress.models.locate import Place
@@ -49,7 +49,7 @@ def check_teacher(teacher: PreTrainedModel, bits: Bits | None) -> None:
         raise InputError(f"the teacher is compressed already, so it cannot be quantized to {bits} bits; leave bits out")
 
 
-def taught_by_quantized(run: Run, bits: Bits, place: Place) -> tuple[Run, dict[str, float]]:
+def taught_by_quantized(run: TrainContext, bits: Bits, place: Place) -> tuple[TrainContext, dict[str, float]]:
     """`run` with the model at `place` reading along in `bits` bits, and what that costs on the held-out sequences:
     {bits, kl, perplexity}, KL(run.teacher || quantized) in nats per token.
 

@@ -69,7 +69,7 @@ def recipe(steps: int) -> Distillation:
 
 def ours(student: str, teacher: str, asked: Distillation, output: Path) -> dict[str, Any]:
     """Distils into the folder `output`; the seconds of all steps, the loss of each, how much trained and was read."""
-    from llmcompress.distill import distill
+    from llmcompress.distill.run import distill
 
     done = distill(student, teacher, asked, output)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -125,7 +125,7 @@ def with_lora(model: PreTrainedModel, dense: PreTrainedModel, asked: Distillatio
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from llmcompress.distill.student.adapt import adapt
+    from llmcompress.distill.student.low_rank import adapt
     from llmcompress.weight.expression import LowRank, Sum
     from llmcompress.weight.expression import dense as value_of
     from llmcompress.weight.modules import compressed_linears, put

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmcompress.distill.projection import Pair, projection_name, projections
+from llmcompress.distill.objective.projections import Pair, projection_name, projections
 from llmcompress.errors import RecipeError, listed
 from llmcompress.losses.divergence import wide
 from llmcompress.losses.features import Features, measure_features, reads_states

@@ -21,13 +21,13 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from llmcompress.data.batch import Batch
-from llmcompress.distill.head import LOGITS
+from llmcompress.distill.context import TrainContext
 from llmcompress.distill.held_out import POSITIONS
-from llmcompress.distill.loop import Run
-from llmcompress.distill.objective import head_of, hidden_states
+from llmcompress.distill.objective.chunked_loss import LOGITS
+from llmcompress.distill.objective.heads import head_of, hidden_states
 from llmcompress.distill.teacher.cache import Origin, open_cache, rounded, tokens_digest, write_cache
-from llmcompress.distill.teacher.likeliest import Likeliest
-from llmcompress.distill.teacher.teaching import ReadBack
+from llmcompress.distill.teacher.predictions import ReadBack
+from llmcompress.distill.teacher.top_k import Likeliest
 from llmcompress.errors import LLMCompressError
 from llmcompress.losses.forward_kl import ForwardKL
 from llmcompress.losses.loss import Predictions, measure
@@ -82,7 +82,7 @@ def remove_cache(asked: Teacher, output: Path) -> None:
         shutil.rmtree(_folder(asked, output))
 
 
-def remembered(run: Run, place: Place) -> Run:
+def remembered(run: TrainContext, place: Place) -> TrainContext:
     """`run` with what its teacher, which is at `place`, says of the held-out sequences, in place of the teacher.
 
     Nobody but who reads along needs that then: where its weights are asked for, it is loaded again for a while.
@@ -93,7 +93,7 @@ def remembered(run: Run, place: Place) -> Run:
     return replace(run, teacher=cast("PreTrainedModel", kept), dense=partial(_loaded, place, device, dtype))
 
 
-def taught_from_cache(run: Run, asked: Teacher, place: Place, output: Path) -> Run:
+def taught_from_cache(run: TrainContext, asked: Teacher, place: Place, output: Path) -> TrainContext:
     """`run` with a cache for a teacher; written first, by the one that reads along, where it is not there. `place`:
     where that one is.
 
@@ -141,7 +141,7 @@ class _Logits:
 
 
 @torch.no_grad()
-def measured_bias(run: Run, k: int) -> dict[str, float]:
+def measured_bias(run: TrainContext, k: int) -> dict[str, float]:
     """What the student in `run` cannot see of its teacher, on the held-out sequences, as means over tokens.
 
     tail_mass: the teacher's probability of all classes but the k likeliest. kl: KL(teacher || student) in nats;

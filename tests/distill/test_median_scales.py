@@ -15,10 +15,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmcompress.distill import distill
-from llmcompress.distill.launch import check_sharding
-from llmcompress.distill.student.adapt import teachers_weights
-from llmcompress.distill.student.medians import median_scales
+from llmcompress.distill.parallel.launch import check_sharding
+from llmcompress.distill.run import distill
+from llmcompress.distill.student.low_rank import teachers_weights
+from llmcompress.distill.student.median_scales import median_scales
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.verify import verify

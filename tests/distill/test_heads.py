@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmcompress.distill.objective import head_of
+from llmcompress.distill.objective.heads import head_of
 from llmcompress.weight.modules import decoded
 from tests.distill.miniature import make
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from llmcompress.distill.head import Online, Teacher, chunked_loss
-from llmcompress.distill.teacher.likeliest import Likeliest
+from llmcompress.distill.objective.chunked_loss import Online, Teacher, chunked_loss
+from llmcompress.distill.teacher.top_k import Likeliest
 from llmcompress.losses.loss import LossConfig, Predictions, measure
 from tests.losses.cases import CASES, config, every_loss, random_predictions, spelled, value
 from tests.losses.spy import largest_tensor

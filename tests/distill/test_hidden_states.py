@@ -13,10 +13,10 @@ from torch import Tensor
 
 import llmcompress as lc
 from llmcompress.data.batch import Batch
-from llmcompress.distill import distill
-from llmcompress.distill.loop import Objective
-from llmcompress.distill.matching import Matching
-from llmcompress.distill.student.adapt import teachers_weights
+from llmcompress.distill.objective.hidden_states import Matching
+from llmcompress.distill.objective.module import Objective
+from llmcompress.distill.run import distill
+from llmcompress.distill.student.low_rank import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
 from llmcompress.models.kept_blocks import KEPT, matched_blocks

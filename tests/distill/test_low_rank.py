@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.distill import distill
-from llmcompress.distill.student.adapt import adapt, dense_weight, rounded
+from llmcompress.distill.run import distill
+from llmcompress.distill.student.low_rank import adapt, dense_weight, rounded
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.report import read
 from llmcompress.evaluate.verify import verify

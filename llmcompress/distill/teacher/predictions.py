@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from llmcompress.data.batch import Batch
-from llmcompress.distill.head import Online, Teacher
-from llmcompress.distill.objective import head_of, hidden_states
+from llmcompress.distill.objective.chunked_loss import Online, Teacher
+from llmcompress.distill.objective.heads import head_of, hidden_states
 from llmcompress.distill.teacher.cache import Cache
-from llmcompress.distill.teacher.likeliest import Likeliest
+from llmcompress.distill.teacher.top_k import Likeliest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,12 +29,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmcompress.data.batch import Batch
-from llmcompress.distill.launch import partitioned, sharded
 from llmcompress.distill.optimizers import moments, put_moments
-from llmcompress.distill.state import Keeper, Progress
+from llmcompress.distill.parallel.deepspeed import Zero
+from llmcompress.distill.parallel.launch import partitioned, sharded
+from llmcompress.distill.resume import Keeper, Progress
 from llmcompress.distill.student.model import PROJECTIONS, Student
 from llmcompress.distill.student.oscillation import Freezer
-from llmcompress.distill.zero import Zero
 from llmcompress.errors import InputError
 from llmcompress.recipe.freezing import Freezing
 from llmcompress.weight.modules import decoded

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from llmcompress.data.batch import Batch
-from llmcompress.distill import distill
-from llmcompress.distill.matching import Matching
+from llmcompress.distill.objective.hidden_states import Matching
+from llmcompress.distill.run import distill
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.compression import dump, read_as

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import llmcompress as lc
-from llmcompress.distill import distill
-from llmcompress.distill.recompute import recomputed
+from llmcompress.distill.activation_checkpointing import recomputed
+from llmcompress.distill.run import distill
 from llmcompress.errors import RecipeError
 from tests.distill.miniature import TEXT
 from tests.distill.test_dense_students import asked, tensors

@@ -14,11 +14,12 @@ import torch
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
-from llmcompress.distill import distill, launch
-from llmcompress.distill.engine import Engine
-from llmcompress.distill.launch import check_partitioning, check_sharding
+from llmcompress.distill.parallel import launch
+from llmcompress.distill.parallel.deepspeed import Zero
+from llmcompress.distill.parallel.engine import Engine
+from llmcompress.distill.parallel.launch import check_partitioning, check_sharding
+from llmcompress.distill.run import distill
 from llmcompress.distill.student.oscillation import Freezer
-from llmcompress.distill.zero import Zero
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.distillation import Distillation
 from tests.distill.test_processes import launch_environment, sharding

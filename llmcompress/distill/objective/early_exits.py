@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmcompress.distill.head import Teacher, chunked_loss
-from llmcompress.distill.objective import head_of
+from llmcompress.distill.objective.chunked_loss import Teacher, chunked_loss
+from llmcompress.distill.objective.heads import head_of
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.losses.loss import LossState, SumAndCount
 from llmcompress.models.families import block_stack

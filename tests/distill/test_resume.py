@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.distill.state import STATE, Keeper, Progress
+from llmcompress.distill.resume import STATE, Keeper, Progress
 from llmcompress.errors import DiskError, InputError
 
 CALLS = {"mkdir", "open", "write", "close", "fsync", "rename", "unlink", "remove", "rmdir", "serialize_file"}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.data.batch import Batch
-from llmcompress.distill.head import HeadLoss
+from llmcompress.distill.objective.chunked_loss import HeadLoss
 from llmcompress.errors import InputError
 from llmcompress.losses.loss import SumAndCount
 from llmcompress.weight.expression import Dense

@@ -13,108 +13,32 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import Tensor, nn
 
 from llmcompress.data.batch import Batch
-from llmcompress.data.distillation import Data
 from llmcompress.data.mixture import draw, normalized, quotas, reweighted
 from llmcompress.data.schedule import rate
-from llmcompress.distill.engine import Engine, held_decoded
-from llmcompress.distill.exits import Exits
-from llmcompress.distill.head import chunked_loss
-from llmcompress.distill.held_out import Distances, distances
-from llmcompress.distill.matching import Matching
-from llmcompress.distill.metrics import Metrics, term_names
-from llmcompress.distill.objective import head_of, hidden_states, joined
+from llmcompress.distill.activation_checkpointing import recomputed
+from llmcompress.distill.context import Report, TrainContext
+from llmcompress.distill.held_out import _distances, look
+from llmcompress.distill.metrics import term_names
+from llmcompress.distill.objective.hidden_states import Matching
+from llmcompress.distill.objective.module import Objective
 from llmcompress.distill.optimizers import optimizer_of
-from llmcompress.distill.recompute import recomputed
-from llmcompress.distill.state import Keeper, Progress
-from llmcompress.distill.student.model import Student
-from llmcompress.distill.teacher.teaching import ReadsAlong, Teaching
+from llmcompress.distill.parallel.engine import Engine, held_decoded
+from llmcompress.distill.resume import Progress
 from llmcompress.errors import NumericsError, Terminated
-from llmcompress.losses.loss import LossState
-from llmcompress.recipe.distillation import Distillation, Term
 from llmcompress.runtime.signals import stop_requests
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-Report = Callable[[int, int, float, float, float], None]  # (steps done, steps, loss, tokens per second, last KL)
-
-
-class Objective(nn.Module):
-    """The student and its losses as one module, so that a wrapper of several processes sees every gradient."""
-
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        teaching: Teaching,
-        matching: Matching,
-        terms: Sequence[tuple[Term, LossState | None]],
-    ) -> None:
-        super().__init__()
-        self.student = student
-        self.teaching, self.matching = teaching, matching  # no modules, so that `train()` does not reach the teacher
-        self.projections = matching.projections
-        self.exits = Exits.of(student, [term for term, _ in terms])
-        self.terms = terms
-
-    def forward(self, batch: Batch, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Of `batch`: the sum of all losses, each times its weight, with gradient, also where nothing in it counts; and
-        the sum and the count of each loss `[losses, 2]`, without."""
-        with self.matching.watched() as states, self.exits.watched() as passed:
-            teacher = self.teaching.predictions(batch)
-            given = hidden_states(self.student, batch)
-        rows, targets = batch.predicting, batch.ids[batch.counted]
-        elsewhere = {number: self.matching.measured(number, states, rows) for number in self.matching.pairs}
-        for number in self.exits.numbers:
-            elsewhere[number] = self.exits.measured(number, self.terms[number], passed, rows, teacher, targets)
-        weighted = [(term.of, state, weight) for (term, state), weight in zip(self.terms, weights, strict=True)]
-        found = chunked_loss(
-            given[rows],
-            head_of(self.student),
-            teacher,
-            targets,
-            [term for number, term in enumerate(weighted) if number not in elsewhere],
-        )
-        return joined(found, elsewhere, weights)
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """Everything a training reads and changes."""
-
-    recipe: Distillation
-    student: Student
-    teacher: PreTrainedModel  # for a look at the held-out sequences
-    dense: Callable[[], PreTrainedModel]  # gives the teacher, where its weights are asked for
-    teaching: Teaching
-    data: Data
-    keeper: Keeper
-    accelerator: Accelerator
-    metrics: Metrics
-    autocast: Callable[[], AbstractContextManager[None]] = nullcontext
-
-    @property
-    def reader(self) -> PreTrainedModel:
-        """The model that reads along; where none does, what looks need of it."""
-        return self.teaching.model if isinstance(self.teaching, ReadsAlong) else self.teacher
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps in all."""
-        return self.recipe.steps or max(1, len(self.data.sequences) // self.recipe.batch)
-
-
-def train(run: Run, report: Report | None = None) -> Progress:
+def train(run: TrainContext, report: Report | None = None) -> Progress:
     """Trains what moves in `run.student`, from where the last state was left; returns what was measured.
 
     Raises NumericsError, naming the step, when the loss or a gradient is not finite; the last state stays. Asked to
@@ -187,7 +111,7 @@ def _decided(accelerator: Accelerator, stopping: list[int], late: bool) -> tuple
     return asked > 0, overdue > 0
 
 
-def _next(run: Run, engine: Engine, progress: Progress, step: int) -> Batch:
+def _next(run: TrainContext, engine: Engine, progress: Progress, step: int) -> Batch:
     """The sequences of a step; `progress` learns the domains' shares, where they are new, and how far each is read."""
     recipe, data = run.recipe, run.data
     if recipe.mixture.due(step):
@@ -209,19 +133,19 @@ def _agreed(accelerator: Accelerator, values: list[float]) -> list[float]:
     return [float(value) for value in broadcast(torch.tensor(values, dtype=torch.float64, device=accelerator.device))]
 
 
-def _shares(run: Run, progress: Progress) -> dict[str, dict[str, float]]:
+def _shares(run: TrainContext, progress: Progress) -> dict[str, dict[str, float]]:
     """For the history, of several domains."""
     names = run.data.names
     return {"shares": dict(zip(names, progress.shares, strict=True))} if len(names) > 1 else {}
 
 
-def _seen(run: Run, engine: Engine, progress: Progress) -> dict[str, Any]:
+def _seen(run: TrainContext, engine: Engine, progress: Progress) -> dict[str, Any]:
     """A look, and what was read before it."""
     found = engine.within(lambda: look(run, progress.step))
     return {**found, "tokens": progress.targets, **_shares(run, progress)}
 
 
-def _entry(run: Run, progress: Progress, loss: float, means: Sequence[float], norm: float) -> dict[str, Any]:
+def _entry(run: TrainContext, progress: Progress, loss: float, means: Sequence[float], norm: float) -> dict[str, Any]:
     """What is said of the step that was just done."""
     recipe = run.recipe
     return {
@@ -235,7 +159,7 @@ def _entry(run: Run, progress: Progress, loss: float, means: Sequence[float], no
     }
 
 
-def _step(run: Run, engine: Engine, step: int, batch: Batch) -> tuple[list[float], float, dict[str, int]]:
+def _step(run: TrainContext, engine: Engine, step: int, batch: Batch) -> tuple[list[float], float, dict[str, int]]:
     """One optimizer step on `batch`, shared by the processes; the mean of each loss over its tokens, the norm of the
     gradient before it was clipped, and what became of codes (`Engine.update`)."""
     recipe, accelerator = run.recipe, run.accelerator
@@ -264,7 +188,7 @@ def _step(run: Run, engine: Engine, step: int, batch: Batch) -> tuple[list[float
     return means, norm, engine.update((step + 1) / run.steps)
 
 
-def _counts(run: Run, engine: Engine, parts: Sequence[Batch], targets: int) -> list[float]:
+def _counts(run: TrainContext, engine: Engine, parts: Sequence[Batch], targets: int) -> list[float]:
     """What the sum of each loss over a step is divided by: its `targets`, those of all processes (each knows every
     sequence, so nobody has to ask), or a sum of weights that has to be found."""
     counts = [float(targets)] * len(run.recipe.losses)
@@ -273,16 +197,3 @@ def _counts(run: Run, engine: Engine, parts: Sequence[Batch], targets: int) -> l
     with torch.no_grad(), run.autocast():
         report = torch.stack([engine.measure(part, counts)[1] for part in parts]).sum(0)
     return [float(count) for count in run.accelerator.reduce(report, "sum")[:, 1]]
-
-
-def look(run: Run, step: int) -> dict[str, Any]:
-    """The student on the held-out sequences: {step, kl, perplexity, teacher_perplexity}, and of several `domains` each
-    of them."""
-    found = {name: _distances(run, part) for name, part in zip(run.data.names, run.data.held_out, strict=True)}
-    domains = {"domains": {name: each.means() for name, each in found.items()}} if len(found) > 1 else {}
-    return {"step": step, **sum(found.values(), start=Distances()).means(), **domains}
-
-
-def _distances(run: Run, sequences: Batch) -> Distances:
-    with run.autocast():
-        return distances(run.teacher, run.student.model, sequences, run.accelerator.device)

@@ -1,0 +1,1 @@
+"""Several processes: launching, whole copies (DDP), shares (FSDP2), and DeepSpeed."""
