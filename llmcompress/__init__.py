@@ -13,60 +13,47 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.models import import_hooks
 
-if TYPE_CHECKING:
-    from llmcompress.driver import Result
-    from llmcompress.errors import LLMCompressError
-    from llmcompress.evaluate.compare import compare
-    from llmcompress.evaluate.protocol import Protocol
-    from llmcompress.evaluate.report import Report, read
-    from llmcompress.evaluate.score import score
-    from llmcompress.models.lora import fold, plain_head
-    from llmcompress.recipe.calibration import Calibration
-    from llmcompress.recipe.compression import Recipe, Rule
-    from llmcompress.recover import compress, plan
-    from llmcompress.surgery import alike_blocks, drop_blocks
-    from llmcompress.weight.modules import decoded
+if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it against _HOMES
+    from llmcompress.compression.depth.drop import drop_blocks as drop_blocks
+    from llmcompress.compression.depth.similarity import alike_blocks as alike_blocks
+    from llmcompress.compression.pipeline import compress as compress
+    from llmcompress.compression.pipeline import plan as plan
+    from llmcompress.compression.result import Result as Result
+    from llmcompress.errors import LLMCompressError as LLMCompressError
+    from llmcompress.evaluate.compare import compare as compare
+    from llmcompress.evaluate.protocol import Protocol as Protocol
+    from llmcompress.evaluate.report import Report as Report
+    from llmcompress.evaluate.report import read as read
+    from llmcompress.evaluate.score import score as score
+    from llmcompress.models.lora import fold as fold
+    from llmcompress.models.lora import plain_head as plain_head
+    from llmcompress.recipe.calibration import Calibration as Calibration
+    from llmcompress.recipe.compression import Recipe as Recipe
+    from llmcompress.recipe.compression import Rule as Rule
+    from llmcompress.weight.modules import decoded as decoded
 
 __version__ = "0.1.0"
-__all__ = [
-    "Calibration",
-    "LLMCompressError",
-    "Protocol",
-    "Recipe",
-    "Report",
-    "Result",
-    "Rule",
-    "alike_blocks",
-    "compare",
-    "compress",
-    "decoded",
-    "drop_blocks",
-    "fold",
-    "plain_head",
-    "plan",
-    "read",
-    "score",
-]
 
 _HOMES = {
-    "Calibration": "tokens",
+    "Calibration": "recipe.calibration",
     "LLMCompressError": "errors",
-    "Protocol": "protocol",
-    "Recipe": "recipe",
-    "Report": "report",
-    "Result": "driver",
-    "Rule": "recipe",
-    "alike_blocks": "surgery",
-    "compare": "comparison",
-    "compress": "recover",
-    "decoded": "modules",
-    "drop_blocks": "surgery",
-    "fold": "adapters",
-    "plain_head": "adapters",
-    "plan": "recover",
-    "read": "report",
-    "score": "scoring",
+    "Protocol": "evaluate.protocol",
+    "Recipe": "recipe.compression",
+    "Report": "evaluate.report",
+    "Result": "compression.result",
+    "Rule": "recipe.compression",
+    "alike_blocks": "compression.depth.similarity",
+    "compare": "evaluate.compare",
+    "compress": "compression.pipeline",
+    "decoded": "weight.modules",
+    "drop_blocks": "compression.depth.drop",
+    "fold": "models.lora",
+    "plain_head": "models.lora",
+    "plan": "compression.pipeline",
+    "read": "evaluate.report",
+    "score": "evaluate.score",
 }
+__all__ = sorted(_HOMES)
 
 import_hooks.install()
 

@@ -93,8 +93,8 @@ def compress(
     Example: llmcompress compress smollm2 --size 40MB -o small
     """
     with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.compression.pipeline import compress as run
         from llmcompress.recipe.compression import read_recipe
-        from llmcompress.recover import compress as run
 
         given = all_settings(settings, seed, {"bpw": bpw, "bytes": size, "kl": kl})
         asked = tuned(read_recipe(recipe_or_default(recipe, given), given), tune)
@@ -124,8 +124,8 @@ def plan(
     Example: llmcompress plan smollm2 recipe.yaml
     """
     with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.compression.pipeline import plan as run
         from llmcompress.recipe.compression import read_recipe
-        from llmcompress.recover import plan as run
 
         found = run(model, read_recipe(recipe, all_settings(settings)), revision)
         terminal.warn(summarized(found.warnings))
@@ -303,7 +303,8 @@ def drop(
     Example: llmcompress drop smollm2 --count 6 -o short
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.surgery import chosen_blocks, drop_blocks
+        from llmcompress.compression.depth.drop import drop_blocks
+        from llmcompress.compression.depth.similarity import chosen_blocks
 
         chosen = chosen_blocks(model, blocks, count, text=text, revision=revision, device=device)
         terminal.show(drop_blocks(model, chosen, output, revision=revision).to_json(), dropped_view)

@@ -70,8 +70,10 @@ def frontier(
     Example: llmcompress frontier smollm2 --bpw 1.25,1.6,2,2.5,3 -o curve
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.frontier import Told, budgets, read_peers
-        from llmcompress.frontier import frontier as run
+        from llmcompress.compression.frontier.budgets import budgets
+        from llmcompress.compression.frontier.peers import read_peers
+        from llmcompress.compression.frontier.sweep import Told
+        from llmcompress.compression.frontier.sweep import frontier as run
         from llmcompress.recipe.compression import read_recipe
 
         wanted = budgets(bpw, sizes)

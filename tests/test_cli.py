@@ -17,18 +17,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import llmcompress.compression.pipeline
 import llmcompress.evaluate.compare
 import llmcompress.evaluate.score
-import llmcompress.recover
 from llmcompress import errors
 from llmcompress.cli import app
+from llmcompress.compression.plan import LayerPlan, Plan
 from llmcompress.evaluate.formatting import duration
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.report import LayerReport, Report
 from llmcompress.evaluate.tables import comparison_markdown, grouped, report_view, summarized
 from llmcompress.models.file_names import RECIPE
 from llmcompress.models.file_names import REPORT as REPORT_FILE
-from llmcompress.planning import LayerPlan, Plan
 from llmcompress.recipe.compression import dump, parse_recipe
 from llmcompress.terminal import Terminal, verdict
 from tests.tiny import save_tiny
@@ -134,8 +134,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return fake
 
     result = SimpleNamespace(report=REPORT, distillation=None, allocation=None)
-    monkeypatch.setattr(llmcompress.recover, "compress", returning(result))
-    monkeypatch.setattr(llmcompress.recover, "plan", returning(PLAN))
+    monkeypatch.setattr(llmcompress.compression.pipeline, "compress", returning(result))
+    monkeypatch.setattr(llmcompress.compression.pipeline, "plan", returning(PLAN))
     monkeypatch.setattr(llmcompress.evaluate.score, "score", returning(SCORES))
     monkeypatch.setattr(llmcompress.evaluate.compare, "compare", returning(COMPARED))
     return made
@@ -143,7 +143,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 def failing(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
     """Makes `plan` do this."""
-    monkeypatch.setattr(llmcompress.recover, "plan", lambda *given, **named: act())
+    monkeypatch.setattr(llmcompress.compression.pipeline, "plan", lambda *given, **named: act())
 
 
 def raising(error: BaseException) -> Callable[[], Any]:

@@ -67,7 +67,7 @@ def frontier_pictures(found: dict[str, Any]) -> dict[str, bytes]:
     """{"png", "svg"}: perplexity, and the score in each task, over the size; a line for each recipe, a cross for each
     peer, and a dashed line where the dense model is.
 
-    `found`: what `llmcompress.frontier` finds. Raises RecipeError where matplotlib is missing.
+    `found`: what `llmcompress.compression.frontier` finds. Raises RecipeError where matplotlib is missing.
     """
     figure = _figure()
     import matplotlib

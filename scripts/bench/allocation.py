@@ -25,14 +25,14 @@ from random import Random
 from typing import Any
 
 import yaml
+from baselines import random_plan, uniform_plan
 from rows import calibration
 from scipy.stats import spearmanr
 
-from llmcompress import driver
-from llmcompress.allocate import Allocation, allocate, damage
-from llmcompress.allocate.controls import random_plan, uniform_plan
-from llmcompress.allocate.kept import allocate_by
-from llmcompress.allocate.sensitivity import Dense, in_parts
+from llmcompress.compression import run
+from llmcompress.compression.allocate.plan import Allocation, allocate, damage
+from llmcompress.compression.allocate.price_file import allocate_by
+from llmcompress.compression.allocate.sensitivity import Dense, in_parts
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.perplexity import text_windows
 from llmcompress.models.dense import Source, load_model, load_tokenizer, resolve
@@ -136,7 +136,7 @@ def plans(found: Allocation, count: int) -> Iterator[tuple[str, tuple[int, ...]]
 def measured(found: Allocation, source: Source, dense: Dense) -> dict[str, Any]:
     """Compresses by a plan; its sizes, and its KL on the probing tokens and on the text."""
     with tempfile.TemporaryDirectory() as folder:
-        report = driver.compress(source.name, found.recipe, Path(folder) / "model", revision=source.revision).report
+        report = run.compress(source.name, found.recipe, Path(folder) / "model", revision=source.revision).report
         probing = found.measured(Path(folder) / "model")
         model = load_model(Place("model", Path(folder) / "model"))
         with decoded(model):

@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import llmcompress as lc
+from llmcompress.compression.depth.similarity import alike_blocks
 from llmcompress.distill.parallel.launch import launched_accelerator
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.processes import launched
@@ -21,7 +22,6 @@ from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.verify import verify
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.runtime.devices import device_of, is_at, kind_of
-from llmcompress.surgery import alike_blocks
 from llmcompress.weight.expression import (
     Dense,
     LowRank,

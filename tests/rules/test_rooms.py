@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "calibrate": {"models", "recipe", "methods", "weight", "runtime"},
     "evaluate": {"data", "models", "weight", "runtime"},
     "distill": {"evaluate", "calibrate", "data", "models", "recipe", "losses", "methods", "weight", "runtime"},
-    "compress": {"distill", "evaluate", "calibrate", "data", "models", "recipe", "methods", "weight", "runtime"},
+    "compression": {"distill", "evaluate", "calibrate", "data", "models", "recipe", "methods", "weight", "runtime"},
     "export": {"evaluate", "models", "weight", "runtime"},
 }
 ROOMS["cli"] = set(ROOMS)

@@ -114,7 +114,7 @@ def linear_headers(source: Source) -> list[Header]:
 
 
 def points(rows: list[dict[str, Any]], dense: str) -> list[dict[str, Any]]:
-    """The rows of other tools as `llmcompress.frontier.peers` reads them."""
+    """The rows of other tools as `llmcompress.compression.frontier.peers` reads them."""
     source = resolve(dense)
     rest = source.bytes - sum(header.bytes for header in linear_headers(source))
     return [

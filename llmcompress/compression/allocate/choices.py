@@ -1,0 +1,144 @@
+"""What each matrix of a model may become, and what that takes: the options of a recipe with a target, laid over it.
+
+A rule of the recipe has its say first; options are for what no rule speaks of. With a target in bytes or of quality
+that goes for the token table and the output head too, unless the recipe gives their steps; bits per weight are those of
+the decoder's linears alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from llmcompress.compression.allocate.sizes import bytes_around, payload_bytes
+from llmcompress.compression.plan import Job
+from llmcompress.errors import RecipeError
+from llmcompress.methods.layer import StepConfig, sketch, step
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.patterns import matches
+from llmcompress.weight.expression import bits
+from llmcompress.weight.modules import row_scale
+from llmcompress.weight.rows import check_rows
+
+Steps = tuple[StepConfig, ...]
+
+RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: what linears may become
+WIDTHS = (3, 4, 5, 6, 8)  # of grids, in bits: what tables may become
+TABLE_GROUP = 64  # columns that share a scale in a table that is only looked up
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear or a table that options are for. `bits`: stored ones of each option; `bytes`: of its payload."""
+
+    name: str
+    shape: tuple[int, int]
+    options: tuple[Steps, ...]
+    bits: tuple[int, ...]
+    bytes: tuple[int, ...]
+    is_table: bool = False
+
+
+@dataclass(frozen=True)
+class Choices:
+    """All matrices with options, and what is the same whatever they become.
+
+    `fixed_bits`, `fixed_weights`: of the linears that a rule compresses; `fixed_bytes`: of the weight files, but for
+    the payloads of the matrices.
+    """
+
+    matrices: tuple[Matrix, ...]
+    fixed_bits: int
+    fixed_weights: int
+    fixed_bytes: int
+
+    def size(self, chosen: Sequence[int]) -> int:
+        """Bytes of the weight files, with the option `chosen` of each matrix; those on disk may be a few less."""
+        return self.fixed_bytes + sum(one.bytes[option] for one, option in zip(self.matrices, chosen, strict=True))
+
+    def bpw(self, chosen: Sequence[int]) -> float | None:
+        """Bits per weight of the compressed linears, as a report counts them; None where there are none."""
+        linears = [(one, option) for one, option in zip(self.matrices, chosen, strict=True) if not one.is_table]
+        weights = self.fixed_weights + sum(prod(one.shape) for one, _ in linears)
+        stored = self.fixed_bits + sum(one.bits[option] for one, option in linears)
+        return stored / weights if weights else None
+
+
+def choices(job: Job) -> Choices:
+    """What the job's recipe leaves to choose. Raises RecipeError where its rules leave nothing, and where an option
+    does not suit a matrix."""
+    recipe, linears = job.recipe, job.arch.linears()
+    options = _default_options() if recipe.options is None else recipe.options
+    matrices = [_matrix(name, linears[name].shape, options) for name in job.assignment.unruled]
+    matrices += [] if recipe.target is None or recipe.target.bpw is not None else _tables(job)
+    if not matrices:
+        raise RecipeError(
+            f"the rules of recipe {recipe.name!r} speak of every layer of {job.source.name}, so none is left to choose "
+            f"steps for; drop the target, or the rule that matches all"
+        )
+    fixed = {name: sketch(name, linears[name].shape, steps) for name, steps in job.steps.items()}
+    tables = {name: sketch(name, _shape(job, name), steps) for name, steps in job.tables.items()}
+    compressed = {*fixed, *tables, *(one.name for one in matrices)}
+    return Choices(
+        tuple(matrices),
+        sum(map(bits, fixed.values())),
+        sum(prod(linears[name].shape) for name in fixed),
+        bytes_around(job, compressed) + sum(map(payload_bytes, (*fixed.values(), *tables.values()))),
+    )
+
+
+def _default_options() -> tuple[Steps, ...]:
+    """Trellises in a rotated basis, with one look back."""
+    return tuple(_steps({"method": "trellis", "bits": rate}, {"method": "refine", "passes": 1}) for rate in RATES)
+
+
+def _steps(*arguments: dict[str, Any]) -> Steps:
+    return tuple(step(one) for one in ({"method": "rotate"}, *arguments))
+
+
+def _tables(job: Job) -> list[Matrix]:
+    """The token table and an output head of its own, those that the recipe is silent about."""
+    arch, recipe = job.arch, job.recipe
+    grids = tuple(_steps({"method": "gptq", "bits": width}) for width in WIDTHS)
+    plain = {"method": "rtn", "group_size": TABLE_GROUP, "symmetric": False}
+    only_looked_up = tuple((step(plain | {"bits": width}),) for width in WIDTHS)
+    found = {}
+    if not recipe.embeddings and _can_be_compressed(job):
+        found[arch.embedding] = grids if arch.tied else only_looked_up
+    if not recipe.head and not arch.tied and f"{arch.head}.weight" in job.source.tensors:
+        found[arch.head] = grids
+    return [
+        _matrix(name, _shape(job, name), options, is_table=True)
+        for name, options in found.items()
+        if not _stays_dense(recipe, name)
+    ]
+
+
+def _can_be_compressed(job: Job) -> bool:
+    """Whether the token table does nothing but look up rows and scale them."""
+    try:
+        row_scale(job.source.skeleton().get_input_embeddings())
+    except TypeError:
+        return False
+    return True
+
+
+def _stays_dense(recipe: Recipe, name: str) -> bool:
+    """Whether a rule without steps names the table."""
+    return any(matches(pattern, name) for rule in recipe.rules if not rule.steps for pattern in rule.match)
+
+
+def _shape(job: Job, name: str) -> tuple[int, int]:
+    rows, width = job.source.tensors[f"{name}.weight"].shape
+    return rows, width
+
+
+def _matrix(name: str, shape: tuple[int, int], options: Sequence[Steps], is_table: bool = False) -> Matrix:
+    stored = [sketch(name, shape, steps) for steps in options]
+    if is_table:
+        for one in stored:
+            check_rows(one)
+    sizes = tuple(map(bits, stored)), tuple(map(payload_bytes, stored))
+    return Matrix(name, shape, tuple(options), *sizes, is_table)

@@ -1,0 +1,225 @@
+"""The price list: what each option of each matrix takes and costs in quality, measured on held-out calibration text.
+
+The predicted damage of an option is the relative output error that it leaves times the matrix's sensitivity: the KL of
+the model's predictions per unit of that error, measured by exchanging this one matrix (both grow with the square of a
+small change). The recipe's `damage` says whether one option's sensitivity goes for all (distortion) or is measured with
+each that is run (kl). Sums of damages predict that of a plan as long as the errors of different layers do not add up.
+
+Of a model with n weights, for t probing tokens, c calibration tokens and L linears: c forwards of the linears and their
+Gram matrices, three rough encodings of all weights, and L (3 L for kl) half forwards and heads of t tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmcompress.calibrate.walk import InputGroup, walk
+from llmcompress.compression.allocate.choices import Choices, Matrix, Steps
+from llmcompress.compression.allocate.distortion import (
+    between,
+    changed,
+    error,
+    families,
+    interpolated,
+    rough,
+    run_of,
+    sampled,
+)
+from llmcompress.compression.allocate.sensitivity import Probe
+from llmcompress.compression.plan import Job
+from llmcompress.data.calibration import CalibrationTokens
+from llmcompress.errors import NumericsError
+from llmcompress.methods.layer import Layer, methods, step
+from llmcompress.methods.moments import Moments
+from llmcompress.runtime.precision import product_dtype
+from llmcompress.weight.expression import Dense
+
+TOKENS = 8192  # of calibration that suffice for a ranking
+
+Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One option of a matrix. `bits` and `bytes` as stored; `error`: relative, on held-out inputs, `measured` on this
+    matrix or interpolated; `damage`: predicted KL in nats per token."""
+
+    steps: Steps
+    bits: int
+    bytes: int
+    error: float
+    measured: bool
+    damage: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, keys as in the fields."""
+        return {**vars(self), "steps": [config.model_dump(mode="json") for config in self.steps]}
+
+    @staticmethod
+    def from_json(entries: dict[str, Any]) -> Offer:
+        """The inverse of `to_json`."""
+        return Offer(**{**entries, "steps": tuple(step(one) for one in entries["steps"])})
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A matrix with its offers, in the order of the options. `sensitivity`: KL in nats per token for each unit of
+    relative error, as a middle option has it."""
+
+    name: str
+    shape: tuple[int, int]
+    is_table: bool
+    sensitivity: float
+    offers: tuple[Offer, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, keys as in the fields."""
+        return {**vars(self), "shape": list(self.shape), "offers": [offer.to_json() for offer in self.offers]}
+
+    @staticmethod
+    def from_json(entries: dict[str, Any]) -> Priced:
+        """The inverse of `to_json`."""
+        offers = tuple(Offer.from_json(offer) for offer in entries["offers"])
+        return Priced(**{**entries, "shape": tuple(entries["shape"]), "offers": offers})
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of one matrix: the error of each option that was run, and the sensitivities that were measured, by option; of a
+    middle one, `probed`, always."""
+
+    errors: dict[int, float]
+    sensitivities: dict[int, float]
+    probed: int
+
+
+def prices(
+    job: Job, found: Choices, tokens: CalibrationTokens, probe: Probe, device: str, progress: Progress | None = None
+) -> tuple[Priced, ...]:
+    """The price list of all matrices, in their order. Raises InputError and NumericsError as the walk and methods do.
+
+    Statistics are those of the dense model's inputs, so that no price depends on what other layers become.
+    """
+    wanted = {one.name: one for one in found.matrices}
+    linears = [one for one in found.matrices if not one.is_table]
+    smallest = min(linears, key=lambda one: (one.shape[0] * one.shape[1], _from_middle(one, linears)), default=None)
+    measured: dict[str, _Measured] = {}
+    reference: list[tuple[dict[int, float], list[float]]] = []
+    for layer, held_out in _layers(job, wanted, tokens, device, progress):
+        one = wanted[layer.name]
+        if one is smallest:
+            reference = [_of_reference(layer, one, family, held_out) for family in families(one.options)]
+        measured[one.name] = _measured(layer, one, held_out, probe, every=job.recipe.damage == "kl")
+    return tuple(_priced(one, measured[one.name], [] if one.is_table else reference) for one in found.matrices)
+
+
+def _from_middle(one: Matrix, among: list[Matrix]) -> int:
+    return abs(among.index(one) - len(among) // 2)
+
+
+def _layers(
+    job: Job, wanted: dict[str, Matrix], tokens: CalibrationTokens, device: str, progress: Progress | None
+) -> Iterator[tuple[Layer, Moments | None]]:
+    """Every wanted matrix as methods see it, with the moments of its held-out inputs."""
+    fitted = max(1, min(tokens.obtained - tokens.held_out, TOKENS // tokens.length))
+    held_out = max(1, min(tokens.held_out, TOKENS // 4 // tokens.length))
+    first = tokens.obtained - tokens.held_out
+    sequences = torch.cat([tokens.sequences[:fitted], tokens.sequences[first : first + held_out]])
+    recipe = job.recipe
+    blocks = walk(
+        job.source,
+        job.arch,
+        sequences,
+        held_out=held_out,
+        needs=_needs(job, wanted),
+        cap=recipe.cap,
+        weights=recipe.token_weights,
+        prefix="dense",
+        device=device,
+        dtype=product_dtype(recipe.compute, torch.device(device)),
+        progress=progress,
+    )
+    for block in blocks:
+        for group in block.groups:
+            for name in (name for name in group.names if name in wanted):
+                weight = block.weight(name)
+                layer = Layer(name, weight, Dense(weight.to(torch.bfloat16)), group.inputs, _seed(job, group))
+                yield layer, group.held_out
+            group.inputs.derived.clear()
+
+
+def _seed(job: Job, group: InputGroup) -> str:
+    return f"{job.recipe.seed}/{group.names[0]}"
+
+
+def _needs(job: Job, wanted: dict[str, Matrix]) -> dict[str, frozenset[str]]:
+    """The statistics that the options of each matrix read, and those its errors are computed from."""
+    known = methods()
+    only_looked_up = None if job.arch.tied else job.arch.embedding
+    return {
+        name: frozenset(() if name == only_looked_up else {"outer"}).union(
+            *(known[config.method].needs for steps in one.options for config in steps)
+        )
+        for name, one in wanted.items()
+    }
+
+
+def _of_reference(
+    layer: Layer, one: Matrix, family: list[int], held_out: Moments | None
+) -> tuple[dict[int, float], list[float]]:
+    """The errors of a family's options on the reference layer: run roughly, by number, and as asked for, in order."""
+    fast = {number: error(layer, rough(one.options[number]), held_out) for number in run_of(family)}
+    return fast, [error(layer, one.options[number], held_out) for number in family]
+
+
+def _measured(layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe, every: bool) -> _Measured:
+    """Runs options: of a linear a few roughly, of a table all on some of its rows; and probes with a middle one, or
+    with every one that is run."""
+    rows = sampled(layer)
+    kin = families(one.options)
+    run = range(len(one.options)) if one.is_table else [number for family in kin for number in run_of(family)]
+    largest = run_of(max(kin, key=len))
+    middle = largest[(len(largest) - 1) // 2]
+    errors, sensitivities = {}, {}
+    for number in run:
+        fast, probed = rough(one.options[number]), every or number == middle
+        if probed:
+            value, made = changed(layer, fast, held_out)
+            divergence = max(probe.divergence(layer.name, value), 0.0)  # rounding can make no change a negative one
+            sensitivities[number] = divergence / made
+        exact = probed and rows is layer and not one.is_table
+        errors[number] = made if exact else error(rows, one.options[number] if one.is_table else fast, held_out)
+    if not all(map(math.isfinite, (*sensitivities.values(), *errors.values()))):
+        raise NumericsError(f"{layer.name}: an option for it gives NaN or Inf; give other options, or a rule for it")
+    return _Measured(errors, sensitivities, middle)
+
+
+def _priced(one: Matrix, found: _Measured, reference: list[tuple[dict[int, float], list[float]]]) -> Priced:
+    errors, kin = dict(found.errors), families(one.options)
+    for family, (fast, asked) in zip(kin, reference):
+        places = {number: place for place, number in enumerate(family)}
+        run = {places[number]: found.errors[number] for number in fast}
+        values = interpolated(run, {places[number]: value for number, value in fast.items()}, asked)
+        errors |= {number: values[place] for number, place in places.items()}
+    damages: dict[int, float] = {}
+    for family in kin:
+        measured = {number: found.sensitivities[number] for number in family if number in found.sensitivities}
+        curve = {errors[number]: value for number, value in (measured or found.sensitivities).items()}
+        damages |= {number: errors[number] * between(curve.items(), errors[number]) for number in family}
+    offers = tuple(
+        Offer(
+            steps,
+            one.bits[number],
+            one.bytes[number],
+            errors[number],
+            number in found.errors,
+            damages[number],
+        )
+        for number, steps in enumerate(one.options)
+    )
+    return Priced(one.name, one.shape, one.is_table, found.sensitivities[found.probed], offers)

@@ -1,0 +1,87 @@
+"""What a checkpoint's weight files will take, from headers and sketches alone.
+
+Off by a few bytes a tensor at most, and then too high: a file must not become larger than it was to be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.compression.plan import Job
+from llmcompress.models.dense import Header
+from llmcompress.models.integrity import DIGESTS, digest
+from llmcompress.weight.expression import Grid, LowRank, Rotated, Sum, TrellisCoded, Weight, bits
+from llmcompress.weight.modules import ALIGNMENT, LIKE
+
+PADDING = 8  # of a header, at most
+
+
+def payload_bytes(w: Weight) -> int:
+    """Of a module's payload, in which each stored tensor is filled up to a multiple of 8 bytes."""
+    match w:
+        case Rotated(inner, signs):
+            return payload_bytes(inner) + _filled(signs.numel())
+        case LowRank(left, right):
+            return payload_bytes(left) + payload_bytes(right)
+        case Sum(parts):
+            return sum(map(payload_bytes, parts))
+        case TrellisCoded(scale=scale) | Grid(scale=scale, zero=None):
+            scales = 16 * scale.numel()
+            return _filled(scales) + _filled(bits(w) - scales)
+        case _:
+            return _filled(bits(w)) + ALIGNMENT * max(_tensors(w) - 1, 0)
+
+
+def _filled(count: int) -> int:
+    """Bytes of so many bits."""
+    return -(-count // (8 * ALIGNMENT)) * ALIGNMENT
+
+
+def _tensors(value: Any) -> int:
+    """How many tensors an expression stores."""
+    if isinstance(value, Tensor):
+        return 1
+    parts: Iterable[Any] = value if isinstance(value, tuple) else vars(value).values() if is_dataclass(value) else ()
+    return sum(map(_tensors, parts))
+
+
+def bytes_around(job: Job, compressed: set[str]) -> int:
+    """Of all weight files but for the payloads of the modules `compressed`: dense tensors, and the files' headers."""
+    payloads = {f"{name}.weight" for name in compressed}
+    kept = sum(header.bytes for name, header in job.source.tensors.items() if name not in payloads)
+    return kept + sum(_header_bytes(file, payloads) for file in _files(job, compressed))
+
+
+def _files(job: Job, compressed: set[str]) -> list[dict[str, Header]]:
+    """The tensors in each file, as the driver writes them: a block, a table, or the rest."""
+    tables = [f"{name}.weight" for name in (job.arch.embedding, job.arch.head) if name in compressed]
+    places = [*(f"{layout.path}." for layout in job.arch.blocks), *tables]
+    files: list[dict[str, Header]] = [{} for _ in (*places, "the rest")]
+    for name, header in job.source.tensors.items():
+        place = next((number for number, start in enumerate(places) if name.startswith(start)), len(places))
+        files[place][name] = header
+        if place < len(places) and name == f"{job.arch.embedding}.weight":
+            files[place][f"{job.arch.embedding}.{LIKE}"] = header
+    return files
+
+
+def _header_bytes(file: Mapping[str, Header], payloads: set[str]) -> int:
+    """At most what comes before the tensors in a safetensors file of ours."""
+    most = max(sum(header.bytes for header in file.values()), 1)
+    entries = {
+        name: {
+            "data_offsets": [most, most],
+            "dtype": "U8" if name in payloads else header.dtype,
+            "shape": [header.bytes] if name in payloads else list(header.shape),
+        }
+        for name, header in file.items()
+    }
+    metadata = {DIGESTS: json.dumps(dict.fromkeys(file, digest(torch.empty(0)))), "format": "pt"}
+    text = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":"), ensure_ascii=False)
+    return 8 + len(text.encode()) + PADDING

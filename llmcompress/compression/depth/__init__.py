@@ -1,0 +1,1 @@
+"""Fewer decoder blocks: which ones to drop, and the shorter checkpoint that any engine loads."""

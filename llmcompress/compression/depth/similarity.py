@@ -1,0 +1,94 @@
+"""Which consecutive blocks change the hidden states least: the candidates for dropping.
+
+The mean over tokens of cos(input of block l, input of block l + n); the run with the largest goes (ShortGPT, arXiv
+2403.03853, for n = 1; "The Unreasonable Ineffectiveness of the Deeper Layers", arXiv 2403.17887, for runs, there of the
+last token only). The state after the last block is taken before the final norm. Blind to one thing: a block that does
+its work on a single position, as the one that makes the first token's state huge, looks as if it did nothing; look at
+the perplexity of what is left.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from llmcompress.compression.depth.drop import blocks_of
+from llmcompress.data.calibration import calibration_tokens, context_length
+from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.models.dense import load_model, open_source
+from llmcompress.models.hidden_states import states_between
+from llmcompress.models.locate import locate
+from llmcompress.recipe.calibration import Calibration
+
+SAMPLES, LENGTH = 16, 512  # of text: 8192 tokens are enough for the choice
+
+
+@dataclass(frozen=True)
+class Alike:
+    """A run of blocks. `cosine`: between what it reads and what it leaves; `cosines`: of every run as long, by its
+    first block; `text`: where the tokens came from."""
+
+    blocks: tuple[int, ...]
+    cosine: float
+    cosines: tuple[float, ...]
+    text: str
+
+
+def chosen_blocks(model: str | Path, blocks: str | None, count: int | None, **of_text: Any) -> tuple[int, ...]:
+    """The numbers in words such as "4,7-9", or without them the `alike_blocks`. Raises RecipeError for other words, and
+    unless one of both is given."""
+    if (blocks is None) == (count is None):
+        raise RecipeError("say which blocks to drop, or how many: one of both")
+    if count is not None:
+        return alike_blocks(model, count, **of_text).blocks
+    found: list[int] = []
+    for part in (blocks or "").split(","):
+        ends = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
+        if ends is None or int(ends[2] or ends[1]) < int(ends[1]):
+            raise RecipeError(f"{part!r} names no blocks; write numbers and ranges of them, such as 4,7-9")
+        found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+    return tuple(found)
+
+
+def alike_blocks(
+    model: str | Path, count: int, *, text: str = "stdlib", revision: str | None = None, device: str = "cpu"
+) -> Alike:
+    """The `count` consecutive blocks of a dense causal LM whose input and output are most alike; loads all of it.
+
+    `text`: as `dataset` of a recipe's calibration. Raises RecipeError where the model has no more blocks than that,
+    InputError for what cannot be read.
+    """
+    place = locate(str(model), revision)
+    source = open_source(place)
+    if not 0 < count < len(blocks_of(source)):
+        raise RecipeError(
+            f"{count} of the {len(blocks_of(source))} blocks of {source.name} cannot go; choose at least one, not all"
+        )
+    length = min(LENGTH, context_length(source.config) or LENGTH)
+    calibration = Calibration(dataset=text, samples=SAMPLES, length=length, held_out=0)
+    tokens = calibration_tokens(calibration, source.tokenizer(), lambda: load_model(place), source.config)
+    found = run_cosines(load_model(place, device), tokens.sequences.to(device), count)
+    best = int(found.argmax())
+    if not bool(found.isfinite().all()):
+        raise NumericsError(f"{source.name}: hidden states hold NaN or Inf; use an undamaged checkpoint")
+    return Alike(tuple(range(best, best + count)), float(found[best]), tuple(found.tolist()), tokens.source)
+
+
+@torch.no_grad()
+def run_cosines(model: Any, ids: Tensor, count: int) -> Tensor:
+    """Of token ids `[sequences, length]`: the mean cosine over each run of `count` blocks, float64 `[runs]`."""
+    last = model.config.num_hidden_layers
+    total = torch.zeros(last - count + 1, dtype=torch.float64)
+    for sequence in ids:
+        with states_between(model, range(last + 1)) as states:
+            model.base_model(input_ids=sequence[None], use_cache=False)
+        for first in range(len(total)):
+            one, other = states[first].float(), states[first + count].float()
+            total[first] += float(cosine_similarity(one, other, dim=-1).double().sum())
+    return total / ids.numel()

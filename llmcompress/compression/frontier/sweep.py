@@ -1,0 +1,227 @@
+"""A sweep over budgets: prices once, then for every budget a plan, a checkpoint and its scores; a table and a plot.
+
+    OUT/prices.json                   what every option costs, measured once for all budgets
+    OUT/bpw-1.25, OUT/bpw-2, ...      ordinary checkpoints, each with its plan and its scores
+    OUT/frontier.json, .md, .png, .svg
+
+With several recipes, prices and checkpoints lie in OUT/<name of the recipe>. What is finished stays when a sweep is
+cut, and is not done again by the next one with the same recipe, model, text and versions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from llmcompress.compression.allocate.choices import Choices
+from llmcompress.compression.allocate.plan import Allocation, PriceList, reachable
+from llmcompress.compression.allocate.price_file import check_prices, price_list
+from llmcompress.compression.frontier.budgets import Budget
+from llmcompress.compression.frontier.judge import Judge
+from llmcompress.compression.frontier.peers import Peer
+from llmcompress.compression.pipeline import check_sections, compress, is_there, record, wanted_distillation
+from llmcompress.compression.plan import Job
+from llmcompress.errors import DiskError, RecipeError, Terminated
+from llmcompress.evaluate import report as reports
+from llmcompress.evaluate.formatting import finite
+from llmcompress.evaluate.plots import MISSING, frontier_pictures, main_metric
+from llmcompress.evaluate.protocol import STANDARD, Protocol
+from llmcompress.evaluate.score import size_of
+from llmcompress.evaluate.tables import frontier_markdown
+from llmcompress.models import file_names
+from llmcompress.models.checkpoint import holds, locked, write_files
+from llmcompress.models.dense import Source, resolve
+from llmcompress.models.locate import Place
+from llmcompress.recipe.compression import Recipe, read_as
+from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.versions import versions
+
+FILE = "frontier.json"
+TABLE = "frontier.md"
+PRICES = "prices.json"
+PICTURE = "frontier"  # .png and .svg
+FOLDER_NAME = re.compile(r"[\w][\w.+-]*")
+
+
+@dataclass(frozen=True)
+class Told:
+    """Who is told how far a sweep is: `stage(sentence)` of what comes next, the others as `compress` reports."""
+
+    stage: Callable[[str], None] | None = None
+    pricing: Callable[[int, int, float], None] | None = None
+    progress: Callable[[int, int, float], None] | None = None
+    training: Callable[[int, int, float, float, float], None] | None = None
+
+    def next(self, sentence: str) -> None:
+        """Says what comes next."""
+        if self.stage is not None:
+            self.stage(sentence)
+
+
+SILENT = Told()
+
+
+@dataclass(frozen=True)
+class Line:
+    """One recipe of a sweep, laid over the model, and where its checkpoints go."""
+
+    job: Job
+    choices: Choices
+    folder: Path
+
+
+@fast_float32()
+def frontier(
+    model: str | Path,
+    recipes: Sequence[Recipe],
+    sizes: Sequence[Budget],
+    output: Path,
+    protocol: Protocol = STANDARD,
+    *,
+    peers: Sequence[Peer] = (),
+    revision: str | None = None,
+    device: str = "cpu",
+    told: Told = SILENT,
+) -> dict[str, Any]:
+    """Compresses `model` as each recipe says to each size, whatever target it had, scores all of it by `protocol`, and
+    leaves that in `output`, a new folder or one of an earlier sweep; returns what is in its frontier.json.
+
+    Raises an LLMCompressError, in one sentence, for whatever is wrong; sizes that cannot be reached are found from
+    headers alone. What is finished stays.
+    """
+    device_of(device)  # before a model is looked at
+    dense = resolve(str(model), revision)
+    _check(recipes, output)
+    lines = [_line(dense, recipe, sizes, output if len(recipes) == 1 else output / recipe.name) for recipe in recipes]
+    judge = Judge.of(dense, protocol, device)
+    with locked(output, "output folder"):
+        try:
+            return _swept(lines, sizes, output, judge, peers, told)
+        except (KeyboardInterrupt, Terminated) as stop:
+            raise type(stop)(f"{output} keeps what is finished, and the same command goes on from there") from stop
+
+
+def _check(recipes: Sequence[Recipe], output: Path) -> None:
+    """Raises RecipeError where lines cannot be told apart or drawn, DiskError for a folder with something else."""
+    if find_spec("matplotlib") is None:
+        raise RecipeError(MISSING)
+    names = [recipe.name for recipe in recipes]
+    for name in names if len(names) > 1 else ():
+        if names.count(name) > 1:
+            raise RecipeError(f"two recipes are called {name!r}; give each a name of its own")
+        if not FOLDER_NAME.fullmatch(name):
+            raise RecipeError(f"the recipe's name {name!r} is to be a folder's; use letters, digits and . + - _")
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / FILE).is_file())):
+        raise DiskError(f"{output} exists already and is no earlier sweep; remove it or choose another output folder")
+
+
+def _line(dense: Source, recipe: Recipe, sizes: Sequence[Budget], folder: Path) -> Line:
+    """Raises RecipeError for what is wrong with recipe or sizes, DiskError for prices of something else."""
+    check_sections(recipe, dense)
+    aimed = recipe.model_copy(update={"target": sizes[0].target})
+    try:
+        job, found = reachable(dense, aimed, [budget.target for budget in sizes])
+    except RecipeError as error:
+        raise RecipeError(f"{recipe.name}: {error}") from error
+    check_prices(folder / PRICES, job)
+    return Line(job, found, folder)
+
+
+def _swept(
+    lines: Sequence[Line], sizes: Sequence[Budget], output: Path, judge: Judge, peers: Sequence[Peer], told: Told
+) -> dict[str, Any]:
+    """The result, written anew after every point."""
+    source = judge.dense
+    told.next(f"scoring {source.name}")
+    dense = judge.of_dense(line.folder / budget.name for line in lines for budget in sizes)
+    found: dict[str, Any] = {
+        "model": source.name,
+        "revision": source.revision,
+        "axis": "bytes" if sizes[0].target.bpw is None else "bpw",
+        "protocol": judge.protocol.to_json(),
+        "versions": versions(),
+        "dense": dense | asdict(size_of(Place(source.name, source.folder))),
+        "series": [],
+        "peers": [_beside(_as_point(peer, dense), dense) for peer in peers],
+    }
+    if not (output / FILE).is_file():
+        write_files(output, {FILE: _numbers(found)})
+    for line in lines:
+        recipe = line.job.recipe.name
+        told.next(f"{recipe}: prices for {len(sizes)} budgets")
+        prices = price_list(line.folder / PRICES, line.job, line.choices, judge.device, told.pricing)
+        series: dict[str, Any] = {"recipe": recipe, "pricing_seconds": prices.seconds, "points": []}
+        found["series"].append(series)
+        for number, budget in enumerate(sizes, start=1):
+            told.next(f"{recipe}: {budget.name}, {number} of {len(sizes)}")
+            series["points"].append(_point(line.folder / budget.name, budget, prices, judge, dense, told))
+            _publish(output, found)
+    return found
+
+
+def _point(
+    folder: Path, budget: Budget, prices: PriceList, judge: Judge, dense: dict[str, Any], told: Told
+) -> dict[str, Any]:
+    """A budget's checkpoint, made unless it is there, and what it is worth."""
+    plan, source = prices.reaching(budget.target), judge.dense
+    if not _is_done(folder, plan, source):
+        shown: dict[str, Any] = {"progress": told.progress, "training": told.training}
+        compress(source.name, plan.recipe, folder, revision=source.revision, device=judge.device, **shown)
+    found = reports.read_allocation(folder) if holds(folder, file_names.ALLOCATION) else None
+    aimed = record(plan, folder, judge.device) if found is None else found
+    told.next(f"scoring {folder.name}")
+    report, taught = reports.read(folder), reports.read_distillation(folder)
+    place = {
+        "budget": budget.name,
+        "folder": str(folder),
+        "bytes": report.bytes,
+        "bpw": report.bpw,
+        "model_bpw": report.model_bpw,
+        "predicted_kl": aimed["predicted_kl"],
+        "measured_kl": aimed["measured_kl"],
+        "seconds": report.seconds + (0.0 if taught is None else taught["seconds"]),
+    }
+    return _beside(place | judge.scores(folder, dense), dense)
+
+
+def _beside(point: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """The point with its perplexity over the dense model's: the ratio, and as `gap` its logarithm."""
+    ratio = point["perplexity"] / dense["perplexity"]
+    return point | {"ratio": ratio, "gap": math.log(ratio)}
+
+
+def _as_point(peer: Peer, dense: dict[str, Any]) -> dict[str, Any]:
+    """A peer in the form of a sweep's points: its score in a task is that of the metric which is drawn."""
+    tasks = {task: {main_metric(dense["tasks"].get(task, {})) or "score": value} for task, value in peer.tasks.items()}
+    return peer.model_dump(mode="json") | {"tasks": tasks}
+
+
+def _is_done(folder: Path, plan: Allocation, source: Source) -> bool:
+    """Whether an earlier sweep has made this checkpoint. Raises DiskError where something else is there."""
+    recipe = plan.recipe
+    if not is_there(folder, recipe.model_copy(update={"distill": None}), source):
+        return False
+    from llmcompress.recipe.distillation import Distillation
+
+    path = folder / file_names.DISTILLATION_RECIPE
+    taught = read_as(Distillation, path) if path.is_file() else None
+    if taught != (None if recipe.distill is None else wanted_distillation(recipe, source)):
+        raise DiskError(f"{folder} was distilled by another recipe; remove it, or choose another output folder")
+    return True
+
+
+def _publish(output: Path, found: dict[str, Any]) -> None:
+    """Writes numbers, table and pictures."""
+    pictures = {f"{PICTURE}.{kind}": picture for kind, picture in frontier_pictures(found).items()}
+    write_files(output, {FILE: _numbers(found), TABLE: frontier_markdown(found).encode()} | pictures)
+
+
+def _numbers(found: dict[str, Any]) -> bytes:
+    return json.dumps(finite(found), indent=2).encode()

@@ -1,0 +1,243 @@
+"""AWQ (arXiv 2306.00978): the input channels that carry most are made larger before they are rounded.
+
+W x = (W diag(s)) (x / s), and 1/s goes into what makes x: the weight of a norm, or the rows of another linear, which
+are divided with their bias. Nothing more is stored. With a the root mean square of a channel over the calibration
+tokens, s = a^alpha; alpha is the one of `EXPONENTS` after which plain rounding to the layer's grid leaves the least
+relative output error, summed over the linears that read x. alpha = 0 is one of them, so it never adds to that sum.
+
+The paper takes the mean magnitude where we take the root mean square, which second moments hold already. Its values of
+models with fewer heads of keys than of queries are not scaled; here the query heads that share values share scales.
+A norm's new weight is rounded to its stored dtype first and s follows from it, so it is exact there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.calibrate.walk import Block, InputGroup
+from llmcompress.compression.fuse.producers import Feed, feeds
+from llmcompress.errors import RecipeError
+from llmcompress.methods.engines.grid import GridConfig, GridFormat, fit_grid, round_to
+from llmcompress.methods.layer import StepConfig
+from llmcompress.methods.moments import Moments
+from llmcompress.models.dense import Source
+from llmcompress.models.families import Architecture
+
+EXPONENTS = tuple(step / 20 for step in range(20))
+QUIETEST = 1e-4  # of the loudest channel's root mean square: the least that a channel counts
+
+Steps = Mapping[str, tuple[StepConfig, ...]]
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """What `balance` did to a block. `changed`: the dtypes of the tensors that are no longer those of the dense model
+    and that no method will compress, by name; `notes`: a sentence for each group of linears."""
+
+    changed: dict[str, torch.dtype] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def tensors(self, block: Block) -> dict[str, Tensor]:
+        """What a checkpoint stores of the block in place of the dense model's tensors."""
+        return {name: _parameter(block, name).to(dtype) for name, dtype in self.changed.items()}
+
+
+def check_awq(arch: Architecture, steps: Steps) -> None:
+    """Raises RecipeError for a family that nothing can be fused into, and for steps that do not start with a grid."""
+    feeds(arch, arch.blocks[0])
+    for name, own in steps.items():
+        if not isinstance(own[0], GridConfig):
+            raise RecipeError(
+                f"fuse: awq chooses scales for rounding, and the first step of {name} is {own[0].method}; let it be "
+                f"rtn or gptq, or leave awq out"
+            )
+
+
+@torch.no_grad()
+def balance(block: Block, source: Source, arch: Architecture, steps: Steps) -> Balanced:
+    """Scales the input channels of a block's linears that have `steps`, in its module and in its moments.
+
+    A block that is no decoder block (a table) stays as it is.
+    """
+    if block.index >= len(arch.blocks):
+        return Balanced()
+    feed_of = {feed.names: feed for feed in feeds(arch, arch.blocks[block.index])}
+    edits = _Edits(block, source, steps)
+    notes, groups = [], []
+    for group in block.groups:
+        feed = feed_of[group.names]
+        rows = producer_rows(len(edits.value(f"{feed.producer}.weight")), _width(block, feed), _head_dim(source))
+        found = _search(edits, feed, group.inputs, rows.to(block.weight(feed.names[0]).device))
+        edits.divide(feed.producer, found.divisor)
+        edits.multiply(feed.names, found.scale)
+        held_out = None if group.held_out is None else _scaled(group.held_out, found.scale)
+        groups.append(InputGroup(group.names, _scaled(group.inputs, found.scale), held_out))
+        notes.append(found.note(feed))
+    block.groups = tuple(groups)
+    return Balanced(edits.changed, tuple(notes))
+
+
+def producer_rows(out: int, width: int, head_dim: int) -> Tensor:
+    """For each of `width` channels, the row of a producer with `out` rows that it is proportional to `[width]`.
+
+    The channel itself where there are as many. Fewer are those of values: then each head of `head_dim` rows serves as
+    many query heads in a row as there are for each.
+    """
+    channels = torch.arange(width)
+    return channels // head_dim // (width // out) * head_dim + channels % head_dim
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Scales `[in]`, and what the producer's rows are divided by `[rows]`, with the errors without and with them."""
+
+    exponent: float
+    divisor: Tensor
+    scale: Tensor
+    before: float
+    after: float
+
+    def note(self, feed: Feed) -> str:
+        """For the report."""
+        return (
+            f"{', '.join(feed.names)}: channels scaled by {feed.producer}, exponent {self.exponent:g}, error after "
+            f"plain rounding {self.before:.5f}, then {self.after:.5f}"
+        )
+
+
+class _Edits:
+    """Changes to the parameters of a block, which it then has as they will be stored."""
+
+    def __init__(self, block: Block, source: Source, steps: Steps) -> None:
+        self.block, self.source, self.steps = block, source, steps
+        self.changed: dict[str, torch.dtype] = {}  # not the weights of linears that have steps
+
+    def value(self, name: str) -> Tensor:
+        """The parameter as it is now, float32."""
+        return _parameter(self.block, name)
+
+    def divide(self, producer: str, divisor: Tensor) -> None:
+        """Divides what a norm or a linear gives, channel by channel."""
+        for leaf, value in list(_module(self.block, producer).named_parameters(recurse=False)):
+            self._put(f"{producer}.{leaf}", value.detach() / divisor.reshape(-1, *[1] * (value.dim() - 1)))
+
+    def multiply(self, names: tuple[str, ...], scale: Tensor) -> None:
+        """Multiplies the columns of linears."""
+        for name in names:
+            self._put(f"{name}.weight", self.value(f"{name}.weight") * scale)
+
+    def as_stored(self, name: str, value: Tensor) -> Tensor:
+        """`value` rounded to the dtype that the parameter is stored in."""
+        return value.to(self.source.read(name).dtype)
+
+    def _put(self, name: str, value: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        if leaf != "weight" or path not in self.steps:
+            stored = self.as_stored(name, value)
+            self.changed[name], value = stored.dtype, stored.float()
+        setattr(_module(self.block, path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _module(block: Block, path: str) -> nn.Module:
+    return block.module.get_submodule(path.removeprefix(f"{block.path}."))
+
+
+def _parameter(block: Block, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    return _module(block, path).get_parameter(leaf).detach()
+
+
+def _search(edits: _Edits, feed: Feed, inputs: Moments, rows: Tensor) -> _Found:
+    """The exponent with the least error after plain rounding."""
+    if inputs.outer is None:
+        raise ValueError("scales are chosen by the moment outer, which was not gathered")
+    loudness = _loudness(inputs.outer, rows, len(edits.value(f"{feed.producer}.weight")))
+    linears = _linears(edits, feed, inputs.outer)
+    tried: list[_Found] = []
+    for exponent in EXPONENTS:
+        divisor = torch.exp(exponent * loudness)
+        if feed.is_norm:
+            divisor = _exact(divisor, f"{feed.producer}.weight", edits)
+        scale = divisor[rows]
+        error = sum(linear.error(scale, inputs.outer) for linear in linears)
+        tried.append(_Found(exponent, divisor, scale, tried[0].before if tried else error, error))
+    return min(tried, key=lambda one: one.after)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rounded:
+    """A linear that will have a grid, and the energy of its outputs."""
+
+    weight: Tensor
+    form: GridFormat
+    energy: float
+
+    def error(self, scale: Tensor, outer: Tensor) -> float:
+        """The relative output error when the weight is rounded with its columns scaled."""
+        lost = self.weight - rounded(self.weight * scale, self.form) / scale
+        return _energy(lost, outer) / self.energy if self.energy > 0 else 0.0
+
+
+def _linears(edits: _Edits, feed: Feed, outer: Tensor) -> list[_Rounded]:
+    found = []
+    for name in feed.names:
+        if name in edits.steps and isinstance(config := edits.steps[name][0], GridConfig):
+            weight = edits.value(f"{name}.weight")
+            found.append(_Rounded(weight, config.grid_format(), _energy(weight, outer)))
+    return found
+
+
+def _energy(matrix: Tensor, outer: Tensor) -> float:
+    """That of the outputs of `matrix` for inputs whose second moments are `outer`."""
+    return float(torch.linalg.vecdot(matrix @ outer, matrix).sum(dtype=torch.float64))
+
+
+def _loudness(outer: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The logarithm of the root mean square of what each of a producer's `count` rows gives, from the middle between
+    the quietest and the loudest."""
+    energy = outer.diagonal().double().clamp_min(0)
+    shared = energy.new_zeros(count).index_add_(0, rows, energy) / rows.bincount(minlength=count)
+    floor = max(float(shared.max()) * QUIETEST**2, torch.finfo(torch.float64).tiny)
+    logarithm = shared.clamp_min(floor).log() / 2
+    return (logarithm - (logarithm.max() + logarithm.min()) / 2).float()
+
+
+def _exact(divisor: Tensor, norm: str, edits: _Edits) -> Tensor:
+    """The divisor nearest to `divisor` by which a norm's weight is divided without rounding; 1 where there is none."""
+    weight = edits.value(norm)
+    after = edits.as_stored(norm, weight / divisor).float()
+    return torch.where((after != 0) & after.isfinite(), weight / after, 1.0)
+
+
+def rounded(weight: Tensor, form: GridFormat) -> Tensor:
+    """The matrix that `rtn` stores of `weight [out, in]`."""
+    parts = []
+    for columns in weight.split(form.group(weight.shape[1]), 1):
+        scale, zero = fit_grid(columns, form)
+        parts.append(round_to(columns, scale, zero, form.levels))
+    return torch.cat(parts, 1)
+
+
+def _scaled(moments: Moments, scale: Tensor) -> Moments:
+    """The moments of the inputs divided by `scale`."""
+    inverse = 1 / scale
+    both = torch.outer(inverse, inverse)
+    return Moments(
+        moments.tokens,
+        None if moments.square is None else moments.square * inverse.square(),
+        None if moments.outer is None else moments.outer * both,
+        None if moments.cross is None else moments.cross * both,
+    )
+
+
+def _width(block: Block, feed: Feed) -> int:
+    return block.weight(feed.names[0]).shape[1]
+
+
+def _head_dim(source: Source) -> int:
+    config = source.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

@@ -1,0 +1,139 @@
+"""The residual stream in a random basis, for good (QuaRot, arXiv 2404.00456; SliceGPT, arXiv 2401.15024).
+
+A norm without a weight commutes with any orthogonal R. So the weight g of each norm goes into the linears behind it,
+W -> W diag(g) R, the linears that write to the stream become R^T W, and the table of the tokens E R: the model computes
+what it did, and no linear that reads the stream needs signs or a transform at run time. R is that of the step `rotate`,
+which is still there for what reads something else (o and down of a Llama).
+
+The output head reads the last norm, whose weight is no constant, so a head that is the token table must become a matrix
+of its own. Rotated weights are rounded to their stored dtype once more; in bfloat16 that alone moves the predictions of
+SmolLM2-135M by 2e-4 nats. QuaRot's code also takes the mean from each row of the table: that is right for layer norms
+alone, and not done here.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.compression.fuse.producers import feeds
+from llmcompress.errors import RecipeError
+from llmcompress.models.dense import Source
+from llmcompress.models.families import Architecture, architecture
+from llmcompress.runtime.seeding import generator
+from llmcompress.weight.hadamard import ROWS, rotate
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What becomes of a tensor. `fold`: the norm whose weight goes into its columns; `columns`, `rows`: whether these
+    are in the stream's basis (of a bias: its entries are rows); `ones`: a norm's weight, which has gone elsewhere."""
+
+    fold: str | None = None
+    columns: bool = False
+    rows: bool = False
+    ones: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class RotatedSource(Source):
+    """A dense model whose tensors are read with its residual stream rotated, computed in float64 and rounded to their
+    stored dtypes. `parameters` and `bytes` are those of the model as it lies on disk, with its head tied if it is."""
+
+    dense: Source = field(kw_only=True)
+    turns: dict[str, Turn] = field(kw_only=True)
+    signs: Tensor = field(kw_only=True)
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the model had."""
+        return self.dense.parameters
+
+    @property
+    def bytes(self) -> int:
+        """What the weights take on disk."""
+        return self.dense.bytes
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name` in the rotated basis and its stored dtype. Raises what `Source.read` raises."""
+        value, turn = self.dense.read(name), self.turns.get(name)
+        if turn is None:
+            return value
+        if turn.ones:
+            return torch.ones_like(value)
+        folded = None if turn.fold is None else self.dense.read(turn.fold).double()
+        if turn.rows:
+            turned = rotate(value.double().t().contiguous(), self.signs, self._block)  # a bias is its own transpose
+            return turned.t().to(value.dtype).contiguous()
+        for rows in value.split(ROWS):  # tables are long
+            wide = rows.double() if folded is None else rows.double() * folded
+            rows.copy_(rotate(wide, self.signs, self._block))
+        return value
+
+    @property
+    def _block(self) -> int:
+        """The largest power of two that divides the width of the stream."""
+        return len(self.signs) & -len(self.signs)
+
+    def config_entries(self) -> dict[str, Any]:
+        """The entries of config.json, which says that the head is a matrix of its own."""
+        return super().config_entries() | {"tie_word_embeddings": False}
+
+
+def rotated_source(source: Source, seed: int, untie: bool) -> Source:
+    """The model with its residual stream rotated; nothing is read yet. `untie`: a tied head may become a matrix of its
+    own.
+
+    Raises RecipeError for a family whose norms and linears are not known to allow it, and for a tied head that may not
+    be untied.
+    """
+    arch = architecture(source.config, source.skeleton())
+    turns = _turns(arch)
+    head, table = f"{arch.head}.weight", source.tensors[f"{arch.embedding}.weight"]
+    tied, size = head not in source.tensors, f"{table.bytes / 1e6:.1f} MB"
+    if tied and not untie:
+        raise RecipeError(
+            f"fuse: the output head of {source.name} is its token table, and a rotation makes them differ; set "
+            f"untie: true for a head of its own ({size} before it is compressed), or use the step rotate instead"
+        )
+    notes = ["the residual stream is in a random basis, so hidden states and adapters of the dense model do not fit"]
+    if tied:
+        notes.append(f"the output head is a matrix of its own since the rotation, {size} more before it is compressed")
+    config = copy.deepcopy(source.config)
+    config.tie_word_embeddings = False
+    return RotatedSource(
+        source.name,
+        source.folder,
+        source.revision,
+        config,
+        {**source.tensors, head: table} if tied else source.tensors,
+        {alias: origin for alias, origin in source.tied.items() if alias != head},
+        (*source.notes, *notes),
+        source.hub_id,
+        source.license,
+        dense=source,
+        turns=turns,
+        signs=torch.rand(table.shape[1], generator=generator("fused rotation", seed)) < 0.5,
+    )
+
+
+def _turns(arch: Architecture) -> dict[str, Turn]:
+    """What becomes of each tensor, by name; those that are not named stay."""
+    turns = {f"{arch.embedding}.weight": Turn(columns=True)}
+    for block in arch.blocks:
+        for feed in feeds(arch, block):
+            if feed.is_norm:
+                turns[f"{feed.producer}.weight"] = Turn(ones=True)
+            for name in feed.names:
+                norm = Turn(fold=f"{feed.producer}.weight", columns=True)
+                turns[f"{name}.weight"] = norm if feed.is_norm else Turn(rows=True)
+                if not feed.is_norm:
+                    turns[f"{name}.bias"] = Turn(rows=True)
+    if arch.family is not None:
+        turns[f"{arch.family.norm}.weight"] = Turn(ones=True)
+        turns[f"{arch.head}.weight"] = Turn(fold=f"{arch.family.norm}.weight", columns=True)
+    return turns

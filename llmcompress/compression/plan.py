@@ -1,0 +1,289 @@
+"""What a run would do, from the model's config and tensor headers alone: no weight is read.
+
+`plan_of` is the first half of every compression, so what it prints is what will happen; bits are counted on the
+expression that each step announces for the layer's shape.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from llmcompress.compression.fuse.awq import EXPONENTS, check_awq
+from llmcompress.compression.fuse.rotation import rotated_source
+from llmcompress.errors import MemoryLimitError, RecipeError
+from llmcompress.methods.layer import StepConfig, methods, sketch
+from llmcompress.models.dense import Source
+from llmcompress.models.families import Architecture, architecture
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.matching import Assignment, assign
+from llmcompress.runtime.memory import total_memory
+from llmcompress.runtime.precision import product_dtype
+from llmcompress.weight.expression import Weight, bits, describe
+from llmcompress.weight.modules import row_scale
+from llmcompress.weight.rows import check_rows
+
+LIBRARIES = 450_000_000  # bytes that torch and transformers take before any work
+COLUMN_SECONDS = 4e-5  # per column of a feedback loop, whatever the length of the column
+LEARNING_BYTES = 16  # per weight of a block that learns: gradient, two moments, and the best state
+TABLE_BYTES = 16  # per weight of a table while it is compressed: float32 twice, bfloat16, codes, and their sum
+FORWARD_SHARE = 2.0  # time of a calibration pass over that of its linears: attention, norms, and what is not products
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What will happen to one linear."""
+
+    name: str
+    shape: tuple[int, int]  # (out, in)
+    steps: tuple[str, ...]
+    bits: int
+    bpw: float
+    description: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run. `bytes`: of the weights on disk. `seconds`, `peak_memory_bytes`: estimates for this machine."""
+
+    model: str
+    recipe: str
+    layers: tuple[LayerPlan, ...]
+    bytes: int
+    dense_bytes: int
+    bpw: float
+    model_bpw: float
+    peak_memory_bytes: int
+    seconds: float
+    warnings: tuple[str, ...]
+    reconstruction: dict[str, Any] | None = None  # how blocks learn meanwhile, with every value
+    distillation: dict[str, Any] | None = None  # the section that follows, with every value
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, keys as in the fields."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe laid over a model: what both planning and compressing start from."""
+
+    source: Source
+    arch: Architecture
+    recipe: Recipe
+    assignment: Assignment
+
+    @property
+    def steps(self) -> dict[str, tuple[StepConfig, ...]]:
+        """The linears that will be compressed, and how."""
+        return {name: steps for name, steps in self.assignment.steps.items() if steps}
+
+    @property
+    def tables(self) -> dict[str, tuple[StepConfig, ...]]:
+        """The token table and the output head, those that will be compressed, and how."""
+        found = {self.arch.embedding: self.recipe.embeddings, self.arch.head: self.recipe.head}
+        return {name: steps for name, steps in found.items() if steps}
+
+    def needs(self) -> dict[str, frozenset[str]]:
+        """The statistics that each compressed matrix's methods read, and those its error is computed from."""
+        known = methods()
+        extra = {"outer", "cross"} if self.recipe.asymmetric else {"outer"}
+        needs = {
+            name: frozenset(extra).union(*(known[s.method].needs for s in steps)) for name, steps in self.steps.items()
+        }
+        only_looked_up = None if self.arch.tied else self.arch.embedding
+        return needs | {name: frozenset({"outer"} if name != only_looked_up else ()) for name in self.tables}
+
+
+def lay(source: Source, recipe: Recipe) -> Job:
+    """The recipe laid over the model. Raises InputError for a model that is not understood, RecipeError for a recipe
+    whose methods need calibration that it does not have."""
+    fuse = recipe.fuse
+    if fuse is not None and fuse.rotation:
+        source = rotated_source(source, recipe.seed, fuse.untie)
+    arch = architecture(source.config, source.skeleton())
+    _check_calibration(recipe)
+    _check_tables(recipe, arch, source)
+    others = [linear.name for linear in arch.outside] + [name.rpartition(".")[0] for name in source.tensors]
+    job = Job(source, arch, recipe, assign(recipe, list(arch.linears()), others))
+    if fuse is not None and fuse.awq:
+        check_awq(arch, job.steps)
+    return job
+
+
+def _check_calibration(recipe: Recipe) -> None:
+    """Raises RecipeError where a method needs data and the recipe has none."""
+    if recipe.calibration is not None:
+        return
+    lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head)
+    hungry = sorted({name for steps in lists for name in _hungry(steps)})
+    others = {"asymmetric": recipe.asymmetric, "fuse: awq": recipe.fuse is not None and recipe.fuse.awq}
+    for name in (name for name, asked in others.items() if asked and not hungry):
+        raise RecipeError(f"{name} needs calibration; add it to the recipe, or leave {name.split(':')[0]} out")
+    if hungry:
+        frugal = ", ".join(name for name, one in sorted(methods().items()) if one.data_free)
+        raise RecipeError(
+            f"{', '.join(hungry)} needs calibration; add it to the recipe, such as calibration: {{dataset: stdlib}} "
+            f"(or self: the model writes the text), or use methods that need none: {frugal}"
+        )
+
+
+def _hungry(steps: Sequence[StepConfig]) -> Iterator[str]:
+    """The methods of these steps that cannot do without calibration."""
+    for step in steps:
+        if step.presumes:
+            return
+        if not methods()[step.method].data_free:
+            yield step.method
+
+
+def _check_tables(recipe: Recipe, arch: Architecture, source: Source) -> None:
+    """Raises RecipeError for steps that the token table or the output head of this model cannot have."""
+    if recipe.head and arch.tied:
+        raise RecipeError(f"head: the output head of {source.name} is its token table; give its steps as embeddings:")
+    if recipe.head and (not arch.head or f"{arch.head}.weight" not in source.tensors):
+        raise RecipeError(f"head: {source.name} has no output head of its own; leave head: out")
+    if not recipe.embeddings:
+        return
+    try:
+        row_scale(source.skeleton().get_input_embeddings())
+    except TypeError as error:
+        raise RecipeError(f"embeddings: {error}; leave embeddings: out") from error
+    hungry = list(_hungry(recipe.embeddings))
+    if hungry and not arch.tied:
+        raise RecipeError(
+            f"embeddings: {hungry[0]} learns from a layer's inputs, and a table that is only looked up has none; "
+            f"use rtn"
+        )
+
+
+def plan_of(job: Job) -> Plan:
+    """What the job will do. Raises RecipeError where a step cannot work on a layer's shape, and for a target, whose
+    steps `allocate` must choose first."""
+    if job.recipe.target is not None:
+        raise RecipeError(
+            "the steps for a target are chosen by measuring the model, which only compress does; plan the recipe that "
+            "compress leaves beside the model"
+        )
+    linears = job.arch.linears()
+    rows = []
+    for name, steps in job.steps.items():
+        size = linears[name].shape
+        rows.append(_row(name, size, steps, sketch(name, size, steps)))
+    if not rows:
+        raise RecipeError(
+            f"recipe {job.recipe.name!r} compresses no layer of {job.source.name}; give a rule with steps"
+        )
+    weights = sum(prod(row.shape) for row in rows)
+    stored_bits = sum(row.bits for row in rows)
+    for name, steps in job.tables.items():
+        shape = job.source.tensors[f"{name}.weight"].shape
+        stored = sketch(name, (shape[0], shape[1]), steps)
+        if name == job.arch.embedding:
+            check_rows(stored)
+        rows.append(_row(name, (shape[0], shape[1]), steps, stored))
+    # what a run leaves as it is keeps its own type
+    dense = {f"{row.name}.weight" for row in rows}
+    kept = sum(header.bytes for name, header in job.source.tensors.items() if name not in dense)
+    total = kept + sum(-(-row.bits // 8) for row in rows)
+    return Plan(
+        model=job.source.name,
+        recipe=job.recipe.name,
+        layers=tuple(rows),
+        bytes=total,
+        dense_bytes=job.source.bytes,
+        bpw=stored_bits / weights,
+        model_bpw=total * 8 / job.source.parameters,
+        peak_memory_bytes=_memory(job),
+        seconds=_seconds(job),
+        warnings=warnings(job),
+    )
+
+
+def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored: Weight) -> LayerPlan:
+    count = bits(stored)
+    return LayerPlan(name, size, tuple(s.method for s in steps), count, count / prod(size), describe(stored))
+
+
+def warnings(job: Job) -> tuple[str, ...]:
+    """What a user should know before: patterns that match nothing, and linears that stay dense."""
+    shadowed = [f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed]
+    dense = [name for name, steps in job.assignment.steps.items() if not steps]
+    outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
+    left = [f"{name} stays dense" for name in (*dense, *outside, *job.arch.other)]
+    return (*job.source.notes, *job.assignment.complaints, *shadowed, *left, *_without_data(job))
+
+
+def _without_data(job: Job) -> tuple[str, ...]:
+    """A sentence where methods that can learn from data have none."""
+    used = {step.method for steps in (job.steps | job.tables).values() for step in steps}
+    able = sorted(name for name in used if methods()[name].needs)
+    if job.recipe.calibration is not None or not able:
+        return ()
+    return (f"without calibration {', '.join(able)} keep to the weights, not to what layers make of their inputs",)
+
+
+def _is_compressed(job: Job, name: str) -> bool:
+    """Whether the linear `name`, which is in no block, is or shares a table that is compressed."""
+    return name in job.tables or (job.arch.tied and name == job.arch.head and job.arch.embedding in job.tables)
+
+
+def check_memory(planned: Plan, device: str) -> None:
+    """Raises MemoryLimitError where the run could not fit into this machine even if nothing else ran on it."""
+    total = total_memory()
+    if device == "cpu" and planned.peak_memory_bytes > total:
+        raise MemoryLimitError(
+            f"compressing {planned.model} takes about {planned.peak_memory_bytes / 1e6:.1f} MB and this machine has "
+            f"{total / 1e6:.1f} MB; take fewer or shorter calibration samples, or a larger machine"
+        )
+
+
+def _tokens(job: Job) -> int:
+    calibration = job.recipe.calibration
+    return 0 if calibration is None else calibration.samples * calibration.length
+
+
+def _memory(job: Job) -> int:
+    """Bytes at the peak: one block twice (two, where they learn together), its statistics, the hidden states, or the
+    embeddings, whichever is more."""
+    block = max(sum(prod(lin.shape) for group in layout.groups for lin in group) for layout in job.arch.blocks)
+    widths = [group[0].shape[1] for group in job.arch.blocks[0].groups]
+    asked = job.recipe.reconstruct
+    learning = 0 if asked is None else 2 if asked.get("window") == 2 else 1  # blocks, together
+    hidden = _tokens(job) * min(widths) * 4 * (1 + max(learning, 1 if job.recipe.asymmetric else 0))
+    statistics = sum(width**2 * 8 for width in widths) + max(widths) ** 2 * 40
+    embeddings = max(prod(header.shape) for header in job.source.tensors.values()) * 4
+    batch = 4096 * max(widths) * 4 * 6
+    tables = max((prod(job.source.tensors[f"{name}.weight"].shape) for name in job.tables), default=0) * TABLE_BYTES
+    blocks = block * (4 * 3 * max(learning, 1) + LEARNING_BYTES * learning)
+    return LIBRARIES + hidden + batch + max(blocks + statistics, 2 * embeddings, tables)
+
+
+def _seconds(job: Job) -> float:
+    """Two forward passes, one product X^T X per input, the column loops, and the search for scales, at the speed that
+    this machine shows."""
+    tokens = _tokens(job)
+    linears = job.arch.linears()
+    forward = 2 * sum(2 * tokens * prod(lin.shape) for lin in linears.values())
+    forward += sum(tokens * group[0].shape[1] ** 2 for layout in job.arch.blocks for group in layout.groups)
+    solve = sum(linears[name].shape[0] * linears[name].shape[1] ** 2 for name in job.steps)
+    if job.recipe.fuse is not None and job.recipe.fuse.awq:
+        solve += 2 * len(EXPONENTS) * solve
+    columns = sum(linears[name].shape[1] * len(steps) for name, steps in job.steps.items())
+    dtype = product_dtype(job.recipe.compute, torch.device("cpu"))
+    return FORWARD_SHARE * forward / _speed(dtype) + solve / _speed(torch.float32) + columns * COLUMN_SECONDS
+
+
+def _speed(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a product, measured."""
+    a = torch.ones(1024, 1024, dtype=dtype)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    return 4 * 2 * 1024**3 / (time.perf_counter() - started)

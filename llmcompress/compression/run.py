@@ -1,0 +1,212 @@
+"""The driver: a dense model and a recipe to a compressed checkpoint and a report.
+
+    recipe -> tokens -> walk -> moments -> methods -> expressions -> checkpoint
+
+Blocks are written as soon as they are done, so memory follows one block, whatever the model's depth.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from llmcompress.calibrate.walk import Block, walk
+from llmcompress.compression.block import Run, compress_block, restore, waiting
+from llmcompress.compression.journal import Journal, Origin, opened
+from llmcompress.compression.plan import Job, check_memory, lay, plan_of, warnings
+from llmcompress.compression.result import Result
+from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
+from llmcompress.distill.blockwise.tune import Tune
+from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.evaluate.report import Report
+from llmcompress.methods.engines.stream_search import searched_there
+from llmcompress.models import file_names
+from llmcompress.models.checkpoint import Writer, check_output, writing
+from llmcompress.models.companions import copy_companions
+from llmcompress.models.dense import load_model, resolve
+from llmcompress.models.hf_quantizer import table_entry
+from llmcompress.models.locate import Place
+from llmcompress.recipe.compression import Recipe, dump, read_recipe
+from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.memory import peak_memory
+from llmcompress.runtime.precision import fast_float32, product_dtype
+from llmcompress.runtime.versions import versions
+from llmcompress.weight.modules import Layout, payload_texts
+
+Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
+
+
+@fast_float32()
+def compress(
+    model: str | Path,
+    recipe: Recipe | str | Path | dict[str, Any],
+    output: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    tune: Tune | None = None,
+    resume: bool = True,
+) -> Result:
+    """Compresses a dense causal LM (folder, Hub id or `smollm2`) as `recipe` says, into the new folder `output`.
+
+    `tune`: what the section `reconstruct:` asks for; `distill:` is left to `recover`. Raises an LLMCompressError, in
+    one sentence, for whatever is wrong; then nothing is left behind but finished blocks, in `<output>.partial`, behind
+    which the same call goes on; without `resume` it begins anew.
+    """
+    started = time.monotonic()
+    place = device_of(device)
+    job = lay(resolve(str(model), revision), read_recipe(recipe))
+    planned = plan_of(job)
+    if job.assignment.unmatched:
+        raise RecipeError(job.assignment.complaint())
+    temporary = None
+    if output is None:
+        temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")
+        output = Path(temporary.name) / "model"
+    check_output(Path(output), planned.bytes + planned.bytes // 20)
+    check_memory(planned, device)
+    tokens = _tokens(job)
+    origin = Origin.of(job.source, job.recipe, None if tokens is None else tokens.hash, device)
+    with (
+        writing(Path(output), keep=True) as writer,
+        opened(writer.folder, origin, job.source, resume, last=temporary is None) as journal,
+    ):
+        run = Run(job, place, tune, 0 if tokens is None else tokens.held_out, list(journal.found))
+        started -= journal.seconds
+        _compress_blocks(run, tokens, journal, writer, started, progress)
+        _check_gates(run)
+        _write_rest(job, run.layouts, writer)
+        journal.close()
+        size = writer.close()
+        report = _report(run, tokens, journal, size, time.monotonic() - started)
+        writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
+        writer.write(file_names.RECIPE, dump(job.recipe))
+    return Result(Path(output), report, temporary)
+
+
+def _compress_blocks(
+    run: Run,
+    tokens: CalibrationTokens | None,
+    journal: Journal,
+    writer: Writer,
+    started: float,
+    progress: Progress | None,
+) -> None:
+    """Every block into the writer's folder; what the journal has found there is put in its place and run."""
+    for number in journal.closed():
+        writer.count(journal.tensors(number))
+    finished = len(journal.found)
+    for block in _blocks(run, tokens, finished, progress):
+        if block.index < finished:
+            restore(run, block, journal.tensors(block.index), last=block.index + 1 == finished)
+            continue
+        for tensors in compress_block(run, block):
+            writer.add(tensors, payload_texts(run.entries[-1].layouts))
+        pending = waiting(run)
+        run.entries[-1].seconds = time.monotonic() - started
+        journal.add(run.entries[-1], pending)
+
+
+def _tokens(job: Job) -> CalibrationTokens | None:
+    """The calibration tokens; None for a recipe without calibration."""
+    config = job.recipe.calibration
+    if config is None:
+        return None
+    source = job.source
+    teacher = partial(load_model, Place(source.name, source.folder))
+    return calibration_tokens(config, source.tokenizer(), teacher, source.config)
+
+
+def _blocks(run: Run, tokens: CalibrationTokens | None, finished: int, progress: Progress | None) -> Iterator[Block]:
+    """The walk over the model; without tokens, the moments are empty."""
+    job, recipe = run.job, run.job.recipe
+    return walk(
+        job.source,
+        job.arch,
+        None if tokens is None else tokens.sequences,
+        held_out=0 if tokens is None else tokens.held_out,
+        needs=job.needs(),
+        cap=recipe.cap,
+        weights=recipe.token_weights,
+        prefix=recipe.prefix,
+        dense_stream=recipe.asymmetric > 0,
+        outputs=run.tune is not None,
+        pairs=run.tune is not None and run.tune.window > 1,
+        batch_size=None if run.tune is None else run.tune.batch_size,
+        device=run.device,
+        dtype=product_dtype(recipe.compute, run.device),
+        finished=finished,
+        progress=progress,
+    )
+
+
+def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
+    """Everything but the decoder blocks: embeddings, head, config, tokenizer, and what else the dense folder holds."""
+    inside = tuple(f"{layout.path}." for layout in job.arch.blocks)
+    tables = {f"{name}.weight" for name in job.tables}
+    rest = [name for name in job.source.tensors if not name.startswith(inside) and name not in tables]
+    writer.add({name: job.source.read(name) for name in rest})
+    config = job.source.config_entries()
+    config["quantization_config"] = table_entry(layouts) | {"versions": versions()}
+    writer.write("config.json", json.dumps(config, indent=1))
+    copy_companions(job.source.folder, writer.folder)
+
+
+def _check_gates(run: Run) -> None:
+    """Raises NumericsError where more layers needed a fallback than the recipe allows."""
+    rows = run.rows
+    fallbacks = [row for row in rows if row.fallback]
+    if len(fallbacks) > run.job.recipe.gates.max_fallback_layers * len(rows):
+        raise NumericsError(
+            f"{len(fallbacks)} of {len(rows)} layers needed a fallback, {fallbacks[0].name} first "
+            f"({fallbacks[0].fallback}); calibrate on more text"
+        )
+
+
+def _report(run: Run, tokens: CalibrationTokens | None, journal: Journal, size: int, seconds: float) -> Report:
+    job, rows = run.job, run.rows
+    linears = [row for row in rows if row.name not in job.tables]
+    weights = sum(prod(row.shape) for row in linears)
+    return Report(
+        model=job.source.name,
+        revision=job.source.revision,
+        recipe=job.recipe.name,
+        dense_bytes=job.source.bytes,
+        bytes=size,
+        bpw=sum(row.bpw * prod(row.shape) for row in linears) / weights,
+        model_bpw=size * 8 / job.source.parameters,
+        parameters=job.source.parameters,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory(),
+        calibration=None if tokens is None else tokens.report(),
+        layers=tuple(rows),
+        warnings=(*warnings(job), *_searched_elsewhere(run), *_from_before(journal)),
+        base_model=job.source.hub_id,
+        license=job.source.license,
+        versions=versions(),
+        blocks=run.learned,
+        fused=run.fused,
+    )
+
+
+def _searched_elsewhere(run: Run) -> tuple[str, ...]:
+    """A sentence where trellises were searched on another device than asked for."""
+    if searched_there(run.device) or not any("trellis" in row.stored for row in run.rows):
+        return ()
+    return (
+        f"trellises were searched on the CPU, not on {run.device}, since that takes an NVIDIA GPU and Triton; if there "
+        'is such a GPU, run pip install "llmcompress[gpu]"',
+    )
+
+
+def _from_before(journal: Journal) -> tuple[str, ...]:
+    """A sentence where blocks are those of an earlier run."""
+    count = len(journal.found)
+    return (f"{count} of {journal.count} blocks and tables are of an earlier run, which was cut",) if count else ()

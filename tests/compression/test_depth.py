@@ -1,0 +1,201 @@
+"""Dropped blocks: what is left equals the model with those blocks passed over, and loads in stock transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import llmcompress as lc
+from llmcompress.cli import app
+from llmcompress.compression.depth.similarity import chosen_blocks, run_cosines
+from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.models.kept_blocks import KEPT
+from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer
+
+IDS = torch.arange(24)[None] * 7 % 256
+WINDOWED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+
+
+def four(family: str) -> dict[str, Any]:
+    """The changes that give a tiny model four unlike blocks."""
+    if family == "gpt2":
+        return {"n_layer": 4}
+    lists = {"smollm3": {"no_rope_layers": [1, 0, 1, 0]}}
+    if "layer_types" in FAMILY_CONFIGS[family]:
+        lists[family] = {"layer_types": WINDOWED}
+    return {"num_hidden_layers": 4} | lists.get(family, {})
+
+
+def blocks_in(model: Any) -> list[Any]:
+    """The decoder blocks, found without the table of families."""
+    return next(list(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
+
+
+def written(folder: Path) -> Path:
+    """A text file."""
+    (folder / "text.txt").write_text("".join(f"{number} sacks of corn. " for number in range(400)))
+    return folder / "text.txt"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
+def test_what_is_left_passes_the_dropped_blocks_over(family: str, tmp_path: Path) -> None:
+    save_tiny(family, tmp_path / "whole", **four(family))
+    lc.drop_blocks(tmp_path / "whole", [1], tmp_path / "short")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    blocks_in(whole)[1].forward = lambda hidden_states, *_, **__: hidden_states
+    short: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "short", dtype=torch.float32)
+    expected = whole(IDS, use_cache=False).logits
+    torch.testing.assert_close(short(IDS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    written = [short.generate(IDS, max_new_tokens=5, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*written)
+
+
+def test_it_equals_a_checkpoint_built_by_hand(tmp_path: Path) -> None:
+    """By a program that knows nothing but transformers, and never llmcompress."""
+    folder = save_tiny("llama", tmp_path / "whole", num_hidden_layers=4)
+    done = lc.drop_blocks(folder, [2, 0], tmp_path / "short")
+    assert (done.dropped, done.kept) == ((0, 2), (1, 3))
+    stored = load_file(folder / "model.safetensors")
+    places = {"model.layers.1.": "model.layers.0.", "model.layers.3.": "model.layers.1."}
+    by_hand: dict[str, Tensor] = {}
+    for name, value in stored.items():
+        start = name[: len("model.layers.0.")]
+        if not name.startswith("model.layers."):
+            by_hand[name] = value
+        elif start in places:
+            by_hand[places[start] + name[len(start) :]] = value
+    (tmp_path / "hand").mkdir()
+    save_file(by_hand, tmp_path / "hand" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (tmp_path / "hand" / "config.json").write_text(json.dumps(config))
+    program = (
+        "import sys, torch, transformers as t\n"
+        "a, b = [t.AutoModelForCausalLM.from_pretrained(f) for f in sys.argv[1:]]\n"
+        "ids = torch.arange(24)[None]\n"
+        "assert a.state_dict().keys() == b.state_dict().keys() and torch.equal(a(ids).logits, b(ids).logits)\n"
+        "assert 'llmcompress' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "short"), str(tmp_path / "hand")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "short" / name).read_text() == (folder / name).read_text()
+
+
+def test_kept_blocks_are_those_of_the_original(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "whole", num_hidden_layers=4)
+    lc.drop_blocks(tmp_path / "whole", [1], tmp_path / "once")
+    lc.drop_blocks(tmp_path / "once", [0], tmp_path / "twice")
+    assert json.loads((tmp_path / "twice" / "config.json").read_text())[KEPT] == [2, 3]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    model.save_pretrained(tmp_path / "again")
+    assert getattr(AutoModelForCausalLM.from_pretrained(tmp_path / "again").config, KEPT) == [2, 3]
+
+
+def test_patterns_are_written_out(tmp_path: Path) -> None:
+    """A config that says "every fourth block" means other blocks once one is gone."""
+    folder = save_tiny("smollm3", tmp_path / "whole", num_hidden_layers=4, no_rope_layers=None)
+    config = json.loads((folder / "config.json").read_text())
+    del config["no_rope_layers"], config["layer_types"]
+    (folder / "config.json").write_text(json.dumps(config))
+    lc.drop_blocks(folder, [1], tmp_path / "short")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "short").config
+    assert again.no_rope_layers == [1, 1, 0] and len(again.layer_types) == 3
+
+
+@pytest.mark.parametrize(
+    "blocks, sentence",
+    [
+        ([4, 9], "has no block 4, 9; its blocks are 0 to 3"),
+        ([-1], "has no block -1"),
+        (range(4), "4 of the 4 blocks of .* cannot be dropped; name at least one, not all"),
+        ([], "0 of the 4 blocks"),
+    ],
+)
+def test_impossible_blocks_are_refused(blocks: Any, sentence: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "whole", num_hidden_layers=4)
+    with pytest.raises(RecipeError, match=sentence):
+        lc.drop_blocks(tmp_path / "whole", blocks, tmp_path / "short")
+    assert not (tmp_path / "short").exists()
+
+
+def test_models_whose_blocks_cannot_move_are_refused(tmp_path: Path) -> None:
+    save_tiny("olmo", tmp_path / "olmo", hidden_size=32, intermediate_size=48, num_hidden_layers=2, tokenizer=False)
+    with pytest.raises(InputError, match="model type 'olmo' is not in the table of families"):
+        lc.drop_blocks(tmp_path / "olmo", [0], tmp_path / "short")
+    save_tiny("gpt2", tmp_path / "gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(InputError, match="scales each block's attention by the block's number"):
+        lc.drop_blocks(tmp_path / "gpt2", [0], tmp_path / "short")
+    with pytest.raises(DiskError, match="exists already"):
+        lc.drop_blocks(save_tiny("llama", tmp_path / "llama"), [0], tmp_path / "gpt2")
+
+
+# --- which blocks -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_cosines_equal_those_of_hidden_states_one_by_one() -> None:
+    model: Any = tiny("llama", num_hidden_layers=4)
+    ids = torch.arange(60).reshape(3, 20)
+    states = list(model.model(ids, output_hidden_states=True).hidden_states)
+    captured: list[Tensor] = []
+    handle = model.model.layers[-1].register_forward_hook(lambda *a: captured.append(a[2]))
+    model(ids)
+    handle.remove()
+    states[-1] = captured[0]  # the library's last one has been through the final norm
+    for count in (1, 3):
+        found = run_cosines(model, ids, count)
+        for first in range(5 - count):
+            pairs = [(states[first][i, t], states[first + count][i, t]) for i in range(3) for t in range(20)]
+            slow = sum(float(a @ b / a.norm() / b.norm()) for a, b in pairs) / 60
+            assert abs(float(found[first]) - slow) < 1e-5
+    assert len(found) == 2
+
+
+def test_blocks_that_do_nothing_are_chosen(tmp_path: Path) -> None:
+    model: Any = tiny("llama", num_hidden_layers=5)
+    for number in (2, 3):
+        model.model.layers[number].self_attn.o_proj.weight.data.zero_()
+        model.model.layers[number].mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    found = lc.alike_blocks(tmp_path / "model", 2, text=str(written(tmp_path)))
+    assert found.blocks == (2, 3) and abs(found.cosine - 1) < 1e-6 and len(found.cosines) == 4
+    with pytest.raises(RecipeError, match="5 of the 5 blocks"):
+        lc.alike_blocks(tmp_path / "model", 5)
+
+
+@pytest.mark.parametrize("words, numbers", [("2", (2,)), ("13-15", (13, 14, 15)), ("4, 7-8", (4, 7, 8))])
+def test_blocks_in_words(words: str, numbers: tuple[int, ...]) -> None:
+    assert chosen_blocks("unread", words, None) == numbers
+
+
+@pytest.mark.parametrize("words, count", [("", None), ("4-2", None), ("a", None), ("1-", None), (None, None), ("1", 1)])
+def test_other_words_are_refused(words: str | None, count: int | None) -> None:
+    with pytest.raises(RecipeError, match="such as 4,7-9|one of both"):
+        chosen_blocks("unread", words, count)
+
+
+def test_the_command_drops_and_says_what(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "whole", num_hidden_layers=4)
+    words = ["drop", str(tmp_path / "whole"), "--blocks", "1-2", "-o", str(tmp_path / "short")]
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["kept"] == [0, 3]
+    assert (tmp_path / "short" / "manifest.json").is_file()
+    done = CliRunner().invoke(
+        app, [*words[:2], "--count", "2", "--text", str(written(tmp_path)), "-o", str(tmp_path / "other")]
+    )
+    assert done.exit_code == 0 and "of the 4 blocks" in done.stdout
+    done = CliRunner().invoke(app, [*words[:2], "--blocks", "7", "-o", str(tmp_path / "none")])
+    assert done.exit_code == 2 and "its blocks are 0 to 3" in done.stderr
