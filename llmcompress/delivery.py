@@ -56,7 +56,7 @@ def export(
     Example: llmcompress export small --to dense -o small-dense
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.export import export as run
+        from llmcompress.export.formats import export as run
 
         terminal.show(run(folder, output, to, allow_dense).to_json(), exported_view)
 
@@ -76,7 +76,7 @@ def push(
     Example: llmcompress push small me/small --dry-run
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.hub import push as run
+        from llmcompress.export.hub import push as run
 
         found = run(folder, repository, private=private, revision=revision, dry_run=dry_run)
         terminal.show(found.to_json(), pushed_view)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.evaluate.perplexity import evaluation_windows
-from llmcompress.export import DOORS, export
+from llmcompress.export.formats import DOORS, export
 from llmcompress.models.dense import load_tokenizer
 
 

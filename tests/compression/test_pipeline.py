@@ -17,7 +17,7 @@ from llmcompress.compression import run
 from llmcompress.distill.run import distill
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate.verify import verify
-from llmcompress.hub import _card
+from llmcompress.export.hub import _card
 from llmcompress.models.locate import Place
 from llmcompress.recipe.compression import dump, parse_recipe, read_recipe
 from tests.tiny import save_tiny

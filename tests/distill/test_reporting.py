@@ -13,7 +13,6 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 import llmcompress as lc
-from llmcompress.card import Taught, _distillation
 from llmcompress.cli import app
 from llmcompress.data.schedule import rate
 from llmcompress.distill import metrics
@@ -21,7 +20,8 @@ from llmcompress.distill.run import Distilled, distill
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.plots import _running, distillation_png
 from llmcompress.evaluate.tables import distilled_view
-from llmcompress.hub import push
+from llmcompress.export.hub import push
+from llmcompress.export.model_card import Taught, _distillation
 from llmcompress.terminal import Terminal
 from tests.tiny import save_tiny
 
@@ -198,8 +198,10 @@ def test_the_last_look_is_what_progress_says(folders: Path, tmp_path: Path) -> N
 
 def test_the_card_tells_the_distillation(whole: Distilled, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: dict[str, bytes] = {}
-    monkeypatch.setattr("llmcompress.hub.verify", lambda folder: None)
-    monkeypatch.setattr("llmcompress.hub._upload", lambda folder, to, names, made, *_: sent.update(made) or "there")
+    monkeypatch.setattr("llmcompress.export.hub.verify", lambda folder: None)
+    monkeypatch.setattr(
+        "llmcompress.export.hub._upload", lambda folder, to, names, made, *_: sent.update(made) or "there"
+    )
     files = push(folders / "whole", "me/small").files
     assert {"metrics.jsonl", "distillation.png", "distillation.json", "distillation.yaml"} <= files.keys()
     text = sent["README.md"].decode()
@@ -231,8 +233,8 @@ def test_without_matplotlib_there_is_no_plot_and_it_is_said(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(RecipeError, match="plots need matplotlib"):
         distillation_png(done.history)
-    monkeypatch.setattr("llmcompress.hub.verify", lambda folder: None)
-    monkeypatch.setattr("llmcompress.hub.find_spec", lambda name: None)
+    monkeypatch.setattr("llmcompress.export.hub.verify", lambda folder: None)
+    monkeypatch.setattr("llmcompress.export.hub.find_spec", lambda name: None)
     assert "distillation.png" not in push(tmp_path / "out", "me/small", dry_run=True).files
 
 

@@ -7,7 +7,7 @@ import torch
 
 from llmcompress.errors import RecipeError
 from llmcompress.export.compressed_tensors import obstacle
-from llmcompress.export.gguf_types import Inexact, exact_type
+from llmcompress.export.gguf.tensor_types import Inexact, exact_type
 from llmcompress.export.peft import without_term
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import (

@@ -10,11 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llmcompress.card import Taught, card
 from llmcompress.errors import HubError, InputError, RecipeError
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.plots import layers_png
 from llmcompress.evaluate.verify import verify
+from llmcompress.export.model_card import Taught, card
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import CARD, MANIFEST, PLOT, README, manifest, read_json
 

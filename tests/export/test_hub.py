@@ -15,12 +15,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
-from llmcompress.card import card
 from llmcompress.errors import HubError, InputError, RecipeError
 from llmcompress.evaluate.plots import by_kind, layers_png
 from llmcompress.evaluate.report import read
 from llmcompress.evaluate.score import score
-from llmcompress.hub import push
+from llmcompress.export.hub import push
+from llmcompress.export.model_card import card
 from tests.rules.source_tree import ROOT
 from tests.stand_in_hub import StandInHub
 from tests.tiny import save_tiny
@@ -151,7 +151,7 @@ def here(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> St
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("llmcompress.hub.verify", lambda folder: None)  # tested elsewhere, and slow
+    monkeypatch.setattr("llmcompress.export.hub.verify", lambda folder: None)  # tested elsewhere, and slow
     return hub
 
 
@@ -256,7 +256,7 @@ def test_the_card_shows_every_layer(here: StandInHub, folders: dict[str, Path]) 
 
 
 def test_without_matplotlib_the_card_says_so(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmcompress.hub.find_spec", lambda name: None)
+    monkeypatch.setattr("llmcompress.export.hub.find_spec", lambda name: None)
     assert "layers.png" not in push(folders["out"], "me/small", dry_run=True).files
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(RecipeError, match="plots need matplotlib"):

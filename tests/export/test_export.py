@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
 from llmcompress.errors import DiskError, InputError, RecipeError
-from llmcompress.export import export
+from llmcompress.export.formats import export
 from tests.tiny import save_tiny
 
 GRID = {"method": "rtn", "bits": 4, "group_size": 16}

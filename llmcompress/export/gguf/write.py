@@ -22,9 +22,9 @@ from torch import Tensor
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate import report
 from llmcompress.export.exported import Exported
-from llmcompress.export.gguf_llama import ARCHITECTURE, ROPE_FACTORS, Llama, llama
-from llmcompress.export.gguf_types import Inexact, TensorType, exact_type, packed
-from llmcompress.export.gguf_vocabulary import read_vocabulary
+from llmcompress.export.gguf.llama import ARCHITECTURE, ROPE_FACTORS, Llama, llama
+from llmcompress.export.gguf.tensor_types import Inexact, TensorType, exact_type, packed
+from llmcompress.export.gguf.vocabulary import read_vocabulary
 from llmcompress.export.peft import without_term
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import check_output, writing

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import llmcompress as lc
 from llmcompress.errors import DiskError, InputError, RecipeError
-from llmcompress.export import export
-from llmcompress.export.gguf_llama import llama
-from llmcompress.export.gguf_types import Inexact, exact_type, packed
-from llmcompress.export.gguf_vocabulary import BYTES, PRE_TOKENIZERS, SPACE, Steps, read_vocabulary
+from llmcompress.export.formats import export
+from llmcompress.export.gguf.llama import llama
+from llmcompress.export.gguf.tensor_types import Inexact, exact_type, packed
+from llmcompress.export.gguf.vocabulary import BYTES, PRE_TOKENIZERS, SPACE, Steps, read_vocabulary
 from llmcompress.export.peft import without_term
 from llmcompress.models.compressed import Opened
 from llmcompress.models.hf_quantizer import LLMCompressConfig, table_entry

@@ -1,0 +1,34 @@
+"""Doors out: checkpoints of ours in the formats of other engines, one file each.
+
+`export(folder, output, to)` writes; what it gives back says what was kept and what was changed.
+"""
+
+from pathlib import Path
+
+from llmcompress.errors import RecipeError
+from llmcompress.export.compressed_tensors import to_compressed_tensors
+from llmcompress.export.dense import to_dense
+from llmcompress.export.exported import Exported
+from llmcompress.export.gguf.write import to_gguf
+from llmcompress.export.peft import to_peft
+
+DOORS = ("dense", "compressed-tensors", "peft", "gguf")
+
+
+def export(folder: str | Path, output: str | Path, to: str, allow_dense: bool = False) -> Exported:
+    """Writes the compressed checkpoint `folder` as the new folder `output`, in the format `to`.
+
+    `allow_dense`: what compressed-tensors or GGUF cannot hold becomes bfloat16 there. Raises RecipeError for an unknown
+    format or one whose package is missing, InputError for a damaged checkpoint or one that the format cannot hold,
+    DiskError as `compress` does.
+    """
+    match to:
+        case "dense":
+            return to_dense(Path(folder), Path(output))
+        case "compressed-tensors":
+            return to_compressed_tensors(Path(folder), Path(output), allow_dense)
+        case "peft":
+            return to_peft(Path(folder), Path(output))
+        case "gguf":
+            return to_gguf(Path(folder), Path(output), allow_dense)
+    raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")
