@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.cli import app
+from llmcompress.cli.app import app
 from llmcompress.compression.depth.similarity import chosen_blocks, run_cosines
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.models.kept_blocks import KEPT

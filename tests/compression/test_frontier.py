@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.cli import app
+from llmcompress.cli.app import app
 from llmcompress.compression.frontier import budgets, sweep
 from llmcompress.compression.frontier.peers import read_peers
 from llmcompress.compression.frontier.sweep import PRICES, SILENT, Told, frontier

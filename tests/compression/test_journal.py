@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.calibrate.walk import Block
-from llmcompress.cli import app
+from llmcompress.cli.app import app
+from llmcompress.cli.terminal import verdict
 from llmcompress.compression import block, journal
 from llmcompress.errors import DiskError, NumericsError
 from llmcompress.evaluate.report import LayerReport, Report
 from llmcompress.evaluate.verify import verify
-from llmcompress.terminal import verdict
 from tests.compression.test_run import TEXT
 from tests.tiny import save_tiny
 

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.cli import app
+from llmcompress.cli.app import app
 from llmcompress.compression import run
 from llmcompress.distill.run import distill
 from llmcompress.errors import DiskError, InputError, RecipeError

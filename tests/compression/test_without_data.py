@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.cli import app
+from llmcompress.cli.app import app
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.compression import read_recipe
 from tests.rules.source_tree import ROOT

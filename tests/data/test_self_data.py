@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AddedToken, PreTrainedModel
 from typer.testing import CliRunner
 
-from llmcompress.cli import app
+from llmcompress.cli.app import app
 from llmcompress.data import generate_answers, self_data
 from llmcompress.data.calibration import calibration_tokens
 from llmcompress.data.generate_answers import Answer, Answerer, Sampling, repetitive, turn_end

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.cli import app
+from llmcompress.cli.app import app
 from llmcompress.data.calibration import calibration_tokens
 from llmcompress.distill.blockwise.block import Activations, recover_block
 from llmcompress.distill.student.model import relaxed_student

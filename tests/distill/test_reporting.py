@@ -13,7 +13,8 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 import llmcompress as lc
-from llmcompress.cli import app
+from llmcompress.cli.app import app
+from llmcompress.cli.terminal import Terminal
 from llmcompress.data.schedule import rate
 from llmcompress.distill import metrics
 from llmcompress.distill.run import Distilled, distill
@@ -22,7 +23,6 @@ from llmcompress.evaluate.plots import _running, distillation_png
 from llmcompress.evaluate.tables import distilled_view
 from llmcompress.export.hub import push
 from llmcompress.export.model_card import Taught, _distillation
-from llmcompress.terminal import Terminal
 from tests.tiny import save_tiny
 
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "

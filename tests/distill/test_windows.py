@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.calibrate.walk import Block, walk
-from llmcompress.cli import app
+from llmcompress.cli.app import app
 from llmcompress.evaluate.verify import verify
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import architecture

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 import llmcompress.evaluate.compare
-from llmcompress.cli import app
+from llmcompress.cli.app import app
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate.lm_eval import PAIRS, TaskScores, _items, run_tasks
 from llmcompress.evaluate.processes import Processes

@@ -32,7 +32,7 @@ class Imported:
     printed: str
 
 
-@pytest.fixture(scope="module", params=["llmcompress", "llmcompress.cli"])
+@pytest.fixture(scope="module", params=["llmcompress", "llmcompress.cli.app"])
 def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Imported:
     """The import of one module by a new interpreter."""
     answer = tmp_path_factory.mktemp("import") / "answer.json"

@@ -66,7 +66,7 @@ def test_programs_run(place: Path) -> None:
 def test_commands_parse(words: list[str], place: Path) -> None:
     from typer.main import get_command
 
-    from llmcompress.cli import app
+    from llmcompress.cli.app import app
 
     group = get_command(app)
     assert words[1] in group.commands, f"there is no command llmcompress {words[1]}"  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.cli import app
+from llmcompress.cli.app import app
 from llmcompress.compression import run
 from llmcompress.compression.allocate.plan import Allocation, allocate, choose, damage
 from llmcompress.compression.allocate.prices import Priced

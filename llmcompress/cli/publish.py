@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from llmcompress.cli.options import AsJson, Device, Length, Quiet, Text, Verbose, Windows
+from llmcompress.cli.terminal import Terminal
 from llmcompress.evaluate.tables import exported_view, pushed_view, verified_view
-from llmcompress.options import AsJson, Device, Length, Quiet, Text, Verbose, Windows
-from llmcompress.terminal import Terminal
 
 
 def verify(

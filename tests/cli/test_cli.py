@@ -21,7 +21,8 @@ import llmcompress.compression.pipeline
 import llmcompress.evaluate.compare
 import llmcompress.evaluate.score
 from llmcompress import errors
-from llmcompress.cli import app
+from llmcompress.cli.app import app
+from llmcompress.cli.terminal import Terminal, verdict
 from llmcompress.compression.plan import LayerPlan, Plan
 from llmcompress.evaluate.formatting import duration
 from llmcompress.evaluate.protocol import Protocol
@@ -30,7 +31,6 @@ from llmcompress.evaluate.tables import comparison_markdown, grouped, report_vie
 from llmcompress.models.file_names import RECIPE
 from llmcompress.models.file_names import REPORT as REPORT_FILE
 from llmcompress.recipe.compression import dump, parse_recipe
-from llmcompress.terminal import Terminal, verdict
 from tests.tiny import save_tiny
 
 TEXT = """\
@@ -490,7 +490,7 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    program = "import sys\nfrom llmcompress.cli import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
+    program = "import sys\nfrom llmcompress.cli.app import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
     program += "heavy = {'torch', 'transformers', 'pydantic', 'yaml', 'numpy', 'datasets'} & set(sys.modules)\n"
     done = subprocess.run(
         [sys.executable, "-c", program + "assert not heavy, heavy"], capture_output=True, text=True, check=False

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.tables import frontier_view
-from llmcompress.options import (
+from llmcompress.cli.options import (
     AsJson,
     BatchSize,
     Device,
@@ -30,7 +28,9 @@ from llmcompress.options import (
     recipe_or_default,
     tuned,
 )
-from llmcompress.terminal import Terminal
+from llmcompress.cli.terminal import Terminal
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.tables import frontier_view
 
 
 def frontier(

@@ -9,20 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmcompress.delivery import export, push, verify
-from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.tables import (
-    answered_view,
-    comparison_view,
-    distilled_view,
-    dropped_view,
-    plan_view,
-    report_view,
-    score_view,
-    summarized,
-)
-from llmcompress.models import file_names
-from llmcompress.options import (
+from llmcompress.cli.frontier import frontier
+from llmcompress.cli.options import (
     AsJson,
     BatchSize,
     Bpw,
@@ -52,8 +40,20 @@ from llmcompress.options import (
     recipe_or_default,
     tuned,
 )
-from llmcompress.sweeping import frontier
-from llmcompress.terminal import Commands, Terminal
+from llmcompress.cli.publish import export, push, verify
+from llmcompress.cli.terminal import Commands, Terminal
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.tables import (
+    answered_view,
+    comparison_view,
+    distilled_view,
+    dropped_view,
+    plan_view,
+    report_view,
+    score_view,
+    summarized,
+)
+from llmcompress.models import file_names
 
 app = typer.Typer(
     cls=Commands,
