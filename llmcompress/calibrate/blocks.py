@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError, NumericsError
-from llmcompress.models.dense import Source
+from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture
-from llmcompress.runtime.memory import give_back_memory
+from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.precision import products
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Batch:
+class RowBatch:
     """Rows of the sequences that go through a block together: never calibration and held-out ones at once."""
 
     rows: slice
@@ -46,11 +46,11 @@ class Batch:
         return int(self.rows.stop - self.rows.start)
 
 
-def in_batches(count: int, held_out: int, size: int) -> list[Batch]:
+def in_batches(count: int, held_out: int, size: int) -> list[RowBatch]:
     """Batches of at most `size` of `count` rows, of which the last `held_out` are held out."""
     parts = ((0, count - held_out, False), (count - held_out, count, True))
     return [
-        Batch(slice(first, min(first + size, stop)), held)
+        RowBatch(slice(first, min(first + size, stop)), held)
         for start, stop, held in parts
         for first in range(start, stop, size)
     ]
@@ -61,7 +61,7 @@ Visit = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Run:
+class BlockForward:
     """A loaded block, ready to be called on hidden states alone."""
 
     module: nn.Module
@@ -201,10 +201,10 @@ class _Recorder(_StandIn):
 @torch.no_grad()
 def embed(
     model: PreTrainedModel,
-    source: Source,
+    source: DenseModel,
     arch: Architecture,
     sequences: Tensor,
-    batches: list[Batch],
+    batches: list[RowBatch],
     device: torch.device,
 ) -> tuple[Tensor, Calls, bool]:
     """The first block's inputs `[sequences, length, width]` float32, the arguments of every block, and whether blocks
@@ -222,7 +222,7 @@ def embed(
 
 @torch.no_grad()
 def recorded(
-    model: PreTrainedModel, stack: str, sequences: Tensor, batches: list[Batch], device: torch.device
+    model: PreTrainedModel, stack: str, sequences: Tensor, batches: list[RowBatch], device: torch.device
 ) -> tuple[Tensor, Calls, bool]:
     """What `embed` gives, of a model that is loaded already; `stack`: the module path of its list of blocks."""
     try:
@@ -235,7 +235,7 @@ def recorded(
 
 
 def _record(
-    model: PreTrainedModel, path: str, sequences: Tensor, batches: list[Batch], device: torch.device, as_tuple: bool
+    model: PreTrainedModel, path: str, sequences: Tensor, batches: list[RowBatch], device: torch.device, as_tuple: bool
 ) -> tuple[Tensor, Calls]:
     """Lets the model's forward run on every batch with recorders for blocks."""
     stack = model.get_submodule(path)
@@ -270,8 +270,13 @@ class _Replay(_StandIn):
 
 @torch.no_grad()
 def head_inputs(
-    model: PreTrainedModel, source: Source, arch: Architecture, hidden: Tensor, batches: list[Batch], as_tuple: bool
-) -> Iterator[tuple[Batch, Tensor]]:
+    model: PreTrainedModel,
+    source: DenseModel,
+    arch: Architecture,
+    hidden: Tensor,
+    batches: list[RowBatch],
+    as_tuple: bool,
+) -> Iterator[tuple[RowBatch, Tensor]]:
     """What the output head reads, batch by batch `[sequences, length, width]`, of the last block's outputs `hidden`."""
     body: nn.Module = model.base_model
     stack = model.get_submodule(arch.stack)
@@ -312,7 +317,9 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
-def load(module: nn.Module, path: str, source: Source, device: torch.device, skip: Sequence[nn.Module] = ()) -> None:
+def load(
+    module: nn.Module, path: str, source: DenseModel, device: torch.device, skip: Sequence[nn.Module] = ()
+) -> None:
     """Reads the weights of `module`, at module path `path`, in float32; `skip` are parts that stay as they are."""
     for owner_path, owner in _owners(module, path, skip):
         for leaf, _ in list(owner.named_parameters(recurse=False)):
@@ -332,7 +339,7 @@ def drop(module: nn.Module, skip: Sequence[nn.Module] = ()) -> None:
     for _, owner in _owners(module, "", skip):
         for leaf, parameter in list(owner.named_parameters(recurse=False)):
             setattr(owner, leaf, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
-    give_back_memory()
+    trim_memory()
 
 
 def _owners(module: nn.Module, path: str, skip: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

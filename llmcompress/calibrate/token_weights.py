@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibrate.blocks import Run
+from llmcompress.calibrate.blocks import BlockForward
 from llmcompress.errors import InputError
 from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.runtime.precision import products
@@ -27,7 +27,7 @@ INTERFACE = "llmcompress_received_attention"  # the name transformers knows `_re
 
 
 @torch.no_grad()
-def token_weights(run: Run, hidden: Tensor, config: TokenWeights) -> Tensor:
+def token_weights(run: BlockForward, hidden: Tensor, config: TokenWeights) -> Tensor:
     """The weights `[sequences, length]`, float32, of a block's inputs `hidden [sequences, length, width]`.
 
     Raises InputError when the block does not tell how much attention its tokens receive.
@@ -47,7 +47,7 @@ def scaled(measure: Tensor, minimum: float) -> Tensor:
 
 
 @torch.no_grad()
-def received_attention(run: Run, hidden: Tensor) -> Tensor:
+def received_attention(run: BlockForward, hidden: Tensor) -> Tensor:
     """The attention probability that each token of `hidden [sequences, length, width]` receives in the block, summed
     over heads and queries: float32 `[sequences, length]`, `heads * length` in all unless sinks take some.
 

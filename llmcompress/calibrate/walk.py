@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibrate.blocks import Batch, Calls, Run, drop, embed, head_inputs, in_batches, load
+from llmcompress.calibrate.blocks import BlockForward, Calls, RowBatch, drop, embed, head_inputs, in_batches, load
 from llmcompress.calibrate.token_weights import token_weights
 from llmcompress.errors import InputError
 from llmcompress.methods.moments import Moments, capped_weights
-from llmcompress.models.dense import Source
+from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, BlockLayout, Linear
 from llmcompress.recipe.calibration import TokenWeights
-from llmcompress.runtime.memory import give_back_memory
+from llmcompress.runtime.memory import trim_memory
 from llmcompress.weight.expression import Weight
 from llmcompress.weight.modules import CompressedLinear, decoded, put
 
@@ -54,7 +54,7 @@ class InputGroup:
 
 
 @dataclass(frozen=True, eq=False)
-class Streams:
+class HiddenStreams:
     """The hidden states that blocks read, `[sequences, length, width]`, and how moments are gathered of them.
 
     `dense`: those in the dense model, of the calibration sequences or of all, None where they are not carried;
@@ -62,7 +62,7 @@ class Streams:
     block's outputs while its moments are gathered.
     """
 
-    batches: list[Batch]
+    batches: list[RowBatch]
     hidden: Tensor
     dense: Tensor | None
     behind: Tensor | None
@@ -87,7 +87,7 @@ class Block:
     hidden: Tensor
     linears: dict[str, Linear] = field(repr=False)
     model: PreTrainedModel = field(repr=False)
-    run: Run | None = field(default=None, repr=False)  # on hidden states alone; None where nothing runs
+    run: BlockForward | None = field(default=None, repr=False)  # on hidden states alone; None where nothing runs
     wanted: Tensor | None = field(default=None, repr=False)
     gather: Callable[[tuple[str, ...]], InputGroup] | None = field(default=None, repr=False)
     before: Block | None = field(default=None, repr=False)  # still loaded, with its own inputs, if it was asked for
@@ -118,7 +118,7 @@ class Block:
 
 
 def walk(
-    source: Source,
+    source: DenseModel,
     arch: Architecture,
     sequences: Tensor | None,
     *,
@@ -162,13 +162,13 @@ def walk(
     batches = in_batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
     hidden, calls, as_tuple = embed(model, source, arch, sequences, batches, torch.device(device))
     beside = hidden[: len(hidden) if outputs else len(hidden) - held_out].clone() if outputs or dense_stream else None
-    streams = Streams(batches, hidden, beside, hidden.clone() if pairs else None, cap, weights, prefix == "dense")
+    streams = HiddenStreams(batches, hidden, beside, hidden.clone() if pairs else None, cap, weights, prefix == "dense")
     before, started = None, time.monotonic()
     for index, layout in enumerate(arch.blocks):
         run = _loaded(model, source, arch, index, calls, dtype, hidden.device)
         wanted = _wanted(layout, {} if index < finished else needs)
         block = _block(model, arch, index, run, wanted, streams, outputs, before)
-        give_back_memory()
+        trim_memory()
         yield block
         before = _leave(block, run, streams, index + 1 == len(arch.blocks))
         if progress is not None:
@@ -181,27 +181,27 @@ def walk(
 
 def _loaded(
     model: PreTrainedModel,
-    source: Source,
+    source: DenseModel,
     arch: Architecture,
     index: int,
     calls: Calls,
     dtype: torch.dtype,
     device: torch.device,
-) -> Run:
+) -> BlockForward:
     """A block with its dense weights."""
     path = arch.blocks[index].path
     module = model.get_submodule(path)
     load(module, path, source, device)
-    return Run(module, path, {size: blocks[index] for size, blocks in calls.items()}, dtype)
+    return BlockForward(module, path, {size: blocks[index] for size, blocks in calls.items()}, dtype)
 
 
 def _block(
     model: PreTrainedModel,
     arch: Architecture,
     index: int,
-    run: Run,
+    run: BlockForward,
     wanted: Wanted,
-    streams: Streams,
+    streams: HiddenStreams,
     outputs: bool,
     before: Block | None,
 ) -> Block:
@@ -217,7 +217,7 @@ def _block(
     return Block(index, run.path, run.module, groups, streams.hidden, arch.linears(), model, run, dense, gather, before)
 
 
-def _leave(block: Block, run: Run, streams: Streams, last: bool) -> Block | None:
+def _leave(block: Block, run: BlockForward, streams: HiddenStreams, last: bool) -> Block | None:
     """Moves the hidden states on to the outputs of the block as it is now, and drops it.
 
     Where inputs stay `behind`, the block before may have changed: its outputs are computed again, and it is dropped in
@@ -238,7 +238,7 @@ def _leave(block: Block, run: Run, streams: Streams, last: bool) -> Block | None
 
 
 @torch.no_grad()
-def _advance(run: Run, batches: list[Batch], hidden: Tensor) -> None:
+def _advance(run: BlockForward, batches: list[RowBatch], hidden: Tensor) -> None:
     """Moves `hidden` on to the outputs of the block as it is now."""
     with decoded(run.module):
         for batch in batches:
@@ -247,12 +247,12 @@ def _advance(run: Run, batches: list[Batch], hidden: Tensor) -> None:
 
 def _gather_ends(
     model: PreTrainedModel,
-    source: Source,
+    source: DenseModel,
     arch: Architecture,
     needs: Needs,
     finished: int,
     hidden: Tensor,
-    batches: list[Batch],
+    batches: list[RowBatch],
     as_tuple: bool,
     cap: float | None,
 ) -> dict[int, InputGroup]:
@@ -281,7 +281,7 @@ def _tables(arch: Architecture, needs: Needs, finished: int) -> list[tuple[int, 
 
 
 def _table(
-    model: PreTrainedModel, source: Source, index: int, group: InputGroup, device: torch.device
+    model: PreTrainedModel, source: DenseModel, index: int, group: InputGroup, device: torch.device
 ) -> Iterator[Block]:
     """The token table or the output head, as a block of its own after all others."""
     [name] = group.names
@@ -295,7 +295,7 @@ def _table(
 
 def _without_data(
     model: PreTrainedModel,
-    source: Source,
+    source: DenseModel,
     arch: Architecture,
     needs: Needs,
     finished: int,
@@ -316,7 +316,7 @@ def _without_data(
 
 
 @torch.no_grad()
-def _gather(run: Run, wanted: Wanted, streams: Streams) -> tuple[InputGroup, ...]:
+def _gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[InputGroup, ...]:
     """The moments of each input group over all batches.
 
     The dense hidden states move on to the block's outputs for them; so do the others if `keep_outputs`.

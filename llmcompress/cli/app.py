@@ -336,11 +336,11 @@ def answer(
     Example: llmcompress answer smollm2 prompts.jsonl -o answers.jsonl
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.data.generate_answers import Sampling
+        from llmcompress.data.generate_answers import AnswerSampling
         from llmcompress.data.self_data import Answering
         from llmcompress.data.self_data import answer as run
 
-        sampling = Sampling(temperature, top_p, seed, longest)
+        sampling = AnswerSampling(temperature, top_p, seed, longest)
         asked = Answering(prompts, subset, None, split, column, limit, sampling, batch_size, keep_reference)
         found = run(model, asked, output, revision=revision, device=device, progress=terminal.answering)
         terminal.show(found.to_json(), answered_view)

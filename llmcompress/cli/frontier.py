@@ -72,7 +72,7 @@ def frontier(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.compression.frontier.budgets import budgets
         from llmcompress.compression.frontier.peers import read_peers
-        from llmcompress.compression.frontier.sweep import Told
+        from llmcompress.compression.frontier.sweep import SweepCallbacks
         from llmcompress.compression.frontier.sweep import frontier as run
         from llmcompress.recipe.compression import read_recipe
 
@@ -81,7 +81,7 @@ def frontier(
         asked = [tuned(read_recipe(recipe_or_default(one, given), given), tune) for one in recipes or (None,)]
         others = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
         protocol = protocol_of(text, windows, length, tasks, limit, None, batch_size)
-        told = Told(terminal.stage, terminal.pricing, terminal.progress, terminal.training)
+        told = SweepCallbacks(terminal.stage, terminal.pricing, terminal.progress, terminal.training)
         found = run(model, asked, wanted, output, protocol, peers=others, revision=revision, device=device, told=told)
         terminal.show(found, frontier_view)
         if not as_json and not quiet:

@@ -1,6 +1,6 @@
 """What becomes of one block: its layers compressed one after the other, learning if asked for, and its tensors.
 
-`Run` is the job under way: of all blocks, what is not on the disk.
+`CompressionState` is the job under way: of all blocks, what is not on the disk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llmcompress.methods.engines.hessian import damped
 from llmcompress.methods.layer import Layer, StepConfig, relative_error
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.row_chunks import apply_in_runs
-from llmcompress.runtime.memory import give_back_memory
+from llmcompress.runtime.memory import trim_memory
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import Dense, Weight, bits, dense, describe
 from llmcompress.weight.modules import LIKE, CompressedLinear, Layout
@@ -47,7 +47,7 @@ class Open:
 
 
 @dataclass(eq=False)
-class Run:
+class CompressionState:
     """A job under way. `open`: the blocks that are not written yet, in order; `entries`: of every block that was begun,
     those of an earlier run included."""
 
@@ -90,7 +90,7 @@ def _balanced(job: Job, block: Block) -> Balanced:
     return balance(block, job.source, job.arch, job.steps) if fuse is not None and fuse.awq else Balanced()
 
 
-def compress_block(run: Run, block: Block) -> Iterator[dict[str, Tensor]]:
+def compress_block(run: CompressionState, block: Block) -> Iterator[dict[str, Tensor]]:
     """Swaps the block's linears for compressed ones; then, for each block that nothing changes any more, every tensor
     that the checkpoint stores of it. What there is to say goes into a new entry."""
     run.entries.append(Entry())
@@ -107,17 +107,17 @@ def compress_block(run: Run, block: Block) -> Iterator[dict[str, Tensor]]:
         last = number + 1 == len(groups)
         if tune is not None and (last or tune.between) and block.wanted is not None:
             _learn(run, tune, block, last)
-        give_back_memory()
+        trim_memory()
     while len(run.open) > _stays_open(run, block):
         yield _tensors(run, run.open.pop(0))
 
 
-def _stays_open(run: Run, block: Block) -> bool:
+def _stays_open(run: CompressionState, block: Block) -> bool:
     """Whether a block whose layers are set learns again together with the next one."""
     return run.tune is not None and run.tune.window > 1 and block.index + 1 < len(run.job.arch.blocks)
 
 
-def waiting(run: Run) -> dict[str, Tensor]:
+def pending_tensors(run: CompressionState) -> dict[str, Tensor]:
     """The tensors of the block that may still change, as they would be stored now, and the weights it learns from if
     they are not the model's; empty where there is none."""
     if not run.open:
@@ -128,7 +128,7 @@ def waiting(run: Run) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore(run: Run, block: Block, tensors: Mapping[str, Tensor], last: bool) -> None:
+def restore(run: CompressionState, block: Block, tensors: Mapping[str, Tensor], last: bool) -> None:
     """Makes the block what its stored `tensors` say; the `last` one of an earlier run may be waiting for the next."""
     layouts, tensors = run.layouts, {name: value.to(run.device) for name, value in tensors.items()}
     names = [name for name in block.linears if name in layouts and f"{name}.weight" in tensors]
@@ -144,7 +144,7 @@ def restore(run: Run, block: Block, tensors: Mapping[str, Tensor], last: bool) -
         run.open.append(Open(block, Balanced(), weights, linears, learned))
 
 
-def _learn(run: Run, tune: Tune, block: Block, last: bool) -> None:
+def _learn(run: CompressionState, tune: Tune, block: Block, last: bool) -> None:
     """Lets the block learn; together with the one before it, if that is open, once its `last` layers are set."""
     together = run.open if last else run.open[-1:]
     blocks = (block,) if len(together) == 1 or block.before is None else (block.before, block)
@@ -164,7 +164,7 @@ def _left(found: Mapping[str, Any]) -> float:
     return float(found["after"] / found["before"]) if found["before"] else 1.0
 
 
-def _tensors(run: Run, done: Open) -> dict[str, Tensor]:
+def _tensors(run: CompressionState, done: Open) -> dict[str, Tensor]:
     """Every tensor that the checkpoint stores of a block, and its layouts into the entry."""
     job, path = run.job, done.block.path
     payload: dict[str, Tensor] = {}
@@ -179,7 +179,7 @@ def _tensors(run: Run, done: Open) -> dict[str, Tensor]:
     return payload | done.learned | stored | done.balanced.tensors(done.block)
 
 
-def _compressed(run: Run, block: Block, group: InputGroup) -> dict[str, Weight]:
+def _compressed(run: CompressionState, block: Block, group: InputGroup) -> dict[str, Weight]:
     """What becomes of the linears of a group, by name."""
     done: dict[str, Weight] = {}
     for name in (name for name in group.names if name in run.steps):

@@ -25,7 +25,7 @@ from torch import Tensor
 from llmcompress.errors import DiskError, InputError
 from llmcompress.evaluate.report import LayerReport
 from llmcompress.models.checkpoint import Writer, read_tensors, sync, write_tensors
-from llmcompress.models.dense import Source
+from llmcompress.models.dense import DenseModel
 from llmcompress.recipe.calibration import Calibration, is_file
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.versions import versions
@@ -35,7 +35,7 @@ FILE = "journal.jsonl"
 
 
 @dataclass(frozen=True)
-class Origin:
+class RunOrigin:
     """What finished blocks depend on: of equal origins they are equal, on one machine. Gates judge what is there."""
 
     model: str
@@ -46,10 +46,10 @@ class Origin:
     versions: dict[str, str]
 
     @staticmethod
-    def of(source: Source, recipe: Recipe, tokens: str | None, device: str) -> Origin:
+    def of(source: DenseModel, recipe: Recipe, tokens: str | None, device: str) -> RunOrigin:
         """That of a run which begins."""
         asked = recipe.model_dump(mode="json", exclude={"gates"})
-        return Origin(source.name, source.revision, asked, tokens, device, versions())
+        return RunOrigin(source.name, source.revision, asked, tokens, device, versions())
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What is not the same there, in words."""
@@ -152,7 +152,9 @@ class Journal:
         return self.folder / f"open-{number:05}.safetensors"
 
 
-def opened(folder: Path, origin: Origin, source: Source, resume: bool = True, last: bool = True) -> Journal:
+def open_journal(
+    folder: Path, origin: RunOrigin, source: DenseModel, resume: bool = True, last: bool = True
+) -> Journal:
     """The journal in `folder`, which is emptied first unless it holds finished blocks of `origin` and `resume` is true;
     `last`: as of a `Journal`.
 
@@ -166,7 +168,7 @@ def opened(folder: Path, origin: Origin, source: Source, resume: bool = True, la
     return journal
 
 
-def is_older(then: float, source: Source, text: Calibration | None = None) -> bool:
+def is_older(then: float, source: DenseModel, text: Calibration | None = None) -> bool:
     """Whether a model on this disk, or a file of text, has changed since the time `then`."""
     files = {header.file for header in source.tensors.values() if source.revision is None}  # a commit does not change
     if text is not None and is_file(text.dataset):
@@ -174,7 +176,7 @@ def is_older(then: float, source: Source, text: Calibration | None = None) -> bo
     return any(path.stat().st_mtime > then for path in files if path.is_file())
 
 
-def _found(folder: Path, origin: Origin, source: Source) -> tuple[Entry, ...]:
+def _found(folder: Path, origin: RunOrigin, source: DenseModel) -> tuple[Entry, ...]:
     """The finished blocks there; none where tensors are missing, as when the end came while files were renamed."""
     path = folder / FILE
     if not path.is_file():

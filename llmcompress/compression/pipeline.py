@@ -23,7 +23,7 @@ from llmcompress.compression import run
 from llmcompress.compression.allocate.plan import Allocation, allocate
 from llmcompress.compression.allocate.price_file import allocate_by
 from llmcompress.compression.journal import is_older
-from llmcompress.compression.plan import Plan, lay, plan_of
+from llmcompress.compression.plan import Plan, plan_of, prepare
 from llmcompress.compression.result import Result
 from llmcompress.compression.run import Progress
 from llmcompress.data.calibration import check_length
@@ -32,8 +32,7 @@ from llmcompress.errors import DiskError, RecipeError
 from llmcompress.evaluate import report as reports
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import check_output, locked
-from llmcompress.models.dense import Source as Dense
-from llmcompress.models.dense import load_model, resolve
+from llmcompress.models.dense import DenseModel, load_model, resolve
 from llmcompress.models.locate import Place
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Recipe, read_recipe, section
@@ -53,7 +52,7 @@ def plan(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revisi
     """What `compress` would do, from headers alone. Raises InputError and RecipeError as it would."""
     asked = read_recipe(recipe)
     dense = resolve(str(model), revision)
-    found = plan_of(lay(dense, asked))
+    found = plan_of(prepare(dense, asked))
     blocks = None if asked.reconstruct is None else _reconstruction(asked).model_dump(mode="json")
     then = None if asked.distill is None else wanted_distillation(asked, dense).model_dump(mode="json")
     return replace(found, reconstruction=blocks, distillation=then)
@@ -106,7 +105,7 @@ def compress(
         output = Path(temporary.name) / "model"
     target = Path(output)
     first = asked.model_copy(update={"distill": None})
-    check_output(target, 2 * plan_of(lay(dense, first)).bytes)
+    check_output(target, 2 * plan_of(prepare(dense, first)).bytes)
     staged = target.with_name(target.name + STAGED)
     if not resume:
         for left in (staged, target.with_name(target.name + TRAINING)):
@@ -166,7 +165,7 @@ def record(plan: Allocation, folder: Path, device: str = "cpu") -> dict[str, Any
     return found
 
 
-def check_sections(recipe: Recipe, dense: Dense) -> None:
+def check_sections(recipe: Recipe, dense: DenseModel) -> None:
     """Raises RecipeError for what is wrong with the sections `reconstruct:` and `distill:`."""
     if recipe.distill is not None:
         wanted_distillation(recipe, dense)
@@ -174,7 +173,7 @@ def check_sections(recipe: Recipe, dense: Dense) -> None:
         _reconstruction(recipe)
 
 
-def wanted_distillation(recipe: Recipe, dense: Dense) -> Distillation:
+def wanted_distillation(recipe: Recipe, dense: DenseModel) -> Distillation:
     """The section `distill:`. Raises RecipeError for what is wrong with it, or with it and this model."""
     from llmcompress.distill.check_fused import check_fused
     from llmcompress.recipe.distillation import Distillation
@@ -206,7 +205,7 @@ def _texts(asked: Distillation) -> tuple[Calibration, ...]:
     return asked.data if isinstance(asked.data, tuple) else (asked.data,)
 
 
-def is_there(staged: Path, recipe: Recipe, dense: Dense) -> bool:
+def is_there(staged: Path, recipe: Recipe, dense: DenseModel) -> bool:
     """Whether an earlier run has compressed this model already. Raises DiskError where it compressed something else."""
     if not staged.is_dir() or not any(staged.iterdir()):
         return False

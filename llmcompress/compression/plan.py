@@ -18,7 +18,7 @@ from llmcompress.compression.fuse.awq import EXPONENTS, check_awq
 from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.methods.layer import StepConfig, methods, sketch
-from llmcompress.models.dense import Source
+from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, architecture
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
@@ -73,7 +73,7 @@ class Plan:
 class Job:
     """A recipe laid over a model: what both planning and compressing start from."""
 
-    source: Source
+    source: DenseModel
     arch: Architecture
     recipe: Recipe
     assignment: Assignment
@@ -100,7 +100,7 @@ class Job:
         return needs | {name: frozenset({"outer"} if name != only_looked_up else ()) for name in self.tables}
 
 
-def lay(source: Source, recipe: Recipe) -> Job:
+def prepare(source: DenseModel, recipe: Recipe) -> Job:
     """The recipe laid over the model. Raises InputError for a model that is not understood, RecipeError for a recipe
     whose methods need calibration that it does not have."""
     fuse = recipe.fuse
@@ -142,7 +142,7 @@ def _hungry(steps: Sequence[StepConfig]) -> Iterator[str]:
             yield step.method
 
 
-def _check_tables(recipe: Recipe, arch: Architecture, source: Source) -> None:
+def _check_tables(recipe: Recipe, arch: Architecture, source: DenseModel) -> None:
     """Raises RecipeError for steps that the token table or the output head of this model cannot have."""
     if recipe.head and arch.tied:
         raise RecipeError(f"head: the output head of {source.name} is its token table; give its steps as embeddings:")

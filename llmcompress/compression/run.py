@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.calibrate.walk import Block, walk
-from llmcompress.compression.block import Run, compress_block, restore, waiting
-from llmcompress.compression.journal import Journal, Origin, opened
-from llmcompress.compression.plan import Job, check_memory, lay, plan_of, warnings
+from llmcompress.compression.block import CompressionState, compress_block, pending_tensors, restore
+from llmcompress.compression.journal import Journal, RunOrigin, open_journal
+from llmcompress.compression.plan import Job, check_memory, plan_of, prepare, warnings
 from llmcompress.compression.result import Result
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.distill.blockwise.tune import Tune
@@ -62,7 +62,7 @@ def compress(
     """
     started = time.monotonic()
     place = device_of(device)
-    job = lay(resolve(str(model), revision), read_recipe(recipe))
+    job = prepare(resolve(str(model), revision), read_recipe(recipe))
     planned = plan_of(job)
     if job.assignment.unmatched:
         raise RecipeError(job.assignment.complaint())
@@ -73,12 +73,12 @@ def compress(
     check_output(Path(output), planned.bytes + planned.bytes // 20)
     check_memory(planned, device)
     tokens = _tokens(job)
-    origin = Origin.of(job.source, job.recipe, None if tokens is None else tokens.hash, device)
+    origin = RunOrigin.of(job.source, job.recipe, None if tokens is None else tokens.hash, device)
     with (
         writing(Path(output), keep=True) as writer,
-        opened(writer.folder, origin, job.source, resume, last=temporary is None) as journal,
+        open_journal(writer.folder, origin, job.source, resume, last=temporary is None) as journal,
     ):
-        run = Run(job, place, tune, 0 if tokens is None else tokens.held_out, list(journal.found))
+        run = CompressionState(job, place, tune, 0 if tokens is None else tokens.held_out, list(journal.found))
         started -= journal.seconds
         _compress_blocks(run, tokens, journal, writer, started, progress)
         _check_gates(run)
@@ -92,7 +92,7 @@ def compress(
 
 
 def _compress_blocks(
-    run: Run,
+    run: CompressionState,
     tokens: CalibrationTokens | None,
     journal: Journal,
     writer: Writer,
@@ -109,7 +109,7 @@ def _compress_blocks(
             continue
         for tensors in compress_block(run, block):
             writer.add(tensors, payload_texts(run.entries[-1].layouts))
-        pending = waiting(run)
+        pending = pending_tensors(run)
         run.entries[-1].seconds = time.monotonic() - started
         journal.add(run.entries[-1], pending)
 
@@ -124,7 +124,9 @@ def _tokens(job: Job) -> CalibrationTokens | None:
     return calibration_tokens(config, source.tokenizer(), teacher, source.config)
 
 
-def _blocks(run: Run, tokens: CalibrationTokens | None, finished: int, progress: Progress | None) -> Iterator[Block]:
+def _blocks(
+    run: CompressionState, tokens: CalibrationTokens | None, finished: int, progress: Progress | None
+) -> Iterator[Block]:
     """The walk over the model; without tokens, the moments are empty."""
     job, recipe = run.job, run.job.recipe
     return walk(
@@ -159,7 +161,7 @@ def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
     copy_companions(job.source.folder, writer.folder)
 
 
-def _check_gates(run: Run) -> None:
+def _check_gates(run: CompressionState) -> None:
     """Raises NumericsError where more layers needed a fallback than the recipe allows."""
     rows = run.rows
     fallbacks = [row for row in rows if row.fallback]
@@ -170,7 +172,9 @@ def _check_gates(run: Run) -> None:
         )
 
 
-def _report(run: Run, tokens: CalibrationTokens | None, journal: Journal, size: int, seconds: float) -> Report:
+def _report(
+    run: CompressionState, tokens: CalibrationTokens | None, journal: Journal, size: int, seconds: float
+) -> Report:
     job, rows = run.job, run.rows
     linears = [row for row in rows if row.name not in job.tables]
     weights = sum(prod(row.shape) for row in linears)
@@ -196,7 +200,7 @@ def _report(run: Run, tokens: CalibrationTokens | None, journal: Journal, size: 
     )
 
 
-def _searched_elsewhere(run: Run) -> tuple[str, ...]:
+def _searched_elsewhere(run: CompressionState) -> tuple[str, ...]:
     """A sentence where trellises were searched on another device than asked for."""
     if searched_there(run.device) or not any("trellis" in row.stored for row in run.rows):
         return ()

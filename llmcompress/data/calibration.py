@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.builtin import stdlib_source
-from llmcompress.data.generate_text import Sampling, teacher_sequences
+from llmcompress.data.generate_text import TextSampling, teacher_sequences
 from llmcompress.data.text import Document, read_documents, shuffled
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.calibration import Calibration, Switch, is_file
@@ -320,7 +320,7 @@ def _written_by_teacher(
     from transformers import PreTrainedModel
 
     teacher = model if isinstance(model, PreTrainedModel) else model()
-    sampling = Sampling(config.samples, config.length, config.seed, config.temperature, config.top_p)
+    sampling = TextSampling(config.samples, config.length, config.seed, config.temperature, config.top_p)
     wrote = teacher_sequences(teacher, tokenizer, sampling, config.chat_template, progress)
     return CalibrationTokens(
         sequences=wrote.sequences,

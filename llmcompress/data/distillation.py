@@ -1,4 +1,4 @@
-"""What a distillation learns from: `Source` says which text, or several domains of it, `read_data` makes them token
+"""What a distillation learns from: `TextSource` says which text, or several domains of it, `read_data` makes them token
 sequences with their targets.
 
 Beyond what calibration reads: of chats the answers alone count, documents in one sequence can be kept from seeing each
@@ -32,7 +32,7 @@ from llmcompress.data.chat_targets import answered
 from llmcompress.data.packing import Packed, Tokens, one_each, packed
 from llmcompress.data.text import Document, read_documents, shuffled
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.recipe.data import Domain, Source
+from llmcompress.recipe.data import Domain, TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -60,15 +60,15 @@ class Data:
 
 
 def read_data(
-    texts: Source | Sequence[Domain], tokenizer: PreTrainedTokenizerBase, load: Load, config: PreTrainedConfig
+    texts: TextSource | Sequence[Domain], tokenizer: PreTrainedTokenizerBase, load: Load, config: PreTrainedConfig
 ) -> Data:
     """What `texts` ask for; the same every time. `load` opens the dense model where it has to write a text itself.
 
     Raises InputError for text that cannot serve, RecipeError for what the tokenizer or the model (of `config`) cannot.
     """
-    domains = () if isinstance(texts, Source) else tuple(texts)
+    domains = () if isinstance(texts, TextSource) else tuple(texts)
     names = tuple(domain.name for domain in domains) or ("text",)
-    sources = [texts] if isinstance(texts, Source) else domains
+    sources = [texts] if isinstance(texts, TextSource) else domains
     found = [_sequences(source, tokenizer, load, config) for source in sources]
     parts = [sequences for sequences, _, _ in found]
     firsts = [len(sequences) - held_out for sequences, held_out, _ in found]
@@ -86,7 +86,7 @@ def read_data(
 
 
 def _sequences(
-    source: Source, tokenizer: PreTrainedTokenizerBase, load: Load, config: PreTrainedConfig
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, load: Load, config: PreTrainedConfig
 ) -> tuple[Batch, int, dict[str, Any]]:
     """All sequences of one text, how many of them, the last, are held out, and what a report says of them."""
     check_length(source.length, config)
@@ -100,7 +100,7 @@ def _sequences(
     return sequences, tokens.held_out, report
 
 
-def _read(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[CalibrationTokens, Batch]:
+def _read(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> tuple[CalibrationTokens, Batch]:
     if source.answers_only is True and not tokenizer.chat_template:
         raise RecipeError("answers_only is true, but the tokenizer has no chat template; set it to false")
     bos, eos = special_tokens(tokenizer, source.bos, source.eos)
@@ -113,7 +113,7 @@ def _read(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[Calibrati
     return _counted(found, source, bos, eos), found.sequences
 
 
-def _documents(source: Source, tokenizer: PreTrainedTokenizerBase, eos: int | None) -> Iterator[Iterator[Tokens]]:
+def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase, eos: int | None) -> Iterator[Iterator[Tokens]]:
     """Every document, piece by piece. Raises InputError once many were read of which nothing counts."""
     texts = read_documents(
         source.dataset,
@@ -137,7 +137,7 @@ def _documents(source: Source, tokenizer: PreTrainedTokenizerBase, eos: int | No
             raise _nothing_counts(source, number)
 
 
-def _is_chat(document: Document, source: Source, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _is_chat(document: Document, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> bool:
     return not isinstance(document, str) and source.chat_template is not False and bool(tokenizer.chat_template)
 
 
@@ -146,7 +146,7 @@ def _all(pieces: Iterator[list[int]]) -> Iterator[Tokens]:
 
 
 def _answers(
-    document: Document, source: Source, tokenizer: PreTrainedTokenizerBase, eos: int | None, where: str
+    document: Document, source: TextSource, tokenizer: PreTrainedTokenizerBase, eos: int | None, where: str
 ) -> Iterator[Tokens]:
     if isinstance(document, str):
         joined = source.packing and not source.boundaries
@@ -156,7 +156,7 @@ def _answers(
     return chain([answered(document, tokenizer, where)], ended)
 
 
-def _check_amount(found: Packed, source: Source) -> None:
+def _check_amount(found: Packed, source: TextSource) -> None:
     got, wanted = len(found.sequences), source.samples
     if found.read == 0:
         raise InputError(f"text from {source_name(source)} is empty; give a file or data set with text")
@@ -170,14 +170,14 @@ def _check_amount(found: Packed, source: Source) -> None:
         )
 
 
-def _nothing_counts(source: Source, read: int) -> InputError:
+def _nothing_counts(source: TextSource, read: int) -> InputError:
     return InputError(
         f"none of {read} documents from {source_name(source)} has an answer of the assistant within {source.length} "
         f"tokens, or two tokens at all; give chats with answers, or set answers_only: false"
     )
 
 
-def _counted(found: Packed, source: Source, bos: int | None, eos: int | None) -> CalibrationTokens:
+def _counted(found: Packed, source: TextSource, bos: int | None, eos: int | None) -> CalibrationTokens:
     return CalibrationTokens(
         sequences=found.sequences.ids,
         held_out=held_out_count(source.held_out, len(found.sequences)),

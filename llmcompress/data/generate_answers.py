@@ -28,7 +28,7 @@ GRAM, SHORT, VARIED = 4, 40, 0.25  # tokens; below so many nothing is called rep
 
 
 @dataclass(frozen=True)
-class Sampling:
+class AnswerSampling:
     """How an answer is drawn: `longest` tokens at most, its end included; at temperature 0 always the likeliest one."""
 
     temperature: float = 1.0
@@ -48,7 +48,7 @@ class Answer:
 class Answerer:
     """A model and its tokenizer as something that answers. Raises RecipeError for one without a chat template."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: AnswerSampling) -> None:
         if not tokenizer.chat_template:
             raise RecipeError("the model has no chat template, so it does not answer; choose a model made for chats")
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
@@ -123,7 +123,7 @@ class Answerer:
 class _Draw:
     """Leaves one token of each row possible: drawn by the row's own generator, or the likeliest."""
 
-    def __init__(self, sampling: Sampling, numbers: Sequence[int]) -> None:
+    def __init__(self, sampling: AnswerSampling, numbers: Sequence[int]) -> None:
         self.sampling = sampling
         self.generators = [generator(sampling.seed, "answer", number) for number in numbers]
 

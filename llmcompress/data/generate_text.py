@@ -48,7 +48,7 @@ PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Sampling:
+class TextSampling:
     """How much text is written and how: `sequences` of `length` tokens each."""
 
     sequences: int
@@ -72,7 +72,7 @@ class Written:
 def teacher_sequences(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
+    sampling: TextSampling,
     chat: Literal["auto"] | bool = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
@@ -129,7 +129,7 @@ def _write(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     starts: list[Iterator[list[int]]],
-    sampling: Sampling,
+    sampling: TextSampling,
     generator: torch.Generator,
     report: Callable[[int], None],
 ) -> tuple[Tensor, int]:
@@ -159,7 +159,7 @@ def _write(
     return torch.tensor(rows, dtype=torch.int64), documents
 
 
-def _sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:
+def _sample(logits_BV: Tensor, sampling: TextSampling, generator: torch.Generator) -> list[int]:
     """One token per row."""
     chances = token_chances(logits_BV, sampling.temperature, sampling.top_p)
     return torch.multinomial(chances, 1, generator=generator).squeeze(-1).tolist()

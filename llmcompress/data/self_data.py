@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from llmcompress.data.generate_answers import Answerer, Sampling
+from llmcompress.data.generate_answers import Answerer, AnswerSampling
 from llmcompress.data.text import Document, Message, read_documents
 from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
 from llmcompress.models.checkpoint import locked, replace_text
@@ -48,7 +48,7 @@ class Answering:
     split: str | None = None
     column: str | None = None
     prompts: int | None = None
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: AnswerSampling = field(default_factory=AnswerSampling)
     batch: int = 8
     keep_reference: bool = False
 

@@ -82,7 +82,7 @@ def _exponential(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def look(run: TrainContext, step: int) -> dict[str, Any]:
+def evaluate_held_out(run: TrainContext, step: int) -> dict[str, Any]:
     """The student on the held-out sequences: {step, kl, perplexity, teacher_perplexity}, and of several `domains` each
     of them."""
     found = {name: _distances(run, part) for name, part in zip(run.data.names, run.data.held_out, strict=True)}

@@ -16,7 +16,7 @@ from llmcompress.data.batch import Batch
 from llmcompress.distill.blockwise.store import Shelf
 from llmcompress.distill.blockwise.walk import recover_blocks
 from llmcompress.distill.context import Report, TrainContext
-from llmcompress.distill.held_out import look
+from llmcompress.distill.held_out import evaluate_held_out
 from llmcompress.distill.resume import Keeper
 from llmcompress.distill.student.low_rank import adapt, rounded, teachers_weights
 from llmcompress.distill.student.model import check_latents, relaxed_student
@@ -91,7 +91,7 @@ def _end_to_end(run: TrainContext, learned: Learned, report: Report | None) -> N
     numbers: dict[str, int] = {
         kind: sum(value.numel() for value in values.values()) for kind, values in student.trained.items()
     }
-    learned.add(student.settle(), student.dense(), numbers)
+    learned.add(student.freeze_into_model(), student.dense(), numbers)
     learned.history += measured.history
     learned.steps += measured.step
     learned.tokens += measured.targets
@@ -134,9 +134,9 @@ def _by_blocks(run: TrainContext, learned: Learned, report: Report | None) -> No
 
 
 def _look(run: TrainContext, step: int) -> dict[str, Any]:
-    """`look`, decoding every weight once."""
+    """`evaluate_held_out`, decoding every weight once."""
     with decoded(run.student.model), decoded(run.teacher):
-        return look(run, step)
+        return evaluate_held_out(run, step)
 
 
 def _round(run: TrainContext, learned: Learned, adapted: Iterable[str]) -> None:

@@ -27,9 +27,9 @@ from llmcompress.data.mixture import draw, normalized, quotas, reweighted
 from llmcompress.data.schedule import rate
 from llmcompress.distill.activation_checkpointing import recomputed
 from llmcompress.distill.context import Report, TrainContext
-from llmcompress.distill.held_out import _distances, look
+from llmcompress.distill.held_out import _distances, evaluate_held_out
 from llmcompress.distill.metrics import term_names
-from llmcompress.distill.objective.hidden_states import Matching
+from llmcompress.distill.objective.hidden_states import StateMatching
 from llmcompress.distill.objective.module import Objective
 from llmcompress.distill.optimizers import optimizer_of
 from llmcompress.distill.parallel.engine import Engine, held_decoded
@@ -46,7 +46,7 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
     """
     recipe, accelerator = run.recipe, run.accelerator
     states = [term.of.start() for term in recipe.losses]
-    matching = Matching.of(run.student.model, run.reader, recipe.losses, recipe.seed)
+    matching = StateMatching.of(run.student.model, run.reader, recipe.losses, recipe.seed)
     run.student.join(matching.projections)
     objective = Objective(run.student.model, run.teaching, matching, list(zip(recipe.losses, states, strict=True)))
     optimizer = optimizer_of(recipe, run.student.groups())
@@ -141,7 +141,7 @@ def _shares(run: TrainContext, progress: Progress) -> dict[str, dict[str, float]
 
 def _seen(run: TrainContext, engine: Engine, progress: Progress) -> dict[str, Any]:
     """A look, and what was read before it."""
-    found = engine.within(lambda: look(run, progress.step))
+    found = engine.within(lambda: evaluate_held_out(run, progress.step))
     return {**found, "tokens": progress.targets, **_shares(run, progress)}
 
 
@@ -172,7 +172,7 @@ def _step(run: TrainContext, engine: Engine, step: int, batch: Batch) -> tuple[l
     weights = [term.weight_at(step, run.steps) / count for term, count in zip(recipe.losses, counts, strict=True)]
     report = torch.zeros(len(counts), 2, device=accelerator.device)
     for number, part in enumerate(parts, start=1):
-        with engine.waiting(last=number == len(parts)):
+        with engine.no_sync(last=number == len(parts)):
             with run.autocast():
                 loss, found = engine.measure(part, weights)
             engine.backward(loss)

@@ -18,7 +18,7 @@ from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.scores import Evaluation, evaluate, evaluate_all
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import add_file, check_output, read_json, writing
-from llmcompress.models.dense import Source, dense_skeleton, load_model, load_tokenizer, open_source, read_headers
+from llmcompress.models.dense import DenseModel, dense_skeleton, load_model, load_tokenizer, open_source, read_headers
 from llmcompress.models.families import Linear, architecture
 from llmcompress.models.locate import Place, locate
 from llmcompress.runtime.precision import fast_float32
@@ -126,7 +126,7 @@ def _owner(name: str, linears: Mapping[str, Linear]) -> str | None:
     return next((path for stop in range(len(parts)) if (path := ".".join(parts[:stop])) in linears), None)
 
 
-def _dense_bpw(source: Source) -> float | None:
+def _dense_bpw(source: DenseModel) -> float | None:
     try:
         linears = architecture(source.config, source.skeleton()).linears()
     except InputError:  # it can be scored all the same

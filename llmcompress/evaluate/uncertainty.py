@@ -59,17 +59,7 @@ def paired(reference: Sequence[float], model: Sequence[float]) -> Difference:
     elif error == 0:
         beyond = value != 0 and 2 * 0.5**count < 1 - CONFIDENCE
     else:
-        beyond = within(abs(value) / error, count - 1) > CONFIDENCE
+        from scipy.special import stdtr  # light, unlike scipy.stats
+
+        beyond = bool(2 * stdtr(count - 1, -abs(value) / error) < 1 - CONFIDENCE)
     return Difference(value, error, count, beyond)
-
-
-def within(t: float, degrees: int) -> float:
-    """P(|T| <= t) of Student's t with `degrees` >= 1 degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    cosine, odd = math.cos(angle), degrees % 2
-    term = math.sin(angle) * (cosine if odd else 1.0)
-    total = term if degrees > 1 else 0.0
-    for step in range(2 + odd, degrees - 1, 2):
-        term *= (step - 1) / step * cosine**2
-        total += term
-    return 2 / math.pi * (angle + total) if odd else total

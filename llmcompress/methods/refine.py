@@ -26,7 +26,7 @@ from llmcompress.methods.engines.hessian import metric
 from llmcompress.methods.engines.moves import moved, visited
 from llmcompress.methods.engines.projection import Kept, Pruned, Quantized
 from llmcompress.methods.engines.scales import rescaled
-from llmcompress.methods.engines.streams import Streams
+from llmcompress.methods.engines.streams import TrellisStreams
 from llmcompress.methods.engines.vectors import books_of
 from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
 from llmcompress.weight.expression import (
@@ -85,7 +85,7 @@ def descended(base: Weight, target: Tensor, hessian: Tensor) -> Weight:
     base = moved(base, target, lambda books, own, shown: visited(books, own, hessian, shown))
     if books_of(base):
         return base
-    streams = Streams.of(base) if isinstance(base, TrellisCoded) else None
+    streams = TrellisStreams.of(base) if isinstance(base, TrellisCoded) else None
     move_to = nearest(base) if streams is None else streams.project
     values = dense(base).T.clone(memory_format=torch.contiguous_format)  # [in, out], like everything below
     pull = hessian @ (target.T - values)

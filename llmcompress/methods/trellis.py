@@ -18,7 +18,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.methods.engines.feedback import feedback
 from llmcompress.methods.engines.hessian import feedback_factor, metric
 from llmcompress.methods.engines.scales import rescaled
-from llmcompress.methods.engines.streams import RUN, Streams
+from llmcompress.methods.engines.streams import RUN, TrellisStreams
 from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
 from llmcompress.weight.expression import Dense, TrellisCoded, Weight, describe, shape
 from llmcompress.weight.trellis import Trellis
@@ -74,6 +74,6 @@ def trellis(layer: Layer, config: TrellisConfig) -> Layer:
     kind = config.trellis()
     spread = target.square().mean(1, keepdim=True).sqrt()  # that of the trellis' numbers is 1
     scale = spread.clamp_max(torch.finfo(torch.float16).max).to(torch.float16)
-    base = feedback(target, factor, Streams(scale, target.shape[1], kind, RUN))
+    base = feedback(target, factor, TrellisStreams(scale, target.shape[1], kind, RUN))
     hessian = metric(layer.inputs, target, config.damping)
     return with_base(layer, rescaled(base, target, hessian), notes)

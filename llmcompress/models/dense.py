@@ -1,7 +1,7 @@
 """A dense model to compress: its config, the headers of its tensors, and one tensor at a time when asked.
 
 Nothing here holds weights. `resolve` reads the config and the safetensors headers and refuses what cannot be
-compressed before any work is done; `Source.read` opens one file, copies one tensor and lets the file go.
+compressed before any work is done; `DenseModel.read` opens one file, copies one tensor and lets the file go.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Header:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class DenseModel:
     """A dense causal language model on disk.
 
     `tensors` are keyed by the names the model itself uses, whatever the file calls them; `tied` maps names that are
@@ -134,7 +134,7 @@ def load_model(
     return model.eval()
 
 
-def resolve(model: str, revision: str | None = None) -> Source:
+def resolve(model: str, revision: str | None = None) -> DenseModel:
     """The dense model that `model` names (see `locate`), checked from its config and its tensors' headers alone.
 
     Raises InputError, in one sentence, for a missing, empty or damaged folder, for anything but a causal language
@@ -144,7 +144,7 @@ def resolve(model: str, revision: str | None = None) -> Source:
     return open_source(locate(model, revision))
 
 
-def open_source(place: Place) -> Source:
+def open_source(place: Place) -> DenseModel:
     """`resolve` for a model that was already located."""
     config = read_config(place.folder)
     skeleton = dense_skeleton(config, place.folder)
@@ -153,7 +153,7 @@ def open_source(place: Place) -> Source:
     tensors, tied, unused = _match(skeleton, stored, place.folder)
     note = f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one" if unused else ""
     notes = (*place.notes, note) if note else place.notes
-    return Source(
+    return DenseModel(
         place.name,
         place.folder,
         place.revision,

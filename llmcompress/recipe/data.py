@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from llmcompress.recipe.calibration import Calibration, Switch
 
 
-class Source(Calibration):
+class TextSource(Calibration):
     """One text that a distillation reads, as calibration reads it, and what of it counts.
 
     With `shuffle`, `samples` sequences are a random part of the data: the control for any cleverer choice.
@@ -24,7 +24,7 @@ class Source(Calibration):
     them. True: text that is no chat does not count at all."""
 
     @model_validator(mode="after")
-    def _countable(self) -> Source:
+    def _countable(self) -> TextSource:
         if self.held_out == 0:
             raise ValueError("held_out is 0, so nothing could tell whether it helps; hold some sequences out")
         if self.samples < 2:
@@ -38,7 +38,7 @@ class Source(Calibration):
         return self
 
 
-class Domain(Source):
+class Domain(TextSource):
     """One of several texts, by name."""
 
     name: str = Field(min_length=1, max_length=100)
@@ -51,7 +51,7 @@ def _texts(value: Any) -> Any:
     if isinstance(value, dict):
         if one := sorted({"name", "weight"} & value.keys()):
             raise ValueError(f"data is one text, which needs no {one[0]}; write it as a list, or leave that out")
-        return Source.model_validate(value)
+        return TextSource.model_validate(value)
     if isinstance(value, list | tuple):
         if not value or not all(isinstance(each, dict | Domain) for each in value):
             raise ValueError("data is a map, or a list of domains such as {name: code, dataset: code.jsonl}")
@@ -63,7 +63,7 @@ def _texts(value: Any) -> Any:
     return value
 
 
-Texts = Annotated[tuple[Domain, ...] | Source, BeforeValidator(_texts)]
+Texts = Annotated[tuple[Domain, ...] | TextSource, BeforeValidator(_texts)]
 
 
 class Mixture(BaseModel):

@@ -11,7 +11,7 @@ import llmcompress.losses  # noqa: F401 (registers them)
 from llmcompress.losses.features import any_loss_config, reads_states
 from llmcompress.losses.loss import LossConfig
 from llmcompress.recipe.adaptation import Adaptation
-from llmcompress.recipe.data import Mixture, Source, Texts
+from llmcompress.recipe.data import Mixture, Texts, TextSource
 from llmcompress.recipe.freezing import Freezing
 
 Kind = Literal["codes", "scales", "values", "factors", "norms", "weights", "projections"]
@@ -163,7 +163,7 @@ class Distillation(BaseModel):
     version: Literal[1] = 1
     name: str = Field(default="distillation", min_length=1, max_length=200)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    data: Texts = Source(samples=528, length=256, held_out=16)
+    data: Texts = TextSource(samples=528, length=256, held_out=16)
     mixture: Mixture = Mixture()
     losses: tuple[Term, ...] = Field(default=(Term(of={"loss": "forward_kl"}),), min_length=1)
     teacher: Teacher = Teacher()
@@ -233,7 +233,7 @@ class Distillation(BaseModel):
             if stage.adapt is not None and "factors" not in stage.rates:
                 raise ValueError("adapt adds low-rank factors, which rates has nothing for; give rates one for factors")
             stage._check_latents()
-        if self.mixture.reweight != "none" and isinstance(self.data, Source):
+        if self.mixture.reweight != "none" and isinstance(self.data, TextSource):
             raise ValueError("mixture: there is one text, so no shares to move; list domains in data, or leave it out")
         if all(reads_states(term.of) for term in self.losses):
             raise ValueError("losses: hidden states alone do not teach what follows; add a loss such as forward_kl")

@@ -21,7 +21,7 @@ KEPT = ((MMAP_THRESHOLD, 2**25), (TRIM_THRESHOLD, NEVER), (TOP_PAD, 2**26))
 USUAL = ((MMAP_THRESHOLD, 2**25), (TRIM_THRESHOLD, 2**26), (TOP_PAD, 2**17))
 
 
-def give_back_memory() -> None:
+def trim_memory() -> None:
     """Returns freed memory to the system.
 
     glibc keeps what lies between long-lived allocations: without this, 24 blocks of 28 MB left 370 MB behind.
@@ -49,7 +49,7 @@ def keeping_freed_memory() -> Iterator[None]:
     finally:
         for parameter, value in USUAL:
             mallopt(parameter, value)
-        give_back_memory()
+        trim_memory()
 
 
 def _of_library(name: str) -> Any:

@@ -32,10 +32,10 @@ from scipy.stats import spearmanr
 from llmcompress.compression import run
 from llmcompress.compression.allocate.plan import Allocation, allocate, damage
 from llmcompress.compression.allocate.price_file import allocate_by
-from llmcompress.compression.allocate.sensitivity import Dense, in_parts
+from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.perplexity import text_windows
-from llmcompress.models.dense import Source, load_model, load_tokenizer, resolve
+from llmcompress.models.dense import DenseModel, load_model, load_tokenizer, resolve
 from llmcompress.models.locate import Place
 from llmcompress.recipe.compression import dump, read_recipe
 from llmcompress.weight.modules import decoded
@@ -65,7 +65,7 @@ def main() -> None:
     found = allocated(source, recipe(asked), asked.prices)
     text = (asked.data / "wikitext2-test.raw").read_text(encoding="utf-8")
     windows = text_windows(load_tokenizer(source.folder), text, asked.windows, LENGTH, source.config)
-    dense = Dense(windows, in_parts(load_model(Place(source.name, source.folder)), windows))
+    dense = DensePredictions(windows, in_parts(load_model(Place(source.name, source.folder)), windows))
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     held = asked.jsonl.read_text(encoding="utf-8").splitlines() if asked.jsonl and asked.jsonl.exists() else []
     known = {row["steps"]: row for row in map(json.loads, held)}
@@ -100,13 +100,13 @@ def recipe(asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def allocated(source: Source, asked: dict[str, Any], kept: Path | None) -> Allocation:
+def allocated(source: DenseModel, asked: dict[str, Any], kept: Path | None) -> Allocation:
     """The plan for a recipe, by the prices in the file `kept`."""
     wanted = read_recipe(asked)
     return allocate(source, wanted) if kept is None else allocate_by(kept, source, wanted)
 
 
-def others(source: Source, asked: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...]]]:
+def others(source: DenseModel, asked: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...]]]:
     """What is chosen by prices on random pieces of the calibration text."""
     text = (asked.data / "wikitext2-valid.txt").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +133,7 @@ def plans(found: Allocation, count: int) -> Iterator[tuple[str, tuple[int, ...]]
         yield name, plan
 
 
-def measured(found: Allocation, source: Source, dense: Dense) -> dict[str, Any]:
+def measured(found: Allocation, source: DenseModel, dense: DensePredictions) -> dict[str, Any]:
     """Compresses by a plan; its sizes, and its KL on the probing tokens and on the text."""
     with tempfile.TemporaryDirectory() as folder:
         report = run.compress(source.name, found.recipe, Path(folder) / "model", revision=source.revision).report

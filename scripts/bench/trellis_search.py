@@ -14,7 +14,7 @@ import time
 import torch
 
 from llmcompress.methods.engines.stream_search import searched_there
-from llmcompress.methods.engines.streams import RUN, Streams
+from llmcompress.methods.engines.streams import RUN, TrellisStreams
 from llmcompress.weight.trellis import Trellis
 
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 def timed(values: torch.Tensor, trellis: Trellis) -> tuple[float, torch.Tensor]:
     """Milliseconds for each row of `values [columns, rows]` but the first, and all codes."""
-    columns = Streams(torch.ones(values.shape[1], 1, device=values.device).half(), len(values), trellis, RUN)
+    columns = TrellisStreams(torch.ones(values.shape[1], 1, device=values.device).half(), len(values), trellis, RUN)
     columns.project(0, values[0])
     started = finished(values.device)
     for column in range(1, len(values)):

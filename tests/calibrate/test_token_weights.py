@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.calibrate.blocks import Run, embed, in_batches, load
+from llmcompress.calibrate.blocks import BlockForward, embed, in_batches, load
 from llmcompress.calibrate.token_weights import QUERIES, received_attention, scaled
 from llmcompress.calibrate.walk import InputGroup, walk
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.methods.moments import STATISTICS, capped_weights
-from llmcompress.models.dense import Source, resolve
+from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import FAMILIES, Architecture, architecture
 from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.recipe.compression import parse_recipe
@@ -26,7 +26,7 @@ from tests.tiny import save_tiny, tiny
 
 LENGTH = QUERIES + 13  # more than one run of queries
 EVERYTHING = frozenset({"square", "outer"})
-Opened = Callable[[str], tuple[Source, Architecture]]
+Opened = Callable[[str], tuple[DenseModel, Architecture]]
 both = pytest.mark.parametrize("by", ["attention", "norm"])
 
 
@@ -37,9 +37,9 @@ def sequences(count: int = 4) -> Tensor:
 @pytest.fixture(scope="session")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     """Tiny models on disk, one per family."""
-    made: dict[str, tuple[Source, Architecture]] = {}
+    made: dict[str, tuple[DenseModel, Architecture]] = {}
 
-    def get(family: str) -> tuple[Source, Architecture]:
+    def get(family: str) -> tuple[DenseModel, Architecture]:
         if family not in made:
             changes = {"hidden_size": 32, "n_layer": 2, "n_head": 4} if family == "bloom" else {}
             source = resolve(str(save_tiny(family, tmp_path_factory.mktemp(family), tokenizer=False, **changes)))
@@ -50,8 +50,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
 
 
 def runs(
-    source: Source, arch: Architecture, tokens: Tensor, dtype: torch.dtype = torch.float32
-) -> list[tuple[Run, Tensor]]:
+    source: DenseModel, arch: Architecture, tokens: Tensor, dtype: torch.dtype = torch.float32
+) -> list[tuple[BlockForward, Tensor]]:
     """Every dense block with its inputs."""
     model, batches = source.skeleton(), in_batches(len(tokens), 0, len(tokens))
     hidden, calls, _ = embed(model, source, arch, tokens, batches, torch.device("cpu"))
@@ -59,7 +59,7 @@ def runs(
     for index, layout in enumerate(arch.blocks):
         module = model.get_submodule(layout.path)
         load(module, layout.path, source, hidden.device)
-        run = Run(module, layout.path, {size: given[index] for size, given in calls.items()}, dtype)
+        run = BlockForward(module, layout.path, {size: given[index] for size, given in calls.items()}, dtype)
         found.append((run, hidden))
         with torch.no_grad():
             hidden = run(hidden)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llmcompress.calibrate.blocks import Batch, Call, Run, _record, _Tape, embed
+from llmcompress.calibrate.blocks import BlockForward, Call, RowBatch, _record, _Tape, embed
 from llmcompress.calibrate.walk import Block, walk
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.methods.moments import capped_weights
-from llmcompress.models.dense import Source, resolve
+from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import FAMILIES, Architecture, architecture
 from llmcompress.weight.expression import Dense, dense
 from llmcompress.weight.modules import CompressedLinear
@@ -27,7 +27,7 @@ from tests.tiny import VOCABULARY, save_tiny, tiny
 
 DISCOVERED = ["stablelm", "starcoder2", "olmo2", "granite", "cohere", "bloom"]  # families without a row
 OUTER = frozenset({"outer"})
-Opened = Callable[[str], tuple[Source, Architecture]]
+Opened = Callable[[str], tuple[DenseModel, Architecture]]
 
 
 def sequences(count: int = 5, length: int = 24) -> Tensor:
@@ -37,9 +37,9 @@ def sequences(count: int = 5, length: int = 24) -> Tensor:
 @pytest.fixture(scope="session")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     """Tiny models on disk, one per family."""
-    made: dict[str, tuple[Source, Architecture]] = {}
+    made: dict[str, tuple[DenseModel, Architecture]] = {}
 
-    def get(family: str) -> tuple[Source, Architecture]:
+    def get(family: str) -> tuple[DenseModel, Architecture]:
         if family not in made:
             source = resolve(str(save_tiny(family, tmp_path_factory.mktemp(family), **changes(family))))
             made[family] = source, architecture(source.config, source.skeleton())
@@ -268,7 +268,7 @@ def test_blocks_are_dropped(opened: Opened) -> None:
     assert all(parameter.is_meta for parameter in block.module.parameters())
 
 
-def damaged(source: Source, path: Path, name: str, value: float) -> Source:
+def damaged(source: DenseModel, path: Path, name: str, value: float) -> DenseModel:
     """A copy of the model with one weight set to `value`."""
     tensors = load_file(source.folder / "model.safetensors")
     tensors[name].view(-1)[5] = value
@@ -357,7 +357,7 @@ class Relay(nn.Module):
 
 
 def test_blocks_that_talk_to_each_other_are_refused() -> None:
-    model, batches = Relay(), [Batch(slice(0, 5), False)]
+    model, batches = Relay(), [RowBatch(slice(0, 5), False)]
     with pytest.raises(InputError, match="its code fails with stand-ins for them"):  # as blocks return three things
         _record(model, "layers", sequences(), batches, torch.device("cpu"), as_tuple=False)
     with pytest.raises(InputError, match=r"layers\.1 gets more than hidden states from the block before"):
@@ -378,20 +378,20 @@ class Odd(nn.Module):
 
 def test_odd_blocks_are_refused() -> None:
     hidden = torch.zeros(1, 2, 4)
-    run = Run(Odd(4), "layers.0", {1: Call((), {})})
+    run = BlockForward(Odd(4), "layers.0", {1: Call((), {})})
     assert run(hidden).shape == hidden.shape
     for name, times in (("layers.0.twice", 2), ("layers.0.never", 0)):
         with pytest.raises(InputError, match=f"{name} is called {times} times by its block"):
             run(hidden, names=(name,))
     assert not run.module.twice._forward_pre_hooks  # taken off although the run failed
     with pytest.raises(InputError, match=r"layers\.0 turns hidden states of shape \[1, 2, 4\] into \[1, 2, 5\]"):
-        Run(Odd(5), "layers.0", {1: Call((), {})})(hidden)
+        BlockForward(Odd(5), "layers.0", {1: Call((), {})})(hidden)
 
 
 def test_recorders_are_taken_out_again(opened: Opened) -> None:
     source, arch = opened("llama")
     model = source.skeleton()
-    batches = [Batch(slice(0, 5), False)]
+    batches = [RowBatch(slice(0, 5), False)]
     embed(model, source, arch, sequences(), batches, torch.device("cpu"))
     assert [type(block).__name__ for block in model.model.layers] == ["LlamaDecoderLayer"] * 2
     assert all(parameter.is_meta for parameter in model.parameters())

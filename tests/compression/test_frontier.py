@@ -17,7 +17,7 @@ import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.compression.frontier import budgets, sweep
 from llmcompress.compression.frontier.peers import read_peers
-from llmcompress.compression.frontier.sweep import PRICES, SILENT, Told, frontier
+from llmcompress.compression.frontier.sweep import PRICES, SILENT, SweepCallbacks, frontier
 from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeError
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.scores import evaluate
@@ -63,7 +63,7 @@ def protocol(place: Path, *tasks: str) -> Protocol:
     return Protocol(place / "other.txt", 4, 48, tasks)
 
 
-def swept(place: Path, output: Path, bpw: str = BPW, told: Told = SILENT, **more: Any) -> Found:
+def swept(place: Path, output: Path, bpw: str = BPW, told: SweepCallbacks = SILENT, **more: Any) -> Found:
     recipe = read_recipe(values(place, **more))
     return frontier(place / "dense", [recipe], budgets(bpw, None), output, protocol(place), told=told)
 
@@ -167,7 +167,7 @@ def test_a_sweep_that_was_cut_goes_on(
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
     assert (tmp_path / "out" / PRICES).is_file() and bool(kept) == bool(calls)
     priced: list[int] = []
-    again = swept(place, tmp_path / "out", told=Told(pricing=lambda done, total, speed: priced.append(done)))
+    again = swept(place, tmp_path / "out", told=SweepCallbacks(pricing=lambda done, total, speed: priced.append(done)))
     assert not priced, "prices are measured once"
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items()), "what is finished stays"
     points = {one["budget"]: one for one in again["series"][0]["points"]}

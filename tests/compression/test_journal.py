@@ -98,7 +98,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     original = block.compress_block
 
-    def counted(run: block.Run, block: Any) -> Any:
+    def counted(run: block.CompressionState, block: Any) -> Any:
         found.append(block.index)
         return original(run, block)
 
@@ -159,7 +159,7 @@ def test_tables_are_kept_as_well(table: int, place: Path, tmp_path: Path, monkey
     asked = recipe(place, **TABLES)
     original = block.compress_block
 
-    def failing(run: block.Run, block: Block) -> Iterator[dict[str, Tensor]]:
+    def failing(run: block.CompressionState, block: Block) -> Iterator[dict[str, Tensor]]:
         if block.index == DEPTH + table:
             raise MemoryError
         yield from original(run, block)
@@ -291,11 +291,11 @@ def test_gates_may_be_set_anew(place: Path, tmp_path: Path, monkeypatch: pytest.
     """A run that missed one at its end has done its work: with another gate nothing is compressed again."""
     asked = recipe(place)
 
-    def fallen(self: block.Run) -> list[LayerReport]:
+    def fallen(self: block.CompressionState) -> list[LayerReport]:
         return [replace(row, fallback="damped") for entry in self.entries for row in entry.rows]
 
     with monkeypatch.context() as context:
-        context.setattr(block.Run, "rows", property(fallen))
+        context.setattr(block.CompressionState, "rows", property(fallen))
         with pytest.raises(NumericsError, match="layers needed a fallback") as raised:
             lc.compress(place / "dense", asked, tmp_path / "out")
     assert verdict(raised.value)[1].endswith("from where the same command goes on")  # type: ignore[index]
@@ -330,7 +330,7 @@ def test_the_command_says_what_it_keeps(place: Path, tmp_path: Path, monkeypatch
     words = ["compress", str(place / "dense"), str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")]
     original = block.compress_block
 
-    def terminated(run: block.Run, block: Block) -> Iterator[dict[str, Tensor]]:
+    def terminated(run: block.CompressionState, block: Block) -> Iterator[dict[str, Tensor]]:
         if block.index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         yield from original(run, block)

@@ -14,7 +14,7 @@ import llmcompress as lc
 from llmcompress.calibrate.walk import walk
 from llmcompress.errors import RecipeError
 from llmcompress.methods.moments import Moments
-from llmcompress.models.dense import Source, resolve
+from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import architecture
 from llmcompress.weight import modules
 from llmcompress.weight.expression import dense
@@ -190,13 +190,13 @@ def test_a_table_of_an_unknown_kind_is_refused(tmp_path: Path, text: Path, monke
     class Hashed(nn.Embedding):
         pass
 
-    def skeleton(source: Source) -> Any:
+    def skeleton(source: DenseModel) -> Any:
         model = plain(source)
         model.set_input_embeddings(Hashed(264, 32, device="meta"))
         return model
 
-    plain = Source.skeleton
-    monkeypatch.setattr(Source, "skeleton", skeleton)
+    plain = DenseModel.skeleton
+    monkeypatch.setattr(DenseModel, "skeleton", skeleton)
     source = save_tiny("llama", tmp_path / "dense")
     with pytest.raises(RecipeError, match="a Hashed does more than look up rows and scale them; leave embeddings: out"):
         lc.plan(source, recipe(text, embeddings=RTN))

@@ -17,7 +17,7 @@ from llmcompress.data.chat_targets import answered
 from llmcompress.data.distillation import PATIENCE, Data, read_data
 from llmcompress.data.packing import one_each, packed
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.recipe.data import Source
+from llmcompress.recipe.data import TextSource
 from tests.tiny import tiny_tokenizer
 
 BOS, EOS = 256, 257
@@ -61,7 +61,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 def read(path: Path, tokenizer: PreTrainedTokenizerFast | None = None, **more: Any) -> Data:
-    source = Source(**{"dataset": str(path), "shuffle": False, "held_out": 1, **more})
+    source = TextSource(**{"dataset": str(path), "shuffle": False, "held_out": 1, **more})
     return read_data(source, tokenizer or tiny_tokenizer(), None, None)  # type: ignore[arg-type]
 
 
@@ -181,7 +181,7 @@ def test_answers_need_a_template(tmp_path: Path) -> None:
 )
 def test_impossible_sources_are_refused(more: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
-        Source(**more)
+        TextSource(**more)
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------
@@ -192,7 +192,9 @@ def test_plain_text_is_read_as_calibration_reads_it(tmp_path: Path) -> None:
     path = write(tmp_path / "texts.jsonl", rows)
     for more in ({}, {"eos": True}, {"bos": False}, {"shuffle": True, "seed": 3}):
         found = read(path, length=24, samples=20, **more)
-        source = Source(**{"dataset": str(path), "shuffle": False, "held_out": 1, "length": 24, "samples": 20, **more})
+        source = TextSource(
+            **{"dataset": str(path), "shuffle": False, "held_out": 1, "length": 24, "samples": 20, **more}
+        )
         wanted = calibration_tokens(source, tiny_tokenizer())
         assert torch.equal(torch.cat([found.sequences.ids, found.held_out[0].ids]), wanted.sequences)
         assert wanted.report().items() <= found.report.items() and found.report["targets"] == 20 * 23

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from llmcompress.cli.app import app
 from llmcompress.data import generate_answers, self_data
 from llmcompress.data.calibration import calibration_tokens
-from llmcompress.data.generate_answers import Answer, Answerer, Sampling, repetitive, turn_end
+from llmcompress.data.generate_answers import Answer, Answerer, AnswerSampling, repetitive, turn_end
 from llmcompress.data.self_data import Answering, answer
 from llmcompress.errors import (
     DiskError,
@@ -57,7 +57,7 @@ def asked(prompts: list[str]) -> list[tuple[int, list[dict[str, str]]]]:
 
 def answerer(model: PreTrainedModel | None = None, **sampling: Any) -> Answerer:
     given = {"longest": 12, "top_p": 0.9, **sampling}
-    return Answerer(ending() if model is None else model, tiny_tokenizer(), Sampling(**given))
+    return Answerer(ending() if model is None else model, tiny_tokenizer(), AnswerSampling(**given))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -158,7 +158,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def request(place: Path, **more: Any) -> Answering:
-    given = {"sampling": Sampling(longest=12), "batch": 3}
+    given = {"sampling": AnswerSampling(longest=12), "batch": 3}
     return Answering(**({"dataset": str(place / "prompts.jsonl"), **given} | more))
 
 
@@ -252,7 +252,7 @@ def test_what_does_not_continue_is_refused(place: Path) -> None:
     with pytest.raises(Cut):
         answer(model, request(place), out, progress=stop_at(6, cut))
     with pytest.raises(InputError, match="was left by a run with other prompts, another model or other settings"):
-        answer(model, request(place, sampling=Sampling(longest=12, seed=1)), out)
+        answer(model, request(place, sampling=AnswerSampling(longest=12, seed=1)), out)
     text = (place / "prompts.jsonl").read_text()
     (place / "prompts.jsonl").write_text(text.replace("Name a river", "Name a brook"))
     with pytest.raises(InputError, match="was left by a run with other prompts"):
@@ -283,7 +283,7 @@ def test_what_cannot_be_answered_is_refused(place: Path, monkeypatch: pytest.Mon
     (place / "empty.jsonl").write_text('{"messages": [{"role": "system", "content": "Be brief."}]}\n')
     refused(InputError, "empty.jsonl has no prompt", dataset=str(place / "empty.jsonl"))
     refused(RecipeError, "batch is 0", batch=0)
-    refused(RecipeError, "temperature -1 and top_p 0.95", sampling=Sampling(temperature=-1))
+    refused(RecipeError, "temperature -1 and top_p 0.95", sampling=AnswerSampling(temperature=-1))
     with FileLock(place / "out.jsonl.partial.lock"):
         refused(LockedError, "is being written by another process")
     with monkeypatch.context() as patch:

@@ -29,7 +29,7 @@ import llmcompress as lc
 from llmcompress.compression.depth.similarity import alike_blocks
 from llmcompress.compression.frontier import budgets
 from llmcompress.compression.frontier.sweep import frontier
-from llmcompress.data.generate_answers import Sampling
+from llmcompress.data.generate_answers import AnswerSampling
 from llmcompress.data.self_data import Answering, answer
 from llmcompress.distill.run import distill
 from llmcompress.distill.teacher import quantized
@@ -201,7 +201,7 @@ def of_scores(place: Path, device: str, out: Path) -> Any:
 
 def of_writing(place: Path, device: str, out: Path) -> Any:
     """Answers of a model, and which of its blocks are alike."""
-    asked = Answering(str(place / "prompts.jsonl"), sampling=Sampling(longest=6))
+    asked = Answering(str(place / "prompts.jsonl"), sampling=AnswerSampling(longest=6))
     done = answer(str(place / "untied"), asked, out / "answers.jsonl", device=device)
     alike = alike_blocks(place / "untied", 1, text=str(place / "text.txt"), device=device)
     return [done.prompts, list(alike.cosines)]

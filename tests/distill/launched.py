@@ -77,7 +77,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     runs: list[TrainContext] = []
     held: dict[str, Any] = {}
     seen: list[int] = []
-    look = train.look
+    look = train.evaluate_held_out
 
     def remembering(given: TrainContext, step: int) -> dict[str, float]:
         runs.append(given)
@@ -104,7 +104,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         partition()
     try:
         chunked = mock.patch.object(chunked_loss, "LOGITS_ON_CPU", 2**12)  # so that heads work on several chunks
-        with chunked, ONE_GROUP, mock.patch.object(train, "look", remembering), mock.patch.object(train, "time", CLOCK):
+        with (
+            chunked,
+            ONE_GROUP,
+            mock.patch.object(train, "evaluate_held_out", remembering),
+            mock.patch.object(train, "time", CLOCK),
+        ):
             done = distill(job["student"], job["teacher"], job["recipe"], job["output"], progress=progress)
         found = done.to_json()
     except (LLMCompressError, Terminated) as error:

@@ -13,7 +13,7 @@ from llmcompress.data.batch import PADDING, Batch
 from llmcompress.distill.held_out import Distances, distances
 from llmcompress.distill.objective.chunked_loss import Online, chunked_loss
 from llmcompress.distill.objective.heads import check_boundaries, hidden_states
-from llmcompress.distill.objective.hidden_states import Matching
+from llmcompress.distill.objective.hidden_states import StateMatching
 from llmcompress.distill.objective.module import Objective
 from llmcompress.distill.teacher.predictions import ReadsAlong
 from llmcompress.errors import InputError, NumericsError
@@ -87,7 +87,9 @@ def terms(*names: str) -> list[tuple[Term, Any]]:
 
 def objective_of(student: Any, teacher: Any, losses: list[tuple[Term, Any]]) -> Objective:
     """As a training has it, with a teacher that reads along."""
-    return Objective(student, ReadsAlong(teacher), Matching.of(student, teacher, [term for term, _ in losses]), losses)
+    return Objective(
+        student, ReadsAlong(teacher), StateMatching.of(student, teacher, [term for term, _ in losses]), losses
+    )
 
 
 def gradient(objective: Objective, parts: list[Batch], targets: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from llmcompress.distill import run
 from llmcompress.distill.held_out import distances
 from llmcompress.distill.run import distill
 from llmcompress.distill.teacher import cache, remembered
-from llmcompress.distill.teacher.cache import Cache, Origin, open_cache, tokens_digest, write_cache
+from llmcompress.distill.teacher.cache import Cache, CacheOrigin, open_cache, tokens_digest, write_cache
 from llmcompress.distill.teacher.remembered import RememberedTeacher
 from llmcompress.distill.teacher.top_k import Likeliest
 from llmcompress.errors import (
@@ -77,8 +77,8 @@ def text(monkeypatch: pytest.MonkeyPatch) -> Batch:
     return Batch(ids, counted)
 
 
-def origin(text: Batch, **other: Any) -> Origin:
-    return replace(Origin("a", tokens_digest(text), 5, "float32"), **other)
+def origin(text: Batch, **other: Any) -> CacheOrigin:
+    return replace(CacheOrigin("a", tokens_digest(text), 5, "float32"), **other)
 
 
 def written(folder: Path, text: Batch, predictor: Predictor, **other: Any) -> Cache:

@@ -15,7 +15,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 from torch import Tensor, nn
 
 from llmcompress.distill.parallel import launch
-from llmcompress.distill.parallel.deepspeed import Zero
+from llmcompress.distill.parallel.deepspeed import ZeroPartition
 from llmcompress.distill.parallel.engine import Engine
 from llmcompress.distill.parallel.launch import check_partitioning, check_sharding
 from llmcompress.distill.run import distill
@@ -31,10 +31,10 @@ def test_pieces_of_all_processes_are_the_whole(shape: tuple[int, ...]) -> None:
     parameter, value = nn.Parameter(torch.zeros(shape)), torch.randn(shape)
     pieces = {parameter: nn.Parameter(torch.zeros(size))}
     each = [SimpleNamespace(num_processes=processes, process_index=number) for number in range(processes)]
-    found = [Zero(one, None, pieces).piece(value, parameter) for one in each]
+    found = [ZeroPartition(one, None, pieces).piece(value, parameter) for one in each]
     assert [piece.shape for piece in found] == [(size,)] * processes
     gathering: Any = SimpleNamespace(gather=lambda piece: torch.cat(found))
-    assert torch.equal(Zero(gathering, None, pieces).whole(found[0], parameter), value)
+    assert torch.equal(ZeroPartition(gathering, None, pieces).whole(found[0], parameter), value)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -44,7 +44,7 @@ def test_products_keep_the_precision_at_hand(enabled: bool) -> None:
         with torch.autocast("cpu", enabled=False):
             return run()
 
-    zero = Zero(SimpleNamespace(device=torch.device("cpu")), ending_autocast, {})
+    zero = ZeroPartition(SimpleNamespace(device=torch.device("cpu")), ending_autocast, {})
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
         found = zero.forward(lambda: torch.ones(2, 2) @ torch.ones(2, 2))
     assert found.dtype == (torch.bfloat16 if enabled else torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import llmcompress as lc
 from llmcompress.data.batch import Batch
-from llmcompress.distill.objective.hidden_states import Matching
+from llmcompress.distill.objective.hidden_states import StateMatching
 from llmcompress.distill.objective.module import Objective
 from llmcompress.distill.run import distill
 from llmcompress.distill.student.low_rank import teachers_weights
@@ -228,7 +228,7 @@ def test_blocks_are_matched_by_what_they_were() -> None:
 def test_relations_are_compared_at_any_width() -> None:
     narrow, teacher = tiny("llama", hidden_size=16), tiny("llama")
     relations = Term.model_validate({"of": {"loss": "minilm", "relation_heads": 4}})
-    found = Matching.of(narrow, teacher, [relations])
+    found = StateMatching.of(narrow, teacher, [relations])
     assert found.pairs == {0: ((1, 1),)} and not found.projections
 
 

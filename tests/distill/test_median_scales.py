@@ -118,7 +118,7 @@ def test_scales_are_the_medians_and_the_weights_stay(name: str) -> None:
     moves = tuple(f"{path}{leaf}" for path in followed for leaf in ("codes", "scale"))
     others = {key: value.clone() for key, value in module.named_parameters() if key not in moves}
     for scale in scales:
-        scale.follow()
+        scale.rebind_parameters()
     for path, (form, shown) in grids.items():
         after = weights(module, path, form, shown)
         found = module.get_parameter(path + "scale").detach().reshape(form.scale.shape)
@@ -132,7 +132,7 @@ def test_scales_are_the_medians_and_the_weights_stay(name: str) -> None:
     assert all(torch.equal(value, module.get_parameter(key)) for key, value in others.items())
     again = {key: value.clone() for key, value in module.named_parameters()}
     for scale in scales:
-        scale.follow()
+        scale.rebind_parameters()
     assert all(torch.equal(value, module.get_parameter(key)) for key, value in again.items())
 
 
@@ -149,8 +149,8 @@ def test_neither_outliers_nor_confining_move_a_scale(levels: int) -> None:
         latent.copy_(torch.where(largest, middle + outliers * away, latent))
         [scale] = median_scales(w, module)
         for _ in range(3):
-            scale.follow()
-            module.confine()
+            scale.rebind_parameters()
+            module.clamp_latents()
             found.append(module.get_parameter("scale").clone())
     assert all(torch.equal(each, found[0]) for each in found)
 
@@ -162,7 +162,7 @@ def test_a_group_of_zeros_stays() -> None:
     module = moved(w)
     module.get_parameter("codes").data.view(6, 10)[1, :5] = 1.0
     [scale] = median_scales(w, module)
-    scale.follow()
+    scale.rebind_parameters()
     after = module.get_parameter("scale").reshape(6, 2)
     assert after[0, 0] == 0 and after[1, 0] == w.scale[1, 0] and bool((after[2:] != w.scale[2:]).all())
     assert all(torch.isfinite(value).all() for value in module.parameters())
@@ -172,8 +172,8 @@ def test_what_is_stored_has_three_levels_and_the_old_layout() -> None:
     w = plain(3, 4)
     module = moved(w)
     for scale in median_scales(w, module):
-        scale.follow()
-    module.confine()
+        scale.rebind_parameters()
+    module.clamp_latents()
     stored = module.freeze()
     assert torch.equal(dense(stored), module.weight()) and describe(stored) == describe(w)
     assert {k: v.numel() for k, v in encode(stored)[1].items()} == {k: v.numel() for k, v in encode(w)[1].items()}

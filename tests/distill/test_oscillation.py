@@ -145,7 +145,7 @@ def test_frozen_codes_never_change_and_their_gradients_do_not_count() -> None:
             assert gradient is not None and not gradient[watched.habits.frozen].any()
             assert gradient.any() or bool(watched.habits.frozen.all())
         optimizer.step()
-        student.relaxed.confine()
+        student.relaxed.clamp_latents()
         freezer.watch((step + 1) / 30)
         codes, frozen = torch.cat(stored(student)), torch.cat([each.habits.frozen for each in freezer.watched])
         for was, there in held:

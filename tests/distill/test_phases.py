@@ -106,7 +106,7 @@ def test_a_block_comes_nearer_on_text_it_has_not_seen(kind: Any, folders: Path) 
     found = recover_block(block, part, train, held_out, settings, PATH)
     assert found.after < (0.99 if kind == "norms" else 0.97) * found.before and found.step in (5, 10, 15, 20)
     assert mean_error(block, held_out, 2) == found.after
-    part.settle()
+    part.freeze_into_model()
     assert math.isclose(mean_error(block, held_out, 2), found.after, rel_tol=1e-5)
 
 
@@ -119,7 +119,7 @@ def test_a_block_that_nothing_helps_stays_as_it_is(folders: Path) -> None:
     before, norms = payloads(student), {name: value.clone() for name, value in student.named_parameters()}
     part = relaxed_student(student, RATES, "plain", None, f"{PATH}.")
     found = recover_block(block, part, train, near, asked(folders), PATH)
-    part.settle()
+    part.freeze_into_model()
     assert found.after == found.before > 0 and found.step == 0
     after = payloads(student)
     assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from llmcompress.data.batch import Batch
-from llmcompress.distill.objective.hidden_states import Matching
+from llmcompress.distill.objective.hidden_states import StateMatching
 from llmcompress.distill.run import distill
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
@@ -88,7 +88,7 @@ def test_micro_batches_add_up_to_one_batch(size: int) -> None:
 
 def test_widths_that_are_equal_need_none() -> None:
     student, teacher = pair(width=32)
-    assert not Matching.of(student, teacher, [Term.model_validate(HIDDEN)]).projections
+    assert not StateMatching.of(student, teacher, [Term.model_validate(HIDDEN)]).projections
 
 
 def test_relations_see_the_states_themselves() -> None:
@@ -108,7 +108,7 @@ def test_a_projection_starts_without_stretching_and_from_the_seed_alone(width: i
     terms = [Term.model_validate({"of": {"loss": "hidden"}})]
     before = torch.get_rng_state()
     one, again, other = (
-        Matching.of(narrow, teacher, terms, seed).projections["projection_1_to_1"] for seed in (0, 0, 1)
+        StateMatching.of(narrow, teacher, terms, seed).projections["projection_1_to_1"] for seed in (0, 0, 1)
     )
     assert torch.equal(torch.get_rng_state(), before)
     [matrix], [same], [another] = (list(linear.parameters()) for linear in (one, again, other))
@@ -152,7 +152,7 @@ def test_a_narrower_student_learns_and_a_cut_run_ends_as_a_whole_one(place: Path
     [state] = [load_file(path) for path in (tmp_path / "cut.training").glob("*.safetensors")]
     for kind in ("value", "exp_avg", "exp_avg_sq", "step"):
         assert {f"{kind}.projection_{one}.weight" for one in ("1_to_2", "2_to_3")} <= state.keys()
-    projections = Matching.of(
+    projections = StateMatching.of(
         tiny("llama", num_hidden_layers=3, hidden_size=16),
         tiny("llama", num_hidden_layers=4),
         [Term.model_validate(HIDDEN)],

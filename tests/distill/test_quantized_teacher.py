@@ -23,7 +23,7 @@ from llmcompress.distill.parallel.launch import check_sharding
 from llmcompress.distill.ready import check_ready
 from llmcompress.distill.run import distill
 from llmcompress.distill.teacher import quantized
-from llmcompress.distill.teacher.cache import Origin
+from llmcompress.distill.teacher.cache import CacheOrigin
 from llmcompress.distill.teacher.quantized import Bits, load_quantized, without_remarks
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluate.distance import kl_divergence
@@ -220,9 +220,9 @@ def test_a_cache_of_other_bits_is_refused(place: Path, tmp_path: Path) -> None:
 
 def test_caches_from_before_there_were_bits_are_of_teachers_as_they_were() -> None:
     entries = {"teacher": "a", "tokens": "b", "k": 5, "dtype": "float32"}
-    found = [Origin(**entries, bits=bits).differences(entries) for bits in (None, 8, 4)]
+    found = [CacheOrigin(**entries, bits=bits).differences(entries) for bits in (None, 8, 4)]
     assert found == [[], ["a teacher of other bits"], ["a teacher of other bits"]]
-    assert Origin(**entries, bits=8).differences(entries | {"bits": 4}) == ["a teacher of other bits"]
+    assert CacheOrigin(**entries, bits=8).differences(entries | {"bits": 4}) == ["a teacher of other bits"]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

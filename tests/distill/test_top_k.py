@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from llmcompress.distill.objective.chunked_loss import Online, Teacher, chunked_loss
+from llmcompress.distill.objective.chunked_loss import Online, TeacherLogits, chunked_loss
 from llmcompress.distill.teacher.top_k import Likeliest
 from llmcompress.losses.loss import LossConfig, Predictions, measure
 from tests.losses.cases import CASES, config, every_loss, random_predictions, spelled, value
@@ -100,7 +100,7 @@ class Ends:
         self.teacher = torch.randn(tokens, vocabulary, generator=generator) * 2
         self.targets = torch.randint(vocabulary, (tokens,), generator=generator)
 
-    def gradients(self, teacher: Teacher, config: LossConfig, chunk: int) -> list[Tensor]:
+    def gradients(self, teacher: TeacherLogits, config: LossConfig, chunk: int) -> list[Tensor]:
         """The loss, and its gradients with respect to the hidden states and the head."""
         terms = [(config, config.start(), 0.5)]
         total = chunked_loss(self.hidden, self.head, teacher, self.targets, terms, chunk).total

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.data.schedule import rate, rows
 from llmcompress.distill import train
+from llmcompress.distill.context import TrainContext
 from llmcompress.distill.run import distill
 from llmcompress.errors import InputError, NumericsError, RecipeError, Terminated
 from llmcompress.evaluate.report import read
@@ -238,8 +239,13 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(
         return step(number, *given)
 
     student: list[Any] = []
-    look = train.look
-    monkeypatch.setattr(train, "look", lambda run, number: (student.append(run.student), look(run, number))[1])
+    judge = train.evaluate_held_out
+
+    def seen(run: TrainContext, number: int) -> Any:
+        student.append(run.student)
+        return judge(run, number)
+
+    monkeypatch.setattr(train, "evaluate_held_out", seen)
     monkeypatch.setattr(train, "rate", broken)
     with pytest.raises(NumericsError, match="^step 3: the loss is nan"):
         distill(folders / "small", folders / "dense", recipe(folders, steps=6, save_every=1), tmp_path / "out")

@@ -31,7 +31,7 @@ from llmcompress.evaluate.processes import Processes
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.scores import evaluate_all
 from llmcompress.evaluate.tables import comparison_markdown
-from llmcompress.evaluate.uncertainty import paired, stderr, within
+from llmcompress.evaluate.uncertainty import paired, stderr
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny, tiny, tiny_tokenizer
 
@@ -43,12 +43,14 @@ LIMIT = 30
 
 
 @pytest.mark.parametrize(("degrees", "quantile"), TABLE.items())
-def test_students_t_is_that_of_the_tables(degrees: int, quantile: float) -> None:
-    assert math.isclose(within(quantile, degrees), 0.95, abs_tol=1e-5)
-    grid = np.linspace(-quantile, quantile, 20001)
-    constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)
-    density = np.exp(constant - (degrees + 1) / 2 * np.log1p(grid**2 / degrees))
-    assert math.isclose(within(quantile, degrees), float(np.trapezoid(density, grid)), abs_tol=1e-6)
+def test_differences_are_marked_from_the_quantile_of_students_t_on(degrees: int, quantile: float) -> None:
+    items = np.random.default_rng(degrees).normal(0, 1, degrees + 1)
+    items -= items.mean()
+    error = stderr(list(items))
+    assert error is not None
+    for share, beyond in ((0.9995, False), (1.0005, True)):
+        shifted = list(items + share * quantile * error)
+        assert paired([0.0] * len(shifted), shifted).beyond_noise is beyond
 
 
 @pytest.mark.parametrize("count", [2, 3, 40])

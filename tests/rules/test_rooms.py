@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from graphlib import TopologicalSorter
 
 import pytest
@@ -77,3 +78,13 @@ def test_every_method_is_registered() -> None:
 def test_no_file_is_named_after_nothing() -> None:
     named = [str(path.relative_to(ROOT)) for path in repository_files() if path.stem in NOUNS_MISSING]
     assert not named, f"{named}: a function without a room shows a missing noun; name the file after what it holds"
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for module in MODULES:
+        for node in module.tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(module))
+    twice = {name: places for name, places in homes.items() if len(places) > 1}
+    assert not twice, f"{twice}: one word names one thing; call one of them what the field calls it"

@@ -195,7 +195,7 @@ def test_a_weight_of_zero_stays_and_large_ones_come_back() -> None:
         divided.get_parameter("elements").sub_(5.0)
     assert ((divided() < -0.5) | (divided() > w.levels - 0.5)).any()
     codes = module.freeze().codes  # type: ignore[union-attr]
-    divided.confine()
+    divided.clamp_latents()
     latents = divided().detach()
     assert torch.equal(module.freeze().codes, codes)  # type: ignore[union-attr]
     assert bool(zero.any()) and torch.equal(latents[zero], divided.get_buffer("zero")[zero])

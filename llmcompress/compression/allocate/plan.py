@@ -21,13 +21,13 @@ from typing import Any
 from llmcompress.compression.allocate.choices import Choices, Steps, choices
 from llmcompress.compression.allocate.distortion import families
 from llmcompress.compression.allocate.prices import Priced, Progress, prices
-from llmcompress.compression.allocate.sensitivity import Dense, Probe, in_parts, probe_windows
+from llmcompress.compression.allocate.sensitivity import DensePredictions, Probe, in_parts, probe_windows
 from llmcompress.compression.allocate.solve import monotone, solve
-from llmcompress.compression.plan import Job, lay
+from llmcompress.compression.plan import Job, prepare
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
 from llmcompress.models.checkpoint import add_file, megabytes
-from llmcompress.models.dense import Source, load_model
+from llmcompress.models.dense import DenseModel, load_model
 from llmcompress.models.file_names import ALLOCATION
 from llmcompress.models.locate import Place, locate
 from llmcompress.recipe.compression import Recipe, Rule
@@ -47,7 +47,7 @@ class Allocation:
     choices: Choices
     prices: tuple[Priced, ...]
     chosen: tuple[int, ...]
-    dense: Callable[[], Dense]
+    dense: Callable[[], DensePredictions]
     seconds: float
 
     @property
@@ -90,7 +90,7 @@ class PriceList:
     job: Job
     choices: Choices
     prices: tuple[Priced, ...]
-    dense: Callable[[], Dense]
+    dense: Callable[[], DensePredictions]
     seconds: float
 
     def reaching(self, target: Target) -> Allocation:
@@ -108,7 +108,9 @@ def damage(price_list: Sequence[Priced], chosen: Sequence[int]) -> float:
     return sum(one.offers[option].damage for one, option in zip(price_list, chosen, strict=True))
 
 
-def allocate(source: Source, recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None) -> Allocation:
+def allocate(
+    source: DenseModel, recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None
+) -> Allocation:
     """Chooses an option for everything that a recipe with a target leaves open. Holds the dense model in float32.
 
     Raises RecipeError for a target that no choice reaches, before anything is measured where headers tell, and what
@@ -120,12 +122,12 @@ def allocate(source: Source, recipe: Recipe, *, device: str = "cpu", progress: P
     return price(job, found, device=device, progress=progress).reaching(recipe.target)
 
 
-def reachable(source: Source, recipe: Recipe, targets: Sequence[Target]) -> tuple[Job, Choices]:
+def reachable(source: DenseModel, recipe: Recipe, targets: Sequence[Target]) -> tuple[Job, Choices]:
     """The recipe laid over the model, and what it leaves to choose, from headers alone; the targets are of its kind.
 
     Raises RecipeError for a target below what the cheapest options take, and for what is wrong with recipe or options.
     """
-    job = lay(source, recipe)
+    job = prepare(source, recipe)
     if job.assignment.unmatched:
         raise RecipeError(job.assignment.complaint())
     found = choices(job)
@@ -165,7 +167,7 @@ def _tokens(job: Job) -> CalibrationTokens:
     return found
 
 
-def _check_memory(source: Source, device: str) -> None:
+def _check_memory(source: DenseModel, device: str) -> None:
     """Raises MemoryLimitError where the dense model does not fit into this machine."""
     needed, there = FLOAT32 * source.parameters, total_memory()
     if device == "cpu" and needed > there:

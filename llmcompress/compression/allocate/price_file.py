@@ -13,12 +13,12 @@ import torch
 from llmcompress.compression.allocate.choices import Choices
 from llmcompress.compression.allocate.plan import Allocation, PriceList, price, reachable
 from llmcompress.compression.allocate.prices import Priced
-from llmcompress.compression.allocate.sensitivity import Dense, in_parts
+from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts
 from llmcompress.compression.journal import is_older
 from llmcompress.compression.plan import Job
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.models.checkpoint import read_json, write_files
-from llmcompress.models.dense import Source, load_model
+from llmcompress.models.dense import DenseModel, load_model
 from llmcompress.models.locate import Place
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.versions import versions
@@ -27,7 +27,7 @@ Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per
 
 
 def allocate_by(
-    path: Path, source: Source, recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None
+    path: Path, source: DenseModel, recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None
 ) -> Allocation:
     """What `allocate` gives, by the price list in the file `path`. Raises DiskError for one of something else too."""
     if recipe.target is None:
@@ -97,8 +97,8 @@ def _read(path: Path, job: Job, found: Choices, device: str) -> PriceList:
         raise DiskError(f"{path} cannot be read ({error}); remove it") from error
 
 
-def _dense(source: Source, windows: torch.Tensor, device: str) -> Dense:
+def _dense(source: DenseModel, windows: torch.Tensor, device: str) -> DensePredictions:
     """What the dense model predicts on the probing tokens, anew."""
     model = load_model(Place(source.name, source.folder), device)
     here = windows.to(model.device)
-    return Dense(here, in_parts(model, here))
+    return DensePredictions(here, in_parts(model, here))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.blocks import Batch, answered, recorded
+from llmcompress.calibrate.blocks import RowBatch, answered, recorded
 from llmcompress.evaluate.distance import kl_divergence
 from llmcompress.evaluate.perplexity import POSITIONS, window_logits
 from llmcompress.models.families import Architecture
@@ -29,7 +29,7 @@ WINDOWS = 4  # LOG.md, "how many tokens to probe with"; 84 GFLOP a layer on Smol
 AT_ONCE = 2  # windows whose logits are in memory together
 
 
-class Dense:
+class DensePredictions:
     """What the dense model predicts on `windows`, int64 `[windows, length]`, every token that another follows.
 
     `logits [part, length, vocabulary]`, here and below: of some windows after the others, as `in_parts` has them.
@@ -73,9 +73,9 @@ class Probe:
         here = windows.to(model.device)
         self.parts = here.split(AT_ONCE)
         first = self.parts[0]
-        _, _, self.as_tuple = recorded(model, arch.stack, first, [Batch(slice(0, len(first)), False)], model.device)
+        _, _, self.as_tuple = recorded(model, arch.stack, first, [RowBatch(slice(0, len(first)), False)], model.device)
         self.inputs: list[dict[int, Tensor]] = []  # of every block, by part
-        self.dense = Dense(here, self._recorded())
+        self.dense = DensePredictions(here, self._recorded())
 
     @torch.no_grad()
     def divergence(self, name: str, weight: Tensor) -> float:

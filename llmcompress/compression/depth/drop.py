@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.errors import InputError, RecipeError, listed
 from llmcompress.models.checkpoint import check_output, read_json, shards, writing
 from llmcompress.models.companions import copy_companions
-from llmcompress.models.dense import Source, resolve
+from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import FAMILIES
 from llmcompress.models.kept_blocks import KEPT, kept_blocks
 
@@ -75,7 +75,7 @@ def drop_blocks(
     return Dropped(source.name, str(target), dropped, plan.kept, source.bytes, size)
 
 
-def shortening(source: Source, blocks: Iterable[int]) -> Shortening:
+def shortening(source: DenseModel, blocks: Iterable[int]) -> Shortening:
     """The plan for dropping `blocks`, from headers alone. Raises as `drop_blocks` does."""
     there, going = blocks_of(source), set(blocks)
     if absent := sorted(going.difference(there)):
@@ -107,7 +107,7 @@ def shortening(source: Source, blocks: Iterable[int]) -> Shortening:
     return Shortening(kept, stored, _changes(config, kept))
 
 
-def blocks_of(source: Source) -> range:
+def blocks_of(source: DenseModel) -> range:
     """The numbers of a model's blocks. Raises InputError for a family that is not in the table."""
     config = source.config
     if config.model_type not in FAMILIES:

@@ -21,7 +21,7 @@ from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.scores import Evaluation, evaluate
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import add_file, holds, read_json
-from llmcompress.models.dense import Source, load_model
+from llmcompress.models.dense import DenseModel, load_model
 from llmcompress.models.locate import Place, locate
 from llmcompress.runtime.versions import versions
 
@@ -30,13 +30,13 @@ from llmcompress.runtime.versions import versions
 class Judge:
     """Scores models against `dense`. `asked`: what two scores must agree in to be comparable; plain values."""
 
-    dense: Source
+    dense: DenseModel
     protocol: Protocol
     device: str
     asked: dict[str, Any]
 
     @staticmethod
-    def of(dense: Source, protocol: Protocol, device: str) -> Judge:
+    def of(dense: DenseModel, protocol: Protocol, device: str) -> Judge:
         """Raises InputError for a text that is too short or cannot be read, RecipeError for windows too long."""
         ids = evaluation_windows(dense.tokenizer(), protocol, dense.config)
         asked = protocol.to_json() | {"digest": _digest(ids, protocol.tasks), "versions": versions()}

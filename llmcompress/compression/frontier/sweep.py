@@ -36,7 +36,7 @@ from llmcompress.evaluate.score import size_of
 from llmcompress.evaluate.tables import frontier_markdown
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import holds, locked, write_files
-from llmcompress.models.dense import Source, resolve
+from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.locate import Place
 from llmcompress.recipe.compression import Recipe, read_as
 from llmcompress.runtime.devices import device_of
@@ -51,7 +51,7 @@ FOLDER_NAME = re.compile(r"[\w][\w.+-]*")
 
 
 @dataclass(frozen=True)
-class Told:
+class SweepCallbacks:
     """Who is told how far a sweep is: `stage(sentence)` of what comes next, the others as `compress` reports."""
 
     stage: Callable[[str], None] | None = None
@@ -65,7 +65,7 @@ class Told:
             self.stage(sentence)
 
 
-SILENT = Told()
+SILENT = SweepCallbacks()
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def frontier(
     peers: Sequence[Peer] = (),
     revision: str | None = None,
     device: str = "cpu",
-    told: Told = SILENT,
+    told: SweepCallbacks = SILENT,
 ) -> dict[str, Any]:
     """Compresses `model` as each recipe says to each size, whatever target it had, scores all of it by `protocol`, and
     leaves that in `output`, a new folder or one of an earlier sweep; returns what is in its frontier.json.
@@ -122,7 +122,7 @@ def _check(recipes: Sequence[Recipe], output: Path) -> None:
         raise DiskError(f"{output} exists already and is no earlier sweep; remove it or choose another output folder")
 
 
-def _line(dense: Source, recipe: Recipe, sizes: Sequence[Budget], folder: Path) -> Line:
+def _line(dense: DenseModel, recipe: Recipe, sizes: Sequence[Budget], folder: Path) -> Line:
     """Raises RecipeError for what is wrong with recipe or sizes, DiskError for prices of something else."""
     check_sections(recipe, dense)
     aimed = recipe.model_copy(update={"target": sizes[0].target})
@@ -135,7 +135,12 @@ def _line(dense: Source, recipe: Recipe, sizes: Sequence[Budget], folder: Path) 
 
 
 def _swept(
-    lines: Sequence[Line], sizes: Sequence[Budget], output: Path, judge: Judge, peers: Sequence[Peer], told: Told
+    lines: Sequence[Line],
+    sizes: Sequence[Budget],
+    output: Path,
+    judge: Judge,
+    peers: Sequence[Peer],
+    told: SweepCallbacks,
 ) -> dict[str, Any]:
     """The result, written anew after every point."""
     source = judge.dense
@@ -167,7 +172,7 @@ def _swept(
 
 
 def _point(
-    folder: Path, budget: Budget, prices: PriceList, judge: Judge, dense: dict[str, Any], told: Told
+    folder: Path, budget: Budget, prices: PriceList, judge: Judge, dense: dict[str, Any], told: SweepCallbacks
 ) -> dict[str, Any]:
     """A budget's checkpoint, made unless it is there, and what it is worth."""
     plan, source = prices.reaching(budget.target), judge.dense
@@ -203,7 +208,7 @@ def _as_point(peer: Peer, dense: dict[str, Any]) -> dict[str, Any]:
     return peer.model_dump(mode="json") | {"tasks": tasks}
 
 
-def _is_done(folder: Path, plan: Allocation, source: Source) -> bool:
+def _is_done(folder: Path, plan: Allocation, source: DenseModel) -> bool:
     """Whether an earlier sweep has made this checkpoint. Raises DiskError where something else is there."""
     recipe = plan.recipe
     if not is_there(folder, recipe.model_copy(update={"distill": None}), source):

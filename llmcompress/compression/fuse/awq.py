@@ -24,7 +24,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.methods.engines.grid import GridConfig, GridFormat, fit_grid, round_to
 from llmcompress.methods.layer import StepConfig
 from llmcompress.methods.moments import Moments
-from llmcompress.models.dense import Source
+from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture
 
 EXPONENTS = tuple(step / 20 for step in range(20))
@@ -58,7 +58,7 @@ def check_awq(arch: Architecture, steps: Steps) -> None:
 
 
 @torch.no_grad()
-def balance(block: Block, source: Source, arch: Architecture, steps: Steps) -> Balanced:
+def balance(block: Block, source: DenseModel, arch: Architecture, steps: Steps) -> Balanced:
     """Scales the input channels of a block's linears that have `steps`, in its module and in its moments.
 
     A block that is no decoder block (a table) stays as it is.
@@ -112,7 +112,7 @@ class _Found:
 class _Edits:
     """Changes to the parameters of a block, which it then has as they will be stored."""
 
-    def __init__(self, block: Block, source: Source, steps: Steps) -> None:
+    def __init__(self, block: Block, source: DenseModel, steps: Steps) -> None:
         self.block, self.source, self.steps = block, source, steps
         self.changed: dict[str, torch.dtype] = {}  # not the weights of linears that have steps
 
@@ -238,6 +238,6 @@ def _width(block: Block, feed: Feed) -> int:
     return block.weight(feed.names[0]).shape[1]
 
 
-def _head_dim(source: Source) -> int:
+def _head_dim(source: DenseModel) -> int:
     config = source.config
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

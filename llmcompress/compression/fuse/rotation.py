@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmcompress.compression.fuse.producers import feeds
 from llmcompress.errors import RecipeError
-from llmcompress.models.dense import Source
+from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, architecture
 from llmcompress.runtime.seeding import generator
 from llmcompress.weight.hadamard import ROWS, rotate
@@ -40,11 +40,11 @@ class Turn:
 
 
 @dataclass(frozen=True, eq=False)
-class RotatedSource(Source):
+class RotatedSource(DenseModel):
     """A dense model whose tensors are read with its residual stream rotated, computed in float64 and rounded to their
     stored dtypes. `parameters` and `bytes` are those of the model as it lies on disk, with its head tied if it is."""
 
-    dense: Source = field(kw_only=True)
+    dense: DenseModel = field(kw_only=True)
     turns: dict[str, Turn] = field(kw_only=True)
     signs: Tensor = field(kw_only=True)
 
@@ -59,7 +59,7 @@ class RotatedSource(Source):
         return self.dense.bytes
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name` in the rotated basis and its stored dtype. Raises what `Source.read` raises."""
+        """The tensor `name` in the rotated basis and its stored dtype. Raises what `DenseModel.read` raises."""
         value, turn = self.dense.read(name), self.turns.get(name)
         if turn is None:
             return value
@@ -84,7 +84,7 @@ class RotatedSource(Source):
         return super().config_entries() | {"tie_word_embeddings": False}
 
 
-def rotated_source(source: Source, seed: int, untie: bool) -> Source:
+def rotated_source(source: DenseModel, seed: int, untie: bool) -> DenseModel:
     """The model with its residual stream rotated; nothing is read yet. `untie`: a tied head may become a matrix of its
     own.
 

@@ -85,7 +85,7 @@ def _tuned(blocks: tuple[Block, ...], weights: Mapping[str, Tensor], recipe: Rec
 
     found = recover_block(window, part, data[:first], data[first:], recipe, block.path)
     beside = {name: value for name, value in part.dense().items() if name.removesuffix(".weight") not in weights}
-    return Tuned(part.settle(), beside, found.to_json() | {"window": [each.path for each in blocks]})
+    return Tuned(part.freeze_into_model(), beside, found.to_json() | {"window": [each.path for each in blocks]})
 
 
 def _form(recipe: Reconstruction) -> Form | None:

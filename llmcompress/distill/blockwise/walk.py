@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.blocks import Batch, Call, in_batches, recorded
+from llmcompress.calibrate.blocks import Call, RowBatch, in_batches, recorded
 from llmcompress.distill.blockwise.block import Activations, Block, Recovered, recover_block
 from llmcompress.distill.blockwise.store import Shelf
 from llmcompress.distill.student.low_rank import teachers_weights
@@ -50,11 +50,11 @@ class Stream:
     stack: str  # the module path of the list of blocks
     hidden: Tensor
     calls: dict[int, list[Call]]  # by sequences in a batch, then by block
-    batches: list[Batch]
+    batches: list[RowBatch]
     autocast: Autocast
 
     @staticmethod
-    def of(model: PreTrainedModel, ids: Tensor, batches: list[Batch], autocast: Autocast) -> Stream:
+    def of(model: PreTrainedModel, ids: Tensor, batches: list[RowBatch], autocast: Autocast) -> Stream:
         """At the first block. Raises InputError for a model whose blocks cannot be run on their own."""
         stack = block_stack(model.config, model)
         hidden, calls, _ = recorded(model, stack, ids, batches, model.device)
@@ -147,7 +147,7 @@ def _recovered(
     target = teachers_weights(student.model, teacher) if recipe.latents == "teacher" else None
     part = relaxed_student(student.model, recipe.rates, recipe.estimator, target, f"{path}.", recipe.scales)
     found = recover_block(student.block(index), part, *parts, recipe, path)
-    payloads = {f"{name}.weight": layer.get_parameter("weight") for name, layer in part.settle().items()}
+    payloads = {f"{name}.weight": layer.get_parameter("weight") for name, layer in part.freeze_into_model().items()}
     trained = {kind: sum(value.numel() for value in values.values()) for kind, values in part.trained.items()}
     entry = {"block": found.to_json(), "trained": trained, "seconds": time.monotonic() - started}
     return payloads | part.dense(), entry

@@ -4,8 +4,9 @@ Logits are [tokens, vocabulary]: for 4096 tokens and 128 k classes 2 GB a tensor
 live a chunk of tokens at a time: the loss of a chunk is taken, and right there its gradient, with respect to the
 student's hidden states and to its head's parameters if they train. Only these are kept, [tokens, width] and the
 parameters' own size; going backward multiplies them by the incoming number. Any separable loss works unchanged, and
-the heads run once, forward and backward, as they would unchunked. What the teacher predicts comes from a `Teacher`: a
-model's hidden states and its head (`Online`), or what was kept of its predictions (`likeliest.Likeliest`).
+the heads run once, forward and backward, as they would unchunked. What the teacher predicts comes from a
+`TeacherLogits`: a model's hidden states and its head (`Online`), or what was kept of its predictions
+(`top_k.Likeliest`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class HeadLoss:
     terms: tuple[SumAndCount, ...]
 
 
-class Teacher(Protocol):
+class TeacherLogits(Protocol):
     """What a teacher predicts, a row for each token."""
 
     def __len__(self) -> int:
@@ -62,11 +63,11 @@ class Online:
 
     @torch.no_grad()
     def vocabulary(self) -> int:
-        """See `Teacher.vocabulary`."""
+        """See `TeacherLogits.vocabulary`."""
         return self._logits(slice(1)).shape[-1]
 
     def beside(self, student: Tensor, targets: Tensor, rows: slice) -> Mapping[Reads, Predictions]:
-        """See `Teacher.beside`: every kind."""
+        """See `TeacherLogits.beside`: every kind."""
         with torch.no_grad():
             predictions = Predictions(student, self._logits(rows), targets)
         return {"whole": predictions, "merged": predictions, "nothing": predictions}
@@ -78,7 +79,7 @@ class Online:
 def chunked_loss(
     student_hidden: Tensor,
     student_head: Head,
-    teacher: Teacher,
+    teacher: TeacherLogits,
     targets: Tensor,
     terms: Sequence[Term],
     chunk: int | None = None,
@@ -118,7 +119,7 @@ class _Work:
     """What a chunk needs beside the student's hidden states."""
 
     student_head: Callable[[Tensor], Tensor]
-    teacher: Teacher
+    teacher: TeacherLogits
     vocabulary: int  # the teacher's number of classes
     targets: Tensor
     terms: tuple[Term, ...]

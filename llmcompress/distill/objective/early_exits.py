@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmcompress.distill.objective.chunked_loss import Teacher, chunked_loss
+from llmcompress.distill.objective.chunked_loss import TeacherLogits, chunked_loss
 from llmcompress.distill.objective.heads import head_of
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.losses.loss import LossState, SumAndCount
@@ -68,7 +68,7 @@ class Exits:
         loss: tuple[Term, LossState | None],
         states: States,
         rows: Tensor,
-        teacher: Teacher,
+        teacher: TeacherLogits,
         targets: Tensor,
     ) -> SumAndCount:
         """Loss `number`: the mean over its exits, of the positions `rows`, bool `[sequences, length]`; of each of them

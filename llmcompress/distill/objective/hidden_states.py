@@ -32,7 +32,7 @@ States = Mapping[int, Tensor]  # by block: what it reads, [sequences, length, wi
 
 
 @dataclass(frozen=True)
-class Matching:
+class StateMatching:
     """The losses of a recipe that read hidden states. `pairs`: by the number of the loss in the recipe, the blocks of
     the student and of the teacher whose inputs it compares. `models`: student and teacher. `projections`: of pairs of
     unequal widths, for the losses that need one width."""
@@ -43,12 +43,12 @@ class Matching:
     projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
 
     @staticmethod
-    def of(student: PreTrainedModel, teacher: PreTrainedModel, losses: Sequence[Term], seed: int = 0) -> Matching:
+    def of(student: PreTrainedModel, teacher: PreTrainedModel, losses: Sequence[Term], seed: int = 0) -> StateMatching:
         """Finds the blocks, and lets both models read two tokens. Raises RecipeError where they do not match,
         InputError where a loss cannot compare them. `seed`: of where projections start."""
         reading = [number for number, term in enumerate(losses) if reads_states(term.of)]
         pairs = {number: _pairs(student, teacher, losses[number].layers) for number in reading}
-        found = Matching((student, teacher), pairs, tuple(losses))
+        found = StateMatching((student, teacher), pairs, tuple(losses))
         with torch.no_grad(), found.watched() as states:
             for model in found.models if reading else ():
                 model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
@@ -83,7 +83,7 @@ class Matching:
         return measure_features(Features(given, wanted.detach(), keep), loss)
 
 
-def _projections(matching: Matching, states: tuple[States, States], seed: int) -> nn.ModuleDict:
+def _projections(matching: StateMatching, states: tuple[States, States], seed: int) -> nn.ModuleDict:
     """For the pairs that a loss compares at one width, and that are not as wide."""
     numbers = [number for number in matching.pairs if matching.losses[number].of.needs_one_width]
     pairs = {pair for number in numbers for pair in matching.pairs[number]}

@@ -11,7 +11,7 @@ from llmcompress.data.batch import Batch
 from llmcompress.distill.objective.chunked_loss import chunked_loss
 from llmcompress.distill.objective.early_exits import Exits
 from llmcompress.distill.objective.heads import head_of, hidden_states, joined
-from llmcompress.distill.objective.hidden_states import Matching
+from llmcompress.distill.objective.hidden_states import StateMatching
 from llmcompress.distill.teacher.predictions import Teaching
 from llmcompress.losses.loss import LossState
 from llmcompress.recipe.distillation import Term
@@ -27,7 +27,7 @@ class Objective(nn.Module):
         self,
         student: PreTrainedModel,
         teaching: Teaching,
-        matching: Matching,
+        matching: StateMatching,
         terms: Sequence[tuple[Term, LossState | None]],
     ) -> None:
         super().__init__()

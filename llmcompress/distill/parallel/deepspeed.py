@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class Zero:
+class ZeroPartition:
     """A module under DeepSpeed and its optimizer, whose state is that of `pieces`."""
 
     accelerator: Accelerator
@@ -30,12 +30,12 @@ class Zero:
     pieces: Mapping[nn.Parameter, nn.Parameter]  # of each parameter this process's, flat, padded at the end of the last
 
     @staticmethod
-    def of(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> Zero:
+    def of(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> ZeroPartition:
         """Puts pieces of the parameters in their place in `optimizer`; `module`, which runs functions, holds them."""
         parameters = [group["params"][0] for group in optimizer.param_groups]
         engine, _ = accelerator.prepare(module, optimizer)
         pieces = [group["params"][0] for group in optimizer.param_groups]
-        return Zero(accelerator, engine, dict(zip(parameters, pieces, strict=True)))
+        return ZeroPartition(accelerator, engine, dict(zip(parameters, pieces, strict=True)))
 
     def forward(self, run: Callable[[], T]) -> T:
         """What `run` returns, with gradient where that is on, in the precision at hand."""
@@ -51,7 +51,7 @@ class Zero:
         found: T = self.engine(precisely)
         return found
 
-    def waiting(self, last: bool) -> None:
+    def no_sync(self, last: bool) -> None:
         """Says whether the next backward is the last one before a step."""
         self.engine.set_gradient_accumulation_boundary(last)
 

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmcompress.data.batch import Batch
 from llmcompress.distill.optimizers import moments, put_moments
-from llmcompress.distill.parallel.deepspeed import Zero
+from llmcompress.distill.parallel.deepspeed import ZeroPartition
 from llmcompress.distill.parallel.launch import partitioned, sharded
 from llmcompress.distill.resume import Keeper, Progress
 from llmcompress.distill.student.model import PROJECTIONS, Student
@@ -69,7 +69,7 @@ class Engine:
     objective: nn.Module  # to call; wrapped by DDP where that averages gradients
     freezer: Freezer  # of codes that oscillate
     root: Root | None = None  # of what is sharded
-    zero: Zero | None = None  # where the optimizer's part is partitioned
+    zero: ZeroPartition | None = None  # where the optimizer's part is partitioned
 
     @staticmethod
     def of(
@@ -92,10 +92,10 @@ class Engine:
         if sharded(accelerator):
             root = Root(objective, teacher)
             accelerator.prepare(root, optimizer)
-            student.follow()
+            student.rebind_parameters()
             return Engine(accelerator, student, optimizer, objective, freezer(), root)
         if partitioned(accelerator):
-            zero = Zero.of(accelerator, Root(objective), optimizer)
+            zero = ZeroPartition.of(accelerator, Root(objective), optimizer)
             return Engine(accelerator, student, optimizer, objective, freezer(), zero=zero)
         if accelerator.num_processes > 1:
             objective = accelerator.prepare(objective)
@@ -129,13 +129,13 @@ class Engine:
         else:
             self.zero.backward(total)
 
-    def waiting(self, last: bool) -> AbstractContextManager[None]:
+    def no_sync(self, last: bool) -> AbstractContextManager[None]:
         """Surrounds a forward and backward of one part of a step; processes exchange gradients after the last."""
         if self.root is not None:
             cast(FSDPModule, self.root).set_requires_gradient_sync(last)
             return nullcontext()
         if self.zero is not None:
-            self.zero.waiting(last)
+            self.zero.no_sync(last)
             return nullcontext()
         if last or self.accelerator.num_processes == 1:
             return nullcontext()
@@ -161,7 +161,7 @@ class Engine:
 
         Where oscillating codes are frozen: how many codes changed, turned and are frozen, over all processes.
         """
-        self.student.confine()
+        self.student.clamp_latents()
         counts = self.freezer.watch(done)
         if self.zero is not None:
             self.zero.take_up()
@@ -250,7 +250,7 @@ class Engine:
             student.model.get_submodule(holder).register_parameter(leaf, whole)
         for module in student.relaxed.values():
             module.cpu()
-        student.follow()
+        student.rebind_parameters()
 
     def _share(self, like: Tensor, form: Tensor, whole: Tensor | None) -> Tensor:
         """What this process holds of `whole`, which the first one has and all know the `form` of, where `like` is held

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmcompress.models.checkpoint import Writer, read_json, shards
 from llmcompress.models.compressed import Opened
-from llmcompress.models.dense import Source, open_source
+from llmcompress.models.dense import DenseModel, open_source
 from llmcompress.models.hf_quantizer import NAME, table_entry
 from llmcompress.models.integrity import digest
 from llmcompress.models.locate import Place
@@ -51,10 +51,10 @@ def open_folder(place: Place) -> StudentFolder:
         kind = (read_json(place.folder / "config.json").get("quantization_config") or {}).get("quant_method")
     except (OSError, ValueError, AttributeError):  # what is wrong with it is said where it is opened
         kind = None
-    return Compressed(Opened(place.folder)) if kind == NAME else Plain(open_source(place))
+    return CompressedStudent(Opened(place.folder)) if kind == NAME else Plain(open_source(place))
 
 
-class Compressed:
+class CompressedStudent:
     """What `compress` wrote: the same expressions at the same bytes come back."""
 
     def __init__(self, opened: Opened) -> None:
@@ -80,7 +80,7 @@ class Compressed:
 class Plain:
     """A dense checkpoint: the same tensors come back in their dtypes, under the names that the files have."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: DenseModel) -> None:
         self.source, self.folder, self.bytes = source, source.folder, source.bytes
         self.layouts: dict[str, Layout] = {}
 

@@ -51,7 +51,7 @@ class MedianScale:
         return self.path + "scale"
 
     @torch.no_grad()
-    def follow(self) -> None:
+    def rebind_parameters(self) -> None:
         """Sets the scales to the medians of the latents as they are now, and the latents to these scales' units.
 
         A scale stays where no latent of its group differs from zero, or where it was not positive at first.

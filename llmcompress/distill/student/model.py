@@ -60,15 +60,15 @@ class Student:
         """Every parameter that moves, by name."""
         return {name: value for values in self.trained.values() for name, value in values.items()}
 
-    def confine(self) -> None:
+    def clamp_latents(self) -> None:
         """After a step of the optimizer: sets the scales that follow their latents, and puts latents that left the
         range of their codes back to its edge."""
         for scale in self.medians:
-            scale.follow()
+            scale.rebind_parameters()
         for module in self.relaxed.values():
-            module.relaxed.confine()
+            module.relaxed.clamp_latents()
 
-    def follow(self) -> None:
+    def rebind_parameters(self) -> None:
         """Takes up what stands in the model now, where other parameters were put in the places of those that train."""
         for kind, values in self.trained.items():
             holder = self.projections if kind == PROJECTIONS else self.model
@@ -78,7 +78,7 @@ class Student:
         """The compressed linears with what was learned, by name; the model goes on as it is."""
         return {name: module.freeze() for name, module in self.relaxed.items()}
 
-    def settle(self) -> dict[str, CompressedLinear]:
+    def freeze_into_model(self) -> dict[str, CompressedLinear]:
         """Puts the compressed linears with what was learned back into the model; returns them by name."""
         layers = self.frozen()
         for name, layer in layers.items():

@@ -36,7 +36,7 @@ Logits = Callable[[slice], Iterable[Tensor]]  # which sequences -> logits [token
 
 
 @dataclass(frozen=True)
-class Origin:
+class CacheOrigin:
     """What a cache is a cache of. Of equal origins the bytes are equal, on one machine and library version."""
 
     teacher: str  # digest of its files
@@ -76,7 +76,7 @@ class Cache:
         return _likeliest(found, self.vocabulary, device)
 
 
-def open_cache(folder: Path, origin: Origin, counted: Tensor) -> Cache:
+def open_cache(folder: Path, origin: CacheOrigin, counted: Tensor) -> Cache:
     """The cache in `folder`. Raises InputError for one that is damaged, or of another origin."""
     entries = _journal(folder, origin)
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), counted.sum(1).cumsum(0)))
@@ -87,7 +87,7 @@ def open_cache(folder: Path, origin: Origin, counted: Tensor) -> Cache:
     return Cache(records, starts, int(entries["vocabulary"]))
 
 
-def write_cache(folder: Path, origin: Origin, counted: Tensor, logits: Logits, vocabulary: int) -> None:
+def write_cache(folder: Path, origin: CacheOrigin, counted: Tensor, logits: Logits, vocabulary: int) -> None:
     """Writes the predictions of the tokens for which `counted` bool [sequences, length] is true.
 
     Nothing happens where the folder has them. Asked to stop by a signal, it ends after the run at hand. Raises
@@ -105,7 +105,7 @@ def write_cache(folder: Path, origin: Origin, counted: Tensor, logits: Logits, v
             raise DiskError(f"{folder} cannot be written ({error}); free some space and start again") from error
 
 
-def _write(staged: Path, folder: Path, origin: Origin, counted: Tensor, logits: Logits, vocabulary: int) -> None:
+def _write(staged: Path, folder: Path, origin: CacheOrigin, counted: Tensor, logits: Logits, vocabulary: int) -> None:
     """All runs that the journal in `staged` does not know of yet."""
     record = record_type(min(origin.k, vocabulary), vocabulary)
     done = int(_journal(staged, origin)["sequences"]) if (staged / JOURNAL).is_file() else 0
@@ -150,7 +150,7 @@ def _opened(path: Path, record: np.dtype, counted: Tensor, done: int) -> Any:
     return file
 
 
-def _journal(folder: Path, origin: Origin) -> dict[str, Any]:
+def _journal(folder: Path, origin: CacheOrigin) -> dict[str, Any]:
     """What is written there about the records. Raises InputError unless it is about those of `origin`."""
     try:
         entries = read_json(folder / JOURNAL)

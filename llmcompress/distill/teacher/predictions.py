@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from llmcompress.data.batch import Batch
-from llmcompress.distill.objective.chunked_loss import Online, Teacher
+from llmcompress.distill.objective.chunked_loss import Online, TeacherLogits
 from llmcompress.distill.objective.heads import head_of, hidden_states
 from llmcompress.distill.teacher.cache import Cache
 from llmcompress.distill.teacher.top_k import Likeliest
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Teaching(Protocol):
     """Gives the teacher's predictions of sequences."""
 
-    def predictions(self, batch: Batch) -> Teacher:
+    def predictions(self, batch: Batch) -> TeacherLogits:
         """Of all tokens of `batch` that count, sequence after sequence."""
 
 

@@ -25,7 +25,7 @@ from llmcompress.distill.context import TrainContext
 from llmcompress.distill.held_out import POSITIONS
 from llmcompress.distill.objective.chunked_loss import LOGITS
 from llmcompress.distill.objective.heads import head_of, hidden_states
-from llmcompress.distill.teacher.cache import Origin, open_cache, rounded, tokens_digest, write_cache
+from llmcompress.distill.teacher.cache import CacheOrigin, open_cache, rounded, tokens_digest, write_cache
 from llmcompress.distill.teacher.predictions import ReadBack
 from llmcompress.distill.teacher.top_k import Likeliest
 from llmcompress.errors import LLMCompressError
@@ -101,7 +101,7 @@ def taught_from_cache(run: TrainContext, asked: Teacher, place: Place, output: P
     """
     model, accelerator, folder = run.reader, run.accelerator, _folder(asked, output)
     sequences, dtype = run.data.sequences, str(model.dtype).removeprefix("torch.")
-    origin = Origin(teacher_digest(place.folder), tokens_digest(sequences), asked.k, dtype, asked.bits)
+    origin = CacheOrigin(teacher_digest(place.folder), tokens_digest(sequences), asked.k, dtype, asked.bits)
     failed: list[LLMCompressError | None] = [None]
     if accelerator.is_main_process:
         try:

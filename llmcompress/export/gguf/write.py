@@ -56,7 +56,7 @@ class Placed:
 
 
 @dataclass
-class Plan:
+class FilePlan:
     """What will be written: tensors in order, and low-rank factors by the name of the tensor that they are added to."""
 
     tensors: list[Placed] = field(default_factory=list)
@@ -110,13 +110,13 @@ def to_gguf(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
     )
 
 
-def _kept(plan: Plan) -> Iterator[str]:
+def _kept(plan: FilePlan) -> Iterator[str]:
     if plan.exact:
         types = ", ".join(f"{count} as {name}" for name, count in plan.exact.most_common())
         yield f"{plan.exact.total()} matrices, value for value ({types})"
 
 
-def _changes(plan: Plan, output: Path) -> Iterator[str]:
+def _changes(plan: FilePlan, output: Path) -> Iterator[str]:
     if plan.rounded:
         first, most = next(iter(plan.rounded)), f"rounded by at most {max(plan.rounded.values()):.1e} of their size"
         yield f"{len(plan.rounded)} matrices became bfloat16, {first} first, {most}"
@@ -127,9 +127,9 @@ def _changes(plan: Plan, output: Path) -> Iterator[str]:
 # --- what goes where ------------------------------------------------------------------------------------------------
 
 
-def planned(opened: Opened, model: Llama, allow_dense: bool) -> Plan:
+def planned(opened: Opened, model: Llama, allow_dense: bool) -> FilePlan:
     """The type of every tensor. Raises InputError for what GGUF cannot hold, unless dense layers are allowed."""
-    plan = Plan()
+    plan = FilePlan()
     frequencies = model.rope_factors()
     if frequencies is not None:
         plan.place(ROPE_FACTORS, Dense(frequencies), partial(Dense, frequencies))
@@ -142,7 +142,7 @@ def planned(opened: Opened, model: Llama, allow_dense: bool) -> Plan:
     return plan
 
 
-def _place_layer(plan: Plan, opened: Opened, layer: str, name: str, allow_dense: bool) -> None:
+def _place_layer(plan: FilePlan, opened: Opened, layer: str, name: str, allow_dense: bool) -> None:
     """A compressed matrix: its base and its low-rank term where the base fits, else the whole, dense."""
     whole = opened.expression(layer)
     base, term = without_term(whole) if name != TABLE else (whole, None)  # llama.cpp reads A and B of a table otherwise

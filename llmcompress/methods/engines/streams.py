@@ -14,7 +14,7 @@ from llmcompress.weight.trellis import Trellis, cuts, states, table
 RUN = 768  # rows: one thread searches them, and the first in a column have fewer choices
 
 
-class Streams:
+class TrellisStreams:
     """A `Projection`: what the columns of a matrix may become as streams, each the nearest to what is wanted.
 
     A column starts in the state in which the one before it ended. If it was chosen before, it must also end as it did
@@ -38,10 +38,10 @@ class Streams:
         self.search = stream_search(trellis, self.edges, importance)
 
     @staticmethod
-    def of(w: TrellisCoded) -> Streams:
+    def of(w: TrellisCoded) -> TrellisStreams:
         """The columns that were chosen for `w`, to be chosen again."""
         width = shape(w)[1]
-        found = Streams(w.scale, width, w.trellis, w.run)
+        found = TrellisStreams(w.scale, width, w.trellis, w.run)
         for first, last in pairwise(found.edges):
             chosen = states(w.codes[first * width : last * width], w.trellis)
             found.states[:, first:last] = chosen.reshape(width, -1)

@@ -130,7 +130,7 @@ class Relaxed(nn.Module):
         return product(x, filled(self.ready[1], "", None, numbers))
 
     @torch.no_grad()
-    def confine(self) -> None:
+    def clamp_latents(self) -> None:
         """Puts latents that left the range of their codes back to its edge: call it after a step of the optimizer.
 
         Outside they have no gradient, so what momentum carried there would stay (BinaryConnect, arXiv 1511.00363). What
@@ -140,7 +140,7 @@ class Relaxed(nn.Module):
             if self.relaxation.estimator == "biper" and levels == 2:
                 continue
             if name in self.formed:
-                cast(Latents, self.formed[name]).confine()
+                cast(Latents, self.formed[name]).clamp_latents()
             else:
                 self.get_parameter(name).clamp_(-0.5, levels - 0.5)
 

@@ -25,7 +25,7 @@ import torch
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.score import size_of
 from llmcompress.evaluate.scores import evaluate
-from llmcompress.models.dense import Header, Source, load_model, load_tokenizer, resolve
+from llmcompress.models.dense import DenseModel, Header, load_model, load_tokenizer, resolve
 from llmcompress.models.families import architecture
 from llmcompress.models.locate import locate
 
@@ -108,7 +108,7 @@ def gaps(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
     return {name: math.log(row[text] / dense[text]) for name, text in texts.items()}
 
 
-def linear_headers(source: Source) -> list[Header]:
+def linear_headers(source: DenseModel) -> list[Header]:
     """Those of the weights of the decoder's linears."""
     return [source.tensors[f"{name}.weight"] for name in architecture(source.config, source.skeleton()).linears()]
 

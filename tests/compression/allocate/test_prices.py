@@ -13,7 +13,7 @@ from llmcompress.compression.allocate.choices import RATES, choices
 from llmcompress.compression.allocate.distortion import error, families, interpolated, rough, run_of, sampled
 from llmcompress.compression.allocate.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, probe_windows
 from llmcompress.compression.allocate.sizes import payload_bytes
-from llmcompress.compression.plan import lay
+from llmcompress.compression.plan import prepare
 from llmcompress.methods.layer import Layer, StepConfig, methods, sketch, step
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense import resolve
@@ -163,7 +163,7 @@ def test_a_file_is_as_large_as_its_plan(tied: bool, tmp_path: Path) -> None:
     asked = read_recipe(
         {"version": 1, "target": {"bytes": "1MB"}, "options": grids, "rules": rules, "calibration": calibration}
     )
-    found = choices(lay(resolve(str(source)), asked))
+    found = choices(prepare(resolve(str(source)), asked))
     names = [one.name for one in found.matrices if not one.is_table]
     assert len(names) == 9 and not any("k_proj" in name or "1.mlp" in name for name in names)
     assert [one.name for one in found.matrices if one.is_table] == ["model.embed_tokens", "lm_head"][: 2 - tied]
@@ -181,13 +181,13 @@ def test_a_file_is_as_large_as_its_plan(tied: bool, tmp_path: Path) -> None:
 def test_default_options_suit_a_llama_and_stop_at_its_tables(tmp_path: Path) -> None:
     source = resolve(str(save_tiny("llama", tmp_path / "dense")))
     base = {"version": 1, "calibration": {"samples": 4, "length": 32}}
-    linears = choices(lay(source, read_recipe(base | {"target": {"bpw": 2}})))
+    linears = choices(prepare(source, read_recipe(base | {"target": {"bpw": 2}})))
     assert all(not one.is_table and len(one.options) == len(RATES) for one in linears.matrices)
-    everything = choices(lay(source, read_recipe(base | {"target": {"kl": 0.1}})))
+    everything = choices(prepare(source, read_recipe(base | {"target": {"kl": 0.1}})))
     assert [one.options[0][0].method for one in everything.matrices if one.is_table] == ["rtn", "rotate"]
     fixed = base | {"target": {"kl": 0.1}, "embeddings": [{"method": "rtn"}]}
     fixed["rules"] = [{"match": "lm_head", "steps": []}]
-    assert len(choices(lay(source, read_recipe(fixed))).matrices) == len(linears.matrices)
+    assert len(choices(prepare(source, read_recipe(fixed))).matrices) == len(linears.matrices)
 
 
 def test_the_models_own_forward_is_left_as_it_was() -> None:

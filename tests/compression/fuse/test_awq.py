@@ -22,7 +22,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, relative_error, step
 from llmcompress.methods.moments import STATISTICS, Moments
 from llmcompress.methods.rtn import RTN, rtn
-from llmcompress.models.dense import Source, resolve
+from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import FAMILIES, Architecture, architecture
 from llmcompress.weight.expression import Dense, dense
 from tests.tiny import VOCABULARY, save_tiny
@@ -33,7 +33,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and 42 grey geese fly past 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
 
-def with_outliers(family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Source:
+def with_outliers(family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> DenseModel:
     """A tiny model some of whose channels are far louder than others, as those of large models are."""
     save_tiny(family, folder, **changes)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -46,13 +46,13 @@ def with_outliers(family: str, folder: Path, dtype: torch.dtype = torch.float32,
     return resolve(str(folder))
 
 
-def blocks(source: Source, arch: Architecture) -> Iterator[Block]:
+def blocks(source: DenseModel, arch: Architecture) -> Iterator[Block]:
     """Without a cap, as what a token counts for would depend on the scales."""
     ids = torch.randint(VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
     yield from walk(source, arch, ids, held_out=2, needs=STATISTICS, cap=None, dense_stream=True)
 
 
-def balanced(source: Source, steps: tuple[Any, ...] = (step(GRID),)) -> Iterator[tuple[Block, Balanced]]:
+def balanced(source: DenseModel, steps: tuple[Any, ...] = (step(GRID),)) -> Iterator[tuple[Block, Balanced]]:
     arch = architecture(source.config, source.skeleton())
     for block in blocks(source, arch):
         yield block, balance(block, source, arch, dict.fromkeys(arch.linears(), steps))
@@ -108,7 +108,7 @@ def _assert_close(found: Tensor | None, expected: Tensor | None) -> None:
     torch.testing.assert_close(found / size, expected / size, rtol=0, atol=1e-4)
 
 
-def _as_in(source: Source, block: Block) -> Source:
+def _as_in(source: DenseModel, block: Block) -> DenseModel:
     """The model on disk with this block's parameters."""
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     model.get_submodule(block.path).load_state_dict(block.module.state_dict())

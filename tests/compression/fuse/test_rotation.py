@@ -15,7 +15,7 @@ import llmcompress as lc
 from llmcompress.calibrate.blocks import load
 from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.errors import RecipeError
-from llmcompress.models.dense import Source, resolve
+from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import FAMILIES
 from llmcompress.weight.expression import Rotated
 from llmcompress.weight.modules import compressed_linears
@@ -26,7 +26,7 @@ BIASES = {"attention_bias": True, "mlp_bias": True}
 TEXT = "The quick brown fox jumps over the lazy dog, and 42 grey geese fly past the old mill by the river. "
 
 
-def loaded(source: Source) -> PreTrainedModel:
+def loaded(source: DenseModel) -> PreTrainedModel:
     model = source.skeleton()
     load(model, "", source, torch.device("cpu"))
     return model

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcompress.methods.engines.streams import Streams
+from llmcompress.methods.engines.streams import TrellisStreams
 from llmcompress.weight.trellis import Trellis
 from tests.builders import TRELLISES, seeded
 
@@ -71,11 +71,11 @@ def on(device: str, case: Case) -> NDArray[np.int32]:
 
 def codes(device: str) -> NDArray[np.uint8]:
     """Codes of a matrix whose columns were chosen one after the other, and one of them again."""
-    columns = Streams(torch.rand(22, 1, generator=seeded(3)).half().to(device) + 0.5, 4, MATRIX, run=12)
+    columns = TrellisStreams(torch.rand(22, 1, generator=seeded(3)).half().to(device) + 0.5, 4, MATRIX, run=12)
     wanted = torch.randn(5, 22, generator=seeded(4)).to(device)
     for column, values in zip((0, 1, 2, 3, 1), wanted, strict=True):
         columns.project(column, values)
-    again = Streams.of(columns.weight(wanted[:4].T))
+    again = TrellisStreams.of(columns.weight(wanted[:4].T))
     again.project(2, wanted[0])
     found: NDArray[np.uint8] = again.weight(wanted[:4].T).codes.numpy(force=True)
     return found

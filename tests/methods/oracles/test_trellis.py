@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcompress.methods.engines.streams import Streams
+from llmcompress.methods.engines.streams import TrellisStreams
 from llmcompress.methods.engines.viterbi import search
 from llmcompress.methods.layer import relative_error
 from llmcompress.weight.encoding import encode
@@ -136,12 +136,12 @@ def test_how_near_a_gaussian_comes(bits: float, limit: float) -> None:
 
 def test_columns_chosen_again_stay_linked() -> None:
     trellis, width = Trellis(2, 1, 8), 6
-    columns = Streams(torch.rand(40, 1).half() + 0.5, width, trellis, run=16)
+    columns = TrellisStreams(torch.rand(40, 1).half() + 0.5, width, trellis, run=16)
     wanted = torch.randn(width, 40, generator=seeded(0))
     for column in range(width):
         columns.project(column, wanted[column])
     before = columns.weight(wanted.T)
-    again = Streams.of(before)
+    again = TrellisStreams.of(before)
     for stream, (first, last) in enumerate(itertools.pairwise(cuts(40, 16, trellis))):
         way = states(before.codes[first * width : last * width], trellis).reshape(width, -1)
         assert torch.equal(again.ends[1:, stream], way[:, -1])

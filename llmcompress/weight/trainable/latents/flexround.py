@@ -43,7 +43,7 @@ class Divided(Latents):
         return self.zero + self.weights * torch.exp(-self.elements - self._of_rows())
 
     @torch.no_grad()
-    def confine(self) -> None:
+    def clamp_latents(self) -> None:
         """Lets no divisor of an element be so small that its latent leaves the range of the codes."""
         room = torch.where(self.weights > 0, self.levels - 0.5 - self.zero, 0.5 + self.zero) - MARGIN
         self.elements.clamp_(min=(self.weights.abs() / room).log() - self._of_rows())

@@ -33,7 +33,7 @@ class Cells:
 class Latents(nn.Module):
     """Latents of the codes of one grid, flat float32, as its `forward` makes them of its parameters."""
 
-    def confine(self) -> None:
+    def clamp_latents(self) -> None:
         """After a step of the optimizer: brings latents that left the range of their codes back, where that is due."""
 
 
