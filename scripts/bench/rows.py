@@ -1,4 +1,4 @@
-"""Measures recipes and prints their rows for RESULTS.md.
+"""Measures recipes and prints their rows for docs/results.md.
 
     python scripts/bench/rows.py --data DATA [RECIPE ...]
 

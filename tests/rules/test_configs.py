@@ -48,6 +48,6 @@ def test_every_method_has_a_recipe() -> None:
 
 @pytest.mark.parametrize("path", RECIPES + DISTILLATIONS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_recipe_has_a_row_of_results(path: Path) -> None:
-    rows = [line for line in (ROOT / "RESULTS.md").read_text().splitlines() if line.startswith("|")]
+    rows = [line for line in (ROOT / "docs" / "results.md").read_text().splitlines() if line.startswith("|")]
     name = re.compile(rf"(?<![\w-]){re.escape(path.stem)}(?![\w-])")
-    assert any(name.search(row) for row in rows), f"RESULTS.md has no row for {path.relative_to(ROOT)}"
+    assert any(name.search(row) for row in rows), f"docs/results.md has no row for {path.relative_to(ROOT)}"

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WINDOW = 128  # tokens
-WINDOWS = 4  # LOG.md, "how many tokens to probe with"; 84 GFLOP a layer on SmolLM2-135M, a third of it for the logits
+WINDOWS = (
+    4  # docs/log.md, "how many tokens to probe with"; 84 GFLOP a layer on SmolLM2-135M, a third of it for the logits
+)
 AT_ONCE = 2  # windows whose logits are in memory together
 
 
