@@ -27,7 +27,7 @@ from llmcompress.recipe.compression import read_as
 from llmcompress.recipe.distillation import Distillation
 
 ROOT = Path(__file__).parent.parent
-RECIPE = ROOT / "configs" / "smollm2-135m" / "default.yaml"
+RECIPE = ROOT / "configs" / "recommended" / "default.yaml"
 LESSON = ROOT / "configs" / "distillation" / "scales-norms.yaml"
 SIDES = ("dense", "compressed", "distilled")
 PROMPTS = ("The capital of France is", "Water boils when", "To learn to play the piano, one should")

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-CONFIGS = ROOT / "configs" / "smollm2-135m"
+GROUPS = ("recommended", "methods", "ablations")  # of recipes below configs/
+RECIPES = {path.stem: path for group in GROUPS for path in sorted((ROOT / "configs" / group).glob("*.yaml"))}
 COLUMNS = ("recipe", "bpw", "model_bpw", "MB", "perplexity", "ratio", "held-out error", "seconds", "peak MB")
 
 
@@ -31,9 +32,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--jsonl", type=Path, help="collects finished rows")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("recipes", nargs="*", help="names in configs/smollm2-135m, or files; all by default")
+    parser.add_argument("recipes", nargs="*", help="names in configs/, or files; all by default")
     options = parser.parse_args()
-    recipes = options.recipes or ["dense", *(path.stem for path in sorted(CONFIGS.glob("*.yaml")))]
+    recipes = options.recipes or ["dense", *RECIPES]
     if options.one:
         print(json.dumps(measured(recipes[0], options)))
         return
@@ -71,10 +72,9 @@ def measured(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
     if recipe == "dense":
         found = score(options.model, protocol)
         return {"recipe": recipe, **{key: found[key] for key in ("bytes", "bpw", "model_bpw", "perplexity")}}
-    path = CONFIGS / f"{recipe}.yaml"
     settings = [f"calibration={json.dumps(calibration(options.data))}"]
     with tempfile.TemporaryDirectory() as folder:
-        chosen = read_recipe(path if path.is_file() else recipe, settings)
+        chosen = read_recipe(RECIPES.get(recipe, recipe), settings)
         report = lc.compress(options.model, chosen, Path(folder) / "model").report
         found = score(Path(folder) / "model", protocol)
     errors = [row.error_heldout for row in report.layers if row.error_heldout is not None]

@@ -17,7 +17,7 @@ from llmcompress.recipe.compression import read_recipe
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
 
-RECIPE = ROOT / "configs" / "smollm2-135m" / "data-free.yaml"
+RECIPE = ROOT / "configs" / "recommended" / "data-free.yaml"
 
 
 def recipe(*steps: dict[str, Any], **more: Any) -> dict[str, Any]:

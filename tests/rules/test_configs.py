@@ -29,6 +29,11 @@ def _methods_in(value: Any) -> Iterator[str]:
         yield from _methods_in(entry)
 
 
+def test_names_are_unique_over_all_groups() -> None:
+    names = [path.stem for path in RECIPES + DISTILLATIONS]
+    assert len(set(names)) == len(names), sorted(name for name in set(names) if names.count(name) > 1)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_recipe_is_valid(path: Path) -> None:
     assert read_recipe(path).name == path.stem, "a recipe is called what its file is called"
@@ -40,10 +45,10 @@ def test_distillation_is_valid(path: Path) -> None:
 
 
 def test_every_method_has_a_recipe() -> None:
-    paths = [path for path in RECIPES if path.parent.name == "smollm2-135m"]
+    paths = [path for path in RECIPES if path.parent.name in ("recommended", "methods")]
     used = {name for path in paths for name in _methods_in(read_recipe(path).model_dump(mode="json"))}
     absent = sorted(methods().keys() - used)
-    assert not absent, f"no recipe in configs/smollm2-135m/ uses {absent}"
+    assert not absent, f"no recipe in configs/recommended/ or configs/methods/ uses {absent}"
 
 
 @pytest.mark.parametrize("path", RECIPES + DISTILLATIONS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-RECIPES = HERE.parents[2] / "configs" / "smollm2-135m"
+CONFIGS = HERE.parents[2] / "configs"
 OURS, PEER = "llmcompress", "llm-compressor"
 ARMS = {  # what both tools do, and our recipe of it
-    "wanda50": "wanda-50",
-    "sparsegpt50": "sparsegpt-50",
-    "sparsegpt24": "sparsegpt-2-4",
-    "gptq3g64": "gptq-3-g64",
-    "gptq3g64mse": "gptq-3-g64",
+    "wanda50": "methods/wanda-50",
+    "sparsegpt50": "methods/sparsegpt-50",
+    "sparsegpt24": "methods/sparsegpt-2-4",
+    "gptq3g64": "recommended/gptq-3-g64",
+    "gptq3g64mse": "recommended/gptq-3-g64",
 }
 
 
@@ -50,7 +50,7 @@ def run_once(tool: str, arm: str, given: argparse.Namespace) -> dict[str, Any]:
         command = [given.peer_python, HERE / "llm_compressor.py", "--tokens", given.out / "tokens.safetensors"]
         command += ["--dtype", given.peer_dtype]
     else:
-        command = [sys.executable, HERE / "ours.py", "--recipe", RECIPES / f"{ARMS[arm]}.yaml"]
+        command = [sys.executable, HERE / "ours.py", "--recipe", CONFIGS / f"{ARMS[arm]}.yaml"]
         command += ["--text", given.text, "--sequences", given.sequences, "--length", given.length]
     threads = str(given.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
