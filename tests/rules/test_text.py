@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-
-import pytest
+from collections.abc import Iterator
 
 from tests.rules.source_tree import ROOT, repository_files
 
@@ -16,16 +14,19 @@ FORMATS_HOSTS = {"www.apache.org", "git-lfs.github.com", "127.0.0.1"}  # in a li
 BINARY = {".png", ".safetensors", ".parquet"}
 
 
-@pytest.mark.parametrize("path", repository_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_text_is_for_every_reader(path: Path) -> None:
-    if path.suffix in BINARY:
-        return
-    text = path.read_text(encoding="utf-8")
-    paths = MACHINE_PATH.findall(text)
-    assert not paths, (
-        f"{paths}: a path of one machine; use an argument, a temporary folder, or a path in the repository"
-    )
-    hosts = set(ADDRESS.findall(text)) - READERS_HOSTS - FORMATS_HOSTS
-    assert not hosts, (
-        f"{sorted(hosts)}: name packages and papers, not the machines that serve them (or add to the list)"
-    )
+def texts() -> Iterator[tuple[str, str]]:
+    """The name and the words of every text file."""
+    for path in repository_files():
+        if path.suffix not in BINARY:
+            yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+
+
+def test_no_text_names_a_path_of_one_machine() -> None:
+    wrong = {name: found for name, text in texts() if (found := MACHINE_PATH.findall(text))}
+    assert not wrong, f"{wrong}: use an argument, a temporary folder, or a path in the repository"
+
+
+def test_every_address_is_one_that_readers_can_use() -> None:
+    others = {name: set(ADDRESS.findall(text)) - READERS_HOSTS - FORMATS_HOSTS for name, text in texts()}
+    wrong = {name: sorted(hosts) for name, hosts in others.items() if hosts}
+    assert not wrong, f"{wrong}: name packages and papers, not the machines that serve them (or add to the list)"
