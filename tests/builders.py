@@ -11,7 +11,7 @@ from torch import Tensor
 import llmcompress.methods  # noqa: F401  (registers them)
 from llmcompress.methods.layer import Layer, apply, step
 from llmcompress.methods.moments import STATISTICS, Moments
-from llmcompress.weight.expression import (
+from llmcompress.weight.nodes import (
     Bitmap,
     Codebook,
     Columns,

@@ -27,8 +27,8 @@ from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, BlockLayout, Linear
 from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.runtime.memory import trim_memory
-from llmcompress.weight.expression import Weight
 from llmcompress.weight.modules import CompressedLinear, decoded, put
+from llmcompress.weight.nodes import Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

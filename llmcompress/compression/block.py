@@ -27,8 +27,9 @@ from llmcompress.methods.moments import Moments
 from llmcompress.methods.row_chunks import apply_in_runs
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.weight.encoding import decode
-from llmcompress.weight.expression import Dense, Weight, bits, dense, describe
+from llmcompress.weight.expression import bits, dense, describe
 from llmcompress.weight.modules import LIKE, CompressedLinear, Layout
+from llmcompress.weight.nodes import Dense, Weight
 
 DENSE = "dense"  # of a block that may still change: a weight as it was before its layer was compressed
 TARGET_DAMPING = 0.1  # of the solve that aims at the dense model's outputs

@@ -24,8 +24,9 @@ from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
 from llmcompress.runtime.memory import total_memory
 from llmcompress.runtime.precision import product_dtype
-from llmcompress.weight.expression import Weight, bits, describe
+from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.modules import row_scale
+from llmcompress.weight.nodes import Weight
 from llmcompress.weight.rows import check_rows
 
 LIBRARIES = 450_000_000  # bytes that torch and transformers take before any work

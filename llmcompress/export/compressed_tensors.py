@@ -22,8 +22,9 @@ from llmcompress.models.checkpoint import check_output, writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened
 from llmcompress.models.dense import transposed_linears
-from llmcompress.weight.expression import Grid, Weight, dense, describe
+from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.modules import LIKE
+from llmcompress.weight.nodes import Grid, Weight
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from llmcompress.models.checkpoint import Writer, check_output, seal, writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened
 from llmcompress.models.hf_quantizer import table_entry
-from llmcompress.weight.expression import LowRank, Rotated, Sum, Weight, dense
+from llmcompress.weight.expression import dense
 from llmcompress.weight.hadamard import unrotate
 from llmcompress.weight.modules import Layout, packed, payload_texts
+from llmcompress.weight.nodes import LowRank, Rotated, Sum, Weight
 
 
 def to_peft(folder: Path, output: Path) -> Exported:

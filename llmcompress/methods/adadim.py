@@ -25,7 +25,8 @@ from llmcompress.methods.engines.grid import GridConfig, GridFormat, fit_grid, g
 from llmcompress.methods.engines.hessian import channel_energy, inverse_factor
 from llmcompress.methods.engines.projection import Quantized
 from llmcompress.methods.layer import Layer, base_target, join, method, relative_error, split, with_base
-from llmcompress.weight.expression import Dense, Transposed, Weight, bits, describe, shape
+from llmcompress.weight.expression import bits, describe
+from llmcompress.weight.nodes import Dense, Transposed, Weight, shape
 
 
 class AdaDim(GridConfig):

@@ -11,7 +11,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from llmcompress.errors import RecipeError
 from llmcompress.methods.engines.low_rank import LowRankConfig
 from llmcompress.methods.layer import Layer, StepConfig, method, methods, relative_error, step
-from llmcompress.weight.expression import Rotated, Weight
+from llmcompress.weight.nodes import Rotated, Weight
 
 ROTATES = "its base is a rotation; make that a step of its own, before alternate"
 

@@ -32,7 +32,7 @@ from llmcompress.methods.engines.bitplane_fit import PlaneFormat, fit_planes, lo
 from llmcompress.methods.engines.bitplanes import ColumnConfig, Planes, instead_of_dense, planes_sketch, projected
 from llmcompress.methods.engines.projection import Selected, columns
 from llmcompress.methods.layer import Layer, method
-from llmcompress.weight.expression import Columns, Weight, Where, shape
+from llmcompress.weight.nodes import Columns, Weight, Where, shape
 
 SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of columns, tried as salient
 

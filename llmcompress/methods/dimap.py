@@ -20,7 +20,7 @@ from torch import Tensor
 from llmcompress.methods.engines.projection import largest
 from llmcompress.methods.engines.sparsity import PruneConfig, keep_largest_of_rows, kept_of, prune_sketch, pruned
 from llmcompress.methods.layer import Layer, base_target, method, with_base
-from llmcompress.weight.expression import Weight
+from llmcompress.weight.nodes import Weight
 
 
 class DIMAP(PruneConfig):

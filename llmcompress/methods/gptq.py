@@ -16,7 +16,7 @@ from llmcompress.methods.engines.hessian import channel_energy, inverse_factor
 from llmcompress.methods.engines.projection import Quantized
 from llmcompress.methods.layer import Layer, base_target, method, support, with_base
 from llmcompress.methods.rtn import quantized_sketch, within_support
-from llmcompress.weight.expression import Weight
+from llmcompress.weight.nodes import Weight
 
 
 class GPTQ(GridConfig):

@@ -24,7 +24,7 @@ from llmcompress.methods.engines.grid import GridFormat, fit_grid, reciprocal
 from llmcompress.methods.engines.projection import Quantized
 from llmcompress.methods.layer import Layer, StepConfig, base_target, method, with_base
 from llmcompress.methods.rtn import RTN, within_support
-from llmcompress.weight.expression import Weight
+from llmcompress.weight.nodes import Weight
 
 ROUNDS = 20  # these three as in the official code
 BETA = 10.0

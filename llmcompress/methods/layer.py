@@ -14,8 +14,9 @@ from torch import Tensor
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.methods.moments import STATISTICS, TILE, Moments
 from llmcompress.runtime.precision import bfloat16_factors
-from llmcompress.weight.expression import Dense, LowRank, Rotated, Sum, Weight, Where, Zero, dense, describe
+from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.hadamard import rotate
+from llmcompress.weight.nodes import Dense, LowRank, Rotated, Sum, Weight, Where, Zero
 
 ROWS = 8192  # that are in memory a third time while their error is measured
 

@@ -8,7 +8,7 @@ from typing import Literal
 from llmcompress.methods.engines.projection import largest
 from llmcompress.methods.engines.sparsity import PruneConfig, keep_largest_of_rows, kept_of, prune_sketch, pruned
 from llmcompress.methods.layer import Layer, base_target, method, with_base
-from llmcompress.weight.expression import Weight
+from llmcompress.weight.nodes import Weight
 
 
 class Magnitude(PruneConfig):

@@ -30,7 +30,7 @@ from llmcompress.methods.engines.projection import (
 )
 from llmcompress.methods.engines.sparsity import check_pattern, parse_pattern
 from llmcompress.methods.layer import Layer, StepConfig, base_target, join, method, split, with_base
-from llmcompress.weight.expression import Bitmap, Columns, Dense, Index, Pattern, Weight, Where, shape
+from llmcompress.weight.nodes import Bitmap, Columns, Dense, Index, Pattern, Weight, Where, shape
 
 SPAN = 128  # columns over which an element-wise salient share is even
 

@@ -24,7 +24,7 @@ from pydantic import Field
 from llmcompress.methods.engines.bitplane_fit import PlaneFormat
 from llmcompress.methods.engines.bitplanes import ColumnConfig, Planes, instead_of_dense, planes_sketch, projected
 from llmcompress.methods.layer import Layer, method
-from llmcompress.weight.expression import Weight, shape
+from llmcompress.weight.nodes import Weight, shape
 
 
 class PlanesConfig(ColumnConfig):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmcompress.methods.layer import Layer, StepConfig, method
 from llmcompress.methods.moments import Moments
-from llmcompress.weight.expression import Weight
+from llmcompress.weight.nodes import Weight
 
 FLOOR = 0.1  # of the mean magnitude: a channel with smaller weights may as well be one that is never used
 

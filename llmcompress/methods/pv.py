@@ -18,7 +18,8 @@ from llmcompress.methods.engines.moves import changed, moved
 from llmcompress.methods.engines.scales import rescaled
 from llmcompress.methods.engines.vectors import books_of
 from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
-from llmcompress.weight.expression import Weight, Where, describe
+from llmcompress.weight.expression import describe
+from llmcompress.weight.nodes import Weight, Where
 
 SHARE = 0.1  # of the vectors of a row that may change in a step
 

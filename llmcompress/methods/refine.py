@@ -29,7 +29,8 @@ from llmcompress.methods.engines.scales import rescaled
 from llmcompress.methods.engines.streams import TrellisStreams
 from llmcompress.methods.engines.vectors import books_of
 from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
-from llmcompress.weight.expression import (
+from llmcompress.weight.expression import dense, describe
+from llmcompress.weight.nodes import (
     Codebook,
     Dense,
     Grid,
@@ -40,8 +41,6 @@ from llmcompress.weight.expression import (
     Weight,
     Where,
     Zero,
-    dense,
-    describe,
     shape,
 )
 

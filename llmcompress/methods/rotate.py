@@ -12,7 +12,7 @@ import torch
 
 from llmcompress.methods.layer import Layer, Rotation, StepConfig, method, rotated
 from llmcompress.runtime.seeding import generator
-from llmcompress.weight.expression import Rotated, Weight, shape
+from llmcompress.weight.nodes import Rotated, Weight, shape
 
 
 class Rotate(StepConfig):

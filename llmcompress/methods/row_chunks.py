@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from llmcompress.methods.layer import Layer, StepConfig, apply
-from llmcompress.weight.expression import Dense, Weight
+from llmcompress.weight.nodes import Dense, Weight
 from llmcompress.weight.stack import joined
 
 RUN = 7680  # rows: a multiple of those that a stream of a trellis goes down

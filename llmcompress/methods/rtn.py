@@ -10,7 +10,7 @@ from llmcompress.methods.engines.feedback import Projection, feedback
 from llmcompress.methods.engines.grid import GridConfig, grid_sketch
 from llmcompress.methods.engines.projection import Pruned, Quantized, Selected
 from llmcompress.methods.layer import Layer, base_target, join, method, split, support, with_base
-from llmcompress.weight.expression import Weight, Where, shape
+from llmcompress.weight.nodes import Weight, Where, shape
 
 
 class RTN(GridConfig):

@@ -17,7 +17,7 @@ from llmcompress.methods.engines.hessian import channel_energy, inverse_factor
 from llmcompress.methods.engines.projection import Kept, Pruned, Quantized, Selected, Side, largest, largest_of_each
 from llmcompress.methods.engines.sparsity import PruneConfig, check_pattern, kept_of, prune_sketch
 from llmcompress.methods.layer import Layer, base_target, method, with_base
-from llmcompress.weight.expression import Weight, shape
+from llmcompress.weight.nodes import Weight, shape
 
 SPAN = 128  # columns over which unstructured sparsity is even
 

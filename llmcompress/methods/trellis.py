@@ -20,7 +20,8 @@ from llmcompress.methods.engines.hessian import feedback_factor, metric
 from llmcompress.methods.engines.scales import rescaled
 from llmcompress.methods.engines.streams import RUN, TrellisStreams
 from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
-from llmcompress.weight.expression import Dense, TrellisCoded, Weight, describe, shape
+from llmcompress.weight.expression import describe
+from llmcompress.weight.nodes import Dense, TrellisCoded, Weight, shape
 from llmcompress.weight.trellis import Trellis
 
 

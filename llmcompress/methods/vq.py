@@ -18,7 +18,7 @@ from pydantic import Field
 
 from llmcompress.methods.engines.codebooks import CodebookConfig, codebook_sketch, coded
 from llmcompress.methods.layer import Layer, method
-from llmcompress.weight.expression import Weight
+from llmcompress.weight.nodes import Weight
 
 
 class VQ(CodebookConfig):

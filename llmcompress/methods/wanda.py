@@ -9,7 +9,7 @@ from typing import Literal
 from llmcompress.methods.engines.hessian import channel_energy
 from llmcompress.methods.engines.sparsity import PruneConfig, keep_largest_of_rows, prune_sketch, pruned
 from llmcompress.methods.layer import Layer, base_target, method, with_base
-from llmcompress.weight.expression import Weight
+from llmcompress.weight.nodes import Weight
 
 
 class Wanda(PruneConfig):

@@ -14,8 +14,8 @@ from llmcompress.models.hf_quantizer import LLMCompressConfig
 from llmcompress.models.integrity import DIGESTS, weight_files
 from llmcompress.models.kind import check_kind
 from llmcompress.weight.encoding import decode
-from llmcompress.weight.expression import Weight
 from llmcompress.weight.modules import LIKE, Layout
+from llmcompress.weight.nodes import Weight
 
 
 class Opened:

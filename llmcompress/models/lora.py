@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.models.hf_quantizer import LLMCompressConfig, table_entry
-from llmcompress.weight.expression import Dense, LowRank
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
+from llmcompress.weight.nodes import Dense, LowRank
 from llmcompress.weight.sums import plus
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.weight.expression import (
+from llmcompress.weight.nodes import (
     Bitmap,
     Codebook,
     Columns,

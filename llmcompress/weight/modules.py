@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llmcompress.errors import InputError
 from llmcompress.weight import expression
 from llmcompress.weight.encoding import decode, encode
+from llmcompress.weight.nodes import Weight, shape
 from llmcompress.weight.rows import rows
 
 DTYPES = {
@@ -111,7 +112,7 @@ class Compressed(nn.Module):
             )
         return self.layout.views(stored)
 
-    def expression(self) -> expression.Weight:
+    def expression(self) -> Weight:
         """The compressed weight."""
         return decode(self.layout.header, self.payload())
 
@@ -124,10 +125,10 @@ class CompressedLinear(Compressed, nn.Linear):
         self.out_features, self.in_features = layout.size
         self.hold(layout, payload)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self.ready: expression.Weight | None = None
+        self.ready: Weight | None = None
 
     @staticmethod
-    def of(w: expression.Weight, bias: Tensor | None = None) -> CompressedLinear:
+    def of(w: Weight, bias: Tensor | None = None) -> CompressedLinear:
         """The layer for an expression."""
         return CompressedLinear(*packed(w), bias)
 
@@ -192,11 +193,11 @@ def payload_texts(layouts: Mapping[str, Layout]) -> dict[str, str]:
     return {f"{name}.weight": layout.text for name, layout in layouts.items()}
 
 
-def packed(w: expression.Weight) -> tuple[Layout, Tensor]:
+def packed(w: Weight) -> tuple[Layout, Tensor]:
     """The layout and the payload, uint8 `[bytes]`, of an expression."""
     header, tensors = encode(w)
     listed = {path: (NAMES[tensor.dtype], tensor.numel()) for path, tensor in tensors.items()}
-    layout = Layout(expression.shape(w), header, listed)
+    layout = Layout(shape(w), header, listed)
     device = next(iter(tensors.values())).device if tensors else None
     payload = torch.zeros(layout.bytes(), dtype=torch.uint8, device=device)
     for path, (_, start, stop) in layout.places().items():

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from llmcompress.errors import RecipeError
 from llmcompress.weight.encoding import decode_node, expand, pattern_tables
-from llmcompress.weight.expression import (
+from llmcompress.weight.expression import describe
+from llmcompress.weight.nodes import (
     Bitmap,
     Codebook,
     Dense,
@@ -31,7 +32,6 @@ from llmcompress.weight.expression import (
     Weight,
     Where,
     Zero,
-    describe,
     shape,
 )
 from llmcompress.weight.packing import ones_before, unpack, unpack_at, unpack_rows

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from llmcompress.weight.expression import Dense, Grid, Rotated, Sum, TrellisCoded, Weight, Where, Zero
+from llmcompress.weight.nodes import Dense, Grid, Rotated, Sum, TrellisCoded, Weight, Where, Zero
 
 
 def joined(parts: Sequence[Weight]) -> Weight:

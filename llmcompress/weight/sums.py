@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmcompress.weight.expression import LowRank, Sum, Weight
+from llmcompress.weight.nodes import LowRank, Sum, Weight
 
 
 def plus(w: Weight, term: LowRank) -> Weight:

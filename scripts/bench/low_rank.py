@@ -22,7 +22,8 @@ from llmcompress.data.files import read_text
 from llmcompress.methods.layer import Layer, apply, relative_error, step
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import architecture
-from llmcompress.weight.expression import Dense, bits
+from llmcompress.weight.expression import bits
+from llmcompress.weight.nodes import Dense
 
 BASE: dict[str, Any] = {"method": "rtn", "bits": 3, "group_size": 64}
 ARMS: dict[str, list[dict[str, Any]]] = {

@@ -21,8 +21,9 @@ from llmcompress.errors import InputError, NumericsError
 from llmcompress.methods.moments import capped_weights
 from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import FAMILIES, Architecture, architecture
-from llmcompress.weight.expression import Dense, dense
+from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear
+from llmcompress.weight.nodes import Dense
 from tests.tiny import VOCABULARY, save_tiny, tiny
 
 DISCOVERED = ["stablelm", "starcoder2", "olmo2", "granite", "cohere", "bloom"]  # families without a row

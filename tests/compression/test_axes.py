@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.export.compressed_tensors import to_compressed_tensors
-from llmcompress.weight.expression import Scaled, Transposed, dense, describe
+from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.modules import compressed_linears
+from llmcompress.weight.nodes import Scaled, Transposed
 from tests.compression.test_run import TEXT, recipe
 from tests.tiny import save_tiny
 

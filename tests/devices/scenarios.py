@@ -41,7 +41,8 @@ from llmcompress.models.dense import load_model
 from llmcompress.models.locate import Place
 from llmcompress.recipe.compression import read_recipe
 from llmcompress.weight.encoding import decode, encode
-from llmcompress.weight.expression import Weight, Zero, dense, matmul
+from llmcompress.weight.expression import dense, matmul
+from llmcompress.weight.nodes import Weight, Zero
 from tests.builders import every_node, gaussian, layer, random_nestings
 from tests.compression.test_journal import SETTINGS
 from tests.compression.test_journal import recipe as compression

@@ -22,19 +22,8 @@ from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.verify import verify
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.runtime.devices import device_of, is_at, kind_of
-from llmcompress.weight.expression import (
-    Dense,
-    LowRank,
-    Rotated,
-    Sum,
-    Transposed,
-    Weight,
-    Zero,
-    decoded,
-    dense,
-    device,
-    matmul,
-)
+from llmcompress.weight.expression import decoded, dense, device, matmul
+from llmcompress.weight.nodes import Dense, LowRank, Rotated, Sum, Transposed, Weight, Zero
 from tests.devices.scenarios import scenarios
 from tests.devices.stand_in import build
 from tests.tiny import save_tiny

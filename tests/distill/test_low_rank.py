@@ -17,8 +17,9 @@ from llmcompress.errors import RecipeError
 from llmcompress.evaluate.report import read
 from llmcompress.evaluate.verify import verify
 from llmcompress.recipe.adaptation import Adaptation
-from llmcompress.weight.expression import LowRank, Sum, bits, dense, describe, shape
+from llmcompress.weight.expression import bits, dense, describe
 from llmcompress.weight.modules import CompressedLinear, compressed_linears
+from llmcompress.weight.nodes import LowRank, Sum, shape
 from tests.distill.miniature import loaded, make, recipe, weights_bytes
 
 RULES = [

@@ -24,8 +24,9 @@ from llmcompress.errors import RecipeError
 from llmcompress.evaluate.verify import verify
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.weight.encoding import encode
-from llmcompress.weight.expression import Bitmap, Dense, Grid, LowRank, Rotated, Sum, Weight, Where, dense, describe
+from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.modules import compressed_linears
+from llmcompress.weight.nodes import Bitmap, Dense, Grid, LowRank, Rotated, Sum, Weight, Where
 from llmcompress.weight.trainable.relax import Relaxation, Relaxed, relax
 from tests.builders import grid, seeded
 from tests.distill.miniature import loaded, make, recipe

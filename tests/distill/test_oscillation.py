@@ -17,8 +17,8 @@ from llmcompress.errors import RecipeError
 from llmcompress.evaluate import tables
 from llmcompress.recipe.freezing import Freezing
 from llmcompress.weight.encoding import encode
-from llmcompress.weight.expression import Grid, Sum
 from llmcompress.weight.modules import CompressedLinear
+from llmcompress.weight.nodes import Grid, Sum
 from llmcompress.weight.trainable.relax import Relaxation, RelaxedLinear
 from tests.builders import grid, seeded
 from tests.distill.miniature import make, recipe

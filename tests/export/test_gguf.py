@@ -31,8 +31,9 @@ from llmcompress.export.peft import without_term
 from llmcompress.models.compressed import Opened
 from llmcompress.models.hf_quantizer import LLMCompressConfig, table_entry
 from llmcompress.models.locate import locate
-from llmcompress.weight.expression import Dense, Grid, LowRank, Rotated, Sum, Weight, Zero, dense
+from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear, put
+from llmcompress.weight.nodes import Dense, Grid, LowRank, Rotated, Sum, Weight, Zero
 from tests.builders import grid
 from tests.tiny import CHAT_TEMPLATE, tiny
 

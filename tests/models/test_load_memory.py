@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmcompress.models.checkpoint import writing
 from llmcompress.models.hf_quantizer import table_entry
-from llmcompress.weight.expression import Grid
 from llmcompress.weight.modules import Layout, packed, payload_texts
+from llmcompress.weight.nodes import Grid
 
 WIDTH, DEPTH = 1536, 18
 LOAD = """

@@ -15,8 +15,9 @@ import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.evaluate.verify import verify
 from llmcompress.models.hf_quantizer import LLMCompressConfig, table_entry
-from llmcompress.weight.expression import Grid, dense
+from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
+from llmcompress.weight.nodes import Grid
 from tests.tiny import save_tiny, tiny_tokenizer
 
 RECIPE = {

@@ -14,7 +14,8 @@ import torch
 import llmcompress.methods.layer
 from llmcompress.methods.engines.grid import GridFormat, grid_sketch
 from llmcompress.recipe.compression import dump, parse_recipe
-from llmcompress.weight.expression import Dense, bits
+from llmcompress.weight.expression import bits
+from llmcompress.weight.nodes import Dense
 from tests.builders import compressed, correlated, gaussian
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny

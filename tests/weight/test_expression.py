@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.weight import expression as weights
 from llmcompress.weight.encoding import decode, encode
-from llmcompress.weight.expression import (
+from llmcompress.weight.expression import bits, decoded, dense, describe, matmul
+from llmcompress.weight.hadamard import rotate, unrotate
+from llmcompress.weight.nodes import (
     Bitmap,
     Codebook,
     Columns,
@@ -26,15 +28,8 @@ from llmcompress.weight.expression import (
     Weight,
     Where,
     Zero,
-    bits,
-    decoded,
-    dense,
-    describe,
-    matmul,
     shape,
-    unrotate,
 )
-from llmcompress.weight.hadamard import rotate
 from tests.builders import every_node, grid, pattern, payload_bits, random_nestings, seeded
 
 EXPRESSIONS = every_node() + random_nestings(seed=0, count=60)
@@ -235,11 +230,11 @@ class Unheard:
     inside: Tensor
 
 
-@pytest.mark.parametrize("question", ["shape", "dense", "bits", "describe", "decoded"])
-def test_an_unknown_node_fails_loudly(question: str) -> None:
+@pytest.mark.parametrize("question", [shape, dense, bits, describe, decoded])
+def test_an_unknown_node_fails_loudly(question: Callable[[Weight], object]) -> None:
     unknown: Any = Unheard(torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(TypeError, match="Unheard"):
-        getattr(weights, question)(unknown)
+        question(unknown)
     with pytest.raises(TypeError, match="Unheard"):
         matmul(torch.ones(1, 2), unknown)
     with pytest.raises(TypeError, match="Unheard"):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.weight.expression import Bitmap, Grid, LowRank, Sum, Transposed, Weight, Where, Zero, dense, shape
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Bitmap, Grid, LowRank, Sum, Transposed, Weight, Where, Zero, shape
 from llmcompress.weight.trainable.latents.flexround import Divided
 from llmcompress.weight.trainable.latents.form import Form, Latents, cells
 from llmcompress.weight.trainable.latents.lora_rounding import Offsets

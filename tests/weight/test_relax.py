@@ -16,7 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.weight import expression
 from llmcompress.weight.encoding import encode
-from llmcompress.weight.expression import (
+from llmcompress.weight.expression import dense, describe, matmul
+from llmcompress.weight.hadamard import rotate
+from llmcompress.weight.modules import CompressedLinear
+from llmcompress.weight.nodes import (
     Bitmap,
     Codebook,
     Dense,
@@ -30,13 +33,8 @@ from llmcompress.weight.expression import (
     Weight,
     Where,
     Zero,
-    dense,
-    describe,
-    matmul,
     shape,
 )
-from llmcompress.weight.hadamard import rotate
-from llmcompress.weight.modules import CompressedLinear
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, Relaxed, RelaxedLinear, relax
 from llmcompress.weight.trainable.straight_through import (
     ESTIMATORS,

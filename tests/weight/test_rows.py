@@ -7,7 +7,8 @@ import torch
 
 from llmcompress.errors import RecipeError
 from llmcompress.weight.encoding import encode
-from llmcompress.weight.expression import Weight, dense, describe, shape
+from llmcompress.weight.expression import dense, describe
+from llmcompress.weight.nodes import Weight, shape
 from llmcompress.weight.rows import check_rows, rows
 from tests.builders import every_node, random_nestings
 

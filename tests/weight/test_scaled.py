@@ -10,7 +10,8 @@ from llmcompress.export.compressed_tensors import obstacle
 from llmcompress.export.gguf.tensor_types import Inexact, exact_type
 from llmcompress.export.peft import without_term
 from llmcompress.weight.encoding import encode
-from llmcompress.weight.expression import (
+from llmcompress.weight.expression import bits, dense, describe, matmul
+from llmcompress.weight.nodes import (
     Bitmap,
     Columns,
     Dense,
@@ -22,10 +23,6 @@ from llmcompress.weight.expression import (
     Transposed,
     Weight,
     Where,
-    bits,
-    dense,
-    describe,
-    matmul,
     shape,
 )
 from llmcompress.weight.rows import check_rows, rows

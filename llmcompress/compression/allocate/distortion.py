@@ -23,7 +23,8 @@ from torch import Tensor
 from llmcompress.methods.layer import Layer, StepConfig, apply, relative_error
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.row_chunks import apply_in_runs
-from llmcompress.weight.expression import Dense, dense
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Dense
 
 Steps = tuple[StepConfig, ...]
 

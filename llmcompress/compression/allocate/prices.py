@@ -37,7 +37,7 @@ from llmcompress.errors import NumericsError
 from llmcompress.methods.layer import Layer, methods, step
 from llmcompress.methods.moments import Moments
 from llmcompress.runtime.precision import product_dtype
-from llmcompress.weight.expression import Dense
+from llmcompress.weight.nodes import Dense
 
 TOKENS = 8192  # of calibration that suffice for a ranking
 

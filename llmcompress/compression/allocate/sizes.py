@@ -16,8 +16,9 @@ from torch import Tensor
 from llmcompress.compression.plan import Job
 from llmcompress.models.dense import Header
 from llmcompress.models.integrity import DIGESTS, digest
-from llmcompress.weight.expression import Grid, LowRank, Rotated, Sum, TrellisCoded, Weight, bits
+from llmcompress.weight.expression import bits
 from llmcompress.weight.modules import ALIGNMENT, LIKE
+from llmcompress.weight.nodes import Grid, LowRank, Rotated, Sum, TrellisCoded, Weight
 
 PADDING = 8  # of a header, at most
 

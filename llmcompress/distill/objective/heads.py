@@ -13,8 +13,8 @@ from llmcompress.data.batch import Batch
 from llmcompress.distill.objective.chunked_loss import HeadLoss
 from llmcompress.errors import InputError
 from llmcompress.losses.loss import SumAndCount
-from llmcompress.weight.expression import Dense
 from llmcompress.weight.modules import CompressedLinear
+from llmcompress.weight.nodes import Dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

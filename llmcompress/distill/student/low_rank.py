@@ -27,8 +27,9 @@ from llmcompress.models.kept_blocks import matched_blocks, original_name
 from llmcompress.recipe.adaptation import Adaptation
 from llmcompress.recipe.patterns import matches
 from llmcompress.runtime.seeding import generator
-from llmcompress.weight.expression import Dense, LowRank, Sum, Weight, dense, shape
+from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
+from llmcompress.weight.nodes import Dense, LowRank, Sum, Weight, shape
 from llmcompress.weight.sums import plus
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.engines.grid import spread
-from llmcompress.weight.expression import Grid, Weight
+from llmcompress.weight.nodes import Grid, Weight
 from llmcompress.weight.trainable.masters import leaves
 from llmcompress.weight.trainable.relax import SMALLEST_SCALE, Relaxed
 from llmcompress.weight.trainable.straight_through import straight_cast

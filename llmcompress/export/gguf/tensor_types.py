@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.weight.expression import Dense, Grid, Weight, Zero, dense, describe
+from llmcompress.weight.expression import dense, describe
+from llmcompress.weight.nodes import Dense, Grid, Weight, Zero
 
 FLOAT_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16"}  # all others become F32
 

@@ -29,8 +29,9 @@ from llmcompress.export.peft import without_term
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import check_output, writing
 from llmcompress.models.compressed import Opened, rounded
-from llmcompress.weight.expression import Dense, Weight, dense, shape
+from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import LIKE
+from llmcompress.weight.nodes import Dense, Weight, shape
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -21,7 +21,8 @@ from llmcompress.methods.engines.grid import GridFormat, grid_sketch
 from llmcompress.methods.engines.hessian import channel_energy, damped, inverse_factor, second_moment
 from llmcompress.methods.engines.scales import added_grids, rescaled
 from llmcompress.methods.layer import Layer, StepConfig, base_target, join, split, with_base
-from llmcompress.weight.expression import Dense, Grid, Scaled, Sum, Weight, describe, shape
+from llmcompress.weight.expression import describe
+from llmcompress.weight.nodes import Dense, Grid, Scaled, Sum, Weight, shape
 
 TURNS = 3  # of scales of rows and factors of columns, fitted to outputs; more gain nothing
 

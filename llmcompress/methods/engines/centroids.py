@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmcompress.weight.expression import Codebook, dense
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Codebook
 
 SAMPLE = 1 << 15  # vectors that k-means looks at, at most
 PART = 1 << 10  # vectors whose distances to all entries are in memory at a time

@@ -23,7 +23,8 @@ from llmcompress.methods.engines.scales import rescaled
 from llmcompress.methods.engines.vectors import Vectors, added
 from llmcompress.methods.layer import Layer, StepConfig, base_target, join, split, with_base
 from llmcompress.runtime.seeding import generator
-from llmcompress.weight.expression import Codebook, Columns, Dense, Weight, Where, describe, shape
+from llmcompress.weight.expression import describe
+from llmcompress.weight.nodes import Codebook, Columns, Dense, Weight, Where, shape
 
 KEPT = GridFormat(256)  # of columns that are not coded
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.engines.feedback import Projection
-from llmcompress.weight.expression import Grid, Scaled, Sum, Weight, Where, dense, unknown
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Grid, Scaled, Sum, Weight, Where, unknown
 
 TURNS = 5  # of a column's factor and its nearest points, where these are more than a sign
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmcompress.weight.expression import Weight
+from llmcompress.weight.nodes import Weight
 
 LAZY = 64  # columns per lazy block; changes speed, never the result
 PARALLEL_ROWS = 8192  # columns of at least this many rows are worth several threads

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmcompress.errors import NumericsError
 from llmcompress.methods.layer import StepConfig
-from llmcompress.weight.expression import Grid
+from llmcompress.weight.nodes import Grid
 
 # Shares of the full range tried by the clip search; fewer levels want a tighter clip.
 SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4, 0.3)

@@ -15,7 +15,8 @@ from torch import Tensor
 from llmcompress.errors import RecipeError
 from llmcompress.methods.engines.grid import GridFormat, fit_grid, grid_of, grid_sketch
 from llmcompress.methods.layer import Layer, StepConfig, join, split
-from llmcompress.weight.expression import Dense, Grid, LowRank, Weight, bits, dense, shape
+from llmcompress.weight.expression import bits, dense
+from llmcompress.weight.nodes import Dense, Grid, LowRank, Weight, shape
 
 
 class LowRankConfig(StepConfig):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llmcompress.methods.engines.feedback import few_threads
 from llmcompress.methods.engines.vectors import Vectors, books_of
-from llmcompress.weight.expression import Columns, Weight, Where, dense
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Columns, Weight, Where
 
 BLOCK = 64  # columns whose moves are gathered into one product; changes speed, never the result
 Move = Callable[[Weight, Tensor, Tensor | None], Weight]  # codebooks, their target [out, in], their columns [in]

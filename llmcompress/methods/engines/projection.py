@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.engines.grid import GridFormat, centre, fit_grid, grid_of, reciprocal
-from llmcompress.weight.expression import Bitmap, Columns, Dense, Grid, Index, Pattern, Weight, Where, Zero
+from llmcompress.weight.nodes import Bitmap, Columns, Dense, Grid, Index, Pattern, Weight, Where, Zero
 
 
 class Kept:

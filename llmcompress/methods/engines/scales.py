@@ -7,7 +7,8 @@ from torch import Tensor
 
 from llmcompress.methods.engines.centroids import refitted
 from llmcompress.methods.engines.column_scales import refactored, without
-from llmcompress.weight.expression import Codebook, Grid, Scaled, Sum, TrellisCoded, Weight, Where, dense
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Codebook, Grid, Scaled, Sum, TrellisCoded, Weight, Where
 
 
 def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> Weight:

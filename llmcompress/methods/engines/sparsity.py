@@ -13,7 +13,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.methods.engines.projection import bitmap
 from llmcompress.methods.engines.projection import pattern as pattern_index
 from llmcompress.methods.layer import StepConfig, join, split
-from llmcompress.weight.expression import Bitmap, Dense, Index, Pattern, Weight, Where, Zero, shape
+from llmcompress.weight.nodes import Bitmap, Dense, Index, Pattern, Weight, Where, Zero, shape
 
 
 class PruneConfig(StepConfig):

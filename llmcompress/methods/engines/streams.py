@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.engines.stream_search import stream_search
-from llmcompress.weight.expression import TrellisCoded, shape
+from llmcompress.weight.nodes import TrellisCoded, shape
 from llmcompress.weight.trellis import Trellis, cuts, states, table
 
 RUN = 768  # rows: one thread searches them, and the first in a column have fewer choices

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmcompress.weight.expression import Codebook, Sum, Weight
+from llmcompress.weight.nodes import Codebook, Sum, Weight
 
 TURNS = 2  # of codebooks that are added up, where all are chosen anew
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llmcompress.weight.expression import (
+from llmcompress.weight.expression import dense
+from llmcompress.weight.hadamard import rotate
+from llmcompress.weight.nodes import (
     Codebook,
     Dense,
     Grid,
@@ -22,10 +24,8 @@ from llmcompress.weight.expression import (
     Where,
     Zero,
     both,
-    dense,
     turned,
 )
-from llmcompress.weight.hadamard import rotate
 
 MARGIN = 2.0**-9  # codes: how far inside its code's cell a latent starts; float32 resolves it at 255
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llmcompress.weight import expression
-from llmcompress.weight.expression import (
+from llmcompress.weight.hadamard import unrotate
+from llmcompress.weight.nodes import (
     Codebook,
     Dense,
     Grid,
@@ -34,7 +35,6 @@ from llmcompress.weight.expression import (
     both,
     turned,
 )
-from llmcompress.weight.hadamard import unrotate
 from llmcompress.weight.trellis import matrix, table
 
 

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.weight import expression
 from llmcompress.weight.encoding import decode, encode
-from llmcompress.weight.expression import Weight
 from llmcompress.weight.modules import CompressedLinear
+from llmcompress.weight.nodes import Weight, shape
 from llmcompress.weight.packing import pack
 from llmcompress.weight.trainable.latents.form import Form, Latents, cells
 from llmcompress.weight.trainable.masters import masters
@@ -69,8 +69,8 @@ def relax(w: Weight, relaxation: Relaxation, target: Tensor | None = None) -> Re
     the cells of the stored codes; without it, and in low-rank terms, they start at the codes. Raises ValueError for a
     target of another shape.
     """
-    if target is not None and tuple(target.shape) != expression.shape(w):
-        raise ValueError(f"the target is {tuple(target.shape)}, the weight {expression.shape(w)}")
+    if target is not None and tuple(target.shape) != shape(w):
+        raise ValueError(f"the target is {tuple(target.shape)}, the weight {shape(w)}")
     return Relaxed(w, relaxation, target if "codes" in relaxation.trains else None)
 
 
@@ -85,7 +85,7 @@ class Relaxed(nn.Module):
     def __init__(self, w: Weight, relaxation: Relaxation, target: Tensor | None) -> None:
         super().__init__()
         self.relaxation = relaxation
-        self.size = expression.shape(w)
+        self.size = shape(w)
         self.header, tensors = encode(w)
         self.stored_as = {name: tensor.dtype for name, tensor in tensors.items()}
         self.levels: dict[str, int] = {}  # of codes that train, by the names of what is stored

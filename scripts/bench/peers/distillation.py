@@ -126,9 +126,9 @@ def with_lora(model: PreTrainedModel, dense: PreTrainedModel, asked: Distillatio
     from peft import LoraConfig, get_peft_model
 
     from llmcompress.distill.student.low_rank import adapt
-    from llmcompress.weight.expression import LowRank, Sum
     from llmcompress.weight.expression import dense as value_of
     from llmcompress.weight.modules import compressed_linears, put
+    from llmcompress.weight.nodes import LowRank, Sum
 
     if asked.adapt is None:
         raise TypeError("there is no low-rank term to train")

@@ -24,7 +24,8 @@ from llmcompress.methods.moments import STATISTICS, Moments
 from llmcompress.methods.rtn import RTN, rtn
 from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import FAMILIES, Architecture, architecture
-from llmcompress.weight.expression import Dense, dense
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Dense
 from tests.tiny import VOCABULARY, save_tiny
 
 FUSIBLE = [name for name, family in FAMILIES.items() if family.producers]

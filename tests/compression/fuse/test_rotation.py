@@ -17,8 +17,8 @@ from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import FAMILIES
-from llmcompress.weight.expression import Rotated
 from llmcompress.weight.modules import compressed_linears
+from llmcompress.weight.nodes import Rotated
 from tests.tiny import VOCABULARY, save_tiny
 
 FUSIBLE = [name for name, family in FAMILIES.items() if family.producers]

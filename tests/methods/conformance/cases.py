@@ -12,7 +12,8 @@ from torch import Tensor
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, methods, sketch, step
 from llmcompress.weight.encoding import decode, encode
-from llmcompress.weight.expression import Weight, bits, dense, shape
+from llmcompress.weight.expression import bits, dense
+from llmcompress.weight.nodes import Weight, shape
 from tests.builders import correlated, payload_bits
 
 Step = dict[str, Any]

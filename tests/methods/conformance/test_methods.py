@@ -15,7 +15,8 @@ from torch import Tensor
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.methods.layer import Layer, apply, methods, relative_error, step
 from llmcompress.weight.encoding import encode
-from llmcompress.weight.expression import Dense, bits, dense
+from llmcompress.weight.expression import bits, dense
+from llmcompress.weight.nodes import Dense
 from tests.builders import compressed, correlated, gaussian, layer, moments
 from tests.methods.conformance.cases import (
     ROTATE,

@@ -9,7 +9,8 @@ from torch import Tensor
 from llmcompress.methods.layer import Layer, apply, methods, relative_error, step
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.presume import FLOOR, presumed_energy
-from llmcompress.weight.expression import Dense, dense
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Dense
 from tests.builders import compressed, correlated, gaussian, moments, seeded
 from tests.methods.conformance.cases import ROTATE, SIZE, STEPS, Step, assert_sound, spelled
 

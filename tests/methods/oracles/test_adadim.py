@@ -17,7 +17,8 @@ from llmcompress.methods.engines.hessian import inverse_factor
 from llmcompress.methods.engines.projection import Quantized
 from llmcompress.methods.layer import Layer, relative_error, sketch, step
 from llmcompress.methods.refine import descended
-from llmcompress.weight.expression import Grid, Transposed, bits, dense, describe
+from llmcompress.weight.expression import bits, dense, describe
+from llmcompress.weight.nodes import Grid, Transposed
 from llmcompress.weight.rows import check_rows
 from tests.builders import compressed, correlated, gaussian, moments, seeded
 from tests.methods.oracles.slow import fit, nearest, optimal_brain_surgeon

@@ -16,7 +16,8 @@ from llmcompress.methods.engines.feedback import feedback
 from llmcompress.methods.engines.hessian import inverse_factor
 from llmcompress.methods.engines.vectors import Vectors, books_of
 from llmcompress.methods.layer import relative_error
-from llmcompress.weight.expression import Codebook, Columns, Dense, Sum, Weight, Where, bits, dense
+from llmcompress.weight.expression import bits, dense
+from llmcompress.weight.nodes import Codebook, Columns, Dense, Sum, Weight, Where
 from tests.builders import codebook, compressed, correlated, gaussian, moments, seeded
 from tests.methods.conformance.cases import ROTATE
 from tests.methods.oracles.slow import damped_moment

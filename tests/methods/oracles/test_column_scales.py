@@ -17,7 +17,8 @@ from llmcompress.methods.engines.hessian import inverse_factor
 from llmcompress.methods.engines.scales import rescaled
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.refine import descended
-from llmcompress.weight.expression import Columns, Dense, Grid, LowRank, Scaled, Sum, Weight, Where, bits, dense
+from llmcompress.weight.expression import bits, dense
+from llmcompress.weight.nodes import Columns, Dense, Grid, LowRank, Scaled, Sum, Weight, Where
 from tests.builders import compressed, correlated, gaussian, grid, moments, seeded
 from tests.methods.oracles.slow import damped_moment, optimal_brain_surgeon
 from tests.methods.oracles.test_feedback import DAMPING, WIDTH, assert_same_but_for_ties, problem

@@ -13,7 +13,8 @@ from llmcompress.methods.engines.grid import GridFormat
 from llmcompress.methods.engines.hessian import damped, inverse_factor, second_moment
 from llmcompress.methods.engines.projection import Kept, Pruned, Quantized
 from llmcompress.methods.layer import Layer, apply, relative_error, step
-from llmcompress.weight.expression import Bitmap, Dense, Grid, Where, dense
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Bitmap, Dense, Grid, Where
 from tests.builders import compressed, correlated, gaussian, layer, moments
 from tests.methods.oracles.slow import damped_moment, slow_gptq, slow_pb_llm, slow_sparsegpt
 

@@ -10,7 +10,8 @@ import torch
 from llmcompress.errors import NumericsError
 from llmcompress.methods.engines.grid import GridFormat, fit_grid, round_to
 from llmcompress.methods.layer import relative_error
-from llmcompress.weight.expression import Grid, dense
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Grid
 from tests.builders import compressed, correlated, gaussian, seeded
 
 # Squared error of a unit Gaussian: the best grid of equal steps, and where half of it is the optimum of any kind.

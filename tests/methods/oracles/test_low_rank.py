@@ -11,7 +11,8 @@ from torch import Tensor
 from llmcompress.methods.engines.hessian import damped, second_moment
 from llmcompress.methods.engines.low_rank import leading_directions
 from llmcompress.methods.layer import relative_error, split
-from llmcompress.weight.expression import Grid, LowRank, bits, dense
+from llmcompress.weight.expression import bits, dense
+from llmcompress.weight.nodes import Grid, LowRank
 from tests.builders import compressed, correlated, gaussian, moments, seeded
 
 SIZES = ((12, 20), (20, 12), (16, 16), (1, 9), (9, 1))

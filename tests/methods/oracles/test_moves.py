@@ -15,7 +15,8 @@ from llmcompress.methods.engines import moves as engine
 from llmcompress.methods.engines.moves import changed, moved, visited
 from llmcompress.methods.engines.vectors import books_of
 from llmcompress.methods.layer import apply, relative_error, step
-from llmcompress.weight.expression import Codebook, Dense, Grid, Sum, Weight, Where, bits, dense
+from llmcompress.weight.expression import bits, dense
+from llmcompress.weight.nodes import Codebook, Dense, Grid, Sum, Weight, Where
 from tests.builders import codebook, compressed, correlated, gaussian, layer, moments
 from tests.methods.conformance.cases import ROTATE, SIZE, assert_sound, refusal, spelled
 from tests.methods.oracles.slow import damped_moment

@@ -19,7 +19,8 @@ from llmcompress.methods.engines.scales import added_grids, rescaled
 from llmcompress.methods.layer import apply, relative_error, step
 from llmcompress.methods.refine import descended
 from llmcompress.weight.encoding import encode
-from llmcompress.weight.expression import Bitmap, Columns, Dense, Grid, LowRank, Sum, Where, bits, dense
+from llmcompress.weight.expression import bits, dense
+from llmcompress.weight.nodes import Bitmap, Columns, Dense, Grid, LowRank, Sum, Where
 from llmcompress.weight.rows import rows
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, relax
 from tests.builders import compressed, correlated, gaussian, layer, moments, seeded

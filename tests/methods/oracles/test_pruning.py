@@ -12,7 +12,8 @@ from torch import Tensor
 from llmcompress.methods.engines.projection import largest, largest_of_each
 from llmcompress.methods.layer import relative_error
 from llmcompress.weight.encoding import decode, encode
-from llmcompress.weight.expression import Pattern, Where, dense
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Pattern, Where
 from tests.builders import compressed, correlated, gaussian, layer, moments
 
 PRUNERS = ("magnitude", "wanda", "sparsegpt")

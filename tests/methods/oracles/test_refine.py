@@ -12,7 +12,8 @@ from llmcompress.errors import RecipeError
 from llmcompress.methods import refine as engine
 from llmcompress.methods.layer import apply, relative_error, split, step, support
 from llmcompress.methods.refine import descended, rescaled
-from llmcompress.weight.expression import Dense, Grid, Weight, Where, bits, dense
+from llmcompress.weight.expression import bits, dense
+from llmcompress.weight.nodes import Dense, Grid, Weight, Where
 from tests.builders import compressed, correlated, gaussian, layer, moments
 from tests.methods.conformance.cases import ROTATE, STEPS, assert_sound, refusal, spelled
 from tests.methods.oracles.slow import damped_moment

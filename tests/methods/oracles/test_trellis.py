@@ -14,7 +14,8 @@ from llmcompress.methods.engines.streams import TrellisStreams
 from llmcompress.methods.engines.viterbi import search
 from llmcompress.methods.layer import relative_error
 from llmcompress.weight.encoding import encode
-from llmcompress.weight.expression import TrellisCoded, dense, shape
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import TrellisCoded, shape
 from llmcompress.weight.trellis import Trellis, cuts, states, table
 from tests.builders import TRELLISES, compressed, correlated, gaussian, moments, seeded, streams
 from tests.methods.conformance.cases import ROTATE

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmcompress.weight.expression import Grid, Weight, dense
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Grid, Weight
 from llmcompress.weight.trainable.masters import leaves
 
 
