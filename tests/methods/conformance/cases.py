@@ -15,6 +15,7 @@ from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Weight, shape
 from tests.builders import correlated, payload_bits
+from tests.tiers import first_of_each, tiered
 
 Step = dict[str, Any]
 
@@ -40,7 +41,8 @@ def refusal(size: tuple[int, int], *steps: Step) -> str | None:
     return None
 
 
-every_step = pytest.mark.parametrize("arguments", STEPS, ids=spelled)
+leads = first_of_each(STEPS, lambda arguments: arguments["method"])  # every method's first example, which is fast
+every_step = pytest.mark.parametrize("arguments", tiered(STEPS, leads, spelled))
 
 
 @lru_cache(maxsize=16)

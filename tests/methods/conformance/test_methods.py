@@ -6,6 +6,7 @@ A step is given small layers of several shapes; where it cannot work on one, it 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import pytest
@@ -26,80 +27,91 @@ from tests.methods.conformance.cases import (
     assert_sound,
     calibration,
     every_step,
+    leads,
     refusal,
     sketched,
     spelled,
 )
+from tests.tiers import tiered
+
+Case = tuple[Step, tuple[int, int]]
 
 SHAPES = ((1, 1), (7, 33), SIZE, (64, 128), (5, 300))
+CASES: list[Case] = [(arguments, size) for arguments in STEPS for size in SHAPES if refusal(size, arguments) is None]
+REFUSED: list[Case] = [(arguments, size) for arguments in STEPS for size in SHAPES if refusal(size, arguments)]
 
 
-def name(part: Step | tuple[int, int]) -> str:
-    return spelled(part) if isinstance(part, dict) else f"{part[0]}x{part[1]}"
+def named(case: Case) -> str:
+    return f"{spelled(case[0])}-{case[1][0]}x{case[1][1]}"
 
 
-CASES = [(arguments, size) for arguments in STEPS for size in SHAPES if refusal(size, arguments) is None]
-REFUSED = [(arguments, size) for arguments in STEPS for size in SHAPES if refusal(size, arguments) is not None]
-every_case = pytest.mark.parametrize("arguments, size", CASES, ids=name)
-
-
-@lru_cache(maxsize=256)
-def _run(name: str, size: tuple[int, int]) -> Layer:
-    arguments = next(a for a in STEPS if str(a) == name)
-    return compressed(gaussian(*size), calibration(size[1]), arguments)
-
-
-def result(arguments: Step, size: tuple[int, int]) -> Layer:
-    """The layer after one step, computed once for all tests that only look at it."""
-    return _run(str(arguments), size)
+def is_fast(case: Case) -> bool:
+    return leads(case[0]) and case[1] in ((7, 33), SIZE)
 
 
 # --- every example on every shape -----------------------------------------------------------------------------------
 
 
-@every_case
-def test_finite_and_as_large_as_planned(arguments: Step, size: tuple[int, int]) -> None:
-    assert_sound(result(arguments, size), size, arguments)
+@dataclass(frozen=True)
+class Observed:
+    """One step on one layer, and what it did besides."""
+
+    arguments: Step
+    size: tuple[int, int]
+    given: Layer
+    done: Layer
+    edited: list[str]  # tensors of `given` that are not what they were
+    drew: bool  # from the global generator
 
 
-@every_case
-def test_same_input_same_bits(arguments: Step, size: tuple[int, int]) -> None:
-    once = encode(result(arguments, size).expression())
+@pytest.fixture(scope="module", params=tiered(CASES, is_fast, named))
+def observed(request: pytest.FixtureRequest) -> Observed:
+    """A step run once for all tests that look at it."""
+    arguments, size = request.param
+    given = layer(gaussian(*size), calibration(size[1]))
+    before = {name: tensor.clone() for name, tensor in held(given).items()}
+    state = torch.get_rng_state()
+    done = apply(given, [step(arguments)])
+    edited = [name for name, tensor in held(given).items() if not torch.equal(before[name], tensor)]
+    return Observed(arguments, size, given, done, edited, drew=not torch.equal(torch.get_rng_state(), state))
+
+
+def held(given: Layer) -> dict[str, Tensor]:
+    """The tensors that a layer brings to its steps."""
+    assert isinstance(given.approx, Dense)
+    inputs = given.inputs
+    found = {"weight": given.weight, "approx": given.approx.values, "outer": inputs.outer, "square": inputs.square}
+    return {name: tensor for name, tensor in (found | {"cross": inputs.cross}).items() if tensor is not None}
+
+
+def test_finite_and_as_large_as_planned(observed: Observed) -> None:
+    assert_sound(observed.done, observed.size, observed.arguments)
+
+
+def test_same_input_same_bits(observed: Observed) -> None:
+    once = encode(observed.done.expression())
     torch.randn(3)  # the global generator is nobody's business
-    again = encode(compressed(gaussian(*size), calibration(size[1]), arguments).expression())
+    weight, inputs = gaussian(*observed.size), calibration(observed.size[1])
+    again = encode(compressed(weight, inputs, observed.arguments).expression())
     assert once[0] == again[0]
     assert all(torch.equal(once[1][name], again[1][name]) for name in once[1]), "two runs differ"
 
 
-@every_case
-def test_inputs_are_not_edited(arguments: Step, size: tuple[int, int]) -> None:
-    given = layer(gaussian(*size), calibration(size[1]))
-    assert isinstance(given.approx, Dense)
-    held = {
-        "weight": given.weight,
-        "approx": given.approx.values,
-        "outer": given.inputs.outer,
-        "square": given.inputs.square,
-        "cross": given.inputs.cross,
-    }
-    before = {name: tensor.clone() for name, tensor in held.items() if tensor is not None}
-    state = torch.get_rng_state()
-    done = apply(given, [step(arguments)])
-    assert [name for name in before if not torch.equal(before[name], held[name])] == []  # type: ignore[arg-type]
-    assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
-    assert done is not given and given.rotation is None and given.notes == ()
+def test_inputs_are_not_edited(observed: Observed) -> None:
+    given = observed.given
+    assert observed.edited == [] and not observed.drew
+    assert observed.done is not given and given.rotation is None and given.notes == ()
 
 
-@every_case
-def test_never_worse_than_zeroing(arguments: Step, size: tuple[int, int]) -> None:
-    error = relative_error(gaussian(*size), result(arguments, size).expression(), moments(calibration(size[1])))
+def test_never_worse_than_zeroing(observed: Observed) -> None:
+    inputs = moments(calibration(observed.size[1]))
+    error = relative_error(gaussian(*observed.size), observed.done.expression(), inputs)
     assert error <= 1 + 1e-6, f"error {error}: dropping the layer would be better"
 
 
-@pytest.mark.parametrize("arguments, size", REFUSED, ids=name)
-def test_what_is_refused_is_refused_by_the_plan_and_by_the_run_in_one_sentence(
-    arguments: Step, size: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize("case", REFUSED, ids=named)
+def test_what_is_refused_is_refused_by_the_plan_and_by_the_run_in_one_sentence(case: Case) -> None:
+    arguments, size = case
     planned = refusal(size, arguments)
     with pytest.raises(RecipeError) as refused:
         compressed(gaussian(*size), calibration(size[1]), arguments)
@@ -116,8 +128,9 @@ def test_only_patterns_ranks_and_halves_limit_shapes() -> None:
 # --- difficult layers -----------------------------------------------------------------------------------------------
 
 
+@lru_cache
 def difficult() -> dict[str, tuple[Tensor, Tensor]]:
-    """(weight, inputs) by what is difficult about them."""
+    """(weight, inputs) by what is difficult about them; not to be written to."""
     weight, inputs = gaussian(*SIZE), correlated(1024, SIZE[1], seed=1)
     dead = inputs.clone()
     dead[:, 3] = 0

@@ -11,7 +11,8 @@ from llmcompress.methods.row_chunks import apply_in_runs
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import bits, dense
 from tests.builders import gaussian, layer
-from tests.methods.conformance.cases import ROTATE, SIZE, STEPS, Step, calibration, spelled
+from tests.methods.conformance.cases import ROTATE, SIZE, STEPS, Step, calibration, leads, spelled
+from tests.tiers import tiered
 
 PIPELINES: list[list[Step]] = [
     *([arguments] for arguments in STEPS),
@@ -23,7 +24,11 @@ PIPELINES: list[list[Step]] = [
 ]
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda steps: "+".join(map(spelled, steps)))
+def is_fast(pipeline: list[Step]) -> bool:
+    return len(pipeline) > 1 or leads(pipeline[0])
+
+
+@pytest.mark.parametrize("pipeline", tiered(PIPELINES, is_fast, lambda steps: "+".join(map(spelled, steps))))
 def test_in_runs_as_in_one_piece(pipeline: list[Step], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_chunks, "RUN", 20)
     monkeypatch.setattr(trellis, "RUN", 10)  # rows of a stream, which divide those of a run

@@ -1,0 +1,37 @@
+"""Which cases every run of the tests takes, and which only a full one does (`./scripts/test --all`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+from _pytest.mark import ParameterSet
+
+from llmcompress.weight.expression import describe
+from llmcompress.weight.nodes import Where
+from tests.builders import every_node, random_nestings
+
+NESTINGS = 10  # that every run takes
+
+
+def tiered(cases: Iterable[Any], fast: Callable[[Any], bool], name: Callable[[Any], str] = str) -> list[ParameterSet]:
+    """The values of one parameter of a test with their names; those that are not `fast` are marked slow."""
+    return [pytest.param(case, id=name(case), marks=() if fast(case) else pytest.mark.slow) for case in cases]
+
+
+def first_of_each(cases: Iterable[Any], kind: Callable[[Any], Any]) -> Callable[[Any], bool]:
+    """A question for `tiered`: True if no earlier case is of this one's kind."""
+    first: dict[Any, Any] = {}
+    for case in cases:
+        first.setdefault(kind(case), case)
+    chosen = {id(case) for case in first.values()}
+    return lambda case: id(case) in chosen
+
+
+def expressions(seed: int, count: int) -> list[ParameterSet]:
+    """What a law of weights is judged by: every node, and random nestings. Fast: a node of each kind, ten nestings."""
+    nodes, nestings = every_node(), random_nestings(seed, count)
+    is_first = first_of_each(nodes, lambda w: (type(w), type(w.index) if isinstance(w, Where) else None))
+    taken = {id(w) for w in nestings[:NESTINGS]}
+    return tiered(nodes + nestings, lambda w: is_first(w) or id(w) in taken, lambda w: describe(w)[:60])
