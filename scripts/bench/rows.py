@@ -1,10 +1,12 @@
-"""Measures recipes and prints their rows for docs/results.md.
+"""Measure recipes and print their rows for docs/results.md.
 
     python scripts/bench/rows.py --data DATA [RECIPE ...]
 
 DATA holds `wikitext2-valid.txt` (calibration: its first 16 windows of 1024 tokens, the next two held out) and
-`wikitext2-test.raw` (perplexity: its first `--windows` windows of 1024 tokens, float32). Each recipe runs in a process
-of its own, so that its peak memory is its own; `--jsonl` collects the rows as they come and skips those it holds.
+`wikitext2-test.raw` (perplexity: its first `--windows` windows of 1024 tokens, float32). A recipe that asks for no
+calibration gets none, so it has no held-out error. Each recipe runs in a process of its own, so that its peak memory is
+its own. `--jsonl` collects a record of each row as it is measured, and skips the recipes that were measured into that file
+before; rows that were copied from an older document do not count.
 """
 
 from __future__ import annotations
@@ -18,94 +20,118 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
-GROUPS = ("recommended", "methods", "ablations")  # of recipes below configs/
-RECIPES = {path.stem: path for group in GROUPS for path in sorted((ROOT / "configs" / group).glob("*.yaml"))}
+from records import CONFIGS, Record, append, provenance, read_records, recipe_path, recipe_sha256
+
 COLUMNS = ("recipe", "bpw", "model_bpw", "MB", "perplexity", "ratio", "held-out error", "seconds", "peak MB")
+OTHERS = ("accelerate", "distillation")  # folders of configs/ whose files compress nothing
 
 
 def main() -> None:
-    """Measures what was asked for and prints a table."""
+    """Measure the recipes and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the two WikiText-2 files")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--jsonl", type=Path, help="collects finished rows")
+    parser.add_argument("--jsonl", type=Path, help="collects a record of each row")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("recipes", nargs="*", help="names in configs/, or files; all by default")
+    parser.add_argument("recipes", nargs="*", help="names of recipes below configs/, or files; all by default")
     options = parser.parse_args()
-    recipes = options.recipes or ["dense", *RECIPES]
+    recipes = options.recipes or ["dense", *every_recipe()]
     if options.one:
         print(json.dumps(measured(recipes[0], options)))
         return
-    rows = {}
-    if options.jsonl and options.jsonl.exists():
-        rows = {row["recipe"]: row for row in map(json.loads, options.jsonl.read_text().splitlines())}
+    found = read_records(options.jsonl) if options.jsonl else []
+    rows = {row["recipe"]: row for row in found if row.get("source") != "transcribed" or row["recipe"] == "dense"}
     for recipe in recipes:
         if recipe not in rows:
             rows[recipe] = in_own_process(recipe, options)
             if options.jsonl:
-                with options.jsonl.open("a") as file:
-                    file.write(json.dumps(rows[recipe]) + "\n")
+                append(options.jsonl, rows[recipe])
             print(line(rows[recipe], rows.get("dense")), file=sys.stderr, flush=True)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for recipe in recipes:
         print(line(rows[recipe], rows.get("dense")))
 
 
-def in_own_process(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The row of one recipe."""
+def every_recipe() -> list[str]:
+    """Return the names of all recipes that compress."""
+    return [path.stem for path in sorted(CONFIGS.glob("*/*.yaml")) if path.parent.name not in OTHERS]
+
+
+def in_own_process(recipe: str, options: argparse.Namespace) -> Record:
+    """Return the record of one recipe."""
     given = ["--data", str(options.data), "--model", options.model, "--windows", str(options.windows)]
     command = [sys.executable, __file__, *given, "--one", recipe]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    row: Record = json.loads(done.stdout.splitlines()[-1])
     return row
 
 
-def measured(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Compresses and scores; `dense` is the model as it is."""
+def measured(recipe: str, options: argparse.Namespace) -> Record:
+    """Compress and score; `dense` is the model as it is."""
     import llmcompress as lc
     from llmcompress.evaluate.score import score
-    from llmcompress.recipe.compression import read_recipe
 
     protocol = lc.Protocol(text=options.data / "wikitext2-test.raw", windows=options.windows)
+    said = {
+        "table": "methods",
+        "recipe": recipe,
+        "command": f"python scripts/bench/rows.py --data DATA --windows {options.windows} {recipe}",
+        "model": options.model,
+        "text": "wikitext2-test.raw",
+        "windows": options.windows,
+    }
     if recipe == "dense":
         found = score(options.model, protocol)
-        return {"recipe": recipe, **{key: found[key] for key in ("bytes", "bpw", "model_bpw", "perplexity")}}
-    settings = [f"calibration={json.dumps(calibration(options.data))}"]
+        numbers = {key: found[key] for key in ("bytes", "bpw", "model_bpw", "perplexity")}
+        return said | {"calibration": None} | provenance() | {"numbers": numbers}
+    return said | compressed(recipe, options, protocol) | provenance()
+
+
+def compressed(recipe: str, options: argparse.Namespace, protocol: Any) -> Record:
+    """Return what a record says of a recipe: its digest, its calibration, and the numbers of a run of it."""
+    import llmcompress as lc
+    from llmcompress.evaluate.score import score
+    from llmcompress.recipe.read import read_recipe
+
+    path = recipe_path(recipe)
+    text = calibration(options.data) if read_recipe(path).calibration else None
+    settings = [f"calibration={json.dumps(text)}"] if text else []
     with tempfile.TemporaryDirectory() as folder:
-        chosen = read_recipe(RECIPES.get(recipe, recipe), settings)
-        report = lc.compress(options.model, chosen, Path(folder) / "model").report
+        report = lc.compress(options.model, read_recipe(path, settings), Path(folder) / "model").report
         found = score(Path(folder) / "model", protocol)
     errors = [row.error_heldout for row in report.layers if row.error_heldout is not None]
     return {
-        "recipe": recipe,
-        "bytes": report.bytes,
-        "bpw": report.bpw,
-        "model_bpw": report.model_bpw,
-        "perplexity": found["perplexity"],
-        "error_heldout": statistics.median(errors) if errors else None,
-        "errors_heldout": {row.name: row.error_heldout for row in report.layers},
-        "seconds": report.seconds,
-        "peak_memory_bytes": report.peak_memory_bytes,
+        "recipe_sha256": recipe_sha256(path.read_text()),
+        "calibration": text and text | {"dataset": Path(text["dataset"]).name},
+        "numbers": {
+            "bytes": report.bytes,
+            "bpw": report.bpw,
+            "model_bpw": report.model_bpw,
+            "perplexity": found["perplexity"],
+            "error_heldout": statistics.median(errors) if errors else None,
+            "seconds": report.seconds,
+            "peak_memory_bytes": report.peak_memory_bytes,
+        },
     }
 
 
 def calibration(data: Path) -> dict[str, Any]:
-    """That of every row, as a recipe says it: the first windows of WikiText-2 validation in the folder `data`."""
+    """Return the calibration of every row, as a recipe says it: the first windows of WikiText-2 validation."""
     text = {"dataset": str(data / "wikitext2-valid.txt"), "bos": False, "eos": False, "shuffle": False}
     return text | {"samples": 18, "length": 1024, "held_out": 2}
 
 
-def line(row: dict[str, Any], dense: dict[str, Any] | None) -> str:
-    """One line of the table."""
-    ratio = f"{row['perplexity'] / dense['perplexity']:.3f}" if dense else ""
+def line(row: Record, dense: Record | None) -> str:
+    """Return one line of the table."""
+    numbers = row["numbers"]
+    ratio = f"{numbers['perplexity'] / dense['numbers']['perplexity']:.3f}" if dense else ""
     cost = ("", "", "")
-    if "seconds" in row:
-        error = "" if row["error_heldout"] is None else f"{row['error_heldout']:.4f}"
-        cost = (error, f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 1e6:.0f}")
-    size = (f"{row['bpw']:.3f}", f"{row['model_bpw']:.3f}", f"{row['bytes'] / 1e6:.1f}")
-    quality = (f"{row['perplexity']:.3f}", ratio)
+    if "seconds" in numbers:
+        error = "" if numbers["error_heldout"] is None else f"{numbers['error_heldout']:.4f}"
+        cost = (error, f"{numbers['seconds']:.0f}", f"{numbers['peak_memory_bytes'] / 1e6:.0f}")
+    size = (f"{numbers['bpw']:.3f}", f"{numbers['model_bpw']:.3f}", f"{numbers['bytes'] / 1e6:.1f}")
+    quality = (f"{numbers['perplexity']:.3f}", ratio)
     return f"| {' | '.join((row['recipe'], *size, *quality, *cost))} |"
 
 
