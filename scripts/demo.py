@@ -23,8 +23,8 @@ from llmcompress.evaluate.lm_eval import PAIRS
 from llmcompress.evaluate.scores import evaluate_all
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.locate import locate
-from llmcompress.recipe.compression import read_as
 from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.read import read_as
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs" / "recommended" / "default.yaml"

@@ -94,7 +94,7 @@ def compress(
     """
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.compression.pipeline import compress as run
-        from llmcompress.recipe.compression import read_recipe
+        from llmcompress.recipe.read import read_recipe
 
         given = all_settings(settings, seed, {"bpw": bpw, "bytes": size, "kl": kl})
         asked = tuned(read_recipe(recipe_or_default(recipe, given), given), tune)
@@ -125,7 +125,7 @@ def plan(
     """
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.compression.pipeline import plan as run
-        from llmcompress.recipe.compression import read_recipe
+        from llmcompress.recipe.read import read_recipe
 
         found = run(model, read_recipe(recipe, all_settings(settings)), revision)
         terminal.warn(summarized(found.warnings))
@@ -145,7 +145,7 @@ def inspect(
     """
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.evaluate import report
-        from llmcompress.recipe.compression import dump, read_recipe
+        from llmcompress.recipe.read import dump, read_recipe
 
         found = report.read(folder)
         recipe = read_recipe(folder / file_names.RECIPE)
@@ -272,8 +272,8 @@ def distill(
     """
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.distill.run import distill as run
-        from llmcompress.recipe.compression import read_as
         from llmcompress.recipe.distillation import Distillation
+        from llmcompress.recipe.read import read_as
 
         asked = read_as(Distillation, recipe, all_settings(settings, seed))
         found = run(student, teacher, asked, output, device=device, progress=terminal.training)

@@ -74,7 +74,7 @@ def frontier(
         from llmcompress.compression.frontier.peers import read_peers
         from llmcompress.compression.frontier.sweep import SweepCallbacks
         from llmcompress.compression.frontier.sweep import frontier as run
-        from llmcompress.recipe.compression import read_recipe
+        from llmcompress.recipe.read import read_recipe
 
         wanted = budgets(bpw, sizes)
         given = all_settings(settings, seed, wanted[0].target.model_dump(exclude_none=True))

@@ -77,7 +77,7 @@ def recipe_or_default(recipe: str | None, settings: list[str]) -> str | dict[str
 
 def tuned(recipe: Recipe, tune: bool) -> Recipe:
     """The recipe of --tune: where it says nothing of how blocks learn, they do so as they do by default."""
-    from llmcompress.recipe.compression import read_recipe
+    from llmcompress.recipe.read import read_recipe
 
     return read_recipe(recipe, ["reconstruct={}"]) if tune and recipe.reconstruct is None else recipe
 

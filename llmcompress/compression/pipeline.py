@@ -35,7 +35,8 @@ from llmcompress.models.checkpoint import check_output, locked
 from llmcompress.models.dense import DenseModel, load_model, resolve
 from llmcompress.models.locate import Place
 from llmcompress.recipe.calibration import Calibration
-from llmcompress.recipe.compression import Recipe, read_recipe, section
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.read import read_recipe, section
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions

@@ -32,7 +32,8 @@ from llmcompress.models.companions import copy_companions
 from llmcompress.models.dense import load_model, resolve
 from llmcompress.models.hf_quantizer import table_entry
 from llmcompress.models.locate import Place
-from llmcompress.recipe.compression import Recipe, dump, read_recipe
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.read import dump, read_recipe
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import peak_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype

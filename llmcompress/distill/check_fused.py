@@ -8,9 +8,9 @@ from pathlib import Path
 from llmcompress.errors import RecipeError
 from llmcompress.losses.features import reads_states
 from llmcompress.models.file_names import RECIPE
-from llmcompress.recipe.compression import read_recipe
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.fuse import Fuse
+from llmcompress.recipe.read import read_recipe
 
 
 def fused_into(folder: Path) -> Fuse | None:

@@ -37,8 +37,8 @@ from llmcompress.models.checkpoint import check_output, writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.locate import Place, locate
-from llmcompress.recipe.compression import dump, read_as
 from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.read import dump, read_as
 from llmcompress.runtime.memory import keeping_freed_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype, products
 from llmcompress.weight.expression import bits, describe

@@ -15,12 +15,8 @@ The same classes can be built in Python. Whatever is wrong is a RecipeError of o
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -29,33 +25,20 @@ from pydantic import (
     Field,
     PrivateAttr,
     SerializeAsAny,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
 import llmcompress.methods  # noqa: F401 (registers them)
-from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import StepConfig, step
 from llmcompress.recipe.calibration import Calibration, TokenWeights
-from llmcompress.recipe.error_messages import (
-    at,
-    check_booleans,
-    dotted,
-    first_complaint,
-    is_open,
-    locate,
-    paths,
-    unknown_key,
-)
 from llmcompress.recipe.fuse import Fuse
 from llmcompress.recipe.patterns import Matching
 from llmcompress.recipe.target import Target
-from llmcompress.recipe.yaml import OneLine, Path, Places, parse, written
+from llmcompress.recipe.yaml import Places
 
 VERSION = 1
-S = TypeVar("S", bound=BaseModel)
 
 
 def _step(value: Any) -> Any:
@@ -99,7 +82,7 @@ class Gates(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Origin:
+class Origin:
     """Where a recipe was read from. All origins are equal, so that recipes compare by what they ask for."""
 
     places: Places = field(default_factory=dict, compare=False)
@@ -153,7 +136,7 @@ class Recipe(BaseModel):
     distill: dict[str, Any] | None = Field(
         default=None, description="a distillation of what was compressed, towards the same model; null: none"
     )
-    _origin: _Origin = PrivateAttr(default_factory=_Origin)
+    _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @field_validator("rules")
     @classmethod
@@ -187,148 +170,3 @@ class Recipe(BaseModel):
         if self.asymmetric and self.prefix == "dense":
             raise ValueError("asymmetric: with prefix: dense every layer sees dense inputs anyway; set one of them")
         return self
-
-
-def read_recipe(source: Recipe | str | FilePath | Mapping[str, Any], settings: Sequence[str] = ()) -> Recipe:
-    """A recipe of compression from a YAML file, from plain values, or as it is; `settings` as `overrides` takes them.
-
-    Raises RecipeError for the first thing wrong with it.
-    """
-    return read_as(Recipe, source, settings)
-
-
-def read_as(schema: type[S], source: S | str | FilePath | Mapping[str, Any], settings: Sequence[str] = ()) -> S:
-    """`read_recipe` for any schema that has a version and a name."""
-    if isinstance(source, schema):
-        return _validated(schema, source.model_dump(mode="json"), {}, settings) if settings else source
-    if isinstance(source, Mapping):
-        return _validated(schema, dict(source), {}, settings)
-    path = FilePath(cast(str, source)).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); a recipe is a YAML file") from error
-    except OSError as error:
-        raise RecipeError(f"the recipe {path} cannot be read ({error.strerror}); give a YAML file") from error
-    return _parsed(schema, text, path.name, settings)
-
-
-def section(recipe: Recipe, key: str, schema: type[S]) -> S:
-    """The map under `key` as a schema that this file does not know reads it. Of version, name and seed it has the
-    recipe's unless it gives its own. Raises RecipeError for the first thing wrong with it."""
-    values = getattr(recipe, key) or {}
-    read = {path[1:]: where for path, where in recipe._origin.places.items() if path[:1] == (key,)}
-    places = read or {path: dotted((key, *path)) for path in [(), *paths(values)]}
-    own = {"version": VERSION, "name": recipe.name, "seed": recipe.seed}
-    return _validated(schema, own | values, places, ())
-
-
-def parse_recipe(text: str, name: str = "recipe.yaml", settings: Sequence[str] = ()) -> Recipe:
-    """A recipe of compression from YAML text; `name` is the file's, for errors and recipes without a name of their own.
-
-    Raises RecipeError for the first thing wrong with it.
-    """
-    return _parsed(Recipe, text, name, settings)
-
-
-def _parsed(schema: type[S], text: str, name: str, settings: Sequence[str]) -> S:
-    values, places = parse(text, name)
-    if not isinstance(values, dict):
-        raise RecipeError(f"{name}: a recipe is a map that starts with version: {VERSION}; this is {_kind(values)}")
-    return _validated(schema, {"name": FilePath(name).stem, **values}, places, settings)
-
-
-def dump(recipe: BaseModel) -> str:
-    """The recipe as YAML text with every value written out; reads back equal."""
-    return written(_flow(recipe.model_dump(mode="json")))
-
-
-def overrides(
-    values: dict[str, Any], settings: Sequence[str], places: Places | None = None, schema: type[BaseModel] = Recipe
-) -> dict[str, Any]:
-    """A copy of a recipe's plain `values` with settings such as "rules[0].steps[1].rank=16" applied.
-
-    A setting changes a key that is there, or one the schema knows. `places` learns who set what. Raises RecipeError.
-    """
-    values = deepcopy(values)
-    places = {} if places is None else places
-    for setting in settings:
-        path, value = _parsed_setting(setting)
-        where = f"--set {setting}"
-        inside: Any = values
-        for length, part in enumerate(path[:-1], start=1):
-            _check_part(values, path[:length], inside, where, schema)
-            if isinstance(inside, dict) and inside.get(part) is None:
-                inside[part] = {}
-            inside = inside[part]
-        _check_part(values, path, inside, where, schema)
-        inside[path[-1]] = value
-        for old in [place for place in places if place[: len(path)] == path]:
-            del places[old]
-        places[path] = where
-    return values
-
-
-def _validated(schema: type[S], values: dict[str, Any], places: Places, settings: Sequence[str]) -> S:
-    places = dict(places)
-    if settings:
-        values = overrides(values, settings, places, schema)
-    version = values.get("version")
-    if version is None:
-        raise RecipeError(f"{at((), places)}the recipe has no version; write version: {VERSION}")
-    if isinstance(version, int) and version > VERSION:
-        raise RecipeError(
-            f"{at(('version',), places)}version is {version}, and this llmcompress reads up to {VERSION}; upgrade it"
-        )
-    try:
-        recipe = schema.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(first_complaint(error, schema, values, places)) from error
-    check_booleans(schema, values, places)
-    if isinstance(recipe, Recipe):
-        recipe._origin = _Origin(places)
-    return recipe
-
-
-_PART = re.compile(r"([A-Za-z_][A-Za-z_0-9]*)((?:\[\d+\])*)")
-
-
-def _parsed_setting(setting: str) -> tuple[Path, Any]:
-    """The path and the value of "rules[0].steps[1].rank=16"."""
-    target, equals, text = setting.partition("=")
-    path: list[str | int] = []
-    for word in target.strip().split("."):
-        found = _PART.fullmatch(word)
-        if not found or not equals:
-            raise RecipeError(f"--set {setting}: this is not of the form key=value, such as rules[0].steps[1].rank=16")
-        path += [found[1], *(int(index) for index in re.findall(r"\d+", found[2]))]
-    if not text.strip():
-        raise RecipeError(f"--set {setting}: there is no value; write null for none")
-    return tuple(path), parse(text, f"--set {setting}")[0]
-
-
-def _check_part(values: dict[str, Any], path: Path, inside: Any, where: str, schema: type[BaseModel]) -> None:
-    """Raises RecipeError when the last part of `path` is not in `inside` and cannot be put there."""
-    part, outer = path[-1], dotted(path[:-1])
-    if isinstance(part, int):
-        if not isinstance(inside, list):
-            raise RecipeError(f"{where}: {outer} is not a list")
-        if part >= len(inside):
-            raise RecipeError(f"{where}: {outer} has {len(inside)} entries, counted from 0; there is no [{part}]")
-    elif not isinstance(inside, dict):
-        raise RecipeError(f"{where}: {outer} has no keys, so there is no {dotted(path)}")
-    elif part not in inside and not (len(path) > 1 and is_open(schema, str(path[0]))):
-        spot = locate(schema, values, path[:-1])
-        if spot.model is None or part not in spot.model.model_fields:
-            raise RecipeError(f"{where}: {unknown_key(part, spot)}")
-
-
-def _flow(values: dict[str, Any]) -> dict[str, Any]:
-    if "rules" not in values:
-        return values
-    rules = [{**rule, "steps": [OneLine(one) for one in rule["steps"]]} for rule in values["rules"]]
-    return {**values, "rules": rules}
-
-
-def _kind(value: Any) -> str:
-    return "empty" if value is None else f"a {'list' if isinstance(value, list) else 'single value'}"

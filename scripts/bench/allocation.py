@@ -37,7 +37,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.evaluate.perplexity import text_windows
 from llmcompress.models.dense import DenseModel, load_model, load_tokenizer, resolve
 from llmcompress.models.locate import Place
-from llmcompress.recipe.compression import dump, read_recipe
+from llmcompress.recipe.read import dump, read_recipe
 from llmcompress.weight.modules import decoded
 
 COLUMNS = ("plan", "bpw", "MB", "predicted KL", "probing KL", "text KL")

@@ -20,7 +20,7 @@ from llmcompress.methods.moments import STATISTICS, capped_weights
 from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import FAMILIES, Architecture, architecture
 from llmcompress.recipe.calibration import TokenWeights
-from llmcompress.recipe.compression import parse_recipe
+from llmcompress.recipe.read import parse_recipe
 from tests.builders import seeded
 from tests.tiny import save_tiny, tiny
 

@@ -30,7 +30,7 @@ from llmcompress.evaluate.report import LayerReport, Report
 from llmcompress.evaluate.tables import comparison_markdown, grouped, report_view, summarized
 from llmcompress.models.file_names import RECIPE
 from llmcompress.models.file_names import REPORT as REPORT_FILE
-from llmcompress.recipe.compression import dump, parse_recipe
+from llmcompress.recipe.read import dump, parse_recipe
 from tests.tiny import save_tiny
 
 TEXT = """\

@@ -27,7 +27,8 @@ from llmcompress.models.checkpoint import MANIFEST, check_manifest
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.file_names import ALLOCATION, DISTILLATION, RECIPE, SCORES
 from llmcompress.models.locate import locate
-from llmcompress.recipe.compression import Recipe, dump, read_recipe
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.read import dump, read_recipe
 from tests.tiny import save_tiny
 
 TEXT = "The quick brown fox jumps over the lazy dog, and 42 grey geese fly past the old mill by the river. "

@@ -19,7 +19,7 @@ from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate.verify import verify
 from llmcompress.export.hub import _card
 from llmcompress.models.locate import Place
-from llmcompress.recipe.compression import dump, parse_recipe, read_recipe
+from llmcompress.recipe.read import dump, parse_recipe, read_recipe
 from tests.tiny import save_tiny
 
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "

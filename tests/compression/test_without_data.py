@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.errors import RecipeError
-from llmcompress.recipe.compression import read_recipe
+from llmcompress.recipe.read import read_recipe
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
 

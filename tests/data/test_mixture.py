@@ -21,9 +21,9 @@ from llmcompress.data.mixture import draw, normalized, quotas, reweighted
 from llmcompress.distill.run import distill
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate.tables import distilled_view
-from llmcompress.recipe.compression import dump, read_as
 from llmcompress.recipe.data import Mixture
 from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.read import dump, read_as
 from tests.distill.launched import free_port
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny

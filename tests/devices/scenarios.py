@@ -39,7 +39,7 @@ from llmcompress.losses.loss import loss_config, measure
 from llmcompress.methods.layer import apply, relative_error, step
 from llmcompress.models.dense import load_model
 from llmcompress.models.locate import Place
-from llmcompress.recipe.compression import read_recipe
+from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import dense, matmul
 from llmcompress.weight.nodes import Weight, Zero

@@ -16,8 +16,8 @@ from llmcompress.distill.activation_checkpointing import recomputed
 from llmcompress.distill.objective.module import Objective
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.hidden_states import states_between
-from llmcompress.recipe.compression import dump, read_as
 from llmcompress.recipe.distillation import Distillation, Term
+from llmcompress.recipe.read import dump, read_as
 from tests.distill.test_batches import gradient, objective_of, ragged
 from tests.losses.spy import largest_tensor
 from tests.tiny import FAMILY_CONFIGS, VOCABULARY, tiny

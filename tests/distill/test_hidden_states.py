@@ -20,8 +20,8 @@ from llmcompress.distill.student.low_rank import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
 from llmcompress.models.kept_blocks import KEPT, matched_blocks
-from llmcompress.recipe.compression import dump, read_as
 from llmcompress.recipe.distillation import Distillation, Schedule, Term
+from llmcompress.recipe.read import dump, read_as
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT

@@ -24,8 +24,8 @@ from llmcompress.distill.student.low_rank import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluate.verify import verify
-from llmcompress.recipe.compression import read_as
 from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.read import read_as
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import loaded, make, recipe
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny

@@ -17,8 +17,8 @@ from llmcompress.distill.objective.hidden_states import StateMatching
 from llmcompress.distill.run import distill
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import RecipeError
-from llmcompress.recipe.compression import dump, read_as
 from llmcompress.recipe.distillation import Distillation, Term
+from llmcompress.recipe.read import dump, read_as
 from tests.distill.miniature import TEXT
 from tests.distill.test_batches import gradient, objective_of, ragged
 from tests.distill.test_dense_students import asked, tensors

@@ -25,7 +25,7 @@ from llmcompress.evaluate.verify import verify
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import block_stack
 from llmcompress.models.file_names import RECIPE
-from llmcompress.recipe.compression import read_recipe
+from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT, loaded, make

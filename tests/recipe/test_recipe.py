@@ -11,9 +11,11 @@ import yaml
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import methods, step
 from llmcompress.recipe.calibration import Calibration
-from llmcompress.recipe.compression import Gates, Recipe, Rule, dump, overrides, parse_recipe, read_recipe
+from llmcompress.recipe.compression import Gates, Recipe, Rule
 from llmcompress.recipe.matching import assign
+from llmcompress.recipe.overrides import overrides
 from llmcompress.recipe.patterns import matches
+from llmcompress.recipe.read import dump, parse_recipe, read_recipe
 from llmcompress.recipe.yaml import parse
 
 EXAMPLES = [{"method": name, **example} for name, method in methods().items() for example in method.config.examples]
@@ -204,7 +206,7 @@ def test_settings_change_what_is_there_and_fill_in_what_the_schema_knows() -> No
 
 def test_settings_leave_the_original_alone() -> None:
     values = {"version": 1, "rules": [{"match": "*", "steps": []}]}
-    assert overrides(values, ["calibration.samples=3"])["calibration"] == {"samples": 3}
+    assert overrides(Recipe, values, ["calibration.samples=3"])["calibration"] == {"samples": 3}
     assert "calibration" not in values
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from llmcompress.methods.layer import methods
-from llmcompress.recipe.compression import read_as, read_recipe
 from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.read import read_as, read_recipe
 from tests.rules.source_tree import ROOT
 
 DISTILLATIONS = sorted((ROOT / "configs" / "distillation").glob("*.yaml"))

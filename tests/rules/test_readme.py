@@ -13,7 +13,7 @@ import torch
 
 import llmcompress.methods.layer
 from llmcompress.methods.engines.grid import GridFormat, grid_sketch
-from llmcompress.recipe.compression import dump, parse_recipe
+from llmcompress.recipe.read import dump, parse_recipe
 from llmcompress.weight.expression import bits
 from llmcompress.weight.nodes import Dense
 from tests.builders import compressed, correlated, gaussian

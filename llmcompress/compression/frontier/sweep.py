@@ -38,7 +38,8 @@ from llmcompress.models import file_names
 from llmcompress.models.checkpoint import holds, locked, write_files
 from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.locate import Place
-from llmcompress.recipe.compression import Recipe, read_as
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.read import read_as
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions

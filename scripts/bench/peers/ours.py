@@ -21,7 +21,7 @@ def compressed(
     """The one call into llmcompress: ({linear's module path: dense float32 [out, in]}, facts for the JSON line)."""
     from llmcompress.compression.run import compress
     from llmcompress.models.dense import resolve
-    from llmcompress.recipe.compression import read_recipe
+    from llmcompress.recipe.read import read_recipe
     from llmcompress.weight.expression import dense
     from llmcompress.weight.modules import CompressedLinear
 

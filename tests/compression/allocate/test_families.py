@@ -20,7 +20,7 @@ from llmcompress.compression.allocate.sizes import payload_bytes
 from llmcompress.evaluate.verify import verify
 from llmcompress.methods.layer import StepConfig, sketch, step
 from llmcompress.models.dense import resolve
-from llmcompress.recipe.compression import read_recipe
+from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Target
 from llmcompress.weight.expression import bits
 from tests.builders import gaussian, layer, moments

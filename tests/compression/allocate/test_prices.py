@@ -18,7 +18,7 @@ from llmcompress.methods.layer import Layer, StepConfig, methods, sketch, step
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import architecture
-from llmcompress.recipe.compression import read_recipe
+from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.expression import bits
 from llmcompress.weight.modules import packed
 from tests.builders import correlated, every_node, gaussian, layer, moments

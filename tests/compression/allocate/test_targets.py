@@ -26,7 +26,7 @@ from llmcompress.evaluate.report import read_allocation
 from llmcompress.evaluate.verify import verify
 from llmcompress.models.dense import resolve
 from llmcompress.models.file_names import ALLOCATION, RECIPE
-from llmcompress.recipe.compression import dump, parse_recipe, read_recipe
+from llmcompress.recipe.read import dump, parse_recipe, read_recipe
 from llmcompress.recipe.target import Target, count_of
 from tests.tiny import save_tiny
 

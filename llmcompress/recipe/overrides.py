@@ -1,0 +1,72 @@
+"""Settings as text: "rules[0].steps[1].rank=16" changes one value of a recipe before it is validated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+from pydantic import BaseModel
+
+from llmcompress.errors import RecipeError
+from llmcompress.recipe.error_messages import dotted, is_open, locate, unknown_key
+from llmcompress.recipe.yaml import Path, Places, parse
+
+_PART = re.compile(r"([A-Za-z_][A-Za-z_0-9]*)((?:\[\d+\])*)")
+
+
+def overrides(
+    schema: type[BaseModel], values: dict[str, Any], settings: Sequence[str], places: Places | None = None
+) -> dict[str, Any]:
+    """A copy of a recipe's plain `values` with settings such as "rules[0].steps[1].rank=16" applied.
+
+    A setting changes a key that is there, or one the schema knows. `places` learns who set what. Raises RecipeError.
+    """
+    values = deepcopy(values)
+    places = {} if places is None else places
+    for setting in settings:
+        path, value = _parsed_setting(setting)
+        where = f"--set {setting}"
+        inside: Any = values
+        for length, part in enumerate(path[:-1], start=1):
+            _check_part(values, path[:length], inside, where, schema)
+            if isinstance(inside, dict) and inside.get(part) is None:
+                inside[part] = {}
+            inside = inside[part]
+        _check_part(values, path, inside, where, schema)
+        inside[path[-1]] = value
+        for old in [place for place in places if place[: len(path)] == path]:
+            del places[old]
+        places[path] = where
+    return values
+
+
+def _parsed_setting(setting: str) -> tuple[Path, Any]:
+    """The path and the value of "rules[0].steps[1].rank=16"."""
+    target, equals, text = setting.partition("=")
+    path: list[str | int] = []
+    for word in target.strip().split("."):
+        found = _PART.fullmatch(word)
+        if not found or not equals:
+            raise RecipeError(f"--set {setting}: this is not of the form key=value, such as rules[0].steps[1].rank=16")
+        path += [found[1], *(int(index) for index in re.findall(r"\d+", found[2]))]
+    if not text.strip():
+        raise RecipeError(f"--set {setting}: there is no value; write null for none")
+    return tuple(path), parse(text, f"--set {setting}")[0]
+
+
+def _check_part(values: dict[str, Any], path: Path, inside: Any, where: str, schema: type[BaseModel]) -> None:
+    """Raises RecipeError when the last part of `path` is not in `inside` and cannot be put there."""
+    part, outer = path[-1], dotted(path[:-1])
+    if isinstance(part, int):
+        if not isinstance(inside, list):
+            raise RecipeError(f"{where}: {outer} is not a list")
+        if part >= len(inside):
+            raise RecipeError(f"{where}: {outer} has {len(inside)} entries, counted from 0; there is no [{part}]")
+    elif not isinstance(inside, dict):
+        raise RecipeError(f"{where}: {outer} has no keys, so there is no {dotted(path)}")
+    elif part not in inside and not (len(path) > 1 and is_open(schema, str(path[0]))):
+        spot = locate(schema, values, path[:-1])
+        if spot.model is None or part not in spot.model.model_fields:
+            raise RecipeError(f"{where}: {unknown_key(part, spot)}")

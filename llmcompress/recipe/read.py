@@ -1,0 +1,106 @@
+"""Read recipes from YAML files or plain values, and write them.
+
+Whatever is wrong is a RecipeError of one sentence that names the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, TypeVar, cast
+
+from pydantic import BaseModel, ValidationError
+
+from llmcompress.errors import RecipeError
+from llmcompress.recipe.compression import VERSION, Origin, Recipe
+from llmcompress.recipe.error_messages import at, check_booleans, dotted, first_complaint, paths
+from llmcompress.recipe.overrides import overrides
+from llmcompress.recipe.yaml import OneLine, Places, parse, written
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def read_recipe(source: Recipe | str | FilePath | Mapping[str, Any], settings: Sequence[str] = ()) -> Recipe:
+    """Return a recipe of compression from a YAML file, from plain values, or as it is.
+
+    `settings` are as `overrides` takes them. Raises RecipeError for the first thing wrong with the recipe.
+    """
+    return read_as(Recipe, source, settings)
+
+
+def read_as(schema: type[S], source: S | str | FilePath | Mapping[str, Any], settings: Sequence[str] = ()) -> S:
+    """`read_recipe` for any schema that has a version and a name."""
+    if isinstance(source, schema):
+        return _validated(schema, source.model_dump(mode="json"), {}, settings) if settings else source
+    if isinstance(source, Mapping):
+        return _validated(schema, dict(source), {}, settings)
+    path = FilePath(cast(str, source)).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); a recipe is a YAML file") from error
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read ({error.strerror}); give a YAML file") from error
+    return _parsed(schema, text, path.name, settings)
+
+
+def section(recipe: Recipe, key: str, schema: type[S]) -> S:
+    """The map under `key` as a schema that this file does not know reads it. Of version, name and seed it has the
+    recipe's unless it gives its own. Raises RecipeError for the first thing wrong with it."""
+    values = getattr(recipe, key) or {}
+    read = {path[1:]: where for path, where in recipe._origin.places.items() if path[:1] == (key,)}
+    places = read or {path: dotted((key, *path)) for path in [(), *paths(values)]}
+    own = {"version": VERSION, "name": recipe.name, "seed": recipe.seed}
+    return _validated(schema, own | values, places, ())
+
+
+def parse_recipe(text: str, name: str = "recipe.yaml", settings: Sequence[str] = ()) -> Recipe:
+    """A recipe of compression from YAML text; `name` is the file's, for errors and recipes without a name of their own.
+
+    Raises RecipeError for the first thing wrong with it.
+    """
+    return _parsed(Recipe, text, name, settings)
+
+
+def _parsed(schema: type[S], text: str, name: str, settings: Sequence[str]) -> S:
+    values, places = parse(text, name)
+    if not isinstance(values, dict):
+        raise RecipeError(f"{name}: a recipe is a map that starts with version: {VERSION}; this is {_kind(values)}")
+    return _validated(schema, {"name": FilePath(name).stem, **values}, places, settings)
+
+
+def dump(recipe: BaseModel) -> str:
+    """The recipe as YAML text with every value written out; reads back equal."""
+    return written(_flow(recipe.model_dump(mode="json")))
+
+
+def _validated(schema: type[S], values: dict[str, Any], places: Places, settings: Sequence[str]) -> S:
+    places = dict(places)
+    if settings:
+        values = overrides(schema, values, settings, places)
+    version = values.get("version")
+    if version is None:
+        raise RecipeError(f"{at((), places)}the recipe has no version; write version: {VERSION}")
+    if isinstance(version, int) and version > VERSION:
+        raise RecipeError(
+            f"{at(('version',), places)}version is {version}, and this llmcompress reads up to {VERSION}; upgrade it"
+        )
+    try:
+        recipe = schema.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(first_complaint(error, schema, values, places)) from error
+    check_booleans(schema, values, places)
+    if isinstance(recipe, Recipe):
+        recipe._origin = Origin(places)
+    return recipe
+
+
+def _flow(values: dict[str, Any]) -> dict[str, Any]:
+    if "rules" not in values:
+        return values
+    rules = [{**rule, "steps": [OneLine(one) for one in rule["steps"]]} for rule in values["rules"]]
+    return {**values, "rules": rules}
+
+
+def _kind(value: Any) -> str:
+    return "empty" if value is None else f"a {'list' if isinstance(value, list) else 'single value'}"
