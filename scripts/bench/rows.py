@@ -5,8 +5,8 @@
 DATA holds `wikitext2-valid.txt` (calibration: its first 16 windows of 1024 tokens, the next two held out) and
 `wikitext2-test.raw` (perplexity: its first `--windows` windows of 1024 tokens, float32). A recipe that asks for no
 calibration gets none, so it has no held-out error. Each recipe runs in a process of its own, so that its peak memory is
-its own. `--jsonl` collects a record of each row as it is measured, and skips the recipes that were measured into that file
-before; rows that were copied from an older document do not count.
+its own. `--jsonl` collects a record of each row as it is measured, and skips the recipes that were measured into that
+file before; rows copied from an older document do not count.
 """
 
 from __future__ import annotations
