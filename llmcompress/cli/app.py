@@ -41,6 +41,7 @@ from llmcompress.cli.options import (
     tuned,
 )
 from llmcompress.cli.publish import export, push, verify
+from llmcompress.cli.recipes import recipes
 from llmcompress.cli.terminal import Commands, Terminal
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.tables import (
@@ -69,7 +70,7 @@ def compress(
     model: Model,
     output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
     recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="A YAML file; with a target it may be left out.")
+        str | None, typer.Argument(metavar="RECIPE", help="A YAML file or a name of `recipes`; optional with a target.")
     ] = None,
     bpw: Bpw = None,
     size: Size = None,
@@ -347,6 +348,8 @@ def answer(
 
 
 app.command()(push)
+
+app.command()(recipes)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def frontier(
     ],
     recipes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="RECIPE...", help="YAML files, a line of the plot for each; may be left out."),
+        typer.Argument(metavar="RECIPE...", help="YAML files or names, a line of the plot for each; may be left out."),
     ] = None,
     bpw: Annotated[
         str | None, typer.Option("--bpw", help="Budgets in bits per weight of the decoder's linears: 1.25,1.6,2.")
