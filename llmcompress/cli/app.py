@@ -43,8 +43,7 @@ from llmcompress.cli.options import (
 from llmcompress.cli.publish import export, push, verify
 from llmcompress.cli.recipes import recipes
 from llmcompress.cli.terminal import Commands, Terminal
-from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.tables import (
+from llmcompress.cli.views import (
     answered_view,
     comparison_view,
     distilled_view,
@@ -52,8 +51,9 @@ from llmcompress.evaluate.tables import (
     plan_view,
     report_view,
     score_view,
-    summarized,
 )
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.tables import summarized
 from llmcompress.models import file_names
 
 app = typer.Typer(

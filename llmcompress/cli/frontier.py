@@ -29,8 +29,8 @@ from llmcompress.cli.options import (
     tuned,
 )
 from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.views import frontier_view
 from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.tables import frontier_view
 
 
 def frontier(

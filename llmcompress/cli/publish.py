@@ -9,7 +9,7 @@ import typer
 
 from llmcompress.cli.options import AsJson, Device, Length, Quiet, Text, Verbose, Windows
 from llmcompress.cli.terminal import Terminal
-from llmcompress.evaluate.tables import exported_view, pushed_view, verified_view
+from llmcompress.cli.views import exported_view, pushed_view, verified_view
 
 
 def verify(

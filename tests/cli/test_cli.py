@@ -23,11 +23,12 @@ import llmcompress.evaluate.score
 from llmcompress import errors
 from llmcompress.cli.app import app
 from llmcompress.cli.terminal import Terminal, verdict
+from llmcompress.cli.views import report_view
 from llmcompress.compression.plan import LayerPlan, Plan
 from llmcompress.evaluate.formatting import duration
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.report import LayerReport, Report
-from llmcompress.evaluate.tables import comparison_markdown, grouped, report_view, summarized
+from llmcompress.evaluate.tables import comparison_markdown, grouped, summarized
 from llmcompress.models.file_names import RECIPE
 from llmcompress.models.file_names import REPORT as REPORT_FILE
 from llmcompress.recipe.read import dump, parse_recipe

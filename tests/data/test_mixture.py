@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import llmcompress as lc
+from llmcompress.cli.views import distilled_view
 from llmcompress.data.mixture import draw, normalized, quotas, reweighted
 from llmcompress.distill.run import distill
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.evaluate.tables import distilled_view
 from llmcompress.recipe.data import Mixture
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import dump, read_as

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import llmcompress as lc
+from llmcompress.cli.views import distilled_view
 from llmcompress.data.batch import Batch
 from llmcompress.distill import run
 from llmcompress.distill.held_out import distances
@@ -37,7 +38,6 @@ from llmcompress.errors import (
     RecipeError,
     Terminated,
 )
-from llmcompress.evaluate.tables import distilled_view
 from tests.tiny import save_tiny, tiny
 
 VOCABULARY = 300  # so that ids take two bytes

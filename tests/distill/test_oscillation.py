@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmcompress.cli import views
 from llmcompress.distill.run import distill
 from llmcompress.distill.student.oscillation import Freezer, Habits, after_step
 from llmcompress.errors import RecipeError
-from llmcompress.evaluate import tables
 from llmcompress.recipe.freezing import Freezing
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.modules import CompressedLinear
@@ -201,7 +201,7 @@ def test_what_froze_is_told(whole: Any) -> None:
     seen = [row["codes"]["frozen"] for row in rows(Path(whole.output)) if "loss" in row]
     assert seen == sorted(seen) and 0 < seen[-1] < whole.trained["codes"] / 2
     assert whole.phases[0]["frozen"] == seen[-1]
-    assert f"frozen  {seen[-1]:,} codes that oscillated" in list(tables.distilled_view(whole.to_json(), False))
+    assert f"frozen  {seen[-1]:,} codes that oscillated" in list(views.distilled_view(whole.to_json(), False))
 
 
 @pytest.mark.parametrize("after", [3, 6])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import llmcompress as lc
+from llmcompress.cli.views import distilled_view
 from llmcompress.distill import packages, run
 from llmcompress.distill.parallel.launch import check_sharding
 from llmcompress.distill.ready import check_ready
@@ -27,7 +28,6 @@ from llmcompress.distill.teacher.cache import CacheOrigin
 from llmcompress.distill.teacher.quantized import Bits, load_quantized, without_remarks
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluate.distance import kl_divergence
-from llmcompress.evaluate.tables import distilled_view
 from llmcompress.export.model_card import Taught, _distillation
 from llmcompress.models.locate import Place, locate
 from llmcompress.recipe.distillation import Distillation

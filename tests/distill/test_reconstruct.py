@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.cli.app import app
+from llmcompress.cli.views import report_view
 from llmcompress.data.calibration import calibration_tokens
 from llmcompress.distill.blockwise.block import Activations, recover_block
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate.report import read
-from llmcompress.evaluate.tables import report_view
 from llmcompress.evaluate.verify import verify
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import block_stack

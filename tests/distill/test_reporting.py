@@ -15,12 +15,12 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.views import distilled_view
 from llmcompress.data.schedule import rate
 from llmcompress.distill import metrics
 from llmcompress.distill.run import Distilled, distill
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.plots import _running, distillation_png
-from llmcompress.evaluate.tables import distilled_view
 from llmcompress.export.hub import push
 from llmcompress.export.model_card import Taught, _distillation
 from tests.tiny import save_tiny

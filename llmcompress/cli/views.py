@@ -1,0 +1,248 @@
+"""Results as a terminal shows them; every view takes the object that `--json` prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from llmcompress.evaluate.formatting import duration
+from llmcompress.evaluate.tables import (
+    CHANGE_HEADINGS,
+    Row,
+    change_cells,
+    comparison_cells,
+    frontier_cells,
+    grouped,
+    measured,
+    metrics,
+    number,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+
+def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the steps planned for each layer, and the sizes. Layers that differ only in block number share a line."""
+    yield f"plan    {plan['recipe']} on {plan['model']}"
+    table = _table(("layers", "", "shape", "steps", "bpw", "stored as"), right=(1, 4))
+    for name, rows in grouped(plan["layers"], ("shape", "steps", "bits"), every):
+        row = rows[0]
+        table.add_row(name, _times(rows), _shape(row), _steps(row), f"{row['bpw']:.3f}", row["description"])
+    yield table
+    yield f"sizes   {_sizes(plan)}"
+    yield f"needs   about {_bytes(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}"
+    if (blocks := plan["reconstruction"]) is not None:
+        rates = ", ".join(f"{kind} at {rate:g}" for kind, rate in blocks["rates"].items())
+        steps = "a pass over the text" if blocks["steps"] is None else f"{blocks['steps']} steps"
+        window = "" if blocks["window"] == 1 else f" in windows of {blocks['window']}"
+        yield f"learns  every block{window}, {steps} each time: {rates}; that comes on top"
+    if (then := plan["distillation"]) is not None:
+        yield f"then    distillation {then['name']}: {_asked(then)}; that comes on top"
+
+
+def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the steps and errors of each layer, then sizes, calibration text and cost of a compression."""
+    from statistics import median  # here, since it takes longer to import than typer parses
+
+    yield f"recipe  {report['recipe']} on {report['model']}" + (f" at {report['revision']}" * bool(report["revision"]))
+    headings = ("layers", "", "shape", "steps", "bpw", "error", "held out", "worst", "stored as")
+    table = _table(headings, right=(1, 4, 5, 6, 7))
+    for name, rows in grouped(report["layers"], ("shape", "steps"), every):
+        fitted, unseen = [row["error"] for row in rows], [row["error_heldout"] for row in rows]
+        seen = [value for value in unseen if value is not None]
+        bpw = sum(row["bpw"] for row in rows) / len(rows)
+        held_out, worst = (f"{median(seen):.4f}", f"{max(seen):.4f}") if seen else ("", f"{max(fitted):.4f}")
+        cells = (f"{bpw:.3f}", f"{median(fitted):.4f}", held_out, worst)
+        table.add_row(name, _times(rows), _shape(rows[0]), _steps(rows[0]), *cells, _stored(rows))
+    yield table
+    yield f"sizes   {_sizes(report)}"
+    if (text := report["calibration"]) is not None:
+        yield f"data    {text['source']} · {text['tokens']:,} tokens · sha256 {text['hash'][:12]}…"
+    else:
+        yield "data    none: errors are those of the weights, not of what layers make of their inputs"
+    fallbacks = [row for row in report["layers"] if row["fallback"]]
+    yield from (f"note    {row['name']}: {row['fallback']}" for row in fallbacks)
+    if blocks := list(report["blocks"].values()):
+        error = median(block["after"] for block in blocks)
+        said = [f"blocks  {len(blocks)} reconstructed", f"error {error:.4f} in the median"]
+        if left := [block["left"] for block in blocks if "left" in block]:  # which older reports lack
+            said.append(f"x{median(left):.3f} by learning")
+            said += [f"nothing helped {left.count(1)}"] if 1 in left else []
+        yield " · ".join(said)
+    yield f"cost    {duration(report['seconds'])} · {_bytes(report['peak_memory_bytes'])} of memory at the peak"
+    if "allocation" in report:
+        yield _reached(report["allocation"])
+    if "distillation" in report:
+        yield ""
+        yield from distilled_view(report["distillation"], every)
+
+
+def _stored(rows: Sequence[Row]) -> str:
+    """Return the form that most rows are stored in, and the number of rows stored otherwise."""
+    (form, count), *others = Counter(row["stored"] for row in rows).most_common()
+    return f"{form}, {len(rows) - count} otherwise" if others else form
+
+
+def _reached(allocation: Row) -> str:
+    """Return the line on a target: predicted and measured KL, and the time it took."""
+    [(aim, value)] = allocation["target"].items()
+    wanted = _bytes(value) if aim == "bytes" else f"{value:g} {aim}"
+    kl = f"KL predicted {allocation['predicted_kl']:.4f}, measured {allocation['measured_kl']:.4f}"
+    return f"target  {wanted} · {kl} on {allocation['probing_tokens']} tokens · {duration(allocation['seconds'])}"
+
+
+def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield a model's scores and its size."""
+    yield f"size    {_bytes(scores['bytes'])} · {number(scores['bpw'])} bpw · model_bpw {number(scores['model_bpw'])}"
+    perplexity = measured(scores["perplexity"], scores["perplexity_stderr"], 3)
+    yield f"text    perplexity {perplexity} over {scores['tokens']:,} tokens"
+    if scores["kl"] is not None:
+        kl = measured(scores["kl"], scores["kl_stderr"])
+        agreement = measured(scores["top1_agreement"], scores["top1_agreement_stderr"])
+        yield f"dense   KL {kl} nats/token · top-1 agreement {agreement}"
+    if scores["tasks"]:
+        table = _table(("task", "metric", "value", "items"), right=(2, 3))
+        for task, entry in scores["tasks"].items():
+            for metric, value, error in metrics(entry):
+                table.add_row(task, metric, measured(value, error), f"{entry.get('samples', '')}")
+        yield table
+
+
+def comparison_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield models as rows and scores as columns; with `every`, also every difference."""
+    headings, rows, notes = comparison_cells(found)
+    table = _table(headings, right=range(1, len(headings)))
+    for row in rows:
+        table.add_row(*row)
+    yield table
+    yield from notes
+    if every:
+        table = _table(CHANGE_HEADINGS, right=(2, 3))
+        for row in change_cells(found):
+            table.add_row(*row)
+        yield table
+
+
+def frontier_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the table of a frontier: one model at many sizes."""
+    headings, rows, notes = frontier_cells(found)
+    table = _table(headings, right=range(2, len(headings)))
+    for row in rows:
+        table.add_row(*row)
+    yield table
+    yield from notes
+
+
+def verified_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the findings of `verify` on a valid checkpoint."""
+    yield f"files   {found['files']} as they were written · {_bytes(found['bytes'])} of weights"
+    yield f"model   {found['layers']} compressed layers, all tensors there and finite"
+    yield f"text    perplexity {found['perplexity']:.3f} over {found['tokens']:,} tokens"
+    if found["kl"] is not None:
+        yield f"dense   KL {found['kl']:.4f} nats/token · top-1 agreement {found['top1_agreement']:.4f}"
+
+
+def exported_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the sizes of an export, and the properties it kept and changed."""
+    yield f"sizes   {_bytes(found['bytes_before'])} -> {_bytes(found['bytes_after'])} of weights in {found['output']}"
+    yield from (f"kept    {sentence}" for sentence in found["kept"])
+    yield from (f"changed {sentence}" for sentence in found["changed"])
+
+
+def dropped_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the numbers of the dropped blocks, and the sizes before and after."""
+    yield f"dropped {', '.join(map(str, found['dropped']))} of the {len(found['dropped'] + found['kept'])} blocks"
+    yield f"sizes   {_bytes(found['bytes_before'])} -> {_bytes(found['bytes_after'])} of weights in {found['output']}"
+
+
+def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the gains of a distillation on held-out text, then its cost."""
+    table = _table(("step", "KL", "perplexity", "loss", "seconds"), right=(0, 1, 2, 3, 4))
+    history = found["history"]
+    for row in history if every else (history[0], history[-1]):
+        loss = f"{row['loss']:.4f}" if "loss" in row else ""
+        seconds = duration(row["seconds"]) if "seconds" in row else ""
+        table.add_row(str(row["step"]), f"{row['kl']:.4f}", f"{row['perplexity']:.3f}", loss, seconds)
+    yield table
+    for name, last in history[-1].get("domains", {}).items():
+        first = history[0]["domains"][name]
+        yield f"domain  {name} · KL {first['kl']:.4f} -> {last['kl']:.4f}"
+    yield f"teacher {found['teacher']} · perplexity {history[-1]['teacher_perplexity']:.3f}"
+    for phase in found["phases"]:
+        if blocks := phase.get("blocks"):
+            path, last = list(blocks.items())[-1]
+            yield f"blocks  {len(blocks)} · held-out error of {path} {last['before']:.4f} -> {last['after']:.4f}"
+        if (frozen := phase.get("frozen")) is not None:
+            yield f"frozen  {frozen:,} codes that oscillated"
+    if found["bytes_before"] != found["bytes_after"]:
+        yield f"sizes   {_bytes(found['bytes_before'])} -> {_bytes(found['bytes_after'])} of compressed weights"
+    trained = " · ".join(f"{count:,} {kind}" for kind, count in found["trained"].items())
+    yield f"trained {trained} · on {found['tokens']:,} tokens in {duration(found['seconds'])}"
+    yield f"plot    {found['plot'] or 'none: it needs matplotlib (the extra report)'}"
+    if (cost := found.get("quantized_teacher")) is not None:
+        yield f"bits    {cost['bits']} of the teacher while it taught · KL {cost['kl']:.4f} to itself before"
+    if found["cache_bias"] is not None:
+        bias = found["cache_bias"]["after"]
+        seen = f"KL {bias['kl_with_tail']:.4f} of {bias['kl']:.4f}"
+        yield f"cache   {bias['tail_mass']:.1%} of the teacher's mass in the tail · {seen} seen through it"
+
+
+def _asked(distillation: Row) -> str:
+    """Return a planned distillation in one line: parameters, losses, amount of text."""
+    losses = " + ".join(term["of"]["loss"] for term in distillation["losses"])
+    texts = distillation["data"] if isinstance(distillation["data"], list) else [distillation["data"]]
+    amounts = " + ".join(f"{text['samples']} x {text['length']}" for text in texts)
+    return f"{', '.join(distillation['rates'])} by {losses} · {amounts} tokens"
+
+
+def answered_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the number of answers a teacher wrote, and the reasons for those refused."""
+    yield f"answers {found['answers']:,} to {found['prompts']:,} prompts, by {found['model']}, in {found['output']}"
+    faults = " · ".join(f"{count:,} {name}" for name, count in found["faults"].items()) or "none"
+    yield f"faults  {faults}"
+    yield f"instead {found['references']:,} references · {found['dropped']:,} prompts left out"
+
+
+def pushed_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the files sent to the Hub; for a dry run, those it would send."""
+    table = _table(("file", "bytes"), right=(1,))
+    for name, size in found["files"].items():
+        table.add_row(name, f"{size:,}")
+    yield table
+    total = _bytes(sum(found["files"].values()))
+    yield f"commit  {found['commit']} · {total}" if found["commit"] else f"nothing was sent · {total} would be"
+
+
+def _table(headings: Sequence[str], right: Sequence[int]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index in right else "left", overflow="fold")
+    return table
+
+
+def _sizes(values: Row) -> str:
+    return (
+        f"{_bytes(values['dense_bytes'])} -> {_bytes(values['bytes'])} · "
+        f"{number(values['bpw'])} bpw · model_bpw {number(values['model_bpw'])}"
+    )
+
+
+def _times(rows: Sequence[Row]) -> str:
+    return f"x{len(rows)}" if len(rows) > 1 else ""
+
+
+def _shape(row: Row) -> str:
+    return " x ".join(map(str, row["shape"]))
+
+
+def _steps(row: Row) -> str:
+    return ", ".join(row["steps"]) or "stays dense"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
