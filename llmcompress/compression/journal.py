@@ -113,7 +113,7 @@ class Journal:
         """What is stored of a block that was `found`. Raises DiskError where that is damaged."""
         layouts = {name: layout for entry in self.found for name, layout in entry.layouts.items()}
         try:
-            return read_tensors(self.stored(number), payload_texts(layouts))
+            return read_tensors(self.stored(number), payload_texts(layouts))[0]
         except InputError as error:
             raise DiskError(f"{error}; remove {self.folder}, and all is done anew") from error
 

@@ -4,8 +4,8 @@ A student that learns from its teacher's answers stays with what the teacher wou
 Differs from the paper, where the teacher sees the reference and writes it anew: here it sees the prompt alone. An
 answer that fails a check (`answering.Answerer.checked`) is left out, or the reference takes its place.
 
-The file is written a batch at a time into `<output>.partial`, with a journal, so that a run which was cut goes on after
-its last batch and ends with the same bytes.
+The file is written a batch at a time into `<output>.partial`, beside a record of the batches, so an interrupted run
+resumes after its last batch and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from torch import nn
 from llmcompress.data.generate_answers import Answerer, AnswerSampling
 from llmcompress.data.text import Document, Message, read_documents
 from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
-from llmcompress.models.checkpoint import locked, replace_text
+from llmcompress.models.checkpoint import locked, sync
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.digest import teacher_digest
 from llmcompress.models.locate import Place, locate
+from llmcompress.models.store import Store
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.signals import stop_requests
 from llmcompress.runtime.versions import versions
@@ -39,8 +40,9 @@ Progress = Callable[[int], None]  # prompts done
 
 @dataclass(frozen=True)
 class Answering:
-    """What is asked for. `dataset`, `subset`, `revision`, `split`, `column`: as in `tokens.Calibration`; rows are
-    chats, whose last answer is the reference, or texts, each of them a prompt. `prompts`: how many, by default all."""
+    """The prompts to answer, and how. `dataset`, `subset`, `revision`, `split`, `column`: as in `Calibration`; rows are
+    chats, whose last answer is the reference, or texts, each of them a prompt. `prompts`: the number, by default all.
+    """
 
     dataset: str
     subset: str | None = None
@@ -66,7 +68,7 @@ class Answering:
 
 @dataclass(frozen=True)
 class Answered:
-    """What was written. `answers`: lines by the teacher; `references`: lines with the reference in its place;
+    """The count of written lines. `answers`: lines by the teacher; `references`: lines with the reference in its place;
     `faults`: how many answers failed, by reason; `dropped`: prompts without a line."""
 
     output: str
@@ -85,7 +87,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A chat up to where an answer is due, and the answer that the data have for it."""
+    """A chat that awaits an answer, and the answer that the data have for it."""
 
     number: int
     messages: list[Message]
@@ -101,9 +103,9 @@ def answer(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Answered:
-    """Writes the answers of `model` to the prompts as the JSON lines `{id, messages, source, checked, generation}`.
+    """Write the answers of `model` to the prompts as the JSON lines `{id, messages, source, checked, generation}`.
 
-    Equal arguments give equal bytes on one machine and library version. A run that was cut goes on where it was.
+    Equal arguments give equal bytes on one machine and library version. An interrupted run resumes.
     Raises an LLMCompressError, in one sentence, for whatever is wrong.
     """
     if output.exists():
@@ -118,7 +120,8 @@ def answer(
     generation = made | asdict(asked.sampling) | {"versions": versions()}
     with locked(output, "file"):
         try:
-            counts = _write(answerer, asked, output, generation, _identity(asked, place, generation), progress)
+            store = _store(asked, place, output, generation)
+            counts = _write(answerer, asked, output, generation, store, progress)
         except OSError as error:
             raise DiskError(f"{output} cannot be written ({error}); free some space and start again") from error
     lines = counts["answers"] + counts["references"]
@@ -136,8 +139,10 @@ def answer(
 
 
 def prompts(asked: Answering) -> Iterator[Prompt]:
-    """Those that are asked for, in the order of the data; rows without one (a chat that no user speaks in) are passed
-    over. Raises InputError where there is none, or the data cannot be read."""
+    """Yield the prompts in the order of the data, without rows that have none (a chat that no user speaks in).
+
+    Raises InputError where there is none at all, or the data cannot be read.
+    """
     documents = read_documents(
         asked.dataset, subset=asked.subset, revision=asked.revision, split=asked.split, column=asked.column
     )
@@ -158,10 +163,12 @@ def _prompt(number: int, document: Document) -> Prompt | None:
     return Prompt(number, messages, reference) if messages and messages[-1]["role"] == "user" else None
 
 
-def _identity(asked: Answering, place: Place, generation: dict[str, Any]) -> str:
-    """Of a run: equal where a partial file of one continues the other."""
-    parts = [json.dumps(part, sort_keys=True) for part in (asdict(asked), generation)]
-    return sha256("\n".join([teacher_digest(place.folder), *parts]).encode()).hexdigest()
+def _store(asked: Answering, place: Place, output: Path, generation: dict[str, Any]) -> Store:
+    """Return the store beside `output`: a partial file of one run continues another of the same identity."""
+    model = [teacher_digest(place.folder), *(generation[key] for key in ("model", "revision", "dtype"))]
+    identity = {"model": model, "settings": asdict(asked), "versions": generation["versions"]}
+    record = output.with_name(f"{output.name}.partial.json")
+    return Store(output.parent, identity, place=record, advice="choose another output")
 
 
 def _write(
@@ -169,54 +176,50 @@ def _write(
     asked: Answering,
     output: Path,
     generation: dict[str, Any],
-    identity: str,
+    store: Store,
     progress: Progress | None,
 ) -> Counter[str]:
-    """All lines, and then the file under its name; what became of the prompts."""
-    staged, journal = output.with_name(output.name + ".partial"), output.with_name(output.name + ".partial.json")
+    """Write all lines, and then give the file its name; return what became of the prompts."""
+    staged, record = output.with_name(f"{output.name}.partial"), f"{output.name}.partial"
     source, read = prompts(asked), sha256()
-    counts, size = _left(journal, identity, source, read)
+    counts, size = _resumed(store, record, source, read)
     with stop_requests() as stopping, staged.open("r+b" if size else "wb") as file:
         file.seek(size)
-        file.truncate()  # what a run that was cut wrote behind its last entry
+        file.truncate()  # what an interrupted run wrote after its last record
         while batch := list(islice(source, asked.batch)):
             _digest(read, batch)
             lines = _lines(answerer, asked, batch, generation, counts)
             file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
-            entries = {"run": identity, "read": read.hexdigest(), "bytes": file.tell(), "counts": counts}
-            replace_text(journal, json.dumps(entries))
+            store.put(record, {"read": read.hexdigest(), "bytes": file.tell(), "counts": counts})
             if progress is not None:
                 progress(counts["prompts"])
             if stopping:
                 kept = f"the answers to {counts['prompts']} prompts are kept in {staged}, from where the same command"
-                raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(f"{kept} goes on")
+                raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(f"{kept} resumes")
     staged.rename(output)
-    journal.unlink()
+    sync(output.parent)
+    store.remove(record)
     return counts
 
 
-def _left(journal: Path, identity: str, source: Iterator[Prompt], read: Any) -> tuple[Counter[str], int]:
-    """What a run that was cut had counted, and its bytes; `source` goes on behind the prompts that it had answered.
+def _resumed(store: Store, record: str, source: Iterator[Prompt], read: Any) -> tuple[Counter[str], int]:
+    """Return what an interrupted run had counted, and its bytes; `source` goes on after the prompts it had answered.
 
     Raises InputError for another run's, or where the data are no longer the same.
     """
-    if not journal.is_file():
+    found = store.get(record)
+    if found is None:
         return Counter(), 0
     try:
-        entries = json.loads(journal.read_text(encoding="utf-8"))
-        counts, size = Counter(entries["counts"]), int(entries["bytes"])
-        same = entries["run"] == identity
-        _digest(read, list(islice(source, counts["prompts"])) if same else [])
-        same = same and entries["read"] == read.hexdigest()
+        counts, size = Counter(found.entry["counts"]), int(found.entry["bytes"])
+        _digest(read, list(islice(source, counts["prompts"])))
+        same = found.entry["read"] == read.hexdigest()
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{journal} cannot be read ({error}); remove it to start again") from error
+        raise store.damage(error) from error
     if not same:
-        raise InputError(
-            f"{journal} was left by a run with other prompts, another model or other settings; remove it, or choose "
-            "another output"
-        )
+        raise store.refusal(["prompts"])
     return counts, size
 
 
@@ -228,7 +231,7 @@ def _digest(read: Any, batch: list[Prompt]) -> None:
 def _lines(
     answerer: Answerer, asked: Answering, batch: list[Prompt], generation: dict[str, Any], counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """What is written of a batch; `counts` goes on."""
+    """Yield the lines of a batch, and count them in `counts`."""
     wrote = answerer.answers([(prompt.number, prompt.messages) for prompt in batch])
     for prompt, found in zip(batch, wrote, strict=True):
         counts["prompts"] += 1

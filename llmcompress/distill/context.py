@@ -11,9 +11,9 @@ from accelerate import Accelerator
 
 from llmcompress.data.distillation import Data
 from llmcompress.distill.metrics import Metrics
-from llmcompress.distill.resume import Keeper
 from llmcompress.distill.student.model import Student
 from llmcompress.distill.teacher.predictions import ReadsAlong, Teaching
+from llmcompress.models.store import Store
 from llmcompress.recipe.distillation import Distillation
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class TrainContext:
     dense: Callable[[], PreTrainedModel]  # gives the teacher, where its weights are asked for
     teaching: Teaching
     data: Data
-    keeper: Keeper
+    store: Store
     accelerator: Accelerator
     metrics: Metrics
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext

@@ -1,7 +1,7 @@
 """The phases of a distillation, one after the other: each trains what it names in what the one before left, compressed.
 
-A recipe without phases is one end-to-end phase. Several keep their states in folders of their own, so that a run which
-was cut goes on in the phase, and there at the step or the block, where it was.
+A recipe without phases is one end-to-end phase. Several keep their states in folders of their own, so an interrupted
+run resumes in the phase that was under way, after its last state or block.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from llmcompress.data.batch import Batch
-from llmcompress.distill.blockwise.store import Shelf
 from llmcompress.distill.blockwise.walk import recover_blocks
 from llmcompress.distill.context import Report, TrainContext
 from llmcompress.distill.held_out import evaluate_held_out
-from llmcompress.distill.resume import Keeper
 from llmcompress.distill.student.low_rank import adapt, rounded, teachers_weights
 from llmcompress.distill.student.model import check_latents, relaxed_student
 from llmcompress.distill.train import train
@@ -68,12 +66,10 @@ def learn(run: TrainContext, report: Report | None = None) -> Learned:
         check_latents(run.student.model, recipe)
     learned = Learned()
     for number, (kind, recipe) in enumerate(stages, start=1):
-        keeper = run.keeper
-        if len(stages) > 1:
-            keeper = Keeper(keeper.folder / f"phase-{number}", f"{keeper.run}/{number}")
+        store = run.store if len(stages) == 1 else run.store.within(f"phase-{number}", phase=number)
         before = sum(phase["steps"] for phase in learned.phases)
         metrics = run.metrics.of_phase(number, before) if len(stages) > 1 else run.metrics
-        part = replace(run, recipe=recipe, keeper=keeper, metrics=metrics)
+        part = replace(run, recipe=recipe, store=store, metrics=metrics)
         model, [done] = run.student.model, [len(learned.history)]
         adapted = () if recipe.adapt is None else adapt(model, recipe.adapt, run.dense(), recipe.seed)
         (_by_blocks if kind == "blockwise" else _end_to_end)(part, learned, report)
@@ -101,7 +97,7 @@ def _end_to_end(run: TrainContext, learned: Learned, report: Report | None) -> N
 
 
 def _by_blocks(run: TrainContext, learned: Learned, report: Report | None) -> None:
-    recipe, keeper = run.recipe, run.keeper
+    recipe = run.recipe
     first = {**_look(run, 0), "tokens": 0}
     kl = first["kl"]
     run.metrics.start(0, begun=False)
@@ -118,7 +114,7 @@ def _by_blocks(run: TrainContext, learned: Learned, report: Report | None) -> No
         batch.read,
         len(batch) - len(run.data.sequences),
         recipe,
-        Shelf(keeper.folder, keeper.run),
+        run.store,
         run.autocast,
         None if report is None else lambda done, blocks, found, speed: report(done, blocks, found.after, speed, kl),
     )

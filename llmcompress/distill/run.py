@@ -24,7 +24,7 @@ from llmcompress.distill.objective.heads import check_boundaries, check_head, ch
 from llmcompress.distill.parallel.launch import check_enough, launched_accelerator, loading_device
 from llmcompress.distill.phases import Learned, learn
 from llmcompress.distill.ready import memory_advice
-from llmcompress.distill.resume import METRICS, Keeper
+from llmcompress.distill.resume import METRICS
 from llmcompress.distill.student.folder import StudentFolder, open_folder
 from llmcompress.distill.student.model import Student
 from llmcompress.distill.teacher.predictions import ReadsAlong
@@ -37,6 +37,7 @@ from llmcompress.models.checkpoint import check_output, writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.locate import Place, locate
+from llmcompress.models.store import Store
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import dump, read_as
 from llmcompress.runtime.memory import keeping_freed_memory
@@ -47,7 +48,7 @@ from llmcompress.weight.modules import CompressedLinear, Layout, compressed_modu
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRAINING = ".training"  # follows the name of the output folder: the state of a run that was cut
+TRAINING = ".training"  # follows the name of the output folder: the state of an interrupted run
 COMPRESSED_TEACHER = "the teacher is compressed too, so what it lost the student does not learn"
 
 
@@ -99,7 +100,7 @@ def distill(
     compressed student the same expressions at the same bytes, and the low-rank terms that it asks for besides; of a
     dense one the same tensors in the same dtypes.
 
-    A run that was cut goes on from the last state in `<output>.training`. Raises an LLMCompressError, in one sentence,
+    An interrupted run resumes from the last state in `<output>.training`. Raises an LLMCompressError, in one sentence,
     for whatever is wrong.
     """
     asked, target = read_as(Distillation, recipe), Path(output)
@@ -116,8 +117,8 @@ def distill(
     check_pair(*pair, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
     check_teacher(pair[1], asked.teacher.bits)
     data = read_data(asked.data, tokenizer, partial(load_model, place), pair[1].config)
-    keeper = Keeper(target.with_name(target.name + TRAINING), _identity(asked, data, opened, place))
-    run = _run(asked, Student(pair[0], {}, {}), pair[1], data, keeper, accelerator)
+    store = Store(target.with_name(target.name + TRAINING), _identity(asked, data, opened, place))
+    run = _run(asked, Student(pair[0], {}, {}), pair[1], data, store, accelerator)
     for model in pair:
         check_head(model, data.sequences.ids)
         if data.sequences.documents is not None:
@@ -133,7 +134,7 @@ def distill(
     done = replace(done, warnings=warnings, cache_bias=bias, quantized_teacher=cost)
     if accelerator.is_main_process:
         _write(opened, learned, asked, done, target, run.metrics.path)
-        keeper.remove()
+        store.clear()
         if asked.teacher.kind == "cached":
             remove_cache(asked.teacher, target)
     accelerator.end_training()
@@ -145,7 +146,7 @@ def _run(
     student: Student,
     teacher: PreTrainedModel,
     data: Data,
-    keeper: Keeper,
+    store: Store,
     accelerator: Accelerator,
 ) -> TrainContext:
     dtype = product_dtype(recipe.compute, accelerator.device)
@@ -160,9 +161,9 @@ def _run(
         lambda: teacher,
         ReadsAlong(teacher),
         data,
-        keeper,
+        store,
         accelerator,
-        Metrics(keeper.folder / METRICS, accelerator),
+        Metrics(store.folder / METRICS, accelerator),
         # recomputed activations must come from the same operations, and the second time torch's attention is there
         partial(products, accelerator.device, dtype, attention=not recipe.checkpointing),
     )
@@ -190,11 +191,11 @@ def _learned(run: TrainContext, progress: Report | None) -> tuple[Learned, dict[
     return learned, {"before": before, "after": measured_bias(run, k)}
 
 
-def _identity(recipe: Distillation, data: Data, opened: StudentFolder, teacher: Place) -> str:
-    """Of a run: equal where a state of one continues the other."""
-    student = json.dumps(opened.digests, sort_keys=True)
-    parts = [recipe.model_dump_json(), data.hash, student, teacher.name, str(teacher.revision)]
-    return sha256("\n".join(parts).encode()).hexdigest()
+def _identity(recipe: Distillation, data: Data, opened: StudentFolder, teacher: Place) -> dict[str, Any]:
+    """Return what a state depends on: one continues the other where all of this is equal."""
+    student = sha256(json.dumps(opened.digests, sort_keys=True).encode()).hexdigest()
+    asked = recipe.model_dump(mode="json")
+    return {"recipe": asked, "data": data.hash, "student": student, "teacher": [teacher.name, teacher.revision]}
 
 
 def _result(

@@ -53,7 +53,7 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
     again = recomputed(run.student.model) if recipe.checkpointing else nullcontext()
     with again, held_decoded(accelerator, run.student.model, run.teacher), stop_requests() as stopping:
         engine = Engine.of(accelerator, run.student, run.teacher, objective, optimizer, recipe.freezing)
-        progress = engine.load(run.keeper)
+        progress = engine.load(run.store)
         progress.shares = progress.shares or normalized(run.data.weights)
         progress.cursors = progress.cursors or [0] * len(run.data.sizes)
         for state, saved in zip(states, progress.losses):
@@ -87,13 +87,13 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
                 run.metrics.add(seen)
             asked, late = _decided(accelerator, stopping, time.monotonic() - saved_at >= 60 * recipe.save_minutes)
             if last or asked or late or progress.step % recipe.save_every == 0:
-                engine.save(run.keeper, progress)
+                engine.save(run.store, progress)
                 saved_at = time.monotonic()
             if report is not None:
                 read = progress.step * recipe.batch * run.data.sequences.ids.shape[1]
                 report(progress.step, run.steps, loss, read / progress.seconds, progress.history[-1]["kl"])
             if asked and not last:
-                kept = f"step {progress.step} is kept in {run.keeper.folder}, from where the same command goes on"
+                kept = f"step {progress.step} is kept in {run.store.folder}, from where the same command resumes"
                 raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(kept)
     engine.gather()
     return progress

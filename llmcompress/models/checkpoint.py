@@ -113,29 +113,38 @@ class Writer:
         return sum((self.folder / name).stat().st_size for name in names)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], layouts: Mapping[str, str]) -> None:
-    """Writes a weight file with the digests of its tensors, and waits until it is on the disk; `layouts`: of those that
-    are payloads. Raises DiskError when the disk is full."""
-    contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    layouts: Mapping[str, str] | None = None,
+    header: Mapping[str, str] | None = None,
+) -> None:
+    """Write a weight file with the digests of its tensors: the old file or the whole new one is there, on the disk.
+
+    `layouts`: of those that are payloads; `header`: further entries. Raises DiskError when the disk is full.
+    """
+    entries = {"format": "pt", **(header or {})}
+    contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     try:
-        save_file(contiguous, path, metadata={"format": "pt"} | digests(contiguous, layouts))
-        _sort_header(path)
+        with _replacing(path) as staged:
+            save_file(contiguous, staged, metadata=entries | digests(contiguous, layouts or {}))
+            _sort_header(staged)
     except (OSError, SafetensorError) as error:
         raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
-    sync(path)
 
 
-def read_tensors(path: Path, layouts: Mapping[str, str]) -> dict[str, Tensor]:
-    """What `write_tensors` wrote. Raises InputError where it is not there as it was written."""
+def read_tensors(path: Path, layouts: Mapping[str, str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors that `write_tensors` wrote, and the header. Raises InputError for a file that has changed."""
     try:
         with safe_open(path, "pt") as file:
-            written = json.loads((file.metadata() or {})[DIGESTS])
+            header = file.metadata() or {}
+            written = json.loads(header[DIGESTS])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-    if {name: digest(tensor, layouts.get(name, "")) for name, tensor in tensors.items()} != written:
+    if {name: digest(tensor, (layouts or {}).get(name, "")) for name, tensor in tensors.items()} != written:
         raise InputError(f"{path} is not as it was written")
-    return tensors
+    return tensors, header
 
 
 def _sort_header(path: Path) -> None:
@@ -246,12 +255,20 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Writes a file so that the old one or the new one is there, never half of it. Raises OSError."""
+    """Write a file so that the old one or the new one is there, on the disk, never half of it. Raises OSError."""
+    with _replacing(path) as staged:
+        staged.write_bytes(content)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to, which takes its place, on the disk, when the context ends well."""
     staged = path.with_name(f".{path.name}.partial")
     try:
-        staged.write_bytes(content)
+        yield staged
         sync(staged)
         staged.rename(path)
+        sync(path.parent)
     finally:
         staged.unlink(missing_ok=True)
 

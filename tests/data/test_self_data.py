@@ -243,7 +243,7 @@ def test_a_signal_keeps_the_batches_that_are_done(place: Path) -> None:
     def terminate() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Terminated, match=r"answers to 3 prompts are kept in .*, from where the same command goes on"):
+    with pytest.raises(Terminated, match=r"answers to 3 prompts are kept in .*, from where the same command resumes"):
         answer(str(place / "model"), request(place), place / "out.jsonl", progress=stop_at(3, terminate))
 
 
@@ -251,11 +251,11 @@ def test_what_does_not_continue_is_refused(place: Path) -> None:
     model, out = str(place / "model"), place / "out.jsonl"
     with pytest.raises(Cut):
         answer(model, request(place), out, progress=stop_at(6, cut))
-    with pytest.raises(InputError, match="was left by a run with other prompts, another model or other settings"):
+    with pytest.raises(InputError, match="out.jsonl.partial.json was left by a different run .settings changed"):
         answer(model, request(place, sampling=AnswerSampling(longest=12, seed=1)), out)
     text = (place / "prompts.jsonl").read_text()
     (place / "prompts.jsonl").write_text(text.replace("Name a river", "Name a brook"))
-    with pytest.raises(InputError, match="was left by a run with other prompts"):
+    with pytest.raises(InputError, match="was left by a different run .prompts changed"):
         answer(model, request(place), out)
     (place / "out.jsonl.partial.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):

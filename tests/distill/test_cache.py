@@ -70,7 +70,7 @@ class Cut(Exception):
 @pytest.fixture
 def text(monkeypatch: pytest.MonkeyPatch) -> Batch:
     """Seven sequences of nine tokens, some of which count; two sequences are a run."""
-    monkeypatch.setattr(cache, "RUN", 18)
+    monkeypatch.setattr(cache, "CHUNK", 18)
     generator = torch.Generator().manual_seed(0)
     ids, counted = torch.randint(VOCABULARY, (7, 9), generator=generator), torch.rand(7, 9, generator=generator) < 0.7
     counted[:, 0] = False
@@ -141,9 +141,9 @@ def test_a_signal_ends_the_writing_after_a_run(tmp_path: Path, text: Batch) -> N
 @pytest.mark.parametrize(
     "other, words",
     [
-        ({"teacher": "b"}, "another teacher"),
-        ({"k": 6}, "another k"),
-        ({"dtype": "x", "tokens": "y"}, "other tokens and"),
+        ({"teacher": "b"}, "teacher changed"),
+        ({"k": 6}, "k changed"),
+        ({"dtype": "x", "tokens": "y"}, "tokens and dtype changed"),
     ],
 )
 def test_a_cache_of_another_origin_is_refused(
@@ -154,7 +154,9 @@ def test_a_cache_of_another_origin_is_refused(
     else:
         with pytest.raises(Cut):
             written(tmp_path / "c", text, Predictor(text, 3))
-    with pytest.raises(InputError, match=rf"{stage} holds predictions of {words}.*; remove it, or name another folder"):
+    with pytest.raises(
+        InputError, match=rf"{stage} was left by a different run .{words}.; remove it, or name another folder"
+    ):
         written(tmp_path / "c", text, Predictor(text), **other)
 
 
@@ -169,8 +171,8 @@ def test_all_that_the_teacher_reads_is_part_of_the_origin(text: Batch) -> None:
     [
         (lambda folder: (folder / "predictions.npy").unlink(), "cannot be read"),
         (lambda folder: os.truncate(folder / "predictions.npy", 500), "cannot be read"),
-        (lambda folder: (folder / "cache.json").write_text("{"), "is no cache of a teacher's predictions"),
-        (lambda folder: (folder / "cache.json").write_text("[]"), "is no cache of a teacher's predictions"),
+        (lambda folder: (folder / "cache.json").write_text("{"), "cache.json cannot be read .*; remove"),
+        (lambda folder: (folder / "cache.json").write_text("[]"), "cache.json cannot be read .*; remove"),
         (lambda folder: (folder / "cache.json").unlink(), "is no cache of a teacher's predictions"),
     ],
 )

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from llmcompress.distill.blockwise import walk
 from llmcompress.distill.blockwise.block import Activations, Block, mean_error, recover_block
-from llmcompress.distill.blockwise.store import Shelf
 from llmcompress.distill.blockwise.walk import Stream, recover_blocks
 from llmcompress.distill.phases import learn
 from llmcompress.distill.run import distill
@@ -24,6 +23,7 @@ from llmcompress.distill.student.low_rank import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluate.verify import verify
+from llmcompress.models.store import Store
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
 from llmcompress.weight.modules import compressed_linears
@@ -49,12 +49,12 @@ def tokens(count: int = 12, length: int = 16) -> Tensor:
     return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(3))
 
 
-def walk_of(folders: Path, settings: Distillation, shelf: Path, **more: Any) -> tuple[PreTrainedModel, walk.Walked]:
+def walk_of(folders: Path, settings: Distillation, kept: Path, **more: Any) -> tuple[PreTrainedModel, walk.Walked]:
     student, teacher = loaded(folders)
     ids = tokens()
     counted = torch.ones_like(ids, dtype=torch.bool)
     plain = torch.enable_grad
-    walked = recover_blocks(student, teacher, ids, counted, 4, settings, Shelf(shelf, "run"), plain, **more)
+    walked = recover_blocks(student, teacher, ids, counted, 4, settings, Store(kept, {"recipe": 1}), plain, **more)
     return student, walked
 
 
@@ -128,7 +128,7 @@ def test_a_block_that_nothing_helps_stays_as_it_is(folders: Path) -> None:
 
 def test_the_walk_recovers_every_block(folders: Path, tmp_path: Path) -> None:
     before = payloads(loaded(folders)[0])
-    student, walked = walk_of(folders, asked(folders), tmp_path / "shelf")
+    student, walked = walk_of(folders, asked(folders), tmp_path / "kept")
     assert list(walked.blocks) == ["model.layers.0", "model.layers.1"]
     assert all(block.after < 0.97 * block.before for block in walked.blocks.values())
     assert walked.trained["norms"] == 4 * 32 and walked.trained["codes"] == sum(
@@ -153,16 +153,16 @@ def test_blocks_that_are_done_are_not_done_again(
         raise Cut
 
     with pytest.raises(Cut):
-        walk_of(folders, asked(folders), tmp_path / "shelf", report=cut)
+        walk_of(folders, asked(folders), tmp_path / "kept", report=cut)
     done: list[str] = []
     recover = walk.recover_block
     monkeypatch.setattr(walk, "recover_block", lambda *given: (done.append(given[-1]), recover(*given))[1])
-    again, found = walk_of(folders, asked(folders), tmp_path / "shelf")
+    again, found = walk_of(folders, asked(folders), tmp_path / "kept")
     assert done == ["model.layers.1"] and found.blocks == walked.blocks and found.trained == walked.trained
     state = whole.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
-    with pytest.raises(InputError, match="was left by a run with another recipe"):
-        Shelf(tmp_path / "shelf", "another").get(0)
+    with pytest.raises(InputError, match="was left by a different run .recipe changed"):
+        Store(tmp_path / "kept", {"recipe": 2}).get(walk.record_name(0))
 
 
 def test_phases_follow_each_other(folders: Path, tmp_path: Path) -> None:

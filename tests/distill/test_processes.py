@@ -261,7 +261,10 @@ def test_two_processes_take_up_what_one_left(alone: Any, together: Any) -> None:
 @launches
 def test_every_process_refuses_the_state_of_another_run(together: Any) -> None:
     for found in together[1]["other"]:
-        assert found["error"].startswith("InputError: ") and "was left by a run with another recipe" in found["error"]
+        assert (
+            found["error"].startswith("InputError: ")
+            and "was left by a different run (recipe changed)" in found["error"]
+        )
 
 
 @launches

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -24,7 +25,7 @@ from llmcompress.distill.parallel.launch import check_sharding
 from llmcompress.distill.ready import check_ready
 from llmcompress.distill.run import distill
 from llmcompress.distill.teacher import quantized
-from llmcompress.distill.teacher.cache import CacheOrigin
+from llmcompress.distill.teacher.cache import CacheOrigin, open_cache, record_type
 from llmcompress.distill.teacher.quantized import Bits, load_quantized, without_remarks
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluate.distance import kl_divergence
@@ -214,15 +215,20 @@ def test_a_cache_of_other_bits_is_refused(place: Path, tmp_path: Path) -> None:
     dense, coarse = ((tmp_path / folder / "predictions.npy").read_bytes() for folder in ("dense", "coarse"))
     assert dense != coarse
     for bits, folder in ((4, "dense"), (None, "coarse")):
-        with pytest.raises(InputError, match=f"{folder} holds predictions of a teacher of other bits; remove it, or"):
+        with pytest.raises(InputError, match=f"{folder} was left by a different run .bits changed.; remove it, or"):
             cached(bits, folder, "c")
 
 
-def test_caches_from_before_there_were_bits_are_of_teachers_as_they_were() -> None:
-    entries = {"teacher": "a", "tokens": "b", "k": 5, "dtype": "float32"}
-    found = [CacheOrigin(**entries, bits=bits).differences(entries) for bits in (None, 8, 4)]
-    assert found == [[], ["a teacher of other bits"], ["a teacher of other bits"]]
-    assert CacheOrigin(**entries, bits=8).differences(entries | {"bits": 4}) == ["a teacher of other bits"]
+def test_caches_from_before_there_were_bits_are_of_teachers_as_they_were(tmp_path: Path) -> None:
+    """Such a cache, as it lay on the disk, is opened by a recipe without bits, and by no other."""
+    entries = {"teacher": "a", "tokens": "b", "k": 2, "dtype": "float32"}
+    counted = torch.tensor([[False, True, True]])
+    np.save(tmp_path / "predictions.npy", np.zeros(2, record_type(2, 256)))
+    (tmp_path / "cache.json").write_text(json.dumps(entries | {"vocabulary": 256, "sequences": 1}))
+    assert len(open_cache(tmp_path, CacheOrigin(**entries), counted).of([0], "cpu").ids) == 2
+    for bits in (8, 4):
+        with pytest.raises(InputError, match="bits changed"):
+            open_cache(tmp_path, CacheOrigin(**entries, bits=bits), counted)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

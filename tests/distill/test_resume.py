@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.distill.resume import STATE, Keeper, Progress
+from llmcompress.distill.resume import Progress, last_state, save_state
 from llmcompress.errors import DiskError, InputError
+from llmcompress.models.store import Store
 
+RUN = {"recipe": {"seed": 1}, "data": "a"}
 CALLS = {"mkdir", "open", "write", "close", "fsync", "rename", "unlink", "remove", "rmdir", "serialize_file"}
 
 
@@ -24,7 +25,7 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
 
 def is_whole(folder: Path, steps: set[int]) -> int:
     """The step of the state in a folder, which is one of these, 0 for none, with its own tensors."""
-    progress, found = Keeper(folder, "run").load()
+    progress, found = last_state(Store(folder, RUN))
     assert progress.step in steps
     if progress.step:
         assert all(torch.equal(found[name], value) for name, value in tensors(progress.step).items())
@@ -45,7 +46,7 @@ def cut(folder: Path, step: int, after: int) -> bool:
                     os._exit(9)
 
         sys.setprofile(watch)
-        Keeper(folder, "run").save(Progress(step=step), tensors(step))
+        save_state(Store(folder, RUN), Progress(step=step), tensors(step))
         sys.setprofile(None)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -57,40 +58,36 @@ def test_a_save_that_is_cut_anywhere_leaves_the_old_state_or_the_new_one(before:
     while True:
         folder = tmp_path / str(calls)
         if before:
-            Keeper(folder, "run").save(Progress(step=before), tensors(before))
+            save_state(Store(folder, RUN), Progress(step=before), tensors(before))
         died = cut(folder, 5, calls)
         seen.append(is_whole(folder, {before, 5}))
         if not died:
             break
-        Keeper(folder, "run").save(Progress(step=6), tensors(6))  # and the run goes on
-        assert is_whole(folder, {6}) == 6 and len(list(folder.iterdir())) == 2
+        save_state(Store(folder, RUN), Progress(step=6), tensors(6))  # and the run goes on
+        assert is_whole(folder, {6}) == 6 and len(list(folder.iterdir())) == 1
         calls += 1
     assert seen == sorted(seen) and seen[0] == before and seen[-1] == 5 and calls >= 8
 
 
-def test_a_state_is_two_files(tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path / "state", "run")
+def test_a_state_is_one_file(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state", RUN)
     for step in range(1, 5):
-        keeper.save(Progress(step=step, history=[{"kl": 0.5}]), tensors(step))
-        assert is_whole(keeper.folder, {step}) == step and len(list(keeper.folder.iterdir())) == 2
-    assert keeper.load()[0].history == [{"kl": 0.5}]
-    keeper.remove()
-    assert not keeper.folder.exists() and keeper.load()[0] == Progress()
+        save_state(store, Progress(step=step, history=[{"kl": 0.5}]), tensors(step))
+        assert is_whole(store.folder, {step}) == step and len(list(store.folder.iterdir())) == 1
+    assert last_state(store)[0].history == [{"kl": 0.5}]
+    store.clear()
+    assert not store.folder.exists() and last_state(store)[0] == Progress()
 
 
 def test_damage_and_other_runs_are_told(tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path / "state", "run")
-    keeper.save(Progress(step=1), tensors(1))
-    with pytest.raises(InputError, match="was left by a run with another recipe"):
-        Keeper(keeper.folder, "other").load()
-    [file] = keeper.folder.glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"cannot be read .* remove it to start again"):
-        keeper.load()
-    (keeper.folder / STATE).write_text(json.dumps({"run": "run", "step": 1}))
-    with pytest.raises(InputError, match="cannot be read"):
-        keeper.load()
+    store = Store(tmp_path / "state", RUN)
+    save_state(store, Progress(step=1), tensors(1))
+    with pytest.raises(InputError, match=r"was left by a different run \(data changed\); remove it, or choose another"):
+        last_state(Store(store.folder, RUN | {"data": "b"}))
+    store.put("state", {"steps": 1}, {})
+    with pytest.raises(InputError, match=r"cannot be read .*steps.* remove .* to start over"):
+        last_state(store)
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(DiskError, match="cannot be written"):
-        Keeper(blocked / "state", "run").save(Progress(step=1), tensors(1))
+        save_state(Store(blocked / "state", RUN), Progress(step=1), tensors(1))

@@ -140,7 +140,7 @@ def test_sigterm_keeps_the_state_of_the_last_step(folders: Path, tmp_path: Path)
         if done == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Terminated, match=r"step 3 is kept in .*cut\.training, from where the same command goes on"):
+    with pytest.raises(Terminated, match=r"step 3 is kept in .*cut\.training, from where the same command resumes"):
         distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=stop)
     assert json.loads((tmp_path / "cut.training" / "state.json").read_text())["step"] == 3
     again = distill(folders / "small", folders / "dense", asked, tmp_path / "cut")
@@ -178,7 +178,7 @@ def test_another_recipe_does_not_continue(folders: Path, tmp_path: Path) -> None
         distill(
             folders / "small", folders / "dense", recipe(folders, steps=4, save_every=1), tmp_path / "out", progress=cut
         )
-    with pytest.raises(InputError, match="was left by a run with another recipe"):
+    with pytest.raises(InputError, match="was left by a different run .recipe changed"):
         distill(folders / "small", folders / "dense", recipe(folders, steps=5, save_every=1), tmp_path / "out")
 
 
@@ -198,7 +198,7 @@ def test_another_student_of_the_same_size_does_not_continue(folders: Path, tmp_p
     asked = recipe(folders, steps=4, save_every=1)
     with pytest.raises(Cut):
         distill(folders / "small", folders / "dense", asked, tmp_path / "out", progress=cut)
-    with pytest.raises(InputError, match="was left by a run with another recipe, other data or other models"):
+    with pytest.raises(InputError, match="was left by a different run .student changed"):
         distill(tmp_path / "other", folders / "dense", asked, tmp_path / "out")
 
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llmcompress.calibrate.blocks import Call, RowBatch, in_batches, recorded
 from llmcompress.distill.blockwise.block import Activations, Block, Recovered, recover_block
-from llmcompress.distill.blockwise.store import Shelf
 from llmcompress.distill.student.low_rank import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.families import block_stack
+from llmcompress.models.store import Record, Store
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, decoded, put
 
@@ -98,14 +98,14 @@ def recover_blocks(
     counted: Tensor,
     held_out: int,
     recipe: Distillation,
-    shelf: Shelf,
+    store: Store,
     autocast: Autocast,
     report: Callable[[int, int, Recovered, float], None] | None = None,
 ) -> Walked:
     """Recovers the blocks of `model` one after the other, in place, towards those of `teacher`.
 
     `ids`, `counted` `[sequences, length]`: tokens, and whether each counts; the last `held_out` sequences are only
-    measured on. Blocks on the `shelf` are taken from there. `report(blocks done, blocks, what became of the last,
+    measured on. Blocks in the `store` are taken from there. `report(blocks done, blocks, what became of the last,
     tokens per second)`. Raises InputError where the models differ in their number of blocks, RecipeError where no block
     has anything that trains.
     """
@@ -119,12 +119,12 @@ def recover_blocks(
     for index in range(count):
         dense.advance(index)
         data = Activations(student.hidden, dense.hidden, counted)
-        done = shelf.get(index)
+        done = store.get(record_name(index))
         if done is None:
             parts = data[: len(ids) - held_out], data[len(ids) - held_out :]
             done = _recovered(student, teacher, index, parts, recipe)
-            shelf.put(index, *done)
-        _take(walked, student, index, *done)
+            store.put(record_name(index), *done)
+        _take(walked, student, index, done)
         student.advance(index)
         if report is not None:
             rate = (index + 1) * ids.numel() / (time.monotonic() - started)
@@ -134,14 +134,19 @@ def recover_blocks(
     return walked
 
 
+def record_name(index: int) -> str:
+    """Return the name of a recovered block in the store."""
+    return f"block-{index:05}"
+
+
 def _recovered(
     student: Stream,
     teacher: PreTrainedModel,
     index: int,
     parts: tuple[Activations, Activations],
     recipe: Distillation,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a block learned, payloads and dense tensors by name, and what became of it."""
+) -> Record:
+    """Recover a block: payloads and dense tensors by name, and below `block` the errors before and after."""
     started = time.monotonic()
     path = student.path(index)
     target = teachers_weights(student.model, teacher) if recipe.latents == "teacher" else None
@@ -150,16 +155,16 @@ def _recovered(
     payloads = {f"{name}.weight": layer.get_parameter("weight") for name, layer in part.freeze_into_model().items()}
     trained = {kind: sum(value.numel() for value in values.values()) for kind, values in part.trained.items()}
     entry = {"block": found.to_json(), "trained": trained, "seconds": time.monotonic() - started}
-    return payloads | part.dense(), entry
+    return Record(entry, payloads | part.dense())
 
 
 @torch.no_grad()
-def _take(walked: Walked, student: Stream, index: int, tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
-    """Puts what a block learned into the model, and into what the walk learned."""
-    model, path = student.model, student.path(index)
+def _take(walked: Walked, student: Stream, index: int, done: Record) -> None:
+    """Put what a block learned into the model, and into what the walk learned."""
+    model, path, found = student.model, student.path(index), done.entry
     model.requires_grad_(False)
     layers = compressed_linears(model)
-    for key, tensor in tensors.items():
+    for key, tensor in done.tensors.items():
         name = key.removesuffix(".weight")
         if name in layers:
             learned = CompressedLinear(layers[name].layout, tensor.to(model.device), layers[name].bias)

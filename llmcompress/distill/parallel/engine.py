@@ -32,10 +32,11 @@ from llmcompress.data.batch import Batch
 from llmcompress.distill.optimizers import moments, put_moments
 from llmcompress.distill.parallel.deepspeed import ZeroPartition
 from llmcompress.distill.parallel.launch import partitioned, sharded
-from llmcompress.distill.resume import Keeper, Progress
+from llmcompress.distill.resume import Progress, last_state, save_state
 from llmcompress.distill.student.model import PROJECTIONS, Student
 from llmcompress.distill.student.oscillation import Freezer
 from llmcompress.errors import InputError
+from llmcompress.models.store import Store
 from llmcompress.recipe.freezing import Freezing
 from llmcompress.weight.modules import decoded
 
@@ -171,7 +172,7 @@ class Engine:
             counts = self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
         return dict(zip(("changed", "turned", "frozen"), counts.tolist(), strict=True))
 
-    def save(self, keeper: Keeper, progress: Progress) -> None:
+    def save(self, store: Store, progress: Progress) -> None:
         """Keeps the state, by the first process. Raises DiskError where it cannot be written."""
         tensors, habits = {}, self.freezer.state()
         for name, parameter in self.student.named().items():
@@ -181,9 +182,9 @@ class Engine:
                 if self.accelerator.is_main_process:
                     tensors[f"{key}.{name}"] = found.cpu().contiguous()
         if self.accelerator.is_main_process:
-            keeper.save(progress, tensors)
+            save_state(store, progress, tensors)
 
-    def load(self, keeper: Keeper) -> Progress:
+    def load(self, store: Store) -> Progress:
         """Puts the last state back, which the first process reads; a new `Progress` where there is none.
 
         Raises InputError for another run's, or damage, in every process.
@@ -192,7 +193,7 @@ class Engine:
         tensors: dict[str, Tensor] = {}
         if self.accelerator.is_main_process:
             try:
-                found[0], tensors = keeper.load()
+                found[0], tensors = last_state(store)
             except InputError as error:
                 found[0] = error
             for whole, tensor in tensors.items():

@@ -2,14 +2,13 @@
 
 Of each token the k likeliest classes: their ids in the smallest integers that hold them, their log-probabilities and
 that of all other classes in float16 (off by at most 0.004 nats for probabilities above 1e-6). One record a token in
-one numpy file, which is mapped and not loaded. It is written in runs of sequences into `<folder>.partial`, with a
-journal of how many are done, so that a writing which was cut goes on there and ends with the same bytes; the folder
+one numpy file, which is mapped and not loaded. It is written a chunk of sequences at a time into `<folder>.partial`,
+beside a record of how many are done, so an interrupted writing resumes there and ends with the same bytes; the folder
 itself appears when all of it is on the disk.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable, Iterable, Sequence
@@ -25,11 +24,12 @@ from torch import Tensor
 from llmcompress.data.batch import Batch
 from llmcompress.distill.teacher.top_k import Likeliest
 from llmcompress.errors import DiskError, InputError, NumericsError, Terminated
-from llmcompress.models.checkpoint import check_output, locked, read_json, replace_text
+from llmcompress.models.checkpoint import check_output, locked, sync
+from llmcompress.models.store import Store
 from llmcompress.runtime.signals import stop_requests
 
-RECORDS, JOURNAL = "predictions.npy", "cache.json"
-RUN = 4096  # tokens that the teacher reads between two entries of the journal; part of what a cache's bytes depend on
+RECORDS, DONE = "predictions.npy", "cache"  # a file of numbers, and the record of those that are done
+CHUNK = 4096  # tokens that the teacher reads between two writes of that record; part of what a cache's bytes depend on
 
 Logits = Callable[[slice], Iterable[Tensor]]  # which sequences -> logits [tokens, vocabulary] of all that is predicted
 # in them, in order, bit by bit
@@ -37,7 +37,7 @@ Logits = Callable[[slice], Iterable[Tensor]]  # which sequences -> logits [token
 
 @dataclass(frozen=True)
 class CacheOrigin:
-    """What a cache is a cache of. Of equal origins the bytes are equal, on one machine and library version."""
+    """What a cache depends on. Equal origins give equal bytes, on one machine and library version."""
 
     teacher: str  # digest of its files
     tokens: str  # digest of the token ids, of which of them count, and of documents
@@ -45,15 +45,9 @@ class CacheOrigin:
     dtype: str  # in which the teacher computes
     bits: int | None = None  # to which it was quantized as it was read
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """What is not the same there, in words."""
-        words = {"teacher": "another teacher", "tokens": "other tokens", "k": "another k", "dtype": "another dtype"}
-        words["bits"] = "a teacher of other bits"
-        return [word for name, word in words.items() if other.get(name) != getattr(self, name)]
-
 
 def tokens_digest(sequences: Batch) -> str:
-    """Of the token ids, of which of them count, and of where documents begin."""
+    """Return the digest of the token ids, of those that count, and of where documents begin."""
     digest = sha256(str(tuple(sequences.ids.shape)).encode())
     digest.update(sequences.ids.contiguous().numpy().astype("<i8").tobytes())
     digest.update(np.packbits(sequences.counted.numpy()).tobytes())
@@ -71,47 +65,48 @@ class Cache:
     vocabulary: int
 
     def of(self, numbers: Sequence[int], device: torch.device | str = "cpu") -> Likeliest:
-        """The predictions of the sequences with these numbers, one after the other."""
+        """Return the predictions of the sequences with these numbers, one after the other."""
         found = np.concatenate([self.records[self.starts[number] : self.starts[number + 1]] for number in numbers])
         return _likeliest(found, self.vocabulary, device)
 
 
 def open_cache(folder: Path, origin: CacheOrigin, counted: Tensor) -> Cache:
-    """The cache in `folder`. Raises InputError for one that is damaged, or of another origin."""
-    entries = _journal(folder, origin)
+    """Open the cache in `folder`. Raises InputError for one that is damaged, or of another origin."""
+    done = _done(_store(folder, origin))
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), counted.sum(1).cumsum(0)))
     try:
         records = np.load(folder / RECORDS, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} cannot be read ({error}); remove it, and it is written again") from error
-    return Cache(records, starts, int(entries["vocabulary"]))
+        raise InputError(f"{folder} cannot be read ({error}); remove it to write it again") from error
+    return Cache(records, starts, int(done["vocabulary"]))
 
 
 def write_cache(folder: Path, origin: CacheOrigin, counted: Tensor, logits: Logits, vocabulary: int) -> None:
-    """Writes the predictions of the tokens for which `counted` bool [sequences, length] is true.
+    """Write the predictions of the tokens for which `counted` bool [sequences, length] is true.
 
-    Nothing happens where the folder has them. Asked to stop by a signal, it ends after the run at hand. Raises
+    Nothing happens where the folder has them. A signal to stop ends it after the chunk at hand. Raises
     InputError for a folder of another origin, DiskError where the disk is full, LockedError while another process
     writes there, NumericsError where the teacher's predictions are NaN.
     """
     if folder.exists():
-        _journal(folder, origin)
+        _done(_store(folder, origin))
         return
     with locked(folder, "folder") as staged:
         try:
             _write(staged, folder, origin, counted, logits, vocabulary)
             staged.rename(folder)
+            sync(folder.parent)
         except OSError as error:
             raise DiskError(f"{folder} cannot be written ({error}); free some space and start again") from error
 
 
 def _write(staged: Path, folder: Path, origin: CacheOrigin, counted: Tensor, logits: Logits, vocabulary: int) -> None:
-    """All runs that the journal in `staged` does not know of yet."""
-    record = record_type(min(origin.k, vocabulary), vocabulary)
-    done = int(_journal(staged, origin)["sequences"]) if (staged / JOURNAL).is_file() else 0
+    """Write all chunks that are not in `staged` yet."""
+    store, record = _store(staged, origin), record_type(min(origin.k, vocabulary), vocabulary)
+    done = 0 if store.path(DONE) is None else int(_done(store)["sequences"])
     check_output(folder, int(counted[done:].sum()) * record.itemsize)
     staged.mkdir(exist_ok=True)
-    size = max(1, RUN // counted.shape[1])
+    size = max(1, CHUNK // counted.shape[1])
     with stop_requests() as stopping, _opened(staged / RECORDS, record, counted, done) as file:
         for start in range(done, len(counted), size):
             rows = slice(start, start + size)
@@ -120,51 +115,45 @@ def _write(staged: Path, folder: Path, origin: CacheOrigin, counted: Tensor, log
             file.flush()
             os.fsync(file.fileno())
             done = min(rows.stop, len(counted))
-            entries = asdict(origin) | {"vocabulary": vocabulary, "sequences": done}
-            replace_text(staged / JOURNAL, json.dumps(entries))
+            store.put(DONE, {"vocabulary": vocabulary, "sequences": done})
             if stopping:
-                kept = f"{done} of {len(counted)} sequences are kept in {staged}, from where the same command goes on"
+                kept = f"{done} of {len(counted)} sequences are kept in {staged}, from where the same command resumes"
                 stop = KeyboardInterrupt if signal.SIGINT in stopping else Terminated
                 raise stop(f"the teacher's predictions of {kept}")
 
 
 def record_type(k: int, vocabulary: int) -> np.dtype:
-    """What one token takes on disk."""
+    """Return the type of one token on disk."""
     integer = np.min_scalar_type(vocabulary - 1).newbyteorder("<")
     return np.dtype([("ids", integer, (k,)), ("log_p", "<f2", (k,)), ("log_tail", "<f2")])
 
 
 def rounded(known: Likeliest) -> Likeliest:
-    """As it comes back from the disk."""
+    """Return predictions as they come back from the disk."""
     record = record_type(known.ids.shape[1], known.classes)
     return _likeliest(_records(known, record), known.classes, known.ids.device)
 
 
 def _opened(path: Path, record: np.dtype, counted: Tensor, done: int) -> Any:
-    """The file at the place behind the first `done` sequences."""
+    """Open the file at the place after the first `done` sequences."""
     file = path.open("r+b" if done else "wb")
     header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": (int(counted.sum()),)}
     np.lib.format.write_array_header_1_0(file, header)
     file.seek(int(counted[:done].sum()) * record.itemsize, os.SEEK_CUR)
-    file.truncate()  # what a run that was cut wrote behind its last entry
+    file.truncate()  # what an interrupted run wrote after its last record
     return file
 
 
-def _journal(folder: Path, origin: CacheOrigin) -> dict[str, Any]:
-    """What is written there about the records. Raises InputError unless it is about those of `origin`."""
-    try:
-        entries = read_json(folder / JOURNAL)
-        differences = origin.differences(entries)
-        if not differences and not {"sequences", "vocabulary"} <= entries.keys():
-            raise ValueError("entries are missing")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder} is no cache of a teacher's predictions ({error}); choose another folder") from error
-    if differences:
-        raise InputError(
-            f"{folder} holds predictions of {' and '.join(differences)}; remove it, or name another folder as "
-            f"`teacher: {{folder: ...}}`"
-        )
-    return entries
+def _store(folder: Path, origin: CacheOrigin) -> Store:
+    return Store(folder, asdict(origin), advice="name another folder as `teacher: {folder: ...}`")
+
+
+def _done(store: Store) -> dict[str, Any]:
+    """Return the size of the vocabulary and the number of sequences that are done. Raises InputError for no cache."""
+    done = store.get(DONE)
+    if done is None or not {"sequences", "vocabulary"} <= done.entry.keys():
+        raise InputError(f"{store.folder} is no cache of a teacher's predictions; choose another folder")
+    return done.entry
 
 
 def _records(known: Likeliest, record: np.dtype) -> np.ndarray:
