@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmcompress.cli.doctor import doctor
 from llmcompress.cli.frontier import frontier
 from llmcompress.cli.options import (
     AsJson,
@@ -350,6 +351,8 @@ def answer(
 app.command()(push)
 
 app.command()(recipes)
+
+app.command()(doctor)
 
 
 def main() -> None:

@@ -21,7 +21,9 @@ def product_dtype(compute: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        faster = device.type == "cpu" and (_matrix_units() or (_made_by_amd() and bool(_cpu().get("avx512_bf16"))))
+        faster = device.type == "cpu" and (
+            _matrix_units() or (_made_by_amd() and bool(cpu_features().get("avx512_bf16")))
+        )
     return torch.bfloat16 if faster else torch.float32
 
 
@@ -76,30 +78,34 @@ def _switch() -> Any:
     return onednn.matmul
 
 
-def _cpu() -> dict[str, Any]:
-    """What torch knows of the CPU: its name and what it can do. Not every torch from 2.10 on has it."""
+def cpu_features() -> dict[str, Any]:
+    """Return what torch knows of the CPU: its name and what it can do. Not every torch from 2.10 on knows that."""
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return known
 
 
 def _matrix_units() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices as such (AMX)."""
-    return bool(_cpu().get("amx_bf16"))
+    """True if the CPU multiplies bfloat16 matrices as such (AMX)."""
+    return bool(cpu_features().get("amx_bf16"))
 
 
 def _made_by_amd() -> bool:
-    """Whether the CPU is AMD's. Intel's without matrix units take 1.7 times as long for bfloat16 as for float32."""
-    return str(_cpu().get("cpu_name", "")).startswith("AMD")
+    """True if the CPU is AMD's. Intel's without matrix units take 1.7 times as long for bfloat16 as for float32."""
+    return str(cpu_features().get("cpu_name", "")).startswith("AMD")
 
 
 @lru_cache(maxsize=1)
 def _onednn_is_precise() -> bool:
-    """Whether float32 products stay float32 when oneDNN may round."""
+    """True if float32 products stay float32 when oneDNN may round."""
     if not torch.backends.mkldnn.is_available():
         return False
+    with by_onednn():
+        return product_error() < PRECISE
+
+
+def product_error() -> float:
+    """Return the relative error of a float32 product, as products are computed at the moment."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 256, 256, generator=generator)
-    with by_onednn():
-        found = left @ right
     expected = left.double() @ right.double()
-    return float((found - expected).norm() / expected.norm()) < PRECISE
+    return float((left @ right - expected).norm() / expected.norm())

@@ -147,7 +147,7 @@ def test_all_zero_tokens_have_finite_weights() -> None:
 def test_bfloat16_inputs_are_multiplied_exactly_and_summed_in_float32(
     width: int, maker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "_cpu", lambda: {"cpu_name": maker})
+    monkeypatch.setattr(precision, "cpu_features", lambda: {"cpu_name": maker})
     x = torch.randn(500, width, generator=seeded(3)).bfloat16()
     other = torch.randn(500, width, generator=seeded(4)).bfloat16()
     before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ CPUS: dict[str, tuple[dict[str, Any], torch.dtype, bool, bool]] = {
 @pytest.fixture
 def amd(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor whose float32 products go to oneDNN, if that is precise on the one that is there."""
-    monkeypatch.setattr(precision, "_cpu", lambda: AMD)
+    monkeypatch.setattr(precision, "cpu_features", lambda: AMD)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def switch() -> Iterator[Any]:
 @pytest.mark.parametrize("name", CPUS)
 def test_the_cpu_decides(name: str, switch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     known, dtype, float32, factors = CPUS[name]
-    monkeypatch.setattr(precision, "_cpu", lambda: known)
+    monkeypatch.setattr(precision, "cpu_features", lambda: known)
     monkeypatch.setattr(precision, "_onednn_is_precise", lambda: "amx_bf16" not in known)
     switch.fp32_precision = "none"
     assert product_dtype("auto", torch.device("cpu")) == dtype

@@ -1,0 +1,204 @@
+"""What this machine and this environment are, as plain values, for `doctor` to judge."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from llmcompress.errors import first_line
+from llmcompress.runtime.cgroup import cgroup_limits
+from llmcompress.runtime.memory import total_memory
+
+NVIDIA, AMD, SHM = Path("/proc/driver/nvidia/version"), Path("/dev/kfd"), Path("/dev/shm")
+PRODUCTS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512_f", "avx2", "sve", "bf16", "neon")
+VARIABLES = (
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "OMP_NUM_THREADS",
+    "NUMBA_DISABLE_JIT",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "CUDA_VISIBLE_DEVICES",
+)
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A package that llmcompress uses, from version `least` on, always or for one of its extras."""
+
+    package: str
+    least: str
+    extra: str | None
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """One GPU as torch sees it; `capability` is major and minor."""
+
+    name: str
+    memory: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TorchFacts:
+    """The build of torch and what it finds. `error` says why it cannot be imported; then nothing else holds."""
+
+    error: str | None = None
+    gpu_build: str | None = None  # CUDA or ROCm with its version; None: it is built for CPUs alone
+    blas: str = "unknown"
+    onednn: bool = False
+    capability: str = "unknown"  # of its kernels
+    cpu: str = ""
+    flags: tuple[str, ...] = ()  # of PRODUCTS, those the CPU has
+    precise: bool = True  # float32 products are not rounded
+    threads: int = 1
+    architectures: tuple[str, ...] = ()  # GPUs that it has kernels for: sm_80, compute_90
+    gpus: tuple[GpuFacts, ...] = ()
+    complaint: str | None = None  # what it said while it looked for GPUs
+
+
+@dataclass(frozen=True)
+class FolderFacts:
+    """A folder, there already or to be made: true if it can be written, and bytes free on its disk."""
+
+    path: str
+    writable: bool
+    free: int
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """All of it. Sizes are in bytes; `packages` has None for what is not installed."""
+
+    python: tuple[int, int, int]
+    system: str
+    cores: int  # that this process may use, by affinity and control group
+    physical_cores: int
+    memory: int  # that this process may use
+    available: int
+    torch: TorchFacts
+    cache: FolderFacts
+    hub_cache: FolderFacts
+    current: FolderFacts
+    driver: str | None = None  # of NVIDIA's or AMD's GPUs; None: there is none
+    packages: Mapping[str, str | None] = field(default_factory=dict)
+    requirements: tuple[Requirement, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    open_files: int = 1024
+    shared_memory: int | None = None  # bytes free in /dev/shm; None: there is no such folder
+
+
+def gather(cache: Path, hub_cache: Path, others: tuple[str, ...] = ()) -> MachineFacts:
+    """Return the facts of this process. `cache` holds the embedded model, `hub_cache` downloads; `others` are packages
+    to look for beside those that llmcompress requires."""
+    limits = cgroup_limits()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = psutil.virtual_memory()
+    total = min(total_memory(), limits.memory or total_memory())
+    required = requirements()
+    names = {one.package for one in required} | set(others)
+    return MachineFacts(
+        python=sys.version_info[:3],
+        system=platform.platform(),
+        cores=max(1, min(cores, int(limits.cores or cores))),
+        physical_cores=psutil.cpu_count(logical=False) or cores,
+        memory=total,
+        available=min(total, int(memory.available)),
+        torch=torch_facts(),
+        cache=folder_facts(cache),
+        hub_cache=folder_facts(hub_cache),
+        current=folder_facts(Path.cwd()),
+        driver=_driver(),
+        packages={name: _version(name) for name in sorted(names)},
+        requirements=required,
+        variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        shared_memory=shutil.disk_usage(SHM).free if SHM.is_dir() else None,
+    )
+
+
+def requirements() -> tuple[Requirement, ...]:
+    """Return what llmcompress requires by the metadata that it was installed with; nothing where it was not."""
+    try:
+        lines = metadata.requires("llmcompress") or []
+    except metadata.PackageNotFoundError:
+        return ()
+    found = []
+    for line in lines:
+        specifier, _, marker = line.partition(";")
+        name, least = re.match(r"[\w.-]+", specifier), re.search(r">=\s*([\w.]+)", specifier)
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
+        if name and least and (extra is None or extra[1] != "dev"):
+            found.append(Requirement(name[0].lower(), least[1], extra[1] if extra else None))
+    return tuple(found)
+
+
+def torch_facts() -> TorchFacts:
+    """Return how torch was built, and what it can do here."""
+    try:
+        import torch
+
+        from llmcompress.runtime.precision import PRECISE, cpu_features, product_error
+    except (ImportError, OSError) as error:  # OSError: a library that it loads is missing
+        return TorchFacts(error=first_line(error))
+    known = cpu_features()
+    builds = (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip))
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        gpus = _gpus()
+    return TorchFacts(
+        gpu_build=next((f"{kind} {version}" for kind, version in builds if version), None),
+        blas=blas[1] if blas else "unknown",
+        onednn=torch.backends.mkldnn.is_available(),
+        capability=torch.backends.cpu.get_cpu_capability(),
+        cpu=str(known.get("cpu_name", platform.processor())),
+        flags=tuple(name for name in PRODUCTS if known.get(name)),
+        precise=product_error() < PRECISE,
+        threads=torch.get_num_threads(),
+        architectures=tuple(torch.cuda.get_arch_list()),
+        gpus=gpus,
+        complaint=str(said[0].message) if said else None,
+    )
+
+
+def _gpus() -> tuple[GpuFacts, ...]:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = map(torch.cuda.get_device_properties, range(count))
+    return tuple(GpuFacts(one.name, one.total_memory, (one.major, one.minor)) for one in found)
+
+
+def folder_facts(folder: Path) -> FolderFacts:
+    """Return the facts of a folder, or of the nearest one around it that is there."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    return FolderFacts(str(folder), writable, shutil.disk_usage(there).free)
+
+
+def _driver() -> str | None:
+    """Return the GPU driver that the kernel has loaded, by its maker and version."""
+    if NVIDIA.exists():
+        version = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", NVIDIA.read_text())
+        return f"NVIDIA {version[0]}" if version else "NVIDIA"
+    return "AMD" if AMD.exists() else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
