@@ -168,6 +168,7 @@ def every_node() -> list[Weight]:
         nodes.append(Where(index, grid(size, 256, 24, 5, symmetric=True), grid(size, 2, 8, 6, symmetric=True)))
         nodes.append(Where(index, values(*size, dtype=torch.bfloat16), Zero(size)))
         nodes.append(Where(index, values(*size, dtype=torch.bfloat16), codebook(size, 16, 4, 1)))
+    nodes += [Where(Bitmap(half), streams(TRELLISES[0], 7, 24, 22), streams(TRELLISES[1], 7, 24, 768))]
     for inside in (torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool)):
         nodes.append(Where(Bitmap(inside), grid(size, 3, 24, 7, symmetric=True), values(*size)))
     return nodes

@@ -41,6 +41,7 @@ from llmcompress.weight.nodes import (
     Weight,
     Where,
     Zero,
+    rebuild,
     shape,
 )
 
@@ -140,8 +141,8 @@ def with_values(w: Weight, values: Tensor) -> Weight:
             return grid_of(values, scale, zero, levels, group_size)
         case Sum() if planes_of(w):
             return Planes.like(planes_of(w)).weight(values)
-        case Where(index, inside, outside):
-            return Where(index, with_values(inside, values), with_values(outside, values))
+        case Where():
+            return rebuild(w, lambda path, node, shown: with_values(node, values))
         case Scaled(inner, columns):
             return Scaled(with_values(inner, without(values, columns)), columns)
         case Transposed(inner):

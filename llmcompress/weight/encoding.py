@@ -1,15 +1,11 @@
-"""The disk form of a compressed weight: a JSON header and flat tensors, by one recursion over its nodes.
-
-What a side of a `Where` does not show is not stored: the selection (`shown`, true = stored) goes down to the leaves,
-but to those of codebooks.
-"""
+"""The disk form of a compressed weight: a JSON header and flat tensors, written by `encode`, read back by `Reader`."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +23,7 @@ from llmcompress.weight.nodes import (
     Pattern,
     Rotated,
     Scaled,
+    Stored,
     Sum,
     Transposed,
     TrellisCoded,
@@ -34,8 +31,9 @@ from llmcompress.weight.nodes import (
     Where,
     Zero,
     both,
+    children,
     shape,
-    turned,
+    stored,
     unknown,
 )
 from llmcompress.weight.packing import pack, unpack
@@ -43,118 +41,142 @@ from llmcompress.weight.trellis import Trellis
 
 
 def encode(w: Weight) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A JSON header and flat tensors, each under its path in the expression, that `decode` turns back into `w`, bit for
-    bit."""
+    """Return a JSON header and flat tensors, each under its path in the expression; `decode` inverts it bit for bit."""
     tensors: dict[str, Tensor] = {}
     return _encode(w, None, "", tensors), tensors
 
 
 def decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Weight:
-    """The weight that `encode` wrote; raises KeyError for a tensor that is not there."""
-    return decode_node(header, tensors, "", None)
+    """Return the weight that `encode` wrote. Raises KeyError for a missing tensor.
+
+    Codes may also be whole numbers in a float dtype, one each, as when they train.
+    """
+    return Reader(tensors).node(header)
 
 
 def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) -> dict[str, Any]:
-    size = list(shape(w))
+    header = _header(w)
+    if isinstance(w, Where):
+        header["index"] = _encode_index(w.index, path, out)
+    own = {path + part.name: _flat(part, shown) for part in stored(w)}
+    if not isinstance(w, Rotated):  # format 3 has the signs of a rotation behind what is rotated
+        out.update(own)
+    below = {place: _encode(node, here, path + place, out) for place, node, here in children(w, shown)}
+    out.update(own)
+    if isinstance(w, Sum):
+        return header | {"parts": list(below.values())}
+    return header | {place.removesuffix("_"): part for place, part in below.items()}
+
+
+def _flat(part: Stored, shown: Tensor | None) -> Tensor:
+    numbers = part.numbers(shown)
+    return numbers.contiguous() if part.levels is None else pack(numbers.to(torch.uint8), part.levels)
+
+
+def _header(w: Weight) -> dict[str, Any]:
+    """Return all that `Reader` has to know of a node besides its tensors, its index and its children."""
+    size = {"shape": list(shape(w))}
     match w:
         case Zero():
-            return {"node": "zero", "shape": size}
-        case Dense(values):
-            out[path + "values"] = _compact(values, shown)
-            return {"node": "dense", "shape": size}
-        case Grid(codes, scale, zero, levels, group_size):
-            out[path + "codes"] = pack(_compact(codes, shown), levels)
-            out[path + "scale"] = scale.reshape(-1).contiguous()
-            if zero is not None:
-                out[path + "zero"] = pack(zero, levels)
+            return {"node": "zero", **size}
+        case Dense():
+            return {"node": "dense", **size}
+        case Grid(_, scale, zero, levels, group_size):
             affine = {"scale": list(scale.shape), "asymmetric": zero is not None}
-            return {"node": "grid", "shape": size, "levels": levels, "group_size": group_size, **affine}
-        case TrellisCoded(codes, scale, trellis, run) if shown is None:
-            out[path + "codes"] = pack(codes, 1 << trellis.bits)
-            out[path + "scale"] = scale.reshape(-1).contiguous()
-            return {"node": "trellis", "shape": size, "run": run, **asdict(trellis)}
-        case Codebook(codes, centroids, scale):
-            out[path + "codes"] = pack(codes, len(centroids))
-            out[path + "centroids"] = centroids.reshape(-1).contiguous()
-            out[path + "scale"] = scale.reshape(-1).contiguous()
-            return {"node": "codebook", "shape": size, "entries": len(centroids), "length": centroids.shape[1]}
-        case LowRank(left, right):
-            parts = [_encode(left, None, path + "left_", out), _encode(right, None, path + "right_", out)]
-            return {"node": "low_rank", "left": parts[0], "right": parts[1]}
-        case Where(index, inside, outside):
-            header: dict[str, Any] = {"node": "where", "shape": size, "index": _encode_index(index, path, out)}
-            header["inside"] = _encode(inside, both(shown, index.inside), path + "inside_", out)
-            header["outside"] = _encode(outside, both(shown, ~index.inside), path + "outside_", out)
-            return header
-        case Rotated(inner, signs, block):
-            header = {"node": "rotated", "block": block, "inner": _encode(inner, None, path + "inner_", out)}
-            out[path + "signs"] = pack(signs.to(torch.uint8), 2)
-            return header
-        case Scaled(inner, columns):
-            out[path + "columns"] = columns.contiguous()
-            return {"node": "scaled", "inner": _encode(inner, shown, path + "inner_", out)}
-        case Transposed(inner):
-            lying = _encode(inner, turned(shown, inner), path + "inner_", out)
-            return {"node": "transposed", "shape": size, "inner": lying}
-        case Sum(parts):
-            encoded = [_encode(part, shown, f"{path}{i}_", out) for i, part in enumerate(parts)]
-            return {"node": "sum", "parts": encoded}
+            return {"node": "grid", **size, "levels": levels, "group_size": group_size, **affine}
+        case TrellisCoded(trellis=trellis, run=run):
+            return {"node": "trellis", **size, "run": run, **asdict(trellis)}
+        case Codebook(centroids=centroids):
+            return {"node": "codebook", **size, "entries": len(centroids), "length": centroids.shape[1]}
+        case LowRank():
+            return {"node": "low_rank"}
+        case Where():
+            return {"node": "where", **size}
+        case Rotated(block=block):
+            return {"node": "rotated", "block": block}
+        case Scaled():
+            return {"node": "scaled"}
+        case Transposed():
+            return {"node": "transposed", **size}
+        case Sum():
+            return {"node": "sum"}
     raise unknown("encode", w)
 
 
-def decode_node(
-    header: dict[str, Any], tensors: Mapping[str, Tensor], path: str, shown: Tensor | None = None
-) -> Weight:
-    """The node whose tensors have paths that start with `path`; codes may also be whole numbers in a float dtype, one
-    each, as when they train."""
-    match header["node"]:
-        case "zero":
-            return Zero((header["shape"][0], header["shape"][1]))
-        case "dense":
-            return Dense(expand(tensors[path + "values"], header["shape"], shown))
-        case "grid":
-            levels = header["levels"]
-            count = math.prod(header["shape"]) if shown is None else int(shown.expand(header["shape"]).sum())
-            stored = tensors[path + "codes"]
-            whole = stored if stored.is_floating_point() else unpack(stored, levels, count)
-            codes = expand(whole, header["shape"], shown)
-            scale = tensors[path + "scale"].reshape(header["scale"])
-            packed = tensors[path + "zero"] if header["asymmetric"] else None
-            zero = None if packed is None else unpack(packed, levels, scale.numel()).reshape(scale.shape)
-            return Grid(codes, scale, zero, levels, header["group_size"])
-        case "trellis":
-            trellis = Trellis(header["bits"], header["values"], header["memory"])
-            count = math.prod(header["shape"]) // trellis.values
-            codes = unpack(tensors[path + "codes"], 1 << trellis.bits, count)
-            return TrellisCoded(codes, tensors[path + "scale"].reshape(-1, 1), trellis, header["run"])
-        case "codebook":
-            (rows, width), length = header["shape"], header["length"]
-            vectors = -(-width // length)
-            codes = unpack(tensors[path + "codes"], header["entries"], rows * vectors).reshape(rows, vectors)
-            centroids = tensors[path + "centroids"].reshape(-1, length)
-            return Codebook(codes, centroids, tensors[path + "scale"].reshape(-1, 1), width)
-        case "low_rank":
-            left = decode_node(header["left"], tensors, path + "left_", None)
-            return LowRank(left, decode_node(header["right"], tensors, path + "right_", None))
-        case "where":
-            index = _decode_index(header["index"], header["shape"], tensors[path + "index"])
-            inside = decode_node(header["inside"], tensors, path + "inside_", both(shown, index.inside))
-            outside = decode_node(header["outside"], tensors, path + "outside_", both(shown, ~index.inside))
-            return Where(index, inside, outside)
-        case "rotated":
-            inner = decode_node(header["inner"], tensors, path + "inner_", None)
-            signs = unpack(tensors[path + "signs"], 2, shape(inner)[1]).bool()
-            return Rotated(inner, signs, header["block"])
-        case "scaled":
-            inner = decode_node(header["inner"], tensors, path + "inner_", shown)
-            return Scaled(inner, tensors[path + "columns"])
-        case "transposed":
-            lying = None if shown is None else shown.expand(header["shape"]).T
-            return Transposed(decode_node(header["inner"], tensors, path + "inner_", lying))
-        case "sum":
-            parts = enumerate(header["parts"])
-            return Sum(tuple(decode_node(part, tensors, f"{path}{i}_", shown) for i, part in parts))
-    raise TypeError(f"no weight node is called {header['node']!r}")
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Reads nodes back from what `encode` wrote.
+
+    The tensors of a node have names that begin with `path`; `shown` is the part of it that is stored (None: all).
+    """
+
+    tensors: Mapping[str, Tensor]
+    path: str = ""
+    shown: Tensor | None = None
+
+    def node(self, header: dict[str, Any]) -> Weight:
+        """Return the node of a header. Raises TypeError for a node that is not known."""
+        match header["node"]:
+            case "zero":
+                return Zero(self.size(header))
+            case "dense":
+                return Dense(self.elements("values", header))
+            case "grid":
+                levels, parameters = header["levels"], header["scale"]
+                zero = self.rows("zero", parameters, levels) if header["asymmetric"] else None
+                codes = self.elements("codes", header, levels)
+                return Grid(codes, self.rows("scale", parameters), zero, levels, header["group_size"])
+            case "trellis":
+                trellis = Trellis(header["bits"], header["values"], header["memory"])
+                rows, width = header["shape"]
+                codes = unpack(self.own("codes"), 1 << trellis.bits, rows * width // trellis.values)
+                return TrellisCoded(codes, self.rows("scale", (rows, 1)), trellis, header["run"])
+            case "codebook":
+                (rows, width), length = header["shape"], header["length"]
+                codes = self.rows("codes", (rows, -(-width // length)), header["entries"])
+                return Codebook(codes, self.own("centroids").reshape(-1, length), self.rows("scale", (rows, 1)), width)
+            case "low_rank":
+                return LowRank(self.below("left_", header["left"]), self.below("right_", header["right"]))
+            case "where":
+                index = _decode_index(header["index"], header["shape"], self.own("index"))
+                inside = self.below("inside_", header["inside"], both(self.shown, index.inside))
+                return Where(index, inside, self.below("outside_", header["outside"], both(self.shown, ~index.inside)))
+            case "rotated":
+                inner = self.below("inner_", header["inner"])
+                return Rotated(inner, unpack(self.own("signs"), 2, shape(inner)[1]).bool(), header["block"])
+            case "scaled":
+                return Scaled(self.below("inner_", header["inner"], self.shown), self.own("columns"))
+            case "transposed":
+                lying = None if self.shown is None else self.shown.expand(header["shape"]).T
+                return Transposed(self.below("inner_", header["inner"], lying))
+            case "sum":
+                parts = enumerate(header["parts"])
+                return Sum(tuple(self.below(f"{i}_", part, self.shown) for i, part in parts))
+        raise TypeError(f"no weight node is called {header['node']!r}")
+
+    def below(self, path: str, header: dict[str, Any], shown: Tensor | None = None) -> Weight:
+        """Return a child, whose path goes on with `path`."""
+        return replace(self, path=self.path + path, shown=shown).node(header)
+
+    def own(self, name: str) -> Tensor:
+        """Return a tensor of the node itself as it is stored, flat."""
+        return self.tensors[self.path + name]
+
+    def size(self, header: dict[str, Any]) -> tuple[int, int]:
+        """Return the size of the node that is read."""
+        return header["shape"][0], header["shape"][1]
+
+    def elements(self, name: str, header: dict[str, Any], levels: int | None = None) -> Tensor:
+        """Return a tensor `[out, in]` of which only the elements that show are stored; zeros stand for the others."""
+        numbers, (rows, width) = self.own(name), self.size(header)
+        if levels is not None and not numbers.is_floating_point():
+            numbers = unpack(numbers, levels, rows * width if self.shown is None else _count(self.shown, rows, width))
+        return expand(numbers, (rows, width), self.shown)
+
+    def rows(self, name: str, size: Sequence[int], levels: int | None = None) -> Tensor:
+        """Return a tensor of that size that has a row for each row of the matrix, or one for all."""
+        numbers = self.own(name)
+        return (numbers if levels is None else unpack(numbers, levels, math.prod(size))).reshape(*size)
 
 
 def _encode_index(index: Index, path: str, out: dict[str, Tensor]) -> dict[str, Any]:
@@ -199,14 +221,14 @@ def pattern_tables(kept: int, group: int) -> tuple[Tensor, Tensor]:
     return ranks, patterns
 
 
-def _compact(leaf: Tensor, shown: Tensor | None) -> Tensor:
-    return leaf.reshape(-1).contiguous() if shown is None else leaf[shown.expand(leaf.shape)]
+def _count(shown: Tensor, *size: int) -> int:
+    return int(shown.expand(size).sum())
 
 
-def expand(stored: Tensor, size: list[int], shown: Tensor | None) -> Tensor:
-    """Stored elements back at their places; zeros where nothing is shown."""
+def expand(numbers: Tensor, size: tuple[int, int], shown: Tensor | None) -> Tensor:
+    """Return stored elements at their places; zeros where nothing is shown."""
     if shown is None:
-        return stored.reshape(size)
-    full = torch.zeros(size, dtype=stored.dtype, device=stored.device)
-    full[shown.expand(size)] = stored
+        return numbers.reshape(size)
+    full = torch.zeros(size, dtype=numbers.dtype, device=numbers.device)
+    full[shown.expand(size)] = numbers
     return full

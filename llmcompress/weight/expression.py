@@ -6,8 +6,9 @@ Its size is `bits`, its value `dense`, its product with activations `matmul`; it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import reduce
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -28,9 +29,10 @@ from llmcompress.weight.nodes import (
     Weight,
     Where,
     Zero,
-    both,
+    children,
+    rebuild,
     shape,
-    turned,
+    stored,
     unknown,
 )
 from llmcompress.weight.packing import packed_bits
@@ -38,23 +40,12 @@ from llmcompress.weight.trellis import matrix
 
 
 def device(w: Weight) -> torch.device | None:
-    """Where the tensors of `w` are; None where there are none, as in `Zero`."""
-    match w:
-        case Zero():
-            return None
-        case Dense(tensor) | Grid(tensor) | TrellisCoded(tensor) | Codebook(tensor) | Scaled(columns=tensor):
-            return tensor.device
-        case Where(index):
-            return index.inside.device
-        case Rotated(signs=signs):
-            return signs.device
-        case Transposed(inner):
-            return device(inner)
-        case LowRank(left, right):
-            return device(left) or device(right)
-        case Sum(parts):
-            return next(filter(None, map(device, parts)), None)
-    raise unknown("device", w)
+    """The device of the tensors of `w`; None if it has no tensors, as `Zero`."""
+    if isinstance(w, Where):
+        return w.index.inside.device
+    own = (part.tensor.device for part in stored(w))
+    below = (device(node) for _, node, _ in children(w))
+    return next(filter(None, chain(own, below)), None)
 
 
 def dense(w: Weight, where: torch.device | None = None) -> Tensor:
@@ -117,42 +108,25 @@ def decoded(w: Weight) -> Weight:
     match w:
         case Zero():
             return w
-        case LowRank(left, right):
-            return LowRank(decoded(left), decoded(right))
-        case Sum(parts):
-            return Sum(tuple(decoded(part) for part in parts))
+        case LowRank() | Sum():
+            return rebuild(w, lambda path, node, shown: decoded(node))
         case _:
             return Dense(dense(w))
 
 
 def bits(w: Weight, shown: Tensor | None = None) -> int:
     """Every stored bit: codes, scales, zero points, index sets, factors, signs. `shown` limits leaves (see `Where`)."""
-    match w:
-        case Zero():
-            return 0
-        case Dense(values):
-            return _count(values, shown) * values.element_size() * 8
-        case Grid(codes, scale, zero, levels):
-            parameters = scale.numel() * 16 + (0 if zero is None else packed_bits(levels, zero.numel()))
-            return packed_bits(levels, _count(codes, shown)) + parameters
-        case TrellisCoded(codes, scale, trellis) if shown is None:
-            return codes.numel() * trellis.bits + scale.numel() * 16
-        case Codebook(codes, centroids, scale):
-            return packed_bits(len(centroids), codes.numel()) + (centroids.numel() + scale.numel()) * 16
-        case LowRank(left, right):
-            return bits(left) + bits(right)
-        case Where(index, inside, outside):
-            here = both(shown, index.inside)
-            return _index_bits(index) + bits(inside, here) + bits(outside, both(shown, ~index.inside))
-        case Rotated(inner, signs):
-            return bits(inner) + signs.numel()
-        case Scaled(inner, columns):
-            return bits(inner, shown) + columns.numel() * 16
-        case Transposed(inner):
-            return bits(inner, turned(shown, inner))
-        case Sum(parts):
-            return sum(bits(part, shown) for part in parts)
-    raise unknown("bits", w)
+    return sum(tensor_bits(w, shown))
+
+
+def tensor_bits(w: Weight, shown: Tensor | None = None) -> Iterator[int]:
+    """The bits of each stored tensor of `w`, before its last byte is padded."""
+    if isinstance(w, Where):
+        yield _index_bits(w.index)
+    for part in stored(w):
+        yield part.bits(shown)
+    for _, node, here in children(w, shown):
+        yield from tensor_bits(node, here)
 
 
 def describe(w: Weight) -> str:
@@ -192,11 +166,6 @@ def _index_bits(index: Index) -> int:
     if isinstance(index, Pattern):
         return packed_bits(math.comb(index.group, index.kept), index.inside.numel() // index.group)
     return index.inside.numel()
-
-
-def _count(leaf: Tensor, shown: Tensor | None) -> int:
-    """How many elements of a leaf are stored."""
-    return leaf.numel() if shown is None else int(shown.expand(leaf.shape).sum())
 
 
 def _spread(groups: Tensor, group_size: int, width: int) -> Tensor:

@@ -1,17 +1,23 @@
 """The nodes of which a compressed weight is built: a small algebra, each node a matrix `[out, in]`.
 
-Methods build expressions of them; `expression` says what one is worth, `encoding` how it lies on disk.
+Methods build expressions of them; `expression` says what one is worth, `encoding` how it lies on disk. Every descent
+goes by `children` or `rebuild`, and every count of stored numbers by `stored`. So a new node takes a class and a rule
+in `shape` and `stored` here, one in `dense` and `describe` there, and two in `encoding`.
 
 `Where` selects element by element, so both its sides have the full shape. Elements that a side does not show are not
-stored: the selection (`shown`, true = stored) goes down to the leaves. Only a `Codebook` stores all its codes.
+stored: the selection (`shown`, true = stored) goes down to the leaves. Only the codes of a `Codebook` and of a
+`TrellisCoded` are all stored.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from torch import Tensor
 
+from llmcompress.weight.packing import packed_bits
 from llmcompress.weight.trellis import Trellis
 
 
@@ -174,14 +180,102 @@ def shape(w: Weight) -> tuple[int, int]:
     raise unknown("shape", w)
 
 
+# --- what lies below a node -----------------------------------------------------------------------------------------
+
+Child = tuple[str, Weight, Tensor | None]
+
+
+def children(w: Weight, shown: Tensor | None = None) -> tuple[Child, ...]:
+    """The nodes right below `w`, each as (path, node, shown).
+
+    A path begins the names of all tensors that the child stores. `shown` is the part of the child that is stored, given
+    that of `w`: bool, broadcasts to its shape, None for all of it.
+    """
+    match w:
+        case LowRank(left, right):
+            return ("left_", left, None), ("right_", right, None)
+        case Where(index, inside, outside):
+            return ("inside_", inside, both(shown, index.inside)), ("outside_", outside, both(shown, ~index.inside))
+        case Rotated(inner):
+            return (("inner_", inner, None),)
+        case Scaled(inner):
+            return (("inner_", inner, shown),)
+        case Transposed(inner):
+            lying = None if shown is None else shown.expand(*reversed(shape(inner))).T
+            return (("inner_", inner, lying),)
+        case Sum(parts):
+            return tuple((f"{i}_", part, shown) for i, part in enumerate(parts))
+        case Zero() | Dense() | Grid() | TrellisCoded() | Codebook():
+            return ()
+    raise unknown("children", w)
+
+
+def rebuild(w: Weight, f: Callable[[str, Weight, Tensor | None], Weight], shown: Tensor | None = None) -> Weight:
+    """`w` with `f(path, node, shown)` in the place of each of its `children`; a leaf as it is."""
+    below = {path.removesuffix("_"): f(path, node, here) for path, node, here in children(w, shown)}
+    return Sum(tuple(below.values())) if isinstance(w, Sum) else with_fields(w, below)
+
+
+def with_fields(w: Weight, fields: Mapping[str, Any]) -> Weight:
+    """`w` with other values in these fields; itself where there are none."""
+    return replace(w, **fields) if fields else w
+
+
+# --- what a node stores ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A tensor that a node stores, the field `name`: packed codes in [0, levels), or numbers as they are (None).
+
+    `per`: "element" for `[out, in]`, of which only the elements that show are stored; "row" for `[out or 1, n]`;
+    "run" for codes of several rows each, which lie one after the other; "node" for what all rows share.
+    """
+
+    name: str
+    tensor: Tensor
+    levels: int | None = None
+    per: Literal["element", "row", "run", "node"] = "row"
+
+    def bits(self, shown: Tensor | None) -> int:
+        """Stored bits, before the last byte is padded."""
+        count = self.tensor.numel()
+        if shown is not None and self.per == "element":
+            count = int(shown.expand(self.tensor.shape).sum())
+        return packed_bits(self.levels, count) if self.levels else count * self.tensor.element_size() * 8
+
+    def numbers(self, shown: Tensor | None) -> Tensor:
+        """The numbers that are stored, flat."""
+        if shown is None or self.per != "element":
+            return self.tensor.reshape(-1)
+        return self.tensor[shown.expand(self.tensor.shape)]
+
+
+def stored(w: Weight) -> tuple[Stored, ...]:
+    """The tensors of `w` itself, without those of its children and without the index of a `Where`."""
+    match w:
+        case Dense(values):
+            return (Stored("values", values, per="element"),)
+        case Grid(codes, scale, zero, levels):
+            zeros = () if zero is None else (Stored("zero", zero, levels),)
+            return Stored("codes", codes, levels, "element"), Stored("scale", scale), *zeros
+        case TrellisCoded(codes, scale, trellis):
+            return Stored("codes", codes, 1 << trellis.bits, "run"), Stored("scale", scale)
+        case Codebook(codes, centroids, scale):
+            table = Stored("centroids", centroids, per="node")
+            return Stored("codes", codes, len(centroids)), table, Stored("scale", scale)
+        case Rotated(signs=signs):
+            return (Stored("signs", signs, 2, "node"),)
+        case Scaled(columns=columns):
+            return (Stored("columns", columns, per="node"),)
+        case Zero() | LowRank() | Where() | Transposed() | Sum():
+            return ()
+    raise unknown("stored", w)
+
+
 def both(shown: Tensor | None, selected: Tensor) -> Tensor:
     """What of `shown` (None: everything) is selected too."""
     return selected if shown is None else shown & selected
-
-
-def turned(shown: Tensor | None, inner: Weight) -> Tensor | None:
-    """What is shown of `Transposed(inner)`, as `inner` lies."""
-    return None if shown is None else shown.expand(*reversed(shape(inner))).T
 
 
 def unknown(question: str, node: object) -> TypeError:

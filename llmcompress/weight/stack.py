@@ -4,37 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from llmcompress.weight.nodes import Dense, Grid, Rotated, Sum, TrellisCoded, Weight, Where, Zero
+from llmcompress.weight.nodes import (
+    Columns,
+    LowRank,
+    Transposed,
+    Weight,
+    Where,
+    Zero,
+    children,
+    rebuild,
+    shape,
+    stored,
+    unknown,
+    with_fields,
+)
 
 
 def joined(parts: Sequence[Weight]) -> Weight:
-    """The parts, all of one form, below each other."""
-    match parts[0]:
+    """The parts, all of one form, below each other.
+
+    Raises TypeError for a form whose rows do not lie below each other, ValueError for parts that do not share what
+    belongs to all rows.
+    """
+    first = parts[0]
+    match first:
         case Zero((_, width)):
-            return Zero((sum(part.shape[0] for part in parts if isinstance(part, Zero)), width))
-        case Dense():
-            return Dense(torch.cat([part.values for part in parts if isinstance(part, Dense)]))
-        case Grid(zero=zero) as first:
-            grids = [part for part in parts if isinstance(part, Grid)]
-            codes, scale = torch.cat([grid.codes for grid in grids]), torch.cat([grid.scale for grid in grids])
-            zeros = None if zero is None else torch.cat([grid.zero for grid in grids if grid.zero is not None])
-            return replace(first, codes=codes, scale=scale, zero=zeros)
-        case TrellisCoded() as first:
-            coded = [part for part in parts if isinstance(part, TrellisCoded)]
-            codes, scale = torch.cat([part.codes for part in coded]), torch.cat([part.scale for part in coded])
-            return replace(first, codes=codes, scale=scale)
-        case Where(index):
-            choices = [part for part in parts if isinstance(part, Where)]
-            if index.inside.ndim == 2:
-                index = replace(index, inside=torch.cat([part.index.inside for part in choices]))
-            inside, outside = joined([part.inside for part in choices]), joined([part.outside for part in choices])
-            return Where(index, inside, outside)
-        case Sum(terms):
-            sums = [part.parts for part in parts if isinstance(part, Sum)]
-            return Sum(tuple(joined([each[term] for each in sums]) for term in range(len(terms))))
-        case Rotated() as first:
-            return replace(first, inner=joined([part.inner for part in parts if isinstance(part, Rotated)]))
-    raise TypeError(f"joined has no rule for {type(parts[0]).__name__}")
+            return Zero((sum(shape(part)[0] for part in parts), width))
+        case LowRank() | Transposed():
+            raise unknown("joined", first)
+    own: dict[str, Any] = {}
+    for same in zip(*map(stored, parts), strict=True):
+        tensors = [part.tensor for part in same]
+        shared = same[0].per == "node" or (same[0].per == "row" and len(tensors[0]) < shape(first)[0])
+        own[same[0].name] = _shared(tensors, same[0].name) if shared else torch.cat(tensors)
+    if isinstance(first, Where):
+        insides = [part.index.inside for part in parts if isinstance(part, Where)]
+        inside = _shared(insides, "columns") if isinstance(first.index, Columns) else torch.cat(insides)
+        own["index"] = replace(first.index, inside=inside)
+    levels = zip(*([node for _, node, _ in children(part)] for part in parts), strict=True)
+    below = iter([joined(level) for level in levels])
+    return with_fields(rebuild(first, lambda path, node, shown: next(below)), own)
+
+
+def _shared(tensors: Sequence[Tensor], name: str) -> Tensor:
+    """Return the tensor that all parts have."""
+    if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+        raise ValueError(f"parts with other {name} each cannot be joined; compress the matrix in one piece")
+    return tensors[0]

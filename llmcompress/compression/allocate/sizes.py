@@ -6,50 +6,28 @@ Off by a few bytes a tensor at most, and then too high: a file must not become l
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import is_dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from llmcompress.compression.plan import Job
 from llmcompress.models.dense import Header
 from llmcompress.models.integrity import DIGESTS, digest
-from llmcompress.weight.expression import bits
+from llmcompress.weight.expression import tensor_bits
 from llmcompress.weight.modules import ALIGNMENT, LIKE
-from llmcompress.weight.nodes import Grid, LowRank, Rotated, Sum, TrellisCoded, Weight
+from llmcompress.weight.nodes import Weight
 
 PADDING = 8  # of a header, at most
 
 
 def payload_bytes(w: Weight) -> int:
     """Of a module's payload, in which each stored tensor is filled up to a multiple of 8 bytes."""
-    match w:
-        case Rotated(inner, signs):
-            return payload_bytes(inner) + _filled(signs.numel())
-        case LowRank(left, right):
-            return payload_bytes(left) + payload_bytes(right)
-        case Sum(parts):
-            return sum(map(payload_bytes, parts))
-        case TrellisCoded(scale=scale) | Grid(scale=scale, zero=None):
-            scales = 16 * scale.numel()
-            return _filled(scales) + _filled(bits(w) - scales)
-        case _:
-            return _filled(bits(w)) + ALIGNMENT * max(_tensors(w) - 1, 0)
+    return sum(map(_filled, tensor_bits(w)))
 
 
 def _filled(count: int) -> int:
     """Bytes of so many bits."""
     return -(-count // (8 * ALIGNMENT)) * ALIGNMENT
-
-
-def _tensors(value: Any) -> int:
-    """How many tensors an expression stores."""
-    if isinstance(value, Tensor):
-        return 1
-    parts: Iterable[Any] = value if isinstance(value, tuple) else vars(value).values() if is_dataclass(value) else ()
-    return sum(map(_tensors, parts))
 
 
 def bytes_around(job: Job, compressed: set[str]) -> int:

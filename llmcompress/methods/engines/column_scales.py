@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmcompress.methods.engines.feedback import Projection
 from llmcompress.weight.expression import dense
-from llmcompress.weight.nodes import Grid, Scaled, Sum, Weight, Where, unknown
+from llmcompress.weight.nodes import Grid, Scaled, Sum, Weight, Where, rebuild, unknown
 
 TURNS = 5  # of a column's factor and its nearest points, where these are more than a sign
 
@@ -113,10 +113,8 @@ def mirrored(w: Weight, turned: Tensor) -> Weight:
     match w:
         case Grid(codes=codes, zero=None, levels=levels):
             return replace(w, codes=torch.where(turned, levels - 1 - codes, codes))
-        case Sum(parts):
-            return Sum(tuple(mirrored(part, turned) for part in parts))
-        case Where(index, inside, outside):
-            return Where(index, mirrored(inside, turned), mirrored(outside, turned))
+        case Sum() | Where():
+            return rebuild(w, lambda path, node, shown: mirrored(node, turned))
     raise unknown("mirrored", w)
 
 

@@ -21,10 +21,8 @@ from llmcompress.weight.nodes import (
     Transposed,
     TrellisCoded,
     Weight,
-    Where,
-    Zero,
-    both,
-    turned,
+    children,
+    stored,
 )
 
 MARGIN = 2.0**-9  # codes: how far inside its code's cell a latent starts; float32 resolves it at 255
@@ -34,7 +32,7 @@ MARGIN = 2.0**-9  # codes: how far inside its code's cell a latent starts; float
 class Leaf:
     """A node with numbers in it, and what its place in the expression says of them."""
 
-    node: Dense | Grid | TrellisCoded | Codebook | Scaled
+    node: Weight
     path: str  # of its tensors in `encode`
     shown: Tensor | None  # true = stored, as there
     target: Tensor | None  # what it should be, in its own basis, float32 [out, in]
@@ -67,41 +65,27 @@ def masters(w: Weight, trains: frozenset[str], target: Tensor | None) -> Iterato
 
 def leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, factor: bool) -> Iterator[Leaf]:
     """The leaves below `w`, each with its own part of the target: turned into its basis, less what is added to it."""
+    if stored(w) and not isinstance(w, Rotated):
+        yield Leaf(w, path, shown, target, factor)
+    for place, node, here in children(w, shown):
+        own = None if target is None else _part_of(target, w, node)
+        yield from leaves(node, path + place, here, own, factor or isinstance(w, LowRank))
+
+
+def _part_of(target: Tensor, w: Weight, child: Weight) -> Tensor | None:
+    """What the child of `w` should be for `w` to be `target`; None for a factor, of which nobody knows."""
     match w:
-        case Zero():
-            return
-        case Dense() | Grid() | TrellisCoded() | Codebook():
-            yield Leaf(w, path, shown, target, factor)
-        case LowRank(left, right):
-            yield from leaves(left, path + "left_", None, None, True)
-            yield from leaves(right, path + "right_", None, None, True)
-        case Where(index, inside, outside):
-            here, rest = both(shown, index.inside), both(shown, ~index.inside)
-            yield from leaves(inside, path + "inside_", here, target, factor)
-            yield from leaves(outside, path + "outside_", rest, target, factor)
-        case Rotated(inner, signs, block):
-            own = None if target is None else rotate(target, signs, block)
-            yield from leaves(inner, path + "inner_", None, own, factor)
-        case Scaled(inner):
-            yield Leaf(w, path, shown, target, factor)
-            own = None if target is None else _unscaled(target, w)
-            yield from leaves(inner, path + "inner_", shown, own, factor)
-        case Transposed(inner):
-            yield from leaves(
-                inner, path + "inner_", turned(shown, inner), None if target is None else target.T, factor
-            )
-        case Sum(parts):
-            missing = None if target is None else target - dense(w).to(target.device)
-            for i, part in enumerate(parts):
-                own = None if missing is None else missing + dense(part).to(missing.device)
-                yield from leaves(part, f"{path}{i}_", shown, own, factor)
-        case _:
-            raise TypeError(f"relax has no rule for {type(w).__name__}; every node needs one")
-
-
-def _unscaled(target: Tensor, w: Scaled) -> Tensor:
-    """What the inner weight should be; what it is, where a column is stored as zero."""
-    return torch.where(w.columns == 0, dense(w.inner).to(target.device), target / w.columns.float())
+        case LowRank():
+            return None
+        case Rotated(_, signs, block):
+            return rotate(target, signs, block)
+        case Scaled(inner, columns):  # a column that is stored as zero stays what it is
+            return torch.where(columns == 0, dense(inner).to(target.device), target / columns.float())
+        case Transposed():
+            return target.T
+        case Sum():
+            return target - dense(w).to(target.device) + dense(child).to(target.device)
+    return target
 
 
 def _latents(grid: Grid, target: Tensor | None, shown: Tensor | None) -> Tensor:

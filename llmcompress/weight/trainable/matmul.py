@@ -21,19 +21,15 @@ from torch.autograd.function import once_differentiable
 from llmcompress.weight import expression
 from llmcompress.weight.hadamard import unrotate
 from llmcompress.weight.nodes import (
-    Codebook,
-    Dense,
     Grid,
-    LowRank,
     Rotated,
-    Scaled,
-    Sum,
     Transposed,
     TrellisCoded,
     Weight,
     Where,
-    both,
-    turned,
+    rebuild,
+    stored,
+    with_fields,
 )
 from llmcompress.weight.trellis import matrix, table
 
@@ -54,16 +50,7 @@ def centred(w: Weight, path: str, trained: frozenset[str]) -> Weight:
         case TrellisCoded(codes, scale, trellis, run):
             numbers = matrix(codes, len(scale), trellis, run).bfloat16()  # which its tables are made for
             return Grid(numbers, scale, torch.zeros_like(scale), len(table(trellis)), numbers.shape[1])
-        case LowRank(left, right):
-            return LowRank(centred(left, path + "left_", trained), centred(right, path + "right_", trained))
-        case Where(index, inside, outside):
-            sides = centred(inside, path + "inside_", trained), centred(outside, path + "outside_", trained)
-            return Where(index, *sides)
-        case Rotated(inner) | Scaled(inner) | Transposed(inner):
-            return replace(w, inner=centred(inner, path + "inner_", trained))
-        case Sum(parts):
-            return Sum(tuple(centred(part, f"{path}{i}_", trained) for i, part in enumerate(parts)))
-    return w
+    return rebuild(w, lambda place, node, _: centred(node, path + place, trained))
 
 
 def by_rows(w: Weight, path: str, dtype: torch.dtype) -> Weight:
@@ -79,53 +66,30 @@ def by_rows(w: Weight, path: str, dtype: torch.dtype) -> Weight:
             if isinstance(found, _Rows):
                 return replace(found, codes=unrotate(found.codes, signs, block).to(dtype))
             return w
-        case Rotated(inner) | Scaled(inner):
-            return replace(w, inner=by_rows(inner, path + "inner_", dtype))
-        case LowRank(left, right):
-            return LowRank(by_rows(left, path + "left_", dtype), by_rows(right, path + "right_", dtype))
-        case Sum(parts):
-            return Sum(tuple(by_rows(part, f"{path}{i}_", dtype) for i, part in enumerate(parts)))
-    return w
+        case Where() | Transposed():  # multiplied as a matrix
+            return w
+    return rebuild(w, lambda place, node, _: by_rows(node, path + place, dtype))
 
 
 def filled(w: Weight, path: str, shown: Tensor | None, numbers: dict[str, Tensor]) -> Weight:
     """`w` with the numbers that train, each flat under its path, in their places."""
-    match w:
-        case _Rows(scale=scale, name=name):
-            return replace(w, scale=_placed(numbers.get(name), scale, None))
-        case Dense(values):
-            return Dense(_placed(numbers.get(path + "values"), values, shown))
-        case Grid(codes, scale):
-            scales = _placed(numbers.get(path + "scale"), scale, None)
-            return replace(w, codes=_placed(numbers.get(path + "codes"), codes, shown), scale=scales)
-        case Codebook(_, centroids, scale):
-            entries = _placed(numbers.get(path + "centroids"), centroids, None)
-            return replace(w, centroids=entries, scale=_placed(numbers.get(path + "scale"), scale, None))
-        case LowRank(left, right):
-            return LowRank(filled(left, path + "left_", None, numbers), filled(right, path + "right_", None, numbers))
-        case Where(index, inside, outside):
-            here, rest = both(shown, index.inside), both(shown, ~index.inside)
-            sides = filled(inside, path + "inside_", here, numbers), filled(outside, path + "outside_", rest, numbers)
-            return Where(index, *sides)
-        case Rotated(inner):
-            return replace(w, inner=filled(inner, path + "inner_", None, numbers))
-        case Scaled(inner, columns):
-            columns = numbers.get(path + "columns", columns)
-            return Scaled(filled(inner, path + "inner_", shown, numbers), columns)
-        case Transposed(inner):
-            return Transposed(filled(inner, path + "inner_", turned(shown, inner), numbers))
-        case Sum(parts):
-            return Sum(tuple(filled(part, f"{path}{i}_", shown, numbers) for i, part in enumerate(parts)))
-    return w
+    if isinstance(w, _Rows):
+        return replace(w, scale=_placed(numbers.get(w.name), w.scale, None))
+    own = {
+        part.name: _placed(numbers[path + part.name], part.tensor, shown if part.per == "element" else None)
+        for part in stored(w)
+        if path + part.name in numbers
+    }
+    return with_fields(rebuild(w, lambda place, node, here: filled(node, path + place, here, numbers), shown), own)
 
 
-def _placed(stored: Tensor | None, leaf: Tensor, shown: Tensor | None) -> Tensor:
-    """A leaf with the elements `stored`, flat; without them as it is."""
-    if stored is None:
+def _placed(given: Tensor | None, leaf: Tensor, shown: Tensor | None) -> Tensor:
+    """A leaf with the elements `given`, flat; without them as it is."""
+    if given is None:
         return leaf
     if shown is None:
-        return stored.reshape(leaf.shape)
-    return torch.zeros(leaf.shape, dtype=stored.dtype, device=stored.device).masked_scatter(shown, stored)
+        return given.reshape(leaf.shape)
+    return torch.zeros(leaf.shape, dtype=given.dtype, device=given.device).masked_scatter(shown, given)
 
 
 def product(x: Tensor, w: Weight) -> Tensor:

@@ -1,0 +1,46 @@
+"""Matrices one below the other are the rows of both, or the form is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmcompress.weight.encoding import decode, encode
+from llmcompress.weight.expression import dense, describe
+from llmcompress.weight.nodes import Columns, LowRank, Scaled, Transposed, TrellisCoded, Weight, Where, children, shape
+from llmcompress.weight.stack import joined
+from tests.builders import every_node, factors, random_nestings, seeded
+
+
+def nodes(w: Weight) -> list[Weight]:
+    return [w, *(found for _, child, _ in children(w) for found in nodes(child))]
+
+
+def of_whole_runs(w: Weight) -> bool:
+    """False if a stream of a trellis ends within its run of rows: what lies below would lengthen it."""
+    return all(shape(node)[0] % node.run == 0 for node in nodes(w) if isinstance(node, TrellisCoded))
+
+
+CASES = [w for w in every_node() + random_nestings(seed=6, count=30) if of_whole_runs(w)]
+
+
+@pytest.mark.parametrize("w", CASES, ids=lambda w: describe(w)[:50])
+def test_joined_is_one_below_the_other(w: Weight) -> None:
+    if any(isinstance(node, LowRank | Transposed) for node in nodes(w)):
+        with pytest.raises(TypeError, match="joined has no rule"):
+            joined([w, w])
+        return
+    for parts in ([w], [w, w, w]):
+        whole = joined(parts)
+        assert torch.equal(dense(whole), torch.cat([dense(part) for part in parts]))
+        assert torch.equal(dense(decode(*encode(whole))), dense(whole))
+
+
+def test_parts_must_share_what_belongs_to_all_rows() -> None:
+    [w] = [w for w in every_node() if isinstance(w, Scaled) and isinstance(w.inner, TrellisCoded)]
+    with pytest.raises(ValueError, match="other columns each"):
+        joined([w, Scaled(w.inner, factors(24, 8))])
+    inside = torch.rand(24, generator=seeded(1)) < 0.5
+    one, other = Where(Columns(inside), w, w), Where(Columns(~inside), w, w)
+    with pytest.raises(ValueError, match="other columns each"):
+        joined([one, other])
