@@ -1,0 +1,133 @@
+"""Every row of the results has a record of how it was made, and says what that record says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tables
+from records import recipe_path, recipe_sha256
+from rows import calibration
+
+from llmcompress.recipe.read import read_recipe
+from tests.rules.source_tree import ROOT
+
+DISTILLATIONS = {path.stem for path in (ROOT / "configs" / "distillation").glob("*.yaml")}
+RECIPES = {path.stem for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "accelerate"}
+RECORDS = [record for record in tables.all_records() if "numbers" in record]
+OF_RECIPES = [record for record in RECORDS if record.get("recipe", "dense") != "dense"]
+KEYS = {"table", "command", "date", "commit", "model", "text", "calibration", "machine", "versions", "numbers"}
+PENDING = {  # recipes that nobody has measured yet; only ever to be shortened
+    "data-free",
+    "gptq-2-g64-autoround",
+    "gptq-2-g64-flexround",
+    "gptq-2-g64-tuned",
+    "rtn-2-g64",
+    "rtn-3",
+}
+UNRECORDED = {  # how the headings begin of tables that have no records yet; only ever to be shortened
+    "bpw, plan, predicted KL, KL on the 254 probing tokens",
+    "probing tokens, KL, seed 0, seed 1",
+    "options, predicted KL at 1.6, 2.0 and 2.5 bits",
+    "tool, arm, bpw, perplexity, seconds",
+    "model, bytes, bpw, model_bpw",
+    "arm, bpw, median held-out error",
+    "tokens, chunked MB, whole logits MB",
+    "steps, tokens, seconds, in all",
+    "checkpoint, format, engine",
+}
+
+
+def _name(record: dict[str, Any]) -> str:
+    return f"{record['table']}: {record.get('arm') or record.get('recipe')}"
+
+
+def _document() -> str:
+    return tables.DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_tables_are_those_of_the_records() -> None:
+    text = _document()
+    assert tables.rewritten(text, tables.all_records()) == text, "run scripts/bench/tables.py"
+
+
+def test_every_record_is_shown() -> None:
+    marked = {name for name, _ in tables.REGION.findall(_document())}
+    assert {record["table"] for record in tables.all_records()} <= marked
+
+
+def test_tables_without_records_are_listed() -> None:
+    """A table that is written by hand is none that was here before: it has to come from records."""
+    free = tables.REGION.sub("", _document())
+    headings = re.findall(r"^(\|.+\|)\n\|[-|]+\|$", free, re.MULTILINE)
+    found = {", ".join(cell.strip() for cell in heading.strip("|").split("|") if cell.strip()) for heading in headings}
+    wrong = {heading for heading in found if not any(heading.startswith(known) for known in UNRECORDED)}
+    assert not wrong, f"tables without records: {wrong}; add records to docs/results/ and marks to docs/results.md"
+    gone = {known for known in UNRECORDED if not any(heading.startswith(known) for heading in found)}
+    assert not gone, f"no longer there or recorded now, so take out of the list: {gone}"
+
+
+def test_every_recipe_has_a_record() -> None:
+    measured = {record.get("recipe") for record in RECORDS}
+    assert RECIPES - measured == PENDING, "measure a new recipe by scripts/bench/rows.py; take measured ones out"
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=_name)
+def test_record_says_how_it_was_made(record: dict[str, Any]) -> None:
+    assert record.keys() >= KEYS
+    assert record["command"].split()[0] in {"python", "llmcompress", "./scripts/demo"}
+    if record.get("source") == "transcribed":
+        assert len(record["recorded_at"]) == 40, "the commit whose page had the row"
+    else:
+        assert record["commit"][:40].isalnum() and record["machine"]["cpu"] and record["machine"]["threads"]
+        assert record["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    "record", [record for record in RECORDS if record.get("recipe", "dense") != "dense"], ids=_name
+)
+def test_recipe_of_a_record_is_that_of_today(record: dict[str, Any]) -> None:
+    today = recipe_sha256(recipe_path(record["recipe"]).read_text(encoding="utf-8"))
+    same = record["recipe_sha256"] == today
+    assert same != record.get("recipe_changed", False), "a record says so, by recipe_changed, where its recipe changed"
+
+
+@pytest.mark.parametrize("record", [record for record in RECORDS if record["table"] == "methods"], ids=_name)
+def test_calibration_of_a_record_is_that_of_its_recipe(record: dict[str, Any]) -> None:
+    """The command gives every recipe one text, but for those that ask for none; a run without has no held-out error."""
+    assert record["command"].startswith("python scripts/bench/rows.py --data DATA")
+    assert record["command"].endswith(f" {record['recipe']}")
+    name = record["recipe"]
+    asks = name != "dense" and read_recipe(recipe_path(name)).calibration is not None
+    assert record["calibration"] == (calibration(Path()) if asks else None)
+    assert (record["numbers"].get("error_heldout") is not None) == asks
+
+
+@pytest.mark.parametrize("record", [record for record in RECORDS if record.get("recipe") in DISTILLATIONS], ids=_name)
+def test_distilled_rows_stand_below_their_students(record: dict[str, Any]) -> None:
+    rows = tables.current(record["table"], RECORDS)
+    above = rows[: rows.index(record)]
+    assert any(row["student"] and row["text"] == record["text"] for row in above)
+
+
+def test_verdicts_name_rows_that_exist_or_are_waited_for() -> None:
+    claims = [record for record in tables.all_records() if "here" in record]
+    assert claims
+    for record in claims:
+        for table, row, _ in tables.REFERENCE.findall(record["here"]):
+            rows = {each.get("arm") or each["recipe"] for each in tables.current(table or "methods", RECORDS)}
+            assert row in rows | PENDING, f"{record['here']}: no table has a row {row}"
+
+
+def test_a_number_that_changes_changes_its_table() -> None:
+    """What the other tests rely on: nothing between the marks is kept from the page."""
+    records = tables.all_records()
+    changed = [dict(record) for record in records]
+    at = next(number for number, record in enumerate(records) if record.get("recipe") == "trellis-2")
+    changed[at]["numbers"] = changed[at]["numbers"] | {"perplexity": 12.5}
+    before, after = tables.rewritten(_document(), records), tables.rewritten(_document(), changed)
+    lines = [new for old, new in zip(before.splitlines(), after.splitlines(), strict=True) if old != new]
+    assert any("| 12.50 |" in line for line in lines), "the row itself"
+    assert any(line.startswith("| QTIP") and "12.5 at" in line for line in lines), "and the verdicts that rest on it"
