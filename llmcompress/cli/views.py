@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from llmcompress.evaluate.formatting import duration
+from llmcompress.evaluate.formatting import byte_count, duration
 from llmcompress.evaluate.tables import (
     CHANGE_HEADINGS,
     Row,
@@ -33,7 +33,7 @@ def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
         table.add_row(name, _times(rows), _shape(row), _steps(row), f"{row['bpw']:.3f}", row["description"])
     yield table
     yield f"sizes   {_sizes(plan)}"
-    yield f"needs   about {_bytes(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}"
+    yield f"needs   about {byte_count(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}"
     if (blocks := plan["reconstruction"]) is not None:
         rates = ", ".join(f"{kind} at {rate:g}" for kind, rate in blocks["rates"].items())
         steps = "a pass over the text" if blocks["steps"] is None else f"{blocks['steps']} steps"
@@ -72,7 +72,7 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
             said.append(f"x{median(left):.3f} by learning")
             said += [f"nothing helped {left.count(1)}"] if 1 in left else []
         yield " · ".join(said)
-    yield f"cost    {duration(report['seconds'])} · {_bytes(report['peak_memory_bytes'])} of memory at the peak"
+    yield f"cost    {duration(report['seconds'])} · {byte_count(report['peak_memory_bytes'])} of memory at the peak"
     if "allocation" in report:
         yield _reached(report["allocation"])
     if "distillation" in report:
@@ -89,14 +89,15 @@ def _stored(rows: Sequence[Row]) -> str:
 def _reached(allocation: Row) -> str:
     """Return the line on a target: predicted and measured KL, and the time it took."""
     [(aim, value)] = allocation["target"].items()
-    wanted = _bytes(value) if aim == "bytes" else f"{value:g} {aim}"
+    wanted = byte_count(value) if aim == "bytes" else f"{value:g} {aim}"
     kl = f"KL predicted {allocation['predicted_kl']:.4f}, measured {allocation['measured_kl']:.4f}"
     return f"target  {wanted} · {kl} on {allocation['probing_tokens']} tokens · {duration(allocation['seconds'])}"
 
 
 def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
     """Yield a model's scores and its size."""
-    yield f"size    {_bytes(scores['bytes'])} · {number(scores['bpw'])} bpw · model_bpw {number(scores['model_bpw'])}"
+    size, bpw, model_bpw = byte_count(scores["bytes"]), number(scores["bpw"]), number(scores["model_bpw"])
+    yield f"size    {size} · {bpw} bpw · model_bpw {model_bpw}"
     perplexity = measured(scores["perplexity"], scores["perplexity_stderr"], 3)
     yield f"text    perplexity {perplexity} over {scores['tokens']:,} tokens"
     if scores["kl"] is not None:
@@ -138,7 +139,7 @@ def frontier_view(found: Row, every: bool) -> Iterator[RenderableType]:
 
 def verified_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the findings of `verify` on a valid checkpoint."""
-    yield f"files   {found['files']} as they were written · {_bytes(found['bytes'])} of weights"
+    yield f"files   {found['files']} as they were written · {byte_count(found['bytes'])} of weights"
     yield f"model   {found['layers']} compressed layers, all tensors there and finite"
     yield f"text    perplexity {found['perplexity']:.3f} over {found['tokens']:,} tokens"
     if found["kl"] is not None:
@@ -147,7 +148,7 @@ def verified_view(found: Row, every: bool) -> Iterator[RenderableType]:
 
 def exported_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the sizes of an export, and the properties it kept and changed."""
-    yield f"sizes   {_bytes(found['bytes_before'])} -> {_bytes(found['bytes_after'])} of weights in {found['output']}"
+    yield f"sizes   {_before_after(found)} of weights in {found['output']}"
     yield from (f"kept    {sentence}" for sentence in found["kept"])
     yield from (f"changed {sentence}" for sentence in found["changed"])
 
@@ -155,7 +156,7 @@ def exported_view(found: Row, every: bool) -> Iterator[RenderableType]:
 def dropped_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the numbers of the dropped blocks, and the sizes before and after."""
     yield f"dropped {', '.join(map(str, found['dropped']))} of the {len(found['dropped'] + found['kept'])} blocks"
-    yield f"sizes   {_bytes(found['bytes_before'])} -> {_bytes(found['bytes_after'])} of weights in {found['output']}"
+    yield f"sizes   {_before_after(found)} of weights in {found['output']}"
 
 
 def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
@@ -178,7 +179,7 @@ def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
         if (frozen := phase.get("frozen")) is not None:
             yield f"frozen  {frozen:,} codes that oscillated"
     if found["bytes_before"] != found["bytes_after"]:
-        yield f"sizes   {_bytes(found['bytes_before'])} -> {_bytes(found['bytes_after'])} of compressed weights"
+        yield f"sizes   {_before_after(found)} of compressed weights"
     trained = " · ".join(f"{count:,} {kind}" for kind, count in found["trained"].items())
     yield f"trained {trained} · on {found['tokens']:,} tokens in {duration(found['seconds'])}"
     yield f"plot    {found['plot'] or 'none: it needs matplotlib (the extra report)'}"
@@ -212,7 +213,7 @@ def pushed_view(found: Row, every: bool) -> Iterator[RenderableType]:
     for name, size in found["files"].items():
         table.add_row(name, f"{size:,}")
     yield table
-    total = _bytes(sum(found["files"].values()))
+    total = byte_count(sum(found["files"].values()))
     yield f"commit  {found['commit']} · {total}" if found["commit"] else f"nothing was sent · {total} would be"
 
 
@@ -227,9 +228,13 @@ def _table(headings: Sequence[str], right: Sequence[int]) -> Table:
 
 def _sizes(values: Row) -> str:
     return (
-        f"{_bytes(values['dense_bytes'])} -> {_bytes(values['bytes'])} · "
+        f"{byte_count(values['dense_bytes'])} -> {byte_count(values['bytes'])} · "
         f"{number(values['bpw'])} bpw · model_bpw {number(values['model_bpw'])}"
     )
+
+
+def _before_after(found: Row) -> str:
+    return f"{byte_count(found['bytes_before'])} -> {byte_count(found['bytes_after'])}"
 
 
 def _times(rows: Sequence[Row]) -> str:
@@ -242,7 +247,3 @@ def _shape(row: Row) -> str:
 
 def _steps(row: Row) -> str:
     return ", ".join(row["steps"]) or "stays dense"
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

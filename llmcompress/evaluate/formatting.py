@@ -1,4 +1,4 @@
-"""Numbers and times as people read them."""
+"""Numbers, sizes and times as people read them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from typing import Any
 
 
 def duration(seconds: float) -> str:
-    """Seconds as "48 s", "3 min 20 s" or "1 h 2 min"."""
+    """Return seconds as "48 s", "3 min 20 s" or "1 h 2 min"."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def byte_count(count: float) -> str:
+    """Return bytes as "39.9 MB" or "2.69 GB"."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def finite(value: Any) -> Any:
-    """The same plain value with null for NaN and Inf, which JSON does not have."""
+    """Return the same plain value with null for NaN and Inf, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

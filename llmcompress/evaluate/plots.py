@@ -3,14 +3,13 @@ a model is worth, by size."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import RecipeError
-from llmcompress.evaluate.report import LayerReport, Report
+from llmcompress.evaluate.report import Report, by_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 MISSING = 'plots need matplotlib; run pip install "llmcompress[report]"'
-BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def layers_png(report: Report) -> bytes:
@@ -30,7 +28,7 @@ def layers_png(report: Report) -> bytes:
     above, below = figure.subplots(2, sharex=True)
     for kind, rows in by_kind(report).items():
         depths = [depth for depth, _ in rows]
-        above.plot(depths, [_error(row) for _, row in rows], marker=".", label=kind)
+        above.plot(depths, [row.shown_error for _, row in rows], marker=".", label=kind)
         below.plot(depths, [row.bpw for _, row in rows], marker=".", label=kind)
     _describe(above, "relative output error", "log")
     _describe(below, "bits per weight", "linear")
@@ -49,7 +47,7 @@ def distillation_png(history: Sequence[dict[str, Any]]) -> bytes:
     from matplotlib.ticker import LogFormatter
 
     above, below = figure.subplots(2, sharex=True)
-    tokens = list(_running(row["tokens"] for row in history))
+    tokens = list(running_count(row["tokens"] for row in history))
     above.plot(tokens, [row["kl"] for row in history], marker=".")
     below.plot(tokens, [row["perplexity"] for row in history], marker=".", label="student")
     below.axhline(history[-1]["teacher_perplexity"], linestyle="--", color="gray", label="teacher")
@@ -141,8 +139,8 @@ def _named(axes: Axes, point: tuple[float, float], name: str, covered: list[Bbox
     return boxes[best]
 
 
-def _running(tokens: Iterable[int]) -> Iterator[int]:
-    """Counts that start again with every phase, as one that goes on."""
+def running_count(tokens: Iterable[int]) -> Iterator[int]:
+    """Yield token counts that restart with every phase as one running count."""
     before = last = 0
     for count in tokens:
         before += last if count < last else 0
@@ -162,19 +160,6 @@ def _png(figure: Figure) -> bytes:
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
     return picture.getvalue()
-
-
-def by_kind(report: Report) -> dict[str, list[tuple[int, LayerReport]]]:
-    """Rows with the number of their block, in its order, by what follows that number in their names."""
-    kinds: dict[str, list[tuple[int, LayerReport]]] = {}
-    for row in report.layers:
-        if found := BLOCK.search(row.name):  # a token table is in no block
-            kinds.setdefault(row.name[found.end() :], []).append((int(found[1]), row))
-    return {kind: sorted(rows, key=lambda entry: entry[0]) for kind, rows in kinds.items()}
-
-
-def _error(row: LayerReport) -> float:
-    return row.error if row.error_heldout is None else row.error_heldout
 
 
 def _describe(axes: Axes, label: str, scale: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from llmcompress.errors import InputError
 from llmcompress.models.checkpoint import read_json
 from llmcompress.models.file_names import ALLOCATION, DISTILLATION, REPORT
+
+BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class LayerReport:
     error_heldout: float | None
     fallback: str | None  # what had to be done differently than asked, if anything
     stored: str  # the expression, for people
+
+    @property
+    def shown_error(self) -> float:
+        """The error on held-out text where it was measured, else that on the calibration."""
+        return self.error if self.error_heldout is None else self.error_heldout
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> LayerReport:
@@ -68,6 +76,15 @@ class Report:
             return Report(**{**entries, **texts, "layers": tuple(layers)})
         except (KeyError, TypeError) as error:
             raise InputError(f"{REPORT} is not a report of this version of llmcompress ({error})") from error
+
+
+def by_kind(report: Report) -> dict[str, list[tuple[int, LayerReport]]]:
+    """Group the linears of blocks by what follows the block's number in their names, each as (block, row), in order."""
+    kinds: dict[str, list[tuple[int, LayerReport]]] = {}
+    for row in report.layers:
+        if found := BLOCK.search(row.name):  # a token table is in no block
+            kinds.setdefault(row.name[found.end() :], []).append((int(found[1]), row))
+    return {kind: sorted(rows, key=lambda entry: entry[0]) for kind, rows in kinds.items()}
 
 
 def read(folder: Path) -> Report:

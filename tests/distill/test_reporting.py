@@ -20,7 +20,7 @@ from llmcompress.data.schedule import rate
 from llmcompress.distill import metrics
 from llmcompress.distill.run import Distilled, distill
 from llmcompress.errors import RecipeError
-from llmcompress.evaluate.plots import _running, distillation_png
+from llmcompress.evaluate.plots import distillation_png, running_count
 from llmcompress.export.hub import push
 from llmcompress.export.model_card import Taught, _distillation
 from tests.tiny import save_tiny
@@ -281,7 +281,7 @@ def test_phases_share_one_file_and_one_curve(folders: Path, tmp_path: Path, monk
 
 
 def test_a_curve_goes_on_from_phase_to_phase() -> None:
-    assert list(_running([0, 100, 200, 0, 50, 0, 10])) == [0, 100, 200, 200, 250, 250, 260]
+    assert list(running_count([0, 100, 200, 0, 50, 0, 10])) == [0, 100, 200, 200, 250, 250, 260]
 
 
 def test_domains_are_named_in_metrics_trackers_and_card(

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
 from llmcompress.errors import HubError, InputError, RecipeError
-from llmcompress.evaluate.plots import by_kind, layers_png
-from llmcompress.evaluate.report import read
+from llmcompress.evaluate.plots import layers_png
+from llmcompress.evaluate.report import by_kind, read
 from llmcompress.evaluate.score import score
 from llmcompress.export.hub import push
 from llmcompress.export.model_card import card
@@ -29,8 +29,7 @@ RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 3, "group_size": 16}
 PUSH = """
 import json, sys
 from llmcompress.errors import LLMCompressError
-from llmcompress.hub import push
-from llmcompress.plots import by_kind, layers_png
+from llmcompress.export.hub import push
 folder, repository, *flags = sys.argv[1:]
 try:
     print(json.dumps(push(folder, repository, dry_run="dry" in flags).to_json()))
