@@ -97,7 +97,7 @@ def test_recipe_of_a_record_is_that_of_today(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize("record", [record for record in RECORDS if record["table"] == "methods"], ids=_name)
 def test_calibration_of_a_record_is_that_of_its_recipe(record: dict[str, Any]) -> None:
     """The command gives every recipe one text, but for those that ask for none; a run without has no held-out error."""
-    assert record["command"].startswith("python scripts/bench/rows.py --data DATA")
+    assert record["command"].startswith("python scripts/bench/rows.py --data DATA --windows 8 "), "as all rows"
     assert record["command"].endswith(f" {record['recipe']}")
     name = record["recipe"]
     asks = name != "dense" and read_recipe(recipe_path(name)).calibration is not None
