@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,19 +198,23 @@ def losses_page() -> str:
     from llmcompress.losses.features import feature_losses
     from llmcompress.losses.loss import losses
 
+    groups: list[tuple[str, Mapping[str, Any]]] = [
+        ("Losses on predictions", losses()),
+        ("Losses on hidden states", feature_losses()),
+    ]
     parts = []
-    for title, found in (("Losses on predictions", losses()), ("Losses on hidden states", feature_losses())):
-        parts.append(f"# {title}")
+    for title, found in groups:
+        parts.append(f"## {title}")
         for name, loss in sorted(found.items()):
             about = inspect.getdoc(importlib.import_module(loss.run.__module__)) or ""
-            parts += [f"## {name}", prose(about), keys(loss.config, OF_EVERY_LOSS) or "It has no arguments."]
+            parts += [f"### {name}", prose(about), keys(loss.config, OF_EVERY_LOSS) or "It has no arguments."]
     introduction = (
         "A distillation's `losses` are a list of these, each with a weight. Each part is the docstring of the loss's "
         "file. p is the teacher's prediction, q the student's. What was measured on a real model is in "
         "[the results](../results.md#distillation): forward_kl, taid and dad; the others are tested against their "
         "formulas only."
     )
-    return page("Losses", prose(introduction), parts).replace("# Losses on", "## Losses on", 2)
+    return page("Losses", prose(introduction), parts)
 
 
 def main() -> None:
