@@ -1,7 +1,7 @@
-"""What a run would do, from the model's config and tensor headers alone: no weight is read.
+"""A recipe laid over an opened model, and what a run of that would do: from config and tensor headers alone.
 
-`plan_of` is the first half of every compression, so what it prints is what will happen; bits are counted on the
-expression that each step announces for the layer's shape.
+Every compression starts from the same `Job` and checks itself by its `plan`, so what `plan` prints is what will happen.
+Bits are counted on the expression that each step announces for the layer's shape.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from llmcompress.compression.fuse.awq import EXPONENTS, check_awq
 from llmcompress.compression.fuse.rotation import rotated_source
+from llmcompress.data.calibration import check_length
+from llmcompress.distill.check_fused import check_fused
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.methods.layer import StepConfig, methods, sketch
 from llmcompress.models.dense import DenseModel
@@ -38,7 +42,7 @@ FORWARD_SHARE = 2.0  # time of a calibration pass over that of its linears: atte
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What will happen to one linear."""
+    """The steps of one linear and what they store."""
 
     name: str
     shape: tuple[int, int]  # (out, in)
@@ -50,7 +54,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run. `bytes`: of the weights on disk. `seconds`, `peak_memory_bytes`: estimates for this machine."""
+    """A whole run. `bytes`: of the weights on disk. `seconds`, `peak_memory_bytes`: estimates for this machine."""
 
     model: str
     recipe: str
@@ -66,32 +70,46 @@ class Plan:
     distillation: dict[str, Any] | None = None  # the section that follows, with every value
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields."""
+        """Return plain values, keys as in the fields."""
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
-    """A recipe laid over a model: what both planning and compressing start from."""
+    """A recipe laid over an opened model: planning, allocating and compressing all start from it."""
 
     source: DenseModel
     arch: Architecture
     recipe: Recipe
     assignment: Assignment
 
-    @property
+    @cached_property
     def steps(self) -> dict[str, tuple[StepConfig, ...]]:
-        """The linears that will be compressed, and how."""
+        """The steps of every linear that will be compressed."""
         return {name: steps for name, steps in self.assignment.steps.items() if steps}
 
-    @property
+    @cached_property
     def tables(self) -> dict[str, tuple[StepConfig, ...]]:
-        """The token table and the output head, those that will be compressed, and how."""
+        """The steps of the token table and of the output head, as far as they will be compressed."""
         found = {self.arch.embedding: self.recipe.embeddings, self.arch.head: self.recipe.head}
         return {name: steps for name, steps in found.items() if steps}
 
+    @cached_property
+    def plan(self) -> Plan:
+        """What the job will do. Raises RecipeError where a step cannot work on a layer's shape, and for a target."""
+        return _plan(self)
+
+    def with_recipe(self, recipe: Recipe) -> Job:
+        """Return the job of another recipe for the same model. Raises RecipeError as `prepare` does."""
+        return _laid(self.source, self.arch, recipe)
+
+    def check_rules(self) -> None:
+        """Raises RecipeError for a pattern that matches no layer of the model."""
+        if self.assignment.unmatched:
+            raise RecipeError(self.assignment.complaint())
+
     def needs(self) -> dict[str, frozenset[str]]:
-        """The statistics that each compressed matrix's methods read, and those its error is computed from."""
+        """Return the statistics that each compressed matrix's methods read, and those that its error needs."""
         known = methods()
         extra = {"outer", "cross"} if self.recipe.asymmetric else {"outer"}
         needs = {
@@ -102,17 +120,24 @@ class Job:
 
 
 def prepare(source: DenseModel, recipe: Recipe) -> Job:
-    """The recipe laid over the model. Raises InputError for a model that is not understood, RecipeError for a recipe
-    whose methods need calibration that it does not have."""
-    fuse = recipe.fuse
-    if fuse is not None and fuse.rotation:
-        source = rotated_source(source, recipe.seed, fuse.untie)
-    arch = architecture(source.config, source.skeleton())
+    """Lay a recipe over a model. Raises InputError for a model that is not understood, and RecipeError for a recipe
+    that does not suit the model or whose methods require calibration that it lacks."""
+    if recipe.fuse is not None and recipe.fuse.rotation:
+        source = rotated_source(source, recipe.seed, recipe.fuse.untie)
+    return _laid(source, architecture(source.config, source.skeleton()), recipe)
+
+
+def _laid(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:
+    """The job, once its recipe is checked against the model."""
+    if recipe.distill is not None:
+        check_fused(recipe.fuse, recipe.distill)
+        for text in recipe.distill.texts():
+            check_length(text.length, source.config)
     _check_calibration(recipe)
     _check_tables(recipe, arch, source)
     others = [linear.name for linear in arch.outside] + [name.rpartition(".")[0] for name in source.tensors]
     job = Job(source, arch, recipe, assign(recipe, list(arch.linears()), others))
-    if fuse is not None and fuse.awq:
+    if recipe.fuse is not None and recipe.fuse.awq:
         check_awq(arch, job.steps)
     return job
 
@@ -163,9 +188,8 @@ def _check_tables(recipe: Recipe, arch: Architecture, source: DenseModel) -> Non
         )
 
 
-def plan_of(job: Job) -> Plan:
-    """What the job will do. Raises RecipeError where a step cannot work on a layer's shape, and for a target, whose
-    steps `allocate` must choose first."""
+def _plan(job: Job) -> Plan:
+    """See `Job.plan`; `allocate` must choose the steps of a target first."""
     if job.recipe.target is not None:
         raise RecipeError(
             "the steps for a target are chosen by measuring the model, which only compress does; plan the recipe that "
@@ -203,7 +227,13 @@ def plan_of(job: Job) -> Plan:
         peak_memory_bytes=_memory(job),
         seconds=_seconds(job),
         warnings=warnings(job),
+        reconstruction=_values(job.recipe.reconstruct),
+        distillation=_values(job.recipe.distill),
     )
+
+
+def _values(section: BaseModel | None) -> dict[str, Any] | None:
+    return None if section is None else section.model_dump(mode="json")
 
 
 def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored: Weight) -> LayerPlan:
@@ -212,7 +242,7 @@ def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored
 
 
 def warnings(job: Job) -> tuple[str, ...]:
-    """What a user should know before: patterns that match nothing, and linears that stay dense."""
+    """Return what a user should know before a run: patterns that match nothing, and linears that stay dense."""
     shadowed = [f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed]
     dense = [name for name, steps in job.assignment.steps.items() if not steps]
     outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
@@ -230,12 +260,12 @@ def _without_data(job: Job) -> tuple[str, ...]:
 
 
 def _is_compressed(job: Job, name: str) -> bool:
-    """Whether the linear `name`, which is in no block, is or shares a table that is compressed."""
+    """True if the linear `name`, which is in no block, is or shares a table that is compressed."""
     return name in job.tables or (job.arch.tied and name == job.arch.head and job.arch.embedding in job.tables)
 
 
 def check_memory(planned: Plan, device: str) -> None:
-    """Raises MemoryLimitError where the run could not fit into this machine even if nothing else ran on it."""
+    """Raises MemoryLimitError if the run could not fit into this machine even if nothing else ran on it."""
     total = total_memory()
     if device == "cpu" and planned.peak_memory_bytes > total:
         raise MemoryLimitError(
@@ -255,7 +285,7 @@ def _memory(job: Job) -> int:
     block = max(sum(prod(lin.shape) for group in layout.groups for lin in group) for layout in job.arch.blocks)
     widths = [group[0].shape[1] for group in job.arch.blocks[0].groups]
     asked = job.recipe.reconstruct
-    learning = 0 if asked is None else 2 if asked.get("window") == 2 else 1  # blocks, together
+    learning = 0 if asked is None else asked.window  # blocks, together
     hidden = _tokens(job) * min(widths) * 4 * (1 + max(learning, 1 if job.recipe.asymmetric else 0))
     statistics = sum(width**2 * 8 for width in widths) + max(widths) ** 2 * 40
     embeddings = max(prod(header.shape) for header in job.source.tensors.values()) * 4

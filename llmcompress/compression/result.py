@@ -1,4 +1,4 @@
-"""What a compression gives back: the checkpoint on disk and its report."""
+"""The result of a compression: the checkpoint on disk and its report."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 class Result:
     """A compressed checkpoint on disk and its report. A result without an `output` lives in a temporary folder.
 
-    `distillation`: what `distill` reported, None where the recipe asked for none; `allocation`: how a target was met,
-    None where there was none.
+    Attributes:
+        folder: the checkpoint, which transformers loads.
+        report: sizes, and the error and bits of every layer.
+        distillation: the report of `distill`; None if the recipe has no `distill:`.
+        allocation: how the target was met, predicted and measured; None if the recipe has no `target:`.
     """
 
     folder: Path
@@ -30,13 +33,17 @@ class Result:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The compressed model, loaded anew at every call."""
+        """The compressed model, loaded from disk at every access."""
         from transformers import AutoModelForCausalLM
 
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder)
         return loaded
 
     def save(self, path: str | Path) -> Path:
-        """Copies the checkpoint to `path`, which must not exist. Raises DiskError otherwise."""
+        """Copy the checkpoint to `path` and return that.
+
+        Raises:
+            DiskError: if `path` exists already or cannot be written.
+        """
         copy_folder(self.folder, Path(path))
         return Path(path)

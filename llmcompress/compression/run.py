@@ -1,8 +1,8 @@
-"""The driver: a dense model and a recipe to a compressed checkpoint and a report.
+"""Run a job: from a recipe laid over a dense model to a compressed checkpoint and a report.
 
-    recipe -> tokens -> walk -> moments -> methods -> expressions -> checkpoint
+    job -> tokens -> walk -> moments -> methods -> expressions -> checkpoint
 
-Blocks are written as soon as they are done, so memory follows one block, whatever the model's depth.
+Each block is written as soon as it is finished, so memory holds one block, whatever the model's depth.
 """
 
 from __future__ import annotations
@@ -11,29 +11,24 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from llmcompress.calibrate.walk import Block, walk
 from llmcompress.compression.block import CompressionState, compress_block, pending_tensors, restore
 from llmcompress.compression.journal import Journal, RunOrigin, open_journal
-from llmcompress.compression.plan import Job, check_memory, plan_of, prepare, warnings
+from llmcompress.compression.plan import Job, check_memory, warnings
 from llmcompress.compression.result import Result
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
-from llmcompress.distill.blockwise.tune import Tune
-from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.distill.blockwise.tune import tuner
+from llmcompress.errors import NumericsError
 from llmcompress.evaluate.report import Report
 from llmcompress.methods.engines.stream_search import searched_there
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import Writer, check_output, writing
 from llmcompress.models.companions import copy_companions
-from llmcompress.models.dense import load_model, resolve
 from llmcompress.models.hf_quantizer import table_entry
-from llmcompress.models.locate import Place
-from llmcompress.recipe.compression import Recipe
-from llmcompress.recipe.read import dump, read_recipe
+from llmcompress.recipe.read import dump
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import peak_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype
@@ -45,28 +40,21 @@ Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per
 
 @fast_float32()
 def compress(
-    model: str | Path,
-    recipe: Recipe | str | Path | dict[str, Any],
+    job: Job,
     output: str | Path | None = None,
     *,
-    revision: str | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
-    tune: Tune | None = None,
     resume: bool = True,
 ) -> Result:
-    """Compresses a dense causal LM (folder, Hub id or `smollm2`) as `recipe` says, into the new folder `output`.
+    """Compress the job's model into the new folder `output`, or a temporary one; `distill:` is left to the pipeline.
 
-    `tune`: what the section `reconstruct:` asks for; `distill:` is left to `recover`. Raises an LLMCompressError, in
-    one sentence, for whatever is wrong; then nothing is left behind but finished blocks, in `<output>.partial`, behind
-    which the same call goes on; without `resume` it begins anew.
+    Raises an LLMCompressError, in one sentence, for whatever is wrong. Only finished blocks are left behind then, in
+    `<output>.partial`: the same call resumes after them, or starts over if `resume` is false.
     """
     started = time.monotonic()
-    place = device_of(device)
-    job = prepare(resolve(str(model), revision), read_recipe(recipe))
-    planned = plan_of(job)
-    if job.assignment.unmatched:
-        raise RecipeError(job.assignment.complaint())
+    place, planned = device_of(device), job.plan
+    job.check_rules()
     temporary = None
     if output is None:
         temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")
@@ -79,6 +67,7 @@ def compress(
         writing(Path(output), keep=True) as writer,
         open_journal(writer.folder, origin, job.source, resume, last=temporary is None) as journal,
     ):
+        tune = None if job.recipe.reconstruct is None else tuner(job.recipe.reconstruct)
         run = CompressionState(job, place, tune, 0 if tokens is None else tokens.held_out, list(journal.found))
         started -= journal.seconds
         _compress_blocks(run, tokens, journal, writer, started, progress)
@@ -100,7 +89,7 @@ def _compress_blocks(
     started: float,
     progress: Progress | None,
 ) -> None:
-    """Every block into the writer's folder; what the journal has found there is put in its place and run."""
+    """Compress every block into the writer's folder; blocks that the journal has found there are restored and run."""
     for number in journal.closed():
         writer.count(journal.tensors(number))
     finished = len(journal.found)
@@ -121,8 +110,7 @@ def _tokens(job: Job) -> CalibrationTokens | None:
     if config is None:
         return None
     source = job.source
-    teacher = partial(load_model, Place(source.name, source.folder))
-    return calibration_tokens(config, source.tokenizer(), teacher, source.config)
+    return calibration_tokens(config, source.tokenizer(), source.load, source.config)
 
 
 def _blocks(
@@ -151,7 +139,7 @@ def _blocks(
 
 
 def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
-    """Everything but the decoder blocks: embeddings, head, config, tokenizer, and what else the dense folder holds."""
+    """Write all but the decoder blocks: embeddings, head, config, tokenizer, and what else the dense folder holds."""
     inside = tuple(f"{layout.path}." for layout in job.arch.blocks)
     tables = {f"{name}.weight" for name in job.tables}
     rest = [name for name in job.source.tensors if not name.startswith(inside) and name not in tables]
@@ -163,7 +151,7 @@ def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
 
 
 def _check_gates(run: CompressionState) -> None:
-    """Raises NumericsError where more layers needed a fallback than the recipe allows."""
+    """Raises NumericsError if more layers needed a fallback than the recipe allows."""
     rows = run.rows
     fallbacks = [row for row in rows if row.fallback]
     if len(fallbacks) > run.job.recipe.gates.max_fallback_layers * len(rows):
@@ -202,7 +190,7 @@ def _report(
 
 
 def _searched_elsewhere(run: CompressionState) -> tuple[str, ...]:
-    """A sentence where trellises were searched on another device than asked for."""
+    """A sentence if trellises were searched on another device than asked for."""
     if searched_there(run.device) or not any("trellis" in row.stored for row in run.rows):
         return ()
     return (
@@ -212,6 +200,10 @@ def _searched_elsewhere(run: CompressionState) -> tuple[str, ...]:
 
 
 def _from_before(journal: Journal) -> tuple[str, ...]:
-    """A sentence where blocks are those of an earlier run."""
+    """A sentence if some blocks are those of an earlier run."""
     count = len(journal.found)
-    return (f"{count} of {journal.count} blocks and tables are of an earlier run, which was cut",) if count else ()
+    return (
+        (f"{count} of {journal.count} blocks and tables are from an earlier run, which was interrupted",)
+        if count
+        else ()
+    )

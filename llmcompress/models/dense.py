@@ -88,6 +88,10 @@ class DenseModel:
         """The model with weights on meta and real buffers, in eval mode; a new one at every call."""
         return dense_skeleton(self.config, self.folder)
 
+    def load(self, device: str = "cpu") -> PreTrainedModel:
+        """Return the whole model as it lies on disk, in float32. Raises what `load_model` raises."""
+        return load_model(Place(self.name, self.folder), device)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises InputError when the folder has none that transformers can read."""
         return load_tokenizer(self.folder)

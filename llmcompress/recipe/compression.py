@@ -8,7 +8,7 @@
         steps: [{method: gptq, bits: 3, group_size: 64}]
       - match: '*'
         steps: []                            # stays dense, said on purpose
-    distill: {steps: 100}                    # then the dense model teaches it; `distill/recipe.py` reads this part
+    distill: {steps: 100}                    # then the dense model teaches it
 
 The same classes can be built in Python. Whatever is wrong is a RecipeError of one sentence that names the line.
 """
@@ -33,10 +33,13 @@ from pydantic import (
 import llmcompress.methods  # noqa: F401 (registers them)
 from llmcompress.methods.layer import StepConfig, step
 from llmcompress.recipe.calibration import Calibration, TokenWeights
+from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.error_messages import at
 from llmcompress.recipe.fuse import Fuse
 from llmcompress.recipe.patterns import Matching
+from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.recipe.target import Target
-from llmcompress.recipe.yaml import Places
+from llmcompress.recipe.yaml import Path, Places
 
 VERSION = 1
 
@@ -83,7 +86,7 @@ class Gates(BaseModel):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a recipe was read from. All origins are equal, so that recipes compare by what they ask for."""
+    """The places that a recipe was read from. All origins are equal, so recipes compare by what they ask for."""
 
     places: Places = field(default_factory=dict, compare=False)
 
@@ -130,13 +133,24 @@ class Recipe(BaseModel):
     )
     head: tuple[Step, ...] = Field(default=(), description="steps for an output head that is not tied")
     gates: Gates = Gates()
-    reconstruct: dict[str, Any] | None = Field(
-        default=None, description="how every block learns, once its layers are set; null: it does not"
+    reconstruct: Reconstruction | None = Field(
+        default=None, description="how every block learns once its layers are set; null: it does not"
     )
-    distill: dict[str, Any] | None = Field(
+    distill: Distillation | None = Field(
         default=None, description="a distillation of what was compressed, towards the same model; null: none"
     )
     _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    def at(self, path: Path) -> str:
+        """Return the place of the entry at `path` such as "recipe.yaml:14: ", or "" for a recipe without places."""
+        return at(path, self._origin.places) if self._origin.places else ""
+
+    @field_validator("reconstruct", "distill", mode="before")
+    @classmethod
+    def _inherit(cls, section: Any, info: ValidationInfo) -> Any:
+        """Give a section the recipe's version, name and seed where it has none of its own."""
+        inherited = {key: info.data[key] for key in ("version", "name", "seed") if key in info.data}
+        return inherited | section if isinstance(section, dict) else section
 
     @field_validator("rules")
     @classmethod

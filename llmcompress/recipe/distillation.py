@@ -212,6 +212,10 @@ class Distillation(BaseModel):
     save_every: int = Field(default=25, ge=1, description="steps between states that a run can resume from")
     save_minutes: float = Field(default=10, gt=0, allow_inf_nan=False, description="and minutes between them at most")
 
+    def texts(self) -> tuple[TextSource, ...]:
+        """Return the texts to read: one, or those of the domains."""
+        return self.data if isinstance(self.data, tuple) else (self.data,)
+
     def stages(self) -> tuple[tuple[PhaseKind, Distillation], ...]:
         """The phases: the kind of each, and the recipe of it alone."""
         if not self.phases:

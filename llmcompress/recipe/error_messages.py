@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import json
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from llmcompress.errors import RecipeError
+from llmcompress.losses.features import feature_losses
+from llmcompress.losses.loss import LossConfig, losses
 from llmcompress.methods.layer import StepConfig, methods
 from llmcompress.recipe.yaml import Path, Places
 
@@ -77,7 +80,7 @@ def check_booleans(model: type[BaseModel], values: Any, places: Places) -> None:
 
 def unknown_key(key: str, spot: Spot) -> str:
     """The sentence about a key that the schema at `spot` does not have."""
-    known = [] if spot.model is None else list(spot.model.model_fields)
+    known = [] if spot.model is None else list(fields(spot.model))
     return f'unknown key "{key}" in {spot.label or "the recipe"}; {hint(key, known)}'
 
 
@@ -98,15 +101,28 @@ def locate(model: type[BaseModel], values: Any, path: Path) -> Spot:
             label = f"rule {part + 1}" if label == "rules" else label
         else:
             spot = Spot(rules, "" if rules is model else label, part)
-            field = None if rules is None else rules.model_fields.get(part)
+            field = None if rules is None else fields(rules).get(part)
             rules, label = (None if field is None else _model(field.annotation)), part
         if isinstance(values, dict) and rules is not None:
-            if issubclass(rules, StepConfig):
-                name = values.get("method")
-                known = methods().get(name) if isinstance(name, str) else None
-                rules, label = (StepConfig, "") if known is None else (known.config, f"step {name}")
+            rules, label = _registered(rules, values) or (rules, label)
+            label = "" if "version" in rules.model_fields else label  # a section that is a recipe of its own
             spot = Spot(rules, label, None)
     return spot
+
+
+def _registered(rules: type[BaseModel], values: dict[str, Any]) -> tuple[type[BaseModel], str] | None:
+    """The arguments' schema and the label of a step or a loss, by the name in its map; None for other schemas."""
+    registries: dict[type[BaseModel], tuple[str, Mapping[str, Any]]] = {
+        StepConfig: ("method", methods()),
+        LossConfig: ("loss", losses() | feature_losses()),
+    }
+    if rules not in registries:
+        return None
+    key, known = registries[rules]
+    name = values.get(key)
+    found = known.get(name) if isinstance(name, str) else None
+    label = "step" if key == "method" else key
+    return (rules, "") if found is None else (found.config, f"{label} {name}")
 
 
 def at(path: Path, places: Places) -> str:
@@ -122,24 +138,21 @@ def dotted(path: Path) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-def is_open(model: type[BaseModel], key: str) -> bool:
-    """Whether the field `key` is a map whose own keys the schema does not list: any may be put there, and is judged
-    when the whole is read."""
-    field = model.model_fields.get(key)
-    options = () if field is None else (field.annotation, *get_args(field.annotation))
-    return any(get_origin(option) is dict for option in options)
+def fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return the fields of a schema, keyed as a recipe spells them."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
-def paths(values: Any, path: Path = ()) -> Iterator[Path]:
-    """The path of everything inside plain values."""
-    for key, value in _entries(values):
-        yield (*path, key)
-        yield from paths(value, (*path, key))
+def is_open(model: type[BaseModel], values: Any, path: Path) -> bool:
+    """True if `path` is the key of a map whose keys no schema lists, such as rates: it is judged with the whole."""
+    spot = locate(model, values, path[:-1])
+    field = None if spot.model is None or spot.key is None else fields(spot.model).get(spot.key)
+    return field is not None and _is_map(field.annotation)
 
 
 def requirement(spot: Spot, path: Path) -> str:
     """What the field at `path` takes, for people: "a number at least 0 and at most 1 or null"."""
-    field = None if spot.model is None or spot.key is None else spot.model.model_fields.get(spot.key)
+    field = None if spot.model is None or spot.key is None else fields(spot.model).get(spot.key)
     if field is None:
         return "a map of keys"
     if isinstance(path[-1], int):
@@ -202,6 +215,11 @@ def _model(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for option in get_args(annotation) if (found := _model(option)) is not None), None)
+
+
+def _is_map(annotation: Any) -> bool:
+    """True if the annotation is or may be a dict."""
+    return get_origin(annotation) is dict or any(_is_map(option) for option in get_args(annotation))
 
 
 def _flattened(error: ValidationError, path: Path) -> Iterator[tuple[Path, Any]]:

@@ -8,7 +8,6 @@ from difflib import SequenceMatcher
 
 from llmcompress.methods.layer import StepConfig
 from llmcompress.recipe.compression import Recipe
-from llmcompress.recipe.error_messages import at
 from llmcompress.recipe.patterns import REGEX, matches
 
 
@@ -47,7 +46,7 @@ def assign(recipe: Recipe, names: Iterable[str], others: Sequence[str] = ()) -> 
             elsewhere = [name for name in others if matches(pattern, name)]
             if not found and (rule.steps or not elsewhere):
                 unmatched.append(pattern)
-                where = at(("rules", number, "match", index), recipe._origin.places) if recipe._origin.places else ""
+                where = recipe.at(("rules", number, "match", index))
                 complaints.append(f"{where}rule {number + 1} {_nothing(pattern, names, elsewhere)}")
             elif found and before.issuperset(found):
                 shadowed.append(pattern)

@@ -1,16 +1,21 @@
-"""Settings as text: "rules[0].steps[1].rank=16" changes one value of a recipe before it is validated."""
+"""Changes to a recipe before it is validated: settings as text, and typed values.
+
+A setting such as "rules[0].steps[1].rank=16" changes one value at any depth, as `--set` does. A `Change` replaces a
+top-level value with a Python value, as `--seed` and `--bpw` do.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
 from llmcompress.errors import RecipeError
-from llmcompress.recipe.error_messages import dotted, is_open, locate, unknown_key
+from llmcompress.recipe.error_messages import dotted, fields, is_open, locate, unknown_key
 from llmcompress.recipe.yaml import Path, Places, parse
 
 _PART = re.compile(r"([A-Za-z_][A-Za-z_0-9]*)((?:\[\d+\])*)")
@@ -19,9 +24,10 @@ _PART = re.compile(r"([A-Za-z_][A-Za-z_0-9]*)((?:\[\d+\])*)")
 def overrides(
     schema: type[BaseModel], values: dict[str, Any], settings: Sequence[str], places: Places | None = None
 ) -> dict[str, Any]:
-    """A copy of a recipe's plain `values` with settings such as "rules[0].steps[1].rank=16" applied.
+    """Return a copy of a recipe's plain `values` with settings such as "rules[0].steps[1].rank=16" applied.
 
-    A setting changes a key that is there, or one the schema knows. `places` learns who set what. Raises RecipeError.
+    A setting changes a key that is present, or one that the schema knows. `places` is updated: errors name the setting.
+    Raises RecipeError.
     """
     values = deepcopy(values)
     places = {} if places is None else places
@@ -36,10 +42,36 @@ def overrides(
             inside = inside[part]
         _check_part(values, path, inside, where, schema)
         inside[path[-1]] = value
-        for old in [place for place in places if place[: len(path)] == path]:
-            del places[old]
-        places[path] = where
+        _move(places, path, where)
     return values
+
+
+@dataclass(frozen=True)
+class Change:
+    """A value for the top-level `key` of a recipe. `origin`: the option that asks for it, named in errors; `keep`: True
+    to leave a value other than null as it is."""
+
+    key: str
+    value: Any
+    origin: str
+    keep: bool = False
+
+
+def changed(values: dict[str, Any], changes: Sequence[Change], places: Places) -> dict[str, Any]:
+    """Return a copy of a recipe's `values` with the changes made. `places` is updated: errors name the origin."""
+    values = dict(values)
+    for change in changes:
+        if not change.keep or values.get(change.key) is None:
+            values[change.key] = change.value
+            _move(places, (change.key,), change.origin)
+    return values
+
+
+def _move(places: Places, path: Path, where: str) -> None:
+    """Note that the entry at `path`, with all inside it, now comes from `where`."""
+    for old in [place for place in places if place[: len(path)] == path]:
+        del places[old]
+    places[path] = where
 
 
 def _parsed_setting(setting: str) -> tuple[Path, Any]:
@@ -57,7 +89,7 @@ def _parsed_setting(setting: str) -> tuple[Path, Any]:
 
 
 def _check_part(values: dict[str, Any], path: Path, inside: Any, where: str, schema: type[BaseModel]) -> None:
-    """Raises RecipeError when the last part of `path` is not in `inside` and cannot be put there."""
+    """Raises RecipeError if the last part of `path` is not in `inside` and cannot be added there."""
     part, outer = path[-1], dotted(path[:-1])
     if isinstance(part, int):
         if not isinstance(inside, list):
@@ -66,7 +98,7 @@ def _check_part(values: dict[str, Any], path: Path, inside: Any, where: str, sch
             raise RecipeError(f"{where}: {outer} has {len(inside)} entries, counted from 0; there is no [{part}]")
     elif not isinstance(inside, dict):
         raise RecipeError(f"{where}: {outer} has no keys, so there is no {dotted(path)}")
-    elif part not in inside and not (len(path) > 1 and is_open(schema, str(path[0]))):
+    elif part not in inside and not is_open(schema, values, path):
         spot = locate(schema, values, path[:-1])
-        if spot.model is None or part not in spot.model.model_fields:
+        if spot.model is None or part not in fields(spot.model):
             raise RecipeError(f"{where}: {unknown_key(part, spot)}")

@@ -13,71 +13,74 @@ from pydantic import BaseModel, ValidationError
 
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.compression import VERSION, Origin, Recipe
-from llmcompress.recipe.error_messages import at, check_booleans, dotted, first_complaint, paths
-from llmcompress.recipe.overrides import overrides
+from llmcompress.recipe.error_messages import at, check_booleans, first_complaint
+from llmcompress.recipe.library import find_recipe
+from llmcompress.recipe.overrides import Change, changed, overrides
 from llmcompress.recipe.yaml import OneLine, Places, parse, written
 
 S = TypeVar("S", bound=BaseModel)
 
 
-def read_recipe(source: Recipe | str | FilePath | Mapping[str, Any], settings: Sequence[str] = ()) -> Recipe:
-    """Return a recipe of compression from a YAML file, from plain values, or as it is.
+def read_recipe(
+    source: Recipe | str | FilePath | Mapping[str, Any], settings: Sequence[str] = (), changes: Sequence[Change] = ()
+) -> Recipe:
+    """Return a recipe of compression from a YAML file, the name of one that comes with llmcompress, or plain values.
 
-    `settings` are as `overrides` takes them. Raises RecipeError for the first thing wrong with the recipe.
+    A `Recipe` is returned as it is. `settings`, as `overrides` takes them, and then `changes` are applied before the
+    recipe is validated. Raises RecipeError for the first thing wrong with it.
     """
-    return read_as(Recipe, source, settings)
+    return read_as(Recipe, source, settings, changes)
 
 
-def read_as(schema: type[S], source: S | str | FilePath | Mapping[str, Any], settings: Sequence[str] = ()) -> S:
+def read_as(
+    schema: type[S],
+    source: S | str | FilePath | Mapping[str, Any],
+    settings: Sequence[str] = (),
+    changes: Sequence[Change] = (),
+) -> S:
     """`read_recipe` for any schema that has a version and a name."""
     if isinstance(source, schema):
-        return _validated(schema, source.model_dump(mode="json"), {}, settings) if settings else source
+        if not settings and not changes:
+            return source
+        values = source.model_dump(mode="json") if settings else dict(source)
+        return _validated(schema, values, {}, settings, changes)
     if isinstance(source, Mapping):
-        return _validated(schema, dict(source), {}, settings)
-    path = FilePath(cast(str, source)).expanduser()
+        return _validated(schema, dict(source), {}, settings, changes)
+    path = find_recipe(cast(str, source), distillation=schema is not Recipe)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); a recipe is a YAML file") from error
     except OSError as error:
         raise RecipeError(f"the recipe {path} cannot be read ({error.strerror}); give a YAML file") from error
-    return _parsed(schema, text, path.name, settings)
-
-
-def section(recipe: Recipe, key: str, schema: type[S]) -> S:
-    """The map under `key` as a schema that this file does not know reads it. Of version, name and seed it has the
-    recipe's unless it gives its own. Raises RecipeError for the first thing wrong with it."""
-    values = getattr(recipe, key) or {}
-    read = {path[1:]: where for path, where in recipe._origin.places.items() if path[:1] == (key,)}
-    places = read or {path: dotted((key, *path)) for path in [(), *paths(values)]}
-    own = {"version": VERSION, "name": recipe.name, "seed": recipe.seed}
-    return _validated(schema, own | values, places, ())
+    return _parsed(schema, text, path.name, settings, changes)
 
 
 def parse_recipe(text: str, name: str = "recipe.yaml", settings: Sequence[str] = ()) -> Recipe:
-    """A recipe of compression from YAML text; `name` is the file's, for errors and recipes without a name of their own.
+    """Return a recipe of compression from YAML text; `name` is the file's, for errors and recipes without a name.
 
     Raises RecipeError for the first thing wrong with it.
     """
     return _parsed(Recipe, text, name, settings)
 
 
-def _parsed(schema: type[S], text: str, name: str, settings: Sequence[str]) -> S:
+def _parsed(schema: type[S], text: str, name: str, settings: Sequence[str], changes: Sequence[Change] = ()) -> S:
     values, places = parse(text, name)
     if not isinstance(values, dict):
         raise RecipeError(f"{name}: a recipe is a map that starts with version: {VERSION}; this is {_kind(values)}")
-    return _validated(schema, {"name": FilePath(name).stem, **values}, places, settings)
+    return _validated(schema, {"name": FilePath(name).stem, **values}, places, settings, changes)
 
 
 def dump(recipe: BaseModel) -> str:
-    """The recipe as YAML text with every value written out; reads back equal."""
+    """Return the recipe as YAML text with every value written out; it reads back equal."""
     return written(_flow(recipe.model_dump(mode="json")))
 
 
-def _validated(schema: type[S], values: dict[str, Any], places: Places, settings: Sequence[str]) -> S:
+def _validated(
+    schema: type[S], values: dict[str, Any], places: Places, settings: Sequence[str], changes: Sequence[Change]
+) -> S:
     places = dict(places)
-    if settings:
-        values = overrides(schema, values, settings, places)
+    values = changed(overrides(schema, values, settings, places) if settings else values, changes, places)
     version = values.get("version")
     if version is None:
         raise RecipeError(f"{at((), places)}the recipe has no version; write version: {VERSION}")

@@ -33,6 +33,7 @@ from llmcompress.compression import run
 from llmcompress.compression.allocate.plan import Allocation, allocate, damage
 from llmcompress.compression.allocate.price_file import allocate_by
 from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts
+from llmcompress.compression.plan import prepare
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.perplexity import text_windows
 from llmcompress.models.dense import DenseModel, load_model, load_tokenizer, resolve
@@ -65,7 +66,7 @@ def main() -> None:
     found = allocated(source, recipe(asked), asked.prices)
     text = (asked.data / "wikitext2-test.raw").read_text(encoding="utf-8")
     windows = text_windows(load_tokenizer(source.folder), text, asked.windows, LENGTH, source.config)
-    dense = DensePredictions(windows, in_parts(load_model(Place(source.name, source.folder)), windows))
+    dense = DensePredictions(windows, in_parts(source.load(), windows))
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     held = asked.jsonl.read_text(encoding="utf-8").splitlines() if asked.jsonl and asked.jsonl.exists() else []
     known = {row["steps"]: row for row in map(json.loads, held)}
@@ -73,7 +74,7 @@ def main() -> None:
     for name, plan in chain(plans(found, asked.plans), others(source, asked)):
         planned = dataclasses.replace(found, chosen=plan)
         steps = sha256(dump(planned.recipe).encode()).hexdigest()
-        row = known.get(steps) or measured(planned, source, dense)
+        row = known.get(steps) or measured(planned, dense)
         row |= {"plan": name, "predicted_kl": damage(found.prices, plan)}
         rows.append(row)
         print(line(row), flush=True)
@@ -102,8 +103,8 @@ def recipe(asked: argparse.Namespace) -> dict[str, Any]:
 
 def allocated(source: DenseModel, asked: dict[str, Any], kept: Path | None) -> Allocation:
     """The plan for a recipe, by the prices in the file `kept`."""
-    wanted = read_recipe(asked)
-    return allocate(source, wanted) if kept is None else allocate_by(kept, source, wanted)
+    job = prepare(source, read_recipe(asked))
+    return allocate(job) if kept is None else allocate_by(kept, job)
 
 
 def others(source: DenseModel, asked: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -133,10 +134,10 @@ def plans(found: Allocation, count: int) -> Iterator[tuple[str, tuple[int, ...]]
         yield name, plan
 
 
-def measured(found: Allocation, source: DenseModel, dense: DensePredictions) -> dict[str, Any]:
+def measured(found: Allocation, dense: DensePredictions) -> dict[str, Any]:
     """Compresses by a plan; its sizes, and its KL on the probing tokens and on the text."""
     with tempfile.TemporaryDirectory() as folder:
-        report = run.compress(source.name, found.recipe, Path(folder) / "model", revision=source.revision).report
+        report = run.compress(found.settled, Path(folder) / "model").report
         probing = found.measured(Path(folder) / "model")
         model = load_model(Place("model", Path(folder) / "model"))
         with decoded(model):

@@ -24,7 +24,7 @@ from llmcompress.evaluate.scores import evaluate
 from llmcompress.evaluate.tables import frontier_markdown
 from llmcompress.evaluate.verify import verify
 from llmcompress.models.checkpoint import MANIFEST, check_manifest
-from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.dense import DenseModel, load_model, load_tokenizer
 from llmcompress.models.file_names import ALLOCATION, DISTILLATION, RECIPE, SCORES
 from llmcompress.models.locate import locate
 from llmcompress.recipe.compression import Recipe
@@ -187,10 +187,10 @@ def test_what_is_finished_is_read_and_more_budgets_are_added(
 
     tasks = str(place / "geese.jsonl")
     with monkeypatch.context() as context:
-        for module, name in ((sweep, "compress"), (sweep, "record")):
+        for module, name in ((sweep, "compress_job"), (sweep, "record")):
             context.setattr(module, name, never)
         context.setattr("llmcompress.compression.frontier.judge.load_model", never)
-        context.setattr("llmcompress.compression.allocate.price_file.load_model", never)
+        context.setattr(DenseModel, "load", never)
         sizes, recipe = budgets(BPW, None), read_recipe(values(place))
         again = frontier(place / "dense", [recipe], sizes, tmp_path / "out", protocol(place, tasks))
     assert [one["kl"] for one in again["series"][0]["points"]] == [one["kl"] for one in curve[1]["series"][0]["points"]]
@@ -228,7 +228,7 @@ def test_a_stopped_sweep_says_what_it_keeps(place: Path, tmp_path: Path, monkeyp
     def stopped(*given: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "compress", stopped)
+    monkeypatch.setattr(sweep, "compress_job", stopped)
     with pytest.raises(KeyboardInterrupt, match="out keeps what is finished, and the same command goes on from there"):
         swept(place, tmp_path / "out")
 
@@ -240,7 +240,7 @@ def test_a_distilled_point_is_kept_too(place: Path, tmp_path: Path, monkeypatch:
     [point] = first["series"][0]["points"]
     taught = json.loads((tmp_path / "out" / "bpw-4" / DISTILLATION).read_text())
     assert point["seconds"] > taught["seconds"] > 0
-    monkeypatch.setattr(sweep, "compress", dying(sweep.compress, 0))
+    monkeypatch.setattr(sweep, "compress_job", dying(sweep.compress_job, 0))
     assert swept(place, tmp_path / "out", "4", distill=section)["series"][0]["points"] == [point]
     with pytest.raises(DiskError, match=r"prices.json was left by a run with another recipe"):
         swept(place, tmp_path / "out", "4", distill=section | {"steps": 3})

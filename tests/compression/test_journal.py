@@ -133,7 +133,7 @@ def test_a_run_that_was_cut_ends_with_the_same_files(
     assert compressed == list(range(2, blocks)), "finished blocks are not compressed again"
     assert files(again.folder) == files(whole.folder)
     assert told(again.report) == told(whole.report)
-    assert f"2 of {blocks} blocks and tables are of an earlier run, which was cut" in again.report.warnings
+    assert f"2 of {blocks} blocks and tables are from an earlier run, which was interrupted" in again.report.warnings
     assert again.report.seconds > 0 and not list(tmp_path.glob("out.*"))
     verify(again.folder, text=place / "text.txt", length=16)
 
@@ -346,7 +346,7 @@ def test_the_command_says_what_it_keeps(place: Path, tmp_path: Path, monkeypatch
     compressed = begun(monkeypatch)
     ended = CliRunner().invoke(app, words)
     assert ended.exit_code == 0 and compressed == [1, 2, 3]
-    assert f"warning: 1 of {DEPTH} blocks and tables are of an earlier run, which was cut" in ended.stderr
+    assert f"warning: 1 of {DEPTH} blocks and tables are from an earlier run, which was interrupted" in ended.stderr
     shutil.rmtree(tmp_path / "out")
     cut(place, recipe(place), tmp_path / "out", 2)
     assert CliRunner().invoke(app, [*words, "--no-resume"]).exit_code == 0 and compressed[-DEPTH:] == [0, 1, 2, 3]

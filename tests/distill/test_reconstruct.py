@@ -224,5 +224,5 @@ def test_tuning_is_one_word_on_the_command_line(place: Path, tmp_path: Path) -> 
         done = CliRunner().invoke(app, ["compress", str(place / "dense"), str(path), "--tune", "-o", str(out)])
         assert done.exit_code == 0, done.output
         kept = read_recipe(out / RECIPE).reconstruct
-        assert kept == ({} if section is None else QUICK | section)
+        assert kept == Reconstruction(name="r", **({} if section is None else QUICK | section))
         assert read(out).blocks

@@ -1,9 +1,9 @@
-"""A recipe with a target in, a recipe with one rule for every group of equal layers out.
+"""Choose steps for a target: a job with a target in, a job with one rule for every group of equal layers out.
 
-    recipe with a target -> choices -> prices -> one option for each matrix -> recipe -> the driver, as ever
+    job with a target -> choices -> prices -> one option for each matrix -> job without a target, ready to run
 
-Prices do not depend on how large a target is, so one list serves many. The price list and the plan travel in
-`allocation.json` beside the report, so that another plan can be made of them without the model.
+Prices do not depend on the size of the target, so one list serves many. The price list and the plan are stored in
+`allocation.json` beside the report, so another plan can be made from them without the model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ from llmcompress.compression.allocate.distortion import families
 from llmcompress.compression.allocate.prices import Priced, Progress, prices
 from llmcompress.compression.allocate.sensitivity import DensePredictions, Probe, in_parts, probe_windows
 from llmcompress.compression.allocate.solve import monotone, solve
-from llmcompress.compression.plan import Job, prepare
+from llmcompress.compression.plan import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
 from llmcompress.models.checkpoint import add_file, megabytes
 from llmcompress.models.dense import DenseModel, load_model
 from llmcompress.models.file_names import ALLOCATION
-from llmcompress.models.locate import Place, locate
+from llmcompress.models.locate import locate
 from llmcompress.recipe.compression import Recipe, Rule
 from llmcompress.recipe.target import Target
 from llmcompress.runtime.memory import total_memory
@@ -40,8 +39,8 @@ FLOAT32 = 4  # bytes
 
 @dataclass(frozen=True)
 class Allocation:
-    """What was chosen, and why; with another `chosen`, another plan. `job`: the recipe with its target, laid over the
-    model; `dense`: gives what the dense model predicts on the probing tokens, to measure the finished model against."""
+    """The options that were chosen, and their prices; with another `chosen`, another plan. `job`: has the target;
+    `dense`: gives the dense model's predictions on the probing tokens, to measure the finished model against."""
 
     job: Job
     choices: Choices
@@ -52,17 +51,22 @@ class Allocation:
 
     @property
     def recipe(self) -> Recipe:
-        """What the driver runs: no target, and the steps of every matrix."""
+        """The job's recipe without its target, and with the steps of every matrix."""
         return with_steps(self.job, self.choices, self.chosen)
 
+    @property
+    def settled(self) -> Job:
+        """The job to run: that of the chosen steps."""
+        return self.job.with_recipe(self.recipe)
+
     def measured(self, folder: Path, device: str = "cpu") -> float:
-        """KL(dense || the model in `folder`) on the probing tokens, in nats per token."""
+        """Return KL(dense || the model in `folder`) on the probing tokens, in nats per token."""
         model, dense = load_model(locate(str(folder)), device), self.dense()
         with decoded(model):
             return dense.divergence(in_parts(model, dense.windows))
 
     def summary(self, measured_kl: float, size: int) -> dict[str, Any]:
-        """What was aimed at, predicted and reached; `size`: bytes of the finished weight files."""
+        """Return the target, predictions and measurements; `size`: bytes of the finished weight files."""
         target = self.job.recipe.target
         return {
             "target": None if target is None else target.model_dump(mode="json", exclude_none=True),
@@ -76,7 +80,7 @@ class Allocation:
         }
 
     def keep(self, folder: Path, summary: dict[str, Any]) -> None:
-        """Writes the price list and the plan into a finished checkpoint. Raises DiskError if that cannot be."""
+        """Write the price list and the plan into a finished checkpoint. Raises DiskError if it cannot be written."""
         rows = [one.to_json() | {"chosen": option} for one, option in zip(self.prices, self.chosen, strict=True)]
         entries = summary | {"fixed_bytes": self.choices.fixed_bytes, "matrices": rows}
         add_file(folder, ALLOCATION, json.dumps(entries, indent=1))
@@ -84,8 +88,10 @@ class Allocation:
 
 @dataclass(frozen=True)
 class PriceList:
-    """What every option of a job's matrices takes and costs, for all targets of the kind that its recipe has. `dense`:
-    as in an `Allocation`; `seconds`: that the measurements took."""
+    """The size and cost of every option of a job's matrices, for all targets of the kind that its recipe has.
+
+    `dense`: as in an `Allocation`; `seconds`: the time of the measurements.
+    """
 
     job: Job
     choices: Choices
@@ -94,8 +100,8 @@ class PriceList:
     seconds: float
 
     def reaching(self, target: Target) -> Allocation:
-        """The plan for a target; bits per weight and bytes are not of one kind. Raises RecipeError for one that no
-        choice reaches."""
+        """Return the plan for a target of the same kind (bits per weight and bytes are two kinds). Raises RecipeError
+        for a target that no choice reaches."""
         started = time.monotonic()
         chosen = choose(self.choices, self.prices, target)
         job = replace(self.job, recipe=self.job.recipe.model_copy(update={"target": target}))
@@ -104,61 +110,59 @@ class PriceList:
 
 
 def damage(price_list: Sequence[Priced], chosen: Sequence[int]) -> float:
-    """The predicted KL of a plan: that of its options, summed."""
+    """Return the predicted KL of a plan: the sum over its options."""
     return sum(one.offers[option].damage for one, option in zip(price_list, chosen, strict=True))
 
 
-def allocate(
-    source: DenseModel, recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None
-) -> Allocation:
-    """Chooses an option for everything that a recipe with a target leaves open. Holds the dense model in float32.
+def allocate(job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Allocation:
+    """Choose an option for every matrix that a job with a target leaves open. Holds the dense model in float32.
 
-    Raises RecipeError for a target that no choice reaches, before anything is measured where headers tell, and what
-    the walk and the methods raise.
+    Raises RecipeError for a target that no choice reaches, before anything is measured if headers tell, and what the
+    walk and the methods raise.
     """
-    if recipe.target is None:
+    target = target_of(job)
+    return price(job, reachable(job, (target,)), device=device, progress=progress).reaching(target)
+
+
+def target_of(job: Job) -> Target:
+    """Return the target of the job's recipe. Raises RecipeError if it has none."""
+    if job.recipe.target is None:
         raise RecipeError("there is nothing to choose steps for; give a recipe with a target")
-    job, found = reachable(source, recipe, (recipe.target,))
-    return price(job, found, device=device, progress=progress).reaching(recipe.target)
+    return job.recipe.target
 
 
-def reachable(source: DenseModel, recipe: Recipe, targets: Sequence[Target]) -> tuple[Job, Choices]:
-    """The recipe laid over the model, and what it leaves to choose, from headers alone; the targets are of its kind.
+def reachable(job: Job, targets: Sequence[Target]) -> Choices:
+    """Return what the job leaves to choose, from headers alone; the targets are of its recipe's kind.
 
     Raises RecipeError for a target below what the cheapest options take, and for what is wrong with recipe or options.
     """
-    job = prepare(source, recipe)
-    if job.assignment.unmatched:
-        raise RecipeError(job.assignment.complaint())
+    job.check_rules()
     found = choices(job)
     for target in targets:
         _check_reachable(found, target)
-    return job, found
+    return found
 
 
 def price(job: Job, found: Choices, *, device: str = "cpu", progress: Progress | None = None) -> PriceList:
-    """Measures what every choice costs, on the calibration text of the job's recipe. Holds the dense model in float32.
+    """Measure what every choice costs, on the calibration text of the job's recipe. Holds the dense model in float32.
 
-    Raises MemoryLimitError where that is too much, InputError for too little text, and what the walk and the methods
-    raise.
+    Raises MemoryLimitError if it does not fit, InputError for too little text, and what the walk and the methods raise.
     """
     started, source = time.monotonic(), job.source
     _check_memory(source, device)
     tokens = _tokens(job)
     windows = probe_windows(tokens.sequences[tokens.obtained - tokens.held_out :])
-    probe = Probe(load_model(Place(source.name, source.folder), device), job.arch, windows)
+    probe = Probe(source.load(device), job.arch, windows)
     priced, dense = prices(job, found, tokens, probe, device, progress), probe.dense
     return PriceList(job, found, priced, lambda: dense, time.monotonic() - started)
 
 
 def _tokens(job: Job) -> CalibrationTokens:
-    """The calibration tokens, as the driver will have them. Raises InputError where none of them is held out."""
+    """The calibration tokens, the same as in the run. Raises InputError if none of them is held out."""
     source, config = job.source, job.recipe.calibration
     if config is None:
         raise RecipeError("options are judged on text; give a recipe with calibration")
-    found = calibration_tokens(
-        config, source.tokenizer(), partial(load_model, Place(source.name, source.folder)), source.config
-    )
+    found = calibration_tokens(config, source.tokenizer(), source.load, source.config)
     if not found.held_out:
         raise InputError(
             f"the calibration text gives {found.obtained} sequences, none of which is held out to judge options on; "
@@ -168,7 +172,7 @@ def _tokens(job: Job) -> CalibrationTokens:
 
 
 def _check_memory(source: DenseModel, device: str) -> None:
-    """Raises MemoryLimitError where the dense model does not fit into this machine."""
+    """Raises MemoryLimitError if the dense model does not fit into this machine."""
     needed, there = FLOAT32 * source.parameters, total_memory()
     if device == "cpu" and needed > there:
         raise MemoryLimitError(
@@ -194,7 +198,7 @@ def _check_reachable(found: Choices, target: Target) -> None:
 
 
 def choose(found: Choices, priced: Sequence[Priced], target: Target) -> tuple[int, ...]:
-    """The options that a target asks for: the least damage at a size, or the least size at a damage.
+    """Return the options that meet a target: the least damage at a size, or the least size at a damage.
 
     Raises RecipeError for a target that no choice reaches.
     """
@@ -217,8 +221,8 @@ def choose(found: Choices, priced: Sequence[Priced], target: Target) -> tuple[in
 
 
 def _smoothed(one: Priced) -> list[float]:
-    """The damages of a matrix's options, in each family alone none below that of one with more bits: a family that is
-    bad at many bits says nothing about a better one at fewer."""
+    """The damages of a matrix's options, made monotone in bits within each family: a family that is bad at many bits
+    says nothing about a better one at fewer."""
     found = [offer.damage for offer in one.offers]
     for family in families([offer.steps for offer in one.offers]):
         rising = monotone([found[number] for number in family], [one.offers[number].bits for number in family])
@@ -228,8 +232,8 @@ def _smoothed(one: Priced) -> list[float]:
 
 
 def with_steps(job: Job, found: Choices, chosen: Sequence[int]) -> Recipe:
-    """The job's recipe without its target, and with the chosen option of each matrix: a rule for those of equal steps,
-    after the rules that were there."""
+    """Return the job's recipe without its target and with the chosen option of each matrix: after its own rules, one
+    rule for all matrices with the same steps."""
     groups: dict[Steps, list[str]] = {}
     tables: dict[str, Steps] = {}
     for one, option in zip(found.matrices, chosen, strict=True):
@@ -238,5 +242,5 @@ def with_steps(job: Job, found: Choices, chosen: Sequence[int]) -> Recipe:
         else:
             groups.setdefault(one.options[option], []).append(one.name)
     rules = (*job.recipe.rules, *(Rule(match=tuple(names), steps=steps) for steps, names in groups.items()))
-    settled = {"target": None, "options": None, "damage": "distortion"}  # as where there is no target
-    return Recipe(**{**dict(job.recipe), **settled, "rules": rules, **tables})
+    without_target = {"target": None, "options": None, "damage": "distortion"}
+    return Recipe(**{**dict(job.recipe), **without_target, "rules": rules, **tables})

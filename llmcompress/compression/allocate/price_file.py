@@ -11,30 +11,25 @@ from typing import Any
 import torch
 
 from llmcompress.compression.allocate.choices import Choices
-from llmcompress.compression.allocate.plan import Allocation, PriceList, price, reachable
+from llmcompress.compression.allocate.plan import Allocation, PriceList, price, reachable, target_of
 from llmcompress.compression.allocate.prices import Priced
 from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts
 from llmcompress.compression.journal import is_older
 from llmcompress.compression.plan import Job
-from llmcompress.errors import DiskError, RecipeError
+from llmcompress.errors import DiskError
 from llmcompress.models.checkpoint import read_json, write_files
-from llmcompress.models.dense import DenseModel, load_model
-from llmcompress.models.locate import Place
-from llmcompress.recipe.compression import Recipe
+from llmcompress.models.dense import DenseModel
 from llmcompress.runtime.versions import versions
 
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
 
 
-def allocate_by(
-    path: Path, source: DenseModel, recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None
-) -> Allocation:
-    """What `allocate` gives, by the price list in the file `path`. Raises DiskError for one of something else too."""
-    if recipe.target is None:
-        raise RecipeError("there is nothing to choose steps for; give a recipe with a target")
-    job, found = reachable(source, recipe, (recipe.target,))
+def allocate_by(path: Path, job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Allocation:
+    """`allocate` with the price list in the file `path`. Also raises DiskError if that is of another job."""
+    target = target_of(job)
+    found = reachable(job, (target,))
     check_prices(path, job)
-    return price_list(path, job, found, device, progress).reaching(recipe.target)
+    return price_list(path, job, found, device, progress).reaching(target)
 
 
 def price_list(path: Path, job: Job, found: Choices, device: str, progress: Progress | None) -> PriceList:
@@ -99,6 +94,6 @@ def _read(path: Path, job: Job, found: Choices, device: str) -> PriceList:
 
 def _dense(source: DenseModel, windows: torch.Tensor, device: str) -> DensePredictions:
     """What the dense model predicts on the probing tokens, anew."""
-    model = load_model(Place(source.name, source.folder), device)
+    model = source.load(device)
     here = windows.to(model.device)
     return DensePredictions(here, in_parts(model, here))

@@ -22,7 +22,7 @@ from llmcompress.evaluate.scores import Evaluation, evaluate
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import add_file, holds, read_json
 from llmcompress.models.dense import DenseModel, load_model
-from llmcompress.models.locate import Place, locate
+from llmcompress.models.locate import locate
 from llmcompress.runtime.versions import versions
 
 
@@ -56,7 +56,7 @@ class Judge:
             if (entries := self.kept(folder)) is not None:
                 scores: dict[str, Any] = entries["dense"]
                 return scores
-        model = load_model(Place(self.dense.name, self.dense.folder), self.device)
+        model = self.dense.load(self.device)
         found = evaluate(model, self.dense.tokenizer(), self.protocol)
         return Evaluation(found.perplexity, found.tasks, Distance.to_itself(found.perplexity)).to_json()
 
@@ -65,7 +65,7 @@ class Judge:
         be written to."""
         entries = self.kept(folder)
         if entries is None:
-            teacher = load_model(Place(self.dense.name, self.dense.folder), self.device)
+            teacher = self.dense.load(self.device)
             student = load_model(locate(str(folder)), self.device)
             found = evaluate(student, self.dense.tokenizer(), self.protocol, against=teacher)
             entries = self.asked | {"dense": dense, "compressed": found.to_json()}

@@ -14,19 +14,19 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llmcompress.compression.allocate.choices import Choices
-from llmcompress.compression.allocate.plan import Allocation, PriceList, reachable
+from llmcompress.compression.allocate.plan import PriceList, reachable
 from llmcompress.compression.allocate.price_file import check_prices, price_list
 from llmcompress.compression.frontier.budgets import Budget
 from llmcompress.compression.frontier.judge import Judge
 from llmcompress.compression.frontier.peers import Peer
-from llmcompress.compression.pipeline import check_sections, compress, is_there, record, wanted_distillation
-from llmcompress.compression.plan import Job
+from llmcompress.compression.pipeline import compress_job, is_there, record
+from llmcompress.compression.plan import Job, prepare
 from llmcompress.errors import DiskError, RecipeError, Terminated
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.formatting import finite
@@ -125,10 +125,9 @@ def _check(recipes: Sequence[Recipe], output: Path) -> None:
 
 def _line(dense: DenseModel, recipe: Recipe, sizes: Sequence[Budget], folder: Path) -> Line:
     """Raises RecipeError for what is wrong with recipe or sizes, DiskError for prices of something else."""
-    check_sections(recipe, dense)
-    aimed = recipe.model_copy(update={"target": sizes[0].target})
     try:
-        job, found = reachable(dense, aimed, [budget.target for budget in sizes])
+        job = prepare(dense, recipe.model_copy(update={"target": sizes[0].target}))
+        found = reachable(job, [budget.target for budget in sizes])
     except RecipeError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error
     check_prices(folder / PRICES, job)
@@ -176,10 +175,10 @@ def _point(
     folder: Path, budget: Budget, prices: PriceList, judge: Judge, dense: dict[str, Any], told: SweepCallbacks
 ) -> dict[str, Any]:
     """A budget's checkpoint, made unless it is there, and what it is worth."""
-    plan, source = prices.reaching(budget.target), judge.dense
-    if not _is_done(folder, plan, source):
-        shown: dict[str, Any] = {"progress": told.progress, "training": told.training}
-        compress(source.name, plan.recipe, folder, revision=source.revision, device=judge.device, **shown)
+    plan = prices.reaching(budget.target)
+    job = plan.settled
+    if not _is_done(folder, job):
+        compress_job(job, folder, device=judge.device, progress=told.progress, training=told.training)
     found = reports.read_allocation(folder) if holds(folder, file_names.ALLOCATION) else None
     aimed = record(plan, folder, judge.device) if found is None else found
     told.next(f"scoring {folder.name}")
@@ -209,16 +208,15 @@ def _as_point(peer: Peer, dense: dict[str, Any]) -> dict[str, Any]:
     return peer.model_dump(mode="json") | {"tasks": tasks}
 
 
-def _is_done(folder: Path, plan: Allocation, source: DenseModel) -> bool:
-    """Whether an earlier sweep has made this checkpoint. Raises DiskError where something else is there."""
-    recipe = plan.recipe
-    if not is_there(folder, recipe.model_copy(update={"distill": None}), source):
+def _is_done(folder: Path, job: Job) -> bool:
+    """True if an earlier sweep has made this checkpoint. Raises DiskError if something else is there."""
+    if not is_there(folder, replace(job, recipe=job.recipe.model_copy(update={"distill": None}))):
         return False
     from llmcompress.recipe.distillation import Distillation
 
     path = folder / file_names.DISTILLATION_RECIPE
     taught = read_as(Distillation, path) if path.is_file() else None
-    if taught != (None if recipe.distill is None else wanted_distillation(recipe, source)):
+    if taught != job.recipe.distill:
         raise DiskError(f"{folder} was distilled by another recipe; remove it, or choose another output folder")
     return True
 

@@ -17,6 +17,7 @@ from llmcompress.compression.allocate.distortion import error, families
 from llmcompress.compression.allocate.plan import PriceList, choose, damage, price, reachable
 from llmcompress.compression.allocate.prices import Offer, Priced
 from llmcompress.compression.allocate.sizes import payload_bytes
+from llmcompress.compression.plan import prepare
 from llmcompress.evaluate.verify import verify
 from llmcompress.methods.layer import StepConfig, sketch, step
 from llmcompress.models.dense import resolve
@@ -62,7 +63,8 @@ def priced(place: Path) -> PriceList:
     """All families, on every layer."""
     calibration = {"dataset": str(place / "text.txt"), "samples": 12, "length": 48, "held_out": 4}
     values = {"version": 1, "calibration": calibration, "target": {"bpw": 2}, "options": OPTIONS}
-    return price(*reachable(resolve(str(place / "dense")), read_recipe(values), ()))
+    job = prepare(resolve(str(place / "dense")), read_recipe(values))
+    return price(job, reachable(job, ()))
 
 
 def only(found: PriceList, numbers: Sequence[int]) -> PriceList:
@@ -156,7 +158,7 @@ def test_a_model_of_many_families_is_as_large_as_planned(priced: PriceList, plac
     everything = priced.reaching(Target(bpw=2.7))
     terms = only(priced, [OPTIONS.index(trellis(1, LOW_RANK)), OPTIONS.index(trellis(2, LOW_RANK)), 5])
     for number, plan in enumerate((everything, terms.reaching(Target(bpw=2.8)))):
-        result = run.compress(place / "dense", plan.recipe, tmp_path / str(number))
+        result = run.compress(plan.settled, tmp_path / str(number))
         assert result.report.bpw == pytest.approx(plan.choices.bpw(plan.chosen))
         assert result.report.bytes <= plan.choices.size(plan.chosen) <= 1.02 * result.report.bytes
         assert verify(result.folder, text=place / "text.txt", length=16).layers == 14

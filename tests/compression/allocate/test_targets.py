@@ -21,6 +21,7 @@ from llmcompress.cli.app import app
 from llmcompress.compression import run
 from llmcompress.compression.allocate.plan import Allocation, allocate, choose, damage
 from llmcompress.compression.allocate.prices import Priced
+from llmcompress.compression.plan import prepare
 from llmcompress.errors import LLMCompressError, MemoryLimitError, RecipeError
 from llmcompress.evaluate.report import read_allocation
 from llmcompress.evaluate.verify import verify
@@ -52,7 +53,7 @@ def recipe(place: Path, target: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def allocated(place: Path, target: dict[str, Any], **more: Any) -> Allocation:
-    return allocate(resolve(str(place / "dense")), read_recipe(recipe(place, target, **more)))
+    return allocate(prepare(resolve(str(place / "dense")), read_recipe(recipe(place, target, **more))))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_a_chosen_plan_beats_plans_of_no_thought_and_damages_are_ranked(plan: Al
     for number, chosen in enumerate((plan.chosen, *others)):
         assert chosen is not None
         one = dataclasses.replace(plan, chosen=chosen)
-        folder = run.compress(plan.job.source.folder, one.recipe, tmp_path / str(number)).folder
+        folder = run.compress(one.settled, tmp_path / str(number)).folder
         predicted.append(damage(one.prices, chosen))
         measured.append(one.measured(folder))
     assert measured[0] < 0.9 * min(measured[1:]) and predicted[0] < min(predicted[1:])
@@ -142,14 +143,14 @@ def test_a_chosen_plan_beats_plans_of_no_thought_and_damages_are_ranked(plan: Al
 @pytest.mark.parametrize("family, tied", [("llama", False), ("gpt2", True), ("opt", True), ("gemma2", False)])
 def test_every_matrix_of_other_families_has_its_price(family: str, tied: bool, place: Path, tmp_path: Path) -> None:
     source = resolve(str(save_tiny(family, tmp_path / "dense", tie_word_embeddings=tied)))
-    plan = allocate(source, read_recipe(recipe(place, {"bytes": "1MB"})))
+    plan = allocate(prepare(source, read_recipe(recipe(place, {"bytes": "1MB"}))))
     assert plan.chosen == tuple(len(one.offers) - 1 for one in plan.prices), "there is room for the best of everything"
     assert sum(one.is_table for one in plan.prices) == 2 - tied
     for one in plan.prices:
         errors = [offer.error for offer in one.offers]
         assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0] / 10
     assert all(one.sensitivity > 0 for one in plan.prices if one.is_table)
-    folder = run.compress(source.folder, plan.recipe, tmp_path / "out").folder
+    folder = run.compress(plan.settled, tmp_path / "out").folder
     assert 0 <= plan.measured(folder) < 10 * damage(plan.prices, plan.chosen) + 1e-6
 
 
@@ -172,7 +173,7 @@ def test_prices_and_plan_travel_with_the_model(result: run.Result, plan: Allocat
     concrete = read_recipe(result.folder / RECIPE)
     assert concrete.target is None and concrete.embeddings
     assert len({rule.steps for rule in concrete.rules}) == len(concrete.rules), "layers of equal steps share a rule"
-    again = run.compress(plan.job.source.folder, concrete, tmp_path / "again")
+    again = lc.compress(plan.job.source.folder, concrete, tmp_path / "again")
     for path in result.folder.glob("*.safetensors"):
         assert path.read_bytes() == (again.folder / path.name).read_bytes()
 
@@ -295,7 +296,7 @@ def test_what_cannot_be_is_said_before_anything_is_measured(
     def never(*given: Any, **named: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("llmcompress.compression.allocate.plan.load_model", never)
+    monkeypatch.setattr("llmcompress.models.dense.load_model", never)
     with pytest.raises(LLMCompressError, match=complaint):
         act(place)
 
