@@ -36,10 +36,10 @@ from llmcompress.cli.options import (
     Tune,
     Verbose,
     Windows,
-    all_settings,
+    asked_recipe,
     protocol_of,
-    recipe_or_default,
-    tuned,
+    seeded,
+    target_of,
 )
 from llmcompress.cli.publish import export, push, verify
 from llmcompress.cli.recipes import recipes
@@ -78,7 +78,7 @@ def compress(
     kl: Kl = None,
     tune: Tune = False,
     resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on where the same command was cut, or begin anew.")
+        bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run, or start over.")
     ] = True,
     settings: Settings = None,
     revision: Revision = None,
@@ -88,18 +88,15 @@ def compress(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Compress MODEL as RECIPE says into the folder OUT, which is there when it is complete; distil it there too, if
-    RECIPE has a section for that. With a target (one of --bpw, --size, --kl) the steps of all layers that RECIPE does
-    not speak of are chosen to fit it.
+    """Compress MODEL according to RECIPE and write it to OUT (created only on success). A `distill:` section also
+    distills it. With --bpw, --size or --kl, steps are chosen for every layer that no rule covers.
 
     Example: llmcompress compress smollm2 --size 40MB -o small
     """
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.compression.pipeline import compress as run
-        from llmcompress.recipe.read import read_recipe
 
-        given = all_settings(settings, seed, {"bpw": bpw, "bytes": size, "kl": kl})
-        asked = tuned(read_recipe(recipe_or_default(recipe, given), given), tune)
+        asked = asked_recipe(recipe, settings, seed, target_of(bpw, size, kl), tune)
         shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
         how: dict[str, Any] = {"revision": revision, "device": device, "resume": resume}
         result = run(model, asked, output, pricing=terminal.pricing, **how, **shown)
@@ -121,7 +118,7 @@ def plan(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Say what RECIPE would do to each layer of MODEL, and what that takes; reads headers only, writes nothing.
+    """Show what RECIPE would do to each layer of MODEL, with sizes, time and memory. Reads headers, writes nothing.
 
     Example: llmcompress plan smollm2 recipe.yaml
     """
@@ -129,7 +126,7 @@ def plan(
         from llmcompress.compression.pipeline import plan as run
         from llmcompress.recipe.read import read_recipe
 
-        found = run(model, read_recipe(recipe, all_settings(settings)), revision)
+        found = run(model, read_recipe(recipe, settings or ()), revision)
         terminal.warn(summarized(found.warnings))
         terminal.show(found.to_json(), plan_view)
 
@@ -268,7 +265,7 @@ def distill(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Teach STUDENT what DENSE knows, as RECIPE says; a run that was cut goes on where it was.
+    """Train STUDENT towards DENSE according to RECIPE. An interrupted run resumes.
 
     Example: llmcompress distill small distil.yaml --teacher smollm2 -o recovered
     """
@@ -277,7 +274,7 @@ def distill(
         from llmcompress.recipe.distillation import Distillation
         from llmcompress.recipe.read import read_as
 
-        asked = read_as(Distillation, recipe, all_settings(settings, seed))
+        asked = read_as(Distillation, recipe, settings or (), seeded(seed))
         found = run(student, teacher, asked, output, device=device, progress=terminal.training)
         terminal.warn(found.warnings)
         terminal.show(found.to_json(), distilled_view)

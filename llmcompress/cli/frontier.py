@@ -23,10 +23,8 @@ from llmcompress.cli.options import (
     Tune,
     Verbose,
     Windows,
-    all_settings,
+    asked_recipe,
     protocol_of,
-    recipe_or_default,
-    tuned,
 )
 from llmcompress.cli.terminal import Terminal
 from llmcompress.cli.views import frontier_view
@@ -36,7 +34,7 @@ from llmcompress.evaluate.protocol import Protocol
 def frontier(
     model: Model,
     output: Annotated[
-        Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new folder, or one of a sweep to go on with.")
+        Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new folder, or that of a sweep to resume.")
     ],
     recipes: Annotated[
         list[str] | None,
@@ -64,8 +62,8 @@ def frontier(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Compress MODEL to many sizes, score each, and draw quality over size. Options are priced once for all budgets;
-    a sweep that was cut goes on where it was.
+    """Compress MODEL to many sizes, score each, and plot quality over size. Options are priced once for all budgets.
+    An interrupted sweep resumes.
 
     Example: llmcompress frontier smollm2 --bpw 1.25,1.6,2,2.5,3 -o curve
     """
@@ -74,11 +72,11 @@ def frontier(
         from llmcompress.compression.frontier.peers import read_peers
         from llmcompress.compression.frontier.sweep import SweepCallbacks
         from llmcompress.compression.frontier.sweep import frontier as run
-        from llmcompress.recipe.read import read_recipe
+        from llmcompress.recipe.overrides import Change
 
         wanted = budgets(bpw, sizes)
-        given = all_settings(settings, seed, wanted[0].target.model_dump(exclude_none=True))
-        asked = [tuned(read_recipe(recipe_or_default(one, given), given), tune) for one in recipes or (None,)]
+        target = Change("target", wanted[0].target, "--sizes" if bpw is None else "--bpw")
+        asked = [asked_recipe(one, settings, seed, target, tune) for one in recipes or (None,)]
         others = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
         protocol = protocol_of(text, windows, length, tasks, limit, None, batch_size)
         told = SweepCallbacks(terminal.stage, terminal.pricing, terminal.progress, terminal.training)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +12,15 @@ from llmcompress.evaluate.protocol import Protocol
 
 if TYPE_CHECKING:
     from llmcompress.recipe.compression import Recipe
+    from llmcompress.recipe.overrides import Change
+
+DEFAULT: dict[str, Any] = {  # the recipe of a target without one
+    "version": 1,
+    "name": "target",
+    "calibration": {"dataset": "builtin", "samples": 66, "length": 1024, "held_out": 2},
+    "token_weights": {"by": "attention"},
+    "asymmetric": 0.25,
+}
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a Hub id (org/name, org/name@revision) or smollm2.")
@@ -55,31 +63,39 @@ Verbose = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and JSON).")]
 
 
-def all_settings(
-    settings: list[str] | None, seed: int | None = None, target: dict[str, float | str | None] | None = None
-) -> list[str]:
-    """Those of --set, the seed of --seed, and the target of --bpw, --size and --kl."""
-    given = {name: value for name, value in (target or {}).items() if value is not None}
-    targets = [f"target={json.dumps(given)}"] if given else []
-    return [*(settings or ()), *([] if seed is None else [f"seed={seed}"]), *targets]
+def asked_recipe(
+    recipe: str | None, settings: list[str] | None, seed: int | None, target: Change | None, tune: bool
+) -> Recipe:
+    """Return the recipe of a command, changed as its options say; with a target, a default one stands in for None.
 
-
-def recipe_or_default(recipe: str | None, settings: list[str]) -> str | dict[str, Any]:
-    """A recipe's file, or where `settings` give a target what stands in for none. Raises RecipeError without both."""
-    if recipe is not None:
-        return recipe
-    if not any(setting.startswith("target") for setting in settings):
-        raise RecipeError("there is no RECIPE; name one, or give a target: one of --bpw, --size and --kl")
-    calibration = {"dataset": "builtin", "samples": 66, "length": 1024, "held_out": 2}
-    weights = {"by": "attention"}
-    return {"version": 1, "name": "target", "calibration": calibration, "token_weights": weights, "asymmetric": 0.25}
-
-
-def tuned(recipe: Recipe, tune: bool) -> Recipe:
-    """The recipe of --tune: where it says nothing of how blocks learn, they do so as they do by default."""
+    Raises RecipeError without both, and for whatever is wrong with the recipe or the options.
+    """
+    from llmcompress.recipe.overrides import Change
     from llmcompress.recipe.read import read_recipe
 
-    return read_recipe(recipe, ["reconstruct={}"]) if tune and recipe.reconstruct is None else recipe
+    given = settings or []
+    if recipe is None and target is None and not any(setting.startswith("target") for setting in given):
+        raise RecipeError("there is no RECIPE; name one, or give a target: one of --bpw, --size and --kl")
+    changes = [*seeded(seed), *([] if target is None else [target])]
+    if tune:
+        changes.append(Change("reconstruct", {}, "--tune", keep=True))
+    return read_recipe(DEFAULT if recipe is None else recipe, given, changes)
+
+
+def seeded(seed: int | None) -> list[Change]:
+    """Return the change of --seed, if it is given."""
+    from llmcompress.recipe.overrides import Change
+
+    return [] if seed is None else [Change("seed", seed, "--seed")]
+
+
+def target_of(bpw: float | None, size: str | None, kl: float | None) -> Change | None:
+    """Return the target of --bpw, --size and --kl, of which a recipe accepts one; None if none is given."""
+    from llmcompress.recipe.overrides import Change
+
+    options = {"--bpw": ("bpw", bpw), "--size": ("bytes", size), "--kl": ("kl", kl)}
+    given = {option: pair for option, pair in options.items() if pair[1] is not None}
+    return Change("target", dict(given.values()), " and ".join(given)) if given else None
 
 
 def protocol_of(
