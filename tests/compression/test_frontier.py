@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.cli.app import app
-from llmcompress.compression.frontier import budgets, sweep
+from llmcompress.compression.frontier import sweep
+from llmcompress.compression.frontier.budgets import budgets
 from llmcompress.compression.frontier.peers import read_peers
 from llmcompress.compression.frontier.sweep import PRICES, SILENT, SweepCallbacks, frontier
 from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeError
@@ -158,7 +159,7 @@ def dying(act: Callable[..., Any], calls: int) -> Callable[..., Any]:
     return mortal
 
 
-@pytest.mark.parametrize("name, calls", [("compress", 0), ("record", 1), ("_publish", 1)])
+@pytest.mark.parametrize("name, calls", [("compress_job", 0), ("record", 1), ("_publish", 1)])
 def test_a_sweep_that_was_cut_goes_on(
     name: str, calls: int, place: Path, tmp_path: Path, curve: tuple[Path, Found], monkeypatch: pytest.MonkeyPatch
 ) -> None:
