@@ -11,13 +11,16 @@ from torch import Tensor
 import llmcompress.methods  # noqa: F401  (registers them)
 from llmcompress.methods.layer import Layer, apply, step
 from llmcompress.methods.moments import STATISTICS, Moments
+from llmcompress.weight.expression import float_values
 from llmcompress.weight.nodes import (
     Bitmap,
     Codebook,
     Columns,
     Dense,
+    FloatFormat,
     Grid,
     LowRank,
+    Minifloat,
     Pattern,
     Rotated,
     Scaled,
@@ -32,6 +35,7 @@ from llmcompress.weight.trellis import Trellis
 
 TRELLISES = (Trellis(1, 1, 8), Trellis(2, 1, 10), Trellis(3, 1, 7), Trellis(3, 2, 9), Trellis(7, 2, 14))
 LEVELS = (2, 3, 4, 5, 8, 16, 100, 256)
+FLOATS: tuple[FloatFormat, ...] = ("e2m1", "e2m3", "e3m2", "e4m3")
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -112,6 +116,18 @@ def codebook(size: Sequence[int], entries: int, length: int, seed: int) -> Codeb
     return Codebook(codes, centroids, (torch.rand(out, 1, generator=random) + 0.1).half(), width)
 
 
+def minifloat(size: Sequence[int], form: FloatFormat, scales: FloatFormat, group_size: int, seed: int) -> Minifloat:
+    """Floats of few bits with random codes and scales near 1; those with e4m3 scales have a factor of all as well."""
+    random = seeded(seed)
+    out, width = size
+    finite = float_values(form).isfinite().nonzero()[:, 0].to(torch.uint8)
+    codes = finite[torch.randint(len(finite), (out, width), generator=random)]
+    one = int((float_values(scales) == 1).nonzero()[0])
+    groups = -(-width // group_size)
+    scale = torch.randint(one - 3, one + 3, (out, groups), generator=random, dtype=torch.uint8)
+    return Minifloat(codes, scale, torch.tensor([0.3]) if scales == "e4m3" else None, form, scales, group_size)
+
+
 def pattern(size: Sequence[int], kept: int, group: int, seed: int) -> Pattern:
     """A random n:m choice."""
     scores = torch.rand(size[0], size[1] // group, group, generator=seeded(seed))
@@ -143,6 +159,8 @@ def every_node() -> list[Weight]:
     nodes += [streams(kind, steps, 24, run) for kind in TRELLISES for steps, run in ((7, 768), (50, 22), (1, 2))]
     nodes += [codebook(size, entries, length, entries) for entries, length in ((2, 1), (3, 2), (16, 4), (256, 8))]
     nodes += [codebook((5, 33), 6, 4, 0), codebook((1, 1), 256, 4, 0)]
+    nodes += [minifloat(size, form, "e8m0", 8, 1) for form in FLOATS] + [minifloat(size, "e2m1", "e4m3", 16, 2)]
+    nodes += [minifloat((1, 1), "e2m1", "e4m3", 32, 3), minifloat((5, 33), "e3m2", "e8m0", 16, 4)]
     nodes += [
         LowRank(values(7, 2), values(2, 24)),
         LowRank(grid((7, 3), 16, 3, 1, True), grid((3, 24), 16, 8, 2, False)),
@@ -167,6 +185,7 @@ def every_node() -> list[Weight]:
     ):
         nodes.append(Where(index, grid(size, 256, 24, 5, symmetric=True), grid(size, 2, 8, 6, symmetric=True)))
         nodes.append(Where(index, values(*size, dtype=torch.bfloat16), Zero(size)))
+        nodes.append(Where(index, minifloat(size, "e4m3", "e8m0", 8, 5), minifloat(size, "e2m1", "e4m3", 16, 6)))
         nodes.append(Where(index, values(*size, dtype=torch.bfloat16), codebook(size, 16, 4, 1)))
     nodes += [Where(Bitmap(half), streams(TRELLISES[0], 7, 24, 22), streams(TRELLISES[1], 7, 24, 768))]
     for inside in (torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool)):
@@ -184,7 +203,7 @@ def random_nestings(seed: int, count: int, depth: int = 4) -> list[Weight]:
     def build(size: tuple[int, int], depth: int) -> Weight:
         out, width = size
         even = width % 4 == 0
-        match draw(4 if depth == 0 else 12):
+        match draw(5 if depth == 0 else 13):
             case 0:
                 return Zero(size)
             case 1:
@@ -194,16 +213,19 @@ def random_nestings(seed: int, count: int, depth: int = 4) -> list[Weight]:
                 return grid(size, LEVELS[draw(len(LEVELS))], 1 + draw(width), draw(10**6), symmetric=draw(2) == 0)
             case 3:
                 return codebook(size, 2 + draw(30), 1 + draw(5), draw(10**6))
-            case 4 | 5:
+            case 4:
+                form, scales = FLOATS[draw(4)], ("e8m0", "e4m3")[draw(2)]
+                return minifloat(size, form, scales, 1 + draw(width), draw(10**6))
+            case 5 | 6:
                 rank = 1 + draw(3)
                 return LowRank(build((out, rank), depth - 1), build((rank, width), depth - 1))
-            case 6:
-                return Rotated(build(size, depth - 1), torch.rand(width, generator=random) < 0.5, 4 if even else 1)
             case 7:
-                return Scaled(build(size, depth - 1), factors(width, draw(10**6)))
+                return Rotated(build(size, depth - 1), torch.rand(width, generator=random) < 0.5, 4 if even else 1)
             case 8:
-                return Transposed(build((width, out), depth - 1))
+                return Scaled(build(size, depth - 1), factors(width, draw(10**6)))
             case 9:
+                return Transposed(build((width, out), depth - 1))
+            case 10:
                 return Sum(tuple(build(size, depth - 1) for _ in range(1 + draw(3))))
             case _:
                 inside = torch.rand(size, generator=random) < 0.3

@@ -20,6 +20,7 @@ from llmcompress.weight.nodes import (
     Grid,
     Index,
     LowRank,
+    Minifloat,
     Pattern,
     Rotated,
     Scaled,
@@ -32,6 +33,7 @@ from llmcompress.weight.nodes import (
     Zero,
     both,
     children,
+    float_codes,
     shape,
     stored,
     unknown,
@@ -88,6 +90,9 @@ def _header(w: Weight) -> dict[str, Any]:
             return {"node": "trellis", **size, "run": run, **asdict(trellis)}
         case Codebook(centroids=centroids):
             return {"node": "codebook", **size, "entries": len(centroids), "length": centroids.shape[1]}
+        case Minifloat(_, _, tensor_scale, form, scales, group_size):
+            kind = {"form": form, "scales": scales, "group_size": group_size, "tensor_scale": tensor_scale is not None}
+            return {"node": "minifloat", **size, **kind}
         case LowRank():
             return {"node": "low_rank"}
         case Where():
@@ -135,6 +140,14 @@ class Reader:
                 (rows, width), length = header["shape"], header["length"]
                 codes = self.rows("codes", (rows, -(-width // length)), header["entries"])
                 return Codebook(codes, self.own("centroids").reshape(-1, length), self.rows("scale", (rows, 1)), width)
+            case "minifloat":
+                (rows, width), form, group_size = header["shape"], header["form"], header["group_size"]
+                codes, scale = (
+                    self.elements("codes", header, float_codes(form)),
+                    self.rows("scale", (rows, -(-width // group_size))),
+                )
+                factor = self.own("tensor_scale") if header["tensor_scale"] else None
+                return Minifloat(codes, scale, factor, form, header["scales"], group_size)
             case "low_rank":
                 return LowRank(self.below("left_", header["left"]), self.below("right_", header["right"]))
             case "where":

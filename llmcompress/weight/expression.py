@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import chain
 
 import torch
@@ -17,9 +17,11 @@ from llmcompress.weight.hadamard import rotate_inputs, unrotate
 from llmcompress.weight.nodes import (
     Codebook,
     Dense,
+    FloatFormat,
     Grid,
     Index,
     LowRank,
+    Minifloat,
     Pattern,
     Rotated,
     Scaled,
@@ -30,6 +32,7 @@ from llmcompress.weight.nodes import (
     Where,
     Zero,
     children,
+    float_codes,
     rebuild,
     shape,
     stored,
@@ -67,6 +70,10 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
             return matrix(codes, len(scale), trellis, run) * scale.float()
         case Codebook(codes, centroids, scale, width):
             return centroids.float()[codes.long()].flatten(1)[:, :width] * scale.float()
+        case Minifloat(codes, scale, tensor_scale, form, scales, group_size):
+            steps = float_values(scales).to(scale.device)[scale.long()]
+            steps = steps if tensor_scale is None else steps * tensor_scale
+            return float_values(form).to(codes.device)[codes.long()] * _spread(steps, group_size, codes.shape[1])
         case LowRank(left, right):
             return dense(left, where) @ dense(right, where)
         case Where(index, inside, outside):
@@ -80,6 +87,28 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
         case Sum(parts):
             return reduce(torch.add, [dense(part, where) for part in parts])
     raise unknown("dense", w)
+
+
+@lru_cache(maxsize=8)
+def float_values(form: FloatFormat) -> Tensor:
+    """Return the numbers of a format by code, float32 `[codes]`, as in the OCP Microscaling specification 1.0.
+
+    A code holds a sign s, then e bits of exponent x, then m bits of mantissa y, the lowest. Its number is
+    (-1)^s 2^(x - b) (1 + y / 2^m), or (-1)^s 2^(1 - b) y / 2^m for x = 0, with the bias b = 2^(e - 1) - 1. The largest
+    are 6 (e2m1), 7.5 (e2m3), 28 (e3m2) and 448 (e4m3, whose last code of either sign is NaN). e8m0 has no sign and no
+    mantissa: 2^(code - 127), and NaN for 255.
+    """
+    if form == "e8m0":
+        return torch.tensor([2.0 ** (code - 127) for code in range(255)] + [math.nan])
+    width = int(form[3])
+    codes = torch.arange(float_codes(form) // 2)
+    exponent, mantissa = codes >> width, codes & ((1 << width) - 1)
+    significand = mantissa + torch.where(exponent > 0, 1 << width, 0)
+    bias = 2 ** (int(form[1]) - 1) - 1
+    numbers = torch.ldexp(significand.float(), exponent.clamp_min(1) - bias - width)
+    if form == "e4m3":
+        numbers[-1] = math.nan
+    return torch.cat([numbers, -numbers])
 
 
 def by_dense(x: Tensor, w: Weight) -> Tensor:
@@ -145,6 +174,9 @@ def describe(w: Weight) -> str:
         case Codebook(centroids=centroids):
             entries, length = centroids.shape
             return f"{entries} vectors of {length}" if length > 1 else f"{entries} points"
+        case Minifloat(codes, _, _, form, scales, group_size):
+            group = "row" if group_size >= codes.shape[1] else f"g{group_size}"
+            return f"{form} floats {group}, scales {scales}"
         case LowRank(left, right):
             return f"rank {shape(left)[1]} ({describe(left)} | {describe(right)})"
         case Where(index, inside, outside):

@@ -20,6 +20,8 @@ from torch import Tensor
 from llmcompress.weight.packing import packed_bits
 from llmcompress.weight.trellis import Trellis
 
+FloatFormat = Literal["e2m1", "e2m3", "e3m2", "e4m3", "e8m0"]  # bits of the exponent, bits of the mantissa
+
 
 @dataclass(frozen=True, eq=False)
 class Zero:
@@ -77,6 +79,26 @@ class Codebook:
     centroids: Tensor
     scale: Tensor
     width: int
+
+
+@dataclass(frozen=True, eq=False)
+class Minifloat:
+    """Grouped floats of few bits with one scale per row and group of columns.
+
+    `codes` uint8 `[out, in]` are numbers in the format `form`, `scale` uint8 `[out, groups]` numbers in the format
+    `scales`, both as `expression.float_values` lists them. `tensor_scale` float32 `[1]` multiplies all of them, unless
+    it is None. The last group is shorter where `group_size` does not divide the width.
+
+    MXFP4, MXFP6 and MXFP8 (OCP Microscaling 1.0, arXiv 2310.10537) have groups of 32 and e8m0 scales; NVFP4 has groups
+    of 16, e4m3 scales and a tensor scale.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    tensor_scale: Tensor | None
+    form: FloatFormat
+    scales: FloatFormat
+    group_size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +175,9 @@ class Sum:
     parts: tuple[Weight, ...]
 
 
-Weight = Zero | Dense | Grid | TrellisCoded | Codebook | LowRank | Where | Rotated | Scaled | Transposed | Sum
+Weight = (
+    Zero | Dense | Grid | TrellisCoded | Codebook | Minifloat | LowRank | Where | Rotated | Scaled | Transposed | Sum
+)
 
 
 def shape(w: Weight) -> tuple[int, int]:
@@ -163,7 +187,7 @@ def shape(w: Weight) -> tuple[int, int]:
             return size
         case Dense(values):
             return values.shape[0], values.shape[1]
-        case Grid(codes=codes):
+        case Grid(codes=codes) | Minifloat(codes=codes):
             return codes.shape[0], codes.shape[1]
         case TrellisCoded(codes, scale, trellis):
             return scale.shape[0], codes.numel() * trellis.values // scale.shape[0]
@@ -205,7 +229,7 @@ def children(w: Weight, shown: Tensor | None = None) -> tuple[Child, ...]:
             return (("inner_", inner, lying),)
         case Sum(parts):
             return tuple((f"{i}_", part, shown) for i, part in enumerate(parts))
-        case Zero() | Dense() | Grid() | TrellisCoded() | Codebook():
+        case Zero() | Dense() | Grid() | TrellisCoded() | Codebook() | Minifloat():
             return ()
     raise unknown("children", w)
 
@@ -251,6 +275,11 @@ class Stored:
         return self.tensor[shown.expand(self.tensor.shape)]
 
 
+def float_codes(form: FloatFormat) -> int:
+    """The number of codes of a format; all but e8m0, the powers of two, have a sign."""
+    return 256 if form == "e8m0" else 2 << (int(form[1]) + int(form[3]))
+
+
 def stored(w: Weight) -> tuple[Stored, ...]:
     """The tensors of `w` itself, without those of its children and without the index of a `Where`."""
     match w:
@@ -264,6 +293,9 @@ def stored(w: Weight) -> tuple[Stored, ...]:
         case Codebook(codes, centroids, scale):
             table = Stored("centroids", centroids, per="node")
             return Stored("codes", codes, len(centroids)), table, Stored("scale", scale)
+        case Minifloat(codes, scale, tensor_scale, form):
+            factor = () if tensor_scale is None else (Stored("tensor_scale", tensor_scale, per="node"),)
+            return Stored("codes", codes, float_codes(form), "element"), Stored("scale", scale), *factor
         case Rotated(signs=signs):
             return (Stored("signs", signs, 2, "node"),)
         case Scaled(columns=columns):
