@@ -31,14 +31,15 @@ from llmcompress.weight.nodes import (
     shape,
 )
 from tests.builders import every_node, grid, pattern, payload_bits, random_nestings, seeded
+from tests.tiers import expressions
 
-EXPRESSIONS = every_node() + random_nestings(seed=0, count=60)
+SEED, NESTINGS = 0, 60
+EXPRESSIONS = expressions(SEED, NESTINGS)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "w" in metafunc.fixturenames:
-        names = [f"{i}-{describe(w)[:60]}" for i, w in enumerate(EXPRESSIONS)]
-        metafunc.parametrize("w", EXPRESSIONS, ids=names)
+        metafunc.parametrize("w", EXPRESSIONS)
 
 
 def inputs(w: Weight, rows: int = 5) -> Tensor:
@@ -46,7 +47,7 @@ def inputs(w: Weight, rows: int = 5) -> Tensor:
 
 
 def test_the_random_nestings_cover_every_node() -> None:
-    text = json.dumps([encode(w)[0] for w in EXPRESSIONS[len(every_node()) :]])
+    text = json.dumps([encode(w)[0] for w in random_nestings(SEED, NESTINGS)])
     names = "zero dense grid codebook low_rank where rotated scaled transposed sum columns bitmap pattern"
     for name in names.split():
         assert f'"{name}"' in text, f"no random nesting contains {name}; raise their count or change the seed"

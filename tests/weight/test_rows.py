@@ -7,13 +7,13 @@ import torch
 
 from llmcompress.errors import RecipeError
 from llmcompress.weight.encoding import encode
-from llmcompress.weight.expression import dense, describe
+from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Weight, shape
 from llmcompress.weight.rows import check_rows, rows
-from tests.builders import every_node, random_nestings
+from tests.tiers import expressions
 
 
-@pytest.mark.parametrize("w", every_node() + random_nestings(seed=2, count=80), ids=lambda w: describe(w)[:50])
+@pytest.mark.parametrize("w", expressions(seed=2, count=80))
 def test_rows_of_the_packed_form(w: Weight) -> None:
     chosen = torch.arange(shape(w)[0]).flip(0).repeat(2)
     try:
