@@ -402,10 +402,10 @@ PEAK = """
 import sys
 import torch
 torch.set_num_threads(1)
-from llmcompress.architecture import architecture
-from llmcompress.calibrate import walk
-from llmcompress.source import resolve
-from llmcompress.weight import Dense
+from llmcompress.calibrate.walk import walk
+from llmcompress.models.dense import resolve
+from llmcompress.models.families import architecture
+from llmcompress.weight.nodes import Dense
 
 def peak_kilobytes():
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.compression.depth.similarity import alike_blocks
-from llmcompress.compression.frontier import budgets
+from llmcompress.compression.frontier.budgets import budgets
 from llmcompress.compression.frontier.sweep import frontier
 from llmcompress.data.generate_answers import AnswerSampling
 from llmcompress.data.self_data import Answering, answer

@@ -304,7 +304,7 @@ def test_embedded_model_becomes_an_ordinary_folder() -> None:
 RESOLVE = """
 import sys
 from llmcompress.errors import InputError
-from llmcompress.source import resolve
+from llmcompress.models.dense import resolve
 for name in sys.argv[1:]:
     try:
         source = resolve(name)
