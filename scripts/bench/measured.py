@@ -1,47 +1,43 @@
-"""Writes llmcompress/recipe/measured.json, the numbers that `llmcompress recipes` shows, from docs/results.md.
+"""Writes llmcompress/recipe/measured.json, what `llmcompress recipes` shows, from docs/results/methods.jsonl.
 
     python scripts/bench/measured.py
 
-They are the rows of the table in its section "Methods", in which all recipes were measured alike.
+They are those of the records in which all recipes were measured alike; of two of a recipe the later one counts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
-ROOT = Path(__file__).parent.parent.parent
-RESULTS = ROOT / "docs" / "results.md"
+from records import RESULTS, ROOT, Record, read_records
+
+RECORDS = RESULTS / "methods.jsonl"
 MEASURED = ROOT / "llmcompress" / "recipe" / "measured.json"
-SECTION = "## Methods"
+ALIKE = {"table": "methods", "model": "smollm2", "text": "wikitext2-test.raw", "windows": 8}
 
 
 def main() -> None:
     """Write the file."""
-    MEASURED.write_text(content(RESULTS.read_text(encoding="utf-8")), encoding="utf-8")
+    MEASURED.write_text(content(read_records(RECORDS)), encoding="utf-8")
 
 
-def content(results: str) -> str:
-    """Return what the file must hold, by the text of docs/results.md: one line for each recipe."""
-    rows = {row["recipe"]: row for row in table(results)}
-    lines = [f"  {json.dumps(name)}: {json.dumps(numbers(row))}" for name, row in rows.items()]
+def content(records: Iterable[Record]) -> str:
+    """Return what the file must hold: one line for each recipe, and one for `dense`."""
+    alike = [one for one in records if ALIKE.items() <= one.items()]
+    found = {one["recipe"]: numbers(one["numbers"]) for one in alike}
+    lines = [f"  {json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found)]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def table(results: str) -> Iterator[dict[str, str]]:
-    """Yield the rows of the section's table as cells by heading."""
-    section = results.split(f"\n{SECTION}\n", 1)[1].split("\n## ", 1)[0]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
-    heading, _, *rows = cells
-    for row in rows:
-        yield dict(zip(heading, row, strict=True))
-
-
-def numbers(row: dict[str, str]) -> dict[str, Any]:
-    """Return the numbers of one row."""
-    return {"bpw": float(row["bpw"]), "megabytes": float(row["MB"]), "perplexity": float(row["perplexity"])}
+def numbers(measured: Record) -> Record:
+    """Return the numbers of one recipe, as precise as people read them."""
+    megabytes = measured["bytes"] / 1e6 if "bytes" in measured else measured["megabytes"]
+    return {
+        "bpw": round(measured["bpw"], 3),
+        "megabytes": round(megabytes, 1),
+        "perplexity": round(measured["perplexity"], 2),
+    }
 
 
 if __name__ == "__main__":
