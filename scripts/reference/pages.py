@@ -211,10 +211,10 @@ def losses_page() -> str:
     introduction = (
         "A distillation's `losses` are a list of these, each with a weight. Each part is the docstring of the loss's "
         "file. p is the teacher's prediction, q the student's. What was measured on a real model is in "
-        "[the results](../results.md#distillation): forward_kl, taid and dad; the others are tested against their "
+        "[the results](../results.md#distillation): `forward_kl`, `taid` and `dad`; the others are tested against their "
         "formulas only."
     )
-    return page("Losses", prose(introduction), parts)
+    return page("Losses", introduction, parts)
 
 
 def main() -> None:
