@@ -6,13 +6,14 @@ import os
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from llmcompress.recipe.library import find_recipe
 from llmcompress.recipe.read import dump, parse_recipe, read_recipe
+from llmcompress.weight.nodes import Weight
 from tests.rules.documents import DOCUMENTS, RECORDS, blocks, commands, prose
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
@@ -112,6 +113,26 @@ def test_links_lead_somewhere() -> None:
         absent[document] = [target for target in targets if not ((ROOT / document).parent / target).exists()]
     absent = {document: targets for document, targets in absent.items() if targets}
     assert not absent, f"these documents have links that lead nowhere: {absent}"
+
+
+def test_every_node_is_explained() -> None:
+    """In the table of expressions by its class, and in that of the file format by its name on disk."""
+    concepts = (ROOT / "docs" / "concepts" / "expressions.md").read_text(encoding="utf-8")
+    formats = (ROOT / "docs" / "reference" / "file-format.md").read_text(encoding="utf-8")
+    encoding = (ROOT / "llmcompress" / "weight" / "encoding.py").read_text(encoding="utf-8")
+    on_disk = set(re.findall(r'"node": "(\w+)"', encoding))
+    assert on_disk and not [name for name in sorted(on_disk) if f"| `{name}` |" not in formats]
+    assert not [node.__name__ for node in get_args(Weight) if f"| `{node.__name__}` |" not in concepts]
+
+
+def test_moved_modules_are_there() -> None:
+    rows = re.findall(
+        r"^\| `[^|]+` \| (.+) \|$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    named = {name for row in rows for name in re.findall(r"`([\w.]+)(?:\.\*)?`", row)}
+    paths = {name: ROOT / "llmcompress" / Path(*name.split(".")) for name in named}
+    absent = sorted(name for name, path in paths.items() if not (path.is_dir() or path.with_suffix(".py").is_file()))
+    assert len(rows) > 50 and not absent, f"CHANGELOG.md says that modules moved to {absent}, which are not there"
 
 
 def test_generated_pages_are_current() -> None:
