@@ -43,6 +43,7 @@ from llmcompress.cli.options import (
 )
 from llmcompress.cli.publish import export, push, verify
 from llmcompress.cli.recipes import recipes
+from llmcompress.cli.report import report
 from llmcompress.cli.terminal import Commands, Terminal
 from llmcompress.cli.views import (
     answered_view,
@@ -250,6 +251,8 @@ app.command()(frontier)
 app.command()(verify)
 
 app.command()(export)
+
+app.command()(report)
 
 
 @app.command()

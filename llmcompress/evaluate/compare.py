@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.evaluate.output_file import check_new_file, write_new_file
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.score import size_of
 from llmcompress.evaluate.scores import evaluate_all
 from llmcompress.evaluate.tables import comparison_markdown
-from llmcompress.models.checkpoint import replace_text
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.locate import Place, locate
 from llmcompress.runtime.precision import fast_float32
@@ -47,7 +47,7 @@ def compare(
     if len(models) < 2:
         raise RecipeError("a comparison needs two models or more; give the one that the others are compared with first")
     if output is not None:
-        _check(output)
+        check_new_file(output, KINDS, "a comparison")
     places = [locate(str(model)) for model in models]
     sizes = [size_of(place) for place in places]
     _check_tokens(places, protocol)
@@ -63,7 +63,7 @@ def compare(
     result = {"protocol": protocol.to_json(), "versions": versions(), "models": rows}
     if output is not None and processes.rank == 0:
         text = comparison_markdown(result) if output.suffix == ".md" else json.dumps(result, indent=2) + "\n"
-        _write(output, text)
+        write_new_file(output, text)
     return result
 
 
@@ -77,19 +77,3 @@ def _check_tokens(places: Sequence[Place], protocol: Protocol) -> None:
                 f"{places[0].name} and {place.name} cannot be compared: they have different tokenizers; "
                 f"compare models that were made from one"
             )
-
-
-def _check(output: Path) -> None:
-    if output.suffix not in KINDS:
-        raise RecipeError(f"a comparison is written as {' or '.join(KINDS)}, not as {output.name}")
-    if output.exists():
-        raise DiskError(f"{output} exists already; remove it or choose another output file")
-    if not output.absolute().parent.is_dir():
-        raise DiskError(f"there is no folder {output.absolute().parent}; make it or choose another output file")
-
-
-def _write(output: Path, text: str) -> None:
-    try:
-        replace_text(output, text)
-    except OSError as error:
-        raise DiskError(f"{output} cannot be written ({error.strerror}); choose another output file") from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 REPORT = "report.json"
 RECIPE = "recipe.yaml"
-SCORES = "eval.json"  # what `eval --save` leaves for the card
-ALLOCATION = "allocation.json"  # what a target's plan was chosen from, and what it was to do and did
-DISTILLATION = "distillation.json"  # what `distill` did, its recipe, and its curve
+SCORES = "eval.json"  # scores of `eval --save`, for the model card
+ALLOCATION = "allocation.json"  # prices behind a target's plan, predicted and measured results
+DISTILLATION = "distillation.json"  # result of `distill`, its recipe, and its curve
 DISTILLATION_RECIPE = "distillation.yaml"
 DISTILLATION_PLOT = "distillation.png"
+GENERATIONS = "generations.json"  # {prompt: {model: continuation}}, which a report shows side by side

@@ -18,7 +18,7 @@ ROOMS: dict[str, set[str]] = {
     "models": {"weight", "runtime"},
     "data": {"models", "recipe", "runtime"},
     "calibrate": {"models", "recipe", "methods", "weight", "runtime"},
-    "evaluate": {"data", "models", "weight", "runtime"},
+    "evaluate": {"data", "models", "recipe", "weight", "runtime"},
     "distill": {"evaluate", "calibrate", "data", "models", "recipe", "losses", "methods", "weight", "runtime"},
     "compression": {"distill", "evaluate", "calibrate", "data", "models", "recipe", "methods", "weight", "runtime"},
     "export": {"evaluate", "models", "weight", "runtime"},
