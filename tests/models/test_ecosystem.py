@@ -78,6 +78,7 @@ def test_a_pipeline_generates(folder: Path) -> None:
     assert found["generated_text"] == tokenizer.decode(slow[0], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_without_llmcompress_transformers_refuses(folder: Path) -> None:
     program = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True)
@@ -98,6 +99,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
 
+@pytest.mark.slow
 def test_lm_eval_scores_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's own command, with our import before it."""
     (tmp_path / "pairs.yaml").write_text(TASK.format(file=ROOT / "llmcompress" / "evaluate" / "minimal_pairs.jsonl"))

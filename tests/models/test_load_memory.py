@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -58,6 +59,7 @@ def grid(out: int, width: int) -> Grid:
     return Grid(codes, torch.full((out, width // 128), 0.01, dtype=torch.float16), None, 16, 128)
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_load_follows_the_bytes_on_disk(tmp_path: Path) -> None:
     assert write_large(tmp_path / "large") > 1e9
     size = sum(path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors"))
