@@ -42,6 +42,7 @@ from llmcompress.cli.options import (
     target_of,
 )
 from llmcompress.cli.publish import export, push, verify
+from llmcompress.cli.recipe import recipe as recipe_commands
 from llmcompress.cli.recipes import recipes
 from llmcompress.cli.report import report
 from llmcompress.cli.terminal import Commands, Terminal
@@ -351,6 +352,8 @@ def answer(
 app.command()(push)
 
 app.command()(recipes)
+
+app.add_typer(recipe_commands, name="recipe")
 
 app.command()(doctor)
 

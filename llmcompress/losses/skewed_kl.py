@@ -16,7 +16,7 @@ class SkewedKL(TemperedConfig):
     """Arguments of `skewed_kl`."""
 
     loss: Literal["skewed_kl"] = "skewed_kl"
-    direction: Literal["forward", "reverse"] = "forward"
+    direction: Literal["forward", "reverse"] = Field("forward", description="the first model: teacher, or student")
     alpha: float = Field(0.1, ge=0, lt=1, description="share of the first model in the mixture")
     examples = ({}, {"direction": "reverse"}, {"alpha": 0.0}, {"alpha": 0.7, "temperature": 2.0})
     merges = True

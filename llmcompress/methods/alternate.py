@@ -20,9 +20,9 @@ class Alternate(StepConfig):
     """Arguments of `alternate`: two steps, and how many rounds of them."""
 
     method: Literal["alternate"] = "alternate"
-    base: SerializeAsAny[StepConfig]
-    low_rank: SerializeAsAny[StepConfig]
-    rounds: int = Field(3, ge=1, le=50)
+    base: SerializeAsAny[StepConfig] = Field(description="a step that makes a base, such as gptq or sparsegpt")
+    low_rank: SerializeAsAny[StepConfig] = Field(description="a step that makes a low-rank term, such as eora or svd")
+    rounds: int = Field(3, ge=1, le=50, description="of base, then low rank; the best one is kept")
     examples = (
         {"base": {"method": "gptq", "bits": 2}, "low_rank": {"method": "eora", "rank": 1}, "rounds": 2},
         {"base": {"method": "sparsegpt", "sparsity": 0.5}, "low_rank": {"method": "svd", "rank": 1}, "rounds": 2},

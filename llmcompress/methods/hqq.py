@@ -35,7 +35,7 @@ class HQQ(StepConfig):
     """Arguments of `hqq`."""
 
     method: Literal["hqq"] = "hqq"
-    bits: int = Field(4, ge=2, le=8)
+    bits: int = Field(4, ge=2, le=8, description="per weight")
     group_size: int | None = Field(64, ge=1, description="columns per scale and zero; null for one each per row")
     norm: float = Field(0.7, gt=0, le=2, description="p of |w - w_approx|^p; 2 is least squares")
     examples = ({"bits": 2, "group_size": 16}, {"bits": 3}, {"bits": 4, "group_size": None, "norm": 2})

@@ -21,7 +21,7 @@ class KMeans(CodebookConfig):
 
     method: Literal["kmeans"] = "kmeans"
     bits: int = Field(2, ge=1, le=8, description="a weight")
-    feedback: bool = True
+    feedback: bool = Field(True, description="columns make up for the errors of those before them (GPTQ)")
     examples = ({}, {"bits": 1}, {"bits": 4}, {"bits": 3, "feedback": False})
 
     def sketch(self, approx: Weight) -> Weight:

@@ -40,11 +40,13 @@ class PBLLM(StepConfig):
 
     method: Literal["pb_llm"] = "pb_llm"
     salient: float | str = Field(0.1, description="fraction kept precise, or an n:m pattern such as '1:8'")
-    structure: Literal["elements", "columns"] = "elements"
-    metric: Literal["magnitude", "hessian"] = "hessian"
+    structure: Literal["elements", "columns"] = Field("elements", description="salient weights, or whole columns")
+    metric: Literal["magnitude", "hessian"] = Field(
+        "hessian", description="salience of a weight: its magnitude, or that weighted by the inverse Hessian"
+    )
     salient_bits: Literal[4, 8, 16] = Field(8, description="16 keeps bfloat16")
     group_size: int | None = Field(None, ge=1, description="columns per binary scale; null for one per row")
-    feedback: bool = True
+    feedback: bool = Field(True, description="columns make up for the errors of those before them (GPTQ)")
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
     examples = (
         {"salient": 0.1},

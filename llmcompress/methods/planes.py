@@ -32,7 +32,9 @@ class PlanesConfig(ColumnConfig):
 
     method: Literal["planes"] = "planes"
     bits: int = Field(2, ge=1, le=3, description="planes: each a bit a weight, and a scale")
-    start: Literal["split", "residual"] = "split"
+    start: Literal["split", "residual"] = Field(
+        "split", description="residual: each plane binarizes what those before it leave; split: the best two first"
+    )
     examples = (
         {"bits": 1},
         {"bits": 2},

@@ -27,10 +27,10 @@ class SparseGPT(PruneConfig):
 
     method: Literal["sparsegpt"] = "sparsegpt"
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
-    bits: int | None = Field(None, ge=1, le=8)
-    group_size: int | None = Field(None, ge=1)
-    symmetric: bool = True
-    clip: bool = True
+    bits: int | None = Field(None, ge=1, le=8, description="of what is kept; null: it stays bfloat16")
+    group_size: int | None = Field(None, ge=1, description="columns per scale; null for one scale per row")
+    symmetric: bool = Field(True, description="levels lie around zero; false: each group stores a zero point too")
+    clip: bool = Field(True, description="search the clipping range with the least squared error")
     examples = (
         {"sparsity": 0.5},
         {"pattern": "2:4"},

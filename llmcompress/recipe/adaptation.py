@@ -10,7 +10,7 @@ from llmcompress.recipe.patterns import Matching
 
 
 class Adaptation(Matching):
-    """Which compressed linears get a low-rank term, and how it is stored."""
+    """The compressed linears that get a low-rank term, and how it is stored."""
 
     match: tuple[str, ...] = Field(default=("*",), min_length=1, description="as in the rules of a compression")
     rank: int = Field(ge=1, description="columns of the left factor")

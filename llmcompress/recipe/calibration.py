@@ -1,4 +1,4 @@
-"""The section `calibration:` of a recipe: which text the statistics come from, and what its tokens count."""
+"""The section `calibration:` of a recipe: the text that statistics come from, and the weights of its tokens."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ OFFLINE = ("builtin", "stdlib", "self")  # what needs neither a file nor the Hub
 Switch = Literal["auto"] | bool
 
 
-class Calibration(BaseModel, extra="forbid", frozen=True):
-    """Which text calibration runs on. Every field that says "auto" is resolved and reported."""
+class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """The text that calibration runs on. Every field that says "auto" is resolved and reported."""
 
     dataset: str = Field(default="stdlib", min_length=1)
     """A name for `datasets`, a local .txt/.jsonl/.parquet file, "builtin" (text of many kinds that comes with this
@@ -54,6 +54,7 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
     shuffle: bool = True
     """Documents in random order."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of the order of documents, and of the text that "self" writes."""
     temperature: float = Field(default=1.0, gt=0, le=10)
     """Of the text that "self" writes."""
     top_p: float = Field(default=1.0, gt=0, le=1)

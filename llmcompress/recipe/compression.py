@@ -72,7 +72,7 @@ Option = Annotated[tuple[Step, ...], Field(min_length=1)]
 class Rule(Matching):
     """The steps for the layers that match one of the patterns. No steps: these layers stay dense."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...] = Field(description="methods in their order; none: the layers stay dense")
 
 
 class Gates(BaseModel):
@@ -95,9 +95,11 @@ class Recipe(BaseModel):
     """A compression run. `read_recipe` makes one from a file or from plain values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    version: Literal[1] = 1
-    name: str = Field(default="recipe", min_length=1, max_length=200)
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    version: Literal[1] = Field(default=1, description="of the format of recipes")
+    name: str = Field(
+        default="recipe", min_length=1, max_length=200, description="in reports; by default that of the file"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of everything random")
     calibration: Calibration | None = Field(
         default=None, description="text for the statistics; null: no method needs any"
     )
@@ -132,7 +134,7 @@ class Recipe(BaseModel):
         default=(), description="steps for the token table, and for the output head where it is tied to it"
     )
     head: tuple[Step, ...] = Field(default=(), description="steps for an output head that is not tied")
-    gates: Gates = Gates()
+    gates: Gates = Field(default=Gates(), description="what the run must reach to count as done")
     reconstruct: Reconstruction | None = Field(
         default=None, description="how every block learns once its layers are set; null: it does not"
     )

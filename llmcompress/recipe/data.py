@@ -1,4 +1,4 @@
-"""The section `data:` of a distillation: which texts, and how they share its steps."""
+"""The section `data:` of a distillation: its texts, and how they share its steps."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class Domain(TextSource):
     """One of several texts, by name."""
 
     name: str = Field(min_length=1, max_length=100)
+    """Of the text, in reports."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Its share of what is read, relative to those of the others."""
 
@@ -77,5 +78,5 @@ class Mixture(BaseModel):
     sequences: int = Field(default=8, ge=1, description="of each domain's held-out ones, those that tell the gap")
 
     def due(self, step: int) -> bool:
-        """Whether shares are computed anew before `step` (from 0)."""
+        """True if shares are computed again before `step` (from 0)."""
         return self.reweight == "ddk" and step % self.every == 0

@@ -31,8 +31,8 @@ class Schedule(BaseModel):
     """A weight that goes from one number to another in a line, over the first share of the steps."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
-    start: float = Field(alias="from", ge=0, allow_inf_nan=False)
-    to: float = Field(ge=0, allow_inf_nan=False)
+    start: float = Field(alias="from", ge=0, allow_inf_nan=False, description="the weight at the first step")
+    to: float = Field(ge=0, allow_inf_nan=False, description="the weight it ends at")
     until: float = Field(default=1.0, gt=0, le=1, description="share of the steps after which it stays")
 
 
@@ -63,8 +63,10 @@ class Term(BaseModel):
     """One loss and its share of the objective."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    of: Annotated[SerializeAsAny[LossConfig], BeforeValidator(_loss)]
-    weight: Annotated[float | Schedule, BeforeValidator(_weight)] = 1.0
+    of: Annotated[SerializeAsAny[LossConfig], BeforeValidator(_loss)] = Field(description="the loss and its arguments")
+    weight: Annotated[float | Schedule, BeforeValidator(_weight)] = Field(
+        default=1.0, description="share of the objective: a number above 0, or a schedule"
+    )
     layers: Layers | None = Field(
         default=None,
         min_length=1,
@@ -110,6 +112,7 @@ Estimators = Literal["plain", "reste", "biper"]
 Latents = Literal["codes", "teacher"]
 Scales = Literal["learned", "median"]
 PhaseKind = Literal["blockwise", "end_to_end"]
+AS_IN_RECIPE = "as in the recipe, whose value null keeps"
 
 
 class Phase(BaseModel):
@@ -118,18 +121,18 @@ class Phase(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: PhaseKind = Field(description="each decoder block by itself, or the whole model")
-    rates: Rates | None = None
+    rates: Rates | None = Field(default=None, description=AS_IN_RECIPE)
     adapt: Adaptation | None = Field(default=None, description="low-rank terms that are added before it; null: none")
-    estimator: Estimators | None = None
-    latents: Latents | None = None
-    scales: Scales | None = None
-    freezing: Freezing | None = None
-    batch: int | None = Field(default=None, ge=1)
-    micro_batch: int | None = Field(default=None, ge=1)
+    estimator: Estimators | None = Field(default=None, description=AS_IN_RECIPE)
+    latents: Latents | None = Field(default=None, description=AS_IN_RECIPE)
+    scales: Scales | None = Field(default=None, description=AS_IN_RECIPE)
+    freezing: Freezing | None = Field(default=None, description=AS_IN_RECIPE)
+    batch: int | None = Field(default=None, ge=1, description=AS_IN_RECIPE)
+    micro_batch: int | None = Field(default=None, ge=1, description=AS_IN_RECIPE)
     steps: int | None = Field(default=None, ge=1, description="optimizer steps, of every block if it is blockwise")
-    warmup: float | None = Field(default=None, ge=0, le=1)
-    final_rate: float | None = Field(default=None, ge=0, le=1)
-    evaluate_every: int | None = Field(default=None, ge=1)
+    warmup: float | None = Field(default=None, ge=0, le=1, description=AS_IN_RECIPE)
+    final_rate: float | None = Field(default=None, ge=0, le=1, description=AS_IN_RECIPE)
+    evaluate_every: int | None = Field(default=None, ge=1, description=AS_IN_RECIPE)
 
 
 class Teacher(BaseModel):
@@ -137,7 +140,9 @@ class Teacher(BaseModel):
     read back (cached), then only the likeliest tokens of each and the mass of all others."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: Literal["online", "cached"] = "online"
+    kind: Literal["online", "cached"] = Field(
+        default="online", description="online: it runs in every step; cached: its likeliest tokens are stored once"
+    )
     k: int = Field(default=64, ge=1, description="likeliest tokens that are cached; all of them if there are fewer")
     folder: str | None = Field(
         default=None,
@@ -160,13 +165,20 @@ class Distillation(BaseModel):
     """A distillation of a dense teacher into a student, compressed or with fewer or narrower blocks."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    version: Literal[1] = 1
-    name: str = Field(default="distillation", min_length=1, max_length=200)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    data: Texts = TextSource(samples=528, length=256, held_out=16)
-    mixture: Mixture = Mixture()
-    losses: tuple[Term, ...] = Field(default=(Term(of={"loss": "forward_kl"}),), min_length=1)
-    teacher: Teacher = Teacher()
+    version: Literal[1] = Field(default=1, description="of the format of recipes")
+    name: str = Field(
+        default="distillation", min_length=1, max_length=200, description="in reports; by default that of the file"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of everything random")
+    data: Texts = Field(
+        default=TextSource(samples=528, length=256, held_out=16),
+        description="the text to learn from, or a list",
+    )
+    mixture: Mixture = Field(default=Mixture(), description="how several texts share the steps")
+    losses: tuple[Term, ...] = Field(
+        default=(Term(of={"loss": "forward_kl"}),), min_length=1, description="terms of the objective, which are added"
+    )
+    teacher: Teacher = Field(default=Teacher(), description="where the teacher's predictions come from")
     rates: dict[Kind, Rate] = Field(
         default={"scales": 1e-3, "factors": 1e-3, "norms": 1e-3},
         min_length=1,
@@ -197,7 +209,9 @@ class Distillation(BaseModel):
     warmup: float = Field(default=0.05, ge=0, le=1, description="share of the steps in which rates rise from 0")
     final_rate: float = Field(default=0.1, ge=0, le=1, description="what is left of the rates at the end of a cosine")
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="largest norm of a gradient")
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="dtype of matrix products; auto: bfloat16 where it is faster"
+    )
     checkpointing: bool = Field(
         default=False, description="end to end: activations are computed again instead of being kept"
     )

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Freezing(BaseModel):
-    """When codes that oscillate are frozen."""
+    """The frequency above which codes that oscillate are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     momentum: float = Field(default=0.01, gt=0, lt=1, description="of the moving averages: what the last step counts")
@@ -25,5 +25,5 @@ class Freezing(BaseModel):
         return self
 
     def threshold_at(self, done: float) -> float:
-        """The threshold when a share `done` of the steps, 0 to 1, is done."""
+        """Return the threshold when a share `done` of the steps, 0 to 1, is done."""
         return self.final_threshold + (self.threshold - self.final_threshold) * (1 + math.cos(math.pi * done)) / 2

@@ -1,4 +1,4 @@
-"""What a recipe fuses into the dense model before it is compressed.
+"""The section `fuse:` of a recipe: changes to the dense model before it is compressed.
 
 fuse: {rotation: true, untie: true, awq: true}
 """

@@ -17,12 +17,12 @@ REGEX = "re:"
 
 
 class Matching(BaseModel):
-    """Something that is said of the layers that match one of the patterns."""
+    """A statement about the layers that match one of the patterns."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     match: tuple[str, ...] = Field(min_length=1, description="globs on module paths, or regular expressions as 're:…'")
 
-    @field_validator("match", mode="before")
+    @field_validator("match", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -42,7 +42,7 @@ class Matching(BaseModel):
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a recipe's pattern means the module `name`: a glob on the whole path, or 're:' and a full match."""
+    """True if a recipe's pattern matches the module `name`: a glob on the whole path, or 're:' and a full match."""
     if pattern.startswith(REGEX):
         return re.fullmatch(pattern.removeprefix(REGEX), name) is not None
     return fnmatchcase(name, pattern)

@@ -1,4 +1,4 @@
-"""The section `reconstruct:` of a compression: how every block learns, once its layers are set, to give what it gave.
+"""The section `reconstruct:` of a compression: how every block learns, once its layers are set, to match the dense one.
 
 # what is stored beside the codes
 reconstruct: {rates: {scales: 3.0e-3, norms: 3.0e-3}}
@@ -23,19 +23,19 @@ from llmcompress.recipe.freezing import Freezing
 
 
 class LowRankOffsets(BaseModel):
-    """How latent codes move together (LoRA-Rounding of CBQ, arXiv 2312.07950)."""
+    """Latent codes that move together (LoRA-Rounding of CBQ, arXiv 2312.07950)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     rank: int = Field(default=5, ge=1, description="numbers that train for each row and each column of a layer")
 
 
 class Reconstruction(BaseModel):
-    """How the blocks of a model learn while it is compressed, on the calibration text."""
+    """The training of a model's blocks while it is compressed, on the calibration text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    version: Literal[1] = 1
-    name: str = "reconstruct"
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    version: Literal[1] = Field(default=1, description="of the format of recipes")
+    name: str = Field(default="reconstruct", description="by default that of the recipe")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the order of sequences; by default that of the recipe")
     rates: dict[Kind, Rate] = Field(
         default={"scales": 3e-3, "norms": 3e-3, "weights": 1e-2},
         min_length=1,

@@ -1,10 +1,10 @@
-"""What a recipe aims at: one size, or one quality.
+"""The section `target:` of a recipe: one size, or one quality.
 
     target: {bpw: 2.05}      # bits per weight of the decoder's linears, as reports count them; tables are not touched
     target: {bytes: 40MB}    # of all weight files; the token table and the output head are chosen for too
     target: {kl: 0.1}        # nats per token on held-out text, as predicted; the smallest file that keeps to it
 
-The steps of all that the recipe's rules do not speak of are then chosen by `allocate`.
+Steps for every layer that no rule covers are then chosen by `allocate`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**
 
 
 def count_of(size: Any) -> Any:
-    """The bytes that words such as "40MB" or "1.5 GiB" mean; anything but text as it is. Raises ValueError."""
+    """Return the bytes of a size such as "40MB" or "1.5 GiB"; anything but text as it is. Raises ValueError."""
     if not isinstance(size, str):
         return size
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
@@ -29,11 +29,13 @@ def count_of(size: Any) -> Any:
 
 
 class Target(BaseModel):
-    """Exactly one of three."""
+    """The aim of an allocation: exactly one of three."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     bpw: float | None = Field(None, gt=0, le=16, description="bits per weight of the decoder's linears")
-    bytes: Annotated[int | None, BeforeValidator(count_of)] = Field(None, gt=0, description="of all weight files")
+    bytes: Annotated[int | None, BeforeValidator(count_of, json_schema_input_type=int | str | None)] = Field(
+        None, gt=0, description="of all weight files: a number, or a size such as 40MB"
+    )
     kl: float | None = Field(None, gt=0, allow_inf_nan=False, description="predicted, in nats per token")
 
     @model_validator(mode="after")

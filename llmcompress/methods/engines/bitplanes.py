@@ -32,7 +32,7 @@ class PlaneConfig(StepConfig):
 
     group_size: int | None = Field(None, ge=1, description="columns that share scales; null for the whole row")
     rounds: int = Field(15, ge=0, le=100, description="alternations of scales and signs; 0: none, as they start")
-    feedback: bool = True
+    feedback: bool = Field(True, description="columns make up for the errors of those before them (GPTQ)")
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
 
 

@@ -35,7 +35,7 @@ class GridConfig(StepConfig):
 
     bits: int | Literal["ternary"] = Field(3, description="1 to 8, or ternary (three levels in 1.6 bits)")
     group_size: int | None = Field(None, ge=1, description="columns per scale; null for one scale per row")
-    symmetric: bool = True
+    symmetric: bool = Field(True, description="levels lie around zero; false: each group stores a zero point too")
     clip: bool = Field(True, description="search the clipping range with the least squared error")
     scale: Literal["range", "absmean", "median"] = Field(
         "range", description="of ternary grids: from the range, or the mean or median magnitude (BitNet b1.58)"
