@@ -136,9 +136,7 @@ def answers(engine: str, asked: list[dict[str, Any]], out: Path) -> list[list[di
     environment = os.environ | paths | {"OMP_NUM_THREADS": "1"} | launch_environment(ENGINES[engine])
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     script = [str(ROOT / "tests" / "distill" / "launched.py"), str(out / "jobs.json"), str(out)]
-    done = subprocess.run(
-        [sys.executable, *torchrun, *script], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, *torchrun, *script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -290,6 +288,7 @@ def test_a_compressed_teacher_is_said(alone: Any, together: Any) -> None:
     assert said in written["warnings"]
 
 
+@pytest.mark.slow
 def test_latents_can_start_at_a_compressed_teacher(place: Path, tmp_path: Path) -> None:
     asked = jobs(place, tmp_path)["second-hand"]
     asked["recipe"] |= {"rates": {"codes": 1e-3}, "latents": "teacher", "steps": 1, "checkpointing": False}
@@ -332,9 +331,7 @@ def test_accelerate_launches_the_command(place: Path, alone: Any, tmp_path: Path
     words = ["distill", job["student"], str(tmp_path / "recipe.yaml"), "--teacher", job["teacher"]]
     output = ["-o", str(tmp_path / "out"), "--json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launcher, *words, *output], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, *launcher, *words, *output], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     both, wanted = json.loads(done.stdout), alone[1]["whole"]
     assert both["tokens"] == wanted["tokens"] and both["steps"] == 4

@@ -283,7 +283,6 @@ def test_two_processes_find_what_one_finds(folders: Path, tmp_path: Path, monkey
         env=os.environ | own,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert two.returncode == 0, two.stderr[-3000:]
     monkeypatch.chdir(folders)
