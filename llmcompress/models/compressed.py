@@ -1,4 +1,4 @@
-"""A checkpoint of ours opened for export: one layer at a time, whatever files its tensors lie in."""
+"""A compressed checkpoint opened for export, one layer at a time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from llmcompress.weight.nodes import Weight
 
 
 class Opened:
-    """A compressed checkpoint on disk. `layouts`: of its compressed modules; `sizes`: of dense linears that the
-    rest of the config does not tell; `files`: where each tensor lies; `digests`: of the tensors of each file, as
-    its header has them."""
+    """A compressed checkpoint on disk.
+
+    `layouts` has one entry for each compressed module, `sizes` the `[out, in]` of dense linears that config.json
+    does not tell otherwise. `files` maps each tensor to its file, `digests` each file to the digests in its header.
+    """
 
     def __init__(self, folder: Path) -> None:
         check_kind(folder)
@@ -41,31 +43,31 @@ class Opened:
 
     @property
     def bytes(self) -> int:
-        """Of the weight files."""
+        """Size of the weight files in bytes."""
         return sum(path.stat().st_size for path in set(self.files.values()))
 
     @property
     def dense_bytes(self) -> int:
-        """What the weights take at most, were all matrices bfloat16."""
+        """Upper bound of the size in bytes if all matrices were bfloat16."""
         return 2 * sum(layout.size[0] * layout.size[1] for layout in self.layouts.values()) + self.bytes
 
     def read(self, name: str) -> Tensor:
-        """One stored tensor."""
+        """Return one stored tensor."""
         with safe_open(self.files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def read_plain(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Of the stored tensors `names`, those that other engines know too: an embedding's `LIKE` is ours alone."""
+        """Return the stored tensors `names`, without an embedding's `LIKE`, which no other engine knows."""
         return {name: self.read(name) for name in names if not name.endswith(f".{LIKE}")}
 
     def expression(self, layer: str) -> Weight:
-        """The compressed weight of one module."""
+        """Return the compressed weight of one module."""
         layout = self.layouts[layer]
         return decode(layout.header, layout.views(self.read(f"{layer}.weight")))
 
     def parts(self) -> Iterator[tuple[list[str], list[str]]]:
-        """File by file: the compressed modules in it, and the names of its other tensors."""
+        """Yield the compressed modules of each file, and the names of its other tensors."""
         layers = {f"{layer}.weight": layer for layer in self.layouts}
         for path in sorted(set(self.files.values())):
             names = [name for name, place in self.files.items() if place == path]
@@ -73,6 +75,6 @@ class Opened:
 
 
 def rounded(value: Tensor) -> tuple[Tensor, float]:
-    """A matrix in bfloat16, and how far it moved as a share of its size."""
+    """Return a matrix in bfloat16, and its relative error."""
     stored = value.to(torch.bfloat16)
     return stored, float((stored.float() - value).norm() / value.norm().clamp_min(1e-30))

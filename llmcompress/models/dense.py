@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of dense dtypes, bytes per value
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk; GPT-NeoX
-PACKED = {"I8": 1, "I16": 2, "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1}  # what other tools pack weights in
-BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # what a persistent buffer may be stored as besides
+PACKED = {"I8": 1, "I16": 2, "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1}  # dtypes that other tools pack weights in
+BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persistent buffers
 
 
 @dataclass(frozen=True)
 class Header:
-    """One stored tensor: its shape, its dtype in safetensors' words, and where it lies."""
+    """One stored tensor: its shape, its dtype by safetensors' name, its file, and its key there."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -52,8 +52,8 @@ class Header:
 class DenseModel:
     """A dense causal language model on disk.
 
-    `tensors` are keyed by the names the model itself uses, whatever the file calls them; `tied` maps names that are
-    stored under another one (the output head, mostly). `revision` is the Hub commit; `notes` are for the report.
+    `tensors` are keyed by the model's own names, whatever the file calls them. `tied` maps names to the ones they are
+    stored under (mostly the output head). `revision` is the Hub commit; `notes` are for the report.
     """
 
     name: str
@@ -68,24 +68,24 @@ class DenseModel:
 
     @property
     def parameters(self) -> int:
-        """How many weights the model has; tied ones count once."""
+        """Number of weights; tied ones count once."""
         return sum(prod(header.shape) for header in self.tensors.values())
 
     @property
     def bytes(self) -> int:
-        """What the weights take on disk; tied ones count once."""
+        """Size of the weights on disk; tied ones count once."""
         return sum(header.bytes for header in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name` in its stored dtype, in memory of its own. Raises InputError if its file is damaged."""
+        """Return a copy of the tensor `name` in its stored dtype. Raises InputError if its file is damaged."""
         return _read(self.tensors[self.tied.get(name, name)])
 
     def config_entries(self) -> dict[str, Any]:
-        """The entries of the model's config.json."""
+        """Return the entries of the model's config.json."""
         return _read_json(self.folder / "config.json", self.folder)
 
     def skeleton(self) -> PreTrainedModel:
-        """The model with weights on meta and real buffers, in eval mode; a new one at every call."""
+        """Return a new model in eval mode, with parameters on meta and real buffers."""
         return dense_skeleton(self.config, self.folder)
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
@@ -93,12 +93,12 @@ class DenseModel:
         return load_model(Place(self.name, self.folder), device)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer. Raises InputError when the folder has none that transformers can read."""
+        """Return the model's tokenizer. Raises InputError if the folder has none that transformers can read."""
         return load_tokenizer(self.folder)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises InputError when it has none that transformers can read."""
+    """Return the tokenizer of a model folder. Raises InputError if it has none that transformers can read."""
     from transformers import AutoTokenizer
 
     try:
@@ -117,10 +117,10 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     quantization: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
-    """The model, dense or compressed, by us or by a tool that transformers knows, in eval mode; a dense one quantized,
-    where `quantization` says how.
+    """Return a model in eval mode: dense, or compressed by llmcompress or a tool that transformers knows.
 
-    Raises InputError when it cannot be loaded, RecipeError for a device that is not there.
+    `quantization` says how to quantize a dense one while it is loaded. Raises InputError if the model cannot be
+    loaded, RecipeError if the device is missing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -139,20 +139,19 @@ def load_model(
 
 
 def resolve(model: str, revision: str | None = None) -> DenseModel:
-    """The dense model that `model` names (see `locate`), checked from its config and its tensors' headers alone.
+    """Return the dense model that `model` names (see `locate`), checked by its config and tensor headers alone.
 
-    Raises InputError, in one sentence, for a missing, empty or damaged folder, for anything but a causal language
-    model with plain floating-point safetensors, and for weights that are missing or have other shapes than the
-    config says.
+    Raises InputError for a missing, empty or damaged folder, for anything but a causal language model with plain
+    floating-point safetensors, and for weights that are missing or have other shapes than the config requires.
     """
     return open_source(locate(model, revision))
 
 
 def open_source(place: Place) -> DenseModel:
-    """`resolve` for a model that was already located."""
+    """Return the dense model of a place that `locate` found; raises what `resolve` raises."""
     config = read_config(place.folder)
     skeleton = dense_skeleton(config, place.folder)
-    refuse_experts(config, skeleton)  # here, as their tensors have other names on disk
+    refuse_experts(config, skeleton)  # before matching: their tensors have other names on disk
     stored = read_headers(place.folder)
     tensors, tied, unused = _match(skeleton, stored, place.folder)
     note = f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one" if unused else ""
@@ -171,7 +170,7 @@ def open_source(place: Place) -> DenseModel:
 
 
 def _license(folder: Path) -> str | None:
-    """The licence in the metadata of the folder's model card."""
+    """Return the licence in the metadata of the folder's model card; None if there is none."""
     from huggingface_hub import ModelCard
 
     try:
@@ -182,7 +181,7 @@ def _license(folder: Path) -> str | None:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config of the dense causal language model in `folder`. Raises InputError for any other folder."""
+    """Return the config of the dense causal language model in `folder`. Raises InputError for any other folder."""
     from transformers import AutoConfig
 
     entries = _read_json(folder / "config.json", folder)
@@ -193,7 +192,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         )
     if "auto_map" in entries and not _known_type(kind):
         raise InputError(
-            f"{folder} needs its own Python code to load, which is not run; choose a model type of transformers"
+            f"{folder} needs its own Python code to load, which is never run; choose a model type of transformers"
         )
     if not isinstance(kind, str) or not _known_type(kind):
         raise InputError(
@@ -209,7 +208,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def _config_errors() -> tuple[type[Exception], ...]:
-    """What transformers and torch raise for a config with impossible values, or with needs that are not installed."""
+    """Return the errors that transformers and torch raise for impossible values and missing requirements."""
     from huggingface_hub.errors import StrictDataclassError
 
     values = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
@@ -223,7 +222,7 @@ def _known_type(kind: object) -> bool:
 
 
 def _refuse_other_tasks(config: PreTrainedConfig, folder: Path) -> None:
-    """The config's type must have a causal language model, and the checkpoint must be of it."""
+    """Raise InputError unless the config's type has a causal language model and the checkpoint is one."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
@@ -238,7 +237,7 @@ def _refuse_other_tasks(config: PreTrainedConfig, folder: Path) -> None:
 
 
 def dense_skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
-    """The model that a config describes, parameters on meta. Raises InputError where it cannot be built."""
+    """Return the model that a config describes, parameters on meta. Raises InputError if it cannot be built."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -254,7 +253,7 @@ def dense_skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
 
 
 def transposed_linears(folder: Path, entries: dict[str, Any]) -> set[str]:
-    """The linears whose weight a model with the config `entries` holds as `[in, out]`, by module path."""
+    """Return the module paths of linears whose weight is `[in, out]` in a model with the config `entries`."""
     from transformers import AutoConfig
     from transformers.pytorch_utils import Conv1D
 
@@ -263,7 +262,7 @@ def transposed_linears(folder: Path, entries: dict[str, Any]) -> set[str]:
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """The headers of every tensor in the folder's safetensors files, by the names in the files."""
+    """Return the header of every tensor in the folder's safetensors files, by the names in the files."""
     stored: dict[str, Header] = {}
     for path in _weight_files(folder):
         try:
@@ -282,7 +281,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model, as transformers would choose them."""
+    """Return the safetensors files that make up the model, chosen as transformers chooses them."""
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
@@ -310,9 +309,9 @@ def _weight_files(folder: Path) -> list[Path]:
 def _match(
     skeleton: PreTrainedModel, stored: dict[str, Header], folder: Path
 ) -> tuple[dict[str, Header], dict[str, str], list[str]]:
-    """The stored headers by model names, the tied names, and the stored names that the model has no use for.
+    """Return the stored headers by model names, the tied names, and the stored names that the model does not use.
 
-    Checkpoints of the bare model lack the head model's prefix (`transformer.` in GPT-2), and the other way round.
+    A checkpoint of the bare model lacks the prefix of the model with a head (`transformer.` in GPT-2), or vice versa.
     """
     prefix = f"{skeleton.base_model_prefix}."
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
@@ -327,7 +326,7 @@ def _match(
     missing = [name for name in parameters if tied.get(name, name) not in found]
     if missing:
         raise InputError(
-            f"{folder} lacks weights its config asks for: {listed(missing)}; download the model again or correct "
+            f"{folder} lacks weights that its config requires: {listed(missing)}; download the model again or correct "
             f"config.json"
         )
     return found, tied, [key for key in stored if key not in used]
@@ -336,7 +335,7 @@ def _match(
 def _checked(header: Header, shape: tuple[int, ...], is_weight: bool) -> Header:
     if header.shape != shape:
         raise InputError(
-            f"{header.key} in {header.file} has shape {list(header.shape)} where the config asks for {list(shape)}; "
+            f"{header.key} in {header.file} has shape {list(header.shape)} where the config requires {list(shape)}; "
             f"config.json and the weights do not belong together"
         )
     if is_weight and header.dtype not in FLOATS:
@@ -348,9 +347,9 @@ def _checked(header: Header, shape: tuple[int, ...], is_weight: bool) -> Header:
 
 
 def _tie(declared: dict[str, str], found: dict[str, Header]) -> dict[str, str]:
-    """Which of the `declared` ties (alias to origin) hold, as transformers decides it; moves `found` to the origins.
+    """Return the `declared` ties (alias to origin) that hold by the rules of transformers; move `found` to the origins.
 
-    A file may keep the shared tensor under either name, or both; two tensors that differ are not tied.
+    A file may store the shared tensor under either name or both. Two tensors that differ are not tied.
     """
     tied = {}
     for alias, origin in declared.items():
@@ -364,7 +363,7 @@ def _tie(declared: dict[str, str], found: dict[str, Header]) -> dict[str, str]:
 
 
 def _read(header: Header) -> Tensor:
-    """One tensor in memory of its own, its file closed again."""
+    """Return a copy of one tensor; its file is closed again."""
     try:
         with safe_open(header.file, framework="pt") as file:
             return file.get_tensor(header.key).clone()  # the original is a window into the mapped file
@@ -394,6 +393,6 @@ def _damaged(path: Path, error: Exception) -> InputError:
 
 
 def _reason(error: Exception, most: int = 200) -> str:
-    """What a library said, on one line of at most `most` characters."""
+    """Return the message of a library's error on one line of at most `most` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= most else f"{text[:most]}...").rstrip(".")

@@ -9,7 +9,7 @@ from llmcompress.models.integrity import weight_files
 
 
 def teacher_digest(folder: Path) -> str:
-    """Of the files that say what a model predicts: its config and its weights."""
+    """Return one digest of the files that decide what a model predicts: its config and its weights."""
     digest = sha256()
     for path in (folder / "config.json", *weight_files(folder)):
         with path.open("rb") as file:

@@ -1,8 +1,8 @@
-"""Model families as data: where the decoder blocks are, which linears they hold, which of them read the same input.
+"""Model families as data: the place of the decoder blocks, their linears, and the linears that share an input.
 
-A family is one row of `FAMILIES`. A model whose type has no row is understood by its structure (one list of as many
-blocks as the config announces, each linear an input group of its own) or refused with a sentence that says why.
-Whether a block can be run on its own is not decided here: the walk checks that when it records the blocks' arguments.
+A family is one row of `FAMILIES`. A model type without a row is recognized by its structure (one list with as many
+blocks as the config says, each linear an input group of its own), or refused with a reason. The walk checks that a
+block can run on its own, when it records the blocks' arguments.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ GPT2: Groups = (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj"
 
 @dataclass(frozen=True)
 class Family:
-    """One row: the module path of the block list, and each block's linears; those of one group read the same tensor.
+    """One row: the module path of the block list, and each block's linears. Linears of one group read the same tensor.
 
-    `producers`: for each group what its inputs are proportional to, channel by channel: an RMSNorm of the residual
-    stream that has a weight, or a linear, whose rows are then the channels (or, of values, those of a few query heads);
-    `norm`: such a norm before the output head. Linears that no norm feeds write to the stream. Empty where a block is
-    not like that.
+    `producers` names, for each group, the module that its inputs are proportional to, channel by channel. That is an
+    RMSNorm of the residual stream with a weight, or a linear whose rows are the channels (for values, the channels of
+    a few query heads). It is empty for blocks of another structure. `norm` is the norm before the output head. Linears
+    that no norm feeds write to the residual stream.
     """
 
     model_type: str
@@ -81,7 +81,7 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear: module path, shape `(out, in)`; `transposed`: its weight is `[in, out]` (transformers' Conv1D)."""
+    """A linear: module path and shape `(out, in)`. `transposed`: its weight is `[in, out]` (transformers' Conv1D)."""
 
     name: str
     shape: tuple[int, int]
@@ -99,11 +99,11 @@ class BlockLayout:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a walk, a plan and a loader need to know of a model. `family` is None when the structure was discovered.
+    """The structure of a model, for a walk, a plan and a loader. `family` is None if it was discovered.
 
-    `outside`: linears that belong to no block (the output head), left dense. `other`: weights of two or more
-    dimensions inside blocks that are no linear layer, left dense too. `embedding`, `head`: module paths of the token
-    table and of the linear that gives the logits; `tied`: the head is the table.
+    `outside`: linears of no block (the output head), left dense. `other`: weights of two or more dimensions inside
+    blocks that are not linears, left dense too. `embedding` and `head`: module paths of the token table and of the
+    linear that computes the logits. `tied`: the head is the table.
     """
 
     model_type: str
@@ -117,12 +117,12 @@ class Architecture:
     tied: bool
 
     def linears(self) -> dict[str, Linear]:
-        """Every linear of every block by module path, in depth order."""
+        """Return every linear of every block by module path, in depth order."""
         return {linear.name: linear for block in self.blocks for group in block.groups for linear in group}
 
 
 def architecture(config: PreTrainedConfig, model: PreTrainedModel) -> Architecture:
-    """The layout of a causal language model (its weights may be on meta).
+    """Return the structure of a causal language model, whose weights may be on meta.
 
     Raises InputError for mixture-of-experts models, for blocks that cannot be told apart from the rest of the model,
     and for a known family whose blocks hold other linears than its row says.
@@ -154,13 +154,13 @@ def architecture(config: PreTrainedConfig, model: PreTrainedModel) -> Architectu
 
 
 def block_stack(config: PreTrainedConfig, model: nn.Module) -> str:
-    """The module path of the list of decoder blocks. Raises InputError where it cannot be told from the rest."""
+    """Return the module path of the list of decoder blocks. Raises InputError if it is ambiguous."""
     family = FAMILIES.get(config.model_type)
     return family.blocks if family else _discover_stack(config, model)
 
 
 def _name_of(model: nn.Module, module: nn.Module | None) -> str:
-    """The module path of `module`, empty where there is none."""
+    """Return the module path of `module`; empty if there is none."""
     return next((name for name, child in model.named_modules() if child is module), "")
 
 
@@ -182,7 +182,7 @@ def _layout(family: Family | None, path: str, block: nn.Module) -> BlockLayout:
 
 
 def _linears(module: nn.Module, path: str = "") -> dict[str, Linear]:
-    """The linear layers below `module`, by module path, in the order the model defines them."""
+    """Return the linears below `module` by module path, in the order of the model."""
     from transformers.pytorch_utils import Conv1D
 
     found = {}
@@ -196,7 +196,7 @@ def _linears(module: nn.Module, path: str = "") -> dict[str, Linear]:
 
 
 def _discover_stack(config: PreTrainedConfig, model: nn.Module) -> str:
-    """The path of the only list of `num_hidden_layers` modules that is not inside another such list."""
+    """Return the path of the only list of `num_hidden_layers` modules that is not inside another such list."""
     count = getattr(config, "num_hidden_layers", None)
     unknown = f"model type {config.model_type!r} is not in the table of families and its structure was not understood"
     if not isinstance(count, int) or count < 1:
@@ -212,7 +212,7 @@ def _discover_stack(config: PreTrainedConfig, model: nn.Module) -> str:
 
 
 def refuse_experts(config: PreTrainedConfig, model: nn.Module) -> None:
-    """Raises InputError for a mixture-of-experts model."""
+    """Raise InputError for a mixture-of-experts model."""
     counts = {key: getattr(config, key, None) for key in EXPERT_COUNTS}
     announced = [f"{key}: {value}" for key, value in counts.items() if isinstance(value, int) and value > 1]
     modules = [name for name, child in model.named_modules() if "experts" in f"{name} {type(child).__name__}".lower()]

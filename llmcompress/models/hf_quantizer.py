@@ -1,7 +1,8 @@
-"""The transformers plug-in: `AutoModelForCausalLM.from_pretrained` loads what we write, once llmcompress is imported.
+"""The transformers plug-in: `AutoModelForCausalLM.from_pretrained` loads compressed checkpoints.
 
-A checkpoint's config lists every compressed linear with the layout of its payload; before the weights are read, those
-modules are replaced on the meta device by `CompressedLinear`s, so the dense model never exists in memory.
+It works once llmcompress was imported. A checkpoint's config lists every compressed linear with the layout of its
+payload. Before the weights are read, `CompressedLinear`s replace those modules on the meta device, so the dense model
+never exists in memory.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ from llmcompress.weight.modules import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-STORED = {torch.uint8: "U8", torch.bool: "BOOL", torch.int32: "I32", torch.int64: "I64"}  # the latter: models' buffers
+STORED = {torch.uint8: "U8", torch.bool: "BOOL", torch.int32: "I32", torch.int64: "I64"}  # the last two: buffers
 NAME = "llmcompress"
 
 
 class LLMCompressConfig(QuantizationConfigMixin):
-    """`quantization_config` of a checkpoint: `layers` gives each compressed module's number in the list `layouts`,
-    `sizes` the `[out, in]` of dense linears that are not as large as the rest of config.json says.
+    """`quantization_config` of a checkpoint.
 
-    Every layout is listed once: transformers copies its configs dozens of times while it loads.
+    `layers` maps each compressed module to its index in `layouts`. `sizes` has the `[out, in]` of dense linears whose
+    size differs from the rest of config.json. Every layout is listed once, since transformers copies its configs
+    dozens of times while it loads.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
         self.versions = more.get("versions", {})
 
     def table(self) -> dict[str, Layout]:
-        """The layout of every compressed module by name. Raises InputError for an entry that cannot be read."""
+        """Return the layout of every compressed module by name. Raises InputError for an unreadable entry."""
         known: dict[int, Layout] = {}
         for name, number in self.layers.items():
             try:
@@ -80,7 +82,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
 
 
 def table_entry(table: Mapping[str, Layout], sizes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint with these layouts by module name; `sizes` as in the class."""
+    """Return the `quantization_config` of a checkpoint with these layouts by module name; `sizes` as in the class."""
     numbers: dict[str, int] = {}
     layouts: list[dict[str, Any]] = []
     layers = {}
@@ -96,7 +98,7 @@ def table_entry(table: Mapping[str, Layout], sizes: Mapping[str, Sequence[int]] 
 
 
 class LLMCompressQuantizer(HfQuantizer):
-    """Puts compressed linears into a model that transformers is about to load."""
+    """Put compressed linears into a model that transformers is about to load."""
 
     quantization_config: LLMCompressConfig
     requires_calibration = True  # refuses from_pretrained(dense, quantization_config=...): compress first
@@ -118,11 +120,11 @@ class LLMCompressQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """`save_pretrained` writes the payload as it is."""
+        """True: `save_pretrained` writes the payload unchanged."""
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """For `save_pretrained`: the model's own tensors, and their digests for the header."""
+        """Return no tensors other than the model's own, and their digests for the header, to `save_pretrained`."""
         tensors = model.state_dict()
         if any(tensor.is_meta for tensor in tensors.values()):
             tensors = get_state_dict_offloaded_model(model)
@@ -131,12 +133,12 @@ class LLMCompressQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters can be trained on top."""
+        """True: adapters can be trained on top."""
         return True
 
 
 def expected(model: nn.Module) -> dict[str, Expected]:
-    """What a prepared model needs from its checkpoint, by name: payloads are bytes, dense floats may be of any type."""
+    """Return the tensors that a prepared model requires, by name: payloads are bytes, dense floats of any type."""
     layouts = {f"{name}.weight": module.layout for name, module in compressed_modules(model).items()}
     return {name: _expected(value, layouts.get(name)) for name, value in model.state_dict().items()}
 
@@ -149,7 +151,7 @@ def _expected(value: Tensor, layout: Layout | None) -> Expected:
 
 
 def tie_head(model: PreTrainedModel) -> None:
-    """Where the output head is tied to an embedding that is compressed now, has it read the same payload."""
+    """Make the output head read the payload of the compressed embedding that it is tied to, if any."""
     modules = compressed_modules(model)
     for alias, origin in model.all_tied_weights_keys.items():
         head, table = alias.rpartition(".")[0], modules.get(origin.rpartition(".")[0])
@@ -158,9 +160,9 @@ def tie_head(model: PreTrainedModel) -> None:
 
 
 def resize(model: PreTrainedModel, sizes: Mapping[str, Sequence[int]]) -> None:
-    """Gives linears of a model on meta, by name, the sizes `[out, in]` that they have after their structure was edited.
+    """Resize linears of a model on meta, by name, to the `[out, in]` that they have after their structure was edited.
 
-    Raises InputError for a place that the model does not have, and for sizes that do not fit each other.
+    Raises InputError for a linear that the model lacks, and for sizes that do not fit each other.
     """
     edited = False
     for name, size in sizes.items():
@@ -191,10 +193,10 @@ def _matrix(model: nn.Module, name: str) -> nn.Module:
 
 
 def _check_flow(model: PreTrainedModel) -> None:
-    """Lets a model on meta read two tokens, which fails where a layer does not take what the one before it gives."""
+    """Run a model on meta on two tokens. Raises InputError if a layer refuses the output of the one before."""
     try:
         with torch.no_grad(), torch.device("meta"):
-            mask = torch.zeros(1, 1, 2, 2)  # given, or models look at values to make one
+            mask = torch.zeros(1, 1, 2, 2)  # otherwise models read values to make one
             model(input_ids=torch.zeros(1, 2, dtype=torch.long), attention_mask=mask, use_cache=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
@@ -202,7 +204,7 @@ def _check_flow(model: PreTrainedModel) -> None:
 
 
 def _empty(dense: nn.Module, layout: Layout) -> CompressedLinear | CompressedEmbedding:
-    """The compressed module, on meta, for the place of a dense one."""
+    """Return the compressed module, on meta, that replaces a dense one."""
     if isinstance(dense, nn.Embedding):
         return CompressedEmbedding(layout, _bytes(layout), torch.get_default_dtype(), row_scale(dense))
     return CompressedLinear(layout, _bytes(layout), getattr(dense, "bias", None))

@@ -1,4 +1,4 @@
-"""Hidden states between decoder blocks, as a model's own forward makes them."""
+"""Hidden states between decoder blocks, recorded while a model's own forward runs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 
 
 def depth(model: PreTrainedModel) -> int:
-    """How many decoder blocks a model has."""
+    """Return the number of decoder blocks of a model."""
     return len(list(model.get_submodule(block_stack(model.config, model)).children()))
 
 
 @contextmanager
 def states_between(model: PreTrainedModel, numbers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """Where every forward of `model`, while it lasts, leaves its hidden states `[sequences, length, width]`: by number,
-    the input of that block, or for the number of blocks the last one's output, which no norm has seen yet.
+    """Record hidden states `[sequences, length, width]` of every forward of `model` inside the context.
 
-    A later forward overwrites them. Activations that are computed again do so too, with the same values.
+    The yielded map has the input of each block in `numbers`. The number of blocks itself stands for the last block's
+    output, before the final norm. A later forward overwrites the states; so does activation recomputation, with the
+    same values.
     """
     found: dict[int, Tensor] = {}
     blocks = list(model.get_submodule(block_stack(model.config, model)).children())

@@ -1,7 +1,7 @@
-"""Teaches transformers and PEFT about our checkpoints at the moment they are imported, not before.
+"""Register compressed checkpoints with transformers and PEFT when those are imported, not before.
 
-transformers looks for third-party quantizers nowhere, PEFT for third-party weights neither, and importing them takes
-seconds; so `import llmcompress` leaves a finder that waits for the modules concerned and loads ours behind each.
+Neither looks for plug-ins by itself, and importing them takes seconds. So `import llmcompress` installs a finder that
+waits for their modules and imports ours after each.
 """
 
 import sys
@@ -12,14 +12,14 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-AWAITED = {  # theirs -> ours, which registers itself when it is imported
+AWAITED = {  # their module -> ours, which registers itself on import
     "transformers.quantizers.auto": "llmcompress.models.hf_quantizer",
     "peft.tuners.tuners_utils": "llmcompress.models.peft_merge",
 }
 
 
 class _Then(Loader):
-    """Loads a module with its own loader, then ours."""
+    """Load a module with its own loader, then ours."""
 
     def __init__(self, loader: Loader, ours: str) -> None:
         self.loader = loader
@@ -34,7 +34,7 @@ class _Then(Loader):
 
 
 class _Waiting(MetaPathFinder):
-    """Finds one module once, for `_Then`."""
+    """Find one module once, for `_Then`."""
 
     def __init__(self, theirs: str) -> None:
         self.theirs = theirs
@@ -52,7 +52,7 @@ class _Waiting(MetaPathFinder):
 
 
 def install() -> None:
-    """Loads ours now where theirs is loaded, else when it will be; safe to call again."""
+    """Import our modules now if theirs are loaded, otherwise after them. Safe to call again."""
     waiting = {finder.theirs for finder in sys.meta_path if isinstance(finder, _Waiting)}
     for theirs, ours in AWAITED.items():
         if theirs in sys.modules:

@@ -1,8 +1,7 @@
-"""Is a compressed checkpoint whole? Asked before every load, so that damage is one sentence and never a model that
-looks fine.
+"""Checks of a compressed checkpoint before every load: damage is an error, never a model that looks fine.
 
-Every safetensors file of ours carries in its own header the digest of each of its tensors, so a flipped bit, a
-swapped file or an edited header shows wherever the file went: through `save_pretrained`, a copy, or the Hub.
+The header of every safetensors file has the digest of each of its tensors. A flipped bit, a swapped file or an edited
+header is found wherever the file went: through `save_pretrained`, a copy, or the Hub.
 """
 
 from __future__ import annotations
@@ -38,8 +37,10 @@ MENDING = "download or write it again"
 
 @dataclass(frozen=True)
 class Expected:
-    """What the model needs of one stored tensor. `dtype`: in safetensors' words, None for any float. Of a payload, also
-    `floats`, where numbers lie in it as (dtype, first byte, the byte after the last), and its `layout`."""
+    """The requirements of a model on one stored tensor. `dtype` is safetensors' name; None allows any float.
+
+    A payload also has `floats`, the places of numbers in it as (dtype, first byte, byte after the last), and `layout`.
+    """
 
     shape: tuple[int, ...]
     dtype: str | None = None
@@ -48,9 +49,9 @@ class Expected:
 
 
 def digest(tensor: Tensor, layout: str = "") -> str:
-    """The digest of a tensor: of its dtype, its shape, its bytes, and the layout that gives them a meaning.
+    """Return the digest of a tensor's dtype, shape, bytes, and the layout that gives the bytes a meaning.
 
-    Against damage, not against forgers, and fast: it is taken of every tensor before every load.
+    It protects against damage, not against forgery. It is fast, since every load takes it of every tensor.
     """
     return _digest(_bytes(tensor), tensor, layout)
 
@@ -67,9 +68,9 @@ def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
 
 
 def _finite(stored: NDArray[np.uint8], places: Iterable[tuple[torch.dtype, int, int]]) -> bool:
-    """Whether none of the numbers in these places (dtype, first byte, the byte after the last) is infinite or NaN.
+    """True if no number in these places (dtype, first byte, byte after the last) is infinite or NaN.
 
-    Those have all bits of their exponent set; numpy looks at them in a fraction of the time that torch takes.
+    Such numbers have all bits of their exponent set. numpy checks that in a fraction of torch's time.
     """
     for dtype, start, stop in places:
         kind, exponent = EXPONENTS[dtype]
@@ -79,13 +80,13 @@ def _finite(stored: NDArray[np.uint8], places: Iterable[tuple[torch.dtype, int, 
 
 
 def digests(tensors: Mapping[str, Tensor], layouts: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a safetensors file that holds `tensors`; `layouts`: of those that are payloads, by name."""
+    """Return the metadata of a safetensors file with `tensors`; `layouts` has the layouts of payloads by name."""
     found = {name: digest(tensor, layouts.get(name, "")) for name, tensor in tensors.items()}
     return {DIGESTS: json.dumps(found, sort_keys=True)}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights. Raises InputError where that is not clear."""
+    """Return the files of a checkpoint's weights. Raises InputError if there are none or two sets."""
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
         raise InputError(f"{folder} has both {SINGLE} and {INDEX}; remove the one that is not part of the checkpoint")
@@ -97,7 +98,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name to file name, from an index. Raises InputError for names that lead out of its folder."""
+    """Return the file name of each tensor in an index. Raises InputError for names that lead out of its folder."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {str(tensor): str(file) for tensor, file in found.items()}
@@ -110,9 +111,9 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def check(files: Sequence[Path], expected: Mapping[str, Expected], optional: Iterable[str] = ()) -> None:
-    """Raises InputError unless `files` hold exactly the `expected` tensors, undamaged; `optional` ones may be missing.
+    """Raise InputError unless `files` hold exactly the `expected` tensors, undamaged. `optional` ones may be missing.
 
-    `files` are one checkpoint's, in one folder; symbolic links are followed, as the Hub's cache is made of them.
+    `files` belong to one checkpoint in one folder. Symbolic links are followed, since the Hub's cache consists of them.
     """
     folders = {path.parent for path in files}
     if len(folders) != 1 or any(path.suffix != ".safetensors" for path in files):
@@ -135,7 +136,7 @@ def check(files: Sequence[Path], expected: Mapping[str, Expected], optional: Ite
 
 
 def _check_file(path: Path, expected: Mapping[str, Expected]) -> set[str]:
-    """The names of the tensors in one file. Raises InputError unless each is as expected and as it was written."""
+    """Return the names of the tensors in one file. Raises InputError unless each is expected and undamaged."""
     try:
         with safe_open(path, framework="pt") as file:
             written = _written(path, file.metadata())
@@ -156,7 +157,7 @@ def _check_file(path: Path, expected: Mapping[str, Expected]) -> set[str]:
 
 
 def _written(path: Path, metadata: dict[str, str] | None) -> dict[str, str]:
-    """The digests in a file's header."""
+    """Return the digests in a file's header."""
     try:
         found = json.loads((metadata or {})[DIGESTS])
         return {str(name): str(value) for name, value in found.items()}
@@ -167,7 +168,7 @@ def _written(path: Path, metadata: dict[str, str] | None) -> dict[str, str]:
 
 
 def _wanted(path: Path, name: str, piece: Any, expected: Mapping[str, Expected]) -> Expected:
-    """What is expected of a tensor. Raises InputError unless its header agrees."""
+    """Return the requirements on a tensor. Raises InputError unless its header meets them."""
     if name not in expected:
         raise InputError(f"{path}: {name} is not part of the model that config.json describes; {MENDING}")
     wanted = expected[name]
@@ -175,5 +176,5 @@ def _wanted(path: Path, name: str, piece: Any, expected: Mapping[str, Expected])
     fits = dtype in FLOATS if wanted.dtype is None else dtype == wanted.dtype
     if shape != wanted.shape or not fits:
         asked = f"{wanted.dtype or 'a float type'} {list(wanted.shape)}"
-        raise InputError(f"{path}: {name} is {dtype} {list(shape)} where config.json asks for {asked}; {MENDING}")
+        raise InputError(f"{path}: {name} is {dtype} {list(shape)} where config.json requires {asked}; {MENDING}")
     return wanted

@@ -1,4 +1,4 @@
-"""Which blocks of its original a shortened model has, and so which of a teacher's blocks its own once were."""
+"""The blocks that a shortened model kept of its original, and their counterparts in a teacher."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ KEPT = "llmcompress_kept_blocks"  # in config.json: numbers in the original mode
 
 
 def kept_blocks(config: PreTrainedConfig) -> tuple[int, ...] | None:
-    """Which blocks of the original model a shortened one has; None for a model that says nothing about it."""
+    """Return the numbers of the original model's blocks that a shortened one kept; None if its config has no list."""
     found: Sequence[int] | None = getattr(config, KEPT, None)
     return None if found is None else tuple(found)
 
 
 def matched_blocks(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, int]:
-    """The teacher's block that each of the student's blocks once was. Raises RecipeError where that is not known."""
+    """Return the teacher's block for each of the student's blocks. Raises RecipeError if that is not known."""
     few, many = depth(student), depth(teacher)
     theirs = kept_blocks(teacher.config) or tuple(range(many))
     mine = kept_blocks(student.config) or (theirs if few == many else None)
     if mine is None:
         raise RecipeError(
-            f"the student has {few} blocks, the teacher {many}, and the student's config.json does not say which those "
-            f"are; drop blocks by `llmcompress drop`, or give it {KEPT}"
+            f"the student has {few} blocks, the teacher {many}, and the student's config.json does not say which "
+            f"blocks were kept; drop blocks with `llmcompress drop`, or add {KEPT} to config.json"
         )
     numbers = {original: number for number, original in enumerate(theirs)}
     strange = [str(original) for original in mine if original not in numbers]
@@ -42,7 +42,7 @@ def matched_blocks(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[i
 
 
 def original_name(student: PreTrainedModel, name: str, blocks: Mapping[int, int]) -> str:
-    """What the teacher calls the student's module `name`, `blocks` being those of `matched_blocks`."""
+    """Return the teacher's name of the student's module `name`; `blocks` comes from `matched_blocks`."""
     stack = block_stack(student.config, student)
     number, _, rest = name.removeprefix(f"{stack}.").partition(".")
     return f"{stack}.{blocks[int(number)]}.{rest}" if name.startswith(f"{stack}.") else name

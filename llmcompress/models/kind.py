@@ -1,4 +1,4 @@
-"""Is a folder a checkpoint of llmcompress?"""
+"""The test of a folder for being a checkpoint of llmcompress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmcompress.models.hf_quantizer import NAME
 
 
 def check_kind(folder: Path) -> None:
-    """Raises InputError for a folder that holds no checkpoint of ours."""
+    """Raise InputError for a folder without a checkpoint of llmcompress."""
     try:
         config = read_json(folder / "config.json")
         kind = (config.get("quantization_config") or {}).get("quant_method")

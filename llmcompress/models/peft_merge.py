@@ -1,7 +1,7 @@
-"""PEFT's own merges of adapters into compressed weights: refused with a sentence, before anything is changed.
+"""The refusal of PEFT's own merges of adapters into compressed weights, before anything changes.
 
-Imported when PEFT's tuners are (`plugin.py`). PEFT asks only itself whether a merge is allowed, so its check is
-replaced by one that knows codes. `adapters.fold` is the merge that works.
+It is imported together with PEFT's tuners (`import_hooks.py`). PEFT has no hook for others to forbid a merge, so its
+check is replaced by one that knows codes. `lora.fold` is the merge that works.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llmcompress.weight.modules import Compressed
 
 
 def knowing_codes(allowed: Callable[[BaseTuner], None]) -> Callable[[BaseTuner], None]:
-    """PEFT's check before a merge, which also raises InputError for adapters on compressed weights."""
+    """Return PEFT's check before a merge, extended to raise InputError for adapters on compressed weights."""
 
     @wraps(allowed)
     def check(tuner: BaseTuner) -> None:

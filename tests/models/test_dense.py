@@ -204,13 +204,13 @@ def emptied(folder: Path) -> None:
         (configured(model_type="t5"), "is a t5 model, not a causal language model; choose one that is"),
         (configured(model_type="clip"), "is a clip model, not a causal language model"),
         (configured(num_hidden_layers=3), r"lacks weights .*: model\.layers\.2\..* and 6 more; download"),
-        (configured(intermediate_size=47), r"has shape \[48, 32\] where the config asks for \[47, 32\]"),
+        (configured(intermediate_size=47), r"has shape \[48, 32\] where the config requires \[47, 32\]"),
         (remove(WEIGHTS), r"has no model\.safetensors and no model\.safetensors\.index\.json"),
         (as_pickle, "weights only as pickle files"),
         (cut, r"model\.safetensors is damaged \(.*\); download or copy it again"),
         (put(WEIGHTS, ""), r"model\.safetensors is damaged"),
         (put(WEIGHTS, "version https://git-lfs.github.com/spec/v1\n"), r"model\.safetensors is damaged"),
-        (without_a_layer, r"lacks weights its config asks for: model\.layers\.1\.mlp\.gate_proj\.weight, "),
+        (without_a_layer, r"lacks weights that its config requires: model\.layers\.1\.mlp\.gate_proj\.weight, "),
         (as_int8, r"up_proj\.weight in .* is stored as I8, so it is already compressed"),
         (indexed(x="../a.safetensors"), r"names '\.\./a\.safetensors', which is no safetensors file of the folder"),
         (indexed(x="b.safetensors"), r"lacks b\.safetensors, which model\.safetensors\.index\.json names"),
@@ -240,7 +240,7 @@ def test_bad_names_are_refused(llama: Path) -> None:
         (str(llama), "main", "is a folder, which has no revisions"),
         ("a/b/c", None, "the model folder a/b/c does not exist"),
         ("./nowhere", None, r"the model folder \./nowhere does not exist"),
-        ("org/name@one", "two", "names revision 'one' but revision 'two'"),
+        ("org/name@one", "two", "names revision 'one' and revision 'two' was given too"),
     ):
         with pytest.raises(InputError, match=sentence) as caught:
             locate(name, revision)
@@ -255,7 +255,7 @@ def test_a_folder_wins_over_other_models_of_its_name(
         shutil.copytree(llama, tmp_path / name)
         source = resolve(name)
         assert source.folder.resolve() == tmp_path / name
-        assert source.notes == (f"{name} is taken to be the folder {tmp_path / name}, not the model of that name",)
+        assert source.notes == (f"{name} is read as the folder {tmp_path / name}, not as the Hub model of that name",)
     assert not resolve(str(tmp_path / "smollm2")).notes
 
 
