@@ -1,7 +1,8 @@
-"""Balanced divergences (BD-KD, arXiv 2212.12965): forward and reverse KL together, one of them raised token by token.
+"""Balanced divergences after BD-KD (arXiv 2212.12965), not checked against its code: the weights are our reading.
 
-Where the student is less certain than its teacher (by entropy), reverse KL is raised, which sharpens it; elsewhere
-forward KL, which spreads it. The weights are constants of the gradient.
+Forward and reverse KL are added, and one of them is raised at every token. Where the student is less certain than its
+teacher (by entropy), reverse KL is raised, which sharpens it; elsewhere forward KL is raised, which spreads it. The
+weights are constants of the gradient.
 """
 
 from typing import Literal

@@ -1,8 +1,8 @@
-"""Deviation-aware distillation (DB-LLM, arXiv 2402.11960): tokens on which the teacher hesitates weigh more.
+"""Deviation-aware distillation (DB-LLM, arXiv 2402.11960) of forward KL, where the paper weighs the cross-entropy.
 
-Forward KL times H(p)^gamma, H being the teacher's entropy in nats. The count is the sum of the weights, so that the
-mean weight of a whole batch is 1 and gamma does not change the learning rate. Differs from the paper, where it is the
-cross-entropy that is weighted (the same gradient, but not 0 at the teacher).
+Tokens on which the teacher hesitates weigh more: forward KL is multiplied by H(p)^gamma, with the teacher's entropy H
+in nats. The count is the sum of the weights, so the mean weight of a whole batch is 1 and gamma does not change the
+learning rate. The gradient is that of the paper's weighted cross-entropy, but the loss is 0 at the teacher.
 """
 
 from typing import Literal
@@ -23,7 +23,7 @@ class DAD(LossConfig):
 
     @property
     def counts_tokens(self) -> bool:
-        """No: it is the sum of their weights."""
+        """False: the count is the sum of the tokens' weights."""
         return False
 
 

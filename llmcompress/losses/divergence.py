@@ -1,9 +1,9 @@
-"""How far two distributions over the vocabulary are apart, from log-probabilities.
+"""Divergences between two distributions over the vocabulary, from log-probabilities.
 
 Everything is computed in float32 (float64 stays float64): in bfloat16 a divergence has an error floor near 0.01.
 
-A class that either model rules out (a logit of -inf or as good as that, see FLOOR; heads padded to a round size have
-such) is left out for both: it gets no probability, no loss and no gradient, and the rest is normalised without it.
+A class that either model rules out is left out for both: it gets no probability, no loss and no gradient, and the rest
+is normalised without it. Such a class has a logit of -inf or nearly so (see FLOOR), as in heads padded to a round size.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class TemperedConfig(LossConfig):
     merges: ClassVar[bool] = False  # true: merging classes leaves it a divergence between the models, and a lower bound
 
     def reads(self) -> Reads:
-        """See `LossConfig.reads`. What a temperature does to merged classes depends on each of them."""
+        """See `LossConfig.reads`. With a temperature other than 1, merged classes do not suffice."""
         return "merged" if self.merges and self.temperature == 1 else "whole"
 
 
 def wide(values: Tensor) -> Tensor:
-    """In the precision of the losses: float32, float64 where it is that already."""
+    """Return logits in the precision of the losses: float32, or float64 if they are float64 already."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -71,7 +71,7 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def entropy(log_a: Tensor) -> Tensor:
-    """In nats, [tokens, classes] -> [tokens]."""
+    """Return the entropy in nats, [tokens, classes] -> [tokens]."""
     return -(log_a.exp() * log_a).sum(-1)
 
 

@@ -1,6 +1,6 @@
-"""Losses on hidden states, beside those on predictions: what they read, and their registry.
+"""Losses on hidden states, beside those on predictions: their input and their registry.
 
-Which layers of two models match, and a projection where their widths differ, are up to whoever trains.
+The training loop matches the layers of the two models and projects them where their widths differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llmcompress.losses.loss import LossConfig, SumAndCount, known_name, loss_co
 
 @dataclass(frozen=True)
 class Features:
-    """The same positions in two matched layers. `keep` says which count; all of them without it."""
+    """The same positions in two matched layers. Only positions in `keep` count; without it, all do."""
 
     student: Tensor  # [tokens, width] or [sequences, length, width], with grad
     teacher: Tensor  # the same but for its own width, without grad
@@ -63,7 +63,7 @@ def any_loss_config(arguments: dict[str, Any]) -> LossConfig:
 
 
 def reads_states(config: LossConfig) -> bool:
-    """Whether a loss is one on hidden states."""
+    """True if a loss is on hidden states."""
     return config.loss in _FEATURE_LOSSES
 
 

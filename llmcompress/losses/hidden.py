@@ -19,12 +19,12 @@ class Hidden(LossConfig):
     """Arguments of `hidden`."""
 
     loss: Literal["hidden"] = "hidden"
-    per: Literal["token", "layer"] = Field("token", description="what the teacher's size is taken of")
+    per: Literal["token", "layer"] = Field("token", description="unit over which the teacher's size is taken")
     examples = ({}, {"per": "layer"})
 
     @property
     def counts_tokens(self) -> bool:
-        """Of layers, the count is the teacher's energy."""
+        """True per token; per layer, the count is the teacher's energy."""
         return self.per == "token"
 
     @property

@@ -1,7 +1,7 @@
-"""What a loss of distillation is, and the registry of losses.
+"""Losses of distillation: their interface and their registry.
 
-A loss is separable over tokens: the sums and counts of the parts of any split add up to those of the whole. Whoever
-trains adds them over micro-batches and processes and divides once, so no mean of means can arise.
+A loss is separable over tokens: the sums and counts of the parts of any split add up to those of the whole. The
+training loop adds them over micro-batches and processes and divides once, so no mean of means can arise.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Predictions:
 
 
 class LossState(Protocol):
-    """What a loss remembers from step to step. It goes into the training checkpoint."""
+    """State that a loss carries from step to step. It goes into the training checkpoint."""
 
     def update(self, mean: float, progress: float) -> None:
-        """Once per optimizer step: this loss's sum / count over all processes, and the share of steps done, 0 to 1."""
+        """Follow an optimizer step: this loss's sum / count over all processes, and the share of steps done."""
 
     def state_dict(self) -> dict[str, float]:
-        """All of it, for a checkpoint."""
+        """Return the whole state, for a checkpoint."""
 
     def load_state_dict(self, values: Mapping[str, float]) -> None:
         """The inverse of `state_dict`. Raises KeyError where a value is missing."""
@@ -48,16 +48,16 @@ class LossConfig(BaseModel):
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether the count is that of tokens; else it is a sum of weights, known only once the loss is computed."""
+        """True if the count is the number of tokens; else it is a sum of weights, known once the loss is computed."""
         return True
 
     @property
     def needs_one_width(self) -> bool:
-        """Whether a loss on hidden states can only compare such that are as wide."""
+        """True if a loss on hidden states requires teacher and student to have the same width."""
         return False
 
     def reads(self) -> Reads:
-        """What it needs of the teacher: whole predictions, such with several classes merged into one, or nothing."""
+        """The part of the teacher that it reads: whole predictions, those with classes merged into one, or nothing."""
         return "whole"
 
     def start(self) -> LossState | None:

@@ -49,7 +49,7 @@ class TAID(LossConfig):
 
 
 class Interpolation:
-    """How far the target has moved: `t`, the teacher's share; `momentum` of the loss's fall; the loss before."""
+    """Progress of the target: the teacher's share `t`, the `momentum` of the loss's fall, the previous loss."""
 
     def __init__(self, config: TAID) -> None:
         self.config = config

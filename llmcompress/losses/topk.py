@@ -1,9 +1,9 @@
-"""Top-k KL: forward KL taken apart into what happens between, among and outside the teacher's k likeliest classes.
+"""Top-k KL, this project's own: an exact split of forward KL by the teacher's k likeliest classes, each part weighted.
 
-With K these classes, P and Q the two models' mass on them (the chain rule of the KL divergence):
+With K these classes, and P and Q the mass of the two models on them, the chain rule of the KL divergence gives
 KL(p || q) = KL((P, 1 - P) || (Q, 1 - Q)) + P KL(p|K || q|K) + (1 - P) KL(p|rest || q|rest).
-Each part has a weight; all 1 gives forward KL. After decoupled distillation (arXiv 2203.08679, one class instead of k)
-and its top-k successors (arXiv 2508.04539, 2602.20816); that nothing is lost in the split is ours.
+Each part has a weight; all 1 gives forward KL. It goes back to decoupled distillation (arXiv 2203.08679), which splits
+off one class, and to its top-k successors (arXiv 2508.04539, 2602.20816). That the split is exact is ours.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ class TopK(TemperedConfig):
     """Arguments of `topk`."""
 
     loss: Literal["topk"] = "topk"
-    k: int = Field(10, ge=1, description="how many of the teacher's likeliest classes; all of them if there are fewer")
+    k: int = Field(10, ge=1, description="number of the teacher's likeliest classes; all of them if there are fewer")
     mass: float = Field(1.0, ge=0, description="weight of the mass on them against the rest")
     top: float = Field(2.0, ge=0, description="weight of the differences among them")
     rest: float = Field(1.0, ge=0, description="weight of the differences among the others")

@@ -100,5 +100,5 @@ def adadim(layer: Layer, config: AdaDim) -> Layer:
 
 
 def takes_the_same(size: tuple[int, int], form: GridFormat) -> bool:
-    """Whether groups along either axis of a matrix `[out, in]` take equally many bits."""
+    """True if groups along either axis of a matrix `[out, in]` take equally many bits."""
     return bits(grid_sketch(size, form)) == bits(grid_sketch((size[1], size[0]), form))

@@ -43,7 +43,8 @@ class BiLLM(ColumnConfig):
     method: Literal["billm"] = "billm"
     rounds: int = Field(0, ge=0, le=100, description="alternations of scales and signs (ARB); 0: none, as in the paper")
     bitmap: Literal["others", "all"] = Field(
-        "others", description="what is split by magnitude: columns that are not salient, or both kinds, each by itself"
+        "others",
+        description="columns that are split by magnitude: those that are not salient, or both kinds, each by itself",
     )
     examples = (
         {},
@@ -86,7 +87,7 @@ def billm(layer: Layer, config: BiLLM) -> Layer:
 
 
 def salient_columns(current: Tensor, pivots: Tensor, energy: Tensor, config: BiLLM) -> Tensor:
-    """Which of `current [columns, out]` are salient, bool `[columns]`: the share that loses least, best columns first.
+    """Return the salient ones of `current [columns, out]`, bool `[columns]`: the share that loses least, best first.
 
     `pivots [columns]` are U_jj^2, `energy [columns]` weighs the columns' errors.
     """

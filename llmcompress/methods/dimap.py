@@ -1,15 +1,16 @@
-"""DIMAP's score (arXiv 2404.13648; LAMP, arXiv 2010.07611): prune by what a weight is of its unit's, not by its size.
+"""DIMAP's score (arXiv 2404.13648; LAMP, arXiv 2010.07611) within a layer: per column and of magnitudes, not per layer.
 
-A weight counts as much as its share in what is left of its unit when all smaller weights there are gone,
-`s_k = |w_k| / sum of |w| over the weights of the unit that are not smaller`: the distortion that its removal brings, as
-a share. Within a unit the order is that of magnitudes, between units sizes do not matter, and the largest of each unit
-always scores 1. Needs no data. Stores Where(keep, Dense, Zero).
+A weight is scored by its share of the weights that are left in its unit once all smaller ones are gone,
+`s_k = |w_k| / sum of |w| over the weights of the unit that are not smaller`: the relative distortion of removing it.
+Within a unit the order is that of magnitudes. Between units sizes do not matter, and the largest weight of each unit
+scores 1. Needs no data. Stores Where(keep, Dense, Zero).
 
-Differs from the papers, whose units are whole layers, so that their score shares out sparsity among layers: here a
-recipe states the sparsity of a layer, and a unit is an input channel, a column. Models make a channel's weights small
-where its inputs are large, and magnitudes alone then prune what matters; the score does not change when a channel is
-rescaled. Sums are of magnitudes, where the papers have squares. Both were measured on layers of SmolLM2: at half the
-weights the output error is 0.75 of magnitude's; with squares 0.9, with rows for units 1.06.
+Differs from the papers in three points. Their units are whole layers, so that the score distributes sparsity among
+layers; here a recipe states the sparsity of a layer, and a unit is an input channel, a column. Their sums are of
+squares; here they are of magnitudes. Nothing is compared across layers. The reason for columns: a model makes a
+channel's weights small where its inputs are large, so magnitudes alone prune the weights that matter; the score does
+not change when a channel is rescaled. Measured on layers of SmolLM2 at half the weights, the output error is 0.75 of
+that of magnitude pruning; with squares 0.9, with rows for units 1.06.
 """
 
 from typing import Literal

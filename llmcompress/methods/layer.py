@@ -18,12 +18,12 @@ from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.hadamard import rotate
 from llmcompress.weight.nodes import Dense, LowRank, Rotated, Sum, Weight, Where, Zero
 
-ROWS = 8192  # that are in memory a third time while their error is measured
+ROWS = 8192  # rows per chunk when measuring the error, which limits the extra copy
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """The input basis a layer is compressed in: `signs` bool `[in]` and Hadamard size of `weight.rotate`."""
+    """The input basis a layer is compressed in: `signs` bool `[in]` and Hadamard size of `hadamard.rotate`."""
 
     signs: Tensor
     block: int
@@ -31,7 +31,7 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear on its way. `weight`, `approx` and `inputs` are all in the basis of `rotation`, if there is one."""
+    """One linear under compression. `weight`, `approx` and `inputs` are in the basis of `rotation`, if there is one."""
 
     name: str
     weight: Tensor  # [out, in] float32: what to approximate, the dense teacher's
@@ -57,21 +57,23 @@ class StepConfig(BaseModel):
 
     @property
     def rowwise(self) -> bool:
-        """Whether what becomes of a row depends on the inputs and that row, or a few others, alone; see `runs`."""
+        """True if rows are compressed independently, so that tall matrices can be processed in row chunks."""
         return False
 
     @property
     def presumes(self) -> bool:
-        """Whether the steps after this one find statistics even where nothing was measured."""
+        """True if this step supplies input statistics, so that later steps need no calibration data."""
         return False
 
     def sketch(self, approx: Weight) -> Weight:
-        """The expression this step will leave, on meta tensors: what `plan` counts bits of."""
+        """Return the expression this step will leave, on meta tensors, for `plan` to count its bits."""
         raise NotImplementedError(f"{type(self).__name__} needs a sketch")
 
     def rough(self) -> StepConfig | None:
-        """A faster step, or none, that changes a layer's error by a factor which hardly depends on the layer; itself
-        where there is none such."""
+        """Return a faster step whose error is a nearly constant multiple of this one's on every layer.
+
+        Returns the step itself if there is no such step, and None if leaving the step out serves as well.
+        """
         return self
 
 
@@ -79,7 +81,7 @@ class StepConfig(BaseModel):
 class Method:
     """A registered method: `run(layer, config) -> layer`, and the statistics it reads.
 
-    `data_free`: whether it also works on moments of no tokens; then it minimises |W - W_approx|^2.
+    `data_free`: true if it also works on moments of no tokens; then it minimises |W - W_approx|^2.
     """
 
     name: str
@@ -145,7 +147,7 @@ def _check_finite(layer: Layer) -> None:
 
 
 def sketch(name: str, size: tuple[int, int], steps: Sequence[StepConfig]) -> Weight:
-    """The expression that the steps will leave of a matrix `[out, in]`, without values: what `plan` counts bits of.
+    """Return the expression that the steps will leave of a matrix `[out, in]`, without values, for `plan`.
 
     Raises RecipeError where a step cannot work on this shape.
     """
@@ -183,7 +185,7 @@ def _check_order(before: Weight, after: Weight) -> None:
 def relative_error(weight: Tensor, approx: Weight | Tensor, moments: Moments | None = None) -> float:
     """Output error `|(W - W_approx) X|^2 / |W X|^2`, summed in float64; of the weights alone without an `outer`.
 
-    What it is relative to may be off by one in ten thousand.
+    The denominator may be off by one in ten thousand.
     """
     value = approx if isinstance(approx, Tensor) else dense(approx)
     outer = None if moments is None else moments.outer
@@ -223,7 +225,7 @@ def join(base: Weight, term: LowRank | None) -> Weight:
 
 
 def base_target(layer: Layer) -> Tensor:
-    """What the base should approximate, `[out, in]`: the weight, less what the low-rank term already gives."""
+    """Return the target of the base, `[out, in]`: the weight less the low-rank term."""
     term = split(layer.approx)[1]
     return layer.weight if term is None else layer.weight - dense(term)
 
@@ -234,7 +236,7 @@ def with_base(layer: Layer, base: Weight, notes: tuple[str, ...] = ()) -> Layer:
 
 
 def support(approx: Weight) -> Tensor | None:
-    """Where a pruned base may be non-zero, bool `[out, in]`; None for one that is not pruned."""
+    """Return the mask of a pruned base, bool `[out, in]`, true where it may be non-zero; None if it is not pruned."""
     match split(approx)[0]:
         case Where(index, _, Zero()):
             return index.inside

@@ -1,4 +1,4 @@
-"""What calibration remembers of a layer's inputs: sums over tokens, so batches, shards and ranks add.
+"""Statistics of a layer's inputs: sums over tokens, so batches, shards and ranks add.
 
 X is `[tokens, in]`. A token may carry a weight w: its row counts as sqrt(w) * x in the second moments.
 """
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Sums over tokens; a statistic nobody asked for is None.
+    """Sums over tokens; a statistic that was not requested is None.
 
     `tokens`: total token weight. `square` `[in]`: sums of x^2. `outer` `[in, in]`: X^T X. `cross` `[in, in]`:
     X_dense^T X, the inputs that the dense model would have seen against those seen.

@@ -118,7 +118,7 @@ def pb_llm(layer: Layer, config: PBLLM) -> Layer:
 def _selection(
     config: PBLLM, target: Tensor, weights: Tensor
 ) -> tuple[Callable[[Tensor, int], Tensor], int, Callable[[Tensor], Index]]:
-    """How salient entries are chosen, over how many columns at a time, and how the choice is stored.
+    """Return the choice of salient entries, the number of columns it is made over, and the index that stores it.
 
     A weight's score is w^2 times `weights [in]`, taken on compensated weights; a column's is the sum over its rows,
     taken once on the weights as given.

@@ -1,9 +1,9 @@
 """Input statistics presumed from the weights, for when there is no calibration: a channel's energy from its weights.
 
-Changes nothing by itself. Training keeps a channel's weights small where its inputs are large, since what counts is
-their product; so channel j is presumed to have the energy `1 / (mean |w_ij| over i)^2`, and to go with no other. The
-steps that follow then weigh and feed back errors as with data. Feedback needs a rotated basis for that, where a
-diagonal is one no more. Moments that were measured stay. A presumption of this project, no paper's.
+Changes nothing by itself. Training keeps a channel's weights small where its inputs are large, since their product
+counts; so channel j is presumed to have the energy `1 / (mean |w_ij| over i)^2`, uncorrelated with all others. Later
+steps then weigh and feed back errors as with data. Feedback requires a rotated basis for that, in which the presumed
+second moment is no longer diagonal. Measured moments are kept. A presumption of this project, not of a paper.
 
 On layers of SmolLM2 at 3 rotated bits the output error falls by a quarter under error feedback alone, by two fifths
 with trellises, by two thirds at v; true statistics take away five sixths. Not for token tables, where it rises

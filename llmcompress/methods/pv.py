@@ -1,11 +1,12 @@
-"""Few codes at a time (PV-Tuning, arXiv 2405.14852): a polish of codebooks that never raises the loss.
+"""Alternating steps of PV-Tuning (arXiv 2405.14852) on one layer's output error, where the paper tunes a whole model.
 
-Minimises tr(E H E^T) by two kinds of steps in turn: all scales and entries by least squares (P), and the codes of a
-small share of each row's vectors, those that gain most with all others as they are (V). Those are changed together, and
-only if that lowers the loss of their row; otherwise the best of them alone. Stores what was there, in the same bits.
+Polishes codebooks and never raises the loss. Minimises tr(E H E^T) by two kinds of steps in turn: all scales and
+entries by least squares (P), and the codes of a small share of each row's vectors, those that gain most with all others
+fixed (V). These codes change together, if that lowers the loss of their row; otherwise the best of them changes alone.
+Stores what was there, in the same bits.
 
-Differs from the paper, which tunes a whole model on its own loss, where neither the gain of a code nor the best of all
-entries is known: there a code follows the gradient. `refine` instead visits every vector in order.
+On the whole model's loss, as in the paper, neither the gain of a code nor its best entry is known, and a code follows
+the gradient; on a layer both are computed. `refine` instead visits every vector in order.
 """
 
 from typing import Literal

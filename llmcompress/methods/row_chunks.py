@@ -1,6 +1,6 @@
 """Long matrices, such as token tables, compressed a run of rows at a time, so that memory follows the run.
 
-For methods that treat every row on its own (`StepConfig.rowwise`): what becomes of a row is the same either way.
+For methods that compress rows independently (`StepConfig.rowwise`): the result is the same either way.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class _Runs:
             yield run, torch.softmax(score, -1, out=share)
 
     def rows(self, tensor: Tensor, run: slice) -> Tensor:
-        """Those of a run, `[batch, heads, length, width]` to `[batch * groups, queries of all heads, width]`."""
+        """Return a run of `[batch, heads, length, width]` as `[batch * groups, queries of all heads, width]`."""
         return tensor[:, :, run].reshape(self.batch * self.groups, -1, tensor.shape[-1])
 
     def heads_of(self, rows: Tensor) -> Tensor:

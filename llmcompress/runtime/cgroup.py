@@ -1,4 +1,4 @@
-"""What a container or a batch system leaves of a machine: the limits of Linux control groups, versions 1 and 2."""
+"""Limits that a container or a batch system sets: Linux control groups, versions 1 and 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where to compute: a device by its name, if it is there."""
+"""Devices to compute on, by name, if they are there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmcompress.errors import RecipeError
 def device_of(name: str) -> torch.device:
     """The CPU, or an accelerator that torch finds: `cuda`, `cuda:1`.
 
-    Raises RecipeError for what is no device, for one that cannot do what is needed, and for one that is not there.
+    Raises RecipeError for a name of no device, for a missing device, and for one that cannot do what is needed.
     """
     try:
         found = torch.device(name)
@@ -35,13 +35,15 @@ def device_of(name: str) -> torch.device:
 
 
 def is_at(place: torch.device, wanted: torch.device) -> bool:
-    """Whether `place` is what was asked for; one without a number is the first, and asks for any."""
+    """True if `place` is the device asked for; a name without a number means the first, or asks for any."""
     return place.type == wanted.type and wanted.index in (None, place.index or 0)
 
 
 def kind_of(name: str, processes: int) -> torch.device:
-    """`device_of`, for `processes` that have a device of that kind each. Raises RecipeError for the name of a single
-    one, too."""
+    """Return `device_of` for several `processes`, each with a device of that kind of its own.
+
+    Raises RecipeError for the name of a single device, too.
+    """
     found = device_of(name)
     if processes > 1 and found.index is not None:
         raise RecipeError(f"device {name} is one, and there are {processes} processes; use {found.type}, one for each")

@@ -1,4 +1,4 @@
-"""What this machine and this environment are, as plain values, for `doctor` to judge."""
+"""Facts of this machine and this environment, as plain values, for `doctor` to judge."""
 
 from __future__ import annotations
 

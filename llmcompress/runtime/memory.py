@@ -1,4 +1,4 @@
-"""Memory: how much there is, how much a process has held, and what becomes of what it frees."""
+"""Memory: the size of it, the peak of a process, and the return of freed pages."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def keeping_freed_memory() -> Iterator[None]:
 
 
 def _of_library(name: str) -> Any:
-    """A function of the C library, None where it has no such one."""
+    """Return a function of the C library; None if the library lacks it."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 

@@ -1,4 +1,4 @@
-"""How products of matrices are computed: in which dtype, and by which library."""
+"""Precision of matrix products: their dtype, and the library that computes them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRECISE = 1e-6  # relative error of a product that was computed in float32, of r
 
 
 def product_dtype(compute: str, device: torch.device) -> torch.dtype:
-    """What a recipe's `compute` means; "auto" is bfloat16 where the device multiplies it faster, else float32."""
+    """Return the dtype of `compute`; "auto" is bfloat16 where the device multiplies it faster, else float32."""
     if compute != "auto":
         return torch.bfloat16 if compute == "bfloat16" else torch.float32
     if device.type == "cuda":

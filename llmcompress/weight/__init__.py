@@ -1,1 +1,1 @@
-"""What a compressed weight is: an expression, its disk form, and the modules that multiply by it."""
+"""Compressed weights: expressions, their disk form, and the modules that multiply by them."""

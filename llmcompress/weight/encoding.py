@@ -168,7 +168,7 @@ class Reader:
         raise TypeError(f"no weight node is called {header['node']!r}")
 
     def below(self, path: str, header: dict[str, Any], shown: Tensor | None = None) -> Weight:
-        """Return a child, whose path goes on with `path`."""
+        """Return a child, whose path continues with `path`."""
         return replace(self, path=self.path + path, shown=shown).node(header)
 
     def own(self, name: str) -> Tensor:

@@ -1,6 +1,6 @@
-"""What a compressed weight is worth: one recursion per question about its nodes.
+"""Questions about a compressed weight, one recursion over its nodes each.
 
-Its size is `bits`, its value `dense`, its product with activations `matmul`; its disk form is made by `encoding`.
+`bits` is its size, `dense` its value, `matmul` its product with activations. `encoding` has its disk form.
 """
 
 from __future__ import annotations

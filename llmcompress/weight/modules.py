@@ -35,7 +35,7 @@ ALIGNMENT = 8  # bytes: every tensor in a payload starts at a multiple, whatever
 
 @dataclass(frozen=True)
 class Layout:
-    """What a checkpoint must say of a compressed module so that it can be built before its payload is read."""
+    """Description of a compressed module in a checkpoint; the module is built from it before its payload is read."""
 
     size: tuple[int, int]  # (out, in)
     header: dict[str, Any]  # of `encoding.encode`
@@ -61,7 +61,7 @@ class Layout:
         return json.dumps(self.to_json(), sort_keys=True)
 
     def places(self) -> dict[str, tuple[torch.dtype, int, int]]:
-        """Where each tensor lies in the payload: (dtype, first byte, the byte after its last)."""
+        """Return the place of each tensor in the payload: (dtype, first byte, the byte after its last)."""
         found = {}
         stop = 0
         for path, (name, count) in self.tensors.items():
@@ -76,7 +76,7 @@ class Layout:
         return {path: payload[start:stop].view(dtype) for path, (dtype, start, stop) in self.places().items()}
 
     def bytes(self) -> int:
-        """Of the payload."""
+        """Return the size of the payload in bytes."""
         return _aligned(max((stop for _, _, stop in self.places().values()), default=0))
 
 
@@ -152,7 +152,7 @@ class CompressedLinear(Compressed, nn.Linear):
 
 
 def row_scale(table: nn.Module) -> float | None:
-    """What an embedding multiplies its rows by; None where it does nothing but look up.
+    """Return the factor of an embedding's rows; None if it only looks them up.
 
     Raises TypeError for an embedding that does something else.
     """
@@ -189,7 +189,7 @@ class CompressedEmbedding(Compressed, nn.Embedding):
 
 
 def payload_texts(layouts: Mapping[str, Layout]) -> dict[str, str]:
-    """For the digests of a file: the layouts of compressed modules by the names of their payloads."""
+    """Return the layouts of compressed modules by the names of their payloads, for the digests of a file."""
     return {f"{name}.weight": layout.text for name, layout in layouts.items()}
 
 

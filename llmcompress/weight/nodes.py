@@ -181,7 +181,7 @@ Weight = (
 
 
 def shape(w: Weight) -> tuple[int, int]:
-    """`(out, in)` of the matrix that `w` stands for."""
+    """Return `(out, in)` of the matrix that `w` stands for."""
     match w:
         case Zero(size):
             return size
@@ -210,7 +210,7 @@ Child = tuple[str, Weight, Tensor | None]
 
 
 def children(w: Weight, shown: Tensor | None = None) -> tuple[Child, ...]:
-    """The nodes right below `w`, each as (path, node, shown).
+    """Return the nodes right below `w`, each as (path, node, shown).
 
     A path begins the names of all tensors that the child stores. `shown` is the part of the child that is stored, given
     that of `w`: bool, broadcasts to its shape, None for all of it.
@@ -235,13 +235,13 @@ def children(w: Weight, shown: Tensor | None = None) -> tuple[Child, ...]:
 
 
 def rebuild(w: Weight, f: Callable[[str, Weight, Tensor | None], Weight], shown: Tensor | None = None) -> Weight:
-    """`w` with `f(path, node, shown)` in the place of each of its `children`; a leaf as it is."""
+    """Return `w` with `f(path, node, shown)` in the place of each of its `children`; a leaf as it is."""
     below = {path.removesuffix("_"): f(path, node, here) for path, node, here in children(w, shown)}
     return Sum(tuple(below.values())) if isinstance(w, Sum) else with_fields(w, below)
 
 
 def with_fields(w: Weight, fields: Mapping[str, Any]) -> Weight:
-    """`w` with other values in these fields; itself where there are none."""
+    """Return `w` with other values in these fields; `w` itself if there are none."""
     return replace(w, **fields) if fields else w
 
 
@@ -276,12 +276,12 @@ class Stored:
 
 
 def float_codes(form: FloatFormat) -> int:
-    """The number of codes of a format; all but e8m0, the powers of two, have a sign."""
+    """Return the number of codes of a format; all but e8m0, the powers of two, have a sign."""
     return 256 if form == "e8m0" else 2 << (int(form[1]) + int(form[3]))
 
 
 def stored(w: Weight) -> tuple[Stored, ...]:
-    """The tensors of `w` itself, without those of its children and without the index of a `Where`."""
+    """Return the tensors of `w` itself, without those of its children and without the index of a `Where`."""
     match w:
         case Dense(values):
             return (Stored("values", values, per="element"),)
@@ -306,10 +306,10 @@ def stored(w: Weight) -> tuple[Stored, ...]:
 
 
 def both(shown: Tensor | None, selected: Tensor) -> Tensor:
-    """What of `shown` (None: everything) is selected too."""
+    """Return the part of `shown` (None: everything) that is selected too."""
     return selected if shown is None else shown & selected
 
 
 def unknown(question: str, node: object) -> TypeError:
-    """The error of a recursion that meets a node it has no rule for."""
+    """Return the error of a recursion that meets a node it has no rule for."""
     return TypeError(f"{question} has no rule for {type(node).__name__}; every node needs one")

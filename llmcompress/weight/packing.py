@@ -17,7 +17,7 @@ def stream_bits(levels: int) -> int:
 
 
 def digits_per_byte(levels: int) -> int:
-    """How many base-`levels` digits one byte holds; 0 where a bit stream is at least as small."""
+    """Return how many base-`levels` digits one byte holds; 0 where a bit stream is at least as small."""
     digits = 1
     while levels ** (digits + 1) <= 256:
         digits += 1
@@ -96,7 +96,7 @@ def unpack_at(packed: Tensor, levels: int, places: Tensor) -> Tensor:
 
 
 def ones_before(packed: Tensor, places: Tensor) -> Tensor:
-    """How many of the bits before each of `places` (int64, flat) are set in a packed row of bits."""
+    """Count the bits that are set before each of `places` (int64, flat) in a packed row of bits."""
     before = torch.nn.functional.pad(_ones(packed).cumsum(0), (1, 0))
     octet, rest = places // 8, places % 8
     mask = ((1 << rest) - 1).to(torch.uint8)

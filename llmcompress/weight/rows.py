@@ -1,4 +1,4 @@
-"""Some rows of a packed matrix, decoded without the others: what an embedding does for every token.
+"""Rows of a packed matrix, decoded without the others, as an embedding does for every token.
 
 Works on the disk form (`encoding.encode`), where leaves lie row after row. Behind a selection a row has as many
 elements as the index selects in it: column sets and n:m patterns select equally many everywhere, the bits of a bitmap

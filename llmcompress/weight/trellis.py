@@ -1,4 +1,4 @@
-"""The bit-shift trellis: which numbers a stream of codes stands for (QTIP, arXiv 2406.11235).
+"""The bit-shift trellis: the numbers that a stream of codes stands for (QTIP, arXiv 2406.11235).
 
 A step's code, `bits` wide, is shifted into a state of `memory` bits, and a table has one number for every state, or
 `values` of them: state = (state << bits | code) mod 2^memory. So a code decides its own numbers and, together with
@@ -92,12 +92,12 @@ def states(codes: Tensor, trellis: Trellis) -> Tensor:
 
 
 def cuts(rows: int, run: int, trellis: Trellis) -> list[int]:
-    """At which step of a column each stream starts, and where the last one ends: `run` rows each, or what is left."""
+    """Return the step of a column at which each stream starts, and the end: `run` rows each, or what is left."""
     return [row // trellis.values for row in (*range(0, rows, run), rows)]
 
 
 def matrix(codes: Tensor, rows: int, trellis: Trellis, run: int) -> Tensor:
-    """What codes, flat uint8, stand for as a matrix of so many rows: float32 `[rows, in]`.
+    """Decode codes, flat uint8, to a matrix of so many rows, float32 `[rows, in]`.
 
     Rows come in runs, so that several can be searched at a time, and the streams of these follow each other. A stream
     goes down its rows of the first column, a step giving `values` of them, and on with the next column.

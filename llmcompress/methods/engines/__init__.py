@@ -1,1 +1,1 @@
-"""What several methods share: feedback, grids, Hessians, low-rank factors, searches."""
+"""Parts that methods share: feedback, grids, Hessians, low-rank factors, searches."""

@@ -21,7 +21,7 @@ ROWS = 1024  # fitted at once; sorted weights and their sums take 28 bytes a wei
 
 @dataclass(frozen=True)
 class PlaneFormat:
-    """What binary planes look like, and how they are fitted.
+    """The form of binary planes, and how they are fitted.
 
     `start`: `residual` binarizes what the planes before leave; `split` begins with the two planes that give weights of
     small and of large magnitude the levels +-a and +-b that lose least, and goes on like that; `grid` takes the planes
@@ -36,7 +36,7 @@ class PlaneFormat:
 
     @property
     def symmetric(self) -> bool:
-        """Whether planes store +-scale/2, not {0, 1} times a scale with a sign."""
+        """True if planes store +-scale/2, not {0, 1} times a scale with a sign."""
         return self.start != "grid"
 
 
@@ -155,8 +155,10 @@ class _SortedRows:
         return _SortedRows(values, torch.cat([before, counts.cumsum(1)], 1), sums)
 
     def cells(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """How much is nearest to each of `points [rows, points]`, in order: the sums of importances and of importances
-        times weights, `[rows, points]`."""
+        """Return sums over the weights nearest to each of `points [rows, points]`, which ascend.
+
+        The sums are of importances and of importances times weights, each `[rows, points]`.
+        """
         edges = torch.searchsorted(self.values, (points[:, 1:] + points[:, :-1]) / 2, right=True)
         first, last = edges.new_zeros(len(edges), 1), edges.new_full((len(edges), 1), self.values.shape[1])
         edges = torch.cat([first, edges, last], 1)

@@ -1,4 +1,4 @@
-"""Sums of binary planes: what a column may become when every weight has a bit in each of several binary grids.
+"""Sums of binary planes: every weight has a bit in each of several binary grids.
 
 The grids' scales, of one row and group, make `2^planes` points: +-a1 +-a2 ... of symmetric planes, and of planes that
 store {0, 1}, whose zero points hold the signs of their scales, 0, a1, a2, a1 + a2 ... A weight goes to the nearest.
@@ -42,7 +42,7 @@ class ColumnConfig(PlaneConfig):
     columns: bool = Field(False, description="a scale for every input column as well (ARB-RC)")
 
     def stored(self, planes: Weight) -> Weight:
-        """What is stored of planes, without values: what `plan` counts bits of."""
+        """Return the planes to store, without values, for `plan` to count their bits."""
         if not self.columns:
             return planes
         return Scaled(planes, torch.empty(shape(planes)[1], dtype=torch.float16, device="meta"))
@@ -121,7 +121,7 @@ def planes_of(w: Weight) -> tuple[Grid, ...]:
 
 
 def planes_sketch(size: tuple[int, int], form: PlaneFormat) -> Weight:
-    """Planes `[out, in]` without values: what `plan` counts bits of."""
+    """Return planes `[out, in]` without values, for `plan` to count their bits."""
     grid = grid_sketch(size, GridFormat(2, form.group_size, form.symmetric))
     return grid if form.planes == 1 else Sum(tuple(replace(grid) for _ in range(form.planes)))
 

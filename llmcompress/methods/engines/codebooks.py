@@ -1,4 +1,4 @@
-"""What the methods share that store codebooks: how these are fitted before the loop, and how a layer goes through it.
+"""Codebooks in the feedback loop: fitted before it, coded within it.
 
 Entries are shared by all rows of a matrix, and every row has a scale of its own. Entries of every row's own cost more
 than they bring: in a rotated basis they lose as much at 2 and 3 bits as shared ones do, and take 0.08 and 0.19 bits a
@@ -90,7 +90,7 @@ def outlier_count(width: int, share: float) -> int:
 
 
 def codebook_sketch(approx: Weight, entries: Sequence[int], length: int, outliers: float) -> Weight:
-    """What `coded` leaves, without values. Raises RecipeError where an earlier step made a base."""
+    """Return what `coded` leaves, without values. Raises RecipeError where an earlier step made a base."""
     base, term = split(approx)
     if not isinstance(base, Dense):
         raise RecipeError(f"a codebook stores every weight, so it does not go after {describe(base)}; drop one")

@@ -2,7 +2,7 @@
 
 Optimal brain surgeon as in GPTQ (arXiv 2210.17323) and SparseGPT (arXiv 2301.00774): minimises tr(E H E^T) for
 E = W - W_approx greedily. With `inverse(H) = U^T U` and `e = w_j - q_j`, each later column k gets
-`w_k -= e U_jk / U_jj`. What a column may become is the business of a `Projection`; all methods share this loop.
+`w_k -= e U_jk / U_jj`. A `Projection` decides what a column may become; all methods share this loop.
 
 Works on the transpose, `current [in, out]`, where a column of W is contiguous. Updates are applied at once within a
 lazy block and as one product beyond it; a projection that fits parameters sees up-to-date weights up to the end of
@@ -23,7 +23,7 @@ PARALLEL_ROWS = 8192  # columns of at least this many rows are worth several thr
 
 
 class Projection(Protocol):
-    """What columns may become. The only state in a method: parameters fitted on the way."""
+    """The values that columns may become. The only state in a method: parameters fitted on the way."""
 
     strides: tuple[int, ...]  # runs of columns, each counted from 0, that must be up to date when the run starts
 

@@ -17,7 +17,7 @@ SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4, 0.3)
 
 @dataclass(frozen=True)
 class GridFormat:
-    """What a grid looks like. `group_size`: input columns that share a scale, None for the whole row."""
+    """The form of a grid. `group_size`: input columns that share a scale, None for the whole row."""
 
     levels: int
     group_size: int | None = None
@@ -136,7 +136,7 @@ def grid_of(values: Tensor, scale: Tensor, zero: Tensor | None, levels: int, gro
 
 
 def grid_sketch(shape: tuple[int, int], form: GridFormat) -> Grid:
-    """A grid of that format without values: what `plan` counts bits of."""
+    """Return a grid of that format without values, for `plan` to count its bits."""
     group = form.group(shape[1])
     parameters = (shape[0], -(-shape[1] // group))
     codes = torch.empty(shape, dtype=torch.uint8, device="meta")

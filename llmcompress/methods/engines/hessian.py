@@ -67,14 +67,14 @@ def inverse_factor(moments: Moments, damping: float, order: Tensor | None = None
 
 
 def metric(moments: Moments, target: Tensor, damping: float) -> Tensor:
-    """What errors in `target [out, in]` are measured with, float32 `[in, in]`: the damped H, or without tokens I."""
+    """Return the metric of errors in `target [out, in]`, float32 `[in, in]`: the damped H, or I without tokens."""
     if moments.outer is None:
         return torch.eye(target.shape[1], device=target.device)
     return damped(second_moment(moments), damping).float()
 
 
 def feedback_factor(moments: Moments, damping: float) -> tuple[Tensor | None, tuple[str, ...]]:
-    """`inverse_factor`; without tokens None, since an error in one column then says nothing of the others."""
+    """Return `inverse_factor`, or None without tokens: an error in one column then says nothing about the others."""
     return (None, ()) if moments.outer is None else inverse_factor(moments, damping)
 
 

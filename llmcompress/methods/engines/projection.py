@@ -1,4 +1,4 @@
-"""What a column may become in the feedback loop: kept values, zeros, grid points, or a selection of two of these."""
+"""Projections of the feedback loop: to kept values, zeros, grid points, or a selection of two of these."""
 
 from collections.abc import Callable
 from dataclasses import replace

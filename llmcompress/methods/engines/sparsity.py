@@ -1,4 +1,4 @@
-"""How much of a layer is pruned, as recipes say it: a sparsity, or an n:m pattern."""
+"""The amount of pruning as recipes state it: a sparsity, or an n:m pattern."""
 
 import math
 import re
@@ -94,14 +94,14 @@ def pruned(values: Tensor, keep: Tensor, config: PruneConfig) -> Weight:
 
 
 def kept_of(count: int, sparsity: float) -> int:
-    """How many of `count` weights stay: exact for decimal fractions, so that 0.29 prunes 29 of 100."""
+    """Return how many of `count` weights stay: exact for decimal fractions, so that 0.29 prunes 29 of 100."""
     return count - int(count * sparsity + 1e-9)
 
 
 def prune_sketch(
     approx: Weight, config: PruneConfig, sets: Callable[[int, int], list[int]], kept: Weight | None = None
 ) -> Weight:
-    """A pruned base without values: what `plan` counts bits of.
+    """Return a pruned base without values, for `plan` to count its bits.
 
     `sets(out, in)`: the sizes of the sets of weights that are each pruned to the same sparsity. `kept`: how the kept
     part is stored (bfloat16).

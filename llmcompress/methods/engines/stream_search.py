@@ -34,7 +34,7 @@ def stream_search(trellis: Trellis, edges: list[int], importance: Tensor) -> Sea
 
 
 def searched_there(device: torch.device) -> bool:
-    """Whether a device searches for itself: the CPU, and GPUs of NVIDIA where Triton is installed."""
+    """True if a device runs the search itself: the CPU, and NVIDIA GPUs where Triton is installed."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type == "cpu"
     able = torch.version.hip is None and torch.cuda.get_device_capability(device) >= OLDEST_GPU

@@ -15,7 +15,7 @@ RUN = 768  # rows: one thread searches them, and the first in a column have fewe
 
 
 class TrellisStreams:
-    """A `Projection`: what the columns of a matrix may become as streams, each the nearest to what is wanted.
+    """A `Projection` of the columns of a matrix to streams, each the nearest to the values wanted.
 
     A column starts in the state in which the one before it ended. If it was chosen before, it must also end as it did
     then, since the next one goes on from there; then columns can be chosen again in any order. All of it stays on the

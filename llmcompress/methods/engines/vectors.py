@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmcompress.weight.nodes import Codebook, Sum, Weight
 
-TURNS = 2  # of codebooks that are added up, where all are chosen anew
+TURNS = 2  # of codebooks that are added up, where all are chosen again
 
 
 class Vectors:
@@ -47,7 +47,7 @@ class Vectors:
             self.stored[places - column] = values
 
     def project(self, column: int, values: Tensor) -> Tensor:
-        """What was chosen."""
+        """Return the values chosen."""
         return self.stored[column % self.length]
 
     def weight(self, values: Tensor) -> Weight:

@@ -1,4 +1,4 @@
-"""Which codes of a trellis stand for numbers nearest to those wanted: the Viterbi algorithm, compiled.
+"""The Viterbi algorithm, compiled: the codes of a trellis whose numbers are nearest to those wanted.
 
 Of every state the cheapest way to it is known; a step extends all of them. States that share all but their oldest code
 lead to the same successors, so of these only the cheapest goes on. Costs lie so that each loop below runs along memory:
@@ -188,5 +188,5 @@ def _extension(trellis: Trellis) -> Callable[..., None]:
 
 
 def _sizes(trellis: Trellis) -> tuple[int, int, int]:
-    """How many codes there are, how many states but for one of their codes, and but for both ends."""
+    """Return the number of codes, of states without one of their codes, and of states without both end codes."""
     return 1 << trellis.bits, 1 << (trellis.memory - trellis.bits), 1 << (trellis.memory - 2 * trellis.bits)

@@ -53,13 +53,13 @@ def search(trellis: Trellis, edges: list[int], importance: Tensor) -> Search:
 
 
 def constants(trellis: Trellis) -> dict[str, int]:
-    """What the kernel is compiled for."""
+    """Return the constants that the kernel is compiled for."""
     lanes = min(1 << (trellis.memory - trellis.bits), LANES)
     return {"BITS": trellis.bits, "VALUES": trellis.values, "MEMORY": trellis.memory, "LANES": lanes}
 
 
 def launch_options(trellis: Trellis) -> dict[str, Any]:
-    """How it is compiled: without fused multiply-adds, and for two states a thread."""
+    """Return the options of the compiler: no fused multiply-adds, two states a thread."""
     return {"num_warps": max(1, constants(trellis)["LANES"] // 64), "num_stages": 1, "enable_fp_fusion": False}
 
 
@@ -121,7 +121,7 @@ def _enter(start, costs, oldest, BITS: tl.constexpr, MEMORY: tl.constexpr, LANES
 
 @triton.jit
 def _told(wanted, importance, step, VALUES: tl.constexpr):
-    """What the numbers of a step cost: slope and weight, of the first and of the last of them."""
+    """Return the costs of the numbers of a step: slope and weight, of the first and of the last of them."""
     one, two = step * VALUES, step * VALUES + VALUES - 1
     weight, weight2 = tl.load(importance + one), tl.load(importance + two)
     return -2.0 * tl.load(wanted + one) * weight, weight, -2.0 * tl.load(wanted + two) * weight2, weight2
@@ -141,7 +141,7 @@ def _reached(before, base, state, numbers, told, BITS: tl.constexpr, VALUES: tl.
 
 @triton.jit
 def _base(before):
-    """What all costs can do without, so that they do not grow until they are rounded."""
+    """Return the part common to all costs; taking it off keeps them from growing until they are rounded."""
     base = tl.load(before)
     return tl.where(base < UNREACHED, base, 0.0)
 

@@ -1,4 +1,4 @@
-"""Where the numbers of an expression that train start: float32 masters of what is stored, leaf by leaf."""
+"""Float32 master weights of the stored numbers that train: their starting values, leaf by leaf."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ MARGIN = 2.0**-9  # codes: how far inside its code's cell a latent starts; float
 
 @dataclass(frozen=True)
 class Leaf:
-    """A node with numbers in it, and what its place in the expression says of them."""
+    """A node that stores numbers, with its path, selection and target."""
 
     node: Weight
     path: str  # of its tensors in `encode`
     shown: Tensor | None  # true = stored, as there
-    target: Tensor | None  # what it should be, in its own basis, float32 [out, in]
+    target: Tensor | None  # in its own basis, float32 [out, in]
     factor: bool  # is it in a low-rank term?
 
 
@@ -64,7 +64,7 @@ def masters(w: Weight, trains: frozenset[str], target: Tensor | None) -> Iterato
 
 
 def leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, factor: bool) -> Iterator[Leaf]:
-    """The leaves below `w`, each with its own part of the target: turned into its basis, less what is added to it."""
+    """Yield the leaves below `w`, each with its own part of the target: in its basis, less what is added to it."""
     if stored(w) and not isinstance(w, Rotated):
         yield Leaf(w, path, shown, target, factor)
     for place, node, here in children(w, shown):
@@ -73,7 +73,7 @@ def leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, fa
 
 
 def _part_of(target: Tensor, w: Weight, child: Weight) -> Tensor | None:
-    """What the child of `w` should be for `w` to be `target`; None for a factor, of which nobody knows."""
+    """Return the target of a child of `w`, given that of `w`; None for a factor, whose target is unknown."""
     match w:
         case LowRank():
             return None
@@ -89,7 +89,7 @@ def _part_of(target: Tensor, w: Weight, child: Weight) -> Tensor | None:
 
 
 def _latents(grid: Grid, target: Tensor | None, shown: Tensor | None) -> Tensor:
-    """Where the latents of stored codes start, flat float32: at the target, but inside the codes' own cells."""
+    """Return the first latents of stored codes, flat float32: at the target, but inside the codes' own cells."""
     codes = _stored(grid.codes, shown).float()
     if target is None:
         return codes

@@ -1,4 +1,4 @@
-"""A weight that trains, as it is multiplied: what is frozen decoded once, what trains put into its places at every use.
+"""Product with a weight that trains: its frozen parts are decoded once, its trained numbers put in at every use.
 
     ready = by_rows(centred(decode(...), "", codes), "", dtype)
     product(x, filled(ready, "", None, numbers))

@@ -5,17 +5,17 @@ stored elements only (so a pruned entry has nothing that could move), the others
 use the masters are rounded to what can be stored, with straight-through gradients, and put into the expression, whose
 frozen parts are decoded once: what trains is what `freeze` stores.
 
-What may train (`KINDS`), and how it is kept storable, alike in training and in `freeze`:
-- codes of grids, by latents in code units (`estimators`), which are masters themselves or, outside low-rank terms, made
-  of them in another form (`latents`); zero points, streams of trellises, and codes of codebooks
-  stay as they are.
+The kinds of numbers that may train (`KINDS`), and how they are kept storable, in training as in `freeze`:
+- codes of grids, by latents in code units (`straight_through`). Latents are masters themselves or, outside low-rank
+  terms, made of them in another form (`latents`). Zero points, streams of trellises, codes of codebooks and floats of
+  few bits with their scales are frozen.
 - scales of grids, trellises, codebooks and columns, rounded to float16 within [2^-24, 65504], its smallest and largest
   positive numbers. Gradients pass the ends, so that a scale there can come back. A scale that is not positive at first,
   as of a group of zeros, stays.
 - values of `Dense` and centroids outside low-rank terms, and factors, every `Dense` and centroid inside them: rounded
   to their own dtype, within +-its largest number.
 
-How the expression is multiplied meanwhile, and what autograd keeps of it: see `live`.
+See `matmul` for the product with the expression in training, and for the memory that autograd keeps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ START = "_start"  # of the name of stored scales that train
 
 @dataclass(frozen=True)
 class Relaxation:
-    """What trains, and how. Raises RecipeError for what is not known."""
+    """The kinds of numbers that train, and how. Raises RecipeError for an unknown kind or estimator."""
 
     trains: frozenset[str]  # of KINDS
     estimator: Estimator = "plain"  # of codes with two levels; more levels have the plain one
@@ -131,7 +131,7 @@ class Relaxed(nn.Module):
 
     @torch.no_grad()
     def clamp_latents(self) -> None:
-        """Puts latents that left the range of their codes back to its edge: call it after a step of the optimizer.
+        """Put latents that left the range of their codes back to its edge; call it after a step of the optimizer.
 
         Outside they have no gradient, so what momentum carried there would stay (BinaryConnect, arXiv 1511.00363). What
         is stored does not change. BiPer's latents have a gradient everywhere and stay where they are.
@@ -199,12 +199,12 @@ class Relaxed(nn.Module):
         return [(name, dtype) for name, dtype in self.stored_as.items() if name not in self.kind_of]
 
     def _master(self, name: str) -> Tensor:
-        """What one stored tensor is rounded from, flat float32, differentiable."""
+        """Return the master of one stored tensor, flat float32, differentiable."""
         found: Tensor = self.formed[name]() if name in self.formed else self.get_parameter(name)
         return found
 
     def _numbers(self, name: str) -> Tensor:
-        """What would be stored of one tensor, flat float32, differentiable."""
+        """Return one tensor as it would be stored, flat float32, differentiable."""
         master, dtype = self._master(name), self.stored_as[name]
         match self.kind_of[name]:
             case "codes":

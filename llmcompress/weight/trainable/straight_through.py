@@ -7,9 +7,9 @@ code; going backward the gradient of the code is multiplied by a slope, the deri
 - reste (arXiv 2308.06689): of sign(x) |x|^(1/power); near 0, |x| < 0.1, its mean slope there; 0 beyond plain's range.
 - biper (arXiv 2404.01278): of sin(FREQUENCY x); the code is the sine's sign, so latents that run far away come around.
 
-The last two are for two levels, seen as x = -1 and x = +1, and behave as plain with more. Where they differ from the
-papers: those measure x in the weights' own units, we in binary values, so that ReSTE's range is the two cells,
-|x| <= 2, instead of |x| <= 1.5, and BiPer's frequency no free choice: its half period is a cell's width.
+The last two are for two levels, seen as x = -1 and x = +1, and behave as plain with more. They differ from the papers
+in the unit of x, which is the weights' own there and binary values here. So ReSTE's range is the two cells, |x| <= 2,
+instead of |x| <= 1.5, and BiPer's frequency is fixed: its half period is a cell's width.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def straight_codes(latent: Tensor, levels: int, estimator: Estimator = "plain", 
 
 
 def straight_cast(master: Tensor, dtype: torch.dtype, lowest: float | None = None) -> Tensor:
-    """What `dtype` can hold of a master, in the master's dtype; the gradient passes unchanged.
+    """Round a master to `dtype`, and return it in the master's dtype; the gradient passes unchanged.
 
     Values beyond the largest of `dtype`, or below `lowest`, become that; the gradient passes there too, so that an
     optimizer can bring them back.

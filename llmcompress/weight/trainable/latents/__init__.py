@@ -1,1 +1,1 @@
-"""How the latents of codes are made of numbers that train, where they are not these numbers themselves."""
+"""Latents of codes that are made of other numbers, which train in their place."""

@@ -1,4 +1,4 @@
-"""What a form of latents is: a module that gives the latents of one grid's codes, and keeps them within their range."""
+"""Forms of latents: modules that compute the latents of one grid's codes and keep them within their range."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Latents(nn.Module):
     """Latents of the codes of one grid, flat float32, as its `forward` makes them of its parameters."""
 
     def clamp_latents(self) -> None:
-        """After a step of the optimizer: brings latents that left the range of their codes back, where that is due."""
+        """Bring latents that left the range of their codes back, where that is due; called after an optimizer step."""
 
 
 Form = Callable[[Tensor, Cells], Latents]  # of where latents start, flat float32, and their cells
@@ -43,9 +43,9 @@ Form = Callable[[Tensor, Cells], Latents]  # of where latents start, flat float3
 
 @torch.no_grad()
 def cells(w: Weight) -> dict[str, Cells]:
-    """Those of all grids of `w` outside low-rank terms, by the names of their codes in `encode`.
+    """Return the cells of all grids of `w` outside low-rank terms, by the names of their codes in `encode`.
 
-    Nobody knows what the codes of a factor should be, so their latents stay numbers of their own.
+    The target of a factor's codes is unknown, so their latents stay numbers of their own.
     """
     found = {}
     for leaf in leaves(w, "", None, None, False):
