@@ -206,6 +206,7 @@ def evaluate(
                 output=output,
                 device=processes.device,
                 processes=processes,
+                progress=terminal.scoring,
             )
         terminal.show(found, score_view)
 
@@ -243,7 +244,8 @@ def compare(
 
         protocol = protocol_of(text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed)
         with launched(device) as processes:
-            found = run(models, protocol, output=output, device=processes.device, processes=processes)
+            how: dict[str, Any] = {"processes": processes, "progress": terminal.scoring}
+            found = run(models, protocol, output=output, device=processes.device, **how)
         terminal.show(found, comparison_view)
 
 
@@ -334,7 +336,7 @@ def answer(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Let MODEL answer PROMPTS, and write the checked answers as chats to distil from; goes on where it was cut.
+    """Let MODEL answer PROMPTS, and write the checked answers as chats to distil from. An interrupted run resumes.
 
     Example: llmcompress answer smollm2 prompts.jsonl -o answers.jsonl
     """

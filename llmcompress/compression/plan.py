@@ -96,7 +96,7 @@ class Job:
 
     @cached_property
     def plan(self) -> Plan:
-        """What the job will do. Raises RecipeError where a step cannot work on a layer's shape, and for a target."""
+        """The plan of the run. Raises RecipeError if a step cannot work on a layer's shape, and for a target."""
         return _plan(self)
 
     def with_recipe(self, recipe: Recipe) -> Job:
@@ -251,7 +251,7 @@ def warnings(job: Job) -> tuple[str, ...]:
 
 
 def _without_data(job: Job) -> tuple[str, ...]:
-    """A sentence where methods that can learn from data have none."""
+    """A sentence if methods that can learn from data have none."""
     used = {step.method for steps in (job.steps | job.tables).values() for step in steps}
     able = sorted(name for name in used if methods()[name].needs)
     if job.recipe.calibration is not None or not able:

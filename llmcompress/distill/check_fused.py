@@ -1,5 +1,7 @@
-"""Students whose dense weights were changed before they were compressed (`fuse:` in their recipe): what their teacher,
-the model as it was, can no longer teach them."""
+"""Checks for students whose dense weights were changed before compression, by `fuse:` in their recipe.
+
+The teacher is the model as it was, so some of its weights and hidden states no longer compare with the student's.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ from llmcompress.recipe.read import read_recipe
 
 
 def fused_into(folder: Path) -> Fuse | None:
-    """What the recipe beside a student's weights fused into them. Raises RecipeError where it cannot be read."""
+    """Return the `fuse:` of the recipe beside a student's weights. Raises RecipeError if the recipe cannot be read."""
     recipe = folder / RECIPE
     return read_recipe(recipe).fuse if recipe.is_file() else None
 
 
 def check_fused(fuse: Fuse | None, recipe: Distillation) -> None:
-    """Raises RecipeError for what compares weights, or hidden states between blocks, that are not of one basis."""
+    """Raises RecipeError if the recipe compares weights or hidden states that are not in one basis."""
     if fuse is None:
         return
     stages = recipe.stages()

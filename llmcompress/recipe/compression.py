@@ -1,4 +1,4 @@
-"""What the user asked for: which steps for which layers, on which text. Strict, versioned, saved with the result.
+"""The recipe of a compression: steps for layers, calibration text, and everything else a user may ask for.
 
     version: 1
     name: pb-eora
@@ -10,7 +10,8 @@
         steps: []                            # stays dense, said on purpose
     distill: {steps: 100}                    # then the dense model teaches it
 
-The same classes can be built in Python. Whatever is wrong is a RecipeError of one sentence that names the line.
+The same classes can be built in Python. `read` turns a file into one, and is strict: one sentence names the line of
+whatever is wrong. The recipe is saved with the result.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Rule(Matching):
 
 
 class Gates(BaseModel):
-    """What a run must reach to count as done."""
+    """Limits that a run must keep to count as done."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     max_fallback_layers: float = Field(

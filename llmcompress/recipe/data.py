@@ -68,7 +68,7 @@ Texts = Annotated[tuple[Domain, ...] | TextSource, BeforeValidator(_texts)]
 
 
 class Mixture(BaseModel):
-    """How the domains of a distillation share its steps. A blockwise phase reads all of each, whatever their shares."""
+    """The shares of the domains in the steps of a distillation. A blockwise phase reads all of each domain."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     reweight: Literal["none", "ddk"] = Field(

@@ -1,4 +1,4 @@
-"""What a distillation is asked to do: which numbers train, on which text, against which losses, for how long."""
+"""The recipe of a distillation: what trains, on which text, against which losses, for how long."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ class Term(BaseModel):
         return self
 
     def weight_in_words(self) -> float | str:
-        """The weight for a reader: a number, or from where to where it goes."""
+        """Return the weight for a reader: a number, or its start and its end."""
         return self.weight if isinstance(self.weight, float) else f"{self.weight.start:g} to {self.weight.to:g}"
 
     def weight_at(self, step: int, steps: int) -> float:
-        """The weight at step `step` (from 0) of `steps`."""
+        """Return the weight at step `step` (from 0) of `steps`."""
         if isinstance(self.weight, float):
             return self.weight
         done = min(1.0, step / (self.weight.until * steps))
@@ -136,8 +136,8 @@ class Phase(BaseModel):
 
 
 class Teacher(BaseModel):
-    """Where the teacher's predictions come from: it reads along in every step (online), or they are written once and
-    read back (cached), then only the likeliest tokens of each and the mass of all others."""
+    """The source of the teacher's predictions. Online, it runs in every step. Cached, its predictions are stored once:
+    the likeliest tokens of each, and the mass of all others."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["online", "cached"] = Field(
@@ -231,7 +231,7 @@ class Distillation(BaseModel):
         return self.data if isinstance(self.data, tuple) else (self.data,)
 
     def stages(self) -> tuple[tuple[PhaseKind, Distillation], ...]:
-        """The phases: the kind of each, and the recipe of it alone."""
+        """Return the kind of each phase, and the recipe of that phase alone."""
         if not self.phases:
             return (("end_to_end", self),)
         return tuple((phase.kind, self._alone(phase)) for phase in self.phases)

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a recipe, in one sentence: where, what, which values are possible."""
+"""Sentences for what pydantic finds wrong with a recipe: where, what, and which values are possible."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXPECTED = "Input should be "  # pydantic's way to begin
 
 @dataclass(frozen=True)
 class Spot:
-    """A place in a recipe: the schema that rules there, what to call it, and the key inside it (None: all of it)."""
+    """A place in a recipe: its schema, the label of that in messages, and the key inside it (None: all of it)."""
 
     model: type[BaseModel] | None
     label: str
@@ -33,7 +33,7 @@ class Spot:
 
 
 def first_complaint(error: ValidationError, model: type[BaseModel], values: Any, places: Places) -> str:
-    """The sentence for what comes first in the file."""
+    """Return the sentence for the complaint that comes first in the file."""
     found = [
         (_trimmed(path, values), path, details)
         for path, details in _flattened(error, ())
@@ -69,7 +69,7 @@ def first_complaint(error: ValidationError, model: type[BaseModel], values: Any,
 
 
 def check_booleans(model: type[BaseModel], values: Any, places: Places) -> None:
-    """Raises RecipeError for true or false where a number is wanted: pydantic would take them for 1 and 0."""
+    """Raises RecipeError for true or false in place of a number: pydantic would take them for 1 and 0."""
     for path in _booleans(values, ()):
         spot = locate(model, values, path)
         wanted = requirement(spot, path)
@@ -79,19 +79,19 @@ def check_booleans(model: type[BaseModel], values: Any, places: Places) -> None:
 
 
 def unknown_key(key: str, spot: Spot) -> str:
-    """The sentence about a key that the schema at `spot` does not have."""
+    """Return the sentence about a key that the schema at `spot` does not have."""
     known = [] if spot.model is None else list(fields(spot.model))
     return f'unknown key "{key}" in {spot.label or "the recipe"}; {hint(key, known)}'
 
 
 def hint(name: str, known: Sequence[str]) -> str:
-    """The nearest of the known names, or all of them."""
+    """Return the nearest of the known names, or all of them."""
     near = get_close_matches(name, known, n=1)
     return f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}"
 
 
 def locate(model: type[BaseModel], values: Any, path: Path) -> Spot:
-    """The schema that rules at `path` of the raw `values`."""
+    """Return the schema at `path` of the raw `values`, and the key inside it."""
     spot = Spot(model, "", None)
     rules: type[BaseModel] | None = model
     label = ""
@@ -134,7 +134,7 @@ def at(path: Path, places: Places) -> str:
 
 
 def dotted(path: Path) -> str:
-    """A path as `--set` spells it: "rules[0].steps[1].rank"."""
+    """Return a path as `--set` spells it: "rules[0].steps[1].rank"."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
@@ -151,7 +151,7 @@ def is_open(model: type[BaseModel], values: Any, path: Path) -> bool:
 
 
 def requirement(spot: Spot, path: Path) -> str:
-    """What the field at `path` takes, for people: "a number at least 0 and at most 1 or null"."""
+    """Return what the field at `path` takes, in words: "a number at least 0 and at most 1 or null"."""
     field = None if spot.model is None or spot.key is None else fields(spot.model).get(spot.key)
     if field is None:
         return "a map of keys"
@@ -171,7 +171,7 @@ def requirement(spot: Spot, path: Path) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a recipe would spell it, shortened."""
+    """Return a value as a recipe would spell it, shortened."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 40 else text[:37] + "..."
 

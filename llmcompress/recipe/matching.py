@@ -1,4 +1,4 @@
-"""A recipe laid over a model's linears: who gets which steps, and which patterns mean nothing."""
+"""Match a recipe's rules to a model's linears: the steps of each, and the patterns that match nothing."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Assignment:
     complaints: tuple[str, ...]  # a sentence for each unmatched pattern
 
     def complaint(self) -> str:
-        """What is wrong with the first pattern that matches nothing."""
+        """Return the sentence about the first pattern that matches nothing."""
         return self.complaints[0]
 
 
 def assign(recipe: Recipe, names: Iterable[str], others: Sequence[str] = ()) -> Assignment:
-    """The steps for each linear in `names` (module paths): those of the first rule that matches.
+    """Return the steps for each linear in `names` (module paths): those of the first rule that matches.
 
     `others` are modules that are never compressed, such as the head: a rule without steps may name them.
     """

@@ -21,7 +21,7 @@ _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "
 
 
 def parse(text: str, name: str) -> tuple[Any, Places]:
-    """The value that `text` stands for, and the place of each entry as `name:line`. Raises RecipeError."""
+    """Return the value of `text`, and the place of each entry as `name:line`. Raises RecipeError."""
     if len(text) > MOST_CHARACTERS:
         raise RecipeError(f"{name} has {len(text)} characters; a recipe has at most {MOST_CHARACTERS}")
     try:
@@ -48,7 +48,7 @@ class _Reader:
         self.entries = 0
 
     def value(self, node: yaml.Node, path: Path) -> Any:
-        """The value of a node."""
+        """Return the value of a node."""
         self.entries += 1
         if self.entries > MOST_ENTRIES or len(path) > DEEPEST:
             limit = f"{MOST_ENTRIES} entries" if self.entries > MOST_ENTRIES else f"{DEEPEST} levels"
@@ -113,5 +113,5 @@ _Dumper.add_representer(
 
 
 def written(values: Any) -> str:
-    """Plain values as YAML text that `parse` reads back equal; maps that are `OneLine` take one."""
+    """Return plain values as YAML text that `parse` reads back equal; a `OneLine` map takes one line."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=110)

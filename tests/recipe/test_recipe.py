@@ -12,10 +12,13 @@ from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import methods, step
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Gates, Recipe, Rule
+from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.matching import assign
-from llmcompress.recipe.overrides import overrides
+from llmcompress.recipe.overrides import Change, overrides
 from llmcompress.recipe.patterns import matches
 from llmcompress.recipe.read import dump, parse_recipe, read_recipe
+from llmcompress.recipe.reconstruction import Reconstruction
+from llmcompress.recipe.target import Target
 from llmcompress.recipe.yaml import parse
 
 EXAMPLES = [{"method": name, **example} for name, method in methods().items() for example in method.config.examples]
@@ -208,6 +211,68 @@ def test_settings_leave_the_original_alone() -> None:
     values = {"version": 1, "rules": [{"match": "*", "steps": []}]}
     assert overrides(Recipe, values, ["calibration.samples=3"])["calibration"] == {"samples": 3}
     assert "calibration" not in values
+
+
+SECTIONS = {
+    "version": 1,
+    "name": "both",
+    "seed": 5,
+    "calibration": {"held_out": 2},
+    "rules": [{"match": "*", "steps": [{"method": "rtn"}]}],
+    "reconstruct": {},
+    "distill": {"name": "own", "losses": [{"of": {"loss": "forward_kl"}}]},
+}
+
+
+def test_sections_have_the_names_and_seeds_of_their_recipe_unless_they_give_their_own() -> None:
+    recipe = read_recipe(SECTIONS)
+    assert recipe.reconstruct == Reconstruction(name="both", seed=5)
+    assert recipe.distill == Distillation(name="own", seed=5)
+    assert parse_recipe(dump(recipe)) == recipe
+    seeded = read_recipe(SECTIONS, ["distill.seed=1"], [Change("seed", 7, "--seed")])
+    assert seeded.reconstruct is not None and seeded.distill is not None
+    assert (seeded.seed, seeded.reconstruct.seed, seeded.distill.seed) == (7, 7, 1)
+
+
+def test_changes_replace_values_and_name_their_option() -> None:
+    learns = Change("reconstruct", {}, "--tune", keep=True)
+    without = {key: value for key, value in SECTIONS.items() if key != "reconstruct"}
+    assert read_recipe(without, changes=[learns]).reconstruct == Reconstruction(name="both", seed=5)
+    assert read_recipe(SECTIONS | {"reconstruct": {"steps": 3}}, changes=[learns]).reconstruct != Reconstruction()
+    aimed = {"version": 1, "calibration": {}}  # which alone is no recipe
+    assert read_recipe(aimed, changes=[Change("target", {"bpw": 2.0}, "--bpw")]).target == Target(bpw=2.0)
+    for key, value, origin, sentence in (
+        ("seed", -1, "--seed", "--seed: seed is -1; it must be a whole number at least 0"),
+        (
+            "target",
+            {"bpw": 20.0},
+            "--bpw",
+            "--bpw: target: bpw is 20.0; it must be a number more than 0",
+        ),
+        ("target", {"bytes": "40 megs"}, "--size", "--size: target: bytes: '40 megs' is no size"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            read_recipe(aimed, changes=[Change(key, value, origin)])
+        assert str(caught.value).startswith(sentence)
+
+
+def test_settings_reach_into_sections() -> None:
+    settings = [
+        "distill.losses[0].of.temperature=2",
+        "distill.losses[0].weight={from: 1.0, to: 0.5}",
+        "distill.losses[0].weight.to=0.0",
+        "distill.rates.codes=1e-3",
+        "distill.teacher.kind=online",
+        "reconstruct.rates.scales=2e-3",
+    ]
+    recipe = read_recipe(SECTIONS, settings)
+    assert recipe.distill is not None and recipe.reconstruct is not None
+    [term] = recipe.distill.losses
+    assert term.of.model_dump()["temperature"] == 2 and term.weight_at(9, 9) == 0.0
+    assert (recipe.distill.rates, recipe.reconstruct.rates) == ({"codes": 1e-3}, {"scales": 2e-3})
+    wrong = "distill.losses[0].of.temprature=2"
+    with pytest.raises(RecipeError, match='unknown key "temprature" in loss forward_kl; did you mean "temperature"'):
+        read_recipe(SECTIONS, [wrong])
 
 
 @pytest.mark.parametrize(
