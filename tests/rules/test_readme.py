@@ -15,14 +15,16 @@ from llmcompress.weight.expression import bits
 from llmcompress.weight.nodes import Dense
 from tests.builders import compressed, correlated, gaussian
 from tests.rules.documents import blocks, commands
+from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
 
 SHORT = ("calibration.samples=4", "calibration.length=32")  # for a model of 64 positions
 
 
+@pytest.mark.slow
 def test_programs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    [text] = blocks("yaml")
+    text = next(text for text in blocks("yaml", "docs/quickstart.md") if "version" in text)
     (tmp_path / "recipe.yaml").write_text(dump(parse_recipe(text, settings=SHORT)))
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 4}
     save_tiny("llama", tmp_path / "smollm2", tie_word_embeddings=True, **sizes)  # a folder wins over the name
@@ -30,6 +32,10 @@ def test_programs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for program in blocks("python"):
         exec(compile(program, "README.md", "exec"), names)
     assert (tmp_path / "small" / "config.json").is_file()
+
+
+def test_it_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_the_two_commands_that_need_nothing_are_named() -> None:
