@@ -52,8 +52,8 @@ SCORES: dict[str, Any] = {
     },
 }
 DISTILLATION: dict[str, Any] = {
-    "output": "/home/somebody/out",
-    "teacher": "/home/somebody/dense",
+    "output": "/folder/somebody/out",
+    "teacher": "/folder/somebody/dense",
     "teacher_id": None,
     "steps": 2,
     "tokens": 2000,
@@ -61,7 +61,7 @@ DISTILLATION: dict[str, Any] = {
     "bytes_before": 4000,
     "bytes_after": 4400,
     "trained": {"scales": 96, "codes": 0},
-    "data": {"source": "/home/somebody/text.txt"},
+    "data": {"source": "/folder/somebody/text.txt"},
     "history": [
         {"step": step, "kl": 0.4 / (step + 1), "perplexity": 30.0 - step, "teacher_perplexity": 22.0, "tokens": tokens}
         for step, tokens in enumerate((0, 1000, 2000))
@@ -80,7 +80,7 @@ def report_of(blocks: int = BLOCKS, kinds: tuple[str, ...] = KINDS, **changes: A
         for index, name in enumerate(names)
     ]
     made = Report(
-        model="/home/somebody/models/tiny",
+        model="/folder/somebody/models/tiny",
         revision=None,
         recipe="small",
         dense_bytes=200_000,
@@ -360,5 +360,5 @@ def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
 
 
 def test_names_lose_the_machine() -> None:
-    assert public("/home/somebody/model") == "model" and public("../model") == "model"
+    assert public("/folder/somebody/model") == "model" and public("../model") == "model"
     assert public("maker/tiny") == "maker/tiny" and public("stdlib") == "stdlib"

@@ -10,7 +10,12 @@ from tests.rules.source_tree import ROOT, repository_files
 MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:home|Users|root|work|tmp|mnt|opt|srv|data)/[\w.]")
 ADDRESS = re.compile(r"https?://([\w.-]+)")
 READERS_HOSTS = {"arxiv.org", "github.com", "huggingface.co", "aclanthology.org", "doi.org"}
-FORMATS_HOSTS = {"www.apache.org", "git-lfs.github.com", "127.0.0.1"}  # in a licence, in a pointer file, and oneself
+FORMATS_HOSTS = {  # in a licence, in a pointer file, in the schema of recipes, and oneself
+    "www.apache.org",
+    "git-lfs.github.com",
+    "json-schema.org",
+    "127.0.0.1",
+}
 BINARY = {".png", ".safetensors", ".parquet"}
 
 
