@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 import typer
 from typer.core import TyperGroup
 
+from llmcompress.cli.stages import Stage
 from llmcompress.errors import DiskError, LLMCompressError, MemoryLimitError, Terminated, is_out_of_memory
-from llmcompress.evaluate.formatting import duration, finite
+from llmcompress.evaluate.formatting import finite
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.progress import Progress
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 WIDE = 160  # columns, where the output is not a terminal
@@ -43,7 +43,7 @@ class Commands(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        """Runs the command line and exits, as typer does."""
+        """Run the command line and exit, as typer does."""
         words = sys.argv[1:] if args is None else list(args)
         as_json = standalone_mode and "--json" in words
         try:
@@ -76,9 +76,8 @@ class Terminal:
         self._descriptor: int | None = None
         self._previous: Any = None
         self._result: dict[str, Any] | None = None
-        self._bar: Progress | None = None
-        self._first: tuple[int, float] | None = None  # what was done at the first report, and when that was
-        self._counted = ""  # what is reported: blocks, or steps
+        self._stage: Stage | None = None
+        self._since = time.monotonic()  # when the stage that is under way, or comes next, began
 
     def __enter__(self) -> Self:
         self._output = sys.stdout
@@ -113,8 +112,8 @@ class Terminal:
         raise typer.Exit(code) from None
 
     def show(self, values: dict[str, Any], view: Callable[[dict[str, Any], bool], Iterable[RenderableType]]) -> None:
-        """Prints a result: `values` as JSON, or what `view(values, every layer?)` makes of them for people."""
-        self._stop_bar()
+        """Print a result: `values` as JSON, or for people as `view(values, every layer?)` formats them."""
+        self._end_stage()
         if self.as_json:
             self._result = values  # written when the command has ended well, and no library can print any more
         elif not self.quiet:
@@ -126,76 +125,59 @@ class Terminal:
                 console.print(part)
 
     def warn(self, sentences: Iterable[str]) -> None:
-        """Prints warnings on standard error."""
+        """Print warnings on standard error."""
         for sentence in () if self.quiet else sentences:
             typer.echo(f"warning: {sentence}", err=True)
 
     def progress(self, done: int, total: int, tokens_per_second: float) -> None:
-        """Reports blocks done: a bar on a terminal, else a line for every tenth."""
+        """Report blocks done: a bar on a terminal, else a line at the end of the stage; see `stages.Stage`."""
         self._report("block", done, total, f"{tokens_per_second:,.0f} tokens/s")
 
     def pricing(self, done: int, total: int, tokens_per_second: float) -> None:
-        """Reports blocks whose options were tried, as `progress` does."""
+        """Report blocks whose options were tried, as `progress` does."""
         self._report("priced block", done, total, f"{tokens_per_second:,.0f} tokens/s")
 
     def training(self, done: int, total: int, loss: float, tokens_per_second: float, kl: float) -> None:
-        """Reports optimizer steps done, and the last held-out KL, as `progress` does."""
+        """Report optimizer steps done, and the last held-out KL, as `progress` does."""
         what = f"loss {loss:.4f} · held-out KL {kl:.4f} · {tokens_per_second:,.0f} tokens/s"
         self._report("step", done, total, what)
 
     def stage(self, sentence: str) -> None:
-        """Says on standard error what comes next; what was counted so far is over."""
-        self._stop_bar()
-        self._counted, self._first = "", None
+        """Announce on standard error what comes next; the stage under way is over."""
+        self._end_stage()
         if not self.quiet:
             typer.echo(sentence, err=True)
 
     def answering(self, done: int) -> None:
-        """Reports prompts done, of which nobody knows how many there are: a line each time."""
+        """Report prompts done, a line each time; their total is unknown."""
         if not self.quiet:
             typer.echo(f"{done:,} prompts", err=True)
+
+    def scoring(self, what: str, done: int, total: int) -> None:
+        """Report windows of text scored, or with a `total` of 0 the beginning of `what` that cannot be counted."""
+        self._report(what, done, total, "")
 
     def _report(self, counted: str, done: int, total: int, what: str) -> None:
         if self.quiet:
             return
-        if counted != self._counted:  # a second thing is under way
-            self._stop_bar()
-            self._counted, self._first = counted, None
-        text = f"{counted} {done}/{total} · {what}{self._remaining(done, total)}"
-        if sys.stderr.isatty():
-            self._draw(done, total, text)
-        elif done == total or done * 10 // total > (done - 1) * 10 // total:
-            typer.echo(text, err=True)
+        if self._stage is not None and self._stage.name != counted:
+            self._end_stage()
+        if self._stage is None:
+            self._stage = Stage(counted, sys.stderr, since=self._since)
+        if total:
+            self._stage.update(done, total, what)
+            if done == total:
+                self._end_stage()
 
-    def _remaining(self, done: int, total: int) -> str:
-        now = time.monotonic()
-        if self._first is None:
-            self._first = (done, now)
-        before, then = self._first
-        if done in (before, total):
-            return ""
-        return f" · eta {duration((now - then) / (done - before) * (total - done))}"
-
-    def _draw(self, done: int, total: int, text: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        if self._bar is None:
-            console = Console(file=sys.stderr, highlight=False, markup=False)
-            self._bar = Progress(
-                BarColumn(), TextColumn("{task.percentage:>3.0f} %  {task.description}"), console=console
-            )
-            self._bar.add_task("", total=total)
-            self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=done, description=text)
-
-    def _stop_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+    def _end_stage(self) -> None:
+        """Print the line of the stage that is over; the next one begins here."""
+        if self._stage is not None:
+            self._since = self._stage.end()
+            self._stage = None
 
     def _restore(self) -> None:
-        self._stop_bar()
+        if self._stage is not None:
+            self._stage.close()
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
         if self._descriptor is not None:
@@ -214,7 +196,7 @@ class Terminal:
 
 
 def verdict(error: BaseException) -> tuple[int, str] | None:
-    """The exit code and the sentence for an error that a user can do something about; None for any other."""
+    """Return the exit code and the sentence of an error that a user can act on; None for any other."""
     match error:
         case LLMCompressError():
             found = error.exit_code, str(error)
@@ -232,7 +214,7 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
 
 
 def _left(error: BaseException) -> str:
-    """What an interrupted run says that it keeps, unless a note does."""
+    """Return the clause on what an interrupted run keeps, unless a note says it."""
     if error.args:
         return f"; {error.args[0]}"
     return "" if getattr(error, "__notes__", ()) else "; nothing was left behind"

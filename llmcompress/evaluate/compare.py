@@ -17,7 +17,7 @@ from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.score import size_of
-from llmcompress.evaluate.scores import evaluate_all
+from llmcompress.evaluate.scores import Scoring, evaluate_all
 from llmcompress.evaluate.tables import comparison_markdown
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.locate import Place, locate
@@ -35,6 +35,7 @@ def compare(
     output: Path | None = None,
     device: str = "cpu",
     processes: Processes = ALONE,
+    progress: Scoring | None = None,
 ) -> dict[str, Any]:
     """Scores and sizes of two or more models: {"protocol", "versions", "models": [what `score` gives, ...]}.
 
@@ -53,7 +54,7 @@ def compare(
     _check_tokens(places, protocol)
     reference, *others = (partial(load_model, place, device) for place in places)
     tokenizer = load_tokenizer(places[0].folder)
-    found = evaluate_all(reference(), others, tokenizer, protocol, processes=processes)
+    found = evaluate_all(reference(), others, tokenizer, protocol, processes=processes, progress=progress)
     first = found[0]
     rows = [
         {"model": place.name, **asdict(size), **one.to_json()}

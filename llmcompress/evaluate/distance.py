@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.evaluate.perplexity import (
+    Counting,
     Perplexity,
     negative_log_likelihood,
     position_chunks,
@@ -53,13 +54,15 @@ def distance(
     ids: Tensor,
     batch_size: int = 1,
     processes: Processes = ALONE,
+    progress: Counting | None = None,
 ) -> Distance:
-    """Both models on windows `ids` [n, length], over the positions that perplexity counts.
+    """Compare both models on windows `ids` [n, length], over the positions that perplexity counts.
 
-    Log-probabilities are float32, sums float64. Raises InputError when the vocabularies differ.
+    Log-probabilities are float32, sums float64. `progress` receives (windows read, windows) of this process's share.
+    Raises InputError when the vocabularies differ.
     """
     mine = processes.share(ids)
-    rows = []
+    rows: list[tuple[float, float, float, float]] = []
     for (batch, wanted), (_, given) in zip(
         window_logits(teacher, mine, batch_size), window_logits(student, mine, batch_size)
     ):
@@ -69,6 +72,8 @@ def distance(
                 f"{given.shape[-1]} tokens; compare a model with the one it was made from"
             )
         rows += [_in_window(*one) for one in zip(wanted, given.to(wanted.device), batch)]
+        if progress is not None:
+            progress(len(rows), len(mine))
     divergence, same, *losses = zip(*processes.gathered(rows))
     scores = [Perplexity.of(loss, predicted_tokens(ids)) for loss in losses]
     return Distance(

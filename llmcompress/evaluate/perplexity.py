@@ -7,7 +7,7 @@ own, so its first token is predicted by nothing and does not count: `windows * (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 POSITIONS = 32  # whose log-probabilities are in memory at once: 32 * 49152 * 4 bytes = 6 MB, which caches hold
+
+
+Counting = Callable[[int, int], None]  # (done, in all)
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,26 @@ def text_windows(
     return torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)
 
 
-def perplexity(model: PreTrainedModel, ids: Tensor, batch_size: int = 1, processes: Processes = ALONE) -> Perplexity:
-    """Of `model`, in the dtype it has, on windows `ids` [n, length]. Holds logits of `batch_size` windows."""
-    losses = []
-    for batch, logits in window_logits(model, processes.share(ids), batch_size):
+def perplexity(
+    model: PreTrainedModel,
+    ids: Tensor,
+    batch_size: int = 1,
+    processes: Processes = ALONE,
+    progress: Counting | None = None,
+) -> Perplexity:
+    """Return the perplexity of `model`, in the dtype it has, on windows `ids` [n, length].
+
+    Holds logits of `batch_size` windows. `progress` receives (windows read, windows) of this process's share.
+    """
+    losses: list[float] = []
+    mine = processes.share(ids)
+    for batch, logits in window_logits(model, mine, batch_size):
         for window, row in zip(batch, logits):
             chunks = position_chunks(row, window)
             total = sum(negative_log_likelihood(given.float().log_softmax(-1), targets) for given, targets in chunks)
             losses.append(total / (len(window) - 1))
+        if progress is not None:
+            progress(len(losses), len(mine))
     return Perplexity.of(processes.gathered(losses), predicted_tokens(ids))
 
 

@@ -15,7 +15,7 @@ from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import STANDARD, Protocol
-from llmcompress.evaluate.scores import Evaluation, evaluate, evaluate_all
+from llmcompress.evaluate.scores import Evaluation, Scoring, evaluate, evaluate_all
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import add_file, check_output, read_json, writing
 from llmcompress.models.dense import DenseModel, dense_skeleton, load_model, load_tokenizer, open_source, read_headers
@@ -45,6 +45,7 @@ def score(
     output: Path | None = None,
     device: str = "cpu",
     processes: Processes = ALONE,
+    progress: Scoring | None = None,
 ) -> dict[str, Any]:
     """What `evaluate` finds of a model, in float32, with its bytes, bpw, model_bpw and protocol.
 
@@ -62,15 +63,16 @@ def score(
         check_output(output, 0)
     teacher = None if against is None else load_model(locate(against), device)
     size = size_of(place)
+    how: dict[str, Any] = {"processes": processes, "progress": progress}
     loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder)
     if save and teacher is not None:
-        dense, found = evaluate_all(teacher, [lambda: loaded], tokenizer, protocol, processes=processes)
+        dense, found = evaluate_all(teacher, [lambda: loaded], tokenizer, protocol, **how)
         if processes.rank == 0:
             both = {"dense": dense.to_json(), "compressed": found.to_json()}
             entries = protocol.to_json() | {"versions": versions()} | both
             add_file(place.folder, file_names.SCORES, json.dumps(entries, indent=2))
     else:
-        found = evaluate(loaded, tokenizer, protocol, against=teacher, processes=processes)
+        found = evaluate(loaded, tokenizer, protocol, against=teacher, **how)
     values = found.to_json() | asdict(size) | {"protocol": protocol.to_json()}
     if output is not None and processes.rank == 0:
         _write(output, place, found, values)

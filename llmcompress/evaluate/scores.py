@@ -1,14 +1,15 @@
-"""Everything one wants to know of models in memory: perplexity, tasks, and the distance to a teacher."""
+"""Scores of models in memory: perplexity, tasks, and the distance to a teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.evaluate.distance import Distance, distance
 from llmcompress.evaluate.lm_eval import Items, TaskScores, run_tasks
-from llmcompress.evaluate.perplexity import Perplexity, evaluation_windows, perplexity
+from llmcompress.evaluate.perplexity import Counting, Perplexity, evaluation_windows, perplexity
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.uncertainty import paired
@@ -18,16 +19,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+Scoring = Callable[[str, int, int], None]  # (what is counted, done, in all); in all 0 where that is unknown
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """One model, measured. `distance`: to the teacher, None without one."""
+    """Scores of one model. `distance`: to the teacher, None without one."""
 
     perplexity: Perplexity
     tasks: TaskScores
     distance: Distance | None
 
     def to_json(self) -> dict[str, Any]:
-        """perplexity, tokens, tasks {name: {metric: value}}, kl and top1_agreement; each with its standard error."""
+        """Return perplexity, tokens, tasks {name: {metric: value}}, kl and top1_agreement, with standard errors."""
         far = self.distance
         return {
             "perplexity": self.perplexity.value,
@@ -41,10 +45,10 @@ class Evaluation:
         }
 
     def differences(self, reference: Evaluation) -> dict[str, Any]:
-        """{"nll": difference, "tasks": {name: {metric: difference}}} to `reference`, which was asked the same.
+        """Return {"nll": difference, "tasks": {name: {metric: difference}}} to `reference`, of the same protocol.
 
-        Entries are `noise.Difference`; that of perplexity is taken of its logarithm, in nats per token. Metrics that
-        are no means over items have none.
+        Entries are `uncertainty.Difference`. That of perplexity is taken of its logarithm, in nats per token. Metrics
+        that are no means over items have none.
         """
         text = asdict(paired(reference.perplexity.windows, self.perplexity.windows))
         return {"nll": text, "tasks": _task_differences(reference.tasks.items, self.tasks.items)}
@@ -68,18 +72,20 @@ def evaluate(
     *,
     against: PreTrainedModel | None = None,
     processes: Processes = ALONE,
+    progress: Scoring | None = None,
 ) -> Evaluation:
-    """`model` on the text and the tasks of `protocol`, and how far it is from the teacher `against`.
+    """Score `model` on the text and the tasks of `protocol`, and measure its distance to the teacher `against`.
 
     Compressed layers stay decoded meanwhile, so they take the memory of dense ones. `processes` share the work; every
-    one of them has to call this.
+    one of them has to call this. `progress` receives ("window", windows read, windows) and, before tasks, ("tasks",
+    0, 0).
     """
     if against is not None:
-        return _beside(against, model, tokenizer, protocol, processes)[1]
+        return _beside(against, model, tokenizer, protocol, processes, progress)[1]
     ids = evaluation_windows(tokenizer, protocol, model.config)
     with decoded(model):
-        score = perplexity(model, ids, processes=processes)
-        return Evaluation(score, run_tasks(model, tokenizer, protocol, processes), None)
+        score = perplexity(model, ids, processes=processes, progress=_counting(progress))
+        return Evaluation(score, _on_tasks(model, tokenizer, protocol, processes, progress), None)
 
 
 def evaluate_all(
@@ -89,15 +95,17 @@ def evaluate_all(
     protocol: Protocol = STANDARD,
     *,
     processes: Processes = ALONE,
+    progress: Scoring | None = None,
 ) -> list[Evaluation]:
-    """The reference's evaluation, then those of one or more others, all distances being those from the reference.
+    """Score the reference and one or more others; all distances are those from the reference, which comes first.
 
-    The others are functions that load a model; one at a time is in memory beside the reference.
+    The others are functions that load a model; one at a time is in memory beside the reference. `progress`: as for
+    `evaluate`, for each of the others, and for the reference's tasks.
     """
-    found = [_beside(reference, load(), tokenizer, protocol, processes) for load in others]
+    found = [_beside(reference, load(), tokenizer, protocol, processes, progress) for load in others]
     own, _ = found[0]
     with decoded(reference):
-        tasks = run_tasks(reference, tokenizer, protocol, processes)
+        tasks = _on_tasks(reference, tokenizer, protocol, processes, progress)
     return [Evaluation(own, tasks, Distance.to_itself(own)), *(other for _, other in found)]
 
 
@@ -107,10 +115,29 @@ def _beside(
     tokenizer: PreTrainedTokenizerBase,
     protocol: Protocol,
     processes: Processes,
+    progress: Scoring | None,
 ) -> tuple[Perplexity, Evaluation]:
-    """The teacher's perplexity and the student's evaluation."""
+    """Return the teacher's perplexity and the student's evaluation."""
     ids = evaluation_windows(tokenizer, protocol, teacher.config, student.config)
     with decoded(student):
         with decoded(teacher):
-            far = distance(teacher, student, ids, processes=processes)
-        return far.teacher, Evaluation(far.student, run_tasks(student, tokenizer, protocol, processes), far)
+            far = distance(teacher, student, ids, processes=processes, progress=_counting(progress))
+        tasks = _on_tasks(student, tokenizer, protocol, processes, progress)
+        return far.teacher, Evaluation(far.student, tasks, far)
+
+
+def _on_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: Protocol,
+    processes: Processes,
+    progress: Scoring | None,
+) -> TaskScores:
+    """Announce the tasks, if there are any, and run them."""
+    if progress is not None and protocol.tasks:
+        progress("tasks", 0, 0)
+    return run_tasks(model, tokenizer, protocol, processes)
+
+
+def _counting(progress: Scoring | None) -> Counting | None:
+    return None if progress is None else partial(progress, "window")

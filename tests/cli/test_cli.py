@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -351,14 +352,16 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_progress_is_a_line_for_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_a_line_for_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
     with Terminal() as terminal:
         for done in range(1, 31):
             terminal.progress(done, 30, 1234.5)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 10
-    assert lines[0].startswith("block 3/30 · 1,234 tokens/s · eta ")
-    assert lines[-1] == "block 30/30 · 1,234 tokens/s"
+        terminal.scoring("window", 1, 1)
+        terminal.scoring("tasks", 0, 0)
+        terminal.show({}, lambda values, every: ())
+    blocks, windows, tasks = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"block 30/30 · 1,234 tokens/s \.\.\. \d+ s", blocks)
+    assert windows.startswith("window 1/1 ... ") and tasks.startswith("tasks ... ")
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,7 +370,8 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys
     with Terminal() as terminal:
         for done in range(1, 4):
             terminal.progress(done, 3, 10.0)
-    assert "100 %  block 3/3" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "━" in said and "block 3/3 · 10 tokens/s ... " in said
 
 
 def test_quiet_has_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
