@@ -1,16 +1,15 @@
 """AdaDim (arXiv 2309.15531): groups of a grid along the input or along the output, chosen for every layer.
 
-Groups along the input, consecutive columns of a row, are what all integer methods here have. Where an input channel is
-loud, or its weights are unlike all others, every group across it pays; groups along the output, consecutive rows of a
-column, keep each channel's scales its own. Both are quantized with error feedback, as `gptq` does it, and the one with
-the smaller output error tr(E H E^T) on the calibration inputs stays: a Grid, or the Transposed of one. The report's
-`stored` says which.
+All other integer methods have groups along the input: consecutive columns of a row. If an input channel is loud, or its
+weights are unlike all others, every group across it pays. Groups along the output, consecutive rows of a column, keep
+the scales of channels apart. Both are quantized with error feedback, as in `gptq`. The one with the smaller output
+error tr(E H E^T) on the calibration inputs is stored: a Grid, or the Transposed of one. The report's `stored` names it.
 
-Differs from the paper: the better of the two finished results is taken, not the one that rounding to nearest favours,
-and a layer is judged by its own outputs, not by its block's. A scale along the output is fitted to the column as it
-is when the loop reaches it. A layer on whose shape the two would not take equally many bits, as where groups do not
-divide its height, has groups along the input: a plan's bits must not depend on values. The plan names the transposed
-grid wherever there is a choice; token tables, whose rows must be found one by one, are therefore refused.
+Differs from the paper: the two finished results are compared, not two roundings to nearest, and a layer is judged by
+its own outputs, not by its block's. A scale along the output is fitted to the column as it is when the loop reaches it.
+A plan's bits must not depend on values. So a layer on whose shape the two take different bits, as when groups do not
+divide its height, has groups along the input. The plan names the transposed grid wherever there is a choice; token
+tables, whose rows must be found one by one, are therefore refused.
 """
 
 from typing import Literal

@@ -2,24 +2,24 @@
 
 Minimises tr(E H E^T) in the feedback loop (or |E|^2, columns weighted by their energy, without feedback). The columns
 with the largest sums of w^2 / U_jj^2 are salient: their weights are +-a1 +-a2, the second sign that of what the first
-leaves. Of the others a row keeps +-a for weights of small and +-b for those of large magnitude. How many columns are
-salient is tried out on the weights: a few shares, the best one stays. `rounds` alternates scales and signs after that,
-as ARB-LLM does (arXiv 2410.03129).
+leaves. Of the others a row keeps +-a for weights of small and +-b for those of large magnitude. A few shares of salient
+columns are tried on the weights, and the best one is kept. `rounds` alternates scales and signs after that, as ARB-LLM
+does (arXiv 2410.03129).
 
 Stores Where(salient columns, two binary grids, two binary grids). A sign and the bit that tells small from large are a
-2-bit code of the levels +-a and +-b, and so are two planes with the scales b + a and b - a: the bitmap is there, and
-counted, for the columns that need one, and what trains or refines the planes may move a weight between its groups. It
-comes to 2 bits a weight, where the paper counts 1.1.
+2-bit code of the levels +-a and +-b, and so are two planes with the scales b + a and b - a. So the bitmap is stored and
+counted for the columns that need one, and training or refining the planes may move a weight between its groups. This
+takes 2 bits a weight; the paper counts 1.1.
 
 `bitmap: all` splits salient columns by magnitude too, in place of binarizing them twice: four groups of weights a row,
 each with its own scale, in the same bits (the column-group bitmap of ARB-LLM; a second plane beside the bitmap would be
 a third bit for each salient weight, and is not there). `columns: true` stores a factor for every column as well
 (ARB-RC, see `column_scales`).
 
-Differs from the paper: the split is the best there is for each row, found in sorted magnitudes, not one of 81
-percentiles for a whole block; scales are of rows, or of `group_size` columns, not always of 128; no means are stored;
-saliences rank columns only, and errors are those of weights (the official code searches and splits saliences); every
-column's error is fed back to the next one (the official code updates later blocks only, by the diagonal alone).
+Differs from the paper: the split is the best one for each row, found in sorted magnitudes, not one of 81 percentiles of
+a whole block. Scales belong to rows, or to `group_size` columns, not always to 128. No means are stored. Saliences only
+rank columns, and errors are those of weights; the official code searches and splits saliences. Every column's error is
+fed back to the next one; the official code updates later blocks only, by the diagonal alone.
 """
 
 from typing import Literal

@@ -2,10 +2,10 @@
 
 Minimises tr(E H E^T) in the feedback loop (or |E|^2, columns weighted by their energy, without feedback). Stores two
 binary grids with zero points: a weight is one of 0, a1, a2, a1 + a2. An asymmetric 2-bit grid with scale s and zero
-point z has just these levels for a1 = +-2s and a2 = +-s, the signs being the bits of z: with `rounds: 0` the matrix is
-that of `gptq` at 2 bits. Then a1 and a2 are solved for by least squares, two equations a row and group, and every code
-goes to the nearest level, in turn; none of this raises the error. Scales are stored positive, their signs as the zero
-points of the planes: one bit each, as many as the grid's. Least squares does not change them.
+point z has just these levels for a1 = +-2s and a2 = +-s, the signs being the bits of z. So with `rounds: 0` the matrix
+is that of `gptq` at 2 bits. A round solves for a1 and a2 by least squares, two equations a row and group, and then
+moves every code to the nearest level; neither raises the error. Scales are stored positive. Their signs are the zero
+points of the planes, one bit each, as many as the grid's; least squares does not change them.
 
 Differs from the paper: the grid's clipping range is searched; planes are fitted in the feedback loop, by least squares,
 not by training (`distill` trains them, with the paper's loss `dad`). No official code is published.

@@ -1,8 +1,10 @@
 """GPTQ (arXiv 2210.17323): quantize column by column and let later columns make up for the error.
 
-Minimises tr(E H E^T) greedily. Stores a Grid. Differs from the official code: groups are fitted to weights that carry
-all earlier feedback, also inside a lazy block; act-order uses static groups, so no column index is stored; the clip
-range is searched (at 2 bits that halves the error); damping is 0.1, better on small calibration sets than 0.01.
+Minimises tr(E H E^T) greedily. Stores a Grid.
+
+Differs from the official code: groups are fitted to weights that carry all earlier feedback, also inside a lazy block.
+Act-order uses static groups, so no column index is stored. The clip range is searched, which halves the error at 2
+bits. Damping is 0.1, which is better on small calibration sets than 0.01.
 """
 
 from typing import Literal

@@ -1,16 +1,16 @@
 """HQQ (half-quadratic quantization, Badri and Shaji 2023, Mobius Labs): grids for most weights, not for the largest.
 
-Minimises the sum of |w - w_approx|^p with p below 1, to which outliers matter less than to squares; needs no data.
-Half-quadratic splitting: a part of each error is written off as an outlier's, by the proximal step
-`e = sign(x) max(|x| - |x|^(p-1) / beta, 0)`, the grid is fitted to the weights without it by least squares, codes go to
-the nearest points, and beta grows. A group starts from `rtn`'s grid and keeps the best it met, so it is nowhere worse
-than `rtn` in that sum. Stores a Grid, in the bits of an asymmetric one of `rtn`.
+Minimises the sum of |w - w_approx|^p with p below 1, to which outliers matter less than to squares; needs no data. It
+does so by half-quadratic splitting, in rounds. The proximal step `e = sign(x) max(|x| - |x|^(p-1) / beta, 0)` puts a
+part of each error down to outliers. The grid is fitted by least squares to the weights without that part, codes go to
+the nearest points, and beta grows. A group starts from the grid of `rtn` and keeps the best grid it met, so its sum is
+never above that of `rtn`. Stores a Grid, in the bits of an asymmetric one of `rtn`.
 
 Differs from the official code: zero points are whole codes, as a Grid stores them. A 16-bit zero point was measured
-against smaller groups in the same bits, and lost at 2 and 3 bits. Whole ones alone have next to nowhere to go, so the
-scale is solved for too. Errors are counted in steps of the grid, so that the result does not depend on the weights'
-unit. What this does for outputs is another matter: on layers of SmolLM2 the output error rises as p falls, at p = 0.7
-to 1.1 to 1.3 times that of `rtn` with its search for least squares; at p = 2 it is 1 to 6 % below.
+against smaller groups in the same bits, and lost at 2 and 3 bits. Whole zero points alone can hardly move, so the scale
+is solved for too. Errors are counted in steps of the grid, so that the result does not depend on the weights' unit. The
+gain is one of weights, not of outputs: on layers of SmolLM2 the output error rises as p falls, at p = 0.7 to 1.1 to 1.3
+times that of `rtn` with its search for least squares; at p = 2 it is 1 to 6 % below.
 """
 
 from typing import Literal

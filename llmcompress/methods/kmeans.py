@@ -3,8 +3,9 @@
 Points minimise the squared error, weighted by the Hessian diagonal (or, in the feedback loop, by what an error costs
 there), and are fitted to outputs by least squares at the end. Stores a `Codebook` of single weights.
 
-Differs from the paper: the points are shared by all rows, each with a float16 scale, not a set a row (see `codebooks`);
-weights come from layer inputs, not from gradients; no sparse outliers. `feedback: false` is closer to it.
+Differs from the paper: all rows share the points, and each has a float16 scale, instead of points of its own (see
+`codebooks`). Errors are weighted by layer inputs, not by gradients. There are no sparse outliers. `feedback: false` is
+closer to the paper.
 """
 
 from typing import Literal

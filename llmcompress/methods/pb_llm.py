@@ -1,9 +1,11 @@
 """Partial binarization (PB-LLM, arXiv 2310.00034): a few salient weights kept at 4 or 8 bits, the rest +-scale.
 
 Minimises tr(E H E^T) in the feedback loop (or |E|^2 without feedback). Stores Where(salient, Grid or Dense, binary
-Grid). Differs from the paper: the binary scale is the closed form mean |w| over the binarized entries alone (the
-official code averages over the salient ones too) and is fitted to the compensated weights; the salient set can also
-be whole columns (one bit a column) or n:m (the number of the pattern), not only a bitmap (one bit a weight).
+Grid).
+
+Differs from the paper: the binary scale is mean |w| over the binarized entries alone, of the compensated weights; the
+official code averages over the salient entries too. The salient set can also be whole columns (one bit a column) or n:m
+(the number of the pattern), not only a bitmap (one bit a weight).
 """
 
 from collections.abc import Callable

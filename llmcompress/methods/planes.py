@@ -7,9 +7,9 @@ group (ARB-X). `start: residual` binarizes what the planes before leave, as the 
 best two planes there are (see `bitplane_fit`), which matters for rows with outliers. `start: residual` and `rounds: 0`
 together are plain residual binarization.
 
-Differs from the paper: the scales of a row are solved for at once, not one after the other; signs are chosen column by
-column on weights that carry all earlier feedback; no mean of a row is stored, for which there is no node; there is no
-bitmap, since the bitmap and the sign of a weight are two planes (see `billm`). No official code is published.
+Differs from the paper: the scales of a row are solved for at once, not one after the other. Signs are chosen column by
+column on weights that carry all earlier feedback. No mean of a row is stored, since there is no node for it. No
+bitmap is stored, since the bitmap and the sign of a weight are two planes (see `billm`). No official code is published.
 
 `columns: true` stores a factor for every input column as well (ARB-RC), of any number of planes. The paper fits row and
 column scales to the magnitudes of weights alone, which may raise the error of outputs where inputs have loud channels;

@@ -1,13 +1,13 @@
 """Coordinate descent on what is stored, and least squares for its scales: a polish after any base.
 
-Minimises tr(E H E^T), which error feedback does only greedily: a column may move again to the stored values nearest to
-`q_j + (E H)_j / H_jj`, knowing how all other columns, later ones too, came out; then scales are fitted by least
-squares, each row's and group's in turn. No move raises the loss on the calibration inputs. Stores what was there, in
-the same bits: other grid codes, other streams of a trellis, other bits of binary planes, other factors of columns,
-other kept values of a pruned matrix, other signs of a partially binarized one, other entries for the vectors of
-codebooks; masks, selections and the scales of groups along the output stay. Entries of codebooks are fitted with the
-scales. The scheme is that of AQLM's code updates (arXiv 2401.06118), one weight, one vector, or one column of a
-trellis, at a time.
+Minimises tr(E H E^T), which error feedback does only greedily. A column may move again, to the stored values nearest to
+`q_j + (E H)_j / H_jj`, now that all other columns are known, later ones too. Then scales are fitted by least squares,
+those of each row and group in turn. No move raises the loss on the calibration inputs.
+
+Stores the same expression in the same bits. It may change grid codes, streams of a trellis, bits of binary planes,
+factors of columns, kept values of a pruned matrix, signs of a partially binarized one, and codes and entries of
+codebooks. Masks, selections and the scales of groups along the output stay. The scheme is that of AQLM's code updates
+(arXiv 2401.06118), one weight, one vector, or one column of a trellis at a time.
 """
 
 from collections.abc import Callable

@@ -1,12 +1,12 @@
 """Trellis-coded quantization (QTIP, arXiv 2406.11235) inside error feedback.
 
-Minimises tr(E H E^T) greedily, column by column as GPTQ does; a column becomes the stream of a trellis that is nearest
-to it, found by the Viterbi algorithm; without data |E|^2, with nothing to feed back. Stores `TrellisCoded`: bits a
-weight, and a float16 scale a row. Made for weights that look Gaussian: rotate first. `refine` chooses every column
-again.
+Minimises tr(E H E^T) greedily, column by column as GPTQ does; without data |E|^2, with nothing to feed back. A column
+becomes the nearest stream of a trellis, found by the Viterbi algorithm. Stores `TrellisCoded`: `bits` a weight, and a
+float16 scale a row. Made for weights that look Gaussian: rotate first. `refine` chooses every column again.
 
 Differs from the paper: streams run down whole columns instead of through tiles of 16 x 16, so that feedback works
-weight by weight; a column goes on where the last one ended, so that neither start states nor tail-biting are needed.
+weight by weight. A column starts in the state in which the last one ended, so neither start states nor tail-biting are
+needed.
 """
 
 from typing import Literal

@@ -1,15 +1,15 @@
 """Vector quantization in the feedback loop (GPTVQ, arXiv 2402.15319; VPTQ, arXiv 2409.17066).
 
 Minimises tr(E H E^T) greedily, without data |E|^2. Vectors of `length` consecutive input columns of a row become
-entries of a codebook, placed by k-means that counts an error as feedback makes it count; each vector goes to the entry
-that is nearest once its error is fed back, and entries and scales are fitted to outputs by least squares at the end.
-Stores a `Codebook`, or several added up: where `entries` has several numbers, each codebook codes what those before it
-leave. A share of the columns, those with the most energy, can stay outside at 8 bits. Made for few bits, and for
-weights that look Gaussian: rotate first, which also leaves no outlier columns. `refine` and `pv` choose codes again.
+entries of a codebook. k-means places the entries and counts an error as feedback makes it count. Each vector goes to
+the entry that is nearest once its error is fed back; at the end entries and scales are fitted to outputs by least
+squares. Stores a `Codebook`, or several added up: if `entries` has several numbers, each codebook codes what those
+before it leave. A share of the columns, those with the most energy, can stay outside at 8 bits. Made for few bits, and
+for weights that look Gaussian: rotate first, which also leaves no outlier columns. `refine` and `pv` choose again.
 
-Differs from the papers: vectors lie along a row (GPTVQ) and not down a column (VPTQ), so that one choice sees the
-Hessian between its weights, by the whole triangular block of the loop's factor, not its diagonal; a row has one scale,
-and a matrix one codebook of at most 256 entries, since a larger one takes more bits than it saves in small matrices.
+Differs from the papers: vectors lie along a row (GPTVQ) and not down a column (VPTQ). So one choice sees the Hessian
+between its weights, by the whole triangular block of the loop's factor, not its diagonal. A row has one scale, and a
+matrix one codebook of at most 256 entries, since a larger one takes more bits than it saves in small matrices.
 """
 
 from typing import Annotated, Literal

@@ -1,11 +1,13 @@
 """The Viterbi algorithm, compiled: the codes of a trellis whose numbers are nearest to those wanted.
 
-Of every state the cheapest way to it is known; a step extends all of them. States that share all but their oldest code
-lead to the same successors, so of these only the cheapest goes on. Costs lie so that each loop below runs along memory:
-by a state's newest code where codes are few, and otherwise (`WIDE`) in the order of states, which has as many newest
-codes beside each other as there are. Sums are rounded as they are written (no `fastmath`, which gains nothing here),
-and of equally cheap ways the one with the lowest oldest code goes on, of equally cheap ends that with the lowest newest
-code and then the lowest state: every machine finds the same, GPUs too (`viterbi_triton.py`).
+The cheapest path to every state is known, and a step extends all of them. States that share all but their oldest code
+lead to the same successors, so only the cheapest of these survives. Costs lie so that each loop below runs along
+memory: by a state's newest code where codes are few, and otherwise (`WIDE`) in the order of states, in which all newest
+codes lie beside each other.
+
+Every machine finds the same path, GPUs too (`viterbi_triton.py`). Sums are rounded as they are written (no `fastmath`,
+which gains nothing here). Of equally cheap paths the one with the lowest oldest code survives; of equally cheap ends
+the one with the lowest newest code, then the lowest state.
 """
 
 from __future__ import annotations

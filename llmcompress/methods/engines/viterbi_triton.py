@@ -1,12 +1,12 @@
 """The search of `viterbi.py` on a GPU: one Triton kernel, in which a program searches one stream of a column.
 
-Of what states have in common but for their oldest code the cheapest cost is kept, after the last step and after this
-one, in a buffer that stays in the GPU's cache for any size of trellis; threads meet once a step. The oldest codes that
-went on are written down, and followed back in the end. Nothing leaves the device, nothing waits for the host.
+States that differ only in their oldest code share the cheapest cost. These costs, after the last step and after this
+one, are in a buffer that stays in the GPU's cache for any size of trellis; threads synchronise once a step. The oldest
+codes that survived are recorded and traced back at the end. Nothing leaves the device, nothing waits for the host.
 
 The states are those that `viterbi.py` finds, ties included: the same sums and products in the same order, each rounded
-by itself, since the kernel is compiled without fused multiply-adds (`enable_fp_fusion=False`; tests/oracles reads the
-machine code). Only programs that search import this file: Triton comes with torch for GPUs, not with that for CPUs.
+by itself. The kernel is therefore compiled without fused multiply-adds (`enable_fp_fusion=False`; a test reads the
+machine code). Only programs that search import this file: Triton comes with torch for GPUs, not with torch for CPUs.
 """
 
 from __future__ import annotations
