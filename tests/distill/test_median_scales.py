@@ -154,6 +154,27 @@ def test_neither_outliers_nor_confining_move_a_scale(levels: int) -> None:
             module.clamp_latents()
             found.append(module.get_parameter("scale").clone())
     assert all(torch.equal(each, found[0]) for each in found)
+    assert bool((found[0] != w.scale.float().flatten()).any()), "they did move, from what was stored to the medians"
+
+
+def test_scales_that_follow_reach_weights_of_another_size() -> None:
+    """Codes that train alone cannot: half as large a matrix needs half the scales."""
+    w = plain(2, 5)
+    size = w.scale.float().repeat_interleave(5, 1)
+    target, lost = 0.5 * dense(w), []
+    for follows in (False, True):
+        module = relax(w, Relaxation(frozenset({"codes", "scales"})))
+        scales = median_scales(w, module) if follows else ()
+        optimizer = torch.optim.SGD([module.get_parameter("codes")], lr=0.1)
+        for _ in range(100):
+            optimizer.zero_grad()
+            ((module.weight() - target) / size).square().sum().backward()
+            optimizer.step()
+            for scale in scales:
+                scale.rebind_parameters()
+            module.clamp_latents()
+        lost.append(float(((dense(module.freeze()) - target) / size).square().mean()))
+    assert lost[0] >= 0.06 and lost[1] < 0.01
 
 
 def test_a_group_of_zeros_stays() -> None:

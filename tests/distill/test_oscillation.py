@@ -17,6 +17,7 @@ from llmcompress.distill.student.oscillation import Freezer, Habits, after_step
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.freezing import Freezing
 from llmcompress.weight.encoding import encode
+from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear
 from llmcompress.weight.nodes import Grid, Sum
 from llmcompress.weight.trainable.relax import Relaxation, RelaxedLinear
@@ -157,6 +158,41 @@ def test_frozen_codes_never_change_and_their_gradients_do_not_count() -> None:
     assert before[0] == after[0] and {k: v.shape for k, v in before[1].items()} == {
         k: v.shape for k, v in after[1].items()
     }
+
+
+def late(asked: Freezing | None, shares: Tensor) -> tuple[float, int]:
+    """The mean loss of codes that are drawn to these shares of the way to the next one, and how many of them change,
+    both over the last 30 of 90 steps."""
+    w = grid((6, 10), 4, 5, 0, symmetric=True)
+    student = RelaxedLinear.of(CompressedLinear.of(w, None), Relaxation(frozenset({"codes"})))
+    steps = (w.scale.float()[:, :, None] * torch.ones(5)).reshape(6, 10)
+    target = dense(w) + shares.reshape(6, 10) * steps * torch.where(w.codes < 2, 1, -1)
+    freezer = Freezer.of(asked, {"q": student})
+    optimizer = torch.optim.SGD(student.relaxed.parameters(), lr=0.2)
+    losses, changed = [], 0
+    for step in range(90):
+        optimizer.zero_grad()
+        (0.5 * ((student.relaxed.weight() - target) / steps).square().sum()).backward()
+        before = student.relaxed.weight().detach()
+        freezer.hold()
+        optimizer.step()
+        student.relaxed.clamp_latents()
+        freezer.watch((step + 1) / 90)
+        after = student.relaxed.weight().detach()
+        if step >= 60:
+            losses.append(float(((after - target) / steps).square().mean()))
+            changed += int((before != after).sum())
+    return sum(losses) / len(losses), changed
+
+
+def test_freezing_ends_the_noise_of_codes_between_two_values() -> None:
+    """Without it they change for ever, and lose more; with it they stay at the nearer one of both."""
+    shares = torch.linspace(0.15, 0.4, 60)
+    best = float(shares.square().mean())
+    noise, changes = late(None, shares)
+    rest, none = late(Freezing(momentum=0.1, threshold=0.25, final_threshold=0.15), shares)
+    assert changes > 300 and noise > 1.5 * best
+    assert none == 0 and rest == pytest.approx(best, rel=1e-2)
 
 
 # --- in a run -------------------------------------------------------------------------------------------------------
