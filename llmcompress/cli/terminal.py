@@ -1,4 +1,4 @@
-"""How a command speaks and ends: the result on standard output, all else on standard error, an exit code for its end.
+"""Output and end of a command: the result on standard output, all else on standard error, an exit code for its end.
 
 With `--json`, standard output carries one JSON object and nothing else, whatever libraries print meanwhile.
 """

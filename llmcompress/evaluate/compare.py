@@ -1,4 +1,4 @@
-"""Several models by their names in one table, each beside the first: for `llmcompress compare`."""
+"""Scores of several models in one table, each beside the first: for `llmcompress compare`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def compare(
     processes: Processes = ALONE,
     progress: Scoring | None = None,
 ) -> dict[str, Any]:
-    """Scores and sizes of two or more models: {"protocol", "versions", "models": [what `score` gives, ...]}.
+    """Score two or more models: {"protocol", "versions", "models": [the result of `score`, ...]}.
 
     Each has its name as "model", and as "differences" what `Evaluation.differences` finds between it and the first,
     None for the first itself; KL and top-1 agreement too are measured from the first. Two models are in memory at a
@@ -69,7 +69,7 @@ def compare(
 
 
 def _check_tokens(places: Sequence[Place], protocol: Protocol) -> None:
-    """Raises InputError unless all models know the same tokens and read the protocol's text as the same ones."""
+    """Raise InputError unless all models know the same tokens and read the protocol's text as the same ones."""
     tokenizers = [load_tokenizer(place.folder) for place in places]
     windows = [evaluation_windows(tokenizer, protocol) for tokenizer in tokenizers]
     for place, tokenizer, ids in zip(places, tokenizers, windows):

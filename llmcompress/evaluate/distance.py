@@ -1,4 +1,4 @@
-"""How far a compressed model is from its teacher, token by token: KL divergence and agreement on the likeliest token.
+"""Distance of a compressed model from its teacher, token by token: KL divergence and agreement on the likeliest token.
 
 Perplexity can stay while answers change; these two cannot (arXiv 2407.09141). Both models read the same windows, and
 one pass of each also gives both perplexities.
@@ -43,7 +43,7 @@ class Distance:
 
     @staticmethod
     def to_itself(model: Perplexity) -> Distance:
-        """Of a model from itself."""
+        """Return the distance of a model from itself."""
         zero = None if model.stderr is None else 0.0
         return Distance(0.0, zero, 1.0, zero, teacher=model, student=model)
 
@@ -82,7 +82,7 @@ def distance(
 
 
 def _in_window(wanted: Tensor, given: Tensor, window: Tensor) -> tuple[float, float, float, float]:
-    """Means over the predicted tokens: KL, agreement, negative log-probability of the teacher, of the student.
+    """Return means over the predicted tokens: KL, agreement, negative log-probability of the teacher, of the student.
 
     `wanted`, `given`: the teacher's and the student's logits [length, vocabulary].
     """
@@ -98,5 +98,5 @@ def _in_window(wanted: Tensor, given: Tensor, window: Tensor) -> tuple[float, fl
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of log-probabilities [positions, vocabulary] -> [positions], in nats."""
+    """Return KL(p || q) of log-probabilities [positions, vocabulary] -> [positions], in nats."""
     return nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)

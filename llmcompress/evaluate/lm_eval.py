@@ -42,7 +42,7 @@ Items = dict[str, dict[str, dict[Any, float]]]
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What tasks gave. Where several processes work, the first has all of it and the others nothing."""
+    """Scores of tasks. Where several processes work, the first has all of them and the others none."""
 
     scores: Scores = field(default_factory=dict)  # {task: {metric: value}}, with the number of items as "samples"
     items: Items = field(default_factory=dict)  # {task: {metric: {item: value}}} of metrics that are means over items
@@ -50,7 +50,7 @@ class TaskScores:
     tracker: Any = None  # lm-eval's EvaluationTracker
 
     def save(self, folder: Path, name: str) -> None:
-        """Writes what lm-eval's command with `--output_path FOLDER --log_samples` would write for the model `name`.
+        """Write what lm-eval's command with `--output_path FOLDER --log_samples` would write for the model `name`.
 
         `FOLDER/<name>/results_<date>.json` and `samples_<task>_<date>.jsonl`. Raises DiskError where that fails.
         """
@@ -76,7 +76,7 @@ def run_tasks(
     protocol: Protocol,
     processes: Processes = ALONE,
 ) -> TaskScores:
-    """The tasks of `protocol`, none for none.
+    """Run the tasks of `protocol`, if it names any.
 
     A task is a name that lm-eval knows, "llmcompress_pairs", a .yaml file, a folder of them, or a .jsonl file of
     minimal pairs. A YAML file may name Python functions, which lm-eval then runs: use files you trust. Standard output,
@@ -178,7 +178,7 @@ def _lm_eval() -> tuple[Any, Any, Any, Any]:
 
 
 def _load(manager_class: Any, tasks: Sequence[str]) -> tuple[list[Any], Any]:
-    """What to pass to lm-eval as tasks, and the task manager that knows them."""
+    """Return what to pass to lm-eval as tasks, and the task manager that knows them."""
     from datasets.exceptions import DatasetsError
 
     folders = [Path(task).expanduser() for task in tasks if Path(task).expanduser().is_dir()]
@@ -255,7 +255,7 @@ def _items(results: dict[str, Any]) -> Items:
 
 
 def _leaves(task: str, results: dict[str, Any]) -> list[str]:
-    """The tasks with items that `task` consists of: itself, or those of a group, and of the groups in it."""
+    """Return the tasks with items that `task` consists of: itself, or those of a group, and of the groups in it."""
     children = results.get("group_subtasks", {}).get(task)
     return [leaf for child in children for leaf in _leaves(child, results)] if children else [task]
 
@@ -274,7 +274,7 @@ def _metric(key: str) -> str:
 
 @contextlib.contextmanager
 def _contained() -> Iterator[None]:
-    """Keeps lm-eval's habits inside: seeding and setting variables, and what `_quiet` keeps."""
+    """Keep lm-eval's habits inside: seeding and setting variables, and what `_quiet` keeps."""
     environment, state = dict(os.environ), random.getstate()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with _quiet(), torch.random.fork_rng(devices=devices):
@@ -289,7 +289,7 @@ def _contained() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No printing, and no progress bars where nobody looks."""
+    """Suppress printing, and progress bars where nobody looks."""
     screen = sys.stderr if sys.stderr.isatty() else io.StringIO()
     logger = logging.getLogger("lm_eval")
     level = logger.level

@@ -44,7 +44,10 @@ class Perplexity:
 
     @staticmethod
     def of(windows: Sequence[float], tokens: int) -> Perplexity:
-        """From the mean negative log-probability of each window. Raises NumericsError where one is NaN or infinite."""
+        """Return the perplexity of windows with these mean negative log-probabilities.
+
+        Raises NumericsError if one is NaN or infinite.
+        """
         if not all(map(math.isfinite, windows)):
             raise NumericsError("the model's log-probabilities on the evaluation text are NaN or infinite")
         nll, error = mean(windows), stderr(windows)
@@ -53,7 +56,7 @@ class Perplexity:
 
 
 def evaluation_windows(tokenizer: PreTrainedTokenizerBase, protocol: Protocol, *readers: PreTrainedConfig) -> Tensor:
-    """The windows [n, length] of the protocol's text that models of these configs are to read, see `text_windows`."""
+    """Return the windows [n, length] of the protocol's text for models of these configs, see `text_windows`."""
     match protocol.text:
         case None:
             text = stdlib_text("test")
@@ -116,7 +119,7 @@ def perplexity(
 
 
 def predicted_tokens(ids: Tensor) -> int:
-    """How many tokens of windows [n, length] are predicted."""
+    """Return the number of tokens predicted in windows [n, length]."""
     return ids.shape[0] * (ids.shape[1] - 1)
 
 

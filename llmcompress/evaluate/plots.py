@@ -1,5 +1,4 @@
-"""Reports as pictures: what each layer lost and what it costs, by depth; what a distillation recovered, by tokens; what
-a model is worth, by size."""
+"""Reports as pictures: errors and bits of layers by depth, distillations by tokens, quality of models by size."""
 
 from __future__ import annotations
 
@@ -125,7 +124,7 @@ def _draw_frontier(
 
 
 def _named(axes: Axes, point: tuple[float, float], name: str, covered: list[Bbox]) -> Bbox:
-    """Writes a name on that side of a point where it covers least and is not cut off; the place it takes."""
+    """Write a name on that side of a point where it covers least and is not cut off; the place it takes."""
     texts = [
         axes.annotate(name, point, (right, up), textcoords="offset points", fontsize="x-small", ha=side)
         for up in (4, -10)

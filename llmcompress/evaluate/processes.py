@@ -36,15 +36,15 @@ class Processes:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of processes."""
         return 1 if self.accelerator is None else int(self.accelerator.num_processes)
 
     def share(self, items: Tensor) -> Tensor:
-        """The rows `[at most n, ...]` of `items [n, ...]` that are this process's to do."""
+        """Return the rows `[at most n, ...]` of `items [n, ...]` that are this process's to do."""
         return items.tensor_split(self.count)[self.rank]
 
     def gathered(self, values: list[T]) -> list[T]:
-        """What all processes have found of their shares, in the order of the items; every process has to ask."""
+        """Return the findings of all processes in the order of the items; every process has to call this."""
         if self.accelerator is None:
             return values
         from accelerate.utils import gather_object

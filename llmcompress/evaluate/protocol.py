@@ -1,4 +1,4 @@
-"""How models are scored: one list of arguments for everything that measures, stored with what it measured."""
+"""The protocol of scoring: one list of arguments for everything that measures, stored with what it measured."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Protocol:
     seed: int = 0  # of few-shot examples and samples
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields; of the text, where it came from."""
+        """Return plain values, keys as in the fields; of the text, where it came from."""
         match self.text:
             case None:
                 source = STANDARD_TEXT

@@ -1,4 +1,4 @@
-"""What a run did, layer by layer: the numbers that a checkpoint carries, `inspect` prints and a card quotes."""
+"""The report of a run, layer by layer: the numbers that a checkpoint carries, `inspect` prints and a card quotes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Report:
     fused: tuple[str, ...] = ()  # what was fused into the dense blocks
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields."""
+        """Return plain values, keys as in the fields."""
         return asdict(self)
 
     @staticmethod
@@ -93,12 +93,12 @@ def read(folder: Path) -> Report:
         return Report.from_json(read_json(folder / REPORT))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{folder} holds no {REPORT}, so it was not written by llmcompress; give such a folder"
+            f"{folder} holds no {REPORT}, so llmcompress did not write it; give a folder that compress wrote"
         ) from error
 
 
 def read_distillation(folder: Path) -> dict[str, Any] | None:
-    """What `distill` reported of a checkpoint; None for one that was only compressed. Raises InputError for damage."""
+    """Return what `distill` reported of a checkpoint; None if it was only compressed. Raises InputError for damage."""
     try:
         return read_json(folder / DISTILLATION) if (folder / DISTILLATION).is_file() else None
     except (OSError, ValueError) as error:

@@ -27,7 +27,7 @@ from llmcompress.runtime.versions import versions
 
 @dataclass(frozen=True)
 class Size:
-    """What a model takes. `bpw`: bits per weight of the decoder's linears, None where they cannot be told apart."""
+    """Size of a model. `bpw`: bits per weight of the decoder's linears, None where they cannot be told apart."""
 
     bytes: int
     bpw: float | None
@@ -47,7 +47,7 @@ def score(
     processes: Processes = ALONE,
     progress: Scoring | None = None,
 ) -> dict[str, Any]:
-    """What `evaluate` finds of a model, in float32, with its bytes, bpw, model_bpw and protocol.
+    """Score a model in float32: the findings of `evaluate` with its bytes, bpw, model_bpw and protocol.
 
     The model may be dense, compressed, or quantized by a tool that transformers knows. `against` is the dense model
     that KL and top-1 agreement are measured from. `save` scores that one too and keeps both in the compressed folder,
@@ -68,15 +68,23 @@ def score(
     if save and teacher is not None:
         dense, found = evaluate_all(teacher, [lambda: loaded], tokenizer, protocol, **how)
         if processes.rank == 0:
-            both = {"dense": dense.to_json(), "compressed": found.to_json()}
-            entries = protocol.to_json() | {"versions": versions()} | both
-            add_file(place.folder, file_names.SCORES, json.dumps(entries, indent=2))
+            save_scores(place.folder, protocol, dense, found)
     else:
         found = evaluate(loaded, tokenizer, protocol, against=teacher, **how)
     values = found.to_json() | asdict(size) | {"protocol": protocol.to_json()}
     if output is not None and processes.rank == 0:
         _write(output, place, found, values)
     return values
+
+
+def save_scores(folder: Path, protocol: Protocol, dense: Evaluation, found: Evaluation) -> None:
+    """Keep the scores of a compressed checkpoint and of its dense model in the checkpoint, for its card and its page.
+
+    Raises DiskError where that cannot be.
+    """
+    both = {"dense": dense.to_json(), "compressed": found.to_json()}
+    entries = protocol.to_json() | {"versions": versions()} | both
+    add_file(folder, file_names.SCORES, json.dumps(entries, indent=2))
 
 
 def _write(output: Path, place: Place, found: Evaluation, values: dict[str, Any]) -> None:
@@ -87,8 +95,7 @@ def _write(output: Path, place: Place, found: Evaluation, values: dict[str, Any]
 
 
 def size_of(place: Place) -> Size:
-    """From the report of a compressed checkpoint, else from the headers of a dense one, which is checked thereby, or of
-    one that another tool has quantized."""
+    """Return the size of a model: from our report, from another tool's headers, or from dense headers, checked here."""
     if (place.folder / file_names.REPORT).is_file():
         report = reports.read(place.folder)
         return Size(report.bytes, report.bpw, report.model_bpw)
@@ -100,7 +107,7 @@ def size_of(place: Place) -> Size:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What config.json holds; nothing where it cannot be read, of which `open_source` complains."""
+    """Return the content of config.json; nothing if it cannot be read, which `open_source` reports."""
     try:
         return read_json(folder / "config.json")
     except (OSError, ValueError):
@@ -108,7 +115,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _quantized_size(place: Place, entries: dict[str, Any]) -> Size:
-    """Everything stored under the name of a linear counts as its bits, whatever the tool calls it."""
+    """Return the size of a model of another tool: all that is stored under a linear's name counts as its bits."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(**entries)

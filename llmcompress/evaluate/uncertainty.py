@@ -1,4 +1,4 @@
-"""What chance does to a score, and which differences are beyond it.
+"""Standard errors of scores, and differences beyond noise.
 
 A score is a mean over items that are taken to be independent: the items of a task, or windows of text. Tokens are not
 items, since those of one window depend on each other; KL and top-1 agreement are averaged in each window first.
@@ -51,7 +51,7 @@ def stderr(values: Sequence[float]) -> float | None:
 
 
 def paired(reference: Sequence[float], model: Sequence[float]) -> Difference:
-    """`model` minus `reference`, which hold the values of the same items in the same order."""
+    """Return `model` minus `reference`, which hold the values of the same items in the same order."""
     changes = [one - other for one, other in zip(model, reference, strict=True)]
     count, value, error = len(changes), mean(changes), stderr(changes)
     if error is None:

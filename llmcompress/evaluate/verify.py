@@ -1,4 +1,4 @@
-"""Is a checkpoint what was written, does it run, and how far is it from the dense model?"""
+"""Verification of a checkpoint: its files, its tensors, its logits, its distance to the dense model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmcompress.weight.modules import compressed_modules
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in order. `kl`, `top1_agreement`: None where no dense model was given."""
+    """Findings on a valid checkpoint. `kl`, `top1_agreement`: None where no dense model was given."""
 
     files: int
     layers: int
@@ -32,7 +32,7 @@ class Verified:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields."""
+        """Return plain values, keys as in the fields."""
         return asdict(self)
 
 
@@ -45,7 +45,7 @@ def verify(
     length: int = 512,
     device: str = "cpu",
 ) -> Verified:
-    """Checks a compressed checkpoint from its files to its logits on `windows` windows of `text`, of `length` tokens or
+    """Check a compressed checkpoint from its files to its logits on `windows` windows of `text`, of `length` tokens or
     as many as the model can read.
 
     Raises InputError for whatever is damaged, missing or too much, NumericsError for a model that computes NaN.

@@ -29,7 +29,7 @@ from llmcompress.weight.nodes import Grid, Weight
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the format stores a matrix. `group_size`: None for one scale per row."""
+    """The form in which the format stores a matrix. `group_size`: None for one scale per row."""
 
     num_bits: int
     group_size: int | None
@@ -42,7 +42,7 @@ class Scheme:
 
 
 def to_compressed_tensors(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
-    """Grids as they are; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
+    """Write grids as they are; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
     opened = Opened(folder)
     turned = transposed_linears(folder, opened.config)
     linears = _linears(opened)
@@ -80,7 +80,7 @@ def to_compressed_tensors(folder: Path, output: Path, allow_dense: bool = False)
 
 
 def obstacle(w: Weight) -> str | None:
-    """Why the format cannot hold `w` exactly, None where it can."""
+    """Return the reason why the format cannot hold `w` exactly; None if it can."""
     if not isinstance(w, Grid):
         return f"{describe(w)} is no single grid"
     if w.codes.shape[1] % w.group_size:
@@ -91,12 +91,15 @@ def obstacle(w: Weight) -> str | None:
 
 
 def _bits(w: Grid) -> int:
-    """Of the format's integers that hold the grid: odd ones, differences of codes, or codes around 0 for odd levels."""
+    """Return the bits of the format's integers that hold the grid.
+
+    They are odd integers, differences of codes, or, for odd levels, codes around 0.
+    """
     return w.levels.bit_length() if w.zero is None else (w.levels - 1).bit_length() + 1
 
 
 def converted(w: Grid) -> tuple[Scheme, dict[str, Tensor]]:
-    """The scheme and the tensors of a grid without an `obstacle`."""
+    """Return the scheme and the tensors of a grid without an `obstacle`."""
     try:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     except ImportError as error:
@@ -117,7 +120,7 @@ def converted(w: Grid) -> tuple[Scheme, dict[str, Tensor]]:
 
 
 def _linears(opened: Opened) -> set[str]:
-    """The names of what a compressed module may be called there: linears, not token tables."""
+    """Return the names under which the format knows compressed modules: linears, not token tables."""
     tables = {name.removesuffix(f".{LIKE}") for name in opened.files if name.endswith(f".{LIKE}")}
     return set(opened.layouts) - tables
 

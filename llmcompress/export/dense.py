@@ -14,7 +14,7 @@ from llmcompress.weight.expression import dense
 
 
 def to_dense(folder: Path, output: Path) -> Exported:
-    """Every compressed matrix decoded and rounded to bfloat16; all else as it is stored."""
+    """Write every compressed matrix decoded and rounded to bfloat16; all else as it is stored."""
     opened = Opened(folder)
     turned = transposed_linears(folder, opened.config)
     rounding = 0.0

@@ -1,4 +1,4 @@
-"""What an export kept and what it changed."""
+"""The result of an export: sizes, and sentences on what it kept and changed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export did. `kept`, `changed`: sentences; bytes are those of the weights."""
+    """Result of an export. `kept`, `changed`: sentences; bytes are those of the weights."""
 
     to: str
     output: str
@@ -18,5 +18,5 @@ class Exported:
     changed: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields."""
+        """Return plain values, keys as in the fields."""
         return asdict(self)

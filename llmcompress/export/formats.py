@@ -16,7 +16,7 @@ DOORS = ("dense", "compressed-tensors", "peft", "gguf")
 
 
 def export(folder: str | Path, output: str | Path, to: str, allow_dense: bool = False) -> Exported:
-    """Writes the compressed checkpoint `folder` as the new folder `output`, in the format `to`.
+    """Write the compressed checkpoint `folder` as the new folder `output`, in the format `to`.
 
     `allow_dense`: what compressed-tensors or GGUF cannot hold becomes bfloat16 there. Raises RecipeError for an unknown
     format or one whose package is missing, InputError for a damaged checkpoint or one that the format cannot hold,

@@ -27,21 +27,21 @@ LOGIN = "log in with `hf auth login` or set HF_TOKEN to a token that may write"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What went, or with `dry_run` would go, to the Hub. `commit`: its address, None where nothing was sent."""
+    """Files that went, or with `dry_run` would go, to the Hub. `commit`: its address, None where nothing was sent."""
 
     repository: str
     files: dict[str, int]  # name -> bytes
     commit: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields."""
+        """Return plain values, keys as in the fields."""
         return asdict(self)
 
 
 def push(
     folder: str | Path, repository: str, *, private: bool = False, revision: str | None = None, dry_run: bool = False
 ) -> Pushed:
-    """Uploads a compressed checkpoint that passes `verify` to the Hub repository `owner/name`, made if need be.
+    """Upload a compressed checkpoint that passes `verify` to the Hub repository `owner/name`, made if need be.
 
     Everything goes in one commit, so that readers see the old state or the new one; what was uploaded before a failure
     is not uploaded again. Raises RecipeError for an impossible name, InputError for a damaged checkpoint, HubError for
@@ -84,7 +84,7 @@ def _taught(folder: Path) -> Taught | None:
 def _upload(
     folder: Path, repository: str, names: list[str], made: dict[str, bytes], private: bool, revision: str | None
 ) -> str:
-    """The address of the commit of files `names` of the folder, and of those `made` for it."""
+    """Commit and return the address of the commit of files `names` of the folder, and of those `made` for it."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     if get_token() is None:
@@ -113,7 +113,7 @@ def _files_of(api: HfApi, repository: str, revision: str | None) -> set[str]:
 
 
 def _check_ours(repository: str, there: set[str]) -> None:
-    """Raises HubError for a repository that holds another kind of model."""
+    """Raise HubError for a repository that holds another kind of model."""
     weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in there)
     if weights and not {MANIFEST, file_names.REPORT} <= there:
         raise HubError(f"{repository} holds a model that llmcompress did not write; choose another name")
@@ -121,7 +121,7 @@ def _check_ours(repository: str, there: set[str]) -> None:
 
 @contextmanager
 def _in_a_sentence(repository: str) -> Iterator[None]:
-    """What the Hub or the network says, as a HubError."""
+    """Turn errors of the Hub or the network into a HubError."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     # of the HTTP library that this release of the client uses

@@ -1,4 +1,4 @@
-"""The model card: what a compressed checkpoint is, how to load it, what it lost, and what nobody measured."""
+"""The model card: how to load a compressed checkpoint, its size, its losses, and what nobody measured."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def card(
     plot: str | None = None,
     taught: Taught | None = None,
 ) -> str:
-    """The README.md of the Hub repository `name`, with metadata that the Hub reads.
+    """Return the README.md of the Hub repository `name`, with metadata that the Hub reads.
 
     `recipe` is the YAML text; `scores` what `score` saved of dense and compressed, None if nobody asked; `plot` the
     picture of the layers beside it, None if there is none; `taught` the distillation that followed, if one did.
@@ -127,7 +127,7 @@ def _layers(report: Report) -> Iterator[str]:
 
 
 def _distillation(taught: Taught) -> Iterator[str]:
-    """Who taught it what, on which text, and what that recovered."""
+    """Yield the teacher, the text and the gains of a distillation."""
     done = taught.report
     base = done["teacher_id"]
     teacher = f"[{base}](https://huggingface.co/{base})" if base else "a local checkpoint"
@@ -151,7 +151,7 @@ def _distillation(taught: Taught) -> Iterator[str]:
 
 
 def _cost(quantized: dict[str, Any] | None) -> str:
-    """That a teacher was quantized, and how far that took it from the model which the table compares with."""
+    """Return the sentence on a quantized teacher: its bits, and its distance to the original."""
     if quantized is None:
         return ""
     return (
@@ -161,12 +161,12 @@ def _cost(quantized: dict[str, Any] | None) -> str:
 
 
 def _sources(data: dict[str, Any]) -> str:
-    """Where the text of a distillation is from: one, or several domains."""
+    """Return the sources of a distillation's text: one, or several domains."""
     return ", ".join(f"`{text['source']}`" for text in data.get("domains", {"text": data}).values())
 
 
 def _limits(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
-    """What a user should not take for granted."""
+    """Yield the limits of a checkpoint that a user must know."""
     if report.calibration is None:
         yield "- No calibration text was used."
     else:

@@ -25,7 +25,7 @@ from llmcompress.weight.nodes import LowRank, Rotated, Sum, Weight
 
 
 def to_peft(folder: Path, output: Path) -> Exported:
-    """OUT/base without low-rank terms and OUT/adapter with them. Raises InputError where there are none."""
+    """Write OUT/base without low-rank terms and OUT/adapter with them. Raises InputError where there are none."""
     opened = Opened(folder)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     layouts: dict[str, Layout] = {}
@@ -76,7 +76,7 @@ def without_term(w: Weight) -> tuple[Weight, tuple[Tensor, Tensor] | None]:
 
 
 def _write_adapter(folder: Path, base: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> int:
-    """Writes the adapter; returns the bytes of its weights."""
+    """Write the adapter; returns the bytes of its weights."""
     from peft import LoraConfig, TaskType
 
     ranks = {name: len(a) for name, (a, _) in factors.items()}

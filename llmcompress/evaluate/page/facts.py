@@ -1,4 +1,4 @@
-"""What a page says: plain values for the template, section by section, from the files of a checkpoint."""
+"""Content of a page: plain values for the template, section by section, from the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _parts(report: Report) -> list[tuple[str, int, str, str]]:
 
 
 def _quality(scores: Facts) -> Facts:
-    """What `eval --save` measured: rows of (score, dense, compressed, change)."""
+    """The scores that `eval --save` kept: rows of (score, dense, compressed, change)."""
     dense, small = scores["dense"], scores["compressed"]
     ratio = small["perplexity"] / dense["perplexity"]
     pair = [measured(one["perplexity"], one.get("perplexity_stderr"), 3) for one in (dense, small)]
@@ -156,7 +156,7 @@ def _protocol(scores: Facts) -> str:
 
 
 def _target(allocation: Facts) -> list[tuple[str, str]]:
-    """What was aimed at, and how far off the prediction was."""
+    """The target, and predicted beside measured numbers."""
     [(aim, value)] = allocation["target"].items()
     wanted = byte_count(value) if aim == "bytes" else f"{value:g} {aim}"
     return [
@@ -169,7 +169,7 @@ def _target(allocation: Facts) -> list[tuple[str, str]]:
 
 
 def _distillation(done: Facts) -> Facts:
-    """What a distillation recovered on text that it held out, its cost, and its curves."""
+    """The gains of a distillation on held-out text, its cost, and its curves."""
     history = done["history"]
     before, after = history[0], history[-1]
     teacher = after["teacher_perplexity"]

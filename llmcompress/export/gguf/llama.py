@@ -1,4 +1,4 @@
-"""What a GGUF file says of a Llama (or Mistral) besides its weights, and where llama.cpp has its tensors.
+"""Metadata of a Llama (or Mistral) in a GGUF file, and the places of its tensors in llama.cpp.
 
 llama.cpp turns neighbouring numbers of a head into each other where transformers turns the halves of a head, so the
 rows of q and k change places there.
@@ -47,7 +47,7 @@ class Llama:
         return found
 
     def row_order(self, name: str) -> Tensor | None:
-        """Which row stands where in GGUF's tensor `name`: `[out]` for q and k, None where rows stay."""
+        """Return the order of rows in GGUF's tensor `name`: `[out]` for q and k, None where rows stay."""
         heads = {"attn_q": self.config.num_attention_heads, "attn_k": self.config.num_key_value_heads}
         parts = name.split(".")  # blk.0.attn_q.weight
         if len(parts) < 3 or parts[2] not in heads:
@@ -56,7 +56,7 @@ class Llama:
         return rows.reshape(-1, 2, self.head_dim // 2).transpose(1, 2).flatten()
 
     def rope_factors(self) -> Tensor | None:
-        """What llama.cpp divides each frequency by, float32 `[head_dim / 2]`; None for plain or linear positions."""
+        """Return llama.cpp's divisor of each frequency, float32 `[head_dim / 2]`; None for plain and linear ones."""
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         rope = self.config.rope_parameters
@@ -67,7 +67,7 @@ class Llama:
         return (plain / scaled).float()
 
     def describe(self, writer: GGUFWriter, vocabulary: int) -> None:
-        """Writes the sizes of a model with `vocabulary` tokens."""
+        """Write the sizes of a model with `vocabulary` tokens."""
         from gguf import RopeScalingType
 
         config, rope = self.config, self.config.rope_parameters
@@ -106,7 +106,7 @@ def llama(folder: Path, entries: dict[str, Any]) -> Llama:
 
 
 def _obstacle(config: PreTrainedConfig) -> str | None:
-    """What the export does not know to say in GGUF."""
+    """Return the property of a model that the export cannot express in GGUF; None if there is none."""
     rope = config.rope_parameters or {}
     if rope.get("rope_type") not in ROPE_TYPES:
         return f"rotary positions of type {rope.get('rope_type')!r}"

@@ -1,4 +1,4 @@
-"""Which GGUF tensor type holds an expression value for value, and how its bytes lie.
+"""GGUF tensor types that hold expressions value for value, and the order of their bytes.
 
 A quantized type cuts a row into blocks of columns: small integers k and one float16 number d, together the values k d.
 A grid of ours fits where its own integers are in the type's range, its scale is a float16 number and no block lies
@@ -36,12 +36,12 @@ class TensorType:
     scale_first: bool = True  # false: d stands behind the integers
 
     def holds(self, low: int, high: int, only_odd: bool) -> bool:
-        """Whether k may be every integer from `low` to `high`, or every odd one."""
+        """True if k may be every integer from `low` to `high`, or every odd one."""
         allowed = self.integers or range(0)
         return low in allowed and high in allowed and (only_odd or allowed.step == 1)
 
     def row_bytes(self, width: int) -> int:
-        """What a row of `width` columns takes."""
+        """Return the bytes of a row of `width` columns."""
         return width // self.block * self.block_bytes
 
 
@@ -96,7 +96,7 @@ FLOATS = {name: TensorType(name, 1, size) for name, size in (("BF16", 2), ("F16"
 
 
 def exact_type(w: Weight) -> TensorType:
-    """The smallest type that holds `w` value for value. Raises Inexact where there is none."""
+    """Return the smallest type that holds `w` value for value. Raises Inexact where there is none."""
     match w:
         case Dense(values):
             return FLOATS[FLOAT_TYPES.get(values.dtype, "F32")]
@@ -137,7 +137,7 @@ def _integers(w: Grid) -> tuple[Tensor, Tensor]:
 
 
 def packed(w: Weight, kind: TensorType) -> Tensor:
-    """The bytes of `w`, uint8 `[O, bytes of a row]` (`[bytes]` for a vector), as its `exact_type` `kind` lays them."""
+    """Return the bytes of `w` as its type `kind` lays them: uint8 `[O, bytes of a row]`, `[bytes]` of a vector."""
     if kind.pack is None or not isinstance(w, Grid):
         dtype = {name: dtype for dtype, name in FLOAT_TYPES.items()}.get(kind.name, torch.float32)
         values = w.values if isinstance(w, Dense) else dense(w)

@@ -50,7 +50,7 @@ PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {  # with: whole words that are 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of a tokenizer. `special`: ids by `bos`, `eos`, `unk`, `pad`; `notes`: what is lost."""
+    """Tokenizer entries of a GGUF file. `special`: ids by `bos`, `eos`, `unk`, `pad`; `notes`: what is lost."""
 
     model: str  # "gpt2" (byte-level BPE) or "llama" (SentencePiece's BPE)
     pre: str
@@ -66,7 +66,7 @@ class Vocabulary:
     notes: tuple[str, ...] = ()
 
     def describe(self, writer: GGUFWriter) -> None:
-        """Writes the entries."""
+        """Write the entries."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -89,7 +89,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, size: int, config: dict[str, Any]) -> Vocabulary:
-    """The tokenizer in `folder` for a model of `size` tokens; `config` names special tokens where it does not.
+    """Read the tokenizer in `folder` for a model of `size` tokens; `config` names special tokens where it does not.
 
     Raises InputError for one that llama.cpp would read otherwise, as far as can be known.
     """
@@ -115,7 +115,7 @@ def read_vocabulary(folder: Path, size: int, config: dict[str, Any]) -> Vocabula
 
 
 def _definition(path: Path) -> dict[str, Any]:
-    """What tokenizer.json says, in the words of today's tokenizers."""
+    """Return the content of tokenizer.json in today's notation."""
     from transformers import PreTrainedTokenizerFast
 
     entries: dict[str, Any] = json.loads(PreTrainedTokenizerFast(tokenizer_file=str(path)).backend_tokenizer.to_str())
@@ -148,7 +148,7 @@ def _special(tokenizer: Any, config: dict[str, Any], key: str) -> int | None:
 
 
 def _added(path: Path, tokenizer: Any, special: dict[str, int]) -> tuple[bool, bool]:
-    """Whether every text begins with the BOS and ends with the EOS token."""
+    """Return (true if every text begins with the BOS token, true if it ends with the EOS token)."""
     plain, whole = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
     for before in ([], [special.get("bos")]):
         for after in ([], [special["eos"]]):
@@ -158,7 +158,7 @@ def _added(path: Path, tokenizer: Any, special: dict[str, int]) -> tuple[bool, b
 
 
 def _notes(entries: dict[str, Any], tokenizer: Any) -> tuple[str, ...]:
-    """What llama.cpp leaves out, and what transformers' own reading of tokenizer.json left out, in sentences."""
+    """Return sentences on what llama.cpp, and transformers' own reading of tokenizer.json, leave out."""
     greedy = [t["content"] for t in entries.get("added_tokens") or () if t["lstrip"] or t["rstrip"] or t["single_word"]]
     notes = [f"the token {greedy[0]} no longer takes the spaces beside it"] if greedy else []
     if (entries.get("normalizer") or {}).get("type") == "NFC":
@@ -220,7 +220,7 @@ def _sentence_piece(path: Path, entries: dict[str, Any], found: Vocabulary) -> V
 
 
 def _space_prefix(path: Path, entries: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Whether a space is put before a text, and what llama.cpp does otherwise."""
+    """Return (true if a space is put before a text, notes on what llama.cpp does otherwise)."""
     match entries.get("normalizer"), entries.get("pre_tokenizer"):
         case {"type": "Sequence", "normalizers": [first, second]}, None:
             replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

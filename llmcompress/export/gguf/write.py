@@ -58,7 +58,7 @@ class Placed:
 
 @dataclass
 class FilePlan:
-    """What will be written: tensors in order, and low-rank factors by the name of the tensor that they are added to."""
+    """Plan of a file: tensors in order, and low-rank factors by the name of the tensor that they are added to."""
 
     tensors: list[Placed] = field(default_factory=list)
     factors: dict[str, Factors] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class FilePlan:
     rounded: dict[str, float] = field(default_factory=dict)  # those that become bfloat16: relative errors
 
     def place(self, name: str, weight: Weight, again: Callable[[], Weight]) -> None:
-        """Puts a tensor last; `again` reads `weight` when it is written. Raises Inexact where no type holds it."""
+        """Put a tensor last; `again` reads `weight` when it is written. Raises Inexact where no type holds it."""
         size = tuple(weight.values.shape) if isinstance(weight, Dense) else shape(weight)
         self.tensors.append(Placed(name, size, exact_type(weight), again))
 
@@ -80,7 +80,7 @@ class FilePlan:
 
 
 def to_gguf(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
-    """Grids value for value; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
+    """Write grids value for value; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
     try:
         from gguf import GGUFWriter
     except ImportError as error:
@@ -161,7 +161,7 @@ def _place_layer(plan: FilePlan, opened: Opened, layer: str, name: str, allow_de
 
 
 def _stored(opened: Opened, tensor: str) -> Weight:
-    """What was never compressed; vectors are float32 in GGUF, whatever they were."""
+    """Read a tensor that was never compressed; vectors are float32 in GGUF."""
     values = opened.read(tensor)
     return Dense(values.float() if values.dim() == 1 else values)
 
@@ -178,7 +178,7 @@ def _rounded(opened: Opened, layer: str) -> Weight:
 
 
 def _introduce(writer: GGUFWriter, folder: Path, mostly: str) -> None:
-    """Writes what the file is, and whose."""
+    """Write the name, licence and base model of the file."""
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     known = report.read(folder) if (folder / file_names.REPORT).is_file() else None
@@ -198,7 +198,7 @@ def _introduce(writer: GGUFWriter, folder: Path, mostly: str) -> None:
 
 
 def _write_model(writer: GGUFWriter, tensors: list[Placed], model: Llama) -> int:
-    """Writes head and tensors; returns the bytes of the file. Raises DiskError when they do not fit."""
+    """Write head and tensors; returns the bytes of the file. Raises DiskError when they do not fit."""
     from gguf import GGMLQuantizationType
 
     byte = torch.empty(0, dtype=torch.uint8).numpy().dtype
@@ -219,7 +219,7 @@ def _write_model(writer: GGUFWriter, tensors: list[Placed], model: Llama) -> int
 
 
 def _write_adapter(writer: GGUFWriter, factors: dict[str, Factors], model: Llama) -> int:
-    """Writes the low-rank terms as a LoRA adapter; returns the bytes of the file.
+    """Write the low-rank terms as a LoRA adapter; returns the bytes of the file.
 
     llama.cpp multiplies by alpha / rank, one alpha for all: smaller ranks are filled up with zeros.
     """
@@ -245,7 +245,7 @@ def _write_adapter(writer: GGUFWriter, factors: dict[str, Factors], model: Llama
 
 @contextmanager
 def _to_disk(writer: GGUFWriter) -> Iterator[None]:
-    """Closes the file; a write that fails is a DiskError."""
+    """Close the file; a write that fails is a DiskError."""
     try:
         yield
     except OSError as error:
