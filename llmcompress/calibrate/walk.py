@@ -1,7 +1,9 @@
 """The walk: a model streamed through calibration one decoder block at a time.
 
     for block in walk(source, arch, sequences, held_out=16, needs=frozenset({"outer"})):
-        block.swap({linear.name: compressed(block.weight(linear.name), group.inputs) ...})
+        for group in block.groups:
+            weights = {name: compressed(block.weight(name), group.inputs) for name in group.names}
+        swap(block, weights)  # the caller edits `block.module`; the walk moves on with what it has become
 
 Peak memory is one block, or a pair, the hidden states of all sequences, and the statistics of one block, whatever the
 depth of the model. A block is loaded in float32, run once on the sequences to gather the moments of its linears'
@@ -27,8 +29,7 @@ from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, BlockLayout, Linear
 from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.runtime.memory import trim_memory
-from llmcompress.weight.modules import CompressedLinear, decoded, put
-from llmcompress.weight.nodes import Weight
+from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,28 +94,10 @@ class Block:
     before: Block | None = field(default=None, repr=False)  # still loaded, with its own inputs, if it was asked for
 
     def weight(self, name: str) -> Tensor:
-        """The dense matrix `[out, in]` of the linear at module path `name`, float32; not to be written to."""
-        linear = self.linears[name]
-        weight = self._linear(name).get_parameter("weight").detach()
-        return weight.T.contiguous() if linear.transposed else weight
-
-    def swap(self, weights: Mapping[str, Weight]) -> dict[str, CompressedLinear]:
-        """Puts compressed linears in the place of those at the module paths `weights` names; returns them by path.
-
-        Biases stay.
-        """
-        swapped = {}
-        for name, weight in weights.items():
-            bias = dict(self._linear(name).named_parameters()).get("bias")
-            swapped[name] = CompressedLinear.of(weight, bias)
-            put(self.module, self._relative(name), swapped[name])
-        return swapped
-
-    def _relative(self, name: str) -> str:
-        return name.removeprefix(f"{self.path}.")
-
-    def _linear(self, name: str) -> nn.Module:
-        return self.module.get_submodule(self._relative(name))
+        """Return the dense matrix `[out, in]` of the linear at module path `name`, float32; not to be written to."""
+        module = self.module.get_submodule(name.removeprefix(f"{self.path}."))
+        weight = module.get_parameter("weight").detach()
+        return weight.T.contiguous() if self.linears[name].transposed else weight
 
 
 def walk(

@@ -1,17 +1,15 @@
-"""What a run keeps of the blocks it has finished, so that the same command goes on behind them when it was cut.
+"""The finished blocks of a run, kept so that the same command resumes after them when it was interrupted.
 
-    OUT.partial/journal.jsonl            what the run is of, then a line for each finished block
-    OUT.partial/part-00000.safetensors   a block that nothing changes any more
-    OUT.partial/open-00007.safetensors   the last one, where it is to learn again together with the next
+    OUT.partial/part-00000.safetensors            a block that nothing changes any more
+    OUT.partial/finished/block-00000.json         the report of each finished block
+    OUT.partial/finished/open-00007.safetensors   the last block, where it learns again together with the next
 
-A block is finished when its line is on the disk, which is after its tensors. The blocks before the one that comes next
-are run again as they are stored, so the result is the one that an uncut run gives, bit for bit.
+A block is finished when its report is on the disk, which is after its tensors. The blocks before the next one are run
+again as they are stored, so the result is bit for bit that of an uninterrupted run.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -24,44 +22,37 @@ from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError
 from llmcompress.evaluate.report import LayerReport
-from llmcompress.models.checkpoint import Writer, read_tensors, sync, write_tensors
+from llmcompress.models.checkpoint import Writer, read_tensors
 from llmcompress.models.dense import DenseModel
+from llmcompress.models.store import Store
 from llmcompress.recipe.calibration import Calibration, is_file
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.modules import Layout, payload_texts
 
-FILE = "journal.jsonl"
+FINISHED = "finished"  # the folder of the reports
+BEGUN = "begun"  # the record of when the run began
 
 
-@dataclass(frozen=True)
-class RunOrigin:
-    """What finished blocks depend on: of equal origins they are equal, on one machine. Gates judge what is there."""
+def run_identity(source: DenseModel, recipe: Recipe, tokens: str | None, device: str) -> dict[str, Any]:
+    """Return all that finished blocks depend on; `tokens`: their hash.
 
-    model: str
-    revision: str | None
-    recipe: dict[str, Any]
-    tokens: str | None  # their hash
-    device: str
-    versions: dict[str, str]
-
-    @staticmethod
-    def of(source: DenseModel, recipe: Recipe, tokens: str | None, device: str) -> RunOrigin:
-        """That of a run which begins."""
-        asked = recipe.model_dump(mode="json", exclude={"gates"})
-        return RunOrigin(source.name, source.revision, asked, tokens, device, versions())
-
-    def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """What is not the same there, in words."""
-        here = json.loads(json.dumps(asdict(self)))
-        names = {"tokens": "calibration tokens"}
-        return [f"other {names.get(name, name)}" for name in here if other.get(name) != here[name]]
+    Of equal identities they are equal, on one machine. Gates judge what is there, so they do not count.
+    """
+    return {
+        "model": source.name,
+        "revision": source.revision,
+        "recipe": recipe.model_dump(mode="json", exclude={"gates"}),
+        "calibration tokens": tokens,
+        "device": device,
+        "versions": versions(),
+    }
 
 
 @dataclass(eq=False)
 class Entry:
-    """What there is to say of a block. `rows`: of the report; `layouts`: of what was stored since the entry before;
-    `learned`, by path, and `fused`: as in the report; `seconds`: that all of it took until here."""
+    """The report of a finished block. `rows`: of its layers; `layouts`: of what was stored since the entry before;
+    `learned`, by path, and `fused`: as in the report; `seconds`: of the whole run up to here."""
 
     rows: list[LayerReport] = field(default_factory=list)
     layouts: dict[str, Layout] = field(default_factory=dict)
@@ -70,14 +61,14 @@ class Entry:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields."""
+        """Return plain values, keys as in the fields."""
         plain = {"rows": [asdict(row) for row in self.rows], "learned": self.learned, "fused": self.fused}
         layouts = {name: layout.to_json() for name, layout in self.layouts.items()}
         return plain | {"layouts": layouts, "seconds": self.seconds}
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Entry:
-        """The inverse of `to_json`. Raises KeyError, TypeError or ValueError for entries of another form."""
+        """Return the inverse of `to_json`. Raises KeyError, TypeError or ValueError for entries of another form."""
         layouts = {name: Layout.from_json(one) for name, one in entry["layouts"].items()}
         rows = [LayerReport.from_json(row) for row in entry["rows"]]
         return Entry(rows, layouts, entry["learned"], entry["fused"], float(entry["seconds"]))
@@ -91,6 +82,7 @@ class Journal:
     a note.
     """
 
+    store: Store
     folder: Path
     found: tuple[Entry, ...]
     last: bool
@@ -101,38 +93,37 @@ class Journal:
 
     @property
     def seconds(self) -> float:
-        """What the blocks that were `found` took."""
+        """The time that the blocks that were `found` took."""
         return self.found[-1].seconds if self.found else 0.0
 
     def closed(self) -> range:
-        """The numbers of blocks that were `found` and are not to change any more."""
+        """Return the numbers of blocks that were `found` and are not to change any more."""
         count = len(self.found)
-        return range(count - 1 if count and self._open(count - 1).is_file() else count)
+        return range(count - 1 if count and self.store.path(_open(count - 1)) else count)
 
     def tensors(self, number: int) -> dict[str, Tensor]:
-        """What is stored of a block that was `found`. Raises DiskError where that is damaged."""
+        """Return what is stored of a block that was `found`. Raises DiskError where that is damaged."""
+        waiting = None if number in self.closed() else self.store.get(_open(number))
+        if waiting is not None:
+            return waiting.tensors
         layouts = {name: layout for entry in self.found for name, layout in entry.layouts.items()}
         try:
-            return read_tensors(self.stored(number), payload_texts(layouts))[0]
+            return read_tensors(Writer(self.folder).part(number), payload_texts(layouts))[0]
         except InputError as error:
-            raise DiskError(f"{error}; remove {self.folder}, and all is done anew") from error
+            raise self.store.damage(error) from error
 
-    def stored(self, number: int) -> Path:
-        """The file with a block that was `found`."""
-        return Writer(self.folder).part(number) if number in self.closed() else self._open(number)
-
-    def add(self, entry: Entry, waiting: Mapping[str, Tensor]) -> None:
-        """Notes that the next block is finished; `waiting`: its tensors, where they may still change. Raises DiskError
+    def add(self, entry: Entry, pending: Mapping[str, Tensor]) -> None:
+        """Note that the next block is finished; `pending`: its tensors, where they may still change. Raises DiskError
         when the disk is full."""
-        if waiting:
-            write_tensors(self._open(self.count), waiting, payload_texts(entry.layouts))
-        _append(self.folder / FILE, entry.to_json())
-        self._open(self.count - 1).unlink(missing_ok=True)
+        if pending:
+            self.store.put(_open(self.count), {}, pending)
+        self.store.put(_block(self.count), entry.to_json())
+        self.store.remove(_open(self.count - 1))
         self.count += 1
 
     def close(self) -> None:
-        """Leaves nothing in the folder that is not of the checkpoint."""
-        (self.folder / FILE).unlink()
+        """Leave nothing in the folder that is not of the checkpoint."""
+        self.store.clear()
 
     def __enter__(self) -> Journal:
         return self
@@ -142,70 +133,57 @@ class Journal:
     ) -> None:
         if error is None:
             return
-        if self.last and self.count and (self.folder / FILE).is_file():
+        if self.last and self.count and self.store.path(_block(0)):
             blocks = "one finished block is" if self.count == 1 else f"{self.count} finished blocks are"
-            error.add_note(f"{blocks} kept in {self.folder}, from where the same command goes on")
+            error.add_note(f"{blocks} kept in {self.folder}, from where the same command resumes")
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _open(self, number: int) -> Path:
-        return self.folder / f"open-{number:05}.safetensors"
-
 
 def open_journal(
-    folder: Path, origin: RunOrigin, source: DenseModel, resume: bool = True, last: bool = True
+    folder: Path, identity: Mapping[str, Any], source: DenseModel, resume: bool = True, last: bool = True
 ) -> Journal:
-    """The journal in `folder`, which is emptied first unless it holds finished blocks of `origin` and `resume` is true;
-    `last`: as of a `Journal`.
+    """Open the journal in `folder`, which is emptied first unless it holds finished blocks of a run with this
+    `identity` and `resume` is true; `last`: as of a `Journal`.
 
-    Raises DiskError for finished blocks of another origin, of an earlier state of the model, or damaged ones.
+    Raises DiskError for finished blocks of another run, of an earlier state of the model, or damaged ones.
     """
-    journal = Journal(folder, _found(folder, origin, source) if resume else (), last)
+    advice = "ask to start over (--no-resume), or choose another output folder"
+    store = Store(folder / FINISHED, identity, place=folder, advice=advice, error=DiskError)
+    journal = Journal(store, folder, _found(folder, store, source) if resume else (), last)
     if not journal.count:
         shutil.rmtree(folder)
         folder.mkdir()
-        _append(folder / FILE, asdict(origin) | {"begun": time.time()})
+        store.put(BEGUN, {"time": time.time()})
     return journal
 
 
 def is_older(then: float, source: DenseModel, text: Calibration | None = None) -> bool:
-    """Whether a model on this disk, or a file of text, has changed since the time `then`."""
+    """True if a model on this disk, or a file of text, has changed since the time `then`."""
     files = {header.file for header in source.tensors.values() if source.revision is None}  # a commit does not change
     if text is not None and is_file(text.dataset):
         files.add(Path(text.dataset).expanduser())
     return any(path.stat().st_mtime > then for path in files if path.is_file())
 
 
-def _found(folder: Path, origin: RunOrigin, source: DenseModel) -> tuple[Entry, ...]:
-    """The finished blocks there; none where tensors are missing, as when the end came while files were renamed."""
-    path = folder / FILE
-    if not path.is_file():
-        return ()
-    lines = path.read_bytes().split(b"\n")[:-1]  # what comes after the last line's end was cut
-    try:
-        first, *rest = [json.loads(line) for line in lines] or [{}]
-        entries = [Entry.from_json(line) for line in rest]
-        different = origin.differences(first)
-        different += ["an earlier state of the model"] if is_older(float(first.get("begun", 0)), source) else []
-    except (ValueError, KeyError, TypeError) as error:
-        raise DiskError(f"{path} cannot be read ({type(error).__name__}: {error}); remove {folder}") from error
-    journal = Journal(folder, tuple(entries), last=True)
-    if not all(journal.stored(number).is_file() for number in range(len(entries))):
-        return ()
-    if entries and different:
-        raise DiskError(
-            f"{folder} keeps finished blocks of a run with {' and '.join(different)}; remove it, ask to begin anew "
-            f"(--no-resume), or choose another output folder"
-        )
-    os.truncate(path, sum(len(line) + 1 for line in lines))
-    return tuple(entries)
+def _found(folder: Path, store: Store, source: DenseModel) -> tuple[Entry, ...]:
+    """Return the finished blocks; none where tensors are missing, as when the end came while files were renamed."""
+    entries: list[Entry] = []
+    while (record := store.get(_block(len(entries)))) is not None:
+        try:
+            entries.append(Entry.from_json(record.entry))
+        except (ValueError, KeyError, TypeError) as error:
+            raise store.damage(error) from error
+    begun = store.get(BEGUN)
+    if entries and (begun is None or is_older(float(begun.entry["time"]), source)):
+        raise store.refusal(["model files"])
+    written = Journal(store, folder, tuple(entries), last=True).closed()
+    return tuple(entries) if all(Writer(folder).part(number).is_file() for number in written) else ()
 
 
-def _append(path: Path, entry: dict[str, Any]) -> None:
-    """Adds a line, and waits until it is on the disk. Raises DiskError when that is full."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        sync(path)
-    except OSError as error:
-        raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
+def _block(number: int) -> str:
+    return f"block-{number:05}"
+
+
+def _open(number: int) -> str:
+    return f"open-{number:05}"

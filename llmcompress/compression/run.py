@@ -11,12 +11,13 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 from llmcompress.calibrate.walk import Block, walk
-from llmcompress.compression.block import CompressionState, compress_block, pending_tensors, restore
-from llmcompress.compression.journal import Journal, RunOrigin, open_journal
+from llmcompress.compression.block import CompressionState, compress_block, restore
+from llmcompress.compression.journal import Journal, open_journal, run_identity
 from llmcompress.compression.plan import Job, check_memory, warnings
 from llmcompress.compression.result import Result
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
@@ -62,10 +63,10 @@ def compress(
     check_output(Path(output), planned.bytes + planned.bytes // 20)
     check_memory(planned, device)
     tokens = _tokens(job)
-    origin = RunOrigin.of(job.source, job.recipe, None if tokens is None else tokens.hash, device)
+    identity = run_identity(job.source, job.recipe, None if tokens is None else tokens.hash, device)
     with (
         writing(Path(output), keep=True) as writer,
-        open_journal(writer.folder, origin, job.source, resume, last=temporary is None) as journal,
+        open_journal(writer.folder, identity, job.source, resume, last=temporary is None) as journal,
     ):
         tune = None if job.recipe.reconstruct is None else tuner(job.recipe.reconstruct)
         run = CompressionState(job, place, tune, 0 if tokens is None else tokens.held_out, list(journal.found))
@@ -97,11 +98,11 @@ def _compress_blocks(
         if block.index < finished:
             restore(run, block, journal.tensors(block.index), last=block.index + 1 == finished)
             continue
-        for tensors in compress_block(run, block):
-            writer.add(tensors, payload_texts(run.entries[-1].layouts))
-        pending = pending_tensors(run)
-        run.entries[-1].seconds = time.monotonic() - started
-        journal.add(run.entries[-1], pending)
+        result = compress_block(run, block)
+        for tensors in result.closed:
+            writer.add(tensors, payload_texts(result.entry.layouts))
+        run.entries.append(replace(result.entry, seconds=time.monotonic() - started))
+        journal.add(run.entries[-1], result.pending)
 
 
 def _tokens(job: Job) -> CalibrationTokens | None:

@@ -168,7 +168,7 @@ def _store(asked: Answering, place: Place, output: Path, generation: dict[str, A
     model = [teacher_digest(place.folder), *(generation[key] for key in ("model", "revision", "dtype"))]
     identity = {"model": model, "settings": asdict(asked), "versions": generation["versions"]}
     record = output.with_name(f"{output.name}.partial.json")
-    return Store(output.parent, identity, place=record, advice="choose another output")
+    return Store(output.parent, identity, place=record, advice="or choose another output")
 
 
 def _write(

@@ -37,14 +37,14 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def check_output(output: Path, needed: int) -> None:
     """Raises DiskError unless a folder with `needed` bytes can be made at `output`, which must not exist yet.
 
-    What an earlier run left beside it counts as free: it is gone on with, or removed.
+    Bytes in `<output>.partial` count as free: they will be resumed from or deleted.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DiskError(f"{output} exists already; remove it or choose another output folder")
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise DiskError(f"{parent} is not a folder that can be written to; choose another output folder")
-    free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in _staging(output).glob("*"))
+    free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in _staging(output).rglob("*"))
     if free < needed:
         raise DiskError(f"{output} needs {megabytes(needed)} and its disk has {megabytes(free)} free; choose another")
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llmcompress.errors import DiskError, InputError
+from llmcompress.models.checkpoint import sync
 
 EMBEDDED = "smollm2"
 EMBEDDED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -97,8 +98,11 @@ def _staged(target: Path) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o755)
+        for path in (*scratch.iterdir(), scratch):
+            sync(path)
         try:
             scratch.rename(target)
+            sync(target.parent)
         except OSError:
             if not target.is_dir():
                 raise

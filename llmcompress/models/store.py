@@ -44,7 +44,7 @@ class Store:
     folder: Path
     identity: Mapping[str, Any]
     place: Path | None = None
-    advice: str = "choose another output folder"
+    advice: str = "or choose another output folder"
     error: type[LLMCompressError] = field(default=InputError)
 
     def put(self, name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -104,7 +104,7 @@ class Store:
     def refusal(self, changed: Iterable[str]) -> LLMCompressError:
         """Return the error of a store that another run left, from which these things changed."""
         what = " and ".join(changed)
-        return self.error(f"{self._place} was left by a different run ({what} changed); remove it, or {self.advice}")
+        return self.error(f"{self._place} was left by a different run ({what} changed); remove it, {self.advice}")
 
     def damage(self, error: BaseException, path: Path | None = None) -> LLMCompressError:
         """Return the error of a record whose content cannot be used, because of `error`."""

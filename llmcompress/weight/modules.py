@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,18 @@ class Compressed(nn.Module):
         return decode(self.layout.header, self.payload())
 
 
+class PackedWeight(NamedTuple):
+    """A compressed weight as modules hold it and checkpoints store it: its layout, and the payload, uint8 `[bytes]`."""
+
+    layout: Layout
+    payload: Tensor
+
+    @staticmethod
+    def of(module: Compressed) -> PackedWeight:
+        """Return what a module holds."""
+        return PackedWeight(module.layout, module.get_parameter("weight").detach())
+
+
 class CompressedLinear(Compressed, nn.Linear):
     """`x @ W.T + bias` for a compressed `W [out, in]`, decoded at every call unless inside `decoded(model)`."""
 
@@ -193,8 +205,8 @@ def payload_texts(layouts: Mapping[str, Layout]) -> dict[str, str]:
     return {f"{name}.weight": layout.text for name, layout in layouts.items()}
 
 
-def packed(w: Weight) -> tuple[Layout, Tensor]:
-    """The layout and the payload, uint8 `[bytes]`, of an expression."""
+def packed(w: Weight) -> PackedWeight:
+    """Encode an expression."""
     header, tensors = encode(w)
     listed = {path: (NAMES[tensor.dtype], tensor.numel()) for path, tensor in tensors.items()}
     layout = Layout(shape(w), header, listed)
@@ -202,7 +214,7 @@ def packed(w: Weight) -> tuple[Layout, Tensor]:
     payload = torch.zeros(layout.bytes(), dtype=torch.uint8, device=device)
     for path, (_, start, stop) in layout.places().items():
         payload[start:stop] = tensors[path].view(torch.uint8)
-    return layout, payload
+    return PackedWeight(layout, payload)
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

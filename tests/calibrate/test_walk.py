@@ -17,12 +17,13 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from llmcompress.calibrate.blocks import BlockForward, Call, RowBatch, _record, _Tape, embed
 from llmcompress.calibrate.walk import Block, walk
+from llmcompress.compression.block import swap
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.methods.moments import capped_weights
 from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import FAMILIES, Architecture, architecture
 from llmcompress.weight.expression import dense
-from llmcompress.weight.modules import CompressedLinear
+from llmcompress.weight.modules import CompressedLinear, PackedWeight, packed
 from llmcompress.weight.nodes import Dense
 from tests.tiny import VOCABULARY, save_tiny, tiny
 
@@ -167,9 +168,10 @@ def test_needs_by_name(opened: Opened) -> None:
     assert group.inputs.outer is not None
 
 
-def rounded(block: Block) -> dict[str, Dense]:
+def rounded(block: Block) -> dict[str, PackedWeight]:
     """Every linear of the block, changed a lot."""
-    return {name: Dense((block.weight(name) * 0.5).bfloat16()) for group in block.groups for name in group.names}
+    names = [name for group in block.groups for name in group.names]
+    return {name: packed(Dense((block.weight(name) * 0.5).bfloat16())) for name in names}
 
 
 def edited(family: str, arch: Architecture, blocks: range) -> PreTrainedModel:
@@ -194,7 +196,7 @@ def test_later_blocks_see_the_compressed_prefix(family: str, opened: Opened) -> 
         for name in group.names:
             weight, linear = block.weight(name), arch.linears()[name]
             assert tuple(weight.shape) == linear.shape
-        block.swap(rounded(block))
+        swap(block, rounded(block))
         assert all(isinstance(block.module.get_submodule(n.split(".", 3)[3]), CompressedLinear) for n in group.names)
     outputs = block_outputs(edited(family, arch, range(2)), arch, tokens)
     torch.testing.assert_close(block.hidden, outputs[-1])
@@ -205,7 +207,7 @@ def test_dense_prefix(opened: Opened) -> None:
     expected = block_outputs(tiny("llama"), arch, sequences())
     for block in walk(source, arch, sequences(), needs=OUTER, prefix="dense"):
         assert (block.hidden - expected[block.index]).abs().max() == 0  # the outputs already
-        block.swap(rounded(block))
+        swap(block, rounded(block))
     assert (block.hidden - expected[-1]).abs().max() == 0
     with pytest.raises(ValueError, match="same stream twice"):
         next(walk(source, arch, sequences(), prefix="dense", dense_stream=True))
@@ -222,7 +224,7 @@ def test_dense_stream_gives_the_cross_moment(opened: Opened) -> None:
             x = linear_inputs(edited("llama", arch, range(block.index)), [name], tokens[:4])[name]
             torch.testing.assert_close(group.inputs.cross, dense_x.T @ x)
             torch.testing.assert_close(group.inputs.outer, x.T @ x)
-        block.swap(rounded(block))
+        swap(block, rounded(block))
 
 
 def test_swapped_weight_is_what_runs(opened: Opened) -> None:
@@ -231,7 +233,7 @@ def test_swapped_weight_is_what_runs(opened: Opened) -> None:
     name = block.groups[0].names[0]
     weight = Dense(block.weight(name).bfloat16())
     bias = block.module.get_parameter("attn.c_attn.bias")
-    block.swap({name: weight})
+    swap(block, {name: packed(weight)})
     x = torch.randn(3, weight.values.shape[1])
     torch.testing.assert_close(block.module.get_submodule("attn.c_attn")(x), x @ dense(weight).T + bias)
 
@@ -403,8 +405,10 @@ import sys
 import torch
 torch.set_num_threads(1)
 from llmcompress.calibrate.walk import walk
+from llmcompress.compression.block import swap
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import architecture
+from llmcompress.weight.modules import packed
 from llmcompress.weight.nodes import Dense
 
 def peak_kilobytes():
@@ -415,7 +419,8 @@ for folder in sys.argv[1:]:
     source = resolve(folder)
     arch = architecture(source.config, source.skeleton())
     for block in walk(source, arch, torch.arange(256).reshape(4, 64), needs=frozenset({"outer"}), held_out=1):
-        block.swap({name: Dense(block.weight(name).bfloat16()) for group in block.groups for name in group.names})
+        names = [name for group in block.groups for name in group.names]
+        swap(block, {name: packed(Dense(block.weight(name).bfloat16())) for name in names})
     print(peak_kilobytes())
 """
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ import llmcompress as lc
 from llmcompress.calibrate.walk import Block
 from llmcompress.cli.app import app
 from llmcompress.cli.terminal import verdict
-from llmcompress.compression import block, journal
+from llmcompress.compression import block
+from llmcompress.compression.block import BlockResult
+from llmcompress.compression.journal import FINISHED
 from llmcompress.errors import DiskError, NumericsError
 from llmcompress.evaluate.report import LayerReport, Report
 from llmcompress.evaluate.verify import verify
+from llmcompress.models.store import Store
 from tests.compression.test_run import TEXT
 from tests.tiny import save_tiny
 
@@ -159,10 +162,10 @@ def test_tables_are_kept_as_well(table: int, place: Path, tmp_path: Path, monkey
     asked = recipe(place, **TABLES)
     original = block.compress_block
 
-    def failing(run: block.CompressionState, block: Block) -> Iterator[dict[str, Tensor]]:
+    def failing(run: block.CompressionState, block: Block) -> BlockResult:
         if block.index == DEPTH + table:
             raise MemoryError
-        yield from original(run, block)
+        return original(run, block)
 
     with monkeypatch.context() as context:
         context.setattr("llmcompress.compression.run.compress_block", failing)
@@ -171,7 +174,7 @@ def test_tables_are_kept_as_well(table: int, place: Path, tmp_path: Path, monkey
     assert verdict(raised.value) == (
         7,
         "there is not enough memory; take a smaller model or fewer samples; "
-        f"{DEPTH + table} finished blocks are kept in {tmp_path / 'out.partial'}, from where the same command goes on",
+        f"{DEPTH + table} finished blocks are kept in {tmp_path / 'out.partial'}, from where the same command resumes",
     )
     compressed = begun(monkeypatch)
     again, whole = (lc.compress(place / "dense", asked, tmp_path / name).folder for name in ("out", "whole"))
@@ -192,9 +195,9 @@ def test_a_process_that_was_killed_is_gone_on_with(
     )
     words = [sys.executable, "-c", script, json.dumps(asked), str(place / "dense"), str(tmp_path / "out")]
     process = subprocess.Popen(words)
-    lines = tmp_path / "out.partial" / journal.FILE
+    second = tmp_path / "out.partial" / FINISHED / "block-00001.json"
     try:
-        while not (lines.is_file() and lines.read_bytes().count(b"\n") == 3):
+        while not second.is_file():
             assert process.poll() is None, "the run ended by itself"
             time.sleep(0.05)
     finally:
@@ -208,23 +211,22 @@ def test_a_process_that_was_killed_is_gone_on_with(
 
 @pytest.mark.parametrize("name", ["plain", "windows"])
 @pytest.mark.parametrize("torn", [False, True])
-def test_power_that_fails_before_a_line_is_written(
+def test_power_that_fails_before_a_report_is_written(
     name: str, torn: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors without a line are written again; of a line that was cut nothing is believed."""
+    """Tensors without a report are written again; of half a report nothing is believed."""
     asked = recipe(place, **SETTINGS[name])
-    original = journal._append
+    original = Store.put
 
-    def failing(path: Path, entry: dict[str, Any]) -> None:
-        if path.exists() and path.read_bytes().count(b"\n") == 3:
+    def failing(store: Store, name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+        if name == "block-00002":
             if torn:
-                with path.open("a") as file:
-                    file.write(json.dumps(entry)[:100])
+                (store.folder / ".block-00002.json.partial").write_text(json.dumps(entry)[:100])
             raise KeyboardInterrupt
-        original(path, entry)
+        original(store, name, entry, tensors)
 
     with monkeypatch.context() as context:
-        context.setattr(journal, "_append", failing)
+        context.setattr(Store, "put", failing)
         with pytest.raises(KeyboardInterrupt):
             lc.compress(place / "dense", asked, tmp_path / "out")
     compressed = begun(monkeypatch)
@@ -242,25 +244,25 @@ def test_what_the_kept_blocks_are_of_is_compared(place: Path, tmp_path: Path) ->
 
     def attempt(said: str, **more: Any) -> None:
         with pytest.raises(
-            DiskError, match=f"keeps finished blocks of a run with {said}; remove it, ask to begin anew"
+            DiskError, match=f"out.partial was left by a different run .{said} changed.; remove it, ask to start over"
         ):
             lc.compress(tmp_path / "dense", asked | more, tmp_path / "out")
-        assert (tmp_path / "out.partial" / journal.FILE).read_bytes() == kept
+        assert files(tmp_path / "out.partial" / FINISHED) == kept
 
     def stop(done: int, blocks: int, rate: float) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         lc.compress(tmp_path / "dense", asked, tmp_path / "out", progress=stop)
-    kept = (tmp_path / "out.partial" / journal.FILE).read_bytes()
-    attempt("other recipe", seed=1)
+    kept = files(tmp_path / "out.partial" / FINISHED)
+    attempt("recipe", seed=1)
     before = text.read_text()
     text.write_text(before.replace("quick", "slow"))
-    attempt("other calibration tokens")
+    attempt("calibration tokens")
     text.write_text(before)
     later = time.time() + 5
     os.utime(tmp_path / "dense" / "model.safetensors", (later, later))
-    attempt("an earlier state of the model")
+    attempt("model files")
     fresh = lc.compress(tmp_path / "dense", asked, tmp_path / "out", resume=False)
     assert not [warning for warning in fresh.report.warnings if "earlier run" in warning]
 
@@ -277,7 +279,7 @@ def test_a_temporary_result_keeps_nothing(place: Path) -> None:
 @pytest.mark.parametrize("damage", ["part", "journal"])
 def test_damage_is_a_sentence(damage: str, place: Path, tmp_path: Path) -> None:
     cut(place, recipe(place), tmp_path / "out", 2)
-    path = tmp_path / "out.partial" / ("part-00001.safetensors" if damage == "part" else journal.FILE)
+    path = tmp_path / "out.partial" / ("part-00001.safetensors" if damage == "part" else f"{FINISHED}/block-00001.json")
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     path.write_bytes(content if damage == "part" else b"[1]\n" + content)
@@ -299,7 +301,7 @@ def test_gates_may_be_set_anew(place: Path, tmp_path: Path, monkeypatch: pytest.
         context.setattr(block.CompressionState, "rows", property(fallen))
         with pytest.raises(NumericsError, match="layers needed a fallback") as raised:
             lc.compress(place / "dense", asked, tmp_path / "out")
-    assert verdict(raised.value)[1].endswith("from where the same command goes on")  # type: ignore[index]
+    assert verdict(raised.value)[1].endswith("from where the same command resumes")  # type: ignore[index]
     compressed = begun(monkeypatch)
     lc.compress(place / "dense", asked | {"gates": {"max_fallback_layers": 0.5}}, tmp_path / "out")
     assert compressed == []
@@ -331,19 +333,19 @@ def test_the_command_says_what_it_keeps(place: Path, tmp_path: Path, monkeypatch
     words = ["compress", str(place / "dense"), str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")]
     original = block.compress_block
 
-    def terminated(run: block.CompressionState, block: Block) -> Iterator[dict[str, Tensor]]:
+    def terminated(run: block.CompressionState, block: Block) -> BlockResult:
         if block.index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        yield from original(run, block)
+        return original(run, block)
 
     with monkeypatch.context() as context:
         context.setattr("llmcompress.compression.run.compress_block", terminated)
         ended = CliRunner().invoke(app, words)
     assert ended.exit_code == 143
-    kept = f"one finished block is kept in {tmp_path / 'out.partial'}, from where the same command goes on"
+    kept = f"one finished block is kept in {tmp_path / 'out.partial'}, from where the same command resumes"
     assert ended.stderr.splitlines()[-1] == f"[143] stopped by a signal; {kept}"
     ended = CliRunner().invoke(app, [*words, "--set", "seed=3"])
-    assert ended.exit_code == 4 and "a run with other recipe" in ended.stderr and "--no-resume" in ended.stderr
+    assert ended.exit_code == 4 and "a different run (recipe changed)" in ended.stderr and "--no-resume" in ended.stderr
     compressed = begun(monkeypatch)
     ended = CliRunner().invoke(app, words)
     assert ended.exit_code == 0 and compressed == [1, 2, 3]

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.calibrate.walk import Block, walk
 from llmcompress.cli.app import app
+from llmcompress.compression.journal import FINISHED
 from llmcompress.evaluate.verify import verify
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import architecture
@@ -135,10 +136,10 @@ def test_blocks_are_written_when_nothing_changes_them(place: Path, tmp_path: Pat
     asked = recipe(place, {"rates": SCALES, "window": 2, "steps": 4, "evaluate_every": 2})
 
     def look(done: int, blocks: int, rate: float) -> None:
-        staged = sorted(path.name for path in (tmp_path / "out.partial").iterdir())
-        waiting = [] if done == blocks else [f"open-{done - 1:05}.safetensors"]
-        parts = [f"part-{index:05}.safetensors" for index in range(done - len(waiting))]
-        assert staged == ["journal.jsonl", *waiting, *parts]
+        staged = tmp_path / "out.partial"
+        waiting = [] if done == blocks else [staged / FINISHED / f"open-{done - 1:05}.safetensors"]
+        parts = [staged / f"part-{index:05}.safetensors" for index in range(done - len(waiting))]
+        assert sorted(staged.rglob("*.safetensors")) == [*waiting, *parts]
         seen.append(done)
 
     seen: list[int] = []

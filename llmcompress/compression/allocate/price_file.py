@@ -1,10 +1,9 @@
-"""Price lists on disk: a run that was cut, or a sweep that gets more budgets, does not measure them again."""
+"""Price lists on disk: an interrupted run, or a sweep that gets more budgets, does not measure them again."""
 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from llmcompress.compression.allocate.sensitivity import DensePredictions, in_pa
 from llmcompress.compression.journal import is_older
 from llmcompress.compression.plan import Job
 from llmcompress.errors import DiskError
-from llmcompress.models.checkpoint import read_json, write_files
 from llmcompress.models.dense import DenseModel
+from llmcompress.models.store import Store
 from llmcompress.runtime.versions import versions
 
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
@@ -33,67 +32,52 @@ def allocate_by(path: Path, job: Job, *, device: str = "cpu", progress: Progress
 
 
 def price_list(path: Path, job: Job, found: Choices, device: str, progress: Progress | None) -> PriceList:
-    """The price list in the file `path`; where there is none it is measured, and kept there.
+    """Read the price list in the file `path`; where there is none, measure it and keep it there.
 
-    Raises DiskError for a list of another recipe, model or version, or that cannot be written.
+    Raises DiskError for a list of another recipe, model or version, or one that cannot be written.
     """
-    if path.is_file():
-        return _read(path, job, found, device)
+    store = _store(path, job)
+    kept = store.get(path.stem)
+    if kept is not None:
+        return _read(store, kept.entry, job, found, device)
     made = price(job, found, device=device, progress=progress)
-    dense = made.dense()
-    entries = {
-        "of": _identity(job),
-        "seconds": made.seconds,
-        "windows": dense.windows.tolist(),
-        "matrices": [one.to_json() for one in made.prices],
-    }
-    write_files(path.parent, {path.name: json.dumps(entries).encode()})
+    matrices = [one.to_json() for one in made.prices]
+    entry = {"seconds": made.seconds, "windows": made.dense().windows.tolist(), "matrices": matrices}
+    store.put(path.stem, entry)
     return made
 
 
 def check_prices(path: Path, job: Job) -> None:
-    """Raises DiskError where `path` holds prices that are not this job's, or are older than its model or text."""
-    if not path.is_file():
-        return
+    """Raise DiskError if `path` holds prices that are not this job's, or are older than its model or text."""
+    store = _store(path, job)
+    if store.get(path.stem) is not None and is_older(path.stat().st_mtime, job.source, job.recipe.calibration):
+        raise store.refusal(["files of the model or the text"])
+
+
+def _store(path: Path, job: Job) -> Store:
+    """Return the store that `path`, a JSON file, is the one record of.
+
+    Of the target only its kind counts: with bytes, tables have prices too.
+    """
+    recipe, source = job.recipe.model_dump(mode="json"), job.source
+    kind = [key for key, value in recipe.pop("target").items() if value is not None]
+    identity: dict[str, Any] = {"model": source.name, "revision": source.revision, "recipe": recipe}
+    identity |= {"kind of budget": kind, "versions": versions()}
+    return Store(path.parent, identity, place=path, error=DiskError)
+
+
+def _read(store: Store, entry: Mapping[str, Any], job: Job, found: Choices, device: str) -> PriceList:
     try:
-        kept = read_json(path)["of"] == json.loads(json.dumps(_identity(job)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DiskError(f"{path} cannot be read ({error}); remove it") from error
-    if not kept or is_older(path.stat().st_mtime, job.source, job.recipe.calibration):
-        raise DiskError(
-            f"{path} was left by a run with another recipe, model, text, version or kind of budget; remove it, or "
-            f"choose another output folder"
-        )
-
-
-def _identity(job: Job) -> dict[str, Any]:
-    """What prices depend on. Of the target only its kind: with bytes, tables have prices too."""
-    recipe = job.recipe.model_dump(mode="json")
-    target = recipe.pop("target")
-    kind = [key for key, value in target.items() if value is not None]
-    source = job.source
-    return {
-        "model": source.name,
-        "revision": source.revision,
-        "versions": versions(),
-        "kind": kind,
-        "recipe": recipe,
-    }
-
-
-def _read(path: Path, job: Job, found: Choices, device: str) -> PriceList:
-    try:
-        entries = read_json(path)
-        matrices = tuple(Priced.from_json(one) for one in entries["matrices"])
-        windows = torch.tensor(entries["windows"], dtype=torch.int64)
+        matrices = tuple(Priced.from_json(one) for one in entry["matrices"])
+        windows = torch.tensor(entry["windows"], dtype=torch.int64)
         dense = functools.cache(functools.partial(_dense, job.source, windows, device))
-        return PriceList(job, found, matrices, dense, float(entries["seconds"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DiskError(f"{path} cannot be read ({error}); remove it") from error
+        return PriceList(job, found, matrices, dense, float(entry["seconds"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise store.damage(error) from error
 
 
 def _dense(source: DenseModel, windows: torch.Tensor, device: str) -> DensePredictions:
-    """What the dense model predicts on the probing tokens, anew."""
+    """Compute the dense model's predictions on the probing tokens again."""
     model = source.load(device)
     here = windows.to(model.device)
     return DensePredictions(here, in_parts(model, here))

@@ -145,7 +145,7 @@ def _opened(path: Path, record: np.dtype, counted: Tensor, done: int) -> Any:
 
 
 def _store(folder: Path, origin: CacheOrigin) -> Store:
-    return Store(folder, asdict(origin), advice="name another folder as `teacher: {folder: ...}`")
+    return Store(folder, asdict(origin), advice="or name another folder as `teacher: {folder: ...}`")
 
 
 def _done(store: Store) -> dict[str, Any]:
