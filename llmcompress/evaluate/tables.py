@@ -161,4 +161,5 @@ def starred(name: str) -> str:
 
 
 def number(value: float | None) -> str:
+    """Return a number with three decimals; "?" for None."""
     return "?" if value is None else f"{value:.3f}"
