@@ -134,13 +134,25 @@ def _shown_default(parameter: Any) -> str:
 
 def python_page() -> str:
     """Return the page on the public names of the package; mkdocstrings fills it from their docstrings."""
-    import llmcompress
+    import llmcompress as lc
 
     introduction = (
         "`import llmcompress as lc` offers the names below. Importing it is light: what a name needs is loaded when it "
-        "is first used. It also teaches transformers to load compressed checkpoints."
+        "is first used. It also teaches transformers to load compressed checkpoints. The fields of the classes that "
+        "make up a recipe are its keys; they are listed under [recipe](recipe.md)."
     )
-    return page("Python API", introduction, [f"::: llmcompress.{name}" for name in llmcompress.__all__])
+    names = {name: getattr(lc, name) for name in lc.__all__}
+    functions = [_entry(name) for name, value in names.items() if not inspect.isclass(value)]
+    classes = [_entry(name, _is_schema(value)) for name, value in names.items() if inspect.isclass(value)]
+    return page("Python API", introduction, ["## Functions", *functions, "## Classes", *classes])
+
+
+def _is_schema(value: type) -> bool:
+    return issubclass(value, BaseModel)
+
+
+def _entry(name: str, is_schema: bool = False) -> str:
+    return f"::: llmcompress.{name}" + ("\n    options: {members: false}" if is_schema else "")
 
 
 def exit_codes_page() -> str:
@@ -211,8 +223,8 @@ def losses_page() -> str:
     introduction = (
         "A distillation's `losses` are a list of these, each with a weight. Each part is the docstring of the loss's "
         "file. p is the teacher's prediction, q the student's. What was measured on a real model is in "
-        "[the results](../results.md#distillation): `forward_kl`, `taid` and `dad`; the others are tested against their "
-        "formulas only."
+        "[the results](../results.md#distillation): `forward_kl`, `taid` and `dad`; the others are tested against "
+        "their formulas only."
     )
     return page("Losses", introduction, parts)
 
