@@ -37,13 +37,26 @@ def compare(
     processes: Processes = ALONE,
     progress: Scoring | None = None,
 ) -> dict[str, Any]:
-    """Score two or more models: {"protocol", "versions", "models": [the result of `score`, ...]}.
+    """Score two or more models side by side; KL and top-1 agreement are measured from the first.
 
-    Each has its name as "model", and as "differences" what `Evaluation.differences` finds between it and the first,
-    None for the first itself; KL and top-1 agreement too are measured from the first. Two models are in memory at a
-    time. `output` is a new file for the table (.md) or for all numbers (.json). Where `processes` share the work, the
-    first of them writes and knows the scores of tasks. Raises RecipeError for fewer than two models, InputError for
-    models that cannot be loaded or that read text differently, DiskError for an output that cannot be written.
+    Two models are in memory at a time.
+
+    Args:
+        models: folders, Hub ids or `smollm2`; the first is the reference.
+        protocol: the text and the tasks.
+        output: a new file for the table (.md) or for all numbers (.json); None for neither.
+        device: where to compute: `cpu`, `cuda` or `cuda:1`.
+        processes: which share the work; the first of them writes and knows the scores of tasks.
+        progress: receives what is being scored, how much is done, and how much there is.
+
+    Returns:
+        {"protocol", "versions", "models"}: for each model what `score` returns, with its name as "model" and as
+        "differences" its item-by-item differences from the first, None for the first itself.
+
+    Raises:
+        RecipeError: for fewer than two models.
+        InputError: for models that cannot be loaded, or that read text differently.
+        DiskError: for an output that cannot be written.
     """
     if len(models) < 2:
         raise RecipeError("a comparison needs two models or more; give the one that the others are compared with first")

@@ -87,10 +87,20 @@ def by_kind(report: Report) -> dict[str, list[tuple[int, LayerReport]]]:
     return {kind: sorted(rows, key=lambda entry: entry[0]) for kind, rows in kinds.items()}
 
 
-def read(folder: Path) -> Report:
-    """The report of a compressed checkpoint. Raises InputError for a folder without one."""
+def read(folder: str | Path) -> Report:
+    """Read the report of a compressed checkpoint.
+
+    Args:
+        folder: what `compress`, `distill` or `Result.save` wrote.
+
+    Returns:
+        Sizes in bytes, bits per weight, seconds, and steps, bits and errors of every layer.
+
+    Raises:
+        InputError: for a folder without a report, or with one that cannot be read.
+    """
     try:
-        return Report.from_json(read_json(folder / REPORT))
+        return Report.from_json(read_json(Path(folder) / REPORT))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{folder} holds no {REPORT}, so llmcompress did not write it; give a folder that compress wrote"

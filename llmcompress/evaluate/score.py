@@ -47,14 +47,26 @@ def score(
     processes: Processes = ALONE,
     progress: Scoring | None = None,
 ) -> dict[str, Any]:
-    """Score a model in float32: the findings of `evaluate` with its bytes, bpw, model_bpw and protocol.
+    """Score a model in float32: perplexity, tasks and, beside a dense model, KL and top-1 agreement.
 
-    The model may be dense, compressed, or quantized by a tool that transformers knows. `against` is the dense model
-    that KL and top-1 agreement are measured from. `save` scores that one too and keeps both in the compressed folder,
-    for its card. `output` is a new folder for the same object, as `eval.json`, and for lm-eval's own files. Where
-    `processes` share the work, each on its own `device`, the first of them writes and knows the scores of tasks.
-    Raises InputError for a model that cannot be loaded, RecipeError where there is nothing to save, DiskError for an
-    output that cannot be written.
+    Args:
+        model: a folder, a Hub id or `smollm2`; dense, compressed, or quantized by a tool that transformers knows.
+        protocol: the text and the tasks.
+        revision: a branch, tag or commit of a Hub model.
+        against: the dense model that KL (nats per token) and top-1 agreement are measured from; None for neither.
+        save: True to score `against` too, and to keep both results in the compressed folder for its card.
+        output: a new folder for the result as `eval.json` and for lm-eval's own files; None for none.
+        device: where to compute: `cpu`, `cuda` or `cuda:1`.
+        processes: which share the work; the first of them writes and knows the scores of tasks.
+        progress: receives what is being scored, how much is done, and how much there is.
+
+    Returns:
+        The scores with their standard errors, `bytes`, `bpw` and `model_bpw` (bits per weight), and the protocol.
+
+    Raises:
+        InputError: for a model that cannot be loaded.
+        RecipeError: for `save` without `against`, or for a folder that compress did not write.
+        DiskError: for an output that cannot be written.
     """
     place = locate(str(model), revision)
     if save and (against is None or not (place.folder / file_names.REPORT).is_file()):

@@ -38,6 +38,9 @@ def plain_head(model: PreTrainedModel) -> Iterator[None]:
 
     Args:
         model: A compressed model, edited in place. One with a dense head stays as it is.
+
+    Yields:
+        Nothing; the head is put back in the end.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, CompressedLinear):

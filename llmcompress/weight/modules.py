@@ -236,9 +236,16 @@ def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
 
 @contextmanager
 def decoded(model: nn.Module) -> Iterator[None]:
-    """Keeps every compressed linear decoded while the context lasts: dense memory, faster, equal up to rounding.
+    """Keep every compressed linear of a model decoded while the context lasts.
 
-    Embeddings decode the rows that they look up, here as elsewhere.
+    Products are faster and equal up to rounding; memory is that of the dense model. Embeddings decode the rows that
+    they look up, here as elsewhere.
+
+    Args:
+        model: any module; those without compressed linears stay as they are.
+
+    Yields:
+        Nothing; `model` itself is changed, and changed back in the end.
     """
     layers = list(compressed_linears(model).values())
     for layer in layers:

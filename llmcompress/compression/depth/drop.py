@@ -55,10 +55,21 @@ class Dropped:
 def drop_blocks(
     model: str | Path, blocks: Iterable[int], output: str | Path, *, revision: str | None = None
 ) -> Dropped:
-    """Writes a dense causal LM (folder, Hub id or `smollm2`) without the decoder blocks with these numbers.
+    """Write a dense causal language model without some of its decoder blocks, one weight file's worth at a time.
 
-    Reads one weight file's worth at a time. Raises RecipeError for blocks that cannot go, InputError for a model whose
-    blocks cannot be told apart, DiskError where `output` cannot be written; then nothing is left behind.
+    Args:
+        model: a folder, a Hub id (`org/name` or `org/name@revision`) or `smollm2`.
+        blocks: numbers of the blocks that go, counted from 0.
+        output: a new or empty folder.
+        revision: a branch, tag or commit of a Hub model.
+
+    Returns:
+        The folder, and the blocks and bytes before and after.
+
+    Raises:
+        RecipeError: for blocks that cannot go.
+        InputError: for a model whose blocks cannot be told apart.
+        DiskError: for an output that cannot be written; then nothing is left behind.
     """
     source, target = resolve(str(model), revision), Path(output)
     plan = shortening(source, blocks)

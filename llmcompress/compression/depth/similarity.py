@@ -59,10 +59,21 @@ def chosen_blocks(model: str | Path, blocks: str | None, count: int | None, **of
 def alike_blocks(
     model: str | Path, count: int, *, text: str = "stdlib", revision: str | None = None, device: str = "cpu"
 ) -> Alike:
-    """The `count` consecutive blocks of a dense causal LM whose input and output are most alike; loads all of it.
+    """Find the `count` consecutive decoder blocks whose input and output are most alike. Loads the whole model.
 
-    `text`: as `dataset` of a recipe's calibration. Raises RecipeError where the model has no more blocks than that,
-    InputError for what cannot be read.
+    Args:
+        model: a folder, a Hub id (`org/name` or `org/name@revision`) or `smollm2`; a dense causal language model.
+        count: how many blocks.
+        text: what is read, as `dataset` of a recipe's calibration.
+        revision: a branch, tag or commit of a Hub model.
+        device: where to compute: `cpu`, `cuda` or `cuda:1`.
+
+    Returns:
+        The blocks, with how alike each run of `count` blocks leaves its hidden states.
+
+    Raises:
+        RecipeError: for a model that has no more blocks than `count`.
+        InputError: for a model or a text that cannot be read.
     """
     place = locate(str(model), revision)
     source = open_source(place)
