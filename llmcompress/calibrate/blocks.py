@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """What a model's forward passes to a block besides the hidden states."""
+    """The arguments that a model's forward passes to a block besides the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -123,11 +123,11 @@ class BlockForward:
 
 
 class _Enough(Exception):
-    """Leaves a block's forward when the last input that is wanted has been seen."""
+    """Raised to leave a block's forward when the last wanted input has been seen."""
 
 
 class _Tape:
-    """What recorders write down of one forward, refusing models whose blocks cannot be run one after the other."""
+    """The record of one forward, which refuses models whose blocks cannot be run one after the other."""
 
     def __init__(self, model_type: str, as_tuple: bool, known: list[Call] | None) -> None:
         self.model_type, self.as_tuple, self.known = model_type, as_tuple, known
@@ -135,7 +135,7 @@ class _Tape:
         self.calls: list[Call] = []
 
     def record(self, path: str, hidden: Tensor, call: Call) -> None:
-        """Notes the call of the block at `path`."""
+        """Note the call of the block at `path`."""
         from transformers.cache_utils import Cache
 
         if not self.calls:
@@ -165,7 +165,7 @@ _MORE = object()  # stands for whatever blocks return after the hidden states
 
 
 class _StandIn(nn.Module):
-    """In the place of a block; whatever else is asked of it, the block answers."""
+    """A stand-in for a block; whatever else is asked of it, the block answers."""
 
     def __init__(self, block: nn.Module, **held: Any) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class _StandIn(nn.Module):
 
 @contextmanager
 def _standing_in(stack: nn.Module, others: Sequence[_StandIn]) -> Iterator[None]:
-    """While it lasts, `others` are in the places of the blocks of `stack`."""
+    """Put `others` in the places of the blocks of `stack` while the context lasts."""
     blocks = list(stack.children())
     try:
         for index, other in enumerate(others):
@@ -189,7 +189,7 @@ def _standing_in(stack: nn.Module, others: Sequence[_StandIn]) -> Iterator[None]
 
 
 class _Recorder(_StandIn):
-    """Stands in for a block in the model's own forward: hands hidden states on untouched, keeps its arguments."""
+    """A stand-in for a block in the model's own forward: it hands hidden states on untouched and keeps its arguments."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
         """The hidden states, as they came."""
@@ -224,7 +224,7 @@ def embed(
 def recorded(
     model: PreTrainedModel, stack: str, sequences: Tensor, batches: list[RowBatch], device: torch.device
 ) -> tuple[Tensor, Calls, bool]:
-    """What `embed` gives, of a model that is loaded already; `stack`: the module path of its list of blocks."""
+    """Return what `embed` does, for a model that is loaded already; `stack`: the module path of its list of blocks."""
     try:
         return *_record(model, stack, sequences, batches, device, as_tuple=False), False
     except InputError as error:
@@ -237,7 +237,7 @@ def recorded(
 def _record(
     model: PreTrainedModel, path: str, sequences: Tensor, batches: list[RowBatch], device: torch.device, as_tuple: bool
 ) -> tuple[Tensor, Calls]:
-    """Lets the model's forward run on every batch with recorders for blocks."""
+    """Let the model's forward run on every batch with recorders for blocks."""
     stack = model.get_submodule(path)
     blocks = list(stack.children())
     calls: Calls = {}
@@ -261,7 +261,7 @@ def _record(
 
 
 class _Replay(_StandIn):
-    """Answers with the hidden states it was given beforehand, whatever it is called with."""
+    """A stand-in that returns the hidden states it was given beforehand, whatever it is called with."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
         """The hidden states."""
@@ -277,7 +277,7 @@ def head_inputs(
     batches: list[RowBatch],
     as_tuple: bool,
 ) -> Iterator[tuple[RowBatch, Tensor]]:
-    """What the output head reads, batch by batch `[sequences, length, width]`, of the last block's outputs `hidden`."""
+    """Yield the inputs of the output head, `[sequences, length, width]` a batch, from the last block's outputs."""
     body: nn.Module = model.base_model
     stack = model.get_submodule(arch.stack)
     table = model.get_input_embeddings()
@@ -297,7 +297,7 @@ def head_inputs(
 
 @contextmanager
 def answered(model: PreTrainedModel, stack: str, count: int, hidden: Tensor, as_tuple: bool) -> Iterator[None]:
-    """While it lasts, forwards of `model` do not run its first `count` blocks: the next one gets `hidden` instead."""
+    """Make forwards of `model` skip its first `count` blocks while the context lasts: the next gets `hidden` instead."""
     module = model.get_submodule(stack)
     blocks = list(module.children())[:count]
     with _standing_in(module, [_Replay(block, hidden=hidden, as_tuple=as_tuple) for block in blocks]):
@@ -305,7 +305,7 @@ def answered(model: PreTrainedModel, stack: str, count: int, hidden: Tensor, as_
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two nested arguments are equal."""
+    """True if two nested arguments are equal."""
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -320,7 +320,7 @@ def _same(a: Any, b: Any) -> bool:
 def load(
     module: nn.Module, path: str, source: DenseModel, device: torch.device, skip: Sequence[nn.Module] = ()
 ) -> None:
-    """Reads the weights of `module`, at module path `path`, in float32; `skip` are parts that stay as they are."""
+    """Read the weights of `module`, at module path `path`, in float32; `skip` are parts that stay as they are."""
     for owner_path, owner in _owners(module, path, skip):
         for leaf, _ in list(owner.named_parameters(recurse=False)):
             name = f"{owner_path}.{leaf}".lstrip(".")
@@ -335,7 +335,7 @@ def load(
 
 
 def drop(module: nn.Module, skip: Sequence[nn.Module] = ()) -> None:
-    """Puts the weights of `module` back on meta, and gives their memory back."""
+    """Put the weights of `module` back on meta, and free their memory."""
     for _, owner in _owners(module, "", skip):
         for leaf, parameter in list(owner.named_parameters(recurse=False)):
             setattr(owner, leaf, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
@@ -351,7 +351,7 @@ def _owners(module: nn.Module, path: str, skip: Sequence[nn.Module]) -> Iterator
 
 
 def _finite(x: Tensor) -> bool:
-    """Whether `x` holds neither NaN nor Inf; in one pass and without temporaries, unlike `x.isfinite().all()`."""
+    """True if `x` holds neither NaN nor Inf; in one pass and without temporaries, unlike `x.isfinite().all()`."""
     if not x.numel():
         return True
     low, high = x.aminmax()  # NaN wins in both

@@ -1,4 +1,4 @@
-"""What each calibration token counts, by the attention it receives or by its norm (RSQ, arXiv 2503.01820).
+"""The weight of each calibration token, by the attention it receives or by its norm (RSQ, arXiv 2503.01820).
 
 A block's tokens get one weight each, for the inputs of all its linears; it multiplies with the cap of `moments`. What
 the output head reads is not weighed. The attention that a token receives is the probability that all queries of all
@@ -66,7 +66,7 @@ def received_attention(run: BlockForward, hidden: Tensor) -> Tensor:
 
 
 class _Received(Exception):
-    """Leaves a block's forward with what was asked of it: nothing after its attention is needed."""
+    """Raised to leave a block's forward with its result: nothing after its attention is needed."""
 
     def __init__(self, attention: Tensor) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class _Received(Exception):
 
 @contextmanager
 def _asked(block: nn.Module) -> Iterator[None]:
-    """While it lasts, the block's attention calls `_receive`."""
+    """Make the block's attention call `_receive` while the context lasts."""
     from transformers import AttentionInterface, PreTrainedConfig
 
     AttentionInterface.register(INTERFACE, _receive)
@@ -124,7 +124,7 @@ def _receive(
 
 
 def _hidden(query: Tensor, run: slice) -> Tensor:
-    """What is added to the scores of a run of queries and the keys up to it: minus infinity for later keys."""
+    """Return what is added to the scores of a run of queries and the keys up to it: minus infinity for later keys."""
     return query.new_full((1, 1, run.stop - run.start, run.stop), -torch.inf).triu(run.start + 1)
 
 

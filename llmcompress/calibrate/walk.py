@@ -119,7 +119,7 @@ def walk(
     finished: int = 0,
     progress: Progress | None = None,
 ) -> Iterator[Block]:
-    """Yields the model's blocks in depth order, each with the moments of its linears' inputs; then, where `needs` names
+    """Yield the model's blocks in depth order, each with the moments of its linears' inputs; then, where `needs` names
     them, the token table and the output head, each as a block of its own.
 
     `sequences`: token ids `[sequences, length]`, the last `held_out` of which are only measured on; None for methods
@@ -201,7 +201,7 @@ def _block(
 
 
 def _leave(block: Block, run: BlockForward, streams: HiddenStreams, last: bool) -> Block | None:
-    """Moves the hidden states on to the outputs of the block as it is now, and drops it.
+    """Move the hidden states on to the outputs of the block as it is now, and drop it.
 
     Where inputs stay `behind`, the block before may have changed: its outputs are computed again, and it is dropped in
     the place of this one, which is returned with its own inputs; after the `last` none stays.
@@ -222,7 +222,7 @@ def _leave(block: Block, run: BlockForward, streams: HiddenStreams, last: bool) 
 
 @torch.no_grad()
 def _advance(run: BlockForward, batches: list[RowBatch], hidden: Tensor) -> None:
-    """Moves `hidden` on to the outputs of the block as it is now."""
+    """Move `hidden` on to the outputs of the block as it is now."""
     with decoded(run.module):
         for batch in batches:
             hidden[batch.rows] = run(hidden[batch.rows])

@@ -87,7 +87,7 @@ class CompressionState:
 
     @property
     def fused(self) -> tuple[str, ...]:
-        """Notes of what was fused into the dense weights."""
+        """The notes of what was fused into the dense weights."""
         return tuple(note for entry in self.entries for note in entry.fused)
 
     @cached_property

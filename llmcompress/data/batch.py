@@ -1,4 +1,4 @@
-"""What one forward reads: token ids, which of them count as targets, and where documents begin."""
+"""The input of one forward: token ids, their marks as targets, and the beginnings of documents."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Batch:
         return self._with(lambda values: values.to(device))
 
     def trimmed(self) -> Batch:
-        """Without the columns behind the last target: what comes later changes nothing that counts."""
+        """Return a batch without the columns after the last target: later tokens change nothing that counts."""
         used = self.counted.any(0).nonzero()
         last = int(used[-1]) + 1 if len(used) else 2
         return self._with(lambda values: values[:, :last])
@@ -72,14 +72,14 @@ class Batch:
     def _with(
         self, change: Callable[[Tensor], Tensor], choose: Callable[[Tensor], Tensor] = lambda numbers: numbers
     ) -> Batch:
-        """With every tensor `[sequences, length]` changed, and the numbers chosen alike."""
+        """Return a batch with every tensor `[sequences, length]` changed, and the numbers chosen alike."""
         documents = None if self.documents is None else change(self.documents)
         numbers = None if self.numbers is None else choose(self.numbers)
         return Batch(change(self.ids), change(self.counted), documents, numbers)
 
     @property
     def targets(self) -> int:
-        """How many tokens count."""
+        """The number of tokens that count."""
         return int(self.counted.sum())
 
     @property

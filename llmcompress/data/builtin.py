@@ -45,7 +45,7 @@ def stdlib_text(split: str) -> str:
 
 
 def stdlib_source() -> str:
-    """What to write in a report for text from the standard library: it differs between Python versions."""
+    """Return the report's name for text from the standard library: it differs between Python versions."""
     return f"stdlib (Python {platform.python_version()} documentation)"
 
 

@@ -1,4 +1,4 @@
-"""What calibration looks at: `Calibration` says which text, `calibration_tokens` turns it into token sequences.
+"""The data of calibration: `Calibration` names the text, `calibration_tokens` turns it into token sequences.
 
 All sequences have one length. The last ones are held out: statistics never see them, errors are reported on them.
 Special tokens are put in here, not by the tokenizer, so that the report can say where they are.
@@ -67,7 +67,7 @@ class CalibrationTokens:
         return hashlib.sha256(self.sequences.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
     def report(self) -> dict[str, Any]:
-        """What a report says about calibration: plain values only."""
+        """Return the report's entry on calibration: plain values only."""
         return {
             "source": self.source,
             "tokens": self.tokens,
@@ -124,14 +124,14 @@ def given_tokens(
 
 
 def held_out_count(held_out: float, sequences: int) -> int:
-    """How many of `sequences` are held out: a share below 1 (at least one of two or more) or a number, never all."""
+    """Return the number of held-out sequences: a share below 1 (at least one of two or more) or a number, never all."""
     if held_out >= 1:
         return min(int(held_out), sequences - 1)
     return min(max(1, round(held_out * sequences)), sequences - 1) if held_out > 0 else 0
 
 
 def check_tokens(sequences: Tensor, source: str, model_config: PreTrainedConfig | None = None) -> None:
-    """Raises InputError unless the tokens [n, length] vary and lie in the vocabulary of `model_config`."""
+    """Raise InputError unless the tokens [n, length] vary and lie in the vocabulary of `model_config`."""
     lowest, highest = int(sequences.min()), int(sequences.max())
     if lowest == highest:
         raise InputError(f"calibration text from {source} is one token ({lowest}) repeated; use ordinary text")
@@ -145,7 +145,7 @@ def check_tokens(sequences: Tensor, source: str, model_config: PreTrainedConfig 
 
 
 def check_length(length: int, model_config: PreTrainedConfig | None) -> None:
-    """Raises RecipeError for sequences longer than the model's context."""
+    """Raise RecipeError for sequences longer than the model's context."""
     context = context_length(model_config)
     if context is not None and length > context:
         raise RecipeError(
@@ -206,7 +206,7 @@ def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibratio
 
 
 def source_name(config: Calibration) -> str:
-    """Where text that exists comes from, as reports and errors say it."""
+    """Return the origin of text that exists, as reports and errors name it."""
     if config.dataset == "builtin":
         return f"builtin (texts of llmcompress, and {stdlib_source()})"
     if config.dataset == "stdlib":
@@ -254,7 +254,7 @@ def document_tokens(
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cuts a long text at ends of lines, so that a large file is tokenized only as far as it is needed."""
+    """Cut a long text at ends of lines, so that a large file is tokenized only as far as it is needed."""
     start = 0
     while start < len(text):
         end = text.find("\n", start + PIECE) + 1

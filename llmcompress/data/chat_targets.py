@@ -1,4 +1,4 @@
-"""Which tokens of a chat the assistant wrote: its answers with the token that ends each, and nothing of the template.
+"""The tokens of a chat that the assistant wrote: its answers with the token that ends each, without the template.
 
 Templates can mark answers themselves, but most do not, and then the mask that transformers makes is all zeros. Here the
 chat is rendered up to each answer and up to its end: the difference is the answer.

@@ -1,4 +1,4 @@
-"""What a distillation learns from: `TextSource` says which text, or several domains of it, `read_data` makes them token
+"""The data of a distillation: `TextSource` names the text, or several domains of it, `read_data` makes them token
 sequences with their targets.
 
 Beyond what calibration reads: of chats the answers alone count, documents in one sequence can be kept from seeing each
@@ -62,7 +62,9 @@ class Data:
 def read_data(
     texts: TextSource | Sequence[Domain], tokenizer: PreTrainedTokenizerBase, load: Load, config: PreTrainedConfig
 ) -> Data:
-    """What `texts` ask for; the same every time. `load` opens the dense model where it has to write a text itself.
+    """Return the sequences that `texts` ask for; the same every time.
+
+    `load` opens the dense model where it has to write a text itself.
 
     Raises InputError for text that cannot serve, RecipeError for what the tokenizer or the model (of `config`) cannot.
     """

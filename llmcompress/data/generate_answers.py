@@ -29,7 +29,7 @@ GRAM, SHORT, VARIED = 4, 40, 0.25  # tokens; below so many nothing is called rep
 
 @dataclass(frozen=True)
 class AnswerSampling:
-    """How an answer is drawn: `longest` tokens at most, its end included; at temperature 0 always the likeliest one."""
+    """The drawing of an answer: `longest` tokens at most, its end included; at temperature 0 the likeliest one."""
 
     temperature: float = 1.0
     top_p: float = 0.95
@@ -58,7 +58,7 @@ class Answerer:
         self.context = context_length(model.config)
 
     def answers(self, prompts: Sequence[tuple[int, list[Message]]]) -> list[Answer]:
-        """Of numbered prompts; the number is part of the seed. A prompt that leaves no room is not answered."""
+        """Answer numbered prompts; the number is part of the seed. A prompt that leaves no room is not answered."""
         ids = [self.rendered(messages) for _, messages in prompts]
         room = [self.context is None or len(row) + self.sampling.longest <= self.context for row in ids]
         fitting = [index for index, fits in enumerate(room) if fits]
@@ -121,7 +121,7 @@ class Answerer:
 
 
 class _Draw:
-    """Leaves one token of each row possible: drawn by the row's own generator, or the likeliest."""
+    """Leave one token of each row possible: drawn by the row's own generator, or the likeliest."""
 
     def __init__(self, sampling: AnswerSampling, numbers: Sequence[int]) -> None:
         self.sampling = sampling
@@ -147,12 +147,12 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Those that stand for no text, by id: the ones with a name such as EOS, and the rest that a template may use."""
+    """Return the tokens that stand for no text, by id: those with a name such as EOS, and others of templates."""
     added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
 
 
 def repetitive(tokens: Sequence[int]) -> bool:
-    """Whether hardly any run of GRAM tokens in an answer is new."""
+    """True if hardly any run of GRAM tokens in an answer is new."""
     grams = [tuple(tokens[start : start + GRAM]) for start in range(len(tokens) - GRAM + 1)]
     return len(tokens) >= SHORT and len(set(grams)) < VARIED * len(grams)

@@ -49,7 +49,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class TextSampling:
-    """How much text is written and how: `sequences` of `length` tokens each."""
+    """The amount of text to write, and the way: `sequences` of `length` tokens each."""
 
     sequences: int
     length: int
@@ -108,7 +108,7 @@ def teacher_sequences(
 
 
 def _starts(tokenizer: PreTrainedTokenizerBase, row: int, prompted: bool) -> Iterator[list[int]]:
-    """How the documents of one row start, without end."""
+    """Yield the starts of the documents of one row, without end."""
     for document in count(row):
         if prompted:
             message = [{"role": "user", "content": PROMPTS[document % len(PROMPTS)]}]

@@ -41,7 +41,7 @@ def reweighted(shares: Sequence[float], student: Sequence[float], teacher: Seque
 
 
 def quotas(shares: Sequence[float], batch: int, step: int, seed: int) -> list[int]:
-    """How many of the `batch` sequences of `step` are of each domain: batch * share, rounded down or up at random so
+    """Return each domain's number of the `batch` sequences of `step`: batch * share, rounded down or up at random so
     that this is its mean (systematic sampling)."""
     shift = float(torch.rand((), generator=generator(seed, "domains", step), dtype=torch.float64))
     ends = [min(batch, math.ceil(batch * bound - shift)) for bound in accumulate(shares)]

@@ -29,7 +29,7 @@ def packed(documents: Iterable[Document], bos: int | None, length: int, samples:
     """At most `samples` sequences of `length` tokens cut out of the joined documents; what is left over is dropped.
 
     Every sequence starts with `bos`. With `boundaries` every document does, its first token is no target, and the
-    sequences know which document a token is of; a document that is cut goes on as one of its own.
+    sequences know which document a token is of; the rest of a document that is cut is a document of its own.
     """
     rows, row, read, dropped = _Rows(length), _Row(), 0, 0
     for read, document in enumerate(documents, start=1):
@@ -93,7 +93,7 @@ class _Rows:
         self.documents: list[Tensor] = []
 
     def keep(self, row: _Row, boundaries: bool) -> bool:
-        """Whether it has a target."""
+        """True if it has a target."""
         counted = row.counted[: self.length]
         if not any(counted):
             return False

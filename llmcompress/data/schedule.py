@@ -1,4 +1,4 @@
-"""Which sequences a step reads, and at which rate it learns: functions of the step alone, so that resuming is exact."""
+"""The sequences that a step reads, and its learning rate: functions of the step alone, so that resuming is exact."""
 
 from __future__ import annotations
 

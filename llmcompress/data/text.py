@@ -1,4 +1,4 @@
-"""Where text comes from: files, `datasets`, this package and the Python standard library, one document at a time.
+"""The sources of text: files, `datasets`, this package and the Python standard library, one document at a time.
 
 A document is a string, or a chat: a list of `{"role": ..., "content": ...}` messages. Nothing here tokenizes.
 """

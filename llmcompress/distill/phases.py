@@ -25,7 +25,7 @@ from llmcompress.weight.modules import CompressedLinear, decoded, put
 
 @dataclass
 class Learned:
-    """What all phases learned: compressed linears, and what is not compressed, by name; the student holds both, too.
+    """The result of all phases: compressed linears, and what is not compressed, by name; the student holds both, too.
 
     `trained`: how many numbers of each kind moved, in the phase where most of them did; `history`: looks at the
     held-out sequences; `phases`: {kind, steps, seconds, blocks: what became of each, frozen: how many codes} of every
@@ -44,14 +44,14 @@ class Learned:
     def add(
         self, linears: Mapping[str, CompressedLinear], dense: Mapping[str, Tensor], trained: Mapping[str, int]
     ) -> None:
-        """What a phase learned."""
+        """Add what a phase learned."""
         self.linears |= linears
         self.dense |= dense
         self.trained |= {kind: max(count, self.trained.get(kind, 0)) for kind, count in trained.items()}
 
 
 def learn(run: TrainContext, report: Report | None = None) -> Learned:
-    """Goes through the phases of `run.recipe` with the compressed model of `run.student`, in place.
+    """Go through the phases of `run.recipe` with the compressed model of `run.student`, in place.
 
     Raises RecipeError for a block-wise phase in several processes, and for options of codes that the student lacks; and
     what `train` and `recover_blocks` raise.
@@ -136,7 +136,7 @@ def _look(run: TrainContext, step: int) -> dict[str, Any]:
 
 
 def _round(run: TrainContext, learned: Learned, adapted: Iterable[str]) -> None:
-    """Gives the terms that a phase added the bits that they are to have; measured again if that changes any."""
+    """Give the terms that a phase added the bits that they are to have; measured again if that changes any."""
     found = {} if run.recipe.adapt is None else rounded(learned.linears, adapted, run.recipe.adapt)
     for name, layer in found.items():
         put(run.student.model, name, layer)

@@ -39,7 +39,7 @@ from llmcompress.runtime.signals import stop_requests
 
 
 def train(run: TrainContext, report: Report | None = None) -> Progress:
-    """Trains what moves in `run.student`, from where the last state was left; returns what was measured.
+    """Train what moves in `run.student`, from where the last state was left; returns what was measured.
 
     Raises NumericsError, naming the step, when the loss or a gradient is not finite; the last state stays. Asked to
     stop by a signal, it keeps the state after the step at hand, and then raises what the signal would have raised.
@@ -100,7 +100,7 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
 
 
 def _decided(accelerator: Accelerator, stopping: list[int], late: bool) -> tuple[bool, bool]:
-    """Whether any process was asked to stop, and whether the first one finds a state to be `late`.
+    """Return two flags: any process was asked to stop; the first one finds a state to be `late`.
 
     All then do the same, or some would wait for the others forever: clocks differ, and a signal may reach one alone.
     """
@@ -127,7 +127,7 @@ def _next(run: TrainContext, engine: Engine, progress: Progress, step: int) -> B
 
 
 def _agreed(accelerator: Accelerator, values: list[float]) -> list[float]:
-    """Those of the first process: a last bit that differs would be another batch."""
+    """Return the values of the first process: a last bit that differs would be another batch."""
     if accelerator.num_processes == 1:
         return values
     return [float(value) for value in broadcast(torch.tensor(values, dtype=torch.float64, device=accelerator.device))]
@@ -146,7 +146,7 @@ def _seen(run: TrainContext, engine: Engine, progress: Progress) -> dict[str, An
 
 
 def _entry(run: TrainContext, progress: Progress, loss: float, means: Sequence[float], norm: float) -> dict[str, Any]:
-    """What is said of the step that was just done."""
+    """Return the metrics of the step that was just done."""
     recipe = run.recipe
     return {
         "step": progress.step,
@@ -189,7 +189,7 @@ def _step(run: TrainContext, engine: Engine, step: int, batch: Batch) -> tuple[l
 
 
 def _counts(run: TrainContext, engine: Engine, parts: Sequence[Batch], targets: int) -> list[float]:
-    """What the sum of each loss over a step is divided by: its `targets`, those of all processes (each knows every
+    """Return the divisor of each loss's sum over a step: its `targets`, those of all processes (each knows every
     sequence, so nobody has to ask), or a sum of weights that has to be found."""
     counts = [float(targets)] * len(run.recipe.losses)
     if all(term.of.counts_tokens for term in run.recipe.losses):

@@ -35,7 +35,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_output(output: Path, needed: int) -> None:
-    """Raises DiskError unless a folder with `needed` bytes can be made at `output`, which must not exist yet.
+    """Raise DiskError unless a folder with `needed` bytes can be made at `output`, which must not exist yet.
 
     Bytes in `<output>.partial` count as free: they will be resumed from or deleted.
     """
@@ -50,7 +50,7 @@ def check_output(output: Path, needed: int) -> None:
 
 
 def _staging(output: Path) -> Path:
-    """Where what becomes `output` is made."""
+    """Return the folder or file that will become `output`."""
     return output.with_name(output.name + ".partial")
 
 
@@ -73,24 +73,24 @@ def shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 class Writer:
-    """Collects the files of a checkpoint in its staging folder."""
+    """The files of a checkpoint, collected in its staging folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.parts: list[dict[str, int]] = []  # per shard: tensor name -> bytes
 
     def add(self, tensors: dict[str, Tensor], layouts: Mapping[str, str] | None = None) -> None:
-        """Writes the tensors of one part of the model, with the `layouts` of those that are payloads. Raises DiskError
+        """Write the tensors of one part of the model, with the `layouts` of those that are payloads. Raises DiskError
         when the disk is full."""
         write_tensors(self.part(len(self.parts)), tensors, layouts or {})
         self.count(tensors)
 
     def count(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes the next part for written, with these tensors."""
+        """Count the next part as written, with these tensors."""
         self.parts.append({name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()})
 
     def write(self, name: str, text: str) -> None:
-        """Writes a text file. Raises DiskError when the disk is full."""
+        """Write a text file. Raises DiskError when the disk is full."""
         path = self.folder / name
         try:
             path.write_text(text, encoding="utf-8")
@@ -102,7 +102,7 @@ class Writer:
         return self.folder / f"part-{index:05}.safetensors"
 
     def close(self) -> int:
-        """Names the shards as Hugging Face loaders expect them and writes their index; returns the weights' bytes."""
+        """Name the shards as Hugging Face loaders expect them and write their index; return the weights' bytes."""
         names = [f"model-{index + 1:05}-of-{len(self.parts):05}.safetensors" for index in range(len(self.parts))]
         for index, name in enumerate(names):
             self.part(index).rename(self.folder / name)
@@ -182,7 +182,7 @@ def writing(output: Path, keep: bool = False) -> Iterator[Writer]:
 
 @contextmanager
 def locked(output: Path, kind: str) -> Iterator[Path]:
-    """Keeps other processes from writing `output`, a "folder" or "file", while it lasts; gives the path beside it where
+    """Keep other processes from writing `output`, a "folder" or "file", while it lasts; give the path beside it where
     what becomes it is made.
 
     Raises LockedError while another process writes there, DiskError where nothing can be written.
@@ -204,7 +204,7 @@ def locked(output: Path, kind: str) -> Iterator[Path]:
 
 
 def seal(folder: Path) -> None:
-    """Writes the manifest of what a folder holds, and waits until all of it is on the disk."""
+    """Write the manifest of what a folder holds, and wait until all of it is on the disk."""
     hashes = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
     if hashes:
         entries = {"format_version": FORMAT_VERSION, "sha256": hashes}
@@ -222,7 +222,7 @@ def _publish(staging: Path, output: Path) -> None:
 
 
 def add_file(folder: Path, name: str, text: str) -> None:
-    """Puts a text file into a finished checkpoint, and into its manifest. Raises DiskError if it cannot be written."""
+    """Put a text file into a finished checkpoint, and into its manifest. Raises DiskError if it cannot be written."""
     hashes = (manifest(folder) or {}) | {name: sha256(text.encode()).hexdigest()}
     entries = {MANIFEST: json.dumps({"format_version": FORMAT_VERSION, "sha256": hashes}, indent=2), name: text}
     try:
@@ -233,12 +233,12 @@ def add_file(folder: Path, name: str, text: str) -> None:
 
 
 def holds(folder: Path, name: str) -> bool:
-    """Whether a finished checkpoint has the file `name`, as its manifest says; not where `add_file` was cut short."""
+    """True if a finished checkpoint has the file `name`, as its manifest says; not if `add_file` was interrupted."""
     return (folder / name).is_file() and (manifest(folder) or {}).get(name) == _digest(folder / name)
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Writes the files, by name, into `folder`, which is made if need be. Raises DiskError where that cannot be."""
+    """Write the files, by name, into `folder`, which is made if need be. Raises DiskError where that cannot be."""
     for name, content in contents.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -274,7 +274,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies a finished checkpoint to `target`, all or nothing. Raises DiskError as `check_output` does."""
+    """Copy a finished checkpoint to `target`, all or nothing. Raises DiskError as `check_output` does."""
     size = sum(path.stat().st_size for path in source.iterdir())
     check_output(target, size)
     with writing(target) as writer:
@@ -284,7 +284,7 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def check_manifest(folder: Path) -> bool:
-    """Raises InputError unless the folder holds exactly the files that were written, as they were written.
+    """Raise InputError unless the folder holds exactly the files that were written, as they were written.
 
     The files of a card may have come. False where there is no manifest to go by.
     """
@@ -303,7 +303,7 @@ def check_manifest(folder: Path) -> bool:
 
 
 def check_config(folder: Path) -> None:
-    """Raises InputError where config.json was changed beside the weights it was written for.
+    """Raise InputError where config.json was changed beside the weights it was written for.
 
     A folder that others than llmcompress have filled since has no say.
     """
@@ -339,7 +339,7 @@ def _digest(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the list of a folder's files, is on the disk. Raises OSError."""
+    """Wait until a file, or the list of a folder's files, is on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

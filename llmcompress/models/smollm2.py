@@ -22,7 +22,7 @@ SENTENCE = "Water boils at 100 degrees."  # what the embedded model's tokenizer 
 
 
 def cache_folder() -> Path:
-    """Where unpacked models live: $LLMCOMPRESS_CACHE, else `llmcompress` in Hugging Face's own cache."""
+    """Return the folder of unpacked models: $LLMCOMPRESS_CACHE, else `llmcompress` in Hugging Face's own cache."""
     from huggingface_hub import constants
 
     chosen = os.environ.get("LLMCOMPRESS_CACHE")
@@ -50,7 +50,7 @@ def embedded() -> Path:
 
 
 def _unpack(gguf: Path, folder: Path) -> None:
-    """Writes the model in a GGUF file as an ordinary bfloat16 Hugging Face folder."""
+    """Write the model in a GGUF file as an ordinary bfloat16 Hugging Face folder."""
     if find_spec("gguf") is None:
         raise InputError(f"unpacking the embedded model {EMBEDDED!r} needs the package gguf; run `pip install gguf`")
     import torch

@@ -1,4 +1,4 @@
-"""What an interrupted run has finished, kept so that the same command resumes instead of starting over.
+"""The finished work of an interrupted run, kept so that the same command resumes instead of starting over.
 
     FOLDER/NAME.json          a record without tensors
     FOLDER/NAME.safetensors   a record with tensors; the JSON is in its header

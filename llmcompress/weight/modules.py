@@ -218,7 +218,7 @@ def packed(w: Weight) -> PackedWeight:
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replaces the submodule called `name`. Raises AttributeError if there is none."""
+    """Replace the submodule called `name`. Raises AttributeError if there is none."""
     parent, _, leaf = name.rpartition(".")
     model.get_submodule(name)
     setattr(model.get_submodule(parent), leaf, module)
@@ -236,7 +236,11 @@ def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
 
 @contextmanager
 def decoded(model: nn.Module) -> Iterator[None]:
+<<<<<<< HEAD
     """Keep every compressed linear of a model decoded while the context lasts.
+=======
+    """Keep every compressed linear decoded while the context lasts: dense memory, faster, equal up to rounding.
+>>>>>>> 80f2cae (prose)
 
     Products are faster and equal up to rounding; memory is that of the dense model. Embeddings decode the rows that
     they look up, here as elsewhere.

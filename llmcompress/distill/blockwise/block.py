@@ -43,7 +43,7 @@ Block = Callable[[Tensor], Tensor]  # hidden states [sequences, length, width] t
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """What a block reads and what it should give, `[sequences, length, width]`, each; `counted` bool
+    """The inputs of a block and the outputs it should give, `[sequences, length, width]`, each; `counted` bool
     `[sequences, length]`, true = this token counts."""
 
     inputs: Tensor
@@ -70,8 +70,8 @@ class Activations:
 
 @dataclass(frozen=True)
 class Recovered:
-    """What became of a block. `before`, `after`: its errors on the held-out sequences; `step`: after which it was best,
-    0 where nothing helped and it is as it was, to the bit; `frozen`: how many codes were, then."""
+    """The errors of a block, `before` and `after` it learned, on the held-out sequences. `step`: the best one, 0 where
+    nothing helped and the block is as it was, to the bit; `frozen`: the number of frozen codes by then."""
 
     before: float
     after: float

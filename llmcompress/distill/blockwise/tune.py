@@ -37,8 +37,8 @@ from llmcompress.weight.trainable.latents.lora_rounding import Offsets
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    """What blocks learned: their compressed linears and other parameters by name, and in `found` what became of the
-    error, `before` and `after`."""
+    """The result of blocks that learned: their compressed linears and other parameters by name, and in `found` the
+    errors `before` and `after`."""
 
     linears: dict[str, CompressedLinear]
     dense: dict[str, Tensor]
@@ -47,9 +47,9 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Tune:
-    """How blocks learn once their layers are set, in place: `learn(blocks, dense weights by name, how many sequences
-    are held out)`, with blocks that follow each other: `window` of them, 1 or 2, in the end; with `between`, also one
-    alone after each group of its layers with a common input. `batch_size`: of a forward."""
+    """The learning of blocks once their layers are set, in place: `learn(blocks, dense weights by name, number of
+    held-out sequences)`, with blocks that follow each other: `window` of them, 1 or 2, in the end; with `between`, also
+    one alone after each group of its layers with a common input. `batch_size`: of a forward."""
 
     learn: Callable[[tuple[Block, ...], Mapping[str, Tensor], int], Tuned]
     between: bool
@@ -58,7 +58,10 @@ class Tune:
 
 
 def tuner(recipe: Reconstruction) -> Tune:
-    """What the driver calls when layers of a block are set. Raises InputError where nothing is held out to judge by."""
+    """Return what the driver calls when layers of a block are set.
+
+    That raises InputError where nothing is held out to judge by.
+    """
 
     def tune(blocks: tuple[Block, ...], weights: Mapping[str, Tensor], held_out: int) -> Tuned:
         return _tuned(blocks, weights, recipe, held_out)
@@ -89,7 +92,7 @@ def _tuned(blocks: tuple[Block, ...], weights: Mapping[str, Tensor], recipe: Rec
 
 
 def _form(recipe: Reconstruction) -> Form | None:
-    """What latents are made of; None where each is a number of its own."""
+    """Return the form of latents; None where each is a number of its own."""
     if recipe.offsets is not None:
         return partial(Offsets, rank=recipe.offsets.rank)
     return Divided if recipe.latents == "divided" else None

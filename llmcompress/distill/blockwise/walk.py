@@ -32,8 +32,8 @@ Autocast = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Walked:
-    """What a walk learned: compressed linears, and what is not compressed, by name; `trained`: how many numbers of each
-    kind moved; `blocks`: what became of each, by its path."""
+    """The result of a walk: compressed linears, and what is not compressed, by name; `trained`: the count of numbers of
+    each kind that moved; `blocks`: the errors of each, by its path."""
 
     linears: dict[str, CompressedLinear] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
@@ -55,14 +55,14 @@ class Stream:
 
     @staticmethod
     def of(model: PreTrainedModel, ids: Tensor, batches: list[RowBatch], autocast: Autocast) -> Stream:
-        """At the first block. Raises InputError for a model whose blocks cannot be run on their own."""
+        """Start at the first block. Raises InputError for a model whose blocks cannot be run on their own."""
         stack = block_stack(model.config, model)
         hidden, calls, _ = recorded(model, stack, ids, batches, model.device)
         return Stream(model, stack, hidden.to(STORED), calls, batches, autocast)
 
     @property
     def blocks(self) -> int:
-        """How many there are."""
+        """The number of blocks."""
         return len(list(self.model.get_submodule(self.stack).children()))
 
     def path(self, index: int) -> str:
@@ -84,7 +84,7 @@ class Stream:
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Moves on to the outputs of a block."""
+        """Move on to the outputs of a block."""
         run = self.block(index)
         with decoded(self.model.get_submodule(self.path(index))):
             for batch in self.batches:
@@ -102,7 +102,7 @@ def recover_blocks(
     autocast: Autocast,
     report: Callable[[int, int, Recovered, float], None] | None = None,
 ) -> Walked:
-    """Recovers the blocks of `model` one after the other, in place, towards those of `teacher`.
+    """Recover the blocks of `model` one after the other, in place, towards those of `teacher`.
 
     `ids`, `counted` `[sequences, length]`: tokens, and whether each counts; the last `held_out` sequences are only
     measured on. Blocks in the `store` are taken from there. `report(blocks done, blocks, what became of the last,

@@ -1,4 +1,4 @@
-"""How processes hold the models that train: whole and alone, whole in each of several, or in shares.
+"""The ways in which processes hold the models that train: whole and alone, whole in each of several, or in shares.
 
 - alone: nothing is wrapped.
 - data parallel (DDP): every process has all; gradients are averaged over processes.
@@ -47,7 +47,10 @@ T = TypeVar("T")
 
 
 class Root(nn.Module):
-    """What is prepared together. Its forward runs a function, while what is sharded outside of blocks is gathered."""
+    """The models that are prepared together.
+
+    Its forward runs a function, while what is sharded outside of blocks is gathered.
+    """
 
     def __init__(self, *parts: nn.Module) -> None:
         super().__init__()
@@ -56,7 +59,7 @@ class Root(nn.Module):
         self._no_split_modules = sorted(_block_classes(self))
 
     def forward(self, run: Callable[[], T]) -> T:
-        """What `run` returns; every process has to run the same blocks in the same order."""
+        """Return what `run` does; every process has to run the same blocks in the same order."""
         return run()
 
 
@@ -103,7 +106,7 @@ class Engine:
         return Engine(accelerator, student, optimizer, objective, freezer())
 
     def within(self, run: Callable[[], T]) -> T:
-        """What `run` returns, which uses the models in any way that needs no gradient."""
+        """Return what `run` does, which uses the models in any way that needs no gradient."""
         if self.root is None:
             return run()
         with torch.no_grad():
@@ -123,7 +126,7 @@ class Engine:
         return run() if self.root is None else cast(tuple[Tensor, Tensor], self.root(run))
 
     def backward(self, total: Tensor) -> None:
-        """Adds the gradients of a share of the objective; they are sums over processes, which wrappers average."""
+        """Add the gradients of a share of the objective; they are sums over processes, which wrappers average."""
         total = total * self.accelerator.num_processes
         if self.zero is None:
             total.backward()
@@ -158,7 +161,7 @@ class Engine:
         return norm
 
     def update(self, done: float) -> dict[str, int]:
-        """What follows from a step, when a share `done` of all steps is done.
+        """Update the codes after a step, when a share `done` of all steps is done.
 
         Where oscillating codes are frozen: how many codes changed, turned and are frozen, over all processes.
         """
@@ -173,7 +176,7 @@ class Engine:
         return dict(zip(("changed", "turned", "frozen"), counts.tolist(), strict=True))
 
     def save(self, store: Store, progress: Progress) -> None:
-        """Keeps the state, by the first process. Raises DiskError where it cannot be written."""
+        """Keep the state, by the first process. Raises DiskError where it cannot be written."""
         tensors, habits = {}, self.freezer.state()
         for name, parameter in self.student.named().items():
             known = {**self._moments(parameter), **habits.get(name, {})}
@@ -185,7 +188,7 @@ class Engine:
             save_state(store, progress, tensors)
 
     def load(self, store: Store) -> Progress:
-        """Puts the last state back, which the first process reads; a new `Progress` where there is none.
+        """Put the last state back, which the first process reads; a new `Progress` where there is none.
 
         Raises InputError for another run's, or damage, in every process.
         """
@@ -217,7 +220,7 @@ class Engine:
         return progress
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """What the optimizer remembers of a parameter, shaped and shared out as that is."""
+        """Return what the optimizer remembers of a parameter, shaped and shared out as that is."""
         if self.zero is None or parameter not in self.zero.pieces:  # as scales that follow their latents
             return moments(self.optimizer, parameter)
         pieces = moments(self.optimizer, self.zero.pieces[parameter])
@@ -254,8 +257,8 @@ class Engine:
         student.rebind_parameters()
 
     def _share(self, like: Tensor, form: Tensor, whole: Tensor | None) -> Tensor:
-        """What this process holds of `whole`, which the first one has and all know the `form` of, where `like` is held
-        so; a count of steps is in the host's memory."""
+        """Return the share of `whole` that this process holds where `like` is shared out; the first process has it, and
+        all know its `form`. A count of steps is in the host's memory."""
         device = self.accelerator.device
         there = torch.empty_like(form, device=device) if whole is None else whole.to(device)
         if self.accelerator.num_processes > 1:
@@ -269,7 +272,7 @@ class Engine:
 
 @contextmanager
 def held_decoded(accelerator: Accelerator, student: PreTrainedModel, teacher: PreTrainedModel) -> Iterator[None]:
-    """Keeps compressed linears that do not train decoded: all of them, or where models are sharded the heads alone.
+    """Keep compressed linears that do not train decoded: all of them, or where models are sharded the heads alone.
 
     Around `Engine.of`. Blocks of a compressed teacher that is sharded are decoded whenever they run.
     """

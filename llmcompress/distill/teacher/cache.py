@@ -37,7 +37,7 @@ Logits = Callable[[slice], Iterable[Tensor]]  # which sequences -> logits [token
 
 @dataclass(frozen=True)
 class CacheOrigin:
-    """What a cache depends on. Equal origins give equal bytes, on one machine and library version."""
+    """The identity of a cache. Equal origins give equal bytes, on one machine and library version."""
 
     teacher: str  # digest of its files
     tokens: str  # digest of the token ids, of which of them count, and of documents
