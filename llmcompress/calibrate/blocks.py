@@ -189,7 +189,7 @@ def _standing_in(stack: nn.Module, others: Sequence[_StandIn]) -> Iterator[None]
 
 
 class _Recorder(_StandIn):
-    """A stand-in for a block in the model's own forward: it hands hidden states on untouched and keeps its arguments."""
+    """A stand-in for a block in the model's own forward: hands hidden states on untouched and keeps its arguments."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
         """The hidden states, as they came."""
@@ -297,7 +297,7 @@ def head_inputs(
 
 @contextmanager
 def answered(model: PreTrainedModel, stack: str, count: int, hidden: Tensor, as_tuple: bool) -> Iterator[None]:
-    """Make forwards of `model` skip its first `count` blocks while the context lasts: the next gets `hidden` instead."""
+    """Make forwards of `model` skip its first `count` blocks while the context lasts: the next one gets `hidden`."""
     module = model.get_submodule(stack)
     blocks = list(module.children())[:count]
     with _standing_in(module, [_Replay(block, hidden=hidden, as_tuple=as_tuple) for block in blocks]):

@@ -236,11 +236,7 @@ def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
 
 @contextmanager
 def decoded(model: nn.Module) -> Iterator[None]:
-<<<<<<< HEAD
     """Keep every compressed linear of a model decoded while the context lasts.
-=======
-    """Keep every compressed linear decoded while the context lasts: dense memory, faster, equal up to rounding.
->>>>>>> 80f2cae (prose)
 
     Products are faster and equal up to rounding; memory is that of the dense model. Embeddings decode the rows that
     they look up, here as elsewhere.

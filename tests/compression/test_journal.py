@@ -312,7 +312,7 @@ def test_prices_are_kept_until_the_model_is_there(place: Path, tmp_path: Path, m
     asked = recipe(place, rules=[], options=options, target={"bpw": 5.0})
     said = cut(place, asked, tmp_path / "out", 2)
     prices = tmp_path / "out.prices.json"
-    assert prices.is_file() and f"what the options cost is kept in {prices}" in said.__notes__
+    assert prices.is_file() and f"the prices of the options are kept in {prices}" in said.__notes__
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("priced again")
