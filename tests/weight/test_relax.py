@@ -25,6 +25,7 @@ from llmcompress.weight.nodes import (
     Dense,
     Grid,
     LowRank,
+    Minifloat,
     Rotated,
     Scaled,
     Sum,
@@ -336,6 +337,8 @@ def formula(w: Weight, leaves: dict[str, Tensor], path: str = "", shown: Tensor 
             entries = leaves.get(path + "centroids", centroids.double()).reshape(centroids.shape)
             rows = [torch.cat([entries[int(code)] for code in row])[:width] for row in codes]
             return torch.stack(rows) * scales
+        case Minifloat():  # none of which trains
+            return dense(w).double()
         case LowRank(left, right):
             return formula(left, leaves, path + "left_") @ formula(right, leaves, path + "right_")
         case Where(index, inside, outside):
