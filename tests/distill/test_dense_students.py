@@ -100,7 +100,7 @@ def test_what_a_compressed_student_keeps_dense_trains_too(place: Path, tmp_path:
     rates = {"weights": 2e-2, "scales": 1e-2}
     done = distill(tmp_path / "narrow", tmp_path / "dense", asked(place, steps=8, rates=rates), tmp_path / "out")
     assert done.history[-1]["kl"] < 0.9 * done.history[0]["kl"] and set(done.trained) == set(rates)
-    assert verify(tmp_path / "out", length=16).layers == 3
+    assert verify(tmp_path / "out", text=place / "text.txt", length=16).layers == 3
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     before, after = tensors(tmp_path / "narrow"), tensors(tmp_path / "out")
     moved = {name.removesuffix(".weight") for name in before if not torch.equal(before[name], after[name])}

@@ -179,7 +179,8 @@ def test_phases_follow_each_other(folders: Path, tmp_path: Path) -> None:
     assert all(block["after"] < block["before"] for block in whole.phases[0]["blocks"].values())
     assert set(whole.trained) == {*RATES, "factors"} and whole.bytes_before < whole.bytes_after
     assert json.loads((tmp_path / "whole" / "distillation.json").read_text())["phases"] == whole.phases
-    assert verify(tmp_path / "whole", length=16).layers == 16 and not (tmp_path / "whole.training").exists()
+    assert verify(tmp_path / "whole", text=folders / "text.txt", length=16).layers == 16
+    assert not (tmp_path / "whole.training").exists()
     first = distill(folders / "small", folders / "dense", recipe(folders, phases=phases[:1]), tmp_path / "first")
     second = distill(tmp_path / "first", folders / "dense", recipe(folders, phases=phases[1:]), tmp_path / "second")
     assert math.isclose(first.history[-1]["kl"], distances[1], rel_tol=1e-6)

@@ -89,7 +89,7 @@ def test_what_trains_is_recovered_at_the_same_bytes(folders: Path, tmp_path: Pat
     ]
     assert distances[1] < 0.9 * distances[0]
     assert not (tmp_path / "out.training").exists()
-    assert verify(tmp_path / "out", length=16).layers == 16
+    assert verify(tmp_path / "out", text=folders / "text.txt", length=16).layers == 16
     assert read(tmp_path / "out").bytes == sizes[1]
 
 

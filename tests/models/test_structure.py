@@ -82,7 +82,8 @@ def test_unequal_widths_are_saved_and_loaded(model: PreTrainedModel, tmp_path: P
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     written, slow = (again.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False))
     assert torch.equal(written, slow)
-    assert verify(folder, length=16).layers == 3
+    (tmp_path / "text.txt").write_text("Forty farms bring their corn to the mill by the river. " * 9)
+    assert verify(folder, text=tmp_path / "text.txt", length=16).layers == 3
     again.save_pretrained(tmp_path / "twice")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "twice")(IDS).logits, model(IDS).logits)
 
