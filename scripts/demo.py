@@ -1,4 +1,4 @@
-"""The main job, end to end: compress a model, let the dense one teach the result, load and score it."""
+"""The main job, end to end: compress a model, let the dense one teach the result, load, score and show it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmcompress as lc
+from llmcompress.cli.stages import Stages
 from llmcompress.distill.run import Distilled, distill
 from llmcompress.evaluate.lm_eval import PAIRS
-from llmcompress.evaluate.scores import evaluate_all
+from llmcompress.evaluate.page.files import add_generations
+from llmcompress.evaluate.page.write import write_page
+from llmcompress.evaluate.score import save_scores
+from llmcompress.evaluate.scores import Evaluation, evaluate_all
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.locate import locate
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
 
 ROOT = Path(__file__).parent.parent
-RECIPE = ROOT / "configs" / "recommended" / "default.yaml"
-LESSON = ROOT / "configs" / "distillation" / "scales-norms.yaml"
 SIDES = ("dense", "compressed", "distilled")
 PROMPTS = ("The capital of France is", "Water boils when", "To learn to play the piano, one should")
 NEW_TOKENS = 24
@@ -44,100 +46,108 @@ with llmcompress.decoded(model):
 """
 
 
+@dataclass(frozen=True)
+class Job:
+    """What the demo runs: two recipes by name or file, and how many windows of 1024 tokens it scores on."""
+
+    recipe: str
+    lesson: str
+    settings: tuple[str, ...]
+    windows: int
+
+
+QUICK = Job("quick", "quick-lesson", (), 4)
+FULL = Job("default", "scales-norms", ("steps=24",), 16)
+
+
 def main() -> None:
-    """Runs the demo and writes its numbers beside the checkpoint."""
+    """Run the demo and write its numbers and its page beside the checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="longer searches, more text, more training, more scoring")
     parser.add_argument("--model", default="smollm2", help="a folder, a Hub id, or smollm2 (embedded)")
-    parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--steps", type=int, default=24, help="of the distillation")
+    parser.add_argument("--recipe", help="of the compression: a name or a file")
+    parser.add_argument("--steps", type=int, help="of the distillation")
+    parser.add_argument("--windows", type=int, help="windows of 1024 tokens that perplexity is measured on")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "demo", help="replaced if it is there")
-    parser.add_argument("--windows", type=int, default=16, help="windows of 1024 tokens that perplexity is measured on")
     options = parser.parse_args()
-    console = Console()
-    started = time.monotonic()
-    shutil.rmtree(options.output, ignore_errors=True)
-    # unpacking the embedded model, once, takes more memory than compressing it: not in the process that is measured
-    subprocess.run([sys.executable, "-c", LOCATE, options.model], check=True)
-    report = compress(options, console).report
-    lesson = distilled(options, console)
-    console.print("scoring on text that neither calibration nor training saw ...")
-    dense, *small = (load_model(locate(str(place))) for place in (options.model, options.output, lesson.output))
-    tokenizer = load_tokenizer(options.output)
-    protocol = lc.Protocol(windows=options.windows, tasks=(PAIRS,))
-    measured = evaluate_all(dense, [lambda: small[0], lambda: small[1]], tokenizer, protocol)
-    sizes = {"bytes": report.bytes, "bpw": report.bpw, "model_bpw": report.model_bpw}
-    numbers: dict[str, Any] = {name: one.to_json() for name, one in zip(SIDES, measured, strict=True)}
-    for name, model in zip(SIDES, (dense, *small), strict=True):
-        with lc.decoded(model):
-            sentences = [write(model, tokenizer, prompt) for prompt in PROMPTS]
-        numbers[name] |= {"bytes": report.dense_bytes} if name == "dense" else sizes
-        numbers[name]["sentences"] = texts(tokenizer, sentences)
-    ratios = {
-        f"{name}_perplexity_ratio": numbers[name]["perplexity"] / numbers["dense"]["perplexity"] for name in SIDES[1:]
-    }
-    numbers |= {
-        **ratios,
-        "compress_seconds": report.seconds,
-        "distill_seconds": lesson.seconds,
-        "distill_tokens": lesson.tokens,
-        "peak_memory_bytes": report.peak_memory_bytes,
-        "same_tokens_after_reload": reloaded(Path(lesson.output)) == sentences[0],
+    job, output, stages, started = FULL if options.full else QUICK, options.output, Stages(), time.monotonic()
+    recovered, page = output.with_name(f"{output.name}-distilled"), output.with_suffix(".html")
+    for left in (output, recovered, recovered.with_name(f"{recovered.name}.training")):
+        shutil.rmtree(left, ignore_errors=True)
+    page.unlink(missing_ok=True)
+    with stages("unpack the model"):  # once; in a process of its own, as it takes more memory than compressing
+        subprocess.run([sys.executable, "-c", LOCATE, options.model], check=True)
+    with stages("compress, block") as stage:
+        small = lc.compress(options.model, options.recipe or job.recipe, output, progress=stage.progress)
+    with stages("distil, step") as stage:
+        steps = job.settings if options.steps is None else (f"steps={options.steps}",)
+        lesson = distill(
+            output, options.model, read_as(Distillation, job.lesson, steps), recovered, progress=stage.progress
+        )
+    models = [load_model(locate(str(place))) for place in (options.model, output, recovered)]
+    tokenizer = load_tokenizer(output)
+    with stages("score"):
+        protocol = lc.Protocol(windows=options.windows or job.windows, tasks=(PAIRS,))
+        scores = evaluate_all(models[0], [lambda: models[1], lambda: models[2]], tokenizer, protocol)
+    with stages("write sentences"):
+        sentences = [written(model, tokenizer) for model in models]
+    with stages("load again in a new process"):
+        again = reloaded(recovered)
+    numbers = gathered(small.report, lesson, scores) | {
+        "same_tokens_after_reload": again == sentences[-1][0],
         "seconds": time.monotonic() - started,
     }
-    target = options.output.with_suffix(".json")
-    target.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
-    show(numbers, console)
-    console.print(f"checkpoints {options.output}, {lesson.output}\nnumbers     {target}", soft_wrap=True)
+    texts = [[str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in each] for each in sentences]
+    for side, lines in zip(SIDES, texts, strict=True):
+        numbers[side]["sentences"] = lines
+    output.with_suffix(".json").write_text(json.dumps(numbers, indent=2), encoding="utf-8")
+    save_scores(recovered, protocol, scores[0], scores[2])
+    add_generations(recovered, side_by_side(texts))
+    write_page(recovered, page)
+    show(numbers, Console())
+    print(f"report  {page}\nnumbers {output.with_suffix('.json')}\n\nNext:")
+    print(f"  .venv/bin/llmcompress inspect {recovered}")
+    print(f"  .venv/bin/llmcompress compress {options.model} --size 60MB -o out/60MB")
+    print("  .venv/bin/llmcompress recipes")
     if not numbers["same_tokens_after_reload"]:
         sys.exit("the checkpoint does not generate the same tokens when it is loaded again")
 
 
-def compress(options: argparse.Namespace, console: Console) -> lc.Result:
-    """The compressed model, with a progress bar over its blocks on a terminal."""
-    columns = (TextColumn("blocks"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        return lc.compress(
-            options.model,
-            options.recipe,
-            options.output,
-            progress=lambda done, total, speed: bar.update(task, completed=done, total=total),
-        )
-
-
-def distilled(options: argparse.Namespace, console: Console) -> Distilled:
-    """The dense model's lesson: scales and norms of the compressed one move, its codes and bytes stay."""
-    output = options.output.with_name(options.output.name + "-distilled")
-    for left in (output, output.with_name(output.name + ".training")):
-        shutil.rmtree(left, ignore_errors=True)
-    columns = (TextColumn("steps"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        return distill(
-            options.output,
-            options.model,
-            read_as(Distillation, LESSON, [f"steps={options.steps}"]),
-            output,
-            progress=lambda done, total, *_: bar.update(task, completed=done, total=total),
-        )
+def gathered(report: lc.Report, lesson: Distilled, scores: list[Evaluation]) -> dict[str, Any]:
+    """The numbers of all sides, with what each step took."""
+    sizes = {"bytes": report.bytes, "bpw": report.bpw, "model_bpw": report.model_bpw}
+    numbers: dict[str, Any] = {
+        side: found.to_json() | ({"bytes": report.dense_bytes} if side == "dense" else sizes)
+        for side, found in zip(SIDES, scores, strict=True)
+    }
+    ratios = {
+        f"{side}_perplexity_ratio": numbers[side]["perplexity"] / numbers["dense"]["perplexity"] for side in SIDES[1:]
+    }
+    cost = {"compress_seconds": report.seconds, "distill_seconds": lesson.seconds, "distill_tokens": lesson.tokens}
+    return numbers | ratios | cost | {"peak_memory_bytes": report.peak_memory_bytes}
 
 
 @torch.no_grad()
-def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The prompt and the model's greedy continuation, as token ids."""
-    inputs = tokenizer(prompt, return_tensors="pt")
+def written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The prompts, each with the model's greedy continuation, as token ids."""
     generate: Any = model.generate
-    ids: list[int] = generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()
-    return ids
+    with lc.decoded(model):
+        return [
+            generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()
+            for prompt in PROMPTS
+        ]
 
 
-def texts(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> list[str]:
-    """Token ids as text."""
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences]
+def side_by_side(texts: list[list[str]]) -> dict[str, dict[str, str]]:
+    """The continuations by prompt, then by side."""
+    return {
+        prompt: {side: lines[number].removeprefix(prompt) for side, lines in zip(SIDES, texts, strict=True)}
+        for number, prompt in enumerate(PROMPTS)
+    }
 
 
 def reloaded(folder: Path) -> list[int]:
-    """What a fresh process generates that only imports llmcompress and calls `from_pretrained`."""
+    """The tokens of a new process that only imports llmcompress and calls `from_pretrained`."""
     command = [sys.executable, "-c", RELOAD, str(folder), PROMPTS[0], str(NEW_TOKENS)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     ids: list[int] = json.loads(done.stdout.splitlines()[-1])
@@ -145,7 +155,7 @@ def reloaded(folder: Path) -> list[int]:
 
 
 def show(numbers: dict[str, Any], console: Console) -> None:
-    """The table and the sentences."""
+    """Print the table and the sentences."""
     table = Table("", *SIDES)
     for name, form in (
         ("bytes", "{:,}"),

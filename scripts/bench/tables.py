@@ -38,21 +38,23 @@ LEARNED: Columns = {
     "top-1 agreement": "{top1_agreement:.3f}",
 }
 PREDICTED = "{kl_predicted:.3f}, {kl_probing:.3f}"
+MAIN_JOB: Columns = {
+    "": "{arm}",
+    "bytes": "{bytes:,}",
+    "bpw": "{bpw:.3f}",
+    "model_bpw": "{model_bpw:.3f}",
+    "perplexity": "{perplexity:.3f}",
+    "ratio": "{ratio_short}",
+    "KL": "{kl:.4f}",
+    "top-1 agreement": "{top1_agreement:.4f}",
+    "llmcompress_pairs": "{pairs:.3f}",
+    "seconds": "{seconds:.0f}",
+    "peak MB": "{peak_megabytes:.0f}",
+}
 TABLES: dict[str, Columns] = {
     "summary": {"": "{topic}", "what was measured": "{verdict}"},
-    "main": {
-        "": "{arm}",
-        "bytes": "{bytes:,}",
-        "bpw": "{bpw:.3f}",
-        "model_bpw": "{model_bpw:.3f}",
-        "perplexity": "{perplexity:.3f}",
-        "ratio": "{ratio_short}",
-        "KL": "{kl:.4f}",
-        "top-1 agreement": "{top1_agreement:.4f}",
-        "llmcompress_pairs": "{pairs:.3f}",
-        "seconds": "{seconds:.0f}",
-        "peak MB": "{peak_megabytes:.0f}",
-    },
+    "main": MAIN_JOB,
+    "quick": MAIN_JOB,
     "methods": {
         "recipe": "{recipe}",
         "bpw": "{bpw:.3f}",
