@@ -1,4 +1,4 @@
-"""What an allocation is worth: its plan beside plans of the same size, and how well damages are predicted.
+"""Measure what an allocation is worth: its plan beside plans of the same size, and how well damages are predicted.
 
     python scripts/bench/allocation.py --data DATA (--bpw 2 | --size 40MB) [--options FILE] [--damage kl] [--plans 20]
         [--subsets 1] [--prices FILE]
@@ -108,7 +108,7 @@ def allocated(source: DenseModel, asked: dict[str, Any], kept: Path | None) -> A
 
 
 def others(source: DenseModel, asked: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What is chosen by prices on random pieces of the calibration text."""
+    """Yield, by name, the plans that prices on random pieces of the calibration text choose."""
     text = (asked.data / "wikitext2-valid.txt").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         pieces = Path(folder) / "pieces.jsonl"

@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def measured(arguments: list[str]) -> dict[str, Any]:
-    """What one process says."""
+    """Return the figures that one process prints."""
     done = subprocess.run([sys.executable, "-c", WORK, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

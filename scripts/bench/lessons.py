@@ -1,4 +1,4 @@
-"""What a student learns by, at equal tokens: losses and mixtures against plain forward KL, a table with several seeds.
+"""Compare losses and mixtures with plain forward KL at equal tokens, in a table over several seeds.
 
 python scripts/bench/lessons.py STUDENT --text OTHER [--steps 20] [--seeds 0 1] [--arms forward_kl taid ...] --out OUT
 
@@ -38,7 +38,7 @@ SELF, CACHED = "self", "cached"
 
 
 def recipe(arm: str, steps: int, seed: int, other: Path) -> Distillation:
-    """What an arm is asked to do."""
+    """Return the recipe of an arm."""
     samples = steps * BATCH + DOCS["held_out"]
     data: Any = DOCS | {"samples": samples}
     if arm == SELF:

@@ -46,13 +46,13 @@ class LlamaEngine:
         return found
 
     def tokens(self, text: str) -> list[int]:
-        """How llama.cpp cuts a text, special tokens recognized and put around it as the file says."""
+        """Return llama.cpp's tokens of a text, special ones recognized and put around it as the file says."""
         asked = {"content": text, "add_special": True, "parse_special": True}
         found: list[int] = self._answer("/tokenize", asked)["tokens"]
         return found
 
     def _answer(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
-        """What the server answers; it listens to this machine only."""
+        """Return the server's answer to a request. It listens to this machine only."""
         request = urllib.request.Request(
             self.address + path, json.dumps(asked).encode(), {"Content-Type": "application/json"}
         )

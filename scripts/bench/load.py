@@ -1,4 +1,4 @@
-"""How long `from_pretrained` takes and what it takes, compressed beside dense, in turn, each in a fresh process.
+"""Measure the time and memory of `from_pretrained`, compressed beside dense, in turn, each in a fresh process.
 
     python scripts/bench/load.py COMPRESSED DENSE [--times 7]
 

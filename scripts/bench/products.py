@@ -1,4 +1,4 @@
-"""What float32 products by oneDNN and bfloat16 products are worth on this machine's CPU, beside torch's own float32.
+"""Measure float32 products by oneDNN and bfloat16 products on this machine's CPU, beside torch's own float32.
 
     python scripts/bench/products.py [--rounds 5]
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def taken() -> str:
-    """What calibration and scoring compute with, in words."""
+    """Return in words the products that calibration and scoring compute with."""
     before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # made when torch is imported
     with fast_float32():
         changed = torch.backends.mkldnn.matmul.fp32_precision != before  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""How long the package takes to import on top of torch, and `llmcompress --help` to answer; medians of seven.
+"""Time the package's import on top of torch, and the answer of `llmcompress --help`; medians of seven.
 
 python scripts/bench/startup.py
 """

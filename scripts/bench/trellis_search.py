@@ -1,4 +1,4 @@
-"""How long the search for the streams of one column takes, on a GPU and on this machine's CPUs; and that both agree.
+"""Time the search for the streams of one column on a GPU and on this machine's CPUs, and check that both agree.
 
     python scripts/bench/trellis_search.py [--device cuda] [--rows 576 4096 14336] [--columns 50] [--memory 12]
 

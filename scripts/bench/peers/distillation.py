@@ -49,7 +49,7 @@ SAME = ("text", "tokens", "trained")  # of both reports
 
 
 def recipe(steps: int) -> Distillation:
-    """What both are asked to do."""
+    """Return the recipe that both are given."""
     from llmcompress.recipe.distillation import Distillation
 
     samples = BATCH * steps + HELD_OUT
@@ -212,7 +212,7 @@ def gkd(
 
 
 def size_of(value: Tensor) -> float:
-    """What a rate is a share of: the root mean square of the numbers as they are at first, or 1."""
+    """Return what a rate is a share of: the root mean square of the numbers as they are at first, or 1."""
     return float(value.detach().square().mean().sqrt()) or 1.0
 
 

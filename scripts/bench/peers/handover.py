@@ -1,4 +1,4 @@
-"""What the peers' scripts share: what they are given and the folder that they hand over to score.py.
+"""The part that the peers' scripts share: what they are given and the folder that they hand over to score.py.
 
 It runs in every peer's environment, so it needs torch, transformers and safetensors, and nothing of llmcompress. The
 folder is an ordinary dense Hugging Face folder in float32, the decoder's linears being what the peer's codes are worth
@@ -58,7 +58,7 @@ def decoder_linears(model: nn.Module) -> dict[str, Any]:
 
 
 def timed(work: Callable[[], Found]) -> tuple[Found, dict[str, Any]]:
-    """What `work` returns, and its wall time, its processor time and the process's peak memory up to its end."""
+    """Return the result of `work`, its wall time, its processor time and the process's peak memory up to its end."""
     begun, cpu_begun = time.monotonic(), time.process_time()
     found = work()
     seconds, cpu_seconds = time.monotonic() - begun, time.process_time() - cpu_begun

@@ -85,8 +85,11 @@ def run(given: argparse.Namespace) -> None:
 
 
 def bits(modifier: Any, dense: dict[str, Tensor]) -> int:
-    """What a file would have to hold: a 1-bit map and 16 bits for a kept weight; or codes, and per group 16 bits of
-    scale and a zero point as wide as a code."""
+    """Count the bits that a file would have to hold.
+
+    Pruned: a 1-bit map and 16 bits for a kept weight. Quantized: codes, and per group 16 bits of scale and a zero point
+    as wide as a code.
+    """
     if not hasattr(modifier, "config_groups"):
         return sum(weight.numel() + 16 * int(weight.count_nonzero()) for weight in dense.values())
     scheme = modifier.config_groups["linears"].weights

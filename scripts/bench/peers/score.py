@@ -103,7 +103,7 @@ def scored(folder: str, data: Path) -> dict[str, float]:
 
 
 def gaps(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
-    """How far a row is from dense, in nats per token."""
+    """Return the distances of a row from dense, in nats per token."""
     texts = {"gap": "perplexity", "other_gap": "other_perplexity"}
     return {name: math.log(row[text] / dense[text]) for name, text in texts.items()}
 
