@@ -1,4 +1,4 @@
-"""What each process of `tests/distill/test_processes.py` runs: the jobs of a file, one distillation after another.
+"""Work of each process of `tests/distill/test_processes.py`: the jobs of a file, one distillation after another.
 
     torchrun ... launched.py JOBS ANSWERS
 
@@ -65,7 +65,7 @@ def free_port() -> int:
 
 
 def shares(parameters: Iterable[torch.Tensor]) -> dict[str, int]:
-    """How many numbers there are, how many of them are here, and how many parameters are not sharded."""
+    """Count the numbers, those of them that are here, and the parameters that are not sharded."""
     found = list(parameters)
     here = [value.to_local() if isinstance(value, DTensor) else value for value in found]
     whole = sum(not isinstance(value, DTensor) for value in found)
@@ -73,7 +73,7 @@ def shares(parameters: Iterable[torch.Tensor]) -> dict[str, int]:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """What came of one job, here."""
+    """Run one job and return what came of it in this process."""
     runs: list[TrainContext] = []
     held: dict[str, Any] = {}
     seen: list[int] = []

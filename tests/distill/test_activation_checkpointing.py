@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def calls(student: Path, place: Path, recipe: dict[str, Any], output: Path) -> int:
-    """How often some block ran, of the student or the teacher, in a distillation."""
+    """Count the runs of blocks, the student's and the teacher's, in a distillation."""
     with mock.patch.object(LlamaMLP, "forward", autospec=True, side_effect=LlamaMLP.forward) as forward:
         distill(student, place / "dense", recipe, output)
     return forward.call_count

@@ -1,4 +1,4 @@
-"""What a forward reads: documents that share a sequence are read as alone, and no division of the work shows."""
+"""Forwards over batches: documents that share a sequence are read as alone, and no division of the work shows."""
 
 from __future__ import annotations
 

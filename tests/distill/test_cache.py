@@ -1,4 +1,4 @@
-"""The cached teacher: what is on disk is what was predicted; a cut writing goes on; other runs' caches are refused."""
+"""The cached teacher: disk holds what was predicted; an interrupted writing resumes; other runs' caches are refused."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Predictor:
 
 
 class Cut(Exception):
-    """Where a writing is cut."""
+    """An interruption of a writing."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Frozen codes and median scales in two processes: what one process does, and a cut run ends as a whole one."""
+"""Frozen codes and median scales in two processes: what one process does, and a resumed run ends as a whole one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ launches = pytest.mark.slow  # two processes that have to import everything
 
 
 def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
-    """Distillations by name: `cut` is stopped and `resumed` takes it up."""
+    """Distillations by name: `cut` is interrupted and `resumed` resumes it."""
     codes = {"rates": {"codes": 0.1}, "latents": "teacher", "micro_batch": 1, "steps": 5, "save_every": 1000}
     frozen = codes | {"freezing": FREEZING, "evaluate_every": 1}
 
@@ -36,7 +36,7 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, dict[str, Any]]]:
-    """Where the models are, where the outputs of one process are, and what it says of its jobs."""
+    """The models' folder, the folder of one process's outputs, and what that process says of its jobs."""
     place = make(tmp_path_factory.mktemp("codes"), RULES)
     asked = jobs(place, place / "alone")
     return place, place / "alone", {name: run(asked[name]) for name in ("whole", "median")}

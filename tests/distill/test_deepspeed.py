@@ -1,4 +1,4 @@
-"""What DeepSpeed shares out of a training, as far as it needs no processes (`test_processes` has them): pieces of
+"""The parts of a training that DeepSpeed shares out, without processes (`test_processes` has them): pieces of
 parameters, the precision of products, and which of its ways are refused."""
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def objective(student: Any, teacher: Any, *terms: dict[str, Any]) -> Objective:
 
 
 def whole_logits(student: Any, batch: Batch, exits: list[int]) -> list[Tensor]:
-    """What the student would say behind some of its blocks, the library's norm and head on the library's states."""
+    """Return the student's logits behind some of its blocks: the library's norm and head on the library's states."""
     with states_between(student, exits) as states:
         student(batch.ids, use_cache=False)
     frozen = {name: value.detach() for name, value in student.model.norm.named_parameters()}

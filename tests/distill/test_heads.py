@@ -1,4 +1,4 @@
-"""What heads are for an objective: the model's own logits, without a cast of the same matrix for every chunk."""
+"""Heads for an objective: the model's own logits, without a cast of the same matrix for every chunk."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def frozen(folder: Path) -> PreTrainedModel:
 
 
 def hidden_of(model: PreTrainedModel) -> Tensor:
-    """What a head could read, of 12 tokens."""
+    """Return random hidden states of 12 tokens, for a head to read."""
     return torch.randn(12, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
 
 

@@ -100,7 +100,7 @@ def test_the_objective_is_the_weighted_sum_of_its_losses(layers: Any, pairs: lis
 
 
 def test_activations_that_are_computed_again_change_nothing() -> None:
-    """Whether the states come from a block's first run or from its second."""
+    """The states may come from a block's first run or from its second."""
     student, teacher = pair()
     found = objective(student, teacher, HIDDEN, {"of": {"loss": "forward_kl"}})
     expected = gradients(found(Batch.of(IDS), [1 / 33, 1 / 33])[0], student)
@@ -148,7 +148,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(term: dict[str, Any], pla
 
 
 def test_hidden_states_and_predictions_recover_a_shortened_model(place: Path, tmp_path: Path) -> None:
-    """Cut in the middle, it ends as a whole run: a schedule is a function of the step."""
+    """Interrupted in the middle, it ends as a whole run: a schedule is a function of the step."""
     schedule = {"from": 1.0, "to": 0.0, "until": 0.5}
     losses = [{"of": {"loss": "forward_kl"}}, {"of": {"loss": "hidden"}, "weight": schedule, "layers": [1, 3]}]
     recipe = asked(place, steps=10, losses=losses, save_every=4)

@@ -1,4 +1,4 @@
-"""What several processes cannot do is refused before a model is read."""
+"""Work that several processes cannot do is refused before a model is read."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_terms_bring_the_student_nearer_at_equal_steps(start: str, folders: Path
 
 
 class Cut(Exception):
-    """Where a run is cut."""
+    """An interruption of a run."""
 
 
 def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:

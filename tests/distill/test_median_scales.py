@@ -97,7 +97,7 @@ def parts(w: Weight, path: str = "", shown: Tensor | None = None) -> dict[str, t
 
 
 def weights(module: Relaxed, path: str, form: Grid, shown: Tensor) -> dict[tuple[int, int], list[float]]:
-    """What the latents of a grid stand for, in float64, by row and group."""
+    """Return the values that a grid's latents stand for, in float64, by row and group."""
     scale = module.get_parameter(path + "scale").detach().double().reshape(form.scale.shape)
     latents = iter(module.get_parameter(path + "codes").double().tolist())
     found = defaultdict(list)
@@ -245,7 +245,7 @@ def test_other_scales_learn_at_their_rate(folders: Path, tmp_path: Path) -> None
 
 
 class Cut(Exception):
-    """Where a run is cut."""
+    """An interruption of a run."""
 
 
 def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:

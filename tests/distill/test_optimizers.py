@@ -112,7 +112,7 @@ def test_a_cut_run_with_eight_bits_ends_as_a_whole_one(folders: Path, tmp_path: 
 @needs_bitsandbytes
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_paging_changes_no_number() -> None:
-    """Where there is no GPU it does nothing, so that the steps and what is remembered are those of `adamw_8bit`."""
+    """Paging does nothing without a GPU, so the steps and what is remembered are those of `adamw_8bit`."""
     asked = (EIGHT_BIT, PAGED)
     whole, paged = parameters(), parameters()
     built: list[Any] = [optimizer_of(one, [{"params": given}]) for one, given in zip(asked, (whole, paged))]

@@ -199,7 +199,7 @@ def test_freezing_ends_the_noise_of_codes_between_two_values() -> None:
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
-    """What was measured, but for times."""
+    """Read the metrics of a run, except times."""
     found = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in row.items() if key not in {"seconds", "tokens_per_second"}} for row in found]
 
@@ -224,12 +224,12 @@ def test_without_a_code_that_is_frozen_nothing_changes(folders: Path, tmp_path: 
 
 
 class Cut(Exception):
-    """Where a run is cut."""
+    """An interruption of a run."""
 
 
 @pytest.fixture(scope="module")
 def whole(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What became of a run that froze codes and was not cut."""
+    """The result of an uninterrupted run that froze codes."""
     return run(folders, tmp_path_factory.mktemp("oscillation") / "whole", freezing=SOON, save_every=2)
 
 

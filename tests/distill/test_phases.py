@@ -188,7 +188,7 @@ def test_phases_follow_each_other(folders: Path, tmp_path: Path) -> None:
 
 
 class Cut(Exception):
-    """Where a run is cut."""
+    """An interruption of a run."""
 
 
 @pytest.mark.parametrize("calls", [1, 4])

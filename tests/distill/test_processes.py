@@ -1,5 +1,5 @@
 """Two processes learn what one learns, with whole models (DDP), in shares (FSDP2), and with the optimizer's part in
-shares (DeepSpeed); and they take up what was cut."""
+shares (DeepSpeed); and they resume what was interrupted."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
     """Distillations by name.
 
-    `cut` is stopped and `resumed` takes it up; `kept`, `clipped` and `confined` leave their states, `finished` is what
-    becomes of the first, and `moved` what becomes of it elsewhere.
+    `cut` is interrupted and `resumed` resumes it; `kept`, `clipped` and `confined` leave their states, `finished` is
+    what becomes of the first, and `moved` what becomes of it elsewhere.
     """
 
     def job(output: str, model: str = "tied", stop: list[int] | None = None, **more: Any) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
 
 
 def launch_environment(config: str, **more: str) -> dict[str, str]:
-    """What `accelerate launch --config_file CONFIG` sets for its processes."""
+    """Return the variables that `accelerate launch --config_file CONFIG` sets for its processes."""
     words = ["--config_file", str(CONFIGS / config), "-m", "llmcompress", "distill"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
     args.deepspeed_fields_from_accelerate_config = ""  # so does the command that launches
@@ -130,7 +130,7 @@ def launch_environment(config: str, **more: str) -> dict[str, str]:
 
 
 def answers(engine: str, asked: list[dict[str, Any]], out: Path) -> list[list[dict[str, Any]]]:
-    """What each of two processes says of the jobs."""
+    """Run the jobs in two processes and return what each says of them."""
     (out / "jobs.json").write_text(json.dumps(asked))
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     environment = os.environ | paths | {"OMP_NUM_THREADS": "1"} | launch_environment(ENGINES[engine])
@@ -143,7 +143,7 @@ def answers(engine: str, asked: list[dict[str, Any]], out: Path) -> list[list[di
 
 @pytest.fixture(scope="module")
 def alone(place: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """Where the jobs' outputs are, and what came of them in one process."""
+    """The folder of the jobs' outputs, and what came of them in one process."""
     out = place / "alone"
     asked = jobs(place, out)
     later = {"cut", "resumed", "moved", "other", "no-cache"}
@@ -152,7 +152,7 @@ def alone(place: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
 
 @pytest.fixture(scope="module", params=ENGINES)
 def together(request: pytest.FixtureRequest, place: Path, alone: Any) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-    """Where the jobs' outputs are, and what each of two processes says of them."""
+    """The folder of the jobs' outputs, and what each of two processes says of them."""
     if request.param == "deepspeed" and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     out = place / request.param
@@ -170,7 +170,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def measured(folder: Path) -> list[dict[str, Any]]:
-    """What was measured on the way, but for times."""
+    """Read the metrics of a run, except times."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in row.items() if key not in {"seconds", "tokens_per_second"}} for row in rows]
 

@@ -61,7 +61,7 @@ def predictions(model: PreTrainedModel) -> Tensor:
 
 
 def decoded(weight: Any) -> Tensor:
-    """What transformers decodes a quantized weight to."""
+    """Return the weight that transformers decodes a quantized one to."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     return dequantize_bnb_weight(weight, SimpleNamespace(SCB=None))

@@ -1,4 +1,4 @@
-"""What a user sees of a distillation: metrics of every step, its curve, its card, trackers."""
+"""Reports that a user sees of a distillation: metrics of every step, its curve, its card, trackers."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def recipe(folders: Path, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(folders: Path) -> Distilled:
-    """A distillation that was not cut, in `whole`."""
+    """An uninterrupted distillation, in `whole`."""
     return distill(folders / "small", folders / "dense", recipe(folders, save_every=3), folders / "whole")
 
 
@@ -130,7 +130,7 @@ def test_a_resumed_run_measures_what_a_whole_one_does(
     with pytest.raises(Cut):
         distill(folders / "small", folders / "dense", asked, tmp_path / "out", progress=cut)
     with running.open("a") as file:
-        file.write('{"step": 6, "lo')  # a line that a crash cut
+        file.write('{"step": 6, "lo')  # a line that a crash interrupted
     seen: list[int] = []
     distill(folders / "small", folders / "dense", asked, tmp_path / "out", progress=lambda done, *_: seen.append(done))
     assert seen[0] == kept + 1

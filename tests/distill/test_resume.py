@@ -1,4 +1,4 @@
-"""What a run that is cut leaves: at every moment the state before or the one after, whole."""
+"""The state that an interrupted run leaves: at every moment the state before or the one after, whole."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_save_that_is_cut_anywhere_leaves_the_old_state_or_the_new_one(before:
         seen.append(is_whole(folder, {before, 5}))
         if not died:
             break
-        save_state(Store(folder, RUN), Progress(step=6), tensors(6))  # and the run goes on
+        save_state(Store(folder, RUN), Progress(step=6), tensors(6))  # and the run resumes
         assert is_whole(folder, {6}) == 6 and len(list(folder.iterdir())) == 1
         calls += 1
     assert seen == sorted(seen) and seen[0] == before and seen[-1] == 5 and calls >= 8

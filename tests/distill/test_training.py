@@ -1,4 +1,4 @@
-"""Training: what a step reads and how much it learns are functions of the step; cut runs end as whole ones do."""
+"""Training: what a step reads and how much it learns are functions of the step; resumed runs end as whole ones do."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_latents_that_start_at_the_codes_take_time_to_change_them(folders: Path,
 
 
 class Cut(Exception):
-    """Where a run is cut."""
+    """An interruption of a run."""
 
 
 def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

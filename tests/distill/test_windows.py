@@ -109,7 +109,7 @@ def test_the_report_says_what_the_checkpoint_holds(place: Path, tmp_path: Path) 
 
 
 def test_a_block_learns_again_for_the_next_one(place: Path, tmp_path: Path) -> None:
-    """What is stored of a block is not what it learned alone; the window ends nearer to the dense model."""
+    """A checkpoint does not store what a block learned alone. The window ends nearer to the dense model."""
     asked = {"rates": SCALES, "steps": 12}
     one, two = (
         lc.compress(place / "dense", recipe(place, asked | {"window": size}), tmp_path / str(size)) for size in (1, 2)
@@ -170,7 +170,7 @@ def test_the_plan_says_how_many_learn_together_and_takes_memory_for_both(place: 
 
 
 def _weights(folder: Path) -> Iterator[tuple[str, str, bytes]]:
-    """What a checkpoint stores, tensor by tensor."""
+    """Yield a checkpoint's tensors: file, name and bytes."""
     assert (folder / INDEX).is_file()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
