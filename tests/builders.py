@@ -1,4 +1,4 @@
-"""What several tests build: inputs, layers, and every kind of compressed weight. Seeded, small, no download."""
+"""Inputs, layers and every kind of compressed weight that several tests build. Seeded, small, no download."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which cases every run of the tests takes, and which only a full one does (`./scripts/test --all`)."""
+"""The cases that every run of the tests takes, and those that only a full one does (`./scripts/test --all`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def first_of_each(cases: Iterable[Any], kind: Callable[[Any], Any]) -> Callable[
 
 
 def expressions(seed: int, count: int) -> list[ParameterSet]:
-    """What a law of weights is judged by: every node, and random nestings. Fast: a node of each kind, ten nestings."""
+    """Return the cases that judge a law of weights: every node, and random nestings.
+
+    Fast: a node of each kind, ten nestings.
+    """
     nodes, nestings = every_node(), random_nestings(seed, count)
     is_first = first_of_each(nodes, lambda w: (type(w), type(w.index) if isinstance(w, Where) else None))
     taken = {id(w) for w in nestings[:NESTINGS]}

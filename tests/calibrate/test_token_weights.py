@@ -1,4 +1,4 @@
-"""What tokens count: attention from first principles and from transformers' own outputs, and moments weighed by it."""
+"""Weights of tokens: attention from first principles and from transformers' own outputs, and moments weighed by it."""
 
 from __future__ import annotations
 

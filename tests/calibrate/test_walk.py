@@ -61,7 +61,7 @@ def changes(family: str) -> dict[str, Any]:
 
 
 def block_outputs(model: PreTrainedModel, arch: Architecture, tokens: Tensor) -> list[Tensor]:
-    """What every block of the plain model returns for one batch."""
+    """Return the output of every block of the plain model for one batch."""
     seen: list[Tensor] = []
     handles = [
         model.get_submodule(layout.path).register_forward_hook(

@@ -125,7 +125,7 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """What the commands asked the functions behind them; those only return."""
+    """Record the calls that commands make of the functions behind them. Those only return."""
     made: Calls = []
 
     def returning(value: Any) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""A sweep over budgets: one pricing for all, resumed where it was cut, shown in a table and a plot of its figures."""
+"""A sweep over budgets: one pricing for all, resumed if interrupted, shown in a table and a plot of its figures."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_recipes_are_lines_of_their_own(place: Path, tmp_path: Path) -> None:
         assert f">{name}<" in (tmp_path / "out" / "frontier.svg").read_text()
 
 
-# --- a sweep that was cut -------------------------------------------------------------------------------------------
+# --- an interrupted sweep -------------------------------------------------------------------------------------------
 
 
 class Cut(Exception):
@@ -230,7 +230,7 @@ def test_a_stopped_sweep_says_what_it_keeps(place: Path, tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sweep, "compress_job", stopped)
-    with pytest.raises(KeyboardInterrupt, match="out keeps what is finished, and the same command goes on from there"):
+    with pytest.raises(KeyboardInterrupt, match="out keeps what is finished, and the same command resumes from there"):
         swept(place, tmp_path / "out")
 
 
@@ -317,12 +317,12 @@ SIZES = [
     (None, None, "give the budgets either as --bpw 1.25,1.6,2 or as --sizes 30MB,40MB"),
     ("2", "30MB", "give the budgets either as"),
     (" , ", None, "there are no budgets"),
-    ("2,two", None, "--bpw: 'two' is not a number of bits a weight, more than 0 and at most 16"),
+    ("2,two", None, "--bpw: 'two' is not a number of bits per weight, above 0 and at most 16"),
     ("nan", None, "--bpw: 'nan' is not a number"),
-    ("2,17", None, "--bpw: '17' is not a number of bits a weight, more than 0 and at most 16"),
-    ("2,2.0", None, "the budget bpw-2 is there twice"),
+    ("2,17", None, "--bpw: '17' is not a number of bits per weight, above 0 and at most 16"),
+    ("2,2.0", None, "the budget bpw-2 is given twice"),
     (None, "30 megs", "--sizes: '30 megs' is no size; write a number and one of B, kB, MB"),
-    (None, "0MB", "--sizes: '0MB' is no size of a model"),
+    (None, "0MB", "--sizes: '0MB' is not the size of a model"),
 ]
 
 
@@ -346,7 +346,7 @@ PEERS = [
     ('{"peers": [{"name": "a", "bpw": 2, "ppl": 3}]}', 'unknown key "ppl" in peers'),
     (
         '{"peers": [{"name": "a", "bytes": 2, "perplexity": 3}]}',
-        "the peer 'a' has no bpw, which this sweep's sizes are",
+        "the peer 'a' has no bpw, the unit of this sweep's sizes",
     ),
 ]
 
@@ -407,10 +407,10 @@ def no_model(place: Path, out: Path) -> Any:
 
 CANNOT = [
     (unreachable, 2, r"one: target: 1.5 bpw cannot be reached, 2\.\d+ is the least that the options can do"),
-    (two_of_a_name, 2, "two recipes are called 'a'; give each a name of its own"),
-    (no_name_of_a_folder, 2, r"the recipe's name '\.\./b' is to be a folder's"),
-    (something_else, 4, "out exists already and is no earlier sweep"),
-    (a_file, 4, "out exists already and is no earlier sweep"),
+    (two_of_a_name, 2, "two recipes are named 'a'; give each a name of its own"),
+    (no_name_of_a_folder, 2, r"the recipe's name '\.\./b' cannot name a folder"),
+    (something_else, 4, "out exists and is not an earlier sweep"),
+    (a_file, 4, "out exists and is not an earlier sweep"),
     (too_little_text, 5, "the evaluation text has 5 tokens, less than one window of 48"),
     (a_task_that_is_not_there, 5, "there is no task file none.yaml"),
     (no_model, 5, "nothing"),

@@ -1,4 +1,4 @@
-"""Runs that were cut: what stays, and that the same command ends with the files of an uncut run, bit for bit."""
+"""Interrupted runs: what stays, and that the same command ends with the files of a whole run, bit for bit."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What lies in a checkpoint, but for what tells the time."""
+    """Read the files of a checkpoint, except those that tell the time."""
     timed = ("report.json", "manifest.json", "allocation.json")
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in timed}
 
@@ -125,7 +125,7 @@ def told(report: Report) -> dict[str, Any]:
 def test_a_run_that_was_cut_ends_with_the_same_files(
     name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut twice: behind the first block, and then behind one more."""
+    """Interrupted twice: behind the first block, and then behind one more."""
     asked = recipe(place, **SETTINGS[name])
     blocks = DEPTH + (2 if "head" in asked else 0)
     whole = lc.compress(place / "dense", asked, tmp_path / "whole")
@@ -158,7 +158,7 @@ def test_other_families_go_on_too(family: str, place: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("table", [0, 1])
 def test_tables_are_kept_as_well(table: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut while the token table or the head is compressed, which come after all blocks."""
+    """Interrupted while the token table or the head is compressed, which come after all blocks."""
     asked = recipe(place, **TABLES)
     original = block.compress_block
 
@@ -236,7 +236,7 @@ def test_power_that_fails_before_a_report_is_written(
 
 
 def test_what_the_kept_blocks_are_of_is_compared(place: Path, tmp_path: Path) -> None:
-    """Another recipe, text or model is refused by name, and nothing is lost; asked to, the run begins anew."""
+    """Another recipe, text or model is refused by name, and nothing is lost; asked to, the run starts over."""
     shutil.copytree(place / "dense", tmp_path / "dense")
     text = tmp_path / "text.txt"
     text.write_text((place / "text.txt").read_text())
@@ -328,7 +328,7 @@ def test_prices_are_kept_until_the_model_is_there(place: Path, tmp_path: Path, m
 
 
 def test_the_command_says_what_it_keeps(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And goes on, or begins anew."""
+    """And resumes, or starts over."""
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(place)))
     words = ["compress", str(place / "dense"), str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")]
     original = block.compress_block

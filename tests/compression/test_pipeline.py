@@ -96,7 +96,7 @@ def test_a_cut_run_goes_on_and_does_not_compress_again(
 
 
 def test_asked_to_a_run_begins_anew(place: Path, tmp_path: Path) -> None:
-    """What another recipe left, finished blocks, a compressed model or a state of training, is no hindrance then."""
+    """Finished blocks, a compressed model or a state of training that another recipe left are no hindrance then."""
     asked, out = recipe(place, save_every=2), tmp_path / "out"
 
     def stop(done: int, *_: Any) -> None:

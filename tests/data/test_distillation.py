@@ -1,4 +1,4 @@
-"""What counts: of chats the answers, of packed documents all but first tokens; masks against plain bookkeeping."""
+"""Tokens that count: of chats the answers, of packed documents all but first ones. Masks against plain bookkeeping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Domains: shares against a plain oracle, drawing as a function of the step, cut runs that end as whole ones do."""
+"""Domains: shares against a plain oracle, drawing as a function of the step, resumed runs that end as whole ones."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def recipe(folders: Path, **more: Any) -> dict[str, Any]:
 
 
 class Cut(Exception):
-    """Where a run is cut."""
+    """An interruption of a run."""
 
 
 def cut_after(step: int) -> Callable[..., None]:

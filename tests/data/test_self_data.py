@@ -209,7 +209,7 @@ def test_prompts_may_be_texts_and_too_long(place: Path) -> None:
 
 
 class Cut(Exception):
-    """Where a run is cut."""
+    """An interruption of a run."""
 
 
 def stop_at(prompts: int, act: Callable[[], None]) -> Callable[[int], None]:

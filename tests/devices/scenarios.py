@@ -1,4 +1,4 @@
-"""What `test_devices.py` has done on the CPU and on the stand-in for a GPU, in a process of its own.
+"""Scenarios that `test_devices.py` runs on the CPU and on the stand-in for a GPU, in a process of its own.
 
     python tests/devices/scenarios.py LIBRARY FOLDER ANSWERS
 
@@ -63,7 +63,7 @@ STUDENT: list[dict[str, Any]] = [
 ]
 OPTIONS = [[{"method": "rtn", "bits": bits}] for bits in (2, 3, 4)]
 CODES = {"rates": {"codes": 2e-2, "scales": 1e-2}, "latents": "teacher"}
-CUT = {"scales", "codes", "phases", "cached"}  # distillations that are cut and gone on with, too
+CUT = {"scales", "codes", "phases", "cached"}  # distillations that are interrupted and resumed, too
 COMPRESSIONS = ("attention", "tables", "awq", "fused rotation", "windows", "low rank")  # of the journal's tests
 # name -> what the recipe says of a distillation
 DISTILLATIONS: dict[str, dict[str, Any]] = {
@@ -129,7 +129,7 @@ def of_loss(arguments: dict[str, Any], device: str, out: Path) -> Any:
 
 
 def of_compression(place: Path, more: Mapping[str, Any], device: str, out: Path) -> Any:
-    """What the report says; a run that was cut must leave what a whole one does."""
+    """Return the errors in the report. An interrupted run must leave what a whole one does."""
     asked = compression(place, **{"compute": "float32"} | more)
     run = partial(lc.compress, place / "untied", asked, device=device)
     whole = run(out / "whole")
@@ -139,7 +139,7 @@ def of_compression(place: Path, more: Mapping[str, Any], device: str, out: Path)
 
 
 def of_family(place: Path, family: str, device: str, out: Path) -> Any:
-    """What the report says of a model of a family, and how much that writes."""
+    """Return the errors in the report of a family's model, and how much that model writes."""
     asked = compression(place, compute="float32", rules=STUDENT[1:])
     done = lc.compress(place / family, asked, out / "small", device=device)
     model = AutoModelForCausalLM.from_pretrained(done.folder).to(device)
@@ -148,7 +148,7 @@ def of_family(place: Path, family: str, device: str, out: Path) -> Any:
 
 
 def of_target(place: Path, damage: str, device: str, out: Path) -> Any:
-    """What was predicted and measured of a model of a given size."""
+    """Return the predicted and the measured KL of a model of a given size."""
     target = {"target": {"bpw": 3.5}, "damage": damage, "rules": [], "options": OPTIONS, "compute": "float32"}
     done = lc.compress(place / "dense", compression(place, **target), out / "small", device=device)
     assert done.allocation is not None
@@ -164,7 +164,7 @@ def of_frontier(place: Path, device: str, out: Path) -> Any:
 
 
 def of_distillation(place: Path, name: str, device: str, out: Path) -> Any:
-    """What was measured; a run that was cut must leave what a whole one does."""
+    """Return the measurements. An interrupted run must leave what a whole one does."""
     more = DISTILLATIONS[name]
     if "mixture" in more:
         more = {"data": [miniature.recipe(place)["data"] | {"name": domain} for domain in ("corn", "mill")], **more}
@@ -209,7 +209,7 @@ def of_writing(place: Path, device: str, out: Path) -> Any:
 
 
 def _check_cut(run: Callable[..., Any], out: Path, after: int) -> None:
-    """Raises AssertionError unless a run that is cut after `after` steps leaves what a whole one left in `whole`."""
+    """Raise AssertionError unless a run interrupted after `after` steps leaves what a whole one left in `whole`."""
 
     def stop(done: int, *_: Any) -> None:
         if done == after:
@@ -219,7 +219,7 @@ def _check_cut(run: Callable[..., Any], out: Path, after: int) -> None:
         run(out / "cut", progress=stop)
         raise AssertionError(f"it ended before step {after}")
     run(out / "cut")
-    assert _weights(out / "cut") == _weights(out / "whole"), "a run that was cut ends otherwise"
+    assert _weights(out / "cut") == _weights(out / "whole"), "an interrupted run ends otherwise"
 
 
 def _loaded(place: Place, bits: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -263,7 +263,7 @@ def prepare(place: Path) -> None:
 
 
 def difference(expected: Any, found: Any, tolerance: float) -> str | None:
-    """How `found` is not `expected`, or None."""
+    """Say how `found` differs from `expected`; None if it does not."""
     if isinstance(expected, Tensor):
         expected, found = expected.cpu(), found.cpu()
         off = float((found - expected).norm() / expected.norm().clamp_min(1e-7))  # single numbers may be near zero
@@ -278,7 +278,7 @@ def difference(expected: Any, found: Any, tolerance: float) -> str | None:
 
 
 def wrong(scenario: Scenario, out: Path, tolerance: float) -> str | None:
-    """What is wrong with a scenario on the stand-in, or None."""
+    """Say what is wrong with a scenario on the stand-in; None if nothing is."""
     for device in ("cpu", NAME):
         (out / device).mkdir(parents=True)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -118,7 +118,7 @@ def test_what_has_no_tensor_is_where_it_is_needed() -> None:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
-    """What was wrong on the stand-in for a GPU, by scenario."""
+    """Return what was wrong on the stand-in for a GPU, by scenario."""
     if COMPILER is None:
         pytest.skip("needs a C++ compiler for the stand-in for a GPU")
     folder = tmp_path_factory.mktemp("stand_in")

@@ -1,4 +1,4 @@
-"""What the tests of distillation run over: random logits, and every example of every registered loss."""
+"""Inputs of the tests of distillation: random logits, and every example of every registered loss."""
 
 from __future__ import annotations
 

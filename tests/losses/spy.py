@@ -1,4 +1,4 @@
-"""What a computation holds in memory, by looking at every tensor that an operation returns."""
+"""The memory that a computation holds, found by looking at every tensor that an operation returns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every registered loss promises, checked on every example of its config: a new loss is tested from here on."""
+"""Promises of every registered loss, checked on every example of its config: a new loss is tested from here on."""
 
 from __future__ import annotations
 

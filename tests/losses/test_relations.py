@@ -1,4 +1,4 @@
-"""How the losses are related to each other: limits, bounds, and splits that lose nothing."""
+"""Relations between the losses: limits, bounds, and splits that lose nothing."""
 
 from __future__ import annotations
 

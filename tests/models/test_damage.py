@@ -209,7 +209,7 @@ WEIGHTS = [
 
 @pytest.mark.parametrize("seed", tiered(range(200), lambda seed: seed < len(WEIGHTS)))
 def test_damaged_weights_do_not_load(whole: Path, tmp_path: Path, seed: int) -> None:
-    """What is left of the manifest's protection when only the weights and the config travel."""
+    """Check what is left of the manifest's protection when only the weights and the config travel."""
     folder = tmp_path / "out"
     shutil.copytree(whole, folder)
     (folder / "manifest.json").unlink()

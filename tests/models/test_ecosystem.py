@@ -1,4 +1,4 @@
-"""What Hugging Face users do with a checkpoint works on a compressed one as it does on any other."""
+"""Common uses of a Hugging Face checkpoint work on a compressed one as they do on any other."""
 
 from __future__ import annotations
 

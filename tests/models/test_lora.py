@@ -123,7 +123,7 @@ def test_dora_begins_at_the_model_as_it_is(folder: Path) -> None:
 )
 @pytest.mark.parametrize("safe", [False, True])
 def test_a_merge_into_codes_is_refused(kind: PeftConfig, safe: bool, folder: Path) -> None:
-    """By every door of PEFT, and nothing is changed: the adapter goes on working."""
+    """By every door of PEFT, and nothing is changed: the adapter keeps working."""
     adapted = get_peft_model(compressed(folder), kind).eval()
     before, expected = payloads(adapted), logits(adapted)
     sentence = r"cannot merge an adapter into model\.layers\.0\.\w+\.\w+, which is compressed; .* llmcompress\.fold"

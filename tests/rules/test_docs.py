@@ -1,4 +1,4 @@
-"""What the documents show works: commands parse, recipes are valid, programs run, files are there."""
+"""The documents show what works: commands parse, recipes are valid, programs run, files are there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `import llmcompress` and the command's start may do: little, and nothing that others could notice."""
+"""Limits of `import llmcompress` and the command's start: they do little, and nothing that others could notice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ json.dump({{"modules": sorted(set(sys.modules) - known), "changed": changed}}, o
 
 @dataclass(frozen=True)
 class Imported:
-    """What one import did: the modules it brought, whether it changed global state, what it printed."""
+    """The effects of one import: the modules it brought, whether it changed global state, what it printed."""
 
     module: str
     modules: list[str]

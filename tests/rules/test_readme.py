@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md promise works: programs run, the method of fifteen lines is a method."""
+"""README.md and CONTRIBUTING.md promise what works: programs run, the method of fifteen lines is a method."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def left_behind() -> int:
 
 
 def measured() -> list[int]:
-    """What is left behind the first and the second time, what is left of that in the end, and of the next time."""
+    """Return the bytes left behind the first and the second time, those left in the end, and those of the next time."""
     before = psutil.Process().memory_info().rss
     left: list[int] = []
     with suppress(KeyError), keeping_freed_memory():

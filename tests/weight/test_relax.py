@@ -299,7 +299,7 @@ def test_salient_weights_stay_where_they_are(salient_train: bool) -> None:
 
 
 def leaves64(module: Relaxed) -> dict[str, Tensor]:
-    """What the module would store of its parameters, as float64 leaves."""
+    """Return what the module would store of its parameters, as float64 leaves."""
     tensors = encode(module.freeze())[1]
     found = {}
     for name, kind in module.kinds().items():

@@ -1,4 +1,4 @@
-"""What `Scaled` and `Transposed` stand for, entry by entry, and who may not hold them."""
+"""Entries that `Scaled` and `Transposed` stand for, one by one, and who may not hold these."""
 
 from __future__ import annotations
 

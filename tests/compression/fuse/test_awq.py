@@ -90,7 +90,7 @@ def test_logits_stay_of_a_rotated_model(tmp_path: Path) -> None:
 
 
 def test_moments_follow_the_inputs(tmp_path: Path) -> None:
-    """What the block's linears then read has the moments that `balance` leaves."""
+    """The inputs that the block's linears then read have the moments that `balance` leaves."""
     source = with_outliers("llama", tmp_path)
     arch = architecture(source.config, source.skeleton())
     for block, _ in balanced(source):

@@ -53,7 +53,7 @@ def test_biases_and_widths_that_are_no_power_of_two(tmp_path: Path) -> None:
 
 
 def test_norms_are_ones_and_writers_keep_their_size(tmp_path: Path) -> None:
-    """What an orthogonal matrix cannot change: the length of a column that is written to the stream."""
+    """An orthogonal matrix cannot change the length of a column that is written to the stream."""
     source = resolve(str(save_tiny("llama", tmp_path, tokenizer=False)))
     turned = rotated_source(source, seed=0, untie=False)
     for name in source.tensors:

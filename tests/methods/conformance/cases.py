@@ -1,4 +1,4 @@
-"""What the conformance tests run over: every example of every registered method, and what each result must satisfy."""
+"""Cases of the conformance tests: every example of every registered method, and what each result must satisfy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def spelled(arguments: Step) -> str:
 
 
 def refusal(size: tuple[int, int], *steps: Step) -> str | None:
-    """Why `sketch` refuses these steps, or None."""
+    """Return the error by which `sketch` refuses these steps, or None."""
     try:
         sketch("block.0.linear", size, [step(arguments) for arguments in steps])
     except RecipeError as error:

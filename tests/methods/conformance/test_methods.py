@@ -1,4 +1,4 @@
-"""What every registered method promises, checked on every example of its config: a new method is tested from here on.
+"""Promises of every registered method, checked on every example of its config: a new method is tested from here on.
 
 A step is given small layers of several shapes; where it cannot work on one, it must say so in a sentence, and
 `sketch` must say the same before anything is run.

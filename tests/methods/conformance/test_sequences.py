@@ -37,7 +37,7 @@ def test_in_a_rotated_basis(arguments: Step) -> None:
 @pytest.mark.parametrize("before", PREDECESSORS)
 @every_step
 def test_after_another_step(arguments: Step, before: str) -> None:
-    """What an earlier step made stays, or the plan and the run refuse."""
+    """The work of an earlier step stays, or the plan and the run refuse."""
     first = PREDECESSORS[before]
     given = compressed(gaussian(*SIZE), calibration(SIZE[1]), first)
     why = refusal(SIZE, first, arguments)

@@ -1,4 +1,4 @@
-"""What `test_viterbi_triton.py` asks of the search on GPUs, which it also runs where there is none:
+"""Cases that `test_viterbi_triton.py` gives the search on GPUs, which it also runs where there is none:
 
     TRITON_INTERPRET=1 python -m tests.methods.oracles.interpreted ANSWERS
 

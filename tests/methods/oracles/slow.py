@@ -1,4 +1,4 @@
-"""The papers' algorithms, slow and plain, in float64: one column at a time, the rest of H inverted anew each time.
+"""The papers' algorithms, slow and plain, in float64: one column at a time, the rest of H inverted again each time.
 
 W `[out, in]`, H `[in, in]` damped. No Cholesky factor, no lazy block, no shared code with the package: an oracle
 takes plain functions for what a column may become.

@@ -109,7 +109,7 @@ def test_columns_of_unlike_size_have_groups_along_the_output_and_the_report_says
 
 @pytest.mark.parametrize("size", [(7, 33), (5, 300), (40, 64)])
 def test_a_choice_does_not_change_the_bits(size: tuple[int, int]) -> None:
-    """Where groups along the output would take other bits, there is none."""
+    """Groups along the output are never chosen where they would take other bits."""
     weight = gaussian(*size)
     weight[:, ::5] *= 30
     assert isinstance(chosen(weight, torch.randn(512, size[1], generator=seeded(0))).approx, Grid)

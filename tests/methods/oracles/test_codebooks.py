@@ -283,7 +283,7 @@ def test_vectors_are_better_than_a_grid_of_as_many_bits(arguments: dict[str, obj
 
 
 def test_points_fit_weights_that_are_not_spread_evenly() -> None:
-    """Where most weights are small, a grid wastes its points."""
+    """A grid wastes its points where most weights are small."""
     weight, inputs = gaussian(48, 64) ** 3 * 400, correlated(1024, 64, seed=1)
     errors = [
         relative_error(weight, compressed(weight, inputs, kind).expression(), moments(inputs))

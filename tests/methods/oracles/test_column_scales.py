@@ -40,7 +40,7 @@ def loss(w: Weight | Tensor, target: Tensor, hessian: Tensor) -> float:
 
 
 def made(arguments: Step, out: int = 24, width: int = 48) -> tuple[Scaled, Tensor, Tensor]:
-    """What a method stores, its target, and H."""
+    """Return what a method stores, its target, and H."""
     weight, inputs = gaussian(out, width), correlated(16 * width, width)
     w = compressed(weight, inputs, arguments).approx
     assert isinstance(w, Scaled)

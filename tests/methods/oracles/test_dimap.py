@@ -14,7 +14,7 @@ from tests.builders import compressed, correlated, gaussian, seeded
 
 
 def pruned(weight: Tensor, **arguments: object) -> Tensor:
-    """What `dimap` keeps, bool `[out, in]`."""
+    """Return the mask of the weights that `dimap` keeps, bool `[out, in]`."""
     done: Layer = compressed(weight, correlated(64, weight.shape[1]), {"method": "dimap", **arguments})
     keep = support(done.approx)
     assert keep is not None

@@ -27,7 +27,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.tre
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NDArray[np.int32]]:
-    """What the interpreter found: `arr_0` for the first case, and so on, and `matrix`."""
+    """The interpreter's answers: `arr_0` for the first case, and so on, and `matrix`."""
     answers = tmp_path_factory.mktemp("interpreted") / "answers.npz"
     command = [sys.executable, "-m", "tests.methods.oracles.interpreted", str(answers)]
     done = subprocess.run(
