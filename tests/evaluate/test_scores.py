@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 
 from llmcompress.data.builtin import stdlib_text
 from llmcompress.errors import InputError, NumericsError, RecipeError
-from llmcompress.evaluate import distance, perplexity
-from llmcompress.evaluate.distance import Distance
+from llmcompress.evaluate.distance import Distance, distance
 from llmcompress.evaluate.lm_eval import PAIRS, PAIRS_FILE, _scores, run_tasks
-from llmcompress.evaluate.perplexity import POSITIONS, text_windows
+from llmcompress.evaluate.perplexity import POSITIONS, perplexity, text_windows
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.scores import evaluate, evaluate_all
 from tests.tiny import VOCABULARY, tiny, tiny_tokenizer
@@ -256,3 +255,10 @@ def test_importing_evaluation_imports_nothing_large() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_progress_is_told_window_by_window() -> None:
+    model, told = tiny("llama"), []
+    protocol = Protocol(text="a goose flew over the lake, " * 20, windows=3, length=32)
+    evaluate(model, tiny_tokenizer(), protocol, against=model, progress=lambda *one: told.append(one))
+    assert told == [("window", 1, 3), ("window", 2, 3), ("window", 3, 3)]
