@@ -17,7 +17,7 @@ from llmcompress.distill.objective.hidden_states import StateMatching
 from llmcompress.distill.objective.module import Objective
 from llmcompress.distill.teacher.predictions import ReadsAlong
 from llmcompress.errors import InputError, NumericsError
-from llmcompress.evaluate import distance
+from llmcompress.evaluate.distance import distance
 from llmcompress.recipe.distillation import Term
 from tests.losses.cases import CASES, config, spelled
 from tests.tiny import FAMILY_CONFIGS, tiny
