@@ -18,7 +18,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.methods.engines.feedback import feedback
 from llmcompress.methods.engines.hessian import feedback_factor, metric
 from llmcompress.methods.engines.scales import rescaled
-from llmcompress.methods.engines.streams import RUN, TrellisStreams
+from llmcompress.methods.engines.streams import TrellisStreams
 from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Dense, TrellisCoded, Weight, shape
@@ -33,8 +33,21 @@ class TrellisConfig(StepConfig):
         2, ge=1, le=4, multiple_of=0.5, description="a weight, in halves; these give two weights a step"
     )
     memory: int = Field(12, ge=8, le=16, description="bits of a state: one more doubles the time")
+    run: Literal[256, 384, 768] = Field(
+        768, description="rows of a stream, which one core searches; the first of them have fewer choices"
+    )
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
-    examples = ({"memory": 8}, {"bits": 1, "memory": 8}, {"bits": 1.5, "memory": 8}, {"bits": 3, "memory": 8})
+    examples = (
+        {"memory": 8},
+        {"bits": 1, "memory": 8},
+        {"bits": 1.5, "memory": 8},
+        {"bits": 3, "memory": 8, "run": 256},
+    )
+        {"memory": 8},
+        {"bits": 1, "memory": 8},
+        {"bits": 1.5, "memory": 8},
+        {"bits": 3, "memory": 8, "run": 256},
+    )
 
     @property
     def rowwise(self) -> bool:
@@ -59,7 +72,7 @@ class TrellisConfig(StepConfig):
             raise RecipeError(f"{self.bits:g} bits go two rows at a time, and there are {rows}; ask for whole bits")
         codes = torch.empty(rows // trellis.values * width, dtype=torch.uint8, device="meta")
         scale = torch.empty(rows, 1, dtype=torch.float16, device="meta")
-        return TrellisCoded(codes, scale, trellis, RUN)
+        return TrellisCoded(codes, scale, trellis, self.run)
 
     def rough(self) -> StepConfig:
         """With the shortest memory; see `StepConfig.rough`."""
@@ -75,6 +88,6 @@ def trellis(layer: Layer, config: TrellisConfig) -> Layer:
     kind = config.trellis()
     spread = target.square().mean(1, keepdim=True).sqrt()  # that of the trellis' numbers is 1
     scale = spread.clamp_max(torch.finfo(torch.float16).max).to(torch.float16)
-    base = feedback(target, factor, TrellisStreams(scale, target.shape[1], kind, RUN))
+    base = feedback(target, factor, TrellisStreams(scale, target.shape[1], kind, config.run))
     hessian = metric(layer.inputs, target, config.damping)
     return with_base(layer, rescaled(base, target, hessian), notes)

@@ -14,8 +14,10 @@ import time
 import torch
 
 from llmcompress.methods.engines.stream_search import searched_there
-from llmcompress.methods.engines.streams import RUN, TrellisStreams
+from llmcompress.methods.engines.streams import TrellisStreams
 from llmcompress.weight.trellis import Trellis
+
+RUN = 768  # rows of a stream
 
 
 def main() -> None:

@@ -11,15 +11,13 @@ from llmcompress.methods.engines.stream_search import stream_search
 from llmcompress.weight.nodes import TrellisCoded, shape
 from llmcompress.weight.trellis import Trellis, cuts, states, table
 
-RUN = 768  # rows: one thread searches them, and the first in a column have fewer choices
-
 
 class TrellisStreams:
     """A `Projection` of the columns of a matrix to streams, each the nearest to the values wanted.
 
     A column starts in the state in which the one before it ended. If it was chosen before, it must also end as it did
     then, since the next one goes on from there; then columns can be chosen again in any order. All of it stays on the
-    device of the weights, and nothing waits for a GPU.
+    device of the weights, and no column waits for a GPU.
     """
 
     strides: tuple[int, ...] = ()
@@ -34,6 +32,9 @@ class TrellisStreams:
         self.ends[0] = 0
         self.last = torch.tensor(self.edges[1:], device=device) - 1  # step of each stream in a column
         self.numbers = table(trellis).to(device)
+        self.factors = scale[:, 0].float()
+        empty = ~(self.factors > 0)
+        self.empty = empty if bool(empty.any()) else None  # rows of zeros
         importance = scale.float().square().reshape(-1, trellis.values)
         self.search = stream_search(trellis, self.edges, importance)
 
@@ -53,11 +54,12 @@ class TrellisStreams:
 
     def project(self, column: int, values: Tensor) -> Tensor:
         """The numbers `[out]` of the stream chosen for a column that would like to be `values [out]`."""
-        scale = self.scale[:, 0].float()
-        wanted = torch.where(scale > 0, values / scale, 0.0).reshape(-1, self.trellis.values)
-        chosen = self.search(wanted, self.ends[column], self.ends[column + 1])
+        wanted = values / self.factors
+        if self.empty is not None:
+            wanted.masked_fill_(self.empty, 0.0)
+        chosen = self.search(wanted.reshape(-1, self.trellis.values), self.ends[column], self.ends[column + 1])
         self.states[column], self.ends[column + 1] = chosen, chosen[self.last]
-        return self.numbers[chosen].reshape(-1) * scale
+        return self.numbers[chosen].reshape(-1) * self.factors
 
     def weight(self, values: Tensor) -> TrellisCoded:
         """The expression for the streams chosen, which are `values [out, in]`."""
