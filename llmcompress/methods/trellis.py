@@ -43,11 +43,6 @@ class TrellisConfig(StepConfig):
         {"bits": 1.5, "memory": 8},
         {"bits": 3, "memory": 8, "run": 256},
     )
-        {"memory": 8},
-        {"bits": 1, "memory": 8},
-        {"bits": 1.5, "memory": 8},
-        {"bits": 3, "memory": 8, "run": 256},
-    )
 
     @property
     def rowwise(self) -> bool:
