@@ -1,4 +1,4 @@
-"""What can go wrong for a user: one type per exit code, one sentence per error (what, where, what to do)."""
+"""Errors that a user can meet: one type per exit code, one sentence per error (what, where, what to do)."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first names for a sentence, and how many more there are; "none" for none."""
+    """Return the first names for a sentence, and how many more there are; "none" for none."""
     names = list(names)
     return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -17,7 +17,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch says it in a RuntimeError."""
+    """True if an error says that memory ran out; torch says it in a RuntimeError."""
     words = str(error).lower()
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(known in words for known in NO_MEMORY)
@@ -71,4 +71,4 @@ class HubError(LLMCompressError):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; raised in the main thread, so that everything half-done is cleaned up."""
+    """SIGTERM arrived; raised in the main thread, so that unfinished work is cleaned up."""

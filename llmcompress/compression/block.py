@@ -153,7 +153,7 @@ def _pending(run: CompressionState) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore(run: CompressionState, block: Block, tensors: Mapping[str, Tensor], last: bool) -> None:
-    """Make the block what its stored `tensors` say; the `last` one of an earlier run may be waiting for the next."""
+    """Restore the block from its stored `tensors`; the `last` one of an earlier run may be waiting for the next."""
     layouts, tensors = run.layouts, {name: value.to(run.device) for name, value in tensors.items()}
     names = [name for name in block.linears if name in layouts and f"{name}.weight" in tensors]
     weights = {name: tensors.get(f"{name}.{DENSE}", block.weight(name)) for name in names}

@@ -97,7 +97,7 @@ class Journal:
         return self.found[-1].seconds if self.found else 0.0
 
     def closed(self) -> range:
-        """Return the numbers of blocks that were `found` and are not to change any more."""
+        """Return the numbers of blocks that were `found` and will not change any more."""
         count = len(self.found)
         return range(count - 1 if count and self.store.path(_open(count - 1)) else count)
 
@@ -122,7 +122,7 @@ class Journal:
         self.count += 1
 
     def close(self) -> None:
-        """Leave nothing in the folder that is not of the checkpoint."""
+        """Remove everything from the folder that is not part of the checkpoint."""
         self.store.clear()
 
     def __enter__(self) -> Journal:

@@ -2,9 +2,9 @@
 
     model, recipe -> job -> steps for its target -> OUT.compressed -> trained towards the same model -> OUT
 
-`compress` and `plan` are the door: they open the model and read the recipe once, and everything below takes the job.
-Whatever is wrong with a section or its text is found before anything is compressed. OUT.compressed is removed when OUT
-is complete; an interrupted run finds it and resumes with the distillation.
+`compress` and `plan` are the entry points: they open the model and read the recipe once, and everything below takes the
+job. Any fault in a section or its text is found before compression starts. OUT.compressed is removed when OUT is
+complete; if a run is interrupted, the next one finds it and resumes with the distillation.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def compress(
 
 
 def _opened(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revision: str | None) -> Job:
-    """The recipe, read, laid over the model, opened."""
+    """Read the recipe and lay it over the opened model."""
     asked = read_recipe(recipe)
     return prepare(resolve(str(model), revision), asked)
 
@@ -118,8 +118,8 @@ def _to_target(
     resume: bool,
     finish: Callable[[Job, Path | None], Result],
 ) -> Result:
-    """Choose the steps that the job's target asks for, and `finish` the job that results; its prices and its plan lie
-    beside the report."""
+    """Choose steps for the job's target, and `finish` the resulting job. Its prices and its plan lie beside the
+    report."""
     if output is None:
         plan = allocate(job, device=device, progress=pricing)
         result = finish(plan.settled, None)
@@ -144,8 +144,8 @@ def _note(sentence: str, kind: type[BaseException] | None, error: BaseException 
 
 
 def record(plan: Allocation, folder: Path, device: str = "cpu") -> dict[str, Any]:
-    """Measure the finished checkpoint in `folder` against its plan, and keep both there. Raises DiskError where nothing
-    can be written."""
+    """Measure the finished checkpoint in `folder` against its plan, and keep both there. Raises DiskError if the folder
+    cannot be written to."""
     found = plan.summary(plan.measured(folder, device), reports.read(folder).bytes)
     plan.keep(folder, found)
     return found
@@ -160,7 +160,7 @@ def compress_job(
     training: Training | None = None,
     resume: bool = True,
 ) -> Result:
-    """`compress` for an opened job without a target: compress it, and distil the result if the recipe says so."""
+    """Compress an opened job without a target, and distil the result if the recipe says so."""
     wanted, source = job.recipe.distill, job.source
     if wanted is None:
         return run.compress(job, output, device=device, progress=progress, resume=resume)
@@ -185,8 +185,8 @@ def compress_job(
         for left in (staged, target.with_name(target.name + TRAINING)):
             shutil.rmtree(left, ignore_errors=True)
     if not is_there(staged, first):
-        if all(text.dataset != "self" for text in wanted.texts()):  # which the model would have to write
-            read_data(wanted.data, source.tokenizer(), source.load, source.config)  # raises what is wrong with it
+        if all(text.dataset != "self" for text in wanted.texts()):  # the model would have to write that text first
+            read_data(wanted.data, source.tokenizer(), source.load, source.config)  # raises any fault in the data
         run.compress(first, staged, device=device, progress=progress, resume=resume)
     teacher = source.name if source.revision is None else f"{source.name}@{source.revision}"
     done = distill(staged, teacher, wanted, target, device=device, progress=training)

@@ -1,6 +1,6 @@
-"""A recipe laid over an opened model, and what a run of that would do: from config and tensor headers alone.
+"""A recipe laid over an opened model, and the plan of its run: from config and tensor headers alone.
 
-Every compression starts from the same `Job` and checks itself by its `plan`, so what `plan` prints is what will happen.
+Every compression starts from the same `Job` and checks itself by its `plan`, so a run does exactly what `plan` prints.
 Bits are counted on the expression that each step announces for the layer's shape.
 """
 
@@ -37,7 +37,7 @@ LIBRARIES = 450_000_000  # bytes that torch and transformers take before any wor
 COLUMN_SECONDS = 4e-5  # per column of a feedback loop, whatever the length of the column
 LEARNING_BYTES = 16  # per weight of a block that learns: gradient, two moments, and the best state
 TABLE_BYTES = 16  # per weight of a table while it is compressed: float32 twice, bfloat16, codes, and their sum
-FORWARD_SHARE = 2.0  # time of a calibration pass over that of its linears: attention, norms, and what is not products
+FORWARD_SHARE = 2.0  # time of a calibration pass over the time of its linears: attention, norms and other work
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Plan:
     peak_memory_bytes: int
     seconds: float
     warnings: tuple[str, ...]
-    reconstruction: dict[str, Any] | None = None  # how blocks learn meanwhile, with every value
-    distillation: dict[str, Any] | None = None  # the section that follows, with every value
+    reconstruction: dict[str, Any] | None = None  # the section `reconstruct:` with every value
+    distillation: dict[str, Any] | None = None  # the section `distill:` with every value
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""
@@ -104,7 +104,7 @@ class Job:
         return _laid(self.source, self.arch, recipe)
 
     def check_rules(self) -> None:
-        """Raises RecipeError for a pattern that matches no layer of the model."""
+        """Raise RecipeError for a pattern that matches no layer of the model."""
         if self.assignment.unmatched:
             raise RecipeError(self.assignment.complaint())
 
@@ -120,7 +120,7 @@ class Job:
 
 
 def prepare(source: DenseModel, recipe: Recipe) -> Job:
-    """Lay a recipe over a model. Raises InputError for a model that is not understood, and RecipeError for a recipe
+    """Lay a recipe over a model. Raises InputError for a model of unknown structure, and RecipeError for a recipe
     that does not suit the model or whose methods require calibration that it lacks."""
     if recipe.fuse is not None and recipe.fuse.rotation:
         source = rotated_source(source, recipe.seed, recipe.fuse.untie)
@@ -128,7 +128,7 @@ def prepare(source: DenseModel, recipe: Recipe) -> Job:
 
 
 def _laid(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:
-    """The job, once its recipe is checked against the model."""
+    """Check the recipe against the model, and return the job."""
     if recipe.distill is not None:
         check_fused(recipe.fuse, recipe.distill)
         for text in recipe.distill.texts():
@@ -143,24 +143,24 @@ def _laid(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:
 
 
 def _check_calibration(recipe: Recipe) -> None:
-    """Raises RecipeError where a method needs data and the recipe has none."""
+    """Raise RecipeError if a method requires data and the recipe has none."""
     if recipe.calibration is not None:
         return
     lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head)
     hungry = sorted({name for steps in lists for name in _hungry(steps)})
     others = {"asymmetric": recipe.asymmetric, "fuse: awq": recipe.fuse is not None and recipe.fuse.awq}
     for name in (name for name, asked in others.items() if asked and not hungry):
-        raise RecipeError(f"{name} needs calibration; add it to the recipe, or leave {name.split(':')[0]} out")
+        raise RecipeError(f"{name} requires calibration; add it to the recipe, or leave {name.split(':')[0]} out")
     if hungry:
         frugal = ", ".join(name for name, one in sorted(methods().items()) if one.data_free)
         raise RecipeError(
-            f"{', '.join(hungry)} needs calibration; add it to the recipe, such as calibration: {{dataset: stdlib}} "
+            f"{', '.join(hungry)} requires calibration; add it to the recipe, such as calibration: {{dataset: stdlib}} "
             f"(or self: the model writes the text), or use methods that need none: {frugal}"
         )
 
 
 def _hungry(steps: Sequence[StepConfig]) -> Iterator[str]:
-    """The methods of these steps that cannot do without calibration."""
+    """Yield the methods of these steps that require calibration."""
     for step in steps:
         if step.presumes:
             return
@@ -169,7 +169,7 @@ def _hungry(steps: Sequence[StepConfig]) -> Iterator[str]:
 
 
 def _check_tables(recipe: Recipe, arch: Architecture, source: DenseModel) -> None:
-    """Raises RecipeError for steps that the token table or the output head of this model cannot have."""
+    """Raise RecipeError for steps that the token table or the output head of this model cannot have."""
     if recipe.head and arch.tied:
         raise RecipeError(f"head: the output head of {source.name} is its token table; give its steps as embeddings:")
     if recipe.head and (not arch.head or f"{arch.head}.weight" not in source.tensors):
@@ -189,7 +189,7 @@ def _check_tables(recipe: Recipe, arch: Architecture, source: DenseModel) -> Non
 
 
 def _plan(job: Job) -> Plan:
-    """See `Job.plan`; `allocate` must choose the steps of a target first."""
+    """Plan the job, as `Job.plan` says; `allocate` must choose the steps of a target first."""
     if job.recipe.target is not None:
         raise RecipeError(
             "the steps for a target are chosen by measuring the model, which only compress does; plan the recipe that "
@@ -212,7 +212,7 @@ def _plan(job: Job) -> Plan:
         if name == job.arch.embedding:
             check_rows(stored)
         rows.append(_row(name, (shape[0], shape[1]), steps, stored))
-    # what a run leaves as it is keeps its own type
+    # tensors that a run leaves as they are keep their own type
     dense = {f"{row.name}.weight" for row in rows}
     kept = sum(header.bytes for name, header in job.source.tensors.items() if name not in dense)
     total = kept + sum(-(-row.bits // 8) for row in rows)
@@ -242,7 +242,7 @@ def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored
 
 
 def warnings(job: Job) -> tuple[str, ...]:
-    """Return what a user should know before a run: patterns that match nothing, and linears that stay dense."""
+    """Return warnings before a run: patterns that match nothing, and linears that stay dense."""
     shadowed = [f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed]
     dense = [name for name, steps in job.assignment.steps.items() if not steps]
     outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
@@ -251,21 +251,21 @@ def warnings(job: Job) -> tuple[str, ...]:
 
 
 def _without_data(job: Job) -> tuple[str, ...]:
-    """A sentence if methods that can learn from data have none."""
+    """Return a sentence if methods that can learn from data have none."""
     used = {step.method for steps in (job.steps | job.tables).values() for step in steps}
     able = sorted(name for name in used if methods()[name].needs)
     if job.recipe.calibration is not None or not able:
         return ()
-    return (f"without calibration {', '.join(able)} keep to the weights, not to what layers make of their inputs",)
+    return (f"without calibration, {', '.join(able)} can use only the weights, not the inputs of layers",)
 
 
 def _is_compressed(job: Job, name: str) -> bool:
-    """True if the linear `name`, which is in no block, is or shares a table that is compressed."""
+    """True if the linear `name`, which is outside the blocks, is or shares a table that is compressed."""
     return name in job.tables or (job.arch.tied and name == job.arch.head and job.arch.embedding in job.tables)
 
 
 def check_memory(planned: Plan, device: str) -> None:
-    """Raises MemoryLimitError if the run could not fit into this machine even if nothing else ran on it."""
+    """Raise MemoryLimitError if the run would not fit into this machine even if nothing else ran on it."""
     total = total_memory()
     if device == "cpu" and planned.peak_memory_bytes > total:
         raise MemoryLimitError(
@@ -280,8 +280,8 @@ def _tokens(job: Job) -> int:
 
 
 def _memory(job: Job) -> int:
-    """Bytes at the peak: one block twice (two, where they learn together), its statistics, the hidden states, or the
-    embeddings, whichever is more."""
+    """Estimate the peak memory in bytes: the hidden states, and the largest of blocks with their statistics, embeddings
+    and tables. Blocks are held one at a time, or two if they learn together."""
     block = max(sum(prod(lin.shape) for group in layout.groups for lin in group) for layout in job.arch.blocks)
     widths = [group[0].shape[1] for group in job.arch.blocks[0].groups]
     asked = job.recipe.reconstruct
@@ -296,8 +296,8 @@ def _memory(job: Job) -> int:
 
 
 def _seconds(job: Job) -> float:
-    """Two forward passes, one product X^T X per input, the column loops, and the search for scales, at the speed that
-    this machine shows."""
+    """Estimate the time: two forward passes, one product X^T X per input, the column loops, and the search for scales,
+    at the measured speed of this machine."""
     tokens = _tokens(job)
     linears = job.arch.linears()
     forward = 2 * sum(2 * tokens * prod(lin.shape) for lin in linears.values())
@@ -311,7 +311,7 @@ def _seconds(job: Job) -> float:
 
 
 def _speed(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a product, measured."""
+    """Measure the floating-point operations per second of a product."""
     a = torch.ones(1024, 1024, dtype=dtype)
     a @ a
     started = time.perf_counter()

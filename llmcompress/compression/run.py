@@ -106,7 +106,7 @@ def _compress_blocks(
 
 
 def _tokens(job: Job) -> CalibrationTokens | None:
-    """The calibration tokens; None for a recipe without calibration."""
+    """Return the calibration tokens; None for a recipe without calibration."""
     config = job.recipe.calibration
     if config is None:
         return None
@@ -117,7 +117,7 @@ def _tokens(job: Job) -> CalibrationTokens | None:
 def _blocks(
     run: CompressionState, tokens: CalibrationTokens | None, finished: int, progress: Progress | None
 ) -> Iterator[Block]:
-    """The walk over the model; without tokens, the moments are empty."""
+    """Walk over the model; without tokens, the moments are empty."""
     job, recipe = run.job, run.job.recipe
     return walk(
         job.source,
@@ -140,7 +140,7 @@ def _blocks(
 
 
 def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
-    """Write all but the decoder blocks: embeddings, head, config, tokenizer, and what else the dense folder holds."""
+    """Write all but the decoder blocks: embeddings, head, config, tokenizer, and other files of the dense folder."""
     inside = tuple(f"{layout.path}." for layout in job.arch.blocks)
     tables = {f"{name}.weight" for name in job.tables}
     rest = [name for name in job.source.tensors if not name.startswith(inside) and name not in tables]
@@ -152,7 +152,7 @@ def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
 
 
 def _check_gates(run: CompressionState) -> None:
-    """Raises NumericsError if more layers needed a fallback than the recipe allows."""
+    """Raise NumericsError if more layers needed a fallback than the recipe allows."""
     rows = run.rows
     fallbacks = [row for row in rows if row.fallback]
     if len(fallbacks) > run.job.recipe.gates.max_fallback_layers * len(rows):
@@ -191,7 +191,7 @@ def _report(
 
 
 def _searched_elsewhere(run: CompressionState) -> tuple[str, ...]:
-    """A sentence if trellises were searched on another device than asked for."""
+    """Return a sentence if trellises were searched on another device than the requested one."""
     if searched_there(run.device) or not any("trellis" in row.stored for row in run.rows):
         return ()
     return (
@@ -201,7 +201,7 @@ def _searched_elsewhere(run: CompressionState) -> tuple[str, ...]:
 
 
 def _from_before(journal: Journal) -> tuple[str, ...]:
-    """A sentence if some blocks are those of an earlier run."""
+    """Return a sentence if some blocks are those of an earlier run."""
     count = len(journal.found)
     return (
         (f"{count} of {journal.count} blocks and tables are from an earlier run, which was interrupted",)

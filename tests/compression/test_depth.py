@@ -183,7 +183,7 @@ def test_blocks_in_words(words: str, numbers: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("words, count", [("", None), ("4-2", None), ("a", None), ("1-", None), (None, None), ("1", 1)])
 def test_other_words_are_refused(words: str | None, count: int | None) -> None:
-    with pytest.raises(RecipeError, match="such as 4,7-9|one of both"):
+    with pytest.raises(RecipeError, match="such as 4,7-9|exactly one of them"):
         chosen_blocks("unread", words, count)
 
 

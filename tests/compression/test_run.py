@@ -123,7 +123,7 @@ def test_data_free_methods_need_no_calibration(folder: Path, tmp_path: Path) -> 
     rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 4}]}]
     report = lc.compress(folder, {"version": 1, "rules": rules}, tmp_path / "out").report
     assert report.calibration is None and all(row.error > 0 for row in report.layers)
-    with pytest.raises(RecipeError, match="gptq needs calibration"):
+    with pytest.raises(RecipeError, match="gptq requires calibration"):
         lc.compress(folder, {"version": 1, "rules": [{"match": "*", "steps": [{"method": "gptq"}]}]})
 
 

@@ -63,7 +63,7 @@ def test_a_method_that_learns_from_data_names_the_ways_out(tmp_path: Path) -> No
     with pytest.raises(RecipeError) as refused:
         lc.plan(source, recipe({"method": "gptq", "bits": 3}))
     sentence = str(refused.value)
-    assert sentence.startswith("gptq needs calibration; add it to the recipe") and "\n" not in sentence
+    assert sentence.startswith("gptq requires calibration; add it to the recipe") and "\n" not in sentence
     assert all(name in sentence for name in ("stdlib", "self", "rtn", "hqq", "trellis"))
     assert "wanda" not in sentence
 
@@ -73,14 +73,14 @@ def test_what_follows_a_presumption_needs_no_calibration(tmp_path: Path) -> None
     presume, gptq = {"method": "presume"}, {"method": "gptq", "bits": 4, "group_size": 16}
     report = lc.compress(source, recipe(presume, gptq, {"method": "eora", "rank": 2}), tmp_path / "out").report
     assert report.calibration is None and all(0 < row.error < 0.1 for row in report.layers)
-    assert any("without calibration eora, gptq" in warning for warning in report.warnings)
-    with pytest.raises(RecipeError, match="^gptq needs calibration; "):
+    assert any("without calibration, eora, gptq can use only the weights" in warning for warning in report.warnings)
+    with pytest.raises(RecipeError, match="^gptq requires calibration; "):
         lc.plan(source, recipe(gptq, presume))
 
 
 def test_aiming_at_dense_outputs_needs_data(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "dense")
-    with pytest.raises(RecipeError, match="^asymmetric needs calibration; "):
+    with pytest.raises(RecipeError, match="^asymmetric requires calibration; "):
         lc.plan(source, recipe({"method": "rtn"}, asymmetric=0.25))
 
 

@@ -1,8 +1,8 @@
-"""What each matrix of a model may become, and what that takes: the options of a recipe with a target, laid over it.
+"""Options for each matrix of a model, and their sizes: the options of a recipe with a target, laid over the model.
 
-A rule of the recipe has its say first; options are for what no rule speaks of. With a target in bytes or of quality
-that goes for the token table and the output head too, unless the recipe gives their steps; bits per weight are those of
-the decoder's linears alone.
+The recipe's rules come first; options are for matrices that no rule covers. If the target is in bytes or a quality,
+the token table and the output head have options too, unless the recipe gives their steps. A target in bits per weight
+counts the decoder's linears alone.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from llmcompress.weight.rows import check_rows
 
 Steps = tuple[StepConfig, ...]
 
-RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: what linears may become
-WIDTHS = (3, 4, 5, 6, 8)  # of grids, in bits: what tables may become
+RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: the default options of linears
+WIDTHS = (3, 4, 5, 6, 8)  # of grids, in bits: the options of tables
 TABLE_GROUP = 64  # columns that share a scale in a table that is only looked up
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear or a table that options are for. `bits`: stored ones of each option; `bytes`: of its payload."""
+    """A linear or a table with options. `bits`: stored bits of each option; `bytes`: size of its payload."""
 
     name: str
     shape: tuple[int, int]
@@ -43,9 +43,9 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Choices:
-    """All matrices with options, and what is the same whatever they become.
+    """All matrices with options, and the sizes that no choice changes.
 
-    `fixed_bits`, `fixed_weights`: of the linears that a rule compresses; `fixed_bytes`: of the weight files, but for
+    `fixed_bits`, `fixed_weights`: of the linears that a rule compresses; `fixed_bytes`: of the weight files without
     the payloads of the matrices.
     """
 
@@ -55,11 +55,11 @@ class Choices:
     fixed_bytes: int
 
     def size(self, chosen: Sequence[int]) -> int:
-        """Bytes of the weight files, with the option `chosen` of each matrix; those on disk may be a few less."""
+        """Return the bytes of the weight files with the option `chosen` of each matrix, at most a few too many."""
         return self.fixed_bytes + sum(one.bytes[option] for one, option in zip(self.matrices, chosen, strict=True))
 
     def bpw(self, chosen: Sequence[int]) -> float | None:
-        """Bits per weight of the compressed linears, as a report counts them; None where there are none."""
+        """Return the bits per weight of the compressed linears, as a report counts them; None if there are none."""
         linears = [(one, option) for one, option in zip(self.matrices, chosen, strict=True) if not one.is_table]
         weights = self.fixed_weights + sum(prod(one.shape) for one, _ in linears)
         stored = self.fixed_bits + sum(one.bits[option] for one, option in linears)
@@ -67,15 +67,17 @@ class Choices:
 
 
 def choices(job: Job) -> Choices:
-    """What the job's recipe leaves to choose. Raises RecipeError where its rules leave nothing, and where an option
-    does not suit a matrix."""
+    """Return what the job's recipe leaves to choose.
+
+    Raises RecipeError if its rules leave nothing, or if an option does not suit a matrix.
+    """
     recipe, linears = job.recipe, job.arch.linears()
     options = _default_options() if recipe.options is None else recipe.options
     matrices = [_matrix(name, linears[name].shape, options) for name in job.assignment.unruled]
     matrices += [] if recipe.target is None or recipe.target.bpw is not None else _tables(job)
     if not matrices:
         raise RecipeError(
-            f"the rules of recipe {recipe.name!r} speak of every layer of {job.source.name}, so none is left to choose "
+            f"the rules of recipe {recipe.name!r} cover every layer of {job.source.name}, so none is left to choose "
             f"steps for; drop the target, or the rule that matches all"
         )
     fixed = {name: sketch(name, linears[name].shape, steps) for name, steps in job.steps.items()}
@@ -90,7 +92,7 @@ def choices(job: Job) -> Choices:
 
 
 def _default_options() -> tuple[Steps, ...]:
-    """Trellises in a rotated basis, with one look back."""
+    """Return the default options of linears: trellises in a rotated basis, with one pass of `refine`."""
     return tuple(_steps({"method": "trellis", "bits": rate}, {"method": "refine", "passes": 1}) for rate in RATES)
 
 
@@ -99,7 +101,7 @@ def _steps(*arguments: dict[str, Any]) -> Steps:
 
 
 def _tables(job: Job) -> list[Matrix]:
-    """The token table and an output head of its own, those that the recipe is silent about."""
+    """Return the token table and an untied output head, as far as the recipe gives no steps for them."""
     arch, recipe = job.arch, job.recipe
     grids = tuple(_steps({"method": "gptq", "bits": width}) for width in WIDTHS)
     plain = {"method": "rtn", "group_size": TABLE_GROUP, "symmetric": False}
@@ -117,7 +119,7 @@ def _tables(job: Job) -> list[Matrix]:
 
 
 def _can_be_compressed(job: Job) -> bool:
-    """Whether the token table does nothing but look up rows and scale them."""
+    """True if the token table only looks up rows and scales them."""
     try:
         row_scale(job.source.skeleton().get_input_embeddings())
     except TypeError:
@@ -126,7 +128,7 @@ def _can_be_compressed(job: Job) -> bool:
 
 
 def _stays_dense(recipe: Recipe, name: str) -> bool:
-    """Whether a rule without steps names the table."""
+    """True if a rule without steps names the table."""
     return any(matches(pattern, name) for rule in recipe.rules if not rule.steps for pattern in rule.match)
 
 

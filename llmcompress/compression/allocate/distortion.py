@@ -1,13 +1,14 @@
 """The output error that every option leaves in a layer, without running every option on every layer.
 
-Of options that differ only in their bits a few are run, with `StepConfig.rough` steps, on each layer; all of them, as
-they are asked for, on one small reference layer. A layer's error is that of the reference times their ratio, which is
-measured for the options that were run and interpolated between them, along the logarithm of the reference's error.
+Options that differ only in their bits form a family. A few of each family are run on every layer, with
+`StepConfig.rough` steps. All of them are run, with their own steps, on one small reference layer. A layer's error is
+the reference's error times the ratio between the two. That ratio is measured for the options that were run, and
+interpolated between them along the logarithm of the reference's error.
 
-Why that keeps the ranking: a coder's error on a layer is nearly a product, of what the coder leaves of Gaussian weights
-and of how far the layer's inputs let feedback hide it. Another encoder changes the first factor for all layers alike
-within a quarter, a sixth of a bit (`tests/allocate/test_prices.py`); more bits change the second one slowly, hence the
-ratio.
+This keeps the ranking, because a coder's error on a layer is nearly a product of two factors: the error that the coder
+leaves on Gaussian weights, and how far the layer's inputs let feedback hide it. Another encoder changes the first
+factor by the same ratio in all layers, within a quarter, a sixth of a bit (`tests/allocate/test_prices.py`). More bits
+change the second one slowly, hence the ratio.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LEAST = 1e-12  # an error below it counts as this
 
 
 def families(options: Sequence[Steps]) -> list[list[int]]:
-    """The numbers of the options, those together that differ in nothing but bits, fewest bits first."""
+    """Group the numbers of the options that differ only in bits, fewest bits first."""
     found: dict[str, list[tuple[float, int]]] = {}
     for number, steps in enumerate(options):
         values = [config.model_dump(mode="json") for config in steps]
@@ -48,18 +49,18 @@ def _bits(value: Any) -> float:
 
 
 def run_of(family: Sequence[int]) -> list[int]:
-    """Those of a family's options that are run on every layer: the ends, and what lies between them evenly."""
+    """Return the options of a family that are run on every layer: both ends, and evenly spaced ones between them."""
     places = np.linspace(0, len(family) - 1, min(MOST_RUN, len(family)))
     return [family[int(place)] for place in places]
 
 
 def rough(steps: Steps) -> Steps:
-    """The steps in their fastest form."""
+    """Return the steps in their fastest form."""
     return tuple(fast for config in steps if (fast := config.rough()) is not None)
 
 
 def sampled(layer: Layer, most: int = ROWS) -> Layer:
-    """At most `most` rows of the layer, evenly spaced, in whole pairs where there are two."""
+    """Return a layer of at most `most` rows of this one, evenly spaced."""
     rows = len(layer.weight)
     if rows <= most:
         return layer
@@ -68,7 +69,7 @@ def sampled(layer: Layer, most: int = ROWS) -> Layer:
 
 
 def error(layer: Layer, steps: Steps, held_out: Moments | None) -> float:
-    """The relative output error of the layer after the steps, on held-out inputs; without inputs, of the weights.
+    """Return the layer's relative output error after the steps, on held-out inputs; without inputs, of its weights.
 
     Raises what `layer.apply` raises.
     """
@@ -77,7 +78,7 @@ def error(layer: Layer, steps: Steps, held_out: Moments | None) -> float:
 
 
 def changed(layer: Layer, steps: Steps, held_out: Moments | None) -> tuple[Tensor, float]:
-    """The layer's weight `[out, in]` after the steps, and its error as above."""
+    """Return the layer's weight `[out, in]` after the steps, and its error as `error` measures it."""
     value = dense(apply_in_runs(layer, steps).expression())
     return value, max(relative_error(layer.weight, value, held_out), LEAST)
 
@@ -85,17 +86,17 @@ def changed(layer: Layer, steps: Steps, held_out: Moments | None) -> tuple[Tenso
 def interpolated(
     run: Mapping[int, float], reference_run: Mapping[int, float], reference: Sequence[float]
 ) -> list[float]:
-    """A layer's error after every option of a family.
+    """Return a layer's error after every option of a family.
 
-    `run`: after those that were run on it, by number; `reference_run`: of the reference layer, after the same steps;
-    `reference`: of the reference layer, after every option as it was asked for, by number.
+    `run`: its errors after the options that were run on it, by number; `reference_run`: the reference layer's errors
+    after the same steps; `reference`: the reference layer's errors after every option with its own steps, by number.
     """
     points = [(reference[number], run[number] / reference_run[number]) for number in run]
     return [value * between(points, value) for value in reference]
 
 
 def between(points: Iterable[tuple[float, float]], place: float) -> float:
-    """The value at a place of a curve, given by points above 0: along the logarithms of both, level beyond the ends."""
+    """Interpolate a curve through points above 0 at a place: linear in both logarithms, constant beyond the ends."""
     found = sorted(((math.log(x), math.log(max(y, LEAST))) for x, y in points), key=lambda point: point[0])
     places, values = zip(*found, strict=True)
     return math.exp(float(np.interp(math.log(place), places, values)))

@@ -39,8 +39,11 @@ FLOAT32 = 4  # bytes
 
 @dataclass(frozen=True)
 class Allocation:
-    """The options that were chosen, and their prices; with another `chosen`, another plan. `job`: has the target;
-    `dense`: gives the dense model's predictions on the probing tokens, to measure the finished model against."""
+    """The chosen options and their prices; another `chosen` makes another plan.
+
+    `job`: the job with the target; `dense`: returns the dense model's predictions on the probing tokens, which the
+    finished model is measured against.
+    """
 
     job: Job
     choices: Choices
@@ -56,7 +59,7 @@ class Allocation:
 
     @property
     def settled(self) -> Job:
-        """The job to run: that of the chosen steps."""
+        """The job to run, with the chosen steps."""
         return self.job.with_recipe(self.recipe)
 
     def measured(self, folder: Path, device: str = "cpu") -> float:
@@ -117,8 +120,8 @@ def damage(price_list: Sequence[Priced], chosen: Sequence[int]) -> float:
 def allocate(job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Allocation:
     """Choose an option for every matrix that a job with a target leaves open. Holds the dense model in float32.
 
-    Raises RecipeError for a target that no choice reaches, before anything is measured if headers tell, and what the
-    walk and the methods raise.
+    Raises RecipeError for a target that no choice reaches, if possible from headers before anything is measured. Also
+    raises what the walk and the methods raise.
     """
     target = target_of(job)
     return price(job, reachable(job, (target,)), device=device, progress=progress).reaching(target)
@@ -134,7 +137,7 @@ def target_of(job: Job) -> Target:
 def reachable(job: Job, targets: Sequence[Target]) -> Choices:
     """Return what the job leaves to choose, from headers alone; the targets are of its recipe's kind.
 
-    Raises RecipeError for a target below what the cheapest options take, and for what is wrong with recipe or options.
+    Raises RecipeError for a target below the size of the cheapest options, and for any fault in the recipe or options.
     """
     job.check_rules()
     found = choices(job)
@@ -158,7 +161,7 @@ def price(job: Job, found: Choices, *, device: str = "cpu", progress: Progress |
 
 
 def _tokens(job: Job) -> CalibrationTokens:
-    """The calibration tokens, the same as in the run. Raises InputError if none of them is held out."""
+    """Return the calibration tokens, the same as in the run. Raises InputError if none of them is held out."""
     source, config = job.source, job.recipe.calibration
     if config is None:
         raise RecipeError("options are judged on text; give a recipe with calibration")
@@ -172,7 +175,7 @@ def _tokens(job: Job) -> CalibrationTokens:
 
 
 def _check_memory(source: DenseModel, device: str) -> None:
-    """Raises MemoryLimitError if the dense model does not fit into this machine."""
+    """Raise MemoryLimitError if the dense model does not fit into this machine."""
     needed, there = FLOAT32 * source.parameters, total_memory()
     if device == "cpu" and needed > there:
         raise MemoryLimitError(
@@ -182,7 +185,7 @@ def _check_memory(source: DenseModel, device: str) -> None:
 
 
 def _check_reachable(found: Choices, target: Target) -> None:
-    """Raises RecipeError for a size below that of the cheapest options together."""
+    """Raise RecipeError for a size below the sum of the cheapest options."""
     least = tuple(one.bytes.index(min(one.bytes)) for one in found.matrices)
     bpw, size = found.bpw(least), found.size(least)
     if target.bpw is not None and bpw is not None and bpw > target.bpw:
@@ -215,14 +218,16 @@ def choose(found: Choices, priced: Sequence[Priced], target: Target) -> tuple[in
     if chosen is None:
         raise RecipeError(
             f"target: a KL of {target.kl} cannot be reached, {sum(map(min, damages)):.2g} is the least that is "
-            f"predicted of the options; raise it, or give options with more bits"
+            f"predicted for the options; raise it, or give options with more bits"
         )
     return chosen
 
 
 def _smoothed(one: Priced) -> list[float]:
-    """The damages of a matrix's options, made monotone in bits within each family: a family that is bad at many bits
-    says nothing about a better one at fewer."""
+    """Return the damages of a matrix's options, made monotone in bits within each family.
+
+    Families stay apart: one that is bad at many bits says nothing about a better one at fewer.
+    """
     found = [offer.damage for offer in one.offers]
     for family in families([offer.steps for offer in one.offers]):
         rising = monotone([found[number] for number in family], [one.offers[number].bits for number in family])

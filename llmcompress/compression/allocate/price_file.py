@@ -24,7 +24,7 @@ Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per
 
 
 def allocate_by(path: Path, job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Allocation:
-    """`allocate` with the price list in the file `path`. Also raises DiskError if that is of another job."""
+    """Run `allocate` with the price list in the file `path`. Also raises DiskError if that list is another job's."""
     target = target_of(job)
     found = reachable(job, (target,))
     check_prices(path, job)
@@ -55,9 +55,9 @@ def check_prices(path: Path, job: Job) -> None:
 
 
 def _store(path: Path, job: Job) -> Store:
-    """Return the store that `path`, a JSON file, is the one record of.
+    """Return the store whose only record is `path`, a JSON file.
 
-    Of the target only its kind counts: with bytes, tables have prices too.
+    Only the kind of the target counts: with a target in bytes, tables have prices too.
     """
     recipe, source = job.recipe.model_dump(mode="json"), job.source
     kind = [key for key, value in recipe.pop("target").items() if value is not None]

@@ -1,12 +1,13 @@
-"""The price list: what each option of each matrix takes and costs in quality, measured on held-out calibration text.
+"""The price list: the size and the cost in quality of each option of each matrix, on held-out calibration text.
 
-The predicted damage of an option is the relative output error that it leaves times the matrix's sensitivity: the KL of
-the model's predictions per unit of that error, measured by exchanging this one matrix (both grow with the square of a
-small change). The recipe's `damage` says whether one option's sensitivity goes for all (distortion) or is measured with
-each that is run (kl). Sums of damages predict that of a plan as long as the errors of different layers do not add up.
+The predicted damage of an option is the relative output error that it leaves times the matrix's sensitivity. The
+sensitivity is the KL of the model's predictions per unit of that error, measured by exchanging this one matrix (both
+grow with the square of a small change). With `damage: distortion` in the recipe, the sensitivity of one option serves
+all options; with `kl`, it is measured for each option that is run. The sum of damages predicts a plan's damage as long
+as the errors of different layers do not add up.
 
-Of a model with n weights, for t probing tokens, c calibration tokens and L linears: c forwards of the linears and their
-Gram matrices, three rough encodings of all weights, and L (3 L for kl) half forwards and heads of t tokens.
+Cost for t probing tokens, c calibration tokens and L linears: c forwards of the linears and their Gram matrices, three
+rough encodings of all weights, and L (3 L for kl) half forwards and heads of t tokens.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ from llmcompress.methods.moments import Moments
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.weight.nodes import Dense
 
-TOKENS = 8192  # of calibration that suffice for a ranking
+TOKENS = 8192  # of calibration: enough for a ranking
 
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
 
 
 @dataclass(frozen=True)
 class Offer:
-    """One option of a matrix. `bits` and `bytes` as stored; `error`: relative, on held-out inputs, `measured` on this
-    matrix or interpolated; `damage`: predicted KL in nats per token."""
+    """One option of a matrix. `bits` and `bytes`: as stored; `error`: relative, on held-out inputs; `measured`: True if
+    the error was measured on this matrix, False if interpolated; `damage`: predicted KL in nats per token."""
 
     steps: Steps
     bits: int
@@ -57,19 +58,19 @@ class Offer:
     damage: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields."""
+        """Return plain values, keys as in the fields."""
         return {**vars(self), "steps": [config.model_dump(mode="json") for config in self.steps]}
 
     @staticmethod
     def from_json(entries: dict[str, Any]) -> Offer:
-        """The inverse of `to_json`."""
+        """Return the offer that `to_json` wrote."""
         return Offer(**{**entries, "steps": tuple(step(one) for one in entries["steps"])})
 
 
 @dataclass(frozen=True)
 class Priced:
     """A matrix with its offers, in the order of the options. `sensitivity`: KL in nats per token for each unit of
-    relative error, as a middle option has it."""
+    relative error, measured with a middle option."""
 
     name: str
     shape: tuple[int, int]
@@ -78,20 +79,20 @@ class Priced:
     offers: tuple[Offer, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields."""
+        """Return plain values, keys as in the fields."""
         return {**vars(self), "shape": list(self.shape), "offers": [offer.to_json() for offer in self.offers]}
 
     @staticmethod
     def from_json(entries: dict[str, Any]) -> Priced:
-        """The inverse of `to_json`."""
+        """Return the matrix that `to_json` wrote."""
         offers = tuple(Offer.from_json(offer) for offer in entries["offers"])
         return Priced(**{**entries, "shape": tuple(entries["shape"]), "offers": offers})
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Of one matrix: the error of each option that was run, and the sensitivities that were measured, by option; of a
-    middle one, `probed`, always."""
+    """The measurements of one matrix, by option: the error of each option that was run, and sensitivities. That of a
+    middle option, `probed`, is always there."""
 
     errors: dict[int, float]
     sensitivities: dict[int, float]
@@ -101,9 +102,10 @@ class _Measured:
 def prices(
     job: Job, found: Choices, tokens: CalibrationTokens, probe: Probe, device: str, progress: Progress | None = None
 ) -> tuple[Priced, ...]:
-    """The price list of all matrices, in their order. Raises InputError and NumericsError as the walk and methods do.
+    """Return the price list of all matrices, in their order. Raises InputError and NumericsError as the walk and
+    methods do.
 
-    Statistics are those of the dense model's inputs, so that no price depends on what other layers become.
+    Statistics are taken from the dense model's inputs, so that no price depends on how other layers are compressed.
     """
     wanted = {one.name: one for one in found.matrices}
     linears = [one for one in found.matrices if not one.is_table]
@@ -125,7 +127,7 @@ def _from_middle(one: Matrix, among: list[Matrix]) -> int:
 def _layers(
     job: Job, wanted: dict[str, Matrix], tokens: CalibrationTokens, device: str, progress: Progress | None
 ) -> Iterator[tuple[Layer, Moments | None]]:
-    """Every wanted matrix as methods see it, with the moments of its held-out inputs."""
+    """Yield every wanted matrix as methods see it, with the moments of its held-out inputs."""
     fitted = max(1, min(tokens.obtained - tokens.held_out, TOKENS // tokens.length))
     held_out = max(1, min(tokens.held_out, TOKENS // 4 // tokens.length))
     first = tokens.obtained - tokens.held_out
@@ -158,7 +160,7 @@ def _seed(job: Job, group: InputGroup) -> str:
 
 
 def _needs(job: Job, wanted: dict[str, Matrix]) -> dict[str, frozenset[str]]:
-    """The statistics that the options of each matrix read, and those its errors are computed from."""
+    """Return the statistics that the options of each matrix read, and those that its errors are computed from."""
     known = methods()
     only_looked_up = None if job.arch.tied else job.arch.embedding
     return {
@@ -172,14 +174,15 @@ def _needs(job: Job, wanted: dict[str, Matrix]) -> dict[str, frozenset[str]]:
 def _of_reference(
     layer: Layer, one: Matrix, family: list[int], held_out: Moments | None
 ) -> tuple[dict[int, float], list[float]]:
-    """The errors of a family's options on the reference layer: run roughly, by number, and as asked for, in order."""
+    """Return the errors of a family's options on the reference layer: with rough steps, by number, and with their own
+    steps, in order."""
     fast = {number: error(layer, rough(one.options[number]), held_out) for number in run_of(family)}
     return fast, [error(layer, one.options[number], held_out) for number in family]
 
 
 def _measured(layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe, every: bool) -> _Measured:
-    """Runs options: of a linear a few roughly, of a table all on some of its rows; and probes with a middle one, or
-    with every one that is run."""
+    """Run a few options of a linear roughly, or all options of a table on some of its rows. Probe with a middle one,
+    or if `every`, with each that is run."""
     rows = sampled(layer)
     kin = families(one.options)
     run = range(len(one.options)) if one.is_table else [number for family in kin for number in run_of(family)]

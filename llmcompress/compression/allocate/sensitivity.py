@@ -1,8 +1,8 @@
-"""How much the model's predictions suffer when one of its matrices changes: KL, measured by forward passes alone.
+"""Damage to the model's predictions when one of its matrices changes: KL, measured by forward passes alone.
 
-The dense model's input of every block is kept, so that a change in a block costs the blocks from there on, and the
-output head: on average half a forward (ECoFLaP, arXiv 2310.02998, perturbs layers alike, by noise; here each is
-perturbed by an error that compressing it makes). The whole dense model is in memory meanwhile.
+The dense model's input of every block is kept. So a change in a block costs only the blocks from there on and the
+output head: on average half a forward. ECoFLaP (arXiv 2310.02998) perturbs all layers alike, by noise; here each is
+perturbed by an error that compressing it makes. The whole dense model is in memory meanwhile.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ AT_ONCE = 2  # windows whose logits are in memory together
 
 
 class DensePredictions:
-    """What the dense model predicts on `windows`, int64 `[windows, length]`, every token that another follows.
+    """The dense model's predictions on `windows`, int64 `[windows, length]`, at every token but each window's last.
 
-    `logits [part, length, vocabulary]`, here and below: of some windows after the others, as `in_parts` has them.
+    `logits [part, length, vocabulary]`, here and below: a few windows at a time, as `in_parts` returns them.
     """
 
     def __init__(self, windows: Tensor, logits: Iterable[Tensor]) -> None:
@@ -43,25 +43,25 @@ class DensePredictions:
 
     @property
     def tokens(self) -> int:
-        """How many predictions are compared."""
+        """The number of predictions that are compared."""
         return self.windows.shape[0] * (self.windows.shape[1] - 1)
 
     def divergence(self, logits: Iterable[Tensor]) -> float:
-        """The mean KL(dense || other), in nats per token, of the other's logits."""
+        """Return the mean KL(dense || other), in nats per token; `logits`: the other model's."""
         pairs = zip(self.expected, _log_probabilities(logits), strict=True)
         total = sum(float(kl_divergence(p, q).double().sum()) for p, q in pairs)
         return total / self.tokens
 
 
 def _log_probabilities(logits: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Float32 `[positions, vocabulary]`, a few positions at a time."""
+    """Yield log-probabilities, float32 `[positions, vocabulary]`, a few positions at a time."""
     for row in chain.from_iterable(logits):
         for chunk in row[:-1].split(POSITIONS):
             yield chunk.float().log_softmax(-1)
 
 
 def in_parts(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
-    """The model's logits on `windows [windows, length]`, `[part, length, vocabulary]` of some after the others."""
+    """Return the model's logits on `windows [windows, length]`, `[part, length, vocabulary]` of a few at a time."""
     return (logits for _, logits in window_logits(model, windows, AT_ONCE))
 
 
@@ -70,7 +70,7 @@ class Probe:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, arch: Architecture, windows: Tensor) -> None:
-        """Runs the model on `windows`. Raises InputError for one whose blocks cannot be run one by one."""
+        """Run the model on `windows`. Raises InputError for one whose blocks cannot be run one by one."""
         self.model, self.arch = model, arch
         here = windows.to(model.device)
         self.parts = here.split(AT_ONCE)
@@ -81,13 +81,13 @@ class Probe:
 
     @torch.no_grad()
     def divergence(self, name: str, weight: Tensor) -> float:
-        """KL, in nats per token, with `weight [out, in]` in the linear or the table at module path `name`."""
+        """Return the KL, in nats per token, with `weight [out, in]` in the linear or table at module path `name`."""
         inside = (number for number, layout in enumerate(self.arch.blocks) if name.startswith(f"{layout.path}."))
         with self._exchanged(name, weight):
             return self.dense.divergence(self._from(next(inside, 0)))
 
     def _recorded(self) -> Iterator[Tensor]:
-        """The logits of every part, whose inputs to blocks are kept."""
+        """Yield the logits of every part, and keep the inputs of its blocks."""
         for part in self.parts:
             with states_between(self.model, range(len(self.arch.blocks))) as states:
                 logits = self._logits(part)
@@ -95,7 +95,7 @@ class Probe:
             yield logits
 
     def _from(self, block: int) -> Iterator[Tensor]:
-        """The logits of every part, by the model from `block` on."""
+        """Yield the logits of every part, run from `block` on."""
         for part, inputs in zip(self.parts, self.inputs, strict=True):
             with answered(self.model, self.arch.stack, block, inputs[block], self.as_tuple):
                 logits = self._logits(part)
@@ -117,8 +117,8 @@ class Probe:
 
 
 def probe_windows(held_out: Tensor) -> Tensor:
-    """The tokens to probe with: the beginnings of the first held-out sequences `[sequences, length]`, or one sequence's
-    first parts where there are no more."""
+    """Return the tokens to probe with: the beginnings of the first held-out sequences `[sequences, length]`, then
+    their next parts if there are too few sequences."""
     length = min(WINDOW, held_out.shape[1])
     parts = held_out[:, : held_out.shape[1] // length * length].unfold(1, length, length)  # [sequences, parts, length]
     return parts.transpose(0, 1).reshape(-1, length)[:WINDOWS].contiguous()

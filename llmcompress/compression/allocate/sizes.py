@@ -1,6 +1,6 @@
-"""What a checkpoint's weight files will take, from headers and sketches alone.
+"""The size of a checkpoint's weight files, predicted from headers and sketches alone.
 
-Off by a few bytes a tensor at most, and then too high: a file must not become larger than it was to be.
+At most a few bytes a tensor too high, and never too low: a file must not exceed its target.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ PADDING = 8  # of a header, at most
 
 
 def payload_bytes(w: Weight) -> int:
-    """Of a module's payload, in which each stored tensor is filled up to a multiple of 8 bytes."""
+    """Return the bytes of a module's payload, in which each stored tensor is padded to a multiple of 8 bytes."""
     return sum(map(_filled, tensor_bits(w)))
 
 
 def _filled(count: int) -> int:
-    """Bytes of so many bits."""
+    """Return the padded bytes of `count` bits."""
     return -(-count // (8 * ALIGNMENT)) * ALIGNMENT
 
 
 def bytes_around(job: Job, compressed: set[str]) -> int:
-    """Of all weight files but for the payloads of the modules `compressed`: dense tensors, and the files' headers."""
+    """Return the bytes of all weight files without the payloads of the modules `compressed`: dense tensors and the
+    files' headers."""
     payloads = {f"{name}.weight" for name in compressed}
     kept = sum(header.bytes for name, header in job.source.tensors.items() if name not in payloads)
     return kept + sum(_header_bytes(file, payloads) for file in _files(job, compressed))
 
 
 def _files(job: Job, compressed: set[str]) -> list[dict[str, Header]]:
-    """The tensors in each file, as the driver writes them: a block, a table, or the rest."""
+    """Return the tensors in each file, as a run writes them: a block, a table, or the rest."""
     tables = [f"{name}.weight" for name in (job.arch.embedding, job.arch.head) if name in compressed]
     places = [*(f"{layout.path}." for layout in job.arch.blocks), *tables]
     files: list[dict[str, Header]] = [{} for _ in (*places, "the rest")]
@@ -51,7 +52,7 @@ def _files(job: Job, compressed: set[str]) -> list[dict[str, Header]]:
 
 
 def _header_bytes(file: Mapping[str, Header], payloads: set[str]) -> int:
-    """At most what comes before the tensors in a safetensors file of ours."""
+    """Return an upper bound of the header's bytes in a safetensors file of ours."""
     most = max(sum(header.bytes for header in file.values()), 1)
     entries = {
         name: {

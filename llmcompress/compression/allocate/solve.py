@@ -13,17 +13,16 @@ from numpy.typing import NDArray
 
 from llmcompress.errors import NumericsError
 
-LARGE = 1e4  # what objectives sum up to at most, and the limit: to the solver, 1e-6 is nothing
+LARGE = 1e4  # upper bound of objectives and limits after scaling: the solver treats 1e-6 as zero
 ROUNDING = 1e-12
 
 Table = Sequence[Sequence[float]]  # by matrix, then by option
 
 
 def solve(value: Table, cost: Table, limit: float) -> tuple[int, ...] | None:
-    """The option of each matrix with the least sum of `value` among those whose sum of `cost` is at most `limit`; None
-    where there is no such choice.
+    """Return the option of each matrix that makes the sum of `value` least while that of `cost` is at most `limit`.
 
-    Raises NumericsError where the solver gives up.
+    Returns None if no choice keeps the limit. Raises NumericsError if the solver gives up.
     """
     cheapest = tuple(min(range(len(row)), key=row.__getitem__) for row in cost)
     least = _total(cost, cheapest)
@@ -35,7 +34,7 @@ def solve(value: Table, cost: Table, limit: float) -> tuple[int, ...] | None:
         excess = _total(cost, chosen) - limit
         if excess <= 0:
             return chosen
-        bound -= max(excess, ROUNDING * limit)  # the solver keeps to its bound but for a rounding error
+        bound -= max(excess, ROUNDING * limit)  # the solver may exceed its bound by a rounding error
     return cheapest
 
 
@@ -71,8 +70,10 @@ def _chosen(shares: NDArray[np.float64], counts: Sequence[int]) -> tuple[int, ..
 
 
 def monotone(damage: Sequence[float], cost: Sequence[float]) -> tuple[float, ...]:
-    """The damage of one matrix's options, none below that of an option with more cost: measured ones can be, by noise,
-    and a solver would look for these."""
+    """Return the damage of one matrix's options, raised so that none is below that of an option with more cost.
+
+    Measured ones can be, by noise, and a solver would pick exactly these.
+    """
     rising = sorted(range(len(cost)), key=lambda option: (-cost[option], damage[option]))
     found, worst = list(damage), 0.0
     for option in rising:

@@ -1,7 +1,7 @@
-"""Fewer decoder blocks: the others move together, their numbers and the config's lists with them.
+"""Fewer decoder blocks: the others close the gap, and their numbers and the config's lists follow.
 
-No weight changes. config.json then says under `KEPT` which of the original model's blocks are left, so that a
-distillation knows which hidden states of its teacher belong to which of the student.
+No weight changes. config.json then lists under `KEPT` which of the original model's blocks are left, so that a
+distillation can match the hidden states of teacher and student.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 PER_BLOCK = ("layer_types", "no_rope_layers")  # lists of a config that have an entry for every block
-BY_NUMBER = "scale_attn_by_inverse_layer_idx"  # GPT-2's: what a block computes depends on its number
+BY_NUMBER = "scale_attn_by_inverse_layer_idx"  # GPT-2's: a block's result depends on its number
 
 
 @dataclass(frozen=True)
 class Shortening:
-    """What goes and what stays. `kept`: numbers of blocks; `stored`: model's name of each tensor that stays -> its name
-    in the new files; `changes`: entries of the new config."""
+    """The plan of a drop. `kept`: numbers of the blocks that stay; `stored`: the model's name of each tensor that stays
+    -> its name in the new files; `changes`: entries of the new config."""
 
     kept: tuple[int, ...]
     stored: dict[str, str]
@@ -38,7 +38,7 @@ class Shortening:
 
 @dataclass(frozen=True)
 class Dropped:
-    """What was written. Blocks are numbered from 0 as in `model`; bytes are those of the weights."""
+    """The checkpoint that was written. Blocks are numbered from 0 as in `model`; bytes count the weights."""
 
     model: str
     output: str
@@ -48,7 +48,7 @@ class Dropped:
     bytes_after: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields."""
+        """Return plain values, keys as in the fields."""
         return asdict(self)
 
 
@@ -87,7 +87,7 @@ def drop_blocks(
 
 
 def shortening(source: DenseModel, blocks: Iterable[int]) -> Shortening:
-    """The plan for dropping `blocks`, from headers alone. Raises as `drop_blocks` does."""
+    """Return the plan for dropping `blocks`, from headers alone. Raises as `drop_blocks` does."""
     there, going = blocks_of(source), set(blocks)
     if absent := sorted(going.difference(there)):
         raise RecipeError(
@@ -119,18 +119,18 @@ def shortening(source: DenseModel, blocks: Iterable[int]) -> Shortening:
 
 
 def blocks_of(source: DenseModel) -> range:
-    """The numbers of a model's blocks. Raises InputError for a family that is not in the table."""
+    """Return the numbers of a model's blocks. Raises InputError for a family that is not in the table."""
     config = source.config
     if config.model_type not in FAMILIES:
         raise InputError(
-            f"model type {config.model_type!r} is not in the table of families, so what else depends on the number of "
-            f"its blocks is not known; choose one of {', '.join(FAMILIES)}"
+            f"model type {config.model_type!r} is not in the table of families, so it is unknown what else depends on "
+            f"the number of its blocks; choose one of {', '.join(FAMILIES)}"
         )
     return range(config.num_hidden_layers)
 
 
 def _changes(config: PreTrainedConfig, kept: tuple[int, ...]) -> dict[str, Any]:
-    """Entries of the shortened model's config; lists as the config resolves them, also where it stores a pattern."""
+    """Return the changed entries of the shortened model's config; a pattern is written as the list it stands for."""
     before = kept_blocks(config) or range(config.num_hidden_layers)
     length = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     lists = {name: getattr(config, name, None) for name in PER_BLOCK}

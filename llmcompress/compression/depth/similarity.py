@@ -1,10 +1,10 @@
-"""Which consecutive blocks change the hidden states least: the candidates for dropping.
+"""The consecutive blocks that change the hidden states least: the candidates for dropping.
 
-The mean over tokens of cos(input of block l, input of block l + n); the run with the largest goes (ShortGPT, arXiv
-2403.03853, for n = 1; "The Unreasonable Ineffectiveness of the Deeper Layers", arXiv 2403.17887, for runs, there of the
-last token only). The state after the last block is taken before the final norm. Blind to one thing: a block that does
-its work on a single position, as the one that makes the first token's state huge, looks as if it did nothing; look at
-the perplexity of what is left.
+The score of a run of n blocks is the mean over tokens of cos(input of block l, input of block l + n); the run with the
+largest score goes. ShortGPT (arXiv 2403.03853) does this for n = 1, "The Unreasonable Ineffectiveness of the Deeper
+Layers" (arXiv 2403.17887) for runs, on the last token only. The state after the last block is taken before the final
+norm. The score is blind to a block that works on a single position: the one that makes the first token's state huge
+seems to do nothing. So check the perplexity of the shortened model.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ SAMPLES, LENGTH = 16, 512  # of text: 8192 tokens are enough for the choice
 
 @dataclass(frozen=True)
 class Alike:
-    """A run of blocks. `cosine`: between what it reads and what it leaves; `cosines`: of every run as long, by its
-    first block; `text`: where the tokens came from."""
+    """A run of blocks. `cosine`: between its input and its output; `cosines`: of every run of this length, by its first
+    block; `text`: the source of the tokens."""
 
     blocks: tuple[int, ...]
     cosine: float
@@ -41,10 +41,12 @@ class Alike:
 
 
 def chosen_blocks(model: str | Path, blocks: str | None, count: int | None, **of_text: Any) -> tuple[int, ...]:
-    """The numbers in words such as "4,7-9", or without them the `alike_blocks`. Raises RecipeError for other words, and
-    unless one of both is given."""
+    """Return the numbers in a text such as "4,7-9", or without one the `count` blocks that `alike_blocks` finds.
+
+    Raises RecipeError for any other text, and unless exactly one of `blocks` and `count` is given.
+    """
     if (blocks is None) == (count is None):
-        raise RecipeError("say which blocks to drop, or how many: one of both")
+        raise RecipeError("pass either --blocks or --count, exactly one of them")
     if count is not None:
         return alike_blocks(model, count, **of_text).blocks
     found: list[int] = []
@@ -93,7 +95,7 @@ def alike_blocks(
 
 @torch.no_grad()
 def run_cosines(model: Any, ids: Tensor, count: int) -> Tensor:
-    """Of token ids `[sequences, length]`: the mean cosine over each run of `count` blocks, float64 `[runs]`."""
+    """Return the mean cosine over each run of `count` blocks, float64 `[runs]`; `ids`: `[sequences, length]`."""
     last = model.config.num_hidden_layers
     total = torch.zeros(last - count + 1, dtype=torch.float64)
     for sequence in ids:

@@ -1,7 +1,7 @@
-"""The scores of a sweep: of the dense model once, of every checkpoint beside it, kept in the checkpoint.
+"""The scores of a sweep: the dense model's, measured once, and every checkpoint's, kept in the checkpoint.
 
-What is kept is what `eval --save` keeps for a card, with a digest of what was read, so that it is measured anew where
-text, tasks or protocol have changed.
+A checkpoint keeps what `eval --save` keeps for a card, with a digest of the text. So scores are measured again if text,
+tasks or protocol have changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llmcompress.runtime.versions import versions
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores models against `dense`. `asked`: what two scores must agree in to be comparable; plain values."""
+    """Scores models against `dense`. `asked`: plain values that two comparable scores must have in common."""
 
     dense: DenseModel
     protocol: Protocol
@@ -37,13 +37,14 @@ class Judge:
 
     @staticmethod
     def of(dense: DenseModel, protocol: Protocol, device: str) -> Judge:
-        """Raises InputError for a text that is too short or cannot be read, RecipeError for windows too long."""
+        """Prepare a judge. Raises InputError for a text that is too short or cannot be read, RecipeError for windows
+        that are too long."""
         ids = evaluation_windows(dense.tokenizer(), protocol, dense.config)
         asked = protocol.to_json() | {"digest": _digest(ids, protocol.tasks), "versions": versions()}
         return Judge(dense, protocol, device, json.loads(json.dumps(asked)))
 
     def kept(self, folder: Path) -> dict[str, Any] | None:
-        """The entries {"dense", "compressed", ...} that a checkpoint has of the same protocol, if it has any."""
+        """Return the entries {"dense", "compressed", ...} that a checkpoint has for the same protocol, if any."""
         if not holds(folder, file_names.SCORES):
             return None
         entries = read_json(folder / file_names.SCORES)
@@ -51,7 +52,7 @@ class Judge:
         return entries if same and "dense" in entries else None
 
     def of_dense(self, folders: Iterable[Path]) -> dict[str, Any]:
-        """The dense model's scores, from a checkpoint that has them or measured."""
+        """Return the dense model's scores: from a checkpoint that has them, or else measured."""
         for folder in folders:
             if (entries := self.kept(folder)) is not None:
                 scores: dict[str, Any] = entries["dense"]
@@ -61,8 +62,10 @@ class Judge:
         return Evaluation(found.perplexity, found.tasks, Distance.to_itself(found.perplexity)).to_json()
 
     def scores(self, folder: Path, dense: dict[str, Any]) -> dict[str, Any]:
-        """Those of the checkpoint in `folder`, kept there. `dense`: the dense model's. Raises DiskError if it cannot
-        be written to."""
+        """Return the scores of the checkpoint in `folder`, and keep them there. `dense`: the dense model's scores.
+
+        Raises DiskError if the folder cannot be written to.
+        """
         entries = self.kept(folder)
         if entries is None:
             teacher = self.dense.load(self.device)
@@ -75,7 +78,7 @@ class Judge:
 
 
 def _digest(windows: Tensor, tasks: Iterable[str]) -> str:
-    """Of the tokens to read, and of the files among the tasks."""
+    """Return the digest of the tokens to read and of the files among the tasks."""
     digest = sha256(windows.numpy().tobytes())
     for path in (Path(task).expanduser() for task in tasks):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:

@@ -1,4 +1,4 @@
-"""What other tools made of the same model, as somebody measured it: points to draw beside a sweep's own.
+"""Results of other tools on the same model, as somebody measured them: points to draw beside a sweep's own.
 
     {"peers": [{"name": "AutoRound g64", "bpw": 2.281, "bytes": 86300000, "perplexity": 91.36, "kl": 1.3,
                 "tasks": {"blimp": 0.638}}]}
@@ -30,14 +30,14 @@ class Peer(BaseModel):
 
 
 class Peers(BaseModel):
-    """What is in the file."""
+    """The contents of the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     peers: tuple[Peer, ...]
 
 
 def read_peers(path: Path, axis: str) -> tuple[Peer, ...]:
-    """The peers in a JSON file, each with what a sweep's sizes are counted in: `axis`, "bpw" or "bytes".
+    """Read the peers in a JSON file; each must have the `axis` of the sweep's sizes, "bpw" or "bytes".
 
     Raises InputError for a file that is not such a list.
     """
@@ -58,5 +58,5 @@ def read_peers(path: Path, axis: str) -> tuple[Peer, ...]:
         raise InputError(f"{path}: {error}") from error
     for peer in found.peers:
         if getattr(peer, axis) is None:
-            raise InputError(f"{path}: the peer {peer.name!r} has no {axis}, which this sweep's sizes are; add it")
+            raise InputError(f"{path}: the peer {peer.name!r} has no {axis}, the unit of this sweep's sizes; add it")
     return found.peers

@@ -1,11 +1,11 @@
 """A sweep over budgets: prices once, then for every budget a plan, a checkpoint and its scores; a table and a plot.
 
-    OUT/prices.json                   what every option costs, measured once for all budgets
+    OUT/prices.json                   the cost of every option, measured once for all budgets
     OUT/bpw-1.25, OUT/bpw-2, ...      ordinary checkpoints, each with its plan and its scores
     OUT/frontier.json, .md, .png, .svg
 
-With several recipes, prices and checkpoints lie in OUT/<name of the recipe>. What is finished stays when a sweep is
-cut, and is not done again by the next one with the same recipe, model, text and versions.
+With several recipes, prices and checkpoints lie in OUT/<name of the recipe>. If a sweep is interrupted, finished parts
+stay, and the next sweep with the same recipe, model, text and versions does not repeat them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FOLDER_NAME = re.compile(r"[\w][\w.+-]*")
 
 @dataclass(frozen=True)
 class SweepCallbacks:
-    """Who is told how far a sweep is: `stage(sentence)` of what comes next, the others as `compress` reports."""
+    """Functions that a sweep reports to: `stage(sentence)` learns the next stage, the others as in `compress`."""
 
     stage: Callable[[str], None] | None = None
     pricing: Callable[[int, int, float], None] | None = None
@@ -61,7 +61,7 @@ class SweepCallbacks:
     training: Callable[[int, int, float, float, float], None] | None = None
 
     def next(self, sentence: str) -> None:
-        """Says what comes next."""
+        """Report the next stage."""
         if self.stage is not None:
             self.stage(sentence)
 
@@ -71,7 +71,7 @@ SILENT = SweepCallbacks()
 
 @dataclass(frozen=True)
 class Line:
-    """One recipe of a sweep, laid over the model, and where its checkpoints go."""
+    """One recipe of a sweep, laid over the model, and the folder of its checkpoints."""
 
     job: Job
     choices: Choices
@@ -91,11 +91,11 @@ def frontier(
     device: str = "cpu",
     told: SweepCallbacks = SILENT,
 ) -> dict[str, Any]:
-    """Compresses `model` as each recipe says to each size, whatever target it had, scores all of it by `protocol`, and
-    leaves that in `output`, a new folder or one of an earlier sweep; returns what is in its frontier.json.
+    """Compress `model` by each recipe to each size, and score every checkpoint by `protocol`.
 
-    Raises an LLMCompressError, in one sentence, for whatever is wrong; sizes that cannot be reached are found from
-    headers alone. What is finished stays.
+    A recipe's own target is ignored. `output` is a new folder or that of an earlier sweep. Returns the contents of its
+    frontier.json. Raises an LLMCompressError, in one sentence, for whatever is wrong; sizes that cannot be reached are
+    found from headers alone. Finished parts stay.
     """
     device_of(device)  # before a model is looked at
     dense = resolve(str(model), revision)
@@ -106,25 +106,26 @@ def frontier(
         try:
             return _swept(lines, sizes, output, judge, peers, told)
         except (KeyboardInterrupt, Terminated) as stop:
-            raise type(stop)(f"{output} keeps what is finished, and the same command goes on from there") from stop
+            raise type(stop)(f"{output} keeps what is finished, and the same command resumes from there") from stop
 
 
 def _check(recipes: Sequence[Recipe], output: Path) -> None:
-    """Raises RecipeError where lines cannot be told apart or drawn, DiskError for a folder with something else."""
+    """Raise RecipeError if lines cannot be told apart or drawn, DiskError for a folder with other contents."""
     if find_spec("matplotlib") is None:
         raise RecipeError(MISSING)
     names = [recipe.name for recipe in recipes]
     for name in names if len(names) > 1 else ():
         if names.count(name) > 1:
-            raise RecipeError(f"two recipes are called {name!r}; give each a name of its own")
+            raise RecipeError(f"two recipes are named {name!r}; give each a name of its own")
         if not FOLDER_NAME.fullmatch(name):
-            raise RecipeError(f"the recipe's name {name!r} is to be a folder's; use letters, digits and . + - _")
+            raise RecipeError(f"the recipe's name {name!r} cannot name a folder; use letters, digits and . + - _")
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / FILE).is_file())):
-        raise DiskError(f"{output} exists already and is no earlier sweep; remove it or choose another output folder")
+        raise DiskError(f"{output} exists and is not an earlier sweep; remove it or choose another output folder")
 
 
 def _line(dense: DenseModel, recipe: Recipe, sizes: Sequence[Budget], folder: Path) -> Line:
-    """Raises RecipeError for what is wrong with recipe or sizes, DiskError for prices of something else."""
+    """Lay a recipe over the model. Raises RecipeError for any fault in recipe or sizes, DiskError if the prices in
+    `folder` belong to another job."""
     try:
         job = prepare(dense, recipe.model_copy(update={"target": sizes[0].target}))
         found = reachable(job, [budget.target for budget in sizes])
@@ -142,7 +143,7 @@ def _swept(
     peers: Sequence[Peer],
     told: SweepCallbacks,
 ) -> dict[str, Any]:
-    """The result, written anew after every point."""
+    """Return the result of the sweep, which is rewritten after every point."""
     source = judge.dense
     told.next(f"scoring {source.name}")
     dense = judge.of_dense(line.folder / budget.name for line in lines for budget in sizes)
@@ -174,7 +175,7 @@ def _swept(
 def _point(
     folder: Path, budget: Budget, prices: PriceList, judge: Judge, dense: dict[str, Any], told: SweepCallbacks
 ) -> dict[str, Any]:
-    """A budget's checkpoint, made unless it is there, and what it is worth."""
+    """Return a budget's checkpoint with its scores; compress it first unless it is there."""
     plan = prices.reaching(budget.target)
     job = plan.settled
     if not _is_done(folder, job):
@@ -197,13 +198,13 @@ def _point(
 
 
 def _beside(point: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
-    """The point with its perplexity over the dense model's: the ratio, and as `gap` its logarithm."""
+    """Return the point with `ratio`, its perplexity over the dense model's, and `gap`, the logarithm of that."""
     ratio = point["perplexity"] / dense["perplexity"]
     return point | {"ratio": ratio, "gap": math.log(ratio)}
 
 
 def _as_point(peer: Peer, dense: dict[str, Any]) -> dict[str, Any]:
-    """A peer in the form of a sweep's points: its score in a task is that of the metric which is drawn."""
+    """Return a peer in the form of a sweep's points; its score in a task counts as the metric that is drawn."""
     tasks = {task: {main_metric(dense["tasks"].get(task, {})) or "score": value} for task, value in peer.tasks.items()}
     return peer.model_dump(mode="json") | {"tasks": tasks}
 
@@ -217,12 +218,12 @@ def _is_done(folder: Path, job: Job) -> bool:
     path = folder / file_names.DISTILLATION_RECIPE
     taught = read_as(Distillation, path) if path.is_file() else None
     if taught != job.recipe.distill:
-        raise DiskError(f"{folder} was distilled by another recipe; remove it, or choose another output folder")
+        raise DiskError(f"{folder} was distilled with another recipe; remove it, or choose another output folder")
     return True
 
 
 def _publish(output: Path, found: dict[str, Any]) -> None:
-    """Writes numbers, table and pictures."""
+    """Write numbers, table and pictures."""
     pictures = {f"{PICTURE}.{kind}": picture for kind, picture in frontier_pictures(found).items()}
     write_files(output, {FILE: _numbers(found), TABLE: frontier_markdown(found).encode()} | pictures)
 

@@ -1,12 +1,12 @@
-"""AWQ (arXiv 2306.00978): the input channels that carry most are made larger before they are rounded.
+"""AWQ (arXiv 2306.00978): the loudest input channels are scaled up before they are rounded.
 
-W x = (W diag(s)) (x / s), and 1/s goes into what makes x: the weight of a norm, or the rows of another linear, which
-are divided with their bias. Nothing more is stored. With a the root mean square of a channel over the calibration
-tokens, s = a^alpha; alpha is the one of `EXPONENTS` after which plain rounding to the layer's grid leaves the least
-relative output error, summed over the linears that read x. alpha = 0 is one of them, so it never adds to that sum.
+W x = (W diag(s)) (x / s), and 1/s goes into the producer of x: the weight of a norm, or the rows and the bias of
+another linear. Nothing more is stored. With a the root mean square of a channel over the calibration tokens,
+s = a^alpha. alpha is chosen from `EXPONENTS`: plain rounding to the layer's grid must leave the least relative output
+error, summed over the linears that read x. alpha = 0 is among them, so scaling never adds to that sum.
 
-The paper takes the mean magnitude where we take the root mean square, which second moments hold already. Its values of
-models with fewer heads of keys than of queries are not scaled; here the query heads that share values share scales.
+The paper takes the mean magnitude; here it is the root mean square, which second moments hold already. In models with
+fewer key heads than query heads, the paper does not scale values; here the query heads that share values share scales.
 A norm's new weight is rounded to its stored dtype first and s follows from it, so it is exact there.
 """
 
@@ -28,40 +28,40 @@ from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture
 
 EXPONENTS = tuple(step / 20 for step in range(20))
-QUIETEST = 1e-4  # of the loudest channel's root mean square: the least that a channel counts
+QUIETEST = 1e-4  # of the loudest channel's root mean square: a quieter channel counts as this
 
 Steps = Mapping[str, tuple[StepConfig, ...]]
 
 
 @dataclass(frozen=True)
 class Balanced:
-    """What `balance` did to a block. `changed`: the dtypes of the tensors that are no longer those of the dense model
-    and that no method will compress, by name; `notes`: a sentence for each group of linears."""
+    """The changes that `balance` made to a block. `changed`: by name, the dtypes of changed tensors that no method will
+    compress; `notes`: a sentence for each group of linears."""
 
     changed: dict[str, torch.dtype] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def tensors(self, block: Block) -> dict[str, Tensor]:
-        """What a checkpoint stores of the block in place of the dense model's tensors."""
+        """Return the tensors that a checkpoint stores in place of the dense model's."""
         return {name: _parameter(block, name).to(dtype) for name, dtype in self.changed.items()}
 
 
 def check_awq(arch: Architecture, steps: Steps) -> None:
-    """Raises RecipeError for a family that nothing can be fused into, and for steps that do not start with a grid."""
+    """Raise RecipeError for a family that nothing can be fused into, and for steps that do not start with a grid."""
     feeds(arch, arch.blocks[0])
     for name, own in steps.items():
         if not isinstance(own[0], GridConfig):
             raise RecipeError(
-                f"fuse: awq chooses scales for rounding, and the first step of {name} is {own[0].method}; let it be "
-                f"rtn or gptq, or leave awq out"
+                f"fuse: awq chooses scales for rounding, and the first step of {name} is {own[0].method}; use rtn or "
+                f"gptq there, or leave awq out"
             )
 
 
 @torch.no_grad()
 def balance(block: Block, source: DenseModel, arch: Architecture, steps: Steps) -> Balanced:
-    """Scales the input channels of a block's linears that have `steps`, in its module and in its moments.
+    """Scale the input channels of a block's linears that have `steps`, in its module and in its moments.
 
-    A block that is no decoder block (a table) stays as it is.
+    A block that is not a decoder block (a table) stays as it is.
     """
     if block.index >= len(arch.blocks):
         return Balanced()
@@ -82,10 +82,10 @@ def balance(block: Block, source: DenseModel, arch: Architecture, steps: Steps) 
 
 
 def producer_rows(out: int, width: int, head_dim: int) -> Tensor:
-    """For each of `width` channels, the row of a producer with `out` rows that it is proportional to `[width]`.
+    """Return for each of `width` channels the row of its producer that it is proportional to, `[width]`.
 
-    The channel itself where there are as many. Fewer are those of values: then each head of `head_dim` rows serves as
-    many query heads in a row as there are for each.
+    `out`: the producer's rows. If there are as many rows as channels, it is the row of the same number. A projection of
+    values may have fewer: then each head of `head_dim` rows serves the consecutive query heads that share it.
     """
     channels = torch.arange(width)
     return channels // head_dim // (width // out) * head_dim + channels % head_dim
@@ -93,7 +93,7 @@ def producer_rows(out: int, width: int, head_dim: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """Scales `[in]`, and what the producer's rows are divided by `[rows]`, with the errors without and with them."""
+    """Scales `[in]` and the divisors of the producer's rows `[rows]`, with the errors before and after scaling."""
 
     exponent: float
     divisor: Tensor
@@ -102,7 +102,7 @@ class _Found:
     after: float
 
     def note(self, feed: Feed) -> str:
-        """For the report."""
+        """Return a sentence for the report."""
         return (
             f"{', '.join(feed.names)}: channels scaled by {feed.producer}, exponent {self.exponent:g}, error after "
             f"plain rounding {self.before:.5f}, then {self.after:.5f}"
@@ -110,28 +110,28 @@ class _Found:
 
 
 class _Edits:
-    """Changes to the parameters of a block, which it then has as they will be stored."""
+    """Changes to the parameters of a block, in place; values are rounded as they will be stored."""
 
     def __init__(self, block: Block, source: DenseModel, steps: Steps) -> None:
         self.block, self.source, self.steps = block, source, steps
         self.changed: dict[str, torch.dtype] = {}  # not the weights of linears that have steps
 
     def value(self, name: str) -> Tensor:
-        """The parameter as it is now, float32."""
+        """Return the parameter as it is now, float32."""
         return _parameter(self.block, name)
 
     def divide(self, producer: str, divisor: Tensor) -> None:
-        """Divides what a norm or a linear gives, channel by channel."""
+        """Divide the output of a norm or a linear, channel by channel."""
         for leaf, value in list(_module(self.block, producer).named_parameters(recurse=False)):
             self._put(f"{producer}.{leaf}", value.detach() / divisor.reshape(-1, *[1] * (value.dim() - 1)))
 
     def multiply(self, names: tuple[str, ...], scale: Tensor) -> None:
-        """Multiplies the columns of linears."""
+        """Multiply the columns of linears."""
         for name in names:
             self._put(f"{name}.weight", self.value(f"{name}.weight") * scale)
 
     def as_stored(self, name: str, value: Tensor) -> Tensor:
-        """`value` rounded to the dtype that the parameter is stored in."""
+        """Return `value` rounded to the dtype that the parameter is stored in."""
         return value.to(self.source.read(name).dtype)
 
     def _put(self, name: str, value: Tensor) -> None:
@@ -152,7 +152,7 @@ def _parameter(block: Block, name: str) -> Tensor:
 
 
 def _search(edits: _Edits, feed: Feed, inputs: Moments, rows: Tensor) -> _Found:
-    """The exponent with the least error after plain rounding."""
+    """Find the exponent with the least error after plain rounding."""
     if inputs.outer is None:
         raise ValueError("scales are chosen by the moment outer, which was not gathered")
     loudness = _loudness(inputs.outer, rows, len(edits.value(f"{feed.producer}.weight")))
@@ -177,7 +177,7 @@ class _Rounded:
     energy: float
 
     def error(self, scale: Tensor, outer: Tensor) -> float:
-        """The relative output error when the weight is rounded with its columns scaled."""
+        """Return the relative output error after rounding the weight with its columns scaled."""
         lost = self.weight - rounded(self.weight * scale, self.form) / scale
         return _energy(lost, outer) / self.energy if self.energy > 0 else 0.0
 
@@ -192,13 +192,15 @@ def _linears(edits: _Edits, feed: Feed, outer: Tensor) -> list[_Rounded]:
 
 
 def _energy(matrix: Tensor, outer: Tensor) -> float:
-    """That of the outputs of `matrix` for inputs whose second moments are `outer`."""
+    """Return the energy of the outputs of `matrix` for inputs whose second moments are `outer`."""
     return float(torch.linalg.vecdot(matrix @ outer, matrix).sum(dtype=torch.float64))
 
 
 def _loudness(outer: Tensor, rows: Tensor, count: int) -> Tensor:
-    """The logarithm of the root mean square of what each of a producer's `count` rows gives, from the middle between
-    the quietest and the loudest."""
+    """Return the logarithm of the root mean square of the channels that each of a producer's `count` rows feeds.
+
+    The middle between the quietest and the loudest is 0.
+    """
     energy = outer.diagonal().double().clamp_min(0)
     shared = energy.new_zeros(count).index_add_(0, rows, energy) / rows.bincount(minlength=count)
     floor = max(float(shared.max()) * QUIETEST**2, torch.finfo(torch.float64).tiny)
@@ -207,14 +209,14 @@ def _loudness(outer: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _exact(divisor: Tensor, norm: str, edits: _Edits) -> Tensor:
-    """The divisor nearest to `divisor` by which a norm's weight is divided without rounding; 1 where there is none."""
+    """Return the divisor nearest to `divisor` that divides a norm's weight without rounding; 1 where there is none."""
     weight = edits.value(norm)
     after = edits.as_stored(norm, weight / divisor).float()
     return torch.where((after != 0) & after.isfinite(), weight / after, 1.0)
 
 
 def rounded(weight: Tensor, form: GridFormat) -> Tensor:
-    """The matrix that `rtn` stores of `weight [out, in]`."""
+    """Return the matrix that `rtn` stores for `weight [out, in]`."""
     parts = []
     for columns in weight.split(form.group(weight.shape[1]), 1):
         scale, zero = fit_grid(columns, form)
@@ -223,7 +225,7 @@ def rounded(weight: Tensor, form: GridFormat) -> Tensor:
 
 
 def _scaled(moments: Moments, scale: Tensor) -> Moments:
-    """The moments of the inputs divided by `scale`."""
+    """Return the moments of the inputs divided by `scale`."""
     inverse = 1 / scale
     both = torch.outer(inverse, inverse)
     return Moments(

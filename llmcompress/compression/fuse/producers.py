@@ -1,4 +1,4 @@
-"""What feeds each linear of a block: a norm of the residual stream, or another linear."""
+"""The producer of each linear's input in a block: a norm of the residual stream, or another linear."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from llmcompress.models.families import FAMILIES, Architecture, BlockLayout
 
 @dataclass(frozen=True)
 class Feed:
-    """Linears that read the same tensor, and the module that makes its channels, all by module path.
+    """Linears that read the same tensor, and the module that produces it, all by module path.
 
-    `is_norm`: that module is a norm of the residual stream, else a linear.
+    `is_norm`: True if that module is a norm of the residual stream, False if it is a linear.
     """
 
     names: tuple[str, ...]
@@ -21,7 +21,7 @@ class Feed:
 
 
 def feeds(arch: Architecture, block: BlockLayout) -> tuple[Feed, ...]:
-    """The feeds of a block in the order of its groups. Raises RecipeError for a family that has no such table."""
+    """Return the feeds of a block in the order of its groups. Raises RecipeError for a family without such a table."""
     producers = () if arch.family is None else arch.family.producers
     if not producers:
         known = ", ".join(name for name, family in FAMILIES.items() if family.producers)

@@ -1,14 +1,14 @@
-"""The residual stream in a random basis, for good (QuaRot, arXiv 2404.00456; SliceGPT, arXiv 2401.15024).
+"""A permanent rotation of the residual stream (QuaRot, arXiv 2404.00456; SliceGPT, arXiv 2401.15024).
 
-A norm without a weight commutes with any orthogonal R. So the weight g of each norm goes into the linears behind it,
-W -> W diag(g) R, the linears that write to the stream become R^T W, and the table of the tokens E R: the model computes
-what it did, and no linear that reads the stream needs signs or a transform at run time. R is that of the step `rotate`,
-which is still there for what reads something else (o and down of a Llama).
+A norm without a weight commutes with any orthogonal R. So the weight g of each norm goes into the linears after it,
+W -> W diag(g) R. Linears that write to the stream become R^T W, and the token table becomes E R. The model computes the
+same outputs, and no linear that reads the stream needs signs or a transform at run time. R is the same as in the step
+`rotate`, which still serves linears that read something else (o and down of a Llama).
 
-The output head reads the last norm, whose weight is no constant, so a head that is the token table must become a matrix
-of its own. Rotated weights are rounded to their stored dtype once more; in bfloat16 that alone moves the predictions of
-SmolLM2-135M by 2e-4 nats. QuaRot's code also takes the mean from each row of the table: that is right for layer norms
-alone, and not done here.
+The output head reads the last norm, whose weight is not constant, so a head tied to the token table must become a
+matrix of its own. Rotated weights are rounded to their stored dtype once more; in bfloat16 that alone moves the
+predictions of SmolLM2-135M by 2e-4 nats. QuaRot's code also subtracts the mean from each row of the table: that is
+right only for layer norms, and not done here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from llmcompress.weight.hadamard import ROWS, rotate
 
 @dataclass(frozen=True)
 class Turn:
-    """What becomes of a tensor. `fold`: the norm whose weight goes into its columns; `columns`, `rows`: whether these
-    are in the stream's basis (of a bias: its entries are rows); `ones`: a norm's weight, which has gone elsewhere."""
+    """The change to a tensor. `fold`: the norm whose weight goes into its columns; `columns`, `rows`: True if these are
+    in the stream's basis (the entries of a bias are rows); `ones`: True for a norm's weight that was folded away."""
 
     fold: str | None = None
     columns: bool = False
@@ -41,8 +41,10 @@ class Turn:
 
 @dataclass(frozen=True, eq=False)
 class RotatedSource(DenseModel):
-    """A dense model whose tensors are read with its residual stream rotated, computed in float64 and rounded to their
-    stored dtypes. `parameters` and `bytes` are those of the model as it lies on disk, with its head tied if it is."""
+    """A dense model whose tensors are rotated as they are read, in float64, and rounded to their stored dtypes.
+
+    `parameters` and `bytes` are those of the model on disk, where its head may be tied.
+    """
 
     dense: DenseModel = field(kw_only=True)
     turns: dict[str, Turn] = field(kw_only=True)
@@ -50,16 +52,16 @@ class RotatedSource(DenseModel):
 
     @property
     def parameters(self) -> int:
-        """How many weights the model had."""
+        """The number of weights that the model on disk has."""
         return self.dense.parameters
 
     @property
     def bytes(self) -> int:
-        """What the weights take on disk."""
+        """The size of the model's weights on disk."""
         return self.dense.bytes
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name` in the rotated basis and its stored dtype. Raises what `DenseModel.read` raises."""
+        """Read the tensor `name` in the rotated basis and its stored dtype. Raises what `DenseModel.read` raises."""
         value, turn = self.dense.read(name), self.turns.get(name)
         if turn is None:
             return value
@@ -80,13 +82,13 @@ class RotatedSource(DenseModel):
         return len(self.signs) & -len(self.signs)
 
     def config_entries(self) -> dict[str, Any]:
-        """The entries of config.json, which says that the head is a matrix of its own."""
+        """Return the entries of config.json, which says that the head is not tied."""
         return super().config_entries() | {"tie_word_embeddings": False}
 
 
 def rotated_source(source: DenseModel, seed: int, untie: bool) -> DenseModel:
-    """The model with its residual stream rotated; nothing is read yet. `untie`: a tied head may become a matrix of its
-    own.
+    """Return the model with its residual stream rotated; nothing is read yet. `untie`: True if a tied head may become a
+    matrix of its own.
 
     Raises RecipeError for a family whose norms and linears are not known to allow it, and for a tied head that may not
     be untied.
@@ -122,7 +124,7 @@ def rotated_source(source: DenseModel, seed: int, untie: bool) -> DenseModel:
 
 
 def _turns(arch: Architecture) -> dict[str, Turn]:
-    """What becomes of each tensor, by name; those that are not named stay."""
+    """Return the change to each tensor, by name; tensors without an entry stay."""
     turns = {f"{arch.embedding}.weight": Turn(columns=True)}
     for block in arch.blocks:
         for feed in feeds(arch, block):

@@ -282,7 +282,7 @@ CANNOT = [
     (one_sequence, "the calibration text gives 1 sequences, none of which is held out to judge options on"),
     (too_small_a_file, r"target: 9,000 bytes cannot be reached, \d\d,\d\d\d is the least that the options can do; "),
     (too_few_bits, r"target: 1 bpw cannot be reached, 2\.\d+ is the least that the options can do; raise it"),
-    (nothing_left, "the rules of recipe 'aimed' speak of every layer of .*, so none is left to choose steps for"),
+    (nothing_left, "the rules of recipe 'aimed' cover every layer of .*, so none is left to choose steps for"),
     (a_rule_for_nothing, r'rule 1 matches no layer of the model \("\*.x_proj"\)'),
     (an_option_that_does_not_fit, r"model.layers.0.self_attn.q_proj: magnitude: .*64"),
     (a_plan, "the steps for a target are chosen by measuring the model, which only compress does"),
