@@ -29,6 +29,7 @@ from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT, loaded, make
+from tests.tiers import tiered
 from tests.tiny import save_tiny
 
 RULES = [{"match": "*", "steps": [{"method": "rotate"}, {"method": "gptq", "bits": 2}]}]
@@ -81,8 +82,12 @@ def block_errors(place: Path, folder: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     ("rules", "rates"),
-    [(RULES, SCALES), (TRELLIS, SCALES), (RULES, SCALES | {"weights": 1e-2}), (RULES, SCALES | {"codes": 2e-2})],
-    ids=["grids", "trellis", "weights", "codes"],
+    [
+        pytest.param(RULES, SCALES, id="grids"),
+        pytest.param(TRELLIS, SCALES, id="trellis", marks=pytest.mark.slow),
+        pytest.param(RULES, SCALES | {"weights": 1e-2}, id="weights", marks=pytest.mark.slow),
+        pytest.param(RULES, SCALES | {"codes": 2e-2}, id="codes"),
+    ],
 )
 def test_the_report_says_what_the_checkpoint_holds(
     rules: list[dict[str, Any]], rates: dict[str, float], place: Path, tmp_path: Path
@@ -126,7 +131,7 @@ def test_what_learns_nothing_changes_nothing(place: Path, tmp_path: Path) -> Non
     assert all(torch.equal(layer.W_q, other[name].W_q) for name, layer in one.items())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen2"])
+@pytest.mark.parametrize("family", tiered(["gpt2", "gemma2", "qwen2"], lambda family: family == "gpt2"))
 def test_families(family: str, tmp_path: Path) -> None:
     """Transposed linears, norms around norms, biases."""
     save_tiny(family, tmp_path / "dense")

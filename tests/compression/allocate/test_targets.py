@@ -140,7 +140,15 @@ def test_a_chosen_plan_beats_plans_of_no_thought_and_damages_are_ranked(plan: Al
     assert 0.5 < median(m / p for m, p in zip(measured, predicted, strict=True)) < 2
 
 
-@pytest.mark.parametrize("family, tied", [("llama", False), ("gpt2", True), ("opt", True), ("gemma2", False)])
+@pytest.mark.parametrize(
+    "family, tied",
+    [
+        ("llama", False),
+        ("gpt2", True),
+        pytest.param("opt", True, marks=pytest.mark.slow),
+        pytest.param("gemma2", False, marks=pytest.mark.slow),
+    ],
+)
 def test_every_matrix_of_other_families_has_its_price(family: str, tied: bool, place: Path, tmp_path: Path) -> None:
     source = resolve(str(save_tiny(family, tmp_path / "dense", tie_word_embeddings=tied)))
     plan = allocate(prepare(source, read_recipe(recipe(place, {"bytes": "1MB"}))))
