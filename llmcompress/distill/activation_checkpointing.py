@@ -1,7 +1,7 @@
-"""Activations of decoder blocks that are computed again in the backward pass, instead of being kept until then.
+"""Activation checkpointing: the backward pass recomputes the activations of decoder blocks instead of keeping them.
 
-transformers does so for blocks in train mode. So the blocks are put into it, and they alone: the modules inside of them
-stay as they were, without dropout, and a block's own dropout is set to nothing.
+transformers does so for blocks in train mode. So only the blocks are put into it. The modules inside them stay in
+evaluation mode, without dropout, and a block's own dropout is set to 0.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def recomputed(model: PreTrainedModel) -> Iterator[None]:
-    """Computes the activations of every decoder block of `model` again, while it lasts; numbers stay the same.
+    """Recompute the activations of every decoder block of `model` within the context; results stay the same.
 
-    Raises RecipeError for a model that cannot do it, or whose blocks drop numbers out by chance after all.
+    Raises RecipeError for a model that cannot do it, or whose blocks still apply dropout.
     """
     kind = type(model).__name__
     before = _few(model)
     try:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        raise RecipeError(f"a {kind} cannot compute activations again; set checkpointing: false") from error
+        raise RecipeError(f"a {kind} cannot recompute activations; set checkpointing: false") from error
     blocks = list(model.get_submodule(block_stack(model.config, model)).children())
     for block in blocks:
         for name, value in vars(block).items():
@@ -40,7 +40,7 @@ def recomputed(model: PreTrainedModel) -> Iterator[None]:
         block.training = True
     try:
         if not torch.allclose(before, _few(model)):
-            raise RecipeError(f"blocks of a {kind} drop numbers out by chance in training; set checkpointing: false")
+            raise RecipeError(f"blocks of a {kind} apply dropout in training; set checkpointing: false")
         yield
     finally:
         for block in blocks:
@@ -49,7 +49,7 @@ def recomputed(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def _few(model: PreTrainedModel) -> Tensor:
-    """The hidden states of two tokens."""
+    """Return the hidden states of two tokens."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     found: Tensor = model.base_model(input_ids=ids, use_cache=False)[0]
     return found

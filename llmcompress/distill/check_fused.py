@@ -22,22 +22,22 @@ def fused_into(folder: Path) -> Fuse | None:
 
 
 def check_fused(fuse: Fuse | None, recipe: Distillation) -> None:
-    """Raises RecipeError if the recipe compares weights or hidden states that are not in one basis."""
+    """Raise RecipeError if the recipe compares weights or hidden states in different bases."""
     if fuse is None:
         return
     stages = recipe.stages()
     if any(stage.latents == "teacher" for _, stage in stages):
         raise RecipeError(
-            "latents: teacher takes the weights of a teacher, and those of this student were changed by fuse: before "
-            "they were compressed; set latents: codes"
+            "latents: teacher requires the teacher's weights, and this student's were changed by fuse: before "
+            "compression; set latents: codes"
         )
     if fuse.rotation and any(reads_states(term.of) for term in recipe.losses):
         raise RecipeError(
-            "losses: hidden states of this student are in the basis that fuse: rotated them to, which is not that of "
-            "its teacher; leave such losses out"
+            "losses: fuse: rotated the hidden states of this student into another basis than its teacher's; leave "
+            "losses on hidden states out"
         )
     if fuse.rotation and any(kind == "blockwise" for kind, _ in stages):
         raise RecipeError(
-            "a blockwise phase compares hidden states, and those of this student are in the basis that fuse: rotated "
-            "them to, which is not that of its teacher; leave the phase out"
+            "a blockwise phase compares hidden states, and fuse: rotated this student's into another basis than its "
+            "teacher's; leave the phase out"
         )

@@ -1,4 +1,4 @@
-"""What a training reads and changes, as one value that its parts take."""
+"""The context of a training: everything it reads and changes, as one value that its parts take."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class TrainContext:
 
     @property
     def reader(self) -> PreTrainedModel:
-        """The model that reads along; where none does, what looks need of it."""
+        """The model that reads along; without one, the teacher for looks at the held-out sequences."""
         return self.teaching.model if isinstance(self.teaching, ReadsAlong) else self.teacher
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in all."""
+        """The number of optimizer steps in all."""
         return self.recipe.steps or max(1, len(self.data.sequences) // self.recipe.batch)

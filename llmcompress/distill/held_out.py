@@ -1,4 +1,4 @@
-"""How far the student is from its teacher on sequences that training never reads."""
+"""The distance between student and teacher on sequences that training never reads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POSITIONS = 256  # that a head predicts for at once: 256 * 49152 * 4 bytes = 50 
 
 @dataclass(frozen=True)
 class Distances:
-    """Sums over `tokens` that count, in nats: KL(teacher || student), negative log-likelihoods of both. They add."""
+    """Sums over the `tokens` that count, in nats: KL(teacher || student), negative log-likelihoods of both models."""
 
     kl: float = 0.0
     student: float = 0.0
@@ -35,7 +35,7 @@ class Distances:
     tokens: int = 0
 
     def __add__(self, other: Distances) -> Distances:
-        """Of both texts."""
+        """Return the sums over both texts."""
         return Distances(
             self.kl + other.kl,
             self.student + other.student,
@@ -44,7 +44,7 @@ class Distances:
         )
 
     def means(self) -> dict[str, float]:
-        """{kl, perplexity, teacher_perplexity}, per token. Raises NumericsError where one is not finite."""
+        """Return {kl, perplexity, teacher_perplexity}, per token. Raises NumericsError if one is not finite."""
         if not math.isfinite(self.kl + self.student + self.teacher):
             raise NumericsError("log-probabilities on the held-out sequences are NaN or infinite; lower the rates")
         return {
@@ -56,7 +56,7 @@ class Distances:
 
 @torch.no_grad()
 def distances(teacher: PreTrainedModel, student: PreTrainedModel, sequences: Batch, device: torch.device) -> Distances:
-    """Over all targets of `sequences`, one at a time. Log-probabilities are float32, sums float64."""
+    """Measure over all targets of `sequences`, one sequence at a time. Log-probabilities are float32, sums float64."""
     total, heads = Distances(), [head_of(model) for model in (teacher, student)]
     for one in sequences.split(1):
         batch = one.trimmed().to(device)
@@ -83,8 +83,8 @@ def _exponential(nats: float) -> float:
 
 
 def evaluate_held_out(run: TrainContext, step: int) -> dict[str, Any]:
-    """The student on the held-out sequences: {step, kl, perplexity, teacher_perplexity}, and of several `domains` each
-    of them."""
+    """Measure the student on the held-out sequences: {step, kl, perplexity, teacher_perplexity}; with several domains,
+    also each of them, below `domains`."""
     found = {name: _distances(run, part) for name, part in zip(run.data.names, run.data.held_out, strict=True)}
     domains = {"domains": {name: each.means() for name, each in found.items()}} if len(found) > 1 else {}
     return {"step": step, **sum(found.values(), start=Distances()).means(), **domains}

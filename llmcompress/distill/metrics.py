@@ -1,11 +1,11 @@
-"""What a training measures, while it runs: a line of JSON for every optimizer step and every look at the held-out
-sequences, and the same numbers for those of Accelerate's trackers that the recipe names.
+"""The metrics of a running training: a line of JSON for every optimizer step and every look at the held-out sequences.
+The Accelerate trackers that the recipe names receive the same numbers.
 
     {"step": 3, "loss": 0.41, "terms": {"forward_kl": 0.41}, "rate": 0.9, "gradient_norm": 0.2, "tokens": 6120, ...}
     {"step": 25, "kl": 0.31, "perplexity": 25.1, "teacher_perplexity": 17.9, "tokens": 51000, "seconds": 64.0}
 
-Where codes that oscillate are frozen, a step also has {"codes": {"changed": 40, "turned": 9, "frozen": 3}}: how many
-codes it changed, how many of them turned back, and how many are frozen by then.
+If oscillating codes are frozen, a step also has {"codes": {"changed": 40, "turned": 9, "frozen": 3}}: the number of
+codes that it changed, of those among them that turned back, and of codes that are frozen by then.
 """
 
 from __future__ import annotations
@@ -25,34 +25,35 @@ from llmcompress.models.checkpoint import replace_text
 from llmcompress.recipe.distillation import Distillation, Term
 from llmcompress.recipe.error_messages import hint
 
-LOGS = ".logs"  # follows the name of the output folder: where trackers that write files write them
+LOGS = ".logs"  # follows the name of the output folder: the folder for files of trackers
 
 
 class Metrics:
-    """The file of one run and its trackers. Of several processes the first one writes."""
+    """The file of one run and its trackers. If there are several processes, only the first one writes."""
 
     def __init__(self, path: Path, accelerator: Accelerator, phase: int | None = None, before: int = 0) -> None:
         self.path, self.accelerator, self.phase, self.before = path, accelerator, phase, before
 
     def of_phase(self, number: int, before: int) -> Metrics:
-        """Those of one phase of several, with `before` steps in earlier ones; its lines say which it is."""
+        """Return the metrics of one phase of several, after `before` steps in earlier ones; lines hold its number."""
         return Metrics(self.path, self.accelerator, number, before)
 
     def start(self, step: int, begun: bool) -> None:
-        """Forgets what this phase measured after `step`, from where it goes on; all of it unless it has `begun`."""
+        """Drop the lines of this phase after `step`, where it resumes; all its lines unless it has `begun`."""
         if self.accelerator.is_main_process and self.path.is_file():
             lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [line for line in lines if self._stays(json.loads(line), step, begun)]
             replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def _stays(self, row: Mapping[str, Any], step: int, begun: bool) -> bool:
-        """Whether a line was measured before `step`, or in another phase; what follows rounding is measured again."""
+        """True if a line is of another phase or not after `step`; the line after rounding is measured again."""
         if row.get("phase") != self.phase:
             return True
         return begun and row["step"] <= step and "rounded" not in row
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """One line, on the disk when this returns; null for numbers that JSON lacks. Raises DiskError."""
+        """Write one line, which is in the file when this returns; null for numbers that JSON lacks. Raises DiskError
+        if the file cannot be written."""
         entry = entry if self.phase is None else {"phase": self.phase, **entry}
         self.accelerator.log(dict(_scalars(entry)), step=self.before + entry["step"])
         if not self.accelerator.is_main_process:
@@ -62,29 +63,29 @@ class Metrics:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_finite(entry)) + "\n")
         except OSError as error:
-            raise DiskError(f"{self.path} cannot be written ({error}); free some space and start again") from error
+            raise DiskError(f"{self.path} cannot be written ({error}); free some space and rerun") from error
 
 
 def term_names(terms: Sequence[Term]) -> list[str]:
-    """A name for each loss of an objective: its own, with a number from the second one of that name on."""
+    """Return a name for each loss of an objective: its own, with a number from the second loss of that name on."""
     names = [term.of.loss for term in terms]
     before = [names[:place].count(name) for place, name in enumerate(names)]
     return [f"{name}_{count + 1}" if count else name for name, count in zip(names, before, strict=True)]
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises RecipeError for a tracker that accelerate does not know, or whose package is missing."""
+    """Raise RecipeError for a tracker that accelerate does not know, or whose package is missing."""
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise RecipeError(f'trackers: accelerate knows no "{name}"; {hint(name, sorted(LOGGER_TYPE_TO_CLASS))}')
         builtin = name in {str(kind) for kind in LoggerType}
         if builtin and LoggerType(name) not in get_available_trackers():
             package = name.replace("_", "-")
-            raise RecipeError(f"trackers: {name} needs a package that is not installed; run pip install {package}")
+            raise RecipeError(f"trackers: {name} requires a package that is not installed; run pip install {package}")
 
 
 def tracking(recipe: Distillation, output: Path) -> dict[str, Any]:
-    """The arguments of an `Accelerator` that logs to the recipe's trackers. Raises what `check_trackers` raises."""
+    """Return the arguments of an `Accelerator` that logs to the recipe's trackers. Raises as `check_trackers` does."""
     check_trackers(recipe.trackers)
     if not recipe.trackers:
         return {}
@@ -93,14 +94,14 @@ def tracking(recipe: Distillation, output: Path) -> dict[str, Any]:
 
 
 def start_trackers(recipe: Distillation, accelerator: Accelerator) -> None:
-    """Opens a run named as the recipe, with its values, in every tracker."""
+    """Open a run in every tracker, with the recipe's name and values."""
     values = recipe.model_dump(mode="json").items()
     plain = {key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in values}
     accelerator.init_trackers(recipe.name, plain)
 
 
 def _scalars(entry: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """The numbers of an entry, those of a map inside it by "map/key"."""
+    """Return the numbers of an entry, those of a map inside it by "map/key"."""
     found: list[tuple[str, float]] = []
     for key, value in entry.items():
         if isinstance(value, Mapping):

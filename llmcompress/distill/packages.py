@@ -1,4 +1,4 @@
-"""Packages that a distillation can do without until its recipe asks for them."""
+"""Optional packages that some recipes of a distillation require."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from llmcompress.errors import RecipeError
 
 
 def check_bitsandbytes(asked: str) -> None:
-    """Raises RecipeError where bitsandbytes is missing, which what is `asked` in a recipe needs."""
+    """Raise RecipeError if bitsandbytes is missing. `asked`: the option of the recipe that requires it."""
     if find_spec("bitsandbytes") is None:
-        raise RecipeError(f'{asked} needs bitsandbytes; run pip install "llmcompress[distill]"')
+        raise RecipeError(f'{asked} requires bitsandbytes; run pip install "llmcompress[distill]"')

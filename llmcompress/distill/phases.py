@@ -1,4 +1,4 @@
-"""The phases of a distillation, one after the other: each trains what it names in what the one before left, compressed.
+"""The phases of a distillation, one after the other: each trains its part of the compressed result of the one before.
 
 A recipe without phases is one end-to-end phase. Several keep their states in folders of their own, so an interrupted
 run resumes in the phase that was under way, after its last state or block.
@@ -27,9 +27,9 @@ from llmcompress.weight.modules import CompressedLinear, decoded, put
 class Learned:
     """The result of all phases: compressed linears, and what is not compressed, by name; the student holds both, too.
 
-    `trained`: how many numbers of each kind moved, in the phase where most of them did; `history`: looks at the
-    held-out sequences; `phases`: {kind, steps, seconds, blocks: what became of each, frozen: how many codes} of every
-    one. `steps`: end to end.
+    `trained`: the largest number of parameters of each kind that one phase changed; `history`: looks at the held-out
+    sequences; `phases`: {kind, steps, seconds, blocks: the errors of each, frozen: the number of codes} of every phase;
+    `steps`: end to end.
     """
 
     linears: dict[str, CompressedLinear] = field(default_factory=dict)
@@ -60,7 +60,7 @@ def learn(run: TrainContext, report: Report | None = None) -> Learned:
     if any(kind == "blockwise" for kind, _ in stages) and run.accelerator.num_processes > 1:
         raise RecipeError(
             f"a blockwise phase runs in one process, and {run.accelerator.num_processes} were started; put it into a "
-            f"recipe of its own, and go on from its output"
+            f"recipe of its own, and start from its output"
         )
     for _, recipe in stages:
         check_latents(run.student.model, recipe)
@@ -130,13 +130,13 @@ def _by_blocks(run: TrainContext, learned: Learned, report: Report | None) -> No
 
 
 def _look(run: TrainContext, step: int) -> dict[str, Any]:
-    """`evaluate_held_out`, decoding every weight once."""
+    """Run `evaluate_held_out`, decoding every weight once."""
     with decoded(run.student.model), decoded(run.teacher):
         return evaluate_held_out(run, step)
 
 
 def _round(run: TrainContext, learned: Learned, adapted: Iterable[str]) -> None:
-    """Give the terms that a phase added the bits that they are to have; measured again if that changes any."""
+    """Round the terms that a phase added to their bits; measure again if that changes any."""
     found = {} if run.recipe.adapt is None else rounded(learned.linears, adapted, run.recipe.adapt)
     for name, layer in found.items():
         put(run.student.model, name, layer)

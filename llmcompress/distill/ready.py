@@ -1,4 +1,4 @@
-"""What a distillation needs of this machine: packages before it starts, memory while it runs."""
+"""The requirements of a distillation: packages before it starts, memory while it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmcompress.recipe.distillation import Distillation
 
 
 def check_ready(recipe: Distillation, device: str) -> None:
-    """Raises RecipeError where the recipe asks for something that is not installed, or that `device` cannot do."""
+    """Raise RecipeError if the recipe requires something that is not installed or that `device` cannot do."""
     check_trackers(recipe.trackers)
     check_optimizer(recipe, torch.device(device))
     if recipe.teacher.bits is not None:
@@ -24,7 +24,7 @@ def check_ready(recipe: Distillation, device: str) -> None:
 
 @contextmanager
 def memory_advice(recipe: Distillation) -> Iterator[None]:
-    """Turns running out of memory into a MemoryLimitError that names the settings that help."""
+    """Turn an out-of-memory error into a MemoryLimitError that names the settings that help."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -36,5 +36,5 @@ def memory_advice(recipe: Distillation) -> Iterator[None]:
             "a lower data.length",
         ]
         raise MemoryLimitError(
-            f"there is not enough memory for this training; set {' or '.join(filter(None, ways))}, and start again"
+            f"there is not enough memory for this training; set {' or '.join(filter(None, ways))}, and rerun"
         ) from error

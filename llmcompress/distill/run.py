@@ -54,14 +54,16 @@ COMPRESSED_TEACHER = "the teacher is compressed too, so what it lost the student
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a distillation wrote and measured. `history`: KL to the teacher and perplexities on the held-out sequences,
-    from before the first step to after the last; `steps`, `tokens` predicted in them: end to end; `bytes_before`,
-    `bytes_after`: of all compressed weights, which low-rank terms that were added make larger; `phases`: {kind, steps,
-    seconds, frozen: how many codes, because they oscillated} of each, and of a blockwise one {before, after, step,
-    frozen} of every block: its held-out errors, and when it was best; `losses`: the weight of each, end to end;
-    `teacher_id`: its Hub id, if it has one; `plot`: the file of its curve, None where matplotlib is missing;
-    `cache_bias`: what a cached teacher hides; `quantized_teacher`: {bits, kl, perplexity} of one that was quantized to
-    teach, on the held-out sequences, kl to itself before."""
+    """The output and the measurements of a distillation.
+
+    `history`: KL to the teacher and perplexities on the held-out sequences, from before the first step to after the
+    last; `steps`, and `tokens` predicted in them: end to end; `bytes_before`, `bytes_after`: of all compressed weights,
+    which added low-rank terms make larger; `phases`: {kind, steps, seconds, frozen: the number of codes that
+    oscillated} of each, and {before, after, step, frozen} of every block of a blockwise one: its held-out errors and
+    its best step; `losses`: the weight of each, end to end; `teacher_id`: its Hub id, if it has one; `plot`: the file
+    of its curve, None if matplotlib is missing; `cache_bias`: the bias of a cached teacher; `quantized_teacher`:
+    {bits, kl, perplexity} of a teacher that was quantized, on the held-out sequences, with kl from its dense form.
+    """
 
     output: str
     teacher: str
@@ -82,7 +84,7 @@ class Distilled:
     quantized_teacher: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields."""
+        """Return plain values, keys as in the fields."""
         return vars(self)
 
 
@@ -123,7 +125,7 @@ def distill(
         check_head(model, data.sequences.ids)
         if data.sequences.documents is not None:
             check_boundaries(model, data.sequences.ids)
-    Exits.of(pair[0], asked.losses)  # so that one which is not there is said before a teacher is cached
+    Exits.of(pair[0], asked.losses)  # refuses a missing exit before a teacher is cached
     warnings = () if not compressed_modules(pair[1]) else (COMPRESSED_TEACHER,)
     start_trackers(asked, accelerator)
     with memory_advice(asked), without_remarks(), keeping_freed_memory():
@@ -170,7 +172,7 @@ def _run(
 
 
 def _taught(run: TrainContext, place: Place, output: Path) -> tuple[TrainContext, dict[str, float] | None]:
-    """`run` with the teacher that its recipe asks for, which is at `place`; and what quantizing it cost."""
+    """Return `run` with the kind of teacher that its recipe asks for, from `place`, and the cost of quantizing it."""
     asked, cost = run.recipe.teacher, None
     if asked.bits is not None or asked.kind == "cached":
         run = remembered(run, place)
@@ -182,7 +184,7 @@ def _taught(run: TrainContext, place: Place, output: Path) -> tuple[TrainContext
 
 
 def _learned(run: TrainContext, progress: Report | None) -> tuple[Learned, dict[str, dict[str, float]] | None]:
-    """What was learned, and what a cached teacher hid before and after."""
+    """Run the phases; return what they learned, and the bias of a cached teacher before and after."""
     if run.recipe.teacher.kind == "online":
         return learn(run, progress), None
     k = run.recipe.teacher.k
@@ -226,7 +228,7 @@ def _result(
 def _write(
     opened: StudentFolder, learned: Learned, recipe: Distillation, done: Distilled, output: Path, metrics: Path
 ) -> None:
-    """The student's folder again, with what was learned in place of what it held, and what was measured on the way."""
+    """Write the student's folder with the learned weights in place of its own, and with the measurements."""
     with writing(output) as writer:
         copy_companions(opened.folder, writer.folder)
         opened.store(learned.linears, learned.dense, writer)
@@ -245,7 +247,7 @@ def _write(
 def _recounted(
     before: reports.Report, linears: Mapping[str, CompressedLinear], size: int, warnings: Sequence[str]
 ) -> reports.Report:
-    """The report of the student with what is stored now, in files of `size` bytes."""
+    """Return the student's report, updated to the weights stored now, in files of `size` bytes."""
     warning = "errors of layers are those before the distillation, which moves all together"
     stored = {name: layer.expression() for name, layer in linears.items()}
     rows = [

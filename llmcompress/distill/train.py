@@ -4,8 +4,8 @@
         student reads, teacher reads, losses per token; gradients add over micro-batches and processes
         one AdamW step; now and then a look at the held-out sequences, and a state to resume from
 
-The objective is a sum over all tokens of a step divided by their number, whatever the micro-batches and the processes:
-so the same gradient comes out of every division of the work.
+The objective is a sum over all tokens of a step divided by their number, whatever the micro-batches and the processes.
+So every division of the work gives the same gradient.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _decided(accelerator: Accelerator, stopping: list[int], late: bool) -> tuple
 
 
 def _next(run: TrainContext, engine: Engine, progress: Progress, step: int) -> Batch:
-    """The sequences of a step; `progress` learns the domains' shares, where they are new, and how far each is read."""
+    """Return the sequences of a step; update the domains' shares, if due, and their cursors in `progress`."""
     recipe, data = run.recipe, run.data
     if recipe.mixture.due(step):
         few = recipe.mixture.sequences
@@ -134,13 +134,13 @@ def _agreed(accelerator: Accelerator, values: list[float]) -> list[float]:
 
 
 def _shares(run: TrainContext, progress: Progress) -> dict[str, dict[str, float]]:
-    """For the history, of several domains."""
+    """Return the shares of several domains for the history; nothing for a single one."""
     names = run.data.names
     return {"shares": dict(zip(names, progress.shares, strict=True))} if len(names) > 1 else {}
 
 
 def _seen(run: TrainContext, engine: Engine, progress: Progress) -> dict[str, Any]:
-    """A look, and what was read before it."""
+    """Look at the held-out sequences; return the result with the tokens predicted before it."""
     found = engine.within(lambda: evaluate_held_out(run, progress.step))
     return {**found, "tokens": progress.targets, **_shares(run, progress)}
 
@@ -160,8 +160,8 @@ def _entry(run: TrainContext, progress: Progress, loss: float, means: Sequence[f
 
 
 def _step(run: TrainContext, engine: Engine, step: int, batch: Batch) -> tuple[list[float], float, dict[str, int]]:
-    """One optimizer step on `batch`, shared by the processes; the mean of each loss over its tokens, the norm of the
-    gradient before it was clipped, and what became of codes (`Engine.update`)."""
+    """Take one optimizer step on `batch`, shared by the processes. Return the mean of each loss over its tokens, the
+    norm of the gradient before it was clipped, and the counts of codes (`Engine.update`)."""
     recipe, accelerator = run.recipe, run.accelerator
     share = rate(step, run.steps, recipe.warmup, recipe.final_rate)
     for group in engine.optimizer.param_groups:
@@ -182,8 +182,8 @@ def _step(run: TrainContext, engine: Engine, step: int, batch: Batch) -> tuple[l
     means = [float(value) / count for value, count in zip(sums, counts, strict=True)]
     if not math.isfinite(sum(means)) or not math.isfinite(norm):
         raise NumericsError(
-            f"step {step + 1}: the loss is {sum(means)} and the gradient's norm {norm}; lower the rates and "
-            f"start again, the state before is kept"
+            f"step {step + 1}: the loss is {sum(means)} and the gradient's norm {norm}; lower the rates and rerun, "
+            f"the state before this step is kept"
         )
     return means, norm, engine.update((step + 1) / run.steps)
 

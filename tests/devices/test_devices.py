@@ -95,7 +95,7 @@ def test_a_process_that_computes_elsewhere_already_is_not_taken(
     monkeypatch.setattr(torch.cpu, "device_count", lambda: 2)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert launched_accelerator("cpu:1", Distillation(), tmp_path / "out").device == torch.device("cpu:1")
-    with pytest.raises(RecipeError, match="Accelerate computes on cpu:1 in this Python process already, not on cpu:0"):
+    with pytest.raises(RecipeError, match="Accelerate already computes on cpu:1 in this Python process, not on cpu:0"):
         launched_accelerator("cpu:0", Distillation(), tmp_path / "out")
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -173,7 +173,7 @@ def test_all_that_the_teacher_reads_is_part_of_the_origin(text: Batch) -> None:
         (lambda folder: os.truncate(folder / "predictions.npy", 500), "cannot be read"),
         (lambda folder: (folder / "cache.json").write_text("{"), "cache.json cannot be read .*; remove"),
         (lambda folder: (folder / "cache.json").write_text("[]"), "cache.json cannot be read .*; remove"),
-        (lambda folder: (folder / "cache.json").unlink(), "is no cache of a teacher's predictions"),
+        (lambda folder: (folder / "cache.json").unlink(), "is not a cache of a teacher's predictions"),
     ],
 )
 def test_damage_is_said(damage: Callable[[Path], object], words: str, tmp_path: Path, text: Batch) -> None:

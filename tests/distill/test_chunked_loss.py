@@ -272,7 +272,7 @@ def test_the_chunk_follows_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_cannot_be_is_refused() -> None:
     given, other = models(), models(vocabulary=12)
     rest = (Online(given.teacher_hidden, other.teacher_head), given.targets)
-    with pytest.raises(InputError, match="the student has a vocabulary of 11, its teacher one of 12"):
+    with pytest.raises(InputError, match="the student has a vocabulary of 11 tokens, its teacher one of 12"):
         chunked_loss(given.hidden, given.head, *rest, several())
     with pytest.raises(ValueError, match="chunk is 0"):
         given.chunked(several(), 0)

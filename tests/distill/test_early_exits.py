@@ -166,7 +166,7 @@ def test_logits_of_an_exit_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_exit_that_the_student_lacks_is_refused() -> None:
     student, teacher = pair()
-    with pytest.raises(RecipeError, match="exits: there is none behind block 4, since the student has 3 blocks"):
+    with pytest.raises(RecipeError, match="exits: there is none after block 4; the student has 3 blocks"):
         objective(student, teacher, FORWARD, OFA | {"exits": [2, 4]})
 
 
@@ -188,7 +188,7 @@ def test_impossible_exits_are_refused(terms: Any, sentence: str) -> None:
 def test_a_model_that_ends_in_another_way_is_refused() -> None:
     student, teacher = tiny("llama"), tiny("llama")
     student.base_model.register_forward_hook(lambda _, inputs, output: type(output)(output[0] * 2))
-    with pytest.raises(InputError, match="what a LlamaForCausalLM does behind its last block is not known here"):
+    with pytest.raises(InputError, match="the path of a LlamaForCausalLM from its last block to its head is unknown"):
         objective(student, teacher, FORWARD, OFA)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from llmcompress.distill.parallel.launch import launched_accelerator
+from llmcompress.distill.parallel.launch import config_file, launched_accelerator
 from llmcompress.distill.run import distill
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.distillation import Distillation
@@ -18,7 +18,7 @@ from llmcompress.recipe.distillation import Distillation
     [
         ({"WORLD_SIZE": "5"}, "5 processes are more than the 4 sequences of a batch"),
         ({"WORLD_SIZE": "4"}, "batch 4 cannot be shared by 4 processes in parts of micro_batch 2"),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM would keep what trains"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM would keep parameters in a form of its own"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP, which Accelerate does on GPUs only"),
     ],
 )
@@ -38,3 +38,8 @@ def test_too_little_data_is_refused_before_a_model_is_read(tmp_path: Path) -> No
     recipe = Distillation(data=data, batch=8, micro_batch=2)
     with pytest.raises(InputError, match="6 sequences are too few for a batch of 8"):
         launched_accelerator("cpu", recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["cpu-ddp.yaml", "ddp.yaml", "fsdp2.yaml", "deepspeed.yaml"])
+def test_configs_that_errors_name_are_there(name: str) -> None:
+    assert config_file(name).is_file()

@@ -308,5 +308,5 @@ def test_groups_are_not_shared_out() -> None:
     recipe = Distillation(rates={"codes": 1e-2}, latents="teacher", scales="median")
     state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
     accelerator: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
-    with pytest.raises(RecipeError, match="scales: median is of groups of latents, which shares would cut apart"):
+    with pytest.raises(RecipeError, match="scales: median requires whole groups of latents, which shares would split"):
         check_sharding(accelerator, recipe)

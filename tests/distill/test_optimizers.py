@@ -128,13 +128,13 @@ def test_paging_changes_no_number() -> None:
 
 def test_what_an_optimizer_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "find_spec", lambda name: object())
-    with pytest.raises(
-        RecipeError, match="paged_adamw_8bit moves memory between a GPU and the machine.*use adamw_8bit"
-    ):
+    with pytest.raises(RecipeError, match="paged_adamw_8bit requires a GPU to page memory from.*use adamw_8bit"):
         check_ready(PAGED, "cpu")
     check_ready(PAGED, "cuda:1")
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r'adamw_8bit needs bitsandbytes; run pip install "llmcompress\[distill\]"'):
+    with pytest.raises(
+        RecipeError, match=r'adamw_8bit requires bitsandbytes; run pip install "llmcompress\[distill\]"'
+    ):
         check_ready(EIGHT_BIT, "cpu")
     check_ready(Distillation(), "cpu")
 
@@ -160,7 +160,7 @@ def test_running_out_of_memory_names_what_helps(
     monkeypatch.setattr(train, "_step", exhausted)
     sentence = (
         "there is not enough memory for this training; set a micro_batch below 2 or checkpointing: true or a lower "
-        "data.length, and start again"
+        "data.length, and rerun"
     )
     with pytest.raises(MemoryLimitError) as found:
         distill(folders / "small", folders / "dense", recipe(folders), tmp_path / "out")
@@ -211,5 +211,7 @@ def test_another_tokenizer_is_refused(folders: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["farm"])
     tokenizer.save_pretrained(other)
-    with pytest.raises(InputError, match="or not the same ones; distil from the model that the student was made from"):
+    with pytest.raises(
+        InputError, match="must have the same tokens .*; distil from the model that the student was made from"
+    ):
         distill(folders / "small", other, recipe(folders), tmp_path / "out")

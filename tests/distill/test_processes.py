@@ -183,10 +183,10 @@ def measured(folder: Path) -> list[dict[str, Any]]:
 def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: Any) -> None:
     wanted = alone[1][name]["history"]
     refused = {
-        "cached": "a teacher is cached by one process alone",
-        "coarse": "{bits: 4} is held whole by",
+        "cached": "a single process caches a teacher",
+        "coarse": "{bits: 4} requires a whole teacher",
         "phased": "give each phase a recipe of its own",
-        "median": "scales: median is of groups of latents",
+        "median": "scales: median requires whole groups of latents",
     }
     if name in refused and together[0].name == "fsdp2":
         assert all(refused[name] in found["error"] for found in together[1][name])
@@ -269,7 +269,7 @@ def test_every_process_refuses_the_state_of_another_run(together: Any) -> None:
 def test_every_process_says_what_is_wrong_with_a_cache(alone: Any, together: Any) -> None:
     out, found = together
     whole = out.name != "fsdp2"
-    sentence = "is no cache of a teacher's" if whole else "a teacher is cached by one process alone"
+    sentence = "is not a cache of a teacher's" if whole else "a single process caches a teacher"
     assert all(sentence in each["error"] for each in found["no-cache"])
     if whole:
         assert not (out / "cached.teacher").exists()

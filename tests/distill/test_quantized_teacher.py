@@ -257,7 +257,7 @@ def test_a_recipe_with_bits_survives_its_own_file() -> None:
 
 def test_a_missing_package_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
-    sentence = r'teacher: {bits: 4} needs bitsandbytes; run pip install "llmcompress\[distill\]"'
+    sentence = r'teacher: {bits: 4} requires bitsandbytes; run pip install "llmcompress\[distill\]"'
     with pytest.raises(RecipeError, match=sentence):
         check_ready(Distillation(teacher={"bits": 4}), "cpu")
     check_ready(Distillation(), "cpu")
@@ -266,7 +266,9 @@ def test_a_missing_package_is_said_before_anything_is_read(monkeypatch: pytest.M
 def test_it_is_not_shared_out() -> None:
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     sharding: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
-    with pytest.raises(RecipeError, match="{bits: 8} is held whole by every process.*leave bits out, or launch with"):
+    with pytest.raises(
+        RecipeError, match="{bits: 8} requires a whole teacher in every process.*leave bits out, or launch with"
+    ):
         check_sharding(sharding, Distillation(teacher={"bits": 8}))
 
 

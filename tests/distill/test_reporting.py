@@ -157,7 +157,7 @@ def test_trackers_get_the_same_numbers(
 @pytest.mark.parametrize(
     "name, sentence",
     [
-        ("tensorboard", "trackers: tensorboard needs a package that is not installed; run pip install tensorboard"),
+        ("tensorboard", "trackers: tensorboard requires a package that is not installed; run pip install tensorboard"),
         ("comet_ml", "run pip install comet-ml"),
         ("tensorbored", 'trackers: accelerate knows no "tensorbored"; did you mean "tensorboard"?'),
     ],

@@ -1,20 +1,20 @@
-"""Block-wise recovery: each decoder block learns, by itself, to give what the dense one gives.
+"""Block-wise recovery: each decoder block learns, by itself, to reproduce the outputs of the dense one.
 
 After Block-AP of EfficientQAT (arXiv 2407.11062):
 
     for each block, in order:
-        it reads the hidden states that the blocks before it left, as they are after their own recovery
-        what trains in it moves towards the dense block's outputs in the dense model
-        of its states that which errs least on held-out sequences is kept: the first, where nothing helped
+        it reads the hidden states that the blocks before it left after their own recovery
+        its parameters move towards the dense block's outputs in the dense model
+        its state with the least error on held-out sequences is kept: the first one if nothing helped
 
-So a block also learns to undo what the blocks before it lost; targets from the dense block on the student's own inputs
-would leave that to nobody. The error is the mean over tokens of |output - target|^2 / |target|^2: what follows a block
-normalises every token, and the first one's norm may be a hundred times that of the others. A step minimises it as a
-share of what it was at first, so that gradients have the same size in every block and model.
+So a block also learns to undo the errors of the blocks before it. With targets from the dense block on the student's
+own inputs, no block would. The error is the mean over tokens of |output - target|^2 / |target|^2, because the next
+block normalises every token, and the first token's norm may be a hundred times that of the others. A step minimises it
+as a share of its initial value, so that gradients have the same size in every block and model.
 
 Memory: hidden states of all sequences in bfloat16, the student's and the dense model's, 4 bytes x tokens x width (8
-while the embeddings are read); and for one block alone, masters, their gradients and Adam's moments, 16 bytes for each
-number that trains, beside the activations of a micro-batch.
+while the embeddings are read); and for one block alone, master weights, their gradients and Adam's moments, 16 bytes
+for each number that trains, beside the activations of a micro-batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.reconstruction import Reconstruction
 
 BETAS = (0.9, 0.95)
-SIGN = (0.0, 0.0)  # with which a step of Adam is that of the gradient's sign
+SIGN = (0.0, 0.0)  # betas that make a step of Adam one of the gradient's sign
 SMALLEST = 1e-12  # Adam's epsilon: gradients of single codes are small
 Block = Callable[[Tensor], Tensor]  # hidden states [sequences, length, width] to those after the block
 
@@ -51,19 +51,19 @@ class Activations:
     counted: Tensor
 
     def __getitem__(self, index: slice | Tensor) -> Activations:
-        """Some of the sequences."""
+        """Return some of the sequences."""
         return Activations(self.inputs[index], self.wanted[index], self.counted[index])
 
     def __len__(self) -> int:
-        """Number of sequences."""
+        """Return the number of sequences."""
         return len(self.inputs)
 
     def split(self, size: int) -> list[Activations]:
-        """Parts of at most `size` sequences."""
+        """Split into parts of at most `size` sequences."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
     def error(self, block: Block) -> Tensor:
-        """The sum over tokens of the relative errors of a block, a scalar with gradient."""
+        """Return the sum over tokens of a block's relative errors, a scalar with gradient."""
         features = Features(block(self.inputs.float()), self.wanted.float(), self.counted)
         return measure_features(features, Hidden())[0]
 
@@ -79,7 +79,7 @@ class Recovered:
     frozen: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields."""
+        """Return plain values, keys as in the fields."""
         return asdict(self)
 
 
@@ -91,10 +91,10 @@ def recover_block(
     recipe: Distillation | Reconstruction,
     name: str,
 ) -> Recovered:
-    """Trains `student`, the part of a model that is in `block`, as `recipe` says: rates, batches, `steps` or one pass.
+    """Train `student`, the part of a model that is in `block`, as `recipe` says: rates, batches, `steps` or one pass.
 
-    Leaves it in its best state on `held_out`, of those at the start and every `evaluate_every` steps. What a step reads
-    follows from (seed, name, step). Raises NumericsError, naming the block, when the error is not finite.
+    Leaves it in its best state on `held_out`, among those at the start and every `evaluate_every` steps. The sequences
+    of a step follow from (seed, name, step). Raises NumericsError, naming the block, if the error is not finite.
     """
     named = student.named()
     before = mean_error(block, held_out, recipe.micro_batch)
@@ -133,7 +133,8 @@ def recover_block(
 
 @torch.no_grad()
 def mean_error(block: Block, data: Activations, size: int) -> float:
-    """The mean over tokens of a block's relative errors, `size` sequences at a time. Raises NumericsError for NaN."""
+    """Return the mean over tokens of a block's relative errors, `size` sequences at a time. Raises NumericsError for
+    NaN."""
     total = sum(float(part.error(block)) for part in data.split(size)) / float(data.counted.sum())
     if total != total:
         raise NumericsError("the hidden states of a block became NaN; check that both models work in float32")

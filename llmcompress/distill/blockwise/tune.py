@@ -1,16 +1,16 @@
-"""Block-wise reconstruction while a model is compressed: the blocks after it see what a block became by it.
+"""Block-wise reconstruction while a model is compressed: later blocks read the outputs of the reconstructed ones.
 
-BRECQ (arXiv 2102.05426) and its kin. The aim is what the dense block gives in the dense model, for the inputs that the
-compressed blocks before it leave: so a block also learns to undo what those lost.
+BRECQ (arXiv 2102.05426) and related methods. The targets are the dense block's outputs in the dense model, the inputs
+are the outputs of the compressed blocks before it. So a block also learns to undo their errors.
 
 With windows of two, the cross-block dependency of CBQ (arXiv 2312.07950), block b learns together with b - 1, which has
 learned with b - 2 before:
 
     inputs of b - 1, as the compressed model has them -> b - 1, b -> towards the dense model's states after b
 
-So every block learns twice, for itself and for the one after it, and is stored after the second time. The first alone
-learns by itself at first. Where this differs: the error is that of `block`, without CBQ's divergence of distributions,
-and layers of block b are set before it learns, on the inputs that the compressed blocks before it leave. Memory: one
+So every block learns twice, for itself and for the one after it, and is stored after the second time. Only the first
+block learns by itself at first. Unlike in CBQ, the error is that of `block`, without a divergence of distributions, and
+the layers of block b are compressed before it learns, on the outputs of the compressed blocks before it. Memory: one
 more block that learns, and its input states, 4 bytes x tokens x width.
 """
 
@@ -58,9 +58,9 @@ class Tune:
 
 
 def tuner(recipe: Reconstruction) -> Tune:
-    """Return what the driver calls when layers of a block are set.
+    """Return the function that a run calls after layers of a block are compressed.
 
-    That raises InputError where nothing is held out to judge by.
+    That function raises InputError if no sequences are held out.
     """
 
     def tune(blocks: tuple[Block, ...], weights: Mapping[str, Tensor], held_out: int) -> Tuned:
@@ -99,7 +99,7 @@ def _form(recipe: Reconstruction) -> Form | None:
 
 
 def _leave_dense(part: Student, weights: Mapping[str, Tensor]) -> None:
-    """Layers that are never compressed do not learn, since nobody asked for other weights there."""
+    """Keep layers that are never compressed from learning, since the recipe leaves their weights as they are."""
     trained = part.trained.get(WEIGHTS, {})
     for name in [name for name in trained if name.removesuffix(".weight") not in weights]:
         trained.pop(name).requires_grad_(False)

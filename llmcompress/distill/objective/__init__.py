@@ -1,1 +1,1 @@
-"""What a step minimises: losses on predictions, on early exits and on hidden states, as one module."""
+"""The objective of a step: losses on predictions, on early exits and on hidden states, as one module."""

@@ -1,11 +1,11 @@
-"""Losses on the predictions of two models, from their last hidden states, without their logits ever being there whole.
+"""Losses on the predictions of two models, from their last hidden states, one chunk of logits at a time.
 
-Logits are [tokens, vocabulary]: for 4096 tokens and 128 k classes 2 GB a tensor, and a loss holds several. Here they
-live a chunk of tokens at a time: the loss of a chunk is taken, and right there its gradient, with respect to the
-student's hidden states and to its head's parameters if they train. Only these are kept, [tokens, width] and the
-parameters' own size; going backward multiplies them by the incoming number. Any separable loss works unchanged, and
-the heads run once, forward and backward, as they would unchunked. What the teacher predicts comes from a
-`TeacherLogits`: a model's hidden states and its head (`Online`), or what was kept of its predictions
+Logits are [tokens, vocabulary]: for 4096 tokens and 128 k classes 2 GB a tensor, and a loss holds several. Here only
+the logits of a chunk of tokens exist at a time. The forward pass computes a chunk's loss and at once its gradient, with
+respect to the student's hidden states and to its head's parameters if they train. Only these gradients are kept,
+[tokens, width] and the parameters' own size; the backward pass multiplies them by the incoming number. Any separable
+loss works unchanged, and the heads run once, forward and backward, as they would unchunked. The teacher's predictions
+come from a `TeacherLogits`: a model's hidden states and its head (`Online`), or predictions kept on disk
 (`top_k.Likeliest`).
 """
 
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from llmcompress.errors import InputError
 from llmcompress.losses.loss import LossConfig, LossState, Predictions, Reads, SumAndCount, measure
 
-LOGITS = 2**24  # of each model that are in memory at once: 64 MiB a tensor in float32
+LOGITS = 2**24  # logits of each model in memory at once: 64 MiB a tensor in float32
 LOGITS_ON_CPU = 2**22  # from 32 MiB on, an allocator asks the system for new pages each time: a third slower
 
 Head = Tensor | Callable[[Tensor], Tensor]  # [vocabulary, width], or a function [tokens, width] -> [tokens, vocabulary]
@@ -31,29 +31,30 @@ Term = tuple[LossConfig, LossState | None, float]  # a loss, its state, and its 
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """`total`: sum over terms of weight * sum, with grad. `terms`: each term's (sum, count), without."""
+    """The value of all terms. `total`: sum over terms of weight * sum, with grad; `terms`: each term's (sum, count),
+    without."""
 
     total: Tensor
     terms: tuple[SumAndCount, ...]
 
 
 class TeacherLogits(Protocol):
-    """What a teacher predicts, a row for each token."""
+    """The predictions of a teacher, a row for each token."""
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
 
     def vocabulary(self) -> int:
-        """Classes of its whole predictions."""
+        """Return the number of classes of its whole predictions."""
 
     def beside(self, student: Tensor, targets: Tensor, rows: slice) -> Mapping[Reads, Predictions]:
-        """Its predictions of `rows` beside the student's logits [tokens, vocabulary] and the targets [tokens] of these
-        rows, for the kinds of losses that it can serve."""
+        """Return its predictions of `rows` beside the student's logits [tokens, vocabulary] and the targets [tokens] of
+        these rows, for the kinds of losses that it can serve."""
 
 
 @dataclass(frozen=True, eq=False)
 class Online:
-    """A teacher that runs along. hidden [tokens, width]: what its head reads."""
+    """A teacher that runs along. `hidden` [tokens, width]: the input of its head."""
 
     hidden: Tensor
     head: Head
@@ -85,26 +86,26 @@ def chunked_loss(
     chunk: int | None = None,
     parameters: Sequence[Tensor] | None = None,
 ) -> HeadLoss:
-    """The losses of `terms` over all tokens, `chunk` of them at a time (by default, as many as keep within LOGITS).
+    """Measure the losses of `terms` over all tokens, `chunk` of them at a time (by default, as many as LOGITS allows).
 
-    student_hidden [tokens, width]: what the head reads, so after the last norm, at the positions that count; `teacher`
-    has a row for each. targets int64 [tokens]. `parameters`: those of the student's head that may train; by default a
-    tensor itself, or all of a module; a head that is neither needs them named. A compressed head is decoded for every
-    chunk unless inside `modules.decoded`.
+    student_hidden [tokens, width]: the input of the head, so after the last norm, at the positions that count;
+    `teacher` has a row for each. targets int64 [tokens]. `parameters`: those of the student's head that may train; by
+    default a tensor itself, or all of a module; for any other head they must be given. A compressed head is decoded for
+    every chunk unless inside `modules.decoded`.
 
     Sums are not divided by anything. Terms that count tokens share the count of the whole step, so divide `total` by
     it; where the counts of a step differ, put 1 / count into each weight. A count that is a sum of weights
     (`LossConfig.counts_tokens` false) is found beforehand by a call under `torch.no_grad()`.
 
-    Raises InputError for vocabularies that differ, ValueError where there is no term, no token in a chunk,
-    or rows do not match, KeyError for a loss that needs more than the teacher has.
+    Raises InputError for vocabularies that differ, ValueError if there is no term, no token in a chunk or rows do not
+    match, and KeyError for a loss that requires more than the teacher has.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; at least one token must be in memory at once")
     if not terms or not len(student_hidden) == len(teacher) == len(targets):
         raise ValueError(
             f"{len(terms)} losses of {len(student_hidden)} student rows, {len(teacher)} teacher rows and "
-            f"{len(targets)} targets; give a loss, and as many of one as of the others"
+            f"{len(targets)} targets; give a loss, and equal numbers of rows and targets"
         )
     trained = _parameters(student_head) if parameters is None else list(parameters)
     work = _Work(_function(student_head), teacher, teacher.vocabulary(), targets, tuple(terms))
@@ -116,7 +117,7 @@ def chunked_loss(
 
 @dataclass(frozen=True)
 class _Work:
-    """What a chunk needs beside the student's hidden states."""
+    """The inputs of a chunk beside the student's hidden states."""
 
     student_head: Callable[[Tensor], Tensor]
     teacher: TeacherLogits
@@ -125,13 +126,14 @@ class _Work:
     terms: tuple[Term, ...]
 
     def of_chunk(self, hidden: Tensor, rows: slice, wanted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        """(sum, count) of each term, [terms, 2], and the gradients of the weighted sum with respect to `wanted`."""
+        """Return (sum, count) of each term, [terms, 2], and the gradients of the weighted sum with respect to
+        `wanted`."""
         with torch.set_grad_enabled(bool(wanted)):
             student = self.student_head(hidden)
             if student.shape[-1] != self.vocabulary:
                 raise InputError(
-                    f"the student has a vocabulary of {student.shape[-1]}, its teacher one of {self.vocabulary} "
-                    "tokens; distil from the model that the student was made from"
+                    f"the student has a vocabulary of {student.shape[-1]} tokens, its teacher one of "
+                    f"{self.vocabulary}; distil from the model that the student was made from"
                 )
             predictions = self.teacher.beside(student, self.targets[rows], rows)
             pairs = [measure(predictions[config.reads()], config, state) for config, state, _ in self.terms]
@@ -141,15 +143,15 @@ class _Work:
 
 
 class _Chunked(torch.autograd.Function):
-    """(work, chunk, differentiate, hidden, *parameters) -> (total, report [terms, 2])."""
+    """The function (work, chunk, differentiate, hidden, *parameters) -> (total, report [terms, 2])."""
 
     @staticmethod
     def forward(ctx: Any, work: _Work, chunk: int, differentiate: bool, hidden: Tensor, *parameters: Tensor) -> Any:
-        """All chunks, with their gradients."""
+        """Run all chunks, and store their gradients."""
         ctx.wanted = [differentiate and value.requires_grad for value in (hidden, *parameters)]
         trained = [value for value, wanted in zip(parameters, ctx.wanted[1:]) if wanted]
         of_hidden = torch.empty_like(hidden) if ctx.wanted[0] else None
-        # a sum of many small parts, which bfloat16 would stop taking up
+        # a sum of many small parts, which bfloat16 would round away
         of_trained = [torch.zeros_like(value, dtype=_summing(value.dtype)) for value in trained]
         reports = []
         for start in range(0, max(len(hidden), 1), chunk):
@@ -172,7 +174,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor, _: Tensor) -> Any:
-        """The stored gradients, scaled."""
+        """Scale the stored gradients."""
         stored = iter(ctx.saved_tensors)
         scaled = [(next(stored) * incoming).to(dtype) if want else None for want, dtype in zip(ctx.wanted, ctx.dtypes)]
         return None, None, None, *scaled

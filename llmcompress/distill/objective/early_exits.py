@@ -1,12 +1,11 @@
-"""Losses on predictions that a student makes early: hidden states behind some of its blocks, read as if they were the
-last (the logit exits of OFA-KD, arXiv 2310.19444).
+"""Losses on early predictions of a student: hidden states after some of its blocks, read as if they were the last (the
+logit exits of OFA-KD, arXiv 2310.19444).
 
-What stands behind the last block, a norm and the output head, turns such states into logits, and any loss on
-predictions compares these with what the teacher says at its end. No block of the teacher is matched, so layouts may
-differ in width and in depth. Differs from the paper, where every exit has a branch that trains: here norm and head are
-those of the student, and an exit's gradient goes to the blocks before it alone, so that the end is not pulled to the
-middle. Like those of the last states, logits of an exit live a chunk of tokens at a time; both models' heads run once
-more for each exit.
+The modules after the last block, a norm and the output head, turn such states into logits. Any loss on predictions
+compares these with the teacher's final predictions. No block of the teacher is matched, so layouts may differ in width
+and in depth. In the paper, every exit has a branch that trains. Here norm and head are those of the student, and an
+exit's gradient reaches only the blocks before it, so that the end is not pulled to the middle. Logits of an exit exist
+a chunk of tokens at a time, like those of the last states; both models' heads run once more for each exit.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ States = Mapping[int, Tensor]  # by how many blocks have run: [sequences, length
 
 @dataclass(frozen=True)
 class Exits:
-    """The losses of a recipe that are taken at exits. `numbers`: by the number of the loss in the recipe, behind how
-    many of the student's blocks; `ending`: what the student does with the last block's output before its head."""
+    """The losses of a recipe that are taken at exits. `numbers`: by the number of the loss in the recipe, its exits,
+    each as the number of blocks before it; `ending`: the student's modules between its last block and its head."""
 
     student: PreTrainedModel
     numbers: dict[int, tuple[int, ...]]
@@ -44,18 +43,18 @@ class Exits:
 
     @staticmethod
     def of(student: PreTrainedModel, losses: Sequence[Term]) -> Exits:
-        """Finds the ending, letting the student read two tokens. Raises RecipeError for an exit that it does not have,
-        InputError for a model whose ending is not understood."""
+        """Find the ending by letting the student read two tokens. Raises RecipeError for an exit that it does not have,
+        InputError for a model whose ending is unknown."""
         numbers = {number: term.exits for number, term in enumerate(losses) if term.exits is not None}
         blocks = depth(student) if numbers else 0
         for number in (each for exits in numbers.values() for each in exits):
             if number > blocks:
-                raise RecipeError(f"exits: there is none behind block {number}, since the student has {blocks} blocks")
+                raise RecipeError(f"exits: there is none after block {number}; the student has {blocks} blocks")
         return Exits(student, numbers, ending(student) if numbers else ())
 
     @contextmanager
     def watched(self) -> Iterator[States]:
-        """Where the student leaves, while it lasts, the states that are read at exits."""
+        """Record the student's states at exits within the context."""
         if not self.numbers:
             yield {}
             return
@@ -71,8 +70,10 @@ class Exits:
         teacher: TeacherLogits,
         targets: Tensor,
     ) -> SumAndCount:
-        """Loss `number`: the mean over its exits, of the positions `rows`, bool `[sequences, length]`; of each of them
-        `teacher` has a prediction, and `targets` the token that comes."""
+        """Measure loss `number`, the mean over its exits, at the positions `rows`, bool `[sequences, length]`.
+
+        For each of them, `teacher` has a prediction and `targets` the next token.
+        """
         exits, head = self.numbers[number], head_of(self.student)
         (term, state), weight = loss, 1 / len(exits)
 
@@ -80,7 +81,7 @@ class Exits:
             return head(_through(self.ending, hidden))
 
         found = [
-            # no parameters: what is behind the exit stays as it is
+            # no parameters: the modules after the exit stay as they are
             chunked_loss(states[each][rows], logits, teacher, targets, [(term.of, state, weight)], parameters=())
             for each in exits
         ]
@@ -91,8 +92,8 @@ class Exits:
 
 @torch.no_grad()
 def ending(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """The modules that lead, one after the other, from the last block's output to what the head reads: a norm, in some
-    families a projection, too. Raises InputError for a model in which they alone do not do that."""
+    """Return the modules that lead, one after the other, from the last block's output to the head's input: a norm, in
+    some families also a projection. Raises InputError for a model that does anything else there."""
     stack = block_stack(model.config, model)
     holder, last = model.get_submodule(stack.rpartition(".")[0]), list(model.get_submodule(stack).children())[-1]
     called: list[nn.Module] = []
@@ -109,7 +110,7 @@ def ending(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     found = _through(called, states[blocks])
     if found.shape != read.shape or not torch.allclose(found, read):
         kind = type(model).__name__
-        raise InputError(f"what a {kind} does behind its last block is not known here; leave exits out of its losses")
+        raise InputError(f"the path of a {kind} from its last block to its head is unknown; leave exits out of losses")
     return tuple(called)
 
 

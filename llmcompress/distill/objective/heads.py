@@ -1,4 +1,4 @@
-"""What a step minimises: the losses between the student's and the teacher's predictions of the next token."""
+"""The output heads of student and teacher: hidden states, logits, and checks that the two models fit together."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Head = Callable[[Tensor], Tensor]
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """What the output head reads, `[sequences, length, width]`.
+    """Return the input of the output head, `[sequences, length, width]`.
 
-    Where documents share a sequence, their positions start again at 0: from that, transformers makes the mask by which
-    they do not see each other (`check_boundaries` tells whether it does so for a model).
+    If documents share a sequence, the positions of each start at 0. From that, transformers makes the mask that keeps
+    them apart (`check_boundaries` checks that it does so for a model).
     """
     positions = {} if batch.documents is None else {"position_ids": batch.positions()}
     found: Tensor = model.base_model(input_ids=batch.ids, use_cache=False, **positions)[0]
@@ -36,8 +36,10 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The function from hidden states `[..., width]` to logits `[..., vocabulary]`; ask once for all of a computation,
-    with the products that it is to have."""
+    """Return the function from hidden states `[..., width]` to logits `[..., vocabulary]`.
+
+    Call this once for a whole computation, under the autocast that it will run in.
+    """
     linear = _cast_once(model.get_output_embeddings())
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap is None:
@@ -46,8 +48,11 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def _cast_once(linear: nn.Module) -> Head:
-    """`linear`; under autocast with its frozen matrix cast already. Autocast keeps its casts of what trains alone: a
-    frozen table would be cast for every chunk of tokens anew, a seventh of a step."""
+    """Return `linear`, under autocast with its frozen matrix already cast.
+
+    Autocast keeps only its casts of parameters that train. It would cast a frozen table again for every chunk of
+    tokens, a seventh of a step.
+    """
     matrix: Tensor | None = None
     match linear:
         case CompressedLinear(ready=Dense(values)):
@@ -63,10 +68,10 @@ def _cast_once(linear: nn.Module) -> Head:
 def joined(
     predicted: HeadLoss, elsewhere: Mapping[int, SumAndCount], weights: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of all losses, with gradient; and the sum and the count of each `[losses, 2]`, without.
+    """Return the weighted sum of all losses, with gradient, and the sum and the count of each, `[losses, 2]`, without.
 
-    `elsewhere`: by number in the recipe, the losses that are not between the last predictions; `predicted`: of the
-    others, in their order and weighted already.
+    `elsewhere`: by number in the recipe, the losses that are not between the last predictions; `predicted`: the others,
+    in their order and already weighted.
     """
     total, rows = predicted.total, []
     others = iter(predicted.terms)
@@ -80,17 +85,17 @@ def joined(
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, ids: Tensor) -> None:
-    """Raises InputError for a model that makes logits of hidden states in another way than `head_of`."""
+    """Raise InputError for a model that computes logits from hidden states in another way than `head_of`."""
     few = ids[:1, :8].to(model.device)
     ours, own = head_of(model)(hidden_states(model, Batch.of(few))), model(input_ids=few, use_cache=False).logits
     if ours.shape != own.shape or not torch.allclose(ours.float(), own.float(), rtol=1e-2, atol=1e-2):
         kind = type(model).__name__
-        raise InputError(f"a {kind} makes its logits in a way that is not known here; choose a model of another family")
+        raise InputError(f"a {kind} computes its logits in an unknown way; choose a model of another family")
 
 
 @torch.no_grad()
 def check_boundaries(model: PreTrainedModel, ids: Tensor) -> None:
-    """Raises InputError for a model in which documents of one sequence see each other after all."""
+    """Raise InputError for a model in which documents of one sequence see each other."""
     few = ids[:1, :8].to(model.device)
     half = few.shape[1] // 2
     together = Batch(few, torch.ones_like(few, dtype=torch.bool), (torch.arange(few.shape[1]) >= half)[None].to(few))
@@ -101,10 +106,10 @@ def check_boundaries(model: PreTrainedModel, ids: Tensor) -> None:
 
 
 def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, tokenizers: Sequence[dict[str, int]]) -> None:
-    """Raises InputError unless both speak of the same tokens."""
+    """Raise InputError unless both models have the same tokens."""
     sizes = [model.get_input_embeddings().num_embeddings for model in (student, teacher)]
     if sizes[0] != sizes[1] or tokenizers[0] != tokenizers[1]:
         raise InputError(
-            f"the student knows {sizes[0]} tokens and the teacher {sizes[1]}, or not the same ones; distil from the "
+            f"student and teacher must have the same tokens (theirs: {sizes[0]} and {sizes[1]}); distil from the "
             f"model that the student was made from"
         )

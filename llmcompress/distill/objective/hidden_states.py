@@ -1,9 +1,9 @@
-"""Losses on hidden states: which blocks of two models are the same, and how far apart what they read is.
+"""Losses on hidden states: the matching blocks of two models, and the distance between their inputs.
 
-The input of a student's block is compared with the input of the teacher's block that it once was. So where blocks were
-dropped, the block before the gap learns to make what the block behind it used to read. A student that was not made from
-its teacher has no such blocks; a recipe says which are to be alike. Where widths differ, a linear for each pair of
-blocks stands between the student's states and a loss that needs one width (`projection.py`).
+The input of a student's block is compared with the input of the teacher's block that it was made from. So if blocks
+were dropped, the block before the gap learns to produce the former input of the block after it. A student that was not
+made from its teacher has no such blocks; its recipe must name the pairs. If widths differ, a linear for each pair of
+blocks stands between the student's states and a loss that requires equal widths (`projections.py`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ States = Mapping[int, Tensor]  # by block: what it reads, [sequences, length, wi
 @dataclass(frozen=True)
 class StateMatching:
     """The losses of a recipe that read hidden states. `pairs`: by the number of the loss in the recipe, the blocks of
-    the student and of the teacher whose inputs it compares. `models`: student and teacher. `projections`: of pairs of
-    unequal widths, for the losses that need one width."""
+    the student and of the teacher whose inputs it compares; `models`: student and teacher; `projections`: linears for
+    pairs of unequal widths, for the losses that require equal ones."""
 
     models: tuple[PreTrainedModel, PreTrainedModel]
     pairs: dict[int, tuple[Pair, ...]]
@@ -44,8 +44,10 @@ class StateMatching:
 
     @staticmethod
     def of(student: PreTrainedModel, teacher: PreTrainedModel, losses: Sequence[Term], seed: int = 0) -> StateMatching:
-        """Finds the blocks, and lets both models read two tokens. Raises RecipeError where they do not match,
-        InputError where a loss cannot compare them. `seed`: of where projections start."""
+        """Find the blocks, and let both models read two tokens. `seed`: for the initial projections.
+
+        Raises RecipeError if the blocks do not match, InputError if a loss cannot compare them.
+        """
         reading = [number for number, term in enumerate(losses) if reads_states(term.of)]
         pairs = {number: _pairs(student, teacher, losses[number].layers) for number in reading}
         found = StateMatching((student, teacher), pairs, tuple(losses))
@@ -59,7 +61,7 @@ class StateMatching:
 
     @contextmanager
     def watched(self) -> Iterator[tuple[States, States]]:
-        """Where the models leave, while it lasts, the states that the losses read: the student's, the teacher's."""
+        """Record the states that the losses read within the context: the student's and the teacher's."""
         if not self.pairs:
             yield {}, {}
             return
@@ -69,7 +71,7 @@ class StateMatching:
             yield mine, theirs
 
     def measured(self, number: int, states: tuple[States, States], keep: Tensor | None) -> SumAndCount:
-        """Loss `number`: the mean over its layers, of the positions that count: `keep`, bool `[sequences, length]`."""
+        """Measure loss `number`, the mean over its layers, at the positions `keep`, bool `[sequences, length]`."""
         with torch.autocast(next(iter(states[0].values())).device.type, enabled=False):
             found = [self._measured(number, pair, states, keep) for pair in self.pairs[number]]
         sums, counts = zip(*found)
@@ -84,7 +86,7 @@ class StateMatching:
 
 
 def _projections(matching: StateMatching, states: tuple[States, States], seed: int) -> nn.ModuleDict:
-    """For the pairs that a loss compares at one width, and that are not as wide."""
+    """Return linears for the pairs of unequal widths that a loss compares at one width."""
     numbers = [number for number in matching.pairs if matching.losses[number].of.needs_one_width]
     pairs = {pair for number in numbers for pair in matching.pairs[number]}
     widths = {pair: (states[0][pair[0]].shape[-1], states[1][pair[1]].shape[-1]) for pair in sorted(pairs)}
@@ -93,7 +95,8 @@ def _projections(matching: StateMatching, states: tuple[States, States], seed: i
 
 
 def _pairs(student: PreTrainedModel, teacher: PreTrainedModel, layers: Layers | None) -> tuple[Pair, ...]:
-    """(student's block, teacher's block) for each of `layers`: the teacher's blocks that the student has, or pairs."""
+    """Return (student's block, teacher's block) for each of `layers`: teacher's blocks that the student has, or
+    pairs."""
     _check_there([layer for layer in layers or () if not isinstance(layer, int)], (depth(student), depth(teacher)))
     own = _own(student, teacher) if layers is None or any(isinstance(layer, int) for layer in layers) else {}
     chosen = [theirs for theirs, mine in own.items() if mine > 0] if layers is None else layers
@@ -106,7 +109,7 @@ def _pairs(student: PreTrainedModel, teacher: PreTrainedModel, layers: Layers | 
 
 
 def _own(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, int]:
-    """The student's block that each of the teacher's blocks has become, of those that it has."""
+    """Return the student's block for each of the teacher's blocks that it still has."""
     try:
         return {theirs: mine for mine, theirs in matched_blocks(student, teacher).items()}
     except RecipeError as error:
@@ -118,6 +121,6 @@ def _check_there(pairs: Sequence[Pair], depths: tuple[int, int]) -> None:
         for block, blocks, model in zip(pair, depths, ("student", "teacher"), strict=True):
             if block >= blocks:
                 raise RecipeError(
-                    f"layers: {list(pair)} is a block of the student and one of the teacher, and the {model} has no "
+                    f"layers: {list(pair)} names a block of the student and one of the teacher, and the {model} has no "
                     f"block {block}; its last is {blocks - 1}"
                 )

@@ -38,8 +38,8 @@ class Objective(nn.Module):
         self.terms = terms
 
     def forward(self, batch: Batch, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Of `batch`: the sum of all losses, each times its weight, with gradient, also where nothing in it counts; and
-        the sum and the count of each loss `[losses, 2]`, without."""
+        """Return the weighted sum of all losses on `batch`, with gradient, even if no token in it counts; and the sum
+        and the count of each loss, `[losses, 2]`, without."""
         with self.matching.watched() as states, self.exits.watched() as passed:
             teacher = self.teaching.predictions(batch)
             given = hidden_states(self.student, batch)

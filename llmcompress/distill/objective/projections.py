@@ -1,8 +1,8 @@
-"""Linears between hidden states of two models that are not as wide: they train along with the student, and are let go.
+"""Linears between hidden states of two models of unequal widths: they train along with the student and are dropped.
 
-One for each pair of matched blocks, float32, from the student's width to the teacher's, without a bias. It starts as a
-random rotation into the wider space, or onto a part of the narrower one, which stretches nothing. It serves the losses
-alone: it is in a run's state, and not in what the run writes. Every phase starts with new ones.
+There is one for each pair of matched blocks, float32, from the student's width to the teacher's, without a bias. It
+starts as a random orthogonal map, which stretches nothing: into the wider space, or onto the narrower one. It serves
+the losses alone: it is in a run's state, but not in the run's output. Every phase starts with new ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ Pair = tuple[int, int]  # the student's block, the teacher's
 
 
 def projections(widths: Mapping[Pair, tuple[int, int]], seed: int, like: torch.Tensor) -> nn.ModuleDict:
-    """By `projection_name`, a linear from the first width to the second; where `like` is, float64 if it is that."""
+    """Return by `projection_name` a linear from the first width to the second, on the device of `like` and in float32,
+    or float64 if `like` is."""
     found = nn.ModuleDict()
     for pair, (given, wanted) in widths.items():
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -29,5 +30,5 @@ def projections(widths: Mapping[Pair, tuple[int, int]], seed: int, like: torch.T
 
 
 def projection_name(pair: Pair) -> str:
-    """In a run's state."""
+    """Return the name of a projection in a run's state."""
     return f"projection_{pair[0]}_to_{pair[1]}"

@@ -8,9 +8,9 @@
   Buffers are not shared out: the packed numbers of a relaxed layer that do not train are in every process, at the bits
   they are stored with, and so is a compressed head, decoded. Models are read whole by every process, into the host's
   memory, and shared out from there.
-- partitioned (DeepSpeed): every process has whole models, and a share of the optimizer's part (`zero`).
+- partitioned (DeepSpeed): every process has whole models, and a share of the optimizer's state (`zero`).
 
-A state is one file with whole tensors, whatever the processes and how they hold the models.
+A state is one file with whole tensors, whatever the number of processes and the way they hold the models.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         freezing: Freezing | None = None,
     ) -> Engine:
-        """Wraps or shards, as the launcher asked. `objective` holds the student but not the teacher.
+        """Wrap or shard, according to the launcher. `objective` holds the student but not the teacher.
 
-        Sharding puts other parameters in the place of those of the models, of `student` and of `optimizer`;
-        partitioning of those of `optimizer` alone.
+        Sharding replaces the parameters of the models, of `student` and of `optimizer`; partitioning those of
+        `optimizer` alone.
         """
 
         def freezer() -> Freezer:
@@ -115,7 +115,7 @@ class Engine:
         return found
 
     def measure(self, batch: Batch, weights: list[float]) -> tuple[Tensor, Tensor]:
-        """The objective's (total, report), with gradient where that is on."""
+        """Return the objective's (total, report), with gradient if that is on."""
 
         def run() -> tuple[Tensor, Tensor]:
             found: tuple[Tensor, Tensor] = self.objective(batch, weights)
@@ -134,7 +134,7 @@ class Engine:
             self.zero.backward(total)
 
     def no_sync(self, last: bool) -> AbstractContextManager[None]:
-        """Surrounds a forward and backward of one part of a step; processes exchange gradients after the last."""
+        """Return the context for one part of a step; processes exchange gradients after the `last` part only."""
         if self.root is not None:
             cast(FSDPModule, self.root).set_requires_gradient_sync(last)
             return nullcontext()
@@ -147,9 +147,9 @@ class Engine:
         return waiting
 
     def step(self, most: float) -> float:
-        """A step of the optimizer, with gradients scaled so that their norm over all parameters is at most `most`.
+        """Step the optimizer, with gradients scaled so that their norm over all parameters is at most `most`.
 
-        Returns the norm before; gradients of frozen codes are gone. Where it is not finite, nothing moves.
+        Returns the norm before scaling, without gradients of frozen codes. If it is not finite, nothing moves.
         """
         if self.zero is not None:
             return self.zero.step(most)
@@ -227,7 +227,7 @@ class Engine:
         return {key: self.zero.whole(value, parameter) if value.ndim else value for key, value in pieces.items()}
 
     def _put_moments(self, parameter: nn.Parameter, saved: dict[str, Tensor]) -> None:
-        """The inverse of `_moments`."""
+        """Put saved `_moments` of a parameter back."""
         if self.zero is None or parameter not in self.zero.pieces:
             put_moments(self.optimizer, parameter, saved)
             return
@@ -235,9 +235,9 @@ class Engine:
         put_moments(self.optimizer, self.zero.pieces[parameter], pieces)
 
     def gather(self) -> None:
-        """After the last step: gives the student its whole numbers back, in the host's memory where they were shared.
+        """Make the student's parameters whole after the last step, in the host's memory if they were sharded.
 
-        The sharded models cannot run any more.
+        Sharded models cannot run any more afterwards.
         """
         if self.zero is not None:
             self.zero.end()
@@ -284,7 +284,7 @@ def held_decoded(accelerator: Accelerator, student: PreTrainedModel, teacher: Pr
 
 
 def _block_classes(module: nn.Module) -> set[str]:
-    """The names that transformers gives of the classes of decoder blocks in the models inside `module`."""
+    """Return the class names of decoder blocks in the models inside `module`, as transformers lists them."""
     found = list(module.modules())
     named = {name for each in found for name in getattr(each, "_no_split_modules", None) or ()}
     return named & {type(each).__name__ for each in found}

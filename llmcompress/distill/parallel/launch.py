@@ -1,7 +1,7 @@
-"""The processes that train together, as `accelerate launch` or torchrun started them and an Accelerate config says.
+"""The processes that train together, as `accelerate launch` or torchrun started them according to an Accelerate config.
 
-Everything comes from the environment that a launcher sets; what could not be right is refused here, before any model is
-read.
+Everything comes from the environment that a launcher sets. Settings that cannot work are refused here, before any model
+is read.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from llmcompress.distill.metrics import tracking
 from llmcompress.distill.ready import check_ready
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.library import library_folder
 from llmcompress.runtime.devices import check_each, is_at, kind_of
 
 FOREIGN = {
@@ -38,13 +39,18 @@ ZERO_STAGES = (1, 2)
 WRITING = timedelta(days=7)  # how long processes wait for the one that caches the teacher; if it fails, they all end
 
 
-def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Accelerator:
-    """The processes that a launcher started, or this one alone, on devices of the kind of `device`; files of trackers
-    are to lie beside `output`.
+def config_file(name: str) -> Path:
+    """Return the Accelerate config `name` of the clone or of the installed package."""
+    return library_folder() / "accelerate" / name
 
-    The recipe says what is computed in which precision, so a `mixed_precision` of the launcher changes nothing. Raises
-    RecipeError as `check_ready` does, for a device that is not there, for an engine that cannot do it and where a batch
-    cannot be shared, InputError for too little data.
+
+def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Accelerator:
+    """Return the processes that a launcher started, or this one alone, on devices of the kind of `device`. Files of
+    trackers go beside `output`.
+
+    The recipe sets the precision of every computation, so a `mixed_precision` of the launcher changes nothing. Raises
+    RecipeError as `check_ready` does, for a missing device, for an unsuitable engine and for a batch that cannot be
+    shared, and InputError for too little data.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     place = kind_of(device, processes)
@@ -52,8 +58,8 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
     for variable, name in FOREIGN.items():
         if _is_on(variable):
             raise RecipeError(
-                f"{name} would keep what trains in a form of its own, where latents cannot be confined nor a state be "
-                f"kept; launch with configs/accelerate/fsdp2.yaml, which shards, or ddp.yaml"
+                f"{name} would keep parameters in a form of its own, in which latents cannot be clamped nor a state be "
+                f"saved; launch with {config_file('fsdp2.yaml')}, which shards, or ddp.yaml beside it"
             )
     if _is_on(PARTITIONING):
         _check_deepspeed()
@@ -62,7 +68,8 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if recipe.teacher.kind == "cached":
         handlers.append(InitProcessGroupKwargs(timeout=WRITING))
-    named = {"ACCELERATE_TORCH_DEVICE": device} if "LOCAL_RANK" not in os.environ else {}  # else it gives one to each
+    # a launcher gives each process a device
+    named = {"ACCELERATE_TORCH_DEVICE": device} if "LOCAL_RANK" not in os.environ else {}
     with patch_environment(**named):
         accelerator = Accelerator(
             cpu=place.type == "cpu",
@@ -73,7 +80,7 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
     check_each(accelerator.num_processes, processes, device)
     if not is_at(accelerator.device, place):
         raise RecipeError(
-            f"Accelerate computes on {accelerator.device} in this Python process already, not on {device}; start the "
+            f"Accelerate already computes on {accelerator.device} in this Python process, not on {device}; start the "
             f"distillation in a process of its own"
         )
     if _is_on(SHARDING):
@@ -84,17 +91,17 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
 
 
 def partitioned(accelerator: Accelerator) -> bool:
-    """Whether every process is to hold whole models, and a share of the optimizer's part."""
+    """True if every process holds whole models and a share of the optimizer's state."""
     return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
 def sharded(accelerator: Accelerator) -> bool:
-    """Whether every process is to hold a share of the models only."""
+    """True if every process holds only a share of the models."""
     return bool(accelerator.is_fsdp2)
 
 
 def loading_device(accelerator: Accelerator) -> str:
-    """Where models are read to: the process's own device, or the host's memory, from where shares are handed out."""
+    """Return the device to load models on: the process's own, or the host's memory if they are sharded from there."""
     return "cpu" if sharded(accelerator) else str(accelerator.device)
 
 
@@ -106,27 +113,27 @@ def _check_deepspeed() -> None:
     if find_spec("deepspeed") is None:
         raise RecipeError(
             'the launcher asks for DeepSpeed, which is not installed; run pip install "llmcompress[deepspeed]", or '
-            "launch with configs/accelerate/fsdp2.yaml or ddp.yaml"
+            f"launch with {config_file('fsdp2.yaml')} or ddp.yaml beside it"
         )
     if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
         raise RecipeError(
             "a distillation sets DeepSpeed up itself; leave deepspeed_config_file out of the launcher's config, as in "
-            "configs/accelerate/deepspeed.yaml"
+            f"{config_file('deepspeed.yaml')}"
         )
 
 
 def _refuse(settings: dict[str, bool], instead: str) -> None:
-    """Raises RecipeError for the first of a launcher's settings that is there."""
+    """Raise RecipeError for the first of a launcher's settings that is there."""
     for setting, there in settings.items():
         if there:
-            raise RecipeError(f"a distillation cannot run with {setting}; launch with configs/accelerate/{instead}")
+            raise RecipeError(f"a distillation cannot run with {setting}; launch with {instead}")
 
 
 def _check_whole_moments(recipe: Distillation) -> None:
     if recipe.optimizer != "adamw":
         raise RecipeError(
             f"optimizer: {recipe.optimizer} keeps moments in blocks of whole tensors, which cannot be shared out; use "
-            f"adamw, or launch with configs/accelerate/ddp.yaml"
+            f"adamw, or launch with {config_file('ddp.yaml')}"
         )
 
 
@@ -148,18 +155,18 @@ def _check_shares(recipe: Distillation, processes: int) -> None:
 
 
 def check_enough(sequences: int, recipe: Distillation) -> None:
-    """Raises InputError where `sequences` to train on do not fill a batch, so that a process could be left without."""
+    """Raise InputError if the training `sequences` do not fill a batch, so that a process could be left without."""
     batch = max(stage.batch for _, stage in recipe.stages())
     if sequences < batch:
         raise InputError(f"{sequences} sequences are too few for a batch of {batch}; use more data or a smaller batch")
 
 
 def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
-    """Raises RecipeError unless it is FSDP2 in the form that is known to be right, for one phase of training."""
+    """Raise RecipeError unless it is FSDP2 in the form that is known to be right, for one phase of training."""
     if accelerator.distributed_type != DistributedType.FSDP:
         raise RecipeError(
             "the launcher asks for FSDP, which Accelerate does on GPUs only; choose --device cuda, or launch with "
-            "configs/accelerate/cpu-ddp.yaml"
+            f"{config_file('cpu-ddp.yaml')}"
         )
     plugin = accelerator.state.fsdp_plugin
     refused = {
@@ -168,39 +175,39 @@ def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
         "fsdp_offload_params: true": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "fsdp_activation_checkpointing: true": plugin.activation_checkpointing,
     }
-    _refuse(refused, "fsdp2.yaml (activations are computed again where the recipe says checkpointing: true)")
+    _refuse(refused, f"{config_file('fsdp2.yaml')} (checkpointing: true in the recipe recomputes activations)")
     _check_whole_moments(recipe)
     if any(stage.scales == "median" for _, stage in recipe.stages()):
         raise RecipeError(
-            "scales: median is of groups of latents, which shares would cut apart; use learned, or launch with "
-            "configs/accelerate/ddp.yaml"
+            "scales: median requires whole groups of latents, which shares would split; use learned, or launch with "
+            f"{config_file('ddp.yaml')}"
         )
     if recipe.teacher.kind == "cached":
         raise RecipeError(
-            "models that are shared out read in step, while a teacher is cached by one process alone; use `teacher: "
-            "{kind: online}`, or launch with configs/accelerate/ddp.yaml"
+            "models that are shared out run in all processes at once, but a single process caches a teacher; use "
+            f"`teacher: {{kind: online}}`, or launch with {config_file('ddp.yaml')}"
         )
     if recipe.teacher.bits is not None:
         raise RecipeError(
-            f"teacher: {{bits: {recipe.teacher.bits}}} is held whole by every process, which models that are shared "
-            f"out are not; leave bits out, or launch with configs/accelerate/ddp.yaml"
+            f"teacher: {{bits: {recipe.teacher.bits}}} requires a whole teacher in every process, and these share it "
+            f"out; leave bits out, or launch with {config_file('ddp.yaml')}"
         )
     if len(recipe.stages()) > 1 or any(s.adapt and s.adapt.factor_bits < 16 for _, s in recipe.stages()):
         raise RecipeError(
-            "models that were shared out cannot run any more after a phase, so neither can other phases, nor factors "
-            "be rounded; give each phase a recipe of its own, and factor_bits: 16"
+            "models that were shared out cannot run after a phase, so no other phase can follow and no factors can be "
+            "rounded; give each phase a recipe of its own, and factor_bits: 16"
         )
 
 
 def check_partitioning(accelerator: Accelerator, recipe: Distillation) -> None:
-    """Raises RecipeError unless it is DeepSpeed's ZeRO in a form that is known to be right.
+    """Raise RecipeError unless it is DeepSpeed's ZeRO in a form that is known to be right.
 
-    Tells DeepSpeed what a recipe decides and it would guess: how many sequences it is given at once.
+    Also sets the recipe's micro-batch in DeepSpeed's config, which would guess it otherwise.
     """
     if not partitioned(accelerator):
         raise RecipeError(
             "the launcher asks for DeepSpeed, which Accelerate does on GPUs only; choose --device cuda, or launch with "
-            "configs/accelerate/cpu-ddp.yaml"
+            f"{config_file('cpu-ddp.yaml')}"
         )
     plugin = accelerator.state.deepspeed_plugin
     refused = {
@@ -208,12 +215,12 @@ def check_partitioning(accelerator: Accelerator, recipe: Distillation) -> None:
         f"offload_optimizer_device: {plugin.offload_optimizer_device}": plugin.offload_optimizer_device != "none",
         f"offload_param_device: {plugin.offload_param_device}": plugin.offload_param_device != "none",
     }
-    _refuse(refused, "deepspeed.yaml, or with fsdp2.yaml, which shares out the models too")
+    _refuse(refused, f"{config_file('deepspeed.yaml')}, or with fsdp2.yaml beside it, which shares out the models too")
     _check_whole_moments(recipe)
     if any(stage.freezing is not None for _, stage in recipe.stages()):
         raise RecipeError(
-            "freezing takes gradients of single codes away, which DeepSpeed keeps in pieces of its own; leave it out, "
-            "or launch with configs/accelerate/fsdp2.yaml or ddp.yaml"
+            "freezing removes gradients of single codes, which DeepSpeed keeps in pieces of its own; leave it out, or "
+            f"launch with {config_file('fsdp2.yaml')} or ddp.yaml beside it"
         )
     settings = {"train_micro_batch_size_per_gpu": recipe.micro_batch, "gradient_accumulation_steps": 1}
     plugin.deepspeed_config.update(settings)

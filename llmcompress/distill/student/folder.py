@@ -1,4 +1,4 @@
-"""A student's folder: what identifies it, and the same folder again with what was learned in place of what it held."""
+"""A student's folder: its identity, and the same folder written with learned weights in place of its own."""
 
 from __future__ import annotations
 
@@ -23,39 +23,40 @@ Linears = Mapping[str, CompressedLinear]
 
 
 class StudentFolder(Protocol):
-    """What a run needs of it. `bytes`: of its weights; `digests`: of its tensors, equal for equal students."""
+    """A student's folder as a run sees it. `bytes`: of its weights; `digests`: of its tensors, equal for equal
+    students."""
 
     @property
     def folder(self) -> Path:
-        """Where it is."""
+        """The path of the folder."""
 
     @property
     def bytes(self) -> int:
-        """What its weights take on disk."""
+        """The size of its weights on disk."""
 
     @property
     def digests(self) -> dict[str, str]:
-        """By file or by tensor."""
+        """The digests by file or by tensor."""
 
     @property
     def layouts(self) -> dict[str, Layout]:
-        """Of its compressed modules, by name."""
+        """The layouts of its compressed modules, by name."""
 
     def store(self, linears: Linears, dense: Mapping[str, Tensor], writer: Writer) -> None:
-        """Writes weights and config.json, with what was learned: compressed linears, and what is not compressed."""
+        """Write weights and config.json, with the learned `linears`, which are compressed, and `dense` tensors."""
 
 
 def open_folder(place: Place) -> StudentFolder:
-    """The folder of a compressed model of ours, or of a dense one. Raises InputError for any other."""
+    """Open the folder of a compressed model of ours, or of a dense one. Raises InputError for any other."""
     try:
         kind = (read_json(place.folder / "config.json").get("quantization_config") or {}).get("quant_method")
-    except (OSError, ValueError, AttributeError):  # what is wrong with it is said where it is opened
+    except (OSError, ValueError, AttributeError):  # `open_source` reports the fault
         kind = None
     return CompressedStudent(Opened(place.folder)) if kind == NAME else Plain(open_source(place))
 
 
 class CompressedStudent:
-    """What `compress` wrote: the same expressions at the same bytes come back."""
+    """A checkpoint that `compress` wrote: `store` writes the same expressions at the same bytes."""
 
     def __init__(self, opened: Opened) -> None:
         self.opened, self.folder, self.bytes = opened, opened.folder, opened.bytes
@@ -78,7 +79,7 @@ class CompressedStudent:
 
 
 class Plain:
-    """A dense checkpoint: the same tensors come back in their dtypes, under the names that the files have."""
+    """A dense checkpoint: `store` writes the same tensors in their dtypes, under the names in the files."""
 
     def __init__(self, source: DenseModel) -> None:
         self.source, self.folder, self.bytes = source, source.folder, source.bytes
@@ -86,7 +87,7 @@ class Plain:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """By tensor; reads them all."""
+        """The digests by tensor; reads all tensors."""
         return {name: digest(self.source.read(name)) for name in sorted(self.source.tensors)}
 
     def store(self, linears: Linears, dense: Mapping[str, Tensor], writer: Writer) -> None:

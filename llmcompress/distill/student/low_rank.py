@@ -1,13 +1,14 @@
 """Low-rank terms that are trained in: LoRA (arXiv 2106.09685) as a part of the compressed weight, not beside it.
 
-`adapt` adds `B A` to the expression of every linear that is asked for, `B [out, rank]` and `A [rank, in]` in bfloat16.
-They train as low-rank factors do anyway, and the checkpoint holds them: it grows by the bits of the terms. Factors of
-fewer bits are rounded once training is over (`rounded`), to the grids of methods/low_rank.py: per component in A, whose
-rounding B is solved again for.
+`adapt` adds `B A` to the expression of every linear that the recipe names, `B [out, rank]` and `A [rank, in]` in
+bfloat16. They train like any low-rank factors, and the checkpoint holds them: it grows by the bits of the terms.
+Factors of fewer bits are rounded after training (`rounded`), to the grids of methods/low_rank.py. A is rounded per
+component, and B is then solved for the rounded A.
 
-Where a term starts: `zero`, as LoRA has it, A random and B zero, so that nothing changes before the first step; or
-`residual`, the truncated SVD of what the compressed weight lost (as LoftQ, arXiv 2310.08659). A's numbers are as large
-as makes the product of B's first step, `rate` in every element, `rate` times the size of the weight's own numbers.
+A term starts at `zero`, as in LoRA, with A random and B zero, so that nothing changes before the first step; or at
+`residual`, the truncated SVD of the compressed weight's error (as in LoftQ, arXiv 2310.08659). The size of A's numbers
+is chosen so that B's first step, `rate` in every element, changes the product by `rate` times the size of the weight's
+own numbers.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def adapt(model: PreTrainedModel, asked: Adaptation, teacher: PreTrainedModel, seed: int) -> tuple[str, ...]:
-    """Adds a term to each compressed linear of `model` that `asked` matches, but to the head; returns their names.
+    """Add a term to each compressed linear of `model` that `asked` matches, except the head; return their names.
 
-    `teacher`: the dense model, for terms that start at what was lost. Raises RecipeError for a pattern that matches
+    `teacher`: the dense model, for terms that start at the residual. Raises RecipeError for a pattern that matches
     nothing, and for a rank that is larger than a matrix.
     """
     head = model.get_output_embeddings()
@@ -64,7 +65,8 @@ def adapt(model: PreTrainedModel, asked: Adaptation, teacher: PreTrainedModel, s
 def rounded(
     layers: Mapping[str, CompressedLinear], adapted: Iterable[str], asked: Adaptation
 ) -> dict[str, CompressedLinear]:
-    """The layers called `adapted`, their last term's factors with the bits that `asked` says; empty for bfloat16."""
+    """Return the layers named `adapted` with the factors of their last term rounded to the bits of `asked`; nothing
+    for bfloat16."""
     if asked.factor_bits == 16:
         return {}
     found = {}
@@ -80,7 +82,7 @@ def rounded(
 
 
 def dense_weight(model: PreTrainedModel, name: str) -> Tensor:
-    """The matrix `[out, in]`, float32, of the linear `name` of a model, which may be compressed, too."""
+    """Return the matrix `[out, in]`, float32, of the linear `name` of a model, which may be compressed."""
     module = model.get_submodule(name)
     if isinstance(module, CompressedLinear):
         return module.dequantize()
@@ -89,9 +91,9 @@ def dense_weight(model: PreTrainedModel, name: str) -> Tensor:
 
 
 def teachers_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> Callable[[str], Tensor]:
-    """The teacher's matrix `[out, in]`, float32, for each compressed linear of a student, by the student's name for it.
+    """Return a function from the name of a student's compressed linear to the teacher's matrix `[out, in]`, float32.
 
-    Raises RecipeError where the models' blocks do not match, and then for a matrix of another shape.
+    Raises RecipeError if the models' blocks do not match; the function raises it for a matrix of another shape.
     """
     blocks = matched_blocks(student, teacher)
     layers = compressed_linears(student)
@@ -119,7 +121,7 @@ def _starting_term(name: str, w: Weight, rank: int, target: Tensor | None, seed:
 
 
 def _best_term(name: str, matrix: Tensor, rank: int, factor_bits: Literal[4, 8, 16]) -> LowRank:
-    """The truncated SVD of a matrix `[out, in]`, as stored factors."""
+    """Return the truncated SVD of a matrix `[out, in]`, as stored factors."""
     nothing = Layer(name, matrix, Dense(torch.zeros_like(matrix)), Moments(0.0))
     term = split(svd(nothing, SVD(rank=rank, factor_bits=factor_bits)).approx)[1]
     if term is None:

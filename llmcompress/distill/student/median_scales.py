@@ -1,18 +1,18 @@
 """Scales that follow the latents of their codes: the median of the absolute latents, for two and three levels.
 
-BitNet b1.58 (arXiv 2402.17764) computes the scale of a ternary matrix anew from its latent weights in every step, as
-the mean of their absolute values, the levels being -scale, 0 and +scale; the median in its place (arXiv 2407.09527)
-does not care how large the largest are. Such a scale has no gradient of its own, so it cannot oscillate together with
-the codes, as a learned one does at two bits (arXiv 2302.02210). Where this differs: a scale belongs to a group of a
-row, as stored, and the median is the lower of two in the middle.
+BitNet b1.58 (arXiv 2402.17764) recomputes the scale of a ternary matrix from its latent weights in every step, as the
+mean of their absolute values; the levels are -scale, 0 and +scale. The median instead (arXiv 2407.09527) does not
+depend on how large the largest are. Such a scale has no gradient of its own, so it cannot oscillate together with the
+codes, as a learned one does at two bits (arXiv 2302.02210). Here, unlike there, a scale belongs to a group of a row, as
+stored, and the median is the lower of the two in the middle.
 
-Latents are held in units of their scale. So when a scale moves, after every step, its latents move in these units, and
-the weights that they stand for stay:
+Latents are held in units of their scale. So when a scale changes, after every step, its latents change in these units,
+and the weights that they stand for stay:
 
     weight = scale * latent        scale <- median |weight|        latent <- weight / scale
 
-Latents are confined to the cells of the codes, which end at 1.5 times a ternary scale and at twice a binary level. That
-is beyond the median, which therefore stays; a mean would shrink with all that is cut off, step after step.
+Latents are clamped to the cells of the codes, which end at 1.5 times a ternary scale and at twice a binary level. That
+is beyond the median, which therefore stays; a mean would shrink with every clamped latent, step after step.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class MedianScale:
 
     @torch.no_grad()
     def rebind_parameters(self) -> None:
-        """Sets the scales to the medians of the latents as they are now, and the latents to these scales' units.
+        """Set the scales to the current medians of the latents, and convert the latents to the new scales' units.
 
-        A scale stays where no latent of its group differs from zero, or where it was not positive at first.
+        A scale stays if no latent of its group differs from zero, or if it was not positive at first.
         """
         latents, scales = (self.relaxed.get_parameter(self.path + leaf) for leaf in ("codes", "scale"))
         middle = (self.form.levels - 1) / 2
@@ -68,7 +68,7 @@ class MedianScale:
         scales.copy_(torch.where(moves, after, before).flatten())
 
     def _medians(self, sizes: Tensor) -> Tensor:
-        """The median of each group, shaped as the scales; NaN for a group without elements."""
+        """Return the median of each group, shaped as the scales; NaN for a group without elements."""
         (out, width), (rows, groups) = self.form.codes.shape, self.form.scale.shape
         matrix = sizes.new_full((out, groups * self.form.group_size), float("nan"))
         if self.stored is None:
@@ -81,14 +81,16 @@ class MedianScale:
         return members.nanmedian(-1).values
 
     def _spread(self, parameters: Tensor) -> Tensor:
-        """A number of each group for each of its latents, flat."""
+        """Repeat the number of each group for each of its latents, flat."""
         matrix = spread(parameters, self.form.group_size, self.form.codes.shape[1]).expand(self.form.codes.shape)
         return matrix.reshape(-1) if self.stored is None else matrix[self.stored.expand(matrix.shape).to(matrix.device)]
 
 
 def median_scales(w: Weight, relaxed: Relaxed) -> tuple[MedianScale, ...]:
-    """Of all grids of `w`, which `relaxed` trains the codes of, that are symmetric and have two or three levels; not of
-    factors, whose latents start at their codes."""
+    """Return the scales of all symmetric grids of `w` with two or three levels whose codes `relaxed` trains.
+
+    Factors are left out, since their latents start at their codes.
+    """
     found = []
     for leaf in leaves(w, "", None, None, False):
         match leaf.node:
@@ -101,7 +103,7 @@ def median_scales(w: Weight, relaxed: Relaxed) -> tuple[MedianScale, ...]:
 
 
 def grids(header: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The headers of all grids outside low-rank terms in the header of an encoded weight."""
+    """Yield the headers of all grids outside low-rank terms in the header of an encoded weight."""
     if header["node"] == "grid":
         yield header
     inside = [header[key] for key in ("inside", "outside", "inner") if key in header]
@@ -110,5 +112,5 @@ def grids(header: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def follows(header: dict[str, Any]) -> bool:
-    """Whether the scales of an encoded grid can follow their latents."""
+    """True if the scales of an encoded grid can follow their latents."""
     return not header["asymmetric"] and int(header["levels"]) <= MOST_LEVELS

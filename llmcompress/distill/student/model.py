@@ -1,7 +1,7 @@
-"""A model whose numbers can move, and back: every compressed linear relaxed, everything else as it was.
+"""A model that can train, and back: every compressed linear relaxed, everything else unchanged.
 
-A dense model is a student too, of fewer blocks or narrower ones than its teacher: its matrices move as float32 masters,
-whatever its folder stores, so that small steps are not lost.
+A dense model with fewer or narrower blocks than its teacher is a student too: its matrices train as float32 master
+weights, whatever its folder stores, so that small steps are not lost.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ PROJECTIONS: Kind = "projections"  # linears to the teacher's width, which are n
 
 @dataclass(frozen=True, eq=False)
 class Student:
-    """A model under distillation. `relaxed`: its linears that train, by name; `trained`: what moves, by kind, name;
-    `medians`: scales that follow their latents; `projections`: what trains along with it and is no part of it."""
+    """A model under distillation. `relaxed`: its linears that train, by name; `trained`: all parameters that change, by
+    kind and name; `medians`: scales that follow their latents; `projections`: linears that train along with the model
+    but are not part of it."""
 
     model: PreTrainedModel
     relaxed: dict[str, RelaxedLinear]
@@ -40,7 +41,7 @@ class Student:
     projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
 
     def join(self, projections: nn.ModuleDict) -> None:
-        """Lets linears between hidden states train along. Raises RecipeError where they have no rate."""
+        """Let linears between hidden states train along. Raises RecipeError if they have no rate."""
         if len(projections) and PROJECTIONS not in self.trained:
             raise RecipeError(
                 "losses: the student's hidden states are not as wide as the teacher's, so they are compared through "
@@ -50,49 +51,49 @@ class Student:
         self.trained.get(PROJECTIONS, {}).update(projections.named_parameters())
 
     def groups(self) -> list[dict[str, Any]]:
-        """For an optimizer: every parameter with a gradient by itself, with its kind and the size of its numbers (root
-        mean square)."""
+        """Return groups for an optimizer: every parameter with a gradient by itself, with its kind and the size of its
+        numbers (root mean square)."""
         trained = [(kind, value) for kind, values in self.trained.items() for value in values.values()]
         named = [(kind, value) for kind, value in trained if value.requires_grad]
         return [{"params": [value], "kind": kind, "size": _size(value)} for kind, value in named]
 
     def named(self) -> dict[str, nn.Parameter]:
-        """Every parameter that moves, by name."""
+        """Return every parameter that changes, by name."""
         return {name: value for values in self.trained.values() for name, value in values.items()}
 
     def clamp_latents(self) -> None:
-        """After a step of the optimizer: sets the scales that follow their latents, and puts latents that left the
-        range of their codes back to its edge."""
+        """Set the scales that follow their latents, then clamp latents to the range of their codes; for use after a
+        step of the optimizer."""
         for scale in self.medians:
             scale.rebind_parameters()
         for module in self.relaxed.values():
             module.relaxed.clamp_latents()
 
     def rebind_parameters(self) -> None:
-        """Takes up what stands in the model now, where other parameters were put in the places of those that train."""
+        """Look the parameters up in the model again, after others have taken their places there."""
         for kind, values in self.trained.items():
             holder = self.projections if kind == PROJECTIONS else self.model
             values.update({name: holder.get_parameter(name) for name in values})
 
     def frozen(self) -> dict[str, CompressedLinear]:
-        """The compressed linears with what was learned, by name; the model goes on as it is."""
+        """Return the compressed linears with their learned weights, by name; the model stays as it is."""
         return {name: module.freeze() for name, module in self.relaxed.items()}
 
     def freeze_into_model(self) -> dict[str, CompressedLinear]:
-        """Puts the compressed linears with what was learned back into the model; returns them by name."""
+        """Put the compressed linears with their learned weights back into the model, and return them by name."""
         layers = self.frozen()
         for name, layer in layers.items():
             put(self.model, name, layer)
         return layers
 
     def dense(self) -> dict[str, Tensor]:
-        """What trained outside compressed linears, vectors and matrices, float32, by name."""
+        """Return the vectors and matrices that trained outside compressed linears, float32, by name."""
         kinds = (self.trained.get(kind, {}) for kind in (NORMS, WEIGHTS))
         return {name: value.detach() for values in kinds for name, value in values.items()}
 
 
 def check_latents(model: PreTrainedModel, recipe: Distillation) -> None:
-    """Raises RecipeError where the compressed linears of a student have no codes for what is asked of codes."""
+    """Raise RecipeError if an option for trained codes does not apply to the compressed linears of a student."""
     head = model.get_output_embeddings()
     layers = [layer for layer in compressed_linears(model).values() if layer is not head]
     found = [grid for layer in layers for grid in grids(layer.layout.header)]
@@ -113,13 +114,15 @@ def relaxed_student(
     scales: Scales = "learned",
     form: Form | None = None,
 ) -> Student:
-    """`model` (float32), its compressed linears replaced by relaxed ones; head and token table stay as they are.
+    """Replace the compressed linears of `model` (float32) by relaxed ones; head and token table stay as they are.
 
-    `rates` names the kinds that train, those the student has. Latent codes start at the codes, or where the dense
-    weights `target`, `[out, in]` by name, are within their cells. Raises RecipeError where there is nothing to train,
-    or but the norms of a dense model for which more was asked; neither of some blocks, with the starts of their names
-    as `inside`: then what lies elsewhere stays as it is. `scales`: median, for those that can follow their latents;
-    others as `rates` says. `form`: of latents, as in `Relaxation`.
+    `rates` names the kinds that train, as far as the student has them. Latent codes start at the codes, or if `target`
+    gives the dense weights, `[out, in]` by name, at these, clamped to the codes' cells. `inside`: starts of names of
+    the blocks that train; everything else stays as it is. `scales`: "median" for scales that follow their latents, if
+    they can; other scales train as `rates` says. `form`: of latents, as in `Relaxation`.
+
+    Raises RecipeError, unless only some blocks train, if there is nothing to train, or if only norms of a dense model
+    would train although other kinds were asked for.
     """
     kinds = frozenset(rates) & frozenset(KINDS)
     masters = kinds | ({"scales"} if scales == "median" else set())
@@ -152,7 +155,8 @@ def relaxed_student(
 def _masters(
     relaxed: Mapping[str, RelaxedLinear], rates: Mapping[Kind, float], medians: Sequence[MedianScale]
 ) -> dict[Kind, dict[str, nn.Parameter]]:
-    """What moves in relaxed linears, by kind and name: what has a rate, with a gradient, and medians, without."""
+    """Return the parameters of relaxed linears that change, by kind and name: those with a rate, which get a gradient,
+    and medians, which get none."""
     trained: dict[Kind, dict[str, nn.Parameter]] = {kind: {} for kind in rates}
     following = {(scale.relaxed, scale.scales) for scale in medians}
     for name, module in relaxed.items():

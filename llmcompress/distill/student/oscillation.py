@@ -1,19 +1,19 @@
 """Codes that oscillate while they train, and their freezing (arXiv 2203.11086, 2302.02210).
 
-A latent whose best value lies near the edge of its cell is pushed over it and back, step after step: the code changes
-for as long as training goes on, which is noise to all the others, and where it ends is left to chance. So after every
-step of the optimizer, of each code:
+A latent whose best value lies near the edge of its cell is pushed over it and back, step after step. Its code changes
+as long as training lasts, which is noise to all others, and its final value is left to chance. So after every step of
+the optimizer, each code has:
 
     turned     it changed, and the other way than it did the last time
     frequency  moving average of having turned
     mean       moving average of the code
 
-A code whose frequency is above a threshold is frozen at its rounded mean. Its latent stays there, and its gradient
-counts no more, also not for the norm that is clipped. The threshold falls along half a cosine, so that codes may search
-at first. What is remembered takes 11 bytes a code, in the run's state too.
+A code whose frequency is above a threshold is frozen at its rounded mean. Its latent stays there, and its gradient no
+longer counts, not even in the norm that is clipped. The threshold falls along half a cosine, so that codes may search
+at first. This memory takes 11 bytes a code, in the run's state too.
 
-All this is of arXiv 2203.11086. Of 2302.02210, which freezes the codes far from an edge instead while those near it go
-on, only the scales that are no parameters are here, as medians (`medians`).
+All this follows arXiv 2203.11086. 2302.02210 instead freezes the codes far from an edge while those near it train on;
+of it, only the scales that are not parameters are here, as medians (`median_scales`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llmcompress.weight.trainable.straight_through import nearest_codes
 
 @dataclass(frozen=True, eq=False)
 class Habits:
-    """What is remembered of codes: tensors of the shape of their latents."""
+    """The memory of codes: tensors of the shape of their latents."""
 
     codes: Tensor  # uint8
     direction: Tensor  # int8: of the last change, -1 or 1; 0 before there was one
@@ -42,7 +42,7 @@ class Habits:
 
     @staticmethod
     def of(latents: Tensor, codes: Tensor) -> Habits:
-        """Of codes that have not changed yet; sharded where `latents` are. `codes`: those of this process."""
+        """Start the memory of codes that have not changed yet; sharded if `latents` are. `codes`: this process's."""
         found = Habits(
             torch.zeros_like(latents, dtype=torch.uint8),
             torch.zeros_like(latents, dtype=torch.int8),
@@ -55,23 +55,23 @@ class Habits:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name."""
+        """Return the tensors by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def here(self) -> Habits:
-        """Those of this process: the same memory."""
+        """Return the part of this process, in the same memory."""
         return Habits(*map(_here, self.tensors().values()))
 
     def take(self, after: Habits) -> None:
-        """Puts others of the same process into this memory."""
+        """Overwrite this process's part with `after`."""
         for name, value in after.tensors().items():
             _here(getattr(self, name)).copy_(value)
 
 
 def after_step(before: Habits, codes: Tensor, momentum: float, threshold: float) -> tuple[Habits, Tensor]:
-    """The habits of codes that are now `codes` (whole numbers, float32), and which of them turned, bool.
+    """Return the habits of codes that are now `codes` (whole numbers, float32), and which of them turned, bool.
 
-    Codes that were frozen stay what they were, whatever they are now; those that are frozen from now on are their mean.
+    Frozen codes keep their value, whatever they are now; newly frozen ones take their rounded mean.
     """
     codes = torch.where(before.frozen, before.codes.float(), codes)
     change = (codes - before.codes.float()).sign().to(torch.int8)
@@ -94,13 +94,14 @@ class Watched:
     habits: Habits
 
     def hold(self) -> None:
-        """Takes the gradients of frozen codes away."""
+        """Remove the gradients of frozen codes."""
         gradient = self.relaxed.get_parameter(self.key).grad
         if gradient is not None:
             _here(gradient).masked_fill_(_here(self.habits.frozen), 0.0)
 
     def watch(self, momentum: float, threshold: float) -> Tensor:
-        """Learns the codes after a step, and freezes; how many changed, turned and are frozen, int64 `[3]`."""
+        """Update the habits after a step, and freeze; return how many codes changed, turned and are frozen, int64
+        `[3]`."""
         latents, before = _here(self.relaxed.get_parameter(self.key)), self.habits.here()
         after, turned = after_step(before, _codes(self.relaxed, self.key), momentum, threshold)
         counts = torch.stack([(after.codes != before.codes).sum(), turned.sum(), after.frozen.sum()])
@@ -119,7 +120,7 @@ class Freezer:
     @staticmethod
     @torch.no_grad()
     def of(asked: Freezing | None, layers: Mapping[str, RelaxedLinear]) -> Freezer:
-        """Of the layers of a student, by name, as its process holds them: whole, or in shares."""
+        """Watch the layers of a student, by name, as its process holds them: whole, or in shares."""
         if asked is None:
             return Freezer(None, ())
         keys = [(name, layer.relaxed, key) for name, layer in layers.items() for key in layer.relaxed.levels]
@@ -137,18 +138,18 @@ class Freezer:
         )
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """What is remembered, by the name of the parameter: to be kept, and to be put back in place."""
+        """Return the memory by the name of the parameter, to be saved and restored in place."""
         return {each.name: each.habits.tensors() for each in self.watched}
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Takes the gradients of frozen codes away: call it before they are clipped."""
+        """Remove the gradients of frozen codes; call this before gradients are clipped."""
         for each in self.watched:
             each.hold()
 
     @torch.no_grad()
     def watch(self, done: float) -> Tensor:
-        """Learns the codes after a step, when a share `done` of all steps is done, and freezes those that oscillate.
+        """Update the habits after a step, when a share `done` of all steps is done, and freeze oscillating codes.
 
         Returns how many of this process's codes changed, how many of these turned, and how many are frozen, int64
         `[3]`, on the codes' device.
@@ -159,16 +160,16 @@ class Freezer:
         return torch.stack([each.watch(self.asked.momentum, threshold) for each in self.watched]).sum(0)
 
     def frozen(self) -> int:
-        """How many of this process's codes are frozen."""
+        """Return the number of this process's codes that are frozen."""
         return sum(int(_here(each.habits.frozen).sum()) for each in self.watched)
 
 
 def _codes(relaxed: Relaxed, key: str) -> Tensor:
-    """The codes of the latents of this process, float32."""
+    """Return the codes of this process's latents, float32."""
     latents = _here(relaxed.get_parameter(key).detach())
     return nearest_codes(latents, relaxed.levels[key], relaxed.relaxation.estimator)
 
 
 def _here(value: Tensor) -> Tensor:
-    """What this process holds of it, the same memory."""
+    """Return the part of a tensor that this process holds, in the same memory."""
     return value.to_local() if isinstance(value, DTensor) else value

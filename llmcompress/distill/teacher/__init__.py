@@ -1,1 +1,1 @@
-"""What a student learns from: its teacher reading along, or what it predicted, kept on disk."""
+"""The teacher of a student: a model that reads along, or its predictions kept on disk."""

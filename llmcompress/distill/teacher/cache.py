@@ -29,10 +29,10 @@ from llmcompress.models.store import Store
 from llmcompress.runtime.signals import stop_requests
 
 RECORDS, DONE = "predictions.npy", "cache"  # a file of numbers, and the record of those that are done
-CHUNK = 4096  # tokens that the teacher reads between two writes of that record; part of what a cache's bytes depend on
+CHUNK = 4096  # tokens that the teacher reads between two writes of that record; a cache's bytes depend on it
 
-Logits = Callable[[slice], Iterable[Tensor]]  # which sequences -> logits [tokens, vocabulary] of all that is predicted
-# in them, in order, bit by bit
+# numbers of sequences -> logits [tokens, vocabulary] of all predictions in them, in order, a part at a time
+Logits = Callable[[slice], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def write_cache(folder: Path, origin: CacheOrigin, counted: Tensor, logits: Logi
             staged.rename(folder)
             sync(folder.parent)
         except OSError as error:
-            raise DiskError(f"{folder} cannot be written ({error}); free some space and start again") from error
+            raise DiskError(f"{folder} cannot be written ({error}); free some space and rerun") from error
 
 
 def _write(staged: Path, folder: Path, origin: CacheOrigin, counted: Tensor, logits: Logits, vocabulary: int) -> None:
@@ -152,7 +152,7 @@ def _done(store: Store) -> dict[str, Any]:
     """Return the size of the vocabulary and the number of sequences that are done. Raises InputError for no cache."""
     done = store.get(DONE)
     if done is None or not {"sequences", "vocabulary"} <= done.entry.keys():
-        raise InputError(f"{store.folder} is no cache of a teacher's predictions; choose another folder")
+        raise InputError(f"{store.folder} is not a cache of a teacher's predictions; choose another folder")
     return done.entry
 
 
@@ -161,7 +161,7 @@ def _records(known: Likeliest, record: np.dtype) -> np.ndarray:
         raise NumericsError("the teacher's predictions are NaN; check its weights, or compute in float32")
     found = np.empty(len(known), record)
     found["ids"] = known.ids.cpu().numpy()
-    with np.errstate(over="ignore"):  # what is too small for float16 is as good as never
+    with np.errstate(over="ignore"):  # probabilities below float16's range count as 0
         found["log_p"], found["log_tail"] = known.log_p.cpu().numpy(), known.log_tail.cpu().numpy()
     return found
 

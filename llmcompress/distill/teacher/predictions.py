@@ -1,4 +1,4 @@
-"""Where the teacher's predictions of a step come from: the teacher itself, reading along, or a cache."""
+"""The sources of the teacher's predictions of a step: the teacher itself, reading along, or a cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Teaching(Protocol):
     """Gives the teacher's predictions of sequences."""
 
     def predictions(self, batch: Batch) -> TeacherLogits:
-        """Of all tokens of `batch` that count, sequence after sequence."""
+        """Return the predictions of all tokens of `batch` that count, sequence after sequence."""
 
 
 @dataclass(frozen=True, eq=False)

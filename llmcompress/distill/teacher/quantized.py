@@ -1,13 +1,13 @@
 """A teacher that takes less memory while it teaches: the linears of its blocks in 8 or 4 bits, by bitsandbytes.
 
-8 bits are LLM.int8() (arXiv 2208.07339). Products are in integers: weights are rounded by rows, inputs by tokens, but
-for input columns with values above 6, so that predictions depend a little on what is read together. 4 bits are NF4 in
-blocks of 64, their scales rounded again (arXiv 2305.14314), and decoded for every product. Token table, norms and
-output head stay as they are.
+8 bits are LLM.int8() (arXiv 2208.07339). Products are in integers: weights are rounded by rows, inputs by tokens,
+except input columns with values above 6. So predictions depend a little on which sequences are read together. 4 bits
+are NF4 in blocks of 64, with scales rounded again (arXiv 2305.14314), and decoded for every product. Token table, norms
+and output head stay as they are.
 
-What the student learns from is this model, so what that costs is measured once. All else is asked of the dense one:
-it reads the held-out sequences beforehand, in the host's memory, and every look measures the distance to it; and it is
-loaded again for a while where its weights are asked for.
+The student learns from this model, so the cost of quantizing it is measured once. The dense model serves everything
+else: it reads the held-out sequences beforehand, in the host's memory, and every look measures the distance to it. If
+its weights are asked for, it is loaded again for a while.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ Bits = Literal[8, 4]
 
 
 def check_teacher(teacher: PreTrainedModel, bits: Bits | None) -> None:
-    """Raises InputError for a teacher that bitsandbytes has quantized before, as its weights are gone; and for any
-    compressed one that is to be quantized to `bits`."""
+    """Raise InputError for a teacher stored as bitsandbytes quantized it, since its weights are gone, and for any
+    compressed teacher if `bits` are given."""
     method = getattr(teacher, "quantization_method", None)
     if method == "bitsandbytes":
         raise InputError(
@@ -50,10 +50,10 @@ def check_teacher(teacher: PreTrainedModel, bits: Bits | None) -> None:
 
 
 def taught_by_quantized(run: TrainContext, bits: Bits, place: Place) -> tuple[TrainContext, dict[str, float]]:
-    """`run` with the model at `place` reading along in `bits` bits, and what that costs on the held-out sequences:
-    {bits, kl, perplexity}, KL(run.teacher || quantized) in nats per token.
+    """Return `run` with the model at `place` reading along in `bits` bits, and the cost on the held-out sequences.
 
-    Raises NumericsError where the quantized model's predictions are not finite, InputError as `load_model` does.
+    The cost is {bits, kl, perplexity}, with KL(run.teacher || quantized) in nats per token. Raises NumericsError if the
+    quantized model's predictions are not finite, InputError as `load_model` does.
     """
     device = run.accelerator.device
     model = load_quantized(place, bits, device, product_dtype(run.recipe.compute, device))
@@ -70,7 +70,7 @@ def taught_by_quantized(run: TrainContext, bits: Bits, place: Place) -> tuple[Tr
 
 
 def load_quantized(place: Place, bits: Bits, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The dense model at `place`, the linears of its blocks in `bits` bits, everything else in `dtype`, frozen.
+    """Load the dense model at `place`, frozen, the linears of its blocks in `bits` bits, everything else in `dtype`.
 
     Raises InputError when it cannot be loaded.
     """
@@ -84,14 +84,14 @@ def load_quantized(place: Place, bits: Bits, device: torch.device, dtype: torch.
     model = load_model(place, str(device), dtype, integers if bits == 8 else floats)
     frozen: nn.Module = model
     for module in frozen.requires_grad_(False).modules():
-        if isinstance(module, Linear4bit):  # on a CPU it would be packed anew, which rounds scales to bfloat16 and
+        if isinstance(module, Linear4bit):  # a CPU would pack it again, which rounds scales to bfloat16 and
             module.support_avx512bf16_for_cpu = False  # fails unless rows are a multiple of 32 and columns of 64
     return model
 
 
 @contextmanager
 def without_remarks() -> Iterator[None]:
-    """Keeps bitsandbytes from saying at every product in 8 bits that inputs are rounded, which is meant."""
+    """Silence the remark of bitsandbytes at every product in 8 bits that inputs are rounded, which is intended."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""A run whose teacher has read beforehand what it is asked for, and is gone while the student learns.
+"""A run whose teacher has read everything beforehand, and is not in memory while the student learns.
 
-What it predicts of the training sequences is in a cache (`cache.py`), unless a copy of fewer bits reads them along
-(`quantized.py`). Of the held-out sequences its last hidden states are kept, with its output head: little beside a whole
-model, or beside the logits; and a look at them measures the same divergence as with the model, to the bit, without
+Its predictions on the training sequences are in a cache (`cache.py`), unless a copy of fewer bits reads along
+(`quantized.py`). For the held-out sequences, its last hidden states and its output head are kept: little compared with
+a whole model or with the logits. A look at them measures the same divergence as with the model, to the bit, without
 running it again.
 """
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class RememberedTeacher(nn.Module):
-    """What is left of a model that has read `sequences`, each by itself: for these it answers as the model did.
+    """The remains of a model that has read `sequences`, each by itself: for these it answers as the model did.
 
     It has the parts that `objective.hidden_states` and `objective.head_of` ask a model for.
     """
@@ -60,11 +60,12 @@ class RememberedTeacher(nn.Module):
             self.hidden[_name(one.ids, None if one.documents is None else one.positions())] = states
 
     def get_output_embeddings(self) -> nn.Module:
-        """The model's."""
+        """Return the model's output head."""
         return self.linear
 
     def base_model(self, input_ids: Tensor, use_cache: bool, position_ids: Tensor | None = None) -> tuple[Tensor]:
-        """The last hidden states [1, length, width]. Raises KeyError for a sequence that the model has not read."""
+        """Return the last hidden states [1, length, width]. Raises KeyError for a sequence that the model has not
+        read."""
         return (self.hidden[_name(input_ids, position_ids)].to(input_ids.device),)
 
 
@@ -77,15 +78,16 @@ def _folder(asked: Teacher, output: Path) -> Path:
 
 
 def remove_cache(asked: Teacher, output: Path) -> None:
-    """Forgets the cache of a run that has ended, unless it was given a folder to stay in."""
+    """Remove the cache of a finished run, unless the recipe gave it a folder."""
     if asked.folder is None:
         shutil.rmtree(_folder(asked, output))
 
 
 def remembered(run: TrainContext, place: Place) -> TrainContext:
-    """`run` with what its teacher, which is at `place`, says of the held-out sequences, in place of the teacher.
+    """Return `run` with its teacher's answers on the held-out sequences in place of the teacher, which is at `place`.
 
-    Nobody but who reads along needs that then: where its weights are asked for, it is loaded again for a while.
+    Then the teacher itself only has to read along, if at all; if its weights are asked for, it is loaded again for a
+    while.
     """
     device, dtype = run.accelerator.device, product_dtype(run.recipe.compute, run.accelerator.device)
     with run.autocast():
@@ -94,8 +96,7 @@ def remembered(run: TrainContext, place: Place) -> TrainContext:
 
 
 def taught_from_cache(run: TrainContext, asked: Teacher, place: Place, output: Path) -> TrainContext:
-    """`run` with a cache for a teacher; written first, by the one that reads along, where it is not there. `place`:
-    where that one is.
+    """Return `run` with a cache for a teacher. The teacher that reads along, at `place`, writes it if it is missing.
 
     Raises, in every process, what `cache.write_cache` and `cache.open_cache` raise.
     """
@@ -133,7 +134,7 @@ class _Logits:
 
     @torch.no_grad()
     def __call__(self, rows: slice) -> Iterator[Tensor]:
-        """As many tokens at once as LOGITS says."""
+        """Yield logits, as many tokens at once as LOGITS allows."""
         batch = self.sequences[rows].trimmed().to(self.model.device)
         hidden, head = hidden_states(self.model, batch)[batch.predicting], head_of(self.model)
         for part in hidden.split(max(1, LOGITS // self.vocabulary)):
@@ -142,7 +143,7 @@ class _Logits:
 
 @torch.no_grad()
 def measured_bias(run: TrainContext, k: int) -> dict[str, float]:
-    """What the student in `run` cannot see of its teacher, on the held-out sequences, as means over tokens.
+    """Measure what a cache hides of its teacher from the student in `run`: means over tokens of held-out sequences.
 
     tail_mass: the teacher's probability of all classes but the k likeliest. kl: KL(teacher || student) in nats;
     kl_with_tail: the same over k + 1 symbols as they are cached, the lower bound that a student is trained on.

@@ -1,8 +1,9 @@
 """The k likeliest classes of a prediction, and one more that stands for all others: the tail.
 
-A distribution over k + 1 symbols. A divergence between two models on these symbols is a lower bound of theirs on all
-classes (merging classes never moves distributions apart), and is 0 for a student that agrees on the k classes and on
-how much is left. With k classes alone, renormalised, a student would learn that nothing else ever comes.
+Together they are a distribution over k + 1 symbols. A divergence between two models on these symbols is a lower bound
+of the divergence on all classes (merging classes never moves distributions apart). It is 0 for a student that agrees on
+the k classes and on the mass of the tail. With the k classes alone, renormalised, a student would learn that all other
+classes are impossible.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from llmcompress.losses.loss import Predictions, Reads
 
 @dataclass(frozen=True, eq=False)
 class Likeliest:
-    """All that is left of a teacher (a `head.Teacher`), a row for each token. Probabilities are natural logarithms."""
+    """The kept predictions of a teacher (a `TeacherLogits`), a row for each token. Probabilities are natural
+    logarithms."""
 
     ids: Tensor  # int64 [tokens, k], the likeliest first
     log_p: Tensor  # [tokens, k]
@@ -28,7 +30,7 @@ class Likeliest:
 
     @staticmethod
     def of(logits: Tensor, k: int) -> Likeliest:
-        """From whole predictions, [tokens, vocabulary]; all classes where there are fewer than k."""
+        """Take the likeliest of whole predictions, [tokens, vocabulary]; all classes if there are fewer than k."""
         log_p = wide(logits).log_softmax(-1)
         top, ids = log_p.topk(min(k, log_p.shape[-1]))
         tail = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
@@ -38,14 +40,14 @@ class Likeliest:
         return len(self.ids)
 
     def vocabulary(self) -> int:
-        """See `head.Teacher.vocabulary`."""
+        """See `TeacherLogits.vocabulary`."""
         return self.classes
 
     def beside(self, student: Tensor, targets: Tensor, rows: slice) -> Mapping[Reads, Predictions]:
-        """See `head.Teacher.beside`: predictions of k + 1 symbols, and the student alone for what needs no teacher.
+        """See `TeacherLogits.beside`: predictions of k + 1 symbols, and the student alone for losses without a teacher.
 
-        The student's tail is what it gives to the classes outside the teacher's k, from its logits and not from a
-        difference to 1, which would lose all digits of a small one.
+        The student's tail is its mass on the classes outside the teacher's k. It comes from logits, not from a
+        difference to 1, which would lose all digits of a small tail.
         """
         ids, logits = self.ids[rows], wide(student)
         inside = logits.gather(-1, ids)

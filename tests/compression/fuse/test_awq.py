@@ -229,7 +229,7 @@ def test_layers_lose_less(tmp_path: Path, text: Path) -> None:
         ({"calibration": None}, "awq requires calibration"),
         ({"fuse": {}}, "fuse.*it says nothing to fuse; set rotation: true or awq: true"),
         ({"fuse": {"awq": True, "untie": True}}, "fuse.*untie: only rotation: true needs a head of its own"),
-        ({"rules": [{"match": "*", "steps": [{"method": "rotate"}, GRID]}]}, "first step of .*q_proj is rotate; let"),
+        ({"rules": [{"match": "*", "steps": [{"method": "rotate"}, GRID]}]}, "first step of .*q_proj is rotate; use"),
         ({"rules": [], "target": {"bpw": 3}}, "fuse: a target prices the model as it is; leave one out"),
     ],
 )

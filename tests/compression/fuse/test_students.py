@@ -42,7 +42,11 @@ def test_a_rotated_student_learns_and_keeps_its_own_head(place: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("student", "changes", "sentence"),
     [
-        ("rotation", {"losses": STATES}, "hidden states of this student are in the basis .* leave such losses out"),
+        (
+            "rotation",
+            {"losses": STATES},
+            "hidden states of this student into another basis .* leave losses on hidden states out",
+        ),
         ("rotation", {"phases": BLOCKWISE}, "a blockwise phase compares hidden states.* leave the phase out"),
         ("awq", {"latents": "teacher", "rates": {"codes": 1e-3}}, "were changed by fuse: .* set latents: codes"),
     ],
