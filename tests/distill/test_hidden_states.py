@@ -218,7 +218,7 @@ def test_blocks_are_matched_by_what_they_were() -> None:
     with pytest.raises(RecipeError, match="has 2 blocks for its 3"):
         matched_blocks(student, teacher)
     delattr(student.config, KEPT)
-    with pytest.raises(RecipeError, match="the student has 3 blocks, the teacher 4.*drop blocks by"):
+    with pytest.raises(RecipeError, match="the student has 3 blocks, the teacher 4.*drop blocks with"):
         matched_blocks(student, teacher)
     setattr(student.config, KEPT, [0, 1, 7])
     with pytest.raises(RecipeError, match="of which the teacher lacks 7"):
