@@ -48,7 +48,7 @@ with llmcompress.decoded(model):
 
 @dataclass(frozen=True)
 class Job:
-    """What the demo runs: two recipes by name or file, and how many windows of 1024 tokens it scores on."""
+    """Two recipes by name or file, settings of the second, and the windows of 1024 tokens that models are scored on."""
 
     recipe: str
     lesson: str
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def gathered(report: lc.Report, lesson: Distilled, scores: list[Evaluation]) -> dict[str, Any]:
-    """The numbers of all sides, with what each step took."""
+    """Return the numbers of all sides, and the cost of each step."""
     sizes = {"bytes": report.bytes, "bpw": report.bpw, "model_bpw": report.model_bpw}
     numbers: dict[str, Any] = {
         side: found.to_json() | ({"bytes": report.dense_bytes} if side == "dense" else sizes)
