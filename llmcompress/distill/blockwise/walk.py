@@ -105,7 +105,7 @@ def recover_blocks(
     """Recover the blocks of `model` one after the other, in place, towards those of `teacher`.
 
     `ids`, `counted` `[sequences, length]`: tokens, and whether each counts; the last `held_out` sequences are only
-    measured on. Blocks in the `store` are taken from there. `report(blocks done, blocks, what became of the last,
+    measured on. Blocks in the `store` are taken from there. `report(blocks done, blocks, errors of the last one,
     tokens per second)`. Raises InputError where the models differ in their number of blocks, RecipeError where no block
     has anything that trains.
     """
