@@ -19,9 +19,6 @@ from llmcompress.evaluate.perplexity import negative_log_likelihood
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 POSITIONS = 256  # that a head predicts for at once: 256 * 49152 * 4 bytes = 50 MB
 
 
@@ -85,11 +82,12 @@ def _exponential(nats: float) -> float:
 def evaluate_held_out(run: TrainContext, step: int) -> dict[str, Any]:
     """Measure the student on the held-out sequences: {step, kl, perplexity, teacher_perplexity}; with several domains,
     also each of them, below `domains`."""
-    found = {name: _distances(run, part) for name, part in zip(run.data.names, run.data.held_out, strict=True)}
+    found = {name: held_out_distances(run, part) for name, part in zip(run.data.names, run.data.held_out, strict=True)}
     domains = {"domains": {name: each.means() for name, each in found.items()}} if len(found) > 1 else {}
     return {"step": step, **sum(found.values(), start=Distances()).means(), **domains}
 
 
-def _distances(run: TrainContext, sequences: Batch) -> Distances:
+def held_out_distances(run: TrainContext, sequences: Batch) -> Distances:
+    """Return the distances of the student from its teacher on `sequences`, in the precision of the training."""
     with run.autocast():
         return distances(run.teacher, run.student.model, sequences, run.accelerator.device)

@@ -27,7 +27,7 @@ from llmcompress.data.mixture import draw, normalized, quotas, reweighted
 from llmcompress.data.schedule import rate
 from llmcompress.distill.activation_checkpointing import recomputed
 from llmcompress.distill.context import Report, TrainContext
-from llmcompress.distill.held_out import _distances, evaluate_held_out
+from llmcompress.distill.held_out import evaluate_held_out, held_out_distances
 from llmcompress.distill.metrics import term_names
 from llmcompress.distill.objective.hidden_states import StateMatching
 from llmcompress.distill.objective.module import Objective
@@ -116,7 +116,7 @@ def _next(run: TrainContext, engine: Engine, progress: Progress, step: int) -> B
     recipe, data = run.recipe, run.data
     if recipe.mixture.due(step):
         few = recipe.mixture.sequences
-        gaps = engine.within(lambda: [_distances(run, held_out[:few]).means() for held_out in data.held_out])
+        gaps = engine.within(lambda: [held_out_distances(run, held_out[:few]).means() for held_out in data.held_out])
         perplexities = ([gap[key] for gap in gaps] for key in ("perplexity", "teacher_perplexity"))
         progress.shares = _agreed(run.accelerator, reweighted(progress.shares, *perplexities))
     counts = quotas(progress.shares, recipe.batch, step, recipe.seed)
