@@ -30,6 +30,7 @@ from llmcompress.evaluate.report import LayerReport, Report
 from llmcompress.evaluate.verify import verify
 from llmcompress.models.store import Store
 from tests.compression.test_run import TEXT
+from tests.tiers import tiered
 from tests.tiny import save_tiny
 
 DEPTH = 4
@@ -66,6 +67,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "without data": {"calibration": None, "rules": RTN, "embeddings": RTN[0]["steps"], "head": RTN[0]["steps"]},
 }
+
+
+FAST = {"plain", "dense stream", "tables", "awq", "learning", "windows", "low rank", "without data"}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +125,7 @@ def told(report: Report) -> dict[str, Any]:
     return {name: value for name, value in report.to_json().items() if name not in cuts}
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", tiered(SETTINGS, lambda name: name in FAST))
 def test_a_run_that_was_cut_ends_with_the_same_files(
     name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +145,7 @@ def test_a_run_that_was_cut_ends_with_the_same_files(
     verify(again.folder, text=place / "text.txt", length=16)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", tiered(["gpt2", "qwen2", "gemma2"], lambda family: family == "gpt2"))
 def test_other_families_go_on_too(family: str, place: Path, tmp_path: Path) -> None:
     """Weights that lie transposed, biases, and more norms."""
     save_tiny(family, tmp_path / "dense")
@@ -209,7 +213,7 @@ def test_a_process_that_was_killed_is_gone_on_with(
     assert compressed == [2, 3, 0, 1, 2, 3] and files(again) == files(whole)
 
 
-@pytest.mark.parametrize("name", ["plain", "windows"])
+@pytest.mark.parametrize("name", tiered(["plain", "windows"], lambda name: name == "plain"))
 @pytest.mark.parametrize("torn", [False, True])
 def test_power_that_fails_before_a_report_is_written(
     name: str, torn: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

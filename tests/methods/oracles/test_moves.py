@@ -20,6 +20,7 @@ from llmcompress.weight.nodes import Codebook, Dense, Grid, Sum, Weight, Where
 from tests.builders import codebook, compressed, correlated, gaussian, layer, moments
 from tests.methods.conformance.cases import ROTATE, SIZE, assert_sound, refusal, spelled
 from tests.methods.oracles.slow import damped_moment
+from tests.tiers import first_of_each, tiered
 
 PV: dict[str, Any] = {"method": "pv", "steps": 3}
 REFINE: dict[str, Any] = {"method": "refine", "passes": 2}
@@ -31,7 +32,8 @@ BASES: list[dict[str, Any]] = [
     {"method": "kmeans"},
     {"method": "kmeans", "bits": 3, "feedback": False},
 ]
-every_base = pytest.mark.parametrize("base", BASES, ids=spelled)
+is_first = first_of_each(BASES, lambda base: base["method"])
+every_base = pytest.mark.parametrize("base", tiered(BASES, is_first, spelled))
 
 
 def problem(out: int, width: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,10 @@ from llmcompress.weight.trellis import Trellis
 from tests.methods.oracles.interpreted import CASES, Case, codes, on
 from tests.rules.source_tree import ROOT
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which is for Linux")
+pytestmark = [
+    pytest.mark.slow,  # kernels interpreted in a process of their own; test_viterbi.py judges the search of CPUs
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which is for Linux"),
+]
 on_a_gpu = pytest.mark.skipif(not searched_there(torch.device("cuda")), reason="needs a GPU that Triton supports")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.trellis}-{case.kind}")
 
