@@ -178,7 +178,8 @@ def show(numbers: dict[str, Any], console: Console) -> None:
     console.print(
         f"perplexity {ratios} · compressed in {numbers['compress_seconds']:.0f} s with "
         f"{numbers['peak_memory_bytes'] / 1e6:.0f} MB at the peak, distilled on {tokens} tokens in "
-        f"{numbers['distill_seconds']:.0f} s · {numbers['seconds']:.0f} s in all"
+        f"{numbers['distill_seconds']:.0f} s · {numbers['seconds']:.0f} s in all",
+        soft_wrap=True,
     )
 
 

@@ -52,7 +52,7 @@ def records(found: Record, full: bool) -> list[Record]:
         common
         | {"arm": side if name is None else name, "calibration": None if name is None else asked}
         | ({} if name is None else {"recipe": name, "recipe_sha256": recipe_sha256(recipe_path(name).read_text())})
-        | ({"student": recipe} if side == "distilled" else {})
+        | {"student": side == "compressed"}  # the row that the distilled one is to be held against
         | {"numbers": numbers(found[side]) | costs.get(side, {})}
         for side, name in made.items()
     ]

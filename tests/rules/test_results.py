@@ -20,13 +20,10 @@ RECORDS = [record for record in tables.all_records() if "numbers" in record]
 OF_RECIPES = [record for record in RECORDS if record.get("recipe", "dense") != "dense"]
 KEYS = {"table", "command", "date", "commit", "model", "text", "calibration", "machine", "versions", "numbers"}
 PENDING = {  # recipes that nobody has measured yet; only ever to be shortened
-    "data-free",
     "gptq-2-g64-autoround",
     "gptq-2-g64-flexround",
     "gptq-2-g64-tuned",
     "mxfp4",
-    "quick",
-    "quick-lesson",
     "rtn-2-g64",
     "rtn-3",
 }
