@@ -61,6 +61,7 @@ def test_what_is_left_passes_the_dropped_blocks_over(family: str, tmp_path: Path
     assert torch.equal(*written)
 
 
+@pytest.mark.slow
 def test_it_equals_a_checkpoint_built_by_hand(tmp_path: Path) -> None:
     """By a program that knows nothing but transformers, and never llmcompress."""
     folder = save_tiny("llama", tmp_path / "whole", num_hidden_layers=4)

@@ -205,6 +205,7 @@ target_delimiter: ""
         assert scores["same_pairs"]["samples"] == 6
 
 
+@pytest.mark.slow
 def test_tasks_that_cannot_run(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     broken = tmp_path / "broken.yaml"

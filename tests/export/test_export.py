@@ -87,6 +87,7 @@ def test_compressed_tensors_holds_every_grid(tmp_path: Path) -> None:
     assert done.kept == ("14 grids, value for value",) and done.changed == ()
 
 
+@pytest.mark.slow
 def test_what_compressed_tensors_cannot_hold_is_refused_or_dense(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     source = save_tiny("llama", tmp_path / "dense", dtype=torch.bfloat16, tie_word_embeddings=True)

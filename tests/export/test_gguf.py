@@ -454,6 +454,7 @@ def test_tokenizers_that_cannot_be_said_are_refused(checkpoint: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @smollm2
 def test_smollm2s_vocabulary_is_that_of_its_gguf_file(tmp_path: Path) -> None:
     """Of the file it came from."""

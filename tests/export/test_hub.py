@@ -74,6 +74,7 @@ def python(hub: StandInHub, cache: Path, code: str, *words: str, token: str | No
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
 
 
+@pytest.mark.slow
 def test_what_is_pushed_comes_back(hub: StandInHub, folders: dict[str, Path], tmp_path: Path) -> None:
     dry = json.loads(python(hub, tmp_path / "a", PUSH, str(folders["out"]), "me/small", "dry"))
     assert dry["commit"] is None and hub.commits == {}
@@ -106,6 +107,7 @@ except LLMCompressError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_compressed(hub: StandInHub, tmp_path: Path) -> None:
     """Of the revision asked for, after two mishaps, without reading anything that is not needed, or anything twice."""
     dense = save_tiny("llama", tmp_path / "dense", max_shard_size="20KB")

@@ -41,6 +41,7 @@ def unlike_layers() -> list[tuple[Layer, Moments]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_rough_encoder_ranks_layers_as_a_thorough_one() -> None:
     """A longer memory and a look back change the errors of all layers alike, within a quarter, what a sixth of a bit
     does, where these differ by more than three times. That spread is nearly all the look back's."""

@@ -124,6 +124,7 @@ def test_by_kl_an_option_costs_what_a_model_with_it_alone_loses(place: Path, pla
         read_recipe({"version": 1, "damage": "kl", "rules": [{"match": "*", "steps": [{"method": "rtn"}]}]})
 
 
+@pytest.mark.slow
 def test_a_chosen_plan_beats_plans_of_no_thought_and_damages_are_ranked(plan: Allocation, tmp_path: Path) -> None:
     costs = [one.bytes for one in plan.choices.matrices]
     limit = sum(row[option] for row, option in zip(costs, plan.chosen, strict=True))

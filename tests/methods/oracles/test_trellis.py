@@ -165,6 +165,7 @@ def test_rows_of_zeros_stay_zero() -> None:
     assert int(found[5].count_nonzero()) == 0 and bool(found.isfinite().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_it_is_far_better_than_a_grid_of_as_many_bits(bits: int) -> None:
     """On tokens not seen; in a rotated basis, where 2 bits of a trellis at its best lose 0.060, of a grid 0.118."""
