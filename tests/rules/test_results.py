@@ -24,8 +24,6 @@ PENDING = {  # recipes that nobody has measured yet; only ever to be shortened
     "gptq-2-g64-flexround",
     "gptq-2-g64-tuned",
     "mxfp4",
-    "rtn-2-g64",
-    "rtn-3",
 }
 UNRECORDED = {  # how the headings begin of tables that have no records yet; only ever to be shortened
     "bpw, plan, predicted KL, KL on the 254 probing tokens",
