@@ -39,7 +39,7 @@ TOKENS_PER_BATCH = 2048
 
 Wanted = dict[tuple[str, ...], frozenset[str]]  # the statistics of each input group, by the names of its linears
 Needs = frozenset[str] | Mapping[str, frozenset[str]]
-Progress = Callable[[int, int, float], None]
+Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
 
 
 @dataclass(frozen=True, eq=False)

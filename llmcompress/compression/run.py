@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 
-from llmcompress.calibrate.walk import Block, walk
+from llmcompress.calibrate.walk import Block, Progress, walk
 from llmcompress.compression.block import CompressionState, compress_block, restore
 from llmcompress.compression.journal import Journal, open_journal, run_identity
 from llmcompress.compression.plan import Job, check_memory, warnings
@@ -35,8 +35,6 @@ from llmcompress.runtime.memory import peak_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.modules import Layout, payload_texts
-
-Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
 
 
 @fast_float32()

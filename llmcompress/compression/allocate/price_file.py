@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmcompress.calibrate.walk import Progress
 from llmcompress.compression.allocate.choices import Choices
 from llmcompress.compression.allocate.plan import Allocation, PriceList, price, reachable, target_of
 from llmcompress.compression.allocate.prices import Priced
@@ -19,8 +20,6 @@ from llmcompress.errors import DiskError
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.store import Store
 from llmcompress.runtime.versions import versions
-
-Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
 
 
 def allocate_by(path: Path, job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Allocation:

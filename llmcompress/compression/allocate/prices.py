@@ -13,13 +13,13 @@ rough encodings of all weights, and L (3 L for kl) half forwards and heads of t 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from llmcompress.calibrate.walk import InputGroup, walk
+from llmcompress.calibrate.walk import InputGroup, Progress, walk
 from llmcompress.compression.allocate.choices import Choices, Matrix, Steps
 from llmcompress.compression.allocate.distortion import (
     between,
@@ -41,8 +41,6 @@ from llmcompress.runtime.precision import product_dtype
 from llmcompress.weight.nodes import Dense
 
 TOKENS = 8192  # of calibration: enough for a ranking
-
-Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
 
 
 @dataclass(frozen=True)

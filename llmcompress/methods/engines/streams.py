@@ -35,7 +35,7 @@ class TrellisStreams:
         self.factors = scale[:, 0].float()
         empty = ~(self.factors > 0)
         self.empty = empty if bool(empty.any()) else None  # rows of zeros
-        importance = scale.float().square().reshape(-1, trellis.values)
+        importance = self.factors.square().reshape(-1, trellis.values)
         self.search = stream_search(trellis, self.edges, importance)
 
     @staticmethod
