@@ -10,17 +10,18 @@ from llmcompress.export.compressed_tensors import to_compressed_tensors
 from llmcompress.export.dense import to_dense
 from llmcompress.export.exported import Exported
 from llmcompress.export.gguf.write import to_gguf
+from llmcompress.export.mlx import to_mlx
 from llmcompress.export.peft import to_peft
 
-DOORS = ("dense", "compressed-tensors", "peft", "gguf")
+DOORS = ("dense", "compressed-tensors", "peft", "gguf", "mlx")
 
 
 def export(folder: str | Path, output: str | Path, to: str, allow_dense: bool = False) -> Exported:
     """Write the compressed checkpoint `folder` as the new folder `output`, in the format `to`.
 
-    `allow_dense`: what compressed-tensors or GGUF cannot hold becomes bfloat16 there. Raises RecipeError for an unknown
-    format or one whose package is missing, InputError for a damaged checkpoint or one that the format cannot hold,
-    DiskError as `compress` does.
+    `allow_dense`: what compressed-tensors, GGUF or MLX cannot hold becomes 16-bit floats there. Raises RecipeError for
+    an unknown format or one whose package is missing, InputError for a damaged checkpoint or one that the format cannot
+    hold, DiskError as `compress` does.
     """
     match to:
         case "dense":
@@ -31,4 +32,6 @@ def export(folder: str | Path, output: str | Path, to: str, allow_dense: bool = 
             return to_peft(Path(folder), Path(output))
         case "gguf":
             return to_gguf(Path(folder), Path(output), allow_dense)
+        case "mlx":
+            return to_mlx(Path(folder), Path(output), allow_dense)
     raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")
