@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmcompress.cli.bench import bench
 from llmcompress.cli.doctor import doctor
 from llmcompress.cli.frontier import frontier
 from llmcompress.cli.options import (
@@ -248,6 +249,8 @@ def compare(
             found = run(models, protocol, output=output, device=processes.device, **how)
         terminal.show(found, comparison_view)
 
+
+app.command()(bench)
 
 app.command()(frontier)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the steps planned for each layer, and the sizes. Layers that differ only in block number share a line."""
     yield f"plan    {plan['recipe']} on {plan['model']}"
-    table = _table(("layers", "", "shape", "steps", "bpw", "stored as"), right=(1, 4))
+    table = new_table(("layers", "", "shape", "steps", "bpw", "stored as"), right=(1, 4))
     for name, rows in grouped(plan["layers"], ("shape", "steps", "bits"), every):
         row = rows[0]
         table.add_row(name, _times(rows), _shape(row), _steps(row), f"{row['bpw']:.3f}", row["description"])
@@ -49,7 +49,7 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
 
     yield f"recipe  {report['recipe']} on {report['model']}" + (f" at {report['revision']}" * bool(report["revision"]))
     headings = ("layers", "", "shape", "steps", "bpw", "error", "held out", "worst", "stored as")
-    table = _table(headings, right=(1, 4, 5, 6, 7))
+    table = new_table(headings, right=(1, 4, 5, 6, 7))
     for name, rows in grouped(report["layers"], ("shape", "steps"), every):
         fitted, unseen = [row["error"] for row in rows], [row["error_heldout"] for row in rows]
         seen = [value for value in unseen if value is not None]
@@ -105,7 +105,7 @@ def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
         agreement = measured(scores["top1_agreement"], scores["top1_agreement_stderr"])
         yield f"dense   KL {kl} nats/token · top-1 agreement {agreement}"
     if scores["tasks"]:
-        table = _table(("task", "metric", "value", "items"), right=(2, 3))
+        table = new_table(("task", "metric", "value", "items"), right=(2, 3))
         for task, entry in scores["tasks"].items():
             for metric, value, error in metrics(entry):
                 table.add_row(task, metric, measured(value, error), f"{entry.get('samples', '')}")
@@ -115,13 +115,13 @@ def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
 def comparison_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield models as rows and scores as columns; with `every`, also every difference."""
     headings, rows, notes = comparison_cells(found)
-    table = _table(headings, right=range(1, len(headings)))
+    table = new_table(headings, right=range(1, len(headings)))
     for row in rows:
         table.add_row(*row)
     yield table
     yield from notes
     if every:
-        table = _table(CHANGE_HEADINGS, right=(2, 3))
+        table = new_table(CHANGE_HEADINGS, right=(2, 3))
         for row in change_cells(found):
             table.add_row(*row)
         yield table
@@ -130,7 +130,7 @@ def comparison_view(found: Row, every: bool) -> Iterator[RenderableType]:
 def frontier_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the table of a frontier: one model at many sizes."""
     headings, rows, notes = frontier_cells(found)
-    table = _table(headings, right=range(2, len(headings)))
+    table = new_table(headings, right=range(2, len(headings)))
     for row in rows:
         table.add_row(*row)
     yield table
@@ -161,7 +161,7 @@ def dropped_view(found: Row, every: bool) -> Iterator[RenderableType]:
 
 def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the gains of a distillation on held-out text, then its cost."""
-    table = _table(("step", "KL", "perplexity", "loss", "seconds"), right=(0, 1, 2, 3, 4))
+    table = new_table(("step", "KL", "perplexity", "loss", "seconds"), right=(0, 1, 2, 3, 4))
     history = found["history"]
     for row in history if every else (history[0], history[-1]):
         loss = f"{row['loss']:.4f}" if "loss" in row else ""
@@ -209,7 +209,7 @@ def answered_view(found: Row, every: bool) -> Iterator[RenderableType]:
 
 def pushed_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the files sent to the Hub; for a dry run, those it would send."""
-    table = _table(("file", "bytes"), right=(1,))
+    table = new_table(("file", "bytes"), right=(1,))
     for name, size in found["files"].items():
         table.add_row(name, f"{size:,}")
     yield table
@@ -217,7 +217,7 @@ def pushed_view(found: Row, every: bool) -> Iterator[RenderableType]:
     yield f"commit  {found['commit']} · {total}" if found["commit"] else f"nothing was sent · {total} would be"
 
 
-def _table(headings: Sequence[str], right: Sequence[int]) -> Table:
+def new_table(headings: Sequence[str], right: Sequence[int]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")

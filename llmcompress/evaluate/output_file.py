@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmcompress.errors import DiskError, RecipeError
-from llmcompress.models.checkpoint import replace_text
+from llmcompress.models.checkpoint import replace_bytes
 
 
 def check_new_file(output: Path, kinds: Sequence[str], what: str) -> None:
@@ -22,9 +22,9 @@ def check_new_file(output: Path, kinds: Sequence[str], what: str) -> None:
         raise DiskError(f"there is no folder {output.absolute().parent}; make it or choose another output file")
 
 
-def write_new_file(output: Path, text: str) -> None:
-    """Write the whole of `text` or nothing. Raises DiskError."""
+def write_new_file(output: Path, content: str | bytes) -> None:
+    """Write the whole of `content`, a text in UTF-8, or nothing. Raises DiskError."""
     try:
-        replace_text(output, text)
+        replace_bytes(output, content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise DiskError(f"{output} cannot be written ({error.strerror}); choose another output file") from error

@@ -23,7 +23,7 @@ def layers_png(report: Report) -> bytes:
 
     Raises RecipeError where matplotlib is missing.
     """
-    figure = _figure()
+    figure = new_figure()
     above, below = figure.subplots(2, sharex=True)
     for kind, rows in by_kind(report).items():
         depths = [depth for depth, _ in rows]
@@ -34,7 +34,7 @@ def layers_png(report: Report) -> bytes:
     below.set_ylim(bottom=0)
     below.set_xlabel("decoder block")
     figure.legend(*above.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def distillation_png(history: Sequence[dict[str, Any]]) -> bytes:
@@ -42,7 +42,7 @@ def distillation_png(history: Sequence[dict[str, Any]]) -> bytes:
 
     `history`: maps with tokens, kl, perplexity and teacher_perplexity. Raises RecipeError where matplotlib is missing.
     """
-    figure = _figure()
+    figure = new_figure()
     from matplotlib.ticker import LogFormatter
 
     above, below = figure.subplots(2, sharex=True)
@@ -57,7 +57,7 @@ def distillation_png(history: Sequence[dict[str, Any]]) -> bytes:
     below.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     below.set_xlabel("tokens trained on")
     below.legend(fontsize="small")
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def frontier_pictures(found: dict[str, Any]) -> dict[str, bytes]:
@@ -66,7 +66,7 @@ def frontier_pictures(found: dict[str, Any]) -> dict[str, bytes]:
 
     `found`: what `llmcompress.compression.frontier` finds. Raises RecipeError where matplotlib is missing.
     """
-    figure = _figure()
+    figure = new_figure()
     import matplotlib
     from matplotlib.ticker import LogFormatter
 
@@ -85,7 +85,7 @@ def frontier_pictures(found: dict[str, Any]) -> dict[str, bytes]:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "frontier"}):
         drawing = BytesIO()
         figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
-    return {"png": _png(figure), "svg": drawing.getvalue()}
+    return {"png": png_bytes(figure), "svg": drawing.getvalue()}
 
 
 def main_metric(entry: dict[str, float]) -> str | None:
@@ -120,10 +120,10 @@ def _draw_frontier(
     corners = axes.transData.transform(crosses[0].get_xydata())
     covered = [Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in corners]
     for x, y, name in peers:
-        covered.append(_named(axes, (x, y), name, covered))
+        covered.append(write_name(axes, (x, y), name, covered))
 
 
-def _named(axes: Axes, point: tuple[float, float], name: str, covered: list[Bbox]) -> Bbox:
+def write_name(axes: Axes, point: tuple[float, float], name: str, covered: list[Bbox]) -> Bbox:
     """Write a name on that side of a point where it covers least and is not cut off; the place it takes."""
     texts = [
         axes.annotate(name, point, (right, up), textcoords="offset points", fontsize="x-small", ha=side)
@@ -147,7 +147,8 @@ def running_count(tokens: Iterable[int]) -> Iterator[int]:
         yield before + count
 
 
-def _figure() -> Figure:
+def new_figure() -> Figure:
+    """Return an empty figure. Raises RecipeError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -155,7 +156,8 @@ def _figure() -> Figure:
     return Figure(figsize=(8, 6), layout="constrained")
 
 
-def _png(figure: Figure) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
+    """Return a figure as a PNG file that does not say what wrote it."""
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
     return picture.getvalue()

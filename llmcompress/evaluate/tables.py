@@ -21,7 +21,7 @@ def comparison_markdown(found: Row) -> str:
         for name in ("protocol", "versions")
     ]
     said = [f"- {note.replace('*', chr(92) + '*')}" for note in notes]
-    parts = (*_markdown(headings, rows), "", *said, "", *_markdown(CHANGE_HEADINGS, change_cells(found)))
+    parts = (*markdown_table(headings, rows), "", *said, "", *markdown_table(CHANGE_HEADINGS, change_cells(found)))
     return "\n".join(parts) + "\n"
 
 
@@ -70,7 +70,7 @@ def change_cells(found: Row) -> Iterator[list[str]]:
 def frontier_markdown(found: Row) -> str:
     """Return the table of a frontier as Markdown."""
     headings, rows, notes = frontier_cells(found)
-    return "\n".join((*_markdown(headings, rows), "", *(f"- {note}" for note in notes))) + "\n"
+    return "\n".join((*markdown_table(headings, rows), "", *(f"- {note}" for note in notes))) + "\n"
 
 
 def frontier_cells(found: Row) -> tuple[list[str], list[list[str]], list[str]]:
@@ -114,8 +114,8 @@ def _task_cell(entry: dict[str, float], metric: str) -> str:
     return next((measured(value, error) for name, value, error in metrics(entry) if name == metric), "?")
 
 
-def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a table."""
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table in Markdown."""
     yield f"| {' | '.join(headings)} |"
     yield "|---" * len(headings) + "|"
     yield from (f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,1 @@
+"""Speed and memory of models where they run: `llmcompress bench`."""

@@ -1,0 +1,170 @@
+"""The models of a measurement before any is loaded: place, sizes, limits, and the bytes that a token reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llmcompress.data.calibration import context_length
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.evaluate.score import size_of
+from llmcompress.evaluate.speed.gguf_file import read_gguf
+from llmcompress.evaluate.speed.protocol import SpeedProtocol
+from llmcompress.models import file_names
+from llmcompress.models.checkpoint import read_json
+from llmcompress.models.dense import FLOATS, Header, dense_skeleton, open_source, read_headers
+from llmcompress.models.integrity import MENDING
+from llmcompress.models.locate import Place, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NO_ENGINE = "GGUF files run in llama.cpp, by the package xllamacpp; run `pip install xllamacpp`"
+SCORES = ("perplexity", "kl", "top1_agreement")  # that are taken over from what `eval --save` kept
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model to measure. `kind`: dense, compressed or gguf; `token_bytes`: of weights, read for each token."""
+
+    name: str
+    kind: str
+    path: Path
+    bytes: int
+    bpw: float | None
+    model_bpw: float | None
+    token_bytes: int
+    vocabulary: int
+    context: int | None
+    dtype: str | None = None  # to load it in; None: the model's own
+    scores: dict[str, Any] | None = None  # and the protocol that they hold for
+    notes: tuple[str, ...] = ()
+
+    @property
+    def engine(self) -> str:
+        """The program that runs it."""
+        return "llama.cpp" if self.kind == "gguf" else "transformers"
+
+
+def candidates(
+    models: Iterable[str], ggufs: Iterable[Path], protocol: SpeedProtocol, against: str | None
+) -> list[Candidate]:
+    """Return the models, `against` first unless it is among them, and last the GGUF files.
+
+    Raises InputError for one that is missing or cannot be read, RecipeError for one named twice, for a turn longer than
+    a model's context, and for GGUF files without the package that runs them.
+    """
+    names = list(models)
+    if against is not None and against not in names:
+        names.insert(0, against)
+    files = list(ggufs)
+    if files and find_spec("xllamacpp") is None:
+        raise RecipeError(NO_ENGINE)
+    given = [*names, *map(str, files)]
+    if twice := [name for name in given if given.count(name) > 1]:
+        raise RecipeError(f"{twice[0]} is named twice; name every model once")
+    found = [_of_folder(locate(name), protocol.dtype) for name in names] + [_of_file(path) for path in files]
+    for one in found:
+        if one.context is not None and protocol.context > one.context:
+            raise RecipeError(
+                f"{one.name} reads {one.context} tokens at most, not {protocol.context}: a prompt of {protocol.prompt} "
+                f"and {protocol.tokens + 1} more; give a lower --prompt or --tokens"
+            )
+    return found
+
+
+def _of_folder(place: Place, dtype: str) -> Candidate:
+    from transformers import AutoConfig
+
+    try:
+        entries = read_json(place.folder / "config.json")
+    except (OSError, ValueError):
+        entries = {}
+    if dense := not entries.pop("quantization_config", None):
+        source = open_source(place)  # which says what is wrong with a folder
+        config, skeleton, stored = source.config, source.skeleton(), source.tensors
+    else:
+        config = AutoConfig.for_model(**entries)
+        skeleton, stored = dense_skeleton(config, place.folder), read_headers(place.folder)
+    size = size_of(place)
+    return Candidate(
+        name=place.name,
+        kind="dense" if dense else "compressed",
+        path=place.folder,
+        bytes=size.bytes,
+        bpw=size.bpw,
+        model_bpw=size.model_bpw,
+        token_bytes=token_bytes(skeleton, stored, getattr(torch, dtype) if dense else None),
+        vocabulary=skeleton.get_input_embeddings().weight.shape[0],
+        context=context_length(config),
+        dtype=dtype if dense else None,
+        scores=_scores(place.folder),
+        notes=place.notes,
+    )
+
+
+def _of_file(path: Path) -> Candidate:
+    header = read_gguf(path)
+    return Candidate(
+        name=path.name,
+        kind="gguf",
+        path=path,
+        bytes=header.bytes,
+        bpw=None,
+        model_bpw=None,
+        token_bytes=header.token_bytes,
+        vocabulary=header.vocabulary,
+        context=header.context,
+    )
+
+
+def token_bytes(skeleton: PreTrainedModel, stored: Mapping[str, Header], dtype: torch.dtype | None) -> int:
+    """Return the bytes of weights that are read for each token: all but the rows of tables that are not looked up.
+
+    A table that the output head is tied to is read whole. `stored`: headers by the skeleton's names. `dtype`: of floats
+    in memory, None for that on disk.
+    """
+    sizes = {name: _bytes(header, dtype) for name, header in stored.items()}
+    ties = skeleton.all_tied_weights_keys
+    tied = {*ties, *ties.values()}
+    for name, module in skeleton.named_modules():
+        table = f"{name}.weight"
+        if isinstance(module, nn.Embedding) and table in sizes and table not in tied:
+            sizes[table] = -(-sizes[table] // module.num_embeddings)
+    return sum(sizes.values())
+
+
+def _bytes(header: Header, dtype: torch.dtype | None) -> int:
+    return header.bytes if dtype is None or header.dtype not in FLOATS else prod(header.shape) * dtype.itemsize
+
+
+def _scores(folder: Path) -> dict[str, Any] | None:
+    """Return the scores that `eval --save` kept of a compressed model, with their protocol; None where it did not.
+
+    Raises InputError for a damaged file.
+    """
+    path = folder / file_names.SCORES
+    if not path.is_file():
+        return None
+    try:
+        entries = read_json(path)
+        found = {name: entries["compressed"][name] for name in SCORES}
+        rest = {name: value for name, value in entries.items() if name not in ("dense", "compressed", "versions")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
+    return found | {"protocol": rest}
+
+
+def prompt_of(found: Sequence[Candidate], length: int, seed: int) -> list[int]:
+    """Return the tokens of the prompt: `length` numbers that are tokens of every model, drawn from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    least = min(one.vocabulary for one in found)
+    drawn: list[int] = torch.randint(least, (length,), generator=generator).tolist()
+    return drawn

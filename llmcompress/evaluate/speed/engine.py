@@ -1,0 +1,138 @@
+"""The engines that a worker measures: transformers, llama.cpp, and memory itself, each loaded once and asked for turns.
+
+Imported in workers only: each has a process to itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from llmcompress.errors import InputError, first_line
+from llmcompress.evaluate.speed.bandwidth import ReadBuffer
+from llmcompress.evaluate.speed.generation import TurnTimes, generate
+from llmcompress.models.checkpoint import read_json
+from llmcompress.models.dense import dense_skeleton, load_model
+from llmcompress.models.locate import Place
+
+PADDING = 256  # positions that llama.cpp's context is a multiple of
+
+
+class TimedEngine(Protocol):
+    """A loaded model, asked for one turn after the other."""
+
+    def turn(self, threads: int, prompt: list[int], tokens: int) -> dict[str, Any]:
+        """Return the seconds of one turn, or bytes/s, and the threads that it computed with."""
+
+
+class BandwidthMeter:
+    """Memory itself: a turn reads a buffer."""
+
+    def __init__(self, asked: dict[str, Any]) -> None:
+        self.buffer = ReadBuffer(asked["bytes"])
+
+    def turn(self, threads: int, prompt: list[int], tokens: int) -> dict[str, Any]:
+        """Return the bandwidth in bytes/s."""
+        torch.set_num_threads(threads)
+        return {"threads": torch.get_num_threads(), "bandwidth": self.buffer.bandwidth()}
+
+
+class TransformersEngine:
+    """A folder, loaded by `from_pretrained`, in a dtype if one is asked for, else in that of its config."""
+
+    def __init__(self, asked: dict[str, Any]) -> None:
+        name = asked["dtype"] or str(_config(Path(asked["path"])).dtype or torch.float32).removeprefix("torch.")
+        self.model = load_model(Place(asked["name"], Path(asked["path"])), dtype=getattr(torch, name))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of hidden states."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def turn(self, threads: int, prompt: list[int], tokens: int) -> dict[str, Any]:
+        """Return the fields of `TurnTimes`."""
+        torch.set_num_threads(threads)
+        return vars(generate(self.model, prompt, tokens)[1])
+
+
+class LlamaEngine:
+    """A GGUF file in llama.cpp, whose threads are set as it is loaded."""
+
+    def __init__(self, asked: dict[str, Any]) -> None:
+        llama: Any = import_module("xllamacpp")
+        settings = llama.CommonParams()
+        settings.model.path = asked["path"]
+        settings.n_ctx = -(-asked["context"] // PADDING) * PADDING
+        settings.n_parallel, settings.n_gpu_layers, settings.cache_ram_mib = 1, 0, 0
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = self.threads = asked["threads"]
+        settings.warmup = settings.fit_params = settings.ui = False
+        settings.verbosity = 1  # errors
+        try:
+            self.server = llama.Server(settings)
+        except RuntimeError as error:
+            raise InputError(
+                f"llama.cpp does not load {asked['name']} ({first_line(error)}); write it again, or with a newer tool"
+            ) from error
+
+    def turn(self, threads: int, prompt: list[int], tokens: int) -> dict[str, Any]:
+        """Return the fields of `TurnTimes`, by llama.cpp's own clock."""
+        choice = {"n_predict": tokens + 1, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
+        found = self.server.handle_completions(
+            {"prompt": prompt, "max_tokens": tokens + 1, "cache_prompt": False} | choice
+        )
+        return vars(_llama_turn(found, self.threads))
+
+
+def _llama_turn(found: dict[str, Any], threads: int) -> TurnTimes:
+    """Return the turn in an answer; its `predicted_ms` begin after the first token, which the prompt's pass gives."""
+    timings = found["timings"]
+    read = timings["prompt_ms"] / 1000
+    return TurnTimes(
+        threads, timings["prompt_n"], timings["predicted_n"] - 1, read, read, timings["predicted_ms"] / 1000
+    )
+
+
+ENGINES: dict[str, Callable[[dict[str, Any]], TimedEngine]] = {
+    "memory": BandwidthMeter,
+    "transformers": TransformersEngine,
+    "llama.cpp": LlamaEngine,
+}
+
+
+def prepare(asked: dict[str, Any]) -> None:
+    """Import what the engine needs, and have the system read the files, so that loading is timed without either."""
+    match asked["engine"]:
+        case "transformers":
+            folder = Path(asked["path"])
+            dense_skeleton(_config(folder), folder)
+            files = sorted(folder.glob("*.safetensors"))
+        case "llama.cpp":
+            import_module("xllamacpp")
+            files = [Path(asked["path"])]
+        case _:
+            files = []
+    for path in files:
+        with path.open("rb") as file:
+            while file.read(2**24):
+                pass
+
+
+def load(asked: dict[str, Any]) -> tuple[TimedEngine, float]:
+    """Return the engine that is asked for, loaded, and the seconds that it took."""
+    start = time.perf_counter()
+    engine = ENGINES[asked["engine"]](asked)
+    return engine, time.perf_counter() - start
+
+
+def _config(folder: Path) -> Any:
+    """Return the config of a folder, as that of a dense model."""
+    from transformers import AutoConfig
+
+    entries = read_json(folder / "config.json")
+    entries.pop("quantization_config", None)
+    return AutoConfig.for_model(**entries)

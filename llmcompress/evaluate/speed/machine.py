@@ -1,0 +1,69 @@
+"""The machine that a speed was measured on: cores, caches, and what else keeps it busy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llmcompress.runtime.cgroup import cgroup_limits
+
+CPU_TREE = Path("/sys/devices/system/cpu")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+BUSY = 0.25  # of the cores, by load average: above, numbers are worth little
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, by affinity and control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, int(cgroup_limits().cores or cores)))
+
+
+def last_level_cache(tree: Path = CPU_TREE) -> int | None:
+    """Return the bytes of the largest caches of all kinds together, as the kernel lists them; None where it does not.
+
+    A machine with several sockets has several; each counts once, however many cores share it.
+    """
+    found: dict[tuple[int, str], int] = {}
+    for folder in tree.glob("cpu[0-9]*/cache/index[0-9]*"):
+        try:
+            kind, level, size, shared = (
+                (folder / name).read_text().strip() for name in ("type", "level", "size", "shared_cpu_list")
+            )
+        except OSError:
+            continue
+        number = re.fullmatch(r"(\d+)([KMG]?)", size)
+        if number and kind in ("Unified", "Data"):
+            found[int(level), shared] = int(number[1]) * UNITS[number[2]]
+    last = max((level for level, _ in found), default=None)
+    return None if last is None else sum(size for (level, _), size in found.items() if level == last)
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return plain values: system, processor with what it can do, cores, bytes of memory and caches, load average."""
+    from llmcompress.runtime.facts import torch_facts
+
+    torch = torch_facts()
+    memory = psutil.virtual_memory()
+    limit = min(memory.total, cgroup_limits().memory or memory.total)
+    return {
+        "system": platform.platform(),
+        "cpu": torch.cpu or "unknown",
+        "flags": list(torch.flags),
+        "cores": usable_cores(),
+        "memory_bytes": limit,
+        "available_bytes": min(memory.available, limit),
+        "cache_bytes": last_level_cache(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def busy_note(load: float, cores: int) -> str | None:
+    """Return the remark on a machine that had other work at the start; None for an idle one."""
+    if load <= BUSY * cores:
+        return None
+    return f"other work was running: the load average at the start was {load:.1f} on {cores} cores"

@@ -1,0 +1,85 @@
+"""Speeds as tables, for a terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from llmcompress.evaluate.formatting import byte_count
+from llmcompress.evaluate.tables import Row, markdown_table
+
+SIZE_HEADINGS = ("model", "bytes", "bpw", "engine", "load s", "resident", "peak", "peak loading", "first ever s")
+
+
+def speed_markdown(found: Row) -> str:
+    """Return a measurement as Markdown: its two tables, what the numbers mean, and where they were measured."""
+    headings, rows = speed_cells(found)
+    said = [f"- {note}" for note in speed_notes(found)]
+    parts = (*markdown_table(headings, rows), "", *markdown_table(SIZE_HEADINGS, size_cells(found)), "", *said)
+    return "\n".join(parts) + "\n"
+
+
+def speed_cells(found: Row) -> tuple[list[str], list[list[str]]]:
+    """Return (headings, rows) of the speeds: a row for each number of threads and model."""
+    beside = found["against"] is not None
+    headings = ["threads", "model", "decode tokens/s", "ratio", "of bandwidth", "prefill tokens/s", "ratio"]
+    headings += ["first token s", "ratio"]
+    rows = []
+    for threads in map(str, found["protocol"]["threads"]):
+        for one in found["models"]:
+            speed = one["threads"][threads]
+            ratios = {name: f"{value['median']:.2f}" for name, value in (speed["ratios"] or {}).items()}
+            row = [threads, one["model"], ranged(speed["decode"]), ratios.get("decode", "")]
+            row += [f"{speed['bandwidth_share']['median']:.0%}", ranged(speed["prefill"]), ratios.get("prefill", "")]
+            row += [ranged(speed["first_token_seconds"]), ratios.get("first_token_seconds", "")]
+            rows.append(row)
+    if beside:
+        return headings, rows
+    kept = [place for place, heading in enumerate(headings) if heading != "ratio"]
+    return [headings[place] for place in kept], [[row[place] for place in kept] for row in rows]
+
+
+def size_cells(found: Row) -> Iterator[list[str]]:
+    """Yield a row of cells for each model, under `SIZE_HEADINGS`."""
+    for one in found["models"]:
+        memory = one["memory"]
+        held = [byte_count(memory[name] - memory["empty"]) for name in ("resident", "peak", "peak_loading")]
+        bpw = "" if one["bpw"] is None else f"{one['bpw']:.3f}"
+        row = [one["model"], byte_count(one["bytes"]), bpw, one["engine"], f"{one['load_seconds']:.2f}", *held]
+        yield [*row, digits(one["first_ever_seconds"])]
+
+
+def speed_notes(found: Row) -> list[str]:
+    """Return what the numbers mean, what to know about these, and where they were measured."""
+    asked, bandwidth, machine = found["protocol"], found["bandwidth"], found["machine"]
+    empty = max(one["memory"]["empty"] for one in found["models"])
+    notes = [
+        f"median of {asked['rounds']} rounds [lowest-highest]; the models took turns, each in a process of its own",
+        f"prefill: a prompt of {asked['prompt']} tokens at once; decode: {asked['tokens']} more, greedy, one by one, "
+        f"batch 1, with a cache of keys and values",
+        f"memory: more than the {byte_count(empty)} (at most) that the process held before it loaded the model; peak: "
+        f"while it generated",
+        "load: the files had been read before, once for each model; first ever: the first token of a new process",
+    ]
+    if found["against"] is not None:
+        notes.append(f"ratio: to {found['against']} in the same round; the median of that")
+    read = ", ".join(f"{speed['median'] / 1e9:.1f} GB/s with {count}" for count, speed in bandwidth["threads"].items())
+    notes.append(
+        f"of bandwidth: bytes of weights that a token reads x tokens/s / read bandwidth, {read} threads, measured in "
+        f"every round on {byte_count(bandwidth['buffer_bytes'])}"
+    )
+    plain = ["compressed models ran without kernels (--plain)"] * bool(asked["plain"])
+    where = f"{machine['cpu']}, {machine['cores']} cores, {byte_count(machine['memory_bytes'])} of memory"
+    made = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    typed = [f"command: `{found['command']}`"] * bool(found["command"])
+    return [*notes, *plain, *found["notes"], f"machine: {where}", f"versions: {made}", *typed]
+
+
+def ranged(value: dict[str, Any]) -> str:
+    """Return a spread as "8.31 [8.02-8.40]"."""
+    return f"{digits(value['median'])} [{digits(value['lowest'])}-{digits(value['highest'])}]"
+
+
+def digits(value: float) -> str:
+    """Return a number with three digits or so."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
