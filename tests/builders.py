@@ -33,7 +33,15 @@ from llmcompress.weight.nodes import (
 )
 from llmcompress.weight.trellis import Trellis
 
-TRELLISES = (Trellis(1, 1, 8), Trellis(2, 1, 10), Trellis(3, 1, 7), Trellis(3, 2, 9), Trellis(7, 2, 14))
+TRELLISES = (
+    Trellis(1, 1, 8),
+    Trellis(2, 1, 10),
+    Trellis(3, 1, 7),
+    Trellis(3, 2, 9),
+    Trellis(7, 2, 14),
+    Trellis(2, 1, 10, "linear"),
+    Trellis(3, 2, 8, "linear"),
+)
 LEVELS = (2, 3, 4, 5, 8, 16, 100, 256)
 FLOATS: tuple[FloatFormat, ...] = ("e2m1", "e2m3", "e3m2", "e4m3")
 

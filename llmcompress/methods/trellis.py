@@ -22,7 +22,7 @@ from llmcompress.methods.engines.streams import TrellisStreams
 from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Dense, TrellisCoded, Weight, shape
-from llmcompress.weight.trellis import Trellis
+from llmcompress.weight.trellis import Code, Trellis
 
 
 class TrellisConfig(StepConfig):
@@ -36,12 +36,14 @@ class TrellisConfig(StepConfig):
     run: Literal[256, 384, 768] = Field(
         768, description="rows of a stream, which one core searches; the first of them have fewer choices"
     )
+    code: Code = Field("table", description="numbers of the states; linear: a few that processors look up fast")
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
     examples = (
         {"memory": 8},
         {"bits": 1, "memory": 8},
         {"bits": 1.5, "memory": 8},
         {"bits": 3, "memory": 8, "run": 256},
+        {"bits": 1.5, "memory": 8, "code": "linear"},
     )
 
     @property
@@ -55,7 +57,7 @@ class TrellisConfig(StepConfig):
         code = int(self.bits * values)
         if self.memory < 2 * code:
             raise RecipeError(f"{self.bits:g} bits need a memory of at least {2 * code}; set memory: {2 * code}")
-        return Trellis(code, values, self.memory)
+        return Trellis(code, values, self.memory, self.code)
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -39,7 +39,11 @@ from llmcompress.weight.nodes import (
     unknown,
 )
 from llmcompress.weight.packing import pack, unpack
-from llmcompress.weight.trellis import Trellis
+from llmcompress.weight.trellis import Code, Trellis
+
+
+CODES: dict[Code, str] = {"table": "trellis", "linear": "linear_trellis"}
+SIZES = ("bits", "values", "memory")
 
 
 def encode(w: Weight) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -87,7 +91,8 @@ def _header(w: Weight) -> dict[str, Any]:
             affine = {"scale": list(scale.shape), "asymmetric": zero is not None}
             return {"node": "grid", **size, "levels": levels, "group_size": group_size, **affine}
         case TrellisCoded(trellis=trellis, run=run):
-            return {"node": "trellis", **size, "run": run, **asdict(trellis)}
+            name = CODES[trellis.code]  # of its own, so that readers of format 3 that lack a code refuse it
+            return {"node": name, **size, "run": run, **{key: getattr(trellis, key) for key in SIZES}}
         case Codebook(centroids=centroids):
             return {"node": "codebook", **size, "entries": len(centroids), "length": centroids.shape[1]}
         case Minifloat(_, _, tensor_scale, form, scales, group_size):
@@ -106,6 +111,12 @@ def _header(w: Weight) -> dict[str, Any]:
         case Sum():
             return {"node": "sum"}
     raise unknown("encode", w)
+
+
+def trellis_of(header: dict[str, Any]) -> Trellis:
+    """Return the trellis of a header."""
+    code: Code = "table" if header["node"] == CODES["table"] else "linear"
+    return Trellis(*(header[key] for key in SIZES), code)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +142,8 @@ class Reader:
                 zero = self.rows("zero", parameters, levels) if header["asymmetric"] else None
                 codes = self.elements("codes", header, levels)
                 return Grid(codes, self.rows("scale", parameters), zero, levels, header["group_size"])
-            case "trellis":
-                trellis = Trellis(header["bits"], header["values"], header["memory"])
+            case "trellis" | "linear_trellis":
+                trellis = trellis_of(header)
                 rows, width = header["shape"]
                 codes = unpack(self.own("codes"), 1 << trellis.bits, rows * width // trellis.values)
                 return TrellisCoded(codes, self.rows("scale", (rows, 1)), trellis, header["run"])

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.weight.encoding import Reader, expand, pattern_tables
+from llmcompress.weight.encoding import Reader, expand, pattern_tables, trellis_of
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Bitmap, Dense, LowRank, Transposed, Weight, Where, children
 from llmcompress.weight.packing import ones_before, unpack, unpack_at, unpack_rows
-from llmcompress.weight.trellis import Trellis, cuts, table
+from llmcompress.weight.trellis import cuts, table
 
 
 def rows(header: dict[str, Any], tensors: Mapping[str, Tensor], chosen: Tensor) -> Weight:
@@ -59,7 +59,7 @@ class _RowReader(Reader):
 
     def node(self, header: dict[str, Any]) -> Weight:
         match header["node"]:
-            case "trellis":
+            case "trellis" | "linear_trellis":
                 numbers = _trellis_rows(header, self.own("codes"), self.chosen)
                 return Dense(numbers * self.rows("scale", (header["shape"][0], 1)).float())
             case "low_rank":
@@ -110,7 +110,7 @@ def _selected(index: dict[str, Any], width: int, packed: Tensor, chosen: Tensor)
 
 def _trellis_rows(header: dict[str, Any], stored: Tensor, chosen: Tensor) -> Tensor:
     """Return numbers of a trellis `[n, in]`, float32, from the codes that fill the state at each place."""
-    trellis = Trellis(header["bits"], header["values"], header["memory"])
+    trellis = trellis_of(header)
     rows, width = header["shape"]
     edges = torch.tensor(cuts(rows, header["run"], trellis), device=chosen.device)
     step = chosen // trellis.values

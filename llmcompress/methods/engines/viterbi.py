@@ -13,6 +13,7 @@ the one with the lowest newest code, then the lowest state.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -37,20 +38,25 @@ def search(trellis: Trellis) -> Search:
     `wanted` float32 `[steps, values]`; `importance`, alike, is what a squared error counts. The way begins in the state
     `start` and ends in the state `end`, or in any for -1; its states, int32 `[steps]`, are those after each step.
     """
-    find, numbers = _compiled(trellis), _arranged(trellis)
+    find, numbers = compiled(replace(trellis, code="table")), _numbers(trellis)  # one search for all codes
     return lambda wanted, importance, start, end: find(wanted, importance, numbers, start, end)
 
 
 @lru_cache(maxsize=16)
-def _arranged(trellis: Trellis) -> Floats:
-    """The table as costs lie: `[values, newest code, the rest of the state]`, or where codes are many `[values, the
-    rest, newest code]`."""
-    numbers = table(trellis).numpy().reshape(-1, 1 << trellis.bits, trellis.values)
+def _numbers(trellis: Trellis) -> Floats:
+    return arranged(trellis, table(trellis).numpy())
+
+
+def arranged(trellis: Trellis, numbers: Floats) -> Floats:
+    """Return numbers `[states, values]` as costs lie: `[values, newest code, the rest of the state]`, or where codes
+    are many `[values, the rest, newest code]`."""
+    numbers = numbers.reshape(-1, 1 << trellis.bits, trellis.values)
     return np.ascontiguousarray(numbers.transpose((2, 0, 1) if trellis.bits >= WIDE else (2, 1, 0)))
 
 
 @lru_cache(maxsize=16)
-def _compiled(trellis: Trellis) -> Callable[..., Any]:
+def compiled(trellis: Trellis) -> Callable[..., Any]:
+    """Return the search for a trellis of these sizes, whatever its code, to be called with numbers as `arranged`."""
     from numba import njit  # takes half a second, which only those who search should wait for
 
     bits, memory = trellis.bits, trellis.memory
@@ -84,8 +90,8 @@ def _compiled(trellis: Trellis) -> Callable[..., Any]:
             state = np.int64(oldest[step, entry]) << (memory - bits) | later
         return states
 
-    compiled: Callable[..., Any] = find
-    return compiled
+    fast: Callable[..., Any] = find
+    return fast
 
 
 def _narrow(trellis: Trellis) -> Callable[..., Any]:
