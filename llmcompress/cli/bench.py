@@ -85,10 +85,9 @@ def _typed() -> str | None:
 
 def speed_view(found: Row, _every: bool) -> Iterator[RenderableType]:
     """Yield speeds by threads and model, sizes and memory, and what the numbers mean."""
-    from llmcompress.evaluate.speed.table import SIZE_HEADINGS, size_cells, speed_cells, speed_notes
+    from llmcompress.evaluate.speed.table import size_cells, speed_cells, speed_notes
 
-    headings, rows = speed_cells(found)
-    for names, cells in ((headings, rows), (SIZE_HEADINGS, list(size_cells(found)))):
+    for names, cells in (speed_cells(found), size_cells(found)):
         table = new_table(names, right=[place for place, name in enumerate(names) if name not in ("model", "engine")])
         for row in cells:
             table.add_row(*row)

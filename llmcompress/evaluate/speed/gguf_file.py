@@ -61,14 +61,20 @@ def read_gguf(path: Path) -> GgufFile:
         raise InputError(f"{path} ends or breaks off inside its header; download or write it again") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give another GGUF file") from error
-    if int(entries.get("split.count", 0)) > 1:
-        raise InputError(f"{path} is one of {entries['split.count']} parts; merge them into one file first")
-    if TABLE not in places:
-        raise InputError(f"{path} holds no {TABLE}, so no language model; give another GGUF file")
+    if (parts := _number(entries, "split.count") or 1) > 1:
+        raise InputError(f"{path} is one of {parts} parts; merge them into one file first")
+    dimensions, _ = places.get(TABLE, ([], 0))
+    if len(dimensions) != 2 or min(dimensions) < 1:
+        raise InputError(f"{path} holds no token table ({TABLE}), so no language model; give another GGUF file")
     total = path.stat().st_size
-    context = entries.get(f"{entries.get('general.architecture')}.context_length")
-    vocabulary = places[TABLE][0][-1]
-    return GgufFile(total, _sizes(places, total - start, path), vocabulary, None if context is None else int(context))
+    context = _number(entries, f"{entries.get('general.architecture')}.context_length")
+    return GgufFile(total, _sizes(places, total - start, path), dimensions[1], context)
+
+
+def _number(entries: dict[str, Any], key: str) -> int | None:
+    """Return an entry that is a positive whole number; None where there is none such."""
+    found = entries.get(key)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, tuple[list[int], int]], int]:
@@ -89,7 +95,7 @@ def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, tuple
         sizes = list(_unpack(file, f"{_checked(dimensions)}Q"))
         _, offset = _unpack(file, "IQ")
         places[name] = (sizes, offset)
-    alignment = int(entries.get("general.alignment", ALIGNMENT))
+    alignment = _number(entries, "general.alignment") or ALIGNMENT
     return entries, places, -(-file.tell() // alignment) * alignment
 
 
@@ -99,8 +105,13 @@ def _value(file: BinaryIO, kind: int) -> Any:
         return _string(file)
     if kind == ARRAY:
         inner, count = _unpack(file, "IQ")
-        for _ in range(_checked(count)):
-            _value(file, inner)
+        if inner in VALUES:
+            _exactly(file, _checked(count) * struct.calcsize(VALUES[inner]))
+        elif inner == STRING:
+            for _ in range(_checked(count)):
+                _string(file)
+        else:  # arrays of arrays, which nothing writes
+            raise EOFError
         return count
     if kind not in VALUES:
         raise EOFError

@@ -66,4 +66,4 @@ def busy_note(load: float, cores: int) -> str | None:
     """Return the remark on a machine that had other work at the start; None for an idle one."""
     if load <= BUSY * cores:
         return None
-    return f"other work was running: the load average at the start was {load:.1f} on {cores} cores"
+    return f"the machine may have had other work: its load average at the start was {load:.1f} on {cores} cores"

@@ -44,6 +44,8 @@ def speed_png(found: Mapping[str, Any]) -> bytes:
         _draw(axes, found["models"], str(count), filled)
         axes.set_ylabel(f"tokens/s, {count} thread{'s' * (count > 1)}")
     parts[-1].set_xlabel("weight files, MB")
+    parts[-1].xaxis.set_major_formatter(LogFormatter())  # 200, not 2 times 10 to the 2
+    parts[-1].xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     if colours is not None:
         bar = figure.colorbar(colours, ax=list(parts), label="perplexity", format=LogFormatter())
         bar.ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(4, 1)))

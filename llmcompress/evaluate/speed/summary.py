@@ -5,6 +5,7 @@ A ratio is taken within each round, where both models met the same machine, befo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -56,10 +57,12 @@ def summary(
         speeds = {}
         for count in threads:
             rates = _rates(_counted(turns, number, count))
-            base = None if reference is None else _rates(_counted(turns, reference, count))
-            speeds[str(count)] = _speed(rates, base, [one.token_bytes / value for value in read[count]])
+            others = None if reference is None else _rates(_counted(turns, reference, count))
+            speeds[str(count)] = _speed(rates, others, [one.token_bytes / value for value in read[count]])
         first = next(turn for turn in turns if turn["model"] == number)
-        models.append(_described(one, memory[number]) | {"first_ever_seconds": first["first_token"], "threads": speeds})
+        own = _described(one, memory[number]) | {"first_ever_seconds": first["first_token"]}
+        base = None if reference is None else _described(found[reference], memory[reference])
+        models.append(own | {"ratios": None if base is None else _ratios(own, base), "threads": speeds})
     notes = [f"{one.name}: {NO_PEAK}" for one, held in zip(found, memory) if not held["peak_of_generation"]]
     notes += [
         f"{one.name}: what a token reads ({one.token_bytes / 1e6:,.1f} MB) fits into the last-level cache "
@@ -111,6 +114,15 @@ def _speed(
         "bandwidth_share": spread(shares),
         "ratios": ratios,
     }
+
+
+def _ratios(own: Row, base: Row) -> dict[str, float]:
+    """Return ratios of sizes: of files, and of what the processes held more than before they loaded the models."""
+    sizes = [
+        {"bytes": one["bytes"]} | {name: one["memory"][name] - one["memory"]["empty"] for name in ("resident", "peak")}
+        for one in (own, base)
+    ]
+    return {name: value / sizes[1][name] if sizes[1][name] > 0 else math.nan for name, value in sizes[0].items()}
 
 
 def _described(one: Candidate, held: Row) -> dict[str, Any]:
