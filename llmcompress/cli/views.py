@@ -218,6 +218,7 @@ def pushed_view(found: Row, every: bool) -> Iterator[RenderableType]:
 
 
 def new_table(headings: Sequence[str], right: Sequence[int]) -> Table:
+    """Return an empty table without lines; the columns numbered in `right` are flush right."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -102,7 +102,7 @@ def _of_folder(place: Place, dtype: str) -> Candidate:
         bpw=size.bpw,
         model_bpw=size.model_bpw,
         token_bytes=token_bytes(skeleton, stored, getattr(torch, dtype) if dense else None),
-        vocabulary=skeleton.get_input_embeddings().weight.shape[0],
+        vocabulary=len(skeleton.get_input_embeddings().get_parameter("weight")),
         context=context_length(config),
         dtype=dtype if dense else None,
         scores=_scores(place.folder),

@@ -83,19 +83,12 @@ def bench(
         seats, loaded, size = _seated(stack, found, protocol, machine, progress)
         turns = list(take_turns(seats, protocol, prompt_of(found, protocol.prompt, SEED), progress))
         memory = _memory(seats, loaded, len(found))
-    notes = [note for one in found for note in one.notes]
-    notes += filter(None, (busy_note(machine["load_average"], machine["cores"]), buffer_bytes(*_room(machine))[1]))
-    notes += [
-        f"{most} threads are more than the {machine['cores']} cores that this process may use"
-        for most in [max(protocol.threads)]
-        if most > machine["cores"]
-    ]
     result = finite(
         {"command": command, "machine": machine, "versions": _versions(ggufs), "protocol": protocol.to_json()}
         | summary(found, turns, memory, against, machine["cache_bytes"], size)
         | {"turns": turns}
     )
-    result["notes"] += notes
+    result["notes"] += _notes(found, protocol, machine)
     if table is not None:
         write_new_file(table, speed_markdown(result))
     if numbers is not None:
@@ -170,6 +163,16 @@ def _memory(seats: Sequence[Seat], loaded: Mapping[Seat, dict[str, Any]], count:
             own = loaded[seat] | seat.ask({"ask": "memory"})
             found[seat.model] = max(found[seat.model], own, key=lambda one: one.get("peak", 0))
     return found
+
+
+def _notes(found: Sequence[Candidate], protocol: SpeedProtocol, machine: Mapping[str, Any]) -> list[str]:
+    """Return what to know about the models' places, and about this machine at the moment."""
+    cores, most = machine["cores"], max(protocol.threads)
+    notes = [note for one in found for note in one.notes]
+    notes += filter(None, (busy_note(machine["load_average"], cores), buffer_bytes(*_room(machine))[1]))
+    if most > cores:
+        notes.append(f"{most} threads are more than the {cores} cores that this process may use")
+    return notes
 
 
 def _room(machine: Mapping[str, Any]) -> tuple[int | None, int]:

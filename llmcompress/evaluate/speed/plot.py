@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.plots import MISSING, new_figure, png_bytes, write_name
 
@@ -39,7 +41,9 @@ def speed_png(found: Mapping[str, Any]) -> bytes:
     quality = qualities(found["models"])
     known = [value for value in quality if value is not None]
     colours = ScalarMappable(LogNorm(min(known), max(known) * 1.001), "viridis_r") if known else None
-    filled = [UNKNOWN if colours is None or value is None else colours.to_rgba(value) for value in quality]
+    filled = [
+        UNKNOWN if colours is None or value is None else tuple(colours.to_rgba(np.asarray(value))) for value in quality
+    ]
     for axes, count in zip(parts, threads, strict=True):
         _draw(axes, found["models"], str(count), filled)
         axes.set_ylabel(f"tokens/s, {count} thread{'s' * (count > 1)}")

@@ -80,7 +80,7 @@ class StandIn:
 
 @pytest.fixture
 def stand_ins(folders: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, str], dict[str, Any]]]:
-    """What stand-ins for all processes are asked, in the folder of the models."""
+    """Put stand-ins in the place of processes, in the folder of the models; the requests that they receive."""
     monkeypatch.chdir(folders)
     monkeypatch.setattr(llmcompress.evaluate.speed.measure, "Worker", StandIn)
     StandIn.log = []
