@@ -1,0 +1,1 @@
+"""Products with compressed weights on GPUs, by Triton: `prepare` repacks a weight once, `product` multiplies by it."""

@@ -1,0 +1,222 @@
+"""Compressed weights as GPUs multiply by them: repacked once, several that share their inputs in one product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from llmcompress.kernels.gpu.layouts import Branch, GpuWeight, GridRows, LowRankRows, SalientRows, StreamRows, Turn
+from llmcompress.kernels.gpu.ops import call_branch, call_turn
+from llmcompress.kernels.gpu.packing import (
+    grid_rows,
+    lookup,
+    low_rank_rows,
+    salient_rows,
+    sign_factors,
+    stream_rows,
+    turned,
+)
+from llmcompress.weight.nodes import Grid, LowRank, Rotated, Scaled, Sum, TrellisCoded, Weight, Where, Zero, shape
+
+OLDEST_GPU = (8, 0)  # compute capability: the first with bfloat16
+WIDEST_TURN = 1 << 15  # columns of a Hadamard transform, which a program holds in registers
+
+
+def runs_on(device: torch.device) -> bool:
+    """True if the kernels run on a device: NVIDIA GPUs from Ampere on, where Triton is installed."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= OLDEST_GPU and find_spec("triton") is not None
+
+
+def prepare(w: Weight, dtype: torch.dtype = torch.bfloat16) -> GpuWeight | None:
+    """Repack a weight on the device where it is.
+
+    Args:
+        w: sums, rotations and column factors of grids, of grids with salient weights, and of trellises, and at most
+            one low-rank term beside them.
+        dtype: of the numbers that are not packed, factors of low rank and salient floats; best that of the inputs.
+
+    Returns:
+        The weight for `product`, or None for an expression that no kernel multiplies by.
+    """
+    parts = _parts(w, (), dtype)
+    if parts is None:
+        return None
+    branches = tuple(part for part in parts if isinstance(part, Branch))
+    terms = [part for part in parts if isinstance(part, LowRankRows)]
+    if not branches or len(terms) > 1:
+        return None
+    return GpuWeight(branches, terms[0] if terms else None, (shape(w)[0],), shape(w)[1])
+
+
+def _parts(w: Weight, turns: tuple[Turn, ...], dtype: torch.dtype) -> list[Branch | LowRankRows] | None:
+    """Return what is to be added, of a weight whose inputs are changed before; None where a kernel is missing."""
+    match w:
+        case Zero():
+            return []
+        case Sum(parts):
+            found = [_parts(part, turns, dtype) for part in parts]
+            return None if None in found else [each for part in found for each in part or ()]
+        case Rotated(inner, signs, block) if block <= WIDEST_TURN:
+            return _parts(inner, turned(turns, sign_factors(signs, block), block), dtype)
+        case Scaled(inner, columns):
+            return _parts(inner, turned(turns, columns.float(), 1), dtype)
+        case LowRank():
+            return [low_rank_rows(w, turns, dtype)]
+        case Grid(codes) if not codes.is_floating_point():
+            return [Branch(turns, grid_rows(w))]
+        case TrellisCoded(trellis=trellis):
+            return [Branch(turns, stream_rows(w, lookup(trellis)))]
+        case Where():
+            packed = salient_rows(w, dtype)
+            return None if packed is None else [Branch(turns, *packed)]
+        case _:
+            return None
+
+
+# --- several matrices -----------------------------------------------------------------------------------------------
+
+
+def stacked(weights: Sequence[GpuWeight]) -> GpuWeight | None:
+    """Put weights that share their inputs below each other, for one product; None for weights of unlike forms.
+
+    The product has the columns of the first, then those of the second, and so on: split it by `heights`.
+    """
+    branches = [_stacked_branch(level) for level in zip(*(weight.branches for weight in weights))]
+    terms = [weight.low_rank for weight in weights]
+    known = [term for term in terms if term is not None]
+    alike = all(len(weight.branches) == len(branches) and weight.width == weights[0].width for weight in weights)
+    if not alike or None in branches or len(known) not in (0, len(terms)):
+        return None
+    if any(not _same_turns(term.turns, known[0].turns) for term in known):
+        return None
+    heights = tuple(height for weight in weights for height in weight.heights)
+    found = tuple(branch for branch in branches if branch is not None)
+    return GpuWeight(found, _stacked_low_rank(known) if known else None, heights, weights[0].width)
+
+
+def _stacked_branch(level: tuple[Branch, ...]) -> Branch | None:
+    """Return branches below each other."""
+    first = level[0]
+    if not all(_same_turns(branch.turns, first.turns) for branch in level):
+        return None
+    grids = [branch.rows for branch in level if isinstance(branch.rows, GridRows)]
+    streams = [branch.rows for branch in level if isinstance(branch.rows, StreamRows)]
+    if len(streams) == len(level):
+        joined = _stacked_streams(streams)
+        return None if joined is None else Branch(first.turns, joined)
+    salient = [branch.salient for branch in level if branch.salient is not None]
+    if len(grids) < len(level) or len(salient) not in (0, len(level)):
+        return None
+    rows = _stacked_grids(grids)
+    entries = _stacked_salient(salient) if salient else None
+    if rows is None or (salient and entries is None):
+        return None
+    return Branch(first.turns, rows, entries)
+
+
+def _stacked_grids(parts: Sequence[GridRows]) -> GridRows | None:
+    kinds = {(part.bits, part.levels, part.group, part.size[1], part.zero is None) for part in parts}
+    if len(kinds) > 1:
+        return None
+    first, height = parts[0], sum(part.size[0] for part in parts)
+    planes = tuple(torch.cat(same) for same in zip(*(part.planes for part in parts)))
+    zeros = [part.zero for part in parts if part.zero is not None]
+    scale = torch.cat([part.scale for part in parts])
+    zero = torch.cat(zeros) if zeros else None
+    return replace(first, planes=planes, scale=scale, zero=zero, size=(height, first.size[1]))
+
+
+def _stacked_salient(parts: Sequence[SalientRows]) -> SalientRows | None:
+    kinds = {(part.levels, part.group, part.numbers.dtype, part.scale is None, part.shared) for part in parts}
+    first = parts[0]
+    if len(kinds) > 1 or (first.shared and not all(torch.equal(part.columns, first.columns) for part in parts)):
+        return None
+    above, starts = 0, [first.starts[:1]]
+    for part in parts:
+        starts.append(part.starts[1:] + above)
+        above += len(part.numbers)
+    scales = [part.scale for part in parts if part.scale is not None]
+    return replace(
+        first,
+        starts=torch.cat(starts),
+        columns=first.columns if first.shared else torch.cat([part.columns for part in parts]),
+        numbers=torch.cat([part.numbers for part in parts]),
+        scale=torch.cat(scales) if scales else None,
+        most=max(part.most for part in parts),
+    )
+
+
+def _stacked_streams(parts: Sequence[StreamRows]) -> StreamRows | None:
+    kinds = {(part.bits, part.values, part.memory, part.shifts, part.size[1]) for part in parts}
+    first = parts[0]
+    if len(kinds) > 1 or not all(torch.equal(part.numbers, first.numbers) for part in parts):
+        return None
+    units, words, rows = [], 0, 0
+    for part in parts:
+        units.append(part.units + part.units.new_tensor([words, rows, 0]))
+        words, rows = words + len(part.words), rows + part.size[0]
+    return replace(
+        first,
+        words=torch.cat([part.words for part in parts]),
+        units=torch.cat(units),
+        scale=torch.cat([part.scale for part in parts]),
+        size=(rows, first.size[1]),
+    )
+
+
+def _stacked_low_rank(parts: Sequence[LowRankRows]) -> LowRankRows:
+    """Return terms below each other, with zeros up to the largest rank."""
+    rank = max(part.left.shape[1] for part in parts)
+    left = [torch.nn.functional.pad(part.left, (0, rank - part.left.shape[1])) for part in parts]
+    right = [torch.nn.functional.pad(part.right, (0, 0, 0, rank - len(part.right))) for part in parts]
+    starts = [part.starts + rank * place for place, part in enumerate(parts)]
+    return LowRankRows(torch.cat(left), torch.cat(right), torch.cat(starts), parts[0].turns)
+
+
+def _same_turns(one: tuple[Turn, ...], other: tuple[Turn, ...]) -> bool:
+    return len(one) == len(other) and all(
+        a.block == b.block and torch.equal(a.factors, b.factors) for a, b in zip(one, other)
+    )
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+
+def product(w: GpuWeight, x: Tensor) -> Tensor:
+    """Multiply inputs by a weight, on a GPU where `runs_on`.
+
+    Args:
+        w: from `prepare` or `stacked`.
+        x: `[..., in]`, made for up to 16 vectors; more are multiplied 16 at a time, each time reading the weight.
+
+    Returns:
+        `x @ matrix.T`, `[..., out]`, in the dtype of `x`; summed in float32.
+    """
+    flat = x.reshape(-1, w.width).contiguous()
+    turned_inputs: list[tuple[tuple[Turn, ...], Tensor]] = []
+
+    def inputs(turns: tuple[Turn, ...]) -> Tensor:
+        """Return the changed inputs, each change computed once."""
+        for known, found in turned_inputs:
+            if known is turns:
+                return found
+        found = flat
+        for change in turns:
+            found = call_turn(found, change)
+        turned_inputs.append((turns, found))
+        return found
+
+    term = w.low_rank
+    low = None if term is None else torch.nn.functional.linear(inputs(term.turns), term.right.to(x.dtype))
+    y = None
+    for place, branch in enumerate(w.branches):
+        last = place == len(w.branches) - 1
+        own = (term, low) if place == 0 else (None, None)
+        y = call_branch(inputs(branch.turns), branch, *own, y, x.dtype if last else torch.float32)
+    return flat if y is None else y.reshape(*x.shape[:-1], -1)

@@ -1,0 +1,135 @@
+"""The product of a few tokens with streams of a trellis, and a low-rank term, by Triton.
+
+A program takes a unit, 32 steps of every column: a thread reads the words of a column and decodes all steps from
+registers, since where each step's state begins is known when the kernel is compiled. So nothing is decoded twice, and
+sums over columns are taken once, at the end, in one order. More tokens than one: the decoded unit is multiplied by
+tensor cores, 16 tokens at a time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from llmcompress.kernels.gpu.grid_triton import low_rank_sums
+
+
+@triton.jit
+def stream_bits(words, STEP: tl.constexpr, BITS: tl.constexpr, MEMORY: tl.constexpr):
+    """Return the bits of a unit that end with a step's code: the state of the step, and whatever is above it."""
+    WORD: tl.constexpr = (STEP * BITS + BITS - 1) // 32 + 1  # that holds the newest bit; words[0] is of the unit before
+    SHIFT: tl.constexpr = WORD * 32 - (STEP + 1) * BITS
+    found = words[WORD] >> SHIFT
+    if SHIFT + MEMORY > 32:
+        found |= words[WORD - 1] << (32 - SHIFT)
+    return found
+
+
+@triton.jit
+def shifted_sums(words, A: tl.constexpr, B: tl.constexpr):
+    """Return words of the stream `s ^ s >> A ^ s >> B`, of a stream in which older bits are higher."""
+    sums = (words[0] ^ (words[0] >> A) ^ (words[0] >> B),)
+    for place in tl.static_range(1, len(words)):
+        above = (words[place] >> A) | (words[place - 1] << (32 - A))
+        more = (words[place] >> B) | (words[place - 1] << (32 - B))
+        sums = sums + (words[place] ^ above ^ more,)
+    return sums
+
+
+@triton.jit
+def step_number(
+    words, sums, numbers, STEP: tl.constexpr, VALUE: tl.constexpr,
+    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, SHIFTS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Return one of the numbers of a step, float32. `sums` has `shifted_sums` where these do for all steps."""
+    if len(sums) > 0:
+        index = stream_bits(sums, STEP, BITS, INDEX) & ((1 << INDEX) - 1)
+    elif len(SHIFTS) > 0:
+        A: tl.constexpr = SHIFTS[VALUE][0]
+        B: tl.constexpr = SHIFTS[VALUE][1]
+        state = stream_bits(words, STEP, BITS, MEMORY)
+        index = state ^ ((state >> A) & ((1 << (MEMORY - A)) - 1)) ^ ((state >> B) & ((1 << (MEMORY - B)) - 1))
+        index &= (1 << INDEX) - 1
+    else:
+        index = stream_bits(words, STEP, BITS, MEMORY) & ((1 << MEMORY) - 1)
+    return tl.load(numbers + (index * VALUES + VALUE).to(tl.int32)).to(tl.float32)
+
+
+@triton.jit
+def unit_numbers(
+    words, numbers, COLUMNS: tl.constexpr,
+    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, SHIFTS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Return the numbers of a unit, float32 `[columns, rows]`. Only names change after the look-ups, nothing moves."""
+    first, second = (), ()
+    if len(SHIFTS) > 0:  # where no sum reaches beyond the state, the sums of all steps are those of the whole stream
+        if max(SHIFTS[0][0], SHIFTS[0][1]) + INDEX <= MEMORY:
+            first = shifted_sums(words, SHIFTS[0][0], SHIFTS[0][1])
+        if VALUES == 2 and max(SHIFTS[-1][0], SHIFTS[-1][1]) + INDEX <= MEMORY:
+            second = shifted_sums(words, SHIFTS[-1][0], SHIFTS[-1][1])
+    found = ()
+    for step in tl.static_range(32):
+        number = step_number(words, first, numbers, step, 0, BITS, VALUES, MEMORY, SHIFTS, INDEX)
+        if VALUES == 2:
+            other = step_number(words, second, numbers, step, 1, BITS, VALUES, MEMORY, SHIFTS, INDEX)
+            number = tl.join(number, other)
+        found = found + (number,)
+    for level in tl.static_range(5):  # steps 16 apart first, so that the last index is the lowest bit of the step
+        joined = ()
+        for place in tl.static_range(16 >> level):
+            joined = joined + (tl.join(found[place], found[place + (16 >> level)]),)
+        found = joined
+    if VALUES == 1:
+        return tl.reshape(found[0], (COLUMNS, 32))
+    else:
+        return tl.reshape(tl.permute(found[0], (0, 2, 3, 4, 5, 6, 1)), (COLUMNS, 64))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def stream_product(
+    x, words, units, scale, numbers, low_rank, onto, y,
+    tokens, out, ranks, width: tl.constexpr,
+    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, SHIFTS: tl.constexpr, INDEX: tl.constexpr,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ONTO: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Writes `y` `[tokens, out]`: the product of `x` `[tokens, in]` with a unit, see `layouts`.
+
+    `low_rank` is (left, low, starts); `onto` float32 `[tokens, out]` is added. `TOKENS` is 1, or those of a program.
+    """
+    ROWS: tl.constexpr = 32 * VALUES
+    unit = units + tl.program_id(0) * 3
+    top = words + (tl.load(unit) - 1).to(tl.int64) * width
+    first = tl.program_id(1) * TOKENS
+    token = first + tl.arange(0, TOKENS)
+    total = tl.zeros((COLUMNS if TOKENS == 1 else TOKENS, ROWS), tl.float32)
+    for begin in range(0, width, COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
+        known = column < width
+        held = ()
+        for word in tl.static_range(BITS + 1):
+            loaded = tl.load(top + word * width + column, mask=known, other=0)
+            held = held + (loaded.to(tl.uint32, bitcast=True),)
+        found = unit_numbers(held, numbers, COLUMNS, BITS, VALUES, MEMORY, SHIFTS, INDEX)
+        if TOKENS == 1:
+            total += found * tl.load(x + first * width + column, mask=known, other=0).to(tl.float32)[:, None]
+        else:
+            place = x + token[:, None] * width + column[None, :]
+            given = tl.load(place, mask=(token < tokens)[:, None] & known[None, :], other=0)
+            total = tl.dot(given, found.to(given.dtype), total, input_precision="ieee")
+    sums = tl.sum(total, 0)[None, :] if TOKENS == 1 else total
+    inside = tl.arange(0, ROWS)
+    row = tl.load(unit + 1) + inside
+    here = inside < tl.load(unit + 2)
+    sums *= tl.load(scale + row, mask=here, other=0)[None, :]
+    if RANK:
+        for one in range(TOKENS):
+            if first + one < tokens:
+                low = low_rank[1] + (first + one) * ranks
+                more = low_rank_sums(low_rank[0], low, low_rank[2], row, here, RANK, RANK_BLOCK)
+                sums += tl.where(tl.arange(0, TOKENS)[:, None] == one, more[None, :], 0.0)
+    place = token[:, None] * out + row[None, :]
+    there = (token < tokens)[:, None] & here[None, :]
+    if ONTO:
+        sums += tl.load(onto + place, mask=there, other=0)
+    tl.store(y + place, sums.to(y.dtype.element_ty), mask=there)

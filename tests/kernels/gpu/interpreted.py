@@ -1,0 +1,269 @@
+"""Products that `test_gpu_products.py` and `scripts/gpu_check` judge, and their errors under Triton's interpreter:
+
+    TRITON_INTERPRET=1 python -m tests.kernels.gpu.interpreted ANSWERS
+
+Triton decides when it is imported whether its kernels are compiled or interpreted, hence the process of its own. It
+writes, as JSON, the error of every case.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.kernels.gpu.layouts import StreamRows
+from llmcompress.kernels.gpu.packing import Lookup, stream_rows
+from llmcompress.kernels.gpu.prepare import prepare, product, stacked
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import (
+    Bitmap,
+    Columns,
+    Dense,
+    LowRank,
+    Rotated,
+    Scaled,
+    Sum,
+    TrellisCoded,
+    Weight,
+    Where,
+    Zero,
+    shape,
+)
+from llmcompress.weight.trellis import Trellis
+from tests.builders import TRELLISES, factors, grid, pattern, seeded, streams
+
+FLOAT32, HALF, BFLOAT16 = 5e-6, 2e-3, 1.2e-2  # the most that a product may be off, in shares of its norm
+
+
+@dataclass(frozen=True)
+class Case:
+    """Weights that share their inputs, below each other, times some tokens in a dtype."""
+
+    name: str
+    weights: tuple[Weight, ...]
+    tokens: int = 1
+    dtype: torch.dtype = torch.float32
+
+    def limit(self) -> float:
+        """The most that the product may be off."""
+        return {torch.float32: FLOAT32, torch.float16: HALF, torch.bfloat16: BFLOAT16}[self.dtype]
+
+    def inputs(self) -> Tensor:
+        """Return the inputs `[tokens, in]`."""
+        return torch.randn(self.tokens, shape(self.weights[0])[1], generator=seeded(9)).to(self.dtype)
+
+
+def on(device: str, case: Case) -> float:
+    """Return how far a product on a device is off, in shares of its norm."""
+    x = case.inputs()
+    expected = torch.cat([x.double() @ dense(w).double().T for w in case.weights], 1)
+    prepared = [prepare(moved(w, device), case.dtype) for w in case.weights]
+    known = [each for each in prepared if each is not None]
+    assert len(known) == len(prepared), f"{case.name}: no kernel"
+    weight = known[0] if len(known) == 1 else stacked(known)
+    assert weight is not None, f"{case.name}: not stacked"
+    found = product(weight, x.to(device))
+    assert found.dtype == case.dtype and tuple(found.shape) == tuple(expected.shape)
+    assert list(weight.heights) == [shape(w)[0] for w in case.weights]
+    return relative(found, expected)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Return the distance of two tensors in shares of the norm of the expected one."""
+    return float((found.double().cpu() - expected).norm() / expected.norm())
+
+
+def moved(value: Any, device: str) -> Any:
+    """Return an expression with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Trellis):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: moved(getattr(value, each.name), device) for each in fields(value)})
+    return tuple(moved(each, device) for each in value) if isinstance(value, tuple) else value
+
+
+# --- linear codes ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A made-up code: an index of `width` bits, and its shifts for each value of a step."""
+
+    trellis: Trellis
+    width: int
+    shifts: tuple[tuple[int, int], ...]
+
+
+def linear_lookup(code: Linear) -> Lookup:
+    """Return made-up numbers."""
+    size = (1 << code.width, code.trellis.values)
+    return Lookup(torch.randint(-128, 128, size, generator=seeded(1), dtype=torch.int8), code.shifts, 1 / 64)
+
+
+def linear_table(trellis: Trellis, by: Lookup) -> Tensor:
+    """Return the number of every state, float64 `[states, values]`, computed for one state after the other."""
+    rows = []
+    for state in range(1 << trellis.memory):
+        places = [(state ^ state >> a ^ state >> b) % len(by.numbers) for a, b in by.shifts]
+        rows.append([float(by.numbers[place, value]) * by.unit for value, place in enumerate(places)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def linear_on(device: str, code: Linear, tokens: int) -> float:
+    """Return how far a product with streams of a linear code is off, in shares of its norm."""
+    trellis, by = code.trellis, linear_lookup(code)
+    w = streams(trellis, 40, 24, 22 * trellis.values)
+    table = linear_table(trellis, by)
+    expected_rows = _decoded(w, table)
+    rows: StreamRows = stream_rows(moved(w, device), by)
+    x = torch.randn(tokens, 24, generator=seeded(3))
+    from llmcompress.kernels.gpu.launches import launch_streams
+
+    found = launch_streams(x.to(device), rows, None, None, torch.float32)
+    return relative(found, x.double() @ expected_rows.T)
+
+
+def _decoded(w: TrellisCoded, table: Tensor) -> Tensor:
+    """Return the matrix of streams, float64, one code after the other."""
+    trellis, (rows, width) = w.trellis, shape(w)
+    found = torch.zeros(rows, width, dtype=torch.float64)
+    for first in range(0, rows, w.run):
+        height = min(w.run, rows - first)
+        steps, state = height // trellis.values, 0
+        codes = w.codes[first // trellis.values * width :][: steps * width].tolist()
+        for place, code in enumerate(codes):
+            state = (state << trellis.bits | code) % (1 << trellis.memory)
+            row = first + place % steps * trellis.values
+            found[row : row + trellis.values, place // steps] = table[state]
+    return found * w.scale.double()
+
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+
+
+def cases() -> Iterator[Case]:
+    """Yield every form, with sizes that fill no tile and groups that are cut short."""
+    for levels in (2, 3, 4, 8, 16, 32, 64, 100, 256):
+        for symmetric in (True, False):
+            name = f"{levels} levels{'' if symmetric else ' asymmetric'}"
+            yield Case(name, (grid((19, 150), levels, 64, levels, symmetric),))
+    for tokens in (2, 16, 17):
+        yield Case(f"3 bits, {tokens} tokens", (grid((37, 150), 8, 64, 1, False),), tokens)
+    yield Case("4 bits, half", (grid((19, 256), 16, 128, 1, False),), 3, torch.float16)
+    yield Case("8 bits, bfloat16", (grid((19, 256), 256, 128, 1, True),), 3, torch.bfloat16)
+    yield Case("8 bits, one token, bfloat16", (grid((19, 256), 256, 128, 1, True),), 1, torch.bfloat16)
+    yield Case("one scale a row", (grid((33, 100), 16, 100, 1, True),))
+    yield Case("one scale a row, tokens", (grid((33, 100), 16, 100, 1, False),), 5)
+    yield Case("shared scales", (grid((5, 70), 8, 7, 0, True, one_row=True),))
+    yield Case("one element", (grid((1, 1), 4, 1, 0, False),))
+    yield Case("long rows", (grid((3, 2100), 16, 32, 0, True),))
+    for trellis in (*TRELLISES, Trellis(2, 1, 12), Trellis(4, 1, 12), Trellis(1, 1, 16)):
+        steps = 70
+        for tokens in (1, 3):
+            w = streams(trellis, steps, 21, 40 * trellis.values)
+            yield Case(f"{trellis}, {tokens} tokens", (w,), tokens)
+    yield Case("trellis of one step", (streams(Trellis(2, 1, 10), 1, 9, 1),))
+    yield Case("trellis, wide", (streams(Trellis(2, 1, 10), 33, 300, 768),))
+    yield from salient_cases()
+    yield from composite_cases()
+
+
+def salient_cases() -> Iterator[Case]:
+    """Yield grids with single weights in their place."""
+    size = (21, 96)
+    some = torch.rand(size, generator=seeded(1)) < 0.1
+    none, every = torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool)
+    for index in (Columns(some[0]), Bitmap(some), pattern(size, 1, 8, 1), Bitmap(none), Bitmap(every)):
+        kind = f"{type(index).__name__} {float(index.inside.float().mean()):.2f}"
+        signs = grid(size, 2, 96, 2, True)
+        yield Case(f"{kind}, 8 bits", (Where(index, grid(size, 256, 96, 3, True), signs),))
+        yield Case(f"{kind}, groups", (Where(index, grid(size, 16, 32, 3, True), grid(size, 2, 40, 2, False)),))
+        yield Case(f"{kind}, floats", (Where(index, Dense(torch.randn(size, generator=seeded(4))), signs),), 3)
+        yield Case(f"{kind}, asymmetric", (Where(index, grid(size, 16, 32, 3, False), grid(size, 4, 40, 2, True)),), 2)
+
+
+def composite_cases() -> Iterator[Case]:
+    """Yield sums, rotations, column factors and low-rank terms, alone and several below each other."""
+    random = seeded(7)
+
+    def factored(out: int, width: int, rank: int) -> LowRank:
+        left, right = (torch.randn(size, generator=random).half() * 0.3 for size in ((out, rank), (rank, width)))
+        return LowRank(Dense(left), Dense(right))
+
+    for width, block in ((96, 32), (64, 64), (40, 8), (24, 1), (20, 2)):
+        signs = torch.rand(width, generator=random) < 0.5
+        inner = Sum((grid((20, width), 8, 16, 1, True), factored(20, width, 3)))
+        yield Case(f"rotated by {block}", (Rotated(inner, signs, block),), 2)
+        parts = [Rotated(Sum((grid((rows, width), 4, 16, rows, False), factored(rows, width, rank))), signs, block)
+                 for rows, rank in ((20, 2), (5, 3), (35, 1))]  # fmt: skip
+        yield Case(f"three matrices rotated by {block}", tuple(parts), 3)
+    columns = factors(48, 1)
+    yield Case("column factors", (Scaled(grid((9, 48), 2, 16, 1, True), columns),))
+    signs = torch.rand(48, generator=random) < 0.5
+    yield Case(
+        "factors and rotation", (Scaled(Rotated(Scaled(grid((9, 48), 2, 16, 1, True), columns), signs, 16), columns),)
+    )
+    planes = tuple(grid((9, 48), 2, 16, seed, True) for seed in range(3))
+    yield Case("planes", (Sum((*planes, Zero((9, 48)), factored(9, 48, 4))),), 2)
+    yield Case("planes in half", (Sum(planes),), 1, torch.float16)
+    trellis = Trellis(3, 2, 9)
+    kinds = tuple(streams(trellis, steps, 24, 22) for steps in (40, 3, 11))
+    yield Case("three trellises", kinds)
+    yield Case("three trellises, 4 tokens", kinds, 4)
+    yield Case("trellis and low rank", (Sum((kinds[0], factored(80, 24, 5))),), 2)
+    size = (10, 48)
+    one, two = (torch.rand(size, generator=random) < 0.2 for _ in range(2))
+    yield Case(
+        "two partial binarizations",
+        tuple(
+            Where(Bitmap(one if seed else two), grid(size, 256, 48, seed, True), grid(size, 2, 16, seed + 5, True))
+            for seed in range(2)
+        ),
+    )
+    yield Case(
+        "two with the same columns",
+        tuple(
+            Where(Columns(one[0]), grid(size, 256, 48, seed, True), grid(size, 2, 16, seed + 5, True))
+            for seed in range(2)
+        ),
+        2,
+    )
+
+
+LINEAR = (
+    Linear(Trellis(2, 1, 12), 7, ((7, 10),)),
+    Linear(Trellis(2, 1, 12), 7, ((3, 5),)),  # within the state for all bits of the index
+    Linear(Trellis(3, 2, 12), 8, ((7, 9), (1, 4))),
+    Linear(Trellis(4, 1, 14), 6, ((4, 10),)),
+)
+
+
+def answers(device: str) -> dict[str, tuple[float, float]]:
+    """Return, by name, how far each product is off, and how far it may be."""
+    found = {case.name: (on(device, case), case.limit()) for case in cases()}
+    for code in LINEAR:
+        for tokens in (1, 3):
+            found[f"{code}, {tokens} tokens"] = (linear_on(device, code, tokens), FLOAT32)
+    return found
+
+
+def on_the_cpu() -> None:
+    """Let the operators run on the CPU, which they do not otherwise: for the interpreter."""
+    from llmcompress.kernels.gpu import ops
+
+    for name, made in (("gpu_turn", ops._turn), ("gpu_grid", ops._grid), ("gpu_streams", ops._streams)):
+        ops.LIBRARY.impl(name, made, "CPU")
+
+
+if __name__ == "__main__":
+    on_the_cpu()
+    Path(sys.argv[1]).write_text(json.dumps(answers("cpu"), indent=1))
