@@ -72,10 +72,13 @@ def speed_notes(found: Row) -> list[str]:
     ]
     if found["against"] is not None:
         notes.append(f"ratio: to {found['against']} in the same round; the median of that; of sizes, to its sizes")
-    read = ", ".join(f"{speed['median'] / 1e9:.1f} GB/s with {count}" for count, speed in bandwidth["threads"].items())
+    read = ", ".join(
+        f"{speed['median'] / 1e9:.1f} GB/s with {count} thread" + "s" * (count != "1")
+        for count, speed in bandwidth["threads"].items()
+    )
     notes.append(
-        f"of bandwidth: bytes of weights that a token reads x tokens/s / read bandwidth, {read} threads, measured in "
-        f"every round on {byte_count(bandwidth['buffer_bytes'])}"
+        f"of bandwidth: bytes of weights that a token reads x tokens/s / read bandwidth: {read}, measured in every "
+        f"round on {byte_count(bandwidth['buffer_bytes'])}"
     )
     plain = ["compressed models ran without kernels (--plain)"] * bool(asked["plain"])
     where = f"{machine['cpu']}, {machine['cores']} cores, {byte_count(machine['memory_bytes'])} of memory"

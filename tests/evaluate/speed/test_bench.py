@@ -117,7 +117,12 @@ def test_the_table_says_what_it_means(stand_ins: list[Any]) -> None:
         [f"| {count}", name] for count in (1, 2) for name in ("dense", "small")
     ]
     assert "0.80 [0.80-0.80] | 1.00" in lines[0]
-    for word in ("median of 3 rounds", "to small in the same round", "1.0 GB/s with 1, 1.0 GB/s with 2", "versions:"):
+    for word in (
+        "median of 3 rounds",
+        "to small in the same round",
+        "1.0 GB/s with 1 thread, 1.0 GB/s with 2 threads",
+        "versions:",
+    ):
         assert word in text, word
     assert "ratio" not in speed_markdown(bench(["dense"], PROTOCOL))
 
