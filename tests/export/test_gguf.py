@@ -70,9 +70,9 @@ GRIDS = [  # levels, symmetric, width, group_size, type
     (2, True, 256, 128, "Q1_0"),
     (2, True, 384, 384, "Q1_0"),
     (2, True, 256, 64, "Q4_0"),
-    (2, False, 256, 256, "TQ2_0"),
-    (3, True, 512, 256, "TQ2_0"),
-    (3, True, 512, 512, "TQ2_0"),
+    (2, False, 256, 256, "TQ1_0"),
+    (3, True, 512, 256, "TQ1_0"),
+    (3, True, 512, 512, "TQ1_0"),
     (3, True, 512, 128, "Q4_0"),
     (3, True, 96, 96, "Q4_0"),
     (4, True, 96, 32, "Q4_0"),
@@ -455,7 +455,7 @@ def test_llama_cpp_multiplies_by_every_type(tmp_path: Path) -> None:
     more = {"embeddings": [kinds["k"]], "head": [row]}
     folder = compressed(tiny_llama(tmp_path / "dense", **sizes), tmp_path / "small", *rules, **more)
     done = export(folder, tmp_path / "out", "gguf")
-    assert done.kept[0].endswith("(3 as TQ2_0, 3 as Q1_0, 2 as Q8_0, 2 as Q5_0, 2 as Q4_0)")
+    assert done.kept[0].endswith("(3 as TQ1_0, 3 as Q1_0, 2 as Q8_0, 2 as Q5_0, 2 as Q4_0)")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = [(number * 37) % 640 for number in range(1, 41)]
     assert largest_difference(run(tmp_path / "out"), model, ids, 640) < 0.15

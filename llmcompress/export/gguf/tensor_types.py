@@ -1,23 +1,31 @@
-"""GGUF tensor types that hold expressions value for value, and the order of their bytes.
+"""GGUF tensor types that hold expressions value for value.
 
-A quantized type cuts a row into blocks of columns: small integers k and one float16 number d, together the values k d.
-A grid of ours fits where its own integers are in the type's range, its scale is a float16 number and no block lies
-across two of its groups. Symmetric grids of an even number of levels are centred between two codes: the odd integers,
-at half the scale. Floats lie one by one. Shapes: O out, I in, N blocks of a row.
+A grid of ours fits a simple type where its own integers are in the type's range, its scale is a float16 number and no
+block lies across two of its groups. It fits a K type where also the scales of each superblock are small multiples of
+one number d: their greatest common divisor is taken for it. Where a type has one more integer on one side of 0, a group
+that needs it on the other side has its signs and that of its scale turned. Symmetric grids of an even number of levels
+are centred between two codes: the odd integers, at half the scale.
+
+An offset for each group of columns is a low-rank term before the grid, whose right factor says by ones and zeros which
+columns are in which group. Floats lie one by one. Shapes: O out, I in, N blocks of a row, G groups of a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from llmcompress.export.gguf import blocks
+from llmcompress.export.gguf.blocks import IQ4, Blocks
 from llmcompress.weight.expression import dense, describe
-from llmcompress.weight.nodes import Dense, Grid, Weight, Zero
+from llmcompress.weight.nodes import Dense, Grid, LowRank, Minifloat, Sum, Weight, Zero
 
 FLOAT_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16"}  # all others become F32
+SMALLEST = 2.0**-24  # of which all float16 numbers are multiples
 
 
 class Inexact(Exception):
@@ -26,73 +34,51 @@ class Inexact(Exception):
 
 @dataclass(frozen=True)
 class TensorType:
-    """One type of GGUF. `integers`: what k may be, None for floats; `pack`: k `[O, N, block]` to their bytes."""
+    """One type of GGUF. `integers`: what k may be, empty for floats; `pack`: blocks `[O, N, block]` to their bytes.
+
+    `multiples`: what n may be, empty for one scale a block. `offsets`: what j may be; empty for none, and None for a
+    float16 offset.
+    """
 
     name: str
     block: int  # columns
     block_bytes: int
-    integers: range | None = None
-    pack: Callable[[Tensor], Tensor] | None = None
-    scale_first: bool = True  # false: d stands behind the integers
+    integers: range | tuple[int, ...] = ()
+    pack: Callable[[Blocks], Tensor] | None = None
+    group: int = 0  # columns that share n and j
+    multiples: range = range(0)
+    offsets: range | None = range(0)
 
     def holds(self, low: int, high: int, only_odd: bool) -> bool:
         """True if k may be every integer from `low` to `high`, or every odd one."""
-        allowed = self.integers or range(0)
-        return low in allowed and high in allowed and (only_odd or allowed.step == 1)
+        allowed = self.integers
+        every = not isinstance(allowed, range) or allowed.step == 1
+        return bool(allowed) and min(allowed) <= low and high <= max(allowed) and (only_odd or every)
 
     def row_bytes(self, width: int) -> int:
         """Return the bytes of a row of `width` columns."""
         return width // self.block * self.block_bytes
 
 
-# --- bytes of integers ----------------------------------------------------------------------------------------------
-
-
-def _signs(k: Tensor) -> Tensor:
-    """A bit each, the first column lowest; set for +1."""
-    return _bits(k > 0)
-
-
-def _ternary(k: Tensor) -> Tensor:
-    """Two bits each: a byte holds columns c, c + 32, c + 64, c + 96 of its half block, the first lowest."""
-    quarters = (k + 1).to(torch.uint8).unflatten(2, (2, 4, 32))
-    return (quarters << torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]).sum(3, dtype=torch.uint8).flatten(2)
-
-
-def _nibbles(k: Tensor) -> Tensor:
-    """Four bits each: a byte holds columns c and c + 16, the first lowest."""
-    low, high = (k + 8).to(torch.uint8).chunk(2, dim=2)
-    return low | (high << 4)
-
-
-def _five_bits(k: Tensor) -> Tensor:
-    """The fifth bits, the first column lowest, then the other four as nibbles."""
-    codes = (k + 16).to(torch.uint8)
-    low, high = (codes & 15).chunk(2, dim=2)
-    return torch.cat([_bits(codes > 15), low | (high << 4)], 2)
-
-
-def _bytes(k: Tensor) -> Tensor:
-    return k.to(torch.int8).view(torch.uint8)
-
-
-def _bits(selected: Tensor) -> Tensor:
-    """Bool `[O, N, C]` to bytes `[O, N, C / 8]`, lowest bit first."""
-    powers = 2 ** torch.arange(8, dtype=torch.uint8)
-    return (selected.unflatten(2, (-1, 8)) * powers).sum(3, dtype=torch.uint8)
-
-
-QUANTIZED = (  # smallest first
-    TensorType("Q1_0", 128, 18, range(-1, 2, 2), _signs),
-    TensorType("TQ2_0", 256, 66, range(-1, 2), _ternary, scale_first=False),
-    TensorType("Q4_0", 32, 18, range(-8, 8), _nibbles),
-    TensorType("Q5_0", 32, 22, range(-16, 16), _five_bits),
-    TensorType("Q8_0", 32, 34, range(-128, 128), _bytes),
+SIX_BITS, SIGNED = range(64), range(-32, 32)
+QUANTIZED = (  # smallest first; of two as small, the one that llama.cpp computes with faster
+    TensorType("Q1_0", 128, 18, range(-1, 2, 2), blocks.q1_0),
+    TensorType("TQ1_0", 256, 54, range(-1, 2), blocks.tq1_0),
+    TensorType("Q2_K", 256, 84, range(4), blocks.q2_k, 16, range(16), range(16)),
+    TensorType("Q3_K", 256, 110, range(-4, 4), blocks.q3_k, 16, SIGNED),
+    TensorType("IQ4_XS", 256, 136, IQ4, blocks.iq4_xs, 32, SIGNED),
+    TensorType("Q4_0", 32, 18, range(-8, 8), blocks.q4_0),
+    TensorType("Q4_K", 256, 144, range(16), blocks.q4_k, 32, SIX_BITS, SIX_BITS),
+    TensorType("IQ4_NL", 32, 18, IQ4, blocks.iq4_nl),
+    TensorType("Q4_1", 32, 20, range(16), blocks.q4_1, offsets=None),
+    TensorType("Q5_0", 32, 22, range(-16, 16), blocks.q5_0),
+    TensorType("Q5_K", 256, 176, range(32), blocks.q5_k, 32, SIX_BITS, SIX_BITS),
+    TensorType("Q5_1", 32, 24, range(32), blocks.q5_1, offsets=None),
+    TensorType("Q6_K", 256, 210, range(-32, 32), blocks.q6_k, 16, range(-128, 128)),
+    TensorType("Q8_0", 32, 34, range(-128, 128), blocks.q8_0),
 )
+MXFP4 = TensorType("MXFP4", 32, 17)
 FLOATS = {name: TensorType(name, 1, size) for name, size in (("BF16", 2), ("F16", 2), ("F32", 4))}
-
-
-# --- grids ----------------------------------------------------------------------------------------------------------
 
 
 def exact_type(w: Weight) -> TensorType:
@@ -102,26 +88,149 @@ def exact_type(w: Weight) -> TensorType:
             return FLOATS[FLOAT_TYPES.get(values.dtype, "F32")]
         case Zero():
             return FLOATS["BF16"]
-        case Grid():
-            return _grid_type(w)
+        case Minifloat(scale=scale, tensor_scale=None, form="e2m1", scales="e8m0", group_size=32):
+            if w.codes.shape[1] % MXFP4.block or int(scale.max()) == 255:
+                raise Inexact(f"{describe(w)} does not fill blocks of 32 columns")
+            return MXFP4
+        case Grid() | Sum((LowRank(), Grid())):
+            grid = grouped(w)
+            found = next((kind for kind in QUANTIZED if grid.blocks(kind) is not None), None)
+            if found is None:
+                raise Inexact(f"{describe(w)} {grid.obstacle()}")
+            return found
         case _:
             raise Inexact(f"{describe(w)} is no single grid")
 
 
-def _grid_type(w: Grid) -> TensorType:
-    k, scale = _integers(w)
-    if not bool((scale.half().float() == scale).all()):
-        raise Inexact(f"{describe(w)} has scales that float16 cannot hold once they are halved")
-    low, high = int(k.min()), int(k.max())
-    only_odd = bool((k % 2 != 0).all())
-    fitting = [found for found in QUANTIZED if found.holds(low, high, only_odd)]
-    if not fitting:
-        raise Inexact(f"{describe(w)} has integers from {low} to {high}, more than the 8 bits of Q8_0")
-    width, group = k.shape[1], w.group_size if scale.shape[1] > 1 else k.shape[1]
-    for found in fitting:
-        if width % found.block == 0 and group % found.block == 0:
-            return found
-    raise Inexact(f"{describe(w)} of width {width} does not fill blocks of 32 columns with one scale each")
+def packed(w: Weight, kind: TensorType) -> Tensor:
+    """Return the bytes of `w` as its type `kind` lays them: uint8 `[O, bytes of a row]`, `[bytes]` of a vector."""
+    if isinstance(w, Minifloat) and kind is MXFP4:
+        return blocks.mxfp4(w.codes.unflatten(1, (-1, kind.block)), w.scale[..., None]).flatten(1)
+    found = grouped(w).blocks(kind) if kind.pack else None
+    if kind.pack is None or found is None:
+        dtype = {name: dtype for dtype, name in FLOAT_TYPES.items()}.get(kind.name, torch.float32)
+        values = w.values if isinstance(w, Dense) else dense(w)
+        return values.to(dtype).contiguous().view(torch.uint8)
+    return kind.pack(found).flatten(1)
+
+
+# --- grids ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A matrix k s + t: int16 k `[O, I]`, float32 scales s and offsets t `[O, groups]` of `size` columns.
+
+    `offset_steps`: j and e of offsets that are -j e, where they are stored so, e for several groups each.
+    """
+
+    k: Tensor
+    scale: Tensor
+    size: int
+    offset: Tensor | None = None
+    offset_steps: tuple[Tensor, Tensor] | None = None
+
+    def blocks(self, kind: TensorType) -> Blocks | None:
+        """Return the matrix in blocks of a type; None where the type does not hold it."""
+        width, group = self.k.shape[1], kind.group or kind.block
+        low, high, odd = int(self.k.min()), int(self.k.max()), bool((self.k % 2 != 0).all())
+        may_turn = kind.offsets is not None and not kind.offsets
+        straight = kind.holds(low, high, odd)
+        fits = straight or (may_turn and kind.holds(-high, -low, odd)) or (may_turn and kind.holds(-high, -1, odd))
+        if not fits or width % kind.block or self.size % group:
+            return None
+        k = self.k.unflatten(1, (-1, group))  # [O, groups of the type, group]
+        each = k.shape[1] // self.scale.shape[1] if self.size >= width else self.size // group
+        scale = self.scale.repeat_interleave(each, 1)[:, : k.shape[1]].expand(len(k), -1)
+        if may_turn and not straight:
+            sign = torch.where(_among(k, kind.integers).all(2), 1, -1).to(torch.int16)
+            k, scale = k * sign[..., None], scale * sign
+        if not bool(_among(k, kind.integers).all()):
+            return None
+        return self._scaled(kind, k.reshape(len(k), -1, kind.block), scale.unflatten(1, (-1, kind.block // group)))
+
+    def _scaled(self, kind: TensorType, k: Tensor, scale: Tensor) -> Blocks | None:
+        """Blocks with these integers `[O, N, block]` and scales `[O, N, G]`."""
+        if not bool((scale.half().float() == scale).all()):
+            return None
+        if (self.offset is None) != (kind.offsets is not None and not kind.offsets):
+            return None
+        if not kind.multiples:
+            if kind.offsets is not None:
+                return Blocks(k, scale.half())
+            offset = self._blockwise(self.offset, k.shape[1], 1)
+            exact = offset is not None and bool((offset.half().float() == offset).all())
+            return Blocks(k, scale.half(), offset=offset) if exact else None
+        d, n = common_divisor(scale)
+        if int(n.min()) not in kind.multiples or int(n.max()) not in kind.multiples:
+            return None
+        if not kind.offsets:
+            return Blocks(k, d, n)
+        if self.offset_steps is None:
+            return None
+        j, e = self.offset_steps
+        j, e = self._blockwise(j, k.shape[1], scale.shape[2]), self._blockwise(e, k.shape[1], 1)
+        if j is None or e is None or int(j.min()) not in kind.offsets or int(j.max()) not in kind.offsets:
+            return None
+        return Blocks(k, d, n, e, j)
+
+    @staticmethod
+    def _blockwise(numbers: Tensor | None, count: int, groups: int) -> Tensor | None:
+        """`[O, N * G]` as `[O, N, G]`; None where there are not as many."""
+        if numbers is None or numbers.shape[1] != count * groups:
+            return None
+        return numbers.unflatten(1, (count, groups))
+
+    def obstacle(self) -> str:
+        """Return why no type holds the matrix, after its name."""
+        if not bool((self.scale.half().float() == self.scale).all()):
+            return "has scales that float16 cannot hold once they are halved"
+        low, high = int(self.k.min()), int(self.k.max())
+        if low < -128 or high > 127:
+            return f"has integers from {low} to {high}, more than the 8 bits of Q8_0"
+        if self.offset is not None:
+            return "has an offset for each group, which only types with as many columns in a group have"
+        return f"of width {self.k.shape[1]} does not fill blocks of 32 columns with one scale each"
+
+
+def _among(k: Tensor, allowed: range | tuple[int, ...]) -> Tensor:
+    """Where an integer is one of those allowed; of ranges, between their ends."""
+    if isinstance(allowed, range):
+        return (k >= min(allowed)) & (k <= max(allowed))
+    return torch.isin(k, torch.tensor(allowed, dtype=k.dtype))
+
+
+def grouped(w: Weight) -> Grouped:
+    """Return a grid with or without offsets as integers and scales. Raises Inexact for another low-rank term."""
+    match w:
+        case Grid(scale=scale):
+            size = w.group_size if scale.shape[1] > 1 else w.codes.shape[1]
+            return Grouped(*_integers(w), size)
+        case Sum((LowRank(left, Grid() as right), Grid() as grid)) if _tells_groups(right, grid):
+            found = grouped(grid)
+            steps = None
+            if isinstance(left, Grid):
+                k, e = _integers(left)
+                steps = -k, e.expand(len(k), -1)
+            return Grouped(found.k, found.scale, found.size, dense(left), steps)
+    raise Inexact(f"{describe(w)} is no single grid")
+
+
+def _tells_groups(right: Grid, grid: Grid) -> bool:
+    """True if `right [groups, in]` is 1 where a column is in a group of `grid`, else 0."""
+    groups = torch.arange(grid.codes.shape[1]) // grid.group_size
+    expected = groups[None] == torch.arange(len(right.codes))[:, None]
+    return right.codes.shape == expected.shape and bool((dense(right) == expected).all())
+
+
+def common_divisor(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return d float16 `[O, N, 1]` and n int64 `[O, N, G]` with `scale = n d`, d the largest there is.
+
+    It is a float16 number, as it divides one.
+    """
+    numbers = (scale.double() / SMALLEST).round().long()
+    common = reduce(torch.gcd, numbers.abs().unbind(2))[..., None]
+    return (common.double() * SMALLEST).half(), numbers // common.clamp_min(1)
 
 
 def _integers(w: Grid) -> tuple[Tensor, Tensor]:
@@ -134,17 +243,3 @@ def _integers(w: Grid) -> tuple[Tensor, Tensor]:
     if w.levels % 2:
         return codes - w.levels // 2, scale
     return 2 * codes - (w.levels - 1), scale / 2
-
-
-def packed(w: Weight, kind: TensorType) -> Tensor:
-    """Return the bytes of `w` as its type `kind` lays them: uint8 `[O, bytes of a row]`, `[bytes]` of a vector."""
-    if kind.pack is None or not isinstance(w, Grid):
-        dtype = {name: dtype for dtype, name in FLOAT_TYPES.items()}.get(kind.name, torch.float32)
-        values = w.values if isinstance(w, Dense) else dense(w)
-        return values.to(dtype).contiguous().view(torch.uint8)
-    k, scale = _integers(w)
-    blocks = k.unflatten(1, (-1, kind.block))
-    group = w.group_size // kind.block if scale.shape[1] > 1 else blocks.shape[1]
-    d = scale.half().repeat_interleave(group, 1)[:, : blocks.shape[1]].expand(len(k), -1)
-    parts = [d[..., None].contiguous().view(torch.uint8), kind.pack(blocks)]
-    return torch.cat(parts if kind.scale_first else parts[::-1], 2).flatten(1)
