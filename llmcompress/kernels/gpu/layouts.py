@@ -116,20 +116,20 @@ class LowRankRows(Tensors):
     """A low-rank term: `left[row] @ (right @ x)[start[row]:][:rank]`.
 
     `left` `[out, rank]` and `right` `[ranks, in]` in the dtype of the inputs; `starts` int32 `[out]`: where the part of
-    a row's matrix begins, of several below each other. `turns` change the inputs of `right`.
+    a row's matrix begins, of several below each other. `inputs`: the number of the changes that `right` is given.
     """
 
     left: Tensor
     right: Tensor
     starts: Tensor
-    turns: tuple[Turn, ...]
+    inputs: int
 
 
 @dataclass(frozen=True, eq=False)
 class Branch(Tensors):
-    """A packed matrix and what goes before it."""
+    """A packed matrix, with the number of the changes of its inputs."""
 
-    turns: tuple[Turn, ...]
+    inputs: int
     rows: GridRows | StreamRows
     salient: SalientRows | None = None
 
@@ -138,9 +138,11 @@ class Branch(Tensors):
 class GpuWeight(Tensors):
     """A compressed weight, or several below each other, as kernels multiply by it: the sum of its branches.
 
+    `changes`: what is done to the inputs, one after the other, in each of the ways that branches name by number.
     `heights`: the rows of each of the matrices.
     """
 
+    changes: tuple[tuple[Turn, ...], ...]
     branches: tuple[Branch, ...]
     low_rank: LowRankRows | None
     heights: tuple[int, ...]

@@ -138,10 +138,10 @@ def sign_factors(signs: Tensor, block: int) -> Tensor:
     return (signs.float() * 2 - 1) * block**-0.5
 
 
-def low_rank_rows(w: LowRank, turns: tuple[Turn, ...], dtype: torch.dtype) -> LowRankRows:
+def low_rank_rows(w: LowRank, inputs: int, dtype: torch.dtype) -> LowRankRows:
     """Repack a low-rank term."""
     left, right = _numbers(w.left, dtype), _numbers(w.right, dtype)
-    return LowRankRows(left, right, torch.zeros(len(left), dtype=torch.int32, device=left.device), turns)
+    return LowRankRows(left, right, torch.zeros(len(left), dtype=torch.int32, device=left.device), inputs)
 
 
 def _numbers(w: Weight, dtype: torch.dtype) -> Tensor:

@@ -44,39 +44,54 @@ def prepare(w: Weight, dtype: torch.dtype = torch.bfloat16) -> GpuWeight | None:
     Returns:
         The weight for `product`, or None for an expression that no kernel multiplies by.
     """
-    parts = _parts(w, (), dtype)
+    changes: list[tuple[Turn, ...]] = []
+    parts = _parts(w, (), dtype, changes)
     if parts is None:
         return None
     branches = tuple(part for part in parts if isinstance(part, Branch))
     terms = [part for part in parts if isinstance(part, LowRankRows)]
     if not branches or len(terms) > 1:
         return None
-    return GpuWeight(branches, terms[0] if terms else None, (shape(w)[0],), shape(w)[1])
+    return GpuWeight(tuple(changes), branches, terms[0] if terms else None, (shape(w)[0],), shape(w)[1])
 
 
-def _parts(w: Weight, turns: tuple[Turn, ...], dtype: torch.dtype) -> list[Branch | LowRankRows] | None:
-    """Return what is to be added, of a weight whose inputs are changed before; None where a kernel is missing."""
+def _parts(
+    w: Weight, turns: tuple[Turn, ...], dtype: torch.dtype, changes: list[tuple[Turn, ...]]
+) -> list[Branch | LowRankRows] | None:
+    """Return what is to be added, of a weight whose inputs are changed before; None where a kernel is missing.
+
+    New changes of inputs are appended to `changes`.
+    """
     match w:
         case Zero():
             return []
         case Sum(parts):
-            found = [_parts(part, turns, dtype) for part in parts]
+            found = [_parts(part, turns, dtype, changes) for part in parts]
             return None if None in found else [each for part in found for each in part or ()]
         case Rotated(inner, signs, block) if block <= WIDEST_TURN:
-            return _parts(inner, turned(turns, sign_factors(signs, block), block), dtype)
+            return _parts(inner, turned(turns, sign_factors(signs, block), block), dtype, changes)
         case Scaled(inner, columns):
-            return _parts(inner, turned(turns, columns.float(), 1), dtype)
+            return _parts(inner, turned(turns, columns.float(), 1), dtype, changes)
         case LowRank():
-            return [low_rank_rows(w, turns, dtype)]
+            return [low_rank_rows(w, _number(turns, changes), dtype)]
         case Grid(codes) if not codes.is_floating_point():
-            return [Branch(turns, grid_rows(w))]
+            return [Branch(_number(turns, changes), grid_rows(w))]
         case TrellisCoded(trellis=trellis):
-            return [Branch(turns, stream_rows(w, lookup(trellis)))]
+            return [Branch(_number(turns, changes), stream_rows(w, lookup(trellis)))]
         case Where():
             packed = salient_rows(w, dtype)
-            return None if packed is None else [Branch(turns, *packed)]
+            return None if packed is None else [Branch(_number(turns, changes), *packed)]
         case _:
             return None
+
+
+def _number(turns: tuple[Turn, ...], changes: list[tuple[Turn, ...]]) -> int:
+    """Return the number of these changes of inputs, a new one if nobody had them before."""
+    known = next((place for place, other in enumerate(changes) if other is turns), None)
+    if known is None:
+        changes.append(turns)
+        return len(changes) - 1
+    return known
 
 
 # --- several matrices -----------------------------------------------------------------------------------------------
@@ -87,29 +102,39 @@ def stacked(weights: Sequence[GpuWeight]) -> GpuWeight | None:
 
     The product has the columns of the first, then those of the second, and so on: split it by `heights`.
     """
+    first = weights[0]
     branches = [_stacked_branch(level) for level in zip(*(weight.branches for weight in weights))]
-    terms = [weight.low_rank for weight in weights]
-    known = [term for term in terms if term is not None]
-    alike = all(len(weight.branches) == len(branches) and weight.width == weights[0].width for weight in weights)
-    if not alike or None in branches or len(known) not in (0, len(terms)):
+    terms = [weight.low_rank for weight in weights if weight.low_rank is not None]
+    alike = all(len(weight.branches) == len(branches) and _same_changes(weight, first) for weight in weights)
+    if not alike or None in branches or len(terms) not in (0, len(weights)):
         return None
-    if any(not _same_turns(term.turns, known[0].turns) for term in known):
+    if any(term.inputs != terms[0].inputs for term in terms):
         return None
     heights = tuple(height for weight in weights for height in weight.heights)
     found = tuple(branch for branch in branches if branch is not None)
-    return GpuWeight(found, _stacked_low_rank(known) if known else None, heights, weights[0].width)
+    return GpuWeight(first.changes, found, _stacked_low_rank(terms) if terms else None, heights, first.width)
+
+
+def _same_changes(one: GpuWeight, other: GpuWeight) -> bool:
+    """True if weights are given the same inputs."""
+    turns = [[turn for chain in weight.changes for turn in chain] for weight in (one, other)]
+    return (
+        one.width == other.width
+        and list(map(len, one.changes)) == list(map(len, other.changes))
+        and all(a.block == b.block and torch.equal(a.factors, b.factors) for a, b in zip(*turns))
+    )
 
 
 def _stacked_branch(level: tuple[Branch, ...]) -> Branch | None:
     """Return branches below each other."""
-    first = level[0]
-    if not all(_same_turns(branch.turns, first.turns) for branch in level):
+    inputs = level[0].inputs
+    if any(branch.inputs != inputs for branch in level):
         return None
     grids = [branch.rows for branch in level if isinstance(branch.rows, GridRows)]
     streams = [branch.rows for branch in level if isinstance(branch.rows, StreamRows)]
     if len(streams) == len(level):
         joined = _stacked_streams(streams)
-        return None if joined is None else Branch(first.turns, joined)
+        return None if joined is None else Branch(inputs, joined)
     salient = [branch.salient for branch in level if branch.salient is not None]
     if len(grids) < len(level) or len(salient) not in (0, len(level)):
         return None
@@ -117,7 +142,7 @@ def _stacked_branch(level: tuple[Branch, ...]) -> Branch | None:
     entries = _stacked_salient(salient) if salient else None
     if rows is None or (salient and entries is None):
         return None
-    return Branch(first.turns, rows, entries)
+    return Branch(inputs, rows, entries)
 
 
 def _stacked_grids(parts: Sequence[GridRows]) -> GridRows | None:
@@ -176,13 +201,7 @@ def _stacked_low_rank(parts: Sequence[LowRankRows]) -> LowRankRows:
     left = [torch.nn.functional.pad(part.left, (0, rank - part.left.shape[1])) for part in parts]
     right = [torch.nn.functional.pad(part.right, (0, 0, 0, rank - len(part.right))) for part in parts]
     starts = [part.starts + rank * place for place, part in enumerate(parts)]
-    return LowRankRows(torch.cat(left), torch.cat(right), torch.cat(starts), parts[0].turns)
-
-
-def _same_turns(one: tuple[Turn, ...], other: tuple[Turn, ...]) -> bool:
-    return len(one) == len(other) and all(
-        a.block == b.block and torch.equal(a.factors, b.factors) for a, b in zip(one, other)
-    )
+    return LowRankRows(torch.cat(left), torch.cat(right), torch.cat(starts), parts[0].inputs)
 
 
 # --- products -------------------------------------------------------------------------------------------------------
@@ -199,24 +218,18 @@ def product(w: GpuWeight, x: Tensor) -> Tensor:
         `x @ matrix.T`, `[..., out]`, in the dtype of `x`; summed in float32.
     """
     flat = x.reshape(-1, w.width).contiguous()
-    turned_inputs: list[tuple[tuple[Turn, ...], Tensor]] = []
-
-    def inputs(turns: tuple[Turn, ...]) -> Tensor:
-        """Return the changed inputs, each change computed once."""
-        for known, found in turned_inputs:
-            if known is turns:
-                return found
-        found = flat
-        for change in turns:
-            found = call_turn(found, change)
-        turned_inputs.append((turns, found))
-        return found
-
-    term = w.low_rank
-    low = None if term is None else torch.nn.functional.linear(inputs(term.turns), term.right.to(x.dtype))
+    inputs = []
+    for chain in w.changes:
+        given = flat
+        for change in chain:
+            given = call_turn(given, change)
+        inputs.append(given)
+    term, low = w.low_rank, None
+    if term is not None:
+        low = torch.nn.functional.linear(inputs[term.inputs], term.right.to(x.dtype))
     y = None
     for place, branch in enumerate(w.branches):
         last = place == len(w.branches) - 1
         own = (term, low) if place == 0 else (None, None)
-        y = call_branch(inputs(branch.turns), branch, *own, y, x.dtype if last else torch.float32)
+        y = call_branch(inputs[branch.inputs], branch, *own, y, x.dtype if last else torch.float32)
     return flat if y is None else y.reshape(*x.shape[:-1], -1)

@@ -81,8 +81,7 @@ def unit_numbers(
         found = joined
     if VALUES == 1:
         return tl.reshape(found[0], (COLUMNS, 32))
-    else:
-        return tl.reshape(tl.permute(found[0], (0, 2, 3, 4, 5, 6, 1)), (COLUMNS, 64))
+    return tl.reshape(tl.permute(found[0], (0, 2, 3, 4, 5, 6, 1)), (COLUMNS, 64))
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -150,8 +150,11 @@ def _decoded(w: TrellisCoded, table: Tensor) -> Tensor:
 # --- cases ----------------------------------------------------------------------------------------------------------
 
 
-def cases() -> Iterator[Case]:
-    """Yield every form, with sizes that fill no tile and groups that are cut short."""
+def cases(on_a_gpu: bool = False) -> Iterator[Case]:
+    """Yield every form, with sizes that fill no tile and groups that are cut short.
+
+    The interpreter multiplies matrices of bfloat16 wrongly, so these are for GPUs.
+    """
     for levels in (2, 3, 4, 8, 16, 32, 64, 100, 256):
         for symmetric in (True, False):
             name = f"{levels} levels{'' if symmetric else ' asymmetric'}"
@@ -159,7 +162,9 @@ def cases() -> Iterator[Case]:
     for tokens in (2, 16, 17):
         yield Case(f"3 bits, {tokens} tokens", (grid((37, 150), 8, 64, 1, False),), tokens)
     yield Case("4 bits, half", (grid((19, 256), 16, 128, 1, False),), 3, torch.float16)
-    yield Case("8 bits, bfloat16", (grid((19, 256), 256, 128, 1, True),), 3, torch.bfloat16)
+    if on_a_gpu:
+        yield Case("8 bits, bfloat16", (grid((19, 256), 256, 128, 1, True),), 3, torch.bfloat16)
+        yield Case("trellis, bfloat16", (streams(Trellis(2, 1, 12), 70, 260, 768),), 16, torch.bfloat16)
     yield Case("8 bits, one token, bfloat16", (grid((19, 256), 256, 128, 1, True),), 1, torch.bfloat16)
     yield Case("one scale a row", (grid((33, 100), 16, 100, 1, True),))
     yield Case("one scale a row, tokens", (grid((33, 100), 16, 100, 1, False),), 5)
@@ -249,7 +254,7 @@ LINEAR = (
 
 def answers(device: str) -> dict[str, tuple[float, float]]:
     """Return, by name, how far each product is off, and how far it may be."""
-    found = {case.name: (on(device, case), case.limit()) for case in cases()}
+    found = {case.name: (on(device, case), case.limit()) for case in cases(device == "cuda")}
     for code in LINEAR:
         for tokens in (1, 3):
             found[f"{code}, {tokens} tokens"] = (linear_on(device, code, tokens), FLOAT32)

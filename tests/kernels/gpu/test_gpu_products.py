@@ -1,0 +1,323 @@
+"""Products on GPUs against the decoded weight in float64: by Triton's interpreter, and on a GPU where there is one.
+
+Kernels are compiled for GPUs that are not there, too; and packed codes are read again by a slow reader.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from llmcompress.kernels.gpu.layouts import PLANES, GridRows, StreamRows
+from llmcompress.kernels.gpu.packing import Lookup, grid_rows, lookup, salient_rows, stream_rows
+from llmcompress.kernels.gpu.prepare import prepare, product, runs_on, stacked
+from llmcompress.weight.nodes import (
+    Bitmap,
+    Dense,
+    LowRank,
+    Rotated,
+    Sum,
+    Transposed,
+    Weight,
+    Where,
+    Zero,
+)
+from llmcompress.weight.trellis import Trellis, matrix
+from tests.builders import codebook, grid, seeded, streams
+from tests.kernels.gpu.interpreted import Case, cases, on
+from tests.rules.source_tree import ROOT
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which is for Linux")
+on_a_gpu = pytest.mark.skipif(not runs_on(torch.device("cuda")), reason="needs a GPU that the kernels run on")
+CHIPS = (80, 90, 120)
+TWO = Sum((grid((8, 32), 16, 16, 1, True), LowRank(Dense(torch.ones(8, 2)), Dense(torch.ones(2, 32)))))
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+}
+
+
+# --- packing --------------------------------------------------------------------------------------------------------
+
+
+def codes_of(rows: GridRows) -> list[list[int]]:
+    """Read every code of packed rows, one after the other."""
+    found = []
+    for row in range(rows.size[0]):
+        codes = []
+        for column in range(rows.size[1]):
+            group, inside = divmod(column, rows.group)
+            field, word = divmod(inside, rows.span)
+            code = low = 0
+            for plane, width in zip(rows.planes, PLANES[rows.bits], strict=True):
+                share = PLANES[rows.bits][0] // width
+                place = group * rows.span + word
+                first = (place % share * (32 // PLANES[rows.bits][0]) + field) * width
+                code |= (int(plane[row, place // share]) >> first & ((1 << width) - 1)) << low
+                low += width
+            codes.append(code)
+        found.append(codes)
+    return found
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("width, group", [(70, 32), (33, 33), (5, 2), (64, 64)])
+def test_every_code_is_where_the_kernel_looks_for_it(levels: int, width: int, group: int) -> None:
+    given = grid((2, width), levels, group, levels, True)
+    assert codes_of(grid_rows(given)) == given.codes.tolist()
+
+
+def states_of(rows: StreamRows) -> list[list[int]]:
+    """Read the state of every step from the words of its unit, as one long number."""
+    found: list[list[int]] = []
+    for place, _, there in rows.units.tolist():
+        unit = rows.words[place - 1 : place + rows.bits].long() & 0xFFFFFFFF
+        whole = [sum(int(word) << (32 * (rows.bits - i)) for i, word in enumerate(column)) for column in unit.T]
+        for step in range(there // rows.values):
+            after = 32 * rows.bits - (step + 1) * rows.bits
+            found.append([number >> after & ((1 << rows.memory) - 1) for number in whole])
+    return found
+
+
+@pytest.mark.parametrize("trellis", [Trellis(1, 1, 8), Trellis(3, 2, 9), Trellis(2, 1, 16), Trellis(7, 2, 14)], ids=str)
+@pytest.mark.parametrize("steps, run", [(70, 40), (1, 1), (5, 2)])
+def test_every_state_is_where_the_kernel_looks_for_it(trellis: Trellis, steps: int, run: int) -> None:
+    given = streams(trellis, steps, 6, run * trellis.values)
+    rows = stream_rows(given, lookup(trellis))
+    numbers = rows.numbers.float()[torch.tensor(states_of(rows))]  # [steps, columns, values]
+    found = numbers.transpose(1, 2).reshape(-1, 6)
+    assert torch.equal(found, matrix(given.codes, len(given.scale), trellis, given.run))
+
+
+def test_a_layout_takes_hardly_more_than_the_codes() -> None:
+    w = grid((64, 1024), 16, 64, 1, True)
+    assert grid_rows(w).bytes() == 64 * 1024 // 2 + 64 * 16 * 2
+    coded = streams(Trellis(2, 1, 12), 768, 1024, 768)
+    numbers = 4096 * 2
+    assert stream_rows(coded, lookup(coded.trellis)).bytes() - numbers < 1.04 * 768 * 1024 / 4
+
+
+# --- forms ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "w",
+    [
+        Dense(torch.ones(4, 8)),
+        Zero((4, 8)),
+        codebook((4, 8), 16, 4, 0),
+        Transposed(grid((8, 4), 16, 4, 1, True)),
+        Sum((grid((4, 8), 16, 4, 1, True), codebook((4, 8), 16, 4, 0))),
+        LowRank(Dense(torch.ones(4, 2)), Dense(torch.ones(2, 8))),
+        Sum((grid((8, 32), 16, 16, 1, True), *TWO.parts[1:], *TWO.parts[1:])),
+        Where(Bitmap(torch.ones(4, 8, dtype=torch.bool)), Dense(torch.ones(4, 8)), Zero((4, 8))),
+    ],
+    ids=lambda w: type(w).__name__,
+)
+def test_a_form_without_a_kernel_is_told(w: Weight) -> None:
+    assert prepare(w) is None
+
+
+def test_only_what_is_alike_goes_below_each_other() -> None:
+    one = prepare(grid((4, 32), 16, 16, 1, True))
+    assert one is not None
+    others: list[Weight] = [
+        grid((4, 32), 8, 16, 1, True),
+        grid((4, 32), 16, 8, 1, True),
+        grid((4, 32), 16, 16, 1, False),
+        streams(Trellis(2, 1, 10), 4, 32, 768),
+        Rotated(grid((4, 32), 16, 16, 1, True), torch.ones(32, dtype=torch.bool), 32),
+        Sum((grid((4, 32), 16, 16, 1, True), LowRank(Dense(torch.ones(4, 2)), Dense(torch.ones(2, 32))))),
+    ]
+    for other in others:
+        prepared = prepare(other)
+        assert prepared is not None and stacked([one, prepared]) is None
+    both = stacked([one, one])
+    assert both is not None and both.heights == (4, 4)
+
+
+def test_no_gpu_is_no_place_to_run_on() -> None:
+    assert not runs_on(torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_a_product_can_be_traced_without_a_device() -> None:
+    """Tensors without storage stand for those of a GPU, as `torch.compile` has them."""
+    given = prepare(Rotated(TWO, torch.ones(32, dtype=torch.bool), 8), torch.bfloat16)
+    with FakeTensorMode() as mode:
+        assert given is not None
+        weight = _as_if_on_a_gpu(given, mode)
+        x = torch.empty(2, 3, 32, dtype=torch.bfloat16, device="cuda")
+        traced = make_fx(lambda x: product(weight, x))(x)
+        found = product(weight, x)
+    assert found.shape == (2, 3, 8) and found.dtype == torch.bfloat16 and found.device.type == "cuda"
+    called = [str(node.target) for node in traced.graph.nodes if "llmcompress" in str(node.target)]
+    assert called == ["llmcompress.gpu_turn.default", "llmcompress.gpu_grid.default"]
+
+
+def _as_if_on_a_gpu(value: Any, mode: FakeTensorMode) -> Any:
+    """Return a layout whose tensors have no storage."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, device="cuda")
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: _as_if_on_a_gpu(getattr(value, each.name), mode) for each in fields(value)})
+    return tuple(_as_if_on_a_gpu(each, mode) for each in value) if isinstance(value, tuple) else value
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.slow
+def test_interpreted_kernels_agree_with_the_decoded_weight(tmp_path: Path) -> None:
+    found = tmp_path / "answers.json"
+    command = [sys.executable, "-m", "tests.kernels.gpu.interpreted", str(found)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(found.read_text())
+    wrong = {name: error for name, (error, limit) in errors.items() if not error <= limit}
+    assert len(errors) > 90 and not wrong
+
+
+@on_a_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases(on_a_gpu=True), ids=lambda case: case.name)
+def test_on_a_gpu_kernels_agree_with_the_decoded_weight(case: Case) -> None:
+    assert on("cuda", case) <= case.limit()
+
+
+# --- compiled for GPUs that are not there ---------------------------------------------------------------------------
+
+
+def compiled(kernel: Any, given: dict[str, Any], constants: dict[str, Any], chip: int) -> Any:
+    """Compile a kernel for a chip, for tensors whose addresses are multiples of 16 bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {"num_warps": constants["num_warps"]}
+    sizes = {name: value for name, value in constants.items() if name != "num_warps"}
+    types = {name: _type(value) for name, value in given.items()} | dict.fromkeys(sizes, "constexpr")
+    aligned = [["tt.divisibility", 16]]
+    attributes = {}
+    for place, value in enumerate(given.values()):
+        inner = value if isinstance(value, tuple) else ()
+        for path in [(place, i) for i in range(len(inner))] or ([(place,)] if isinstance(value, torch.Tensor) else []):
+            attributes[path] = aligned
+    source = ASTSource(kernel, types, sizes, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+
+
+def _type(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_type(each) for each in value)
+    return TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("form", ["4 bits", "3 bits with zero points", "signs and salient weights", "with low rank"])
+def test_grids_compile_for_a_chip(
+    form: str, tokens: int, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcompress.kernels.gpu.grid_triton import grid_product
+    from llmcompress.kernels.gpu.launches import grid_constants
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    levels = {"4 bits": 16, "3 bits with zero points": 8, "signs and salient weights": 2}.get(form, 16)
+    packed, salient = grid_rows(grid((8, 2048), levels, 128, 1, "zero" not in form)), None
+    if levels == 2:
+        inside = Bitmap(torch.rand(8, 2048, generator=seeded(0)) < 0.1)
+        w = Where(inside, grid((8, 2048), 256, 2048, 1, True), grid((8, 2048), 2, 128, 2, True))
+        packed, salient = salient_rows(w, torch.bfloat16) or (packed, None)
+        assert salient is not None
+    number, place = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int32)
+    entries = (place,) * 4 if salient is None else (salient.starts, salient.columns, salient.numbers, salient.scale)
+    given = {
+        "x": number,
+        "planes": packed.planes,
+        "scale": packed.scale,
+        "zero": packed.scale if packed.zero is None else packed.zero,
+        "salient": entries,
+        "low_rank": (number, number, place),
+        "onto": torch.empty(0),
+        "y": number,
+    } | dict.fromkeys(("tokens", "out", "inside_groups", "ranks"), 0)
+    constants = grid_constants(packed, salient, 24 if form == "with low rank" else 0, tokens > 1, tokens)
+    done = compiled(grid_product, given, constants, chip)
+    check_machine_code(done, chip)
+    if form == "4 bits" and tokens == 1:
+        assert re.search(r"LDG\.E\.(EF\.)?128|LDG\.E\.128", done.asm["sass"]), "words are not read 16 bytes at a time"
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("bits, values, linear", [(2, 1, False), (2, 1, True), (3, 2, True), (3, 1, False)])
+def test_trellises_compile_for_a_chip(
+    bits: int, values: int, linear: bool, tokens: int, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcompress.kernels.gpu.launches import stream_constants
+    from llmcompress.kernels.gpu.trellis_triton import stream_product
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    trellis = Trellis(bits, values, 12)
+    small = Lookup(torch.zeros(128, values, dtype=torch.int8), ((7, 10), (3, 5))[:values])
+    packed = stream_rows(streams(trellis, 32, 2048, 768), small if linear else lookup(trellis))
+    number, place = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int32)
+    given = {
+        "x": number,
+        "words": packed.words,
+        "units": packed.units,
+        "scale": packed.scale,
+        "numbers": packed.numbers,
+        "low_rank": (number, number, place),
+        "onto": torch.empty(0),
+        "y": number,
+    } | dict.fromkeys(("tokens", "out", "ranks"), 0)
+    constants = stream_constants(packed, 24 if linear else 0, tokens > 1, tokens)
+    check_machine_code(compiled(stream_product, given, constants, chip), chip)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("block", [1, 2, 64, 4096])
+def test_changes_of_inputs_compile_for_a_chip(
+    block: int, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcompress.kernels.gpu.turn_triton import multiply, turn
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    number = torch.empty(0, dtype=torch.bfloat16)
+    given = {"x": number, "factors": torch.empty(0), "y": number, "width": 0}
+    constants = {"COLUMNS": 1024} if block == 1 else {"BLOCK": block}
+    check_machine_code(compiled(multiply if block == 1 else turn, given, constants | {"num_warps": 4}, chip), chip)
+
+
+def check_machine_code(done: Any, chip: int) -> None:
+    """Raise AssertionError unless a kernel became machine code of the chip that keeps its numbers in registers."""
+    assert f".target sm_{chip}" in done.asm["ptx"] and done.asm["cubin"].startswith(b"\x7fELF")
+    assert done.metadata.shared <= 99 * 1024, "more shared memory than the smallest of these chips has"
+    assert done.asm["sass"].count("STL") <= 8, "registers are spilled"
