@@ -86,7 +86,8 @@ def step(kind: str) -> dict[str, Any]:
 def scale_channels(model: nn.Module) -> None:
     """Scale the inputs of linears by random factors, and what is before them by the inverse, in place."""
     random = torch.Generator().manual_seed(0)
-    for block in model.get_submodule("model.layers"):
+    blocks: Any = model.get_submodule("model.layers")
+    for block in blocks:
         for names, before in INPUTS.items():
             source = block.get_submodule(before).weight.data
             factors = (0.4 * torch.rand(len(source), generator=random) + 0.8).reshape(-1, *[1] * (source.dim() - 1))

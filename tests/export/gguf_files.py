@@ -1,4 +1,4 @@
-"""What tests of GGUF files share: small checkpoints and tokenizers, the metadata of a file, and llama.cpp.
+"""Parts of the tests of GGUF files: small checkpoints and tokenizers, the metadata of a file, and llama.cpp.
 
 The engine is the package xllamacpp (extra `dev`), in a process of its own.
 """

@@ -174,6 +174,9 @@ def sentence_piece(form: str = "legacy", order: Callable[[Pairs], Pairs] = list)
     if form == "legacy":
         parts = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
         tokenizer.normalizer = normalizers.Sequence(parts)
+    elif form == "gemma":
+        tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=form, split=False)
     tokenizer.add_special_tokens(["<unk>"])
@@ -485,7 +488,7 @@ def test_the_file_counts_where_transformers_cuts_otherwise(checkpoint: Path, tmp
 
 
 @engine
-@pytest.mark.parametrize("form", ["legacy", "always", "never", "first"])
+@pytest.mark.parametrize("form", ["legacy", "always", "never", "first", "gemma"])
 def test_llama_cpp_cuts_text_as_sentence_piece_does(form: str, checkpoint: Path, tmp_path: Path) -> None:
     folder = with_tokenizer(checkpoint, tmp_path / "other", sentence_piece(form))
     done = export(folder, tmp_path / "out", "gguf")

@@ -113,7 +113,7 @@ def test_other_low_rank_terms_are_no_offsets() -> None:
 
 
 def made(kind: str, width: int = 512, weight: Tensor | None = None) -> Weight:
-    """What the method makes of a matrix."""
+    """Result of the method on a matrix."""
     weight = gaussian(24, width) if weight is None else weight
     return compressed(weight, correlated(1024, width, seed=1), {"method": "gguf", "type": kind}).expression()
 

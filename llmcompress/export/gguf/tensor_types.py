@@ -168,8 +168,8 @@ class Grouped:
             return Blocks(k, d, n)
         if self.offset_steps is None:
             return None
-        j, e = self.offset_steps
-        j, e = self._blockwise(j, k.shape[1], scale.shape[2]), self._blockwise(e, k.shape[1], 1)
+        j = self._blockwise(self.offset_steps[0], k.shape[1], scale.shape[2])
+        e = self._blockwise(self.offset_steps[1], k.shape[1], 1)
         if j is None or e is None or int(j.min()) not in kind.offsets or int(j.max()) not in kind.offsets:
             return None
         return Blocks(k, d, n, e, j)
@@ -194,7 +194,7 @@ class Grouped:
 
 
 def _among(k: Tensor, allowed: range | tuple[int, ...]) -> Tensor:
-    """Where an integer is one of those allowed; of ranges, between their ends."""
+    """True where an integer is one of those allowed; of ranges, between their ends."""
     if isinstance(allowed, range):
         return (k >= min(allowed)) & (k <= max(allowed))
     return torch.isin(k, torch.tensor(allowed, dtype=k.dtype))

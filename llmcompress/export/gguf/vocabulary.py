@@ -39,12 +39,19 @@ SPACE_NOTES = {  # what llama.cpp does otherwise: where a pre-tokenizer puts the
 Steps = tuple[str, ...]  # a pre-tokenizer: "digits", "words" (GPT-2's expression), or an expression
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_MARKS = r"\p{Lm}\p{Lo}\p{M}]"
+_LOWER = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{_MARKS}*[\p{{Ll}}{_MARKS}+"  # words that end in small letters
+_UPPER = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{_MARKS}+[\p{{Ll}}{_MARKS}*"
+_LATER_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {  # with: whole words that are tokens are not merged
     (("words",), False): "gpt-2",
     (("digits", "words"), False): "smollm",
     ((_ENDINGS + r"\p{N}{1,3}" + _SPACES,), True): "llama-bpe",
     ((_ENDINGS + r"\p{N}{1,3}" + _SPACES,), False): "smaug-bpe",
     ((_ENDINGS + r"\p{N}" + _SPACES,), False): "qwen2",
+    ((f"{_LOWER}{_SUFFIX}|{_UPPER}{_SUFFIX}|" + r"\p{N}{1,3}" + _LATER_SPACES,), False): "gpt-4o",
+    ((f"{_LOWER}|{_UPPER}|" + r"\p{N}" + _LATER_SPACES,), True): "tekken",
 }
 
 
@@ -227,6 +234,9 @@ def _space_prefix(path: Path, entries: dict[str, Any]) -> tuple[bool, tuple[str,
             if first == {"type": "Prepend", "prepend": SPACE} and second == replaces:
                 late = any(token["normalized"] for token in entries.get("added_tokens") or ())
                 return True, SPACE_NOTES["late"] if late else ()
+        case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, before:
+            if before is None or (before["type"] == "Split" and before["pattern"] == {"String": " "}):  # finds none
+                return False, ()
         case None, {"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}:
             return scheme != "never", SPACE_NOTES[scheme]
     raise InputError(f"{path} prepares text in a way that llama.cpp's SentencePiece does not; export to another format")

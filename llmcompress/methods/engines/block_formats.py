@@ -68,7 +68,7 @@ def _nearest_of_halves(integers: tuple[int, ...]) -> Tensor:
 
 @dataclass
 class Fitted:
-    """What is stored of a matrix besides its codes, a column for each group or superblock."""
+    """Scales and offsets of a matrix, a column for each group or superblock."""
 
     scales: list[Tensor] = field(default_factory=list)  # float32 [O, 1], negative where the signs of k are turned
     offsets: list[Tensor] = field(default_factory=list)  # float32 [O, 1], not positive: taken away
