@@ -41,7 +41,6 @@ from llmcompress.weight.nodes import (
 from llmcompress.weight.packing import pack, unpack
 from llmcompress.weight.trellis import Code, Trellis
 
-
 CODES: dict[Code, str] = {"table": "trellis", "linear": "linear_trellis"}
 SIZES = ("bits", "values", "memory")
 

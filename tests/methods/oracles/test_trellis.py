@@ -56,7 +56,7 @@ def test_a_table_is_a_gaussian_whose_branches_lie_apart(trellis: Trellis) -> Non
     found = table(trellis)
     assert torch.equal(found, found.bfloat16().float())
     assert found.mean(0).abs().max() < 0.02
-    spread = 1.0 if trellis.code == "table" else 0.83 + 0.09 * trellis.rate
+    spread = 1.0 if trellis.code == "table" else 0.82 + 0.1 * trellis.rate
     torch.testing.assert_close(found.square().mean(0), torch.full((trellis.values,), spread**2), rtol=0, atol=0.06)
     if trellis.values == 2 or trellis.code == "linear":  # whose numbers are too coarse to tell the parts by
         return
@@ -74,7 +74,7 @@ def test_a_linear_code_is_a_few_numbers_and_a_sum_of_bits(bits: int, values: int
         return
     code, found = linear_code(bits, values, memory), table(Trellis(bits, values, memory, "linear"))
     for value in range(values):
-        assert len(code.numbers[value]) == min(256, 32 << bits // values)
+        assert len(code.numbers[value]) == 1 << min(8, max(6, 4 - (-bits // values)))
         assert found[:, value].unique().numel() <= len(code.numbers[value])
         at = index(torch.arange(1 << memory), code.masks[value])
         assert torch.equal(
@@ -94,9 +94,10 @@ def test_linear_codes_never_change() -> None:
     for bits, values in SEEDS:
         for memory in range(2 * bits if bits > 4 else 8, 17):
             digest.update((table(Trellis(bits, values, memory, "linear")) * 32).to(torch.int8).numpy().tobytes())
-    assert digest.hexdigest()[:16] == "ad974d93dbdccce0"
+    assert digest.hexdigest()[:16] == "0b9ec3fb61146f19"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits, values", [(1, 1), (3, 2), (2, 1), (5, 2), (3, 1), (4, 1)])
 def test_a_linear_code_comes_closer_to_a_gaussian_than_a_table(bits: int, values: int) -> None:
     wanted = torch.randn(6000 // values, values, generator=seeded(7)).numpy()

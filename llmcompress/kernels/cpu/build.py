@@ -1,0 +1,162 @@
+"""Machine code of kernels: made by LLVM at first use, and kept on disk for the next process."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import llvmlite
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from llmcompress.kernels.cpu.product import write_parallel
+from llmcompress.kernels.cpu.tiers import Target, Tier, host_tier
+
+DIGEST = 32  # bytes of SHA-256 before the object in a cached file
+
+
+class Kernel(Protocol):
+    """A description of a kernel, whose repr tells it from all others."""
+
+    def write(self, module: ir.Module, target: Target) -> None:
+        """Write a function `kernel(arguments, first block, last block)`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A kernel in memory: what one thread calls, and what a team of threads calls."""
+
+    serial: Any  # (arguments, first, last)
+    parallel: int  # address
+    engine: Any  # owns the code
+
+
+@lru_cache(maxsize=256)
+def loaded(kernel: Kernel, tier: Tier | None = None) -> Loaded:
+    """Return a kernel for this machine, or for a lower tier of it."""
+    tier = host_tier() if tier is None else tier
+    path = cache_folder() / f"{_key(kernel, tier)}.o"
+    code = read_cached(path)
+    if code is None:
+        code = compiled(kernel, tier)
+        write_cached(path, code)
+    engine = _engine(tier)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    return Loaded(serial(engine.get_function_address("kernel")), engine.get_function_address("parallel"), engine)
+
+
+def intermediate(kernel: Kernel, tier: Tier) -> str:
+    """Return LLVM's intermediate code of a kernel."""
+    module = ir.Module("kernel")
+    module.triple = triple(tier)
+    kernel.write(module, Target(tier))
+    write_parallel(module)
+    return str(module)
+
+
+def compiled(kernel: Kernel, tier: Tier) -> bytes:
+    """Return the object code of a kernel."""
+    machine = target_machine(tier)
+    module = llvm.parse_assembly(intermediate(kernel, tier))
+    module.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    llvm.create_pass_builder(machine, options).getModulePassManager().run(
+        module, llvm.create_pass_builder(machine, options)
+    )
+    code: bytes = machine.emit_object(module)
+    return code
+
+
+def triple(tier: Tier) -> str:
+    """Return the LLVM triple that a tier is compiled for: this machine's own where it is of that kind."""
+    here: str = llvm.get_default_triple()
+    return here if here.startswith(tier.triple) else f"{tier.triple}-unknown-linux-gnu"
+
+
+def target_machine(tier: Tier) -> Any:
+    """Return LLVM's description of the processors of a tier."""
+    _initialize()
+    name, features = tier.cpu, ",".join(f"+{need}" for need in tier.needs)
+    if tier == host_tier() and tier.needs:
+        name, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    wide = tier.name.startswith("avx512")
+    features += ",-prefer-256-bit" if wide else ""
+    target = llvm.Target.from_triple(triple(tier))
+    return target.create_target_machine(cpu=name, features=features, opt=3, reloc="pic", codemodel="small")
+
+
+def _engine(tier: Tier) -> Any:
+    empty = llvm.parse_assembly("")
+    empty.triple = triple(tier)
+    return llvm.create_mcjit_compiler(empty, target_machine(tier))
+
+
+@lru_cache(maxsize=1)
+def _initialize() -> None:
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+
+
+# --- on disk --------------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Return the folder of compiled kernels, `LLMCOMPRESS_KERNELS` or one below the user's cache."""
+    given = os.environ.get("LLMCOMPRESS_KERNELS")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(given or Path(base) / "llmcompress" / "kernels").expanduser()
+
+
+def read_cached(path: Path) -> bytes | None:
+    """Return the object code in a file; None if it is missing, damaged, or another user's."""
+    try:
+        if path.stat().st_uid != os.getuid():
+            return None
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = data[:DIGEST], data[DIGEST:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def write_cached(path: Path, code: bytes) -> None:
+    """Keep object code; warn, once in a process, where that is impossible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(file.name, path)
+    except OSError as error:
+        _warn_once(str(path.parent), error.strerror or str(error))
+
+
+@lru_cache(maxsize=8)
+def _warn_once(folder: str, reason: str) -> None:
+    warnings.warn(
+        f"{folder}: compiled kernels cannot be kept there ({reason}), so every process compiles them again; "
+        f"set LLMCOMPRESS_KERNELS to a folder that can be written",
+        stacklevel=2,
+    )
+
+
+def _key(kernel: Kernel, tier: Tier) -> str:
+    """Return the name of a cached kernel: a digest of all that decides its code."""
+    features = llvm.get_host_cpu_features().flatten() if tier == host_tier() else ""
+    parts = (repr(kernel), repr(tier), _sources(), llvmlite.__version__, llvm.get_host_cpu_name(), features)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _sources() -> str:
+    """Return a digest of the files that write kernels."""
+    texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"\n".join(texts)).hexdigest()

@@ -1,0 +1,222 @@
+"""A small language of vectors: Python that writes LLVM's intermediate code.
+
+`Value` is a number or a vector of numbers with Python's operators; `Function` writes a function, with loops as context
+managers and variables that LLVM turns into registers. Vectors are as long as the algorithm likes, and LLVM cuts them to
+the registers of the processor. What needs an instruction of a certain processor is in `tiers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F16, F32 = ir.HalfType(), ir.FloatType()
+Type = Any  # llvmlite has no types of its own
+Number = int | float
+
+
+def vector(element: Type, length: int) -> Type:
+    """The type of so many numbers."""
+    return ir.VectorType(element, length)
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A number, a vector or an address. Integers wrap around and are unsigned where that matters: in `>>`."""
+
+    function: Function
+    raw: Any
+
+    @property
+    def type(self) -> Type:
+        """LLVM's type."""
+        return self.raw.type
+
+    @property
+    def element(self) -> Type:
+        """The type of one number."""
+        return self.type.element if isinstance(self.type, ir.VectorType) else self.type
+
+    @property
+    def length(self) -> int:
+        """How many numbers a vector has."""
+        return int(self.type.count)
+
+    def __add__(self, other: Value | Number) -> Value:
+        return self._two("add", "fadd", other)
+
+    def __sub__(self, other: Value | Number) -> Value:
+        return self._two("sub", "fsub", other)
+
+    def __mul__(self, other: Value | Number) -> Value:
+        return self._two("mul", "fmul", other)
+
+    def __and__(self, other: Value | Number) -> Value:
+        return self._two("and_", None, other)
+
+    def __or__(self, other: Value | Number) -> Value:
+        return self._two("or_", None, other)
+
+    def __xor__(self, other: Value | Number) -> Value:
+        return self._two("xor", None, other)
+
+    def __lshift__(self, other: Value | Number) -> Value:
+        return self._two("shl", None, other)
+
+    def __rshift__(self, other: Value | Number) -> Value:
+        return self._two("lshr", None, other)
+
+    def __floordiv__(self, other: Value | Number) -> Value:
+        return self._two("sdiv", None, other)
+
+    def fma(self, factor: Value, addend: Value) -> Value:
+        """`self * factor + addend`, rounded once where the processor can."""
+        return self.function.call("llvm.fma", addend.type, self, factor, addend, overloads=(addend.type,))
+
+    def as_type(self, wanted: Type) -> Value:
+        """The same bits as another type, or an address as one of that type."""
+        return Value(self.function, self.function.builder.bitcast(self.raw, wanted))
+
+    def to_float(self, signed: bool = True) -> Value:
+        """Integers, or short floats, as float32."""
+        wanted = self._like(F32)
+        builder = self.function.builder
+        if self.element == F16:
+            return Value(self.function, builder.fpext(self.raw, wanted))
+        return Value(self.function, (builder.sitofp if signed else builder.uitofp)(self.raw, wanted))
+
+    def wider(self, element: Type, signed: bool = True) -> Value:
+        """Integers in a wider type."""
+        builder = self.function.builder
+        return Value(self.function, (builder.sext if signed else builder.zext)(self.raw, self._like(element)))
+
+    def narrower(self, element: Type) -> Value:
+        """The low bits of integers."""
+        return Value(self.function, self.function.builder.trunc(self.raw, self._like(element)))
+
+    def shuffled(self, order: Sequence[int], other: Value | None = None) -> Value:
+        """The numbers at these places of this vector, or of this and `other` behind it."""
+        second = ir.Constant(self.type, ir.Undefined) if other is None else other.raw
+        places = ir.Constant(vector(I32, len(order)), [I32(place) for place in order])
+        return Value(self.function, self.function.builder.shuffle_vector(self.raw, second, places))
+
+    def splat(self, length: int) -> Value:
+        """A vector of this number everywhere."""
+        empty = ir.Constant(vector(self.type, length), ir.Undefined)
+        first = Value(self.function, self.function.builder.insert_element(empty, self.raw, I32(0)))
+        return first.shuffled([0] * length)
+
+    def at(self, place: int) -> Value:
+        """One number of a vector."""
+        return Value(self.function, self.function.builder.extract_element(self.raw, I32(place)))
+
+    def _like(self, element: Type) -> Type:
+        return vector(element, self.length) if isinstance(self.type, ir.VectorType) else element
+
+    def _two(self, integer: str, floating: str | None, other: Value | Number) -> Value:
+        second = other.raw if isinstance(other, Value) else self.function.constant(self.type, other).raw
+        name = floating if floating and self.element in (F32, F16) else integer
+        return Value(self.function, getattr(self.function.builder, name)(self.raw, second))
+
+
+@dataclass(frozen=True, eq=False)
+class Variable:
+    """A value that changes in loops."""
+
+    function: Function
+    place: Any
+
+    def get(self) -> Value:
+        """The value now."""
+        return Value(self.function, self.function.builder.load(self.place))
+
+    def set(self, value: Value) -> None:
+        """Change the value."""
+        self.function.builder.store(value.raw, self.place)
+
+
+class Function:
+    """A function `name(arguments...)` in the module `module`, which returns nothing."""
+
+    def __init__(self, module: ir.Module, name: str, arguments: Sequence[Type]) -> None:
+        self.module = module
+        self.raw = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+        self.entry = self.raw.append_basic_block("entry")
+        self.builder = ir.IRBuilder(self.entry)
+        self.arguments = [Value(self, argument) for argument in self.raw.args]
+
+    def constant(self, kind: Type, number: Number | Sequence[Number]) -> Value:
+        """A number, or one everywhere in a vector, or a vector of these."""
+        if not isinstance(kind, ir.VectorType):
+            return Value(self, ir.Constant(kind, number))
+        numbers = number if isinstance(number, Sequence) else [number] * kind.count
+        return Value(self, ir.Constant(kind, [ir.Constant(kind.element, one) for one in numbers]))
+
+    def load(self, address: Value, kind: Type, offset: Value | int = 0) -> Value:
+        """What lies `offset` bytes behind an address, aligned or not."""
+        loaded = self.builder.load(self._at(address, offset).as_type(kind.as_pointer()).raw, align=1)
+        return Value(self, loaded)
+
+    def store(self, value: Value, address: Value, offset: Value | int = 0) -> None:
+        """Write a value `offset` bytes behind an address."""
+        self.builder.store(value.raw, self._at(address, offset).as_type(value.type.as_pointer()).raw, align=1)
+
+    def address(self, number: Value) -> Value:
+        """An address of bytes from an integer."""
+        return Value(self, self.builder.inttoptr(number.raw, I8.as_pointer()))
+
+    def behind(self, address: Value, offset: Value | int) -> Value:
+        """The address `offset` bytes behind another."""
+        return self._at(address, offset)
+
+    def call(self, name: str, returned: Type, *arguments: Value, overloads: Sequence[Type] = ()) -> Value:
+        """Call an intrinsic of LLVM; `overloads`: the types that its full name ends in."""
+        full = ".".join([name, *map(_suffix, overloads)])
+        kinds = [argument.type for argument in arguments]
+        function = self.module.globals.get(full) or ir.Function(self.module, ir.FunctionType(returned, kinds), full)
+        return Value(self, self.builder.call(function, [argument.raw for argument in arguments]))
+
+    def variable(self, initial: Value) -> Variable:
+        """A variable with this value to begin with."""
+        with self.builder.goto_block(self.entry):
+            place = self.builder.alloca(initial.type)
+        found = Variable(self, place)
+        found.set(initial)
+        return found
+
+    @contextmanager
+    def loop(self, start: Value | int, stop: Value | int, step: int = 1) -> Iterator[Value]:
+        """Repeat the body for an int64 that counts from `start` to below `stop`."""
+        at = self.variable(self._count(start))
+        head, body, rest = (self.raw.append_basic_block(name) for name in ("head", "body", "rest"))
+        self.builder.branch(head)
+        self.builder.position_at_end(head)
+        place = at.get()
+        self.builder.cbranch(self.builder.icmp_signed("<", place.raw, self._count(stop).raw), body, rest)
+        self.builder.position_at_end(body)
+        yield place
+        at.set(at.get() + step)
+        self.builder.branch(head)
+        self.builder.position_at_end(rest)
+
+    def finish(self) -> None:
+        """End the function."""
+        self.builder.ret_void()
+
+    def _count(self, number: Value | int) -> Value:
+        return self.constant(I64, number) if isinstance(number, int) else number
+
+    def _at(self, address: Value, offset: Value | int) -> Value:
+        return Value(self, self.builder.gep(address.raw, [self._count(offset).raw]))
+
+
+def _suffix(kind: Type) -> str:
+    """How LLVM spells a type in the name of an intrinsic."""
+    if isinstance(kind, ir.VectorType):
+        return f"v{kind.count}{_suffix(kind.element)}"
+    return {F16: "f16", F32: "f32"}.get(kind) or f"i{kind.width}"

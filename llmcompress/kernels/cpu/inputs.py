@@ -1,0 +1,134 @@
+"""The kernel that prepares inputs: factors, a Hadamard transform, and rounding to int8 in blocks, for all that share them.
+
+A block of int8 inputs has a scale of its own, its largest magnitude over 127, so 0.4 % of that at most is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+
+from llvmlite import ir
+
+from llmcompress.kernels.cpu.arguments import Argument, address
+from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, Function, Value, vector
+from llmcompress.kernels.cpu.tiers import Target, joined
+
+LANES = 16
+FLOATS = vector(F32, LANES)
+ROUNDING = 12582912.0  # 1.5 * 2^23: what is added to it is rounded to whole numbers, to even
+LARGEST = 127.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Float32 `[tokens, width]` to `X`, `X_SCALE` and `X_SUM` of blocks of `block` columns, the last one padded by 0.
+
+    Each input is multiplied by its factor first if there are `factors`; then a Hadamard transform of `hadamard` (1:
+    none) goes over columns `width / hadamard` apart, as in `weight.hadamard`. Its normalisation belongs to the factors.
+    """
+
+    width: int
+    block: int
+    hadamard: int
+    factors: bool
+    exact: bool
+
+    def write(self, module: ir.Module, target: Target) -> None:
+        """Write the kernel into a module, for a range of tokens."""
+        f = Function(module, "kernel", [I8.as_pointer(), I64, I64])
+        blocks = -(-self.width // self.block)
+        source, scratch = address(f, Argument.CODES), address(f, Argument.Y)
+        with f.loop(f.arguments[1], f.arguments[2]) as token:
+            row, work = f.behind(source, token * (4 * self.width)), f.behind(scratch, token * (4 * blocks * self.block))
+            self._load(f, row, work, blocks * self.block)
+            self._transform(f, work)
+            with f.loop(0, blocks) as block:
+                self._round(f, work, token * blocks + block, block)
+        f.finish()
+
+    def _load(self, f: Function, row: Value, work: Value, padded: int) -> None:
+        """Write inputs times factors, and zeros behind them."""
+        factors = address(f, Argument.SCALES)
+
+        def copy(place: Value, lanes: int) -> None:
+            kind = vector(F32, lanes)
+            x = f.load(row, kind, place * 4)
+            f.store(x * f.load(factors, kind, place * 4) if self.factors else x, work, place * 4)
+
+        _each(f, 0, self.width, copy)
+        _each(f, self.width, padded, lambda place, lanes: f.store(f.constant(vector(F32, lanes), 0.0), work, place * 4))
+
+    def _transform(self, f: Function, work: Value) -> None:
+        """Write the Hadamard transform, in place."""
+        apart = self.width // self.hadamard
+        half, size = 1, self.hadamard
+        if apart == 1 and size >= LANES:  # pairs lie within a vector
+            with f.loop(0, self.width, LANES) as place:
+                x = f.load(work, FLOATS, place * 4)
+                for stage in (1, 2, 4, 8):
+                    signs = f.constant(FLOATS, [-1.0 if lane & stage else 1.0 for lane in range(LANES)])
+                    x = x.fma(signs, x.shuffled([lane ^ stage for lane in range(LANES)]))
+                f.store(x, work, place * 4)
+            half = LANES
+        while half < size:
+            run = half * apart  # numbers between the two of a pair
+            with f.loop(0, self.width, 2 * run) as start:
+
+                def butterfly(place: Value, lanes: int, start: Value = start, run: int = run) -> None:
+                    kind, low = vector(F32, lanes), (start + place) * 4
+                    first, second = f.load(work, kind, low), f.load(work, kind, low + 4 * run)
+                    f.store(first + second, work, low)
+                    f.store(first - second, work, low + 4 * run)
+
+                _each(f, 0, run, butterfly)
+            half *= 2
+
+    def _round(self, f: Function, work: Value, place: Value, block: Value) -> None:
+        """Write a block of inputs, its scale and its sum."""
+        values = [f.load(work, FLOATS, (block * self.block + at) * 4) for at in range(0, self.block, LANES)]
+        start, at = place * self.block, place * 4
+        if self.exact:
+            for number, value in enumerate(values):
+                f.store(value, address(f, Argument.X), (start + LANES * number) * 4)
+            f.store(_folded(reduce(Value.__add__, values), Value.__add__), address(f, Argument.X_SUM), at)
+            return
+        top = _folded(reduce(_larger, map(_magnitude, values)), _larger)
+        some = f.builder.fcmp_ordered(">", top.raw, f.constant(F32, 0.0).raw)
+        inverse = f.builder.fdiv(f.constant(F32, LARGEST).raw, top.raw)
+        inverse = Value(f, f.builder.select(some, inverse, f.constant(F32, 0.0).raw)).splat(LANES)
+        rounded = [value * inverse + ROUNDING - ROUNDING for value in values]
+        whole = [Value(f, f.builder.fptosi(value.raw, vector(I32, LANES))) for value in rounded]
+        f.store(joined(whole).narrower(I8), address(f, Argument.X), start)
+        scale = top * (1 / LARGEST)
+        f.store(scale, address(f, Argument.X_SCALE), at)
+        total = _folded(reduce(Value.__add__, rounded), Value.__add__)
+        f.store(total * scale, address(f, Argument.X_SUM), at)
+
+
+def _each(f: Function, start: int, stop: int, write: Callable[[Value, int], None]) -> None:
+    """Write `write(place, lanes)` for all numbers from `start` to below `stop`: whole vectors, then the rest."""
+    whole = start + (stop - start) // LANES * LANES
+    if whole > start:
+        with f.loop(start, whole, LANES) as place:
+            write(place, LANES)
+    if stop > whole:
+        with f.loop(whole, stop) as place:
+            write(place, 1)
+
+
+def _magnitude(values: Value) -> Value:
+    return values.function.call("llvm.fabs", values.type, values, overloads=(values.type,))
+
+
+def _larger(first: Value, second: Value) -> Value:
+    return first.function.call("llvm.maxnum", first.type, first, second, overloads=(first.type,))
+
+
+def _folded(values: Value, join: Callable[[Value, Value], Value]) -> Value:
+    """Return all numbers of a vector joined, halves with halves."""
+    while values.length > 1:
+        half = values.length // 2
+        values = join(values.shuffled(range(half)), values.shuffled(range(half, 2 * half)))
+    return values.at(0)

@@ -1,0 +1,216 @@
+"""The kernels of a format: its product with one or a few tokens, and its decoding to columns of floats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+from llvmlite import ir
+
+from llmcompress.kernels.cpu.arguments import Argument, address, read
+from llmcompress.kernels.cpu.emit import F16, F32, I8, I16, I32, I64, Function, Value, Variable, vector
+from llmcompress.kernels.cpu.formats import Format
+from llmcompress.kernels.cpu.tiers import Target, joined
+
+LANES = 16  # sums of four products that a tile gives
+FLOATS, INTEGERS = vector(F32, LANES), vector(I32, LANES)
+ADDRESS = I8.as_pointer()
+
+
+@dataclass(frozen=True)
+class Product:
+    """`y += x @ W.T` for so many tokens; `exact`: inputs are float32, otherwise int8 in blocks of `block(format)`."""
+
+    form: Format
+    tokens: int
+    exact: bool
+
+    def write(self, module: ir.Module, target: Target) -> None:
+        """Write the kernel into a module, for a range of row blocks."""
+        f = Function(module, "kernel", [ADDRESS, I64, I64])
+        with f.loop(f.arguments[1], f.arguments[2]) as rows:
+            totals = [f.variable(f.constant(FLOATS, 0.0)) for _ in range(self.tokens * self._tiles)]
+            with f.loop(0, read(f, Argument.GROUPS)) as group:
+                self._group(f, target, rows, group, totals)
+            self._add(f, rows, totals)
+        f.finish()
+
+    @property
+    def _tiles(self) -> int:
+        return tiles_of(self.form)
+
+    def _group(self, f: Function, target: Target, rows: Value, group: Value, totals: list[Variable]) -> None:
+        """Write the sum over the columns that share a scale."""
+        sums = [f.variable(f.constant(FLOATS, 0.0)) for _ in totals]
+        offsets = [f.variable(f.constant(F32, 0.0)) for _ in range(self.tokens)]
+        size = block_size(self.form)
+        blocks = read(f, Argument.COLUMNS) // size
+        first, last = f.constant(I64, 0), blocks
+        if self.form.group:
+            first = group * (self.form.group // size)
+            last = first + self.form.group // size
+            last = Value(f, f.builder.select(f.builder.icmp_signed("<", last.raw, blocks.raw), last.raw, blocks.raw))
+        with f.loop(first, last) as block:
+            for token, offset in enumerate(offsets):
+                place = (blocks * token + block) * 4
+                offset.set(offset.get() + f.load(address(f, Argument.X_SUM), F32, place))
+            (self._floats if self.exact else self._integers)(f, target, rows, block, sums)
+        for tile in range(self._tiles):
+            place = ((rows * self._tiles + tile) * read(f, Argument.GROUPS) + group) * LANES
+            scale = f.load(address(f, Argument.SCALES), vector(F16, LANES), place * 2).to_float() * self.form.unit
+            centre = f.constant(FLOATS, self.form.centre)
+            if self.form.zeros:
+                centre = f.load(address(f, Argument.ZEROS), vector(I8, LANES), place).wider(I32, False).to_float()
+            for token in range(self.tokens):
+                at = token * self._tiles + tile
+                shifted = sums[at].get() - centre * (offsets[token].get() * (1 / shares(self.form))).splat(LANES)
+                totals[at].set(shifted.fma(scale, totals[at].get()))
+
+    def _integers(self, f: Function, target: Target, rows: Value, block: Value, sums: list[Variable]) -> None:
+        """Write the products of a block of int8 inputs, in two chains that a processor runs side by side."""
+        size, columns = block_size(self.form), read(f, Argument.COLUMNS)
+        chains = [[f.variable(f.constant(INTEGERS, 0)) for _ in range(2)] for _ in sums]
+        x, start = address(f, Argument.X), block * size
+        with f.loop(0, size, self.form.step) as inner:
+            column = start + inner
+            for tile, parts in enumerate(self.form.tiles(target, f, rows, column)):
+                for part, codes in enumerate(parts):
+                    for token in range(self.tokens):
+                        place = columns * token + column + self.form.columns * part
+                        few = f.load(x, vector(I32, shares(self.form)), place)
+                        spread = few.shuffled([lane % shares(self.form) for lane in range(LANES)]).as_type(codes.type)
+                        chain = chains[token * self._tiles + tile][part % 2]
+                        chain.set(target.dot(chain.get(), codes, spread, self.form.wide))
+        for token in range(self.tokens):
+            place = (columns // size * token + block) * 4
+            scale = f.load(address(f, Argument.X_SCALE), F32, place).splat(LANES)
+            for tile in range(self._tiles):
+                at = token * self._tiles + tile
+                whole = chains[at][0].get() + chains[at][1].get()
+                sums[at].set(whole.to_float().fma(scale, sums[at].get()))
+
+    def _floats(self, f: Function, target: Target, rows: Value, block: Value, sums: list[Variable]) -> None:
+        """Write the products of a block of float32 inputs."""
+        size, columns = block_size(self.form), read(f, Argument.COLUMNS)
+        x, start = address(f, Argument.X), block * size
+        with f.loop(0, size, self.form.step) as inner:
+            column = start + inner
+            for tile, parts in enumerate(self.form.tiles(target, f, rows, column)):
+                for part, codes in enumerate(parts):
+                    for token in range(self.tokens):
+                        at = token * self._tiles + tile
+                        place = (columns * token + column + self.form.columns * part) * 4
+                        few = f.load(x, vector(F32, self.form.columns), place)
+                        for byte, integers in enumerate(bytes_of(codes)):
+                            spread = [4 * (lane % shares(self.form)) + byte for lane in range(LANES)]
+                            sums[at].set(integers.fma(few.shuffled(spread), sums[at].get()))
+
+    def _add(self, f: Function, rows: Value, totals: list[Variable]) -> None:
+        """Write the sums to their rows."""
+        y, stride = address(f, Argument.Y), read(f, Argument.ROWS)
+        for token in range(self.tokens):
+            start = stride * token + rows * self.form.block_rows
+            found = joined([total.get() for total in totals[token * self._tiles :][: self._tiles]])
+            count = shares(self.form)
+            sums = [found.shuffled(range(share, found.length, count)) for share in range(count)]
+            whole = reduce(Value.__add__, sums).shuffled(places_of_rows(self.form))
+            place = f.behind(y, start * 4)
+            f.store(f.load(place, whole.type) + whole, place)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The matrix itself, transposed: `y [columns, rows]`, float32 or bfloat16."""
+
+    form: Format
+    bfloat16: bool
+
+    def write(self, module: ir.Module, target: Target) -> None:
+        """Write the kernel into a module, for a range of row blocks."""
+        f = Function(module, "kernel", [ADDRESS, I64, I64])
+        size = block_size(self.form)
+        columns, stride, block_rows = read(f, Argument.COLUMNS), read(f, Argument.ROWS), self.form.block_rows
+        with f.loop(f.arguments[1], f.arguments[2]) as rows, f.loop(0, columns // size) as block:
+            scales = self._scales(f, rows, block)
+            with f.loop(0, size, self.form.step) as inner:
+                column = block * size + inner
+                tiles = self.form.tiles(target, f, rows, column)
+                for part in range(self.form.step // self.form.columns):
+                    start = column + part * self.form.columns
+                    self._store(
+                        f, [parts[part] for parts in tiles], scales, (start * stride + rows * block_rows, stride)
+                    )
+        f.finish()
+
+    def _store(
+        self, f: Function, tiles: list[Value], scales: list[tuple[Value, Value]], where: tuple[Value, Value]
+    ) -> None:
+        """Write some columns of a block; `where`: the first number's place, and how far columns lie apart."""
+        count, order = shares(self.form), places_of_rows(self.form)
+        size = 2 if self.bfloat16 else 4
+        for byte, integers in enumerate(zip(*map(bytes_of, tiles))):
+            values = [(part - centre) * scale for part, (scale, centre) in zip(integers, scales)]
+            whole = joined([to_bfloat16(value) if self.bfloat16 else value for value in values])
+            for share in range(count):
+                column = whole.shuffled([place * count + share for place in order])
+                f.store(column, address(f, Argument.Y), (where[0] + where[1] * (4 * share + byte)) * size)
+
+    def _scales(self, f: Function, rows: Value, block: Value) -> list[tuple[Value, Value]]:
+        """Write the scale and the centre of each tile in a block of columns."""
+        group = block * block_size(self.form) // self.form.group if self.form.group else f.constant(I64, 0)
+        found = []
+        tiles = tiles_of(self.form)
+        for tile in range(tiles):
+            place = ((rows * tiles + tile) * read(f, Argument.GROUPS) + group) * LANES
+            centre = f.constant(FLOATS, self.form.centre)
+            if self.form.zeros:
+                centre = f.load(address(f, Argument.ZEROS), vector(I8, LANES), place).wider(I32, False).to_float()
+            scale = f.load(address(f, Argument.SCALES), vector(F16, LANES), place * 2).to_float()
+            found.append((scale * self.form.unit, centre))
+        return found
+
+
+def block_size(form: Format) -> int:
+    """Return the columns that share a scale of int8 inputs: 64, or 32 where weights change theirs after 32."""
+    return 32 if form.group % 64 else 64
+
+
+def tiles_of(form: Format) -> int:
+    """Return the tiles of a block in `columns` columns."""
+    return form.block_rows * form.columns // 64
+
+
+def shares(form: Format) -> int:
+    """Return how many lanes beside each other hold the sums of a row, four columns each."""
+    return form.columns // 4
+
+
+def places_of_rows(form: Format) -> list[int]:
+    """Return the place in the tiles of each row of a block."""
+    return sorted(range(form.block_rows), key=form.order.__getitem__)
+
+
+def bytes_of(codes: Value) -> list[Value]:
+    """Return every fourth number of a tile, float32 `[16]`, from the first, the second and so on."""
+    words = codes.as_type(INTEGERS)
+    return [(words >> 8 * byte & 255).to_float() for byte in range(4)]
+
+
+def to_bfloat16(values: Value) -> Value:
+    """Return float32 rounded to bfloat16, to even, as int16."""
+    bits = values.as_type(vector(I32, values.length))
+    return ((bits + ((bits >> 16 & 1) + 0x7FFF)) >> 16).narrower(I16)
+
+
+def write_parallel(module: ir.Module) -> None:
+    """Write `parallel(arguments)`, which every thread of a team calls, and runs `kernel` on its share of the blocks."""
+    f = Function(module, "parallel", [ADDRESS])
+    kind = ir.FunctionType(I32, [])
+    count, mine = (
+        Value(f, f.builder.call(f.builder.inttoptr(read(f, which).raw, kind.as_pointer()), [])).wider(I64)
+        for which in (Argument.THREADS, Argument.THREAD)
+    )
+    blocks = read(f, Argument.BLOCKS)
+    edges = [Value(f, f.builder.sdiv((blocks * place).raw, count.raw)) for place in (mine, mine + 1)]
+    f.builder.call(module.globals["kernel"], [f.arguments[0].raw, *(edge.raw for edge in edges)])
+    f.finish()
