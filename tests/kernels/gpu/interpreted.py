@@ -258,7 +258,31 @@ def answers(device: str) -> dict[str, tuple[float, float]]:
     for code in LINEAR:
         for tokens in (1, 3):
             found[f"{code}, {tokens} tokens"] = (linear_on(device, code, tokens), FLOAT32)
+    found["compiled by torch"] = (compiled_on(device), FLOAT32)
     return found
+
+
+def compiled_on(device: str) -> float:
+    """Return how far the products of a compiled function are from those of the function itself."""
+    size = (20, 96)
+    inside = Bitmap(torch.rand(size, generator=seeded(1)) < 0.1)
+    signs = torch.rand(96, generator=seeded(2)) < 0.5
+    partial = Where(inside, grid(size, 256, 96, 1, True), grid(size, 2, 32, 2, True))
+    term = LowRank(Dense(torch.randn(20, 2, generator=seeded(3))), Dense(torch.randn(2, 96, generator=seeded(4))))
+    weights = [
+        prepare(moved(Rotated(Sum((base, term)), signs, 32), device), torch.float32)
+        for base in (partial, streams(Trellis(2, 1, 10), 20, 96, 768))
+    ]
+
+    def function(x: Tensor) -> Tensor:
+        return torch.cat([product(weight, x + 1) for weight in weights if weight is not None], -1)
+
+    off = 0.0
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for tokens in (1, 3, 5):
+        x = torch.randn(2, tokens, 96, generator=seeded(tokens)).to(device)
+        off = max(off, relative(compiled(x), function(x).double().cpu()))
+    return off
 
 
 def on_the_cpu() -> None:
