@@ -10,7 +10,17 @@ from torch import Tensor
 
 from llmcompress.export.formats import export
 from llmcompress.export.gguf.blocks import IQ4, Blocks
-from llmcompress.export.gguf.tensor_types import QUANTIZED, Inexact, TensorType, common_divisor, exact_type, packed
+from llmcompress.export.gguf.tensor_types import (
+    FLOATS,
+    MXFP4,
+    QUANTIZED,
+    Inexact,
+    TensorType,
+    common_divisor,
+    exact_type,
+    packed,
+)
+from llmcompress.export.gguf.write import file_type
 from llmcompress.methods import gguf as method
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.mxfp import LAYOUTS, nearest_floats
@@ -179,3 +189,9 @@ def test_llama_cpp_multiplies_by_what_the_method_fills(kind: str, tmp_path: Any)
     model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
     ids = [(number * 37) % 640 for number in range(1, 33)]
     assert largest_difference(run(tmp_path / "out"), model, ids, 640) < 0.25
+
+
+@pytest.mark.parametrize("kind", [*QUANTIZED, *FLOATS.values(), MXFP4], ids=lambda kind: kind.name)
+def test_every_type_can_be_that_of_most_weights(kind: TensorType) -> None:
+    """llama.cpp prints a file's type; the K types are there with the letter S, MXFP4 with MOE."""
+    assert file_type(kind.name).name.split("_", 1)[1].removesuffix("_S").removesuffix("_MOE") == kind.name

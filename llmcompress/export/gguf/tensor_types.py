@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -130,10 +130,15 @@ class Grouped:
     offset: Tensor | None = None
     offset_steps: tuple[Tensor, Tensor] | None = None
 
+    @cached_property
+    def ends(self) -> tuple[int, int, bool]:
+        """The least and the largest k, and true if all are odd."""
+        return int(self.k.min()), int(self.k.max()), bool((self.k % 2 != 0).all())
+
     def blocks(self, kind: TensorType) -> Blocks | None:
         """Return the matrix in blocks of a type; None where the type does not hold it."""
         width, group = self.k.shape[1], kind.group or kind.block
-        low, high, odd = int(self.k.min()), int(self.k.max()), bool((self.k % 2 != 0).all())
+        low, high, odd = self.ends
         may_turn = kind.offsets is not None and not kind.offsets
         straight = kind.holds(low, high, odd)
         fits = straight or (may_turn and kind.holds(-high, -low, odd)) or (may_turn and kind.holds(-high, -1, odd))
@@ -185,7 +190,7 @@ class Grouped:
         """Return why no type holds the matrix, after its name."""
         if not bool((self.scale.half().float() == self.scale).all()):
             return "has scales that float16 cannot hold once they are halved"
-        low, high = int(self.k.min()), int(self.k.max())
+        low, high, _ = self.ends
         if low < -128 or high > 127:
             return f"has integers from {low} to {high}, more than the 8 bits of Q8_0"
         if self.offset is not None:

@@ -35,7 +35,7 @@ from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Dense, Weight, shape
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
+    from gguf import GGUFWriter, LlamaFileType
 
 MODEL, ADAPTER = "model.gguf", "lora.gguf"
 TABLE = "token_embd.weight"
@@ -181,7 +181,7 @@ def _rounded(opened: Opened, layer: str) -> Weight:
 
 def _introduce(writer: GGUFWriter, folder: Path, mostly: str) -> None:
     """Write the name, licence and base model of the file."""
-    from gguf import GGML_QUANT_VERSION, LlamaFileType
+    from gguf import GGML_QUANT_VERSION
 
     known = report.read(folder) if (folder / file_names.REPORT).is_file() else None
     base = known.base_model if known else None
@@ -195,8 +195,16 @@ def _introduce(writer: GGUFWriter, folder: Path, mostly: str) -> None:
         writer.add_base_model_name(0, name)
         writer.add_base_model_organization(0, owner)
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
-    writer.add_file_type(LlamaFileType["ALL_F32" if mostly == "F32" else f"MOSTLY_{mostly}"])
+    writer.add_file_type(file_type(mostly))
     writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def file_type(mostly: str) -> LlamaFileType:
+    """Return GGUF's type of a file whose weights mostly have a tensor type."""
+    from gguf import LlamaFileType
+
+    names = [f"ALL_{mostly}", f"MOSTLY_{mostly}", f"MOSTLY_{mostly}_S", f"MOSTLY_{mostly}_MOE"]
+    return LlamaFileType[next(name for name in names if name in LlamaFileType.__members__)]
 
 
 def _write_model(writer: GGUFWriter, tensors: list[Placed], model: GGUFModel) -> int:
