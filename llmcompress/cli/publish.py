@@ -47,6 +47,10 @@ def export(
     allow_dense: Annotated[
         bool, typer.Option("--allow-dense", help="What compressed-tensors or gguf cannot hold becomes bfloat16.")
     ] = False,
+    round_to: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="What gguf cannot hold is rounded to Q8_0, Q5_0 or Q4_0, where that fits."),
+    ] = None,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -58,7 +62,7 @@ def export(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.export.formats import export as run
 
-        terminal.show(run(folder, output, to, allow_dense).to_json(), exported_view)
+        terminal.show(run(folder, output, to, allow_dense, round_to).to_json(), exported_view)
 
 
 def push(

@@ -16,13 +16,18 @@ from llmcompress.export.peft import to_peft
 DOORS = ("dense", "compressed-tensors", "peft", "gguf", "mlx")
 
 
-def export(folder: str | Path, output: str | Path, to: str, allow_dense: bool = False) -> Exported:
+def export(
+    folder: str | Path, output: str | Path, to: str, allow_dense: bool = False, round_to: str | None = None
+) -> Exported:
     """Write the compressed checkpoint `folder` as the new folder `output`, in the format `to`.
 
-    `allow_dense`: what compressed-tensors, GGUF or MLX cannot hold becomes 16-bit floats there. Raises RecipeError for
-    an unknown format or one whose package is missing, InputError for a damaged checkpoint or one that the format cannot
+    `allow_dense`: what compressed-tensors, GGUF or MLX cannot hold becomes 16-bit floats there. `round_to`: a type of
+    GGUF to which that is rounded instead, where it fits: Q8_0, Q5_0 or Q4_0. Raises RecipeError for an unknown format
+    or type, or a format whose package is missing, InputError for a damaged checkpoint or one that the format cannot
     hold, DiskError as `compress` does.
     """
+    if round_to is not None and to != "gguf":
+        raise RecipeError(f"only the export to gguf rounds to a type, not that to {to}; leave round_to out")
     match to:
         case "dense":
             return to_dense(Path(folder), Path(output))
@@ -31,7 +36,7 @@ def export(folder: str | Path, output: str | Path, to: str, allow_dense: bool = 
         case "peft":
             return to_peft(Path(folder), Path(output))
         case "gguf":
-            return to_gguf(Path(folder), Path(output), allow_dense)
+            return to_gguf(Path(folder), Path(output), allow_dense, round_to)
         case "mlx":
             return to_mlx(Path(folder), Path(output), allow_dense)
     raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")

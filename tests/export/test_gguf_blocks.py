@@ -8,22 +8,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmcompress.errors import InputError, RecipeError
 from llmcompress.export.formats import export
 from llmcompress.export.gguf.blocks import IQ4, Blocks
 from llmcompress.export.gguf.tensor_types import (
     FLOATS,
     MXFP4,
     QUANTIZED,
+    ROUNDED,
     Inexact,
     TensorType,
     common_divisor,
     exact_type,
+    nearest,
     packed,
 )
 from llmcompress.export.gguf.write import file_type
 from llmcompress.methods import gguf as method
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.mxfp import LAYOUTS, nearest_floats
+from llmcompress.models.compressed import Opened
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Dense, Grid, LowRank, Sum, Weight
 from tests.builders import compressed, correlated, gaussian, grid, moments, seeded
@@ -195,3 +199,48 @@ def test_llama_cpp_multiplies_by_what_the_method_fills(kind: str, tmp_path: Any)
 def test_every_type_can_be_that_of_most_weights(kind: TensorType) -> None:
     """llama.cpp prints a file's type; the K types are there with the letter S, MXFP4 with MOE."""
     assert file_type(kind.name).name.split("_", 1)[1].removesuffix("_S").removesuffix("_MOE") == kind.name
+
+
+# --- rounding what no type holds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0"])
+def test_rounding_is_that_of_gguf(name: str) -> None:
+    """Q8_0 of gguf ends at 127 on both sides, ours at -128: its steps are that much smaller."""
+    values, number = gaussian(9, 128), gguf.GGMLQuantizationType[name]
+    values[0, :32] = 0
+    w = nearest(values, ROUNDED[name])
+    assert torch.equal(read(name, packed(w, ROUNDED[name])), dense(w))
+    theirs = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(values.numpy(), number), number))
+    lost = [float((rounded - values).norm()) for rounded in (dense(w), theirs)]
+    assert lost[0] == pytest.approx(lost[1], rel=0.03)
+
+
+def test_what_no_type_holds_is_rounded_where_that_is_asked_for(tmp_path: Any) -> None:
+    tiny("llama", hidden_size=64, intermediate_size=96, vocab_size=640).save_pretrained(tmp_path / "dense")
+    byte_level(("words",)).save_pretrained(tmp_path / "dense")
+    steps = [{"method": "rotate"}, {"method": "rtn", "bits": 4, "group_size": 32}]
+    table = [{"method": "gguf", "type": "Q8_0"}]
+    small = checkpoint(tmp_path / "dense", tmp_path / "small", ("*", steps), embeddings=table)
+    done = export(small, tmp_path / "out", "gguf", round_to="Q8_0")
+    assert done.kept[0] == "1 matrices, value for value (1 as Q8_0)"
+    assert done.changed[0].startswith("14 matrices became Q8_0, model.layers.0.mlp.down_proj first, rounded by at")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    tensor, layer = tensors["blk.1.ffn_down.weight"], "model.layers.1.mlp.down_proj"
+    values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    expected = dense(Opened(small).expression(layer))
+    assert float((values - expected).norm() / expected.norm()) < 0.006
+    with pytest.raises(RecipeError, match="nothing is rounded to 'Q9_0' here; choose one of Q4_0, Q5_0, Q8_0"):
+        export(small, tmp_path / "other", "gguf", round_to="Q9_0")
+    with pytest.raises(RecipeError, match="only the export to gguf rounds to a type, not that to dense; leave"):
+        export(small, tmp_path / "other", "dense", round_to="Q8_0")
+
+
+def test_widths_that_blocks_do_not_fill_are_refused_or_dense(tmp_path: Any) -> None:
+    tiny("llama", hidden_size=64, intermediate_size=72, vocab_size=640).save_pretrained(tmp_path / "dense")
+    byte_level(("words",)).save_pretrained(tmp_path / "dense")
+    small = checkpoint(tmp_path / "dense", tmp_path / "small", ("*.down_proj", [{"method": "rtn", "bits": 4}]))
+    with pytest.raises(InputError, match=r"a width of 72 is not filled by blocks of 32 columns\); allow dense layers"):
+        export(small, tmp_path / "out", "gguf", round_to="Q8_0")
+    done = export(small, tmp_path / "out", "gguf", allow_dense=True, round_to="Q8_0")
+    assert done.changed[0].startswith("2 matrices became bfloat16")

@@ -77,6 +77,7 @@ QUANTIZED = (  # smallest first; of two as small, the one that llama.cpp compute
     TensorType("Q6_K", 256, 210, range(-32, 32), blocks.q6_k, 16, range(-128, 128)),
     TensorType("Q8_0", 32, 34, range(-128, 128), blocks.q8_0),
 )
+ROUNDED = {kind.name: kind for kind in QUANTIZED if kind.name in ("Q4_0", "Q5_0", "Q8_0")}  # see `nearest`
 MXFP4 = TensorType("MXFP4", 32, 17)
 FLOATS = {name: TensorType(name, 1, size) for name, size in (("BF16", 2), ("F16", 2), ("F32", 4))}
 
@@ -100,6 +101,26 @@ def exact_type(w: Weight) -> TensorType:
             return found
         case _:
             raise Inexact(f"{describe(w)} is no single grid")
+
+
+def nearest(values: Tensor, kind: TensorType) -> Grid:
+    """Round `values [O, I]` to a simple type without offsets: the largest of each block to its last integer.
+
+    Raises Inexact for a width that blocks do not fill, or numbers beyond float16.
+    """
+    if values.shape[1] % kind.block:
+        raise Inexact(f"a width of {values.shape[1]} is not filled by blocks of {kind.block} columns")
+    last = -min(kind.integers)
+    each = values.float().unflatten(1, (-1, kind.block))
+    largest = each.gather(2, each.abs().argmax(2, keepdim=True))
+    d = (largest.abs() / last).half()
+    if not bool(d.isfinite().all()):
+        raise Inexact(f"{kind.name} has no scale for {float(largest.abs().max()):g}")
+    turned = largest > 0  # the last integer is below 0
+    zero = torch.where(turned, last - 1, last)
+    k = torch.where(d > 0, each / d.float(), 0.0).round()
+    codes = (k + zero).clamp_(0, 2 * last - 1).flatten(1)
+    return Grid(codes.to(torch.uint8), d[..., 0], zero[..., 0].to(torch.uint8), 2 * last, kind.block)
 
 
 def packed(w: Weight, kind: TensorType) -> Tensor:

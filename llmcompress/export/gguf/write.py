@@ -23,12 +23,12 @@ from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate import report
 from llmcompress.export.exported import Exported
 from llmcompress.export.gguf.model import GGUFModel, gguf_model
-from llmcompress.export.gguf.tensor_types import Inexact, TensorType, exact_type, packed
+from llmcompress.export.gguf.tensor_types import FLOATS, ROUNDED, Inexact, TensorType, exact_type, nearest, packed
 from llmcompress.export.gguf.vocabulary import read_vocabulary
 from llmcompress.export.peft import without_term
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import check_output, writing
-from llmcompress.models.compressed import Opened, rounded
+from llmcompress.models.compressed import Opened
 from llmcompress.models.dense import transposed_linears
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import LIKE
@@ -64,12 +64,12 @@ class FilePlan:
     tensors: list[Placed] = field(default_factory=list)
     factors: dict[str, Factors] = field(default_factory=dict)
     exact: Counter[str] = field(default_factory=Counter)  # compressed matrices by tensor type
-    rounded: dict[str, float] = field(default_factory=dict)  # those that become bfloat16: relative errors
+    rounded: dict[str, tuple[str, float]] = field(default_factory=dict)  # others: their type and relative error
 
-    def place(self, name: str, weight: Weight, again: Callable[[], Weight]) -> None:
+    def place(self, name: str, weight: Weight, again: Callable[[], Weight], kind: TensorType | None = None) -> None:
         """Put a tensor last; `again` reads `weight` when it is written. Raises Inexact where no type holds it."""
         size = tuple(weight.values.shape) if isinstance(weight, Dense) else shape(weight)
-        self.tensors.append(Placed(name, size, exact_type(weight), again))
+        self.tensors.append(Placed(name, size, kind or exact_type(weight), again))
 
     @property
     def mostly(self) -> str:
@@ -80,8 +80,10 @@ class FilePlan:
         return weights.most_common(1)[0][0]
 
 
-def to_gguf(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
-    """Write grids value for value; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
+def to_gguf(folder: Path, output: Path, allow_dense: bool = False, round_to: str | None = None) -> Exported:
+    """Write grids value for value; others are rounded to the type `round_to`, to bfloat16, or raise InputError."""
+    if round_to is not None and round_to not in ROUNDED:
+        raise RecipeError(f"nothing is rounded to {round_to!r} here; choose one of {', '.join(ROUNDED)}")
     try:
         from gguf import GGUFWriter
     except ImportError as error:
@@ -90,7 +92,7 @@ def to_gguf(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
     model = gguf_model(folder, opened.config)
     vocabulary = read_vocabulary(folder, model.config.vocab_size, opened.config)
     check_output(output, opened.dense_bytes)
-    plan = planned(opened, model, allow_dense)
+    plan = planned(opened, model, Fallbacks(allow_dense, ROUNDED[round_to] if round_to else None))
     with writing(output) as staged:
         writer = GGUFWriter(staged.folder / MODEL, model.architecture)
         _introduce(writer, folder, plan.mostly)
@@ -119,9 +121,10 @@ def _kept(plan: FilePlan) -> Iterator[str]:
 
 
 def _changes(plan: FilePlan, output: Path) -> Iterator[str]:
-    if plan.rounded:
-        first, most = next(iter(plan.rounded)), f"rounded by at most {max(plan.rounded.values()):.1e} of their size"
-        yield f"{len(plan.rounded)} matrices became bfloat16, {first} first, {most}"
+    for kind in sorted({kind for kind, _ in plan.rounded.values()}):
+        errors = {layer: error for layer, (other, error) in plan.rounded.items() if other == kind}
+        most = f"rounded by at most {max(errors.values()):.1e} of their size"
+        yield f"{len(errors)} matrices became {kind}, {next(iter(errors))} first, {most}"
     if plan.factors:
         yield f"{len(plan.factors)} low-rank terms became float32 LoRA factors in {output / ADAPTER}"
 
@@ -129,15 +132,34 @@ def _changes(plan: FilePlan, output: Path) -> Iterator[str]:
 # --- what goes where ------------------------------------------------------------------------------------------------
 
 
-def planned(opened: Opened, model: GGUFModel, allow_dense: bool) -> FilePlan:
-    """The type of every tensor. Raises InputError for what GGUF cannot hold, unless dense layers are allowed."""
+@dataclass(frozen=True)
+class Fallbacks:
+    """Types for what no type holds: `kind` where it fits, else bfloat16 where that is allowed."""
+
+    allow_dense: bool = False
+    kind: TensorType | None = None
+
+    def of(self, layer: str, values: Tensor, why: Inexact) -> tuple[Weight, TensorType, str]:
+        """Return rounded values, their type and its name. Raises InputError where nothing is allowed."""
+        if self.kind is not None:
+            try:
+                return nearest(values, self.kind), self.kind, self.kind.name
+            except Inexact as error:
+                why = error
+        if not self.allow_dense:
+            raise InputError(f"{layer} does not fit GGUF ({why}); allow dense layers") from why
+        return Dense(values.to(torch.bfloat16)), FLOATS["BF16"], "bfloat16"
+
+
+def planned(opened: Opened, model: GGUFModel, fallbacks: Fallbacks) -> FilePlan:
+    """The type of every tensor. Raises InputError for what GGUF cannot hold, unless it may be rounded."""
     plan = FilePlan()
     transposed = transposed_linears(opened.folder, opened.config)
     for name, factors in model.rope_factors().items():
         plan.place(name, Dense(factors), partial(Dense, factors))
     for layers, others in opened.parts():
         for layer in layers:
-            _place_layer(plan, opened, layer, model.name(f"{layer}.weight"), allow_dense)
+            _place_layer(plan, opened, layer, model.name(f"{layer}.weight"), fallbacks)
         for tensor in others:
             if not tensor.endswith(f".{LIKE}"):
                 stored = partial(_stored, opened, model, tensor, tensor.removesuffix(".weight") in transposed)
@@ -145,17 +167,18 @@ def planned(opened: Opened, model: GGUFModel, allow_dense: bool) -> FilePlan:
     return plan
 
 
-def _place_layer(plan: FilePlan, opened: Opened, layer: str, name: str, allow_dense: bool) -> None:
-    """A compressed matrix: its base and its low-rank term where the base fits, else the whole, dense."""
+def _place_layer(plan: FilePlan, opened: Opened, layer: str, name: str, fallbacks: Fallbacks) -> None:
+    """A compressed matrix: its base and its low-rank term where the base fits, else the whole, rounded."""
     whole = opened.expression(layer)
     base, term = without_term(whole) if name != TABLE else (whole, None)  # llama.cpp reads A and B of a table otherwise
     try:
         plan.place(name, base, partial(_base, opened, layer) if term else partial(opened.expression, layer))
     except Inexact as error:
-        if not allow_dense:
-            raise InputError(f"{layer} does not fit GGUF ({error}); allow dense layers") from error
-        stored, plan.rounded[layer] = rounded(dense(whole))
-        plan.place(name, Dense(stored), partial(_rounded, opened, layer))
+        values = dense(whole)
+        stored, kind, called = fallbacks.of(layer, values, error)
+        lost = (dense(stored) - values).norm() / values.norm().clamp_min(1e-30)
+        plan.rounded[layer] = called, float(lost)
+        plan.place(name, stored, partial(_rounded, opened, layer, kind), kind)
         return
     plan.exact[plan.tensors[-1].type.name] += 1
     if term is not None:
@@ -172,8 +195,9 @@ def _base(opened: Opened, layer: str) -> Weight:
     return without_term(opened.expression(layer))[0]
 
 
-def _rounded(opened: Opened, layer: str) -> Weight:
-    return Dense(rounded(dense(opened.expression(layer)))[0])
+def _rounded(opened: Opened, layer: str, kind: TensorType) -> Weight:
+    values = dense(opened.expression(layer))
+    return nearest(values, kind) if kind.pack else Dense(values.to(torch.bfloat16))
 
 
 # --- the files ------------------------------------------------------------------------------------------------------
