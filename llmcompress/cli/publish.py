@@ -41,11 +41,11 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],
     to: Annotated[
         str,
-        typer.Option("--to", metavar="FORMAT", help="dense (bfloat16), compressed-tensors, gguf (llama.cpp) or peft."),
+        typer.Option("--to", metavar="FORMAT", help="dense (bfloat16), compressed-tensors, gguf (llama.cpp), mlx or peft."),
     ],
     output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
     allow_dense: Annotated[
-        bool, typer.Option("--allow-dense", help="What compressed-tensors or gguf cannot hold becomes bfloat16.")
+        bool, typer.Option("--allow-dense", help="What the format cannot hold becomes 16-bit floats.")
     ] = False,
     round_to: Annotated[
         str | None,
