@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels.gpu.layouts import Branch, GpuWeight, GridRows, StreamRows, Tensors
-from llmcompress.kernels.gpu.packing import Lookup, stream_rows
 from llmcompress.kernels.gpu.prepare import prepare, product, runs_on
 from llmcompress.weight.nodes import (
     Bitmap,
@@ -88,13 +87,6 @@ def packed(w: Weight) -> GpuWeight:
     return found
 
 
-def shifted(size: tuple[int, int]) -> GpuWeight:
-    """Return a trellis whose index is a sum of shifts, which reach no further than the state."""
-    numbers = torch.randint(-128, 128, (128, 1), dtype=torch.int8)
-    rows = stream_rows(coded(size, Trellis(2, 1, 12)), Lookup(numbers, ((3, 5),), 1 / 64))
-    return GpuWeight(((),), (Branch(0, rows),), None, (size[0],), size[1])
-
-
 FORMS: dict[str, Callable[[tuple[int, int]], GpuWeight]] = {
     "grid 8 bits, row": lambda size: packed(grid(size, 256, size[1])),
     "grid 4 bits, g128": lambda size: packed(grid(size, 16, 128)),
@@ -108,7 +100,7 @@ FORMS: dict[str, Callable[[tuple[int, int]], GpuWeight]] = {
         Where(Bitmap(torch.rand(size, device=DEVICE) < 0.1), grid(size, 256, size[1]), grid(size, 2, 128))
     ),
     "trellis 2 bits, table": lambda size: packed(coded(size, Trellis(2, 1, 12))),
-    "trellis 2 bits, shifts": shifted,
+    "trellis 2 bits, linear": lambda size: packed(coded(size, Trellis(2, 1, 12, "linear"))),
     "trellis 3 bits, table": lambda size: packed(coded(size, Trellis(3, 1, 12))),
     "rotated trellis 2 bits, rank 32": lambda size: packed(
         rotated(Sum((coded(size, Trellis(2, 1, 12)), low_rank(size, 32))), size[1])
@@ -283,8 +275,8 @@ def main() -> int:
         return 2
     forms, tokens = [name for name in FORMS if asked.forms in name], [int(count) for count in asked.tokens.split(",")]
     if asked.sweep:
-        for row in sorted(swept(forms, tokens), key=lambda row: (row[0], row[1], row[3])):
-            print("| {} | {} | {} | {:.1f} |".format(*row))
+        for found in sorted(swept(forms, tokens), key=lambda found: (found[0], found[1], found[3])):
+            print("| {} | {} | {} | {:.1f} |".format(*found))
         return 0
     errors = wrong()
     print("\n".join(f"{name}: {error}" for name, error in errors.items()) or "all products agree with decoded weights")

@@ -17,9 +17,7 @@ def plane_field(word, FIELD: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexp
     """Return field number `FIELD` of words, `WIDTH` bits, moved so that it begins at bit `LOW`."""
     SHIFT: tl.constexpr = FIELD * WIDTH - LOW
     MASK: tl.constexpr = ((1 << WIDTH) - 1) << LOW
-    if SHIFT >= 0:
-        return (word >> SHIFT) & MASK
-    return (word << -SHIFT) & MASK
+    return (word >> SHIFT if SHIFT >= 0 else word << -SHIFT) & MASK
 
 
 @triton.jit
@@ -85,6 +83,62 @@ def low_rank_sums(left, low, starts, row, here, RANK: tl.constexpr, BLOCK: tl.co
     return tl.sum(factor * tl.load(low + start[:, None] + place, mask=there, other=0).to(tl.float32), 1)
 
 
+@triton.jit
+def more_sums(
+    x, salient, scale, zero, low_rank, row, here, first, tokens, groups, inside_groups, ranks, width: tl.constexpr,
+    SALIENT: tl.constexpr, GROUP: tl.constexpr, CENTRE: tl.constexpr, ZERO: tl.constexpr,
+    INSIDE_GROUP: tl.constexpr, INSIDE_CENTRE: tl.constexpr, CODED: tl.constexpr, SHARED: tl.constexpr,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Return sums `[rows, tokens]` over salient weights and of the low-rank term, one token after the other."""
+    sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    for each in range(TOKENS):
+        if first + each < tokens:
+            more = tl.zeros((ROWS,), tl.float32)
+            if SALIENT:
+                more += salient_sums(
+                    x + (first + each) * width, salient, scale, zero, row, here, groups, inside_groups,
+                    GROUP, CENTRE, ZERO, INSIDE_GROUP, INSIDE_CENTRE, CODED, SHARED, ROWS, ENTRIES,
+                )  # fmt: skip
+            if RANK:
+                low = low_rank[1] + (first + each) * ranks
+                more += low_rank_sums(low_rank[0], low, low_rank[2], row, here, RANK, RANK_BLOCK)
+            sums += tl.where(tl.arange(0, TOKENS)[None, :] == each, more[:, None], 0.0)
+    return sums
+
+
+@triton.jit
+def word_sums(
+    x, held, word, token, tokens, step, centre, one, total, words: tl.constexpr, width: tl.constexpr,
+    WIDTHS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Return `total` with the products of some words of rows: `[rows, words]` for one token, else `[rows, tokens]`."""
+    LEVELS: tl.constexpr = 1 << BITS
+    group, inner = word // SPAN, word % SPAN
+    part = tl.zeros((ROWS, WORDS), tl.float32)
+    inputs = tl.zeros((WORDS,), tl.float32)
+    for field in tl.static_range(32 // WIDTHS[0]):
+        column = group * GROUP + field * SPAN + inner
+        known = word < words
+        if not WHOLE:
+            known = known & (field * SPAN + inner < GROUP) & (column < width)
+        value = grid_value(held, one, field, WIDTHS, BITS)
+        if TOKENS == 1:
+            given = tl.load(x + token * width + column, mask=known, other=0).to(tl.float32)
+            part += value * given[None, :]
+            inputs += given
+        else:
+            place = x + token[None, :] * width + column[:, None]
+            given = tl.load(place, mask=known[:, None] & (token < tokens)[None, :], other=0)
+            weight = ((value * LEVELS - (LEVELS + centre)) * step).to(given.dtype)
+            total = tl.dot(weight, given, total, input_precision="ieee")
+    if TOKENS == 1:
+        total += step * (part * LEVELS - (LEVELS + centre) * inputs[None, :])
+    return total
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def grid_product(
     x, planes, scale, zero, salient, low_rank, onto, y,
@@ -105,61 +159,29 @@ def grid_product(
     here = row < out
     first = tl.program_id(1) * TOKENS
     token = first + tl.arange(0, TOKENS)
-    LEVELS: tl.constexpr = 1 << BITS
     one = tl.where(tokens > 0, 0x3F800000, 0)  # in a register: an instruction that masks and sets has one constant
     total = tl.zeros((ROWS, WORDS if TOKENS == 1 else TOKENS), tl.float32)
     for begin in range(0, words, WORDS):
         word = begin + tl.arange(0, WORDS)
-        group = word // SPAN
-        inner = word % SPAN
         there = here[:, None] & (word < words)[None, :]
         held = grid_words(planes, row, word, there, words, WIDTHS)
         if ONE_GROUP:
             place, known_row = row[:, None], here[:, None]
         else:
-            place, known_row = row[:, None] * groups + group[None, :], there
+            place, known_row = row[:, None] * groups + (word // SPAN)[None, :], there
         step = tl.load(scale + place, mask=known_row, other=0).to(tl.float32)
         centre = tl.load(zero + place, mask=known_row, other=0).to(tl.float32) if ZERO else CENTRE
-        if TOKENS == 1:
-            part = tl.zeros((ROWS, WORDS), tl.float32)
-            inputs = tl.zeros((WORDS,), tl.float32)
-            for field in tl.static_range(32 // WIDTHS[0]):
-                column = group * GROUP + field * SPAN + inner
-                known = word < words
-                if not WHOLE:
-                    known = known & (field * SPAN + inner < GROUP) & (column < width)
-                given = tl.load(x + first * width + column, mask=known, other=0).to(tl.float32)
-                part += grid_value(held, one, field, WIDTHS, BITS) * given[None, :]
-                inputs += given
-            total += step * (part * LEVELS - (LEVELS + centre) * inputs[None, :])
-        else:
-            for field in tl.static_range(32 // WIDTHS[0]):
-                column = group * GROUP + field * SPAN + inner
-                known = word < words
-                if not WHOLE:
-                    known = known & (field * SPAN + inner < GROUP) & (column < width)
-                given = tl.load(
-                    x + token[None, :] * width + column[:, None],
-                    mask=known[:, None] & (token < tokens)[None, :],
-                    other=0,
-                )
-                weight = grid_value(held, one, field, WIDTHS, BITS) * LEVELS - (LEVELS + centre)
-                weight = (weight * step).to(given.dtype)
-                total = tl.dot(weight, given, total, input_precision="ieee")
+        total = word_sums(
+            x, held, word, first if TOKENS == 1 else token, tokens, step, centre, one, total, words, width,
+            WIDTHS, BITS, GROUP, SPAN, WHOLE, TOKENS, ROWS, WORDS,
+        )  # fmt: skip
     sums = tl.sum(total, 1)[:, None] if TOKENS == 1 else total
     if SALIENT or RANK:
-        for each in range(TOKENS):
-            if first + each < tokens:
-                more = tl.zeros((ROWS,), tl.float32)
-                if SALIENT:
-                    more += salient_sums(
-                        x + (first + each) * width, salient, scale, zero, row, here, groups, inside_groups,
-                        GROUP, CENTRE, ZERO, INSIDE_GROUP, INSIDE_CENTRE, CODED, SHARED, ROWS, ENTRIES,
-                    )  # fmt: skip
-                if RANK:
-                    low = low_rank[1] + (first + each) * ranks
-                    more += low_rank_sums(low_rank[0], low, low_rank[2], row, here, RANK, RANK_BLOCK)
-                sums += tl.where(tl.arange(0, TOKENS)[None, :] == each, more[:, None], 0.0)
+        sums += more_sums(
+            x, salient, scale, zero, low_rank, row, here, first, tokens, groups, inside_groups, ranks, width,
+            SALIENT, GROUP, CENTRE, ZERO, INSIDE_GROUP, INSIDE_CENTRE, CODED, SHARED,
+            RANK, RANK_BLOCK, TOKENS, ROWS, ENTRIES,
+        )  # fmt: skip
     place = token[None, :] * out + row[:, None]
     there = here[:, None] & (token < tokens)[None, :]
     if ONTO:

@@ -13,16 +13,17 @@ import triton
 from torch import Tensor
 
 from llmcompress.kernels.gpu.grid_triton import grid_product
-from llmcompress.kernels.gpu.layouts import PLANES, GridRows, SalientRows, StreamRows, Turn
+from llmcompress.kernels.gpu.layouts import PLANES, GridRows, InputChange, SalientRows, StreamRows
 from llmcompress.kernels.gpu.trellis_triton import stream_product
 from llmcompress.kernels.gpu.turn_triton import multiply, turn
 
+MOST_SHARED = 14  # bits of a state: numbers of so many states are looked up in shared memory
 TILE = 16  # tokens that a program multiplies at once by tensor cores
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How much a program takes at a time, and its warps. Fields are None where the size of the matrix decides.
+    """The amount that a program takes at a time, and its warps. Fields are None where the size of the matrix decides.
 
     Attributes:
         rows: of a grid.
@@ -49,7 +50,7 @@ class LowRankInputs:
     starts: Tensor
 
 
-def launch_turn(x: Tensor, change: Turn) -> Tensor:
+def launch_turn(x: Tensor, change: InputChange) -> Tensor:
     """Return the changed inputs `[tokens, in]`, in the dtype of `x` `[tokens, in]`."""
     (tokens, width), block = x.shape, change.block
     y = torch.empty_like(x)
@@ -61,7 +62,8 @@ def launch_turn(x: Tensor, change: Turn) -> Tensor:
             multiply[(tokens, triton.cdiv(width, columns))](x, change.factors, y, width, COLUMNS=columns)
         else:
             warps = min(16, max(1, block // 1024))
-            turn[(tokens, width // block)](x, change.factors, y, width, BLOCK=block, num_warps=warps)
+            sizes = {"BLOCK": block, "LEVELS": block.bit_length() - 1, "num_warps": warps}
+            turn[(tokens, width // block)](x, change.factors, y, width, **sizes)
     return y
 
 
@@ -154,11 +156,11 @@ def stream_constants(rows: StreamRows, rank: int, onto: bool, tokens: int, share
         "BITS": rows.bits,
         "VALUES": rows.values,
         "MEMORY": rows.memory,
-        "SHIFTS": rows.shifts,
-        "INDEX": (len(rows.numbers) - 1).bit_length(),
+        "SHARED": rows.memory <= MOST_SHARED,
         **_rank_constants(rank),
         "ONTO": onto,
         "TOKENS": 1 if one else TILE,
+        "STAGES": 4,  # columns that are on their way from memory while others are decoded
         "COLUMNS": min(columns, shares.columns or (32 * threads if one else 128)),
         "num_warps": shares.warps or (threads if one else 4),
     }
@@ -196,7 +198,7 @@ def _rank_constants(rank: int) -> dict[str, int]:
 
 
 def _rank_tensors(term: LowRankInputs | None, absent: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor]]:
-    return ((absent,) * 3,) if term is None else ((term.left, term.low, term.starts),)  # type: ignore[return-value]
+    return ((absent,) * 3,) if term is None else ((term.left, term.low, term.starts),)
 
 
 def _rank(term: LowRankInputs | None) -> int:

@@ -36,7 +36,7 @@ class Tensors:
 
 
 @dataclass(frozen=True, eq=False)
-class Turn(Tensors):
+class InputChange(Tensors):
     """A change of inputs before a product: `hadamard(x * factors)` over `block` columns, as in `weight/hadamard.py`.
 
     `factors` float32 `[in]` include the factor that makes the transform orthonormal. A block of 1 only multiplies.
@@ -96,15 +96,13 @@ class StreamRows(Tensors):
     that the column before ended in. `words` int32 `[rows of words, in]`; `units` int32 `[units, 3]`: the row of words
     before a unit's first, its first row of the matrix, and how many rows are there. `scale` float32 `[out]`.
 
-    The number of a state is `numbers[state]`, float or int8 `[states, values]`; or, if `shifts` has a pair (a, b) for
-    each value, `numbers[i, value]` of `[2^index, values]` with i = (state ^ state >> a ^ state >> b) mod 2^index.
+    `numbers` bfloat16 `[states, values]`, which holds those of both codes exactly.
     """
 
     words: Tensor
     units: Tensor
     scale: Tensor
     numbers: Tensor
-    shifts: tuple[tuple[int, int], ...]
     size: tuple[int, int]
     bits: int
     values: int
@@ -142,7 +140,7 @@ class GpuWeight(Tensors):
     `heights`: the rows of each of the matrices.
     """
 
-    changes: tuple[tuple[Turn, ...], ...]
+    changes: tuple[tuple[InputChange, ...], ...]
     branches: tuple[Branch, ...]
     low_rank: LowRankRows | None
     heights: tuple[int, ...]

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.gpu.layouts import Branch, GridRows, LowRankRows, SalientRows, StreamRows, Turn
+from llmcompress.kernels.gpu.layouts import Branch, GridRows, InputChange, LowRankRows, SalientRows, StreamRows
 
 LIBRARY = torch.library.Library("llmcompress", "FRAGMENT")
 LIBRARY.define("gpu_turn(Tensor x, Tensor factors, int block) -> Tensor")
@@ -21,7 +21,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "gpu_streams(Tensor x, Tensor words, Tensor units, Tensor scale, Tensor numbers, Tensor[] low_rank, "
-    "Tensor? onto, int[] sizes, int[] shifts, ScalarType dtype) -> Tensor"
+    "Tensor? onto, int[] sizes, ScalarType dtype) -> Tensor"
 )
 
 
@@ -61,7 +61,7 @@ class _StreamSizes:
 # --- calls ----------------------------------------------------------------------------------------------------------
 
 
-def call_turn(x: Tensor, change: Turn) -> Tensor:
+def call_turn(x: Tensor, change: InputChange) -> Tensor:
     """Return the changed inputs, see `launches.launch_turn`."""
     found: Tensor = torch.ops.llmcompress.gpu_turn(x, change.factors, change.block)
     return found
@@ -88,9 +88,8 @@ def call_branch(
             )
         case StreamRows() as rows:
             lengths = astuple(_StreamSizes(*rows.size, rows.bits, rows.values, rows.memory))
-            shifts = [shift for pair in rows.shifts for shift in pair]
             found = torch.ops.llmcompress.gpu_streams(
-                x, rows.words, rows.units, rows.scale, rows.numbers, ranks, onto, lengths, shifts, dtype
+                x, rows.words, rows.units, rows.scale, rows.numbers, ranks, onto, lengths, dtype
             )
     return found
 
@@ -101,7 +100,7 @@ def call_branch(
 def _turn(x: Tensor, factors: Tensor, block: int) -> Tensor:
     from llmcompress.kernels.gpu.launches import launch_turn
 
-    return launch_turn(x, Turn(factors, block))
+    return launch_turn(x, InputChange(factors, block))
 
 
 def _grid(
@@ -139,15 +138,13 @@ def _streams(
     low_rank: Sequence[Tensor],
     onto: Tensor | None,
     sizes: Sequence[int],
-    shifts: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
     from llmcompress.kernels.gpu.launches import LowRankInputs, launch_streams
 
     own = _StreamSizes(*sizes)
-    pairs = tuple(zip(shifts[::2], shifts[1::2], strict=True))
     size = (own.out, own.width)
-    rows = StreamRows(words, units, scale, numbers, pairs, size, own.bits, own.values, own.memory)
+    rows = StreamRows(words, units, scale, numbers, size, own.bits, own.values, own.memory)
     return launch_streams(x, rows, LowRankInputs(*low_rank) if low_rank else None, onto, dtype)
 
 
@@ -179,7 +176,6 @@ def _streams_shape(
     low_rank: Sequence[Tensor],
     onto: Tensor | None,
     sizes: Sequence[int],
-    shifts: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
     return x.new_empty(len(x), sizes[0], dtype=dtype)

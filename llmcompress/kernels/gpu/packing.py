@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.gpu.layouts import PLANES, WORD, GridRows, LowRankRows, SalientRows, StreamRows, Turn
+from llmcompress.kernels.gpu.layouts import PLANES, WORD, GridRows, InputChange, LowRankRows, SalientRows, StreamRows
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Columns, Dense, Grid, LowRank, TrellisCoded, Weight, Where, shape
 from llmcompress.weight.packing import stream_bits
-from llmcompress.weight.trellis import Trellis, cuts, states, table
+from llmcompress.weight.trellis import cuts, states, table
 
 NARROW = 1 << 15  # columns that int16 can number
 
@@ -75,21 +75,7 @@ def salient_rows(w: Where, dtype: torch.dtype) -> tuple[GridRows, SalientRows] |
 # --- trellises ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Lookup:
-    """The numbers of a trellis' states as a GPU looks them up: `numbers` and `shifts` as in `StreamRows`, in `unit`."""
-
-    numbers: Tensor
-    shifts: tuple[tuple[int, int], ...] = ()
-    unit: float = 1.0
-
-
-def lookup(trellis: Trellis) -> Lookup:
-    """Return the numbers of a trellis: one of bfloat16 a state, which holds all of them exactly."""
-    return Lookup(table(trellis).to(torch.bfloat16))
-
-
-def stream_rows(w: TrellisCoded, by: Lookup) -> StreamRows:
+def stream_rows(w: TrellisCoded) -> StreamRows:
     """Repack the streams of a trellis."""
     (rows, width), trellis = shape(w), w.trellis
     words, units, above = [], [], 0
@@ -105,12 +91,10 @@ def stream_rows(w: TrellisCoded, by: Lookup) -> StreamRows:
         above += 1 + own.shape[1]
     device = w.codes.device
     listed = torch.tensor(units, dtype=torch.int32, device=device)
-    scale = w.scale[:, 0].float() * by.unit
+    scale = w.scale[:, 0].float()
     packed = torch.cat(words).contiguous()
-    numbers = by.numbers.to(device).contiguous()
-    return StreamRows(
-        packed, listed, scale, numbers, by.shifts, (rows, width), trellis.bits, trellis.values, trellis.memory
-    )
+    numbers = table(trellis).to(device, torch.bfloat16)
+    return StreamRows(packed, listed, scale, numbers, (rows, width), trellis.bits, trellis.values, trellis.memory)
 
 
 def _stream_words(codes: Tensor, bits: int) -> Tensor:
@@ -126,11 +110,11 @@ def _stream_words(codes: Tensor, bits: int) -> Tensor:
 # --- inputs and low rank --------------------------------------------------------------------------------------------
 
 
-def turned(turns: tuple[Turn, ...], factors: Tensor, block: int) -> tuple[Turn, ...]:
+def turned(turns: tuple[InputChange, ...], factors: Tensor, block: int) -> tuple[InputChange, ...]:
     """Return the changes of inputs with one more; factors after factors are one change."""
     if turns and turns[-1].block == 1:
-        return (*turns[:-1], Turn(turns[-1].factors * factors, block))
-    return (*turns, Turn(factors, block))
+        return (*turns[:-1], InputChange(turns[-1].factors * factors, block))
+    return (*turns, InputChange(factors, block))
 
 
 def sign_factors(signs: Tensor, block: int) -> Tensor:

@@ -9,11 +9,18 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.gpu.layouts import Branch, GpuWeight, GridRows, LowRankRows, SalientRows, StreamRows, Turn
+from llmcompress.kernels.gpu.layouts import (
+    Branch,
+    GpuWeight,
+    GridRows,
+    InputChange,
+    LowRankRows,
+    SalientRows,
+    StreamRows,
+)
 from llmcompress.kernels.gpu.ops import call_branch, call_turn
 from llmcompress.kernels.gpu.packing import (
     grid_rows,
-    lookup,
     low_rank_rows,
     salient_rows,
     sign_factors,
@@ -44,7 +51,7 @@ def prepare(w: Weight, dtype: torch.dtype = torch.bfloat16) -> GpuWeight | None:
     Returns:
         The weight for `product`, or None for an expression that no kernel multiplies by.
     """
-    changes: list[tuple[Turn, ...]] = []
+    changes: list[tuple[InputChange, ...]] = []
     parts = _parts(w, (), dtype, changes)
     if parts is None:
         return None
@@ -56,7 +63,7 @@ def prepare(w: Weight, dtype: torch.dtype = torch.bfloat16) -> GpuWeight | None:
 
 
 def _parts(
-    w: Weight, turns: tuple[Turn, ...], dtype: torch.dtype, changes: list[tuple[Turn, ...]]
+    w: Weight, turns: tuple[InputChange, ...], dtype: torch.dtype, changes: list[tuple[InputChange, ...]]
 ) -> list[Branch | LowRankRows] | None:
     """Return what is to be added, of a weight whose inputs are changed before; None where a kernel is missing.
 
@@ -76,8 +83,8 @@ def _parts(
             return [low_rank_rows(w, _number(turns, changes), dtype)]
         case Grid(codes) if not codes.is_floating_point():
             return [Branch(_number(turns, changes), grid_rows(w))]
-        case TrellisCoded(trellis=trellis):
-            return [Branch(_number(turns, changes), stream_rows(w, lookup(trellis)))]
+        case TrellisCoded():
+            return [Branch(_number(turns, changes), stream_rows(w))]
         case Where():
             packed = salient_rows(w, dtype)
             return None if packed is None else [Branch(_number(turns, changes), *packed)]
@@ -85,7 +92,7 @@ def _parts(
             return None
 
 
-def _number(turns: tuple[Turn, ...], changes: list[tuple[Turn, ...]]) -> int:
+def _number(turns: tuple[InputChange, ...], changes: list[tuple[InputChange, ...]]) -> int:
     """Return the number of these changes of inputs, a new one if nobody had them before."""
     known = next((place for place, other in enumerate(changes) if other is turns), None)
     if known is None:
@@ -178,7 +185,7 @@ def _stacked_salient(parts: Sequence[SalientRows]) -> SalientRows | None:
 
 
 def _stacked_streams(parts: Sequence[StreamRows]) -> StreamRows | None:
-    kinds = {(part.bits, part.values, part.memory, part.shifts, part.size[1]) for part in parts}
+    kinds = {(part.bits, part.values, part.memory, part.size[1]) for part in parts}
     first = parts[0]
     if len(kinds) > 1 or not all(torch.equal(part.numbers, first.numbers) for part in parts):
         return None

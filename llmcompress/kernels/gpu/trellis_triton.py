@@ -26,71 +26,35 @@ def stream_bits(words, STEP: tl.constexpr, BITS: tl.constexpr, MEMORY: tl.conste
 
 
 @triton.jit
-def shifted_sums(words, A: tl.constexpr, B: tl.constexpr):
-    """Return words of the stream `s ^ s >> A ^ s >> B`, of a stream in which older bits are higher."""
-    sums = (words[0] ^ (words[0] >> A) ^ (words[0] >> B),)
-    for place in tl.static_range(1, len(words)):
-        above = (words[place] >> A) | (words[place - 1] << (32 - A))
-        more = (words[place] >> B) | (words[place - 1] << (32 - B))
-        sums = sums + (words[place] ^ above ^ more,)
-    return sums
-
-
-@triton.jit
-def step_number(
-    words, sums, numbers, STEP: tl.constexpr, VALUE: tl.constexpr,
-    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, SHIFTS: tl.constexpr, INDEX: tl.constexpr,
-):  # fmt: skip
-    """Return one of the numbers of a step, float32. `sums` has `shifted_sums` where these do for all steps."""
-    if len(sums) > 0:
-        index = stream_bits(sums, STEP, BITS, INDEX) & ((1 << INDEX) - 1)
-    elif len(SHIFTS) > 0:
-        A: tl.constexpr = SHIFTS[VALUE][0]
-        B: tl.constexpr = SHIFTS[VALUE][1]
-        state = stream_bits(words, STEP, BITS, MEMORY)
-        index = state ^ ((state >> A) & ((1 << (MEMORY - A)) - 1)) ^ ((state >> B) & ((1 << (MEMORY - B)) - 1))
-        index &= (1 << INDEX) - 1
-    else:
-        index = stream_bits(words, STEP, BITS, MEMORY) & ((1 << MEMORY) - 1)
-    return tl.load(numbers + (index * VALUES + VALUE).to(tl.int32)).to(tl.float32)
-
-
-@triton.jit
 def unit_numbers(
-    words, numbers, COLUMNS: tl.constexpr,
-    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, SHIFTS: tl.constexpr, INDEX: tl.constexpr,
+    words, numbers, held, VALUE: tl.constexpr, COLUMNS: tl.constexpr,
+    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Return the numbers of a unit, float32 `[columns, rows]`. Only names change after the look-ups, nothing moves."""
-    first, second = (), ()
-    if len(SHIFTS) > 0:  # where no sum reaches beyond the state, the sums of all steps are those of the whole stream
-        if max(SHIFTS[0][0], SHIFTS[0][1]) + INDEX <= MEMORY:
-            first = shifted_sums(words, SHIFTS[0][0], SHIFTS[0][1])
-        if VALUES == 2 and max(SHIFTS[-1][0], SHIFTS[-1][1]) + INDEX <= MEMORY:
-            second = shifted_sums(words, SHIFTS[-1][0], SHIFTS[-1][1])
+    """Return one of the numbers of each step of a unit, float32 `[columns, 32]`.
+
+    They are looked up in `held`, the numbers of all states, which threads exchange by shared memory, or in `numbers`
+    in memory. Joining steps moves nothing, it only gives them names.
+    """
     found = ()
     for step in tl.static_range(32):
-        number = step_number(words, first, numbers, step, 0, BITS, VALUES, MEMORY, SHIFTS, INDEX)
-        if VALUES == 2:
-            other = step_number(words, second, numbers, step, 1, BITS, VALUES, MEMORY, SHIFTS, INDEX)
-            number = tl.join(number, other)
-        found = found + (number,)
+        found = found + ((stream_bits(words, step, BITS, MEMORY) & ((1 << MEMORY) - 1)).to(tl.int32),)
     for level in tl.static_range(5):  # steps 16 apart first, so that the last index is the lowest bit of the step
         joined = ()
         for place in tl.static_range(16 >> level):
             joined = joined + (tl.join(found[place], found[place + (16 >> level)]),)
         found = joined
-    if VALUES == 1:
-        return tl.reshape(found[0], (COLUMNS, 32))
-    return tl.reshape(tl.permute(found[0], (0, 2, 3, 4, 5, 6, 1)), (COLUMNS, 64))
+    states = tl.reshape(found[0], (COLUMNS * 32,))
+    unit = tl.gather(held, states, 0) if SHARED else tl.load(numbers + states * VALUES + VALUE)
+    return tl.reshape(unit, (COLUMNS, 32)).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def stream_product(
     x, words, units, scale, numbers, low_rank, onto, y,
     tokens, out, ranks, width: tl.constexpr,
-    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, SHIFTS: tl.constexpr, INDEX: tl.constexpr,
+    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, SHARED: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ONTO: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes `y` `[tokens, out]`: the product of `x` `[tokens, in]` with a unit, see `layouts`.
 
@@ -102,14 +66,27 @@ def stream_product(
     first = tl.program_id(1) * TOKENS
     token = first + tl.arange(0, TOKENS)
     total = tl.zeros((COLUMNS if TOKENS == 1 else TOKENS, ROWS), tl.float32)
-    for begin in range(0, width, COLUMNS):
+    first_numbers, second_numbers = numbers, numbers
+    if SHARED:
+        state = tl.arange(0, 1 << MEMORY) * VALUES
+        first_numbers = tl.load(numbers + state)
+        if VALUES == 2:
+            second_numbers = tl.load(numbers + state + 1)
+    for begin in tl.range(0, width, COLUMNS, num_stages=STAGES):
         column = begin + tl.arange(0, COLUMNS)
         known = column < width
         held = ()
         for word in tl.static_range(BITS + 1):
             loaded = tl.load(top + word * width + column, mask=known, other=0)
             held = held + (loaded.to(tl.uint32, bitcast=True),)
-        found = unit_numbers(held, numbers, COLUMNS, BITS, VALUES, MEMORY, SHIFTS, INDEX)
+        found = unit_numbers(
+            held, numbers, first_numbers, 0, COLUMNS, BITS, VALUES, MEMORY, SHARED
+        )  # fmt: skip
+        if VALUES == 2:
+            other = unit_numbers(
+                held, numbers, second_numbers, 1, COLUMNS, BITS, VALUES, MEMORY, SHARED
+            )  # fmt: skip
+            found = tl.reshape(tl.join(found, other), (COLUMNS, 64))
         if TOKENS == 1:
             total += found * tl.load(x + first * width + column, mask=known, other=0).to(tl.float32)[:, None]
         else:

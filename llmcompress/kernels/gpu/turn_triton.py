@@ -15,21 +15,18 @@ def butterfly(values, HALF: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def hadamard(values, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the transform of `values` `[BLOCK]` from this distance on."""
-    if HALF == BLOCK:
-        return values
-    return hadamard(butterfly(values, HALF, BLOCK), 2 * HALF, BLOCK)
+def turn(x, factors, y, width, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    """Writes `y` `[tokens, in]`, the transform of `x * factors`; a program's columns lie `in / BLOCK` apart.
 
-
-@triton.jit
-def turn(x, factors, y, width, BLOCK: tl.constexpr):
-    """Writes `y` `[tokens, in]`, the transform of `x * factors`; a program's columns lie `in / BLOCK` apart."""
+    `LEVELS` is the logarithm of `BLOCK`.
+    """
     rest = width // BLOCK
     column = tl.program_id(1) + tl.arange(0, BLOCK) * rest
     place = tl.program_id(0) * width + column
     values = tl.load(x + place).to(tl.float32) * tl.load(factors + column)
-    tl.store(y + place, hadamard(values, 1, BLOCK).to(y.dtype.element_ty))
+    for level in tl.static_range(LEVELS):
+        values = butterfly(values, 1 << level, BLOCK)
+    tl.store(y + place, values.to(y.dtype.element_ty))
 
 
 @triton.jit

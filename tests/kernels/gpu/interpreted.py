@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.gpu.layouts import StreamRows
-from llmcompress.kernels.gpu.packing import Lookup, stream_rows
 from llmcompress.kernels.gpu.prepare import prepare, product, stacked
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import (
@@ -30,7 +28,6 @@ from llmcompress.weight.nodes import (
     Rotated,
     Scaled,
     Sum,
-    TrellisCoded,
     Weight,
     Where,
     Zero,
@@ -91,62 +88,6 @@ def moved(value: Any, device: str) -> Any:
     return tuple(moved(each, device) for each in value) if isinstance(value, tuple) else value
 
 
-# --- linear codes ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A made-up code: an index of `width` bits, and its shifts for each value of a step."""
-
-    trellis: Trellis
-    width: int
-    shifts: tuple[tuple[int, int], ...]
-
-
-def linear_lookup(code: Linear) -> Lookup:
-    """Return made-up numbers."""
-    size = (1 << code.width, code.trellis.values)
-    return Lookup(torch.randint(-128, 128, size, generator=seeded(1), dtype=torch.int8), code.shifts, 1 / 64)
-
-
-def linear_table(trellis: Trellis, by: Lookup) -> Tensor:
-    """Return the number of every state, float64 `[states, values]`, computed for one state after the other."""
-    rows = []
-    for state in range(1 << trellis.memory):
-        places = [(state ^ state >> a ^ state >> b) % len(by.numbers) for a, b in by.shifts]
-        rows.append([float(by.numbers[place, value]) * by.unit for value, place in enumerate(places)])
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def linear_on(device: str, code: Linear, tokens: int) -> float:
-    """Return how far a product with streams of a linear code is off, in shares of its norm."""
-    trellis, by = code.trellis, linear_lookup(code)
-    w = streams(trellis, 40, 24, 22 * trellis.values)
-    table = linear_table(trellis, by)
-    expected_rows = _decoded(w, table)
-    rows: StreamRows = stream_rows(moved(w, device), by)
-    x = torch.randn(tokens, 24, generator=seeded(3))
-    from llmcompress.kernels.gpu.launches import launch_streams
-
-    found = launch_streams(x.to(device), rows, None, None, torch.float32)
-    return relative(found, x.double() @ expected_rows.T)
-
-
-def _decoded(w: TrellisCoded, table: Tensor) -> Tensor:
-    """Return the matrix of streams, float64, one code after the other."""
-    trellis, (rows, width) = w.trellis, shape(w)
-    found = torch.zeros(rows, width, dtype=torch.float64)
-    for first in range(0, rows, w.run):
-        height = min(w.run, rows - first)
-        steps, state = height // trellis.values, 0
-        codes = w.codes[first // trellis.values * width :][: steps * width].tolist()
-        for place, code in enumerate(codes):
-            state = (state << trellis.bits | code) % (1 << trellis.memory)
-            row = first + place % steps * trellis.values
-            found[row : row + trellis.values, place // steps] = table[state]
-    return found * w.scale.double()
-
-
 # --- cases ----------------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +112,7 @@ def cases(on_a_gpu: bool = False) -> Iterator[Case]:
     yield Case("shared scales", (grid((5, 70), 8, 7, 0, True, one_row=True),))
     yield Case("one element", (grid((1, 1), 4, 1, 0, False),))
     yield Case("long rows", (grid((3, 2100), 16, 32, 0, True),))
-    for trellis in (*TRELLISES, Trellis(2, 1, 12), Trellis(4, 1, 12), Trellis(1, 1, 16)):
+    for trellis in (*TRELLISES, Trellis(2, 1, 12), Trellis(2, 1, 12, "linear"), Trellis(1, 1, 16)):
         steps = 70
         for tokens in (1, 3):
             w = streams(trellis, steps, 21, 40 * trellis.values)
@@ -244,20 +185,9 @@ def composite_cases() -> Iterator[Case]:
     )
 
 
-LINEAR = (
-    Linear(Trellis(2, 1, 12), 7, ((7, 10),)),
-    Linear(Trellis(2, 1, 12), 7, ((3, 5),)),  # within the state for all bits of the index
-    Linear(Trellis(3, 2, 12), 8, ((7, 9), (1, 4))),
-    Linear(Trellis(4, 1, 14), 6, ((4, 10),)),
-)
-
-
 def answers(device: str) -> dict[str, tuple[float, float]]:
     """Return, by name, how far each product is off, and how far it may be."""
     found = {case.name: (on(device, case), case.limit()) for case in cases(device == "cuda")}
-    for code in LINEAR:
-        for tokens in (1, 3):
-            found[f"{code}, {tokens} tokens"] = (linear_on(device, code, tokens), FLOAT32)
     found["compiled by torch"] = (compiled_on(device), FLOAT32)
     return found
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from llmcompress.kernels.gpu.layouts import PLANES, GridRows, StreamRows
-from llmcompress.kernels.gpu.packing import Lookup, grid_rows, lookup, salient_rows, stream_rows
+from llmcompress.kernels.gpu.packing import grid_rows, salient_rows, stream_rows
 from llmcompress.kernels.gpu.prepare import prepare, product, runs_on, stacked
 from llmcompress.weight.nodes import (
     Bitmap,
@@ -100,7 +100,7 @@ def states_of(rows: StreamRows) -> list[list[int]]:
 @pytest.mark.parametrize("steps, run", [(70, 40), (1, 1), (5, 2)])
 def test_every_state_is_where_the_kernel_looks_for_it(trellis: Trellis, steps: int, run: int) -> None:
     given = streams(trellis, steps, 6, run * trellis.values)
-    rows = stream_rows(given, lookup(trellis))
+    rows = stream_rows(given)
     numbers = rows.numbers.float()[torch.tensor(states_of(rows))]  # [steps, columns, values]
     found = numbers.transpose(1, 2).reshape(-1, 6)
     assert torch.equal(found, matrix(given.codes, len(given.scale), trellis, given.run))
@@ -111,7 +111,7 @@ def test_a_layout_takes_hardly_more_than_the_codes() -> None:
     assert grid_rows(w).bytes() == 64 * 1024 // 2 + 64 * 16 * 2
     coded = streams(Trellis(2, 1, 12), 768, 1024, 768)
     numbers = 4096 * 2
-    assert stream_rows(coded, lookup(coded.trellis)).bytes() - numbers < 1.04 * 768 * 1024 / 4
+    assert stream_rows(coded).bytes() - numbers < 1.04 * 768 * 1024 / 4
 
 
 # --- forms ----------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_interpreted_kernels_agree_with_the_decoded_weight(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     errors = json.loads(found.read_text())
     wrong = {name: error for name, (error, limit) in errors.items() if not error <= limit}
-    assert len(errors) > 90 and not wrong
+    assert len(errors) >= 80 and not wrong
 
 
 @on_a_gpu
@@ -236,7 +236,7 @@ def _type(value: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("tokens", [1, 16])
-@pytest.mark.parametrize("form", ["4 bits", "3 bits with zero points", "signs and salient weights", "with low rank"])
+@pytest.mark.parametrize("form", ["4 bits", "3 bits, zero points, low rank", "signs and salient weights"])
 def test_grids_compile_for_a_chip(
     form: str, tokens: int, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +244,7 @@ def test_grids_compile_for_a_chip(
     from llmcompress.kernels.gpu.launches import grid_constants
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    levels = {"4 bits": 16, "3 bits with zero points": 8, "signs and salient weights": 2}.get(form, 16)
+    levels = {"4 bits": 16, "signs and salient weights": 2}.get(form, 8)
     packed, salient = grid_rows(grid((8, 2048), levels, 128, 1, "zero" not in form)), None
     if levels == 2:
         inside = Bitmap(torch.rand(8, 2048, generator=seeded(0)) < 0.1)
@@ -263,7 +263,7 @@ def test_grids_compile_for_a_chip(
         "onto": torch.empty(0),
         "y": number,
     } | dict.fromkeys(("tokens", "out", "inside_groups", "ranks"), 0)
-    constants = grid_constants(packed, salient, 24 if form == "with low rank" else 0, tokens > 1, tokens)
+    constants = grid_constants(packed, salient, 24 if "rank" in form else 0, tokens > 1, tokens)
     done = compiled(grid_product, given, constants, chip)
     check_machine_code(done, chip)
     if form == "4 bits" and tokens == 1:
@@ -274,17 +274,15 @@ def test_grids_compile_for_a_chip(
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("tokens", [1, 16])
-@pytest.mark.parametrize("bits, values, linear", [(2, 1, False), (2, 1, True), (3, 2, True), (3, 1, False)])
+@pytest.mark.parametrize("trellis, rank", [(Trellis(2, 1, 12), 0), (Trellis(3, 2, 12, "linear"), 24)], ids=str)
 def test_trellises_compile_for_a_chip(
-    bits: int, values: int, linear: bool, tokens: int, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trellis: Trellis, rank: int, tokens: int, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llmcompress.kernels.gpu.launches import stream_constants
     from llmcompress.kernels.gpu.trellis_triton import stream_product
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    trellis = Trellis(bits, values, 12)
-    small = Lookup(torch.zeros(128, values, dtype=torch.int8), ((7, 10), (3, 5))[:values])
-    packed = stream_rows(streams(trellis, 32, 2048, 768), small if linear else lookup(trellis))
+    packed = stream_rows(streams(trellis, 32, 2048, 768))
     number, place = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int32)
     given = {
         "x": number,
@@ -296,14 +294,14 @@ def test_trellises_compile_for_a_chip(
         "onto": torch.empty(0),
         "y": number,
     } | dict.fromkeys(("tokens", "out", "ranks"), 0)
-    constants = stream_constants(packed, 24 if linear else 0, tokens > 1, tokens)
+    constants = stream_constants(packed, rank, tokens > 1, tokens)
     check_machine_code(compiled(stream_product, given, constants, chip), chip)
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("block", [1, 2, 64, 4096])
+@pytest.mark.parametrize("block", [1, 4096])
 def test_changes_of_inputs_compile_for_a_chip(
     block: int, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,7 +310,7 @@ def test_changes_of_inputs_compile_for_a_chip(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     number = torch.empty(0, dtype=torch.bfloat16)
     given = {"x": number, "factors": torch.empty(0), "y": number, "width": 0}
-    constants = {"COLUMNS": 1024} if block == 1 else {"BLOCK": block}
+    constants = {"COLUMNS": 1024} if block == 1 else {"BLOCK": block, "LEVELS": block.bit_length() - 1}
     check_machine_code(compiled(multiply if block == 1 else turn, given, constants | {"num_warps": 4}, chip), chip)
 
 
