@@ -33,10 +33,13 @@ from llmcompress.weight.nodes import Dense, Grid, LowRank, Sum, Weight
 from tests.builders import compressed, correlated, gaussian, grid, moments, seeded
 from tests.export.gguf_files import byte_level, engine, gguf, largest_difference, run
 from tests.export.gguf_files import compressed as checkpoint
+from tests.tiers import tiered
 from tests.tiny import tiny
 
 READ = [kind for kind in QUANTIZED if kind.name != "Q1_0"]  # of which gguf has no reader
 TYPES = sorted(method.FORMS)
+FAST = ("IQ4_XS", "Q4_0", "Q4_1", "Q4_K")  # a table, a simple type, offsets, and superblocks with offsets
+every_type = pytest.mark.parametrize("kind", tiered(TYPES, FAST.__contains__, str))
 
 
 def read(kind: str, written: Tensor) -> Tensor:
@@ -132,14 +135,14 @@ def made(kind: str, width: int = 512, weight: Tensor | None = None) -> Weight:
     return compressed(weight, correlated(1024, width, seed=1), {"method": "gguf", "type": kind}).expression()
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@every_type
 def test_the_method_fills_the_type_that_it_names(kind: str) -> None:
     w = made(kind)
     assert exact_type(w).name == kind
     assert torch.equal(read(kind, packed(w, exact_type(w))), dense(w))
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@every_type
 def test_numbers_of_any_size_fit(kind: str) -> None:
     """A row of zeros, one of very small numbers, one with an outlier, one of one sign."""
     weight = gaussian(6, 256)
@@ -160,7 +163,7 @@ def test_without_data_no_row_is_worse_than_plain_rounding(kind: str) -> None:
     assert bool((lost[0] <= lost[1] * 1.02).all()) and float(lost[0].sum()) < 0.97 * float(lost[1].sum())
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@every_type
 def test_feedback_pays_on_tokens_it_has_not_seen(kind: str) -> None:
     weight, unseen = gaussian(24, 256), moments(correlated(1024, 256, seed=2))
     plain = compressed(weight, torch.zeros(0, 256), {"method": "gguf", "type": kind}).expression()
@@ -179,7 +182,7 @@ def test_both_tables_of_iq4_types_are_the_same() -> None:
 
 
 @engine
-@pytest.mark.parametrize("kind", TYPES)
+@every_type
 def test_llama_cpp_multiplies_by_what_the_method_fills(kind: str, tmp_path: Any) -> None:
     """llama.cpp rounds what quantized matrices multiply to 8 bits; with wrong bits, log-probabilities move by 5."""
     sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.05, "vocab_size": 640}
@@ -244,3 +247,18 @@ def test_widths_that_blocks_do_not_fill_are_refused_or_dense(tmp_path: Any) -> N
         export(small, tmp_path / "out", "gguf", round_to="Q8_0")
     done = export(small, tmp_path / "out", "gguf", allow_dense=True, round_to="Q8_0")
     assert done.changed[0].startswith("2 matrices became bfloat16")
+
+
+@engine
+@pytest.mark.parametrize("kind", TYPES)
+def test_no_type_is_filled_worse_than_by_llama_cpps_own_quantizer(kind: str) -> None:
+    """On tokens that neither has seen; also where it is given an importance matrix of the same calibration."""
+    from gguf_types import quantize
+
+    weight, seen = gaussian(24, 512), correlated(4096, 512, seed=1)
+    unseen = moments(correlated(4096, 512, seed=2))
+    ours = compressed(weight, seen, {"method": "gguf", "type": kind}).expression()
+    for importance in (None, seen.square().mean(0)):
+        theirs, size = quantize(weight, kind, importance)
+        assert size == 24 * exact_type(ours).row_bytes(512), "at equal bytes"
+        assert relative_error(weight, ours, unseen) < 0.6 * relative_error(weight, theirs, unseen)
