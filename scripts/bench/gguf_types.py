@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--samples", type=int, default=18, help="windows of calibration, of as many tokens")
     options = parser.parse_args()
+    if unknown := set(options.types) - FORMS.keys():
+        parser.error(f"{', '.join(sorted(unknown))} cannot be filled; choose among {', '.join(FORMS)}")
     source = locate("smollm2").folder
     dense: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(source)
