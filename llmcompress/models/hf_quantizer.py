@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.errors import InputError
+from llmcompress.kernels.accelerate import accelerate_loaded
 from llmcompress.models.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.models.integrity import MENDING, Expected, check, digests
 from llmcompress.weight.modules import (
@@ -117,6 +118,7 @@ class LLMCompressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for layer in compressed_modules(model).values():
             layer.requires_grad_(False)  # transformers asks for gradients of every float it loads
+        accelerate_loaded(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -129,8 +129,15 @@ class PackedWeight(NamedTuple):
         return PackedWeight(module.layout, module.get_parameter("weight").detach())
 
 
+class FastProduct(Protocol):
+    """A faster way to multiply by the weight of a layer: `x @ W.T`, or None where it has none for `x`."""
+
+    def __call__(self, layer: CompressedLinear, x: Tensor) -> Tensor | None: ...
+
+
 class CompressedLinear(Compressed, nn.Linear):
-    """`x @ W.T + bias` for a compressed `W [out, in]`, decoded at every call unless inside `decoded(model)`."""
+    """`x @ W.T + bias` for a compressed `W [out, in]`: by a kernel where there is one (`kernels.accelerate`), else
+    decoded at every call unless inside `decoded(model)`."""
 
     def __init__(self, layout: Layout, payload: Tensor, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
@@ -138,6 +145,7 @@ class CompressedLinear(Compressed, nn.Linear):
         self.hold(layout, payload)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.ready: Weight | None = None
+        self.fast: FastProduct | None = None
 
     @staticmethod
     def of(w: Weight, bias: Tensor | None = None) -> CompressedLinear:
@@ -155,7 +163,9 @@ class CompressedLinear(Compressed, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in]` to `[..., out]`, in the input's dtype."""
-        output = expression.matmul(input, self.expression() if self.ready is None else self.ready)
+        output = None if self.fast is None or self.ready is not None else self.fast(self, input)
+        if output is None:
+            output = expression.matmul(input, self.expression() if self.ready is None else self.ready)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""The kernel that prepares inputs: factors, a Hadamard transform, and rounding to int8 in blocks, for all that share them.
+"""The kernel that prepares inputs: factors, a Hadamard transform, and rounding to int8 in blocks.
 
 A block of int8 inputs has a scale of its own, its largest magnitude over 127, so 0.4 % of that at most is lost.
 """
@@ -12,7 +12,7 @@ from functools import reduce
 from llvmlite import ir
 
 from llmcompress.kernels.cpu.arguments import Argument, address
-from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, Function, Value, vector
+from llmcompress.kernels.cpu.emit import F32, I8, I16, I32, I64, Function, Value, vector
 from llmcompress.kernels.cpu.tiers import Target, joined
 
 LANES = 16
@@ -23,7 +23,7 @@ LARGEST = 127.0
 
 @dataclass(frozen=True)
 class Inputs:
-    """Float32 `[tokens, width]` to `X`, `X_SCALE` and `X_SUM` of blocks of `block` columns, the last one padded by 0.
+    """Float32 or bfloat16 `[tokens, width]` to `X`, `X_SCALE` and `X_SUM` of blocks of `block` columns, the last one padded by 0.
 
     Each input is multiplied by its factor first if there are `factors`; then a Hadamard transform of `hadamard` (1:
     none) goes over columns `width / hadamard` apart, as in `weight.hadamard`. Its normalisation belongs to the factors.
@@ -34,6 +34,7 @@ class Inputs:
     hadamard: int
     factors: bool
     exact: bool
+    bfloat16: bool
 
     def write(self, module: ir.Module, target: Target) -> None:
         """Write the kernel into a module, for a range of tokens."""
@@ -41,7 +42,11 @@ class Inputs:
         blocks = -(-self.width // self.block)
         source, scratch = address(f, Argument.CODES), address(f, Argument.Y)
         with f.loop(f.arguments[1], f.arguments[2]) as token:
-            row, work = f.behind(source, token * (4 * self.width)), f.behind(scratch, token * (4 * blocks * self.block))
+            size = 2 if self.bfloat16 else 4
+            row, work = (
+                f.behind(source, token * (size * self.width)),
+                f.behind(scratch, token * (4 * blocks * self.block)),
+            )
             self._load(f, row, work, blocks * self.block)
             self._transform(f, work)
             with f.loop(0, blocks) as block:
@@ -54,7 +59,10 @@ class Inputs:
 
         def copy(place: Value, lanes: int) -> None:
             kind = vector(F32, lanes)
-            x = f.load(row, kind, place * 4)
+            if self.bfloat16:
+                x = (f.load(row, vector(I16, lanes), place * 2).wider(I32, False) << 16).as_type(kind)
+            else:
+                x = f.load(row, kind, place * 4)
             f.store(x * f.load(factors, kind, place * 4) if self.factors else x, work, place * 4)
 
         _each(f, 0, self.width, copy)

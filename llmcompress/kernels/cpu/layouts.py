@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -34,29 +35,50 @@ class Packed:
     scales: Tensor  # float16 [row tiles, groups, 16]
     zeros: Tensor | None  # uint8, alike
 
+    @cached_property
+    def addresses(self) -> tuple[int, int, int]:
+        """Where codes, scales and zero points lie; 0 for none."""
+        zeros = 0 if self.zeros is None else self.zeros.data_ptr()
+        return self.codes.data_ptr(), self.scales.data_ptr(), zeros
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the codes of a block of rows."""
+        return (self.codes.numel() - SLACK) // (self.rows // self.form.block_rows)
+
     @property
     def bytes(self) -> int:
         """Bytes that a product reads."""
         return sum(part.nbytes for part in (self.codes, self.scales, self.zeros) if part is not None)
 
 
+def form_of(w: Grid | TrellisCoded) -> Planes | Streams | None:
+    """Return the run-time form of a leaf; None if there is no kernel for its sizes."""
+    if isinstance(w, Grid):
+        group = 0 if w.group_size >= w.codes.shape[1] else w.group_size
+        bits = max(1, (w.levels - 1).bit_length())
+        return None if group % 32 else Planes(bits, group, w.zero is not None, (w.levels - 1) / 2)
+    trellis, rows = w.trellis, shape(w)[0]
+    if trellis.code != "linear":
+        return None
+    code = linear_code(trellis.bits, trellis.values, trellis.memory)
+    numbers = tuple(tuple(part.tolist()) for part in code.numbers)
+    form = Streams(trellis.bits, trellis.values, trellis.memory, code.masks, numbers)
+    return form if w.run % form.block_rows == 0 or w.run >= rows else None
+
+
 def packed(w: Weight) -> Packed | None:
     """Return a matrix repacked; None if no kernel reads its form."""
-    match w:
-        case Grid():
-            return _grid(w)
-        case TrellisCoded():
-            return _streams(w)
-    return None
-
-
-def _grid(w: Grid) -> Packed | None:
-    rows, width = w.codes.shape
-    group = 0 if w.group_size >= width else w.group_size
-    if group % 32 or w.levels > 256:
+    if not isinstance(w, Grid | TrellisCoded):
         return None
-    bits = max(1, (w.levels - 1).bit_length())
-    form = Planes(bits, group, w.zero is not None, (w.levels - 1) / 2)
+    form = form_of(w)
+    if isinstance(w, Grid) and isinstance(form, Planes):
+        return _grid(w, form)
+    return _streams(w, form) if isinstance(w, TrellisCoded) and isinstance(form, Streams) else None
+
+
+def _grid(w: Grid, form: Planes) -> Packed:
+    rows, width = w.codes.shape
     padded_rows, columns = _up(rows, LANES), _up(width, block_size(form))
     codes = np.zeros((padded_rows, columns), np.uint8)
     codes[:rows, :width] = w.codes.numpy()
@@ -79,16 +101,8 @@ def _planes(codes: Bytes, form: Planes) -> Bytes:
     return np.concatenate(found, 2)
 
 
-def _streams(w: TrellisCoded) -> Packed | None:
-    rows, width = shape(w)
-    trellis = w.trellis
-    if trellis.code != "linear":
-        return None
-    code = linear_code(trellis.bits, trellis.values, trellis.memory)
-    numbers = tuple(tuple(part.tolist()) for part in code.numbers)
-    form = Streams(trellis.bits, trellis.values, trellis.memory, code.masks, numbers)
-    if any(stop - start > 0 and start % form.block_rows for start, stop in pairwise((*range(0, rows, w.run), rows))):
-        return None
+def _streams(w: TrellisCoded, form: Streams) -> Packed:
+    (rows, width), trellis = shape(w), w.trellis
     padded_rows, columns = _up(rows, form.block_rows), _up(width, block_size(form))
     blocks = []
     for first, last in pairwise(cuts(rows, w.run, trellis)):

@@ -19,11 +19,15 @@ ADDRESS = I8.as_pointer()
 
 @dataclass(frozen=True)
 class Product:
-    """`y += x @ W.T` for so many tokens; `exact`: inputs are float32, otherwise int8 in blocks of `block(format)`."""
+    """`y += x @ W.T` for so many tokens; `exact`: inputs are float32, otherwise int8 in blocks of `block_size(form)`.
+
+    `y` is float32; with `bfloat16` it is that, and set rather than added to.
+    """
 
     form: Format
     tokens: int
     exact: bool
+    bfloat16: bool = False
 
     def write(self, module: ir.Module, target: Target) -> None:
         """Write the kernel into a module, for a range of row blocks."""
@@ -114,8 +118,10 @@ class Product:
             count = shares(self.form)
             sums = [found.shuffled(range(share, found.length, count)) for share in range(count)]
             whole = reduce(Value.__add__, sums).shuffled(places_of_rows(self.form))
-            place = f.behind(y, start * 4)
-            f.store(f.load(place, whole.type) + whole, place)
+            if self.bfloat16:
+                f.store(to_bfloat16(whole), y, start * 2)
+            else:
+                f.store(f.load(y, whole.type, start * 4) + whole, y, start * 4)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from llmcompress.errors import InputError
 from llmcompress.kernels.gpu.layouts import (
     Branch,
     GpuWeight,
@@ -223,7 +224,14 @@ def product(w: GpuWeight, x: Tensor) -> Tensor:
 
     Returns:
         `x @ matrix.T`, `[..., out]`, in the dtype of `x`; summed in float32.
+
+    Raises:
+        InputError: inputs that want a gradient, which the kernels do not give.
     """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise InputError(
+            "kernels for GPUs give no gradients; compute under torch.no_grad(), or multiply by the weight as it is stored"
+        )
     flat = x.reshape(-1, w.width).contiguous()
     inputs = []
     for chain in w.changes:

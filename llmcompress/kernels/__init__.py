@@ -1,0 +1,1 @@
+"""Products with compressed weights by kernels made for the machine."""

@@ -1,0 +1,107 @@
+"""Models whose compressed linears multiply by kernels made for the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.errors import RecipeError
+from llmcompress.kernels import ops
+from llmcompress.kernels.cpu.run import Mode
+from llmcompress.weight.expression import describe
+from llmcompress.weight.modules import CompressedLinear, compressed_linears
+
+SWITCH = "LLMCOMPRESS_FAST"
+MODES: dict[str, Mode] = {"auto": "auto", "exact": "exact"}
+
+
+@dataclass(frozen=True)
+class Accelerated:
+    """What `accelerate` found: the linears with kernels, and for the others, which are decoded at every call, their
+    forms."""
+
+    mode: Mode
+    kernels: tuple[str, ...] = ()
+    decoded: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"{len(self.kernels)} linears multiply by kernels ({self.mode} inputs)"
+        if not self.decoded:
+            return text
+        named = ", ".join(f"{name} ({form})" for name, form in self.decoded.items())
+        return f"{text}; {len(self.decoded)} have none and are decoded at every call: {named}"
+
+
+@dataclass(frozen=True)
+class Fast:
+    """How a compressed linear multiplies: by a kernel where it can."""
+
+    mode: Mode
+
+    def __call__(self, layer: CompressedLinear, x: Tensor) -> Tensor | None:
+        """Return `x @ W.T`; None on other devices, where gradients are wanted, and for forms without a kernel."""
+        if x.device.type != "cpu" or not x.is_floating_point() or (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        return ops.linear(x, layer.get_parameter("weight"), layer.layout, self.mode)
+
+
+def accelerate(model: nn.Module, mode: str = "auto") -> Accelerated:
+    """Let every compressed linear of a model multiply by kernels for this machine's CPU.
+
+    `from_pretrained` does it by itself, unless the environment variable LLMCOMPRESS_FAST is 0 (or `exact`, its mode).
+    Weights are repacked when they are first used. What is stored stays as it is, so the model saves and loads as before.
+    Gradients, other devices and forms without a kernel are computed as they would be otherwise.
+
+    Args:
+        model: any module; those without compressed linears stay as they are.
+        mode: `auto` rounds the inputs of up to 16 tokens to int8, in blocks of 64 with a scale each; `exact` does not.
+
+    Returns:
+        The linears with kernels, and the others with their forms.
+
+    Raises:
+        RecipeError: for an unknown mode.
+    """
+    if mode not in MODES:
+        raise RecipeError(f"there is no mode {mode!r}; choose one of {', '.join(MODES)}")
+    kernels, decoded = [], {}
+    for name, layer in compressed_linears(model).items():
+        if ops.has_kernel(layer.layout):
+            layer.fast = Fast(MODES[mode])
+            kernels.append(name)
+        else:
+            decoded[name] = describe(layer.expression())
+    return Accelerated(MODES[mode], tuple(kernels), decoded)
+
+
+def accelerate_loaded(model: nn.Module) -> None:
+    """Accelerate a model that was just loaded, unless the environment says otherwise.
+
+    Raises RecipeError for a value of the variable that means nothing.
+    """
+    wanted = os.environ.get(SWITCH, "auto")
+    if wanted == "0":
+        return
+    if wanted not in MODES:
+        raise RecipeError(f"{SWITCH} is {wanted!r}; set it to 0, {' or '.join(MODES)}, or leave it out")
+    accelerate(model, wanted)
+
+
+@contextmanager
+def plain(model: nn.Module) -> Iterator[None]:
+    """Let a model multiply without kernels while the context lasts."""
+    layers = {layer: layer.fast for layer in compressed_linears(model).values()}
+    try:
+        for layer in layers:
+            layer.fast = None
+        yield
+    finally:
+        for layer, fast in layers.items():
+            layer.fast = fast

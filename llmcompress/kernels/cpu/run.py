@@ -1,0 +1,213 @@
+"""Products with prepared weights: of a few tokens by kernels, of many by decoding rows into torch's product."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llmcompress.kernels.cpu.arguments import Argument
+from llmcompress.kernels.cpu.build import Loaded, loaded
+from llmcompress.kernels.cpu.layouts import Packed
+from llmcompress.kernels.cpu.prepare import Basis, Chain, Plain, Prepared, Term
+from llmcompress.kernels.cpu.product import Decoding, Product
+from llmcompress.kernels.cpu.threads import team
+
+Mode = Literal["auto", "exact"]
+FEW = 16  # tokens; from there on decoding once is cheaper than in every product
+AT_ONCE = 4  # tokens of a kernel
+WORTH_THREADS = 1 << 16  # weights, below which a team takes longer to wake
+DECODED = 1 << 22  # weights that are decoded at a time
+Values = ctypes.c_int64 * len(Argument)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """Room for the inputs of some tokens in a basis: codes or floats, their scales, their sums, and the work itself."""
+
+    tensors: tuple[Tensor, ...]
+    addresses: tuple[int, ...]
+
+    @staticmethod
+    def of(tokens: int, columns: int, blocks: int, exact: bool) -> _Ready:
+        """Return room for so many."""
+        x = torch.empty(tokens, columns, dtype=torch.float32 if exact else torch.int8)
+        tensors = (x, *(torch.empty(tokens, count) for count in (blocks, blocks, columns)))
+        return _Ready(tensors, tuple(tensor.data_ptr() for tensor in tensors))
+
+
+@dataclass
+class _Known(threading.local):
+    """What a thread keeps: the inputs it had last, for the layers that share them, and room for prepared ones."""
+
+    x: Tensor | None = None
+    version: int = 0
+    prepared: dict[object, _Ready] = field(default_factory=dict)
+    room: dict[object, _Ready] = field(default_factory=dict)
+
+
+_KNOWN = _Known()
+
+
+def product(prepared: Prepared, x: Tensor, mode: Mode) -> Tensor:
+    """Return `x [..., in] @ W.T` in the dtype of `x`; inputs of up to `FEW` tokens are rounded unless exact."""
+    width = prepared.size[1]
+    tokens = x.numel() // width
+    if tokens > FEW:
+        found = many(prepared, x.reshape(tokens, width))
+        return found.reshape(*x.shape[:-1], prepared.size[0])
+    version = -1 if x.is_inference() else x._version  # nobody counts changes of inference tensors
+    if _KNOWN.x is not x or version < 0 or _KNOWN.version != version:
+        _KNOWN.x, _KNOWN.version, _KNOWN.prepared = x, version, {}
+    if tokens == 1 and prepared.single is not None and x.dtype == torch.bfloat16 and x.is_contiguous():
+        y = torch.empty((*x.shape[:-1], prepared.single.packed.rows), dtype=torch.bfloat16)
+        _one(prepared.single, x, y, mode == "exact")
+        return y if y.shape[-1] == prepared.size[0] else y[..., : prepared.size[0]]
+    found = few(prepared, x.reshape(tokens, width), mode == "exact", _KNOWN.prepared)
+    return found.to(x.dtype).reshape(*x.shape[:-1], prepared.size[0])
+
+
+def _one(term: Term, x: Tensor, y: Tensor, exact: bool) -> None:
+    """Write the product of one token, the way that most of generating takes."""
+    key = (term.basis.name, term.block, exact, 1)
+    ready = _KNOWN.prepared.get(key)
+    if ready is None:
+        ready = _KNOWN.prepared[key] = _inputs(term.basis, term.block, x, 1, exact)
+    kernel = _product_kernel(term.packed, 1, exact, True)
+    _multiply(kernel, term.packed, ready, 0, y.data_ptr())
+
+
+def few(prepared: Prepared, x: Tensor, exact: bool, known: dict[object, _Ready]) -> Tensor:
+    """Return the product of a few tokens, float32 `[tokens, out]`; `known`: inputs that were prepared of this `x`."""
+    y: Tensor | None = None
+    for term in prepared.terms:
+        match term:
+            case Term():
+                y = _by_kernel(term, x, y, exact, known)
+            case Chain(left, right):
+                y = _added(y, few(left, few(right, x, exact, known), exact, {}))
+            case Plain(basis, values):
+                inputs = basis.apply(x)
+                y = _added(y, torch.nn.functional.linear(inputs, values.to(inputs.dtype)).float())
+    y = x.new_zeros(len(x), prepared.size[0], dtype=torch.float32) if y is None else y
+    return y[: len(x), : prepared.size[0]]
+
+
+def _added(y: Tensor | None, more: Tensor) -> Tensor:
+    if y is None:
+        return more
+    y[: len(more), : more.shape[1]] += more
+    return y
+
+
+def _by_kernel(term: Term, x: Tensor, y: Tensor | None, exact: bool, known: dict[object, _Ready]) -> Tensor:
+    """Return `y` plus the product of a term: float32 with at least as many rows and columns as wanted."""
+    tokens = 1 if len(x) == 1 else -(-len(x) // AT_ONCE) * AT_ONCE
+    packed = term.packed
+    key = (term.basis.name, term.block, exact, tokens)
+    ready = known.get(key)
+    if ready is None:
+        ready = known[key] = _inputs(term.basis, term.block, x, tokens, exact)
+    if y is None or y.shape != (tokens, packed.rows):
+        before, y = y, torch.zeros(tokens, packed.rows)
+        if before is not None:
+            size = min(tokens, len(before)), min(packed.rows, before.shape[1])
+            y[: size[0], : size[1]] += before[: size[0], : size[1]]
+    kernel = _product_kernel(packed, 1 if tokens == 1 else AT_ONCE, exact, False)
+    for first in range(0, tokens, AT_ONCE):
+        _multiply(kernel, packed, ready, first, y[first:].data_ptr())
+    return y
+
+
+def _inputs(basis: Basis, block: int, x: Tensor, tokens: int, exact: bool) -> _Ready:
+    """Return inputs in a basis, with zeros behind them up to so many tokens."""
+    blocks = -(-basis.width // block)
+    key = (basis.name, block, exact, tokens)
+    ready = _KNOWN.room.get(key)
+    if ready is None:
+        ready = _KNOWN.room[key] = _Ready.of(tokens, blocks * block, blocks, exact)
+    rows = x if basis.columns is None else x[..., basis.columns]
+    bfloat16 = rows.dtype == torch.bfloat16
+    rows = rows.contiguous() if bfloat16 else rows.float().contiguous()
+    if tokens > 1 and tokens > len(rows):
+        rows = torch.cat([rows, rows.new_zeros(tokens - len(rows), basis.width)])
+    factors = basis.all_factors
+    codes, scale, total, work = ready.addresses
+    values = Values(rows.data_ptr(), 0 if factors is None else factors.data_ptr(), 0, codes, scale, total, work)
+    loaded(basis.inputs(block, exact, bfloat16)).serial(ctypes.addressof(values), 0, tokens)
+    return ready
+
+
+@lru_cache(maxsize=256)
+def _product_kernel(packed: Packed, tokens: int, exact: bool, bfloat16: bool) -> Loaded:
+    return loaded(Product(packed.form, tokens, exact, bfloat16))
+
+
+def _multiply(kernel: Loaded, packed: Packed, ready: _Ready, first: int, y: int) -> None:
+    """Write the product of prepared inputs from token `first` on to the address `y`."""
+    codes, scale, total, _ = ready.addresses
+    if first:
+        codes, scale, total = (tensor[first:].data_ptr() for tensor in ready.tensors[:3])
+    matrix, scales, zeros = packed.addresses
+    values = Values(matrix, scales, zeros, codes, scale, total, y, packed.columns, packed.rows, packed.groups)
+    _run(kernel, values, packed.rows // packed.form.block_rows, packed.rows * packed.columns)
+
+
+def _run(kernel: Loaded, values: Any, blocks: int, weights: int) -> None:
+    """Run a kernel over all blocks of rows, by torch's threads where that pays."""
+    threads = min(torch.get_num_threads(), blocks) if weights >= WORTH_THREADS else 1
+    found = team() if threads > 1 else None
+    if found is None:
+        kernel.serial(ctypes.addressof(values), 0, blocks)
+        return
+    values[Argument.BLOCKS] = blocks
+    values[Argument.THREADS], values[Argument.THREAD] = found.count, found.number
+    found.parallel(kernel.parallel, ctypes.addressof(values), threads, 0)
+
+
+# --- many tokens ----------------------------------------------------------------------------------------------------
+
+
+def many(prepared: Prepared, x: Tensor) -> Tensor:
+    """Return the product of many tokens `[tokens, in]`, by torch, in the dtype of `x`."""
+    y: Tensor | None = None
+    for term in prepared.terms:
+        match term:
+            case Term(basis, packed):
+                more = _through_tiles(packed, basis.apply(x))
+            case Chain(left, right):
+                more = many(left, many(right, x))
+            case Plain(basis, values):
+                more = torch.nn.functional.linear(basis.apply(x), values.to(x.dtype))
+        y = more if y is None else y.add_(more)
+    return x.new_zeros(len(x), prepared.size[0]) if y is None else y
+
+
+def _through_tiles(packed: Packed, x: Tensor) -> Tensor:
+    """Return the product with a packed matrix, decoded some rows at a time."""
+    rows, block_rows = packed.size[0], packed.form.block_rows
+    y = x.new_empty(len(x), rows)
+    at_once = max(1, DECODED // packed.columns // block_rows) * block_rows
+    for first in range(0, packed.rows, at_once):
+        last = min(first + at_once, packed.rows)
+        tile = decoded_columns(packed, first, last, x.dtype)[: packed.size[1], : rows - first]
+        torch.mm(x, tile, out=y[:, first : min(last, rows)])
+    return y
+
+
+def decoded_columns(packed: Packed, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Return rows of a packed matrix from one block to another, transposed: `[columns, last - first]`."""
+    bfloat16 = dtype == torch.bfloat16
+    y = torch.empty(packed.columns, last - first, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    matrix, scales, zeros = packed.addresses
+    block = first // packed.form.block_rows
+    tiles = block * (packed.form.block_rows * packed.form.columns // 64) * packed.groups * 16
+    places = matrix + block * packed.block_bytes, scales + 2 * tiles, zeros and zeros + tiles
+    values = Values(*places, 0, 0, 0, y.data_ptr(), packed.columns, last - first, packed.groups)
+    _run(loaded(Decoding(packed.form, bfloat16)), values, (last - first) // packed.form.block_rows, y.numel())
+    return y if y.dtype == dtype else y.to(dtype)
