@@ -230,7 +230,7 @@ def product(w: GpuWeight, x: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() and x.requires_grad:
         raise InputError(
-            "kernels for GPUs give no gradients; compute under torch.no_grad(), or multiply by the weight as it is stored"
+            "kernels for GPUs give no gradients; compute under torch.no_grad(), or multiply by the stored weight"
         )
     flat = x.reshape(-1, w.width).contiguous()
     inputs = []

@@ -20,6 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from llmcompress.errors import InputError
 from llmcompress.kernels.gpu.layouts import PLANES, GridRows, StreamRows
 from llmcompress.kernels.gpu.packing import grid_rows, salient_rows, stream_rows
 from llmcompress.kernels.gpu.prepare import prepare, product, runs_on, stacked
@@ -151,6 +152,13 @@ def test_only_what_is_alike_goes_below_each_other() -> None:
         assert prepared is not None and stacked([one, prepared]) is None
     both = stacked([one, one])
     assert both is not None and both.heights == (4, 4)
+
+
+def test_inputs_that_want_a_gradient_are_refused() -> None:
+    weight = prepare(grid((4, 32), 16, 16, 1, True))
+    assert weight is not None
+    with pytest.raises(InputError, match=r"give no gradients; compute under torch\.no_grad\(\)"):
+        product(weight, torch.ones(2, 32, requires_grad=True))
 
 
 def test_no_gpu_is_no_place_to_run_on() -> None:
