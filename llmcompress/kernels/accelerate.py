@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from llmcompress.errors import RecipeError
 from llmcompress.kernels import ops
-from llmcompress.kernels.cpu.run import Mode
-from llmcompress.weight.expression import describe
+from llmcompress.kernels.cpu.run import MODES, Mode
 from llmcompress.weight.modules import CompressedLinear, compressed_linears
 
 SWITCH = "LLMCOMPRESS_FAST"
-MODES: dict[str, Mode] = {"auto": "auto", "exact": "exact"}
 
 
 @dataclass(frozen=True)
@@ -45,23 +43,28 @@ class Fast:
 
     def __call__(self, layer: CompressedLinear, x: Tensor) -> Tensor | None:
         """Return `x @ W.T`; None on other devices, where gradients are wanted, and for forms without a kernel."""
-        if x.device.type != "cpu" or not x.is_floating_point() or (torch.is_grad_enabled() and x.requires_grad):
+        payload = layer.weight
+        if x.device.type != "cpu" or payload.device.type != "cpu" or not x.is_floating_point():
+            return None
+        if x.requires_grad and torch.is_grad_enabled():
             return None
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
-        return ops.linear(x, layer.get_parameter("weight"), layer.layout, self.mode)
+        return ops.linear(x, payload, layer.layout, self.mode)
 
 
 def accelerate(model: nn.Module, mode: str = "auto") -> Accelerated:
     """Let every compressed linear of a model multiply by kernels for this machine's CPU.
 
-    `from_pretrained` does it by itself, unless the environment variable LLMCOMPRESS_FAST is 0 (or `exact`, its mode).
-    Weights are repacked when they are first used. What is stored stays as it is, so the model saves and loads as before.
+    `from_pretrained` does it by itself, unless the environment variable LLMCOMPRESS_FAST is 0; it may name a mode, too.
+    Weights are repacked when they are first used. What is stored stays as it is, so the model saves and loads as
+    before.
     Gradients, other devices and forms without a kernel are computed as they would be otherwise.
 
     Args:
         model: any module; those without compressed linears stay as they are.
-        mode: `auto` rounds the inputs of up to 16 tokens to int8, in blocks of 64 with a scale each; `exact` does not.
+        mode: how inputs of up to 16 tokens are taken: `exact` as they are; `auto` as two int8 numbers, in blocks of 64
+            with a scale each, which loses nothing that can be measured; `int8` as one.
 
     Returns:
         The linears with kernels, and the others with their forms.
@@ -73,11 +76,12 @@ def accelerate(model: nn.Module, mode: str = "auto") -> Accelerated:
         raise RecipeError(f"there is no mode {mode!r}; choose one of {', '.join(MODES)}")
     kernels, decoded = [], {}
     for name, layer in compressed_linears(model).items():
-        if ops.has_kernel(layer.layout):
+        form = ops.without_kernel(layer.layout.text)
+        if form is None:
             layer.fast = Fast(MODES[mode])
             kernels.append(name)
         else:
-            decoded[name] = describe(layer.expression())
+            decoded[name] = form
     return Accelerated(MODES[mode], tuple(kernels), decoded)
 
 

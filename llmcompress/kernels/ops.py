@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llmcompress.kernels.cpu.prepare import Prepared, prepare, supported
-from llmcompress.kernels.cpu.run import Mode, product
+from llmcompress.kernels.cpu.run import MODES, Mode, product
 from llmcompress.weight.encoding import decode
+from llmcompress.weight.expression import describe
 from llmcompress.weight.modules import Layout
 
 PAGE_OUT = 21  # of madvise: give pages back, which are read again from their file when somebody wants them
@@ -46,7 +47,7 @@ def _linear(x: Tensor, payload: Tensor, layout: Layout, mode: Mode) -> Tensor:
 
 @torch.library.custom_op("llmcompress::linear", mutates_args=(), device_types="cpu")
 def _operator(x: Tensor, payload: Tensor, layout: str, mode: str) -> Tensor:
-    return _linear(x, payload, _layout(layout), "exact" if mode == "exact" else "auto").clone()
+    return _linear(x, payload, _layout(layout), MODES[mode])
 
 
 @_operator.register_fake
@@ -59,16 +60,12 @@ def _layout(text: str) -> Layout:
     return Layout.from_json(json.loads(text))
 
 
-def has_kernel(layout: Layout) -> bool:
-    """Return True if kernels multiply by weights of a layout."""
-    return _has_kernel(layout.text)
-
-
 @lru_cache(maxsize=4096)
-def _has_kernel(text: str) -> bool:
-    layout = _layout(text)
-    zeros = layout.views(torch.zeros(layout.bytes(), dtype=torch.uint8))
-    return supported(decode(layout.header, zeros))
+def without_kernel(layout: str) -> str | None:
+    """Return the form, in words, of a weight that no kernel multiplies by, from `Layout.text`; None if one does."""
+    read = _layout(layout)
+    zeros = decode(read.header, read.views(torch.zeros(read.bytes(), dtype=torch.uint8)))
+    return None if supported(zeros) else describe(zeros)
 
 
 def _prepared(payload: Tensor, layout: Layout) -> Prepared:

@@ -76,6 +76,8 @@ class Value:
 
     def fma(self, factor: Value, addend: Value) -> Value:
         """`self * factor + addend`, rounded once where the processor can."""
+        if not self.function.fused:
+            return self * factor + addend
         return self.function.call("llvm.fma", addend.type, self, factor, addend, overloads=(addend.type,))
 
     def as_type(self, wanted: Type) -> Value:
@@ -87,7 +89,11 @@ class Value:
         wanted = self._like(F32)
         builder = self.function.builder
         if self.element == F16:
-            return Value(self.function, builder.fpext(self.raw, wanted))
+            return (
+                self._half_to_float()
+                if not self.function.fused
+                else Value(self.function, builder.fpext(self.raw, wanted))
+            )
         return Value(self.function, (builder.sitofp if signed else builder.uitofp)(self.raw, wanted))
 
     def wider(self, element: Type, signed: bool = True) -> Value:
@@ -115,6 +121,12 @@ class Value:
         """One number of a vector."""
         return Value(self.function, self.function.builder.extract_element(self.raw, I32(place)))
 
+    def _half_to_float(self) -> Value:
+        """Finite float16 as float32, by integers: the exponents differ by 112."""
+        whole = self.as_type(self._like(I16)).wider(I32, signed=False)
+        magnitude = ((whole & 0x7FFF) << 13).as_type(self._like(F32)) * 2.0**112
+        return (magnitude.as_type(whole.type) | ((whole & 0x8000) << 16)).as_type(self._like(F32))
+
     def _like(self, element: Type) -> Type:
         return vector(element, self.length) if isinstance(self.type, ir.VectorType) else element
 
@@ -141,10 +153,14 @@ class Variable:
 
 
 class Function:
-    """A function `name(arguments...)` in the module `module`, which returns nothing."""
+    """A function `name(arguments...)` in the module `module`, which returns nothing.
 
-    def __init__(self, module: ir.Module, name: str, arguments: Sequence[Type]) -> None:
+    `fused`: the processor multiplies and adds in one instruction and reads float16; without it that is spelled out.
+    """
+
+    def __init__(self, module: ir.Module, name: str, arguments: Sequence[Type], fused: bool = True) -> None:
         self.module = module
+        self.fused = fused
         self.raw = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
         self.entry = self.raw.append_basic_block("entry")
         self.builder = ir.IRBuilder(self.entry)

@@ -66,9 +66,9 @@ class Basis:
         parts = (self.columns, self.factors, self.signs)
         return (self.width, self.block, *(None if part is None else part.numpy().tobytes() for part in parts))
 
-    def inputs(self, block: int, exact: bool, bfloat16: bool) -> Inputs:
+    def inputs(self, block: int, numbers: int, bfloat16: bool) -> Inputs:
         """Return the kernel that does all of it but the choice of columns."""
-        return Inputs(self.width, block, self.block, self.all_factors is not None, exact, bfloat16)
+        return Inputs(self.width, block, self.block, self.all_factors is not None, numbers, bfloat16)
 
 
 @dataclass(frozen=True, eq=False)

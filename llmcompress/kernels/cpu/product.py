@@ -10,6 +10,7 @@ from llvmlite import ir
 from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import F16, F32, I8, I16, I32, I64, Function, Value, Variable, vector
 from llmcompress.kernels.cpu.formats import Format
+from llmcompress.kernels.cpu.inputs import FINER
 from llmcompress.kernels.cpu.tiers import Target, joined
 
 LANES = 16  # sums of four products that a tile gives
@@ -19,19 +20,19 @@ ADDRESS = I8.as_pointer()
 
 @dataclass(frozen=True)
 class Product:
-    """`y += x @ W.T` for so many tokens; `exact`: inputs are float32, otherwise int8 in blocks of `block_size(form)`.
+    """`y += x @ W.T` for so many tokens, whose inputs are as `Inputs` writes them, with so many `numbers` each.
 
     `y` is float32; with `bfloat16` it is that, and set rather than added to.
     """
 
     form: Format
     tokens: int
-    exact: bool
+    numbers: int
     bfloat16: bool = False
 
     def write(self, module: ir.Module, target: Target) -> None:
         """Write the kernel into a module, for a range of row blocks."""
-        f = Function(module, "kernel", [ADDRESS, I64, I64])
+        f = Function(module, "kernel", [ADDRESS, I64, I64], target.tier.fused)
         with f.loop(f.arguments[1], f.arguments[2]) as rows:
             totals = [f.variable(f.constant(FLOATS, 0.0)) for _ in range(self.tokens * self._tiles)]
             with f.loop(0, read(f, Argument.GROUPS)) as group:
@@ -58,7 +59,7 @@ class Product:
             for token, offset in enumerate(offsets):
                 place = (blocks * token + block) * 4
                 offset.set(offset.get() + f.load(address(f, Argument.X_SUM), F32, place))
-            (self._floats if self.exact else self._integers)(f, target, rows, block, sums)
+            (self._integers if self.numbers else self._floats)(f, target, rows, block, sums)
         for tile in range(self._tiles):
             place = ((rows * self._tiles + tile) * read(f, Argument.GROUPS) + group) * LANES
             scale = f.load(address(f, Argument.SCALES), vector(F16, LANES), place * 2).to_float() * self.form.unit
@@ -71,27 +72,30 @@ class Product:
                 totals[at].set(shifted.fma(scale, totals[at].get()))
 
     def _integers(self, f: Function, target: Target, rows: Value, block: Value, sums: list[Variable]) -> None:
-        """Write the products of a block of int8 inputs, in two chains that a processor runs side by side."""
+        """Write the products of a block of int8 inputs, those of high and of low numbers side by side."""
         size, columns = block_size(self.form), read(f, Argument.COLUMNS)
-        chains = [[f.variable(f.constant(INTEGERS, 0)) for _ in range(2)] for _ in sums]
+        chains = [[f.variable(f.constant(INTEGERS, 0)) for _ in range(2)] for _ in sums]  # two, to run side by side
         x, start = address(f, Argument.X), block * size
         with f.loop(0, size, self.form.step) as inner:
-            column = start + inner
-            for tile, parts in enumerate(self.form.tiles(target, f, rows, column)):
+            for tile, parts in enumerate(self.form.tiles(target, f, rows, start + inner)):
                 for part, codes in enumerate(parts):
                     for token in range(self.tokens):
-                        place = columns * token + column + self.form.columns * part
-                        few = f.load(x, vector(I32, shares(self.form)), place)
-                        spread = few.shuffled([lane % shares(self.form) for lane in range(LANES)]).as_type(codes.type)
-                        chain = chains[token * self._tiles + tile][part % 2]
-                        chain.set(target.dot(chain.get(), codes, spread, self.form.wide))
+                        pair = chains[token * self._tiles + tile]
+                        for number in range(self.numbers):
+                            shift = size * number + self.form.columns * part
+                            place = (columns * token + start) * self.numbers + inner + shift
+                            few = f.load(x, vector(I32, shares(self.form)), place)
+                            spread = few.shuffled([lane % shares(self.form) for lane in range(LANES)])
+                            chain = pair[number if self.numbers == 2 else part % 2]
+                            chain.set(target.dot(chain.get(), codes, spread.as_type(codes.type), self.form.wide))
         for token in range(self.tokens):
             place = (columns // size * token + block) * 4
             scale = f.load(address(f, Argument.X_SCALE), F32, place).splat(LANES)
             for tile in range(self._tiles):
                 at = token * self._tiles + tile
-                whole = chains[at][0].get() + chains[at][1].get()
-                sums[at].set(whole.to_float().fma(scale, sums[at].get()))
+                high, low = (chain.get().to_float() for chain in chains[at])
+                both = high + low * (1 / FINER) if self.numbers == 2 else high + low
+                sums[at].set(both.fma(scale, sums[at].get()))
 
     def _floats(self, f: Function, target: Target, rows: Value, block: Value, sums: list[Variable]) -> None:
         """Write the products of a block of float32 inputs."""
@@ -133,7 +137,7 @@ class Decoding:
 
     def write(self, module: ir.Module, target: Target) -> None:
         """Write the kernel into a module, for a range of row blocks."""
-        f = Function(module, "kernel", [ADDRESS, I64, I64])
+        f = Function(module, "kernel", [ADDRESS, I64, I64], target.tier.fused)
         size = block_size(self.form)
         columns, stride, block_rows = read(f, Argument.COLUMNS), read(f, Argument.ROWS), self.form.block_rows
         with f.loop(f.arguments[1], f.arguments[2]) as rows, f.loop(0, columns // size) as block:

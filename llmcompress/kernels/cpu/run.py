@@ -18,9 +18,11 @@ from llmcompress.kernels.cpu.prepare import Basis, Chain, Plain, Prepared, Term
 from llmcompress.kernels.cpu.product import Decoding, Product
 from llmcompress.kernels.cpu.threads import team
 
-Mode = Literal["auto", "exact"]
+Mode = Literal["auto", "exact", "int8"]
+MODES: dict[str, Mode] = {"auto": "auto", "exact": "exact", "int8": "int8"}
+NUMBERS: dict[Mode, int] = {"exact": 0, "int8": 1, "auto": 2}  # int8 for an input of a few tokens
 FEW = 16  # tokens; from there on decoding once is cheaper than in every product
-AT_ONCE = 4  # tokens of a kernel
+AT_ONCE = 2  # tokens of a kernel
 WORTH_THREADS = 1 << 16  # weights, below which a team takes longer to wake
 DECODED = 1 << 22  # weights that are decoded at a time
 Values = ctypes.c_int64 * len(Argument)
@@ -34,9 +36,9 @@ class _Ready:
     addresses: tuple[int, ...]
 
     @staticmethod
-    def of(tokens: int, columns: int, blocks: int, exact: bool) -> _Ready:
+    def of(tokens: int, columns: int, blocks: int, numbers: int) -> _Ready:
         """Return room for so many."""
-        x = torch.empty(tokens, columns, dtype=torch.float32 if exact else torch.int8)
+        x = torch.empty(tokens, columns * max(numbers, 1), dtype=torch.int8 if numbers else torch.float32)
         tensors = (x, *(torch.empty(tokens, count) for count in (blocks, blocks, columns)))
         return _Ready(tensors, tuple(tensor.data_ptr() for tensor in tensors))
 
@@ -55,7 +57,7 @@ _KNOWN = _Known()
 
 
 def product(prepared: Prepared, x: Tensor, mode: Mode) -> Tensor:
-    """Return `x [..., in] @ W.T` in the dtype of `x`; inputs of up to `FEW` tokens are rounded unless exact."""
+    """Return `x [..., in] @ W.T` in the dtype of `x`; inputs of up to `FEW` tokens are rounded as `NUMBERS` says."""
     width = prepared.size[1]
     tokens = x.numel() // width
     if tokens > FEW:
@@ -66,31 +68,31 @@ def product(prepared: Prepared, x: Tensor, mode: Mode) -> Tensor:
         _KNOWN.x, _KNOWN.version, _KNOWN.prepared = x, version, {}
     if tokens == 1 and prepared.single is not None and x.dtype == torch.bfloat16 and x.is_contiguous():
         y = torch.empty((*x.shape[:-1], prepared.single.packed.rows), dtype=torch.bfloat16)
-        _one(prepared.single, x, y, mode == "exact")
+        _one(prepared.single, x, y, NUMBERS[mode])
         return y if y.shape[-1] == prepared.size[0] else y[..., : prepared.size[0]]
-    found = few(prepared, x.reshape(tokens, width), mode == "exact", _KNOWN.prepared)
+    found = few(prepared, x.reshape(tokens, width), NUMBERS[mode], _KNOWN.prepared)
     return found.to(x.dtype).reshape(*x.shape[:-1], prepared.size[0])
 
 
-def _one(term: Term, x: Tensor, y: Tensor, exact: bool) -> None:
+def _one(term: Term, x: Tensor, y: Tensor, numbers: int) -> None:
     """Write the product of one token, the way that most of generating takes."""
-    key = (term.basis.name, term.block, exact, 1)
+    key = (term.basis.name, term.block, numbers, 1)
     ready = _KNOWN.prepared.get(key)
     if ready is None:
-        ready = _KNOWN.prepared[key] = _inputs(term.basis, term.block, x, 1, exact)
-    kernel = _product_kernel(term.packed, 1, exact, True)
+        ready = _KNOWN.prepared[key] = _inputs(term.basis, term.block, x, 1, numbers)
+    kernel = _product_kernel(term.packed, 1, numbers, True)
     _multiply(kernel, term.packed, ready, 0, y.data_ptr())
 
 
-def few(prepared: Prepared, x: Tensor, exact: bool, known: dict[object, _Ready]) -> Tensor:
+def few(prepared: Prepared, x: Tensor, numbers: int, known: dict[object, _Ready]) -> Tensor:
     """Return the product of a few tokens, float32 `[tokens, out]`; `known`: inputs that were prepared of this `x`."""
     y: Tensor | None = None
     for term in prepared.terms:
         match term:
             case Term():
-                y = _by_kernel(term, x, y, exact, known)
+                y = _by_kernel(term, x, y, numbers, known)
             case Chain(left, right):
-                y = _added(y, few(left, few(right, x, exact, known), exact, {}))
+                y = _added(y, few(left, few(right, x, numbers, known), numbers, {}))
             case Plain(basis, values):
                 inputs = basis.apply(x)
                 y = _added(y, torch.nn.functional.linear(inputs, values.to(inputs.dtype)).float())
@@ -105,32 +107,32 @@ def _added(y: Tensor | None, more: Tensor) -> Tensor:
     return y
 
 
-def _by_kernel(term: Term, x: Tensor, y: Tensor | None, exact: bool, known: dict[object, _Ready]) -> Tensor:
+def _by_kernel(term: Term, x: Tensor, y: Tensor | None, numbers: int, known: dict[object, _Ready]) -> Tensor:
     """Return `y` plus the product of a term: float32 with at least as many rows and columns as wanted."""
     tokens = 1 if len(x) == 1 else -(-len(x) // AT_ONCE) * AT_ONCE
     packed = term.packed
-    key = (term.basis.name, term.block, exact, tokens)
+    key = (term.basis.name, term.block, numbers, tokens)
     ready = known.get(key)
     if ready is None:
-        ready = known[key] = _inputs(term.basis, term.block, x, tokens, exact)
+        ready = known[key] = _inputs(term.basis, term.block, x, tokens, numbers)
     if y is None or y.shape != (tokens, packed.rows):
         before, y = y, torch.zeros(tokens, packed.rows)
         if before is not None:
             size = min(tokens, len(before)), min(packed.rows, before.shape[1])
             y[: size[0], : size[1]] += before[: size[0], : size[1]]
-    kernel = _product_kernel(packed, 1 if tokens == 1 else AT_ONCE, exact, False)
+    kernel = _product_kernel(packed, 1 if tokens == 1 else AT_ONCE, numbers, False)
     for first in range(0, tokens, AT_ONCE):
         _multiply(kernel, packed, ready, first, y[first:].data_ptr())
     return y
 
 
-def _inputs(basis: Basis, block: int, x: Tensor, tokens: int, exact: bool) -> _Ready:
+def _inputs(basis: Basis, block: int, x: Tensor, tokens: int, numbers: int) -> _Ready:
     """Return inputs in a basis, with zeros behind them up to so many tokens."""
     blocks = -(-basis.width // block)
-    key = (basis.name, block, exact, tokens)
+    key = (basis.name, block, numbers, tokens)
     ready = _KNOWN.room.get(key)
     if ready is None:
-        ready = _KNOWN.room[key] = _Ready.of(tokens, blocks * block, blocks, exact)
+        ready = _KNOWN.room[key] = _Ready.of(tokens, blocks * block, blocks, numbers)
     rows = x if basis.columns is None else x[..., basis.columns]
     bfloat16 = rows.dtype == torch.bfloat16
     rows = rows.contiguous() if bfloat16 else rows.float().contiguous()
@@ -139,13 +141,13 @@ def _inputs(basis: Basis, block: int, x: Tensor, tokens: int, exact: bool) -> _R
     factors = basis.all_factors
     codes, scale, total, work = ready.addresses
     values = Values(rows.data_ptr(), 0 if factors is None else factors.data_ptr(), 0, codes, scale, total, work)
-    loaded(basis.inputs(block, exact, bfloat16)).serial(ctypes.addressof(values), 0, tokens)
+    loaded(basis.inputs(block, numbers, bfloat16)).serial(ctypes.addressof(values), 0, tokens)
     return ready
 
 
 @lru_cache(maxsize=256)
-def _product_kernel(packed: Packed, tokens: int, exact: bool, bfloat16: bool) -> Loaded:
-    return loaded(Product(packed.form, tokens, exact, bfloat16))
+def _product_kernel(packed: Packed, tokens: int, numbers: int, bfloat16: bool) -> Loaded:
+    return loaded(Product(packed.form, tokens, numbers, bfloat16))
 
 
 def _multiply(kernel: Loaded, packed: Packed, ready: _Ready, first: int, y: int) -> None:

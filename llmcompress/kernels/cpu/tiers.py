@@ -31,6 +31,11 @@ class Tier:
     needs: tuple[str, ...]  # features, in LLVM's names, that the host must have
     shuffle: int  # bytes of a register whose 16-byte lanes are shuffled at once; 0: none
 
+    @property
+    def fused(self) -> bool:
+        """True if it multiplies and adds in one instruction, and reads float16."""
+        return bool(self.needs)
+
 
 TIERS = (
     Tier(
@@ -122,7 +127,7 @@ class Target:
         return joined([f.call(names[width], part.type, everywhere, part) for part in parts])
 
     def sums_of_bits(self, parts: Sequence[tuple[Value, Sequence[int]]]) -> Value:
-        """Return uint8 `[64]` whose bit k is the sum, mod 2, of the bits `rows[k]` of each of the bytes, in all `parts`.
+        """Return uint8 `[64]` whose bit k is the sum, mod 2, of the bits `rows[k]` of the bytes in all `parts`.
 
         A part is `(bytes, rows)`; bytes are uint8 `[64]`, rows 8-bit masks.
         """

@@ -1,0 +1,188 @@
+"""Products by CPU kernels against the dense matrix in float64, on every tier that this machine can run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmcompress.kernels.cpu import run
+from llmcompress.kernels.cpu.build import loaded
+from llmcompress.kernels.cpu.layouts import form_of, packed
+from llmcompress.kernels.cpu.prepare import prepare, supported
+from llmcompress.kernels.cpu.tiers import TIERS, Tier, host_tier
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import (
+    Columns,
+    Dense,
+    Grid,
+    LowRank,
+    Rotated,
+    Scaled,
+    Sum,
+    TrellisCoded,
+    Weight,
+    Where,
+    Zero,
+    shape,
+)
+from llmcompress.weight.trellis import Trellis
+from tests.builders import every_node, grid, random_nestings, seeded, streams
+
+HERE = TIERS[TIERS.index(host_tier()) :]  # this machine's tier, and those below
+RUNNABLE = [tier for tier in HERE if tier.name != "neon" or host_tier().name == "neon"]
+
+
+def signs(width: int, seed: int = 0) -> Tensor:
+    return torch.rand(width, generator=seeded(seed)) < 0.5
+
+
+def linear_streams(rows: int, width: int, bits: int, values: int, memory: int, run: int = 768) -> TrellisCoded:
+    return streams(Trellis(bits, values, memory, "linear"), rows // values, width, run)
+
+
+GRIDS = [
+    grid((33, 100), 16, 64, 1, symmetric=True),
+    grid((64, 192), 16, 32, 2, symmetric=False),
+    grid((48, 128), 8, 64, 3, symmetric=False),
+    grid((48, 128), 32, 128, 4, symmetric=True),
+    grid((40, 130), 256, 128, 5, symmetric=False),
+    grid((48, 100), 2, 1000, 6, symmetric=True),
+    grid((48, 100), 3, 1000, 7, symmetric=True, one_row=True),
+    grid((40, 100), 64, 64, 8, symmetric=True),
+    grid((16, 64), 100, 64, 9, symmetric=False),
+]
+STREAMS = [
+    linear_streams(192, 100, 2, 1, 12, 128),
+    linear_streams(200, 64, 1, 1, 12),
+    linear_streams(320, 70, 3, 1, 12, 256),
+    linear_streams(130, 70, 4, 1, 12),
+    linear_streams(128, 70, 3, 2, 12),
+    linear_streams(576, 40, 5, 2, 12),
+    linear_streams(128, 70, 7, 2, 14),
+    linear_streams(64, 10, 2, 1, 16),
+    linear_streams(100, 33, 6, 1, 12),
+]
+TURNED = [
+    Rotated(STREAMS[0], signs(100), 4),
+    Rotated(grid((64, 256), 16, 64, 10, symmetric=True), signs(256), 256),
+    Rotated(grid((64, 192), 16, 64, 11, symmetric=True), signs(192), 64),
+    Scaled(Rotated(GRIDS[1], signs(192), 64), (torch.rand(192, generator=seeded(1)) + 0.5).half()),
+    Sum((GRIDS[0], LowRank(Dense(torch.randn(33, 3, generator=seeded(2)).half()), grid((3, 100), 16, 32, 12, True)))),
+    Where(Columns(signs(192)), grid((64, 192), 256, 1000, 13, symmetric=True), grid((64, 192), 2, 64, 14, True)),
+    Where(Columns(signs(192)), GRIDS[1], Zero((64, 192))),
+    Dense(torch.randn(7, 9, generator=seeded(3)).bfloat16()),
+    Zero((5, 6)),
+]
+every_tier = pytest.mark.parametrize("tier", RUNNABLE, ids=lambda tier: tier.name)
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+@pytest.fixture
+def on_tier(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> Tier:
+    monkeypatch.setattr(run, "loaded", lambda kernel: loaded(kernel, tier))
+    run._product_kernel.cache_clear()
+    yield tier
+    run._product_kernel.cache_clear()
+
+
+@every_tier
+@pytest.mark.parametrize("w", [*GRIDS[:3], STREAMS[0], STREAMS[4], TURNED[1]], ids=lambda w: f"{type(w).__name__}")
+def test_every_tier_multiplies_as_the_dense_matrix(on_tier: Tier, w: Weight) -> None:
+    check(w)
+
+
+@pytest.mark.parametrize("at", range(len(GRIDS + STREAMS + TURNED)))
+def test_every_form_multiplies_as_the_dense_matrix(at: int) -> None:
+    check((GRIDS + STREAMS + TURNED)[at])
+
+
+def check(w: Weight) -> None:
+    assert supported(w)
+    prepared, matrix = prepare(w), dense(w).double()
+    for tokens, mode, dtype, tolerance in (
+        (1, "exact", torch.float32, 1e-5),
+        (1, "exact", torch.bfloat16, 4e-3),
+        (6, "exact", torch.float32, 1e-5),
+        (1, "auto", torch.float32, 1e-4),
+        (5, "auto", torch.bfloat16, 5e-3),
+        (3, "int8", torch.float32, 1.3e-2),
+        (run.FEW + 3, "auto", torch.float32, 1e-5),
+        (run.FEW + 3, "auto", torch.bfloat16, 9e-3),
+    ):
+        x = torch.randn(tokens, matrix.shape[1], generator=seeded(tokens)).to(dtype)
+        found = run.product(prepared, x, mode)
+        assert found.dtype == dtype and found.shape == (tokens, len(matrix))
+        assert distance(found, x.double() @ matrix.T) <= tolerance, (tokens, mode, dtype)
+
+
+@every_tier
+def test_every_tier_rounds_and_adds_the_same_integers(on_tier: Tier) -> None:
+    """Inputs that are whole numbers with 127 in each block are rounded to themselves, so sums are exact."""
+    for w in (GRIDS[0], STREAMS[0], STREAMS[5]):
+        whole = torch.randint(-127, 128, (2, shape(w)[1]), generator=seeded(4)).float()
+        whole[:, ::32] = 127.0
+        ones = w.__class__(**{**vars(w), "scale": torch.ones_like(w.scale)})
+        found = run.product(prepare(ones), whole, "int8")
+        assert torch.equal(found, run.product(prepare(ones), whole, "auto"))
+        torch.testing.assert_close(found.double(), whole.double() @ dense(ones).double().T, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("w", list(every_node() + random_nestings(5, 30)), ids=lambda w: type(w).__name__)
+def test_what_has_no_kernel_is_known(w: Weight) -> None:
+    prepared = prepare(w)
+    assert (prepared is not None) == supported(w)
+    if prepared is not None:
+        x = torch.randn(3, shape(w)[1], generator=seeded(1))
+        assert distance(run.product(prepared, x, "exact"), x.double() @ dense(w).double().T) < 1e-4
+
+
+def test_inputs_are_prepared_once_for_the_layers_that_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    prepare_inputs = run._inputs
+    monkeypatch.setattr(run, "_inputs", lambda *given: made.append(given) or prepare_inputs(*given))
+    turned = signs(192)
+    one, other = (prepare(Rotated(grid((64, 192), 16, 64, seed, True), turned, 64)) for seed in (1, 2))
+    x = torch.randn(1, 192, generator=seeded(6))
+    first, second = run.product(one, x, "exact"), run.product(other, x, "exact")
+    assert len(made) == 1
+    x.mul_(2)
+    torch.testing.assert_close(run.product(one, x, "exact"), 2 * first)
+    assert len(made) == 2, "changed in place"
+    torch.testing.assert_close(run.product(other, x.clone(), "exact"), 2 * second)
+    assert len(made) == 3, "another tensor"
+    with torch.inference_mode():
+        x = x * 1
+        run.product(one, x, "exact")
+        x.mul_(2)
+        torch.testing.assert_close(run.product(one, x, "exact"), 4 * first)
+
+
+def test_nothing_but_scales_differs_by_rows_that_pad(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix of one row and one column multiplies like any other."""
+    w = grid((1, 1), 16, 64, 3, symmetric=True)
+    x = torch.tensor([[2.0]])
+    torch.testing.assert_close(run.product(prepare(w), x, "exact"), 2 * dense(w))
+    empty = run.product(prepare(w), torch.empty(0, 1), "exact")
+    assert empty.shape == (0, 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "WORTH_THREADS", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(STREAMS[0])
+        check(GRIDS[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_that_blocks_do_not_divide_has_no_kernel() -> None:
+    w = linear_streams(160, 8, 2, 1, 8, run=80)
+    assert form_of(w) is None and packed(w) is None and not supported(w)
+    assert isinstance(w, TrellisCoded | Grid)
