@@ -106,20 +106,36 @@ def _streams(w: TrellisCoded, form: Streams) -> Packed:
     padded_rows, columns = _up(rows, form.block_rows), _up(width, block_size(form))
     blocks = []
     for first, last in pairwise(cuts(rows, w.run, trellis)):
-        stream = w.codes[first * width : last * width].numpy()
-        for start in range(0, last - first, form.units * form.phases):
-            blocks.append(_block(_history_and_codes(stream, last - first, start, form, columns), form))
+        held = _by_column(w.codes[first * width : last * width].numpy(), last - first, columns, form)
+        for start in range(0, held.shape[1] - BEFORE, form.units):
+            blocks.append(_block(held[:, start : start + BEFORE + form.units], form))
     scales = _by_tile(form, w.scale, padded_rows)
     return Packed(form, (rows, width), padded_rows, columns, 1, _held(np.stack(blocks)), scales, None)
 
 
-def _history_and_codes(stream: Bytes, steps: int, start: int, form: Streams, columns: int) -> Bytes:
-    """Return bytes of a block of every column, `[columns, units, unit_bytes]`, two units before it among them."""
-    first = start - BEFORE * form.phases
-    places = np.arange(columns)[:, None] * steps + np.arange(first, start + form.units * form.phases)
-    codes = stream[places.clip(0, len(stream) - 1)] * (places >= 0)
-    bits = np.unpackbits(codes[..., None].astype(np.uint8), axis=-1)[..., 8 - form.bits :]
-    return np.packbits(bits.reshape(columns, -1), axis=1).reshape(columns, BEFORE + form.units, form.unit_bytes)
+def _by_column(stream: Bytes, steps: int, columns: int, form: Streams) -> Bytes:
+    """Return the bytes of a stream by column and unit, `[columns, units, unit_bytes]`, behind `BEFORE` units before.
+
+    A column goes on to whole blocks, with codes of the next one, which belong to rows that are not.
+    """
+    length = _up(steps, form.units * form.phases)
+    if steps % form.phases:  # columns begin within a byte
+        places = np.arange(columns)[:, None] * steps + np.arange(-BEFORE * form.phases, length)
+        return _bytes(stream[places.clip(0, len(stream) - 1)] * (places >= 0), form)
+    behind = np.zeros(columns * steps + length - len(stream), np.uint8)
+    flat = _bytes(np.concatenate([np.zeros(BEFORE * form.phases, np.uint8), stream, behind])[None], form)[0]
+    size = (columns, BEFORE + length // form.phases, form.unit_bytes)
+    unit = flat.strides[0]
+    return np.lib.stride_tricks.as_strided(flat, size, (steps // form.phases * unit, unit, 1))
+
+
+def _bytes(codes: Bytes, form: Streams) -> Bytes:
+    """Return codes `[..., n]` as bytes of units `[..., n / phases, unit_bytes]`, the first code in the highest bits."""
+    units = codes.reshape(*codes.shape[:-1], -1, form.phases)
+    word = np.zeros(units.shape[:-1], np.uint64)
+    for phase in range(form.phases):
+        word = word << np.uint64(form.bits) | units[..., phase]
+    return word[..., None].byteswap().view(np.uint8)[..., 8 - form.unit_bytes :]
 
 
 def _block(held: Bytes, form: Streams) -> Bytes:
