@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.evaluate.report import Report as Report
     from llmcompress.evaluate.report import read as read
     from llmcompress.evaluate.score import score as score
+    from llmcompress.evaluate.speed.measure import bench as bench
+    from llmcompress.evaluate.speed.protocol import SpeedProtocol as SpeedProtocol
+    from llmcompress.kernels.accelerate import accelerate as accelerate
     from llmcompress.models.lora import fold as fold
     from llmcompress.models.lora import plain_head as plain_head
     from llmcompress.recipe.calibration import Calibration as Calibration
@@ -42,7 +45,10 @@ _HOMES = {
     "Report": "evaluate.report",
     "Result": "compression.result",
     "Rule": "recipe.compression",
+    "SpeedProtocol": "evaluate.speed.protocol",
+    "accelerate": "kernels.accelerate",
     "alike_blocks": "compression.depth.similarity",
+    "bench": "evaluate.speed.measure",
     "compare": "evaluate.compare",
     "compress": "compression.pipeline",
     "decoded": "weight.modules",
