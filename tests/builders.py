@@ -25,6 +25,7 @@ from llmcompress.weight.nodes import (
     Rotated,
     Scaled,
     Sum,
+    Tiles,
     Transposed,
     TrellisCoded,
     Weight,
@@ -115,6 +116,14 @@ def streams(trellis: Trellis, steps: int, width: int, run: int) -> TrellisCoded:
     return TrellisCoded(codes, scale.half(), trellis, run)
 
 
+def tiles(bits: int, seed: int) -> Tiles:
+    """The smallest tiles of EXL3, random."""
+    random = seeded(seed)
+    codes = torch.randint(1 << bits, (8, 8, 256), generator=random, dtype=torch.uint8)
+    inputs, outputs = (torch.randn(128, generator=random).half() for _ in range(2))
+    return Tiles(codes, inputs, outputs, bits)
+
+
 def codebook(size: Sequence[int], entries: int, length: int, seed: int) -> Codebook:
     """A codebook with random codes, entries and scales."""
     random = seeded(seed)
@@ -165,6 +174,7 @@ def every_node() -> list[Weight]:
     nodes += [grid((5, 33), levels, 16, levels, symmetric) for levels in (2, 3, 8) for symmetric in (True, False)]
     nodes += [grid((1, 1), 4, 1, 0, symmetric=False), grid(size, 8, 7, 0, symmetric=True, one_row=True)]
     nodes += [streams(kind, steps, 24, run) for kind in TRELLISES for steps, run in ((7, 768), (50, 22), (1, 2))]
+    nodes += [tiles(bits, bits) for bits in (1, 3)]
     nodes += [codebook(size, entries, length, entries) for entries, length in ((2, 1), (3, 2), (16, 4), (256, 8))]
     nodes += [codebook((5, 33), 6, 4, 0), codebook((1, 1), 256, 4, 0)]
     nodes += [minifloat(size, form, "e8m0", 8, 1) for form in FLOATS] + [minifloat(size, "e2m1", "e4m3", 16, 2)]

@@ -41,7 +41,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],
     to: Annotated[
         str,
-        typer.Option("--to", metavar="FORMAT", help="dense (bfloat16), compressed-tensors, gguf, mlx or peft."),
+        typer.Option("--to", metavar="FORMAT", help="dense (bfloat16), compressed-tensors, gguf, mlx, exl3 or peft."),
     ],
     output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
     allow_dense: Annotated[

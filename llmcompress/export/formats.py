@@ -8,12 +8,13 @@ from pathlib import Path
 from llmcompress.errors import RecipeError
 from llmcompress.export.compressed_tensors import to_compressed_tensors
 from llmcompress.export.dense import to_dense
+from llmcompress.export.exl3 import to_exl3
 from llmcompress.export.exported import Exported
 from llmcompress.export.gguf.write import to_gguf
 from llmcompress.export.mlx import to_mlx
 from llmcompress.export.peft import to_peft
 
-DOORS = ("dense", "compressed-tensors", "peft", "gguf", "mlx")
+DOORS = ("dense", "compressed-tensors", "peft", "gguf", "mlx", "exl3")
 
 
 def export(
@@ -21,10 +22,10 @@ def export(
 ) -> Exported:
     """Write the compressed checkpoint `folder` as the new folder `output`, in the format `to`.
 
-    `allow_dense`: what compressed-tensors, GGUF or MLX cannot hold becomes 16-bit floats there. `round_to`: a type of
-    GGUF to which that is rounded instead, where it fits: Q8_0, Q5_0 or Q4_0. Raises RecipeError for an unknown format
-    or type, or a format whose package is missing, InputError for a damaged checkpoint or one that the format cannot
-    hold, DiskError as `compress` does.
+    `allow_dense`: what compressed-tensors, GGUF, MLX or EXL3 cannot hold becomes 16-bit floats there. `round_to`: a
+    type of GGUF to which that is rounded instead, where it fits: Q8_0, Q5_0 or Q4_0. Raises RecipeError for an unknown
+    format or type, or a format whose package is missing, InputError for a damaged checkpoint or one that the format
+    cannot hold, DiskError as `compress` does.
     """
     if round_to is not None and to != "gguf":
         raise RecipeError(f"only the export to gguf rounds to a type, not that to {to}; leave round_to out")
@@ -39,4 +40,6 @@ def export(
             return to_gguf(Path(folder), Path(output), allow_dense, round_to)
         case "mlx":
             return to_mlx(Path(folder), Path(output), allow_dense)
+        case "exl3":
+            return to_exl3(Path(folder), Path(output), allow_dense)
     raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.export.exported import Exported
+from llmcompress.export.half import as_half
 from llmcompress.models.checkpoint import check_output, writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened
@@ -135,16 +136,6 @@ def converted(w: Weight) -> tuple[Quantization, dict[str, Tensor], float]:
 def packed_words(codes: Tensor, bits: int) -> Tensor:
     """Return codes, uint8 `[out, in]`, as uint32 words `[out, in * bits / 32]`; the width is a multiple of 32."""
     return pack(codes, 1 << bits).view(torch.uint32).reshape(len(codes), -1)
-
-
-def as_half(value: Tensor, name: str) -> Tensor:
-    """Return floats as float16, all else as it is. Raises InputError for a number that float16 cannot hold."""
-    if not value.is_floating_point():
-        return value
-    half = value.to(torch.float16)
-    if not half.isfinite().all():
-        raise InputError(f"{name} has numbers beyond float16, in which MLX would hold them; export to dense instead")
-    return half
 
 
 def _config(forms: dict[str, Quantization]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from llmcompress.weight.nodes import (
     Scaled,
     Stored,
     Sum,
+    Tiles,
     Transposed,
     TrellisCoded,
     Weight,
@@ -39,6 +40,7 @@ from llmcompress.weight.nodes import (
     unknown,
 )
 from llmcompress.weight.packing import pack, unpack
+from llmcompress.weight.tiles import SIDE, STEPS
 from llmcompress.weight.trellis import Code, Trellis
 
 CODES: dict[Code, str] = {"table": "trellis", "linear": "linear_trellis"}
@@ -92,6 +94,8 @@ def _header(w: Weight) -> dict[str, Any]:
         case TrellisCoded(trellis=trellis, run=run):
             name = CODES[trellis.code]  # of its own, so that readers of format 3 that lack a code refuse it
             return {"node": name, **size, "run": run, **{key: getattr(trellis, key) for key in SIZES}}
+        case Tiles(bits=bits):
+            return {"node": "tiles", **size, "bits": bits}
         case Codebook(centroids=centroids):
             return {"node": "codebook", **size, "entries": len(centroids), "length": centroids.shape[1]}
         case Minifloat(_, _, tensor_scale, form, scales, group_size):
@@ -146,6 +150,11 @@ class Reader:
                 rows, width = header["shape"]
                 codes = unpack(self.own("codes"), 1 << trellis.bits, rows * width // trellis.values)
                 return TrellisCoded(codes, self.rows("scale", (rows, 1)), trellis, header["run"])
+            case "tiles":
+                rows, width = header["shape"]
+                codes = unpack(self.own("codes"), 1 << header["bits"], rows * width)
+                tiled = codes.reshape(width // SIDE, rows // SIDE, STEPS)
+                return Tiles(tiled, self.own("inputs"), self.own("outputs"), header["bits"])
             case "codebook":
                 (rows, width), length = header["shape"], header["length"]
                 codes = self.rows("codes", (rows, -(-width // length)), header["entries"])

@@ -26,6 +26,7 @@ from llmcompress.weight.nodes import (
     Rotated,
     Scaled,
     Sum,
+    Tiles,
     Transposed,
     TrellisCoded,
     Weight,
@@ -39,6 +40,7 @@ from llmcompress.weight.nodes import (
     unknown,
 )
 from llmcompress.weight.packing import packed_bits
+from llmcompress.weight.tiles import matrix as tiled_matrix
 from llmcompress.weight.trellis import matrix
 
 
@@ -68,6 +70,8 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
             return codes.float().sub_(centre).mul_(steps)
         case TrellisCoded(codes, scale, trellis, run):
             return matrix(codes, len(scale), trellis, run) * scale.float()
+        case Tiles(codes, inputs, outputs, bits):
+            return tiled_matrix(codes, bits, inputs, outputs)
         case Codebook(codes, centroids, scale, width):
             return centroids.float()[codes.long()].flatten(1)[:, :width] * scale.float()
         case Minifloat(codes, scale, tensor_scale, form, scales, group_size):
@@ -171,6 +175,8 @@ def describe(w: Weight) -> str:
             return f"{name} {group}{'' if zero is None else ' asymmetric'}"
         case TrellisCoded(trellis=trellis):
             return f"{trellis.rate:g}-bit trellis"
+        case Tiles(bits=bits):
+            return f"{bits}-bit tiles"
         case Codebook(centroids=centroids):
             entries, length = centroids.shape
             return f"{entries} vectors of {length}" if length > 1 else f"{entries} points"

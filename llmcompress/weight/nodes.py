@@ -5,8 +5,8 @@ goes by `children` or `rebuild`, and every count of stored numbers by `stored`. 
 in `shape` and `stored` here, one in `dense` and `describe` there, and two in `encoding`.
 
 `Where` selects element by element, so both its sides have the full shape. Elements that a side does not show are not
-stored: the selection (`shown`, true = stored) goes down to the leaves. Only the codes of a `Codebook` and of a
-`TrellisCoded` are all stored.
+stored: the selection (`shown`, true = stored) goes down to the leaves. Only the codes of a `Codebook`, of a
+`TrellisCoded` and of `Tiles` are all stored.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from llmcompress.weight.packing import packed_bits
+from llmcompress.weight.tiles import SIDE
 from llmcompress.weight.trellis import Trellis
 
 FloatFormat = Literal["e2m1", "e2m3", "e3m2", "e4m3", "e8m0"]  # bits of the exponent, bits of the mantissa
@@ -64,6 +65,20 @@ class TrellisCoded:
     scale: Tensor
     trellis: Trellis
     run: int  # rows that a stream goes down
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Tiles of 16 x 16 in tail-biting trellises, between Hadamard transforms and under factors: EXL3 (see `tiles`).
+
+    `codes` uint8 `[in / 16, out / 16, 256]`, `bits` each; `inputs` float16 `[in]` and `outputs` float16 `[out]` have
+    signs. Both sides are multiples of 128.
+    """
+
+    codes: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    bits: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +191,19 @@ class Sum:
 
 
 Weight = (
-    Zero | Dense | Grid | TrellisCoded | Codebook | Minifloat | LowRank | Where | Rotated | Scaled | Transposed | Sum
+    Zero
+    | Dense
+    | Grid
+    | TrellisCoded
+    | Tiles
+    | Codebook
+    | Minifloat
+    | LowRank
+    | Where
+    | Rotated
+    | Scaled
+    | Transposed
+    | Sum
 )
 
 
@@ -191,6 +218,8 @@ def shape(w: Weight) -> tuple[int, int]:
             return codes.shape[0], codes.shape[1]
         case TrellisCoded(codes, scale, trellis):
             return scale.shape[0], codes.numel() * trellis.values // scale.shape[0]
+        case Tiles(codes):
+            return SIDE * codes.shape[1], SIDE * codes.shape[0]
         case Codebook(codes, width=width):
             return codes.shape[0], width
         case LowRank(left, right):
@@ -229,7 +258,7 @@ def children(w: Weight, shown: Tensor | None = None) -> tuple[Child, ...]:
             return (("inner_", inner, lying),)
         case Sum(parts):
             return tuple((f"{i}_", part, shown) for i, part in enumerate(parts))
-        case Zero() | Dense() | Grid() | TrellisCoded() | Codebook() | Minifloat():
+        case Zero() | Dense() | Grid() | TrellisCoded() | Tiles() | Codebook() | Minifloat():
             return ()
     raise unknown("children", w)
 
@@ -290,6 +319,9 @@ def stored(w: Weight) -> tuple[Stored, ...]:
             return Stored("codes", codes, levels, "element"), Stored("scale", scale), *zeros
         case TrellisCoded(codes, scale, trellis):
             return Stored("codes", codes, 1 << trellis.bits, "run"), Stored("scale", scale)
+        case Tiles(codes, inputs, outputs, bits):
+            factors = Stored("inputs", inputs, per="node"), Stored("outputs", outputs, per="node")
+            return Stored("codes", codes, 1 << bits, "node"), *factors
         case Codebook(codes, centroids, scale):
             table = Stored("centroids", centroids, per="node")
             return Stored("codes", codes, len(centroids)), table, Stored("scale", scale)

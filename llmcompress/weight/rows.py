@@ -18,7 +18,7 @@ from torch import Tensor
 from llmcompress.errors import RecipeError
 from llmcompress.weight.encoding import Reader, expand, pattern_tables, trellis_of
 from llmcompress.weight.expression import describe
-from llmcompress.weight.nodes import Bitmap, Dense, LowRank, Transposed, Weight, Where, children
+from llmcompress.weight.nodes import Bitmap, Dense, LowRank, Tiles, Transposed, Weight, Where, children
 from llmcompress.weight.packing import ones_before, unpack, unpack_at, unpack_rows
 from llmcompress.weight.trellis import cuts, table
 
@@ -34,7 +34,7 @@ def rows(header: dict[str, Any], tensors: Mapping[str, Tensor], chosen: Tensor) 
 def check_rows(w: Weight, shown: Tensor | None = None) -> None:
     """Raise RecipeError for an expression whose rows cannot be decoded one by one; `shown` as in `children`."""
     match w:
-        case Transposed():
+        case Transposed() | Tiles():
             raise RecipeError(
                 f"rows of {describe(w)} cannot be looked up one by one; give embeddings groups along the input"
             )
@@ -71,7 +71,7 @@ class _RowReader(Reader):
                 inside = replace(self, first=before).below("inside_", header["inside"], here)
                 rest = replace(self, first=self.chosen * width - before)
                 return Where(Bitmap(here), inside, rest.below("outside_", header["outside"], ~here))
-            case "where" | "transposed":
+            case "where" | "transposed" | "tiles":
                 raise TypeError(f"a node called {header['node']!r} has no rows of its own")
         return super().node(header)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from llmcompress.weight.nodes import (
     Columns,
     LowRank,
+    Tiles,
     Transposed,
     Weight,
     Where,
@@ -35,7 +36,7 @@ def joined(parts: Sequence[Weight]) -> Weight:
     match first:
         case Zero((_, width)):
             return Zero((sum(shape(part)[0] for part in parts), width))
-        case LowRank() | Transposed():
+        case LowRank() | Transposed() | Tiles():
             raise unknown("joined", first)
     own: dict[str, Any] = {}
     for same in zip(*map(stored, parts), strict=True):

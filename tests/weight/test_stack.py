@@ -7,7 +7,18 @@ import torch
 
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import dense, describe
-from llmcompress.weight.nodes import Columns, LowRank, Scaled, Transposed, TrellisCoded, Weight, Where, children, shape
+from llmcompress.weight.nodes import (
+    Columns,
+    LowRank,
+    Scaled,
+    Tiles,
+    Transposed,
+    TrellisCoded,
+    Weight,
+    Where,
+    children,
+    shape,
+)
 from llmcompress.weight.stack import joined
 from tests.builders import every_node, factors, random_nestings, seeded
 
@@ -26,7 +37,7 @@ CASES = [w for w in every_node() + random_nestings(seed=6, count=30) if of_whole
 
 @pytest.mark.parametrize("w", CASES, ids=lambda w: describe(w)[:50])
 def test_joined_is_one_below_the_other(w: Weight) -> None:
-    if any(isinstance(node, LowRank | Transposed) for node in nodes(w)):
+    if any(isinstance(node, LowRank | Tiles | Transposed) for node in nodes(w)):
         with pytest.raises(TypeError, match="joined has no rule"):
             joined([w, w])
         return
