@@ -50,8 +50,10 @@ def loaded(kernel: Kernel, tier: Tier | None = None) -> Loaded:
     engine = _engine(tier)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    return Loaded(serial(engine.get_function_address("kernel")), engine.get_function_address("parallel"), engine)
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    serial = kind(engine.get_function_address("kernel"))
+    serial.owner = engine  # the code stays while it runs, even if all else forgets it
+    return Loaded(serial, engine.get_function_address("parallel"), engine)
 
 
 def intermediate(kernel: Kernel, tier: Tier) -> str:
@@ -117,26 +119,36 @@ def cache_folder() -> Path:
 
 
 def read_cached(path: Path) -> bytes | None:
-    """Return the object code in a file; None if it is missing, damaged, or another user's."""
+    """Return the object code in a file; None if it is missing, damaged, another kernel's, or another user's."""
     try:
-        if path.stat().st_uid != os.getuid():
-            return None
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            if hasattr(os, "getuid") and os.fstat(file.fileno()).st_uid != os.getuid():
+                return None
+            data = file.read()
     except OSError:
         return None
     digest, code = data[:DIGEST], data[DIGEST:]
-    return code if hashlib.sha256(code).digest() == digest else None
+    return code if _digest(path, code) == digest else None
 
 
 def write_cached(path: Path, code: bytes) -> None:
     """Keep object code; warn, once in a process, where that is impossible."""
+    staged: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
+            staged = Path(file.name)
+            file.write(_digest(path, code) + code)
+        staged.replace(path)  # whole or not at all; what a crash leaves of it, the digest tells
     except OSError as error:
+        if staged is not None:
+            staged.unlink(missing_ok=True)
         _warn_once(str(path.parent), error.strerror or str(error))
+
+
+def _digest(path: Path, code: bytes) -> bytes:
+    """Return what a file begins with: of its name, too, since another kernel's code is as harmful as a damaged one."""
+    return hashlib.sha256(path.name.encode() + code).digest()
 
 
 @lru_cache(maxsize=8)

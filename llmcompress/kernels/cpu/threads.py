@@ -1,11 +1,13 @@
 """The threads of torch, which run kernels too: its own OpenMP, so that no thread waits for another pool's.
 
-`torch.set_num_threads` decides how many. Where torch has no GNU OpenMP, kernels run in the thread that calls them.
+`torch.set_num_threads` decides how many. Where torch has no GNU OpenMP, and in processes made by `fork`, where its
+threads are gone but waited for, kernels run in the thread that calls them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,9 +25,13 @@ class Team:
     number: int
 
 
-@lru_cache(maxsize=1)
 def team() -> Team | None:
-    """Return the OpenMP of torch; None if it has none of GNU's kind."""
+    """Return the OpenMP of torch; None if it has none of GNU's kind, or not in this process."""
+    return None if _FORKED else _openmp()
+
+
+@lru_cache(maxsize=1)
+def _openmp() -> Team | None:
     beside = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
     for name in (*map(str, beside), None):
         try:
@@ -41,3 +47,8 @@ def team() -> Team | None:
         )
         return Team(parallel, count, number)
     return None
+
+
+_FORKED: list[bool] = []  # not empty in a process that another one forked
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _FORKED.append(True))
