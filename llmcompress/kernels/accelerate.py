@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import RecipeError
 from llmcompress.kernels import ops
-from llmcompress.kernels.cpu.run import MODES, Mode
+from llmcompress.kernels.cpu.run import MODES, Mode, product
 from llmcompress.weight.modules import CompressedLinear, compressed_linears
 
 SWITCH = "LLMCOMPRESS_FAST"
@@ -20,8 +20,7 @@ SWITCH = "LLMCOMPRESS_FAST"
 
 @dataclass(frozen=True)
 class Accelerated:
-    """What `accelerate` found: the linears with kernels, and for the others, which are decoded at every call, their
-    forms."""
+    """The linears with kernels that `accelerate` found; and the others, decoded at every call, with their forms."""
 
     mode: Mode
     kernels: tuple[str, ...] = ()
@@ -35,22 +34,34 @@ class Accelerated:
         return f"{text}; {len(self.decoded)} have none and are decoded at every call: {named}"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Fast:
-    """How a compressed linear multiplies: by a kernel where it can."""
+    """Multiplies in place of a compressed linear, by a kernel where it can."""
 
     mode: Mode
+    kept: ops.Kept | None = None  # of the payload that was prepared last
 
     def __call__(self, layer: CompressedLinear, x: Tensor) -> Tensor | None:
         """Return `x @ W.T`; None on other devices, where gradients are wanted, and for forms without a kernel."""
-        payload = layer.weight
-        if x.device.type != "cpu" or payload.device.type != "cpu" or not x.is_floating_point():
+        payload = layer._parameters["weight"]
+        if payload is None or not (x.is_cpu and payload.is_cpu and x.is_floating_point()):
             return None
         if x.requires_grad and torch.is_grad_enabled():
             return None
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
-        return ops.linear(x, payload, layer.layout, self.mode)
+        if torch.compiler.is_compiling():
+            return ops.operator(x, payload, layer.layout, self.mode)
+        kept = self.kept
+        if kept is None or not kept.holds(payload):
+            kept = self.kept = ops.keep(payload, layer.layout)
+        return product(kept.prepared, x, self.mode)
+
+    def __deepcopy__(self, memo: object) -> Fast:
+        return Fast(self.mode)
+
+    def __reduce__(self) -> tuple[type[Fast], tuple[Mode]]:
+        return Fast, (self.mode,)
 
 
 def accelerate(model: nn.Module, mode: str = "auto") -> Accelerated:
@@ -76,7 +87,7 @@ def accelerate(model: nn.Module, mode: str = "auto") -> Accelerated:
         raise RecipeError(f"there is no mode {mode!r}; choose one of {', '.join(MODES)}")
     kernels, decoded = [], {}
     for name, layer in compressed_linears(model).items():
-        form = ops.without_kernel(layer.layout.text)
+        form = ops.without_kernel(layer)
         if form is None:
             layer.fast = Fast(MODES[mode])
             kernels.append(name)

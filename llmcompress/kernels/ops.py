@@ -8,6 +8,7 @@ from ctypes import CDLL, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -17,37 +18,38 @@ from llmcompress.kernels.cpu.prepare import Prepared, prepare, supported
 from llmcompress.kernels.cpu.run import MODES, Mode, product
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import describe
-from llmcompress.weight.modules import Layout
+from llmcompress.weight.modules import CompressedLinear, Layout
 
 PAGE_OUT = 21  # of madvise: give pages back, which are read again from their file when somebody wants them
 
 
 @dataclass(frozen=True, eq=False)
-class _Kept:
-    """A prepared weight, and the version of the payload that it was made of."""
+class Kept:
+    """A prepared weight, and the payload that it was made of, by its version and without keeping it alive."""
 
+    payload: ReferenceType[Tensor]
     version: int
     prepared: Prepared
 
-
-_PREPARED: Any = WeakIdKeyDictionary()  # _Kept by payload
-
-
-def linear(x: Tensor, payload: Tensor, layout: Layout, mode: Mode) -> Tensor:
-    """Return `x [..., in] @ W.T` for a payload on the CPU, in the dtype of `x`."""
-    if torch.compiler.is_compiling():
-        return torch.ops.llmcompress.linear(x, payload, layout.text, mode)  # type: ignore[no-any-return]
-    return _linear(x, payload, layout, mode)
+    def holds(self, payload: Tensor) -> bool:
+        """Return True if the payload is still the same."""
+        return self.payload() is payload and self.version == _version(payload)
 
 
-def _linear(x: Tensor, payload: Tensor, layout: Layout, mode: Mode) -> Tensor:
-    with torch.no_grad():
-        return product(_prepared(payload, layout), x, mode)
+def operator(x: Tensor, payload: Tensor, layout: Layout, mode: Mode) -> Tensor:
+    """Return `x [..., in] @ W.T` for a payload on the CPU, in the dtype of `x`, by the operator of torch."""
+    return torch.ops.llmcompress.linear(x, payload, layout.text, mode)  # type: ignore[no-any-return]
+
+
+_KEPT: Any = WeakIdKeyDictionary()  # by payload, for the operator
 
 
 @torch.library.custom_op("llmcompress::linear", mutates_args=(), device_types="cpu")
 def _operator(x: Tensor, payload: Tensor, layout: str, mode: str) -> Tensor:
-    return _linear(x, payload, _layout(layout), MODES[mode])
+    kept = _KEPT.get(payload)
+    if kept is None or not kept.holds(payload):
+        kept = _KEPT[payload] = keep(payload, _layout(layout))
+    return product(kept.prepared, x, MODES[mode])
 
 
 @_operator.register_fake
@@ -60,25 +62,30 @@ def _layout(text: str) -> Layout:
     return Layout.from_json(json.loads(text))
 
 
-@lru_cache(maxsize=4096)
-def without_kernel(layout: str) -> str | None:
-    """Return the form, in words, of a weight that no kernel multiplies by, from `Layout.text`; None if one does."""
-    read = _layout(layout)
-    zeros = decode(read.header, read.views(torch.zeros(read.bytes(), dtype=torch.uint8)))
-    return None if supported(zeros) else describe(zeros)
+_FORMS: dict[str, str | None] = {}  # by `Layout.text`
 
 
-def _prepared(payload: Tensor, layout: Layout) -> Prepared:
-    """Return the weight of a payload prepared, made when it is first asked for and when the payload has changed."""
-    version = -1 if payload.is_inference() else payload._version
-    kept = _PREPARED.get(payload)
-    if kept is None or kept.version != version:
-        found = prepare(decode(layout.header, layout.views(payload.detach())))
-        if found is None:
-            raise TypeError(f"no kernel reads {layout.header}")
-        kept = _PREPARED[payload] = _Kept(version, found)
-        _page_out(payload.data_ptr(), payload.nbytes)
-    return kept.prepared
+def without_kernel(layer: CompressedLinear) -> str | None:
+    """Return the form, in words, of a layer that no kernel multiplies by; None if one does."""
+    if layer.layout.text not in _FORMS:
+        if layer.weight.is_meta:
+            return "not in memory"
+        w = layer.expression()
+        _FORMS[layer.layout.text] = None if supported(w) else describe(w)
+    return _FORMS[layer.layout.text]
+
+
+def keep(payload: Tensor, layout: Layout) -> Kept:
+    """Return the weight of a payload prepared. Raises TypeError for a form without kernels."""
+    found = prepare(decode(layout.header, layout.views(payload.detach())))
+    if found is None:
+        raise TypeError(f"no kernel reads {layout.header}")
+    _page_out(payload.data_ptr(), payload.nbytes)
+    return Kept(ref(payload), _version(payload), found)
+
+
+def _version(payload: Tensor) -> int:
+    return -1 if payload.is_inference() else payload._version  # nobody counts changes of inference tensors
 
 
 def _page_out(address: int, count: int) -> None:

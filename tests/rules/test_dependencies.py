@@ -12,6 +12,10 @@ from tests.rules.source_tree import MODULES, ROOT, Module
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LATE = {  # read only when what they are about is there: kernels in Triton, changes to PEFT, vLLM
     "llmcompress.export.vllm.layers",
+    "llmcompress.kernels.gpu.grid_triton",
+    "llmcompress.kernels.gpu.launches",
+    "llmcompress.kernels.gpu.trellis_triton",
+    "llmcompress.kernels.gpu.turn_triton",
     "llmcompress.methods.engines.viterbi_triton",
     "llmcompress.models.peft_merge",
 }

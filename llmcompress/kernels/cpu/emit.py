@@ -44,7 +44,7 @@ class Value:
 
     @property
     def length(self) -> int:
-        """How many numbers a vector has."""
+        """The number of numbers in a vector."""
         return int(self.type.count)
 
     def __add__(self, other: Value | Number) -> Value:
@@ -174,7 +174,7 @@ class Function:
         return Value(self, ir.Constant(kind, [ir.Constant(kind.element, one) for one in numbers]))
 
     def load(self, address: Value, kind: Type, offset: Value | int = 0) -> Value:
-        """What lies `offset` bytes behind an address, aligned or not."""
+        """Read what lies `offset` bytes behind an address, aligned or not."""
         loaded = self.builder.load(self._at(address, offset).as_type(kind.as_pointer()).raw, align=1)
         return Value(self, loaded)
 
@@ -232,7 +232,7 @@ class Function:
 
 
 def _suffix(kind: Type) -> str:
-    """How LLVM spells a type in the name of an intrinsic."""
+    """Return a type as LLVM spells it in the name of an intrinsic."""
     if isinstance(kind, ir.VectorType):
         return f"v{kind.count}{_suffix(kind.element)}"
     return {F16: "f16", F32: "f32"}.get(kind) or f"i{kind.width}"

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmcompress.kernels.cpu.inputs import Inputs
-from llmcompress.kernels.cpu.layouts import Packed, form_of, packed
+from llmcompress.kernels.cpu.layouts import Packed, form_of, packed, packed_elements
 from llmcompress.kernels.cpu.product import block_size
+from llmcompress.kernels.cpu.scattered import Lists, lists
+from llmcompress.weight.expression import dense
 from llmcompress.weight.hadamard import rotate_inputs
 from llmcompress.weight.nodes import (
+    Bitmap,
     Columns,
     Dense,
     Grid,
     LowRank,
+    Pattern,
     Rotated,
     Scaled,
     Sum,
@@ -24,9 +30,12 @@ from llmcompress.weight.nodes import (
     Weight,
     Where,
     Zero,
+    both,
     children,
     shape,
 )
+
+FEW = 0.25  # share of elements up to which lists of them are smaller than the matrix, and as fast
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +82,13 @@ class Basis:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """A packed matrix, and the basis that it wants inputs in."""
+    """A packed matrix, and the basis that it wants inputs in; `ones` is for `run.py` to remember."""
 
     basis: Basis
     packed: Packed
+    ones: dict[object, Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def block(self) -> int:
         """Columns of a block of inputs."""
         return block_size(self.packed.form)
@@ -101,11 +111,22 @@ class Plain:
 
 
 @dataclass(frozen=True, eq=False)
+class Scattered:
+    """The few elements that show of a matrix, and the basis that they want inputs in."""
+
+    basis: Basis
+    lists: Lists
+
+
+Terms = tuple[Term | Chain | Plain | Scattered, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """A weight `[out, in]` as a sum of terms."""
 
     size: tuple[int, int]
-    terms: tuple[Term | Chain | Plain, ...]
+    terms: Terms
 
     @cached_property
     def single(self) -> Term | None:
@@ -125,6 +146,8 @@ class Prepared:
                     found += left.bytes + right.bytes
                 case Plain(values=values):
                     found += values.nbytes
+                case Scattered(lists=held):
+                    found += held.bytes
         return found
 
 
@@ -134,23 +157,43 @@ def prepare(w: Weight) -> Prepared | None:
     return None if terms is None else Prepared(shape(w), terms)
 
 
-def supported(w: Weight) -> bool:
-    """Return True if `prepare` would not return None; the tensors of `w` may hold anything."""
+def supported(w: Weight, turned: bool = False) -> bool:
+    """Return True if `prepare` would not return None; the tensors of `w` may hold anything.
+
+    `turned`: a rotation comes before, behind which no factors can be taken.
+    """
+    below = [node for _, node, _ in children(w)]
     match w:
         case Zero() | Dense():
             return True
         case Grid() | TrellisCoded():
             return form_of(w) is not None
-        case Rotated() if any(isinstance(node, Rotated | Scaled) for _, node, _ in children(w)):
-            return False
-        case Where(Columns()):
-            return all(supported(node) for _, node, _ in children(w))
-        case Sum() | LowRank() | Rotated() | Scaled():
-            return all(supported(node) for _, node, _ in children(w))
+        case Sum():
+            return all(supported(node, turned) for node in below)
+        case LowRank(left, right):
+            return supported(left) and supported(right, turned)
+        case Rotated(inner):
+            return not turned and supported(inner, True)
+        case Scaled() | Where(Columns()):
+            return not turned and all(map(supported, below))
+        case Where():
+            return all(_elements_supported(node, turned) for node in below)
     return False
 
 
-def _terms(w: Weight, basis: Basis) -> tuple[Term | Chain | Plain, ...] | None:
+def _elements_supported(w: Weight, turned: bool) -> bool:
+    """Return True if there are terms of any elements of a weight; `turned` as in `supported`."""
+    match w:
+        case Zero() | Dense() | Grid():
+            return True
+        case Scaled(inner):
+            return not turned and _elements_supported(inner, turned)
+        case Sum() | Where():
+            return all(_elements_supported(node, turned) for _, node, _ in children(w))
+    return False
+
+
+def _terms(w: Weight, basis: Basis) -> Terms | None:
     """Return the terms of a weight whose inputs are in a basis."""
     match w:
         case Zero():
@@ -158,8 +201,7 @@ def _terms(w: Weight, basis: Basis) -> tuple[Term | Chain | Plain, ...] | None:
         case Dense(values):
             return (Plain(basis, values.contiguous()),)
         case Sum(parts):
-            found = [_terms(part, basis) for part in parts]
-            return None if None in found else tuple(term for terms in found if terms for term in terms)
+            return _together([_terms(part, basis) for part in parts])
         case LowRank(left, right):
             first, second = _terms(right, basis), _terms(left, Basis(shape(left)[1]))
             if first is None or second is None:
@@ -169,21 +211,61 @@ def _terms(w: Weight, basis: Basis) -> tuple[Term | Chain | Plain, ...] | None:
             return _terms(inner, replace(basis, signs=signs, block=block))
         case Scaled(inner, columns) if basis.signs is None:
             return _terms(inner, _times(basis, columns.float()))
-        case Where(Columns(inside_columns), inside, outside) if basis.signs is None and basis.columns is None:
-            chosen, others = _selected(inside, inside_columns, basis), _terms(outside, _times(basis, ~inside_columns))
-            return None if chosen is None or others is None else chosen + others
-    repacked = packed(w)
-    return None if repacked is None else (Term(basis, repacked),)
+        case Where(Columns(chosen), inside, outside) if basis.signs is None:
+            return _together([_selected(inside, chosen, basis), _terms(outside, _times(basis, ~chosen))])
+        case Where(Bitmap(chosen) | Pattern(chosen), inside, outside):
+            return _together([_elements(inside, chosen, basis), _elements(outside, ~chosen, basis)])
+        case Grid() | TrellisCoded():
+            repacked = packed(w)
+            return None if repacked is None else (Term(basis, repacked),)
+    return None
 
 
-def _selected(w: Weight, inside: Tensor, basis: Basis) -> tuple[Term | Chain | Plain, ...] | None:
+def _together(parts: Sequence[Terms | None]) -> Terms | None:
+    """Return the terms of all parts; None if one has none."""
+    found: Terms = ()
+    for part in parts:
+        if part is None:
+            return None
+        found += part
+    return found
+
+
+def _selected(w: Weight, inside: Tensor, basis: Basis) -> Terms | None:
     """Return the terms of the columns that show of a weight, alone where they share a scale."""
-    if isinstance(w, Grid) and w.scale.shape[1] == 1:
+    if isinstance(w, Grid) and w.scale.shape[1] == 1 and basis.columns is None:
         places = inside.nonzero()[:, 0]
         factors = None if basis.factors is None else basis.factors[places]
         narrow = Grid(w.codes[:, places], w.scale, w.zero, w.levels, max(len(places), 1))
         return _terms(narrow, Basis(len(places), places, factors)) if len(places) else ()
     return _terms(w, _times(basis, inside))
+
+
+def _elements(w: Weight, shown: Tensor, basis: Basis) -> Terms | None:
+    """Return the terms of the elements that show of a weight, bool `[out, in]`."""
+    match w:
+        case Dense(values):
+            if shown.sum() > FEW * shown.numel():
+                return (Plain(basis, values.masked_fill(~shown, 0)),)
+            return (Scattered(basis, lists(values, shown)),)
+        case Grid():
+            return (_grid_elements(w, shown, basis),)
+        case Scaled(inner, columns) if basis.signs is None:
+            return _elements(inner, shown, _times(basis, columns.float()))
+        case Zero() | Sum() | Where():
+            return _together([_elements(node, both(here, shown), basis) for _, node, here in children(w)])
+    return None
+
+
+def _grid_elements(w: Grid, shown: Tensor, basis: Basis) -> Term | Scattered:
+    """Return the elements of a grid that show: few as lists, many as a matrix with zeros."""
+    if shown.sum() > FEW * shown.numel() and (found := packed_elements(w, shown)):
+        return Term(basis, found)
+    rows = len(w.codes)
+    if w.scale.shape[1] > 1:
+        return Scattered(basis, lists(dense(w), shown))
+    centre = torch.tensor([[(w.levels - 1) / 2]]) if w.zero is None else w.zero
+    return Scattered(basis, lists(w.codes, shown, w.scale.expand(rows, 1)[:, 0], centre.expand(rows, 1)[:, 0]))
 
 
 def _times(basis: Basis, factors: Tensor) -> Basis:

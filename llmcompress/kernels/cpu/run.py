@@ -14,8 +14,9 @@ from torch import Tensor
 from llmcompress.kernels.cpu.arguments import Argument
 from llmcompress.kernels.cpu.build import Loaded, loaded
 from llmcompress.kernels.cpu.layouts import Packed
-from llmcompress.kernels.cpu.prepare import Basis, Chain, Plain, Prepared, Term
+from llmcompress.kernels.cpu.prepare import Basis, Chain, Plain, Prepared, Scattered, Term
 from llmcompress.kernels.cpu.product import Decoding, Product
+from llmcompress.kernels.cpu.scattered import LANES, ListDecoding, ListProduct, Lists
 from llmcompress.kernels.cpu.threads import team
 
 Mode = Literal["auto", "exact", "int8"]
@@ -23,6 +24,7 @@ MODES: dict[str, Mode] = {"auto": "auto", "exact": "exact", "int8": "int8"}
 NUMBERS: dict[Mode, int] = {"exact": 0, "int8": 1, "auto": 2}  # int8 for an input of a few tokens
 FEW = 16  # tokens; from there on decoding once is cheaper than in every product
 AT_ONCE = 2  # tokens of a kernel
+LIST_BLOCK = 64  # columns that inputs of lists are padded to
 WORTH_THREADS = 1 << 16  # weights, below which a team takes longer to wake
 DECODED = 1 << 22  # weights that are decoded at a time
 Values = ctypes.c_int64 * len(Argument)
@@ -45,7 +47,7 @@ class _Ready:
 
 @dataclass
 class _Known(threading.local):
-    """What a thread keeps: the inputs it had last, for the layers that share them, and room for prepared ones."""
+    """The inputs that a thread had last, for the layers that share them, and room for prepared ones."""
 
     x: Tensor | None = None
     version: int = 0
@@ -66,22 +68,61 @@ def product(prepared: Prepared, x: Tensor, mode: Mode) -> Tensor:
     version = -1 if x.is_inference() else x._version  # nobody counts changes of inference tensors
     if _KNOWN.x is not x or version < 0 or _KNOWN.version != version:
         _KNOWN.x, _KNOWN.version, _KNOWN.prepared = x, version, {}
-    if tokens == 1 and prepared.single is not None and x.dtype == torch.bfloat16 and x.is_contiguous():
-        y = torch.empty((*x.shape[:-1], prepared.single.packed.rows), dtype=torch.bfloat16)
-        _one(prepared.single, x, y, NUMBERS[mode])
-        return y if y.shape[-1] == prepared.size[0] else y[..., : prepared.size[0]]
+    single = prepared.single
+    if tokens == 1 and single and single.basis.columns is None and x.dtype == torch.bfloat16 and x.is_contiguous():
+        y = torch.empty((*x.shape[:-1], single.packed.rows), dtype=torch.bfloat16)
+        _one(single, x, y, NUMBERS[mode])
+        return y if single.packed.rows == prepared.size[0] else y[..., : prepared.size[0]]
     found = few(prepared, x.reshape(tokens, width), NUMBERS[mode], _KNOWN.prepared)
     return found.to(x.dtype).reshape(*x.shape[:-1], prepared.size[0])
 
 
+@dataclass(frozen=True, eq=False)
+class _OneToken:
+    """All that does not change between products of one token in bfloat16, the way that most of generating takes."""
+
+    key: object
+    prepare: Any  # the kernels
+    multiply: Loaded
+    inputs: Values  # their arguments, but for x and y
+    matrix: Values
+    ready: _Ready
+    blocks: int
+    weights: int
+
+
 def _one(term: Term, x: Tensor, y: Tensor, numbers: int) -> None:
-    """Write the product of one token, the way that most of generating takes."""
-    key = (term.basis.name, term.block, numbers, 1)
-    ready = _KNOWN.prepared.get(key)
-    if ready is None:
-        ready = _KNOWN.prepared[key] = _inputs(term.basis, term.block, x, 1, numbers)
-    kernel = _product_kernel(term.packed, 1, numbers, True)
-    _multiply(kernel, term.packed, ready, 0, y.data_ptr())
+    """Write the product of one token."""
+    mine = (threading.get_ident(), numbers)
+    fixed = term.ones.get(mine)
+    if fixed is None:
+        fixed = term.ones[mine] = _one_token(term, numbers)
+    known = _KNOWN.prepared
+    if fixed.key not in known:
+        known[fixed.key] = fixed.ready
+        fixed.inputs[Argument.CODES] = x.data_ptr()
+        fixed.prepare(ctypes.addressof(fixed.inputs), 0, 1)
+    fixed.matrix[Argument.Y] = y.data_ptr()
+    _run(fixed.multiply, fixed.matrix, fixed.blocks, fixed.weights)
+
+
+def _one_token(term: Term, numbers: int) -> _OneToken:
+    basis, packed = term.basis, term.packed
+    key = (basis.name, term.block, numbers, 1)
+    ready = _room(basis, term.block, 1, numbers)
+    factors = basis.all_factors
+    codes, scale, total, work = ready.addresses
+    matrix, scales, zeros = packed.addresses
+    return _OneToken(
+        key,
+        loaded(basis.inputs(term.block, numbers, True)).serial,
+        loaded(Product(packed.form, 1, numbers, True)),
+        Values(0, 0 if factors is None else factors.data_ptr(), 0, codes, scale, total, work),
+        Values(matrix, scales, zeros, codes, scale, total, 0, packed.columns, packed.rows, packed.groups),
+        ready,
+        packed.rows // packed.form.block_rows,
+        packed.rows * packed.columns,
+    )
 
 
 def few(prepared: Prepared, x: Tensor, numbers: int, known: dict[object, _Ready]) -> Tensor:
@@ -96,6 +137,8 @@ def few(prepared: Prepared, x: Tensor, numbers: int, known: dict[object, _Ready]
             case Plain(basis, values):
                 inputs = basis.apply(x)
                 y = _added(y, torch.nn.functional.linear(inputs, values.to(inputs.dtype)).float())
+            case Scattered():
+                y = _added(y, _by_lists(term, x, known))
     y = x.new_zeros(len(x), prepared.size[0], dtype=torch.float32) if y is None else y
     return y[: len(x), : prepared.size[0]]
 
@@ -126,13 +169,27 @@ def _by_kernel(term: Term, x: Tensor, y: Tensor | None, numbers: int, known: dic
     return y
 
 
+def _by_lists(term: Scattered, x: Tensor, known: dict[object, _Ready]) -> Tensor:
+    """Return the product of a few tokens with elements in lists, of which more rows and tokens may come than wanted."""
+    tokens = 1 if len(x) == 1 else -(-len(x) // AT_ONCE) * AT_ONCE
+    key = (term.basis.name, LIST_BLOCK, 0, tokens)
+    ready = known.get(key)
+    if ready is None:
+        ready = known[key] = _inputs(term.basis, LIST_BLOCK, x, tokens, 0)
+    held, columns = term.lists, ready.tensors[0].shape[1]
+    kernel = loaded(ListProduct(held.kind, min(tokens, AT_ONCE)))
+    y = torch.empty(tokens, LANES * held.tiles)
+    for first in range(0, tokens, AT_ONCE):
+        inputs = ready.tensors[0][first].data_ptr()
+        matrix = (held.steps.data_ptr(), held.heads.data_ptr(), held.starts.data_ptr())
+        values = Values(*matrix, inputs, 0, 0, y[first].data_ptr(), columns, y.shape[1])
+        _run(kernel, values, held.tiles, LANES * held.steps.numel())
+    return y[: len(x), : held.size[0]]
+
+
 def _inputs(basis: Basis, block: int, x: Tensor, tokens: int, numbers: int) -> _Ready:
     """Return inputs in a basis, with zeros behind them up to so many tokens."""
-    blocks = -(-basis.width // block)
-    key = (basis.name, block, numbers, tokens)
-    ready = _KNOWN.room.get(key)
-    if ready is None:
-        ready = _KNOWN.room[key] = _Ready.of(tokens, blocks * block, blocks, numbers)
+    ready = _room(basis, block, tokens, numbers)
     rows = x if basis.columns is None else x[..., basis.columns]
     bfloat16 = rows.dtype == torch.bfloat16
     rows = rows.contiguous() if bfloat16 else rows.float().contiguous()
@@ -143,6 +200,15 @@ def _inputs(basis: Basis, block: int, x: Tensor, tokens: int, numbers: int) -> _
     values = Values(rows.data_ptr(), 0 if factors is None else factors.data_ptr(), 0, codes, scale, total, work)
     loaded(basis.inputs(block, numbers, bfloat16)).serial(ctypes.addressof(values), 0, tokens)
     return ready
+
+
+def _room(basis: Basis, block: int, tokens: int, numbers: int) -> _Ready:
+    """Return a thread's room for the inputs of a basis."""
+    key = (basis.name, block, numbers, tokens)
+    if key not in _KNOWN.room:
+        blocks = -(-basis.width // block)
+        _KNOWN.room[key] = _Ready.of(tokens, blocks * block, blocks, numbers)
+    return _KNOWN.room[key]
 
 
 @lru_cache(maxsize=256)
@@ -186,6 +252,8 @@ def many(prepared: Prepared, x: Tensor) -> Tensor:
                 more = many(left, many(right, x))
             case Plain(basis, values):
                 more = torch.nn.functional.linear(basis.apply(x), values.to(x.dtype))
+            case Scattered(basis, held):
+                more = _through_lists(held, basis.apply(x))
         y = more if y is None else y.add_(more)
     return x.new_zeros(len(x), prepared.size[0]) if y is None else y
 
@@ -200,6 +268,22 @@ def _through_tiles(packed: Packed, x: Tensor) -> Tensor:
         tile = decoded_columns(packed, first, last, x.dtype)[: packed.size[1], : rows - first]
         torch.mm(x, tile, out=y[:, first : min(last, rows)])
     return y
+
+
+def _through_lists(held: Lists, x: Tensor) -> Tensor:
+    """Return the product with elements in lists, decoded some rows at a time."""
+    bfloat16, (rows, width) = x.dtype == torch.bfloat16, held.size
+    y = x.new_empty(len(x), LANES * held.tiles)
+    order = held.heads[:, 2].reshape(-1)
+    at_once = max(1, DECODED // (width + 1) // LANES)
+    kernel = loaded(ListDecoding(held.kind, bfloat16))
+    for first in range(0, held.tiles, at_once):
+        last = min(first + at_once, held.tiles)
+        tile = torch.zeros(LANES * (last - first), width + 1, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+        places = held.steps.data_ptr(), held.heads[first].data_ptr(), held.starts[first:].data_ptr()
+        _run(kernel, Values(*places, 0, 0, 0, tile.data_ptr(), width + 1), last - first, tile.numel())
+        y[:, order[LANES * first : LANES * last]] = torch.nn.functional.linear(x, tile[:, :width].to(x.dtype))
+    return y[:, :rows]
 
 
 def decoded_columns(packed: Packed, first: int, last: int, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""What processors offer beyond plain vectors: products of small integers, and looking up many bytes at once.
+"""Instructions of processors beyond plain vectors: products of small integers, and looking up many bytes at once.
 
 A `Tier` is a family of processors. Kernels are written once; `dot`, `lookup` and `windows` write the instructions of a
 tier where it has them, and plain vectors otherwise. Every operation gives the same integers on every tier.

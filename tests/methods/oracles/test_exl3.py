@@ -39,7 +39,7 @@ def test_the_error_on_a_gaussian_is_near_its_limit(size: int) -> None:
 
 @pytest.mark.slow
 def test_feedback_moves_later_inputs_to_their_minimum() -> None:
-    """What later inputs want, given the errors made so far, is `w + inverse(H_ll) H_le e`, in float64."""
+    """Later inputs want `w + inverse(H_ll) H_le e`, in float64."""
     weight, inputs = torch.randn(64, 32, generator=seeded(1)), moments(correlated(512, 64))
     hessian = second_moment(inputs)
     hessian.diagonal().add_(0.1 * hessian.diagonal().mean())
