@@ -182,6 +182,14 @@ class Function:
         """Write a value `offset` bytes behind an address."""
         self.builder.store(value.raw, self._at(address, offset).as_type(value.type.as_pointer()).raw, align=1)
 
+    def prefetch(self, address: Value, offset: int) -> None:
+        """Ask for the memory `offset` bytes behind an address, which is read soon."""
+        kinds = [I8.as_pointer(), I32, I32, I32]
+        name = "llvm.prefetch.p0"
+        called = self.module.globals.get(name) or ir.Function(self.module, ir.FunctionType(ir.VoidType(), kinds), name)
+        read, keep, data = I32(0), I32(3), I32(1)
+        self.builder.call(called, [self._at(address, offset).raw, read, keep, data])
+
     def address(self, number: Value) -> Value:
         """An address of bytes from an integer."""
         return Value(self, self.builder.inttoptr(number.raw, I8.as_pointer()))

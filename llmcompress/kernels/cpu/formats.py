@@ -18,6 +18,7 @@ from llmcompress.kernels.cpu.tiers import Target
 from llmcompress.weight.linear_code import UNIT
 
 BYTES = vector(I8, 64)
+AHEAD = 2048  # bytes: how far ahead codes are asked for
 
 
 class Format(Protocol):
@@ -91,6 +92,7 @@ class Planes:
             left -= width
             for at in range(width):
                 packed = f.load(place, BYTES)
+                f.prefetch(place, AHEAD)
                 place = f.behind(place, 64)
                 for k in range(8 // width):
                     part = (packed.as_type(vector(I16, 32)) >> (width * k)).as_type(BYTES) if k else packed
@@ -187,6 +189,8 @@ class Streams:
             [f.constant(BYTES, [number + 128 for number in numbers[at : at + 64]]) for at in range(0, len(numbers), 64)]
             for numbers in self.numbers
         ]
+        for line in range(0, self.plane_starts[-1], 64):
+            f.prefetch(place, AHEAD + line)
         loaded: dict[int, Value] = {}
         found = []
         for phase in range(self.phases):

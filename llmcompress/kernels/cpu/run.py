@@ -26,7 +26,8 @@ FEW = 16  # tokens; from there on decoding once is cheaper than in every product
 AT_ONCE = 2  # tokens of a kernel
 LIST_BLOCK = 64  # columns that inputs of lists are padded to
 WORTH_THREADS = 1 << 16  # weights, below which a team takes longer to wake
-DECODED = 1 << 22  # weights that are decoded at a time
+DECODED = 512  # rows that are decoded at a time, which stay in cache
+APART = 32  # numbers between their columns, or these would all lie in the same lines of a cache
 Values = ctypes.c_int64 * len(Argument)
 
 
@@ -262,7 +263,7 @@ def _through_tiles(packed: Packed, x: Tensor) -> Tensor:
     """Return the product with a packed matrix, decoded some rows at a time."""
     rows, block_rows = packed.size[0], packed.form.block_rows
     y = x.new_empty(len(x), rows)
-    at_once = max(1, DECODED // packed.columns // block_rows) * block_rows
+    at_once = DECODED // block_rows * block_rows
     for first in range(0, packed.rows, at_once):
         last = min(first + at_once, packed.rows)
         tile = decoded_columns(packed, first, last, x.dtype)[: packed.size[1], : rows - first]
@@ -289,11 +290,12 @@ def _through_lists(held: Lists, x: Tensor) -> Tensor:
 def decoded_columns(packed: Packed, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """Return rows of a packed matrix from one block to another, transposed: `[columns, last - first]`."""
     bfloat16 = dtype == torch.bfloat16
-    y = torch.empty(packed.columns, last - first, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    y = torch.empty(packed.columns, last - first + APART, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     matrix, scales, zeros = packed.addresses
     block = first // packed.form.block_rows
     tiles = block * (packed.form.block_rows * packed.form.columns // 64) * packed.groups * 16
     places = matrix + block * packed.block_bytes, scales + 2 * tiles, zeros and zeros + tiles
-    values = Values(*places, 0, 0, 0, y.data_ptr(), packed.columns, last - first, packed.groups)
+    values = Values(*places, 0, 0, 0, y.data_ptr(), packed.columns, y.shape[1], packed.groups)
     _run(loaded(Decoding(packed.form, bfloat16)), values, (last - first) // packed.form.block_rows, y.numel())
+    y = y[:, : last - first]
     return y if y.dtype == dtype else y.to(dtype)
