@@ -1,0 +1,153 @@
+"""Kernels run on as many threads as torch is told to use, in forked processes, and for several callers at once."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from llmcompress.kernels.cpu import run, threads
+from llmcompress.kernels.cpu.arguments import Argument, address
+from llmcompress.kernels.cpu.build import loaded
+from llmcompress.kernels.cpu.emit import I8, I64, Function
+from llmcompress.kernels.cpu.prepare import Prepared, prepare
+from llmcompress.kernels.cpu.tiers import Target
+from llmcompress.weight.nodes import Rotated
+from llmcompress.weight.trellis import Trellis
+from tests.builders import grid, seeded, streams
+
+needs_team = pytest.mark.skipif(threads.team() is None, reason="torch has no GNU OpenMP here")
+
+
+@dataclass(frozen=True)
+class WritesShares:
+    """A kernel that writes, for every block of its share, where the share begins."""
+
+    def write(self, module: ir.Module, target: Target) -> None:
+        f = Function(module, "kernel", [I8.as_pointer(), I64, I64])
+        with f.loop(f.arguments[1], f.arguments[2]) as block:
+            f.store(f.arguments[1], address(f, Argument.Y), block * 8)
+        f.finish()
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def prepared() -> list[Prepared]:
+    """Weights that are worth a team."""
+    signs = torch.rand(512, generator=seeded(1)) < 0.5
+    found = [
+        prepare(grid((256, 512), 16, 64, 1, symmetric=True)),
+        prepare(Rotated(streams(Trellis(2, 1, 12, "linear"), 256, 512, 768), signs, 512)),
+    ]
+    assert all(one.single.packed.rows * one.single.packed.columns >= run.WORTH_THREADS for one in found)
+    return found
+
+
+def inputs(seed: int, tokens: int = 1) -> Tensor:
+    return torch.randn(tokens, 512, generator=seeded(seed))
+
+
+def shares(blocks: int, weights: int) -> list[int]:
+    """Run a kernel as products do; return the blocks of each thread."""
+    y = torch.full((blocks,), -1)
+    values = run.Values()
+    values[Argument.Y] = y.data_ptr()
+    run._run(loaded(WritesShares()), values, blocks, weights)
+    starts, counts = y.unique(return_counts=True)
+    assert torch.equal(starts, counts.cumsum(0) - counts), "each block is somebody's, and shares are runs"
+    return counts.tolist()
+
+
+@needs_team
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_torch_says_how_many_threads(count: int) -> None:
+    torch.set_num_threads(count)
+    found = shares(30, run.WORTH_THREADS)
+    assert found == [30 // count] * count
+    assert shares(30, run.WORTH_THREADS - 1) == [30], "too little to wake a team"
+    assert shares(2, run.WORTH_THREADS) == ([2] if count == 1 else [1, 1]), "no thread without a block"
+    uneven = shares(7, run.WORTH_THREADS)
+    assert len(uneven) == count and max(uneven) - min(uneven) <= 1
+
+
+@needs_team
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_team_is_of_different_threads(count: int) -> None:
+    found = threads.team()
+    ids, lock = [], threading.Lock()
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def work(data: int | None) -> None:
+        with lock:
+            ids.append(threading.get_native_id())
+
+    found.parallel(ctypes.cast(work, ctypes.c_void_p), None, count, 0)
+    assert len(ids) == len(set(ids)) == count
+    assert threading.get_native_id() in ids, "the caller is one of them"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork here")
+def test_a_forked_process_computes_the_same(count: int) -> None:
+    """As workers of a DataLoader do, also of a process whose threads are at work already: none of them is copied."""
+    torch.set_num_threads(count)
+    weights, x = prepared(), inputs(1)
+    wanted = [run.product(w, x, "auto") for w in weights]
+    assert threads.team() is None or len(shares(8, run.WORTH_THREADS)) == count
+
+    def work() -> None:
+        same = all(torch.equal(run.product(w, x.clone(), "auto"), y) for w, y in zip(weights, wanted))
+        os._exit(0 if same and threads.team() is None else 1)
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(60)
+    if child.exitcode is None:
+        child.kill()
+    assert child.exitcode == 0
+    assert (threads.team() is None) == (threads._openmp() is None), "nothing changes here"
+
+
+def test_a_fresh_process_has_a_team() -> None:
+    """Only a fork takes it away: modules of spawned processes are imported there."""
+    assert not threads._FORKED
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_several_callers_do_not_disturb_each_other(count: int) -> None:
+    """Each has its own prepared inputs, and its own team."""
+    torch.set_num_threads(count)
+    weights = prepared()
+    cases = [
+        (w, inputs(seed, tokens), mode)
+        for seed, tokens in enumerate((1, 1, 3, 17))
+        for w in weights
+        for mode in ("auto", "exact")
+    ]
+    wanted = [run.product(w, x, mode) for w, x, mode in cases]
+    together = threading.Barrier(4)
+
+    def work(first: int) -> list[tuple[int, Tensor]]:
+        torch.set_num_threads(count)  # OpenMP counts by thread
+        together.wait()
+        order = [(first + 3 * at) % len(cases) for at in range(len(cases))] * 5
+        return [(at, run.product(*cases[at])) for at in order]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [pair for pairs in pool.map(work, range(0, 16, 4)) for pair in pairs]
+    assert len({at for at, _ in found}) == len(cases)
+    assert all(torch.equal(y, wanted[at]) for at, y in found)
