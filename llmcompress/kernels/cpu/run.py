@@ -27,6 +27,8 @@ AT_ONCE = 2  # tokens of a kernel
 LIST_BLOCK = 64  # columns that inputs of lists are padded to
 WORTH_THREADS = 1 << 16  # weights, below which a team takes longer to wake
 DECODED = 512  # rows that are decoded at a time, which stay in cache
+BLOCK = 64  # columns of a block of inputs
+ROTATED = 128  # tokens that are rotated at a time
 APART = 32  # numbers between their columns, or these would all lie in the same lines of a cache
 Values = ctypes.c_int64 * len(Argument)
 
@@ -53,6 +55,7 @@ class _Known(threading.local):
     x: Tensor | None = None
     version: int = 0
     prepared: dict[object, _Ready] = field(default_factory=dict)
+    turned: dict[object, Tensor] = field(default_factory=dict)
     room: dict[object, _Ready] = field(default_factory=dict)
 
 
@@ -63,12 +66,12 @@ def product(prepared: Prepared, x: Tensor, mode: Mode) -> Tensor:
     """Return `x [..., in] @ W.T` in the dtype of `x`; inputs of up to `FEW` tokens are rounded as `NUMBERS` says."""
     width = prepared.size[1]
     tokens = x.numel() // width
-    if tokens > FEW:
-        found = many(prepared, x.reshape(tokens, width))
-        return found.reshape(*x.shape[:-1], prepared.size[0])
     version = -1 if x.is_inference() else x._version  # nobody counts changes of inference tensors
     if _KNOWN.x is not x or version < 0 or _KNOWN.version != version:
-        _KNOWN.x, _KNOWN.version, _KNOWN.prepared = x, version, {}
+        _KNOWN.x, _KNOWN.version, _KNOWN.prepared, _KNOWN.turned = x, version, {}, {}
+    if tokens > FEW:
+        found = many(prepared, x.reshape(tokens, width), _KNOWN.turned)
+        return found.reshape(*x.shape[:-1], prepared.size[0])
     single = prepared.single
     if tokens == 1 and single and single.basis.columns is None and x.dtype == torch.bfloat16 and x.is_contiguous():
         y = torch.empty((*x.shape[:-1], single.packed.rows), dtype=torch.bfloat16)
@@ -242,21 +245,46 @@ def _run(kernel: Loaded, values: Any, blocks: int, weights: int) -> None:
 # --- many tokens ----------------------------------------------------------------------------------------------------
 
 
-def many(prepared: Prepared, x: Tensor) -> Tensor:
-    """Return the product of many tokens `[tokens, in]`, by torch, in the dtype of `x`."""
+def many(prepared: Prepared, x: Tensor, turned: dict[object, Tensor]) -> Tensor:
+    """Return the product of many tokens `[tokens, in]`, by torch, in the dtype of `x`; `turned`: it in other bases."""
     y: Tensor | None = None
     for term in prepared.terms:
         match term:
             case Term(basis, packed):
-                more = _through_tiles(packed, basis.apply(x))
+                more = _through_tiles(packed, _in_basis(basis, x, turned))
             case Chain(left, right):
-                more = many(left, many(right, x))
+                more = many(left, many(right, x, turned), {})
             case Plain(basis, values):
-                more = torch.nn.functional.linear(basis.apply(x), values.to(x.dtype))
+                more = torch.nn.functional.linear(_in_basis(basis, x, turned), values.to(x.dtype))
             case Scattered(basis, held):
-                more = _through_lists(held, basis.apply(x))
+                more = _through_lists(held, _in_basis(basis, x, turned))
         y = more if y is None else y.add_(more)
     return x.new_zeros(len(x), prepared.size[0]) if y is None else y
+
+
+def _in_basis(basis: Basis, x: Tensor, turned: dict[object, Tensor]) -> Tensor:
+    """Return many tokens in a basis, by the kernel where they are to be rotated."""
+    found = turned.get(basis.name)
+    if found is None:
+        found = basis.apply(x) if basis.signs is None else _rotated(basis, x)
+        turned[basis.name] = found
+    return found
+
+
+def _rotated(basis: Basis, x: Tensor) -> Tensor:
+    """Return many tokens in a rotated basis, some at a time."""
+    x = x if basis.columns is None else x[:, basis.columns]
+    bfloat16, found = x.dtype == torch.bfloat16, torch.empty_like(x, memory_format=torch.contiguous_format)
+    kernel, factors = loaded(basis.inputs(BLOCK, 0, bfloat16)), basis.all_factors
+    place = 0 if factors is None else factors.data_ptr()
+    blocks = -(-basis.width // BLOCK)
+    for rows, y in zip(x.split(ROTATED), found.split(ROTATED)):
+        rows = rows.contiguous() if bfloat16 else rows.float().contiguous()
+        work, total = torch.empty(2, len(rows), blocks * BLOCK), torch.empty(len(rows), blocks)
+        values = Values(rows.data_ptr(), place, 0, work[0].data_ptr(), 0, total.data_ptr(), work[1].data_ptr())
+        _run(kernel, values, len(rows), rows.numel())
+        y.copy_(work[0, :, : basis.width])
+    return found
 
 
 def _through_tiles(packed: Packed, x: Tensor) -> Tensor:
@@ -276,7 +304,7 @@ def _through_lists(held: Lists, x: Tensor) -> Tensor:
     bfloat16, (rows, width) = x.dtype == torch.bfloat16, held.size
     y = x.new_empty(len(x), LANES * held.tiles)
     order = held.heads[:, 2].reshape(-1)
-    at_once = max(1, DECODED // (width + 1) // LANES)
+    at_once = DECODED // LANES
     kernel = loaded(ListDecoding(held.kind, bfloat16))
     for first in range(0, held.tiles, at_once):
         last = min(first + at_once, held.tiles)
