@@ -2,10 +2,10 @@
 
     python scripts/bench/shapes.py [--threads 1 2] [--rounds 5] [--tokens 8] [--jsonl FILE]
 
-The shape is 16 blocks of 2,048 with an FFN of 8,192, 32 heads with 8 of keys and values, and a vocabulary of 49,152.
-Speed does not depend on values, so codes are random. Arms: dense bfloat16, a trellis of 2 bits (linear code, rotated), a
-grid of 4 bits, partial binarization (10 % of the columns at 8 bits, the rest signs), each with a head of 4 bits. Every
-arm generates some tokens in each round, and rounds repeat; the median of the rounds counts, and ratios are of medians.
+The shape is 16 blocks of 2,048 with an FFN of 8,192, 32 heads with 8 of keys and values, and 49,152 tokens.
+Speed does not depend on values, so codes are random. Arms: dense bfloat16, a trellis of 2 bits (linear code, rotated),
+a grid of 4 bits, partial binarization (10 % of the columns at 8 bits, the rest signs), all with a head of 4 bits. Each
+arm generates some tokens in each round, and rounds repeat; the median of the rounds counts.
 """
 
 from __future__ import annotations

@@ -90,6 +90,33 @@ TABLES: dict[str, Columns] = {
         "32 windows": "{perplexity:.2f}",
         "gap, ln(perplexity / dense) on 32": "{gap:.3f}",
     },
+    "speed": {
+        "model": "{arm}",
+        "threads": "{threads}",
+        "MB": "{megabytes:.1f}",
+        "tokens/s": "{decode:.1f}",
+        "to dense": "{decode_ratio:.2f}",
+        "tokens/s of a prompt": "{prefill:.0f}",
+        "to dense ": "{prefill_ratio:.2f}",
+        "peak MB": "{peak_megabytes:.0f}",
+    },
+    "shapes": {
+        "weights": "{arm}",
+        "threads": "{threads}",
+        "tokens/s": "{tokens_per_second:.2f}",
+        "to dense": "{ratio:.2f}",
+    },
+    "trellis_codes": {
+        "bits": "{bits:g}",
+        "code": "{code}",
+        "bpw": "{bpw:.3f}",
+        "perplexity": "{perplexity:.2f}",
+        "KL": "{kl:.4f} ± {kl_stderr:.4f}",
+    },
+    "kv_cache": {
+        "cache": "{arm}",
+        "perplexity": "{perplexity:.3f}",
+    },
     "dropped": {
         "blocks dropped": "{arm}",
         "their numbers": "{numbers_of_blocks}",
