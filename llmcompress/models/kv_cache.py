@@ -54,7 +54,7 @@ def cache(model: PreTrainedModel, bits: int = 4, group_size: int = 32, residual:
         InputError: The model has no attention that keeps keys and values, or keeps them in an unknown way.
     """
     if bits not in WIDTHS:
-        raise RecipeError(f"a cache of keys and values in {bits} bits cannot be made; give bits 4 or 8")
+        raise RecipeError(f"keys and values cannot be kept in bits {bits!r}; give 4 or 8")
     if not isinstance(group_size, int) or group_size < 2 or group_size % 2:
         raise RecipeError(f"group_size {group_size} of a cache is not a positive even number; give 16, 32 or 64")
     if not isinstance(residual, int) or residual < 0:

@@ -3,9 +3,8 @@
     python scripts/bench/kv_cache.py --data DATA [--chunk 128] [--residuals 32 128] [--jsonl FILE]
 
 Windows of `wikitext2-test.raw` are read together, in chunks of `--chunk` tokens; what a chunk sees of earlier ones
-comes from the cache. With chunks of one token, that is the way of generation. The arm of 16 bits is
-transformers' own cache, in the dtype of the model.
-`--jsonl` collects a record of each arm, and skips those that it has.
+comes from the cache. With chunks of one token, that is the way of generation. The arm of 16 bits is transformers'
+own cache, in the dtype of the model. `--jsonl` collects a record of each arm, and skips those that it has.
 """
 
 from __future__ import annotations
