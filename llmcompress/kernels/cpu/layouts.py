@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -75,6 +75,27 @@ def packed(w: Weight) -> Packed | None:
     if isinstance(w, Grid) and isinstance(form, Planes):
         return _grid(w, form)
     return _streams(w, form) if isinstance(w, TrellisCoded) and isinstance(form, Streams) else None
+
+
+def packed_elements(w: Grid, shown: Tensor) -> Packed | None:
+    """Return a grid repacked with 0 for what does not show, `shown` bool `[out, in]`; None if no integers have it.
+
+    Zero points and the middle of an odd number of levels stand for 0. An even number of levels is doubled, in one bit
+    more, which leaves room for a middle.
+    """
+    form, rows, width = form_of(w), *w.codes.shape
+    if not isinstance(form, Planes):
+        return None
+    if w.zero is not None:
+        zero = w.zero if w.zero.shape[1] == 1 else w.zero.repeat_interleave(w.group_size, 1)[:, :width]
+        return _grid(replace(w, codes=torch.where(shown, w.codes, zero.expand(rows, width))), form)
+    middle = w.levels // 2
+    if w.levels % 2:
+        return _grid(replace(w, codes=w.codes.masked_fill(~shown, middle)), form)
+    if form.wide:
+        return None
+    doubled = (2 * w.codes.to(torch.int16)).masked_fill(~shown, w.levels - 1).to(torch.uint8)
+    return _grid(replace(w, codes=doubled), replace(form, bits=form.bits + 1, centre=w.levels - 1.0, unit=0.5))
 
 
 def _grid(w: Grid, form: Planes) -> Packed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from llmcompress.kernels.cpu.prepare import prepare, supported
 from llmcompress.kernels.cpu.tiers import TIERS, Tier, host_tier
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import (
+    Bitmap,
     Columns,
     Dense,
     Grid,
@@ -27,7 +30,7 @@ from llmcompress.weight.nodes import (
     shape,
 )
 from llmcompress.weight.trellis import Trellis
-from tests.builders import every_node, grid, random_nestings, seeded, streams
+from tests.builders import every_node, grid, pattern, random_nestings, seeded, streams
 
 HERE = TIERS[TIERS.index(host_tier()) :]  # this machine's tier, and those below
 RUNNABLE = [tier for tier in HERE if tier.name != "neon" or host_tier().name == "neon"]
@@ -74,6 +77,36 @@ TURNED = [
     Dense(torch.randn(7, 9, generator=seeded(3)).bfloat16()),
     Zero((5, 6)),
 ]
+
+
+def some(size: tuple[int, int], share: float, seed: int) -> Bitmap:
+    return Bitmap(torch.rand(size, generator=seeded(seed)) < share)
+
+
+def far_apart() -> Bitmap:
+    """Columns so far apart that lists have to jump, the first and the last one, all of them, and rows without any."""
+    inside = torch.zeros(20, 900, dtype=torch.bool)
+    inside[3, [0, 254, 255, 510, 899]] = True
+    inside[4, 0] = inside[5, 899] = inside[6] = inside[7, ::10] = True
+    return Bitmap(inside)
+
+
+SIZE = (50, 200)
+ELEMENTS = [
+    Where(some(SIZE, 0.1, 1), grid(SIZE, 256, 1000, 1, symmetric=True), grid(SIZE, 2, 64, 2, symmetric=True)),
+    Where(some(SIZE, 0.1, 2), grid(SIZE, 256, 1000, 3, symmetric=False), grid(SIZE, 16, 64, 4, symmetric=False)),
+    Where(some(SIZE, 0.02, 3), Dense(torch.randn(SIZE, generator=seeded(1)).bfloat16()), grid(SIZE, 3, 64, 5, True)),
+    Where(some(SIZE, 0.01, 4), Dense(torch.randn(SIZE, generator=seeded(2)).half()), Zero(SIZE)),
+    Where(some(SIZE, 0.005, 5), Zero(SIZE), Dense(torch.randn(SIZE, generator=seeded(3)))),
+    Where(pattern(SIZE, 2, 4, 1), grid(SIZE, 16, 1000, 6, symmetric=True), grid(SIZE, 256, 40, 7, symmetric=True)),
+    Where(far_apart(), grid((20, 900), 256, 1000, 8, symmetric=True), Zero((20, 900))),
+    Where(
+        Columns(signs(200)),
+        Where(some(SIZE, 0.2, 6), grid(SIZE, 8, 32, 3, False), Zero(SIZE)),
+        grid(SIZE, 2, 64, 9, symmetric=True),
+    ),
+    Rotated(Where(some(SIZE, 0.2, 7), grid(SIZE, 2, 32, 9, True), grid(SIZE, 2, 96, 10, True)), signs(200), 8),
+]
 every_tier = pytest.mark.parametrize("tier", RUNNABLE, ids=lambda tier: tier.name)
 
 
@@ -90,14 +123,16 @@ def on_tier(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> Tier:
 
 
 @every_tier
-@pytest.mark.parametrize("w", [*GRIDS[:3], STREAMS[0], STREAMS[4], TURNED[1]], ids=lambda w: f"{type(w).__name__}")
+@pytest.mark.parametrize(
+    "w", [*GRIDS[:3], STREAMS[0], STREAMS[4], TURNED[1], *ELEMENTS[:6]], ids=lambda w: f"{type(w).__name__}"
+)
 def test_every_tier_multiplies_as_the_dense_matrix(on_tier: Tier, w: Weight) -> None:
     check(w)
 
 
-@pytest.mark.parametrize("at", range(len(GRIDS + STREAMS + TURNED)))
+@pytest.mark.parametrize("at", range(len(GRIDS + STREAMS + TURNED + ELEMENTS)))
 def test_every_form_multiplies_as_the_dense_matrix(at: int) -> None:
-    check((GRIDS + STREAMS + TURNED)[at])
+    check((GRIDS + STREAMS + TURNED + ELEMENTS)[at])
 
 
 def check(w: Weight) -> None:
@@ -180,6 +215,29 @@ def test_threads_share_the_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -
         check(GRIDS[0])
     finally:
         torch.set_num_threads(before)
+
+
+def test_small_scales_lose_nothing_where_levels_are_doubled() -> None:
+    """The least positive float16 has no half."""
+    w = grid(SIZE, 2, 1000, 1, symmetric=True)
+    w = Where(some(SIZE, 0.5, 1), replace(w, scale=torch.full_like(w.scale, 2.0**-24)), Zero(SIZE))
+    x = torch.ones(1, 200)
+    assert torch.equal(run.product(prepare(w), x, "exact"), x @ dense(w).T)
+
+
+def test_few_elements_take_little_more_room_than_on_disk() -> None:
+    size = (512, 1024)
+    w = Where(some(size, 0.1, 1), grid(size, 256, 1024, 1, symmetric=True), Zero(size))
+    assert 8 * prepare(w).bytes < 1.25 * (0.1 * 8 + 1) * 512 * 1024
+
+
+def test_what_comes_behind_a_rotation_takes_no_factors() -> None:
+    inner = Scaled(GRIDS[5], torch.ones(100).half())
+    for w in (
+        Rotated(Sum((inner, inner)), signs(100), 4),
+        Rotated(Where(Columns(signs(100)), inner, inner), signs(100), 4),
+    ):
+        assert prepare(w) is None and not supported(w)
 
 
 def test_a_run_that_blocks_do_not_divide_has_no_kernel() -> None:
