@@ -148,7 +148,7 @@ class Grouping:
 
 @dataclass(frozen=True)
 class CacheForm:
-    """How keys and values are stored, and how many of the latest tokens are not quantized."""
+    """The groupings of keys and of values, and how many of the latest tokens are not quantized."""
 
     keys: Grouping
     values: Grouping
