@@ -45,7 +45,7 @@ def main() -> None:
     model = load_model(place, dtype=getattr(torch, options.dtype))
     text = (options.data / "wikitext2-test.raw").read_text(encoding="utf-8")
     ids = text_windows(load_tokenizer(place.folder), text, options.windows, options.length, model.config)
-    done = [row["arm"] for row in read_records(options.jsonl)] if options.jsonl else []
+    done = [row["settings"] for row in read_records(options.jsonl)] if options.jsonl else []
     print(
         "| dtype | bits | group | residual | chunk | perplexity | bytes | seconds |\n|---|---|---|---|---|---|---|---|"
     )
@@ -68,6 +68,13 @@ def arms(options: argparse.Namespace) -> list[Record]:
     return found
 
 
+def name(arm: Record) -> str:
+    """Return what a table calls an arm."""
+    if arm["residual"] is None:
+        return f"{arm['dtype']}, not quantized"
+    return f"{arm['bits']} bits, groups of {arm['group_size']}, the last {arm['residual']} tokens in {arm['dtype']}"
+
+
 def measured(model: PreTrainedModel, ids: Tensor, arm: Record, options: argparse.Namespace) -> Record:
     """Return the record of one arm."""
     given = {} if arm["residual"] is None else {"group_size": arm["group_size"], "residual": arm["residual"]}
@@ -79,7 +86,8 @@ def measured(model: PreTrainedModel, ids: Tensor, arm: Record, options: argparse
         words += f" --group-size {arm['group_size']} --residuals {arm['residual']}"
     return {
         "table": "kv_cache",
-        "arm": arm,
+        "arm": name(arm),
+        "settings": arm,
         "command": f"python scripts/bench/kv_cache.py --data DATA {words}",
         "model": options.model,
         "text": "wikitext2-test.raw",
@@ -113,7 +121,7 @@ def perplexity(model: PreTrainedModel, ids: Tensor, past: Any, chunk: int) -> Pe
 
 def line(record: Record) -> str:
     """Return one line of the table."""
-    arm, numbers = record["arm"], record["numbers"]
+    arm, numbers = record["settings"], record["numbers"]
     form = " | ".join(str(arm[key] if arm[key] is not None else "–") for key in ("bits", "group_size", "residual"))
     found = f"{numbers['perplexity']:.3f} | {numbers['cache_bytes']} | {numbers['seconds']:.0f}"
     return f"| {arm['dtype']} | {form} | {arm['chunk']} | {found} |"
