@@ -38,7 +38,7 @@ class Kept:
 
 def operator(x: Tensor, payload: Tensor, layout: Layout, mode: Mode) -> Tensor:
     """Return `x [..., in] @ W.T` for a payload on the CPU, in the dtype of `x`, by the operator of torch."""
-    return torch.ops.llmcompress.linear(x, payload, layout.text, mode)  # type: ignore[no-any-return]
+    return torch.ops.llmcompress.linear(x, payload, layout.text, mode)
 
 
 _KEPT: Any = WeakIdKeyDictionary()  # by payload, for the operator

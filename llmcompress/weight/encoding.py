@@ -119,7 +119,7 @@ def _header(w: Weight) -> dict[str, Any]:
 def trellis_of(header: dict[str, Any]) -> Trellis:
     """Return the trellis of a header."""
     code: Code = "table" if header["node"] == CODES["table"] else "linear"
-    return Trellis(*(header[key] for key in SIZES), code)
+    return Trellis(header["bits"], header["values"], header["memory"], code)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,14 +27,6 @@ from llmcompress.weight.modules import CompressedLinear, put
 from llmcompress.weight.nodes import Columns, Grid, Rotated, TrellisCoded, Weight, Where
 from llmcompress.weight.trellis import Trellis
 
-SHAPE = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 49152,
-}
 Make = Callable[[int, int], Weight]
 
 
@@ -62,16 +54,30 @@ def main() -> None:
                 append(options.jsonl, record(name, threads, rounds, options))
 
 
+def shape(tied: bool) -> LlamaConfig:
+    """Return the model's sizes."""
+    return LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=49152,
+        tie_word_embeddings=tied,
+    )
+
+
 def dense() -> nn.Module:
     """Return the model with random weights."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)).to(torch.bfloat16).eval()
+    model: nn.Module = LlamaForCausalLM(shape(tied=True))
+    return model.to(torch.bfloat16).eval()
 
 
 def compressed(make: Make, mode: str) -> nn.Module:
     """Return the model with random codes in every linear, and a head of 4 bits."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False))
+        model = LlamaForCausalLM(shape(tied=False))
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             size = module.out_features, module.in_features
