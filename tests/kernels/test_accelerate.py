@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,8 +49,8 @@ def compressed(place: Path, seed: int) -> Path:
             w = streams(Trellis(2, 1, 12, "linear"), *layer.layout.size, 768)
             codes = torch.randint(4, w.codes.shape, generator=seeded(100 * seed + number), dtype=torch.uint8)
             signs = torch.rand(64, generator=seeded(number)) < 0.5
-            w = Rotated(replace(w, codes=codes, scale=w.scale * 0.05), signs, 64)
-            put(model, name, CompressedLinear.of(w))
+            turned = Rotated(replace(w, codes=codes, scale=w.scale * 0.05), signs, 64)
+            put(model, name, CompressedLinear.of(turned))
     table = {name: module.layout for name, module in compressed_modules(model).items()}
     model.config.quantization_config = LLMCompressConfig(**table_entry(table))
     model.hf_quantizer.quantization_config = model.config.quantization_config
@@ -294,7 +295,7 @@ def test_adapters_train_as_on_plain_products(load: Load, products: list[tuple[in
 
 
 def test_gradients_of_inputs_are_those_of_plain_products(load: Load) -> None:
-    layer = load().get_submodule(UP)
+    layer: Any = load().get_submodule(UP)
     x = torch.randn(3, 64)
     found = []
     for fast in (True, False):
@@ -358,7 +359,8 @@ def test_the_environment_chooses(load: Load, products: list[tuple[int, ...]], mo
     place = load("0").name_or_path
     monkeypatch.delenv(SWITCH)
     model = AutoModelForCausalLM.from_pretrained(place)
-    assert {layer.fast.mode for layer in compressed_linears(model).values() if layer.fast} == {"auto"}
+    assert {getattr(layer.fast, "mode", "auto") for layer in compressed_linears(model).values()} == {"auto"}
+    assert any(layer.fast for layer in compressed_linears(model).values())
 
 
 def test_a_mode_that_does_not_exist(load: Load) -> None:

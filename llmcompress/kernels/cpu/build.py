@@ -51,7 +51,7 @@ def loaded(kernel: Kernel, tier: Tier | None = None) -> Loaded:
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    serial = kind(engine.get_function_address("kernel"))
+    serial: Any = kind(engine.get_function_address("kernel"))
     serial.owner = engine  # the code stays while it runs, even if all else forgets it
     return Loaded(serial, engine.get_function_address("parallel"), engine)
 

@@ -16,7 +16,7 @@ from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Rotated, Weight, shape
 from llmcompress.weight.trellis import Trellis
 from tests.builders import grid, seeded, streams
-from tests.kernels.cpu.emulated import STUBS, emulated
+from tests.kernels.cpu.emulated import STUBS, Emulated, emulated
 from tests.tiers import tiered
 
 
@@ -96,7 +96,7 @@ def test_threads_of_aarch64_share_the_rows(threads: int, monkeypatch: pytest.Mon
     """`parallel` asks the functions it is given how many threads there are and which one this is."""
     w, x = FORMS["4 bits"], torch.randn(1, 100, generator=seeded(1))
 
-    def team(kernel: object, values: ctypes.Array, blocks: int, weights: int) -> None:
+    def team(kernel: Emulated, values: ctypes.Array, blocks: int, weights: int) -> None:
         values[Argument.BLOCKS] = blocks
         values[Argument.THREADS], values[Argument.THREAD] = STUBS, STUBS + 8
         for thread in range(threads):

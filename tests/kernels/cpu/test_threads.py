@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from llmcompress.kernels.cpu import run, threads
 from llmcompress.kernels.cpu.arguments import Argument, address
 from llmcompress.kernels.cpu.build import loaded
 from llmcompress.kernels.cpu.emit import I8, I64, Function
-from llmcompress.kernels.cpu.prepare import Prepared, prepare
+from llmcompress.kernels.cpu.prepare import prepare
 from llmcompress.kernels.cpu.tiers import Target
 from llmcompress.weight.nodes import Rotated
 from llmcompress.weight.trellis import Trellis
@@ -46,7 +47,7 @@ def as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def prepared() -> list[Prepared]:
+def prepared() -> list[Any]:
     """Weights that are worth a team."""
     signs = torch.rand(512, generator=seeded(1)) < 0.5
     found = [
@@ -90,12 +91,12 @@ def test_a_team_is_of_different_threads(count: int) -> None:
     found = threads.team()
     ids, lock = [], threading.Lock()
 
-    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     def work(data: int | None) -> None:
         with lock:
             ids.append(threading.get_native_id())
 
-    found.parallel(ctypes.cast(work, ctypes.c_void_p), None, count, 0)
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)
+    found.parallel(ctypes.cast(callback, ctypes.c_void_p), None, count, 0)
     assert len(ids) == len(set(ids)) == count
     assert threading.get_native_id() in ids, "the caller is one of them"
 
