@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmcompress.kernels.cpu.formats import Format, Planes, Streams
 from llmcompress.kernels.cpu.product import LANES, block_size, shares
+from llmcompress.kernels.cpu.tables import TableStreams
 from llmcompress.weight.linear_code import linear_code
 from llmcompress.weight.nodes import Grid, TrellisCoded, Weight, shape
 from llmcompress.weight.trellis import cuts
@@ -59,11 +60,12 @@ def form_of(w: Grid | TrellisCoded) -> Planes | Streams | None:
         bits = max(1, (w.levels - 1).bit_length())
         return None if group % 32 else Planes(bits, group, w.zero is not None, (w.levels - 1) / 2)
     trellis, rows = w.trellis, shape(w)[0]
-    if trellis.code != "linear":
-        return None
-    code = linear_code(trellis.bits, trellis.values, trellis.memory)
-    numbers = tuple(tuple(part.tolist()) for part in code.numbers)
-    form = Streams(trellis.bits, trellis.values, trellis.memory, code.masks, numbers)
+    if trellis.code == "table":
+        form: Streams = TableStreams.of(trellis)
+    else:
+        code = linear_code(trellis.bits, trellis.values, trellis.memory)
+        numbers = tuple(tuple(part.tolist()) for part in code.numbers)
+        form = Streams(trellis.bits, trellis.values, trellis.memory, code.masks, numbers)
     return form if w.run % form.block_rows == 0 or w.run >= rows else None
 
 

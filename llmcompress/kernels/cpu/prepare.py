@@ -14,6 +14,7 @@ from llmcompress.kernels.cpu.inputs import Inputs
 from llmcompress.kernels.cpu.layouts import Packed, form_of, packed, packed_elements
 from llmcompress.kernels.cpu.product import block_size
 from llmcompress.kernels.cpu.scattered import Lists, lists
+from llmcompress.kernels.cpu.tables import TableStreams
 from llmcompress.weight.expression import dense
 from llmcompress.weight.hadamard import rotate_inputs
 from llmcompress.weight.nodes import (
@@ -92,6 +93,10 @@ class Term:
     def block(self) -> int:
         """Columns of a block of inputs."""
         return block_size(self.packed.form)
+
+    def numbers(self, wanted: int) -> int:
+        """Return how many integers stand for an input, of as many as wanted: none for weights that are floats."""
+        return 0 if isinstance(self.packed.form, TableStreams) else wanted
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from llmcompress.kernels.cpu.arguments import Argument
 from llmcompress.kernels.cpu.build import Loaded, loaded
 from llmcompress.kernels.cpu.layouts import Packed
 from llmcompress.kernels.cpu.prepare import Basis, Chain, Plain, Prepared, Scattered, Term
-from llmcompress.kernels.cpu.product import Decoding, Product
 from llmcompress.kernels.cpu.scattered import LANES, ListDecoding, ListProduct, Lists
+from llmcompress.kernels.cpu.tables import decoding_of, product_of
 from llmcompress.kernels.cpu.threads import team
 
 Mode = Literal["auto", "exact", "int8"]
@@ -111,7 +111,7 @@ def _one(term: Term, x: Tensor, y: Tensor, numbers: int) -> None:
 
 
 def _one_token(term: Term, numbers: int) -> _OneToken:
-    basis, packed = term.basis, term.packed
+    basis, packed, numbers = term.basis, term.packed, term.numbers(numbers)
     key = (basis.name, term.block, numbers, 1)
     ready = _room(basis, term.block, 1, numbers)
     factors = basis.all_factors
@@ -120,7 +120,7 @@ def _one_token(term: Term, numbers: int) -> _OneToken:
     return _OneToken(
         key,
         loaded(basis.inputs(term.block, numbers, True)).serial,
-        loaded(Product(packed.form, 1, numbers, True)),
+        loaded(product_of(packed.form, 1, numbers, True)),
         Values(0, 0 if factors is None else factors.data_ptr(), 0, codes, scale, total, work),
         Values(matrix, scales, zeros, codes, scale, total, 0, packed.columns, packed.rows, packed.groups),
         ready,
@@ -157,7 +157,7 @@ def _added(y: Tensor | None, more: Tensor) -> Tensor:
 def _by_kernel(term: Term, x: Tensor, y: Tensor | None, numbers: int, known: dict[object, _Ready]) -> Tensor:
     """Return `y` plus the product of a term: float32 with at least as many rows and columns as wanted."""
     tokens = 1 if len(x) == 1 else -(-len(x) // AT_ONCE) * AT_ONCE
-    packed = term.packed
+    packed, numbers = term.packed, term.numbers(numbers)
     key = (term.basis.name, term.block, numbers, tokens)
     ready = known.get(key)
     if ready is None:
@@ -217,7 +217,7 @@ def _room(basis: Basis, block: int, tokens: int, numbers: int) -> _Ready:
 
 @lru_cache(maxsize=256)
 def _product_kernel(packed: Packed, tokens: int, numbers: int, bfloat16: bool) -> Loaded:
-    return loaded(Product(packed.form, tokens, numbers, bfloat16))
+    return loaded(product_of(packed.form, tokens, numbers, bfloat16))
 
 
 def _multiply(kernel: Loaded, packed: Packed, ready: _Ready, first: int, y: int) -> None:
@@ -324,6 +324,6 @@ def decoded_columns(packed: Packed, first: int, last: int, dtype: torch.dtype) -
     tiles = block * (packed.form.block_rows * packed.form.columns // 64) * packed.groups * 16
     places = matrix + block * packed.block_bytes, scales + 2 * tiles, zeros and zeros + tiles
     values = Values(*places, 0, 0, 0, y.data_ptr(), packed.columns, y.shape[1], packed.groups)
-    _run(loaded(Decoding(packed.form, bfloat16)), values, (last - first) // packed.form.block_rows, y.numel())
+    _run(loaded(decoding_of(packed.form, bfloat16)), values, (last - first) // packed.form.block_rows, y.numel())
     y = y[:, : last - first]
     return y if y.dtype == dtype else y.to(dtype)

@@ -107,6 +107,18 @@ ELEMENTS = [
     ),
     Rotated(Where(some(SIZE, 0.2, 7), grid(SIZE, 2, 32, 9, True), grid(SIZE, 2, 96, 10, True)), signs(200), 8),
 ]
+
+
+def table_streams(rows: int, width: int, bits: int, values: int, memory: int, run: int = 768) -> TrellisCoded:
+    return streams(Trellis(bits, values, memory), rows // values, width, run)
+
+
+TABLES = [
+    table_streams(192, 100, 2, 1, 12, 128),
+    table_streams(130, 70, 3, 2, 12),
+    table_streams(128, 40, 4, 1, 12),
+    table_streams(64, 10, 2, 1, 16),
+]
 every_tier = pytest.mark.parametrize("tier", RUNNABLE, ids=lambda tier: tier.name)
 
 
@@ -124,15 +136,15 @@ def on_tier(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> Tier:
 
 @every_tier
 @pytest.mark.parametrize(
-    "w", [*GRIDS[:3], STREAMS[0], STREAMS[4], TURNED[1], *ELEMENTS[:6]], ids=lambda w: f"{type(w).__name__}"
+    "w", [*GRIDS[:3], STREAMS[0], STREAMS[4], TURNED[1], TABLES[0], *ELEMENTS[:6]], ids=lambda w: f"{type(w).__name__}"
 )
 def test_every_tier_multiplies_as_the_dense_matrix(on_tier: Tier, w: Weight) -> None:
     check(w)
 
 
-@pytest.mark.parametrize("at", range(len(GRIDS + STREAMS + TURNED + ELEMENTS)))
+@pytest.mark.parametrize("at", range(len(GRIDS + STREAMS + TURNED + ELEMENTS + TABLES)))
 def test_every_form_multiplies_as_the_dense_matrix(at: int) -> None:
-    check((GRIDS + STREAMS + TURNED + ELEMENTS)[at])
+    check((GRIDS + STREAMS + TURNED + ELEMENTS + TABLES)[at])
 
 
 def check(w: Weight) -> None:
