@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.evaluate.speed.measure import bench as bench
     from llmcompress.evaluate.speed.protocol import SpeedProtocol as SpeedProtocol
     from llmcompress.kernels.accelerate import accelerate as accelerate
+    from llmcompress.models.kv_cache import cache as cache
     from llmcompress.models.lora import fold as fold
     from llmcompress.models.lora import plain_head as plain_head
     from llmcompress.recipe.calibration import Calibration as Calibration
@@ -49,6 +50,7 @@ _HOMES = {
     "accelerate": "kernels.accelerate",
     "alike_blocks": "compression.depth.similarity",
     "bench": "evaluate.speed.measure",
+    "cache": "models.kv_cache",
     "compare": "evaluate.compare",
     "compress": "compression.pipeline",
     "decoded": "weight.modules",
