@@ -16,6 +16,7 @@ from llmcompress.kernels.cpu.run import MODES, Mode, product
 from llmcompress.weight.modules import CompressedLinear, compressed_linears
 
 SWITCH = "LLMCOMPRESS_FAST"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of inputs that kernels take
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Fast:
     """Multiplies in place of a compressed linear, by a kernel where it can."""
 
     mode: Mode
-    kept: ops.Kept | None = None  # of the payload that was prepared last
+    kept: ops.KeptWeight | None = None  # of the payload that was prepared last
 
     def __call__(self, layer: CompressedLinear, x: Tensor) -> Tensor | None:
-        """Return `x @ W.T`; None on other devices, where gradients are wanted, and for forms without a kernel."""
+        """Return `x @ W.T`; None on other devices, for other dtypes or widths, and where gradients are wanted."""
         payload = layer._parameters["weight"]
-        if payload is None or not (x.is_cpu and payload.is_cpu and x.is_floating_point()):
+        if payload is None or not (x.is_cpu and payload.is_cpu and x.dtype in DTYPES):
+            return None
+        if x.shape[-1] != layer.in_features:
             return None
         if x.requires_grad and torch.is_grad_enabled():
             return None

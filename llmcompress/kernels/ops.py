@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llmcompress.kernels.cpu.prepare import Prepared, prepare, supported
 from llmcompress.kernels.cpu.run import MODES, Mode, product
+from llmcompress.runtime.memory import trim_memory
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import describe
 from llmcompress.weight.modules import CompressedLinear, Layout
@@ -24,16 +25,21 @@ PAGE_OUT = 21  # of madvise: give pages back, which are read again from their fi
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """A prepared weight, and the payload that it was made of, by its version and without keeping it alive."""
+class KeptWeight:
+    """A prepared weight, and the payload that it was made of, without keeping it alive.
+
+    Whoever writes into a payload past torch's counter of changes (`.data.copy_`) has to call `accelerate` again.
+    """
 
     payload: ReferenceType[Tensor]
+    address: int
     version: int
     prepared: Prepared
 
     def holds(self, payload: Tensor) -> bool:
         """Return True if the payload is still the same."""
-        return self.payload() is payload and self.version == _version(payload)
+        known = self.payload() is payload and self.address == payload.data_ptr()
+        return known and self.version == _version(payload)
 
 
 def operator(x: Tensor, payload: Tensor, layout: Layout, mode: Mode) -> Tensor:
@@ -75,13 +81,14 @@ def without_kernel(layer: CompressedLinear) -> str | None:
     return _FORMS[layer.layout.text]
 
 
-def keep(payload: Tensor, layout: Layout) -> Kept:
+def keep(payload: Tensor, layout: Layout) -> KeptWeight:
     """Return the weight of a payload prepared. Raises TypeError for a form without kernels."""
     found = prepare(decode(layout.header, layout.views(payload.detach())))
     if found is None:
         raise TypeError(f"no kernel reads {layout.header}")
     _page_out(payload.data_ptr(), payload.nbytes)
-    return Kept(ref(payload), _version(payload), found)
+    trim_memory()
+    return KeptWeight(ref(payload), payload.data_ptr(), _version(payload), found)
 
 
 def _version(payload: Tensor) -> int:
