@@ -141,7 +141,13 @@ def record(name: str, threads: int, rounds: list[dict[str, float]], options: arg
         "highest": max(speeds),
         "ratio": statistics.median(each[name] / each["dense bfloat16"] for each in rounds),
     }
-    where = {"table": "shapes", "arm": name, "threads": threads, "model": "random, 16 blocks of 2048", "text": None}
+    where = {
+        "table": "shapes",
+        "arm": f"{name}, {threads} thread{'s' * (threads > 1)}",
+        "threads": threads,
+        "model": "random, 16 blocks of 2048",
+        "text": None,
+    }
     return where | {
         "command": f"python scripts/bench/shapes.py {said}",
         "calibration": None,

@@ -15,7 +15,7 @@ from records import Record, append, provenance
 
 import llmcompress as lc
 
-COLUMNS = ("model", "threads", "MB", "tokens/s", "to dense", "tokens/s of a prompt", "to dense", "peak MB")
+COLUMNS = ("model", "MB", "tokens/s", "to dense", "tokens/s of a prompt", "to dense", "peak MB")
 
 
 def main() -> None:
@@ -56,7 +56,13 @@ def of(name: str, threads: int, model: Record, speed: Record, options: argparse.
         "peak_megabytes": (memory["peak"] - memory["empty"]) / 1e6,
         "bandwidth_share": speed["bandwidth_share"]["median"],
     }
-    where = {"table": "speed", "arm": name, "threads": threads, "model": options.against, "text": None}
+    where = {
+        "table": "speed",
+        "arm": f"{name}, {threads} thread{'s' * (threads > 1)}",
+        "threads": threads,
+        "model": options.against,
+        "text": None,
+    }
     return where | {
         "command": f"python scripts/bench/speed.py --threads {threads} --rounds {options.rounds}",
         "calibration": None,

@@ -92,7 +92,6 @@ TABLES: dict[str, Columns] = {
     },
     "speed": {
         "model": "{arm}",
-        "threads": "{threads}",
         "MB": "{megabytes:.1f}",
         "tokens/s": "{decode:.1f}",
         "to dense": "{decode_ratio:.2f}",
@@ -102,13 +101,11 @@ TABLES: dict[str, Columns] = {
     },
     "shapes": {
         "weights": "{arm}",
-        "threads": "{threads}",
         "tokens/s": "{tokens_per_second:.2f}",
         "to dense": "{ratio:.2f}",
     },
     "trellis_codes": {
-        "bits": "{bits:g}",
-        "code": "{code}",
+        "trellis": "{arm}",
         "bpw": "{bpw:.3f}",
         "perplexity": "{perplexity:.2f}",
         "KL": "{kl:.4f} ± {kl_stderr:.4f}",

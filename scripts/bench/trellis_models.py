@@ -63,6 +63,7 @@ def measured(bits: float, code: str, options: argparse.Namespace) -> Record:
     kept = {key: found[key] for key in ("bytes", "perplexity", "perplexity_stderr", "kl", "kl_stderr")}
     return {
         "table": "trellis_codes",
+        "arm": f"{bits:g} bits, {code}",
         "bits": bits,
         "code": code,
         "command": f"python scripts/bench/trellis_models.py --data DATA --windows {options.windows} --rates {bits:g}",

@@ -17,7 +17,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from llmcompress.kernels.cpu.product import write_parallel
-from llmcompress.kernels.cpu.tiers import Target, Tier, host_tier
+from llmcompress.kernels.cpu.tiers import Instructions, Tier, host_tier
 
 DIGEST = 32  # bytes of SHA-256 before the object in a cached file
 
@@ -25,7 +25,7 @@ DIGEST = 32  # bytes of SHA-256 before the object in a cached file
 class Kernel(Protocol):
     """A description of a kernel, whose repr tells it from all others."""
 
-    def write(self, module: ir.Module, target: Target) -> None:
+    def write(self, module: ir.Module, target: Instructions) -> None:
         """Write a function `kernel(arguments, first block, last block)`."""
 
 
@@ -60,7 +60,7 @@ def intermediate(kernel: Kernel, tier: Tier) -> str:
     """Return LLVM's intermediate code of a kernel."""
     module = ir.Module("kernel")
     module.triple = triple(tier)
-    kernel.write(module, Target(tier))
+    kernel.write(module, Instructions(tier))
     write_parallel(module)
     return str(module)
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import I8, I16, Function, Value, vector
-from llmcompress.kernels.cpu.tiers import Target
+from llmcompress.kernels.cpu.tiers import Instructions
 from llmcompress.weight.linear_code import UNIT
 
 BYTES = vector(I8, 64)
@@ -22,13 +22,27 @@ AHEAD = 2048  # bytes: how far ahead codes are asked for
 
 
 class Format(Protocol):
-    """What a product has to know of a form."""
+    """All that a product has to know of a form."""
 
-    group: int  # columns of a scale, a multiple of 32; 0: all
-    zeros: bool  # True if each group has a zero point, in place of the centre
-    wide: bool  # True if integers go beyond 127
-    centre: float  # the integer that stands for 0
-    unit: float  # of integers: what a scale counts in
+    @property
+    def group(self) -> int:
+        """Columns of a scale, a multiple of 32; 0: all."""
+
+    @property
+    def zeros(self) -> bool:
+        """True if each group has a zero point, in place of the centre."""
+
+    @property
+    def wide(self) -> bool:
+        """True if integers go beyond 127."""
+
+    @property
+    def centre(self) -> float:
+        """The integer that stands for 0."""
+
+    @property
+    def unit(self) -> float:
+        """The number that a step of the integers stands for, in units of a scale."""
 
     @property
     def block_rows(self) -> int:
@@ -46,12 +60,12 @@ class Format(Protocol):
     def order(self) -> list[int]:
         """The row of a block that each row of its tiles, one tile after the other, stands for."""
 
-    def tiles(self, target: Target, f: Function, block: Value, column: Value) -> list[list[Value]]:
+    def tiles(self, target: Instructions, f: Function, block: Value, column: Value) -> list[list[Value]]:
         """Write the tiles of a block of rows from a column on, `[row tile][columns]`."""
 
 
 @dataclass(frozen=True)
-class Planes:
+class IntegerPlanes:
     """Integers of 1 to 8 bits: 16 rows of 32 columns are `64 * bits` bytes, in planes of 8, 4, 2 and 1 bits.
 
     A plane of p bits has p vectors of 64 bytes. Byte j of the four that belong to a row holds, in its bits from p * k
@@ -82,7 +96,7 @@ class Planes:
         """The widths of the planes, the widest first."""
         return [width for width in (8, 4, 2, 1) if self.bits & width]
 
-    def tiles(self, target: Target, f: Function, block: Value, column: Value) -> list[list[Value]]:
+    def tiles(self, target: Instructions, f: Function, block: Value, column: Value) -> list[list[Value]]:
         """See `Format`."""
         start = block * read(f, Argument.COLUMNS) + column  # in units of 16 rows of one column, 2 * bits bytes
         place = f.behind(address(f, Argument.CODES), start * (2 * self.bits))
@@ -181,7 +195,7 @@ class Streams:
         sizes = [(self.history(plane) + self.units) * self.columns for plane in range(self.unit_bytes)]
         return list(accumulate(sizes, initial=0))
 
-    def tiles(self, target: Target, f: Function, block: Value, column: Value) -> list[list[Value]]:
+    def tiles(self, target: Instructions, f: Function, block: Value, column: Value) -> list[list[Value]]:
         """See `Format`."""
         steps = (block * read(f, Argument.COLUMNS) + column) // self.columns
         place = f.behind(address(f, Argument.CODES), steps * self.plane_starts[-1])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from llvmlite import ir
 
 from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, Function, Value, vector
-from llmcompress.kernels.cpu.tiers import Target, joined
+from llmcompress.kernels.cpu.tiers import Instructions, joined
 
 LANES = 16
 FLOATS = vector(F32, LANES)
 BIT = ir.IntType(1)  # LLVM's type of a flag
 
 
-def gathered(target: Target, f: Function, start: Value, places: Value) -> Value:
+def gathered(target: Instructions, f: Function, start: Value, places: Value) -> Value:
     """Return the float32 at `places`, int32 `[16]`, of an array that begins at the address `start`."""
     if target.tier.name.startswith("avx512"):
         every = f.constant(vector(BIT, LANES), 1)

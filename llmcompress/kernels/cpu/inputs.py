@@ -15,7 +15,7 @@ from llvmlite import ir
 
 from llmcompress.kernels.cpu.arguments import Argument, address
 from llmcompress.kernels.cpu.emit import F32, I8, I16, I32, I64, Function, Value, vector
-from llmcompress.kernels.cpu.tiers import Target, joined
+from llmcompress.kernels.cpu.tiers import Instructions, joined
 
 LANES = 16
 FLOATS = vector(F32, LANES)
@@ -42,7 +42,7 @@ class Inputs:
     numbers: int
     bfloat16: bool
 
-    def write(self, module: ir.Module, target: Target) -> None:
+    def write(self, module: ir.Module, target: Instructions) -> None:
         """Write the kernel into a module, for a range of tokens."""
         f = Function(module, "kernel", [I8.as_pointer(), I64, I64], target.tier.fused)
         blocks = -(-self.width // self.block)

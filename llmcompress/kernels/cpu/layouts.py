@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcompress.kernels.cpu.formats import Format, Planes, Streams
+from llmcompress.kernels.cpu.formats import Format, IntegerPlanes, Streams
 from llmcompress.kernels.cpu.product import LANES, block_size, shares
 from llmcompress.kernels.cpu.tables import TableStreams
 from llmcompress.weight.linear_code import linear_code
@@ -24,7 +24,7 @@ Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class KernelMatrix:
     """A matrix `[out, in]` in the form of kernels; `rows` and `columns` are rounded up to whole blocks."""
 
     form: Format
@@ -38,7 +38,7 @@ class Packed:
 
     @cached_property
     def addresses(self) -> tuple[int, int, int]:
-        """Where codes, scales and zero points lie; 0 for none."""
+        """The addresses of codes, scales and zero points; 0 for none."""
         zeros = 0 if self.zeros is None else self.zeros.data_ptr()
         return self.codes.data_ptr(), self.scales.data_ptr(), zeros
 
@@ -53,12 +53,12 @@ class Packed:
         return sum(part.nbytes for part in (self.codes, self.scales, self.zeros) if part is not None)
 
 
-def form_of(w: Grid | TrellisCoded) -> Planes | Streams | None:
+def form_of(w: Grid | TrellisCoded) -> IntegerPlanes | Streams | None:
     """Return the run-time form of a leaf; None if there is no kernel for its sizes."""
     if isinstance(w, Grid):
         group = 0 if w.group_size >= w.codes.shape[1] else w.group_size
         bits = max(1, (w.levels - 1).bit_length())
-        return None if group % 32 else Planes(bits, group, w.zero is not None, (w.levels - 1) / 2)
+        return None if group % 32 else IntegerPlanes(bits, group, w.zero is not None, (w.levels - 1) / 2)
     trellis, rows = w.trellis, shape(w)[0]
     if trellis.code == "table":
         form: Streams = TableStreams.of(trellis)
@@ -69,24 +69,24 @@ def form_of(w: Grid | TrellisCoded) -> Planes | Streams | None:
     return form if w.run % form.block_rows == 0 or w.run >= rows else None
 
 
-def packed(w: Weight) -> Packed | None:
+def packed(w: Weight) -> KernelMatrix | None:
     """Return a matrix repacked; None if no kernel reads its form."""
     if not isinstance(w, Grid | TrellisCoded):
         return None
     form = form_of(w)
-    if isinstance(w, Grid) and isinstance(form, Planes):
+    if isinstance(w, Grid) and isinstance(form, IntegerPlanes):
         return _grid(w, form)
     return _streams(w, form) if isinstance(w, TrellisCoded) and isinstance(form, Streams) else None
 
 
-def packed_elements(w: Grid, shown: Tensor) -> Packed | None:
+def packed_elements(w: Grid, shown: Tensor) -> KernelMatrix | None:
     """Return a grid repacked with 0 for what does not show, `shown` bool `[out, in]`; None if no integers have it.
 
     Zero points and the middle of an odd number of levels stand for 0. An even number of levels is doubled, in one bit
     more, which leaves room for a middle.
     """
     form, rows, width = form_of(w), *w.codes.shape
-    if not isinstance(form, Planes):
+    if not isinstance(form, IntegerPlanes):
         return None
     if w.zero is not None:
         zero = w.zero if w.zero.shape[1] == 1 else w.zero.repeat_interleave(w.group_size, 1)[:, :width]
@@ -100,7 +100,7 @@ def packed_elements(w: Grid, shown: Tensor) -> Packed | None:
     return _grid(replace(w, codes=doubled), replace(form, bits=form.bits + 1, centre=w.levels - 1.0, unit=0.5))
 
 
-def _grid(w: Grid, form: Planes) -> Packed:
+def _grid(w: Grid, form: IntegerPlanes) -> KernelMatrix:
     rows, width = w.codes.shape
     padded_rows, columns = _up(rows, LANES), _up(width, block_size(form))
     codes = np.zeros((padded_rows, columns), np.uint8)
@@ -108,11 +108,11 @@ def _grid(w: Grid, form: Planes) -> Packed:
     groups = w.scale.shape[1]
     scales = _by_tile(form, w.scale.expand(rows, groups), padded_rows)
     zeros = None if w.zero is None else _by_tile(form, w.zero.expand(rows, groups), padded_rows)
-    return Packed(form, (rows, width), padded_rows, columns, groups, _held(_planes(codes, form)), scales, zeros)
+    return KernelMatrix(form, (rows, width), padded_rows, columns, groups, _held(_planes(codes, form)), scales, zeros)
 
 
-def _planes(codes: Bytes, form: Planes) -> Bytes:
-    """Return codes `[rows, columns]` as `Planes` describes them."""
+def _planes(codes: Bytes, form: IntegerPlanes) -> Bytes:
+    """Return codes `[rows, columns]` as `IntegerPlanes` describes them."""
     tiles, spans = codes.shape[0] // LANES, codes.shape[1] // 32
     found, left = [], form.bits
     for width in form.planes:
@@ -124,7 +124,7 @@ def _planes(codes: Bytes, form: Planes) -> Bytes:
     return np.concatenate(found, 2)
 
 
-def _streams(w: TrellisCoded, form: Streams) -> Packed:
+def _streams(w: TrellisCoded, form: Streams) -> KernelMatrix:
     (rows, width), trellis = shape(w), w.trellis
     padded_rows, columns = _up(rows, form.block_rows), _up(width, block_size(form))
     blocks = []
@@ -133,7 +133,7 @@ def _streams(w: TrellisCoded, form: Streams) -> Packed:
         for start in range(0, held.shape[1] - BEFORE, form.units):
             blocks.append(_block(held[:, start : start + BEFORE + form.units], form))
     scales = _by_tile(form, w.scale, padded_rows)
-    return Packed(form, (rows, width), padded_rows, columns, 1, _held(np.stack(blocks)), scales, None)
+    return KernelMatrix(form, (rows, width), padded_rows, columns, 1, _held(np.stack(blocks)), scales, None)
 
 
 def _by_column(stream: Bytes, steps: int, columns: int, form: Streams) -> Bytes:

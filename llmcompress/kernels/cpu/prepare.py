@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels.cpu.inputs import Inputs
-from llmcompress.kernels.cpu.layouts import Packed, form_of, packed, packed_elements
+from llmcompress.kernels.cpu.layouts import KernelMatrix, form_of, packed, packed_elements
 from llmcompress.kernels.cpu.product import block_size
 from llmcompress.kernels.cpu.scattered import Lists, lists
 from llmcompress.kernels.cpu.tables import TableStreams
@@ -41,7 +41,7 @@ FEW = 0.25  # share of elements up to which lists of them are smaller than the m
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """What happens to inputs before a kernel: some `columns` of them are taken, multiplied by factors, and rotated.
+    """Changes of inputs before a kernel: some `columns` of them are taken, multiplied by factors, and rotated.
 
     `factors` float32 `[in]`, `signs` bool `[in]`; None: nothing of the kind. `block` is the size of the rotation.
     """
@@ -82,11 +82,11 @@ class Basis:
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
+class KernelTerm:
     """A packed matrix, and the basis that it wants inputs in; `ones` is for `run.py` to remember."""
 
     basis: Basis
-    packed: Packed
+    packed: KernelMatrix
     ones: dict[object, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -108,7 +108,7 @@ class Chain:
 
 
 @dataclass(frozen=True, eq=False)
-class Plain:
+class PlainMatrix:
     """A small dense matrix `[out, in]`, as low-rank factors have it."""
 
     basis: Basis
@@ -123,7 +123,7 @@ class Scattered:
     lists: Lists
 
 
-Terms = tuple[Term | Chain | Plain | Scattered, ...]
+Terms = tuple[KernelTerm | Chain | PlainMatrix | Scattered, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,10 +134,10 @@ class Prepared:
     terms: Terms
 
     @cached_property
-    def single(self) -> Term | None:
+    def single(self) -> KernelTerm | None:
         """The term, where one kernel is all of it."""
         first = self.terms[0] if len(self.terms) == 1 else None
-        return first if isinstance(first, Term) else None
+        return first if isinstance(first, KernelTerm) else None
 
     @property
     def bytes(self) -> int:
@@ -145,11 +145,11 @@ class Prepared:
         found = 0
         for term in self.terms:
             match term:
-                case Term(packed=packed):
+                case KernelTerm(packed=packed):
                     found += packed.bytes
                 case Chain(left, right):
                     found += left.bytes + right.bytes
-                case Plain(values=values):
+                case PlainMatrix(values=values):
                     found += values.nbytes
                 case Scattered(lists=held):
                     found += held.bytes
@@ -204,7 +204,7 @@ def _terms(w: Weight, basis: Basis) -> Terms | None:
         case Zero():
             return ()
         case Dense(values):
-            return (Plain(basis, values.contiguous()),)
+            return (PlainMatrix(basis, values.contiguous()),)
         case Sum(parts):
             return _together([_terms(part, basis) for part in parts])
         case LowRank(left, right):
@@ -222,7 +222,7 @@ def _terms(w: Weight, basis: Basis) -> Terms | None:
             return _together([_elements(inside, chosen, basis), _elements(outside, ~chosen, basis)])
         case Grid() | TrellisCoded():
             repacked = packed(w)
-            return None if repacked is None else (Term(basis, repacked),)
+            return None if repacked is None else (KernelTerm(basis, repacked),)
     return None
 
 
@@ -251,7 +251,7 @@ def _elements(w: Weight, shown: Tensor, basis: Basis) -> Terms | None:
     match w:
         case Dense(values):
             if shown.sum() > FEW * shown.numel():
-                return (Plain(basis, values.masked_fill(~shown, 0)),)
+                return (PlainMatrix(basis, values.masked_fill(~shown, 0)),)
             return (Scattered(basis, lists(values, shown)),)
         case Grid():
             return (_grid_elements(w, shown, basis),)
@@ -262,10 +262,10 @@ def _elements(w: Weight, shown: Tensor, basis: Basis) -> Terms | None:
     return None
 
 
-def _grid_elements(w: Grid, shown: Tensor, basis: Basis) -> Term | Scattered:
+def _grid_elements(w: Grid, shown: Tensor, basis: Basis) -> KernelTerm | Scattered:
     """Return the elements of a grid that show: few as lists, many as a matrix with zeros."""
     if shown.sum() > FEW * shown.numel() and (found := packed_elements(w, shown)):
-        return Term(basis, found)
+        return KernelTerm(basis, found)
     rows = len(w.codes)
     if w.scale.shape[1] > 1:
         return Scattered(basis, lists(dense(w), shown))

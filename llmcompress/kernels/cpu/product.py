@@ -11,7 +11,7 @@ from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import F16, F32, I8, I16, I32, I64, Function, Value, Variable, vector
 from llmcompress.kernels.cpu.formats import Format
 from llmcompress.kernels.cpu.inputs import FINER
-from llmcompress.kernels.cpu.tiers import Target, joined
+from llmcompress.kernels.cpu.tiers import Instructions, joined
 
 LANES = 16  # sums of four products that a tile gives
 FLOATS, INTEGERS = vector(F32, LANES), vector(I32, LANES)
@@ -30,7 +30,7 @@ class Product:
     numbers: int
     bfloat16: bool = False
 
-    def write(self, module: ir.Module, target: Target) -> None:
+    def write(self, module: ir.Module, target: Instructions) -> None:
         """Write the kernel into a module, for a range of row blocks."""
         f = Function(module, "kernel", [ADDRESS, I64, I64], target.tier.fused)
         with f.loop(f.arguments[1], f.arguments[2]) as rows:
@@ -44,7 +44,7 @@ class Product:
     def _tiles(self) -> int:
         return tiles_of(self.form)
 
-    def _group(self, f: Function, target: Target, rows: Value, group: Value, totals: list[Variable]) -> None:
+    def _group(self, f: Function, target: Instructions, rows: Value, group: Value, totals: list[Variable]) -> None:
         """Write the sum over the columns that share a scale."""
         sums = [f.variable(f.constant(FLOATS, 0.0)) for _ in totals]
         offsets = [f.variable(f.constant(F32, 0.0)) for _ in range(self.tokens)]
@@ -71,7 +71,7 @@ class Product:
                 shifted = sums[at].get() - centre * (offsets[token].get() * (1 / shares(self.form))).splat(LANES)
                 totals[at].set(shifted.fma(scale, totals[at].get()))
 
-    def _integers(self, f: Function, target: Target, rows: Value, block: Value, sums: list[Variable]) -> None:
+    def _integers(self, f: Function, target: Instructions, rows: Value, block: Value, sums: list[Variable]) -> None:
         """Write the products of a block of int8 inputs, those of high and of low numbers side by side."""
         size, columns = block_size(self.form), read(f, Argument.COLUMNS)
         chains = [[f.variable(f.constant(INTEGERS, 0)) for _ in range(2)] for _ in sums]  # two, to run side by side
@@ -97,7 +97,7 @@ class Product:
                 both = high + low * (1 / FINER) if self.numbers == 2 else high + low
                 sums[at].set(both.fma(scale, sums[at].get()))
 
-    def _floats(self, f: Function, target: Target, rows: Value, block: Value, sums: list[Variable]) -> None:
+    def _floats(self, f: Function, target: Instructions, rows: Value, block: Value, sums: list[Variable]) -> None:
         """Write the products of a block of float32 inputs."""
         size, columns = block_size(self.form), read(f, Argument.COLUMNS)
         x, start = address(f, Argument.X), block * size
@@ -135,7 +135,7 @@ class Decoding:
     form: Format
     bfloat16: bool
 
-    def write(self, module: ir.Module, target: Target) -> None:
+    def write(self, module: ir.Module, target: Instructions) -> None:
         """Write the kernel into a module, for a range of row blocks."""
         f = Function(module, "kernel", [ADDRESS, I64, I64], target.tier.fused)
         size = block_size(self.form)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llmcompress.kernels.cpu.arguments import Argument
 from llmcompress.kernels.cpu.build import Loaded, loaded
-from llmcompress.kernels.cpu.layouts import Packed
-from llmcompress.kernels.cpu.prepare import Basis, Chain, Plain, Prepared, Scattered, Term
+from llmcompress.kernels.cpu.layouts import KernelMatrix
+from llmcompress.kernels.cpu.prepare import Basis, Chain, KernelTerm, PlainMatrix, Prepared, Scattered
 from llmcompress.kernels.cpu.scattered import LANES, ListDecoding, ListProduct, Lists
 from llmcompress.kernels.cpu.tables import decoding_of, product_of
 from llmcompress.kernels.cpu.threads import team
@@ -88,14 +88,14 @@ class _OneToken:
     key: object
     prepare: Any  # the kernels
     multiply: Loaded
-    inputs: Values  # their arguments, but for x and y
-    matrix: Values
+    inputs: Any  # their arguments, but for x and y
+    matrix: Any
     ready: _Ready
     blocks: int
     weights: int
 
 
-def _one(term: Term, x: Tensor, y: Tensor, numbers: int) -> None:
+def _one(term: KernelTerm, x: Tensor, y: Tensor, numbers: int) -> None:
     """Write the product of one token."""
     mine = (threading.get_ident(), numbers)
     fixed = term.ones.get(mine)
@@ -110,7 +110,7 @@ def _one(term: Term, x: Tensor, y: Tensor, numbers: int) -> None:
     _run(fixed.multiply, fixed.matrix, fixed.blocks, fixed.weights)
 
 
-def _one_token(term: Term, numbers: int) -> _OneToken:
+def _one_token(term: KernelTerm, numbers: int) -> _OneToken:
     basis, packed, numbers = term.basis, term.packed, term.numbers(numbers)
     key = (basis.name, term.block, numbers, 1)
     ready = _room(basis, term.block, 1, numbers)
@@ -134,11 +134,11 @@ def few(prepared: Prepared, x: Tensor, numbers: int, known: dict[object, _Ready]
     y: Tensor | None = None
     for term in prepared.terms:
         match term:
-            case Term():
+            case KernelTerm():
                 y = _by_kernel(term, x, y, numbers, known)
             case Chain(left, right):
                 y = _added(y, few(left, few(right, x, numbers, known), numbers, {}))
-            case Plain(basis, values):
+            case PlainMatrix(basis, values):
                 inputs = basis.apply(x)
                 y = _added(y, torch.nn.functional.linear(inputs, values.to(inputs.dtype)).float())
             case Scattered():
@@ -154,7 +154,7 @@ def _added(y: Tensor | None, more: Tensor) -> Tensor:
     return y
 
 
-def _by_kernel(term: Term, x: Tensor, y: Tensor | None, numbers: int, known: dict[object, _Ready]) -> Tensor:
+def _by_kernel(term: KernelTerm, x: Tensor, y: Tensor | None, numbers: int, known: dict[object, _Ready]) -> Tensor:
     """Return `y` plus the product of a term: float32 with at least as many rows and columns as wanted."""
     tokens = 1 if len(x) == 1 else -(-len(x) // AT_ONCE) * AT_ONCE
     packed, numbers = term.packed, term.numbers(numbers)
@@ -216,11 +216,11 @@ def _room(basis: Basis, block: int, tokens: int, numbers: int) -> _Ready:
 
 
 @lru_cache(maxsize=256)
-def _product_kernel(packed: Packed, tokens: int, numbers: int, bfloat16: bool) -> Loaded:
+def _product_kernel(packed: KernelMatrix, tokens: int, numbers: int, bfloat16: bool) -> Loaded:
     return loaded(product_of(packed.form, tokens, numbers, bfloat16))
 
 
-def _multiply(kernel: Loaded, packed: Packed, ready: _Ready, first: int, y: int) -> None:
+def _multiply(kernel: Loaded, packed: KernelMatrix, ready: _Ready, first: int, y: int) -> None:
     """Write the product of prepared inputs from token `first` on to the address `y`."""
     codes, scale, total, _ = ready.addresses
     if first:
@@ -250,11 +250,11 @@ def many(prepared: Prepared, x: Tensor, turned: dict[object, Tensor]) -> Tensor:
     y: Tensor | None = None
     for term in prepared.terms:
         match term:
-            case Term(basis, packed):
+            case KernelTerm(basis, packed):
                 more = _through_tiles(packed, _in_basis(basis, x, turned))
             case Chain(left, right):
                 more = many(left, many(right, x, turned), {})
-            case Plain(basis, values):
+            case PlainMatrix(basis, values):
                 more = torch.nn.functional.linear(_in_basis(basis, x, turned), values.to(x.dtype))
             case Scattered(basis, held):
                 more = _through_lists(held, _in_basis(basis, x, turned))
@@ -287,7 +287,7 @@ def _rotated(basis: Basis, x: Tensor) -> Tensor:
     return found
 
 
-def _through_tiles(packed: Packed, x: Tensor) -> Tensor:
+def _through_tiles(packed: KernelMatrix, x: Tensor) -> Tensor:
     """Return the product with a packed matrix, decoded some rows at a time."""
     rows, block_rows = packed.size[0], packed.form.block_rows
     y = x.new_empty(len(x), rows)
@@ -315,7 +315,7 @@ def _through_lists(held: Lists, x: Tensor) -> Tensor:
     return y[:, :rows]
 
 
-def decoded_columns(packed: Packed, first: int, last: int, dtype: torch.dtype) -> Tensor:
+def decoded_columns(packed: KernelMatrix, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """Return rows of a packed matrix from one block to another, transposed: `[columns, last - first]`."""
     bfloat16 = dtype == torch.bfloat16
     y = torch.empty(packed.columns, last - first + APART, dtype=torch.bfloat16 if bfloat16 else torch.float32)

@@ -19,7 +19,7 @@ from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import F16, I8, I16, I32, I64, Function, Value, Variable, vector
 from llmcompress.kernels.cpu.gather import FLOATS, LANES, gathered
 from llmcompress.kernels.cpu.product import ADDRESS, to_bfloat16
-from llmcompress.kernels.cpu.tiers import Target, chosen, is_equal
+from llmcompress.kernels.cpu.tiers import Instructions, chosen, is_equal
 
 JUMP = 255
 HEAD = 3 * 4 * LANES  # bytes of a tile's scales, centres and rows
@@ -106,7 +106,7 @@ class ListProduct:
     kind: str
     tokens: int
 
-    def write(self, module: ir.Module, target: Target) -> None:
+    def write(self, module: ir.Module, target: Instructions) -> None:
         """Write the kernel into a module, for a range of tiles."""
         f = Function(module, "kernel", [ADDRESS, I64, I64], target.tier.fused)
         before = f.behind(address(f, Argument.X), -4)  # columns are counted from 1
@@ -137,7 +137,7 @@ class ListDecoding:
     kind: str
     bfloat16: bool
 
-    def write(self, module: ir.Module, target: Target) -> None:
+    def write(self, module: ir.Module, target: Instructions) -> None:
         """Write the kernel into a module, for a range of tiles."""
         f = Function(module, "kernel", [ADDRESS, I64, I64], target.tier.fused)
         columns, size = read(f, Argument.COLUMNS), 2 if self.bfloat16 else 4

@@ -16,7 +16,7 @@ from llmcompress.kernels.cpu.emit import F16, F32, I8, I32, I64, Function, Value
 from llmcompress.kernels.cpu.formats import Format, Streams
 from llmcompress.kernels.cpu.gather import FLOATS, LANES, gathered
 from llmcompress.kernels.cpu.product import ADDRESS, Decoding, Product, places_of_rows, shares, tiles_of, to_bfloat16
-from llmcompress.kernels.cpu.tiers import Target, joined
+from llmcompress.kernels.cpu.tiers import Instructions, joined
 from llmcompress.weight.trellis import Trellis, table
 
 QUARTERS = 4  # vectors of a tile
@@ -34,7 +34,7 @@ class TableStreams(Streams):
         """Return the form of a trellis."""
         return TableStreams(trellis.bits, trellis.values, trellis.memory, (), ())
 
-    def vectors(self, target: Target, f: Function, start: Value, block: Value, column: Value) -> list[Value]:
+    def vectors(self, target: Instructions, f: Function, start: Value, block: Value, column: Value) -> list[Value]:
         """Write the weights of a block from a column on, but for their scales: float32 `[16]`, four a tile.
 
         `start` is the address of the `table_in` a module. Two numbers of a state lie in one word, as bfloat16.
@@ -83,7 +83,7 @@ class TableProduct:
     tokens: int
     bfloat16: bool = False
 
-    def write(self, module: ir.Module, target: Target) -> None:
+    def write(self, module: ir.Module, target: Instructions) -> None:
         """Write the kernel into a module, for a range of row blocks."""
         f = Function(module, "kernel", [ADDRESS, I64, I64], target.tier.fused)
         form, start, columns = self.form, table_in(f, self.form), read(f, Argument.COLUMNS)
@@ -118,7 +118,7 @@ class TableDecoding:
     form: TableStreams
     bfloat16: bool
 
-    def write(self, module: ir.Module, target: Target) -> None:
+    def write(self, module: ir.Module, target: Instructions) -> None:
         """Write the kernel into a module, for a range of row blocks."""
         f = Function(module, "kernel", [ADDRESS, I64, I64], target.tier.fused)
         form, start, size = self.form, table_in(f, self.form), 2 if self.bfloat16 else 4

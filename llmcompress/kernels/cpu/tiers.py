@@ -63,7 +63,7 @@ def host_tier() -> Tier:
 
 
 @dataclass(frozen=True)
-class Target:
+class Instructions:
     """Writes the operations of a tier into a function."""
 
     tier: Tier

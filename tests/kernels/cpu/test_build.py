@@ -20,10 +20,10 @@ from llvmlite import ir
 from llmcompress.kernels.cpu import build
 from llmcompress.kernels.cpu.arguments import Argument, address
 from llmcompress.kernels.cpu.emit import I8, I64, Function
-from llmcompress.kernels.cpu.formats import Planes, Streams
+from llmcompress.kernels.cpu.formats import IntegerPlanes, Streams
 from llmcompress.kernels.cpu.inputs import Inputs
 from llmcompress.kernels.cpu.product import Decoding, Product
-from llmcompress.kernels.cpu.tiers import TIERS, Target, host_tier
+from llmcompress.kernels.cpu.tiers import TIERS, Instructions, host_tier
 from llmcompress.weight.linear_code import linear_code
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork here")
@@ -35,7 +35,7 @@ class Writes:
 
     number: int
 
-    def write(self, module: ir.Module, target: Target) -> None:
+    def write(self, module: ir.Module, target: Instructions) -> None:
         f = Function(module, "kernel", [I8.as_pointer(), I64, I64])
         f.store(f.constant(I64, self.number), address(f, Argument.Y))
         f.finish()
@@ -164,7 +164,12 @@ def test_where_kernels_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_name_tells_all_that_decides_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forms = Planes(4, 64, False, 7.5), Planes(4, 64, True, 7.5), Planes(4, 32, False, 7.5), Planes(3, 64, False, 3.5)
+    forms = (
+        IntegerPlanes(4, 64, False, 7.5),
+        IntegerPlanes(4, 64, True, 7.5),
+        IntegerPlanes(4, 32, False, 7.5),
+        IntegerPlanes(3, 64, False, 3.5),
+    )
     kernels = [Product(form, tokens, numbers) for form in forms for tokens in (1, 2) for numbers in (0, 1, 2)]
     kernels += [Product(forms[0], 1, 2, True), *(Decoding(form, short) for form in forms for short in (False, True))]
     kernels += [Inputs(width, 64, 1, False, 2, False) for width in (64, 128)] + [Inputs(64, 64, 1, True, 2, False)]
@@ -249,7 +254,7 @@ def test_the_kernels_of_a_model(name: str, capsys: pytest.CaptureFixture[str]) -
     """Print how long it takes to compile all kernels of a model of one form, and to load them again."""
     code = linear_code(2, 1, 12)
     numbers = tuple(tuple(part.tolist()) for part in code.numbers)
-    form = Planes(4, 64, False, 7.5) if name == "grid" else Streams(2, 1, 12, code.masks, numbers)
+    form = IntegerPlanes(4, 64, False, 7.5) if name == "grid" else Streams(2, 1, 12, code.masks, numbers)
     kernels = [Product(form, 1, 2, True), Product(form, 2, 2), Decoding(form, True)]
     kernels += [Inputs(width, 64, 64, True, 2, True) for width in (576, 1536)]
     for word in ("compiled", "loaded again"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -127,7 +128,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.fixture
-def on_tier(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> Tier:
+def on_tier(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> Iterator[Tier]:
     monkeypatch.setattr(run, "loaded", lambda kernel: loaded(kernel, tier))
     run._product_kernel.cache_clear()
     yield tier
@@ -231,8 +232,9 @@ def test_threads_share_the_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -
 
 def test_small_scales_lose_nothing_where_levels_are_doubled() -> None:
     """The least positive float16 has no half."""
-    w = grid(SIZE, 2, 1000, 1, symmetric=True)
-    w = Where(some(SIZE, 0.5, 1), replace(w, scale=torch.full_like(w.scale, 2.0**-24)), Zero(SIZE))
+    signs_alone = grid(SIZE, 2, 1000, 1, symmetric=True)
+    least = replace(signs_alone, scale=torch.full_like(signs_alone.scale, 2.0**-24))
+    w = Where(some(SIZE, 0.5, 1), least, Zero(SIZE))
     x = torch.ones(1, 200)
     assert torch.equal(run.product(prepare(w), x, "exact"), x @ dense(w).T)
 

@@ -21,7 +21,7 @@ from llmcompress.kernels.cpu.arguments import Argument, address
 from llmcompress.kernels.cpu.build import loaded
 from llmcompress.kernels.cpu.emit import I8, I64, Function
 from llmcompress.kernels.cpu.prepare import prepare
-from llmcompress.kernels.cpu.tiers import Target
+from llmcompress.kernels.cpu.tiers import Instructions
 from llmcompress.weight.nodes import Rotated
 from llmcompress.weight.trellis import Trellis
 from tests.builders import grid, seeded, streams
@@ -33,7 +33,7 @@ needs_team = pytest.mark.skipif(threads.team() is None, reason="torch has no GNU
 class WritesShares:
     """A kernel that writes, for every block of its share, where the share begins."""
 
-    def write(self, module: ir.Module, target: Target) -> None:
+    def write(self, module: ir.Module, target: Instructions) -> None:
         f = Function(module, "kernel", [I8.as_pointer(), I64, I64])
         with f.loop(f.arguments[1], f.arguments[2]) as block:
             f.store(f.arguments[1], address(f, Argument.Y), block * 8)
@@ -55,7 +55,7 @@ def prepared() -> list[Any]:
         prepare(Rotated(streams(Trellis(2, 1, 12, "linear"), 256, 512, 768), signs, 512)),
     ]
     assert all(one.single.packed.rows * one.single.packed.columns >= run.WORTH_THREADS for one in found)
-    return found
+    return [one for one in found if one is not None]
 
 
 def inputs(seed: int, tokens: int = 1) -> Tensor:
