@@ -79,7 +79,7 @@ def test_nothing_of_it_trains() -> None:
 def test_formats_without_it_refuse_it_in_a_sentence() -> None:
     w = minifloat((7, 33), "e2m1", "e8m0", 32, 3)
     assert describe(w) == "e2m1 floats g32, scales e8m0"
-    with pytest.raises(Inexact, match="e2m1 floats g32, scales e8m0 is no single grid"):
+    with pytest.raises(Inexact, match="e2m1 floats g32, scales e8m0 does not fill blocks of 32 columns"):
         exact_type(w)
     assert obstacle(w) == "e2m1 floats g32, scales e8m0 is no single grid"
 
