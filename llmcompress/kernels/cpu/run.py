@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -24,10 +23,9 @@ MODES: dict[str, Mode] = {"auto": "auto", "exact": "exact", "int8": "int8"}
 NUMBERS: dict[Mode, int] = {"exact": 0, "int8": 1, "auto": 2}  # int8 for an input of a few tokens
 FEW = 16  # tokens; from there on decoding once is cheaper than in every product
 AT_ONCE = 2  # tokens of a kernel
-LIST_BLOCK = 64  # columns that inputs of lists are padded to
 WORTH_THREADS = 1 << 16  # weights, below which a team takes longer to wake
 DECODED = 512  # rows that are decoded at a time, which stay in cache
-BLOCK = 64  # columns of a block of inputs
+BLOCK = 64  # columns of a block of inputs, where no kernel wants others
 ROTATED = 128  # tokens that are rotated at a time
 APART = 32  # numbers between their columns, or these would all lie in the same lines of a cache
 Values = ctypes.c_int64 * len(Argument)
@@ -41,8 +39,10 @@ class _Ready:
     addresses: tuple[int, ...]
 
     @staticmethod
-    def of(tokens: int, columns: int, blocks: int, numbers: int) -> _Ready:
-        """Return room for so many."""
+    def of(basis: Basis, block: int, tokens: int, numbers: int) -> _Ready:
+        """Return room for so many tokens, in blocks of so many columns."""
+        blocks = -(-basis.width // block)
+        columns = blocks * block
         x = torch.empty(tokens, columns * max(numbers, 1), dtype=torch.int8 if numbers else torch.float32)
         tensors = (x, *(torch.empty(tokens, count) for count in (blocks, blocks, columns)))
         return _Ready(tensors, tuple(tensor.data_ptr() for tensor in tensors))
@@ -50,7 +50,7 @@ class _Ready:
 
 @dataclass
 class _Known(threading.local):
-    """The inputs that a thread had last, for the layers that share them, and room for prepared ones."""
+    """The inputs that a thread had last, for the layers that share them; and room for one token, used again."""
 
     x: Tensor | None = None
     version: int = 0
@@ -102,7 +102,7 @@ def _one(term: KernelTerm, x: Tensor, y: Tensor, numbers: int) -> None:
     if fixed is None:
         fixed = term.ones[mine] = _one_token(term, numbers)
     known = _KNOWN.prepared
-    if fixed.key not in known:
+    if known.get(fixed.key) is not fixed.ready:
         known[fixed.key] = fixed.ready
         fixed.inputs[Argument.CODES] = x.data_ptr()
         fixed.prepare(ctypes.addressof(fixed.inputs), 0, 1)
@@ -113,16 +113,15 @@ def _one(term: KernelTerm, x: Tensor, y: Tensor, numbers: int) -> None:
 def _one_token(term: KernelTerm, numbers: int) -> _OneToken:
     basis, packed, numbers = term.basis, term.packed, term.numbers(numbers)
     key = (basis.name, term.block, numbers, 1)
-    ready = _room(basis, term.block, 1, numbers)
-    factors = basis.all_factors
-    codes, scale, total, work = ready.addresses
-    matrix, scales, zeros = packed.addresses
+    if key not in _KNOWN.room:
+        _KNOWN.room[key] = _Ready.of(basis, term.block, 1, numbers)
+    ready = _KNOWN.room[key]
     return _OneToken(
         key,
         loaded(basis.inputs(term.block, numbers, True)).serial,
         loaded(product_of(packed.form, 1, numbers, True)),
-        Values(0, 0 if factors is None else factors.data_ptr(), 0, codes, scale, total, work),
-        Values(matrix, scales, zeros, codes, scale, total, 0, packed.columns, packed.rows, packed.groups),
+        _of_inputs(basis, 0, ready.addresses),
+        _of_product(packed, ready.addresses[:3], 0),
         ready,
         packed.rows // packed.form.block_rows,
         packed.rows * packed.columns,
@@ -156,18 +155,15 @@ def _added(y: Tensor | None, more: Tensor) -> Tensor:
 
 def _by_kernel(term: KernelTerm, x: Tensor, y: Tensor | None, numbers: int, known: dict[object, _Ready]) -> Tensor:
     """Return `y` plus the product of a term: float32 with at least as many rows and columns as wanted."""
-    tokens = 1 if len(x) == 1 else -(-len(x) // AT_ONCE) * AT_ONCE
     packed, numbers = term.packed, term.numbers(numbers)
-    key = (term.basis.name, term.block, numbers, tokens)
-    ready = known.get(key)
-    if ready is None:
-        ready = known[key] = _inputs(term.basis, term.block, x, tokens, numbers)
+    ready = _ready(term.basis, term.block, x, numbers, known)
+    tokens = len(ready.tensors[0])
     if y is None or y.shape != (tokens, packed.rows):
         before, y = y, torch.zeros(tokens, packed.rows)
         if before is not None:
             size = min(tokens, len(before)), min(packed.rows, before.shape[1])
             y[: size[0], : size[1]] += before[: size[0], : size[1]]
-    kernel = _product_kernel(packed, 1 if tokens == 1 else AT_ONCE, numbers, False)
+    kernel = loaded(product_of(packed.form, min(tokens, AT_ONCE), numbers, False))
     for first in range(0, tokens, AT_ONCE):
         _multiply(kernel, packed, ready, first, y[first:].data_ptr())
     return y
@@ -175,12 +171,8 @@ def _by_kernel(term: KernelTerm, x: Tensor, y: Tensor | None, numbers: int, know
 
 def _by_lists(term: Scattered, x: Tensor, known: dict[object, _Ready]) -> Tensor:
     """Return the product of a few tokens with elements in lists, of which more rows and tokens may come than wanted."""
-    tokens = 1 if len(x) == 1 else -(-len(x) // AT_ONCE) * AT_ONCE
-    key = (term.basis.name, LIST_BLOCK, 0, tokens)
-    ready = known.get(key)
-    if ready is None:
-        ready = known[key] = _inputs(term.basis, LIST_BLOCK, x, tokens, 0)
-    held, columns = term.lists, ready.tensors[0].shape[1]
+    ready = _ready(term.basis, BLOCK, x, 0, known)
+    held, (tokens, columns) = term.lists, ready.tensors[0].shape
     kernel = loaded(ListProduct(held.kind, min(tokens, AT_ONCE)))
     y = torch.empty(tokens, LANES * held.tiles)
     for first in range(0, tokens, AT_ONCE):
@@ -191,43 +183,43 @@ def _by_lists(term: Scattered, x: Tensor, known: dict[object, _Ready]) -> Tensor
     return y[: len(x), : held.size[0]]
 
 
+def _ready(basis: Basis, block: int, x: Tensor, numbers: int, known: dict[object, _Ready]) -> _Ready:
+    """Return a few tokens in a basis, those of `known` where they are there; zeros fill whole kernels of tokens."""
+    tokens = 1 if len(x) == 1 else -(-len(x) // AT_ONCE) * AT_ONCE
+    key = (basis.name, block, numbers, tokens)
+    if key not in known:
+        known[key] = _inputs(basis, block, x, tokens, numbers)
+    return known[key]
+
+
 def _inputs(basis: Basis, block: int, x: Tensor, tokens: int, numbers: int) -> _Ready:
     """Return inputs in a basis, with zeros behind them up to so many tokens."""
-    ready = _room(basis, block, tokens, numbers)
+    ready = _Ready.of(basis, block, tokens, numbers)
     rows = x if basis.columns is None else x[..., basis.columns]
     bfloat16 = rows.dtype == torch.bfloat16
     rows = rows.contiguous() if bfloat16 else rows.float().contiguous()
     if tokens > 1 and tokens > len(rows):
         rows = torch.cat([rows, rows.new_zeros(tokens - len(rows), basis.width)])
-    factors = basis.all_factors
-    codes, scale, total, work = ready.addresses
-    values = Values(rows.data_ptr(), 0 if factors is None else factors.data_ptr(), 0, codes, scale, total, work)
+    values = _of_inputs(basis, rows.data_ptr(), ready.addresses)
     loaded(basis.inputs(block, numbers, bfloat16)).serial(ctypes.addressof(values), 0, tokens)
     return ready
 
 
-def _room(basis: Basis, block: int, tokens: int, numbers: int) -> _Ready:
-    """Return a thread's room for the inputs of a basis."""
-    key = (basis.name, block, numbers, tokens)
-    if key not in _KNOWN.room:
-        blocks = -(-basis.width // block)
-        _KNOWN.room[key] = _Ready.of(tokens, blocks * block, blocks, numbers)
-    return _KNOWN.room[key]
-
-
-@lru_cache(maxsize=256)
-def _product_kernel(packed: KernelMatrix, tokens: int, numbers: int, bfloat16: bool) -> Loaded:
-    return loaded(product_of(packed.form, tokens, numbers, bfloat16))
-
-
 def _multiply(kernel: Loaded, packed: KernelMatrix, ready: _Ready, first: int, y: int) -> None:
     """Write the product of prepared inputs from token `first` on to the address `y`."""
-    codes, scale, total, _ = ready.addresses
-    if first:
-        codes, scale, total = (tensor[first:].data_ptr() for tensor in ready.tensors[:3])
-    matrix, scales, zeros = packed.addresses
-    values = Values(matrix, scales, zeros, codes, scale, total, y, packed.columns, packed.rows, packed.groups)
-    _run(kernel, values, packed.rows // packed.form.block_rows, packed.rows * packed.columns)
+    inputs = ready.addresses[:3] if not first else tuple(tensor[first:].data_ptr() for tensor in ready.tensors[:3])
+    _run(kernel, _of_product(packed, inputs, y), packed.rows // packed.form.block_rows, packed.rows * packed.columns)
+
+
+def _of_inputs(basis: Basis, x: int, addresses: tuple[int, ...]) -> Any:
+    """Return the arguments of the kernel of inputs; `addresses`: of codes, scales, sums, and room to work in."""
+    factors = basis.all_factors
+    return Values(x, 0 if factors is None else factors.data_ptr(), 0, *addresses)
+
+
+def _of_product(packed: KernelMatrix, inputs: tuple[int, ...], y: int) -> Any:
+    """Return the arguments of a product; `inputs`: the addresses of codes, scales and sums."""
+    return Values(*packed.addresses, *inputs, y, packed.columns, packed.rows, packed.groups)
 
 
 def _run(kernel: Loaded, values: Any, blocks: int, weights: int) -> None:
@@ -275,13 +267,13 @@ def _rotated(basis: Basis, x: Tensor) -> Tensor:
     """Return many tokens in a rotated basis, some at a time."""
     x = x if basis.columns is None else x[:, basis.columns]
     bfloat16, found = x.dtype == torch.bfloat16, torch.empty_like(x, memory_format=torch.contiguous_format)
-    kernel, factors = loaded(basis.inputs(BLOCK, 0, bfloat16)), basis.all_factors
-    place = 0 if factors is None else factors.data_ptr()
+    kernel = loaded(basis.inputs(BLOCK, 0, bfloat16))
     blocks = -(-basis.width // BLOCK)
     for rows, y in zip(x.split(ROTATED), found.split(ROTATED)):
         rows = rows.contiguous() if bfloat16 else rows.float().contiguous()
         work, total = torch.empty(2, len(rows), blocks * BLOCK), torch.empty(len(rows), blocks)
-        values = Values(rows.data_ptr(), place, 0, work[0].data_ptr(), 0, total.data_ptr(), work[1].data_ptr())
+        room = work[0].data_ptr(), 0, total.data_ptr(), work[1].data_ptr()
+        values = _of_inputs(basis, rows.data_ptr(), room)
         _run(kernel, values, len(rows), rows.numel())
         y.copy_(work[0, :, : basis.width])
     return found

@@ -51,7 +51,6 @@ def by_neon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
         with monkeypatch.context() as patched:
             patched.setattr(run, "loaded", emulated)
             patched.setattr(run, "WORTH_THREADS", 1 << 60)
-            run._product_kernel.cache_clear()
             before = emulated.cache_info()
             found = run.product(prepare(w), x.clone(), mode)
             after = emulated.cache_info()
@@ -59,11 +58,9 @@ def by_neon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
             return found
 
     yield product
-    run._product_kernel.cache_clear()
 
 
 def here(w: Weight, x: Tensor, mode: run.Mode) -> Tensor:
-    run._product_kernel.cache_clear()
     return run.product(prepare(w), x.clone(), mode)
 
 
@@ -103,9 +100,7 @@ def test_threads_of_aarch64_share_the_rows(threads: int, monkeypatch: pytest.Mon
             kernel.call("parallel", [ctypes.addressof(values)], stubs=(threads, thread))
 
     wanted = here(w, x, "int8")
-    run._product_kernel.cache_clear()
     monkeypatch.setattr(run, "loaded", emulated)
     monkeypatch.setattr(run, "_run", team)
     found = run.product(prepare(w), x.clone(), "int8")
-    run._product_kernel.cache_clear()
     assert torch.equal(found, wanted)

@@ -134,9 +134,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 @pytest.fixture
 def on_tier(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> Iterator[Tier]:
     monkeypatch.setattr(run, "loaded", lambda kernel: loaded(kernel, tier))
-    run._product_kernel.cache_clear()
     yield tier
-    run._product_kernel.cache_clear()
 
 
 @every_tier
@@ -211,6 +209,25 @@ def test_inputs_are_prepared_once_for_the_layers_that_share_them(monkeypatch: py
         run.product(one, x, "exact")
         x.mul_(2)
         torch.testing.assert_close(run.product(one, x, "exact"), 4 * first)
+
+
+def test_factors_as_wide_as_the_matrix_leave_its_inputs_alone() -> None:
+    """What lies between two factors has the width of the inputs here, and must not take their place."""
+    left, right, beside = (grid((64, 64), 16, 64, seed, symmetric=True) for seed in (1, 2, 3))
+    check(Sum((LowRank(left, right), beside)))
+    x = torch.randn(1, 64, generator=seeded(7))
+    run.product(prepare(LowRank(left, right)), x, "exact")
+    torch.testing.assert_close(run.product(prepare(beside), x, "exact"), x @ dense(beside).T)
+
+
+def test_layers_with_room_of_their_own_prepare_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread may have the number of one that ended, whose layers have their room from then."""
+    w = grid((64, 64), 16, 64, 1, symmetric=True)
+    one, other = prepare(w), prepare(w)
+    x = torch.randn(1, 64, generator=seeded(8)).bfloat16()
+    first = run.product(one, x, "exact")
+    monkeypatch.setattr(run._KNOWN, "room", {})
+    assert torch.equal(run.product(other, x, "exact"), first)
 
 
 def test_nothing_but_scales_differs_by_rows_that_pad(monkeypatch: pytest.MonkeyPatch) -> None:
