@@ -212,7 +212,7 @@ def test_inputs_are_prepared_once_for_the_layers_that_share_them(monkeypatch: py
 
 
 def test_factors_as_wide_as_the_matrix_leave_its_inputs_alone() -> None:
-    """What lies between two factors has the width of the inputs here, and must not take their place."""
+    """Give each factor its own inputs: what lies between two factors has the width of the inputs here."""
     left, right, beside = (grid((64, 64), 16, 64, seed, symmetric=True) for seed in (1, 2, 3))
     check(Sum((LowRank(left, right), beside)))
     x = torch.randn(1, 64, generator=seeded(7))
