@@ -20,7 +20,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.errors import InputError
-from llmcompress.kernels.accelerate import accelerate_loaded
 from llmcompress.models.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.models.integrity import MENDING, Expected, check, digests
 from llmcompress.weight.modules import (
@@ -116,6 +115,8 @@ class LLMCompressQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from llmcompress.kernels.accelerate import accelerate_loaded  # a compiler is for those who run a model
+
         for layer in compressed_modules(model).values():
             layer.requires_grad_(False)  # transformers asks for gradients of every float it loads
         accelerate_loaded(model)

@@ -69,7 +69,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-FAST = {"plain", "dense stream", "tables", "awq", "learning", "windows", "low rank", "without data"}
+FAST = {"plain", "dense stream", "tables", "low rank", "without data"}
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +311,7 @@ def test_gates_may_be_set_anew(place: Path, tmp_path: Path, monkeypatch: pytest.
     assert compressed == []
 
 
+@pytest.mark.slow
 def test_prices_are_kept_until_the_model_is_there(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [[{"method": "gptq", "bits": bits, "group_size": 8}] for bits in (2, 4)]
     asked = recipe(place, rules=[], options=options, target={"bpw": 5.0})

@@ -40,7 +40,7 @@ def calls(student: Path, place: Path, recipe: dict[str, Any], output: Path) -> i
     return forward.call_count
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "student, rates",
     [("small", {"codes": 1e-2, "scales": 1e-2, "norms": 1e-2}), ("dense", {"weights": 1e-2})],

@@ -126,11 +126,12 @@ def test_a_teacher_gets_no_gradient() -> None:
 @pytest.mark.parametrize(
     "term",
     [
-        HIDDEN | {"layers": [1, 3]},
-        {"of": {"loss": "hidden", "per": "layer"}, "layers": [3]},
-        {"of": {"loss": "minilm", "relation_heads": 4}, "layers": [3]},
+        pytest.param(HIDDEN | {"layers": [1, 3]}, id="token"),
+        pytest.param({"of": {"loss": "hidden", "per": "layer"}, "layers": [3]}, id="layer", marks=pytest.mark.slow),
+        pytest.param(
+            {"of": {"loss": "minilm", "relation_heads": 4}, "layers": [3]}, id="minilm", marks=pytest.mark.slow
+        ),
     ],
-    ids=["token", "layer", "minilm"],
 )
 def test_the_gradient_does_not_depend_on_micro_batches(term: dict[str, Any], place: Path, tmp_path: Path) -> None:
     losses = [{"of": {"loss": "forward_kl"}}, term]

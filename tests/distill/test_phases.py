@@ -165,6 +165,7 @@ def test_blocks_that_are_done_are_not_done_again(
         Store(tmp_path / "kept", {"recipe": 2}).get(walk.record_name(0))
 
 
+@pytest.mark.slow
 def test_phases_follow_each_other(folders: Path, tmp_path: Path) -> None:
     phases = [
         {"kind": "blockwise", "rates": RATES, "latents": "teacher", "steps": 12, "evaluate_every": 4},
@@ -191,7 +192,7 @@ class Cut(Exception):
     """An interruption of a run."""
 
 
-@pytest.mark.parametrize("calls", [1, 4])
+@pytest.mark.parametrize("calls", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_that_was_cut_in_a_phase_ends_as_a_whole_one(calls: int, folders: Path, tmp_path: Path) -> None:
     """After the first of two blocks, and after the second of three steps."""
     phases = [{"kind": "blockwise", "steps": 2}, {"kind": "end_to_end", "steps": 3}]

@@ -171,6 +171,7 @@ def test_a_narrower_student_learns_and_a_cut_run_ends_as_a_whole_one(place: Path
     assert compared[-1] < 0.9 * compared[0]
 
 
+@pytest.mark.slow
 def test_predictions_alone_teach_a_narrower_student(place: Path, tmp_path: Path) -> None:
     losses = [FORWARD, {"of": {"loss": "forward_kl"}, "exits": [1, 3]}]
     cached = {"kind": "cached", "k": 300}

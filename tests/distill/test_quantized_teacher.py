@@ -137,7 +137,7 @@ def dense_run(place: Path) -> Any:
     return distill(place / "small", place / "dense", recipe(place), place / "by-dense")
 
 
-@pytest.mark.parametrize("bits, compute", [(8, "float32"), (4, "bfloat16")])
+@pytest.mark.parametrize("bits, compute", [(8, "float32"), pytest.param(4, "bfloat16", marks=pytest.mark.slow)])
 def test_fewer_bits_recover_what_the_dense_teacher_does(
     bits: int, compute: str, place: Path, dense_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

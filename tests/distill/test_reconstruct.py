@@ -86,7 +86,7 @@ def block_errors(place: Path, folder: Path) -> list[float]:
         pytest.param(RULES, SCALES, id="grids"),
         pytest.param(TRELLIS, SCALES, id="trellis", marks=pytest.mark.slow),
         pytest.param(RULES, SCALES | {"weights": 1e-2}, id="weights", marks=pytest.mark.slow),
-        pytest.param(RULES, SCALES | {"codes": 2e-2}, id="codes"),
+        pytest.param(RULES, SCALES | {"codes": 2e-2}, id="codes", marks=pytest.mark.slow),
     ],
 )
 def test_the_report_says_what_the_checkpoint_holds(
@@ -107,6 +107,7 @@ def test_the_report_says_what_the_checkpoint_holds(
     verify(found.folder, text=place / "text.txt", length=16)
 
 
+@pytest.mark.slow
 def test_weights_still_to_be_compressed_make_up_for_the_others(place: Path, tmp_path: Path) -> None:
     """More than scales and norms alone can; a layer that stays dense stays as it is."""
     rules = [{"match": "*.1.mlp.up_proj", "steps": []}, *RULES]

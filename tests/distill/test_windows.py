@@ -108,6 +108,7 @@ def test_the_report_says_what_the_checkpoint_holds(place: Path, tmp_path: Path) 
     verify(found.folder, text=place / "text.txt", length=16)
 
 
+@pytest.mark.slow
 def test_a_block_learns_again_for_the_next_one(place: Path, tmp_path: Path) -> None:
     """A checkpoint does not store what a block learned alone. The window ends nearer to the dense model."""
     asked = {"rates": SCALES, "steps": 12}

@@ -250,6 +250,7 @@ def raising(*given: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_no_results(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval")
     protocol = Protocol(windows=1, length=16, tasks=(PAIRS,), limit=2)

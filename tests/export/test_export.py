@@ -74,6 +74,7 @@ GRIDS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_compressed_tensors_holds_every_grid(tmp_path: Path) -> None:
     """One layer of each kind of grid, in stock transformers with the compressed-tensors package."""
     pytest.importorskip("compressed_tensors")

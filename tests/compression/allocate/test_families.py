@@ -81,6 +81,7 @@ def only(found: PriceList, numbers: Sequence[int]) -> PriceList:
 
 
 @pytest.mark.parametrize("bpw", [2.2, 2.7, 3.4])
+@pytest.mark.slow
 def test_all_families_together_are_never_worse_than_the_best_one(bpw: float, priced: PriceList) -> None:
     target = Target(bpw=bpw)
     everything = priced.reaching(target)
@@ -141,6 +142,7 @@ def test_a_low_rank_term_is_taken_where_it_pays_for_its_bits() -> None:
     assert choose(found, prices, Target(bpw=2.8)) == (0, 1), "where bits are short, those go first that buy most"
 
 
+@pytest.mark.slow
 def test_a_trellis_gets_no_low_rank_term_where_a_higher_rate_buys_more(priced: PriceList) -> None:
     """On these small matrices rank 8 takes nearly a bit a weight; a term is left to fill up what remains, if at all."""
     together = only(priced, [OPTIONS.index(steps) for steps in (trellis(2), trellis(2, LOW_RANK), trellis(3))])
@@ -153,6 +155,7 @@ def test_a_trellis_gets_no_low_rank_term_where_a_higher_rate_buys_more(priced: P
         assert together.reaching(Target(bpw=bpw)).chosen.count(1) <= 2
 
 
+@pytest.mark.slow
 def test_a_model_of_many_families_is_as_large_as_planned(priced: PriceList, place: Path, tmp_path: Path) -> None:
     """Also with low-rank terms, which here are all there is to choose from beside a grid."""
     everything = priced.reaching(Target(bpw=2.7))

@@ -104,6 +104,7 @@ def test_less_damage_takes_more_bytes_and_is_predicted_to_be_kept(plan: Allocati
 # --- quality --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_by_kl_an_option_costs_what_a_model_with_it_alone_loses(place: Path, plan: Allocation, tmp_path: Path) -> None:
     probed = allocated(place, {"bytes": SIZE}, damage="kl")
     assert [[offer.error for offer in one.offers] for one in probed.prices] == [
@@ -201,6 +202,7 @@ def test_the_command_line_aims_and_says_how_well(place: Path, tmp_path: Path, re
     assert re.search(r"target +0\.1 MB · KL predicted 0\.\d+, measured 0\.\d+ on 188 tokens", shown)
 
 
+@pytest.mark.slow
 def test_a_distillation_follows_the_chosen_recipe(place: Path, tmp_path: Path) -> None:
     data = {"dataset": str(place / "text.txt"), "samples": 12, "length": 32, "held_out": 4}
     section = {"data": data, "rates": {"scales": 5e-3}, "batch": 4, "compute": "float32", "steps": 2}

@@ -66,7 +66,11 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [(name, {}) for name in FUSIBLE] + [("llama", BIASES), ("llama", {"num_key_value_heads": 1, "head_dim": 4})],
+    [
+        *(pytest.param(name, {}, marks=() if name == "llama" else pytest.mark.slow) for name in FUSIBLE),
+        ("llama", BIASES),
+        ("llama", {"num_key_value_heads": 1, "head_dim": 4}),
+    ],
 )
 def test_logits_stay(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     source = with_outliers(family, tmp_path, **changes)
