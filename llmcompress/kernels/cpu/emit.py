@@ -96,6 +96,11 @@ class Value:
             )
         return Value(self.function, (builder.sitofp if signed else builder.uitofp)(self.raw, wanted))
 
+    def to_bfloat16(self) -> Value:
+        """Float32 rounded to bfloat16, to even, as int16."""
+        bits = self.as_type(vector(I32, self.length))
+        return ((bits + ((bits >> 16 & 1) + 0x7FFF)) >> 16).narrower(I16)
+
     def wider(self, element: Type, signed: bool = True) -> Value:
         """Integers in a wider type."""
         builder = self.function.builder

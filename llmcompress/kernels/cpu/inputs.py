@@ -21,6 +21,7 @@ LANES = 16
 FLOATS = vector(F32, LANES)
 ROUNDING = 12582912.0  # 1.5 * 2^23: what is added to it is rounded to whole numbers, to even
 LARGEST = 127.0
+TOGETHER = 8  # values of a transform that are read once for several of its stages
 FINER = 254.0  # units of the low number in one of the high
 
 
@@ -30,9 +31,10 @@ class Inputs:
 
     The last block is padded by 0.
 
-    `numbers` int8 stand for an input, those of a block beside each other, the high ones first; 0: it is a float32. Each
-    input is multiplied by its factor first if there are `factors`; then a Hadamard transform of `hadamard` (1:
-    none) goes over columns `width / hadamard` apart, as in `weight.hadamard`. Its normalisation belongs to the factors.
+    `numbers` int8 stand for an input, those of a block beside each other, the high ones first; 0: it is a float32, or
+    a bfloat16 without sums if `rounded`. Each input is multiplied by its factor first if there are `factors`; then a
+    Hadamard transform of `hadamard` (1: none) goes over columns `width / hadamard` apart, as in `weight.hadamard`. Its
+    normalisation belongs to the factors.
     """
 
     width: int
@@ -41,6 +43,7 @@ class Inputs:
     factors: bool
     numbers: int
     bfloat16: bool
+    rounded: bool = False
 
     def write(self, module: ir.Module, target: Instructions) -> None:
         """Write the kernel into a module, for a range of tokens."""
@@ -87,22 +90,29 @@ class Inputs:
                 f.store(x, work, place * 4)
             half = LANES
         while half < size:
-            run = half * apart  # numbers between the two of a pair
-            with f.loop(0, self.width, 2 * run) as start:
+            together = min(TOGETHER, size // half)
+            self._stages(f, work, half * apart, together)
+            half *= together
 
-                def butterfly(place: Value, lanes: int, start: Value = start, run: int = run) -> None:
-                    kind, low = vector(F32, lanes), (start + place) * 4
-                    first, second = f.load(work, kind, low), f.load(work, kind, low + 4 * run)
-                    f.store(first + second, work, low)
-                    f.store(first - second, work, low + 4 * run)
+    def _stages(self, f: Function, work: Value, run: int, together: int) -> None:
+        """Write the stages of a transform between numbers `run` apart, so many of them."""
+        with f.loop(0, self.width, together * run) as start:
 
-                _each(f, 0, run, butterfly)
-            half *= 2
+            def butterflies(place: Value, lanes: int) -> None:
+                places = [(start + place + run * at) * 4 for at in range(together)]
+                values = [f.load(work, vector(F32, lanes), at) for at in places]
+                for value, at in zip(_transformed(values), places):
+                    f.store(value, work, at)
+
+            _each(f, 0, run, butterflies)
 
     def _round(self, f: Function, work: Value, place: Value, block: Value) -> None:
         """Write a block of inputs, its scale and its sum."""
         values = [f.load(work, FLOATS, (block * self.block + at) * 4) for at in range(0, self.block, LANES)]
         start, at = place * self.block, place * 4
+        if self.rounded:
+            f.store(joined(values).to_bfloat16(), address(f, Argument.X), start * 2)
+            return
         if not self.numbers:
             for number, value in enumerate(values):
                 f.store(value, address(f, Argument.X), (start + LANES * number) * 4)
@@ -124,6 +134,16 @@ class Inputs:
         f.store(_folded(reduce(Value.__add__, parts), Value.__add__) * scale, address(f, Argument.X_SUM), at)
 
 
+def _transformed(values: list[Value]) -> list[Value]:
+    """Return the Hadamard transform of as many values as a power of two, stage by stage."""
+    apart = 1
+    while apart < len(values):
+        pairs = [(values[at & ~apart], values[at | apart], at & apart) for at in range(len(values))]
+        values = [first - second if behind else first + second for first, second, behind in pairs]
+        apart *= 2
+    return values
+
+
 def _rounded(value: Value) -> Value:
     return value + ROUNDING - ROUNDING
 
@@ -134,9 +154,12 @@ def _each(f: Function, start: int, stop: int, write: Callable[[Value, int], None
     if whole > start:
         with f.loop(start, whole, LANES) as place:
             write(place, LANES)
-    if stop > whole:
-        with f.loop(whole, stop) as place:
-            write(place, 1)
+    lanes = LANES
+    while whole < stop:
+        lanes //= 2
+        if (stop - whole) & lanes:
+            write(f.constant(I64, whole), lanes)
+            whole += lanes
 
 
 def _magnitude(values: Value) -> Value:

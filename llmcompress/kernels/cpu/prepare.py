@@ -76,18 +76,18 @@ class Basis:
         parts = (self.columns, self.factors, self.signs)
         return (self.width, self.block, *(None if part is None else part.numpy().tobytes() for part in parts))
 
-    def inputs(self, block: int, numbers: int, bfloat16: bool) -> Inputs:
+    def inputs(self, block: int, numbers: int, bfloat16: bool, rounded: bool = False) -> Inputs:
         """Return the kernel that does all of it but the choice of columns."""
-        return Inputs(self.width, block, self.block, self.all_factors is not None, numbers, bfloat16)
+        return Inputs(self.width, block, self.block, self.all_factors is not None, numbers, bfloat16, rounded)
 
 
 @dataclass(frozen=True, eq=False)
 class KernelTerm:
-    """A packed matrix, and the basis that it wants inputs in; `ones` is for `run.py` to remember."""
+    """A packed matrix, and the basis that it wants inputs in; `plans` is for `one_token` to remember."""
 
     basis: Basis
     packed: KernelMatrix
-    ones: dict[object, Any] = field(default_factory=dict, repr=False)
+    plans: dict[object, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def block(self) -> int:
@@ -134,10 +134,10 @@ class Prepared:
     terms: Terms
 
     @cached_property
-    def single(self) -> KernelTerm | None:
-        """The term, where one kernel is all of it."""
+    def plain(self) -> KernelTerm | None:
+        """The term, where one kernel that takes all columns is all of it."""
         first = self.terms[0] if len(self.terms) == 1 else None
-        return first if isinstance(first, KernelTerm) else None
+        return first if isinstance(first, KernelTerm) and first.basis.columns is None else None
 
     @property
     def bytes(self) -> int:

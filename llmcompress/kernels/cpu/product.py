@@ -8,7 +8,7 @@ from functools import reduce
 from llvmlite import ir
 
 from llmcompress.kernels.cpu.arguments import Argument, address, read
-from llmcompress.kernels.cpu.emit import F16, F32, I8, I16, I32, I64, Function, Value, Variable, vector
+from llmcompress.kernels.cpu.emit import F16, F32, I8, I32, I64, Function, Value, Variable, vector
 from llmcompress.kernels.cpu.formats import Format
 from llmcompress.kernels.cpu.inputs import FINER
 from llmcompress.kernels.cpu.tiers import Instructions, joined
@@ -123,7 +123,7 @@ class Product:
             sums = [found.shuffled(range(share, found.length, count)) for share in range(count)]
             whole = reduce(Value.__add__, sums).shuffled(places_of_rows(self.form))
             if self.bfloat16:
-                f.store(to_bfloat16(whole), y, start * 2)
+                f.store(whole.to_bfloat16(), y, start * 2)
             else:
                 f.store(f.load(y, whole.type, start * 4) + whole, y, start * 4)
 
@@ -160,7 +160,7 @@ class Decoding:
         size = 2 if self.bfloat16 else 4
         for byte, integers in enumerate(zip(*map(bytes_of, tiles))):
             values = [(part - centre) * scale for part, (scale, centre) in zip(integers, scales)]
-            whole = joined([to_bfloat16(value) if self.bfloat16 else value for value in values])
+            whole = joined([value.to_bfloat16() if self.bfloat16 else value for value in values])
             for share in range(count):
                 column = whole.shuffled([place * count + share for place in order])
                 f.store(column, address(f, Argument.Y), (where[0] + where[1] * (4 * share + byte)) * size)
@@ -204,12 +204,6 @@ def bytes_of(codes: Value) -> list[Value]:
     """Return every fourth number of a tile, float32 `[16]`, from the first, the second and so on."""
     words = codes.as_type(INTEGERS)
     return [(words >> 8 * byte & 255).to_float() for byte in range(4)]
-
-
-def to_bfloat16(values: Value) -> Value:
-    """Return float32 rounded to bfloat16, to even, as int16."""
-    bits = values.as_type(vector(I32, values.length))
-    return ((bits + ((bits >> 16 & 1) + 0x7FFF)) >> 16).narrower(I16)
 
 
 def write_parallel(module: ir.Module) -> None:

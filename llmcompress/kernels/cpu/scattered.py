@@ -18,7 +18,7 @@ from torch import Tensor
 from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import F16, I8, I16, I32, I64, Function, Value, Variable, vector
 from llmcompress.kernels.cpu.gather import FLOATS, LANES, gathered
-from llmcompress.kernels.cpu.product import ADDRESS, to_bfloat16
+from llmcompress.kernels.cpu.product import ADDRESS
 from llmcompress.kernels.cpu.tiers import Instructions, chosen, is_equal
 
 JUMP = 255
@@ -147,7 +147,7 @@ class ListDecoding:
             y = f.behind(address(f, Argument.Y), tile * columns * (LANES * size))
             with f.loop(*_steps(f, tile)) as step:
                 column, value, none = _element(f, self.kind, step, at, centre)
-                found = to_bfloat16(value * scale) if self.bfloat16 else value * scale
+                found = (value * scale).to_bfloat16() if self.bfloat16 else value * scale
                 places = chosen(none, column, columns.narrower(I32).splat(LANES)) - 1
                 for lane in range(LANES):
                     place = columns * lane + places.at(lane).wider(I64)

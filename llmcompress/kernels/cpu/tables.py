@@ -15,7 +15,7 @@ from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import F16, F32, I8, I32, I64, Function, Value, vector
 from llmcompress.kernels.cpu.formats import Format, Streams
 from llmcompress.kernels.cpu.gather import FLOATS, LANES, gathered
-from llmcompress.kernels.cpu.product import ADDRESS, Decoding, Product, places_of_rows, shares, tiles_of, to_bfloat16
+from llmcompress.kernels.cpu.product import ADDRESS, Decoding, Product, places_of_rows, shares, tiles_of
 from llmcompress.kernels.cpu.tiers import Instructions, joined
 from llmcompress.weight.trellis import Trellis, table
 
@@ -105,7 +105,7 @@ class TableProduct:
                 whole = joined(parts).shuffled(places_of_rows(form)) * scales
                 y, place = address(f, Argument.Y), read(f, Argument.ROWS) * token + rows * form.block_rows
                 if self.bfloat16:
-                    f.store(to_bfloat16(whole), y, place * 2)
+                    f.store(whole.to_bfloat16(), y, place * 2)
                 else:
                     f.store(f.load(y, whole.type, place * 4) + whole, y, place * 4)
         f.finish()
@@ -129,7 +129,7 @@ class TableDecoding:
                 for share, parts in enumerate(zip(*found)):
                     whole = joined(parts).shuffled(places_of_rows(form)) * scales
                     place = (column + share) * read(f, Argument.ROWS) + rows * form.block_rows
-                    f.store(to_bfloat16(whole) if self.bfloat16 else whole, address(f, Argument.Y), place * size)
+                    f.store(whole.to_bfloat16() if self.bfloat16 else whole, address(f, Argument.Y), place * size)
         f.finish()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.cpu import run
+from llmcompress.kernels.cpu import build, launch, run
 from llmcompress.kernels.cpu.arguments import Argument
 from llmcompress.kernels.cpu.prepare import prepare
 from llmcompress.weight.expression import dense
@@ -49,8 +49,8 @@ def by_neon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
 
     def product(w: Weight, x: Tensor, mode: run.Mode) -> Tensor:
         with monkeypatch.context() as patched:
-            patched.setattr(run, "loaded", emulated)
-            patched.setattr(run, "WORTH_THREADS", 1 << 60)
+            patched.setattr(build, "loaded", emulated)
+            patched.setattr(launch, "WORTH_THREADS", 1 << 60)
             before = emulated.cache_info()
             found = run.product(prepare(w), x.clone(), mode)
             after = emulated.cache_info()
@@ -100,7 +100,7 @@ def test_threads_of_aarch64_share_the_rows(threads: int, monkeypatch: pytest.Mon
             kernel.call("parallel", [ctypes.addressof(values)], stubs=(threads, thread))
 
     wanted = here(w, x, "int8")
-    monkeypatch.setattr(run, "loaded", emulated)
-    monkeypatch.setattr(run, "_run", team)
+    monkeypatch.setattr(build, "loaded", emulated)
+    monkeypatch.setattr(run, "launch", team)
     found = run.product(prepare(w), x.clone(), "int8")
     assert torch.equal(found, wanted)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.cpu import run
+from llmcompress.kernels.cpu import build, launch, one_token, run
 from llmcompress.kernels.cpu.build import loaded
 from llmcompress.kernels.cpu.layouts import form_of, packed
 from llmcompress.kernels.cpu.prepare import prepare, supported
@@ -133,7 +133,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.fixture
 def on_tier(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> Iterator[Tier]:
-    monkeypatch.setattr(run, "loaded", lambda kernel: loaded(kernel, tier))
+    monkeypatch.setattr(build, "loaded", lambda kernel: loaded(kernel, tier))
     yield tier
 
 
@@ -205,8 +205,10 @@ def test_inputs_are_prepared_once_for_the_layers_that_share_them(monkeypatch: py
     torch.testing.assert_close(run.product(other, x.clone(), "exact"), 2 * second)
     assert len(made) == 3, "another tensor"
     with torch.inference_mode():
-        x = x * 1
+        x, made[:] = x * 1, []
         run.product(one, x, "exact")
+        run.product(other, x, "exact")
+        assert len(made) == 1
         x.mul_(2)
         torch.testing.assert_close(run.product(one, x, "exact"), 4 * first)
 
@@ -226,7 +228,7 @@ def test_layers_with_room_of_their_own_prepare_their_inputs(monkeypatch: pytest.
     one, other = prepare(w), prepare(w)
     x = torch.randn(1, 64, generator=seeded(8)).bfloat16()
     first = run.product(one, x, "exact")
-    monkeypatch.setattr(run._KNOWN, "room", {})
+    monkeypatch.setattr(one_token._KNOWN, "inputs", {})
     assert torch.equal(run.product(other, x, "exact"), first)
 
 
@@ -241,7 +243,7 @@ def test_nothing_but_scales_differs_by_rows_that_pad(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_share_the_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "WORTH_THREADS", 0)
+    monkeypatch.setattr(launch, "WORTH_THREADS", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

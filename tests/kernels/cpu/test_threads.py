@@ -16,7 +16,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from llmcompress.kernels.cpu import run, threads
+from llmcompress.kernels.cpu import launch, run, threads
 from llmcompress.kernels.cpu.arguments import Argument, address
 from llmcompress.kernels.cpu.build import loaded
 from llmcompress.kernels.cpu.emit import I8, I64, Function
@@ -54,7 +54,7 @@ def prepared() -> list[Any]:
         prepare(grid((256, 512), 16, 64, 1, symmetric=True)),
         prepare(Rotated(streams(Trellis(2, 1, 12, "linear"), 256, 512, 768), signs, 512)),
     ]
-    assert all(one.single.packed.rows * one.single.packed.columns >= run.WORTH_THREADS for one in found)
+    assert all(one.plain.packed.rows * one.plain.packed.columns >= launch.WORTH_THREADS for one in found)
     return [one for one in found if one is not None]
 
 
@@ -67,7 +67,7 @@ def shares(blocks: int, weights: int) -> list[int]:
     y = torch.full((blocks,), -1)
     values = run.Values()
     values[Argument.Y] = y.data_ptr()
-    run._run(loaded(WritesShares()), values, blocks, weights)
+    launch.launch(loaded(WritesShares()), values, blocks, weights)
     starts, counts = y.unique(return_counts=True)
     assert torch.equal(starts, counts.cumsum(0) - counts), "each block is somebody's, and shares are runs"
     return counts.tolist()
@@ -77,11 +77,11 @@ def shares(blocks: int, weights: int) -> list[int]:
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_torch_says_how_many_threads(count: int) -> None:
     torch.set_num_threads(count)
-    found = shares(30, run.WORTH_THREADS)
+    found = shares(30, launch.WORTH_THREADS)
     assert found == [30 // count] * count
-    assert shares(30, run.WORTH_THREADS - 1) == [30], "too little to wake a team"
-    assert shares(2, run.WORTH_THREADS) == ([2] if count == 1 else [1, 1]), "no thread without a block"
-    uneven = shares(7, run.WORTH_THREADS)
+    assert shares(30, launch.WORTH_THREADS - 1) == [30], "too little to wake a team"
+    assert shares(2, launch.WORTH_THREADS) == ([2] if count == 1 else [1, 1]), "no thread without a block"
+    uneven = shares(7, launch.WORTH_THREADS)
     assert len(uneven) == count and max(uneven) - min(uneven) <= 1
 
 
@@ -108,7 +108,7 @@ def test_a_forked_process_computes_the_same(count: int) -> None:
     torch.set_num_threads(count)
     weights, x = prepared(), inputs(1)
     wanted = [run.product(w, x, "auto") for w in weights]
-    assert threads.team() is None or len(shares(8, run.WORTH_THREADS)) == count
+    assert threads.team() is None or len(shares(8, launch.WORTH_THREADS)) == count
 
     def work() -> None:
         same = all(torch.equal(run.product(w, x.clone(), "auto"), y) for w, y in zip(weights, wanted))
