@@ -81,12 +81,16 @@ class Inputs:
         """Write the Hadamard transform, in place."""
         apart = self.width // self.hadamard
         half, size = 1, self.hadamard
-        if apart == 1 and size >= LANES:  # pairs lie within a vector
-            with f.loop(0, self.width, LANES) as place:
-                x = f.load(work, FLOATS, place * 4)
+        if apart in (1, 3) and size >= LANES:  # pairs lie within one vector, or three
+            lanes = range(LANES * apart)
+            kind = vector(F32, len(lanes))
+            with f.loop(0, self.width, len(lanes)) as place:
+                x = f.load(work, kind, place * 4)
                 for stage in (1, 2, 4, 8):
-                    signs = f.constant(FLOATS, [-1.0 if lane & stage else 1.0 for lane in range(LANES)])
-                    x = x.fma(signs, x.shuffled([lane ^ stage for lane in range(LANES)]))
+                    behind = [bool(lane // apart & stage) for lane in lanes]
+                    signs = f.constant(kind, [-1.0 if one else 1.0 for one in behind])
+                    other = [lane + stage * apart * (-1 if one else 1) for lane, one in zip(lanes, behind)]
+                    x = x.fma(signs, x.shuffled(other))
                 f.store(x, work, place * 4)
             half = LANES
         while half < size:
