@@ -50,12 +50,9 @@ class Inputs:
         f = Function(module, "kernel", [I8.as_pointer(), I64, I64], target.tier.fused)
         blocks = -(-self.width // self.block)
         source, scratch = address(f, Argument.CODES), address(f, Argument.Y)
+        work = f.behind(scratch, f.arguments[1] * (4 * blocks * self.block))  # of one token, which stays in cache
         with f.loop(f.arguments[1], f.arguments[2]) as token:
-            size = 2 if self.bfloat16 else 4
-            row, work = (
-                f.behind(source, token * (size * self.width)),
-                f.behind(scratch, token * (4 * blocks * self.block)),
-            )
+            row = f.behind(source, token * ((2 if self.bfloat16 else 4) * self.width))
             self._load(f, row, work, blocks * self.block)
             self._transform(f, work)
             with f.loop(0, blocks) as block:

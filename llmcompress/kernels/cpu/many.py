@@ -17,7 +17,6 @@ from llmcompress.kernels.cpu.tables import decoding_of
 
 DECODED = 1 << 20  # weights that are decoded at a time, which stay in cache
 BLOCK = 64  # columns of a block of inputs
-ROTATED = 128  # tokens that are rotated at a time
 APART = 32  # numbers between their columns, or these would all lie in the same lines of a cache
 
 
@@ -65,16 +64,14 @@ def _in_basis(basis: Basis, x: Tensor, turned: dict[object, Tensor]) -> Tensor:
 
 
 def _rotated(basis: Basis, x: Tensor) -> Tensor:
-    """Return many tokens in a rotated basis, some at a time."""
+    """Return many tokens in a rotated basis."""
     x, dtype = x if basis.columns is None else x[:, basis.columns], x.dtype
     bfloat16, blocks = dtype == torch.bfloat16, -(-basis.width // BLOCK)
     x = x.contiguous() if bfloat16 else x.float().contiguous()
     found = torch.empty(len(x), blocks * BLOCK, dtype=x.dtype)
-    kernel = build.loaded(basis.inputs(BLOCK, 0, bfloat16, rounded=bfloat16))
-    work, total = torch.empty(ROTATED, blocks * BLOCK), torch.empty(ROTATED, blocks)
-    for rows, y in zip(x.split(ROTATED), found.split(ROTATED)):
-        values = of_inputs(basis, rows.data_ptr(), (y.data_ptr(), 0, total.data_ptr(), work.data_ptr()))
-        launch(kernel, values, len(rows), rows.numel())
+    work, total = torch.empty(len(x), blocks * BLOCK), torch.empty(len(x), blocks)
+    values = of_inputs(basis, x.data_ptr(), (found.data_ptr(), 0, total.data_ptr(), work.data_ptr()))
+    launch(build.loaded(basis.inputs(BLOCK, 0, bfloat16, rounded=bfloat16)), values, len(x), x.numel())
     return found[:, : basis.width].to(dtype)
 
 
