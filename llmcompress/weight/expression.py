@@ -136,15 +136,15 @@ def matmul(x: Tensor, w: Weight, leaf: Callable[[Tensor, Weight], Tensor] = by_d
             return leaf(x, w)
 
 
-def decoded(w: Weight) -> Weight:
+def decoded(w: Weight, dtype: torch.dtype = torch.float32) -> Weight:
     """The same matrix with packed leaves and rotations as `Dense`: more memory, faster, equal up to rounding."""
     match w:
         case Zero():
             return w
         case LowRank() | Sum():
-            return rebuild(w, lambda path, node, shown: decoded(node))
+            return rebuild(w, lambda path, node, shown: decoded(node, dtype))
         case _:
-            return Dense(dense(w))
+            return Dense(dense(w).to(dtype))
 
 
 def bits(w: Weight, shown: Tensor | None = None) -> int:

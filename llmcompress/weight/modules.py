@@ -249,8 +249,8 @@ def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
 def decoded(model: nn.Module) -> Iterator[None]:
     """Keep every compressed linear of a model decoded while the context lasts.
 
-    Products are faster and equal up to rounding; memory is that of the dense model. Embeddings decode the rows that
-    they look up, here as elsewhere.
+    They are decoded in the dtype of the model's other weights. Products are equal up to rounding; memory is that of the
+    dense model. Embeddings decode the rows that they look up, here as elsewhere.
 
     Args:
         model: any module; those without compressed linears stay as they are.
@@ -259,8 +259,10 @@ def decoded(model: nn.Module) -> Iterator[None]:
         Nothing; `model` itself is changed, and changed back in the end.
     """
     layers = list(compressed_linears(model).values())
+    floats = (value.dtype for value in model.parameters() if value.is_floating_point())
+    dtype = next(floats, torch.float32)
     for layer in layers:
-        layer.ready = expression.decoded(layer.expression())
+        layer.ready = expression.decoded(layer.expression(), dtype)
     try:
         yield
     finally:

@@ -10,8 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
+from llmcompress.kernels.accelerate import plain
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.modules import CompressedLinear, Layout, compressed_linears, put
+from llmcompress.weight.nodes import Weight, children
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedLinear
 from tests.builders import every_node
 from tests.tiny import save_tiny
@@ -38,6 +40,22 @@ def test_a_layer_holds_any_expression(w: object) -> None:
     assert torch.equal(again(x), layer(x))
     with lc.decoded(nn.Sequential(layer)):
         torch.testing.assert_close(layer(x), again(x), rtol=1e-4, atol=1e-4)
+
+
+def leaves(w: Weight) -> list[Weight]:
+    return [leaf for _, node, _ in children(w) for leaf in leaves(node)] or [w]
+
+
+def test_layers_are_decoded_in_the_dtype_of_the_model(model: PreTrainedModel) -> None:
+    model = model.to(torch.bfloat16)
+    ids = torch.arange(12)[None]
+    with plain(model), torch.no_grad():
+        wanted = model(ids).logits
+    with lc.decoded(model), torch.no_grad():
+        layers = compressed_linears(model).values()
+        assert all(part.values.dtype == torch.bfloat16 for layer in layers for part in leaves(layer.ready))
+        assert torch.equal(model(ids).logits, wanted)
+    assert all(layer.ready is None for layer in layers)
 
 
 def test_casting_a_model_leaves_the_payload_as_it_is(model: PreTrainedModel) -> None:
