@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from llmcompress.errors import RecipeError
 from llmcompress.kernels import ops
-from llmcompress.kernels.cpu.run import MODES, Mode, product
-from llmcompress.weight.modules import CompressedLinear, compressed_linears
+from llmcompress.kernels.cpu.lookup import rows_of
+from llmcompress.kernels.cpu.run import FEW, MODES, Mode, product
+from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, compressed_linears
 
 SWITCH = "LLMCOMPRESS_FAST"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of inputs that kernels take
@@ -67,6 +68,23 @@ class Fast:
         return Fast, (self.mode,)
 
 
+@dataclass(eq=False)
+class Lookup:
+    """Looks up rows in the table that a head has prepared for its products, which has the same payload."""
+
+    head: Fast
+
+    def __call__(self, table: CompressedEmbedding, ids: Tensor) -> Tensor | None:
+        """Return rows `[..., width]` of a few tokens; None of many, and before the head was first used."""
+        payload, kept = table._parameters["weight"], self.head.kept
+        if kept is None or payload is None or not kept.holds(payload) or torch.compiler.is_compiling():
+            return None
+        term, places = kept.prepared.plain, ids.flatten().tolist() if 0 < ids.numel() <= FEW else []
+        if term is None or not places or min(places) < 0 or max(places) >= table.num_embeddings:
+            return None
+        return rows_of(term, places).view(*ids.shape, table.embedding_dim)
+
+
 def accelerate(model: nn.Module, mode: str = "auto") -> Accelerated:
     """Let every compressed linear of a model multiply by kernels for this machine's CPU.
 
@@ -88,14 +106,19 @@ def accelerate(model: nn.Module, mode: str = "auto") -> Accelerated:
     """
     if mode not in MODES:
         raise RecipeError(f"there is no mode {mode!r}; choose one of {', '.join(MODES)}")
-    kernels, decoded = [], {}
+    kernels: list[str] = []
+    decoded: dict[str, str] = {}
+    heads: dict[int, Fast] = {}  # by the identity of their payloads
     for name, layer in compressed_linears(model).items():
         form = ops.without_kernel(layer)
         if form is None:
-            layer.fast = Fast(MODES[mode])
+            layer.fast = heads[id(layer.weight)] = Fast(MODES[mode])
             kernels.append(name)
         else:
             decoded[name] = form
+    for table in _tables(model):
+        head = heads.get(id(table.weight))
+        table.fast = None if head is None else Lookup(head)
     return Accelerated(MODES[mode], tuple(kernels), decoded)
 
 
@@ -116,10 +139,17 @@ def accelerate_loaded(model: nn.Module) -> None:
 def plain(model: nn.Module) -> Iterator[None]:
     """Let a model multiply without kernels while the context lasts."""
     layers = {layer: layer.fast for layer in compressed_linears(model).values()}
+    tables = {table: table.fast for table in _tables(model)}
     try:
-        for layer in layers:
-            layer.fast = None
+        for module in (*layers, *tables):
+            module.fast = None
         yield
     finally:
         for layer, fast in layers.items():
             layer.fast = fast
+        for table, lookup in tables.items():
+            table.fast = lookup
+
+
+def _tables(model: nn.Module) -> list[CompressedEmbedding]:
+    return [module for module in model.modules() if isinstance(module, CompressedEmbedding)]

@@ -135,6 +135,12 @@ class FastProduct(Protocol):
     def __call__(self, layer: CompressedLinear, x: Tensor) -> Tensor | None: ...
 
 
+class FastRows(Protocol):
+    """A faster way to the rows of a token table: float32 `[..., width]`, or None where it has none for these tokens."""
+
+    def __call__(self, table: CompressedEmbedding, ids: Tensor) -> Tensor | None: ...
+
+
 class CompressedLinear(Compressed, nn.Linear):
     """`x @ W.T + bias` for a compressed `W [out, in]`: by a kernel where there is one (`kernels.accelerate`), else
     decoded at every call unless inside `decoded(model)`."""
@@ -198,13 +204,17 @@ class CompressedEmbedding(Compressed, nn.Embedding):
         like = torch.empty(0, dtype=dtype, device=payload.device)
         self.register_parameter(LIKE, nn.Parameter(like, requires_grad=False))
         self.hold(layout, payload)
+        self.fast: FastRows | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Token ids `[...]` to rows `[..., width]`, in the dtype the model has."""
-        chosen, places = input.unique(return_inverse=True)
         like = self.get_parameter(LIKE)
-        found = expression.dense(rows(self.layout.header, self.payload(), chosen)).to(like.dtype)
-        return (found if self.scale is None else found * like.new_tensor(self.scale))[places]
+        found = None if self.fast is None else self.fast(self, input)
+        if found is None:
+            chosen, places = input.unique(return_inverse=True)
+            found = expression.dense(rows(self.layout.header, self.payload(), chosen))[places]
+        found = found.to(like.dtype)
+        return found if self.scale is None else found * like.new_tensor(self.scale)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

@@ -130,6 +130,26 @@ def test_rounded_inputs_change_little(mode: str, tolerance: float, load: Load) -
     close(logits(model, 40), plain_logits(model, 40))
 
 
+def test_a_table_is_looked_up_in_what_its_head_has_prepared(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = load(), []
+    table, rows = model.get_input_embeddings(), sys.modules[Fast.__module__].rows_of
+    monkeypatch.setattr(sys.modules[Fast.__module__], "rows_of", lambda *given: found.append(given) or rows(*given))
+    wanted = table(ids(4))
+    assert not found, "the head was not used yet"
+    logits(model)
+    found.clear()
+    close(table(ids(4)), wanted)
+    close(table(ids(4)[0, 1]), wanted[0, 1])
+    assert len(found) == 2
+    table(ids(40))
+    assert len(found) == 2, "many tokens"
+    with pytest.raises(IndexError):
+        table(torch.tensor([table.num_embeddings]))
+    table.weight.data = table.weight.data.clone()
+    close(table(ids(4)), wanted)
+    assert len(found) == 2, "another payload"
+
+
 def test_it_writes_the_same_text(load: Load) -> None:
     model = load()
     asked = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 257}

@@ -1,0 +1,30 @@
+"""Rows that kernels decode against rows of the dense matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmcompress.kernels.cpu.lookup import rows_of
+from llmcompress.kernels.cpu.prepare import prepare
+from llmcompress.weight.expression import dense, describe
+from llmcompress.weight.nodes import Rotated, Scaled, Weight
+from llmcompress.weight.trellis import Trellis
+from tests.builders import grid, seeded, streams
+
+SIGNS = torch.rand(96, generator=seeded(1)) < 0.5
+TABLES = [
+    grid((100, 96), 16, 32, 1, symmetric=True),
+    Rotated(grid((40, 96), 16, 32, 2, symmetric=False), SIGNS, 32),
+    Rotated(streams(Trellis(2, 1, 12), 128, 96, 768), SIGNS, 32),
+    Scaled(grid((33, 50), 256, 1000, 3, symmetric=True), torch.rand(50, generator=seeded(4)).half()),
+]
+
+
+@pytest.mark.parametrize("w", TABLES, ids=describe)
+def test_rows_are_those_of_the_matrix(w: Weight) -> None:
+    rows, prepared = dense(w), prepare(w)
+    assert prepared is not None and prepared.plain is not None
+    last = len(rows) - 1
+    for places in ([0], [last], [last, 3, 17, 3]):
+        torch.testing.assert_close(rows_of(prepared.plain, places), rows[places], rtol=1e-5, atol=1e-5)
