@@ -141,8 +141,10 @@ def plain(model: nn.Module) -> Iterator[None]:
     layers = {layer: layer.fast for layer in compressed_linears(model).values()}
     tables = {table: table.fast for table in _tables(model)}
     try:
-        for module in (*layers, *tables):
-            module.fast = None
+        for layer in layers:
+            layer.fast = None
+        for table in tables:
+            table.fast = None
         yield
     finally:
         for layer, fast in layers.items():

@@ -207,14 +207,25 @@ class CompressedEmbedding(Compressed, nn.Embedding):
         self.fast: FastRows | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Token ids `[...]` to rows `[..., width]`, in the dtype the model has."""
+        """Token ids `[...]` to rows `[..., width]`, in the dtype the model has.
+
+        Raises IndexError for tokens that the table does not have.
+        """
         like = self.get_parameter(LIKE)
         found = None if self.fast is None else self.fast(self, input)
         if found is None:
             chosen, places = input.unique(return_inverse=True)
+            if not torch.compiler.is_compiling():
+                self._check(chosen)
             found = expression.dense(rows(self.layout.header, self.payload(), chosen))[places]
         found = found.to(like.dtype)
         return found if self.scale is None else found * like.new_tensor(self.scale)
+
+    def _check(self, chosen: Tensor) -> None:
+        """Raise IndexError for tokens outside of the table; `chosen` is sorted."""
+        for token in chosen[[0, -1]].tolist() if len(chosen) else ():
+            if not 0 <= token < self.num_embeddings:
+                raise IndexError(f"token {token} is not in a table of {self.num_embeddings}; pass tokens of this model")
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

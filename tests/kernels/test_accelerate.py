@@ -143,8 +143,9 @@ def test_a_table_is_looked_up_in_what_its_head_has_prepared(load: Load, monkeypa
     assert len(found) == 2
     table(ids(40))
     assert len(found) == 2, "many tokens"
-    with pytest.raises(IndexError):
-        table(torch.tensor([table.num_embeddings]))
+    for token in (-1, table.num_embeddings):
+        with pytest.raises(IndexError, match=f"token {token} is not in a table"):
+            table(torch.tensor([5, token]))
     table.weight.data = table.weight.data.clone()
     close(table(ids(4)), wanted)
     assert len(found) == 2, "another payload"
