@@ -20,9 +20,10 @@ class Argument(IntEnum):
     COLUMNS = 7  # rounded up to whole blocks
     ROWS = 8  # rounded up to whole blocks
     GROUPS = 9
-    BLOCKS = 10  # of rows, which threads share
-    THREADS = 11  # address of the function that says how many there are
-    THREAD = 12  # address of the function that says which one this is
+    TABLE = 10  # float32 [length, entries]: of a codebook; or nothing
+    BLOCKS = 11  # of rows, which threads share
+    THREADS = 12  # address of the function that says how many there are
+    THREAD = 13  # address of the function that says which one this is
 
 
 def read(f: Function, argument: Argument) -> Value:

@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmcompress.kernels.cpu.codebooks import BookCodes
 from llmcompress.kernels.cpu.formats import Format, IntegerPlanes, Streams
 from llmcompress.kernels.cpu.product import LANES, block_size, shares
 from llmcompress.kernels.cpu.tables import TableStreams
 from llmcompress.weight.linear_code import linear_code
-from llmcompress.weight.nodes import Grid, TrellisCoded, Weight, shape
+from llmcompress.weight.nodes import Codebook, Grid, TrellisCoded, Weight, shape
 from llmcompress.weight.trellis import cuts
 
 BEFORE = 2  # units before a block that windows may reach into
@@ -35,12 +36,23 @@ class KernelMatrix:
     codes: Tensor  # uint8, flat
     scales: Tensor  # float16 [row tiles, groups, 16]
     zeros: Tensor | None  # uint8, alike
+    table: Tensor | None = None  # float32 [length, entries], of a codebook, whose columns of codes are vectors
 
     @cached_property
     def addresses(self) -> tuple[int, int, int]:
         """The addresses of codes, scales and zero points; 0 for none."""
         zeros = 0 if self.zeros is None else self.zeros.data_ptr()
         return self.codes.data_ptr(), self.scales.data_ptr(), zeros
+
+    @cached_property
+    def table_address(self) -> int:
+        """The address of the table; 0 for none."""
+        return 0 if self.table is None else self.table.data_ptr()
+
+    @property
+    def decoded_columns(self) -> int:
+        """Columns of the matrix, rounded up alike."""
+        return self.columns if self.table is None else self.columns * len(self.table)
 
     @property
     def block_bytes(self) -> int:
@@ -50,11 +62,14 @@ class KernelMatrix:
     @property
     def bytes(self) -> int:
         """Bytes that a product reads."""
-        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros) if part is not None)
+        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros, self.table) if part is not None)
 
 
-def form_of(w: Grid | TrellisCoded) -> IntegerPlanes | Streams | None:
+def form_of(w: Grid | TrellisCoded | Codebook) -> IntegerPlanes | Streams | None:
     """Return the run-time form of a leaf; None if there is no kernel for its sizes."""
+    if isinstance(w, Codebook):
+        entries, length = w.centroids.shape
+        return BookCodes(max(1, (entries - 1).bit_length()), 0, False, 0.0, length=length)
     if isinstance(w, Grid):
         group = 0 if w.group_size >= w.codes.shape[1] else w.group_size
         bits = max(1, (w.levels - 1).bit_length())
@@ -71,9 +86,11 @@ def form_of(w: Grid | TrellisCoded) -> IntegerPlanes | Streams | None:
 
 def packed(w: Weight) -> KernelMatrix | None:
     """Return a matrix repacked; None if no kernel reads its form."""
-    if not isinstance(w, Grid | TrellisCoded):
+    if not isinstance(w, Grid | TrellisCoded | Codebook):
         return None
     form = form_of(w)
+    if isinstance(w, Codebook) and isinstance(form, BookCodes):
+        return _book(w, form)
     if isinstance(w, Grid) and isinstance(form, IntegerPlanes):
         return _grid(w, form)
     return _streams(w, form) if isinstance(w, TrellisCoded) and isinstance(form, Streams) else None
@@ -102,13 +119,22 @@ def packed_elements(w: Grid, shown: Tensor) -> KernelMatrix | None:
 
 def _grid(w: Grid, form: IntegerPlanes) -> KernelMatrix:
     rows, width = w.codes.shape
-    padded_rows, columns = _up(rows, LANES), _up(width, block_size(form))
+    block = form.step if isinstance(form, BookCodes) else block_size(form)
+    padded_rows, columns = _up(rows, LANES), _up(width, block)
     codes = np.zeros((padded_rows, columns), np.uint8)
     codes[:rows, :width] = w.codes.numpy()
     groups = w.scale.shape[1]
     scales = _by_tile(form, w.scale.expand(rows, groups), padded_rows)
     zeros = None if w.zero is None else _by_tile(form, w.zero.expand(rows, groups), padded_rows)
     return KernelMatrix(form, (rows, width), padded_rows, columns, groups, _held(_planes(codes, form)), scales, zeros)
+
+
+def _book(w: Codebook, form: BookCodes) -> KernelMatrix:
+    rows, vectors = w.codes.shape
+    codes = _grid(Grid(w.codes, w.scale, None, len(w.centroids), vectors), form)
+    table = torch.zeros(form.length, form.entries)
+    table[:, : len(w.centroids)] = w.centroids.T
+    return replace(codes, size=(rows, w.width), table=table)
 
 
 def _planes(codes: Bytes, form: IntegerPlanes) -> Bytes:

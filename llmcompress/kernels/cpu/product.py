@@ -62,7 +62,7 @@ class Product:
             (self._integers if self.numbers else self._floats)(f, target, rows, block, sums)
         for tile in range(self._tiles):
             place = ((rows * self._tiles + tile) * read(f, Argument.GROUPS) + group) * LANES
-            scale = f.load(address(f, Argument.SCALES), vector(F16, LANES), place * 2).to_float() * self.form.unit
+            scale = scales_of(f, self.form, place)
             centre = f.constant(FLOATS, self.form.centre)
             if self.form.zeros:
                 centre = f.load(address(f, Argument.ZEROS), vector(I8, LANES), place).wider(I32, False).to_float()
@@ -175,8 +175,7 @@ class Decoding:
             centre = f.constant(FLOATS, self.form.centre)
             if self.form.zeros:
                 centre = f.load(address(f, Argument.ZEROS), vector(I8, LANES), place).wider(I32, False).to_float()
-            scale = f.load(address(f, Argument.SCALES), vector(F16, LANES), place * 2).to_float()
-            found.append((scale * self.form.unit, centre))
+            found.append((scales_of(f, self.form, place), centre))
         return found
 
 
@@ -198,6 +197,11 @@ def shares(form: Format) -> int:
 def places_of_rows(form: Format) -> list[int]:
     """Return the place in the tiles of each row of a block."""
     return sorted(range(form.block_rows), key=form.order.__getitem__)
+
+
+def scales_of(f: Function, form: Format, place: Value) -> Value:
+    """Write the scales of the rows of a tile, from number `place` on, times the unit of the form: float32 `[16]`."""
+    return f.load(address(f, Argument.SCALES), vector(F16, LANES), place * 2).to_float() * form.unit
 
 
 def bytes_of(codes: Value) -> list[Value]:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from llmcompress.kernels.cpu.arguments import Argument
 from llmcompress.kernels.cpu.build import Loaded, loaded
+from llmcompress.kernels.cpu.dispatch import decoding_of, product_of
 from llmcompress.kernels.cpu.layouts import KernelMatrix
 from llmcompress.kernels.cpu.prepare import Basis, Chain, KernelTerm, PlainMatrix, Prepared, Scattered
 from llmcompress.kernels.cpu.scattered import LANES, ListDecoding, ListProduct, Lists
-from llmcompress.kernels.cpu.tables import decoding_of, product_of
 from llmcompress.kernels.cpu.threads import team
 
 Mode = Literal["auto", "exact", "int8"]
@@ -219,7 +219,7 @@ def _of_inputs(basis: Basis, x: int, addresses: tuple[int, ...]) -> Any:
 
 def _of_product(packed: KernelMatrix, inputs: tuple[int, ...], y: int) -> Any:
     """Return the arguments of a product; `inputs`: the addresses of codes, scales and sums."""
-    return Values(*packed.addresses, *inputs, y, packed.columns, packed.rows, packed.groups)
+    return Values(*packed.addresses, *inputs, y, packed.columns, packed.rows, packed.groups, packed.table_address)
 
 
 def _run(kernel: Loaded, values: Any, blocks: int, weights: int) -> None:
@@ -310,12 +310,12 @@ def _through_lists(held: Lists, x: Tensor) -> Tensor:
 def decoded_columns(packed: KernelMatrix, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """Return rows of a packed matrix from one block to another, transposed: `[columns, last - first]`."""
     bfloat16 = dtype == torch.bfloat16
-    y = torch.empty(packed.columns, last - first + APART, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    y = torch.empty(packed.decoded_columns, last - first + APART, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     matrix, scales, zeros = packed.addresses
     block = first // packed.form.block_rows
     tiles = block * (packed.form.block_rows * packed.form.columns // 64) * packed.groups * 16
     places = matrix + block * packed.block_bytes, scales + 2 * tiles, zeros and zeros + tiles
-    values = Values(*places, 0, 0, 0, y.data_ptr(), packed.columns, y.shape[1], packed.groups)
+    values = Values(*places, 0, 0, 0, y.data_ptr(), packed.columns, y.shape[1], packed.groups, packed.table_address)
     _run(loaded(decoding_of(packed.form, bfloat16)), values, (last - first) // packed.form.block_rows, y.numel())
     y = y[:, : last - first]
     return y if y.dtype == dtype else y.to(dtype)
