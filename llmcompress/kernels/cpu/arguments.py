@@ -11,7 +11,7 @@ class Argument(IntEnum):
     """The place of an argument. Sizes count numbers unless they say bytes."""
 
     CODES = 0
-    SCALES = 1  # of weights, [row tiles, groups, 16]
+    SCALES = 1  # of weights, float16 or bfloat16 [row tiles, groups, 16]
     ZEROS = 2  # uint8, alike; or nothing
     X = 3  # [tokens, columns]: int8, or float32 in exact products
     X_SCALE = 4  # float32 [tokens, blocks]: of a block of int8 inputs

@@ -15,7 +15,7 @@ from functools import reduce
 from llvmlite import ir
 
 from llmcompress.kernels.cpu.arguments import Argument, address, read
-from llmcompress.kernels.cpu.emit import F32, I64, Function, Value, vector
+from llmcompress.kernels.cpu.emit import F32, I64, Function, Value
 from llmcompress.kernels.cpu.formats import IntegerPlanes
 from llmcompress.kernels.cpu.gather import FLOATS, LANES, entries_of
 from llmcompress.kernels.cpu.product import ADDRESS, INTEGERS, scales_of, to_bfloat16
@@ -24,6 +24,7 @@ from llmcompress.kernels.cpu.tiers import Instructions
 TABLES = 1 << 15  # bytes of the tables at a time, but for the fewest vectors that are read at once
 TILES = 128  # of rows, whose sums wait in the stack while the tables change
 FLOAT = 4  # bytes
+NOTHING = -0.0  # what sums begin with; of 0.0, LLVM would make a call of memset, and kernels call nothing
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class BookProduct:
         with f.loop(first, last, TILES) as start:
             stop = _smaller(start + TILES, last)
             with f.loop(0, TILES * self.tokens) as place:
-                f.store(f.constant(FLOATS, 0.0), sums, place * (LANES * FLOAT))
+                f.store(f.constant(FLOATS, NOTHING), sums, place * (LANES * FLOAT))
             with f.loop(0, columns, self._vectors) as column:
                 until = _smaller(column + self._vectors, columns)
                 self._multiply(f, tables, column, until)

@@ -45,6 +45,10 @@ class Format(Protocol):
         """The number that a step of the integers stands for, in units of a scale."""
 
     @property
+    def bfloat16_scales(self) -> bool:
+        """True if scales are bfloat16, which reaches as far as float32; else float16."""
+
+    @property
     def block_rows(self) -> int:
         """Rows of a block."""
 
@@ -116,6 +120,23 @@ class IntegerPlanes:
                     before = found[quad]
                     found[quad] = part if before is None else before | part
         return [[quad for quad in found if quad is not None]]
+
+
+@dataclass(frozen=True)
+class FloatCodes(IntegerPlanes):
+    """Codes of floats of few bits, laid out as integers are; the `table` of 16 or 64 codes holds integers below 128.
+
+    Scales are bfloat16, which reaches as far as float32.
+    """
+
+    table: tuple[int, ...] = ()
+
+    def tiles(self, target: Instructions, f: Function, block: Value, column: Value) -> list[list[Value]]:
+        """See `Format`."""
+        [found] = super().tiles(target, f, block, column)
+        table = f.constant(vector(I8, len(self.table)), self.table)
+        look_up = target.lookup16 if len(self.table) == 16 else lambda held, places: target.lookup([held], places)
+        return [[look_up(table, places) for places in found]]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,10 @@ def gathered(target: Instructions, f: Function, start: Value, places: Value) -> 
 
 
 def entries_of(target: Instructions, f: Function, start: Value, places: Value, count: int) -> Value:
-    """Return the float32 at the low bytes of `places`, int32 `[16]`, of a table of `count`: a power of two from 16 on."""
+    """Return the float32 at the low bytes of `places`, int32 `[16]`, of a table at the address `start`.
+
+    It has `count` numbers, 16 or a power of two beyond.
+    """
     if not target.tier.name.startswith("avx512") or count > IN_REGISTERS:
         return gathered(target, f, start, places & 255)
     found = [f.load(start, FLOATS, 4 * at) for at in range(0, count, LANES)]

@@ -23,6 +23,7 @@ from llmcompress.weight.nodes import (
     Dense,
     Grid,
     LowRank,
+    Minifloat,
     Pattern,
     Rotated,
     Scaled,
@@ -171,7 +172,7 @@ def supported(w: Weight, turned: bool = False) -> bool:
     match w:
         case Zero() | Dense():
             return True
-        case Grid() | TrellisCoded() | Codebook():
+        case Grid() | TrellisCoded() | Codebook() | Minifloat():
             return form_of(w) is not None
         case Sum():
             return all(supported(node, turned) for node in below)
@@ -191,6 +192,8 @@ def _elements_supported(w: Weight, turned: bool) -> bool:
     match w:
         case Zero() | Dense() | Grid():
             return True
+        case Minifloat():
+            return form_of(w) is not None
         case Scaled(inner):
             return not turned and _elements_supported(inner, turned)
         case Sum() | Where():
@@ -220,7 +223,7 @@ def _terms(w: Weight, basis: Basis) -> Terms | None:
             return _together([_selected(inside, chosen, basis), _terms(outside, _times(basis, ~chosen))])
         case Where(Bitmap(chosen) | Pattern(chosen), inside, outside):
             return _together([_elements(inside, chosen, basis), _elements(outside, ~chosen, basis)])
-        case Grid() | TrellisCoded() | Codebook():
+        case Grid() | TrellisCoded() | Codebook() | Minifloat():
             repacked = packed(w)
             return None if repacked is None else (KernelTerm(basis, repacked),)
     return None
@@ -255,6 +258,8 @@ def _elements(w: Weight, shown: Tensor, basis: Basis) -> Terms | None:
             return (Scattered(basis, lists(values, shown)),)
         case Grid():
             return (_grid_elements(w, shown, basis),)
+        case Minifloat(codes):
+            return _terms(replace(w, codes=codes.masked_fill(~shown, 0)), basis)
         case Scaled(inner, columns) if basis.signs is None:
             return _elements(inner, shown, _times(basis, columns.float()))
         case Zero() | Sum() | Where():

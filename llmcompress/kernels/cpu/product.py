@@ -9,7 +9,7 @@ from llvmlite import ir
 
 from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import F16, F32, I8, I16, I32, I64, Function, Value, Variable, vector
-from llmcompress.kernels.cpu.formats import Format
+from llmcompress.kernels.cpu.formats import FloatCodes, Format
 from llmcompress.kernels.cpu.inputs import FINER
 from llmcompress.kernels.cpu.tiers import Instructions, joined
 
@@ -201,7 +201,10 @@ def places_of_rows(form: Format) -> list[int]:
 
 def scales_of(f: Function, form: Format, place: Value) -> Value:
     """Write the scales of the rows of a tile, from number `place` on, times the unit of the form: float32 `[16]`."""
-    return f.load(address(f, Argument.SCALES), vector(F16, LANES), place * 2).to_float() * form.unit
+    start = address(f, Argument.SCALES)
+    if isinstance(form, FloatCodes):
+        return (f.load(start, vector(I16, LANES), place * 2).wider(I32, False) << 16).as_type(FLOATS) * form.unit
+    return f.load(start, vector(F16, LANES), place * 2).to_float() * form.unit
 
 
 def bytes_of(codes: Value) -> list[Value]:
