@@ -1,4 +1,4 @@
-"""Numbers from places of their own: what kernels need that read lists of columns, or tables too long for a register."""
+"""Numbers from places of their own: what kernels need that read lists of columns, or tables of floats."""
 
 from __future__ import annotations
 
