@@ -9,7 +9,7 @@ from llmcompress.kernels.cpu.tiers import Instructions, chosen, joined
 
 LANES = 16
 FLOATS = vector(F32, LANES)
-IN_REGISTERS = 64  # numbers of a table up to which choosing among registers is faster than gathering
+IN_REGISTERS = 128  # numbers of a table up to which choosing among registers is faster than gathering
 BIT = ir.IntType(1)  # LLVM's type of a flag
 
 

@@ -163,7 +163,7 @@ def _by_kernel(term: KernelTerm, x: Tensor, y: Tensor | None, numbers: int, know
         if before is not None:
             size = min(tokens, len(before)), min(packed.rows, before.shape[1])
             y[: size[0], : size[1]] += before[: size[0], : size[1]]
-    kernel = loaded(product_of(packed.form, min(tokens, AT_ONCE), numbers, False))
+    kernel = loaded(product_of(packed.form, max(1, min(tokens, AT_ONCE)), numbers, False))
     for first in range(0, tokens, AT_ONCE):
         _multiply(kernel, packed, ready, first, y[first:].data_ptr())
     return y

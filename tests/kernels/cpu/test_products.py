@@ -259,9 +259,13 @@ def test_layers_with_room_of_their_own_prepare_their_inputs(monkeypatch: pytest.
     assert torch.equal(run.product(other, x, "exact"), first)
 
 
-def test_nothing_but_scales_differs_by_rows_that_pad(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A matrix of one row and one column multiplies like any other."""
-    w = grid((1, 1), 16, 64, 3, symmetric=True)
+@pytest.mark.parametrize(
+    "w",
+    [grid((1, 1), 16, 64, 3, symmetric=True), codebook((1, 1), 200, 4, 3), minifloat((1, 1), "e2m3", "e8m0", 32, 3)],
+    ids=lambda w: type(w).__name__,
+)
+def test_nothing_but_scales_differs_by_rows_that_pad(w: Weight) -> None:
+    """A matrix of one row and one column multiplies like any other, and no tokens at all give no rows."""
     x = torch.tensor([[2.0]])
     torch.testing.assert_close(run.product(prepare(w), x, "exact"), 2 * dense(w))
     empty = run.product(prepare(w), torch.empty(0, 1), "exact")
