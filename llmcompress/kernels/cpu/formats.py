@@ -45,10 +45,6 @@ class Format(Protocol):
         """The number that a step of the integers stands for, in units of a scale."""
 
     @property
-    def bfloat16_scales(self) -> bool:
-        """True if scales are bfloat16, which reaches as far as float32; else float16."""
-
-    @property
     def block_rows(self) -> int:
         """Rows of a block."""
 
