@@ -28,7 +28,8 @@ from tests.builders import seeded, streams
 from tests.tiny import save_tiny
 
 RULES = [
-    {"match": "*.k_proj", "steps": [{"method": "kmeans", "bits": 2}]},
+    {"match": "*.k_proj", "steps": [{"method": "mxfp", "format": "mxfp8"}]},
+    {"match": "*.v_proj", "steps": [{"method": "kmeans", "bits": 2}]},
     {"match": "*.up_proj", "steps": [{"method": "rtn", "bits": 3, "group_size": 32}, {"method": "svd", "rank": 2}]},
     {"match": "*.o_proj", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2, "group_size": 32}]},
     {"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 32}]},

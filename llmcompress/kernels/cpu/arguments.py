@@ -11,7 +11,7 @@ class Argument(IntEnum):
     """The place of an argument. Sizes count numbers unless they say bytes."""
 
     CODES = 0
-    SCALES = 1  # of weights, [row tiles, groups, 16]
+    SCALES = 1  # of weights, float16 or bfloat16 [row tiles, groups, 16]
     ZEROS = 2  # uint8, alike; or nothing
     X = 3  # [tokens, columns]: int8, or float32 in exact products
     X_SCALE = 4  # float32 [tokens, blocks]: of a block of int8 inputs
@@ -20,9 +20,10 @@ class Argument(IntEnum):
     COLUMNS = 7  # rounded up to whole blocks
     ROWS = 8  # rounded up to whole blocks
     GROUPS = 9
-    BLOCKS = 10  # of rows, which threads share
-    THREADS = 11  # address of the function that says how many there are
-    THREAD = 12  # address of the function that says which one this is
+    TABLE = 10  # float32 [length, entries]: of a codebook; or nothing
+    BLOCKS = 11  # of rows, which threads share
+    THREADS = 12  # address of the function that says how many there are
+    THREAD = 13  # address of the function that says which one this is
 
 
 def read(f: Function, argument: Argument) -> Value:

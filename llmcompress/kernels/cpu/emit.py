@@ -218,6 +218,12 @@ class Function:
         found.set(initial)
         return found
 
+    def room(self, kind: Type, count: int) -> Value:
+        """The address of so many numbers or vectors in the stack, of any values."""
+        with self.builder.goto_block(self.entry):
+            place = Value(self, self.builder.alloca(ir.ArrayType(kind, count)))
+            return place.as_type(I8.as_pointer())
+
     @contextmanager
     def loop(self, start: Value | int, stop: Value | int, step: int = 1) -> Iterator[Value]:
         """Repeat the body for an int64 that counts from `start` to below `stop`."""

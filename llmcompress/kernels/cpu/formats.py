@@ -119,6 +119,23 @@ class IntegerPlanes:
 
 
 @dataclass(frozen=True)
+class FloatCodes(IntegerPlanes):
+    """Codes of floats of few bits, laid out as integers are; the `table` of 16 or 64 codes holds integers below 128.
+
+    Scales are bfloat16, which reaches as far as float32.
+    """
+
+    table: tuple[int, ...] = ()
+
+    def tiles(self, target: Instructions, f: Function, block: Value, column: Value) -> list[list[Value]]:
+        """See `Format`."""
+        [found] = super().tiles(target, f, block, column)
+        table = f.constant(vector(I8, len(self.table)), self.table)
+        look_up = target.lookup16 if len(self.table) == 16 else lambda held, places: target.lookup([held], places)
+        return [[look_up(table, places) for places in found]]
+
+
+@dataclass(frozen=True)
 class Streams:
     """Streams of a trellis with a linear code, in blocks of up to 64 rows.
 

@@ -44,7 +44,7 @@ def of_inputs(basis: Basis, x: int, addresses: tuple[int, ...]) -> Any:
 
 def of_product(packed: KernelMatrix, inputs: tuple[int, ...], y: int) -> Any:
     """Return the arguments of a product; `inputs`: the addresses of codes, scales and sums."""
-    return Values(*packed.addresses, *inputs, y, packed.columns, packed.rows, packed.groups)
+    return Values(*packed.addresses, *inputs, y, packed.columns, packed.rows, packed.groups, packed.table_address)
 
 
 def launch(kernel: Loaded, values: Any, blocks: int, weights: int) -> None:

@@ -11,16 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcompress.kernels.cpu.formats import Format, IntegerPlanes, Streams
+from llmcompress.kernels.cpu.codebooks import BookCodes
+from llmcompress.kernels.cpu.formats import FloatCodes, Format, IntegerPlanes, Streams
 from llmcompress.kernels.cpu.product import LANES, block_size, shares
 from llmcompress.kernels.cpu.tables import TableStreams
+from llmcompress.weight.expression import float_values
 from llmcompress.weight.linear_code import linear_code
-from llmcompress.weight.nodes import Grid, TrellisCoded, Weight, shape
+from llmcompress.weight.nodes import Codebook, Grid, Minifloat, TrellisCoded, Weight, shape
 from llmcompress.weight.trellis import cuts
 
 BEFORE = 2  # units before a block that windows may reach into
 SLACK = 64  # bytes that a kernel may read behind the last code
+STEPS = {"e2m1": 2, "e2m3": 8}  # of floats that are integers: how many make 1
 Bytes = NDArray[np.uint8]
+Leaf = Grid | TrellisCoded | Codebook | Minifloat
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +37,25 @@ class KernelMatrix:
     columns: int
     groups: int
     codes: Tensor  # uint8, flat
-    scales: Tensor  # float16 [row tiles, groups, 16]
+    scales: Tensor  # float16, or bfloat16 of floats of few bits: [row tiles, groups, 16]
     zeros: Tensor | None  # uint8, alike
+    table: Tensor | None = None  # float32 [length, entries], of a codebook, whose columns of codes are vectors
 
     @cached_property
     def addresses(self) -> tuple[int, int, int]:
         """The addresses of codes, scales and zero points; 0 for none."""
         zeros = 0 if self.zeros is None else self.zeros.data_ptr()
         return self.codes.data_ptr(), self.scales.data_ptr(), zeros
+
+    @cached_property
+    def table_address(self) -> int:
+        """The address of the table; 0 for none."""
+        return 0 if self.table is None else self.table.data_ptr()
+
+    @property
+    def decoded_columns(self) -> int:
+        """Columns of the matrix, rounded up alike."""
+        return self.columns if self.table is None else self.columns * len(self.table)
 
     @property
     def block_bytes(self) -> int:
@@ -50,33 +65,60 @@ class KernelMatrix:
     @property
     def bytes(self) -> int:
         """Bytes that a product reads."""
-        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros) if part is not None)
+        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros, self.table) if part is not None)
 
 
-def form_of(w: Grid | TrellisCoded) -> IntegerPlanes | Streams | None:
-    """Return the run-time form of a leaf; None if there is no kernel for its sizes."""
-    if isinstance(w, Grid):
-        group = 0 if w.group_size >= w.codes.shape[1] else w.group_size
-        bits = max(1, (w.levels - 1).bit_length())
-        return None if group % 32 else IntegerPlanes(bits, group, w.zero is not None, (w.levels - 1) / 2)
-    trellis, rows = w.trellis, shape(w)[0]
-    if trellis.code == "table":
-        form: Streams = TableStreams.of(trellis)
-    else:
-        code = linear_code(trellis.bits, trellis.values, trellis.memory)
-        numbers = tuple(tuple(part.tolist()) for part in code.numbers)
-        form = Streams(trellis.bits, trellis.values, trellis.memory, code.masks, numbers)
-    return form if w.run % form.block_rows == 0 or w.run >= rows else None
+def form_of(w: Leaf) -> IntegerPlanes | Streams | None:
+    """Return the run-time form of a leaf; None if there is no kernel for its sizes or formats."""
+    match w:
+        case Grid():
+            group, bits = _group(w), max(1, (w.levels - 1).bit_length())
+            return None if group % 32 else IntegerPlanes(bits, group, w.zero is not None, (w.levels - 1) / 2)
+        case Codebook(centroids=centroids):
+            entries, length = centroids.shape
+            return BookCodes(max(1, (entries - 1).bit_length()), 0, False, 0.0, length=length)
+        case Minifloat():
+            return _floats(w)
+        case TrellisCoded(trellis=trellis):
+            if trellis.code == "table":
+                form: Streams = TableStreams.of(trellis)
+            else:
+                code = linear_code(trellis.bits, trellis.values, trellis.memory)
+                numbers = tuple(tuple(part.tolist()) for part in code.numbers)
+                form = Streams(trellis.bits, trellis.values, trellis.memory, code.masks, numbers)
+            return form if w.run % form.block_rows == 0 or w.run >= shape(w)[0] else None
+
+
+def _floats(w: Minifloat) -> FloatCodes | None:
+    """Return the form of floats that are few integers, without a factor of all, which bfloat16 scales do not hold."""
+    group, steps = _group(w), STEPS.get(w.form)
+    if steps is None or group % 32 or w.tensor_scale is not None:
+        return None
+    whole = (float_values(w.form) * steps).to(torch.int64)
+    centre = int(whole.max())
+    table = tuple((whole + centre).tolist())
+    return FloatCodes(len(table).bit_length() - 1, group, False, centre, 1 / steps, table=table)
+
+
+def _group(w: Grid | Minifloat) -> int:
+    """Return the columns of a scale, 0 for all."""
+    return 0 if w.group_size >= w.codes.shape[1] else w.group_size
 
 
 def packed(w: Weight) -> KernelMatrix | None:
     """Return a matrix repacked; None if no kernel reads its form."""
-    if not isinstance(w, Grid | TrellisCoded):
-        return None
-    form = form_of(w)
-    if isinstance(w, Grid) and isinstance(form, IntegerPlanes):
-        return _grid(w, form)
-    return _streams(w, form) if isinstance(w, TrellisCoded) and isinstance(form, Streams) else None
+    form = form_of(w) if isinstance(w, Leaf) else None
+    match w, form:
+        case Grid(), IntegerPlanes():
+            return _grid(w, form)
+        case Codebook(), BookCodes():
+            return _book(w, form)
+        case Minifloat(codes, scale), FloatCodes():
+            scales = float_values(w.scales)[scale.long()].bfloat16()
+            return _grid(Grid(codes, scales, None, len(form.table), w.group_size), form)
+        case TrellisCoded(), Streams():
+            return _streams(w, form)
+    return None
 
 
 def packed_elements(w: Grid, shown: Tensor) -> KernelMatrix | None:
@@ -102,13 +144,22 @@ def packed_elements(w: Grid, shown: Tensor) -> KernelMatrix | None:
 
 def _grid(w: Grid, form: IntegerPlanes) -> KernelMatrix:
     rows, width = w.codes.shape
-    padded_rows, columns = _up(rows, LANES), _up(width, block_size(form))
+    block = form.step if isinstance(form, BookCodes) else block_size(form)
+    padded_rows, columns = _up(rows, LANES), _up(width, block)
     codes = np.zeros((padded_rows, columns), np.uint8)
     codes[:rows, :width] = w.codes.numpy()
     groups = w.scale.shape[1]
     scales = _by_tile(form, w.scale.expand(rows, groups), padded_rows)
     zeros = None if w.zero is None else _by_tile(form, w.zero.expand(rows, groups), padded_rows)
     return KernelMatrix(form, (rows, width), padded_rows, columns, groups, _held(_planes(codes, form)), scales, zeros)
+
+
+def _book(w: Codebook, form: BookCodes) -> KernelMatrix:
+    rows, vectors = w.codes.shape
+    codes = _grid(Grid(w.codes, w.scale, None, len(w.centroids), vectors), form)
+    table = torch.zeros(form.length, form.entries)
+    table[:, : len(w.centroids)] = w.centroids.T
+    return replace(codes, size=(rows, w.width), table=table)
 
 
 def _planes(codes: Bytes, form: IntegerPlanes) -> Bytes:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels.cpu import build
+from llmcompress.kernels.cpu.dispatch import decoding_of
 from llmcompress.kernels.cpu.launch import Values, launch, of_inputs
 from llmcompress.kernels.cpu.layouts import KernelMatrix
 from llmcompress.kernels.cpu.prepare import Basis, Chain, KernelTerm, PlainMatrix, Prepared, Scattered
 from llmcompress.kernels.cpu.scattered import LANES, ListDecoding, Lists
-from llmcompress.kernels.cpu.tables import decoding_of
 
 DECODED = 1 << 20  # weights that are decoded at a time, which stay in cache
 BLOCK = 64  # columns of a block of inputs
@@ -79,7 +79,7 @@ def _through_tiles(packed: KernelMatrix, x: Tensor) -> Tensor:
     """Return the product with a packed matrix, decoded some rows at a time."""
     rows, block_rows = packed.size[0], packed.form.block_rows
     y = x.new_empty(len(x), rows)
-    tiles = -(-packed.rows * packed.columns // DECODED)
+    tiles = -(-packed.rows * packed.decoded_columns // DECODED)
     at_once = -(-packed.rows // (tiles * block_rows)) * block_rows
     for first in range(0, packed.rows, at_once):
         last = min(first + at_once, packed.rows)
@@ -110,12 +110,12 @@ def decoded_columns(packed: KernelMatrix, first: int, last: int, dtype: torch.dt
     They are there until the thread decodes again.
     """
     bfloat16 = dtype == torch.bfloat16
-    y = _KNOWN.room(packed.columns, last - first + APART, torch.bfloat16 if bfloat16 else torch.float32)
+    y = _KNOWN.room(packed.decoded_columns, last - first + APART, torch.bfloat16 if bfloat16 else torch.float32)
     matrix, scales, zeros = packed.addresses
     block = first // packed.form.block_rows
     tiles = block * (packed.form.block_rows * packed.form.columns // 64) * packed.groups * 16
     places = matrix + block * packed.block_bytes, scales + 2 * tiles, zeros and zeros + tiles
-    values = Values(*places, 0, 0, 0, y.data_ptr(), packed.columns, y.shape[1], packed.groups)
+    values = Values(*places, 0, 0, 0, y.data_ptr(), packed.columns, y.shape[1], packed.groups, packed.table_address)
     launch(
         build.loaded(decoding_of(packed.form, bfloat16)), values, (last - first) // packed.form.block_rows, y.numel()
     )

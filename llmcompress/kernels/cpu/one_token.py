@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llmcompress.kernels.cpu import build
 from llmcompress.kernels.cpu.arguments import Argument
+from llmcompress.kernels.cpu.dispatch import product_of
 from llmcompress.kernels.cpu.launch import Room, launch, of_inputs, of_product
 from llmcompress.kernels.cpu.prepare import KernelTerm
-from llmcompress.kernels.cpu.tables import product_of
 
 INPUTS, OUTPUTS = int(Argument.CODES), int(Argument.Y)  # what changes of the arguments
 

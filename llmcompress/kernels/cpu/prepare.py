@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcompress.kernels.cpu.dispatch import input_block, takes_floats
 from llmcompress.kernels.cpu.inputs import Inputs
 from llmcompress.kernels.cpu.layouts import KernelMatrix, form_of, packed, packed_elements
-from llmcompress.kernels.cpu.product import block_size
 from llmcompress.kernels.cpu.scattered import Lists, lists
-from llmcompress.kernels.cpu.tables import TableStreams
 from llmcompress.weight.expression import dense
 from llmcompress.weight.hadamard import rotate_inputs
 from llmcompress.weight.nodes import (
     Bitmap,
+    Codebook,
     Columns,
     Dense,
     Grid,
     LowRank,
+    Minifloat,
     Pattern,
     Rotated,
     Scaled,
@@ -92,11 +93,11 @@ class KernelTerm:
     @cached_property
     def block(self) -> int:
         """Columns of a block of inputs."""
-        return block_size(self.packed.form)
+        return input_block(self.packed.form)
 
     def numbers(self, wanted: int) -> int:
         """Return how many integers stand for an input, of as many as wanted: none for weights that are floats."""
-        return 0 if isinstance(self.packed.form, TableStreams) else wanted
+        return 0 if takes_floats(self.packed.form) else wanted
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +172,7 @@ def supported(w: Weight, turned: bool = False) -> bool:
     match w:
         case Zero() | Dense():
             return True
-        case Grid() | TrellisCoded():
+        case Grid() | TrellisCoded() | Codebook() | Minifloat():
             return form_of(w) is not None
         case Sum():
             return all(supported(node, turned) for node in below)
@@ -191,6 +192,8 @@ def _elements_supported(w: Weight, turned: bool) -> bool:
     match w:
         case Zero() | Dense() | Grid():
             return True
+        case Minifloat():
+            return form_of(w) is not None
         case Scaled(inner):
             return not turned and _elements_supported(inner, turned)
         case Sum() | Where():
@@ -220,7 +223,7 @@ def _terms(w: Weight, basis: Basis) -> Terms | None:
             return _together([_selected(inside, chosen, basis), _terms(outside, _times(basis, ~chosen))])
         case Where(Bitmap(chosen) | Pattern(chosen), inside, outside):
             return _together([_elements(inside, chosen, basis), _elements(outside, ~chosen, basis)])
-        case Grid() | TrellisCoded():
+        case Grid() | TrellisCoded() | Codebook() | Minifloat():
             repacked = packed(w)
             return None if repacked is None else (KernelTerm(basis, repacked),)
     return None
@@ -255,6 +258,8 @@ def _elements(w: Weight, shown: Tensor, basis: Basis) -> Terms | None:
             return (Scattered(basis, lists(values, shown)),)
         case Grid():
             return (_grid_elements(w, shown, basis),)
+        case Minifloat(codes):
+            return _terms(replace(w, codes=codes.masked_fill(~shown, 0)), basis)
         case Scaled(inner, columns) if basis.signs is None:
             return _elements(inner, shown, _times(basis, columns.float()))
         case Zero() | Sum() | Where():

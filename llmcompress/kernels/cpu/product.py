@@ -8,8 +8,8 @@ from functools import reduce
 from llvmlite import ir
 
 from llmcompress.kernels.cpu.arguments import Argument, address, read
-from llmcompress.kernels.cpu.emit import F16, F32, I8, I32, I64, Function, Value, Variable, vector
-from llmcompress.kernels.cpu.formats import Format
+from llmcompress.kernels.cpu.emit import F16, F32, I8, I16, I32, I64, Function, Value, Variable, vector
+from llmcompress.kernels.cpu.formats import FloatCodes, Format
 from llmcompress.kernels.cpu.inputs import FINER
 from llmcompress.kernels.cpu.tiers import Instructions, joined
 
@@ -62,7 +62,7 @@ class Product:
             (self._integers if self.numbers else self._floats)(f, target, rows, block, sums)
         for tile in range(self._tiles):
             place = ((rows * self._tiles + tile) * read(f, Argument.GROUPS) + group) * LANES
-            scale = f.load(address(f, Argument.SCALES), vector(F16, LANES), place * 2).to_float() * self.form.unit
+            scale = scales_of(f, self.form, place)
             centre = f.constant(FLOATS, self.form.centre)
             if self.form.zeros:
                 centre = f.load(address(f, Argument.ZEROS), vector(I8, LANES), place).wider(I32, False).to_float()
@@ -175,8 +175,7 @@ class Decoding:
             centre = f.constant(FLOATS, self.form.centre)
             if self.form.zeros:
                 centre = f.load(address(f, Argument.ZEROS), vector(I8, LANES), place).wider(I32, False).to_float()
-            scale = f.load(address(f, Argument.SCALES), vector(F16, LANES), place * 2).to_float()
-            found.append((scale * self.form.unit, centre))
+            found.append((scales_of(f, self.form, place), centre))
         return found
 
 
@@ -198,6 +197,14 @@ def shares(form: Format) -> int:
 def places_of_rows(form: Format) -> list[int]:
     """Return the place in the tiles of each row of a block."""
     return sorted(range(form.block_rows), key=form.order.__getitem__)
+
+
+def scales_of(f: Function, form: Format, place: Value) -> Value:
+    """Write the scales of the rows of a tile, from number `place` on, times the unit of the form: float32 `[16]`."""
+    start = address(f, Argument.SCALES)
+    if isinstance(form, FloatCodes):
+        return (f.load(start, vector(I16, LANES), place * 2).wider(I32, False) << 16).as_type(FLOATS) * form.unit
+    return f.load(start, vector(F16, LANES), place * 2).to_float() * form.unit
 
 
 def bytes_of(codes: Value) -> list[Value]:

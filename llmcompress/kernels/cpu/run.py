@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels.cpu import build
+from llmcompress.kernels.cpu.dispatch import product_of
 from llmcompress.kernels.cpu.launch import Room, Values, launch, of_inputs, of_product
 from llmcompress.kernels.cpu.layouts import KernelMatrix
 from llmcompress.kernels.cpu.many import many
 from llmcompress.kernels.cpu.one_token import one_token
 from llmcompress.kernels.cpu.prepare import Basis, Chain, KernelTerm, PlainMatrix, Prepared, Scattered
 from llmcompress.kernels.cpu.scattered import LANES, ListProduct
-from llmcompress.kernels.cpu.tables import product_of
 
 Mode = Literal["auto", "exact", "int8"]
 MODES: dict[str, Mode] = {"auto": "auto", "exact": "exact", "int8": "int8"}
@@ -101,7 +101,7 @@ def _by_kernel(term: KernelTerm, x: Tensor, y: Tensor | None, numbers: int, know
         if before is not None:
             size = min(tokens, len(before)), min(packed.rows, before.shape[1])
             y[: size[0], : size[1]] += before[: size[0], : size[1]]
-    kernel = build.loaded(product_of(packed.form, min(tokens, AT_ONCE), numbers, False))
+    kernel = build.loaded(product_of(packed.form, max(1, min(tokens, AT_ONCE)), numbers, False))
     for first in range(0, tokens, AT_ONCE):
         _multiply(kernel, packed, ready, first, y[first:].data_ptr())
     return y

@@ -12,10 +12,10 @@ import torch
 from llvmlite import ir
 
 from llmcompress.kernels.cpu.arguments import Argument, address, read
-from llmcompress.kernels.cpu.emit import F16, F32, I8, I32, I64, Function, Value, vector
-from llmcompress.kernels.cpu.formats import Format, Streams
+from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, Function, Value, vector
+from llmcompress.kernels.cpu.formats import Streams
 from llmcompress.kernels.cpu.gather import FLOATS, LANES, gathered
-from llmcompress.kernels.cpu.product import ADDRESS, Decoding, Product, places_of_rows, shares, tiles_of
+from llmcompress.kernels.cpu.product import ADDRESS, places_of_rows, scales_of, shares, tiles_of
 from llmcompress.kernels.cpu.tiers import Instructions, joined
 from llmcompress.weight.trellis import Trellis, table
 
@@ -142,19 +142,6 @@ def _scales(f: Function, form: TableStreams, rows: Value) -> Value:
     """Write the scales of a block of rows."""
     found = []
     for tile in range(tiles_of(form)):
-        place = (rows * tiles_of(form) + tile) * (2 * LANES)
-        lanes = f.load(address(f, Argument.SCALES), vector(F16, LANES), place).to_float()
-        found.append(lanes.shuffled(range(0, LANES, shares(form))))
+        place = (rows * tiles_of(form) + tile) * LANES
+        found.append(scales_of(f, form, place).shuffled(range(0, LANES, shares(form))))
     return joined(found).shuffled(places_of_rows(form))
-
-
-def product_of(form: Format, tokens: int, numbers: int, bfloat16: bool) -> Product | TableProduct:
-    """Return the kernel that multiplies by a form."""
-    if isinstance(form, TableStreams):
-        return TableProduct(form, tokens, bfloat16)
-    return Product(form, tokens, numbers, bfloat16)
-
-
-def decoding_of(form: Format, bfloat16: bool) -> Decoding | TableDecoding:
-    """Return the kernel that decodes a form."""
-    return TableDecoding(form, bfloat16) if isinstance(form, TableStreams) else Decoding(form, bfloat16)

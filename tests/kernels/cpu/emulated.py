@@ -19,7 +19,7 @@ arm64 = pytest.importorskip("unicorn.arm64_const")
 NEON = next(tier for tier in TIERS if tier.name == "neon")
 PAGE = 4096
 CODE = 0x10_0000_0000  # far from what this process has mapped
-STACK, STACK_BYTES = 0x11_0000_0000, 1 << 16
+STACK, STACK_BYTES = 0x11_0000_0000, 1 << 18
 STUBS = 0x12_0000_0000  # functions that return a number
 END = 0x13_0000_0000  # where a function returns to
 ALLOCATED, SYMBOLS, RELOCATIONS = 2, 2, 4  # of ELF: a flag of sections, and two kinds of them

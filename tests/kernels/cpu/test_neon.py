@@ -15,7 +15,7 @@ from llmcompress.kernels.cpu.prepare import prepare
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Rotated, Weight, shape
 from llmcompress.weight.trellis import Trellis
-from tests.builders import grid, seeded, streams
+from tests.builders import codebook, grid, minifloat, seeded, streams
 from tests.kernels.cpu.emulated import STUBS, Emulated, emulated
 from tests.tiers import tiered
 
@@ -34,6 +34,8 @@ FORMS = {
     "8 bits": grid((16, 64), 256, 64, 3, symmetric=True),
     "streams of 2 bits": linear_streams(64, 70, 2, 1),
     "streams of 1.5 bits": linear_streams(128, 70, 3, 2),
+    "vectors": codebook((17, 40), 16, 4, 5),
+    "floats of 4 bits": minifloat((33, 100), "e2m1", "e8m0", 32, 6),
     "rotated": turned(grid((16, 192), 16, 64, 4, symmetric=True), 64),
     "rotated rows": turned(linear_streams(64, 128, 2, 1), 128),
 }
@@ -41,6 +43,7 @@ FORMS = {
 
 MODES = ("exact", "int8", "auto")
 FAST = {("4 bits", "auto"), ("3 bits with zeros", "exact"), ("streams of 2 bits", "int8"), ("rotated", "auto")}
+FAST |= {("vectors", "exact")}
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from llmcompress.weight.nodes import (
     shape,
 )
 from llmcompress.weight.trellis import Trellis
-from tests.builders import every_node, grid, pattern, random_nestings, seeded, streams
+from tests.builders import codebook, every_node, grid, minifloat, pattern, random_nestings, seeded, streams
 from tests.tiers import tiered
 
 HERE = TIERS[TIERS.index(host_tier()) :]  # this machine's tier, and those below
@@ -121,7 +121,34 @@ TABLES = [
     table_streams(128, 40, 4, 1, 12),
     table_streams(64, 10, 2, 1, 16),
 ]
-FORMS = GRIDS + STREAMS + TURNED + ELEMENTS + TABLES
+VECTORS = [
+    codebook((33, 300), 256, 4, 1),
+    codebook((17, 1100), 16, 1, 2),
+    codebook((50, 77), 5, 3, 3),
+    codebook((40, 90), 64, 8, 4),
+    codebook((40, 101), 256, 2, 5),
+    codebook((40, 70), 200, 1, 6),
+    codebook((48, 66), 2, 1, 7),
+    Sum((codebook((33, 100), 256, 4, 8), codebook((33, 100), 16, 4, 9))),
+    Rotated(Sum((codebook((33, 96), 32, 2, 10), codebook((33, 96), 100, 2, 11))), signs(96), 32),
+    Scaled(codebook((50, 103), 128, 4, 12), (torch.rand(103, generator=seeded(4)) + 0.5).half()),
+    Where(Columns(signs(100)), grid((33, 100), 256, 1000, 13, symmetric=True), codebook((33, 100), 16, 4, 14)),
+    LowRank(Dense(torch.randn(33, 5, generator=seeded(5)).half()), codebook((5, 100), 16, 4, 15)),
+]
+FLOATS = [
+    minifloat((33, 100), "e2m1", "e8m0", 32, 1),
+    minifloat((33, 100), "e2m3", "e8m0", 32, 2),
+    minifloat((20, 70), "e2m3", "e8m0", 64, 3),
+    minifloat((20, 70), "e2m1", "e8m0", 70, 4),
+    Rotated(minifloat((33, 96), "e2m1", "e8m0", 32, 5), signs(96), 32),
+    Where(pattern((33, 100), 2, 4, 2), minifloat((33, 100), "e2m1", "e8m0", 32, 6), Zero((33, 100))),
+    Where(
+        some((33, 100), 0.1, 8),
+        Dense(torch.randn(33, 100, generator=seeded(6)).half()),
+        minifloat((33, 100), "e2m3", "e8m0", 32, 7),
+    ),
+]
+FORMS = GRIDS + STREAMS + TURNED + ELEMENTS + TABLES + VECTORS + FLOATS
 every_tier = pytest.mark.parametrize(
     "tier", tiered(RUNNABLE, lambda tier: tier == host_tier(), lambda tier: str(tier.name))
 )
@@ -139,7 +166,9 @@ def on_tier(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> Iterator[Tier]:
 
 @every_tier
 @pytest.mark.parametrize(
-    "w", [*GRIDS[:3], STREAMS[0], TURNED[1], TABLES[0], *ELEMENTS[:3]], ids=lambda w: f"{type(w).__name__}"
+    "w",
+    [*GRIDS[:3], STREAMS[0], TURNED[1], TABLES[0], *ELEMENTS[:3], *VECTORS[:2], FLOATS[0]],
+    ids=lambda w: f"{type(w).__name__}",
 )
 def test_every_tier_multiplies_as_the_dense_matrix(on_tier: Tier, w: Weight) -> None:
     check(w)
@@ -232,9 +261,13 @@ def test_layers_with_room_of_their_own_prepare_their_inputs(monkeypatch: pytest.
     assert torch.equal(run.product(other, x, "exact"), first)
 
 
-def test_nothing_but_scales_differs_by_rows_that_pad(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A matrix of one row and one column multiplies like any other."""
-    w = grid((1, 1), 16, 64, 3, symmetric=True)
+@pytest.mark.parametrize(
+    "w",
+    [grid((1, 1), 16, 64, 3, symmetric=True), codebook((1, 1), 200, 4, 3), minifloat((1, 1), "e2m3", "e8m0", 32, 3)],
+    ids=lambda w: type(w).__name__,
+)
+def test_nothing_but_scales_differs_by_rows_that_pad(w: Weight) -> None:
+    """A matrix of one row and one column multiplies like any other, and no tokens at all give no rows."""
     x = torch.tensor([[2.0]])
     torch.testing.assert_close(run.product(prepare(w), x, "exact"), 2 * dense(w))
     empty = run.product(prepare(w), torch.empty(0, 1), "exact")
@@ -249,6 +282,7 @@ def test_threads_share_the_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -
     try:
         check(STREAMS[0])
         check(GRIDS[0])
+        check(VECTORS[0])
     finally:
         torch.set_num_threads(before)
 

@@ -1,0 +1,74 @@
+"""Kernels of codebooks and of floats of few bits: what they decode and hold, and what has none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llmcompress.kernels.cpu import many, run
+from llmcompress.kernels.cpu.codebooks import TILES
+from llmcompress.kernels.cpu.gather import LANES
+from llmcompress.kernels.cpu.layouts import packed
+from llmcompress.kernels.cpu.prepare import prepare, supported
+from llmcompress.weight.encoding import encode
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Codebook, FloatFormat, Minifloat, Weight
+from tests.builders import codebook, minifloat, payload_bits, seeded
+from tests.kernels.cpu.test_products import distance, every_tier, on_tier  # noqa: F401  (a fixture)
+
+DECODED = [codebook((33, 300), 256, 4, 1), codebook((17, 100), 16, 1, 2), codebook((50, 77), 5, 3, 3)]
+DECODED += [minifloat((33, 100), "e2m1", "e8m0", 32, 1), minifloat((33, 100), "e2m3", "e8m0", 32, 2)]
+
+
+@every_tier
+@pytest.mark.usefixtures("on_tier")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("w", DECODED, ids=lambda w: type(w).__name__)
+def test_what_is_decoded_are_the_bits_of_the_dense_matrix(w: Codebook | Minifloat, dtype: torch.dtype) -> None:
+    held = packed(w)
+    found = many.decoded_columns(held, 0, held.rows, dtype)[: held.size[1], : held.size[0]]
+    assert torch.equal(found.T, dense(w).to(dtype))
+
+
+@pytest.mark.parametrize("entries", [16, 256])
+def test_more_rows_than_sums_wait_for(entries: int) -> None:
+    w = codebook((LANES * TILES + 40, 136), entries, 4, 1)
+    for tokens, dtype, tolerance in ((1, torch.bfloat16, 4e-3), (2, torch.float32, 1e-5)):
+        x = torch.randn(tokens, 136, generator=seeded(tokens)).to(dtype)
+        assert distance(run.product(prepare(w), x, "auto"), x.double() @ dense(w).double().T) < tolerance
+
+
+@pytest.mark.parametrize(
+    "w",
+    [
+        codebook((512, 2048), 256, 4, 1),
+        codebook((512, 2048), 16, 1, 2),
+        codebook((512, 2048), 64, 8, 3),
+        minifloat((512, 2048), "e2m1", "e8m0", 32, 4),
+        minifloat((512, 2048), "e2m3", "e8m0", 32, 5),
+    ],
+    ids=lambda w: type(w).__name__,
+)
+def test_they_take_little_more_room_than_on_disk(w: Weight) -> None:
+    assert 8 * prepare(w).bytes < 1.25 * payload_bits(encode(w)[1]) + 8 * 8192
+
+
+@pytest.mark.parametrize("code", [0, 1, 126, 250])
+def test_scales_of_floats_reach_as_far_as_float32(code: int) -> None:
+    w = minifloat((20, 64), "e2m1", "e8m0", 32, 1)
+    w = replace(w, scale=torch.full_like(w.scale, code))
+    x = torch.full((1, 64), 0.125 if code > 127 else 64.0)
+    assert torch.equal(run.product(prepare(w), x, "exact"), (x.double() @ dense(w).double().T).float())
+
+
+@pytest.mark.parametrize(
+    ("form", "scales", "group_size"),
+    [("e2m1", "e4m3", 16), ("e2m1", "e4m3", 32), ("e3m2", "e8m0", 32), ("e4m3", "e8m0", 32), ("e2m1", "e8m0", 16)],
+)
+def test_floats_that_are_no_small_integers_have_no_kernel(
+    form: FloatFormat, scales: FloatFormat, group_size: int
+) -> None:
+    w = minifloat((20, 64), form, scales, group_size, 1)
+    assert not supported(w) and prepare(w) is None
