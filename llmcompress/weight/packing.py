@@ -54,8 +54,11 @@ def _pack(flat: Tensor, levels: int) -> Tensor:
 
 def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
     """The first `count` codes of what `pack` wrote, as a flat uint8 tensor."""
-    bytes_in_run = (1 if digits_per_byte(levels) else stream_bits(levels)) * RUNS
-    return torch.cat([_unpack(run, levels) for run in packed.split(bytes_in_run)])[:count]
+    digits, found = digits_per_byte(levels), packed.new_empty(count)
+    runs = packed.split((1 if digits else stream_bits(levels)) * RUNS)
+    for run, place in zip(runs, found.split((digits or 8) * RUNS)):
+        place.copy_(_unpack(run, levels)[: len(place)])
+    return found
 
 
 def _unpack(packed: Tensor, levels: int) -> Tensor:

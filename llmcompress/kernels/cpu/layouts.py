@@ -21,6 +21,7 @@ from llmcompress.weight.nodes import Codebook, Grid, Minifloat, TrellisCoded, We
 from llmcompress.weight.trellis import cuts
 
 BEFORE = 2  # units before a block that windows may reach into
+AT_ONCE = 2048  # rows that are repacked at a time, since bytes of single bits take many times the memory
 SLACK = 64  # bytes that a kernel may read behind the last code
 STEPS = {"e2m1": 2, "e2m3": 8}  # of floats that are integers: how many make 1
 Bytes = NDArray[np.uint8]
@@ -146,12 +147,17 @@ def _grid(w: Grid, form: IntegerPlanes) -> KernelMatrix:
     rows, width = w.codes.shape
     block = form.step if isinstance(form, BookCodes) else block_size(form)
     padded_rows, columns = _up(rows, LANES), _up(width, block)
-    codes = np.zeros((padded_rows, columns), np.uint8)
-    codes[:rows, :width] = w.codes.numpy()
+    held = np.zeros(padded_rows * columns * form.bits // 8 + SLACK, np.uint8)
+    for first in range(0, padded_rows, AT_ONCE):
+        last = min(first + AT_ONCE, padded_rows)
+        codes = np.zeros((last - first, columns), np.uint8)
+        codes[: rows - first, :width] = w.codes[first:last].numpy()
+        places = slice(first * columns * form.bits // 8, last * columns * form.bits // 8)
+        held[places] = _planes(codes, form).reshape(-1)
     groups = w.scale.shape[1]
     scales = _by_tile(form, w.scale.expand(rows, groups), padded_rows)
     zeros = None if w.zero is None else _by_tile(form, w.zero.expand(rows, groups), padded_rows)
-    return KernelMatrix(form, (rows, width), padded_rows, columns, groups, _held(_planes(codes, form)), scales, zeros)
+    return KernelMatrix(form, (rows, width), padded_rows, columns, groups, torch.from_numpy(held), scales, zeros)
 
 
 def _book(w: Codebook, form: BookCodes) -> KernelMatrix:
