@@ -68,6 +68,9 @@ def _unpack(packed: Tensor, levels: int) -> Tensor:
         table = torch.stack([(octets // levels**k) % levels for k in range(digits)], 1).to(torch.uint8)
         return table[packed.long()].reshape(-1)
     bits = stream_bits(levels)
+    if 8 % bits == 0:  # whole codes to a byte
+        places = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed[:, None] >> places) & ((1 << bits) - 1)).reshape(-1)
     shifts = torch.arange(8, device=packed.device)
     word = (_rows(packed, bits).to(torch.int64) << (8 * shifts[:bits])).sum(1)
     return ((word[:, None] >> (bits * shifts)) & ((1 << bits) - 1)).to(torch.uint8).reshape(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import pairwise
 
 import numpy as np
@@ -176,8 +176,8 @@ def _planes(codes: Bytes, form: IntegerPlanes) -> Bytes:
         left -= width
         part = (codes >> left) & ((1 << width) - 1)
         ordered = part.reshape(tiles, LANES, spans, width, 8 // width, 4).transpose(0, 2, 3, 1, 5, 4)
-        shifts = np.arange(0, 8, width, dtype=np.uint8)
-        found.append((ordered << shifts).sum(-1, dtype=np.uint8).reshape(tiles, spans, width, 64))
+        bytes_of = [ordered[..., place] << (width * place) for place in range(8 // width)]
+        found.append(reduce(np.bitwise_or, bytes_of).reshape(tiles, spans, width, 64))
     return np.concatenate(found, 2)
 
 
