@@ -3,7 +3,7 @@
     python scripts/bench/shapes.py [--threads 1 2] [--rounds 5] [--tokens 8] [--jsonl FILE]
 
 The shape is 16 blocks of 2,048 with an FFN of 8,192, 32 heads with 8 of keys and values, and 49,152 tokens.
-Speed does not depend on values, so codes are random. Arms: dense bfloat16, a trellis of 2 bits (linear code, rotated),
+Speed does not depend on values, so codes are random. Arms: dense bfloat16, trellises of 2 bits (both codes, rotated),
 a grid of 4 bits, partial binarization (10 % of the columns at 8 bits, the rest signs), all with a head of 4 bits. Each
 arm generates some tokens in each round, and rounds repeat; the median of the rounds counts.
 """
@@ -11,6 +11,7 @@ arm generates some tokens in each round, and rounds repeat; the median of the ro
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ import llmcompress as lc
 from llmcompress.weight.hadamard import SYLVESTER
 from llmcompress.weight.modules import CompressedLinear, put
 from llmcompress.weight.nodes import Columns, Grid, Rotated, TrellisCoded, Weight, Where
-from llmcompress.weight.trellis import Trellis
+from llmcompress.weight.trellis import Code, Trellis
 
 Make = Callable[[int, int], Weight]
 
@@ -103,10 +104,10 @@ def grid(rows: int, width: int, levels: int = 16) -> Grid:
     return Grid(codes(levels, rows, width), torch.full((rows, width // 64), 0.01).half(), None, levels, 64)
 
 
-def trellis(rows: int, width: int) -> Weight:
+def trellis(rows: int, width: int, code: Code = "linear") -> Weight:
     """Return a rotated trellis of 2 bits."""
     scale = torch.full((rows, 1), 0.02).half()
-    coded = TrellisCoded(codes(4, rows * width), scale, Trellis(2, 1, 12, "linear"), 256)
+    coded = TrellisCoded(codes(4, rows * width), scale, Trellis(2, 1, 12, code), 256)
     return Rotated(coded, torch.rand(width) < 0.5, len(SYLVESTER) * (width // len(SYLVESTER)))
 
 
@@ -116,7 +117,12 @@ def partial(rows: int, width: int) -> Weight:
     return Where(Columns(torch.rand(width) < 0.1), salient, grid(rows, width, 2))
 
 
-ARMS: dict[str, Make] = {"2-bit trellis": trellis, "4-bit grid": grid, "partial binarization 10 %": partial}
+ARMS: dict[str, Make] = {
+    "2-bit trellis": trellis,
+    "2-bit trellis, code table": functools.partial(trellis, code="table"),
+    "4-bit grid": grid,
+    "partial binarization 10 %": partial,
+}
 
 
 @torch.no_grad()
