@@ -1,9 +1,9 @@
 """Time models beside their dense one, in turns, and keep the rows for docs/results.md.
 
-    python scripts/bench/speed.py [--gguf FILE] [--threads 1 2] [--rounds 9] [--jsonl FILE] NAME=FOLDER ...
+    python scripts/bench/speed.py [--gguf FILE] [--threads 1 2] [--rounds 9] [--prompt 512] NAME=FOLDER ...
 
 Each NAME=FOLDER is a compressed checkpoint of `--against`; NAME is what the row is called. It is `llmcompress bench`
-with a prompt of 512 tokens and 32 more; `--jsonl` collects a record of every model and number of threads.
+with 32 tokens behind a prompt; `--jsonl` collects a record of every model and number of threads.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ def main() -> None:
     parser.add_argument("--gguf", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--jsonl", type=Path, help="collects a record of each row")
     options = parser.parse_args()
     pairs = [given.split("=", 1) for given in (*options.models, *options.gguf)]
     names = {path: name for name, path in pairs} | {options.against: "dense bfloat16"}
     folders, files = ([given.split("=", 1)[1] for given in group] for group in (options.models, options.gguf))
-    protocol = lc.SpeedProtocol(tuple(options.threads), rounds=options.rounds)
+    protocol = lc.SpeedProtocol(tuple(options.threads), rounds=options.rounds, prompt=options.prompt)
     found = lc.bench(folders, protocol, against=options.against, ggufs=[Path(file) for file in files])
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for model in found["models"]:
@@ -58,13 +59,13 @@ def of(name: str, threads: int, model: Record, speed: Record, options: argparse.
     }
     where = {
         "table": "speed",
-        "arm": f"{name}, {threads} thread{'s' * (threads > 1)}",
+        "arm": f"{name}, {threads} thread{'s' * (threads > 1)}, behind {options.prompt}",
         "threads": threads,
         "model": options.against,
         "text": None,
     }
     return where | {
-        "command": f"python scripts/bench/speed.py --threads {threads} --rounds {options.rounds}",
+        "command": f"python scripts/bench/speed.py --threads {threads} --rounds {options.rounds} --prompt {options.prompt}",
         "calibration": None,
         **provenance(),
         "numbers": numbers,
