@@ -64,8 +64,9 @@ def of(name: str, threads: int, model: Record, speed: Record, options: argparse.
         "model": options.against,
         "text": None,
     }
+    said = f"--threads {threads} --rounds {options.rounds} --prompt {options.prompt}"
     return where | {
-        "command": f"python scripts/bench/speed.py --threads {threads} --rounds {options.rounds} --prompt {options.prompt}",
+        "command": f"python scripts/bench/speed.py {said}",
         "calibration": None,
         **provenance(),
         "numbers": numbers,
