@@ -140,6 +140,11 @@ class Prepared:
         first = self.terms[0] if len(self.terms) == 1 else None
         return first if isinstance(first, KernelTerm) and first.basis.columns is None else None
 
+    @cached_property
+    def takes_floats(self) -> bool:
+        """True if a kernel of it multiplies floats, which takes longer than integers."""
+        return any(isinstance(term, KernelTerm) and takes_floats(term.packed.form) for term in self.terms)
+
     @property
     def bytes(self) -> int:
         """Bytes held."""

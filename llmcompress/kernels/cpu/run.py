@@ -23,6 +23,7 @@ Mode = Literal["auto", "exact", "int8"]
 MODES: dict[str, Mode] = {"auto": "auto", "exact": "exact", "int8": "int8"}
 NUMBERS: dict[Mode, int] = {"exact": 0, "int8": 1, "auto": 2}  # int8 for an input of a few tokens
 FEW = 16  # tokens; from there on decoding once is cheaper than in every product
+FEW_FLOATS = 6  # tokens of weights that are looked up as floats
 AT_ONCE = 2  # tokens of a kernel
 BLOCK = 64  # columns of a block of inputs, where no kernel wants others
 
@@ -52,7 +53,7 @@ _KNOWN = _Known()
 
 
 def product(prepared: Prepared, x: Tensor, mode: Mode) -> Tensor:
-    """Return `x [..., in] @ W.T` in the dtype of `x`; inputs of up to `FEW` tokens are rounded as `NUMBERS` says."""
+    """Return `x [..., in] @ W.T` in the dtype of `x`; inputs of a few tokens are rounded as `NUMBERS` says."""
     rows, width = prepared.size
     count = x.numel()
     if count == width and prepared.plain is not None and x.dtype == torch.bfloat16 and x.is_contiguous():
@@ -60,7 +61,7 @@ def product(prepared: Prepared, x: Tensor, mode: Mode) -> Tensor:
         return y if y.shape[-1] == rows else y[..., :rows]
     tokens = count // width
     _KNOWN.see(x)
-    if tokens > FEW:
+    if tokens > (FEW_FLOATS if prepared.takes_floats else FEW):
         return many(prepared, x.reshape(tokens, width), _KNOWN.turned).reshape(*x.shape[:-1], rows)
     found = few(prepared, x.reshape(tokens, width), NUMBERS[mode], _KNOWN.prepared)
     return found.to(x.dtype).reshape(*x.shape[:-1], rows)

@@ -274,6 +274,17 @@ def test_nothing_but_scales_differs_by_rows_that_pad(w: Weight) -> None:
     assert empty.shape == (0, 1)
 
 
+@pytest.mark.parametrize("w, few", [(TABLES[0], run.FEW_FLOATS), (STREAMS[0], run.FEW), (GRIDS[0], run.FEW)])
+def test_many_tokens_are_multiplied_by_torch(w: Weight, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    many = run.many
+    monkeypatch.setattr(run, "many", lambda w, x, turned: seen.append(len(x)) or many(w, x, turned))
+    prepared = prepare(w)
+    for tokens in (few, few + 1):
+        run.product(prepared, torch.randn(tokens, shape(w)[1], generator=seeded(tokens)), "auto")
+    assert seen == [few + 1]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_share_the_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "WORTH_THREADS", 0)
