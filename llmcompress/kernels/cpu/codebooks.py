@@ -18,7 +18,7 @@ from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import F32, I64, Function, Value
 from llmcompress.kernels.cpu.formats import IntegerPlanes
 from llmcompress.kernels.cpu.gather import FLOATS, LANES, entries_of
-from llmcompress.kernels.cpu.product import ADDRESS, INTEGERS, scales_of
+from llmcompress.kernels.cpu.product import ADDRESS, INTEGERS, give, scales_of
 from llmcompress.kernels.cpu.tiers import Instructions
 
 TABLES = 1 << 15  # bytes of the tables at a time, but for the fewest vectors that are read at once
@@ -109,14 +109,10 @@ class BookProduct:
 
     def _add(self, f: Function, rows: Value, sums: Value) -> None:
         """Write the sums of a tile to their rows."""
-        y, scales = address(f, Argument.Y), scales_of(f, self.form, rows * LANES)
+        scales = scales_of(f, self.form, rows * LANES)
         for token in range(self.tokens):
             whole = f.load(sums, FLOATS, TILES * token * LANES * FLOAT) * scales
-            place = read(f, Argument.ROWS) * token + rows * LANES
-            if self.bfloat16:
-                f.store(whole.to_bfloat16(), y, place * 2)
-            else:
-                f.store(f.load(y, FLOATS, place * FLOAT) + whole, y, place * FLOAT)
+            give(f, whole, read(f, Argument.ROWS) * token + rows * LANES, self.bfloat16)
 
 
 @dataclass(frozen=True)

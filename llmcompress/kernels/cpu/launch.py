@@ -15,6 +15,7 @@ from llmcompress.kernels.cpu.layouts import KernelMatrix
 from llmcompress.kernels.cpu.prepare import Basis
 from llmcompress.kernels.cpu.threads import team
 
+BLOCK = 64  # columns of a block of inputs, where no kernel wants others
 WORTH_THREADS = 1 << 17  # weights, below which a team takes longer to wake
 Values = ctypes.c_int64 * len(Argument)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llmcompress.kernels.cpu import build
 from llmcompress.kernels.cpu.inputs import Inputs
-from llmcompress.kernels.cpu.launch import Room, launch, of_inputs
-from llmcompress.kernels.cpu.many import BLOCK, decoded_columns
+from llmcompress.kernels.cpu.launch import BLOCK, Room, launch, of_inputs
+from llmcompress.kernels.cpu.many import decoded_columns
 from llmcompress.kernels.cpu.prepare import Basis, KernelTerm
 
 

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from llmcompress.kernels.cpu import build
 from llmcompress.kernels.cpu.dispatch import decoding_of
-from llmcompress.kernels.cpu.launch import Values, launch, of_inputs
+from llmcompress.kernels.cpu.launch import BLOCK, Values, launch, of_inputs
 from llmcompress.kernels.cpu.layouts import KernelMatrix
 from llmcompress.kernels.cpu.prepare import Basis, Chain, KernelTerm, PlainMatrix, Prepared, Scattered
 from llmcompress.kernels.cpu.scattered import LANES, ListDecoding, Lists
 
 DECODED = 1 << 20  # weights that are decoded at a time, which stay in cache
-BLOCK = 64  # columns of a block of inputs
 APART = 32  # numbers between their columns, or these would all lie in the same lines of a cache
 
 

@@ -115,17 +115,12 @@ class Product:
 
     def _add(self, f: Function, rows: Value, totals: list[Variable]) -> None:
         """Write the sums to their rows."""
-        y, stride = address(f, Argument.Y), read(f, Argument.ROWS)
         for token in range(self.tokens):
-            start = stride * token + rows * self.form.block_rows
             found = joined([total.get() for total in totals[token * self._tiles :][: self._tiles]])
             count = shares(self.form)
             sums = [found.shuffled(range(share, found.length, count)) for share in range(count)]
             whole = reduce(Value.__add__, sums).shuffled(places_of_rows(self.form))
-            if self.bfloat16:
-                f.store(whole.to_bfloat16(), y, start * 2)
-            else:
-                f.store(f.load(y, whole.type, start * 4) + whole, y, start * 4)
+            give(f, whole, read(f, Argument.ROWS) * token + rows * self.form.block_rows, self.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -205,6 +200,15 @@ def scales_of(f: Function, form: Format, place: Value) -> Value:
     if isinstance(form, FloatCodes):
         return (f.load(start, vector(I16, LANES), place * 2).wider(I32, False) << 16).as_type(FLOATS) * form.unit
     return f.load(start, vector(F16, LANES), place * 2).to_float() * form.unit
+
+
+def give(f: Function, sums: Value, place: Value, bfloat16: bool) -> None:
+    """Write float32 sums to number `place` of `y`: added to it, or as bfloat16 in its place."""
+    y = address(f, Argument.Y)
+    if bfloat16:
+        f.store(sums.to_bfloat16(), y, place * 2)
+    else:
+        f.store(f.load(y, sums.type, place * 4) + sums, y, place * 4)
 
 
 def bytes_of(codes: Value) -> list[Value]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmcompress.kernels.cpu import build
 from llmcompress.kernels.cpu.dispatch import product_of
-from llmcompress.kernels.cpu.launch import Room, Values, launch, of_inputs, of_product
+from llmcompress.kernels.cpu.launch import BLOCK, Room, Values, launch, of_inputs, of_product
 from llmcompress.kernels.cpu.layouts import KernelMatrix
 from llmcompress.kernels.cpu.many import many
 from llmcompress.kernels.cpu.one_token import one_token
@@ -25,7 +25,6 @@ NUMBERS: dict[Mode, int] = {"exact": 0, "int8": 1, "auto": 2}  # int8 for an inp
 FEW = 16  # tokens; from there on decoding once is cheaper than in every product
 FEW_FLOATS = 6  # tokens of weights that are looked up as floats
 AT_ONCE = 2  # tokens of a kernel
-BLOCK = 64  # columns of a block of inputs, where no kernel wants others
 
 
 @dataclass

@@ -15,7 +15,7 @@ from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, Function, Value, vector
 from llmcompress.kernels.cpu.formats import Streams
 from llmcompress.kernels.cpu.gather import FLOATS, LANES, gathered
-from llmcompress.kernels.cpu.product import ADDRESS, places_of_rows, scales_of, shares, tiles_of
+from llmcompress.kernels.cpu.product import ADDRESS, give, places_of_rows, scales_of, shares, tiles_of
 from llmcompress.kernels.cpu.tiers import Instructions, joined
 from llmcompress.weight.trellis import Trellis, table
 
@@ -103,11 +103,7 @@ class TableProduct:
             for token, totals in enumerate(sums):
                 parts = [reduce(Value.__add__, _by_column(form, total.get())) for total in totals]
                 whole = joined(parts).shuffled(places_of_rows(form)) * scales
-                y, place = address(f, Argument.Y), read(f, Argument.ROWS) * token + rows * form.block_rows
-                if self.bfloat16:
-                    f.store(whole.to_bfloat16(), y, place * 2)
-                else:
-                    f.store(f.load(y, whole.type, place * 4) + whole, y, place * 4)
+                give(f, whole, read(f, Argument.ROWS) * token + rows * form.block_rows, self.bfloat16)
         f.finish()
 
 
