@@ -129,7 +129,7 @@ TABLES: dict[str, Columns] = {
     },
     "dropped": {
         "blocks dropped": "{arm}",
-        "their numbers": "{numbers_of_blocks}",
+        "their numbers": "{blocks}",
         "perplexity": "{perplexity:.2f}",
         "KL": "{kl:.4f} ± {kl_stderr:.4f}",
         "top-1 agreement": "{top1_agreement:.3f}",
@@ -162,6 +162,80 @@ TABLES: dict[str, Columns] = {
         "gap, docs": "{gap_docs:.1f} % ± {gap_docs_spread:.1f}",
         "KL, WikiText": "{kl_wikitext:.1f} % ± {kl_wikitext_spread:.1f}",
         "gap, WikiText": "{gap_wikitext:.1f} % ± {gap_wikitext_spread:.1f}",
+    },
+    "allocation": {
+        "bpw": "{bpw:.3f}",
+        "plan": "{plan}",
+        "predicted KL": "{kl_predicted:.3f} ({kl_predicted_least:.3f} to {kl_predicted_most:.3f})",
+        "KL on the 254 probing tokens": "{kl_probing:.3f} ({kl_probing_least:.3f} to {kl_probing_most:.3f})",
+        "KL on WikiText-2 test, 4x256": "{kl:.3f} ({kl_least:.3f} to {kl_most:.3f})",
+    },
+    "probing-tokens": {
+        "probing tokens": "{arm}",
+        "KL, seed 0": "{kl_seed_0:.3f}",
+        "seed 1": "{kl_seed_1:.3f}",
+    },
+    "families": {
+        "options": "{arm}",
+        "predicted KL at 1.6 bits": "{kl_predicted_1_6:.3f}",
+        "at 2.0": "{kl_predicted_2_0:.3f}",
+        "at 2.5": "{kl_predicted_2_5:.3f}",
+        "at 2.0 bits: KL on the 254 probing tokens": "{kl_probing:.3f}",
+        "on WikiText-2 test, 4x256": "{kl:.3f}",
+    },
+    "llm-compressor": {
+        "tool": "{tool}",
+        "arm": "{arm}",
+        "bpw": "{bpw:.3f}",
+        "perplexity": "{perplexity:.2f}",
+        "seconds": "{seconds}",
+        "times faster": "{times_faster:.2f}",
+        "peak MB": "{peak_megabytes}",
+        "of the peer's peak": "{memory_ratio:.2f}",
+    },
+    "bitsandbytes": {
+        "model": "{arm}",
+        "bytes": "{bytes:,}",
+        "bpw": "{bpw:.3f}",
+        "model_bpw": "{model_bpw:.3f}",
+        "KL": "{kl:.4f} ± {kl_stderr:.4f}",
+        "top-1 agreement": "{top1_agreement:.4f} ± {top1_agreement_stderr:.4f}",
+        "perplexity": "{perplexity:.3f} ± {perplexity_stderr:.3f}",
+        "llmcompress_pairs": "{pairs:.3f} ± {pairs_stderr:.3f}",
+    },
+    "low-rank-pays": {
+        "arm": "{arm}",
+        "bpw": "{bpw:.3f}",
+        "median held-out error": "{error_heldout:.5f}",
+        "eora is lower on": "{eora_lower:.0%} of 210 layers",
+    },
+    "chunked-loss": {
+        "tokens": "{arm}",
+        "chunked MB": "{chunked_megabytes:.0f}",
+        "whole logits MB": "{whole_megabytes:.0f}",
+        "chunked s": "{chunked_seconds:.2f}",
+        "whole logits s": "{whole_seconds:.2f}",
+        "time": "{time_ratio:.2f}",
+    },
+    "trl": {
+        "": "{arm}",
+        "steps": "{steps}",
+        "tokens": "{training_tokens:,}",
+        "seconds": "{seconds:.1f}",
+        "in all": "{seconds_in_all:.1f}",
+        "tokens/s": "{tokens_per_second:.0f}",
+        "KL": "{kl:.4f}",
+        "perplexity": "{perplexity:.3f}",
+        "KL less per 1000 s": "{kl_gone_per_1000_s:.3f}",
+        "peak MB": "{peak_megabytes:.0f}",
+    },
+    "doors": {
+        "checkpoint": "{arm}",
+        "engine": "{engine}",
+        "largest difference": "{largest_difference:.4f}",
+        "mean difference": "{mean_difference:.5f}",
+        "MB before": "{megabytes_before:.1f}",
+        "MB after": "{megabytes_after:.1f}",
     },
     "claims": {"paper": "{paper}", "claim": "{claim}", "here": "{verdict}"},
 }
@@ -244,8 +318,7 @@ def fields(record: Record, records: list[Record]) -> Record:
         row["megabytes"] = row["bytes"] / 1e6
     if "peak_memory_bytes" in row:
         row["peak_megabytes"] = row["peak_memory_bytes"] / 1e6
-    if "blocks" in row:
-        row["numbers_of_blocks"] = " ".join(map(str, row["blocks"]))
+    row |= {key: ", ".join(map(str, value)) for key, value in row.items() if isinstance(value, list)}
     if "perplexity" in row:
         row["perplexity_short"] = short(row["perplexity"])
         row |= _beside_dense(row, records)
@@ -283,7 +356,7 @@ def _beside_student(record: Record, records: list[Record]) -> Record:
 def cell(form: str, row: Record) -> str:
     """Return a cell: each part of the format that the row has a number for, nothing for the others."""
     made: list[str] = []
-    for part in re.split(r"(?= ± |, \{)", form):
+    for part in re.split(r"(?= ± |, \{| \()", form):
         names = re.findall(r"\{(\w+)", part)
         if all(row.get(name) is not None for name in names):
             made.append(part.format(**row))
