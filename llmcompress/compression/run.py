@@ -179,13 +179,17 @@ def _report(
         peak_memory_bytes=peak_memory(),
         calibration=None if tokens is None else tokens.report(),
         layers=tuple(rows),
-        warnings=(*warnings(job), *_searched_elsewhere(run), *_from_before(journal)),
+        warnings=(*warnings(job), *_notes(tokens), *_searched_elsewhere(run), *_from_before(journal)),
         base_model=job.source.hub_id,
         license=job.source.license,
         versions=versions(),
         blocks=run.learned,
         fused=run.fused,
     )
+
+
+def _notes(tokens: CalibrationTokens | None) -> tuple[str, ...]:
+    return () if tokens is None else tokens.notes
 
 
 def _searched_elsewhere(run: CompressionState) -> tuple[str, ...]:

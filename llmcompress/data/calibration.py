@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.builtin import stdlib_source
+from llmcompress.data.chat_template import rendered
+from llmcompress.data.files import file_notes
 from llmcompress.data.generate_text import TextSampling, teacher_sequences
 from llmcompress.data.text import Document, read_documents, shuffled
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.calibration import Calibration, Switch, is_file
+from llmcompress.recipe.user_file import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-PIECE = 200_000  # characters of one document tokenized at a time
+PIECE = 200_000  # characters of one document tokenized at a time; up to twice as many where no line ends
+LONG_LINE = f"a line of more than {PIECE:,} characters was tokenized in pieces of that length, between words"
 SHORTFALL = 0.1  # the share of the asked-for sequences that may be missing
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -45,6 +49,7 @@ class CalibrationTokens:
     packing: bool = True
     documents: int = 0
     dropped: int = 0
+    notes: tuple[str, ...] = ()  # for the report
 
     @property
     def obtained(self) -> int:
@@ -81,7 +86,7 @@ class CalibrationTokens:
             "packing": self.packing,
             "documents": self.documents,
             "dropped": self.dropped,
-        }
+        } | ({"notes": list(self.notes)} if self.notes else {})
 
 
 def calibration_tokens(
@@ -186,8 +191,9 @@ def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibratio
     if config.shuffle:
         documents = shuffled(documents, config.seed)
     bos, eos = special_tokens(tokenizer, config.bos, config.eos)
+    cuts: set[str] = set()
     encoded = (
-        document_tokens(document, tokenizer, config.chat_template, eos, config.packing) for document in documents
+        document_tokens(document, tokenizer, config.chat_template, eos, config.packing, cuts) for document in documents
     )
     collect = _packed if config.packing else _one_each
     sequences, read, dropped = collect(encoded, bos, config.length, config.samples)
@@ -202,7 +208,13 @@ def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibratio
         packing=config.packing,
         documents=read,
         dropped=dropped,
+        notes=source_notes(config, cuts),
     )
+
+
+def source_notes(config: Calibration, cuts: set[str]) -> tuple[str, ...]:
+    """Return what a report says about reading a text: `cuts`, as `document_tokens` adds them, and those of its file."""
+    return (*(file_notes(expanded(config.dataset)) if is_file(config.dataset) else ()), *sorted(cuts))
 
 
 def source_name(config: Calibration) -> str:
@@ -233,32 +245,46 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, bos: Switch, eos: Switch)
 
 
 def document_tokens(
-    document: Document, tokenizer: PreTrainedTokenizerBase, chat_template: Switch, eos: int | None, joined: bool
+    document: Document,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: Switch,
+    eos: int | None,
+    joined: bool,
+    cuts: set[str] | None = None,
 ) -> Iterator[list[int]]:
-    """The tokens of one document, piece by piece, and what ends it."""
-    rendered = not isinstance(document, str) and chat_template is not False and bool(tokenizer.chat_template)
+    """The tokens of one document, piece by piece, and what ends it. `cuts` receives a note where a line is cut."""
+    templated = not isinstance(document, str) and chat_template is not False and bool(tokenizer.chat_template)
     if chat_template is True and not tokenizer.chat_template:
         raise RecipeError("calibration.chat_template is true, but the tokenizer has no chat template; set it to false")
     if isinstance(document, str):
         text = document
-    elif rendered:
-        text = str(tokenizer.apply_chat_template(document, tokenize=False))
+    elif templated:
+        text = rendered(document, tokenizer)
     else:
         text = "\n\n".join(message["content"] for message in document)
-    for piece in _pieces(text):
+    done = 0
+    for piece in pieces(text):
+        done += len(piece)
+        if cuts is not None and done < len(text) and not piece.endswith("\n"):
+            cuts.add(LONG_LINE)
         yield tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
     if eos is not None:
         yield [eos]
-    elif joined and not rendered:  # a chat template ends its turns itself
+    elif joined and not templated:  # a chat template ends its turns itself
         yield tokenizer("\n\n", add_special_tokens=False).input_ids
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text at ends of lines, so that a large file is tokenized only as far as it is needed."""
+def pieces(text: str) -> Iterator[str]:
+    """Cut a long text at ends of lines, so that a large file is tokenized only as far as it is needed.
+
+    A line that goes on for another PIECE is cut in front of a space, or anywhere where it has none.
+    """
     start = 0
     while start < len(text):
-        end = text.find("\n", start + PIECE) + 1
-        end = end or len(text)
+        soon, late = start + PIECE, start + 2 * PIECE
+        end = text.find("\n", soon, late) + 1
+        if not end:
+            end = len(text) if late >= len(text) else max(text.rfind(" ", soon, late), 0) or late
         yield text[start:end]
         start = end
 

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
+from llmcompress.data.chat_template import rendered
 from llmcompress.data.packing import Tokens
 from llmcompress.data.text import Message
 from llmcompress.errors import InputError, RecipeError
@@ -31,11 +30,8 @@ def answered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, where:
     """
     if not tokenizer.is_fast:
         raise RecipeError("answers_only needs a tokenizer that tells where its tokens begin; set it to false")
-    try:
-        text = _rendered(messages, tokenizer, prompt=False)
-        spans = list(_spans(messages, tokenizer, text, where))
-    except TemplateError as error:
-        raise InputError(f"{where}: the chat template refuses it ({error}); leave such chats out") from error
+    text = rendered(messages, tokenizer, where=where)
+    spans = list(_spans(messages, tokenizer, text, where))
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     begins = [begin for begin, _ in found.offset_mapping]
     return found.input_ids, [any(first <= begin < last for first, last in spans) for begin in begins]
@@ -50,8 +46,8 @@ def _spans(
     for number, message in enumerate(messages):
         if message["role"] != ROLE or number == 0:
             continue
-        before = _rendered(messages[:number], tokenizer, prompt=True)
-        after = _rendered(messages[: number + 1], tokenizer, prompt=False)
+        before = rendered(messages[:number], tokenizer, prompt=True, where=where)
+        after = rendered(messages[: number + 1], tokenizer, where=where)
         if not (after.startswith(before) and text.startswith(after)):
             raise InputError(
                 f"{where}: the chat template writes the messages before answer {number + 1} in another way once it is "
@@ -70,7 +66,3 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     words = sorted(added | set(map(str, tokenizer.all_special_tokens)), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, words)) or r"(?!)")
-
-
-def _rendered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))

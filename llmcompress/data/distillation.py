@@ -8,7 +8,7 @@ other, and short documents are padded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from llmcompress.data.calibration import (
     document_tokens,
     held_out_count,
     source_name,
+    source_notes,
     special_tokens,
 )
 from llmcompress.data.chat_targets import answered
@@ -106,16 +107,19 @@ def _read(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> tuple[Calib
     if source.answers_only is True and not tokenizer.chat_template:
         raise RecipeError("answers_only is true, but the tokenizer has no chat template; set it to false")
     bos, eos = special_tokens(tokenizer, source.bos, source.eos)
-    documents = _documents(source, tokenizer, eos)
+    cuts: set[str] = set()
+    documents = _documents(source, tokenizer, eos, cuts)
     if source.packing:
         found = packed(documents, bos, source.length, source.samples, source.boundaries)
     else:
         found = one_each(documents, bos, source.length, source.samples)
     _check_amount(found, source)
-    return _counted(found, source, bos, eos), found.sequences
+    return replace(_counted(found, source, bos, eos), notes=source_notes(source, cuts)), found.sequences
 
 
-def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase, eos: int | None) -> Iterator[Iterator[Tokens]]:
+def _documents(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, eos: int | None, cuts: set[str]
+) -> Iterator[Iterator[Tokens]]:
     """Every document, piece by piece. Raises InputError once many were read of which nothing counts."""
     texts = read_documents(
         source.dataset,
@@ -134,7 +138,7 @@ def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase, eos: int 
         else:
             targets = True
             joined = source.packing and not source.boundaries
-            yield _all(document_tokens(document, tokenizer, source.chat_template, eos, joined))
+            yield _all(document_tokens(document, tokenizer, source.chat_template, eos, joined, cuts))
         if number == PATIENCE and not targets:
             raise _nothing_counts(source, number)
 

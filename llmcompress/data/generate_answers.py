@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.calibration import context_length
+from llmcompress.data.chat_template import rendered
 from llmcompress.data.generate_text import end_tokens, token_chances
 from llmcompress.data.text import Message
 from llmcompress.errors import RecipeError
@@ -70,7 +71,7 @@ class Answerer:
 
     def rendered(self, messages: list[Message]) -> list[int]:
         """The tokens of a chat up to where its next answer starts."""
-        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = rendered(messages, self.tokenizer, prompt=True)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
@@ -141,7 +142,7 @@ class _Draw:
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The special token that the chat template puts behind an answer; nothing where it puts none."""
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
-    text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    text = rendered(chat, tokenizer)
     behind = tokenizer(text.rpartition(MARK)[2], add_special_tokens=False).input_ids
     return set(behind[:1]) & special_tokens(tokenizer).keys()
 

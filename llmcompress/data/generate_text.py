@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from llmcompress.data.chat_template import rendered
 from llmcompress.errors import NumericsError, RecipeError
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ def _starts(tokenizer: PreTrainedTokenizerBase, row: int, prompted: bool) -> Ite
     for document in count(row):
         if prompted:
             message = [{"role": "user", "content": PROMPTS[document % len(PROMPTS)]}]
-            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            yield tokenizer(str(text), add_special_tokens=False).input_ids
+            text = rendered(message, tokenizer, prompt=True)
+            yield tokenizer(text, add_special_tokens=False).input_ids
             continue
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:

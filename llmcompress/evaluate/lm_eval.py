@@ -156,7 +156,7 @@ def _read_pairs(path: Path) -> list[dict[str, str]]:
         try:
             row = json.loads(line)
             pairs.append({key: str(row[key]) for key in ("sentence_good", "sentence_bad")})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{path}, line {number} is no minimal pair; it has to be an object with sentence_good and sentence_bad"
             ) from error

@@ -26,6 +26,7 @@ from llmcompress.evaluate.uncertainty import mean, stderr
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+AT_ONCE = 1 << 24  # characters of a text that are tokenized at once, as far as windows need them
 POSITIONS = 32  # whose log-probabilities are in memory at once: 32 * 49152 * 4 bytes = 6 MB, which caches hold
 
 
@@ -85,7 +86,11 @@ def text_windows(
             raise RecipeError(
                 f"evaluation length {length} is more than the model's context of {context}; use at most that"
             )
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids: list[int] = []
+    for start in range(0, len(text), AT_ONCE):
+        ids += tokenizer(text[start : start + AT_ONCE], add_special_tokens=False, verbose=False).input_ids
+        if len(ids) >= windows * length:
+            break
     count = min(windows, len(ids) // length)
     if count == 0:
         raise InputError(

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from yaml import YAMLError
 
 from llmcompress.errors import InputError, listed
 from llmcompress.models.families import refuse_experts
 from llmcompress.models.integrity import INDEX
 from llmcompress.models.locate import Place, locate
+from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.devices import device_of
 
 if TYPE_CHECKING:
@@ -97,20 +99,6 @@ class DenseModel:
         return load_tokenizer(self.folder)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model folder. Raises InputError if it has none that transformers can read."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(
-            f"{folder} has no tokenizer that can be read ({_reason(error)}); "
-            f"put the model's tokenizer files beside its weights"
-        ) from error
-    return tokenizer
-
-
 def load_model(
     place: Place,
     device: str = "cpu",
@@ -175,7 +163,7 @@ def _license(folder: Path) -> str | None:
 
     try:
         found = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
-    except (OSError, ValueError):
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError, YAMLError):
         return None
     return found if isinstance(found, str) else None
 

@@ -7,12 +7,14 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from llmcompress.recipe.user_file import is_regular
+
 FILE_KINDS = (".txt", ".jsonl", ".parquet")
 
 
 def is_file(dataset: str) -> bool:
     """True when `dataset` names a local file rather than a data set."""
-    return Path(dataset).suffix.lower() in FILE_KINDS or Path(dataset).expanduser().is_file()
+    return Path(dataset).suffix.lower() in FILE_KINDS or is_regular(dataset)
 
 
 OFFLINE = ("builtin", "stdlib", "self")  # what needs neither a file nor the Hub
@@ -49,7 +51,7 @@ class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     chat_template: Switch = "auto"
     """Messages are rendered with the tokenizer's chat template; auto: when it has one. With "self": the model answers
     prompts; auto: in every other sequence when it has a template, the rest is free text."""
-    held_out: float = Field(default=0.125, ge=0)
+    held_out: float = Field(default=0.125, ge=0, allow_inf_nan=False)
     """Below 1: the share of the sequences that is held out (at least one when there are two). From 1: their number."""
     shuffle: bool = True
     """Documents in random order."""

@@ -35,12 +35,11 @@ import llmcompress.methods  # noqa: F401 (registers them)
 from llmcompress.methods.layer import StepConfig, step
 from llmcompress.recipe.calibration import Calibration, TokenWeights
 from llmcompress.recipe.distillation import Distillation
-from llmcompress.recipe.error_messages import at
 from llmcompress.recipe.fuse import Fuse
 from llmcompress.recipe.patterns import Matching
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.recipe.target import Target
-from llmcompress.recipe.yaml import Path, Places
+from llmcompress.recipe.yaml import Path, Places, at
 
 VERSION = 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.losses.features import feature_losses
 from llmcompress.losses.loss import LossConfig, losses
 from llmcompress.methods.layer import StepConfig, methods
-from llmcompress.recipe.yaml import Path, Places
+from llmcompress.recipe.yaml import Path, Places, at, shortened
 
 _BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
 EXPECTED = "Input should be "  # pydantic's way to begin
@@ -68,20 +69,24 @@ def first_complaint(error: ValidationError, model: type[BaseModel], values: Any,
     return at(path, places) + _intro(spot) + message
 
 
-def check_booleans(model: type[BaseModel], values: Any, places: Places) -> None:
-    """Raises RecipeError for true or false in place of a number: pydantic would take them for 1 and 0."""
-    for path in _booleans(values, ()):
+def check_numbers(model: type[BaseModel], values: Any, places: Places) -> None:
+    """Raises RecipeError for true or false in place of a number, which pydantic would take for 1 and 0, and for numbers
+    that are infinite or none."""
+    for path in _doubtful(values, ()):
         spot = locate(model, values, path)
         wanted = requirement(spot, path)
-        if spot.key is not None and "number" in wanted and "true" not in wanted:
-            value = functools.reduce(_inside, path, values)
+        value = functools.reduce(_inside, path, values)
+        if isinstance(value, float):
+            wanted = wanted if "number" in wanted else "a number"
+            raise RecipeError(at(path, places) + _intro(spot) + _misfit(spot, path, value, f"be {wanted}, and finite"))
+        if spot.key is not None and ("number" in wanted or wanted.isdigit()) and "true" not in wanted:
             raise RecipeError(at(path, places) + _intro(spot) + _misfit(spot, path, value, f"be {wanted}"))
 
 
 def unknown_key(key: str, spot: Spot) -> str:
     """Return the sentence about a key that the schema at `spot` does not have."""
     known = [] if spot.model is None else list(fields(spot.model))
-    return f'unknown key "{key}" in {spot.label or "the recipe"}; {hint(key, known)}'
+    return f'unknown key "{shortened(key, 100)}" in {spot.label or "the recipe"}; {hint(key, known)}'
 
 
 def hint(name: str, known: Sequence[str]) -> str:
@@ -123,19 +128,6 @@ def _registered(rules: type[BaseModel], values: dict[str, Any]) -> tuple[type[Ba
     found = known.get(name) if isinstance(name, str) else None
     label = "step" if key == "method" else key
     return (rules, "") if found is None else (found.config, f"{label} {name}")
-
-
-def at(path: Path, places: Places) -> str:
-    """ "recipe.yaml:14: " for the place of `path`, or of what encloses it; without places the path itself."""
-    for length in range(len(path), -1, -1):
-        if path[:length] in places:
-            return f"{places[path[:length]]}: "
-    return f"{dotted(path)}: " if path else ""
-
-
-def dotted(path: Path) -> str:
-    """Return a path as `--set` spells it: "rules[0].steps[1].rank"."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -181,11 +173,12 @@ def _misfit(spot: Spot, path: Path, value: Any, wanted: str) -> str:
     return f"{what or 'the recipe'} is {shown(value)}; it must {wanted}"
 
 
-def _booleans(values: Any, path: Path) -> Iterator[Path]:
-    if isinstance(values, bool):
+def _doubtful(values: Any, path: Path) -> Iterator[Path]:
+    """The paths of booleans, and of numbers that are not finite."""
+    if isinstance(values, bool) or (isinstance(values, float) and not math.isfinite(values)):
         yield path
     for key, value in _entries(values):
-        yield from _booleans(value, (*path, key))
+        yield from _doubtful(value, (*path, key))
 
 
 def _entries(values: Any) -> Iterable[tuple[Any, Any]]:

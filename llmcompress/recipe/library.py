@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from llmcompress.errors import RecipeError
+from llmcompress.recipe.user_file import expanded
+from llmcompress.recipe.yaml import shortened
 
 COMPRESSION = {
     "recommended": "start here",
@@ -78,8 +80,17 @@ def find_recipe(given: str | Path, distillation: bool = False) -> Path:
     With `distillation`, names are those of distillations, else those of compressions. A path that nobody knows is
     returned as it is. Raises RecipeError for an unknown name, one of the other kind, and a path that has moved.
     """
-    path, name = Path(given).expanduser(), str(given)
-    if path.exists() and not path.is_dir():
+    name = str(given)
+    try:
+        path = expanded(given)
+        there = path.exists()
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise RecipeError(
+            f"{shortened(name)!r} cannot be the path of a recipe ({reason}); give a YAML file, or a name that "
+            "`llmcompress recipes` lists"
+        ) from error
+    if there and not path.is_dir():
         return path
     known, groups = _paths(), DISTILLATION if distillation else COMPRESSION
     if name in known:
@@ -94,11 +105,13 @@ def find_recipe(given: str | Path, distillation: bool = False) -> Path:
             f"there is no file {given}; the recipe {path.stem} is configs/{known[path.stem].parent.name}/"
             f"{path.stem}.yaml: give that path in a clone, or the name {path.stem} anywhere"
         )
-    if path.exists() or path.suffix or len(path.parts) > 1:
+    if there or path.suffix or len(path.parts) > 1:
         return path
     near = get_close_matches(name, [one for one, file in known.items() if file.parent.name in groups], n=1)
     hint = f'did you mean "{near[0]}"? ' if near else ""
-    raise RecipeError(f'there is no file and no recipe "{name}"; {hint}`llmcompress recipes` lists all names')
+    raise RecipeError(
+        f'there is no file and no recipe "{shortened(name, 100)}"; {hint}`llmcompress recipes` lists all names'
+    )
 
 
 @lru_cache(maxsize=1)

@@ -10,6 +10,8 @@ from llmcompress.methods.layer import StepConfig
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.patterns import REGEX, matches
 
+NEAREST = 20  # patterns without a layer that are told the nearest name; to look for it takes long
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -37,7 +39,9 @@ def assign(recipe: Recipe, names: Iterable[str], others: Sequence[str] = ()) -> 
     """
     names = list(names)
     steps: dict[str, tuple[StepConfig, ...]] = {}
-    unmatched, shadowed, complaints = [], [], []
+    unmatched: list[str] = []
+    shadowed: list[str] = []
+    complaints: list[str] = []
     for number, rule in enumerate(recipe.rules):
         before = set(steps)
         for index, pattern in enumerate(rule.match):
@@ -47,7 +51,8 @@ def assign(recipe: Recipe, names: Iterable[str], others: Sequence[str] = ()) -> 
             if not found and (rule.steps or not elsewhere):
                 unmatched.append(pattern)
                 where = recipe.at(("rules", number, "match", index))
-                complaints.append(f"{where}rule {number + 1} {_nothing(pattern, names, elsewhere)}")
+                near = names if len(complaints) < NEAREST else []
+                complaints.append(f"{where}rule {number + 1} {_nothing(pattern, near, elsewhere, bool(names))}")
             elif found and before.issuperset(found):
                 shadowed.append(pattern)
     unruled = tuple(name for name in names if name not in steps)
@@ -56,14 +61,16 @@ def assign(recipe: Recipe, names: Iterable[str], others: Sequence[str] = ()) -> 
     )
 
 
-def _nothing(pattern: str, names: Sequence[str], elsewhere: Sequence[str]) -> str:
+def _nothing(pattern: str, near: Sequence[str], elsewhere: Sequence[str], some: bool) -> str:
     if elsewhere:
         return (
             f'has steps for {elsewhere[0]} ("{pattern}"), which is in no block; give them as embeddings: or head: if '
             f"it is that, else drop the rule"
         )
-    if not names:
+    if not some:
         return f'matches no layer ("{pattern}"): the model has none that can be compressed'
+    if not near:
+        return f'matches no layer of the model ("{pattern}")'
     bare = pattern.removeprefix(REGEX)
-    nearest = max(names, key=lambda name: SequenceMatcher(None, bare, name, autojunk=False).ratio())
+    nearest = max(near, key=lambda name: SequenceMatcher(None, bare, name, autojunk=False).ratio())
     return f'matches no layer of the model ("{pattern}"); the nearest name is {nearest}'

@@ -15,10 +15,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from llmcompress.errors import RecipeError
-from llmcompress.recipe.error_messages import dotted, fields, is_open, locate, unknown_key
-from llmcompress.recipe.yaml import Path, Places, parse
+from llmcompress.recipe.error_messages import fields, is_open, locate, unknown_key
+from llmcompress.recipe.yaml import DEEPEST, Path, Places, dotted, parse, shortened
 
-_PART = re.compile(r"([A-Za-z_][A-Za-z_0-9]*)((?:\[\d+\])*)")
+LONGEST_SHOWN = 120  # characters of a setting in an error message
+_PART = re.compile(r"([A-Za-z_][A-Za-z_0-9]*)((?:\[\d{1,6}\])*)")
 
 
 def overrides(
@@ -33,7 +34,7 @@ def overrides(
     places = {} if places is None else places
     for setting in settings:
         path, value = _parsed_setting(setting)
-        where = f"--set {setting}"
+        where = f"--set {shortened(setting, LONGEST_SHOWN)}"
         inside: Any = values
         for length, part in enumerate(path[:-1], start=1):
             _check_part(values, path[:length], inside, where, schema)
@@ -77,15 +78,18 @@ def _move(places: Places, path: Path, where: str) -> None:
 def _parsed_setting(setting: str) -> tuple[Path, Any]:
     """The path and the value of "rules[0].steps[1].rank=16"."""
     target, equals, text = setting.partition("=")
+    where = f"--set {shortened(setting, LONGEST_SHOWN)}"
     path: list[str | int] = []
     for word in target.strip().split("."):
         found = _PART.fullmatch(word)
         if not found or not equals:
-            raise RecipeError(f"--set {setting}: this is not of the form key=value, such as rules[0].steps[1].rank=16")
+            raise RecipeError(f"{where}: this is not of the form key=value, such as rules[0].steps[1].rank=16")
         path += [found[1], *(int(index) for index in re.findall(r"\d+", found[2]))]
     if not text.strip():
-        raise RecipeError(f"--set {setting}: there is no value; write null for none")
-    return tuple(path), parse(text, f"--set {setting}")[0]
+        raise RecipeError(f"{where}: there is no value; write null for none")
+    if len(path) > DEEPEST:
+        raise RecipeError(f"{where}: this is deeper than a recipe needs (at most {DEEPEST} levels)")
+    return tuple(path), parse(text, where)[0]
 
 
 def _check_part(values: dict[str, Any], path: Path, inside: Any, where: str, schema: type[BaseModel]) -> None:

@@ -13,12 +13,15 @@ from pydantic import BaseModel, ValidationError
 
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.compression import VERSION, Origin, Recipe
-from llmcompress.recipe.error_messages import at, check_booleans, first_complaint
+from llmcompress.recipe.error_messages import check_numbers, first_complaint
 from llmcompress.recipe.library import find_recipe
 from llmcompress.recipe.overrides import Change, changed, overrides
-from llmcompress.recipe.yaml import OneLine, Places, parse, written
+from llmcompress.recipe.plain import check_plain
+from llmcompress.recipe.user_file import read_file
+from llmcompress.recipe.yaml import OneLine, Places, at, parse, shortened, written
 
 S = TypeVar("S", bound=BaseModel)
+MOST_BYTES = 1_000_000  # of a recipe's file
 
 
 def read_recipe(
@@ -48,11 +51,14 @@ def read_as(
         return _validated(schema, dict(source), {}, settings, changes)
     path = find_recipe(cast(str, source), distillation=schema is not Recipe)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, MOST_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); a recipe is a YAML file") from error
+        raise RecipeError(
+            f"{shortened(path, 300)} is not UTF-8 text (byte {error.start}); a recipe is a YAML file"
+        ) from error
     except OSError as error:
-        raise RecipeError(f"the recipe {path} cannot be read ({error.strerror}); give a YAML file") from error
+        reason = error.strerror or error
+        raise RecipeError(f"the recipe {shortened(path, 300)} cannot be read ({reason}); give a YAML file") from error
     return _parsed(schema, text, path.name, settings, changes)
 
 
@@ -81,9 +87,12 @@ def _validated(
 ) -> S:
     places = dict(places)
     values = changed(overrides(schema, values, settings, places) if settings else values, changes, places)
+    check_plain(values, places)
     version = values.get("version")
     if version is None:
         raise RecipeError(f"{at((), places)}the recipe has no version; write version: {VERSION}")
+    if isinstance(version, bool):
+        raise RecipeError(f"{at(('version',), places)}version is {str(version).lower()}; write version: {VERSION}")
     if isinstance(version, int) and version > VERSION:
         raise RecipeError(
             f"{at(('version',), places)}version is {version}, and this llmcompress reads up to {VERSION}; upgrade it"
@@ -92,7 +101,7 @@ def _validated(
         recipe = schema.model_validate(values)
     except ValidationError as error:
         raise RecipeError(first_complaint(error, schema, values, places)) from error
-    check_booleans(schema, values, places)
+    check_numbers(schema, values, places)
     if isinstance(recipe, Recipe):
         recipe._origin = Origin(places)
     return recipe

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from llmcompress.recipe.yaml import shortened
+
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -21,10 +23,10 @@ def count_of(size: Any) -> Any:
     """Return the bytes of a size such as "40MB" or "1.5 GiB"; anything but text as it is. Raises ValueError."""
     if not isinstance(size, str):
         return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", size)
     unit = None if found is None else UNITS.get(found[2] or "B")
     if found is None or unit is None:
-        raise ValueError(f"{size!r} is no size; write a number and one of {', '.join(UNITS)}, such as 40MB")
+        raise ValueError(f"{shortened(size)!r} is no size; write a number and one of {', '.join(UNITS)}, such as 40MB")
     return int(float(found[1]) * unit)
 
 

@@ -16,6 +16,9 @@ Places = dict[Path, str]  # "recipe.yaml:14": where its author wrote it
 MOST_CHARACTERS = 250_000
 MOST_ENTRIES = 50_000  # aliases count once for each use, so that a small file cannot stand for a huge one
 DEEPEST = 20
+BITS = 64  # of a whole number
+LONGEST_NUMBER = 100  # characters; 64 bits with room for underscores
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # control characters, halves of characters
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 takes 1e-4 for text
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")}
 
@@ -32,9 +35,11 @@ def parse(text: str, name: str) -> tuple[Any, Places]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = name if mark is None else f"{name}:{mark.line + 1}"
-        raise RecipeError(f"{where}: this is not YAML ({error.problem or error.context})") from error
+        raise RecipeError(f"{where}: this is not YAML ({shortened(error.problem or error.context, 200)})") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: this is not YAML ({str(error).splitlines()[0]})") from error
+    except (ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF"
+        raise RecipeError(f"{name}: this is not YAML (an escape stands for no character)") from error
     except RecursionError as error:
         raise RecipeError(f"{name}: entries are nested too deeply; a recipe needs at most {DEEPEST} levels") from error
     return value, places
@@ -70,9 +75,11 @@ class _Reader:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise RecipeError(f"{where}: a key is a list or a map; write a word")
             if not key_node.tag.endswith((":str", ":merge")):
-                raise RecipeError(f'{where}: the key {_short(key)} is not text; write it as "{_short(key)}"')
+                raise RecipeError(f'{where}: the key {shortened(key)} is not text; write it as "{shortened(key)}"')
             if key in seen:
-                raise RecipeError(f'{where}: the key "{key}" stands here a second time (first: {seen[key]}); drop one')
+                raise RecipeError(
+                    f'{where}: the key "{shortened(key)}" stands here a second time (first: {seen[key]}); drop one'
+                )
             seen[key] = where
             self.places[(*path, key)] = where
             yield key, self.value(value_node, (*path, key))
@@ -81,17 +88,35 @@ class _Reader:
         if node.style is None and node.tag.endswith(":str") and EXPONENT.fullmatch(node.value):
             return float(node.value)
         try:
+            if node.tag.endswith(":int") and len(node.value) > LONGEST_NUMBER:
+                raise ValueError(f"write a number of at most {BITS} bits")
             return self.loader.construct_object(node)
-        except ValueError as error:
-            raise RecipeError(f"{self._line(node)}: {_short(node.value)} is not a value ({error})") from error
+        except (ValueError, ArithmeticError, LookupError, AttributeError) as error:  # `!!bool 7` is a KeyError
+            reason = error if isinstance(error, ValueError) else f"no {node.tag.rpartition(':')[2]}"
+            raise RecipeError(f"{self._line(node)}: {shortened(node.value)} is not a value ({reason})") from error
 
     def _line(self, node: yaml.Node) -> str:
         return f"{self.name}:{node.start_mark.line + 1}"
 
 
-def _short(value: object) -> str:
+def shortened(value: object, most: int = 40) -> str:
+    """Return a value for a sentence: at most `most` characters, and escapes for those that cannot be printed."""
     text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def at(path: Path, places: Places) -> str:
+    """ "recipe.yaml:14: " for the place of `path`, or of what encloses it; without places the path itself."""
+    for length in range(len(path), -1, -1):
+        if path[:length] in places:
+            return f"{places[path[:length]]}: "
+    return f"{shortened(dotted(path), 100)}: " if path else ""
+
+
+def dotted(path: Path) -> str:
+    """Return a path as `--set` spells it: "rules[0].steps[1].rank"."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 class _Dumper(yaml.SafeDumper):

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.recipe.error_messages import check_booleans, first_complaint
+from llmcompress.recipe.error_messages import check_numbers, first_complaint
 
 
 class Peer(BaseModel):
@@ -51,7 +51,7 @@ def read_peers(path: Path, axis: str) -> tuple[Peer, ...]:
         )
     try:
         found = Peers.model_validate(values)
-        check_booleans(Peers, values, {})
+        check_numbers(Peers, values, {})
     except ValidationError as error:
         raise InputError(f"{path}: {first_complaint(error, Peers, values, {})}") from error
     except RecipeError as error:
