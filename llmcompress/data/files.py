@@ -14,6 +14,7 @@ from llmcompress.recipe.yaml import shortened
 LONGEST_TEXT = 1 << 28  # bytes of a document of plain text; a longer file is read as several
 LONGEST_LINE = 1 << 28  # bytes of a JSON line
 MOST_READ = 1 << 30  # bytes of a text that is read as a whole
+DATASET_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)  # of `datasets` and Arrow
 LINE_ENDS, SPACES = re.compile(rb".*\n", re.DOTALL), re.compile(rb".*[ \t]", re.DOTALL)
 NEAR = 1 << 20  # bytes before the end of a document in which a line, or a word, is to end
 
@@ -113,8 +114,8 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
     try:
         yield from datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise InputError(f"{path} is not a readable parquet file ({first_line(error)})") from error
+    except (datasets.exceptions.DatasetsError, *DATASET_ERRORS) as error:
+        raise InputError(f"{path} is not a readable parquet file ({shortened(first_line(error), 300)})") from error
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:

@@ -10,7 +10,7 @@ import torch
 
 from llmcompress.data.builtin import builtin_documents, stdlib_documents
 from llmcompress.data.chat_template import HALVES
-from llmcompress.data.files import file_rows
+from llmcompress.data.files import DATASET_ERRORS, file_rows
 from llmcompress.errors import InputError, first_line
 from llmcompress.recipe.calibration import is_file
 from llmcompress.recipe.user_file import expanded
@@ -75,14 +75,14 @@ def shuffled(documents: Iterable[Document], seed: int, buffer: int = SHUFFLE_BUF
 def _hub_rows(name: str, subset: str | None, revision: str | None, split: str, streaming: bool) -> Iterator[Any]:
     import datasets
 
-    where = f"data set {name!r}" + (f", subset {subset!r}" if subset else "") + f", split {split!r}"
+    where = f"data set {shortened(name, 200)!r}" + (f", subset {subset!r}" if subset else "") + f", split {split!r}"
     try:
         rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
         yield from rows
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, *DATASET_ERRORS) as error:
         raise InputError(
-            f"{where} cannot be read ({first_line(error)}); check its name, subset, split and revision, "
-            "or give a local .txt, .jsonl or .parquet file"
+            f"{where} cannot be read ({shortened(first_line(error), 300)}); check its name, subset, split and "
+            "revision, or give a local .txt, .jsonl or .parquet file"
         ) from error
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from llmcompress.data.chat_template import rendered
 from llmcompress.data.files import read_text
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate.processes import ALONE, Processes
@@ -89,6 +90,8 @@ def run_tasks(
         raise RecipeError("lm-eval needs a tokenizer with a BOS or EOS token to start sentences from; this has neither")
     if protocol.chat_template and tokenizer.chat_template is None:
         raise RecipeError("the model's tokenizer has no chat template; score it without one")
+    if protocol.chat_template:
+        rendered([{"role": "user", "content": "?"}], tokenizer)  # lm-eval would wait for one that never ends
     training = model.training
     with _contained():
         evaluator, manager_class, model_class, tracker_class = _lm_eval()
