@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from llmcompress.data.text import read_documents, shuffled
 from llmcompress.errors import InputError
 from llmcompress.evaluate import perplexity
 from llmcompress.evaluate.perplexity import text_windows
-from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.recipe.calibration import Calibration
 from tests.tiny import tiny_tokenizer
 
@@ -211,65 +209,6 @@ def test_a_chat_is_rendered_as_transformers_does(prompt: bool) -> None:
     chat = [{"role": "user", "content": " a\nb\r\n \U0001f600 \\ \" '"}, *CHAT, {"role": "tool", "content": ""}]
     expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
     assert rendered(chat, tokenizer, prompt=prompt) == expected
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("good")
-    tiny_tokenizer().save_pretrained(folder)
-    (folder / "chat_template.jinja").unlink()  # it goes before that of tokenizer_config.json
-    return folder
-
-
-def damaged(good: Path, folder: Path, name: str, change: Any) -> Path:
-    """Return a copy of a tokenizer with one file in other bytes, or with other entries."""
-    shutil.copytree(good, folder, dirs_exist_ok=True)
-    entries = json.loads((good / name).read_text())
-    (folder / name).write_bytes(change if isinstance(change, bytes) else json.dumps(entries | change).encode())
-    return folder
-
-
-DAMAGE = [b"", b"[]", b"5", b"[" * 100_000, b"\xff\xfe", b'{"a":', bytes(range(256))]
-DEFINITION: list[Any] = [
-    {"model": None},
-    {"model": 5},
-    {"model": {"type": "BPE", "vocab": [], "merges": []}},
-    {"pre_tokenizer": {"type": "Nope"}},
-    {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}},
-    {"model": {"type": "BPE", "vocab": {}, "merges": ["z y"]}},
-    {"added_tokens": [{"id": "x"}]},
-    {
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "Q", "type_id": 0}}],
-            "pair": [],
-            "special_tokens": {},
-        }
-    },
-]
-SETTINGS: list[Any] = [
-    {"tokenizer_class": 5},
-    {"tokenizer_class": ["a"]},
-    {"eos_token": 5},
-    {"eos_token": {"a": 1}},
-    {"model_max_length": "x"},
-    {"added_tokens_decoder": {"x": 5}},
-    {"extra_special_tokens": 5},
-    {"padding_side": "up"},
-    {"chat_template": 5},
-    {"self": 1},
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [("tokenizer.json", change) for change in DAMAGE + DEFINITION]
-    + [("tokenizer_config.json", change) for change in DAMAGE + SETTINGS],
-    ids=lambda value: ascii(value)[:30],
-)
-def test_a_damaged_tokenizer_is_one_sentence(good: Path, tmp_path: Path, name: str, change: Any) -> None:
-    with pytest.raises(InputError, match="has no tokenizer that can be read"):
-        load_tokenizer(damaged(good, tmp_path / "bad", name, change))
 
 
 def judge(data: bytes, suffix: str, tmp_path: Path) -> None:
