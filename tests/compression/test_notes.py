@@ -1,4 +1,4 @@
-"""What was cut from the calibration text is among the warnings of the report."""
+"""The note on a cut line of calibration text is among the warnings of the report."""
 
 from __future__ import annotations
 
