@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError, listed
+from llmcompress.models.binding import check_tokenizer
+from llmcompress.models.digest import content_digest, tokenizer_digest
 from llmcompress.models.families import refuse_experts
 from llmcompress.models.integrity import INDEX
 from llmcompress.models.locate import Place, locate
@@ -80,6 +82,15 @@ class DenseModel:
         """Return a copy of the tensor `name` in its stored dtype. Raises InputError if its file is damaged."""
         return _read(self.tensors[self.tied.get(name, name)])
 
+    def content(self) -> dict[str, str]:
+        """Return digests of the files that decide what becomes of the model: its weights, its config, its tokenizer."""
+        weights = sorted({header.file for header in self.tensors.values()})
+        return {
+            "the model's weights": content_digest(weights),
+            "the model's config.json": content_digest([self.folder / "config.json"]),
+            "the model's tokenizer": tokenizer_digest(self.folder),
+        }
+
     def config_entries(self) -> dict[str, Any]:
         """Return the entries of the model's config.json."""
         return _read_json(self.folder / "config.json", self.folder)
@@ -98,9 +109,11 @@ class DenseModel:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model folder. Raises InputError if it has none that transformers can read."""
+    """Return the tokenizer of a model folder. Raises InputError if it has none that transformers can read, or another
+    than the weights were written with."""
     from transformers import AutoTokenizer
 
+    check_tokenizer(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:

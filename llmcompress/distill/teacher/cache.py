@@ -24,7 +24,8 @@ from torch import Tensor
 from llmcompress.data.batch import Batch
 from llmcompress.distill.teacher.top_k import Likeliest
 from llmcompress.errors import DiskError, InputError, NumericsError, Terminated
-from llmcompress.models.checkpoint import check_output, locked, sync
+from llmcompress.models.checkpoint import check_output, locked
+from llmcompress.models.replace import sync
 from llmcompress.models.store import Store
 from llmcompress.runtime.signals import stop_requests
 
