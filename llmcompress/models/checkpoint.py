@@ -230,7 +230,9 @@ def claim(staging: Path) -> None:
             (staging / MARK).write_text("unfinished work of llmcompress; it may be removed\n", encoding="utf-8")
             sync(staging)
     except OSError as error:
-        raise DiskError(f"{staging} cannot be made ({error.strerror}); choose another output folder") from error
+        raise DiskError(
+            f"{staging} cannot be written ({error.strerror}); free some space, or choose another output folder"
+        ) from error
 
 
 def is_ours(staging: Path) -> bool:

@@ -134,9 +134,13 @@ def _sealed(entry: Mapping[str, Any]) -> str:
 
 
 def _unsealed(text: str) -> dict[str, Any]:
-    """Return the object that `_sealed` wrote. Raises ValueError for one that has changed."""
+    """Return the object that `_sealed` wrote. Raises ValueError for one that has changed.
+
+    Records of earlier versions, such as caches, have no digest.
+    """
     entry: dict[str, Any] = json.loads(text)
-    if entry.pop(DIGEST) != _digest(entry):
+    known = entry.pop(DIGEST, None)
+    if known is not None and known != _digest(entry):
         raise ValueError("it is not as it was written")
     return entry
 
