@@ -184,7 +184,7 @@ def compress_job(
     staged = target.with_name(target.name + STAGED)
     there = resume and staged.is_dir() and (target / file_names.REPORT).is_file()
     if there and (done_before := completed(target, job, device)) is not None:  # the end came just before this one
-        shutil.rmtree(staged)
+        _discard(staged, target.with_name(target.name + TRAINING))
         return done_before
     check_output(target, 2 * first.plan.bytes)
     if not resume:
@@ -210,6 +210,9 @@ def completed(output: Path, job: Job, device: str) -> Result | None:
     taught = read_as(Distillation, path) if path.is_file() else None
     if taught != job.recipe.distill:
         raise DiskError(f"{output} was distilled with another recipe; remove it, or choose another output folder")
+    with locked(output, "output folder") as staging:  # the end may have come just before this was removed
+        if is_ours(staging):
+            remove(staging)
     return Result(output, reports.read(output), distillation=reports.read_distillation(output))
 
 

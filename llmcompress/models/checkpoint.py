@@ -36,7 +36,7 @@ CARD = {README, PLOT}  # what a push adds beside the checkpoint
 MARK = ".llmcompress"  # a file in a folder of unfinished work, which says that it is ours
 CHECKPOINT = "checkpoint"  # the folder of unfinished work that becomes the output
 PART = 2**28  # bytes that are written at a time
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
@@ -199,8 +199,8 @@ def publishing(staging: Path, output: Path, count: int = 0) -> Iterator[Writer]:
         seal(folder)
         _publish(folder, output)
     except OSError as error:
-        if error.errno in NO_SPACE:
-            raise DiskError(f"{output}: the disk is full; free some space and start again") from error
+        if error.errno in DISK_FAULTS:
+            raise DiskError(f"{output} cannot be written ({error.strerror}); free some space and start again") from error
         raise
 
 

@@ -150,7 +150,7 @@ def _ended(stage: Stage, output: Path) -> str:
 def _judged(stage: Stage, output: Path) -> str:
     if contents(output, TIMED) != stage.whole:
         return "silent change"
-    left = [path.name for path in output.parent.iterdir() if path != output]
+    left = [path.name for path in output.parent.iterdir() if path != output and path.suffix != ".lock"]
     return f"left behind: {left[0]}" if left else "identical"
 
 
