@@ -1,19 +1,20 @@
 """The finished blocks of a run, kept so that the same command resumes after them when it was interrupted.
 
-    OUT.partial/part-00000.safetensors            a block that nothing changes any more
-    OUT.partial/finished/block-00000.json         the report of each finished block
-    OUT.partial/finished/open-00007.safetensors   the last block, where it learns again together with the next
+    OUT.partial/checkpoint/part-00000.safetensors   a block that nothing changes any more
+    OUT.partial/finished/block-00000.json           the report of each finished block
+    OUT.partial/finished/open-00007.safetensors     the last block, where it learns again together with the next
 
 A block is finished when its report is on the disk, which is after its tensors. The blocks before the next one are run
-again as they are stored, so the result is bit for bit that of an uninterrupted run.
+again as they are stored, so the result is bit for bit that of an uninterrupted run. The reports stay until the complete
+checkpoint has its final name on the disk.
 """
 
 from __future__ import annotations
 
-import shutil
-import time
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,31 +23,36 @@ from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError
 from llmcompress.evaluate.report import LayerReport
-from llmcompress.models.checkpoint import Writer, read_tensors
+from llmcompress.models.checkpoint import CHECKPOINT, claim, clear, merge_mark, read_tensors, remove
 from llmcompress.models.dense import DenseModel
+from llmcompress.models.merge import part_file
 from llmcompress.models.store import Store
-from llmcompress.recipe.calibration import Calibration, is_file
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.modules import Layout, payload_texts
 
 FINISHED = "finished"  # the folder of the reports
-BEGUN = "begun"  # the record of when the run began
+PARTS = "parts"  # the entry of a report: number -> digest of the header of each part that was written last
 
 
 def run_identity(source: DenseModel, recipe: Recipe, tokens: str | None, device: str) -> dict[str, Any]:
     """Return all that finished blocks depend on; `tokens`: their hash.
 
-    Of equal identities they are equal, on one machine. Gates judge what is there, so they do not count.
+    Of equal identities they are equal, on one machine. The model counts by its content, not by its place. Gates judge
+    what is there, and a distillation comes after it, so they do not count.
     """
     return {
-        "model": source.name,
-        "revision": source.revision,
-        "recipe": recipe.model_dump(mode="json", exclude={"gates"}),
+        **source.content(),
+        "recipe": recipe.model_dump(mode="json", exclude={"gates", "distill"}),
         "calibration tokens": tokens,
         "device": device,
         "versions": versions(),
     }
+
+
+def run_name(identity: Mapping[str, Any]) -> str:
+    """Return a digest of an identity, by which a report says of which run it is."""
+    return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(eq=False)
@@ -79,13 +85,14 @@ class Journal:
     """The finished blocks of a run, as a context. `found`: those of an earlier one; `count`: of these and those since.
 
     When the context ends badly and the folder is to `last`, it stays if a block is finished, and the error says so in
-    a note.
+    a note. In all other cases it is gone.
     """
 
     store: Store
     folder: Path
     found: tuple[Entry, ...]
     last: bool
+    parts: dict[str, str] = field(default_factory=dict)  # number of a part that was `found` -> digest of its header
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,9 +114,12 @@ class Journal:
         if waiting is not None:
             return waiting.tensors
         layouts = {name: layout for entry in self.found for name, layout in entry.layouts.items()}
+        path = part_file(self.folder / CHECKPOINT, number)
         try:
-            return read_tensors(Writer(self.folder).part(number), payload_texts(layouts))[0]
-        except InputError as error:
+            if _part_digest(path) != self.parts.get(str(number)):
+                raise InputError(f"{path} is not as it was written")
+            return read_tensors(path, payload_texts(layouts))[0]
+        except (InputError, OSError, ValueError) as error:
             raise self.store.damage(error) from error
 
     def add(self, entry: Entry, pending: Mapping[str, Tensor]) -> None:
@@ -117,13 +127,11 @@ class Journal:
         when the disk is full."""
         if pending:
             self.store.put(_open(self.count), {}, pending)
-        self.store.put(_block(self.count), entry.to_json())
+        files = {str(number): part_file(self.folder / CHECKPOINT, number) for number in (self.count - 1, self.count)}
+        parts = {number: _part_digest(path) for number, path in files.items() if path.is_file()}
+        self.store.put(_block(self.count), entry.to_json() | {PARTS: parts})
         self.store.remove(_open(self.count - 1))
         self.count += 1
-
-    def close(self) -> None:
-        """Remove everything from the folder that is not part of the checkpoint."""
-        self.store.clear()
 
     def __enter__(self) -> Journal:
         return self
@@ -131,54 +139,50 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            return
-        if self.last and self.count and self.store.path(_block(0)):
+        if error is not None and self.last and self.count and self.store.path(_block(0)):
             blocks = "one finished block is" if self.count == 1 else f"{self.count} finished blocks are"
             error.add_note(f"{blocks} kept in {self.folder}, from where the same command resumes")
         else:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove(self.folder)
 
 
-def open_journal(
-    folder: Path, identity: Mapping[str, Any], source: DenseModel, resume: bool = True, last: bool = True
-) -> Journal:
+def open_journal(folder: Path, identity: Mapping[str, Any], resume: bool = True, last: bool = True) -> Journal:
     """Open the journal in `folder`, which is emptied first unless it holds finished blocks of a run with this
     `identity` and `resume` is true; `last`: as of a `Journal`.
 
-    Raises DiskError for finished blocks of another run, of an earlier state of the model, or damaged ones.
+    Raises DiskError for finished blocks of another run, or damaged ones.
     """
+    claim(folder)
     advice = "ask to start over (--no-resume), or choose another output folder"
     store = Store(folder / FINISHED, identity, place=folder, advice=advice, error=DiskError)
-    journal = Journal(store, folder, _found(folder, store, source) if resume else (), last)
-    if not journal.count:
-        shutil.rmtree(folder)
-        folder.mkdir()
-        store.put(BEGUN, {"time": time.time()})
-    return journal
+    found, parts = _found(folder, store) if resume else ((), {})
+    if not found:
+        clear(folder)
+    return Journal(store, folder, found, last, parts)
 
 
-def is_older(then: float, source: DenseModel, text: Calibration | None = None) -> bool:
-    """True if a model on this disk, or a file of text, has changed since the time `then`."""
-    files = {header.file for header in source.tensors.values() if source.revision is None}  # a commit does not change
-    if text is not None and is_file(text.dataset):
-        files.add(Path(text.dataset).expanduser())
-    return any(path.stat().st_mtime > then for path in files if path.is_file())
-
-
-def _found(folder: Path, store: Store, source: DenseModel) -> tuple[Entry, ...]:
-    """Return the finished blocks; none where tensors are missing, as when the end came while files were renamed."""
+def _found(folder: Path, store: Store) -> tuple[tuple[Entry, ...], dict[str, str]]:
+    """Return the finished blocks, and the digests of their parts; none where tensors are missing."""
     entries: list[Entry] = []
+    parts: dict[str, str] = {}
     while (record := store.get(_block(len(entries)))) is not None:
         try:
+            parts |= record.entry[PARTS]
             entries.append(Entry.from_json(record.entry))
         except (ValueError, KeyError, TypeError) as error:
             raise store.damage(error) from error
-    begun = store.get(BEGUN)
-    if entries and (begun is None or is_older(float(begun.entry["time"]), source)):
-        raise store.refusal(["model files"])
-    written = Journal(store, folder, tuple(entries), last=True).closed()
-    return tuple(entries) if all(Writer(folder).part(number).is_file() for number in written) else ()
+    found = tuple(entries)
+    if merge_mark(folder).is_file():  # then some parts may be gone
+        return found, parts
+    written = Journal(store, folder, found, last=True).closed()
+    there = all(part_file(folder / CHECKPOINT, number).is_file() for number in written)
+    return (found, parts) if there else ((), {})
+
+
+def _part_digest(path: Path) -> str:
+    """Return a digest of a part's header, which has the digests of its tensors."""
+    with path.open("rb") as file:
+        return sha256(file.read(int.from_bytes(file.read(8), "little"))).hexdigest()
 
 
 def _block(number: int) -> str:

@@ -21,21 +21,21 @@ from typing import Any
 
 from llmcompress.compression import run
 from llmcompress.compression.allocate.plan import Allocation, allocate
-from llmcompress.compression.allocate.price_file import allocate_by
-from llmcompress.compression.journal import is_older
+from llmcompress.compression.allocate.price_file import allocate_by, discard_prices
 from llmcompress.compression.plan import Job, Plan, prepare
 from llmcompress.compression.result import Result
 from llmcompress.compression.run import Progress
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.evaluate import report as reports
 from llmcompress.models import file_names
-from llmcompress.models.checkpoint import check_output, locked
+from llmcompress.models.checkpoint import check_output, is_ours, locked, remove
 from llmcompress.models.dense import resolve
+from llmcompress.models.kind import check_kind
 from llmcompress.recipe.compression import Recipe
-from llmcompress.recipe.read import read_recipe
+from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.read import read_as, read_recipe
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.runtime.versions import versions
 
 STAGED, PRICES = ".compressed", ".prices.json"  # follow the name of the output folder
 Training = Callable[[int, int, float, float, float], None]  # as `distill` reports
@@ -124,17 +124,19 @@ def _to_target(
         plan = allocate(job, device=device, progress=pricing)
         result = finish(plan.settled, None)
         return replace(result, allocation=record(plan, result.folder, device))
-    check_output(output, 0)
     kept = output.with_name(output.name + PRICES)
+    if not (resume and kept.is_file() and (output / file_names.REPORT).is_file()):  # else all but the plan may be there
+        check_output(output, 0)
     with locked(output, "output folder"):
         if not resume:
-            kept.unlink(missing_ok=True)
+            discard_prices(kept)
         plan = allocate_by(kept, job, device=device, progress=pricing)
     with ExitStack() as stack:
         stack.push(partial(_note, f"the prices of the options are kept in {kept}"))
-        result = finish(plan.settled, output)
+        result = completed(output, plan.settled, device) or finish(plan.settled, output)
+        allocation = record(plan, result.folder, device)
     kept.unlink()
-    return replace(result, allocation=record(plan, result.folder, device))
+    return replace(result, allocation=allocation)
 
 
 def _note(sentence: str, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -179,12 +181,15 @@ def compress_job(
         output = Path(temporary.name) / "model"
     target = Path(output)
     first = replace(job, recipe=job.recipe.model_copy(update={"distill": None}))
-    check_output(target, 2 * first.plan.bytes)
     staged = target.with_name(target.name + STAGED)
+    there = resume and staged.is_dir() and (target / file_names.REPORT).is_file()
+    if there and (done_before := completed(target, job, device)) is not None:  # the end came just before this one
+        _discard(staged, target.with_name(target.name + TRAINING))
+        return done_before
+    check_output(target, 2 * first.plan.bytes)
     if not resume:
-        for left in (staged, target.with_name(target.name + TRAINING)):
-            shutil.rmtree(left, ignore_errors=True)
-    if not is_there(staged, first):
+        _discard(staged, target.with_name(target.name + TRAINING))
+    if completed(staged, first, device) is None:
         if all(text.dataset != "self" for text in wanted.texts()):  # the model would have to write that text first
             read_data(wanted.data, source.tokenizer(), source.load, source.config)  # raises any fault in the data
         run.compress(first, staged, device=device, progress=progress, resume=resume)
@@ -194,17 +199,27 @@ def compress_job(
     return Result(target, reports.read(target), temporary, done.to_json())
 
 
-def is_there(staged: Path, job: Job) -> bool:
-    """True if an earlier run has finished this job in `staged`. Raises DiskError if it finished another one there."""
-    if not staged.is_dir() or not any(staged.iterdir()):
-        return False
-    found = reports.read(staged)
-    before = (read_recipe(staged / file_names.RECIPE), found.model, found.revision, found.versions)
-    then = (staged / file_names.REPORT).stat().st_mtime
-    now = (job.recipe, job.source.name, job.source.revision, versions())
-    if before != now or is_older(then, job.source, job.recipe.calibration):
-        raise DiskError(
-            f"{staged} was left by a run with another recipe, model, text or version; remove it, or choose another "
-            f"output folder"
-        )
-    return True
+def completed(output: Path, job: Job, device: str) -> Result | None:
+    """Return the result of this job if an earlier run has completed it in `output`, None if nothing is there.
+
+    Raises DiskError for what another job made, InputError for what none made, or for damage.
+    """
+    if not run.is_complete(output, job, device):
+        return None
+    path = output / file_names.DISTILLATION_RECIPE
+    taught = read_as(Distillation, path) if path.is_file() else None
+    if taught != job.recipe.distill:
+        raise DiskError(f"{output} was distilled with another recipe; remove it, or choose another output folder")
+    with locked(output, "output folder") as staging:  # the end may have come just before this was removed
+        if is_ours(staging):
+            remove(staging)
+    return Result(output, reports.read(output), distillation=reports.read_distillation(output))
+
+
+def _discard(staged: Path, training: Path) -> None:
+    """Remove what an earlier run left. Raises DiskError for folders that are not ours."""
+    if staged.is_dir():
+        check_kind(staged)
+        shutil.rmtree(staged)
+    if is_ours(training):
+        remove(training)

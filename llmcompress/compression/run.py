@@ -10,25 +10,36 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from llmcompress.calibrate.walk import Block, Progress, walk
 from llmcompress.compression.block import CompressionState, compress_block, restore
-from llmcompress.compression.journal import Journal, open_journal, run_identity
+from llmcompress.compression.journal import Journal, open_journal, run_identity, run_name
 from llmcompress.compression.plan import Job, check_memory, warnings
 from llmcompress.compression.result import Result
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.distill.blockwise.tune import tuner
-from llmcompress.errors import NumericsError
+from llmcompress.errors import DiskError, InputError, NumericsError
+from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.report import Report
 from llmcompress.methods.engines.stream_search import searched_there
 from llmcompress.models import file_names
-from llmcompress.models.checkpoint import Writer, check_output, writing
+from llmcompress.models.binding import binding
+from llmcompress.models.checkpoint import (
+    Writer,
+    check_output,
+    is_ours,
+    locked,
+    publishing,
+    remove,
+)
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.hf_quantizer import table_entry
+from llmcompress.models.written import check_written
 from llmcompress.recipe.read import dump
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import peak_memory
@@ -58,26 +69,68 @@ def compress(
     if output is None:
         temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")
         output = Path(temporary.name) / "model"
-    check_output(Path(output), planned.bytes + planned.bytes // 20)
+    output = Path(output)
     check_memory(planned, device)
+    with locked(output, "output folder") as staging:
+        if resume and is_ours(staging) and is_complete(output, job, device):  # the end came just before this one
+            remove(staging)
+            return Result(output, reports.read(output))
+        check_output(output, planned.bytes + planned.bytes // 20)
+        _check_rest(job)
+        tokens = _tokens(job)
+        identity = run_identity(job.source, job.recipe, None if tokens is None else tokens.hash, device)
+        with (
+            open_journal(staging, identity, resume, last=temporary is None) as journal,
+            publishing(staging, output, len(journal.closed())) as writer,
+        ):
+            tune = None if job.recipe.reconstruct is None else tuner(job.recipe.reconstruct)
+            run = CompressionState(job, place, tune, 0 if tokens is None else tokens.held_out, list(journal.found))
+            started -= journal.seconds
+            _compress_blocks(run, tokens, journal, writer, progress, started)
+            _check_gates(run)
+            size = _write_rest(job, run.layouts, writer)
+            _check_unchanged(job, identity)
+            report = _report(run, tokens, journal, size, time.monotonic() - started)
+            report = replace(report, run=run_name(identity))
+            writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
+            writer.write(file_names.RECIPE, dump(job.recipe))
+            check_written(writer.folder)
+    return Result(output, report, temporary)
+
+
+def is_complete(output: Path, job: Job, device: str) -> bool:
+    """True if this very job has completed `output` before, but for its distillation; False if nothing is there.
+
+    Raises DiskError for what another job made, and InputError for what none made.
+    """
+    if not output.is_dir() or not any(output.iterdir()):
+        return False
+    found = reports.read(output)
     tokens = _tokens(job)
     identity = run_identity(job.source, job.recipe, None if tokens is None else tokens.hash, device)
-    with (
-        writing(Path(output), keep=True) as writer,
-        open_journal(writer.folder, identity, job.source, resume, last=temporary is None) as journal,
-    ):
-        tune = None if job.recipe.reconstruct is None else tuner(job.recipe.reconstruct)
-        run = CompressionState(job, place, tune, 0 if tokens is None else tokens.held_out, list(journal.found))
-        started -= journal.seconds
-        _compress_blocks(run, tokens, journal, writer, started, progress)
-        _check_gates(run)
-        _write_rest(job, run.layouts, writer)
-        journal.close()
-        size = writer.close()
-        report = _report(run, tokens, journal, size, time.monotonic() - started)
-        writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
-        writer.write(file_names.RECIPE, dump(job.recipe))
-    return Result(Path(output), report, temporary)
+    if found.run != run_name(identity):
+        raise DiskError(
+            f"{output} was left by a run with another recipe, model, text, device or version; remove it, or choose "
+            f"another output folder"
+        )
+    return True
+
+
+def _check_rest(job: Job) -> None:
+    """Raise InputError for NaN or Inf in what is not compressed: embeddings, head and last norm."""
+    for name in _rest(job):
+        if not bool(job.source.read(name).isfinite().all()):
+            raise InputError(f"{job.source.name}: {name} holds NaN or Inf; use an undamaged checkpoint")
+
+
+def _check_unchanged(job: Job, identity: Mapping[str, Any]) -> None:
+    """Raise InputError if the model's files are no longer those that the run began with."""
+    changed = [what for what, digest in job.source.content().items() if identity[what] != digest]
+    if changed:
+        raise InputError(
+            f"{job.source.name} was replaced while it was compressed ({' and '.join(changed)} changed); start over "
+            f"(--no-resume)"
+        )
 
 
 def _compress_blocks(
@@ -85,13 +138,13 @@ def _compress_blocks(
     tokens: CalibrationTokens | None,
     journal: Journal,
     writer: Writer,
-    started: float,
     progress: Progress | None,
+    started: float,
 ) -> None:
     """Compress every block into the writer's folder; blocks that the journal has found there are restored and run."""
-    for number in journal.closed():
-        writer.count(journal.tensors(number))
     finished = len(journal.found)
+    if finished == len(run.job.arch.blocks) + len(run.job.tables):
+        return  # their files may be merged already
     for block in _blocks(run, tokens, finished, progress):
         if block.index < finished:
             restore(run, block, journal.tensors(block.index), last=block.index + 1 == finished)
@@ -137,16 +190,25 @@ def _blocks(
     )
 
 
-def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
-    """Write all but the decoder blocks: embeddings, head, config, tokenizer, and other files of the dense folder."""
-    inside = tuple(f"{layout.path}." for layout in job.arch.blocks)
-    tables = {f"{name}.weight" for name in job.tables}
-    rest = [name for name in job.source.tensors if not name.startswith(inside) and name not in tables]
-    writer.add({name: job.source.read(name) for name in rest})
+def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> int:
+    """Write all but the decoder blocks: embeddings, head, config, tokenizer, and other files of the dense folder.
+
+    Returns the bytes of all weights.
+    """
+    if not writer.mark.is_file():
+        writer.add({name: job.source.read(name) for name in _rest(job)})
     config = job.source.config_entries()
     config["quantization_config"] = table_entry(layouts) | {"versions": versions()}
     writer.write("config.json", json.dumps(config, indent=1))
     copy_companions(job.source.folder, writer.folder)
+    return writer.close(binding(writer.folder))
+
+
+def _rest(job: Job) -> list[str]:
+    """Return the names of the stored tensors that are in no decoder block and not compressed."""
+    inside = tuple(f"{layout.path}." for layout in job.arch.blocks)
+    tables = {f"{name}.weight" for name in job.tables}
+    return [name for name in job.source.tensors if not name.startswith(inside) and name not in tables]
 
 
 def _check_gates(run: CompressionState) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -33,15 +34,19 @@ from llmcompress.distill.teacher.remembered import measured_bias, remembered, re
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.plots import distillation_png
 from llmcompress.models import file_names
-from llmcompress.models.checkpoint import check_output, writing
+from llmcompress.models.binding import binding
+from llmcompress.models.checkpoint import check_output, claim, locked, making
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.digest import content_digest, teacher_digest, tokenizer_digest
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.store import Store
+from llmcompress.models.written import check_written
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import dump, read_as
 from llmcompress.runtime.memory import keeping_freed_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype, products
+from llmcompress.runtime.versions import versions
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.modules import CompressedLinear, Layout, compressed_modules
 
@@ -107,6 +112,19 @@ def distill(
     """
     asked, target = read_as(Distillation, recipe), Path(output)
     accelerator = launched_accelerator(device, asked, target)
+    with locked(target, "output folder") if accelerator.is_main_process else nullcontext():
+        return _distilled(student, teacher, asked, target, accelerator, progress)
+
+
+def _distilled(
+    student: str | Path,
+    teacher: str | Path,
+    asked: Distillation,
+    target: Path,
+    accelerator: Accelerator,
+    progress: Report | None,
+) -> Distilled:
+    """See `distill`, for the first process while nobody else writes the output."""
     pupil = locate(str(student))
     folder = pupil.folder
     check_fused(fused_into(folder), asked)
@@ -119,7 +137,10 @@ def distill(
     check_pair(*pair, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
     check_teacher(pair[1], asked.teacher.bits)
     data = read_data(asked.data, tokenizer, partial(load_model, place), pair[1].config)
-    store = Store(target.with_name(target.name + TRAINING), _identity(asked, data, opened, place))
+    training = target.with_name(target.name + TRAINING)
+    if accelerator.is_main_process:
+        claim(training)
+    store = Store(training, _identity(asked, data, opened, place))
     run = _run(asked, Student(pair[0], {}, {}), pair[1], data, store, accelerator)
     for model in pair:
         check_head(model, data.sequences.ids)
@@ -194,10 +215,15 @@ def _learned(run: TrainContext, progress: Report | None) -> tuple[Learned, dict[
 
 
 def _identity(recipe: Distillation, data: Data, opened: StudentFolder, teacher: Place) -> dict[str, Any]:
-    """Return what a state depends on: one continues the other where all of this is equal."""
-    student = sha256(json.dumps(opened.digests, sort_keys=True).encode()).hexdigest()
-    asked = recipe.model_dump(mode="json")
-    return {"recipe": asked, "data": data.hash, "student": student, "teacher": [teacher.name, teacher.revision]}
+    """Return what a state depends on: one continues the other where all of this is equal. Models count by content."""
+    digests = sha256(json.dumps(opened.digests, sort_keys=True).encode()).hexdigest()
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "data": data.hash,
+        "student": [digests, content_digest([opened.folder / "config.json"]), tokenizer_digest(opened.folder)],
+        "teacher": teacher_digest(teacher.folder),
+        "versions": versions(),
+    }
 
 
 def _result(
@@ -229,10 +255,11 @@ def _write(
     opened: StudentFolder, learned: Learned, recipe: Distillation, done: Distilled, output: Path, metrics: Path
 ) -> None:
     """Write the student's folder with the learned weights in place of its own, and with the measurements."""
-    with writing(output) as writer:
+    with making(output) as writer:
         copy_companions(opened.folder, writer.folder)
         opened.store(learned.linears, learned.dense, writer)
-        size = writer.close()
+        compressed = bool(opened.layouts)
+        size = writer.close(binding(writer.folder) if compressed else None)
         if (opened.folder / file_names.REPORT).is_file():  # not beside what save_pretrained wrote
             after = _recounted(reports.read(opened.folder), learned.linears, size, done.warnings)
             writer.write(file_names.REPORT, json.dumps(after.to_json(), indent=2))
@@ -242,6 +269,8 @@ def _write(
         writer.write(file_names.DISTILLATION, json.dumps(done.to_json(), indent=2))
         if done.plot is not None:
             (writer.folder / done.plot).write_bytes(distillation_png(done.history))
+        if compressed:
+            check_written(writer.folder)
 
 
 def _recounted(

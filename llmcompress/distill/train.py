@@ -92,7 +92,7 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
             if report is not None:
                 read = progress.step * recipe.batch * run.data.sequences.ids.shape[1]
                 report(progress.step, run.steps, loss, read / progress.seconds, progress.history[-1]["kl"])
-            if asked and not last:
+            if asked:
                 kept = f"step {progress.step} is kept in {run.store.folder}, from where the same command resumes"
                 raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(kept)
     engine.gather()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmcompress.errors import DiskError, RecipeError
-from llmcompress.models.checkpoint import replace_bytes
+from llmcompress.models.replace import replace_bytes
 
 
 def check_new_file(output: Path, kinds: Sequence[str], what: str) -> None:

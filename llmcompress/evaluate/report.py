@@ -62,6 +62,7 @@ class Report:
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)  # how each learned the last time, and what share of
     # its error all times together `left`; where the recipe reconstructs
     fused: tuple[str, ...] = ()  # what was fused into the dense blocks
+    run: str = ""  # a digest of all that the compressed weights depend on
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""

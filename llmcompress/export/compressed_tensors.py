@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.export.exported import Exported
-from llmcompress.models.checkpoint import check_output, writing
+from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened
 from llmcompress.models.dense import transposed_linears
@@ -48,8 +48,7 @@ def to_compressed_tensors(folder: Path, output: Path, allow_dense: bool = False)
     linears = _linears(opened)
     schemes: dict[str, Scheme] = {}
     plain: list[str] = []
-    check_output(output, opened.dense_bytes)
-    with writing(output) as writer:
+    with writing(output, opened.dense_bytes) as writer:
         copy_companions(folder, writer.folder)
         for layers, others in opened.parts():
             tensors = opened.read_plain(others)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from llmcompress.export.exported import Exported
-from llmcompress.models.checkpoint import check_output, writing
+from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened, rounded
 from llmcompress.models.dense import transposed_linears
@@ -18,8 +18,7 @@ def to_dense(folder: Path, output: Path) -> Exported:
     opened = Opened(folder)
     turned = transposed_linears(folder, opened.config)
     rounding = 0.0
-    check_output(output, opened.dense_bytes)
-    with writing(output) as writer:
+    with writing(output, opened.dense_bytes) as writer:
         copy_companions(folder, writer.folder)
         for layers, others in opened.parts():
             tensors = opened.read_plain(others)

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmcompress.errors import InputError
 from llmcompress.export.exported import Exported
 from llmcompress.export.half import as_half
-from llmcompress.models.checkpoint import check_output, writing
+from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened
 from llmcompress.models.dense import transposed_linears
@@ -35,8 +35,7 @@ def to_exl3(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
     turned = transposed_linears(folder, opened.config)
     stored: list[Tiles] = []
     plain: list[str] = []
-    check_output(output, opened.dense_bytes)
-    with writing(output) as writer:
+    with writing(output, opened.dense_bytes) as writer:
         copy_companions(folder, writer.folder)
         for layers, others in opened.parts():
             tensors = {name: as_half(value, name) for name, value in opened.read_plain(others).items()}

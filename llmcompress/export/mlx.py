@@ -20,7 +20,7 @@ from torch import Tensor
 from llmcompress.errors import InputError
 from llmcompress.export.exported import Exported
 from llmcompress.export.half import as_half
-from llmcompress.models.checkpoint import check_output, writing
+from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened
 from llmcompress.models.dense import transposed_linears
@@ -54,8 +54,7 @@ def to_mlx(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
     forms: dict[str, Quantization] = {}
     plain: list[str] = []
     moved = 0.0
-    check_output(output, opened.dense_bytes)
-    with writing(output) as writer:
+    with writing(output, opened.dense_bytes) as writer:
         copy_companions(folder, writer.folder)
         for layers, others in opened.parts():
             tensors = {name: as_half(value, name) for name, value in opened.read_plain(others).items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.export.exported import Exported
-from llmcompress.models.checkpoint import Writer, check_output, seal, writing
+from llmcompress.models.checkpoint import Writer, seal, writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened
 from llmcompress.models.hf_quantizer import table_entry
@@ -29,8 +29,7 @@ def to_peft(folder: Path, output: Path) -> Exported:
     opened = Opened(folder)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     layouts: dict[str, Layout] = {}
-    check_output(output, 2 * opened.bytes)
-    with writing(output) as whole:
+    with writing(output, 2 * opened.bytes) as whole:
         writer = Writer(whole.folder / "base")
         writer.folder.mkdir()
         copy_companions(folder, writer.folder)
@@ -45,6 +44,7 @@ def to_peft(folder: Path, output: Path) -> Exported:
         if not factors:
             raise InputError(f"{folder} has no low-rank terms, so there is no adapter to export; choose another format")
         size = writer.close()
+        writer.mark.unlink()
         entry = {"quantization_config": table_entry(layouts, opened.sizes)}
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
         seal(writer.folder)

@@ -1,8 +1,9 @@
 """Writing a checkpoint so that it is either complete or not there.
 
-Everything goes to `OUT.partial`, one safetensors file per part as soon as that part is done (so memory never holds
-the whole model), is fsynced, hashed into a manifest, and renamed to OUT at the end. A lock beside it keeps two runs
-from writing the same output.
+Everything goes to `OUT.partial/checkpoint`, one safetensors file per part as soon as that part is done (so memory never
+holds the whole model). At the end the parts are merged into shards, everything is fsynced, hashed into a manifest, and
+renamed to OUT. A lock beside it keeps two runs from writing the same output, and a mark in `OUT.partial` keeps
+somebody else's folder of that name from being removed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -24,14 +25,19 @@ from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, LockedError
 from llmcompress.models.integrity import DIGESTS, INDEX, MENDING, digest, digests
+from llmcompress.models.merge import data_bytes, merged, part_file
+from llmcompress.models.replace import replace_bytes, replace_text, replacing, sync
 
 FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor
 MANIFEST = "manifest.json"
 README = "README.md"
 PLOT = "layers.png"
 CARD = {README, PLOT}  # what a push adds beside the checkpoint
-SHARD = 2**31  # bytes of a weight file, unless one tensor alone has more
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+MARK = ".llmcompress"  # a file in a folder of unfinished work, which says that it is ours
+CHECKPOINT = "checkpoint"  # the folder of unfinished work that becomes the output
+PART = 2**28  # bytes that are written at a time
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
 def check_output(output: Path, needed: int) -> None:
@@ -39,14 +45,24 @@ def check_output(output: Path, needed: int) -> None:
 
     Bytes in `<output>.partial` count as free: they will be resumed from or deleted.
     """
+    if output.is_symlink():
+        raise DiskError(f"{output} is a link; give the folder itself, or choose another output folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DiskError(f"{output} exists already; remove it or choose another output folder")
+    parent = _parent(output)
+    staging = _staging(output)
+    is_ours(staging)
+    free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in staging.rglob("*"))
+    if free < needed:
+        raise DiskError(f"{output} needs {megabytes(needed)} and its disk has {megabytes(free)} free; choose another")
+
+
+def _parent(output: Path) -> Path:
+    """Return the deepest folder above `output` that exists. Raises DiskError if nothing can be written there."""
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise DiskError(f"{parent} is not a folder that can be written to; choose another output folder")
-    free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in _staging(output).rglob("*"))
-    if free < needed:
-        raise DiskError(f"{output} needs {megabytes(needed)} and its disk has {megabytes(free)} free; choose another")
+    return parent
 
 
 def _staging(output: Path) -> Path:
@@ -59,35 +75,19 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
-def shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """The names of tensors with these sizes in bytes, in order, as many at a time as a weight file holds."""
-    names: list[str] = []
-    held = 0
-    for name, size in sizes.items():
-        if names and held + size > SHARD:
-            yield names
-            names, held = [], 0
-        names.append(name)
-        held += size
-    yield names
-
-
 class Writer:
-    """The files of a checkpoint, collected in its staging folder."""
+    """The files of a checkpoint, collected in a folder. `count`: the number of parts that are written."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, count: int = 0) -> None:
         self.folder = folder
-        self.parts: list[dict[str, int]] = []  # per shard: tensor name -> bytes
+        self.count = count
+        self.mark = merge_mark(folder.parent)
 
     def add(self, tensors: dict[str, Tensor], layouts: Mapping[str, str] | None = None) -> None:
         """Write the tensors of one part of the model, with the `layouts` of those that are payloads. Raises DiskError
         when the disk is full."""
-        write_tensors(self.part(len(self.parts)), tensors, layouts or {})
-        self.count(tensors)
-
-    def count(self, tensors: Mapping[str, Tensor]) -> None:
-        """Count the next part as written, with these tensors."""
-        self.parts.append({name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()})
+        write_tensors(part_file(self.folder, self.count), tensors, layouts or {})
+        self.count += 1
 
     def write(self, name: str, text: str) -> None:
         """Write a text file. Raises DiskError when the disk is full."""
@@ -97,20 +97,26 @@ class Writer:
         except OSError as error:
             raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
 
-    def part(self, index: int) -> Path:
-        """The file of a part, until all are there."""
-        return self.folder / f"part-{index:05}.safetensors"
+    def close(self, binding: Mapping[str, Any] | None = None) -> int:
+        """Merge all parts into files as Hugging Face loaders expect them; return the weights' bytes. With `binding`,
+        each of the files says that it belongs to the others, and to what that names."""
+        try:
+            files = merged(self.folder, self.mark, binding)
+        except OSError as error:
+            raise DiskError(f"{self.folder} cannot be written ({error}); free some space and start again") from error
+        if len(files) > 1:
+            self._index(files)
+        return sum(path.stat().st_size for path in files)
 
-    def close(self) -> int:
-        """Name the shards as Hugging Face loaders expect them and write their index; return the weights' bytes."""
-        names = [f"model-{index + 1:05}-of-{len(self.parts):05}.safetensors" for index in range(len(self.parts))]
-        for index, name in enumerate(names):
-            self.part(index).rename(self.folder / name)
-        total = sum(sum(part.values()) for part in self.parts)
-        weight_map = {key: name for name, part in zip(names, self.parts, strict=True) for key in part}
-        listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    def _index(self, files: Sequence[Path]) -> None:
+        places: dict[str, str] = {}
+        total = 0
+        for path in files:
+            with safe_open(path, "pt") as file:
+                places |= dict.fromkeys(file.keys(), path.name)
+            total += data_bytes(path)
+        listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         self.write(INDEX, json.dumps(listing, indent=2))
-        return sum((self.folder / name).stat().st_size for name in names)
 
 
 def write_tensors(
@@ -126,7 +132,7 @@ def write_tensors(
     entries = {"format": "pt", **(header or {})}
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     try:
-        with _replacing(path) as staged:
+        with replacing(path) as staged:
             save_file(contiguous, staged, metadata=entries | digests(contiguous, layouts or {}))
             _sort_header(staged)
     except (OSError, SafetensorError) as error:
@@ -158,26 +164,107 @@ def _sort_header(path: Path) -> None:
 
 
 @contextmanager
-def writing(output: Path, keep: bool = False) -> Iterator[Writer]:
+def writing(output: Path, needed: int = 0) -> Iterator[Writer]:
     """A `Writer` whose files become the folder `output` when the context ends well, and vanish when it does not.
 
-    `keep`: what an earlier run left is the caller's, and so is what this one leaves when it ends badly. Raises
-    LockedError while another process writes there, DiskError when the folder cannot be made or filled.
+    Raises LockedError while another process writes there, and DiskError as `check_output` does with `needed`, for a
+    folder that cannot be made or filled, and for an output that appeared meanwhile.
     """
-    with locked(output, "output folder") as staging:
-        try:
-            if not keep:
-                shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
-            staging.mkdir(exist_ok=keep)
-            yield Writer(staging)
-            _publish(staging, output)
-        except OSError as error:
-            if error.errno in NO_SPACE:
-                raise DiskError(f"{output}: the disk is full; free some space and start again") from error
-            raise
-        finally:
-            if not keep:
-                shutil.rmtree(staging, ignore_errors=True)
+    with locked(output, "output folder"):
+        check_output(output, needed)
+        with making(output) as writer:
+            yield writer
+
+
+@contextmanager
+def making(output: Path) -> Iterator[Writer]:
+    """See `writing`, for a caller that holds the lock and has checked the output."""
+    staging = _staging(output)
+    claim(staging)
+    try:
+        clear(staging)
+        with publishing(staging, output) as writer:
+            yield writer
+    finally:
+        remove(staging)
+
+
+@contextmanager
+def publishing(staging: Path, output: Path, count: int = 0) -> Iterator[Writer]:
+    """A `Writer` in `staging`, which has `count` parts; its folder becomes `output` when the context ends well."""
+    folder = staging / CHECKPOINT
+    try:
+        folder.mkdir(exist_ok=True)
+        yield Writer(folder, count)
+        seal(folder)
+        _publish(folder, output)
+    except OSError as error:
+        if error.errno in DISK_FAULTS:
+            raise DiskError(
+                f"{output} cannot be written ({error.strerror}); free some space and start again"
+            ) from error
+        raise
+
+
+def _publish(folder: Path, output: Path) -> None:
+    """Rename the complete `folder` to `output`. Raises DiskError for an output that appeared since it was checked."""
+    try:
+        folder.rename(output)  # an empty folder is replaced
+    except OSError as error:
+        if error.errno in TAKEN:
+            raise DiskError(
+                f"{output} has appeared while it was made; move it away, or choose another output folder"
+            ) from error
+        raise
+    sync(output.parent)
+
+
+def merge_mark(staging: Path) -> Path:
+    """Return the file in `staging` that says that the parts of the checkpoint there are being merged, or are."""
+    return staging / "merging"
+
+
+def claim(staging: Path) -> None:
+    """Make the folder `staging`, and mark it as one of ours. Raises DiskError for one that somebody else made."""
+    try:
+        if not is_ours(staging):
+            staging.mkdir()
+            (staging / MARK).write_text("unfinished work of llmcompress; it may be removed\n", encoding="utf-8")
+            sync(staging)
+    except OSError as error:
+        raise DiskError(
+            f"{staging} cannot be written ({error.strerror}); free some space, or choose another output folder"
+        ) from error
+
+
+def is_ours(staging: Path) -> bool:
+    """True if `staging` is a folder that llmcompress left, False if there is nothing.
+
+    Raises DiskError for a file, a link or a folder that somebody else made.
+    """
+    if staging.is_dir() and not staging.is_symlink():
+        if (staging / MARK).is_file():
+            return True
+        if not any(staging.iterdir()):  # the end came before the mark
+            staging.rmdir()
+            return False
+    elif not os.path.lexists(staging):
+        return False
+    raise DiskError(f"{staging} is in the way and was not made by llmcompress; move it, or choose another output")
+
+
+def clear(staging: Path) -> None:
+    """Remove everything from a folder of ours, except its mark."""
+    for path in staging.iterdir():
+        if path.name != MARK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove(staging: Path) -> None:
+    """Remove a folder of ours, its mark last, so that it is ours until it is gone."""
+    clear(staging)
+    (staging / MARK).unlink(missing_ok=True)
+    staging.rmdir()
 
 
 @contextmanager
@@ -189,6 +276,7 @@ def locked(output: Path, kind: str) -> Iterator[Path]:
     """
     staging = _staging(output)
     lock = FileLock(staging.with_name(staging.name + ".lock"), timeout=0)
+    _parent(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -205,20 +293,13 @@ def locked(output: Path, kind: str) -> Iterator[Path]:
 
 def seal(folder: Path) -> None:
     """Write the manifest of what a folder holds, and wait until all of it is on the disk."""
-    hashes = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    hashes = {path.name: _digest(path) for path in files}
     if hashes:
         entries = {"format_version": FORMAT_VERSION, "sha256": hashes}
         (folder / MANIFEST).write_text(json.dumps(entries, indent=2), encoding="utf-8")
     for path in folder.iterdir():
         sync(path)
-
-
-def _publish(staging: Path, output: Path) -> None:
-    seal(staging)
-    if output.exists():
-        output.rmdir()  # empty, or check_output would have refused it
-    staging.rename(output)
-    sync(output.parent)
 
 
 def add_file(folder: Path, name: str, text: str) -> None:
@@ -249,35 +330,10 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
             ) from error
 
 
-def replace_text(path: Path, text: str) -> None:
-    """`replace_bytes` of a text in UTF-8."""
-    replace_bytes(path, text.encode())
-
-
-def replace_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that the old one or the new one is there, on the disk, never half of it. Raises OSError."""
-    with _replacing(path) as staged:
-        staged.write_bytes(content)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, which takes its place, on the disk, when the context ends well."""
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        yield staged
-        sync(staged)
-        staged.rename(path)
-        sync(path.parent)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
 def copy_folder(source: Path, target: Path) -> None:
     """Copy a finished checkpoint to `target`, all or nothing. Raises DiskError as `check_output` does."""
     size = sum(path.stat().st_size for path in source.iterdir())
-    check_output(target, size)
-    with writing(target) as writer:
+    with writing(target, size) as writer:
         for path in source.iterdir():
             if path.name != MANIFEST:
                 shutil.copyfile(path, writer.folder / path.name)
@@ -336,12 +392,3 @@ def _digest(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the list of a folder's files, is on the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llmcompress.models.checkpoint import check_manifest, read_json
+from llmcompress.models.checkpoint import PART, check_manifest, read_json
 from llmcompress.models.hf_quantizer import LLMCompressConfig
 from llmcompress.models.integrity import DIGESTS, weight_files
 from llmcompress.models.kind import check_kind
+from llmcompress.models.merge import shards
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.modules import LIKE, Layout
 from llmcompress.weight.nodes import Weight
@@ -67,11 +70,20 @@ class Opened:
         return decode(layout.header, layout.views(self.read(f"{layer}.weight")))
 
     def parts(self) -> Iterator[tuple[list[str], list[str]]]:
-        """Yield the compressed modules of each file, and the names of its other tensors."""
+        """Yield compressed modules and names of other tensors, as many at a time as take PART bytes in bfloat16."""
         layers = {f"{layer}.weight": layer for layer in self.layouts}
-        for path in sorted(set(self.files.values())):
-            names = [name for name, place in self.files.items() if place == path]
+        sizes = {}
+        for name, path in sorted(self.files.items(), key=lambda found: (found[1], _natural(found[0]))):
+            with safe_open(path, framework="pt") as file:
+                values = prod(file.get_slice(name).get_shape())
+            sizes[name] = 2 * (prod(self.layouts[layers[name]].size) if name in layers else values)
+        for names in shards(sizes, PART):
             yield [layers[name] for name in names if name in layers], [name for name in names if name not in layers]
+
+
+def _natural(name: str) -> list[str | int]:
+    """Return a key by which block 2 comes before block 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def rounded(value: Tensor) -> tuple[Tensor, float]:

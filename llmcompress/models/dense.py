@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from llmcompress.errors import InputError, listed
+from llmcompress.models.digest import content_digest, tokenizer_digest
 from llmcompress.models.families import refuse_experts
 from llmcompress.models.integrity import INDEX
 from llmcompress.models.locate import Place, locate
@@ -81,6 +82,15 @@ class DenseModel:
     def read(self, name: str) -> Tensor:
         """Return a copy of the tensor `name` in its stored dtype. Raises InputError if its file is damaged."""
         return _read(self.tensors[self.tied.get(name, name)])
+
+    def content(self) -> dict[str, str]:
+        """Return digests of the files that decide what becomes of the model: its weights, its config, its tokenizer."""
+        weights = sorted({header.file for header in self.tensors.values()})
+        return {
+            "the model's weights": content_digest(weights),
+            "the model's config.json": content_digest([self.folder / "config.json"]),
+            "the model's tokenizer": tokenizer_digest(self.folder),
+        }
 
     def config_entries(self) -> dict[str, Any]:
         """Return the entries of the model's config.json."""

@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.errors import InputError
+from llmcompress.models.binding import check_binding, saved_binding
 from llmcompress.models.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.models.integrity import MENDING, Expected, check, digests
 from llmcompress.weight.modules import (
@@ -112,6 +113,7 @@ class LLMCompressQuantizer(HfQuantizer):
         if files := [Path(name) for name in kwargs.get("checkpoint_files") or ()]:  # none where tensors were passed
             check(files, expected(model), model.all_tied_weights_keys)
             check_config(files[0].parent)
+            check_binding(files)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -132,7 +134,8 @@ class LLMCompressQuantizer(HfQuantizer):
         if any(tensor.is_meta for tensor in tensors.values()):
             tensors = get_state_dict_offloaded_model(model)
         layouts = {name: module.layout for name, module in compressed_modules(model).items()}
-        return None, digests(tensors, payload_texts(layouts))
+        known = digests(tensors, payload_texts(layouts))
+        return None, known | saved_binding(model.config, known)
 
     @property
     def is_trainable(self) -> bool:

@@ -25,6 +25,7 @@ from llmcompress.errors import InputError, listed
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DIGESTS = "llmcompress_xxh3"  # the entry of a safetensors header: JSON, tensor name -> digest
+BINDING = "llmcompress_checkpoint"  # another entry: JSON, digests of what the file belongs to
 FLOATS = {"F64", "F32", "F16", "BF16"}
 EXPONENTS = {
     torch.float16: (np.uint16, 0x7C00),

@@ -6,7 +6,7 @@
 The JSON object of a record has the identity of its run, which is all that its content depends on, and beside that the
 keys of its entry. A run with another identity is refused, and told what changed. A record is written beside its place,
 waited for until it is on the disk, and renamed: at every moment the old one or the new one is there, even if the power
-fails. Tensors carry digests, so damage is noticed.
+fails. The object and the tensors carry digests, so damage is noticed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, LLMCompressError
-from llmcompress.models.checkpoint import read_tensors, replace_text, write_tensors
+from llmcompress.models.checkpoint import read_tensors, write_tensors
+from llmcompress.models.replace import replace_text
 
 RECORD = "record"  # the key of the JSON in a header
+DIGEST = "sha256"  # the key of the digest in the JSON, over all its other keys
 
 
 class Record(NamedTuple):
@@ -50,9 +53,9 @@ class Store:
     def put(self, name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
         """Replace the record `name`. It is on the disk when this returns. Raises DiskError where it cannot be."""
         path = self._file(name, tensors is not None)
-        if twice := sorted(self.identity.keys() & entry.keys()):
+        if twice := sorted({*self.identity, DIGEST} & entry.keys()):
             raise ValueError(f"the entry {name} has the keys {twice}, as the identity has; rename them")
-        text = json.dumps({**self.identity, **entry})
+        text = _sealed({**self.identity, **entry})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if tensors is None:
@@ -69,11 +72,11 @@ class Store:
             return None
         try:
             tensors, header = ({}, {RECORD: path.read_text("utf-8")}) if path.suffix == ".json" else read_tensors(path)
-            entry: dict[str, Any] = json.loads(header[RECORD])
+            entry = _unsealed(header[RECORD])
             known = {key: entry.pop(key, None) for key in self.identity}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError) as error:
             raise self.damage(error, path) from error
-        here = json.loads(json.dumps(dict(self.identity)))
+        here = _plain(self.identity)
         if changed := [key for key, value in known.items() if value != here[key]]:
             raise self.refusal(changed)
         return Record(entry, tensors)
@@ -117,3 +120,30 @@ class Store:
 
     def _file(self, name: str, tensors: bool) -> Path:
         return self.folder / f"{name}{'.safetensors' if tensors else '.json'}"
+
+
+def _plain(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry as JSON gives it back."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(entry)))
+    return found
+
+
+def _sealed(entry: Mapping[str, Any]) -> str:
+    plain = _plain(entry)
+    return json.dumps({**plain, DIGEST: _digest(plain)})
+
+
+def _unsealed(text: str) -> dict[str, Any]:
+    """Return the object that `_sealed` wrote. Raises ValueError for one that has changed.
+
+    Records of earlier versions, such as caches, have no digest.
+    """
+    entry: dict[str, Any] = json.loads(text)
+    known = entry.pop(DIGEST, None)
+    if known is not None and known != _digest(entry):
+        raise ValueError("it is not as it was written")
+    return entry
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llmcompress.errors import InputError
+from llmcompress.models.binding import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,9 +17,11 @@ PANIC = "PanicException"  # of the tokenizers library, which makes it no Excepti
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model folder. Raises InputError if it has none that transformers can read."""
+    """Return the tokenizer of a model folder. Raises InputError if it has none that transformers can read, or another
+    than the weights were written with."""
     from transformers import AutoTokenizer
 
+    check_tokenizer(folder)
     with _Reading(folder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         _check(tokenizer)

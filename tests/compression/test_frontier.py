@@ -250,7 +250,7 @@ def test_a_distilled_point_is_kept_too(place: Path, tmp_path: Path, monkeypatch:
     assert point["seconds"] > taught["seconds"] > 0
     monkeypatch.setattr(sweep, "compress_job", dying(sweep.compress_job, 0))
     assert swept(place, tmp_path / "out", "4", distill=section)["series"][0]["points"] == [point]
-    with pytest.raises(DiskError, match=r"prices.json was left by a different run .recipe changed"):
+    with pytest.raises(DiskError, match="bpw-4 was distilled with another recipe"):
         swept(place, tmp_path / "out", "4", distill=section | {"steps": 3})
 
 

@@ -264,11 +264,26 @@ def test_what_the_kept_blocks_are_of_is_compared(place: Path, tmp_path: Path) ->
     text.write_text(before.replace("quick", "slow"))
     attempt("calibration tokens")
     text.write_text(before)
-    later = time.time() + 5
-    os.utime(tmp_path / "dense" / "model.safetensors", (later, later))
-    attempt("model files")
+    for name, what in (
+        ("model.safetensors", "weights"),
+        ("config.json", "config.json"),
+        ("tokenizer.json", "tokenizer"),
+    ):
+        path = tmp_path / "dense" / name
+        content, times = path.read_bytes(), path.stat()
+        path.write_bytes(_changed(content, name))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as an older copy of the same size has
+        attempt(f"the model's {what}")
+        path.write_bytes(content)
     fresh = lc.compress(tmp_path / "dense", asked, tmp_path / "out", resume=False)
     assert not [warning for warning in fresh.report.warnings if "earlier run" in warning]
+
+
+def _changed(content: bytes, name: str) -> bytes:
+    """Return a file of the same length that says something else."""
+    if name == "config.json":
+        return content.replace(b"1e-06", b"1e-05")
+    return content[:-6] + bytes([content[-6] ^ 1]) + content[-5:] if name == "model.safetensors" else content + b" "
 
 
 def test_a_temporary_result_keeps_nothing(place: Path) -> None:
@@ -283,7 +298,11 @@ def test_a_temporary_result_keeps_nothing(place: Path) -> None:
 @pytest.mark.parametrize("damage", ["part", "journal"])
 def test_damage_is_a_sentence(damage: str, place: Path, tmp_path: Path) -> None:
     cut(place, recipe(place), tmp_path / "out", 2)
-    path = tmp_path / "out.partial" / ("part-00001.safetensors" if damage == "part" else f"{FINISHED}/block-00001.json")
+    path = (
+        tmp_path
+        / "out.partial"
+        / ("checkpoint/part-00001.safetensors" if damage == "part" else f"{FINISHED}/block-00001.json")
+    )
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     path.write_bytes(content if damage == "part" else b"[1]\n" + content)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import llmcompress as lc
@@ -118,9 +119,10 @@ def test_a_model_that_changed_is_not_taken_for_compressed(place: Path, tmp_path:
     dense = save_tiny("llama", tmp_path / "dense")
     asked = recipe(place)
     lc.compress(dense, {key: value for key, value in asked.items() if key != "distill"}, tmp_path / "out.compressed")
-    later = (tmp_path / "out.compressed" / "report.json").stat().st_mtime + 10
-    os.utime(dense / "model.safetensors", (later, later))
-    with pytest.raises(DiskError, match="another recipe, model, text or version; remove it, or choose another"):
+    weights = dense / "model.safetensors"
+    save_file({name: value * 1.5 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    os.utime(weights, (0, 0))  # an older copy
+    with pytest.raises(DiskError, match="another recipe, model, text, device or version; remove it, or choose another"):
         lc.compress(dense, asked, tmp_path / "out")
 
 

@@ -16,7 +16,7 @@ import llmcompress as lc
 from llmcompress.distill.run import distill
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.verify import verify
-from llmcompress.models import checkpoint
+from llmcompress.models import merge
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT
 from tests.models.test_structure import RECIPE, narrow, save
@@ -83,7 +83,7 @@ def test_steps_below_the_resolution_of_bfloat16_add_up(place: Path, tmp_path: Pa
 
 
 def test_weight_files_stay_below_a_limit(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD", 20_000)
+    monkeypatch.setattr(merge, "SHARD", 20_000)
     distill(place / "short", place / "dense", asked(place, steps=1), tmp_path / "out")
     parts = [load_file(path) for path in sorted((tmp_path / "out").glob("*.safetensors"))]
     assert len(parts) > 2

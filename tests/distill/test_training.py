@@ -142,17 +142,21 @@ def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path, m
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 
 
-def test_sigterm_keeps_the_state_of_the_last_step(folders: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [2, 6])
+def test_sigterm_keeps_the_state_of_the_last_step(step: int, folders: Path, tmp_path: Path) -> None:
+    """Within the run, and within its last step."""
     asked = recipe(folders, steps=7, save_every=7)
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
 
     def stop(done: int, *_: Any) -> None:
-        if done == 2:
+        if done == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Terminated, match=r"step 3 is kept in .*cut\.training, from where the same command resumes"):
+    with pytest.raises(
+        Terminated, match=rf"step {step + 1} is kept in .*cut\.training, from where the same command resumes"
+    ):
         distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=stop)
-    assert kept_step(tmp_path / "cut.training") == 3
+    assert kept_step(tmp_path / "cut.training") == step + 1
     again = distill(folders / "small", folders / "dense", asked, tmp_path / "cut")
     assert again.history[-1]["kl"] == whole.history[-1]["kl"]
 

@@ -19,9 +19,10 @@ from llmcompress.calibrate.walk import Block, walk
 from llmcompress.cli.app import app
 from llmcompress.compression.journal import FINISHED
 from llmcompress.evaluate.verify import verify
+from llmcompress.models.checkpoint import CHECKPOINT
 from llmcompress.models.dense import resolve
 from llmcompress.models.families import architecture
-from llmcompress.models.integrity import INDEX
+from llmcompress.models.merge import part_file
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.weight.modules import compressed_linears
 from tests.calibrate.test_walk import block_outputs, sequences
@@ -139,8 +140,8 @@ def test_blocks_are_written_when_nothing_changes_them(place: Path, tmp_path: Pat
     def look(done: int, blocks: int, rate: float) -> None:
         staged = tmp_path / "out.partial"
         waiting = [] if done == blocks else [staged / FINISHED / f"open-{done - 1:05}.safetensors"]
-        parts = [staged / f"part-{index:05}.safetensors" for index in range(done - len(waiting))]
-        assert sorted(staged.rglob("*.safetensors")) == [*waiting, *parts]
+        parts = [part_file(staged / CHECKPOINT, index) for index in range(done - len(waiting))]
+        assert sorted(staged.rglob("*.safetensors")) == [*parts, *waiting]
         seen.append(done)
 
     seen: list[int] = []
@@ -172,7 +173,6 @@ def test_the_plan_says_how_many_learn_together_and_takes_memory_for_both(place: 
 
 def _weights(folder: Path) -> Iterator[tuple[str, str, bytes]]:
     """Yield a checkpoint's tensors: file, name and bytes."""
-    assert (folder / INDEX).is_file()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):

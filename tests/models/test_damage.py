@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import llmcompress as lc
 from llmcompress.errors import InputError, LLMCompressError
 from llmcompress.evaluate.verify import verify
+from llmcompress.models import merge
 from llmcompress.models.dense import load_model
 from llmcompress.models.integrity import INDEX
 from llmcompress.models.locate import Place
@@ -35,7 +36,9 @@ TEXT = "The mill by the river grinds the corn of forty farms. " * 20
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damage")
     dense = save_tiny("llama", folder / "dense", tie_word_embeddings=True)
-    return lc.compress(dense, {"version": 1, "rules": RULES}, folder / "out").folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "SHARD", 20_000)  # several files
+        return lc.compress(dense, {"version": 1, "rules": RULES}, folder / "out").folder
 
 
 def loaded(folder: Path) -> dict[str, torch.Tensor]:

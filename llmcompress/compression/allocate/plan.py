@@ -124,7 +124,8 @@ def allocate(job: Job, *, device: str = "cpu", progress: Progress | None = None)
     raises what the walk and the methods raise.
     """
     target = target_of(job)
-    return price(job, reachable(job, (target,)), device=device, progress=progress).reaching(target)
+    found = reachable(job, (target,))
+    return price(job, found, priced_tokens(job), device=device, progress=progress).reaching(target)
 
 
 def target_of(job: Job) -> Target:
@@ -146,21 +147,22 @@ def reachable(job: Job, targets: Sequence[Target]) -> Choices:
     return found
 
 
-def price(job: Job, found: Choices, *, device: str = "cpu", progress: Progress | None = None) -> PriceList:
-    """Measure what every choice costs, on the calibration text of the job's recipe. Holds the dense model in float32.
+def price(
+    job: Job, found: Choices, tokens: CalibrationTokens, *, device: str = "cpu", progress: Progress | None = None
+) -> PriceList:
+    """Measure what every choice costs, on the `priced_tokens` of the job. Holds the dense model in float32.
 
     Raises MemoryLimitError if it does not fit, InputError for too little text, and what the walk and the methods raise.
     """
     started, source = time.monotonic(), job.source
     _check_memory(source, device)
-    tokens = _tokens(job)
     windows = probe_windows(tokens.sequences[tokens.obtained - tokens.held_out :])
     probe = Probe(source.load(device), job.arch, windows)
     priced, dense = prices(job, found, tokens, probe, device, progress), probe.dense
     return PriceList(job, found, priced, lambda: dense, time.monotonic() - started)
 
 
-def _tokens(job: Job) -> CalibrationTokens:
+def priced_tokens(job: Job) -> CalibrationTokens:
     """Return the calibration tokens, the same as in the run. Raises InputError if none of them is held out."""
     source, config = job.source, job.recipe.calibration
     if config is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import torch
 
 from llmcompress.calibrate.walk import Progress
 from llmcompress.compression.allocate.choices import Choices
-from llmcompress.compression.allocate.plan import Allocation, PriceList, price, reachable, target_of
+from llmcompress.compression.allocate.plan import Allocation, PriceList, price, priced_tokens, reachable, target_of
 from llmcompress.compression.allocate.prices import Priced
 from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts
-from llmcompress.compression.journal import is_older
 from llmcompress.compression.plan import Job
-from llmcompress.errors import DiskError
+from llmcompress.errors import DiskError, first_line
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.store import Store
 from llmcompress.runtime.versions import versions
+
+KIND = "kind of budget"  # in the identity
+TOKENS = "calibration tokens"  # in the entry: their hash
 
 
 def allocate_by(path: Path, job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Allocation:
@@ -35,22 +38,33 @@ def price_list(path: Path, job: Job, found: Choices, device: str, progress: Prog
 
     Raises DiskError for a list of another recipe, model or version, or one that cannot be written.
     """
-    store = _store(path, job)
+    store, tokens = _store(path, job), priced_tokens(job)
     kept = store.get(path.stem)
     if kept is not None:
+        if kept.entry.get(TOKENS) != tokens.hash:
+            raise store.refusal([TOKENS])
         return _read(store, kept.entry, job, found, device)
-    made = price(job, found, device=device, progress=progress)
+    made = price(job, found, tokens, device=device, progress=progress)
     matrices = [one.to_json() for one in made.prices]
     entry = {"seconds": made.seconds, "windows": made.dense().windows.tolist(), "matrices": matrices}
-    store.put(path.stem, entry)
+    store.put(path.stem, entry | {TOKENS: tokens.hash})
     return made
 
 
 def check_prices(path: Path, job: Job) -> None:
-    """Raise DiskError if `path` holds prices that are not this job's, or are older than its model or text."""
-    store = _store(path, job)
-    if store.get(path.stem) is not None and is_older(path.stat().st_mtime, job.source, job.recipe.calibration):
-        raise store.refusal(["files of the model or the text"])
+    """Raise DiskError if `path` holds prices that are not this job's. Its text is compared when they are read."""
+    _store(path, job).get(path.stem)
+
+
+def discard_prices(path: Path) -> None:
+    """Remove the price list in the file `path`, if there is one. Raises DiskError for a file that is none."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {KIND: []}
+    except (OSError, ValueError) as error:
+        raise DiskError(f"{path} is no price list ({first_line(error)}); move it, or choose another output") from error
+    if not isinstance(entries, dict) or KIND not in entries:
+        raise DiskError(f"{path} is no price list of llmcompress; move it, or choose another output")
+    path.unlink(missing_ok=True)
 
 
 def _store(path: Path, job: Job) -> Store:
@@ -58,10 +72,9 @@ def _store(path: Path, job: Job) -> Store:
 
     Only the kind of the target counts: with a target in bytes, tables have prices too.
     """
-    recipe, source = job.recipe.model_dump(mode="json"), job.source
+    recipe = job.recipe.model_dump(mode="json", exclude={"gates", "distill"})
     kind = [key for key, value in recipe.pop("target").items() if value is not None]
-    identity: dict[str, Any] = {"model": source.name, "revision": source.revision, "recipe": recipe}
-    identity |= {"kind of budget": kind, "versions": versions()}
+    identity: dict[str, Any] = {**job.source.content(), "recipe": recipe, KIND: kind, "versions": versions()}
     return Store(path.parent, identity, place=path, error=DiskError)
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError, RecipeError, listed
-from llmcompress.models.checkpoint import check_output, read_json, shards, writing
+from llmcompress.models.checkpoint import PART, read_json, writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import FAMILIES
 from llmcompress.models.kept_blocks import KEPT, kept_blocks
+from llmcompress.models.merge import shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -74,10 +75,9 @@ def drop_blocks(
     source, target = resolve(str(model), revision), Path(output)
     plan = shortening(source, blocks)
     sizes = {name: source.tensors[name].bytes for name in plan.stored}
-    check_output(target, sum(sizes.values()))
-    with writing(target) as writer:
+    with writing(target, sum(sizes.values())) as writer:
         copy_companions(source.folder, writer.folder)
-        for names in shards(sizes):
+        for names in shards(sizes, PART):
             writer.add({plan.stored[name]: source.read(name) for name in names})
         size = writer.close()
         entries = read_json(source.folder / "config.json") | plan.changes

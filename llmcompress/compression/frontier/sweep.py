@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from llmcompress.compression.allocate.price_file import check_prices, price_list
 from llmcompress.compression.frontier.budgets import Budget
 from llmcompress.compression.frontier.judge import Judge
 from llmcompress.compression.frontier.peers import Peer
-from llmcompress.compression.pipeline import compress_job, is_there, record
+from llmcompress.compression.pipeline import completed, compress_job, record
 from llmcompress.compression.plan import Job, prepare
 from llmcompress.errors import DiskError, RecipeError, Terminated
 from llmcompress.evaluate import report as reports
@@ -39,7 +39,6 @@ from llmcompress.models.checkpoint import holds, locked, write_files
 from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.locate import Place
 from llmcompress.recipe.compression import Recipe
-from llmcompress.recipe.read import read_as
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
@@ -178,7 +177,7 @@ def _point(
     """Return a budget's checkpoint with its scores; compress it first unless it is there."""
     plan = prices.reaching(budget.target)
     job = plan.settled
-    if not _is_done(folder, job):
+    if completed(folder, job, judge.device) is None:
         compress_job(job, folder, device=judge.device, progress=told.progress, training=told.training)
     found = reports.read_allocation(folder) if holds(folder, file_names.ALLOCATION) else None
     aimed = record(plan, folder, judge.device) if found is None else found
@@ -207,19 +206,6 @@ def _as_point(peer: Peer, dense: dict[str, Any]) -> dict[str, Any]:
     """Return a peer in the form of a sweep's points; its score in a task counts as the metric that is drawn."""
     tasks = {task: {main_metric(dense["tasks"].get(task, {})) or "score": value} for task, value in peer.tasks.items()}
     return peer.model_dump(mode="json") | {"tasks": tasks}
-
-
-def _is_done(folder: Path, job: Job) -> bool:
-    """True if an earlier sweep has made this checkpoint. Raises DiskError if something else is there."""
-    if not is_there(folder, replace(job, recipe=job.recipe.model_copy(update={"distill": None}))):
-        return False
-    from llmcompress.recipe.distillation import Distillation
-
-    path = folder / file_names.DISTILLATION_RECIPE
-    taught = read_as(Distillation, path) if path.is_file() else None
-    if taught != job.recipe.distill:
-        raise DiskError(f"{folder} was distilled with another recipe; remove it, or choose another output folder")
-    return True
 
 
 def _publish(output: Path, found: dict[str, Any]) -> None:

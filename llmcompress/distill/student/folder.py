@@ -10,12 +10,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llmcompress.models.checkpoint import Writer, read_json, shards
+from llmcompress.models.checkpoint import PART, Writer, read_json
 from llmcompress.models.compressed import Opened
 from llmcompress.models.dense import DenseModel, open_source
 from llmcompress.models.hf_quantizer import NAME, table_entry
 from llmcompress.models.integrity import digest
 from llmcompress.models.locate import Place
+from llmcompress.models.merge import shards
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.modules import CompressedLinear, Layout, payload_texts
 
@@ -92,7 +93,7 @@ class Plain:
 
     def store(self, linears: Linears, dense: Mapping[str, Tensor], writer: Writer) -> None:
         """Writes weights and config.json."""
-        for names in shards({name: header.bytes for name, header in self.source.tensors.items()}):
+        for names in shards({name: header.bytes for name, header in self.source.tensors.items()}, PART):
             stored = {name: self.source.read(name) for name in names}
             learned = {name: dense[name].to(stored[name].dtype) for name in names if name in dense}
             writer.add({self.source.tensors[name].key: tensor for name, tensor in (stored | learned).items()})

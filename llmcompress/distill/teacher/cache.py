@@ -24,7 +24,8 @@ from torch import Tensor
 from llmcompress.data.batch import Batch
 from llmcompress.distill.teacher.top_k import Likeliest
 from llmcompress.errors import DiskError, InputError, NumericsError, Terminated
-from llmcompress.models.checkpoint import check_output, locked, sync
+from llmcompress.models.checkpoint import check_output, claim, locked
+from llmcompress.models.replace import sync
 from llmcompress.models.store import Store
 from llmcompress.runtime.signals import stop_requests
 
@@ -104,8 +105,8 @@ def _write(staged: Path, folder: Path, origin: CacheOrigin, counted: Tensor, log
     """Write all chunks that are not in `staged` yet."""
     store, record = _store(staged, origin), record_type(min(origin.k, vocabulary), vocabulary)
     done = 0 if store.path(DONE) is None else int(_done(store)["sequences"])
+    claim(staged)
     check_output(folder, int(counted[done:].sum()) * record.itemsize)
-    staged.mkdir(exist_ok=True)
     size = max(1, CHUNK // counted.shape[1])
     with stop_requests() as stopping, _opened(staged / RECORDS, record, counted, done) as file:
         for start in range(done, len(counted), size):

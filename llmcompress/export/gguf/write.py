@@ -27,7 +27,7 @@ from llmcompress.export.gguf.tensor_types import FLOATS, ROUNDED, Inexact, Tenso
 from llmcompress.export.gguf.vocabulary import read_vocabulary
 from llmcompress.export.peft import without_term
 from llmcompress.models import file_names
-from llmcompress.models.checkpoint import check_output, writing
+from llmcompress.models.checkpoint import writing
 from llmcompress.models.compressed import Opened
 from llmcompress.models.dense import transposed_linears
 from llmcompress.weight.expression import dense
@@ -91,9 +91,8 @@ def to_gguf(folder: Path, output: Path, allow_dense: bool = False, round_to: str
     opened = Opened(folder)
     model = gguf_model(folder, opened.config)
     vocabulary = read_vocabulary(folder, model.config.vocab_size, opened.config)
-    check_output(output, opened.dense_bytes)
-    plan = planned(opened, model, Fallbacks(allow_dense, ROUNDED[round_to] if round_to else None))
-    with writing(output) as staged:
+    with writing(output, opened.dense_bytes) as staged:
+        plan = planned(opened, model, Fallbacks(allow_dense, ROUNDED[round_to] if round_to else None))
         writer = GGUFWriter(staged.folder / MODEL, model.architecture)
         _introduce(writer, folder, plan.mostly)
         model.describe(writer, len(vocabulary.tokens))

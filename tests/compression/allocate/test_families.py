@@ -14,7 +14,7 @@ from torch import Tensor
 from llmcompress.compression import run
 from llmcompress.compression.allocate.choices import Choices, Matrix
 from llmcompress.compression.allocate.distortion import error, families
-from llmcompress.compression.allocate.plan import PriceList, choose, damage, price, reachable
+from llmcompress.compression.allocate.plan import PriceList, choose, damage, price, priced_tokens, reachable
 from llmcompress.compression.allocate.prices import Offer, Priced
 from llmcompress.compression.allocate.sizes import payload_bytes
 from llmcompress.compression.plan import prepare
@@ -64,7 +64,7 @@ def priced(place: Path) -> PriceList:
     calibration = {"dataset": str(place / "text.txt"), "samples": 12, "length": 48, "held_out": 4}
     values = {"version": 1, "calibration": calibration, "target": {"bpw": 2}, "options": OPTIONS}
     job = prepare(resolve(str(place / "dense")), read_recipe(values))
-    return price(job, reachable(job, ()))
+    return price(job, reachable(job, ()), priced_tokens(job))
 
 
 def only(found: PriceList, numbers: Sequence[int]) -> PriceList:

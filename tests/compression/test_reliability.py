@@ -1,0 +1,20 @@
+"""A small share of `scripts/bench/reliability.py`: kills, faults, damage and hostile input, from other seeds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.rules.source_tree import ROOT
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="trials are forks")
+def test_nothing_is_lost_mixed_or_let_in() -> None:
+    counts = ["--kills", "20", "--faults", "10", "--mutations", "60", "--inputs", "30", "--seed", "7000"]
+    words = [sys.executable, str(ROOT / "scripts" / "bench" / "reliability.py"), *counts]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"
+    assert "| killed |" in done.stdout and "| hostile |" in done.stdout
