@@ -25,8 +25,9 @@ from llmcompress.evaluate.page.files import add_generations
 from llmcompress.evaluate.page.write import write_page
 from llmcompress.evaluate.score import save_scores
 from llmcompress.evaluate.scores import Evaluation, evaluate_all
-from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.dense import load_model
 from llmcompress.models.locate import locate
+from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
 

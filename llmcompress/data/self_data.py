@@ -27,11 +27,12 @@ from llmcompress.data.generate_answers import Answerer, AnswerSampling
 from llmcompress.data.text import Document, Message, read_documents
 from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
 from llmcompress.models.checkpoint import locked
-from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.dense import load_model
 from llmcompress.models.digest import teacher_digest
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.replace import sync
 from llmcompress.models.store import Store
+from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.signals import stop_requests
 from llmcompress.runtime.versions import versions

@@ -37,10 +37,11 @@ from llmcompress.models import file_names
 from llmcompress.models.binding import binding
 from llmcompress.models.checkpoint import check_output, claim, locked, making
 from llmcompress.models.companions import copy_companions
-from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.dense import load_model
 from llmcompress.models.digest import content_digest, teacher_digest, tokenizer_digest
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.store import Store
+from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.models.written import check_written
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import dump, read_as

@@ -19,8 +19,9 @@ from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.score import size_of
 from llmcompress.evaluate.scores import Scoring, evaluate_all
 from llmcompress.evaluate.tables import comparison_markdown
-from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.dense import load_model
 from llmcompress.models.locate import Place, locate
+from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
 

@@ -18,9 +18,11 @@ from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.scores import Evaluation, Scoring, evaluate, evaluate_all
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import add_file, check_output, read_json, writing
-from llmcompress.models.dense import DenseModel, dense_skeleton, load_model, load_tokenizer, open_source, read_headers
+from llmcompress.models.dense import DenseModel, load_model, open_source, read_headers
 from llmcompress.models.families import Linear, architecture
 from llmcompress.models.locate import Place, locate
+from llmcompress.models.skeleton import dense_skeleton
+from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
 

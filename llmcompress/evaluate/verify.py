@@ -10,10 +10,11 @@ from llmcompress.data.calibration import context_length
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.scores import evaluate
 from llmcompress.models.checkpoint import MANIFEST, check_manifest, manifest
-from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.dense import load_model
 from llmcompress.models.integrity import weight_files
 from llmcompress.models.kind import check_kind
 from llmcompress.models.locate import Place, locate
+from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.weight.modules import compressed_modules
 

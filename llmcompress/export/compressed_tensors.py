@@ -21,7 +21,7 @@ from llmcompress.export.exported import Exported
 from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened
-from llmcompress.models.dense import transposed_linears
+from llmcompress.models.skeleton import transposed_linears
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Grid, Weight

@@ -23,7 +23,7 @@ from llmcompress.export.half import as_half
 from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened
-from llmcompress.models.dense import transposed_linears
+from llmcompress.models.skeleton import transposed_linears
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.nodes import Grid, Minifloat, Weight
 from llmcompress.weight.packing import pack, stream_bits

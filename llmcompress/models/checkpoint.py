@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, LockedError
+from llmcompress.models.files import check_regular, open_tensors, read_object
 from llmcompress.models.integrity import DIGESTS, INDEX, MENDING, digest, digests
 from llmcompress.models.merge import data_bytes, merged, part_file
 from llmcompress.models.replace import replace_bytes, replace_text, replacing, sync
@@ -112,7 +113,7 @@ class Writer:
         places: dict[str, str] = {}
         total = 0
         for path in files:
-            with safe_open(path, "pt") as file:
+            with open_tensors(path) as file:
                 places |= dict.fromkeys(file.keys(), path.name)
             total += data_bytes(path)
         listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
@@ -142,7 +143,7 @@ def write_tensors(
 def read_tensors(path: Path, layouts: Mapping[str, str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors that `write_tensors` wrote, and the header. Raises InputError for a file that has changed."""
     try:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             header = file.metadata() or {}
             written = json.loads(header[DIGESTS])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -372,6 +373,7 @@ def check_config(folder: Path) -> None:
 def manifest(folder: Path) -> dict[str, str] | None:
     """File name to SHA-256, from the folder's manifest; None without one. Raises InputError if it cannot be read."""
     path = folder / MANIFEST
+    check_regular(path)
     if not path.is_file():
         return None
     try:
@@ -381,9 +383,8 @@ def manifest(folder: Path) -> dict[str, str] | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of ours."""
-    entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return entries
+    """Return the object in a JSON file of ours. Raises OSError or ValueError where there is none."""
+    return read_object(path)
 
 
 def _digest(path: Path) -> str:

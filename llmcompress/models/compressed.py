@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from llmcompress.errors import InputError, listed
 from llmcompress.models.checkpoint import PART, check_manifest, read_json
+from llmcompress.models.files import open_tensors
 from llmcompress.models.hf_quantizer import LLMCompressConfig
-from llmcompress.models.integrity import DIGESTS, weight_files
+from llmcompress.models.integrity import DIGESTS, MENDING, weight_files
 from llmcompress.models.kind import check_kind
 from llmcompress.models.merge import shards
+from llmcompress.models.skeleton import check_numbers
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.modules import LIKE, Layout
 from llmcompress.weight.nodes import Weight
@@ -33,6 +38,7 @@ class Opened:
         check_manifest(folder)
         self.folder = folder
         self.config = read_json(folder / "config.json")
+        check_numbers(self.config.get, str(folder / "config.json"))
         entries = self.config.pop("quantization_config")
         quantization = LLMCompressConfig(**entries)
         self.layouts: dict[str, Layout] = quantization.table()
@@ -40,9 +46,11 @@ class Opened:
         self.files: dict[str, Path] = {}
         self.digests: dict[str, str] = {}
         for path in weight_files(folder):
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 self.files.update(dict.fromkeys(file.keys(), path))
                 self.digests[path.name] = (file.metadata() or {}).get(DIGESTS, "")
+        if lacking := [name for name in self.layouts if f"{name}.weight" not in self.files]:
+            raise InputError(f"{folder} lacks the weights of {listed(lacking)}; {MENDING}")
 
     @property
     def bytes(self) -> int:
@@ -55,8 +63,8 @@ class Opened:
         return 2 * sum(layout.size[0] * layout.size[1] for layout in self.layouts.values()) + self.bytes
 
     def read(self, name: str) -> Tensor:
-        """Return one stored tensor."""
-        with safe_open(self.files[name], framework="pt") as file:
+        """Return one stored tensor. Raises InputError if its file is damaged."""
+        with _opened(self.files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
@@ -65,16 +73,22 @@ class Opened:
         return {name: self.read(name) for name in names if not name.endswith(f".{LIKE}")}
 
     def expression(self, layer: str) -> Weight:
-        """Return the compressed weight of one module."""
-        layout = self.layouts[layer]
-        return decode(layout.header, layout.views(self.read(f"{layer}.weight")))
+        """Return the compressed weight of one module. Raises InputError for a payload that its layout cannot read."""
+        layout, payload = self.layouts[layer], self.read(f"{layer}.weight")
+        try:
+            layout.check(payload)
+        except ValueError as error:
+            raise InputError(
+                f"{self.folder} holds a payload of {layer} that is damaged ({error}); {MENDING}"
+            ) from error
+        return decode(layout.header, layout.views(payload))
 
     def parts(self) -> Iterator[tuple[list[str], list[str]]]:
         """Yield compressed modules and names of other tensors, as many at a time as take PART bytes in bfloat16."""
         layers = {f"{layer}.weight": layer for layer in self.layouts}
         sizes = {}
         for name, path in sorted(self.files.items(), key=lambda found: (found[1], _natural(found[0]))):
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 values = prod(file.get_slice(name).get_shape())
             sizes[name] = 2 * (prod(self.layouts[layers[name]].size) if name in layers else values)
         for names in shards(sizes, PART):
@@ -84,6 +98,16 @@ class Opened:
 def _natural(name: str) -> list[str | int]:
     """Return a key by which block 2 comes before block 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a weight file. Raises InputError for one that is damaged."""
+    try:
+        with open_tensors(path) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged ({' '.join(str(error).split())}); {MENDING}") from error
 
 
 def rounded(value: Tensor) -> tuple[Tensor, float]:

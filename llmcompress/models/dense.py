@@ -6,23 +6,23 @@ compressed before any work is done; `DenseModel.read` opens one file, copies one
 
 from __future__ import annotations
 
-import copy
-import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from yaml import YAMLError
 
-from llmcompress.errors import InputError, listed
+from llmcompress.errors import InputError, is_out_of_memory, listed
 from llmcompress.models.digest import content_digest, tokenizer_digest
 from llmcompress.models.families import refuse_experts
+from llmcompress.models.files import open_tensors, read_object
 from llmcompress.models.integrity import INDEX
 from llmcompress.models.locate import Place, locate
+from llmcompress.models.skeleton import check_numbers, config_errors, dense_skeleton, outline, reason
 from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.devices import device_of
 
@@ -123,17 +123,57 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     there = device_of(device)
+    is_dense = _check_outline(place.folder) and quantization is None
     quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
+    loader: Any = AutoModelForCausalLM
+    failures: tuple[type[Exception], ...] = (*config_errors(), SafetensorError)
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            place.folder, dtype=dtype, local_files_only=True, **quantized
+        model, found = loader.from_pretrained(
+            place.folder, dtype=dtype, local_files_only=True, output_loading_info=True, **quantized
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise InputError(f"{place.name} cannot be loaded ({_reason(error)}); download or write it again") from error
+    except failures as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{place.name} cannot be loaded ({reason(error)}); download or write it again") from error
+    if is_dense and found["missing_keys"]:  # transformers has drawn random numbers for them
+        raise _lacking(place.folder, sorted(found["missing_keys"]))
     placed: nn.Module = model
     if not quantized and model.device != there:  # what other tools quantized refuses to be moved
         placed.to(there)
     return model.eval()
+
+
+def _check_outline(folder: Path) -> bool:
+    """Check a config against the tensors beside it, before transformers builds a model; return True if it is dense.
+
+    Raises InputError for sizes that they do not have.
+    """
+    from transformers import AutoConfig
+
+    place = folder / "config.json"
+    entries = _read_json(place, folder)
+    check_numbers(entries.get, str(place))
+    packing = entries.get("quantization_config") or {}
+    if not isinstance(packing, dict):
+        raise InputError(f"{place} has a quantization_config that is no object; download or write it again")
+    if not any(folder.glob("*.safetensors*")):
+        return not packing
+    stored = read_headers(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except config_errors() as error:
+        raise InputError(f"{place} is not a valid config ({reason(error)}); correct it") from error
+    model = outline(config, folder, len(stored), _disk(stored))
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if not packing and weights > 2 * sum(prod(header.shape) for header in stored.values()):
+        raise InputError(f"{place} describes a model of {weights} weights, which the files beside it lack; correct it")
+    return not packing
+
+
+def _disk(stored: dict[str, Header]) -> int:
+    """Return the bytes of the files that hold these tensors."""
+    return sum(path.stat().st_size for path in {header.file for header in stored.values()})
 
 
 def resolve(model: str, revision: str | None = None) -> DenseModel:
@@ -148,9 +188,9 @@ def resolve(model: str, revision: str | None = None) -> DenseModel:
 def open_source(place: Place) -> DenseModel:
     """Return the dense model of a place that `locate` found; raises what `resolve` raises."""
     config = read_config(place.folder)
-    skeleton = dense_skeleton(config, place.folder)
-    refuse_experts(config, skeleton)  # before matching: their tensors have other names on disk
     stored = read_headers(place.folder)
+    skeleton = outline(config, place.folder, len(stored), _disk(stored))
+    refuse_experts(config, skeleton)  # before matching: their tensors have other names on disk
     tensors, tied, unused = _match(skeleton, stored, place.folder)
     note = f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one" if unused else ""
     notes = (*place.notes, note) if note else place.notes
@@ -184,7 +224,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
     entries = _read_json(folder / "config.json", folder)
     kind = entries.get("model_type")
-    if method := (entries.get("quantization_config") or {}).get("quant_method"):
+    quantization = entries.get("quantization_config") or {}
+    if method := quantization.get("quant_method") if isinstance(quantization, dict) else quantization:
         raise InputError(
             f"{folder} is already compressed (quant_method {str(method)!r}); start from the dense checkpoint"
         )
@@ -197,20 +238,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"{folder / 'config.json'} names model_type {kind!r}, which the installed transformers does not know; "
             f"install a newer transformers or choose another model"
         )
+    check_numbers(entries.get, str(folder / "config.json"))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except _config_errors() as error:
-        raise InputError(f"{folder / 'config.json'} is not a valid config ({_reason(error)}); correct it") from error
+    except config_errors() as error:
+        raise InputError(f"{folder / 'config.json'} is not a valid config ({reason(error)}); correct it") from error
     _refuse_other_tasks(config, folder)
     return config
-
-
-def _config_errors() -> tuple[type[Exception], ...]:
-    """Return the errors that transformers and torch raise for impossible values and missing requirements."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    values = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
-    return (*values, OSError, ImportError, StrictDataclassError)
 
 
 def _known_type(kind: object) -> bool:
@@ -234,37 +268,12 @@ def _refuse_other_tasks(config: PreTrainedConfig, folder: Path) -> None:
         )
 
 
-def dense_skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
-    """Return the model that a config describes, parameters on meta. Raises InputError if it cannot be built."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
-    except _config_errors() as error:
-        raise InputError(
-            f"{folder / 'config.json'} does not describe a {config.model_type} model that can be built "
-            f"({_reason(error)}); correct it"
-        ) from error
-    return model.eval()
-
-
-def transposed_linears(folder: Path, entries: dict[str, Any]) -> set[str]:
-    """Return the module paths of linears whose weight is `[in, out]` in a model with the config `entries`."""
-    from transformers import AutoConfig
-    from transformers.pytorch_utils import Conv1D
-
-    config = AutoConfig.for_model(**entries)
-    return {name for name, child in dense_skeleton(config, folder).named_modules() if isinstance(child, Conv1D)}
-
-
 def read_headers(folder: Path) -> dict[str, Header]:
     """Return the header of every tensor in the folder's safetensors files, by the names in the files."""
     stored: dict[str, Header] = {}
     for path in _weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_tensors(path) as file:
                 for key in file.keys():  # noqa: SIM118 - an open file is not a mapping
                     piece = file.get_slice(key)
                     if key in stored:
@@ -274,7 +283,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
                         )
                     stored[key] = Header(tuple(piece.get_shape()), piece.get_dtype(), path, key)
         except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from error
+            raise InputError(f"{path} is damaged ({reason(error)}); download or copy it again") from error
     return stored
 
 
@@ -323,11 +332,15 @@ def _match(
     tied = _tie(dict(getattr(skeleton, "all_tied_weights_keys", None) or {}), found)
     missing = [name for name in parameters if tied.get(name, name) not in found]
     if missing:
-        raise InputError(
-            f"{folder} lacks weights that its config requires: {listed(missing)}; download the model again or correct "
-            f"config.json"
-        )
+        raise _lacking(folder, missing)
     return found, tied, [key for key in stored if key not in used]
+
+
+def _lacking(folder: Path, missing: list[str]) -> InputError:
+    return InputError(
+        f"{folder} lacks weights that its config requires: {listed(missing)}; download the model again or correct "
+        f"config.json"
+    )
 
 
 def _checked(header: Header, shape: tuple[int, ...], is_weight: bool) -> Header:
@@ -341,6 +354,8 @@ def _checked(header: Header, shape: tuple[int, ...], is_weight: bool) -> Header:
             f"{header.key} in {header.file} is stored as {header.dtype}, so it is already compressed; "
             f"start from a checkpoint in bfloat16, float16 or float32"
         )
+    if header.dtype not in FLOATS | BUFFERS:
+        raise InputError(f"{header.key} in {header.file} is stored as {header.dtype}; start from the dense checkpoint")
     return header
 
 
@@ -363,10 +378,10 @@ def _tie(declared: dict[str, str], found: dict[str, Header]) -> dict[str, str]:
 def _read(header: Header) -> Tensor:
     """Return a copy of one tensor; its file is closed again."""
     try:
-        with safe_open(header.file, framework="pt") as file:
+        with open_tensors(header.file) as file:
             return file.get_tensor(header.key).clone()  # the original is a window into the mapped file
     except (SafetensorError, OSError) as error:
-        raise _damaged(header.file, error) from error
+        raise InputError(f"{header.file} is damaged ({reason(error)}); download or copy it again") from error
 
 
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:
@@ -378,19 +393,6 @@ def _read_json(path: Path, folder: Path) -> dict[str, Any]:
             else f"{folder} has no {path.name}; give a folder with a Hugging Face model"
         )
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not readable JSON ({_reason(error)}); download it again") from error
-    if not isinstance(entries, dict):
-        raise InputError(f"{path} holds no JSON object; download it again")
-    return entries
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} is damaged ({_reason(error)}); download or copy it again")
-
-
-def _reason(error: Exception, most: int = 200) -> str:
-    """Return the message of a library's error on one line of at most `most` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= most else f"{text[:most]}...").rstrip(".")
+        raise InputError(f"{path} is not readable JSON ({reason(error)}); download it again") from error

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,7 +24,9 @@ from llmcompress.errors import InputError
 from llmcompress.models.binding import check_binding, saved_binding
 from llmcompress.models.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.models.integrity import MENDING, Expected, check, digests
+from llmcompress.models.skeleton import check_buffers, check_numbers
 from llmcompress.weight.modules import (
+    Compressed,
     CompressedEmbedding,
     CompressedLinear,
     Layout,
@@ -32,9 +35,11 @@ from llmcompress.weight.modules import (
     put,
     row_scale,
 )
+from llmcompress.weight.rows import has_rows
+from llmcompress.weight.schema import LARGEST
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 STORED = {torch.uint8: "U8", torch.bool: "BOOL", torch.int32: "I32", torch.int64: "I64"}  # the last two: buffers
 NAME = "llmcompress"
@@ -63,9 +68,12 @@ class LLMCompressConfig(QuantizationConfigMixin):
             )
         self.quant_method = NAME  # type: ignore[assignment]  # an enum of the built-in methods; a string works
         self.format_version = format_version
-        self.layers = dict(layers or {})
-        self.sizes = dict(sizes or {})
-        self.layouts = list(layouts or [])
+        self.layers: dict[str, int] = _checked("layers", layers, dict)
+        self.sizes: dict[str, list[int]] = _checked("sizes", sizes, dict)
+        self.layouts: list[dict[str, Any]] = _checked("layouts", layouts, list)
+        for name, size in self.sizes.items():
+            if not _is_size(size):
+                raise InputError(f"config.json gives {name} the size {str(size)[:50]}, which is none; {MENDING}")
         self.versions = more.get("versions", {})
 
     def table(self) -> dict[str, Layout]:
@@ -73,13 +81,27 @@ class LLMCompressConfig(QuantizationConfigMixin):
         known: dict[int, Layout] = {}
         for name, number in self.layers.items():
             try:
+                if type(number) is not int or not 0 <= number < len(self.layouts):
+                    raise ValueError(f"it has the layout {str(number)[:50]} of {len(self.layouts)}")
                 if number not in known:
                     known[number] = Layout.from_json(self.layouts[number])
-            except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+            except ValueError as error:
                 raise InputError(
                     f"config.json describes {name} in a way that cannot be read ({error}); {MENDING}"
                 ) from error
         return {name: known[number] for name, number in self.layers.items()}
+
+
+def _checked(name: str, found: Any, kind: type) -> Any:
+    """Return a copy of an entry of the config. Raises InputError if it is of another kind than it should be."""
+    if found is not None and not isinstance(found, kind):
+        raise InputError(f"config.json has no {kind.__name__} of {name} in its quantization_config; {MENDING}")
+    return kind(found or ())
+
+
+def _is_size(found: Any) -> bool:
+    is_pair = isinstance(found, list) and len(found) == 2
+    return is_pair and all(type(count) is int and 0 < count <= LARGEST for count in found)
 
 
 def table_entry(table: Mapping[str, Layout], sizes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
@@ -104,13 +126,19 @@ class LLMCompressQuantizer(HfQuantizer):
     quantization_config: LLMCompressConfig
     requires_calibration = True  # refuses from_pretrained(dense, quantization_config=...): compress first
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Refuse sizes that no model has: transformers calls this before it builds one of a config."""
+        check_numbers(lambda key: getattr(config, key, None), "config.json")
+        return config
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         table = self.quantization_config.table()
         resize(model, self.quantization_config.sizes | {name: list(layout.size) for name, layout in table.items()})
         for name, layout in table.items():
-            put(model, name, _empty(model.get_submodule(name), layout))
+            put(model, name, _empty(name, model.get_submodule(name), layout))
         tie_head(model)
         if files := [Path(name) for name in kwargs.get("checkpoint_files") or ()]:  # none where tensors were passed
+            check_buffers(model, "config.json", sum(path.stat().st_size for path in files))
             check(files, expected(model), model.all_tied_weights_keys)
             check_config(files[0].parent)
             check_binding(files)
@@ -119,8 +147,9 @@ class LLMCompressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from llmcompress.kernels.accelerate import accelerate_loaded  # a compiler is for those who run a model
 
-        for layer in compressed_modules(model).values():
+        for name, layer in compressed_modules(model).items():
             layer.requires_grad_(False)  # transformers asks for gradients of every float it loads
+            _check_payload(name, layer)
         accelerate_loaded(model)
         return model
 
@@ -173,7 +202,8 @@ def resize(model: PreTrainedModel, sizes: Mapping[str, Sequence[int]]) -> None:
     edited = False
     for name, size in sizes.items():
         dense = _matrix(model, name)
-        if sorted(dense.get_parameter("weight").shape) == sorted(size):
+        stored = dense.get_parameter("weight").shape
+        if list(reversed(stored) if isinstance(dense, Conv1D) else stored) == list(size):
             continue
         if not isinstance(dense, nn.Linear):
             raise InputError(f"config.json gives {name} the size {list(size)}, which it does not have; {MENDING}")
@@ -204,16 +234,29 @@ def _check_flow(model: PreTrainedModel) -> None:
         with torch.no_grad(), torch.device("meta"):
             mask = torch.zeros(1, 1, 2, 2)  # otherwise models read values to make one
             model(input_ids=torch.zeros(1, 2, dtype=torch.long), attention_mask=mask, use_cache=False)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"config.json gives layers sizes that do not fit each other ({reason}); {MENDING}") from error
 
 
-def _empty(dense: nn.Module, layout: Layout) -> CompressedLinear | CompressedEmbedding:
-    """Return the compressed module, on meta, that replaces a dense one."""
+def _empty(name: str, dense: nn.Module, layout: Layout) -> CompressedLinear | CompressedEmbedding:
+    """Return the compressed module, on meta, that replaces a dense one. Raises InputError for a table without rows."""
     if isinstance(dense, nn.Embedding):
+        if not has_rows(layout.header):
+            raise InputError(f"config.json describes {name} in a form whose rows cannot be looked up; {MENDING}")
         return CompressedEmbedding(layout, _bytes(layout), torch.get_default_dtype(), row_scale(dense))
     return CompressedLinear(layout, _bytes(layout), getattr(dense, "bias", None))
+
+
+def _check_payload(name: str, module: Compressed) -> None:
+    """Raise InputError unless a payload, where it is in memory, can be decoded."""
+    payload = module.get_parameter("weight")
+    if payload.is_meta:
+        return
+    try:
+        module.layout.check(payload.detach())
+    except ValueError as error:
+        raise InputError(f"the payload of {name} is damaged ({error}); {MENDING}") from error
 
 
 def _bytes(layout: Layout) -> Tensor:

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from llmcompress.errors import InputError, listed
+from llmcompress.models.files import open_tensors, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -101,7 +102,7 @@ def weight_files(folder: Path) -> list[Path]:
 def weight_map(index: Path) -> dict[str, str]:
     """Return the file name of each tensor in an index. Raises InputError for names that lead out of its folder."""
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        found = read_object(index)["weight_map"]
         names = {str(tensor): str(file) for tensor, file in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
@@ -139,7 +140,7 @@ def check(files: Sequence[Path], expected: Mapping[str, Expected], optional: Ite
 def _check_file(path: Path, expected: Mapping[str, Expected]) -> set[str]:
     """Return the names of the tensors in one file. Raises InputError unless each is expected and undamaged."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             written = _written(path, file.metadata())
             names = set(file.keys())
             for name in sorted(names):
@@ -162,7 +163,7 @@ def _written(path: Path, metadata: dict[str, str] | None) -> dict[str, str]:
     try:
         found = json.loads((metadata or {})[DIGESTS])
         return {str(name): str(value) for name, value in found.items()}
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} does not carry the digests that llmcompress writes, so it cannot be checked; {MENDING}"
         ) from error

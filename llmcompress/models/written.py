@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmcompress.errors import InputError, first_line
-from llmcompress.models.dense import dense_skeleton, load_tokenizer
 from llmcompress.models.digest import tokenizer_files
 from llmcompress.models.hf_quantizer import LLMCompressConfig, LLMCompressQuantizer
 from llmcompress.models.integrity import weight_files
+from llmcompress.models.skeleton import dense_skeleton
+from llmcompress.models.tokenizer import load_tokenizer
 
 
 def check_written(folder: Path) -> None:

@@ -170,7 +170,7 @@ class Reader:
             case "low_rank":
                 return LowRank(self.below("left_", header["left"]), self.below("right_", header["right"]))
             case "where":
-                index = _decode_index(header["index"], header["shape"], self.own("index"))
+                index = decode_index(header["index"], header["shape"], self.own("index"))
                 inside = self.below("inside_", header["inside"], both(self.shown, index.inside))
                 return Where(index, inside, self.below("outside_", header["outside"], both(self.shown, ~index.inside)))
             case "rotated":
@@ -225,7 +225,8 @@ def _encode_index(index: Index, path: str, out: dict[str, Tensor]) -> dict[str, 
     raise unknown("encode", index)
 
 
-def _decode_index(header: dict[str, Any], size: list[int], packed: Tensor) -> Index:
+def decode_index(header: dict[str, Any], size: list[int], packed: Tensor) -> Index:
+    """Return the index of a matrix of that size from its header and its packed tensor."""
     match header["kind"]:
         case "columns":
             return Columns(unpack(packed, 2, size[1]).bool())

@@ -21,6 +21,7 @@ from llmcompress.weight import expression
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.nodes import Weight, shape
 from llmcompress.weight.rows import rows
+from llmcompress.weight.schema import check
 
 DTYPES = {
     "U8": torch.uint8,
@@ -47,13 +48,17 @@ class Layout:
         return {"size": list(self.size), "header": self.header, "tensors": tensors}
 
     @staticmethod
-    def from_json(entry: dict[str, Any]) -> Layout:
-        """The inverse of `to_json`. Raises KeyError or ValueError for an entry of another form."""
+    def from_json(entry: Any) -> Layout:
+        """The inverse of `to_json`. Raises ValueError for an entry that describes no weight."""
+        check(entry)
         out, width = entry["size"]
-        tensors = {str(path): (str(dtype), int(count)) for path, dtype, count in entry["tensors"]}
-        if any(dtype not in DTYPES or count < 0 for dtype, count in tensors.values()):
-            raise ValueError(f"the payload {tensors} is not of a known form")
-        return Layout((int(out), int(width)), entry["header"], tensors)
+        return Layout((out, width), entry["header"], {path: (dtype, count) for path, dtype, count in entry["tensors"]})
+
+    def check(self, payload: Tensor) -> None:
+        """Raise ValueError unless a payload can be decoded by this layout."""
+        if payload.dtype != torch.uint8 or list(payload.shape) != [self.bytes()]:
+            raise ValueError(f"{payload.dtype} {list(payload.shape)} is no payload of {self.bytes()} bytes")
+        check(self.to_json(), self.views(payload))
 
     @cached_property
     def text(self) -> str:

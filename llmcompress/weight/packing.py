@@ -30,6 +30,19 @@ def packed_bits(levels: int, count: int) -> int:
     return 8 * -(-count // digits) if digits else count * stream_bits(levels)
 
 
+def packed_bytes(levels: int, count: int) -> int:
+    """Return the bytes that `count` codes are stored in."""
+    return -(-packed_bits(levels, count) // 8)
+
+
+def codes_in_bytes(levels: int, octets: int) -> tuple[int, int]:
+    """Return the fewest and the most codes that are stored in so many bytes; the fewest are more if there are none."""
+    digits, bits = digits_per_byte(levels), stream_bits(levels)
+    if digits:
+        return (octets - 1) * digits + 1, octets * digits
+    return 8 * (octets - 1) // bits + 1, 8 * octets // bits
+
+
 def pack(codes: Tensor, levels: int) -> Tensor:
     """Codes of any shape, each in [0, levels), as a flat uint8 tensor. Raises ValueError for a code out of range."""
     flat = codes.reshape(-1)
@@ -103,14 +116,14 @@ def unpack_at(packed: Tensor, levels: int, places: Tensor) -> Tensor:
 
 def ones_before(packed: Tensor, places: Tensor) -> Tensor:
     """Count the bits that are set before each of `places` (int64, flat) in a packed row of bits."""
-    before = torch.nn.functional.pad(_ones(packed).cumsum(0), (1, 0))
+    before = torch.nn.functional.pad(ones(packed).cumsum(0), (1, 0))
     octet, rest = places // 8, places % 8
     mask = ((1 << rest) - 1).to(torch.uint8)
-    return before[octet] + _ones(packed[octet.clamp_max(len(packed) - 1)] & mask)
+    return before[octet] + ones(packed[octet.clamp_max(len(packed) - 1)] & mask)
 
 
-def _ones(octets: Tensor) -> Tensor:
-    """Set bits of each byte."""
+def ones(octets: Tensor) -> Tensor:
+    """Return the number of set bits of each byte."""
     pairs = octets - ((octets >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return (fours + (fours >> 4)) & 0x0F

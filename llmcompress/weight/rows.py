@@ -50,6 +50,24 @@ def check_rows(w: Weight, shown: Tensor | None = None) -> None:
                 check_rows(node, here)
 
 
+def has_rows(header: dict[str, Any], is_selected: bool = False) -> bool:
+    """True if `rows` reads a matrix with this header; `is_selected`: the matrix lies behind a selection."""
+    match header["node"]:
+        case "transposed" | "tiles":
+            return False
+        case "where":
+            return not is_selected and has_rows(header["inside"], True) and has_rows(header["outside"], True)
+        case "low_rank":
+            return has_rows(header["left"])
+        case "rotated":
+            return has_rows(header["inner"])
+        case "scaled":
+            return has_rows(header["inner"], is_selected)
+        case "sum":
+            return all(has_rows(part, is_selected) for part in header["parts"])
+    return True
+
+
 @dataclass(frozen=True, eq=False)
 class _RowReader(Reader):
     """Reads the rows `chosen [n]` of nodes. Of a leaf behind a selection, `shown [n, in]` is stored."""

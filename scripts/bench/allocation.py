@@ -36,8 +36,9 @@ from llmcompress.compression.allocate.sensitivity import DensePredictions, in_pa
 from llmcompress.compression.plan import prepare
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.perplexity import text_windows
-from llmcompress.models.dense import DenseModel, load_model, load_tokenizer, resolve
+from llmcompress.models.dense import DenseModel, load_model, resolve
 from llmcompress.models.locate import Place
+from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.recipe.read import dump, read_recipe
 from llmcompress.weight.modules import decoded
 

@@ -22,7 +22,7 @@ import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.export.formats import DOORS, export
-from llmcompress.models.dense import load_tokenizer
+from llmcompress.models.tokenizer import load_tokenizer
 
 
 def main() -> None:

@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from llmcompress.evaluate.perplexity import Perplexity, negative_log_likelihood, text_windows
-from llmcompress.models.dense import load_model, load_tokenizer
+from llmcompress.models.dense import load_model
 from llmcompress.models.kv_cache import cache, held_bytes
 from llmcompress.models.locate import locate
+from llmcompress.models.tokenizer import load_tokenizer
 
 DENSE = 16
 

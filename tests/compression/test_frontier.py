@@ -25,9 +25,10 @@ from llmcompress.evaluate.scores import evaluate
 from llmcompress.evaluate.tables import frontier_markdown
 from llmcompress.evaluate.verify import verify
 from llmcompress.models.checkpoint import MANIFEST, check_manifest
-from llmcompress.models.dense import DenseModel, load_model, load_tokenizer
+from llmcompress.models.dense import DenseModel, load_model
 from llmcompress.models.file_names import ALLOCATION, DISTILLATION, RECIPE, SCORES
 from llmcompress.models.locate import locate
+from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import dump, read_recipe
 from tests.tiny import save_tiny

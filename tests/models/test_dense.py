@@ -189,7 +189,10 @@ def emptied(folder: Path) -> None:
         (emptied, "the folder .*model is empty; give a model folder"),
         (remove("config.json"), r"model has no config\.json; give a folder with a Hugging Face model"),
         (put("config.json", "{"), r"config\.json is not readable JSON \(.*\); download it again"),
-        (put("config.json", "[1]"), r"config\.json holds no JSON object"),
+        (
+            put("config.json", "[1]"),
+            r"config\.json is not readable JSON \(it holds no JSON object\)",
+        ),
         (put("config.json", '{"hidden_size": 3}'), r"config\.json names model_type None"),
         (configured(model_type="nonsense"), r"model_type 'nonsense', which the installed transformers does not know"),
         (configured(model_type="nonsense", auto_map={"AutoConfig": "x.Y"}), "needs its own Python code"),

@@ -17,8 +17,9 @@ from llmcompress.errors import InputError, first_line
 from llmcompress.evaluate.speed.bandwidth import ReadBuffer
 from llmcompress.evaluate.speed.generation import TurnTimes, generate
 from llmcompress.models.checkpoint import read_json
-from llmcompress.models.dense import dense_skeleton, load_model
+from llmcompress.models.dense import load_model
 from llmcompress.models.locate import Place
+from llmcompress.models.skeleton import dense_skeleton
 
 PADDING = 256  # positions that llama.cpp's context is a multiple of
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense import load_tokenizer
+from llmcompress.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -29,7 +29,7 @@ from llmcompress.export.peft import without_term
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import writing
 from llmcompress.models.compressed import Opened
-from llmcompress.models.dense import transposed_linears
+from llmcompress.models.skeleton import transposed_linears
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Dense, Weight, shape

@@ -89,9 +89,10 @@ def peer(student: str, teacher: str, asked: Distillation, output: Path) -> dict[
 
     from llmcompress.data.distillation import read_data
     from llmcompress.data.schedule import span
-    from llmcompress.models.dense import load_model, load_tokenizer
+    from llmcompress.models.dense import load_model
     from llmcompress.models.locate import locate
     from llmcompress.models.lora import fold, plain_head
+    from llmcompress.models.tokenizer import load_tokenizer
     from llmcompress.runtime.precision import product_dtype
     from llmcompress.weight.modules import decoded
 

@@ -25,9 +25,10 @@ import torch
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.score import size_of
 from llmcompress.evaluate.scores import evaluate
-from llmcompress.models.dense import DenseModel, Header, load_model, load_tokenizer, resolve
+from llmcompress.models.dense import DenseModel, Header, load_model, resolve
 from llmcompress.models.families import architecture
 from llmcompress.models.locate import locate
+from llmcompress.models.tokenizer import load_tokenizer
 
 WINDOWS, OTHER_WINDOWS, PAIRS = 32, 16, 50
 DENSE, OURS = "dense", "llmcompress"
