@@ -107,7 +107,7 @@ def compress(
 def _opened(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revision: str | None) -> Job:
     """Read the recipe and lay it over the opened model."""
     asked = read_recipe(recipe)
-    return prepare(resolve(str(model), revision), asked)
+    return prepare(resolve(model, revision), asked)
 
 
 def _to_target(

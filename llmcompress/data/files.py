@@ -1,6 +1,7 @@
 """Text files: plain text, JSON lines and Parquet, row by row."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from llmcompress.recipe.calibration import FILE_KINDS
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, with newlines as its line ends. Raises InputError when it cannot be read as such."""
     try:
-        return path.expanduser().read_text(encoding="utf-8")
+        return Path(os.path.expanduser(path)).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
@@ -21,7 +22,7 @@ def read_text(path: Path) -> str:
 
 def file_rows(path: Path) -> Iterator[Any]:
     """Yield the rows of a text file: one for plain text. Raises InputError where it cannot be read."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"there is no file {path}; calibration text is a .txt, .jsonl or .parquet file")
     match path.suffix.lower():
         case ".txt":

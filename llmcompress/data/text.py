@@ -4,6 +4,7 @@ A document is a string, or a chat: a list of `{"role": ..., "content": ...}` mes
 """
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def read_documents(
     elif dataset == "stdlib":
         rows = (text for _, text in stdlib_documents(split or "train"))
     elif is_file(dataset):
-        rows = file_rows(Path(dataset).expanduser())
+        rows = file_rows(Path(os.path.expanduser(dataset)))
     else:
         rows = _hub_rows(dataset, subset, revision, split or "train", streaming)
     for number, row in enumerate(rows, start=1):

@@ -98,21 +98,34 @@ def distill(
     device: str = "cpu",
     progress: Report | None = None,
 ) -> Distilled:
-    """Trains what `recipe` names in the model `student` towards `teacher`, and writes the new folder `output`: of a
-    compressed student the same expressions at the same bytes, and the low-rank terms that it asks for besides; of a
-    dense one the same tensors in the same dtypes.
+    """Train what `recipe` names in the model `student` towards `teacher`, and write the result as a new folder.
 
-    An interrupted run resumes from the last state in `<output>.training`. Raises an LLMCompressError, in one sentence,
-    for whatever is wrong.
+    Of a compressed student these are the same expressions at the same bytes, and the low-rank terms that the recipe
+    asks for besides; of a dense one the same tensors in the same dtypes. An interrupted run resumes from the last state
+    in `<output>.training`.
+
+    Args:
+        student: a folder that compress wrote, or a dense model: a folder, a Hub id or `smollm2`.
+        teacher: the dense model that it was made from.
+        recipe: a `Distillation`, the path of a YAML file or the name of one that comes along, or plain values.
+        output: a new or empty folder.
+        device: where to compute: `cpu`, `cuda` or `cuda:1`.
+        progress: receives (step, steps, loss, tokens per second, held-out KL).
+
+    Returns:
+        The distances to the teacher before and after, the steps, and what they cost.
+
+    Raises:
+        LLMCompressError: in one sentence, for whatever is wrong.
     """
     asked, target = read_as(Distillation, recipe), Path(output)
     accelerator = launched_accelerator(device, asked, target)
-    pupil = locate(str(student))
+    pupil = locate(student)
     folder = pupil.folder
     check_fused(fused_into(folder), asked)
     opened = open_folder(pupil)
     check_output(target, opened.bytes)
-    place = locate(str(teacher))
+    place = locate(teacher)
     tokenizer = load_tokenizer(folder)
     where = loading_device(accelerator)
     pair = load_model(pupil, where), load_model(place, where if asked.teacher.bits is None else "cpu")

@@ -13,6 +13,8 @@ import torch
 
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate import report as reports
+from llmcompress.evaluate.lm_eval import find_tasks
+from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.scores import Evaluation, Scoring, evaluate, evaluate_all
@@ -68,15 +70,17 @@ def score(
         RecipeError: for `save` without `against`, or for a folder that compress did not write.
         DiskError: for an output that cannot be written.
     """
-    place = locate(str(model), revision)
+    place = locate(model, revision)
     if save and (against is None or not (place.folder / file_names.REPORT).is_file()):
         raise RecipeError("saving scores needs a folder that compress wrote, and the dense model to compare it with")
     if output is not None:
         check_output(output, 0)
-    teacher = None if against is None else load_model(locate(against), device)
-    size = size_of(place)
-    how: dict[str, Any] = {"processes": processes, "progress": progress}
-    loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder)
+    reference = None if against is None else locate(against)
+    size, tokenizer = size_of(place), load_tokenizer(place.folder)
+    evaluation_windows(tokenizer, protocol)  # text and tasks are missed before models are loaded
+    how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": find_tasks(tokenizer, protocol)}
+    teacher = None if reference is None else load_model(reference, device)
+    loaded = load_model(place, device)
     if save and teacher is not None:
         dense, found = evaluate_all(teacher, [lambda: loaded], tokenizer, protocol, **how)
         if processes.rank == 0:

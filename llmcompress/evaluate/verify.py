@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.data.calibration import context_length
+from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.scores import evaluate
 from llmcompress.models.checkpoint import MANIFEST, check_manifest, manifest
@@ -45,19 +46,32 @@ def verify(
     length: int = 512,
     device: str = "cpu",
 ) -> Verified:
-    """Check a compressed checkpoint from its files to its logits on `windows` windows of `text`, of `length` tokens or
-    as many as the model can read.
+    """Check a compressed checkpoint from its files to its logits.
 
-    Raises InputError for whatever is damaged, missing or too much, NumericsError for a model that computes NaN.
+    Args:
+        folder: what compress or `save_pretrained` wrote.
+        against: the dense model that KL and top-1 agreement are measured from; None for neither.
+        text: UTF-8 text to read; documentation of Python by default.
+        windows: how many windows of it.
+        length: tokens of a window; less where the model reads less.
+        device: where to compute: `cpu`, `cuda` or `cuda:1`.
+
+    Returns:
+        Counts of files and layers, bytes, perplexity, and the distance to `against`.
+
+    Raises:
+        InputError: for whatever is damaged, missing or too much.
+        NumericsError: for a model that computes NaN.
     """
     folder = Path(folder)
     check_kind(folder)
     notes: tuple[str, ...] = ()
     if not check_manifest(folder):
         notes = (f"there is no {MANIFEST}, so only the weights could be checked, not the files beside them",)
+    reference, tokenizer = None if against is None else locate(against), load_tokenizer(folder)
+    evaluation_windows(tokenizer, Protocol(text, windows, 2))  # a text that cannot be read, before models are loaded
     model = load_model(Place(str(folder), folder), device)
-    teacher = None if against is None else load_model(locate(against), device)
-    tokenizer = load_tokenizer(folder)
+    teacher = None if reference is None else load_model(reference, device)
     length = min(length, context_length(model.config) or length)
     found = evaluate(model, tokenizer, Protocol(text, windows, length), against=teacher)
     files = weight_files(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ FILE_KINDS = (".txt", ".jsonl", ".parquet")
 
 def is_file(dataset: str) -> bool:
     """True when `dataset` names a local file rather than a data set."""
-    return Path(dataset).suffix.lower() in FILE_KINDS or Path(dataset).expanduser().is_file()
+    return Path(dataset).suffix.lower() in FILE_KINDS or os.path.isfile(os.path.expanduser(dataset))
 
 
 OFFLINE = ("builtin", "stdlib", "self")  # what needs neither a file nor the Hub

@@ -7,6 +7,7 @@ A recipe is given as a path or as a name such as `gptq-4-g64`: a file that exist
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -78,8 +79,8 @@ def find_recipe(given: str | Path, distillation: bool = False) -> Path:
     With `distillation`, names are those of distillations, else those of compressions. A path that nobody knows is
     returned as it is. Raises RecipeError for an unknown name, one of the other kind, and a path that has moved.
     """
-    path, name = Path(given).expanduser(), str(given)
-    if path.exists() and not path.is_dir():
+    path, name = Path(os.path.expanduser(given)), str(given)
+    if os.path.exists(path) and not path.is_dir():  # False for a name that no file can have, unlike pathlib's
         return path
     known, groups = _paths(), DISTILLATION if distillation else COMPRESSION
     if name in known:
@@ -94,7 +95,7 @@ def find_recipe(given: str | Path, distillation: bool = False) -> Path:
             f"there is no file {given}; the recipe {path.stem} is configs/{known[path.stem].parent.name}/"
             f"{path.stem}.yaml: give that path in a clone, or the name {path.stem} anywhere"
         )
-    if path.exists() or path.suffix or len(path.parts) > 1:
+    if os.path.exists(path) or path.suffix or len(path.parts) > 1:
         return path
     near = get_close_matches(name, [one for one, file in known.items() if file.parent.name in groups], n=1)
     hint = f'did you mean "{near[0]}"? ' if near else ""
