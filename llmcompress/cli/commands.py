@@ -13,10 +13,11 @@ from typer.core import TyperGroup
 
 CLOSE = 0.75  # of two options, 1 if they are the same
 
+
 class Commands(TyperGroup):
     """The commands; with `--json`, mistakes in the arguments are a JSON object too."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command that is named, or say more of an option that it lacks."""
         try:
             return super().invoke(ctx)

@@ -20,7 +20,10 @@ def guarded(program: Callable[[], object]) -> int:
 
     What it could not print is a sentence on standard error and code 4; closed pipes end it quietly.
     """
-    if not _opened() and not QUIET & set(sys.argv):
+    there = _opened()
+    if _folder_is_gone():  # torch cannot even be imported there
+        return _said("the working folder was removed; change into one that exists")
+    if not there and not QUIET & set(sys.argv):
         return _said("standard output is closed; send it to a file, or add --quiet to a command that needs none")
     code: int | str | None = 0
     try:
@@ -65,8 +68,7 @@ def silence(stream: TextIO) -> None:
         pass
 
 
-def folder_is_gone() -> bool:
-    """True if the working folder was removed."""
+def _folder_is_gone() -> bool:
     try:
         os.getcwd()
     except FileNotFoundError:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 import typer
 
 from llmcompress.cli.stages import Stage
-from llmcompress.cli.streams import folder_is_gone, writing_to
+from llmcompress.cli.streams import writing_to
 from llmcompress.errors import (
     DiskError,
     LLMCompressError,
@@ -83,8 +83,6 @@ class Terminal:
             return
         found = verdict(error)
         code, message = found or (1, f"{type(error).__name__}: {error}")
-        if found is not None and folder_is_gone():
-            message += "; the working folder was removed, change into one that exists"
         if self.as_json and not isinstance(error, BrokenPipeError):
             self._emit((self._result or {}) | {"error": {"code": code, "message": message}})
         if found is None:

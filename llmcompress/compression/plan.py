@@ -257,7 +257,9 @@ def _ragged(job: Job) -> Iterator[str]:
     for name, steps in (job.steps | job.tables).items():
         sizes = {getattr(step, "group_size", None) or widths[name] for step in steps}
         for size in sorted(size for size in sizes if widths[name] % size):
-            stored = f"the last of its groups has {widths[name] % size}" if size < widths[name] else "a row is one group"
+            stored = (
+                f"the last of its groups has {widths[name] % size}" if size < widths[name] else "a row is one group"
+            )
             yield (
                 f"{name}: group_size {size} does not divide its width {widths[name]}, so {stored}, which few other "
                 f"engines read; {max(one for one in range(1, size + 1) if widths[name] % one == 0)} divides it"

@@ -41,6 +41,7 @@ from llmcompress.models.store import Store
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import dump, read_as
 from llmcompress.runtime.memory import keeping_freed_memory
+from llmcompress.runtime.notebook import counted
 from llmcompress.runtime.precision import fast_float32, product_dtype, products
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.modules import CompressedLinear, Layout, compressed_modules
@@ -110,7 +111,7 @@ def distill(
         recipe: a `Distillation`, the path of a YAML file or the name of one that comes along, or plain values.
         output: a new or empty folder.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
-        progress: receives (step, steps, loss, tokens per second, held-out KL).
+        progress: receives (step, steps, loss, tokens per second, held-out KL); None for a line in a notebook.
 
     Returns:
         The distances to the teacher before and after, the steps, and what they cost.
@@ -118,7 +119,19 @@ def distill(
     Raises:
         LLMCompressError: in one sentence, for whatever is wrong.
     """
-    asked, target = read_as(Distillation, recipe), Path(output)
+    progress = progress or counted("step", "loss", "tokens/s", "held-out KL")
+    return _distilled(student, teacher, read_as(Distillation, recipe), Path(output), device, progress)
+
+
+def _distilled(
+    student: str | Path,
+    teacher: str | Path,
+    asked: Distillation,
+    target: Path,
+    device: str,
+    progress: Report | None,
+) -> Distilled:
+    """Distil as `distill` says, with the recipe read."""
     accelerator = launched_accelerator(device, asked, target)
     pupil = locate(student)
     folder = pupil.folder

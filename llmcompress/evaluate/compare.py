@@ -22,6 +22,7 @@ from llmcompress.evaluate.scores import Scoring, evaluate_all
 from llmcompress.evaluate.tables import comparison_markdown
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.locate import Place, locate
+from llmcompress.runtime.notebook import named
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
 
@@ -48,7 +49,7 @@ def compare(
         output: a new file for the table (.md) or for all numbers (.json); None for neither.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         processes: which share the work; the first of them writes and knows the scores of tasks.
-        progress: receives what is being scored, how much is done, and how much there is.
+        progress: receives what is being scored, how much is done, and how much there is; None for a line in a notebook.
 
     Returns:
         {"protocol", "versions", "models"}: for each model what `score` returns, with its name as "model" and as
@@ -59,6 +60,7 @@ def compare(
         InputError: for models that cannot be loaded, or that read text differently.
         DiskError: for an output that cannot be written.
     """
+    progress = progress or named()
     if isinstance(models, str) or len(models) < 2:
         raise RecipeError("a comparison needs two models or more; give the one that the others are compared with first")
     if output is not None:

@@ -245,12 +245,12 @@ def _found(manager_class: Any, tasks: Sequence[str]) -> FoundTasks:
             raise RecipeError(f"there is no task {task!r}; {hint}")
         else:
             specs.append(task if found is None else found)
-    found = FoundTasks(specs, manager)
+    there = FoundTasks(specs, manager)
     try:
-        found.load()
+        there.load()
     except (OSError, ValueError, KeyError, TypeError, ImportError, yaml.YAMLError, DatasetsError) as error:
         raise InputError(f"the tasks {', '.join(tasks)} cannot be loaded ({first_line(error)})") from error
-    return found
+    return there
 
 
 def _local(task: str) -> dict[str, Any] | str | Path | None:

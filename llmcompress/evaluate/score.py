@@ -23,6 +23,7 @@ from llmcompress.models.checkpoint import add_file, check_output, read_json, wri
 from llmcompress.models.dense import DenseModel, dense_skeleton, load_model, load_tokenizer, open_source, read_headers
 from llmcompress.models.families import Linear, architecture
 from llmcompress.models.locate import Place, locate
+from llmcompress.runtime.notebook import named
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
 
@@ -60,7 +61,7 @@ def score(
         output: a new folder for the result as `eval.json` and for lm-eval's own files; None for none.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         processes: which share the work; the first of them writes and knows the scores of tasks.
-        progress: receives what is being scored, how much is done, and how much there is.
+        progress: receives what is being scored, how much is done, and how much there is; None for a line in a notebook.
 
     Returns:
         The scores with their standard errors, `bytes`, `bpw` and `model_bpw` (bits per weight), and the protocol.
@@ -70,6 +71,7 @@ def score(
         RecipeError: for `save` without `against`, or for a folder that compress did not write.
         DiskError: for an output that cannot be written.
     """
+    progress = progress or named()
     place = locate(model, revision)
     if save and (against is None or not (place.folder / file_names.REPORT).is_file()):
         raise RecipeError("saving scores needs a folder that compress wrote, and the dense model to compare it with")

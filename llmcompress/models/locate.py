@@ -52,8 +52,8 @@ def locate(model: str | Path, revision: str | None = None) -> Place:
     """
     if not isinstance(model, str | Path):
         raise InputError(
-            f"the model is given as a {type(model).__name__}, and models are read from disk; give a folder, a Hub id or "
-            f"{EMBEDDED!r} (write one that is in memory by save_pretrained, and its tokenizer beside it)"
+            f"the model is an object of type {type(model).__name__}, and models are read from disk; give a folder, a "
+            f"Hub id or {EMBEDDED!r} (write one that is in memory by save_pretrained, and its tokenizer beside it)"
         )
     path, model = Path(os.path.expanduser(model)), str(model)  # its own errors are False here, unlike pathlib's
     if os.path.isdir(path):

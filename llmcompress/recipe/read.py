@@ -48,7 +48,7 @@ def read_as(
         return _validated(schema, dict(source), {}, settings, changes)
     if not isinstance(source, str | FilePath):
         raise RecipeError(
-            f"the recipe is given as a {type(source).__name__}; give the path of a YAML file, a name that "
+            f"the recipe is an object of type {type(source).__name__}; give the path of a YAML file, a name that "
             "`llmcompress recipes` lists, or a map of its keys"
         )
     path = find_recipe(source, distillation=schema is not Recipe)
