@@ -23,7 +23,9 @@ def shell(command: str, folder: Path, **environment: str) -> subprocess.Complete
     """Run a command line of a shell, in which `llmcompress` is the command of this clone."""
     program = f'llmcompress() {{ "{sys.executable}" -m llmcompress "$@"; }}; {command}'
     variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(["bash", "-c", program], cwd=folder, env=variables, capture_output=True, text=True)
+    return subprocess.run(
+        ["bash", "-c", program], cwd=folder, env=variables, capture_output=True, text=True, errors="replace"
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
