@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from jinja2 import TemplateError
 
 from llmcompress.data.files import read_text
 from llmcompress.errors import DiskError, InputError, RecipeError, first_line
@@ -35,7 +36,17 @@ from llmcompress.evaluate.uncertainty import mean
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FAILURES = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+FAILURES = (  # of tasks: they are other people's templates, code and data
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    TemplateError,
+)
 PAIRS = "llmcompress_pairs"
 PAIRS_FILE = Path(__file__).with_name("minimal_pairs.jsonl")
 Scores = dict[str, dict[str, float]]
@@ -248,7 +259,7 @@ def _found(manager_class: Any, tasks: Sequence[str]) -> FoundTasks:
     there = FoundTasks(specs, manager)
     try:
         there.load()
-    except (OSError, ValueError, KeyError, TypeError, ImportError, yaml.YAMLError, DatasetsError) as error:
+    except (*FAILURES, yaml.YAMLError, DatasetsError) as error:
         raise InputError(f"the tasks {', '.join(tasks)} cannot be loaded ({first_line(error)})") from error
     return there
 
