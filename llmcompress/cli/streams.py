@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -13,6 +15,7 @@ from typing import TextIO
 from llmcompress.errors import DiskError, first_line
 
 QUIET = {"-q", "--quiet"}
+LIGHT = {"--help", "--version", "doctor", "inspect", "recipe", "recipes", "report"}  # need no temporary files
 
 
 def guarded(program: Callable[[], object]) -> int:
@@ -21,8 +24,10 @@ def guarded(program: Callable[[], object]) -> int:
     What it could not print is a sentence on standard error and code 4; closed pipes end it quietly.
     """
     there = _opened()
-    if _folder_is_gone():  # torch cannot even be imported there
-        return _said("the working folder was removed; change into one that exists")
+    if (wrong := _unusable()) is not None:
+        if there and "--json" in sys.argv:
+            sys.stdout.write(json.dumps({"error": {"code": DiskError.exit_code, "message": wrong}}, indent=2) + "\n")
+        return _said(wrong)
     if not there and not QUIET & set(sys.argv):
         return _said("standard output is closed; send it to a file, or add --quiet to a command that needs none")
     code: int | str | None = 0
@@ -68,12 +73,18 @@ def silence(stream: TextIO) -> None:
         pass
 
 
-def _folder_is_gone() -> bool:
+def _unusable() -> str | None:
+    """Return what is wrong with the folders that a process has, without which torch cannot even be imported."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        return True
-    return False
+        return "the working folder was removed; change into one that exists"
+    if sys.argv[1:2] and sys.argv[1] not in LIGHT:
+        try:
+            tempfile.gettempdir()
+        except FileNotFoundError:
+            return "there is no folder for temporary files; set TMPDIR to one that can be written to"
+    return None
 
 
 def _opened() -> bool:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, LockedError
-from llmcompress.models.file_names import check_name
+from llmcompress.models.file_names import check_output_name
 from llmcompress.models.integrity import DIGESTS, INDEX, MENDING, digest, digests
 
 FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor
@@ -40,7 +40,7 @@ def check_output(output: Path, needed: int) -> None:
 
     Bytes in `<output>.partial` count as free: they will be resumed from or deleted.
     """
-    check_name(output)
+    check_output_name(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DiskError(f"{output} exists already; remove it or choose another output folder")
     parent = next(folder for folder in output.absolute().parents if folder.exists())

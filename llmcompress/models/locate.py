@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from llmcompress.errors import InputError, first_line
+from llmcompress.models.file_names import check_folder
 from llmcompress.models.smollm2 import EMBEDDED, EMBEDDED_LICENSE, EMBEDDED_NAME, embedded
 
 HUB_FILES = [
@@ -57,6 +58,7 @@ def locate(model: str | Path, revision: str | None = None) -> Place:
         )
     path, model = Path(os.path.expanduser(model)), str(model)  # its own errors are False here, unlike pathlib's
     if os.path.isdir(path):
+        check_folder(path)
         if revision is not None:
             raise InputError(f"{model} is a folder, which has no revisions; leave out revision {revision!r}")
         same = HUB_ID.fullmatch(model) and not model.startswith(".")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from llmcompress import __version__
 from llmcompress.cli.app import app
+from llmcompress.cli.streams import guarded
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
 
@@ -79,6 +82,21 @@ def test_a_removed_folder_is_named(tmp_path: Path) -> None:
     assert done.stderr == "[4] the working folder was removed; change into one that exists\n"
 
 
+@pytest.mark.parametrize("json", [False, True])
+def test_without_a_folder_for_temporary_files(json: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["none/at/all"])
+    monkeypatch.setattr(sys, "argv", ["llmcompress", "compress", *(["--json"] if json else [])])
+    assert guarded(lambda: pytest.fail("it began")) == 4
+    done = capsys.readouterr()
+    assert (
+        done.err.startswith("[4] there is no folder for temporary files; set TMPDIR")
+        and ('"error"' in done.out) == json
+    )
+    monkeypatch.setattr(sys, "argv", ["llmcompress", "recipes"])
+    assert guarded(lambda: None) == 0
+
+
 def test_the_version_is_printed() -> None:
     done = CliRunner().invoke(app, ["--version"])
     assert (done.exit_code, done.output) == (0, f"llmcompress {__version__}\n")
@@ -100,6 +118,10 @@ def test_the_version_is_printed() -> None:
         (["compress", "dense", "RECIPE", "-o", LONG], 4),
         (["compress", "dense", "RECIPE", "-o", "x" * 245], 4),
         (["compress", "dense", "RECIPE", "-o", f"{LONG}/out"], 4),
+        (["compress", "dense", "RECIPE", "-o", "\udcff"], 4),
+        (["plan", "latin-\udce9", "RECIPE"], 5),
+        (["verify", "latin-\udce9"], 5),
+        (["export", "latin-\udce9", "--to", "dense", "-o", "out"], 5),
         (["drop", "dense", "--count", "1", "-o", LONG], 4),
         (["eval", "dense", "--text", LONG], 5),
         (["eval", "dense", "--text", "~nouser/a.txt"], 5),
@@ -118,12 +140,13 @@ def test_names_that_no_file_can_have(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save_tiny("llama", tmp_path / "dense")
+    (tmp_path / "latin-\udce9").symlink_to("dense")
     (tmp_path / "RECIPE").write_text(RECIPE)
     done = CliRunner().invoke(app, words)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert done.exit_code == code, done.stderr
     assert isinstance(done.exception, SystemExit) and lines[-1].startswith(f"[{code}] ")
-    assert not [path.name for path in tmp_path.iterdir() if path.name not in ("dense", "RECIPE")]
+    assert not [path.name for path in tmp_path.iterdir() if path.name not in ("dense", "latin-\udce9", "RECIPE")]
 
 
 def test_groups_that_do_not_divide_a_width_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
