@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,13 @@ def test_scores_of_objects_are_refused(llama: Path) -> None:
         lc.compare([model, model])
     with pytest.raises(RecipeError, match="two models or more"):
         lc.compare(str(llama))
+
+
+def test_threads_of_one_process_compress_as_one_does(llama: Path, tmp_path: Path) -> None:
+    recipe = {"version": 1, "rules": RULES}
+    folders = [tmp_path / str(number) for number in range(3)]
+    with ThreadPoolExecutor(len(folders)) as threads:
+        done = list(threads.map(lambda output: lc.compress(llama.parent / "dense", recipe, output).folder, folders))
+    expected = {path.name: path.read_bytes() for path in weight_files(llama)}
+    for folder in done:
+        assert {path.name: path.read_bytes() for path in weight_files(folder)} == expected

@@ -28,7 +28,7 @@ def test_names_are_listed_and_nothing_is_loaded_for_it() -> None:
 
 
 def test_help_shows_every_name() -> None:
-    shown = pydoc.render_doc(lc, renderer=pydoc.plaintext)
+    shown = pydoc.plain(pydoc.render_doc(lc))
     assert not [name for name in lc.__all__ if name not in shown]
     functions = [name for name in lc.__all__ if not inspect.isclass(getattr(lc, name))]
     assert not [name for name in functions if f"`{name}`" not in (lc.__doc__ or "")], "say them in the docstring"
