@@ -127,7 +127,7 @@ def test_a_trainer_evaluates_but_trains_no_codes(llama: Path, tmp_path: Path) ->
 
 
 def adapters() -> dict[str, Any]:
-    """What PEFT cannot put on codes, by name."""
+    """Configs of adapters that PEFT cannot put on codes, by name."""
     peft = pytest.importorskip("peft")
     targets = ["q_proj", "up_proj"]
     starts = ("pissa", "pissa_niter_2", "olora", "corda", "orthogonal")
