@@ -4,6 +4,12 @@
     result = lc.compress("smollm2", "recipe.yaml")
     result.save("out")
 
+Make a model smaller: `plan`, `compress`, `drop_blocks` (and `alike_blocks`), `distill`.
+Look at the result: `read` its report, `verify` its files, `score` it, `compare` it, `bench` its speed.
+Run it: transformers loads it after this import; `accelerate`, `decoded` and `cache` trade memory for speed.
+Train on top of it: `plain_head`, `fold`.
+Hand it on: `export`, `push`.
+
 Importing the package teaches transformers to load what it writes, and does nothing else; what it offers is loaded
 when it is first used.
 """
@@ -19,6 +25,7 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.compression.pipeline import compress as compress
     from llmcompress.compression.pipeline import plan as plan
     from llmcompress.compression.result import Result as Result
+    from llmcompress.distill.run import distill as distill
     from llmcompress.errors import LLMCompressError as LLMCompressError
     from llmcompress.evaluate.compare import compare as compare
     from llmcompress.evaluate.protocol import Protocol as Protocol
@@ -27,6 +34,9 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.evaluate.score import score as score
     from llmcompress.evaluate.speed.measure import bench as bench
     from llmcompress.evaluate.speed.protocol import SpeedProtocol as SpeedProtocol
+    from llmcompress.evaluate.verify import verify as verify
+    from llmcompress.export.formats import export as export
+    from llmcompress.export.hub import push as push
     from llmcompress.kernels.accelerate import accelerate as accelerate
     from llmcompress.models.kv_cache import cache as cache
     from llmcompress.models.lora import fold as fold
@@ -54,12 +64,16 @@ _HOMES = {
     "compare": "evaluate.compare",
     "compress": "compression.pipeline",
     "decoded": "weight.modules",
+    "distill": "distill.run",
     "drop_blocks": "compression.depth.drop",
+    "export": "export.formats",
     "fold": "models.lora",
     "plain_head": "models.lora",
     "plan": "compression.pipeline",
+    "push": "export.hub",
     "read": "evaluate.report",
     "score": "evaluate.score",
+    "verify": "evaluate.verify",
 }
 __all__ = sorted(_HOMES)
 
@@ -69,4 +83,9 @@ import_hooks.install()
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return globals().get(name, found)  # `distill` and `export` are packages too, which can be called
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from llmcompress.cli.bench import bench
+from llmcompress.cli.commands import Commands
 from llmcompress.cli.doctor import doctor
 from llmcompress.cli.frontier import frontier
 from llmcompress.cli.options import (
@@ -36,9 +37,11 @@ from llmcompress.cli.options import (
     Text,
     Tune,
     Verbose,
+    Version,
     Windows,
     asked_recipe,
     protocol_of,
+    refuse_failed,
     seeded,
     target_of,
 )
@@ -46,7 +49,8 @@ from llmcompress.cli.publish import export, push, verify
 from llmcompress.cli.recipe import recipe as recipe_commands
 from llmcompress.cli.recipes import recipes
 from llmcompress.cli.report import report
-from llmcompress.cli.terminal import Commands, Terminal
+from llmcompress.cli.streams import guarded
+from llmcompress.cli.terminal import Terminal
 from llmcompress.cli.views import (
     answered_view,
     comparison_view,
@@ -67,6 +71,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": lambda word: word.replace("_", "-")},
 )
+
+
+@app.callback()
+def _program(version: Version = False) -> None: ...
 
 
 @app.command()
@@ -210,6 +218,7 @@ def evaluate(
                 progress=terminal.scoring,
             )
         terminal.show(found, score_view)
+        refuse_failed([found])
 
 
 @app.command()
@@ -248,6 +257,7 @@ def compare(
             how: dict[str, Any] = {"processes": processes, "progress": terminal.scoring}
             found = run(models, protocol, output=output, device=processes.device, **how)
         terminal.show(found, comparison_view)
+        refuse_failed(found["models"])
 
 
 app.command()(bench)
@@ -313,7 +323,9 @@ def drop(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.compression.depth.drop import drop_blocks
         from llmcompress.compression.depth.similarity import chosen_blocks
+        from llmcompress.models.checkpoint import check_output
 
+        check_output(output, 0)
         chosen = chosen_blocks(model, blocks, count, text=text, revision=revision, device=device)
         terminal.show(drop_blocks(model, chosen, output, revision=revision).to_json(), dropped_view)
 
@@ -368,4 +380,4 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    app()
+    sys.exit(guarded(app))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcompress.errors import RecipeError
+from llmcompress import __version__
+from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate.protocol import Protocol
 
 if TYPE_CHECKING:
@@ -63,6 +65,17 @@ Verbose = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and JSON).")]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"llmcompress {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+]
+
+
 def asked_recipe(
     recipe: str | None, settings: list[str] | None, seed: int | None, target: Change | None, tune: bool
 ) -> Recipe:
@@ -105,3 +118,10 @@ def protocol_of(
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     items = int(limit) if limit is not None and limit >= 1 else limit
     return Protocol(text, windows, length, names, items, *others)
+
+
+def refuse_failed(scores: Iterable[dict[str, Any]]) -> None:
+    """Raise InputError, after all scores were shown, where tasks did not come to an end."""
+    for one in scores:
+        if "tasks_failed" in one:
+            raise InputError(one["tasks_failed"])

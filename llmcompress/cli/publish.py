@@ -32,7 +32,7 @@ def verify(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.evaluate.verify import verify as run
 
-        found = run(folder, against, text, windows, length, device)
+        found = run(folder, against, text, windows, length, device, terminal.scoring)
         terminal.warn(found.notes)
         terminal.show(found.to_json(), verified_view)
 
@@ -62,6 +62,7 @@ def export(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.export.formats import export as run
 
+        terminal.scoring(f"export to {to}", 0, 0)
         terminal.show(run(folder, output, to, allow_dense, round_to).to_json(), exported_view)
 
 
@@ -82,5 +83,6 @@ def push(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.export.hub import push as run
 
+        terminal.scoring("verify" if dry_run else "verify and upload", 0, 0)
         found = run(folder, repository, private=private, revision=revision, dry_run=dry_run)
         terminal.show(found.to_json(), pushed_view)

@@ -13,15 +13,22 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import typer
-from typer.core import TyperGroup
 
 from llmcompress.cli.stages import Stage
-from llmcompress.errors import DiskError, LLMCompressError, MemoryLimitError, Terminated, is_out_of_memory
+from llmcompress.cli.streams import writing_to
+from llmcompress.errors import (
+    DiskError,
+    LLMCompressError,
+    MemoryLimitError,
+    Terminated,
+    first_line,
+    is_out_of_memory,
+)
 from llmcompress.evaluate.formatting import finite
 
 if TYPE_CHECKING:
@@ -29,36 +36,6 @@ if TYPE_CHECKING:
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 WIDE = 160  # columns, where the output is not a terminal
-
-
-class Commands(TyperGroup):
-    """The commands; with `--json`, mistakes in the arguments are a JSON object too."""
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """Run the command line and exit, as typer does."""
-        words = sys.argv[1:] if args is None else list(args)
-        as_json = standalone_mode and "--json" in words
-        try:
-            code = super().main(
-                args, prog_name, complete_var, standalone_mode and not as_json, windows_expand_args, **extra
-            )
-        except typer.TyperException as error:
-            if not as_json:
-                raise
-            code, message = error.exit_code, error.format_message()
-            typer.echo(json.dumps({"error": {"code": code, "message": message}}, indent=2))
-            typer.echo(f"[{code}] {message}", err=True)
-        if not as_json:
-            return code
-        sys.exit(code)
 
 
 class Terminal:
@@ -95,15 +72,19 @@ class Terminal:
     ) -> None:
         self._restore()
         if error is None:
-            if self._result is not None:
+            if self._result is None:
+                return
+            try:
                 self._emit(self._result)
-            return
+                return
+            except DiskError as unwritten:
+                error = unwritten
         if isinstance(error, typer.Exit):
             return
         found = verdict(error)
         code, message = found or (1, f"{type(error).__name__}: {error}")
         if self.as_json and not isinstance(error, BrokenPipeError):
-            self._emit({"error": {"code": code, "message": message}})
+            self._emit((self._result or {}) | {"error": {"code": code, "message": message}})
         if found is None:
             return
         if self.verbose > 1:
@@ -121,8 +102,9 @@ class Terminal:
 
             width = None if self._output.isatty() else WIDE
             console = Console(file=self._output, width=width, highlight=False, markup=False)
-            for part in view(values, self.verbose > 0):
-                console.print(part)
+            with writing_to(self._output):
+                for part in view(values, self.verbose > 0):
+                    console.print(part)
 
     def warn(self, sentences: Iterable[str]) -> None:
         """Print warnings on standard error."""
@@ -191,8 +173,9 @@ class Terminal:
     def _emit(self, values: dict[str, Any]) -> None:
         if not self.first:
             return
-        self._output.write(json.dumps(finite(values), indent=2) + "\n")
-        self._output.flush()
+        with writing_to(self._output):
+            self._output.write(json.dumps(finite(values), indent=2) + "\n")
+            self._output.flush()
 
 
 def verdict(error: BaseException) -> tuple[int, str] | None:
@@ -206,6 +189,12 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
             found = 143, f"stopped by a signal{_left(error)}"
         case OSError() if error.errno in NO_SPACE:
             found = DiskError.exit_code, f"the disk is full ({error.filename or 'no file named'}); free some space"
+        case BrokenPipeError():  # whoever read the output has seen enough
+            return None
+        case OSError():
+            reason = error.strerror or first_line(error)
+            named = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+            found = DiskError.exit_code, f"{named}{reason}; choose another path, or see by -vv what wanted it"
         case _ if is_out_of_memory(error):
             found = MemoryLimitError.exit_code, "there is not enough memory; take a smaller model or fewer samples"
         case _:

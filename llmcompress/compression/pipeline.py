@@ -35,6 +35,7 @@ from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as, read_recipe
 from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.notebook import counted
 from llmcompress.runtime.precision import fast_float32
 
 STAGED, PRICES = ".compressed", ".prices.json"  # follow the name of the output folder
@@ -83,7 +84,8 @@ def compress(
         output: a new or empty folder; None for a temporary one, see `Result.save`.
         revision: a branch, tag or commit of a Hub model.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
-        progress: receives (blocks compressed, blocks, tokens per second).
+        progress: receives (blocks compressed, blocks, tokens per second). Where it, `pricing` or `training` is None, a
+            notebook shows a line, and nothing else does.
         pricing: receives the same while options are priced for a target.
         training: receives (step, steps, loss, tokens per second, held-out KL) of a distillation.
         resume: False to start over instead of resuming an interrupted run.
@@ -97,6 +99,9 @@ def compress(
             `<output>.compressed` and the state of its training in `<output>.training`.
     """
     device_of(device)  # before a model is looked at
+    progress = progress or counted("block", "tokens/s")
+    pricing = pricing or counted("priced block", "tokens/s")
+    training = training or counted("step", "loss", "tokens/s", "held-out KL")
     job = _opened(model, recipe, revision)
     finish = partial(compress_job, device=device, progress=progress, training=training, resume=resume)
     if job.recipe.target is None:
@@ -107,7 +112,7 @@ def compress(
 def _opened(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revision: str | None) -> Job:
     """Read the recipe and lay it over the opened model."""
     asked = read_recipe(recipe)
-    return prepare(resolve(str(model), revision), asked)
+    return prepare(resolve(model, revision), asked)
 
 
 def _to_target(

@@ -247,7 +247,23 @@ def warnings(job: Job) -> tuple[str, ...]:
     dense = [name for name, steps in job.assignment.steps.items() if not steps]
     outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
     left = [f"{name} stays dense" for name in (*dense, *outside, *job.arch.other)]
-    return (*job.source.notes, *job.assignment.complaints, *shadowed, *left, *_without_data(job))
+    return (*job.source.notes, *job.assignment.complaints, *shadowed, *left, *_ragged(job), *_without_data(job))
+
+
+def _ragged(job: Job) -> Iterator[str]:
+    """Yield a sentence for each matrix whose width is no multiple of its group size."""
+    widths = {name: linear.shape[1] for name, linear in job.arch.linears().items()}
+    widths |= {name: job.source.tensors[f"{name}.weight"].shape[1] for name in job.tables}
+    for name, steps in (job.steps | job.tables).items():
+        sizes = {getattr(step, "group_size", None) or widths[name] for step in steps}
+        for size in sorted(size for size in sizes if widths[name] % size):
+            stored = (
+                f"the last of its groups has {widths[name] % size}" if size < widths[name] else "a row is one group"
+            )
+            yield (
+                f"{name}: group_size {size} does not divide its width {widths[name]}, so {stored}, which few other "
+                f"engines read; {max(one for one in range(1, size + 1) if widths[name] % one == 0)} divides it"
+            )
 
 
 def _without_data(job: Job) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
 from llmcompress.models.checkpoint import locked
 from llmcompress.models.dense import load_model
 from llmcompress.models.digest import teacher_digest
+from llmcompress.models.file_names import check_name
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.replace import sync
 from llmcompress.models.store import Store
@@ -110,9 +111,13 @@ def answer(
     Equal arguments give equal bytes on one machine and library version. An interrupted run resumes.
     Raises an LLMCompressError, in one sentence, for whatever is wrong.
     """
+    check_name(output)
     if output.exists():
         raise DiskError(f"{output} exists already; remove it or choose another file")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise DiskError(f"{output.absolute().parent} is no folder that can be written to; choose another output file")
     place = locate(model, revision)
+    next(prompts(asked))  # data that cannot be read, before the model is loaded
     loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder)
     dtype = product_dtype("auto", loaded.device)
     moved: nn.Module = loaded

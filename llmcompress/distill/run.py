@@ -46,6 +46,7 @@ from llmcompress.models.written import check_written
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import dump, read_as
 from llmcompress.runtime.memory import keeping_freed_memory
+from llmcompress.runtime.notebook import counted
 from llmcompress.runtime.precision import fast_float32, product_dtype, products
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.expression import bits, describe
@@ -104,13 +105,27 @@ def distill(
     device: str = "cpu",
     progress: Report | None = None,
 ) -> Distilled:
-    """Trains what `recipe` names in the model `student` towards `teacher`, and writes the new folder `output`: of a
-    compressed student the same expressions at the same bytes, and the low-rank terms that it asks for besides; of a
-    dense one the same tensors in the same dtypes.
+    """Train what `recipe` names in the model `student` towards `teacher`, and write the result as a new folder.
 
-    An interrupted run resumes from the last state in `<output>.training`. Raises an LLMCompressError, in one sentence,
-    for whatever is wrong.
+    Of a compressed student these are the same expressions at the same bytes, and the low-rank terms that the recipe
+    asks for besides; of a dense one the same tensors in the same dtypes. An interrupted run resumes from the last state
+    in `<output>.training`.
+
+    Args:
+        student: a folder that compress wrote, or a dense model: a folder, a Hub id or `smollm2`.
+        teacher: the dense model that it was made from.
+        recipe: a `Distillation`, the path of a YAML file or the name of one that comes along, or plain values.
+        output: a new or empty folder.
+        device: where to compute: `cpu`, `cuda` or `cuda:1`.
+        progress: receives (step, steps, loss, tokens per second, held-out KL); None for a line in a notebook.
+
+    Returns:
+        The distances to the teacher before and after, the steps, and what they cost.
+
+    Raises:
+        LLMCompressError: in one sentence, for whatever is wrong.
     """
+    progress = progress or counted("step", "loss", "tokens/s", "held-out KL")
     asked, target = read_as(Distillation, recipe), Path(output)
     accelerator = launched_accelerator(device, asked, target)
     with locked(target, "output folder") if accelerator.is_main_process else nullcontext():
@@ -125,13 +140,13 @@ def _distilled(
     accelerator: Accelerator,
     progress: Report | None,
 ) -> Distilled:
-    """See `distill`, for the first process while nobody else writes the output."""
-    pupil = locate(str(student))
+    """Distil as `distill` says, with the recipe read, while no other process writes the output."""
+    pupil = locate(student)
     folder = pupil.folder
     check_fused(fused_into(folder), asked)
     opened = open_folder(pupil)
     check_output(target, opened.bytes)
-    place = locate(str(teacher))
+    place = locate(teacher)
     tokenizer = load_tokenizer(folder)
     where = loading_device(accelerator)
     pair = load_model(pupil, where), load_model(place, where if asked.teacher.bits is None else "cpu")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.evaluate.lm_eval import find_tasks
 from llmcompress.evaluate.output_file import check_new_file, write_new_file
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.processes import ALONE, Processes
@@ -22,6 +23,7 @@ from llmcompress.evaluate.tables import comparison_markdown
 from llmcompress.models.dense import load_model
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.runtime.notebook import named
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
 
@@ -48,7 +50,7 @@ def compare(
         output: a new file for the table (.md) or for all numbers (.json); None for neither.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         processes: which share the work; the first of them writes and knows the scores of tasks.
-        progress: receives what is being scored, how much is done, and how much there is.
+        progress: receives what is being scored, how much is done, and how much there is; None for a line in a notebook.
 
     Returns:
         {"protocol", "versions", "models"}: for each model what `score` returns, with its name as "model" and as
@@ -59,16 +61,19 @@ def compare(
         InputError: for models that cannot be loaded, or that read text differently.
         DiskError: for an output that cannot be written.
     """
-    if len(models) < 2:
+    progress = progress or named()
+    if isinstance(models, str) or len(models) < 2:
         raise RecipeError("a comparison needs two models or more; give the one that the others are compared with first")
     if output is not None:
         check_new_file(output, KINDS, "a comparison")
-    places = [locate(str(model)) for model in models]
+    places = [locate(model) for model in models]
     sizes = [size_of(place) for place in places]
     _check_tokens(places, protocol)
-    reference, *others = (partial(load_model, place, device) for place in places)
     tokenizer = load_tokenizer(places[0].folder)
-    found = evaluate_all(reference(), others, tokenizer, protocol, processes=processes, progress=progress)
+    tasks = find_tasks(tokenizer, protocol)
+    reference, *others = (partial(load_model, place, device) for place in places)
+    how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": tasks}
+    found = evaluate_all(reference(), others, tokenizer, protocol, **how)
     first = found[0]
     rows = [
         {"model": place.name, **asdict(size), **one.to_json()}

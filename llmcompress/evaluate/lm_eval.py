@@ -17,6 +17,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -24,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from jinja2 import TemplateError
 
 from llmcompress.data.chat_template import rendered
 from llmcompress.data.files import read_text
-from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.errors import DiskError, InputError, RecipeError, first_line
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.uncertainty import mean
@@ -35,6 +37,17 @@ from llmcompress.evaluate.uncertainty import mean
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+FAILURES = (  # of tasks: they are other people's templates, code and data
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    TemplateError,
+)
 PAIRS = "llmcompress_pairs"
 PAIRS_FILE = Path(__file__).with_name("minimal_pairs.jsonl")
 Scores = dict[str, dict[str, float]]
@@ -49,6 +62,7 @@ class TaskScores:
     items: Items = field(default_factory=dict)  # {task: {metric: {item: value}}} of metrics that are means over items
     results: dict[str, Any] = field(default_factory=dict)  # lm-eval's own, with its samples
     tracker: Any = None  # lm-eval's EvaluationTracker
+    failure: str | None = None  # a sentence where tasks were found and began, but did not come to an end
 
     def save(self, folder: Path, name: str) -> None:
         """Write what lm-eval's command with `--output_path FOLDER --log_samples` would write for the model `name`.
@@ -71,31 +85,73 @@ class TaskScores:
             raise DiskError(f"lm-eval could not write all of its files to {folder}; check the disk and start again")
 
 
-def run_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    protocol: Protocol,
-    processes: Processes = ALONE,
-) -> TaskScores:
-    """Run the tasks of `protocol`, if it names any.
+@dataclass(frozen=True)
+class FoundTasks:
+    """Tasks that are there, as lm-eval takes them. They are loaded for every model anew, since lm-eval edits them."""
+
+    specs: Sequence[Any]
+    manager: Any
+
+    def load(self) -> list[Any]:
+        """Return the tasks with their data."""
+        loaded = self.manager.load(list(self.specs))
+        return list(self.specs) if loaded.get("groups") else list(loaded["tasks"].values())
+
+
+def find_tasks(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> FoundTasks | None:
+    """Find and load the tasks of `protocol` before a model is looked at; None if it names none.
 
     A task is a name that lm-eval knows, "llmcompress_pairs", a .yaml file, a folder of them, or a .jsonl file of
-    minimal pairs. A YAML file may name Python functions, which lm-eval then runs: use files you trust. Standard output,
-    global random states, the environment, the tokenizer and the model's mode are left as they were. Raises RecipeError
-    when lm-eval is missing or a task is unknown, InputError when a task cannot be loaded.
+    minimal pairs. A YAML file may name Python functions, which lm-eval then runs: use files you trust. Raises
+    RecipeError when lm-eval is missing, a task is unknown or the tokenizer does not suit, InputError when a task cannot
+    be loaded.
     """
     if not protocol.tasks:
-        return TaskScores()
+        return None
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise RecipeError("lm-eval needs a tokenizer with a BOS or EOS token to start sentences from; this has neither")
     if protocol.chat_template and tokenizer.chat_template is None:
         raise RecipeError("the model's tokenizer has no chat template; score it without one")
     if protocol.chat_template:
         rendered([{"role": "user", "content": "?"}], tokenizer)  # lm-eval would wait for one that never ends
-    training = model.training
     with _contained():
-        evaluator, manager_class, model_class, tracker_class = _lm_eval()
-        loaded, manager = _load(manager_class, protocol.tasks)
+        return _found(_lm_eval()[1], protocol.tasks)
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: Protocol,
+    processes: Processes = ALONE,
+    found: FoundTasks | None = None,
+) -> TaskScores:
+    """Run the tasks of `protocol`, if it names any; `found`: what `find_tasks` returns, and raises what it raises.
+
+    Standard output, global random states, the environment, the tokenizer and the model's mode are left as they were.
+    What lm-eval or a task's own code cannot do is the `failure` of the result.
+    """
+    found = find_tasks(tokenizer, protocol) if found is None else found
+    if found is None:
+        return TaskScores()
+    try:
+        return _run(model, tokenizer, protocol, processes, found)
+    except FAILURES as error:
+        failure = f"the tasks {', '.join(protocol.tasks)} failed ({type(error).__name__}: {first_line(error)})"
+        return TaskScores(failure=f"{failure}; what was scored besides them stands")
+
+
+def _run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: Protocol,
+    processes: Processes,
+    found: FoundTasks,
+) -> TaskScores:
+    training = model.training
+    with ExitStack() as stack:
+        stack.callback(model.train, training)
+        stack.enter_context(_contained())
+        evaluator, _, model_class, tracker_class = _lm_eval()
         wrapped = model_class(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=protocol.batch_size)
         if processes.accelerator is not None:
             # What HFLM sets itself when it loads the model by name. For one in memory it leaves this to its caller
@@ -105,8 +161,8 @@ def run_tasks(
         tracker = tracker_class()
         results = evaluator.simple_evaluate(
             model=wrapped,
-            tasks=loaded,
-            task_manager=manager,
+            tasks=found.load(),
+            task_manager=found.manager,
             limit=protocol.limit,
             num_fewshot=protocol.num_fewshot,
             batch_size=protocol.batch_size,
@@ -118,7 +174,6 @@ def run_tasks(
             torch_random_seed=protocol.seed,
             fewshot_random_seed=protocol.seed,
         )
-    model.train(training)
     if results is None:  # not the first process
         return TaskScores()
     return TaskScores(_scores(results), _items(results), results, tracker)
@@ -180,18 +235,18 @@ def _lm_eval() -> tuple[Any, Any, Any, Any]:
     return evaluator, TaskManager, HFLM, EvaluationTracker
 
 
-def _load(manager_class: Any, tasks: Sequence[str]) -> tuple[list[Any], Any]:
-    """Return what to pass to lm-eval as tasks, and the task manager that knows them."""
+def _found(manager_class: Any, tasks: Sequence[str]) -> FoundTasks:
+    """Return what lm-eval takes as tasks, with the task manager that knows them; loaded once, to see that they can."""
     from datasets.exceptions import DatasetsError
 
-    folders = [Path(task).expanduser() for task in tasks if Path(task).expanduser().is_dir()]
     local = [_local(task) for task in tasks]
+    folders = [one for one in local if isinstance(one, Path)]
     try:
         # Scanning lm-eval's own thousands of tasks takes seconds: only when one of them is asked for.
         manager = manager_class(include_path=[str(folder) for folder in folders], include_defaults=None in local)
         inside = {folder: manager_class(include_path=str(folder), include_defaults=False) for folder in folders}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"the task files cannot be read ({_short(error)})") from error
+        raise InputError(f"the task files cannot be read ({first_line(error)})") from error
     specs: list[Any] = []
     for task, found in zip(tasks, local):
         if isinstance(found, Path):
@@ -204,25 +259,26 @@ def _load(manager_class: Any, tasks: Sequence[str]) -> tuple[list[Any], Any]:
             raise RecipeError(f"there is no task {task!r}; {hint}")
         else:
             specs.append(task if found is None else found)
+    there = FoundTasks(specs, manager)
     try:
-        loaded = manager.load(specs)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, yaml.YAMLError, DatasetsError) as error:
-        raise InputError(f"the tasks {', '.join(tasks)} cannot be loaded ({_short(error)})") from error
-    return (specs if loaded.get("groups") else list(loaded["tasks"].values())), manager
+        there.load()
+    except (*FAILURES, yaml.YAMLError, DatasetsError) as error:
+        raise InputError(f"the tasks {', '.join(tasks)} cannot be loaded ({first_line(error)})") from error
+    return there
 
 
 def _local(task: str) -> dict[str, Any] | str | Path | None:
     """The config of minimal pairs, the path of a YAML file, or a folder; None for a name that lm-eval has to know."""
-    path = Path(task).expanduser()
+    path = Path(os.path.expanduser(task))
     if task == PAIRS:
         return minimal_pairs_task(PAIRS_FILE, PAIRS)
     if path.suffix == ".jsonl":
         return minimal_pairs_task(path)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"there is no task file {task}")
         return str(path.resolve())
-    return path if path.is_dir() else None
+    return path if os.path.isdir(path) else None
 
 
 def _scores(results: dict[str, Any]) -> Scores:
@@ -302,7 +358,3 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-
-
-def _short(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmcompress.errors import DiskError, RecipeError
+from llmcompress.models.file_names import check_name
 from llmcompress.models.replace import replace_bytes
 
 
@@ -16,10 +18,13 @@ def check_new_file(output: Path, kinds: Sequence[str], what: str) -> None:
     """
     if output.suffix not in kinds:
         raise RecipeError(f"{what} is written as {' or '.join(kinds)}, not as {output.name}; rename the output file")
+    check_name(output)
     if output.exists():
         raise DiskError(f"{output} exists already; remove it or choose another output file")
     if not output.absolute().parent.is_dir():
         raise DiskError(f"there is no folder {output.absolute().parent}; make it or choose another output file")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise DiskError(f"{output.absolute().parent} cannot be written to; choose another output file")
 
 
 def write_new_file(output: Path, content: str | bytes) -> None:

@@ -13,6 +13,8 @@ import torch
 
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate import report as reports
+from llmcompress.evaluate.lm_eval import find_tasks
+from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.scores import Evaluation, Scoring, evaluate, evaluate_all
@@ -23,6 +25,7 @@ from llmcompress.models.families import Linear, architecture
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.skeleton import dense_skeleton
 from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.runtime.notebook import named
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
 
@@ -60,7 +63,7 @@ def score(
         output: a new folder for the result as `eval.json` and for lm-eval's own files; None for none.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         processes: which share the work; the first of them writes and knows the scores of tasks.
-        progress: receives what is being scored, how much is done, and how much there is.
+        progress: receives what is being scored, how much is done, and how much there is; None for a line in a notebook.
 
     Returns:
         The scores with their standard errors, `bytes`, `bpw` and `model_bpw` (bits per weight), and the protocol.
@@ -70,15 +73,18 @@ def score(
         RecipeError: for `save` without `against`, or for a folder that compress did not write.
         DiskError: for an output that cannot be written.
     """
-    place = locate(str(model), revision)
+    progress = progress or named()
+    place = locate(model, revision)
     if save and (against is None or not (place.folder / file_names.REPORT).is_file()):
         raise RecipeError("saving scores needs a folder that compress wrote, and the dense model to compare it with")
     if output is not None:
         check_output(output, 0)
-    teacher = None if against is None else load_model(locate(against), device)
-    size = size_of(place)
-    how: dict[str, Any] = {"processes": processes, "progress": progress}
-    loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder)
+    reference = None if against is None else locate(against)
+    size, tokenizer = size_of(place), load_tokenizer(place.folder)
+    evaluation_windows(tokenizer, protocol)  # text and tasks are missed before models are loaded
+    how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": find_tasks(tokenizer, protocol)}
+    teacher = None if reference is None else load_model(reference, device)
+    loaded = load_model(place, device)
     if save and teacher is not None:
         dense, found = evaluate_all(teacher, [lambda: loaded], tokenizer, protocol, **how)
         if processes.rank == 0:

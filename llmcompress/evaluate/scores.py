@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.evaluate.distance import Distance, distance
-from llmcompress.evaluate.lm_eval import Items, TaskScores, run_tasks
+from llmcompress.evaluate.lm_eval import FoundTasks, Items, TaskScores, find_tasks, run_tasks
 from llmcompress.evaluate.perplexity import Counting, Perplexity, evaluation_windows, perplexity
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import STANDARD, Protocol
@@ -31,9 +32,11 @@ class Evaluation:
     distance: Distance | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return perplexity, tokens, tasks {name: {metric: value}}, kl and top1_agreement, with standard errors."""
+        """Return perplexity, tokens, tasks {name: {metric: value}}, kl and top1_agreement, with standard errors; as
+        "tasks_failed" a sentence where tasks did not come to an end."""
         far = self.distance
         return {
+            **({} if self.tasks.failure is None else {"tasks_failed": self.tasks.failure}),
             "perplexity": self.perplexity.value,
             "perplexity_stderr": self.perplexity.stderr,
             "tokens": self.perplexity.tokens,
@@ -73,19 +76,22 @@ def evaluate(
     against: PreTrainedModel | None = None,
     processes: Processes = ALONE,
     progress: Scoring | None = None,
+    tasks: FoundTasks | None = None,
 ) -> Evaluation:
     """Score `model` on the text and the tasks of `protocol`, and measure its distance to the teacher `against`.
 
     Compressed layers stay decoded meanwhile, so they take the memory of dense ones. `processes` share the work; every
     one of them has to call this. `progress` receives ("window", windows read, windows) and, before tasks, ("tasks",
-    0, 0).
+    0, 0). `tasks`: those of the protocol, if they were looked for before the model was loaded.
     """
+    tasks = find_tasks(tokenizer, protocol) if tasks is None else tasks
     if against is not None:
-        return _beside(against, model, tokenizer, protocol, processes, progress)[1]
+        return _beside(against, model, tokenizer, protocol, processes, progress, tasks)[1]
     ids = evaluation_windows(tokenizer, protocol, model.config)
     with decoded(model):
         score = perplexity(model, ids, processes=processes, progress=_counting(progress))
-        return Evaluation(score, _on_tasks(model, tokenizer, protocol, processes, progress), None)
+        with _told(score, None):
+            return Evaluation(score, _on_tasks(model, tokenizer, protocol, processes, progress, tasks), None)
 
 
 def evaluate_all(
@@ -96,17 +102,19 @@ def evaluate_all(
     *,
     processes: Processes = ALONE,
     progress: Scoring | None = None,
+    tasks: FoundTasks | None = None,
 ) -> list[Evaluation]:
     """Score the reference and one or more others; all distances are those from the reference, which comes first.
 
     The others are functions that load a model; one at a time is in memory beside the reference. `progress`: as for
-    `evaluate`, for each of the others, and for the reference's tasks.
+    `evaluate`, for each of the others, and for the reference's tasks. `tasks`: as for `evaluate`.
     """
-    found = [_beside(reference, load(), tokenizer, protocol, processes, progress) for load in others]
+    tasks = find_tasks(tokenizer, protocol) if tasks is None else tasks
+    found = [_beside(reference, load(), tokenizer, protocol, processes, progress, tasks) for load in others]
     own, _ = found[0]
     with decoded(reference):
-        tasks = _on_tasks(reference, tokenizer, protocol, processes, progress)
-    return [Evaluation(own, tasks, Distance.to_itself(own)), *(other for _, other in found)]
+        scores = _on_tasks(reference, tokenizer, protocol, processes, progress, tasks)
+    return [Evaluation(own, scores, Distance.to_itself(own)), *(other for _, other in found)]
 
 
 def _beside(
@@ -116,14 +124,16 @@ def _beside(
     protocol: Protocol,
     processes: Processes,
     progress: Scoring | None,
+    tasks: FoundTasks | None,
 ) -> tuple[Perplexity, Evaluation]:
     """Return the teacher's perplexity and the student's evaluation."""
     ids = evaluation_windows(tokenizer, protocol, teacher.config, student.config)
     with decoded(student):
         with decoded(teacher):
             far = distance(teacher, student, ids, processes=processes, progress=_counting(progress))
-        tasks = _on_tasks(student, tokenizer, protocol, processes, progress)
-        return far.teacher, Evaluation(far.student, tasks, far)
+        with _told(far.student, far):
+            scores = _on_tasks(student, tokenizer, protocol, processes, progress, tasks)
+        return far.teacher, Evaluation(far.student, scores, far)
 
 
 def _on_tasks(
@@ -132,11 +142,25 @@ def _on_tasks(
     protocol: Protocol,
     processes: Processes,
     progress: Scoring | None,
+    tasks: FoundTasks | None,
 ) -> TaskScores:
     """Announce the tasks, if there are any, and run them."""
     if progress is not None and protocol.tasks:
         progress("tasks", 0, 0)
-    return run_tasks(model, tokenizer, protocol, processes)
+    return run_tasks(model, tokenizer, protocol, processes, tasks)
+
+
+@contextmanager
+def _told(score: Perplexity, far: Distance | None) -> Iterator[None]:
+    """Tell what was measured already to whoever stops the tasks."""
+    with ExitStack() as stack:
+        stack.push(partial(_note, f"perplexity {score.value:.4f}" + ("" if far is None else f" and KL {far.kl:.5f}")))
+        yield
+
+
+def _note(measured: str, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    if error is not None:
+        error.add_note(f"measured before the tasks: {measured}")
 
 
 def _counting(progress: Scoring | None) -> Counting | None:

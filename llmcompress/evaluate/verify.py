@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.data.calibration import context_length
+from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.scores import evaluate
+from llmcompress.evaluate.scores import Scoring, evaluate
 from llmcompress.models.checkpoint import MANIFEST, check_manifest, manifest
 from llmcompress.models.dense import load_model
 from llmcompress.models.integrity import weight_files
 from llmcompress.models.kind import check_kind
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.runtime.notebook import named
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.weight.modules import compressed_modules
 
@@ -45,22 +47,38 @@ def verify(
     windows: int = 4,
     length: int = 512,
     device: str = "cpu",
+    progress: Scoring | None = None,
 ) -> Verified:
-    """Check a compressed checkpoint from its files to its logits on `windows` windows of `text`, of `length` tokens or
-    as many as the model can read.
+    """Check a compressed checkpoint from its files to its logits.
 
-    Raises InputError for whatever is damaged, missing or too much, NumericsError for a model that computes NaN.
+    Args:
+        folder: what compress or `save_pretrained` wrote.
+        against: the dense model that KL and top-1 agreement are measured from; None for neither.
+        text: UTF-8 text to read; documentation of Python by default.
+        windows: how many windows of it.
+        length: tokens of a window; less where the model reads less.
+        device: where to compute: `cpu`, `cuda` or `cuda:1`.
+        progress: receives what is being read, how much is done, and how much there is; None for a line in a notebook.
+
+    Returns:
+        Counts of files and layers, bytes, perplexity, and the distance to `against`.
+
+    Raises:
+        InputError: for whatever is damaged, missing or too much.
+        NumericsError: for a model that computes NaN.
     """
+    progress = progress or named()
     folder = Path(folder)
     check_kind(folder)
     notes: tuple[str, ...] = ()
     if not check_manifest(folder):
         notes = (f"there is no {MANIFEST}, so only the weights could be checked, not the files beside them",)
+    reference, tokenizer = None if against is None else locate(against), load_tokenizer(folder)
+    evaluation_windows(tokenizer, Protocol(text, windows, 2))  # a text that cannot be read, before models are loaded
     model = load_model(Place(str(folder), folder), device)
-    teacher = None if against is None else load_model(locate(against), device)
-    tokenizer = load_tokenizer(folder)
+    teacher = None if reference is None else load_model(reference, device)
     length = min(length, context_length(model.config) or length)
-    found = evaluate(model, tokenizer, Protocol(text, windows, length), against=teacher)
+    found = evaluate(model, tokenizer, Protocol(text, windows, length), against=teacher, progress=progress)
     files = weight_files(folder)
     return Verified(
         files=len(manifest(folder) or files),

@@ -20,12 +20,22 @@ DOORS = ("dense", "compressed-tensors", "peft", "gguf", "mlx", "exl3")
 def export(
     folder: str | Path, output: str | Path, to: str, allow_dense: bool = False, round_to: str | None = None
 ) -> Exported:
-    """Write the compressed checkpoint `folder` as the new folder `output`, in the format `to`.
+    """Write a compressed checkpoint in a format that other engines read.
 
-    `allow_dense`: what compressed-tensors, GGUF, MLX or EXL3 cannot hold becomes 16-bit floats there. `round_to`: a
-    type of GGUF to which that is rounded instead, where it fits: Q8_0, Q5_0 or Q4_0. Raises RecipeError for an unknown
-    format or type, or a format whose package is missing, InputError for a damaged checkpoint or one that the format
-    cannot hold, DiskError as `compress` does.
+    Args:
+        folder: what compress wrote.
+        output: a new or empty folder.
+        to: dense, compressed-tensors, peft, gguf, mlx or exl3.
+        allow_dense: True to turn what compressed-tensors, GGUF, MLX or EXL3 cannot hold into 16-bit floats.
+        round_to: a type of GGUF to which that is rounded instead, where it fits: Q8_0, Q5_0 or Q4_0.
+
+    Returns:
+        The sizes, and sentences on what was kept and what was changed.
+
+    Raises:
+        RecipeError: for an unknown format or type, or a format whose package is missing.
+        InputError: for a damaged checkpoint, or one that the format cannot hold.
+        DiskError: for an output that cannot be written.
     """
     if round_to is not None and to != "gguf":
         raise RecipeError(f"only the export to gguf rounds to a type, not that to {to}; leave round_to out")

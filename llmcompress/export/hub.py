@@ -41,15 +41,31 @@ class Pushed:
 def push(
     folder: str | Path, repository: str, *, private: bool = False, revision: str | None = None, dry_run: bool = False
 ) -> Pushed:
-    """Upload a compressed checkpoint that passes `verify` to the Hub repository `owner/name`, made if need be.
+    """Upload a compressed checkpoint that passes `verify` to the Hub, with a model card.
 
     Everything goes in one commit, so that readers see the old state or the new one; what was uploaded before a failure
-    is not uploaded again. Raises RecipeError for an impossible name, InputError for a damaged checkpoint, HubError for
-    whatever the Hub refuses.
+    is not uploaded again.
+
+    Args:
+        folder: what compress wrote.
+        repository: `owner/name`; made if need be.
+        private: True to make it private, if it is made.
+        revision: the branch to commit to, made if need be; None for the main one.
+        dry_run: True to send nothing.
+
+    Returns:
+        The files with their bytes, and the commit's address.
+
+    Raises:
+        RecipeError: for an impossible name.
+        InputError: for a damaged checkpoint.
+        HubError: for whatever the Hub refuses.
     """
     folder = Path(folder)
     if not REPOSITORY.fullmatch(repository):
         raise RecipeError(f"{repository!r} is not a Hub repository; give owner/name")
+    if not dry_run:
+        _check_token()
     verify(folder)
     if manifest(folder) is None:
         raise InputError(f"{folder} has no {MANIFEST}, report and recipe for a card; push a folder that compress wrote")
@@ -81,14 +97,20 @@ def _taught(folder: Path) -> Taught | None:
     return Taught(found, recipe)
 
 
+def _check_token() -> None:
+    """Raise HubError without a token."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise HubError(f"there is no token for the Hub; {LOGIN}")
+
+
 def _upload(
     folder: Path, repository: str, names: list[str], made: dict[str, bytes], private: bool, revision: str | None
 ) -> str:
     """Commit and return the address of the commit of files `names` of the folder, and of those `made` for it."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    if get_token() is None:
-        raise HubError(f"there is no token for the Hub; {LOGIN}")
     api = HfApi()
     with _in_a_sentence(repository):
         api.create_repo(repository, private=private, exist_ok=True)

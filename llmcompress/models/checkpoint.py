@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, LockedError
+from llmcompress.models.file_names import check_output_name
 from llmcompress.models.files import check_regular, open_tensors, read_object
 from llmcompress.models.integrity import DIGESTS, INDEX, MENDING, digest, digests
 from llmcompress.models.merge import data_bytes, merged, part_file
@@ -46,6 +47,7 @@ def check_output(output: Path, needed: int) -> None:
 
     Bytes in `<output>.partial` count as free: they will be resumed from or deleted.
     """
+    check_output_name(output)
     if output.is_symlink():
         raise DiskError(f"{output} is a link; give the folder itself, or choose another output folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

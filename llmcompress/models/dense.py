@@ -176,7 +176,7 @@ def _disk(stored: dict[str, Header]) -> int:
     return sum(path.stat().st_size for path in {header.file for header in stored.values()})
 
 
-def resolve(model: str, revision: str | None = None) -> DenseModel:
+def resolve(model: str | Path, revision: str | None = None) -> DenseModel:
     """Return the dense model that `model` names (see `locate`), checked by its config and tensor headers alone.
 
     Raises InputError for a missing, empty or damaged folder, for anything but a causal language model with plain

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -23,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmcompress.errors import InputError
 from llmcompress.models.binding import check_binding, saved_binding
 from llmcompress.models.checkpoint import FORMAT_VERSION, check_config
+from llmcompress.models.dequantize import dequantized, skeleton
 from llmcompress.models.integrity import MENDING, Expected, check, digests
 from llmcompress.models.skeleton import check_buffers, check_numbers
 from llmcompress.weight.modules import (
@@ -132,14 +134,16 @@ class LLMCompressQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        table = self.quantization_config.table()
-        resize(model, self.quantization_config.sizes | {name: list(layout.size) for name, layout in table.items()})
-        for name, layout in table.items():
-            put(model, name, _empty(name, model.get_submodule(name), layout))
-        tie_head(model)
+        config, whole = self.quantization_config, model
+        if (kind := _causal(model)) is not None:  # the files hold a model with another head, or with one
+            whole = skeleton(kind, model.config)
+            _prepare(whole, config)
+            config = within(model, config)
+            self.quantization_config = model.config.quantization_config = config
+        _prepare(model, config)
         if files := [Path(name) for name in kwargs.get("checkpoint_files") or ()]:  # none where tensors were passed
             check_buffers(model, "config.json", sum(path.stat().st_size for path in files))
-            check(files, expected(model), model.all_tied_weights_keys)
+            check(files, expected(whole), whole.all_tied_weights_keys)
             check_config(files[0].parent)
             check_binding(files)
         return model
@@ -166,10 +170,38 @@ class LLMCompressQuantizer(HfQuantizer):
         known = digests(tensors, payload_texts(layouts))
         return None, known | saved_binding(model.config, known)
 
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return dequantized(model, dtype)
+
     @property
     def is_trainable(self) -> bool:
         """True: adapters can be trained on top."""
         return True
+
+
+def _prepare(model: PreTrainedModel, config: LLMCompressConfig) -> None:
+    """Put empty compressed modules into a model on meta."""
+    table = config.table()
+    resize(model, config.sizes | {name: list(layout.size) for name, layout in table.items()})
+    for name, layout in table.items():
+        put(model, name, _empty(name, model.get_submodule(name), layout))
+    tie_head(model)
+
+
+def _causal(model: PreTrainedModel) -> type[PreTrainedModel] | None:
+    """Return the class of the causal language model in the files, if `model` is another class on top of its blocks."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    written = model.config.architectures or []
+    return None if kind is None or isinstance(model, kind) or type(model).__name__ in written else kind
+
+
+def within(model: PreTrainedModel, config: LLMCompressConfig) -> LLMCompressConfig:
+    """Return the config for the part that `model` shares with its causal language model, by the names it has there."""
+    start = f"{model.base_model_prefix}."
+    own = "" if hasattr(model, model.base_model_prefix) else start  # of the blocks alone, names begin below
+    table = {name.removeprefix(own): layout for name, layout in config.table().items() if name.startswith(start)}
+    sizes = {name.removeprefix(own): size for name, size in config.sizes.items() if name.startswith(start)}
+    return LLMCompressConfig(**table_entry(table, sizes), versions=config.versions)
 
 
 def expected(model: nn.Module) -> dict[str, Expected]:

@@ -1,7 +1,7 @@
 """Register compressed checkpoints with transformers and PEFT when those are imported, not before.
 
 Neither looks for plug-ins by itself, and importing them takes seconds. So `import llmcompress` installs a finder that
-waits for their modules and imports ours after each.
+waits for their modules, and after each imports ours or calls a function of it.
 """
 
 import sys
@@ -12,14 +12,18 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-AWAITED = {  # their module -> ours, which registers itself on import
+HABITS = "llmcompress.models.transformers_habits"
+AWAITED = {  # their module -> ours, which registers itself on import, or module:function
+    "transformers.modeling_utils": f"{HABITS}:count_in_transformers",
+    "transformers.trainer": f"{HABITS}:evaluate_in_trainer",
+    "peft.peft_model": f"{HABITS}:count_in_peft",
     "transformers.quantizers.auto": "llmcompress.models.hf_quantizer",
     "peft.tuners.tuners_utils": "llmcompress.models.peft_merge",
 }
 
 
 class _Then(Loader):
-    """Load a module with its own loader, then ours."""
+    """Load a module with its own loader, then do ours."""
 
     def __init__(self, loader: Loader, ours: str) -> None:
         self.loader = loader
@@ -30,7 +34,7 @@ class _Then(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        import_module(self.ours)
+        _apply(self.ours)
 
 
 class _Waiting(MetaPathFinder):
@@ -51,11 +55,25 @@ class _Waiting(MetaPathFinder):
         return spec
 
 
+_APPLIED: set[str] = set()
+
+
+def _apply(ours: str) -> None:
+    """Import a module of ours and call the function that is named after the colon, once in a process."""
+    if ours in _APPLIED:
+        return
+    _APPLIED.add(ours)
+    name, _, function = ours.partition(":")
+    module = import_module(name)
+    if function:
+        getattr(module, function)()
+
+
 def install() -> None:
     """Import our modules now if theirs are loaded, otherwise after them. Safe to call again."""
     waiting = {finder.theirs for finder in sys.meta_path if isinstance(finder, _Waiting)}
     for theirs, ours in AWAITED.items():
         if theirs in sys.modules:
-            import_module(ours)
+            _apply(ours)
         elif theirs not in waiting:
             sys.meta_path.insert(0, _Waiting(theirs))

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from llmcompress.errors import InputError
 from llmcompress.models.checkpoint import read_json
+from llmcompress.models.file_names import check_folder
 from llmcompress.models.hf_quantizer import NAME
 
 
 def check_kind(folder: Path) -> None:
     """Raise InputError for a folder without a checkpoint of llmcompress."""
+    check_folder(folder)
     try:
         config = read_json(folder / "config.json")
         kind = (config.get("quantization_config") or {}).get("quant_method")

@@ -6,11 +6,14 @@ once into an ordinary bfloat16 folder in a cache, so that everything after this 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from llmcompress.errors import InputError, first_line
+from llmcompress.models.file_names import check_folder
 from llmcompress.models.smollm2 import EMBEDDED, EMBEDDED_LICENSE, EMBEDDED_NAME, embedded
 
 HUB_FILES = [
@@ -27,6 +30,7 @@ HUB_FILES = [
 ]
 NOT_HUB_FILES = ["*/*", "consolidated*.safetensors"]  # other formats of the same weights
 COMMIT = re.compile(r"[0-9a-f]{40}")
+CLOSE = 0.8  # of two names, 1 if they are the same
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -42,25 +46,33 @@ class Place:
     license: str | None = None  # if it is known without the model's card
 
 
-def locate(model: str, revision: str | None = None) -> Place:
+def locate(model: str | Path, revision: str | None = None) -> Place:
     """Return the place of `model`, downloaded or unpacked if necessary. A local folder wins over the Hub and `smollm2`.
 
     Raises InputError if there is no such model, DiskError if the cache cannot be written.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    if not isinstance(model, str | Path):
+        raise InputError(
+            f"the model is an object of type {type(model).__name__}, and models are read from disk; give a folder, a "
+            f"Hub id or {EMBEDDED!r} (write one that is in memory by save_pretrained, and its tokenizer beside it)"
+        )
+    path, model = Path(os.path.expanduser(model)), str(model)  # its own errors are False here, unlike pathlib's
+    if os.path.isdir(path):
+        check_folder(path)
         if revision is not None:
             raise InputError(f"{model} is a folder, which has no revisions; leave out revision {revision!r}")
         same = HUB_ID.fullmatch(model) and not model.startswith(".")
         note = f"{model} is read as the folder {path.resolve()}, not as the Hub model of that name"
         return Place(model, path, notes=(note,) if same else ())
-    if path.is_file():
+    if os.path.isfile(path):
         raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
     if model == EMBEDDED:
         return Place(model, embedded(), hub_id=EMBEDDED_NAME, license=EMBEDDED_LICENSE)
     name, _, pinned = model.partition("@")
     if not HUB_ID.fullmatch(name) or name.startswith("."):
-        raise InputError(f"the model folder {model} does not exist; give a folder, a Hub id or {EMBEDDED!r}")
+        raise InputError(
+            f"the model folder {model} does not exist; {_near(model)}give a folder, a Hub id or {EMBEDDED!r}"
+        )
     if pinned and revision and pinned != revision:
         raise InputError(f"{model} names revision {pinned!r} and revision {revision!r} was given too; give one of them")
     return download(name, pinned or revision)
@@ -84,7 +96,7 @@ def download(name: str, revision: str | None) -> Place:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
-            f"there is neither a folder nor a Hub model named {name}; check the spelling, or log in with "
+            f"there is neither a folder nor a Hub model named {name}; {_near(name)}check the spelling, or log in with "
             f"`hf auth login` if it is private"
         ) from error
     except errors.RevisionNotFoundError as error:
@@ -93,13 +105,33 @@ def download(name: str, revision: str | None) -> Place:
         ) from error
     except errors.HFValidationError as error:
         raise InputError(
-            f"{name!r} is neither a folder nor a possible Hub id; give a folder, org/name or {EMBEDDED!r}"
+            f"{name!r} is neither a folder nor a possible Hub id; {_near(name)}give a folder, org/name or {EMBEDDED!r}"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise InputError(
             f"the Hub model {what} is not in the cache and the Hub cannot be reached (or HF_HUB_OFFLINE is set); "
-            f"download it once while online (`hf download {name}`), or give a folder"
+            f"{_near(name)}download it once while online (`hf download {name}`), or give a folder"
         ) from error
     except (errors.HfHubHTTPError, ConnectionError) as error:
         raise InputError(f"the Hub answered {first_line(error)} for {what}; try again, or give a folder") from error
     return Place(name, folder, revision=folder.name if COMMIT.fullmatch(folder.name) else revision, hub_id=name)
+
+
+def _near(model: str) -> str:
+    """Return the clause that asks for a model with almost this name: the embedded one, one beside, or one cached."""
+    from huggingface_hub import constants
+
+    parent = Path(os.path.expanduser(model)).parent
+    beside = [str(parent / name) for name in _names(parent) if (parent / name / "config.json").is_file()]
+    cached = [name.removeprefix("models--").replace("--", "/") for name in _names(Path(constants.HF_HUB_CACHE))]
+    known = {name.lower(): name for name in (*cached, *beside, EMBEDDED)}
+    near = get_close_matches(str(Path(model)).lower(), known, n=1, cutoff=CLOSE)
+    return f"did you mean {known[near[0]]!r}? If not, " if near else ""
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the names in a folder; none if it cannot be read."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []

@@ -1,18 +1,24 @@
-"""The refusal of PEFT's own merges of adapters into compressed weights, before anything changes.
+"""The refusal of what PEFT cannot do with compressed weights: merges, and adapters that compute with a dense weight.
 
-It is imported together with PEFT's tuners (`import_hooks.py`). PEFT has no hook for others to forbid a merge, so its
-check is replaced by one that knows codes. `lora.fold` is the merge that works.
+It is imported together with PEFT's tuners (`import_hooks.py`). PEFT has no hook for others to forbid a merge or an
+adapter, so its check and its injection are replaced by ones that know codes. `lora.fold` is the merge that works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
 
-from llmcompress.errors import InputError
-from llmcompress.weight.modules import Compressed
+from llmcompress.errors import InputError, first_line, is_out_of_memory
+from llmcompress.weight.modules import Compressed, CompressedLinear, compressed_linears, put
+
+FROM_WEIGHTS = ("pissa", "olora", "corda", "loftq")  # beginnings of `init_lora_weights` that factor the dense weight
+UNSUITED = (AttributeError, IndexError, RuntimeError, TypeError)  # of a layer whose weight is no matrix
 
 
 def knowing_codes(allowed: Callable[[BaseTuner], None]) -> Callable[[BaseTuner], None]:
@@ -31,4 +37,64 @@ def knowing_codes(allowed: Callable[[BaseTuner], None]) -> Callable[[BaseTuner],
     return check
 
 
+def trying_layers(inject: Callable[..., None]) -> Callable[..., None]:
+    """Return PEFT's injection, extended to raise InputError for adapters that compressed layers cannot have.
+
+    One layer of each kind is tried on one token, so that nobody finds out in training. The model is then as before.
+    """
+
+    @wraps(inject)
+    def checked(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not compressed_linears(model):
+            return inject(tuner, model, adapter_name, *args, **kwargs)
+        config = tuner.peft_config[adapter_name]
+        start = str(getattr(config, "init_lora_weights", ""))
+        if start.startswith(FROM_WEIGHTS):
+            raise InputError(_refusal(f"LoRA that starts from the weights ({start})", "they are codes"))
+        adapted = {id(module) for module in model.modules() if isinstance(module, BaseTunerLayer)}
+        try:
+            inject(tuner, model, adapter_name, *args, **kwargs)
+            _try(model, config.inference_mode)
+        except UNSUITED as error:
+            if is_out_of_memory(error):
+                raise
+            for name, module in list(model.named_modules()):
+                if isinstance(module, BaseTunerLayer) and id(module) not in adapted:
+                    put(model, name, module.get_base_layer())
+            kind = type(config).__name__.removesuffix("Config")
+            raise InputError(_refusal(f"{kind} adapters", first_line(error))) from error
+        return None
+
+    return checked
+
+
+def _refusal(what: str, reason: str) -> str:
+    return (
+        f"PEFT cannot put {what} on compressed layers ({reason}); train plain LoRA, or make the model dense by "
+        "model.dequantize() first"
+    )
+
+
+@torch.no_grad()
+def _try(model: nn.Module, frozen: bool) -> None:
+    """Run one adapted compressed linear of each kind on one token, unless parts of it are on meta."""
+    tried: set[type[nn.Module]] = set()
+    for layer in model.modules():
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
+        if not isinstance(base, CompressedLinear) or type(layer) in tried:
+            continue
+        tried.add(type(layer))
+        values = list(layer.parameters())
+        if any(value.is_meta for value in values):
+            continue
+        if not frozen and not any(value.requires_grad for value in values):
+            raise TypeError("nothing in it can be trained")
+        dtype = next((value.dtype for value in values if value.is_floating_point()), torch.float32)
+        training = layer.training
+        layer.eval()  # without dropout, which would draw random numbers
+        layer(torch.zeros(1, 1, base.in_features, dtype=dtype, device=base.W_q.device))
+        layer.train(training)
+
+
+BaseTuner.inject_adapter = trying_layers(BaseTuner.inject_adapter)  # type: ignore[method-assign]
 BaseTuner._check_merge_allowed = knowing_codes(BaseTuner._check_merge_allowed)  # type: ignore[method-assign]

@@ -26,7 +26,7 @@ def cache_folder() -> Path:
     from huggingface_hub import constants
 
     chosen = os.environ.get("LLMCOMPRESS_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(constants.HF_HOME) / "llmcompress"
+    return Path(os.path.expanduser(chosen)) if chosen else Path(constants.HF_HOME) / "llmcompress"
 
 
 def embedded() -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -49,7 +49,12 @@ def read_as(
         return _validated(schema, values, {}, settings, changes)
     if isinstance(source, Mapping):
         return _validated(schema, dict(source), {}, settings, changes)
-    path = find_recipe(cast(str, source), distillation=schema is not Recipe)
+    if not isinstance(source, str | FilePath):
+        raise RecipeError(
+            f"the recipe is an object of type {type(source).__name__}; give the path of a YAML file, a name that "
+            "`llmcompress recipes` lists, or a map of its keys"
+        )
+    path = find_recipe(source, distillation=schema is not Recipe)
     try:
         text = read_file(path, MOST_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:

@@ -24,7 +24,8 @@ def count_of(size: Any) -> Any:
     if not isinstance(size, str):
         return size
     found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", size)
-    unit = None if found is None else UNITS.get(found[2] or "B")
+    units = {name.lower(): bytes for name, bytes in UNITS.items()}  # nobody means a bit by a size, or a milli by m
+    unit = None if found is None else units.get(found[2].lower() or "b")
     if found is None or unit is None:
         raise ValueError(f"{shortened(size)!r} is no size; write a number and one of {', '.join(UNITS)}, such as 40MB")
     return int(float(found[1]) * unit)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from threading import RLock
 from typing import Any
 
 import torch
 
 from llmcompress.runtime.attention import FasterAttention
 
+ONE_THREAD = RLock()  # held by whoever compresses, distils or scores
 PRECISE = 1e-6  # relative error of a product that was computed in float32, of rounding to bfloat16 it is 2e-3
 
 
@@ -40,14 +42,19 @@ def products(device: torch.device, dtype: torch.dtype, attention: bool = True) -
 
 @contextmanager
 def fast_float32() -> Iterator[None]:
-    """Float32 products by oneDNN on AMD's processors, where MKL, which torch gives them to, is half as fast.
+    """Float32 products by oneDNN on AMD's processors, where MKL, which torch gives them to, is half as fast, for one
+    thread at a time: others wait here.
 
     torch asks oneDNN only where it may round to bfloat16, so nothing changes where it would (a trial product tells).
     Nor does anything where somebody has chosen a precision already, or on other processors, where MKL is faster.
+
+    Threads wait since torch's switch, and the default dtype that transformers sets while it loads a model, belong to
+    the whole process: one thread would compute with what another has set.
     """
-    wanted = _made_by_amd() and _onednn_is_precise() and _switch().fp32_precision == "none"
-    with by_onednn() if wanted else nullcontext():
-        yield
+    with ONE_THREAD:
+        wanted = _made_by_amd() and _onednn_is_precise() and _switch().fp32_precision == "none"
+        with by_onednn() if wanted else nullcontext():
+            yield
 
 
 @contextmanager

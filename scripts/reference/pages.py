@@ -142,7 +142,8 @@ def python_page() -> str:
         "make up a recipe are its keys; they are listed under [recipe](recipe.md)."
     )
     names = {name: getattr(lc, name) for name in lc.__all__}
-    functions = [_entry(name) for name, value in names.items() if not inspect.isclass(value)]
+    homes = {name: f"{name}.{value.function_home}.{name}" for name, value in names.items() if inspect.ismodule(value)}
+    functions = [_entry(homes.get(name, name)) for name, value in names.items() if not inspect.isclass(value)]
     classes = [_entry(name, _is_schema(value)) for name, value in names.items() if inspect.isclass(value)]
     return page("Python API", introduction, ["## Functions", *functions, "## Classes", *classes])
 

@@ -391,6 +391,8 @@ ENDS: list[tuple[BaseException, int, str]] = [
     (errors.LockedError("locked"), 6, "locked"),
     (errors.MemoryLimitError("too large"), 7, "too large"),
     (OSError(errno.ENOSPC, "No space left on device", "out/x"), 4, "the disk is full (out/x); free some space"),
+    (OSError(errno.EACCES, "denied", "out/x"), 4, "out/x: denied; choose another path"),
+    (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['none']"), 4, "No usable temporary"),
     (MemoryError(), 7, "there is not enough memory"),
     (
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
@@ -433,7 +435,7 @@ def test_errors_nobody_foresaw_keep_their_traceback(recipe: Path, monkeypatch: p
     assert done.exit_code == 1
     assert isinstance(done.exception, ZeroDivisionError)
     assert json.loads(done.stdout) == {"error": {"code": 1, "message": "ZeroDivisionError: a bug"}}
-    assert verdict(OSError(errno.EACCES, "denied")) is None
+    assert verdict(BrokenPipeError(errno.EPIPE, "closed")) is None
 
 
 def test_very_verbose_shows_where_an_error_arose(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +452,10 @@ def test_very_verbose_shows_where_an_error_arose(recipe: Path, monkeypatch: pyte
         (["plan", "m", "r", "--sett", "a=b"], "No such option"),
         (["eval", "m", "--windows", "0"], "Invalid value for '--windows'"),
         (["eval", "m", "--length", "many"], "Invalid value for '--length'"),
-        (["evil", "m"], "No such command"),
+        (["evil", "m"], "No such command 'evil'. Did you mean 'eval'?"),
+        (["plan", "m", "r", "--settt", "a=b"], "did you mean --set?"),
+        (["compress", "m", "-o", "out", "--bits", "4"], "bits belongs to a recipe"),
+        (["plan", "m", "r", "--xyz"], "No such option: --xyz; `"),
     ],
 )
 def test_mistakes_in_the_arguments_end_with_2(words: list[str], message: str) -> None:
@@ -472,6 +477,9 @@ def test_mistakes_in_the_arguments_end_with_2(words: list[str], message: str) ->
             'unknown key "bit" in step rtn; did you',
         ),
         (["compress", "./none", "RECIPE", "-o", "out"], 5, "the model folder ./none does not exist"),
+        (["compress", "smollm2", "-o", "out", "--size", "banana"], 2, "--size: target: bytes: 'banana' is no size"),
+        (["compress", "smollm2", "-o", "out", "--bpw=-1"], 2, "--bpw: target: bpw is -1.0"),
+        (["plan", "smolm2", "RECIPE"], 5, "did you mean 'smollm2'?"),
         (["inspect", "none"], 5, "none holds no report.json"),
         (["eval", "./none"], 5, "the model folder ./none does not exist"),
     ],

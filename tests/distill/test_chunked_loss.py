@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-import llmcompress.distill.objective.chunked_loss
 from llmcompress.distill.objective.chunked_loss import HeadLoss, Online, Term, chunked_loss
 from llmcompress.errors import InputError
 from llmcompress.losses.loss import LossConfig, Predictions, measure
@@ -258,7 +257,7 @@ def test_memory_does_not_grow_with_the_text(vocabulary: int) -> None:
 
 
 def test_the_chunk_follows_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmcompress.distill.objective.chunked_loss, "LOGITS_ON_CPU", 50)
+    monkeypatch.setattr("llmcompress.distill.objective.chunked_loss.LOGITS_ON_CPU", 50)
     given, rows = models(), []
 
     def head(hidden: Tensor) -> Tensor:

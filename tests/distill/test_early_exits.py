@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-import llmcompress.distill.objective.chunked_loss
 from llmcompress.data.batch import Batch
 from llmcompress.distill.activation_checkpointing import recomputed
 from llmcompress.distill.objective.module import Objective
@@ -69,7 +68,7 @@ def flat(total: Tensor, model: Any) -> Tensor:
 @pytest.mark.parametrize("chunk", [1, 5, 10**6])
 def test_exits_are_losses_on_whole_logits(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of another width and depth than the teacher's; value, and gradient with respect to everything."""
-    monkeypatch.setattr(llmcompress.distill.objective.chunked_loss, "LOGITS_ON_CPU", chunk * VOCABULARY)
+    monkeypatch.setattr("llmcompress.distill.objective.chunked_loss.LOGITS_ON_CPU", chunk * VOCABULARY)
     student, teacher = pair()
     batch, rates = ragged(), [0.7 / 29, 0.3 / 29]
     total, rows = objective(student, teacher, FORWARD, OFA)(batch, rates)
@@ -153,7 +152,7 @@ def test_activations_that_are_computed_again_change_nothing() -> None:
 
 
 def test_logits_of_an_exit_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmcompress.distill.objective.chunked_loss, "LOGITS_ON_CPU", 4 * VOCABULARY)
+    monkeypatch.setattr("llmcompress.distill.objective.chunked_loss.LOGITS_ON_CPU", 4 * VOCABULARY)
     student, teacher = tiny("llama", seed=1, num_hidden_layers=3), tiny("llama").requires_grad_(False)
     found = objective(student, teacher, FORWARD, OFA)
     batch = Batch.of(torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(0)))

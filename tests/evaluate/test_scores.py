@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import copy
+import importlib
 import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +18,19 @@ import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
+from llmcompress.cli.app import app
 from llmcompress.data.builtin import stdlib_text
 from llmcompress.errors import InputError, NumericsError, RecipeError
+from llmcompress.evaluate.compare import compare
 from llmcompress.evaluate.distance import Distance, distance
 from llmcompress.evaluate.lm_eval import PAIRS, PAIRS_FILE, _scores, run_tasks
 from llmcompress.evaluate.perplexity import POSITIONS, perplexity, text_windows
 from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.score import score
 from llmcompress.evaluate.scores import evaluate, evaluate_all
-from tests.tiny import VOCABULARY, tiny, tiny_tokenizer
+from tests.tiny import VOCABULARY, save_tiny, tiny, tiny_tokenizer
 
 TEXT = "Some plain text for windows, long enough for a few of them. " * 20
 
@@ -210,6 +216,9 @@ def test_tasks_that_cannot_run(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: [")
+    (tmp_path / "own.jsonl").write_text('{"sentence_good": "Zero.", "sentence_bad": "Bad."}\n')
+    divides = tmp_path / "divides.yaml"
+    divides.write_text(FAILING.format(own=tmp_path / "own.jsonl", cache=tmp_path / "cache"))
     no_pairs = tmp_path / "no.jsonl"
     no_pairs.write_text('{"sentence_good": "a"}')
     (tmp_path / "empty").mkdir()
@@ -218,6 +227,7 @@ def test_tasks_that_cannot_run(tmp_path: Path) -> None:
         (str(tmp_path / "missing.yaml"), InputError, "no task file"),
         (str(tmp_path / "missing.jsonl"), InputError, "cannot be read"),
         (str(broken), InputError, "cannot be loaded"),
+        (str(divides), InputError, "cannot be loaded .division by zero"),
         (str(no_pairs), InputError, "line 1 is no minimal pair"),
         (str(tmp_path / "empty"), InputError, "has no lm-eval task files"),
     ):
@@ -263,3 +273,85 @@ def test_progress_is_told_window_by_window() -> None:
     protocol = Protocol(text="a goose flew over the lake, " * 20, windows=3, length=32)
     evaluate(model, tiny_tokenizer(), protocol, against=model, progress=lambda *one: told.append(one))
     assert told == [("window", 1, 3), ("window", 2, 3), ("window", 3, 3)]
+
+
+FAILING = """
+task: failing
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: "{own}"}}, cache_dir: "{cache}"}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{{{1 / (0 if sentence_good == 'Zero.' else 1)}}}}"
+doc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"
+doc_to_target: 0
+"""
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A task that can be loaded and cannot be run."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    own = tmp_path / "own.jsonl"
+    pairs = [{"sentence_good": good, "sentence_bad": "Bad."} for good in ("One.", "Zero.")]  # the first is tried early
+    own.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    task = tmp_path / "failing.yaml"
+    task.write_text(FAILING.format(own=own, cache=tmp_path / "cache"))
+    return str(task)
+
+
+def test_unknown_tasks_and_texts_are_named_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    folder = save_tiny("llama", tmp_path / "dense")
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    for module in ("score", "compare", "verify"):
+        monkeypatch.setattr(importlib.import_module(f"llmcompress.evaluate.{module}"), "load_model", load)
+    for asked, kind, message in (
+        (Protocol(windows=1, length=16, tasks=(str(tmp_path / "none.jsonl"),)), InputError, "cannot be read"),
+        (Protocol(windows=1, length=16, tasks=("~nouser/none.yaml",)), InputError, "no task file"),
+        (Protocol(windows=1, length=16, tasks=("x" * 300 + ".yaml",)), InputError, "no task file"),
+        (Protocol(tmp_path / "none.txt", 1, 16), InputError, "cannot be read"),
+    ):
+        with pytest.raises(kind, match=message):
+            score(folder, asked, against=str(folder))
+        with pytest.raises(kind, match=message):
+            compare([folder, folder], asked)
+    with pytest.raises(InputError, match="does not exist"):
+        score(folder, Protocol(windows=1, length=16), against="./none")
+
+
+def test_what_was_scored_is_kept_when_a_task_fails(failing: str, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "dense")
+    asked = Protocol(windows=1, length=16, tasks=(failing,))
+    found = score(folder, asked, against=str(folder), output=tmp_path / "out")
+    assert found["perplexity"] > 1 and found["kl"] == pytest.approx(0) and found["tasks"] == {}
+    assert "failing.yaml failed (ZeroDivisionError" in found["tasks_failed"]
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["kl"] == found["kl"]
+    rows = compare([folder, folder], asked)["models"]
+    assert all(row["perplexity"] > 1 and "tasks_failed" in row for row in rows)
+
+
+def test_the_command_shows_what_was_scored_and_ends_with_the_failure(failing: str, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "dense")
+    words = ["eval", str(folder), "--windows", "1", "--length", "16", "--tasks", failing]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 5 and "perplexity" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("[5] the tasks ")
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert found["perplexity"] > 1 and found["error"]["code"] == 5
+
+
+def test_whoever_stops_the_tasks_is_told_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmcompress.evaluate.scores.run_tasks", stopped)
+    model = reader()
+    with pytest.raises(KeyboardInterrupt) as stop:
+        evaluate(model, tiny_tokenizer(), Protocol(TEXT, 1, 16), against=model)
+    assert re.fullmatch(r"measured before the tasks: perplexity [\d.]+ and KL -?0.00000", stop.value.__notes__[0])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Barrier, Thread
+from time import sleep
 from typing import Any
 
 import pytest
@@ -87,3 +89,28 @@ def test_what_somebody_has_chosen_stays(chosen: str, switch: Any) -> None:
     switch.fp32_precision = chosen
     assert inside(switch) == chosen
     assert switch.fp32_precision == chosen
+
+
+def test_one_thread_at_a_time_sets_what_belongs_to_the_process() -> None:
+    inside, most = 0, 0
+    start = Barrier(4)
+
+    @fast_float32()
+    def work() -> None:
+        nonlocal inside, most
+        with fast_float32():  # the same thread may enter again
+            inside += 1
+            most = max(most, inside)
+            sleep(0.01)
+            inside -= 1
+
+    def thread() -> None:
+        start.wait()
+        work()
+
+    threads = [Thread(target=thread) for _ in range(4)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert most == 1

@@ -72,7 +72,7 @@ def drop_blocks(
         InputError: for a model whose blocks cannot be told apart.
         DiskError: for an output that cannot be written; then nothing is left behind.
     """
-    source, target = resolve(str(model), revision), Path(output)
+    source, target = resolve(model, revision), Path(output)
     plan = shortening(source, blocks)
     sizes = {name: source.tensors[name].bytes for name in plan.stored}
     with writing(target, sum(sizes.values())) as writer:

@@ -77,7 +77,7 @@ def alike_blocks(
         RecipeError: for a model that has no more blocks than `count`.
         InputError: for a model or a text that cannot be read.
     """
-    place = locate(str(model), revision)
+    place = locate(model, revision)
     source = open_source(place)
     if not 0 < count < len(blocks_of(source)):
         raise RecipeError(

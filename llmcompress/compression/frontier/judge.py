@@ -7,6 +7,7 @@ tasks or protocol have changed.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -15,7 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llmcompress.errors import InputError
 from llmcompress.evaluate.distance import Distance
+from llmcompress.evaluate.lm_eval import find_tasks
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.scores import Evaluation, evaluate
@@ -38,8 +41,9 @@ class Judge:
     @staticmethod
     def of(dense: DenseModel, protocol: Protocol, device: str) -> Judge:
         """Prepare a judge. Raises InputError for a text that is too short or cannot be read, RecipeError for windows
-        that are too long."""
+        that are too long and for unknown tasks."""
         ids = evaluation_windows(dense.tokenizer(), protocol, dense.config)
+        find_tasks(dense.tokenizer(), protocol)
         asked = protocol.to_json() | {"digest": _digest(ids, protocol.tasks), "versions": versions()}
         return Judge(dense, protocol, device, json.loads(json.dumps(asked)))
 
@@ -58,7 +62,7 @@ class Judge:
                 scores: dict[str, Any] = entries["dense"]
                 return scores
         model = self.dense.load(self.device)
-        found = evaluate(model, self.dense.tokenizer(), self.protocol)
+        found = _complete(evaluate(model, self.dense.tokenizer(), self.protocol))
         return Evaluation(found.perplexity, found.tasks, Distance.to_itself(found.perplexity)).to_json()
 
     def scores(self, folder: Path, dense: dict[str, Any]) -> dict[str, Any]:
@@ -70,17 +74,24 @@ class Judge:
         if entries is None:
             teacher = self.dense.load(self.device)
             student = load_model(locate(str(folder)), self.device)
-            found = evaluate(student, self.dense.tokenizer(), self.protocol, against=teacher)
+            found = _complete(evaluate(student, self.dense.tokenizer(), self.protocol, against=teacher))
             entries = self.asked | {"dense": dense, "compressed": found.to_json()}
             add_file(folder, file_names.SCORES, json.dumps(entries, indent=2))
         scores: dict[str, Any] = entries["compressed"]
         return scores
 
 
+def _complete(found: Evaluation) -> Evaluation:
+    """Return scores that are kept for good. Raises InputError where tasks are missing."""
+    if found.tasks.failure is not None:
+        raise InputError(found.tasks.failure)
+    return found
+
+
 def _digest(windows: Tensor, tasks: Iterable[str]) -> str:
     """Return the digest of the tokens to read and of the files among the tasks."""
     digest = sha256(windows.numpy().tobytes())
-    for path in (Path(task).expanduser() for task in tasks):
+    for path in (Path(os.path.expanduser(task)) for task in tasks):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
                 digest.update(file.read_bytes())

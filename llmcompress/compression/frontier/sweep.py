@@ -97,7 +97,7 @@ def frontier(
     found from headers alone. Finished parts stay.
     """
     device_of(device)  # before a model is looked at
-    dense = resolve(str(model), revision)
+    dense = resolve(model, revision)
     _check(recipes, output)
     lines = [_line(dense, recipe, sizes, output if len(recipes) == 1 else output / recipe.name) for recipe in recipes]
     judge = Judge.of(dense, protocol, device)

@@ -8,6 +8,7 @@ running it again.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -74,7 +75,9 @@ def _name(ids: Tensor, positions: Tensor | None) -> bytes:
 
 
 def _folder(asked: Teacher, output: Path) -> Path:
-    return output.with_name(output.name + ".teacher") if asked.folder is None else Path(asked.folder).expanduser()
+    return (
+        output.with_name(output.name + ".teacher") if asked.folder is None else Path(os.path.expanduser(asked.folder))
+    )
 
 
 def remove_cache(asked: Teacher, output: Path) -> None:

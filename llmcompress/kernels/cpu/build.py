@@ -115,7 +115,7 @@ def cache_folder() -> Path:
     """Return the folder of compiled kernels, `LLMCOMPRESS_KERNELS` or one below the user's cache."""
     given = os.environ.get("LLMCOMPRESS_KERNELS")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(given or Path(base) / "llmcompress" / "kernels").expanduser()
+    return Path(os.path.expanduser(given or Path(base) / "llmcompress" / "kernels"))
 
 
 def read_cached(path: Path) -> bytes | None:

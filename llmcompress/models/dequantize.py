@@ -1,0 +1,58 @@
+"""A compressed model made dense in memory: `model.dequantize()` of transformers."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.weight import expression
+from llmcompress.weight.modules import Compressed, CompressedEmbedding, compressed_modules, put
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def dequantized(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Replace every compressed module by the dense one that it stands for, and return the model, all in `dtype`.
+
+    `dtype`: that of the model's dense tensors if it is None. Memory peaks at the dense model and the compressed rest.
+    """
+    dtype = model.dtype if dtype is None else dtype
+    plain = skeleton(type(model), model.config)
+    for name, module in compressed_modules(model).items():
+        put(model, name, _dense(module, plain.get_submodule(name), dtype))
+    placed: nn.Module = model
+    placed.to(dtype)  # transformers' own refuses what it takes for a quantized model
+    model.tie_weights()
+    return model
+
+
+def skeleton(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """Return the dense model of a class, on meta, for the config of a compressed one."""
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        found: PreTrainedModel = kind._from_config(config)
+    return found
+
+
+def _dense(module: Compressed, plain: Any, dtype: torch.dtype) -> nn.Module:
+    """Return `plain`, a module on meta, with the decoded weight; another size if the model was edited."""
+    weight = expression.dense(module.expression()).to(dtype)
+    bias: Tensor | None = getattr(module, "bias", None)
+    if isinstance(plain, nn.Linear):
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    elif not isinstance(plain, nn.Embedding):  # GPT-2's transposed linear
+        weight = weight.T.contiguous()
+    if isinstance(module, CompressedEmbedding):
+        plain.to_empty(device=weight.device)
+        for scale in plain.buffers():
+            scale.fill_(module.scale)
+    plain.weight = nn.Parameter(weight)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(dtype))
+    found: nn.Module = plain
+    return found

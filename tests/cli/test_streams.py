@@ -1,0 +1,162 @@
+"""Streams, names and folders that a command cannot use: sentences and exit codes, never tracebacks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llmcompress import __version__
+from llmcompress.cli.app import app
+from llmcompress.cli.streams import guarded
+from tests.rules.source_tree import ROOT
+from tests.tiny import save_tiny
+
+RECIPE = "version: 1\nrules: [{match: '*', steps: [{method: rtn, bits: 3, group_size: 24}]}]\n"
+LONG = "x" * 300
+
+
+def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line of a shell, in which `llmcompress` is the command of this clone."""
+    program = f'llmcompress() {{ "{sys.executable}" -m llmcompress "$@"; }}; {command}'
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(
+        ["bash", "-c", program], cwd=folder, env=variables, capture_output=True, text=True, errors="replace"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", ["--help", "recipes", "recipes --json"])
+def test_a_full_output_is_a_sentence(words: str, tmp_path: Path) -> None:
+    done = shell(f"llmcompress {words} > /dev/full", tmp_path)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr == (
+        "[4] standard output cannot be written (No space left on device); send it to another place\n"
+    )
+
+
+def test_a_closed_output_is_refused_before_work(tmp_path: Path) -> None:
+    done = shell("llmcompress compress smollm2 gptq-4-g64 -o out >&-", tmp_path)
+    assert done.returncode == 4
+    assert done.stderr.startswith("[4] standard output is closed") and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_with_closed_streams_no_file_takes_their_numbers(tmp_path: Path) -> None:
+    """Otherwise what is printed goes into the next file that is opened, such as one of weights."""
+    program = (
+        "import sys, os; from llmcompress.cli.streams import guarded\n"
+        "def work():\n"
+        "    with open('made', 'w') as file:\n"
+        "        assert file.fileno() > 2, file.fileno()\n"
+        "        os.write(1, b'lost')\n"
+        "sys.argv.append('--quiet'); sys.exit(guarded(work))"
+    )
+    done = shell(f'"{sys.executable}" -c "{program}" <&- >&- 2>&-', tmp_path)
+    assert done.returncode == 0 and (tmp_path / "made").read_text() == ""
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    done = shell("llmcompress recipes | true; exit ${PIPESTATUS[0]}", tmp_path)
+    assert done.returncode in (0, 1) and done.stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_characters_that_an_output_lacks_are_escaped(encoding: str, tmp_path: Path) -> None:
+    done = shell("llmcompress $'m\\xc3\\xb6-\\xe2\\x80\\xa6'", tmp_path, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout) == (2, "")
+    done = shell("llmcompress --help; llmcompress recipes", tmp_path, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "gptq-4-g64" in done.stdout
+
+
+def test_a_removed_folder_is_named(tmp_path: Path) -> None:
+    done = shell("mkdir gone; cd gone; rmdir ../gone; llmcompress inspect small", tmp_path)
+    assert done.returncode == 4
+    assert done.stderr == "[4] the working folder was removed; change into one that exists\n"
+
+
+@pytest.mark.parametrize("json", [False, True])
+def test_without_a_folder_for_temporary_files(json: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["none/at/all"])
+    monkeypatch.setattr(sys, "argv", ["llmcompress", "compress", *(["--json"] if json else [])])
+    assert guarded(lambda: pytest.fail("it began")) == 4
+    done = capsys.readouterr()
+    assert (
+        done.err.startswith("[4] there is no folder for temporary files; set TMPDIR")
+        and ('"error"' in done.out) == json
+    )
+    monkeypatch.setattr(sys, "argv", ["llmcompress", "recipes"])
+    assert guarded(lambda: None) == 0
+
+
+def test_the_version_is_printed() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"llmcompress {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["plan", LONG, "RECIPE"], 5),
+        (["plan", f"{LONG}/x", "RECIPE"], 5),
+        (["plan", "~nouser/model", "RECIPE"], 5),
+        (["plan", "a\0b", "RECIPE"], 5),
+        (["plan", "\udcff", "RECIPE"], 5),
+        (["plan", "dense", LONG], 2),
+        (["plan", "dense", f"{LONG}.yaml"], 2),
+        (["plan", "dense", "~nouser/recipe.yaml"], 2),
+        (["plan", "dense", "\udcff.yaml"], 2),
+        (["plan", "dense", "a\0b"], 2),
+        (["compress", "dense", "RECIPE", "-o", LONG], 4),
+        (["compress", "dense", "RECIPE", "-o", "x" * 245], 4),
+        (["compress", "dense", "RECIPE", "-o", f"{LONG}/out"], 4),
+        (["compress", "dense", "RECIPE", "-o", "\udcff"], 4),
+        (["plan", "latin-\udce9", "RECIPE"], 5),
+        (["verify", "latin-\udce9"], 5),
+        (["export", "latin-\udce9", "--to", "dense", "-o", "out"], 5),
+        (["drop", "dense", "--count", "1", "-o", LONG], 4),
+        (["eval", "dense", "--text", LONG], 5),
+        (["eval", "dense", "--text", "~nouser/a.txt"], 5),
+        (["compare", "dense", "dense", "-o", f"{LONG}.md"], 4),
+        (["answer", "dense", "~nouser/prompts.jsonl", "-o", "answers.jsonl"], 5),
+        (["answer", "dense", "prompts.jsonl", "-o", f"{LONG}.jsonl"], 4),
+        (["answer", "dense", "prompts.jsonl", "-o", "none/answers.jsonl"], 4),
+        (["verify", LONG], 5),
+        (["inspect", LONG], 5),
+        (["report", "dense", "-o", f"{LONG}.html"], 4),
+        (["export", LONG, "--to", "dense", "-o", "out"], 5),
+    ],
+)
+def test_names_that_no_file_can_have(
+    words: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny("llama", tmp_path / "dense")
+    (tmp_path / "latin-\udce9").symlink_to("dense")
+    (tmp_path / "RECIPE").write_text(RECIPE)
+    done = CliRunner().invoke(app, words)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+    assert done.exit_code == code, done.stderr
+    assert isinstance(done.exception, SystemExit) and lines[-1].startswith(f"[{code}] ")
+    assert not [path.name for path in tmp_path.iterdir() if path.name not in ("dense", "latin-\udce9", "RECIPE")]
+
+
+def test_groups_that_do_not_divide_a_width_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny("llama", tmp_path / "dense")  # of widths 32 and 48
+    (tmp_path / "RECIPE").write_text(RECIPE)
+    said = CliRunner().invoke(app, ["plan", "dense", "RECIPE"]).stderr
+    assert "group_size 24 does not divide its width 32, so the last of its groups has 8" in said
+    assert "16 divides it" in said and "down_proj" not in said
+    said = CliRunner().invoke(app, ["plan", "dense", "RECIPE", "--set", "rules[0].steps[0].group_size=40"]).stderr
+    assert "does not divide its width 32, so a row is one group" in said and "does not divide its width 48" in said
+    said = CliRunner().invoke(app, ["plan", "dense", "RECIPE", "--set", "rules[0].steps[0].group_size=16"]).stderr
+    assert "group_size" not in said
