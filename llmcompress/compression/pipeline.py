@@ -30,8 +30,10 @@ from llmcompress.errors import DiskError, RecipeError
 from llmcompress.evaluate import report as reports
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import check_output, locked
+from llmcompress.models.companions import companions
 from llmcompress.models.dense import resolve
 from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.published import published
 from llmcompress.recipe.read import read_recipe
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
@@ -107,7 +109,9 @@ def compress(
 def _opened(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revision: str | None) -> Job:
     """Read the recipe and lay it over the opened model."""
     asked = read_recipe(recipe)
-    return prepare(resolve(str(model), revision), asked)
+    source = resolve(str(model), revision)
+    companions(source.folder)  # raises any fault in them before work starts
+    return prepare(source, asked)
 
 
 def _to_target(
@@ -201,7 +205,7 @@ def is_there(staged: Path, job: Job) -> bool:
     found = reports.read(staged)
     before = (read_recipe(staged / file_names.RECIPE), found.model, found.revision, found.versions)
     then = (staged / file_names.REPORT).stat().st_mtime
-    now = (job.recipe, job.source.name, job.source.revision, versions())
+    now = (published(job.recipe), job.source.public_name, job.source.revision, versions())
     if before != now or is_older(then, job.source, job.recipe.calibration):
         raise DiskError(
             f"{staged} was left by a run with another recipe, model, text or version; remove it, or choose another "

@@ -27,8 +27,9 @@ from llmcompress.evaluate.report import Report
 from llmcompress.methods.engines.stream_search import searched_there
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import Writer, check_output, writing
-from llmcompress.models.companions import copy_companions
+from llmcompress.models.companions import Companions, companions
 from llmcompress.models.hf_quantizer import table_entry
+from llmcompress.recipe.published import published
 from llmcompress.recipe.read import dump
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import peak_memory
@@ -60,7 +61,9 @@ def compress(
         output = Path(temporary.name) / "model"
     check_output(Path(output), planned.bytes + planned.bytes // 20)
     check_memory(planned, device)
+    beside = companions(job.source.folder)
     tokens = _tokens(job)
+    recipe = dump(published(job.recipe))
     identity = run_identity(job.source, job.recipe, None if tokens is None else tokens.hash, device)
     with (
         writing(Path(output), keep=True) as writer,
@@ -71,12 +74,12 @@ def compress(
         started -= journal.seconds
         _compress_blocks(run, tokens, journal, writer, started, progress)
         _check_gates(run)
-        _write_rest(job, run.layouts, writer)
+        _write_rest(job, run.layouts, beside, writer)
         journal.close()
         size = writer.close()
         report = _report(run, tokens, journal, size, time.monotonic() - started)
         writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
-        writer.write(file_names.RECIPE, dump(job.recipe))
+        writer.write(file_names.RECIPE, recipe)
     return Result(Path(output), report, temporary)
 
 
@@ -137,7 +140,7 @@ def _blocks(
     )
 
 
-def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
+def _write_rest(job: Job, layouts: dict[str, Layout], beside: Companions, writer: Writer) -> None:
     """Write all but the decoder blocks: embeddings, head, config, tokenizer, and other files of the dense folder."""
     inside = tuple(f"{layout.path}." for layout in job.arch.blocks)
     tables = {f"{name}.weight" for name in job.tables}
@@ -146,7 +149,7 @@ def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> None:
     config = job.source.config_entries()
     config["quantization_config"] = table_entry(layouts) | {"versions": versions()}
     writer.write("config.json", json.dumps(config, indent=1))
-    copy_companions(job.source.folder, writer.folder)
+    beside.copy(writer.folder)
 
 
 def _check_gates(run: CompressionState) -> None:
@@ -167,7 +170,7 @@ def _report(
     linears = [row for row in rows if row.name not in job.tables]
     weights = sum(prod(row.shape) for row in linears)
     return Report(
-        model=job.source.name,
+        model=job.source.public_name,
         revision=job.source.revision,
         recipe=job.recipe.name,
         dense_bytes=job.source.bytes,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from llmcompress.data.generate_text import TextSampling, teacher_sequences
 from llmcompress.data.text import Document, read_documents, shuffled
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.calibration import Calibration, Switch, is_file
+from llmcompress.recipe.published import dataset_name, file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +47,7 @@ class CalibrationTokens:
     packing: bool = True
     documents: int = 0
     dropped: int = 0
+    published: str | None = None  # the source without folders of this machine, where it has any
 
     @property
     def obtained(self) -> int:
@@ -69,7 +72,7 @@ class CalibrationTokens:
     def report(self) -> dict[str, Any]:
         """Return the report's entry on calibration: plain values only."""
         return {
-            "source": self.source,
+            "source": self.published or self.source,
             "tokens": self.tokens,
             "hash": self.hash,
             "sequences": self.obtained,
@@ -175,6 +178,7 @@ def _check_amount(found: CalibrationTokens, config: Calibration) -> None:
 
 
 def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> CalibrationTokens:
+    check_digest(config)
     documents: Iterable[Document] = read_documents(
         config.dataset,
         subset=config.subset,
@@ -202,7 +206,20 @@ def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibratio
         packing=config.packing,
         documents=read,
         dropped=dropped,
+        published=public_source(config),
     )
+
+
+def check_digest(config: Calibration) -> None:
+    """Raise InputError for a text in a file that is not the one whose digest the recipe has."""
+    path = Path(config.dataset).expanduser()
+    if config.sha256 is not None and path.is_file() and file_sha256(path) != config.sha256:
+        raise InputError(f"{path} is not the text of the recipe, whose sha256 differs; give that file, or leave sha256 out")
+
+
+def public_source(config: Calibration) -> str:
+    """Return the origin of text that exists as an output names it: of a file or a folder, the last part of its path."""
+    return source_name(config.model_copy(update={"dataset": dataset_name(config.dataset)}))
 
 
 def source_name(config: Calibration) -> str:

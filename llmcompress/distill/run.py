@@ -34,11 +34,12 @@ from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.plots import distillation_png
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import check_output, writing
-from llmcompress.models.companions import copy_companions
+from llmcompress.models.companions import Companions, companions
 from llmcompress.models.dense import load_model, load_tokenizer
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.store import Store
 from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.published import published
 from llmcompress.recipe.read import dump, read_as
 from llmcompress.runtime.memory import keeping_freed_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype, products
@@ -110,7 +111,8 @@ def distill(
     pupil = locate(str(student))
     folder = pupil.folder
     check_fused(fused_into(folder), asked)
-    opened = open_folder(pupil)
+    opened, beside = open_folder(pupil), companions(folder)
+    recipe_text = dump(published(asked))
     check_output(target, opened.bytes)
     place = locate(str(teacher))
     tokenizer = load_tokenizer(folder)
@@ -135,7 +137,7 @@ def distill(
     done = _result(run, learned, target, place, opened.layouts)
     done = replace(done, warnings=warnings, cache_bias=bias, quantized_teacher=cost)
     if accelerator.is_main_process:
-        _write(opened, learned, asked, done, target, run.metrics.path)
+        _write(opened, beside, learned, recipe_text, done, target, run.metrics.path)
         store.clear()
         if asked.teacher.kind == "cached":
             remove_cache(asked.teacher, target)
@@ -206,7 +208,7 @@ def _result(
     after = {**before, **{name: layer.layout for name, layer in learned.linears.items()}}
     return Distilled(
         output=str(output),
-        teacher=teacher.name,
+        teacher=teacher.public_name,
         steps=learned.steps,
         tokens=learned.tokens,
         seconds=learned.seconds,
@@ -226,20 +228,26 @@ def _result(
 
 
 def _write(
-    opened: StudentFolder, learned: Learned, recipe: Distillation, done: Distilled, output: Path, metrics: Path
+    opened: StudentFolder,
+    beside: Companions,
+    learned: Learned,
+    recipe: str,
+    done: Distilled,
+    output: Path,
+    metrics: Path,
 ) -> None:
     """Write the student's folder with the learned weights in place of its own, and with the measurements."""
     with writing(output) as writer:
-        copy_companions(opened.folder, writer.folder)
+        beside.copy(writer.folder)
         opened.store(learned.linears, learned.dense, writer)
         size = writer.close()
         if (opened.folder / file_names.REPORT).is_file():  # not beside what save_pretrained wrote
             after = _recounted(reports.read(opened.folder), learned.linears, size, done.warnings)
             writer.write(file_names.REPORT, json.dumps(after.to_json(), indent=2))
             writer.write(file_names.RECIPE, (opened.folder / file_names.RECIPE).read_text(encoding="utf-8"))
-        writer.write(file_names.DISTILLATION_RECIPE, dump(recipe))
+        writer.write(file_names.DISTILLATION_RECIPE, recipe)
         writer.write(METRICS, metrics.read_text(encoding="utf-8"))
-        writer.write(file_names.DISTILLATION, json.dumps(done.to_json(), indent=2))
+        writer.write(file_names.DISTILLATION, json.dumps(done.to_json() | {"output": output.name}, indent=2))
         if done.plot is not None:
             (writer.folder / done.plot).write_bytes(distillation_png(done.history))
 

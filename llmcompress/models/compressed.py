@@ -13,6 +13,7 @@ from llmcompress.models.checkpoint import check_manifest, read_json
 from llmcompress.models.hf_quantizer import LLMCompressConfig
 from llmcompress.models.integrity import DIGESTS, weight_files
 from llmcompress.models.kind import check_kind
+from llmcompress.models.public_entries import public_entries
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.modules import LIKE, Layout
 from llmcompress.weight.nodes import Weight
@@ -29,7 +30,7 @@ class Opened:
         check_kind(folder)
         check_manifest(folder)
         self.folder = folder
-        self.config = read_json(folder / "config.json")
+        self.config = public_entries(read_json(folder / "config.json"))
         entries = self.config.pop("quantization_config")
         quantization = LLMCompressConfig(**entries)
         self.layouts: dict[str, Layout] = quantization.table()

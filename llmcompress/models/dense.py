@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from llmcompress.errors import InputError, listed
 from llmcompress.models.families import refuse_experts
 from llmcompress.models.integrity import INDEX
-from llmcompress.models.locate import Place, locate
+from llmcompress.models.locate import Place, locate, public_name
+from llmcompress.models.public_entries import public_entries
 from llmcompress.runtime.devices import device_of
 
 if TYPE_CHECKING:
@@ -67,6 +68,11 @@ class DenseModel:
     license: str | None = None
 
     @property
+    def public_name(self) -> str:
+        """The name for files that others will read: see `locate.public_name`."""
+        return public_name(self.name, self.hub_id)
+
+    @property
     def parameters(self) -> int:
         """Number of weights; tied ones count once."""
         return sum(prod(header.shape) for header in self.tensors.values())
@@ -81,8 +87,8 @@ class DenseModel:
         return _read(self.tensors[self.tied.get(name, name)])
 
     def config_entries(self) -> dict[str, Any]:
-        """Return the entries of the model's config.json."""
-        return _read_json(self.folder / "config.json", self.folder)
+        """Return the entries of the model's config.json that an output may have."""
+        return public_entries(_read_json(self.folder / "config.json", self.folder))
 
     def skeleton(self) -> PreTrainedModel:
         """Return a new model in eval mode, with parameters on meta and real buffers."""
@@ -102,7 +108,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
             f"{folder} has no tokenizer that can be read ({_reason(error)}); "
@@ -128,7 +136,7 @@ def load_model(
     quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            place.folder, dtype=dtype, local_files_only=True, **quantized
+            place.folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **quantized
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"{place.name} cannot be loaded ({_reason(error)}); download or write it again") from error
@@ -200,7 +208,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"install a newer transformers or choose another model"
         )
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except _config_errors() as error:
         raise InputError(f"{folder / 'config.json'} is not a valid config ({_reason(error)}); correct it") from error
     _refuse_other_tasks(config, folder)
