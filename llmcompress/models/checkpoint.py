@@ -205,12 +205,18 @@ def locked(output: Path, kind: str) -> Iterator[Path]:
 
 def seal(folder: Path) -> None:
     """Write the manifest of what a folder holds, and wait until all of it is on the disk."""
-    hashes = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    hashes = {name: _digest(folder / name) for name in files_of(folder)}
     if hashes:
         entries = {"format_version": FORMAT_VERSION, "sha256": hashes}
         (folder / MANIFEST).write_text(json.dumps(entries, indent=2), encoding="utf-8")
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         sync(path)
+    sync(folder)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the names of the files in a folder and in the folders inside it, in order."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _publish(staging: Path, output: Path) -> None:
@@ -275,12 +281,14 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def copy_folder(source: Path, target: Path) -> None:
     """Copy a finished checkpoint to `target`, all or nothing. Raises DiskError as `check_output` does."""
-    size = sum(path.stat().st_size for path in source.iterdir())
+    names = files_of(source)
+    size = sum((source / name).stat().st_size for name in names)
     check_output(target, size)
     with writing(target) as writer:
-        for path in source.iterdir():
-            if path.name != MANIFEST:
-                shutil.copyfile(path, writer.folder / path.name)
+        for name in names:
+            if name != MANIFEST:
+                (writer.folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / name, writer.folder / name)
 
 
 def check_manifest(folder: Path) -> bool:
@@ -291,7 +299,8 @@ def check_manifest(folder: Path) -> bool:
     written = manifest(folder)
     if written is None:
         return False
-    there = {path.name for path in folder.iterdir()} - {MANIFEST} - CARD
+    empty = {path.name for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())}
+    there = {*files_of(folder), *empty} - {MANIFEST} - CARD
     for name in sorted(written.keys() - CARD | there):
         if name not in written:
             raise InputError(f"{folder / name} is not part of the checkpoint; remove it")

@@ -92,12 +92,12 @@ def companions(folder: Path) -> Companions:
     wanted |= there.keys() & {f"{MORE_TEMPLATES}/{path.name}" for path in templates}
     for name in sorted(wanted):
         _check_file(there[name], folder)
+    _check_configs(folder, wanted)
     tokenizer = _tokenizer(folder, wanted)
     for name in sorted(there.keys() & _vocabulary(tokenizer) - wanted):
         _check_file(there[name], folder)
         wanted.add(name)
     _check_templates(tokenizer, folder)
-    _check_configs(folder, wanted)
     licences = {name for name in there if LICENCE.fullmatch(name) and Path(name).suffix.lower() in TEXT}
     wanted |= {name for name in licences if not leads_out(there[name], folder) and _fits(there[name])}
     left = {name for name in there.keys() - wanted - OURS if name in licences or Path(name).suffix in KINDS}
@@ -164,10 +164,10 @@ class _Generation(Extension):
 
 
 def _check_configs(folder: Path, wanted: set[str]) -> None:
-    """Raise InputError for a generation config or a processor config that transformers could not read."""
+    """Raise InputError for a file of JSON, or a generation config, that transformers could not read."""
     from transformers import GenerationConfig
 
-    for name in sorted(wanted.intersection((GENERATION, *PROCESSOR, "chat_template.json"))):
+    for name in sorted(wanted.intersection((GENERATION, *PROCESSOR, *TOKENIZER, "chat_template.json"))):
         _entries(folder / name)
     if GENERATION in wanted:
         try:
