@@ -323,7 +323,7 @@ def drop(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.compression.depth.drop import drop_blocks
         from llmcompress.compression.depth.similarity import chosen_blocks
-        from llmcompress.models.checkpoint import check_output
+        from llmcompress.models.staging import check_output
 
         check_output(output, 0)
         chosen = chosen_blocks(model, blocks, count, text=text, revision=revision, device=device)

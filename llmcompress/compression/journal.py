@@ -23,9 +23,10 @@ from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError
 from llmcompress.evaluate.report import LayerReport
-from llmcompress.models.checkpoint import CHECKPOINT, claim, clear, merge_mark, read_tensors, remove
+from llmcompress.models.checkpoint import CHECKPOINT, read_tensors
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.merge import part_file
+from llmcompress.models.staging import claim, clear, merge_mark, remove
 from llmcompress.models.store import Store
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.versions import versions

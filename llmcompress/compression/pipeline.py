@@ -28,11 +28,13 @@ from llmcompress.compression.run import Progress
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.evaluate import report as reports
 from llmcompress.models import file_names
-from llmcompress.models.checkpoint import check_output, is_ours, locked, remove
+from llmcompress.models.companions import companions
 from llmcompress.models.dense import resolve
 from llmcompress.models.kind import check_kind
+from llmcompress.models.staging import check_output, is_ours, locked, remove
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.published import published
 from llmcompress.recipe.read import read_as, read_recipe
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.notebook import counted
@@ -112,7 +114,9 @@ def compress(
 def _opened(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revision: str | None) -> Job:
     """Read the recipe and lay it over the opened model."""
     asked = read_recipe(recipe)
-    return prepare(resolve(model, revision), asked)
+    source = resolve(model, revision)
+    companions(source.folder)  # raises any fault in them before work starts
+    return prepare(source, asked)
 
 
 def _to_target(
@@ -213,7 +217,8 @@ def completed(output: Path, job: Job, device: str) -> Result | None:
         return None
     path = output / file_names.DISTILLATION_RECIPE
     taught = read_as(Distillation, path) if path.is_file() else None
-    if taught != job.recipe.distill:
+    wanted = None if job.recipe.distill is None else published(job.recipe.distill)
+    if taught != wanted:
         raise DiskError(f"{output} was distilled with another recipe; remove it, or choose another output folder")
     with locked(output, "output folder") as staging:  # the end may have come just before this was removed
         if is_ours(staging):

@@ -29,17 +29,12 @@ from llmcompress.evaluate.report import Report
 from llmcompress.methods.engines.stream_search import searched_there
 from llmcompress.models import file_names
 from llmcompress.models.binding import binding
-from llmcompress.models.checkpoint import (
-    Writer,
-    check_output,
-    is_ours,
-    locked,
-    publishing,
-    remove,
-)
-from llmcompress.models.companions import copy_companions
+from llmcompress.models.checkpoint import Writer, publishing
+from llmcompress.models.companions import Companions, companions
 from llmcompress.models.hf_quantizer import table_entry
+from llmcompress.models.staging import check_output, is_ours, locked, remove
 from llmcompress.models.written import check_written
+from llmcompress.recipe.published import published
 from llmcompress.recipe.read import dump
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import peak_memory
@@ -77,7 +72,7 @@ def compress(
             return Result(output, reports.read(output))
         check_output(output, planned.bytes + planned.bytes // 20)
         _check_rest(job)
-        tokens = _tokens(job)
+        tokens, beside, recipe = _tokens(job), companions(job.source.folder), dump(published(job.recipe))
         identity = run_identity(job.source, job.recipe, None if tokens is None else tokens.hash, device)
         with (
             open_journal(staging, identity, resume, last=temporary is None) as journal,
@@ -88,12 +83,12 @@ def compress(
             started -= journal.seconds
             _compress_blocks(run, tokens, journal, writer, progress, started)
             _check_gates(run)
-            size = _write_rest(job, run.layouts, writer)
+            size = _write_rest(job, run.layouts, beside, writer)
             _check_unchanged(job, identity)
             report = _report(run, tokens, journal, size, time.monotonic() - started)
             report = replace(report, run=run_name(identity))
             writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
-            writer.write(file_names.RECIPE, dump(job.recipe))
+            writer.write(file_names.RECIPE, recipe)
             check_written(writer.folder)
     return Result(output, report, temporary)
 
@@ -190,7 +185,7 @@ def _blocks(
     )
 
 
-def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> int:
+def _write_rest(job: Job, layouts: dict[str, Layout], beside: Companions, writer: Writer) -> int:
     """Write all but the decoder blocks: embeddings, head, config, tokenizer, and other files of the dense folder.
 
     Returns the bytes of all weights.
@@ -200,7 +195,7 @@ def _write_rest(job: Job, layouts: dict[str, Layout], writer: Writer) -> int:
     config = job.source.config_entries()
     config["quantization_config"] = table_entry(layouts) | {"versions": versions()}
     writer.write("config.json", json.dumps(config, indent=1))
-    copy_companions(job.source.folder, writer.folder)
+    beside.copy(writer.folder)
     return writer.close(binding(writer.folder))
 
 
@@ -229,7 +224,7 @@ def _report(
     linears = [row for row in rows if row.name not in job.tables]
     weights = sum(prod(row.shape) for row in linears)
     return Report(
-        model=job.source.name,
+        model=job.source.public_name,
         revision=job.source.revision,
         recipe=job.recipe.name,
         dense_bytes=job.source.bytes,

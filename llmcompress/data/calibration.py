@@ -21,7 +21,8 @@ from llmcompress.data.generate_text import TextSampling, teacher_sequences
 from llmcompress.data.text import Document, read_documents, shuffled
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.calibration import Calibration, Switch, is_file
-from llmcompress.recipe.user_file import expanded
+from llmcompress.recipe.published import dataset_name, file_sha256
+from llmcompress.recipe.user_file import expanded, is_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +51,7 @@ class CalibrationTokens:
     documents: int = 0
     dropped: int = 0
     notes: tuple[str, ...] = ()  # for the report
+    published: str | None = None  # the source without folders of this machine, where it has any
 
     @property
     def obtained(self) -> int:
@@ -74,7 +76,7 @@ class CalibrationTokens:
     def report(self) -> dict[str, Any]:
         """Return the report's entry on calibration: plain values only."""
         return {
-            "source": self.source,
+            "source": self.published or self.source,
             "tokens": self.tokens,
             "hash": self.hash,
             "sequences": self.obtained,
@@ -180,6 +182,7 @@ def _check_amount(found: CalibrationTokens, config: Calibration) -> None:
 
 
 def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> CalibrationTokens:
+    check_digest(config)
     documents: Iterable[Document] = read_documents(
         config.dataset,
         subset=config.subset,
@@ -209,12 +212,27 @@ def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibratio
         documents=read,
         dropped=dropped,
         notes=source_notes(config, cuts),
+        published=public_source(config),
     )
 
 
 def source_notes(config: Calibration, cuts: set[str]) -> tuple[str, ...]:
     """Return what a report says about reading a text: `cuts`, as `document_tokens` adds them, and those of its file."""
     return (*(file_notes(expanded(config.dataset)) if is_file(config.dataset) else ()), *sorted(cuts))
+
+
+def check_digest(config: Calibration) -> None:
+    """Raise InputError for a text in a file that is not the one whose digest the recipe has."""
+    path = expanded(config.dataset)
+    if config.sha256 is not None and is_regular(path) and file_sha256(path) != config.sha256:
+        raise InputError(
+            f"{path} is not the text of the recipe, whose sha256 differs; give that file, or leave sha256 out"
+        )
+
+
+def public_source(config: Calibration) -> str:
+    """Return the origin of text that exists as an output names it: of a file or a folder, the last part of its path."""
+    return source_name(config.model_copy(update={"dataset": dataset_name(config.dataset)}))
 
 
 def source_name(config: Calibration) -> str:

@@ -21,10 +21,12 @@ from llmcompress.data.calibration import (
     SHORTFALL,
     CalibrationTokens,
     calibration_tokens,
+    check_digest,
     check_length,
     check_tokens,
     document_tokens,
     held_out_count,
+    public_source,
     source_name,
     source_notes,
     special_tokens,
@@ -106,6 +108,7 @@ def _sequences(
 def _read(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> tuple[CalibrationTokens, Batch]:
     if source.answers_only is True and not tokenizer.chat_template:
         raise RecipeError("answers_only is true, but the tokenizer has no chat template; set it to false")
+    check_digest(source)
     bos, eos = special_tokens(tokenizer, source.bos, source.eos)
     cuts: set[str] = set()
     documents = _documents(source, tokenizer, eos, cuts)
@@ -194,6 +197,7 @@ def _counted(found: Packed, source: TextSource, bos: int | None, eos: int | None
         packing=source.packing,
         documents=found.read,
         dropped=found.dropped,
+        published=public_source(source),
     )
 
 

@@ -26,12 +26,12 @@ from torch import nn
 from llmcompress.data.generate_answers import Answerer, AnswerSampling
 from llmcompress.data.text import Document, Message, read_documents
 from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
-from llmcompress.models.checkpoint import locked
 from llmcompress.models.dense import load_model
 from llmcompress.models.digest import teacher_digest
 from llmcompress.models.file_names import check_name
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.replace import sync
+from llmcompress.models.staging import locked
 from llmcompress.models.store import Store
 from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.precision import product_dtype

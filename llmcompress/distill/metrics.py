@@ -24,6 +24,7 @@ from llmcompress.errors import DiskError, RecipeError
 from llmcompress.models.replace import replace_text
 from llmcompress.recipe.distillation import Distillation, Term
 from llmcompress.recipe.error_messages import hint
+from llmcompress.recipe.published import published
 
 LOGS = ".logs"  # follows the name of the output folder: the folder for files of trackers
 
@@ -95,7 +96,7 @@ def tracking(recipe: Distillation, output: Path) -> dict[str, Any]:
 
 def start_trackers(recipe: Distillation, accelerator: Accelerator) -> None:
     """Open a run in every tracker, with the recipe's name and values."""
-    values = recipe.model_dump(mode="json").items()
+    values = published(recipe).model_dump(mode="json").items()
     plain = {key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in values}
     accelerator.init_trackers(recipe.name, plain)
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from llmcompress.models import file_names
 from llmcompress.models.store import Store
 
 STATE = "state"  # the record
-METRICS = "metrics.jsonl"  # grows beside the state
+METRICS = file_names.METRICS  # grows beside the state
 
 
 @dataclass

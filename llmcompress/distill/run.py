@@ -35,15 +35,17 @@ from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.plots import distillation_png
 from llmcompress.models import file_names
 from llmcompress.models.binding import binding
-from llmcompress.models.checkpoint import check_output, claim, locked, making
-from llmcompress.models.companions import copy_companions
+from llmcompress.models.checkpoint import making
+from llmcompress.models.companions import Companions, companions
 from llmcompress.models.dense import load_model
 from llmcompress.models.digest import content_digest, teacher_digest, tokenizer_digest
 from llmcompress.models.locate import Place, locate
+from llmcompress.models.staging import check_output, claim, locked
 from llmcompress.models.store import Store
 from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.models.written import check_written
 from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.published import published
 from llmcompress.recipe.read import dump, read_as
 from llmcompress.runtime.memory import keeping_freed_memory
 from llmcompress.runtime.notebook import counted
@@ -144,7 +146,8 @@ def _distilled(
     pupil = locate(student)
     folder = pupil.folder
     check_fused(fused_into(folder), asked)
-    opened = open_folder(pupil)
+    opened, beside = open_folder(pupil), companions(folder)
+    recipe_text = dump(published(asked))
     check_output(target, opened.bytes)
     place = locate(teacher)
     tokenizer = load_tokenizer(folder)
@@ -172,7 +175,7 @@ def _distilled(
     done = _result(run, learned, target, place, opened.layouts)
     done = replace(done, warnings=warnings, cache_bias=bias, quantized_teacher=cost)
     if accelerator.is_main_process:
-        _write(opened, learned, asked, done, target, run.metrics.path)
+        _write(opened, beside, learned, recipe_text, done, target, run.metrics.path)
         store.clear()
         if asked.teacher.kind == "cached":
             remove_cache(asked.teacher, target)
@@ -248,7 +251,7 @@ def _result(
     after = {**before, **{name: layer.layout for name, layer in learned.linears.items()}}
     return Distilled(
         output=str(output),
-        teacher=teacher.name,
+        teacher=teacher.public_name,
         steps=learned.steps,
         tokens=learned.tokens,
         seconds=learned.seconds,
@@ -268,11 +271,17 @@ def _result(
 
 
 def _write(
-    opened: StudentFolder, learned: Learned, recipe: Distillation, done: Distilled, output: Path, metrics: Path
+    opened: StudentFolder,
+    beside: Companions,
+    learned: Learned,
+    recipe: str,
+    done: Distilled,
+    output: Path,
+    metrics: Path,
 ) -> None:
     """Write the student's folder with the learned weights in place of its own, and with the measurements."""
     with making(output) as writer:
-        copy_companions(opened.folder, writer.folder)
+        beside.copy(writer.folder)
         opened.store(learned.linears, learned.dense, writer)
         compressed = bool(opened.layouts)
         size = writer.close(binding(writer.folder) if compressed else None)
@@ -280,9 +289,9 @@ def _write(
             after = _recounted(reports.read(opened.folder), learned.linears, size, done.warnings)
             writer.write(file_names.REPORT, json.dumps(after.to_json(), indent=2))
             writer.write(file_names.RECIPE, (opened.folder / file_names.RECIPE).read_text(encoding="utf-8"))
-        writer.write(file_names.DISTILLATION_RECIPE, dump(recipe))
+        writer.write(file_names.DISTILLATION_RECIPE, recipe)
         writer.write(METRICS, metrics.read_text(encoding="utf-8"))
-        writer.write(file_names.DISTILLATION, json.dumps(done.to_json(), indent=2))
+        writer.write(file_names.DISTILLATION, json.dumps(done.to_json() | {"output": output.name}, indent=2))
         if done.plot is not None:
             (writer.folder / done.plot).write_bytes(distillation_png(done.history))
         if compressed:

@@ -32,7 +32,8 @@ class Protocol:
                 source = self.text.name
             case _:
                 source = f"a text of {len(self.text):,} characters"
-        return asdict(self) | {"text": source, "tasks": list(self.tasks)}
+        tasks = [Path(task).name if Path(task).expanduser().exists() else task for task in self.tasks]
+        return asdict(self) | {"text": source, "tasks": tasks}
 
 
 STANDARD = Protocol()

@@ -19,11 +19,13 @@ from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.scores import Evaluation, Scoring, evaluate, evaluate_all
 from llmcompress.models import file_names
-from llmcompress.models.checkpoint import add_file, check_output, read_json, writing
-from llmcompress.models.dense import DenseModel, load_model, open_source, read_headers
+from llmcompress.models.checkpoint import add_file, read_json, writing
+from llmcompress.models.dense import DenseModel, load_model, open_source
 from llmcompress.models.families import Linear, architecture
+from llmcompress.models.headers import read_headers
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.skeleton import dense_skeleton
+from llmcompress.models.staging import check_output
 from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.notebook import named
 from llmcompress.runtime.precision import fast_float32

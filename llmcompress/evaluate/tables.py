@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llmcompress.evaluate.formatting import duration
+from llmcompress.evaluate.markdown import cell
 
 Row = dict[str, Any]
 MARKS = {True: "*", False: "", None: "?"}  # is a difference beyond noise?
@@ -116,9 +117,9 @@ def _task_cell(entry: dict[str, float], metric: str) -> str:
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yield the lines of a table in Markdown."""
-    yield f"| {' | '.join(headings)} |"
+    yield f"| {' | '.join(map(cell, headings))} |"
     yield "|---" * len(headings) + "|"
-    yield from (f"| {' | '.join(row)} |" for row in rows)
+    yield from (f"| {' | '.join(map(cell, row))} |" for row in rows)
 
 
 def metrics(entry: dict[str, float]) -> Iterator[tuple[str, float, float | None]]:

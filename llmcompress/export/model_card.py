@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from llmcompress.evaluate.markdown import code, fenced, plain
 from llmcompress.evaluate.report import Report
 from llmcompress.evaluate.tables import grouped, measured, metrics
+from llmcompress.models.file_names import DISTILLATION_PLOT
 
 LOAD = """\
 ```python
 import llmcompress  # pip install llmcompress; teaches transformers this format
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({name})
+tokenizer = AutoTokenizer.from_pretrained({name})
 ```"""
+HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?")
+LICENCE = re.compile(r"[\w.+-]{1,100}")
 
 
 NO_PLOT = "\nThere is no plot of the layers: matplotlib was not installed where this was published."
@@ -47,10 +53,10 @@ def card(
     """
     from huggingface_hub import ModelCardData
 
-    base = report.base_model
+    base = _known(report.base_model)
     relation: dict[str, Any] = {"base_model_relation": "quantized"} if base else {}
     metadata = ModelCardData(
-        license=report.license,
+        license=report.license if report.license and LICENCE.fullmatch(report.license) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["llmcompress", *sorted({step for row in report.layers for step in row.steps})],
@@ -59,26 +65,34 @@ def card(
         eval_results=list(_eval_results(scores)) or None,
         **relation,
     )
-    title = f"# {name.rpartition('/')[2]}\n"
-    origin = f"[{base}](https://huggingface.co/{base})" if base else "a local checkpoint"
+    title = f"# {plain(name.rpartition('/')[2])}\n"
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n",
         title,
-        f"{origin}, compressed by llmcompress from {report.dense_bytes / 1e6:,.1f} MB to "
+        f"{_linked(base)}, compressed by llmcompress from {report.dense_bytes / 1e6:,.1f} MB to "
         f"{report.bytes / 1e6:,.1f} MB{', then distilled' if taught else ''}.\n",
-        LOAD.format(name=name) + "\n",
+        LOAD.format(name=json.dumps(name)) + "\n",
         "## Size and quality\n",
         *_table(report, scores),
         "\n## What was done\n",
         "| layers | | shape | stored as | bpw | held-out error |\n|---|---|---|---|---|---|",
         *_layers(report),
         f"\n![Output error and bits per weight of every layer]({plot})" if plot else NO_PLOT,
-        f"\nRecipe:\n\n```yaml\n{recipe.strip()}\n```\n",
+        f"\nRecipe:\n\n{fenced(recipe, 'yaml')}\n",
         *(() if taught is None else _distillation(taught)),
         "## Limits\n",
         *_limits(report, scores),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _known(base: str | None) -> str | None:
+    """Return the Hub id of a model; None for anything else."""
+    return base if base and HUB_MODEL.fullmatch(base) else None
+
+
+def _linked(base: str | None) -> str:
+    return f"[{base}](https://huggingface.co/{base})" if base else "a local checkpoint"
 
 
 def _eval_results(scores: dict[str, Any] | None) -> Iterator[Any]:
@@ -105,13 +119,13 @@ def _table(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
         return
     dense, compressed = scores["dense"], scores["compressed"]
     perplexities = [measured(one["perplexity"], one.get("perplexity_stderr"), 3) for one in (dense, compressed)]
-    yield f"| perplexity ({scores['text']}) | {' | '.join(perplexities)} |"
+    yield f"| perplexity ({plain(scores['text'])}) | {' | '.join(perplexities)} |"
     yield f"| KL to the dense model, nats/token | 0 | {measured(compressed['kl'], compressed.get('kl_stderr'))} |"
     agreement = measured(compressed["top1_agreement"], compressed.get("top1_agreement_stderr"))
     yield f"| top-1 agreement with the dense model | 1 | {agreement} |"
     for task, entry in compressed["tasks"].items():
         for (metric, before, error), (_, after, new_error) in zip(metrics(dense["tasks"][task]), metrics(entry)):
-            yield f"| {task}: {metric} | {measured(before, error)} | {measured(after, new_error)} |"
+            yield f"| {plain(task)}: {plain(metric)} | {measured(before, error)} | {measured(after, new_error)} |"
 
 
 def _bits(report: Report) -> str:
@@ -123,16 +137,15 @@ def _layers(report: Report) -> Iterator[str]:
         errors = [row["error_heldout"] for row in rows if row["error_heldout"] is not None]
         error = f"{sum(errors) / len(errors):.4f}" if errors else ""
         shape, bpw = "x".join(map(str, rows[0]["shape"])), sum(row["bpw"] for row in rows) / len(rows)
-        yield f"| {name} | {len(rows)} | {shape} | {rows[0]['stored']} | {bpw:.3f} | {error} |"
+        yield f"| {plain(name)} | {len(rows)} | {shape} | {plain(rows[0]['stored'])} | {bpw:.3f} | {error} |"
 
 
 def _distillation(taught: Taught) -> Iterator[str]:
     """Yield the teacher, the text and the gains of a distillation."""
     done = taught.report
-    base = done["teacher_id"]
-    teacher = f"[{base}](https://huggingface.co/{base})" if base else "a local checkpoint"
+    teacher = _linked(_known(done["teacher_id"]))
     weights = {name: f"{weight:g}" if isinstance(weight, float) else weight for name, weight in done["losses"].items()}
-    losses = " + ".join(name if weight == "1" else f"{weight} {name}" for name, weight in weights.items())
+    losses = " + ".join(plain(name) if weight == "1" else f"{weight} {plain(name)}" for name, weight in weights.items())
     trained = ", ".join(f"{count:,} {kind}" for kind, count in done["trained"].items())
     sizes = [done[f"bytes_{when}"] for when in ("before", "after")]
     grown = "" if sizes[0] == sizes[1] else f" Compressed weights took {sizes[0]:,} bytes before, {sizes[1]:,} after."
@@ -146,8 +159,8 @@ def _distillation(taught: Taught) -> Iterator[str]:
     yield f"| KL to the teacher, nats/token | {before['kl']:.4f} | {after['kl']:.4f} | 0 |"
     perplexities = (before["perplexity"], after["perplexity"], after["teacher_perplexity"])
     yield f"| perplexity | {' | '.join(f'{value:.3f}' for value in perplexities)} |"
-    yield f"\n![Held-out KL and perplexity by tokens]({done['plot']})" if done["plot"] else NO_CURVE
-    yield f"\nRecipe:\n\n```yaml\n{taught.recipe.strip()}\n```\n"
+    yield f"\n![Held-out KL and perplexity by tokens]({DISTILLATION_PLOT})" if done["plot"] else NO_CURVE
+    yield f"\nRecipe:\n\n{fenced(taught.recipe, 'yaml')}\n"
 
 
 def _cost(quantized: dict[str, Any] | None) -> str:
@@ -162,7 +175,7 @@ def _cost(quantized: dict[str, Any] | None) -> str:
 
 def _sources(data: dict[str, Any]) -> str:
     """Return the sources of a distillation's text: one, or several domains."""
-    return ", ".join(f"`{text['source']}`" for text in data.get("domains", {"text": data}).values())
+    return ", ".join(code(text["source"]) for text in data.get("domains", {"text": data}).values())
 
 
 def _limits(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
@@ -172,12 +185,12 @@ def _limits(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
     else:
         text = report.calibration
         yield (
-            f"- Calibrated on {text['tokens']:,} tokens of `{text['source']}`; other languages and domains lose more "
-            f"than the table shows."
+            f"- Calibrated on {text['tokens']:,} tokens of {code(text['source'])}; other languages and domains lose "
+            f"more than the table shows."
         )
     fallbacks = Counter(row.fallback for row in report.layers if row.fallback)
-    yield from (f"- {count} layers: {what}." for what, count in fallbacks.items())
-    yield from (f"- {warning[0].upper()}{warning[1:]}." for warning in report.warnings)
+    yield from (f"- {count} layers: {plain(what)}." for what, count in fallbacks.items())
+    yield from (f"- {plain(warning[0].upper() + warning[1:])}." for warning in report.warnings)
     if scores is None:
         yield "- Nobody has scored this checkpoint yet: neither perplexity nor tasks."
     else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,64 +17,26 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmcompress.errors import DiskError, InputError, LockedError
-from llmcompress.models.file_names import check_output_name
+from llmcompress.errors import DiskError, InputError
 from llmcompress.models.files import check_regular, open_tensors, read_object
 from llmcompress.models.integrity import DIGESTS, INDEX, MENDING, digest, digests
 from llmcompress.models.merge import data_bytes, merged, part_file
 from llmcompress.models.replace import replace_bytes, replace_text, replacing, sync
+from llmcompress.models.staging import check_output, claim, clear, locked, merge_mark, remove, staging_of
 
 FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor
 MANIFEST = "manifest.json"
 README = "README.md"
 PLOT = "layers.png"
 CARD = {README, PLOT}  # what a push adds beside the checkpoint
-MARK = ".llmcompress"  # a file in a folder of unfinished work, which says that it is ours
 CHECKPOINT = "checkpoint"  # the folder of unfinished work that becomes the output
 PART = 2**28  # bytes that are written at a time
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
-
-
-def check_output(output: Path, needed: int) -> None:
-    """Raise DiskError unless a folder with `needed` bytes can be made at `output`, which must not exist yet.
-
-    Bytes in `<output>.partial` count as free: they will be resumed from or deleted.
-    """
-    check_output_name(output)
-    if output.is_symlink():
-        raise DiskError(f"{output} is a link; give the folder itself, or choose another output folder")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DiskError(f"{output} exists already; remove it or choose another output folder")
-    parent = _parent(output)
-    staging = _staging(output)
-    is_ours(staging)
-    free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in staging.rglob("*"))
-    if free < needed:
-        raise DiskError(f"{output} needs {megabytes(needed)} and its disk has {megabytes(free)} free; choose another")
-
-
-def _parent(output: Path) -> Path:
-    """Return the deepest folder above `output` that exists. Raises DiskError if nothing can be written there."""
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise DiskError(f"{parent} is not a folder that can be written to; choose another output folder")
-    return parent
-
-
-def _staging(output: Path) -> Path:
-    """Return the folder or file that will become `output`."""
-    return output.with_name(output.name + ".partial")
-
-
-def megabytes(count: int) -> str:
-    """A byte count for people."""
-    return f"{count / 1e6:.1f} MB"
 
 
 class Writer:
@@ -182,7 +143,7 @@ def writing(output: Path, needed: int = 0) -> Iterator[Writer]:
 @contextmanager
 def making(output: Path) -> Iterator[Writer]:
     """See `writing`, for a caller that holds the lock and has checked the output."""
-    staging = _staging(output)
+    staging = staging_of(output)
     claim(staging)
     try:
         clear(staging)
@@ -222,87 +183,20 @@ def _publish(folder: Path, output: Path) -> None:
     sync(output.parent)
 
 
-def merge_mark(staging: Path) -> Path:
-    """Return the file in `staging` that says that the parts of the checkpoint there are being merged, or are."""
-    return staging / "merging"
-
-
-def claim(staging: Path) -> None:
-    """Make the folder `staging`, and mark it as one of ours. Raises DiskError for one that somebody else made."""
-    try:
-        if not is_ours(staging):
-            staging.mkdir()
-            (staging / MARK).write_text("unfinished work of llmcompress; it may be removed\n", encoding="utf-8")
-            sync(staging)
-    except OSError as error:
-        raise DiskError(
-            f"{staging} cannot be written ({error.strerror}); free some space, or choose another output folder"
-        ) from error
-
-
-def is_ours(staging: Path) -> bool:
-    """True if `staging` is a folder that llmcompress left, False if there is nothing.
-
-    Raises DiskError for a file, a link or a folder that somebody else made.
-    """
-    if staging.is_dir() and not staging.is_symlink():
-        if (staging / MARK).is_file():
-            return True
-        if not any(staging.iterdir()):  # the end came before the mark
-            staging.rmdir()
-            return False
-    elif not os.path.lexists(staging):
-        return False
-    raise DiskError(f"{staging} is in the way and was not made by llmcompress; move it, or choose another output")
-
-
-def clear(staging: Path) -> None:
-    """Remove everything from a folder of ours, except its mark."""
-    for path in staging.iterdir():
-        if path.name != MARK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def remove(staging: Path) -> None:
-    """Remove a folder of ours, its mark last, so that it is ours until it is gone."""
-    clear(staging)
-    (staging / MARK).unlink(missing_ok=True)
-    staging.rmdir()
-
-
-@contextmanager
-def locked(output: Path, kind: str) -> Iterator[Path]:
-    """Keep other processes from writing `output`, a "folder" or "file", while it lasts; give the path beside it where
-    what becomes it is made.
-
-    Raises LockedError while another process writes there, DiskError where nothing can be written.
-    """
-    staging = _staging(output)
-    lock = FileLock(staging.with_name(staging.name + ".lock"), timeout=0)
-    _parent(output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise LockedError(f"{output} is being written by another process; wait, or choose another {kind}") from error
-    except OSError as error:
-        raise DiskError(f"{output} cannot be written ({error.strerror}); choose another {kind}") from error
-    try:
-        yield staging
-    finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
-
-
 def seal(folder: Path) -> None:
     """Write the manifest of what a folder holds, and wait until all of it is on the disk."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
-    hashes = {path.name: _digest(path) for path in files}
+    hashes = {name: _digest(folder / name) for name in files_of(folder) if name != MANIFEST}
     if hashes:
         entries = {"format_version": FORMAT_VERSION, "sha256": hashes}
         (folder / MANIFEST).write_text(json.dumps(entries, indent=2), encoding="utf-8")
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         sync(path)
+    sync(folder)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the names of the files in a folder and in the folders inside it, in order."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def add_file(folder: Path, name: str, text: str) -> None:
@@ -335,11 +229,12 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 def copy_folder(source: Path, target: Path) -> None:
     """Copy a finished checkpoint to `target`, all or nothing. Raises DiskError as `check_output` does."""
-    size = sum(path.stat().st_size for path in source.iterdir())
-    with writing(target, size) as writer:
-        for path in source.iterdir():
-            if path.name != MANIFEST:
-                shutil.copyfile(path, writer.folder / path.name)
+    names = files_of(source)
+    with writing(target, sum((source / name).stat().st_size for name in names)) as writer:
+        for name in names:
+            if name != MANIFEST:
+                (writer.folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / name, writer.folder / name)
 
 
 def check_manifest(folder: Path) -> bool:
@@ -350,7 +245,8 @@ def check_manifest(folder: Path) -> bool:
     written = manifest(folder)
     if written is None:
         return False
-    there = {path.name for path in folder.iterdir()} - {MANIFEST} - CARD
+    empty = {path.name for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())}
+    there = {*files_of(folder), *empty} - {MANIFEST} - CARD
     for name in sorted(written.keys() - CARD | there):
         if name not in written:
             raise InputError(f"{folder / name} is not part of the checkpoint; remove it")

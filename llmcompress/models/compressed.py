@@ -20,6 +20,7 @@ from llmcompress.models.hf_quantizer import LLMCompressConfig
 from llmcompress.models.integrity import DIGESTS, MENDING, weight_files
 from llmcompress.models.kind import check_kind
 from llmcompress.models.merge import shards
+from llmcompress.models.public_entries import public_entries
 from llmcompress.models.skeleton import check_numbers
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.modules import LIKE, Layout
@@ -37,7 +38,7 @@ class Opened:
         check_kind(folder)
         check_manifest(folder)
         self.folder = folder
-        self.config = read_json(folder / "config.json")
+        self.config = public_entries(read_json(folder / "config.json"))
         check_numbers(self.config.get, str(folder / "config.json"))
         entries = self.config.pop("quantization_config")
         quantization = LLMCompressConfig(**entries)

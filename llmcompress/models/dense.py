@@ -19,9 +19,9 @@ from yaml import YAMLError
 from llmcompress.errors import InputError, is_out_of_memory, listed
 from llmcompress.models.digest import content_digest, tokenizer_digest
 from llmcompress.models.families import refuse_experts
-from llmcompress.models.files import open_tensors, read_object
-from llmcompress.models.integrity import INDEX
-from llmcompress.models.locate import Place, locate
+from llmcompress.models.headers import BUFFERS, FLOATS, Header, read_entries, read_headers, read_tensor
+from llmcompress.models.locate import Place, locate, public_name
+from llmcompress.models.public_entries import public_entries
 from llmcompress.models.skeleton import check_numbers, config_errors, dense_skeleton, outline, reason
 from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.devices import device_of
@@ -30,25 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of dense dtypes, bytes per value
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk; GPT-NeoX
-PACKED = {"I8": 1, "I16": 2, "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1}  # dtypes that other tools pack weights in
-BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persistent buffers
-
-
-@dataclass(frozen=True)
-class Header:
-    """One stored tensor: its shape, its dtype by safetensors' name, its file, and its key there."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-    key: str
-
-    @property
-    def bytes(self) -> int:
-        """Size of the values on disk."""
-        return prod(self.shape) * {**FLOATS, **BUFFERS, **PACKED}[self.dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +52,11 @@ class DenseModel:
     license: str | None = None
 
     @property
+    def public_name(self) -> str:
+        """The name for files that others will read: see `locate.public_name`."""
+        return public_name(self.name, self.hub_id)
+
+    @property
     def parameters(self) -> int:
         """Number of weights; tied ones count once."""
         return sum(prod(header.shape) for header in self.tensors.values())
@@ -81,7 +68,7 @@ class DenseModel:
 
     def read(self, name: str) -> Tensor:
         """Return a copy of the tensor `name` in its stored dtype. Raises InputError if its file is damaged."""
-        return _read(self.tensors[self.tied.get(name, name)])
+        return read_tensor(self.tensors[self.tied.get(name, name)])
 
     def content(self) -> dict[str, str]:
         """Return digests of the files that decide what becomes of the model: its weights, its config, its tokenizer."""
@@ -93,8 +80,8 @@ class DenseModel:
         }
 
     def config_entries(self) -> dict[str, Any]:
-        """Return the entries of the model's config.json."""
-        return _read_json(self.folder / "config.json", self.folder)
+        """Return the entries of the model's config.json that an output may have."""
+        return public_entries(read_entries(self.folder / "config.json", self.folder))
 
     def skeleton(self) -> PreTrainedModel:
         """Return a new model in eval mode, with parameters on meta and real buffers."""
@@ -130,7 +117,12 @@ def load_model(
     model: PreTrainedModel
     try:
         model, found = loader.from_pretrained(
-            place.folder, dtype=dtype, local_files_only=True, output_loading_info=True, **quantized
+            place.folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **quantized,
         )
     except failures as error:
         if is_out_of_memory(error):
@@ -152,7 +144,7 @@ def _check_outline(folder: Path) -> bool:
     from transformers import AutoConfig
 
     place = folder / "config.json"
-    entries = _read_json(place, folder)
+    entries = read_entries(place, folder)
     check_numbers(entries.get, str(place))
     packing = entries.get("quantization_config") or {}
     if not isinstance(packing, dict):
@@ -222,7 +214,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """Return the config of the dense causal language model in `folder`. Raises InputError for any other folder."""
     from transformers import AutoConfig
 
-    entries = _read_json(folder / "config.json", folder)
+    entries = read_entries(folder / "config.json", folder)
     kind = entries.get("model_type")
     quantization = entries.get("quantization_config") or {}
     if method := quantization.get("quant_method") if isinstance(quantization, dict) else quantization:
@@ -240,7 +232,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         )
     check_numbers(entries.get, str(folder / "config.json"))
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except config_errors() as error:
         raise InputError(f"{folder / 'config.json'} is not a valid config ({reason(error)}); correct it") from error
     _refuse_other_tasks(config, folder)
@@ -266,51 +258,6 @@ def _refuse_other_tasks(config: PreTrainedConfig, folder: Path) -> None:
         raise InputError(
             f"{folder} holds a {given[0]}, not a causal language model ({names[0]}); choose a checkpoint that is one"
         )
-
-
-def read_headers(folder: Path) -> dict[str, Header]:
-    """Return the header of every tensor in the folder's safetensors files, by the names in the files."""
-    stored: dict[str, Header] = {}
-    for path in _weight_files(folder):
-        try:
-            with open_tensors(path) as file:
-                for key in file.keys():  # noqa: SIM118 - an open file is not a mapping
-                    piece = file.get_slice(key)
-                    if key in stored:
-                        raise InputError(
-                            f"tensor {key} is stored twice, in {stored[key].file.name} and {path.name} of {folder}; "
-                            f"remove the file that is not part of the model"
-                        )
-                    stored[key] = Header(tuple(piece.get_shape()), piece.get_dtype(), path, key)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is damaged ({reason(error)}); download or copy it again") from error
-    return stored
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that make up the model, chosen as transformers chooses them."""
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if (folder / INDEX).is_file():
-        names = _read_json(folder / INDEX, folder).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise InputError(f"{folder / INDEX} has no weight_map; download the model again")
-        files = sorted({str(name) for name in names.values()})
-        outside = [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]
-        if outside:
-            raise InputError(
-                f"{folder / INDEX} names {outside[0]!r}, which is no safetensors file of the folder; correct it"
-            )
-        absent = [name for name in files if not (folder / name).is_file()]
-        if absent:
-            raise InputError(f"{folder} lacks {listed(absent)}, which {INDEX} names; download the model again")
-        return [folder / name for name in files]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise InputError(
-            f"{folder} has its weights only as pickle files, which can run code; save them as safetensors first"
-        )
-    raise InputError(f"{folder} has no model.safetensors and no {INDEX}; give a folder with the model's weights")
 
 
 def _match(
@@ -366,33 +313,14 @@ def _tie(declared: dict[str, str], found: dict[str, Header]) -> dict[str, str]:
     """
     tied = {}
     for alias, origin in declared.items():
-        if alias in found and origin in found and not torch.equal(_read(found[alias]), _read(found[origin])):
+        if (
+            alias in found
+            and origin in found
+            and not torch.equal(read_tensor(found[alias]), read_tensor(found[origin]))
+        ):
             continue
         header = found.pop(alias, None)
         if header is not None:
             found.setdefault(origin, header)
         tied[alias] = origin
     return tied
-
-
-def _read(header: Header) -> Tensor:
-    """Return a copy of one tensor; its file is closed again."""
-    try:
-        with open_tensors(header.file) as file:
-            return file.get_tensor(header.key).clone()  # the original is a window into the mapped file
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{header.file} is damaged ({reason(error)}); download or copy it again") from error
-
-
-def _read_json(path: Path, folder: Path) -> dict[str, Any]:
-    if not path.is_file():
-        empty = not any(folder.iterdir())
-        raise InputError(
-            f"the folder {folder} is empty; give a model folder"
-            if empty
-            else f"{folder} has no {path.name}; give a folder with a Hugging Face model"
-        )
-    try:
-        return read_object(path)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not readable JSON ({reason(error)}); download it again") from error

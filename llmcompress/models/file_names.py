@@ -18,6 +18,7 @@ DISTILLATION = "distillation.json"  # result of `distill`, its recipe, and its c
 DISTILLATION_RECIPE = "distillation.yaml"
 DISTILLATION_PLOT = "distillation.png"
 GENERATIONS = "generations.json"  # {prompt: {model: continuation}}, which a report shows side by side
+METRICS = "metrics.jsonl"  # of a distillation, step by step
 
 
 def check_name(output: Path) -> None:

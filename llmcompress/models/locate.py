@@ -45,6 +45,19 @@ class Place:
     hub_id: str | None = None
     license: str | None = None  # if it is known without the model's card
 
+    @property
+    def public_name(self) -> str:
+        """The name for files that others will read: see `public_name`."""
+        return public_name(self.name, self.hub_id)
+
+
+def public_name(name: str, hub_id: str | None) -> str:
+    """Return a model's name without folders of this machine: as it is on the Hub, the last part of a folder's path."""
+    last = Path(name).name
+    if hub_id is not None or last not in ("", ".."):
+        return name if hub_id is not None else last
+    return Path(name).resolve().name or "root"
+
 
 def locate(model: str | Path, revision: str | None = None) -> Place:
     """Return the place of `model`, downloaded or unpacked if necessary. A local folder wins over the Hub and `smollm2`.
@@ -62,7 +75,7 @@ def locate(model: str | Path, revision: str | None = None) -> Place:
         if revision is not None:
             raise InputError(f"{model} is a folder, which has no revisions; leave out revision {revision!r}")
         same = HUB_ID.fullmatch(model) and not model.startswith(".")
-        note = f"{model} is read as the folder {path.resolve()}, not as the Hub model of that name"
+        note = f"{path.name} is read as a folder of this machine, not as the Hub model of that name"
         return Place(model, path, notes=(note,) if same else ())
     if os.path.isfile(path):
         raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")

@@ -23,7 +23,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     check_tokenizer(folder)
     with _Reading(folder):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         _check(tokenizer)
         return tokenizer
 

@@ -27,6 +27,9 @@ class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     dataset: str = Field(default="stdlib", min_length=1)
     """A name for `datasets`, a local .txt/.jsonl/.parquet file, "builtin" (text of many kinds that comes with this
     package, and documentation), "stdlib" (documentation that Python ships), or "self" (the dense model writes it)."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Of a local file's content: another content is refused. Recipes in outputs have it, and the file's name without
+    its folder."""
     subset: str | None = None
     """The configuration of a data set that has several ("wikitext-2-raw-v1")."""
     revision: str | None = None
@@ -74,6 +77,8 @@ class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
             given.append("split")
         if self.column is not None and self.dataset in OFFLINE:
             given.append("column")
+        if self.sha256 is not None and not is_file(self.dataset):
+            given.append("sha256")
         if given:
             raise ValueError(f"{' and '.join(given)} cannot be chosen for dataset {self.dataset!r}; leave it out")
         if self.dataset == "self" and not self.packing:

@@ -20,7 +20,7 @@ from llmcompress.distill.run import distill
 from llmcompress.errors import DiskError, InputError, LLMCompressError, LockedError
 from llmcompress.evaluate.verify import verify
 from llmcompress.models import checkpoint, merge
-from llmcompress.models.checkpoint import MARK, claim, locked
+from llmcompress.models.staging import MARK, claim, locked
 from tests.compression.test_journal import RTN, begun, files, recipe
 from tests.compression.test_run import TEXT
 from tests.tiny import save_tiny

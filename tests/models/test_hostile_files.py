@@ -26,8 +26,9 @@ from llmcompress.errors import InputError
 from llmcompress.models import merge
 from llmcompress.models.checkpoint import MANIFEST, manifest
 from llmcompress.models.compressed import Opened
-from llmcompress.models.dense import load_model, open_source, read_headers
+from llmcompress.models.dense import load_model, open_source
 from llmcompress.models.files import MOST_HEADER, MOST_JSON, open_tensors, read_object
+from llmcompress.models.headers import read_headers
 from llmcompress.models.hf_quantizer import LLMCompressConfig
 from llmcompress.models.integrity import INDEX, SINGLE, weight_files, weight_map
 from llmcompress.models.locate import Place

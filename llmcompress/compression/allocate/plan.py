@@ -25,10 +25,11 @@ from llmcompress.compression.allocate.solve import monotone, solve
 from llmcompress.compression.plan import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
-from llmcompress.models.checkpoint import add_file, megabytes
+from llmcompress.models.checkpoint import add_file
 from llmcompress.models.dense import DenseModel, load_model
 from llmcompress.models.file_names import ALLOCATION
 from llmcompress.models.locate import locate
+from llmcompress.models.staging import megabytes
 from llmcompress.recipe.compression import Recipe, Rule
 from llmcompress.recipe.target import Target
 from llmcompress.runtime.memory import total_memory

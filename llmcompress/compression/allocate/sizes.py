@@ -12,7 +12,7 @@ from hashlib import sha256
 import torch
 
 from llmcompress.compression.plan import Job
-from llmcompress.models.dense import Header
+from llmcompress.models.headers import Header
 from llmcompress.models.integrity import BINDING, DIGESTS, digest
 from llmcompress.models.merge import SHARD
 from llmcompress.weight.expression import tensor_bits

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError, RecipeError, listed
-from llmcompress.models.checkpoint import PART, read_json, writing
-from llmcompress.models.companions import copy_companions
+from llmcompress.models.checkpoint import PART, writing
+from llmcompress.models.companions import companions
 from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import FAMILIES
 from llmcompress.models.kept_blocks import KEPT, kept_blocks
@@ -73,14 +73,14 @@ def drop_blocks(
         DiskError: for an output that cannot be written; then nothing is left behind.
     """
     source, target = resolve(model, revision), Path(output)
-    plan = shortening(source, blocks)
+    plan, beside = shortening(source, blocks), companions(source.folder)
     sizes = {name: source.tensors[name].bytes for name in plan.stored}
     with writing(target, sum(sizes.values())) as writer:
-        copy_companions(source.folder, writer.folder)
+        beside.copy(writer.folder)
         for names in shards(sizes, PART):
             writer.add({plan.stored[name]: source.read(name) for name in names})
         size = writer.close()
-        entries = read_json(source.folder / "config.json") | plan.changes
+        entries = source.config_entries() | plan.changes
         writer.write("config.json", json.dumps(entries, indent=1))
     dropped = tuple(sorted(set(blocks_of(source)) - set(plan.kept)))
     return Dropped(source.name, str(target), dropped, plan.kept, source.bytes, size)

@@ -35,9 +35,11 @@ from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.score import size_of
 from llmcompress.evaluate.tables import frontier_markdown
 from llmcompress.models import file_names
-from llmcompress.models.checkpoint import holds, locked, write_files
+from llmcompress.models.checkpoint import holds, write_files
+from llmcompress.models.companions import companions
 from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.locate import Place
+from llmcompress.models.staging import locked
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
@@ -99,6 +101,7 @@ def frontier(
     device_of(device)  # before a model is looked at
     dense = resolve(model, revision)
     _check(recipes, output)
+    companions(dense.folder)  # raises any fault in them before work starts
     lines = [_line(dense, recipe, sizes, output if len(recipes) == 1 else output / recipe.name) for recipe in recipes]
     judge = Judge.of(dense, protocol, device)
     with locked(output, "output folder"):
@@ -147,7 +150,7 @@ def _swept(
     told.next(f"scoring {source.name}")
     dense = judge.of_dense(line.folder / budget.name for line in lines for budget in sizes)
     found: dict[str, Any] = {
-        "model": source.name,
+        "model": source.public_name,
         "revision": source.revision,
         "axis": "bytes" if sizes[0].target.bpw is None else "bpw",
         "protocol": judge.protocol.to_json(),
@@ -185,7 +188,7 @@ def _point(
     report, taught = reports.read(folder), reports.read_distillation(folder)
     place = {
         "budget": budget.name,
-        "folder": str(folder),
+        "folder": folder.name,
         "bytes": report.bytes,
         "bpw": report.bpw,
         "model_bpw": report.model_bpw,

@@ -17,6 +17,7 @@ from llmcompress.models.hf_quantizer import NAME, table_entry
 from llmcompress.models.integrity import digest
 from llmcompress.models.locate import Place
 from llmcompress.models.merge import shards
+from llmcompress.models.public_entries import public_entries
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.modules import CompressedLinear, Layout, payload_texts
 
@@ -97,4 +98,7 @@ class Plain:
             stored = {name: self.source.read(name) for name in names}
             learned = {name: dense[name].to(stored[name].dtype) for name in names if name in dense}
             writer.add({self.source.tensors[name].key: tensor for name, tensor in (stored | learned).items()})
-        writer.write("config.json", (self.folder / "config.json").read_text(encoding="utf-8"))
+        text = (self.folder / "config.json").read_text(encoding="utf-8")
+        entries = json.loads(text)
+        published = public_entries(entries)
+        writer.write("config.json", text if published == entries else json.dumps(published, indent=1))

@@ -24,8 +24,8 @@ from torch import Tensor
 from llmcompress.data.batch import Batch
 from llmcompress.distill.teacher.top_k import Likeliest
 from llmcompress.errors import DiskError, InputError, NumericsError, Terminated
-from llmcompress.models.checkpoint import check_output, claim, locked
 from llmcompress.models.replace import sync
+from llmcompress.models.staging import check_output, claim, locked
 from llmcompress.models.store import Store
 from llmcompress.runtime.signals import stop_requests
 

@@ -19,7 +19,8 @@ from llmcompress.evaluate.speed.gguf_file import read_gguf
 from llmcompress.evaluate.speed.protocol import SpeedProtocol
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import read_json
-from llmcompress.models.dense import FLOATS, Header, open_source, read_headers
+from llmcompress.models.dense import open_source
+from llmcompress.models.headers import FLOATS, Header, read_headers
 from llmcompress.models.integrity import MENDING
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.skeleton import dense_skeleton

@@ -25,8 +25,9 @@ import torch
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.score import size_of
 from llmcompress.evaluate.scores import evaluate
-from llmcompress.models.dense import DenseModel, Header, load_model, resolve
+from llmcompress.models.dense import DenseModel, load_model, resolve
 from llmcompress.models.families import architecture
+from llmcompress.models.headers import Header
 from llmcompress.models.locate import locate
 from llmcompress.models.tokenizer import load_tokenizer
 

@@ -1,0 +1,104 @@
+"""The headers of a dense model's tensors on disk, and one tensor at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from llmcompress.errors import InputError, listed
+from llmcompress.models.files import open_tensors, read_object
+from llmcompress.models.integrity import INDEX
+from llmcompress.models.skeleton import reason
+
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of dense dtypes, bytes per value
+PACKED = {"I8": 1, "I16": 2, "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1}  # dtypes that other tools pack weights in
+BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persistent buffers
+
+
+@dataclass(frozen=True)
+class Header:
+    """One stored tensor: its shape, its dtype by safetensors' name, its file, and its key there."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    key: str
+
+    @property
+    def bytes(self) -> int:
+        """Size of the values on disk."""
+        return prod(self.shape) * {**FLOATS, **BUFFERS, **PACKED}[self.dtype]
+
+
+def read_headers(folder: Path) -> dict[str, Header]:
+    """Return the header of every tensor in the folder's safetensors files, by the names in the files."""
+    stored: dict[str, Header] = {}
+    for path in _weight_files(folder):
+        try:
+            with open_tensors(path) as file:
+                for key in file.keys():  # noqa: SIM118 - an open file is not a mapping
+                    piece = file.get_slice(key)
+                    if key in stored:
+                        raise InputError(
+                            f"tensor {key} is stored twice, in {stored[key].file.name} and {path.name} of {folder}; "
+                            f"remove the file that is not part of the model"
+                        )
+                    stored[key] = Header(tuple(piece.get_shape()), piece.get_dtype(), path, key)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is damaged ({reason(error)}); download or copy it again") from error
+    return stored
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that make up the model, chosen as transformers chooses them."""
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if (folder / INDEX).is_file():
+        names = read_entries(folder / INDEX, folder).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise InputError(f"{folder / INDEX} has no weight_map; download the model again")
+        files = sorted({str(name) for name in names.values()})
+        outside = [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]
+        if outside:
+            raise InputError(
+                f"{folder / INDEX} names {outside[0]!r}, which is no safetensors file of the folder; correct it"
+            )
+        absent = [name for name in files if not (folder / name).is_file()]
+        if absent:
+            raise InputError(f"{folder} lacks {listed(absent)}, which {INDEX} names; download the model again")
+        return [folder / name for name in files]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise InputError(
+            f"{folder} has its weights only as pickle files, which can run code; save them as safetensors first"
+        )
+    raise InputError(f"{folder} has no model.safetensors and no {INDEX}; give a folder with the model's weights")
+
+
+def read_tensor(header: Header) -> Tensor:
+    """Return a copy of one tensor; its file is closed again."""
+    try:
+        with open_tensors(header.file) as file:
+            return file.get_tensor(header.key).clone()  # the original is a window into the mapped file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{header.file} is damaged ({reason(error)}); download or copy it again") from error
+
+
+def read_entries(path: Path, folder: Path) -> dict[str, Any]:
+    """Return the entries of a JSON file of the model in `folder`. Raises InputError where it has none to read."""
+    if not path.is_file():
+        empty = not any(folder.iterdir())
+        raise InputError(
+            f"the folder {folder} is empty; give a model folder"
+            if empty
+            else f"{folder} has no {path.name}; give a folder with a Hugging Face model"
+        )
+    try:
+        return read_object(path)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not readable JSON ({reason(error)}); download it again") from error
