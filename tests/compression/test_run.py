@@ -102,7 +102,11 @@ def test_a_result_without_output_can_be_saved(folder: Path, tmp_path: Path, text
         result.save(tmp_path / "saved")
 
 
-def test_tokenizer_and_recipe_travel_with_the_result(folder: Path, tmp_path: Path, text: Path) -> None:
+def test_tokenizer_and_recipe_travel_with_the_result(
+    folder: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe names its text without a folder, and runs where that text lies."""
+    monkeypatch.chdir(text.parent)
     out = lc.compress(folder, recipe(text), tmp_path / "out").folder
     names = {path.name for path in out.iterdir()}
     assert {path.name for path in folder.iterdir()} - names <= {"model.safetensors"}

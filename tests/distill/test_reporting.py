@@ -196,6 +196,7 @@ def test_the_last_look_is_what_progress_says(folders: Path, tmp_path: Path) -> N
 
 def test_the_card_tells_the_distillation(whole: Distilled, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: dict[str, bytes] = {}
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
     monkeypatch.setattr("llmcompress.export.hub.verify", lambda folder: None)
     monkeypatch.setattr(
         "llmcompress.export.hub._upload", lambda folder, to, names, made, *_: sent.update(made) or "there"
@@ -206,7 +207,7 @@ def test_the_card_tells_the_distillation(whole: Distilled, folders: Path, monkey
     before, after = whole.history[0], whole.history[-1]
     for part in (
         ", then distilled.",
-        f"in 7 steps on {whole.tokens:,} tokens of `{folders / 'text.txt'}`",
+        f"in 7 steps on {whole.tokens:,} tokens of `text.txt`",
         "Loss: forward_kl + 0.5 reverse_kl + forward_kl_2.",
         f"What trained: {whole.trained['scales']:,} scales, {whole.trained['norms']:,} norms.",
         f"| KL to the teacher, nats/token | {before['kl']:.4f} | {after['kl']:.4f} | 0 |",
@@ -293,5 +294,5 @@ def test_domains_are_named_in_metrics_trackers_and_card(
     looks = [row for row in lines(tmp_path / "out" / "metrics.jsonl") if "kl" in row]
     assert all(row["domains"].keys() == row["shares"].keys() == {"farms", "mills"} for row in looks)
     assert Remembering.seen[-2][1]["domains/mills/kl"] == done.history[-1]["domains"]["mills"]["kl"]
-    source = f"`{folders / 'text.txt'}`"
+    source = "`text.txt`"
     assert f"tokens of {source}, {source}." in "".join(_distillation(Taught(done.to_json(), "version: 1")))

@@ -48,6 +48,7 @@ from tests.export.gguf_files import (
     smollm2,
     tiny_llama,
 )
+from tests.unbound import unbound
 
 # --- tensor types ---------------------------------------------------------------------------------------------------
 
@@ -194,7 +195,7 @@ def with_tokenizer(checkpoint: Path, place: Path, tokenizer: PreTrainedTokenizer
     """A copy of a checkpoint with another tokenizer; without a manifest, as save_pretrained leaves it."""
     shutil.copytree(checkpoint, place, ignore=shutil.ignore_patterns("manifest.json", "token*", "chat*"))
     tokenizer.save_pretrained(place)
-    return place
+    return unbound(place)
 
 
 def with_config(checkpoint: Path, place: Path, **changes: Any) -> Path:
@@ -351,7 +352,7 @@ def with_definition(checkpoint: Path, place: Path, **changes: Any) -> Path:
     shutil.copytree(checkpoint, place, ignore=shutil.ignore_patterns("manifest.json"))
     path = place / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return place
+    return unbound(place)
 
 
 UNKNOWN = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}

@@ -23,6 +23,7 @@ from llmcompress.models.integrity import SINGLE
 from llmcompress.models.merge import shard_files
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny
+from tests.unbound import unbound
 
 RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 16}]}]
 NUMBERS: list[dict[str, Any]] = [  # what changes the numbers of a Llama without changing a shape
@@ -133,11 +134,6 @@ def test_files_of_earlier_versions_load(siblings: tuple[Path, Path], tmp_path: P
     folder = tmp_path / "old"
     model = loaded(siblings[0])
     model.save_pretrained(folder)  # type: ignore[operator]
-    path = folder / SINGLE
-    head = merge._head(path)
-    data = path.read_bytes()[head.start :]
-    kept = {key: value for key, value in head.metadata.items() if key != "llmcompress_checkpoint"}
-    text = json.dumps({"__metadata__": kept, **head.tensors}).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    path = unbound(folder) / SINGLE
     assert bound(path) == {}
     loaded(folder)

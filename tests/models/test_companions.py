@@ -107,7 +107,7 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "generation_config.json is not readable JSON": lambda it: (it / "generation_config.json").write_text("{"),
     "generation_config.json holds no JSON object": lambda it: (it / "generation_config.json").write_text("[]"),
     "generation_config.json is broken": lambda it: (it / "generation_config.json").write_text('{"max_new_tokens": -1}'),
-    "has no tokenizer that can be read": lambda it: (it / "tokenizer_config.json").write_text("{"),
+    "tokenizer_config.json is not readable JSON": lambda it: (it / "tokenizer_config.json").write_text("{"),
     "chat template in .* is broken": lambda it: (it / "chat_template.jinja").write_text("{% if %}"),
     "preprocessor_config.json is not readable": lambda it: (it / "preprocessor_config.json").write_text("x"),
     "more than any tokenizer": lambda it: os.truncate(it / "tokenizer.json", 10**10),

@@ -167,7 +167,11 @@ def test_every_matrix_of_other_families_has_its_price(family: str, tied: bool, p
 # --- what is left beside the model ----------------------------------------------------------------------------------
 
 
-def test_prices_and_plan_travel_with_the_model(result: run.Result, plan: Allocation, tmp_path: Path) -> None:
+def test_prices_and_plan_travel_with_the_model(
+    result: run.Result, plan: Allocation, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe names its text without a folder, and runs where that text lies."""
+    monkeypatch.chdir(place)
     found = read_allocation(result.folder)
     assert found is not None and result.allocation is not None
     assert found["target"] == {"bytes": SIZE} and found["measured_bytes"] == result.report.bytes
@@ -216,14 +220,15 @@ def test_a_distillation_follows_the_chosen_recipe(place: Path, tmp_path: Path) -
 
 
 def test_sizes_in_words() -> None:
-    assert [count_of(size) for size in ("40MB", "1.5 GiB", "7", "12 kB", 5)] == [
+    assert [count_of(size) for size in ("40MB", "1.5 GiB", "7", "12 kB", "3 KB", 5)] == [
         40_000_000,
         1_610_612_736,
         7,
         12_000,
+        3_000,
         5,
     ]
-    for size in ("40 MiBs", "MB", "40mb", "-3MB"):
+    for size in ("40 MiBs", "MB", "40bits", "-3MB"):
         with pytest.raises(ValueError, match="write a number and one of B, kB, MB, GB, KiB, MiB, GiB, such as 40MB"):
             count_of(size)
 
