@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -84,5 +85,10 @@ def push(
         from llmcompress.export.hub import push as run
 
         terminal.scoring("verify" if dry_run else "verify and upload", 0, 0)
-        found = run(folder, repository, private=private, revision=revision, dry_run=dry_run)
+
+        def announce(files: Mapping[str, int]) -> None:
+            listed = "".join(f"\n  {name}  {size:,}" for name, size in files.items())
+            terminal.stage(f"to {repository} go {len(files)} files, with their bytes:{listed}")
+
+        found = run(folder, repository, private=private, revision=revision, dry_run=dry_run, announce=announce)
         terminal.show(found.to_json(), pushed_view)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -39,7 +39,13 @@ class Pushed:
 
 
 def push(
-    folder: str | Path, repository: str, *, private: bool = False, revision: str | None = None, dry_run: bool = False
+    folder: str | Path,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    dry_run: bool = False,
+    announce: Callable[[Mapping[str, int]], None] | None = None,
 ) -> Pushed:
     """Upload a compressed checkpoint that passes `verify` to the Hub, with a model card.
 
@@ -52,6 +58,7 @@ def push(
         private: True to make it private, if it is made.
         revision: the branch to commit to, made if need be; None for the main one.
         dry_run: True to send nothing.
+        announce: receives the files with their bytes before anything is sent.
 
     Returns:
         The files with their bytes, and the commit's address.
@@ -75,6 +82,8 @@ def push(
     files = sizes | {name: (folder / name).stat().st_size for name in names}
     if dry_run:
         return Pushed(repository, files, None)
+    if announce is not None:
+        announce(files)
     return Pushed(repository, files, _upload(folder, repository, names, made, private, revision))
 
 

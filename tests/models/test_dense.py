@@ -258,7 +258,9 @@ def test_a_folder_wins_over_other_models_of_its_name(
         shutil.copytree(llama, tmp_path / name)
         source = resolve(name)
         assert source.folder.resolve() == tmp_path / name
-        assert source.notes == (f"{Path(name).name} is read as a folder of this machine, not as the Hub model of that name",)
+        assert source.notes == (
+            f"{Path(name).name} is read as a folder of this machine, not as the Hub model of that name",
+        )
     assert not resolve(str(tmp_path / "smollm2")).notes
 
 
