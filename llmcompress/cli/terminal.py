@@ -8,18 +8,17 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import typer
 
 from llmcompress.cli.stages import Stage
+from llmcompress.cli.stopping import Stops
 from llmcompress.cli.streams import writing_to
 from llmcompress.errors import (
     DiskError,
@@ -51,7 +50,7 @@ class Terminal:
         self.as_json, self.verbose, self.quiet = as_json, verbose, quiet or not self.first
         self._output: TextIO = sys.stdout
         self._descriptor: int | None = None
-        self._previous: Any = None
+        self._stops = Stops()
         self._result: dict[str, Any] | None = None
         self._stage: Stage | None = None
         self._since = time.monotonic()  # when the stage that is under way, or comes next, began
@@ -63,14 +62,14 @@ class Terminal:
             self._descriptor = os.dup(1)
             os.dup2(2, 1)
             sys.stdout = sys.stderr
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, _terminate)
+        self._stops.install()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        error = self._stops.decide(error)
         if error is None:
             if self._result is None:
                 return
@@ -140,6 +139,7 @@ class Terminal:
         self._report(what, done, total, "")
 
     def _report(self, counted: str, done: int, total: int, what: str) -> None:
+        self._stops.check()
         if self.quiet:
             return
         if self._stage is not None and self._stage.name != counted:
@@ -160,8 +160,7 @@ class Terminal:
     def _restore(self) -> None:
         if self._stage is not None:
             self._stage.close()
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        self._stops.restore()
         if self._descriptor is not None:
             import ctypes
 
@@ -207,7 +206,3 @@ def _left(error: BaseException) -> str:
     if error.args:
         return f"; {error.args[0]}"
     return "" if getattr(error, "__notes__", ()) else "; nothing was left behind"
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated

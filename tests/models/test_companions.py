@@ -134,7 +134,7 @@ def test_code_and_paths_in_configs_stay_behind(tmp_path: Path) -> None:
     path = folder / "tokenizer_config.json"
     private = {
         "auto_map": {"AutoTokenizer": ["x.Y", None]},
-        "name_or_path": "/opt/marker",
+        "name_or_path": "/marker",
         "tokenizer_file": "/marker",
     }
     before = json.loads(path.read_text())
