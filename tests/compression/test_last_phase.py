@@ -23,6 +23,7 @@ from llmcompress.models import checkpoint, merge
 from llmcompress.models.staging import MARK, claim, locked
 from tests.compression.test_journal import RTN, begun, files, recipe
 from tests.compression.test_run import TEXT
+from tests.tiers import tiered
 from tests.tiny import save_tiny
 
 DEPTH = 3
@@ -70,12 +71,17 @@ ENDS = {  # where the end comes: module, function, at which call
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("full", [False, True], ids=["killed", "full disk"])
+CUTS = [(end, full) for end in ENDS for full in (False, True)]
+FAST = {("before the last part is merged", False), ("before the rename", True), ("behind the rename", False)}
+
+
+@pytest.mark.parametrize("cut", tiered(CUTS, lambda cut: cut in FAST))
 def test_the_last_phase_loses_nothing(
-    end: str, full: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cut: tuple[str, bool], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it ends, no block is compressed again, and the files are those of a whole run."""
+    """Wherever it is killed or finds a full disk, no block is compressed again, and the files are those of a whole
+    run."""
+    end, full = cut
     module, name, call = ENDS[end]
     error = OSError(28, "No space left on device") if full else Cut()
     if end == "behind the rename":  # there the journal removes its folder
