@@ -65,6 +65,9 @@ class Companions:
                 (target / name).write_text(json.dumps(public_entries(found), indent=2, ensure_ascii=False), "utf-8")
             else:
                 shutil.copyfile(self.folder / name, target / name)
+        entries = _entries(self.folder / "config.json") if (self.folder / "config.json").is_file() else {}
+        if PRIVATE & entries.keys():  # which whoever writes config.json leaves out
+            stripped.append("config.json")
         if self.left:
             LOG.warning(
                 "%s in %s stays behind: only the tokenizer, the generation and processor configs, chat templates and "
