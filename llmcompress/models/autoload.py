@@ -4,7 +4,7 @@ transformers has no entry point for quantizers, and what it says of an unknown o
 The only place before its first line is the start of Python, where every `.pth` file of an environment is read. So this
 file is small: it imports nothing but `sys`, reads and prints nothing, and adds one finder to `sys.meta_path`, which is
 gone once transformers lists its quantizers. Then one name is added to that list, and the library itself is imported
-when a checkpoint with `quant_method: llmcompress` is loaded, and only then. A start of Python takes less than 1 ms more.
+when a checkpoint with `quant_method: llmcompress` is loaded, and only then. Python's start takes less than 1 ms more.
 
 pip installs and removes it with the package, in virtual environments like anywhere. Where `.pth` files are not read
 (`python -S`, a clone on PYTHONPATH alone) everything is as before: import llmcompress first. The wheel has it as

@@ -70,10 +70,10 @@ class Companions:
             stripped.append("config.json")
         if self.left:
             LOG.warning(
-                "%s in %s stays behind: only the tokenizer, the generation and processor configs, chat templates and "
+                "left behind in %s: %s; only the tokenizer, the generation and processor configs, chat templates and "
                 "the licence go with a model",
-                listed(self.left, 10),
                 self.folder,
+                listed(self.left, 10),
             )
         if stripped:
             LOG.warning("%s goes along without the names of code and of local files in it", listed(stripped))

@@ -147,7 +147,7 @@ def test_code_named_by_a_config_is_dropped_and_told(
     assert "auto_map" not in (tmp_path / "short" / "config.json").read_text()
 
 
-HOSTILE = "x|](http://evil) <img src=x> ![a](b) `</code>`\n---\n# title\n```\n**bold** _it_ ~~no~~ &lt;"
+HOSTILE = "x|](https://huggingface.co) <img src=x> ![a](b) `</code>`\n---\n# title\n```\n**bold** _it_ ~~no~~ &lt;"
 
 
 def test_nothing_in_a_card_is_read_as_more_than_text(made: Path) -> None:
@@ -170,7 +170,16 @@ def test_nothing_in_a_card_is_read_as_more_than_text(made: Path) -> None:
             shown.append(line)
     assert not inside and not [line for line in shown if line.startswith("# title") or line == "---"]
     outside = [re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", re.sub(r"\\.", "", line)) for line in shown]
-    for mark in ("<", "http://", "![", "**", "~~"):
+    for mark in ("<", "://", "![", "**", "~~"):
         assert not [line for line in outside if mark in line], mark
     bars = {line.count("|") - line.count("\\|") for line in shown if line.startswith("| x")}
     assert bars == {7}
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_stays_behind_is_a_warning_of_the_command(quiet: bool, place: Path, tmp_path: Path) -> None:
+    words = ["drop", str(place / FOLDER / "dense"), "--blocks", "1", "-o", str(tmp_path / "short")]
+    ended = CliRunner().invoke(app, [*words, *(["--quiet"] if quiet else [])])
+    assert ended.exit_code == 0 and "wandb_key.json" not in ended.stdout
+    said = [line for line in ended.stderr.splitlines() if "wandb_key.json" in line]
+    assert not said if quiet else [line.startswith("warning: ") for line in said] == [True]
