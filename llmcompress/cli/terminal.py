@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 import time
@@ -35,6 +36,19 @@ if TYPE_CHECKING:
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 WIDE = 160  # columns, where the output is not a terminal
+LOG = logging.getLogger("llmcompress")
+
+
+class _Warnings(logging.Handler):
+    """Messages of the library, as warnings of a command."""
+
+    def __init__(self, warn: Callable[[Iterable[str]], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._warn = warn
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        self._warn([record.getMessage()])
 
 
 class Terminal:
@@ -50,6 +64,7 @@ class Terminal:
         self.as_json, self.verbose, self.quiet = as_json, verbose, quiet or not self.first
         self._output: TextIO = sys.stdout
         self._descriptor: int | None = None
+        self._warnings = _Warnings(self.warn)
         self._stops = Stops()
         self._result: dict[str, Any] | None = None
         self._stage: Stage | None = None
@@ -63,6 +78,7 @@ class Terminal:
             os.dup2(2, 1)
             sys.stdout = sys.stderr
         self._stops.install()
+        LOG.addHandler(self._warnings)
         return self
 
     def __exit__(
@@ -158,6 +174,7 @@ class Terminal:
             self._stage = None
 
     def _restore(self) -> None:
+        LOG.removeHandler(self._warnings)
         if self._stage is not None:
             self._stage.close()
         self._stops.restore()

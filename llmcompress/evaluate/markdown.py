@@ -6,12 +6,14 @@ import re
 from itertools import groupby
 
 SPECIAL = re.compile(r"([\\`*\[\]|~#])|(?<!\w)(_)|(_)(?!\w)")
+LISTS = re.compile(r"^(\d*)([-+=.)])")  # what begins a list, or underlines a title
 
 
 def plain(text: str) -> str:
     """Return a text on one line with everything escaped that Markdown or HTML would read as more than text."""
     one = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return SPECIAL.sub(lambda found: "\\" + found[0], one).replace("://", ":&#47;/")
+    escaped = SPECIAL.sub(lambda found: "\\" + found[0], one).replace("://", ":&#47;/")
+    return LISTS.sub(r"\1\\\2", escaped)
 
 
 def cell(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,17 +11,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llmcompress.errors import HubError, InputError, RecipeError
+from llmcompress.errors import HubError, InputError, RecipeError, listed
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.plots import layers_png
 from llmcompress.evaluate.verify import verify
 from llmcompress.export.model_card import Taught, card
 from llmcompress.models import file_names
-from llmcompress.models.checkpoint import CARD, MANIFEST, PLOT, README, manifest, read_json
+from llmcompress.models.checkpoint import CARD, MANIFEST, PLOT, README, manifest, manifest_text, read_json
+from llmcompress.models.companions import OURS, companions
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+LOG = logging.getLogger(__name__)
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LOGIN = "log in with `hf auth login` or set HF_TOKEN to a token that may write"
 
@@ -76,8 +79,8 @@ def push(
     verify(folder)
     if manifest(folder) is None:
         raise InputError(f"{folder} has no {MANIFEST}, report and recipe for a card; push a folder that compress wrote")
-    made = _card(folder, repository)
-    names = sorted({*(manifest(folder) or ()), MANIFEST} - CARD)
+    made = _card(folder, repository) | _manifest_without_strangers(folder)
+    names = sorted({*_belonging(folder), MANIFEST} - CARD - made.keys())
     sizes = {name: len(content) for name, content in made.items()}
     files = sizes | {name: (folder / name).stat().st_size for name in names}
     if dry_run:
@@ -95,6 +98,23 @@ def _card(folder: Path, repository: str) -> dict[str, bytes]:
     plots = {PLOT: layers_png(report)} if find_spec("matplotlib") else {}
     text = card(report, repository, recipe, scores, PLOT if plots else None, _taught(folder))
     return {README: text.encode(), **plots}
+
+
+def _belonging(folder: Path) -> dict[str, str]:
+    """Return the part of the manifest that a model consists of; older releases copied other files beside it."""
+    known = OURS.union(companions(folder).names)
+    written = (manifest(folder) or {}).items()
+    return {name: value for name, value in written if name in known or name.endswith(".safetensors")}
+
+
+def _manifest_without_strangers(folder: Path) -> dict[str, bytes]:
+    """Return a manifest for the Hub, by its name, where the folder's has files that do not go there."""
+    mine = _belonging(folder)
+    strangers = (manifest(folder) or {}).keys() - mine.keys()
+    if not strangers:
+        return {}
+    LOG.warning("%s is no part of the model and is not pushed", listed(sorted(strangers), 10))
+    return {MANIFEST: manifest_text(mine).encode()}
 
 
 def _taught(folder: Path) -> Taught | None:

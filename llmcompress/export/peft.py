@@ -48,7 +48,7 @@ def to_peft(folder: Path, output: Path) -> Exported:
         entry = {"quantization_config": table_entry(layouts, opened.sizes)}
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
         seal(writer.folder)
-        size += _write_adapter(whole.folder / "adapter", output / "base", factors)
+        size += _write_adapter(whole.folder / "adapter", f"{output.name}/base", factors)
     return Exported(
         to="peft",
         output=str(output),
@@ -75,8 +75,8 @@ def without_term(w: Weight) -> tuple[Weight, tuple[Tensor, Tensor] | None]:
             return w, None
 
 
-def _write_adapter(folder: Path, base: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> int:
-    """Write the adapter; returns the bytes of its weights."""
+def _write_adapter(folder: Path, base: str, factors: dict[str, tuple[Tensor, Tensor]]) -> int:
+    """Write the adapter for the model `base`; returns the bytes of its weights."""
     from peft import LoraConfig, TaskType
 
     ranks = {name: len(a) for name, (a, _) in factors.items()}
@@ -84,7 +84,7 @@ def _write_adapter(folder: Path, base: Path, factors: dict[str, tuple[Tensor, Te
     unlike = {f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items() if rank != common}
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=str(base.absolute()),
+        base_model_name_or_path=base,
         target_modules=sorted(factors),
         r=common,
         lora_alpha=common,  # scaling 1

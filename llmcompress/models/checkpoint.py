@@ -187,11 +187,15 @@ def seal(folder: Path) -> None:
     """Write the manifest of what a folder holds, and wait until all of it is on the disk."""
     hashes = {name: _digest(folder / name) for name in files_of(folder) if name != MANIFEST}
     if hashes:
-        entries = {"format_version": FORMAT_VERSION, "sha256": hashes}
-        (folder / MANIFEST).write_text(json.dumps(entries, indent=2), encoding="utf-8")
+        (folder / MANIFEST).write_text(manifest_text(hashes), encoding="utf-8")
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
+
+
+def manifest_text(hashes: Mapping[str, str]) -> str:
+    """Return the manifest of files with these SHA-256 by name."""
+    return json.dumps({"format_version": FORMAT_VERSION, "sha256": dict(hashes)}, indent=2)
 
 
 def files_of(folder: Path) -> list[str]:
@@ -202,7 +206,7 @@ def files_of(folder: Path) -> list[str]:
 def add_file(folder: Path, name: str, text: str) -> None:
     """Put a text file into a finished checkpoint, and into its manifest. Raises DiskError if it cannot be written."""
     hashes = (manifest(folder) or {}) | {name: sha256(text.encode()).hexdigest()}
-    entries = {MANIFEST: json.dumps({"format_version": FORMAT_VERSION, "sha256": hashes}, indent=2), name: text}
+    entries = {MANIFEST: manifest_text(hashes), name: text}
     try:
         for target, content in reversed(entries.items()):
             replace_text(folder / target, content)

@@ -65,12 +65,15 @@ class Companions:
                 (target / name).write_text(json.dumps(public_entries(found), indent=2, ensure_ascii=False), "utf-8")
             else:
                 shutil.copyfile(self.folder / name, target / name)
+        entries = _entries(self.folder / "config.json") if (self.folder / "config.json").is_file() else {}
+        if PRIVATE & entries.keys():  # which whoever writes config.json leaves out
+            stripped.append("config.json")
         if self.left:
             LOG.warning(
-                "%s in %s stays behind: only the tokenizer, the generation and processor configs, chat templates and "
+                "left behind in %s: %s; only the tokenizer, the generation and processor configs, chat templates and "
                 "the licence go with a model",
-                listed(self.left, 10),
                 self.folder,
+                listed(self.left, 10),
             )
         if stripped:
             LOG.warning("%s goes along without the names of code and of local files in it", listed(stripped))

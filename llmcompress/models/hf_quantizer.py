@@ -295,5 +295,5 @@ def _bytes(layout: Layout) -> Tensor:
     return torch.empty(layout.bytes(), dtype=torch.uint8, device="meta")
 
 
-AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(NAME, LLMCompressConfig)
-AUTO_QUANTIZER_MAPPING.setdefault(NAME, LLMCompressQuantizer)
+AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = LLMCompressConfig  # in the place that `autoload` keeps
+AUTO_QUANTIZER_MAPPING[NAME] = LLMCompressQuantizer

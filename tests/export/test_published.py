@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.distill.run import distill
+from llmcompress.evaluate import report as reports
 from llmcompress.export.formats import export
 from llmcompress.export.hub import _card, push
+from llmcompress.export.model_card import card
+from llmcompress.models.checkpoint import add_file, check_manifest
 from tests.compression.test_run import TEXT
 from tests.tiny import save_tiny
 
@@ -62,6 +68,8 @@ def made(place: Path) -> Path:
     """A folder with a checkpoint of each kind."""
     out = place / "out"
     lc.compress(place / FOLDER / "dense", recipe(place), out / "plain")
+    ranks = [{"match": "*", "steps": [*OPTIONS[1], {"method": "svd", "rank": 2}]}]
+    lc.compress(place / FOLDER / "dense", recipe(place, rules=ranks), out / "ranks")
     asked = recipe(place, rules=[], options=OPTIONS, target={"bpw": 5.0})
     lc.compress(place / FOLDER / "dense", asked, out / "target")
     data = {"dataset": str(place / WORDS / "text.txt"), "samples": 20, "length": 32, "held_out": 4}
@@ -80,9 +88,10 @@ def test_checkpoints_and_cards_tell_nothing(made: Path, place: Path, tmp_path: P
     assert not list(markers(tmp_path, place))
 
 
-@pytest.mark.parametrize("to", ["dense", "compressed-tensors", "mlx"])
+@pytest.mark.parametrize("to", ["dense", "compressed-tensors", "mlx", "peft"])
 def test_exports_tell_nothing(to: str, made: Path, place: Path, tmp_path: Path) -> None:
-    export(made / "plain", tmp_path / to, to, allow_dense=True)
+    export(made / ("ranks" if to == "peft" else "plain"), tmp_path / to, to, allow_dense=True)
+    assert list(tmp_path.rglob("*.safetensors"))
     assert not list(markers(tmp_path, place))
 
 
@@ -100,3 +109,77 @@ def test_a_push_says_first_what_it_sends(made: Path, monkeypatch: pytest.MonkeyP
     assert order[0] == order[1] and {"model.safetensors", "config.json", "README.md"} <= order[0]
     ended = CliRunner().invoke(app, ["push", str(made / "plain"), "me/small"])
     assert ended.exit_code == 0 and "to me/small go " in ended.stderr and "model.safetensors  " in ended.stderr
+
+
+def test_a_push_leaves_what_older_releases_copied(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(made / "plain", tmp_path / "old")
+    add_file(folder, "wandb_key.json", '{"key": "markerkey"}')
+    add_file(folder, "LICENSE", "You may.")
+    sent: dict[str, bytes] = {}
+
+    def upload(folder: Path, to: str, names: list[str], cards: dict[str, bytes], *_: Any) -> str:
+        sent.update({name: (folder / name).read_bytes() for name in names} | cards)
+        return "there"
+
+    monkeypatch.setattr("llmcompress.export.hub._upload", upload)
+    assert set(push(folder, "me/small").files) == set(sent) and "wandb_key.json" in caplog.text
+    assert "LICENSE" in sent and not [name for name, content in sent.items() if b"markerkey" in content + name.encode()]
+    assert b"wandb_key" not in sent["manifest.json"]
+    pulled = tmp_path / "pulled"
+    pulled.mkdir()
+    for name, content in sent.items():
+        (pulled / name).write_bytes(content)
+    assert check_manifest(pulled)
+
+
+def test_code_named_by_a_config_is_dropped_and_told(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = shutil.copytree(place / FOLDER / "dense", tmp_path / "dense", symlinks=True)
+    entries = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(entries | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+    out = lc.compress(dense, recipe(place), tmp_path / "out").folder
+    assert not {"auto_map", "_name_or_path"} & json.loads((out / "config.json").read_text()).keys()
+    assert "config.json goes along without the names of code" in caplog.text
+    lc.drop_blocks(dense, [1], tmp_path / "short")
+    assert "auto_map" not in (tmp_path / "short" / "config.json").read_text()
+
+
+HOSTILE = "x|](https://huggingface.co) <img src=x> ![a](b) `</code>`\n---\n# title\n```\n**bold** _it_ ~~no~~ &lt;"
+
+
+def test_nothing_in_a_card_is_read_as_more_than_text(made: Path) -> None:
+    """Names, sentences and the recipe of others: no tag, link, picture, heading, end of a block or a cell."""
+    report = reports.read(made / "plain")
+    rows = tuple(
+        replace(row, name=HOSTILE, stored=HOSTILE, fallback=HOSTILE, steps=(HOSTILE,)) for row in report.layers
+    )
+    calibration = dict(report.calibration or {}) | {"source": HOSTILE}
+    names = {"base_model": HOSTILE, "license": HOSTILE, "recipe": HOSTILE, "warnings": (HOSTILE,)}
+    text = card(replace(report, layers=rows, calibration=calibration, **names), "me/small", f"name: {HOSTILE}")
+    front, body = ModelCard(text).data.to_dict(), ModelCard(text).text
+    assert front["tags"] == ["llmcompress", HOSTILE] and "base_model" not in front and "license" not in front
+    shown, inside, fence = [], False, ""
+    for line in body.splitlines():
+        marks = line[: len(line) - len(line.lstrip("`"))]
+        if len(marks) >= 3 and (not inside or len(marks) >= len(fence)):
+            inside, fence = not inside, marks
+        elif not inside:
+            shown.append(line)
+    assert not inside and not [line for line in shown if line.startswith("# title") or line == "---"]
+    outside = [re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", re.sub(r"\\.", "", line)) for line in shown]
+    for mark in ("<", "://", "![", "**", "~~"):
+        assert not [line for line in outside if mark in line], mark
+    bars = {line.count("|") - line.count("\\|") for line in shown if line.startswith("| x")}
+    assert bars == {7}
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_stays_behind_is_a_warning_of_the_command(quiet: bool, place: Path, tmp_path: Path) -> None:
+    words = ["drop", str(place / FOLDER / "dense"), "--blocks", "1", "-o", str(tmp_path / "short")]
+    ended = CliRunner().invoke(app, [*words, *(["--quiet"] if quiet else [])])
+    assert ended.exit_code == 0 and "wandb_key.json" not in ended.stdout
+    said = [line for line in ended.stderr.splitlines() if "wandb_key.json" in line]
+    assert not said if quiet else [line.startswith("warning: ") for line in said] == [True]

@@ -24,6 +24,27 @@ print(json.dumps([lc.__file__, report.bpw, report.recipe]))
 """
 
 
+UNAIDED = """
+import sys
+from transformers import AutoModelForCausalLM
+assert not [name for name in sys.modules if name.split(".")[0] == "llmcompress"]
+model = AutoModelForCausalLM.from_pretrained("out")
+print(type(model.model.layers[0].mlp.up_proj).__name__, model.config.quantization_config.quant_method)
+"""
+PIPELINE = """
+from transformers import pipeline
+print(len(pipeline("text-generation", "out", max_new_tokens=4)("a")))
+"""
+LM_EVAL = """
+from lm_eval.models.huggingface import HFLM
+print(type(HFLM(pretrained="out", device="cpu").model).__name__)
+"""
+STARTED = """
+import sys
+print(*sorted({"typing", "importlib.util", "llmcompress"} & sys.modules.keys()), "_llmcompress_autoload" in sys.modules)
+"""
+
+
 def run(*command: str | Path, folder: Path) -> str:
     """Run a command in a folder outside the clone, without the clone on any path; return what it prints."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
@@ -83,6 +104,8 @@ def test_the_wheel_has_every_recipe_and_every_data_file(wheel: Path) -> None:
     tracked = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "llmcompress").rglob("*") if path.is_file()}
     expected = {f"llmcompress/{name}" for name in tracked} | {name for name in sources if "__pycache__" not in name}
+    expected -= {"llmcompress/models/autoload.py", "llmcompress/models/autoload.pth"}
+    expected |= {"_llmcompress_autoload.py", "llmcompress.pth"}  # where Python reads them
     with ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == expected
@@ -102,3 +125,12 @@ def test_a_model_is_compressed_by_a_recipe_of_the_wheel(programs: Path, tmp_path
     run(programs / "llmcompress", "compress", model, "gptq-4-g64", "-o", "out", *settings, folder=tmp_path)
     file, bpw, recipe = json.loads(run(programs / "python", "-c", READ, folder=tmp_path).splitlines()[-1])
     assert Path(file).is_relative_to(programs.parent) and recipe == "gptq-4-g64" and 4 < bpw < 5
+    unaided = run(programs / "python", "-c", UNAIDED, folder=tmp_path)
+    assert unaided.split()[-2:] == ["CompressedLinear", "llmcompress"], "found without import llmcompress"
+    assert run(programs / "python", "-c", PIPELINE, folder=tmp_path).split()[-1] == "1"
+    assert run(programs / "python", "-c", LM_EVAL, folder=tmp_path).split()[-1] == "LlamaForCausalLM"
+
+
+def test_a_start_of_python_brings_one_small_file(programs: Path, tmp_path: Path) -> None:
+    assert run(programs / "python", "-I", "-c", STARTED, folder=tmp_path).split() == ["True"]
+    assert run(programs / "python", "-S", "-c", STARTED, folder=tmp_path).split() == ["False"]
