@@ -251,12 +251,14 @@ def _refuse_other_tasks(config: PreTrainedConfig, folder: Path) -> None:
 
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     names = [causal] if isinstance(causal, str) else list(causal or ())
-    given = list(getattr(config, "architectures", None) or ())
+    classes = getattr(config, "architectures", None) or []
+    if not isinstance(classes, list) or not all(isinstance(one, str) and one.isidentifier() for one in classes):
+        raise InputError(f"{folder / 'config.json'} names architectures that are no classes; correct it")
     if not names or getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{folder} is a {config.model_type} model, not a causal language model; choose one that is")
-    if given and not any(name in names for name in given):
+    if classes and not any(name in names for name in classes):
         raise InputError(
-            f"{folder} holds a {given[0]}, not a causal language model ({names[0]}); choose a checkpoint that is one"
+            f"{folder} holds a {classes[0]}, not a causal language model ({names[0]}); choose a checkpoint that is one"
         )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from llmcompress.errors import DiskError, InputError, LLMCompressError
 from llmcompress.models.checkpoint import read_tensors, write_tensors
 from llmcompress.models.replace import replace_text
+from llmcompress.models.staging import MARK, remove
 
 RECORD = "record"  # the key of the JSON in a header
 DIGEST = "sha256"  # the key of the digest in the JSON, over all its other keys
@@ -98,7 +99,10 @@ class Store:
         """Remove the folder and all that is in it, records first."""
         for name in self.names():
             self.remove(name)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if (self.folder / MARK).is_file():  # a folder of ours, so its mark goes last
+            remove(self.folder)
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def within(self, name: str, **more: Any) -> Store:
         """Return the store of a part of the run: the folder `name` inside, with `more` in its identity."""

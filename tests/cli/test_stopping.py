@@ -83,9 +83,8 @@ def test_a_program_that_is_still_importing(seconds: float, tmp_path: Path) -> No
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    lines = [line for line in said.splitlines() if not line.startswith("import time:")]
     if process.returncode == -signal.SIGINT or "llmcompress" not in said:
         return  # Python itself had not begun
     assert process.returncode in (130, 2, 5), said[-2000:]
-    assert process.returncode != 130 or lines[-1].startswith(EARLY.decode()[:5])
+    assert process.returncode != 130 or EARLY.decode()[:28] in said
     assert process.returncode != 130 or "Traceback" not in said
