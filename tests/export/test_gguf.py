@@ -459,7 +459,7 @@ def test_llama_cpp_multiplies_by_every_type(tmp_path: Path) -> None:
     more = {"embeddings": [kinds["k"]], "head": [row]}
     folder = compressed(tiny_llama(tmp_path / "dense", **sizes), tmp_path / "small", *rules, **more)
     done = export(folder, tmp_path / "out", "gguf")
-    assert done.kept[0].endswith("(3 as TQ1_0, 3 as Q1_0, 2 as Q8_0, 2 as Q5_0, 2 as Q4_0)")
+    assert done.kept[0].endswith("(3 as Q1_0, 3 as TQ1_0, 2 as Q8_0, 2 as Q5_0, 2 as Q4_0)")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = [(number * 37) % 640 for number in range(1, 41)]
     assert largest_difference(run(tmp_path / "out"), model, ids, 640) < 0.15
