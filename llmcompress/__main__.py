@@ -1,6 +1,6 @@
 """`python -m llmcompress`, which launchers need: `accelerate launch -m llmcompress eval ...`."""
 
-from llmcompress.cli.app import main
+from llmcompress.cli import main
 
 if __name__ == "__main__":
     main()

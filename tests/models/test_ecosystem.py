@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,11 @@ def test_a_pipeline_generates(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_without_llmcompress_transformers_refuses(folder: Path) -> None:
+    """Packages on PYTHONPATH alone: Python reads no `.pth` file there, so transformers never hears of the format."""
     program = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True)
+    packages = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
+    words = [sys.executable, "-S", "-c", program, str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, env=packages)
     assert done.returncode != 0 and "MISMATCH" in done.stderr
 
 
