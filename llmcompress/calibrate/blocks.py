@@ -7,7 +7,8 @@ blocks cannot be run that way is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense import DenseModel
+from llmcompress.models.experts import Experts, experts_of, holder
 from llmcompress.models.families import Architecture
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.precision import products
@@ -57,7 +59,7 @@ def in_batches(count: int, held_out: int, size: int) -> list[RowBatch]:
 
 
 Calls = dict[int, list[Call]]  # by number of sequences in the batch, then by block
-Visit = Callable[[str, Tensor], None]
+Visit = Callable[[str, Tensor, Tensor | None], None]
 ROUNDING = 1e-5  # of arguments that a model computes again for every batch
 
 
@@ -75,12 +77,15 @@ class BlockForward:
     ) -> Tensor:
         """The block's outputs for `hidden [sequences, length, width]`.
 
-        `visit(name, input [sequences, length, in])` is called for each linear in `names` as the block calls it.
-        `stop_at`, one of them: the block is left there, and nothing is returned.
+        `visit(name, input [sequences, length, in], None)` is called for each linear in `names` as the block calls it;
+        for one of an expert, which may not be called at all, `visit(name, input [tokens, in], tokens)` with the indices
+        of its tokens among `sequences * length`. `stop_at`, one of them: the block is left there, and nothing is
+        returned.
         """
         call, visited = self.calls[len(hidden)], []
+        experts = experts_of(self.module)
 
-        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(name: str, routed: Experts | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def seen(_: nn.Module, args: tuple[Any, ...]) -> None:
                 visited.append(name)
                 if not _finite(args[0]):
@@ -88,7 +93,10 @@ class BlockForward:
                 if visit is not None:
                     with torch.autocast(hidden.device.type, enabled=False):  # statistics in bfloat16 are not positive
                         inputs = args[0].to(self.dtype)  # what the linear multiplies
-                        visit(name, inputs.reshape(*hidden.shape[:2], -1))
+                        if routed is None:
+                            visit(name, inputs.reshape(*hidden.shape[:2], -1), None)
+                        else:
+                            visit(name, inputs, routed.tokens)
                 if name == stop_at:
                     raise _Enough
 
@@ -97,8 +105,9 @@ class BlockForward:
         handles = []
         try:
             for name in names:
-                linear = self.module.get_submodule(name.removeprefix(f"{self.path}."))
-                handles.append(linear.register_forward_pre_hook(hook(name)))
+                inside = name.removeprefix(f"{self.path}.")
+                linear, path = self.module.get_submodule(inside), holder(inside, experts)
+                handles.append(linear.register_forward_pre_hook(hook(name, None if path is None else experts[path])))
             with products(hidden.device, self.dtype):
                 output = self.module(hidden, *call.args, **call.kwargs)
         except _Enough:
@@ -106,10 +115,11 @@ class BlockForward:
         finally:
             for handle in handles:
                 handle.remove()
-        if sorted(visited) != sorted(names):
-            odd = next(name for name in names if visited.count(name) != 1)
+        often = Counter(visited)
+        odd = next((n for n in names if often[n] != 1 and not _unrouted(n, often[n], self.path, experts)), None)
+        if odd is not None:
             raise InputError(
-                f"{odd} is called {visited.count(odd)} times by its block, exactly once was expected; leave the layer "
+                f"{odd} is called {often[odd]} times by its block, exactly once was expected; leave the layer "
                 f"out of the recipe or choose a model of a known family"
             )
         output = output[0] if isinstance(output, (tuple, list)) else output
@@ -121,6 +131,11 @@ class BlockForward:
         if not _finite(output):
             raise NumericsError(_overflow(self.path, "its outputs"))
         return output
+
+
+def _unrouted(name: str, calls: int, path: str, experts: Mapping[str, Experts]) -> bool:
+    """True if a linear of the block at `path` is one of an expert, and was not called since no token came to it."""
+    return calls == 0 and holder(name.removeprefix(f"{path}."), experts) is not None
 
 
 class _Enough(Exception):

@@ -22,11 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibrate.blocks import BlockForward, Calls, RowBatch, drop, embed, head_inputs, in_batches, load
-from llmcompress.calibrate.token_weights import token_weights
+from llmcompress.calibrate.gather import (
+    HELD_OUT,
+    HiddenStreams,
+    InputGroup,
+    Needs,
+    Wanted,
+    gather,
+    moments_of,
+    wanted_of,
+)
 from llmcompress.errors import InputError
-from llmcompress.methods.moments import Moments, capped_weights
+from llmcompress.methods.moments import Moments
 from llmcompress.models.dense import DenseModel
-from llmcompress.models.families import Architecture, BlockLayout, Linear
+from llmcompress.models.families import Architecture, Linear
 from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.weight.modules import decoded
@@ -34,42 +43,9 @@ from llmcompress.weight.modules import decoded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HELD_OUT = frozenset({"outer"})  # what an honest layer error is computed from
 TOKENS_PER_BATCH = 2048
 
-Wanted = dict[tuple[str, ...], frozenset[str]]  # the statistics of each input group, by the names of its linears
-Needs = frozenset[str] | Mapping[str, frozenset[str]]
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
-
-
-@dataclass(frozen=True, eq=False)
-class InputGroup:
-    """Linears that read the same tensor, by module path, and the moments of it.
-
-    `inputs`: over the calibration sequences; `held_out`: over the others, None if there are none.
-    """
-
-    names: tuple[str, ...]
-    inputs: Moments
-    held_out: Moments | None
-
-
-@dataclass(frozen=True, eq=False)
-class HiddenStreams:
-    """The hidden states that blocks read, `[sequences, length, width]`, and how moments are gathered of them.
-
-    `dense`: those in the dense model, of the calibration sequences or of all, None where they are not carried;
-    `behind`: those that the block before read, None where it does not stay; `keep_outputs`: `hidden` moves on to a
-    block's outputs while its moments are gathered.
-    """
-
-    batches: list[RowBatch]
-    hidden: Tensor
-    dense: Tensor | None
-    behind: Tensor | None
-    cap: float | None
-    weights: TokenWeights | None
-    keep_outputs: bool
 
 
 @dataclass(eq=False)
@@ -149,7 +125,7 @@ def walk(
     before, started = None, time.monotonic()
     for index, layout in enumerate(arch.blocks):
         run = _loaded(model, source, arch, index, calls, dtype, hidden.device)
-        wanted = _wanted(layout, {} if index < finished else needs)
+        wanted = wanted_of(layout, {} if index < finished else needs)
         block = _block(model, arch, index, run, wanted, streams, outputs, before)
         trim_memory()
         yield block
@@ -189,15 +165,15 @@ def _block(
     before: Block | None,
 ) -> Block:
     """A block that was just loaded, with the moments of its linears' inputs."""
-    groups = _gather(run, wanted, streams)
+    groups = gather(run, wanted, streams)
 
-    def gather(names: tuple[str, ...]) -> InputGroup:
+    def again(names: tuple[str, ...]) -> InputGroup:
         alone = replace(streams, dense=None, keep_outputs=False)
-        [group] = _gather(run, {names: wanted[names] - {"cross"}}, alone)
+        [group] = gather(run, {names: wanted[names] - {"cross"}}, alone)
         return group
 
     dense = streams.dense if outputs else None
-    return Block(index, run.path, run.module, groups, streams.hidden, arch.linears(), model, run, dense, gather, before)
+    return Block(index, run.path, run.module, groups, streams.hidden, arch.linears(), model, run, dense, again, before)
 
 
 def _leave(block: Block, run: BlockForward, streams: HiddenStreams, last: bool) -> Block | None:
@@ -248,7 +224,7 @@ def _gather_ends(
     for number, name, statistics in _tables(arch, needs, finished):
         totals: dict[bool, Moments] = {}
         for batch, x in head_inputs(model, source, arch, hidden, batches, as_tuple) if statistics else ():
-            moments = _moments(x, None, HELD_OUT, cap, None)
+            moments = moments_of(x, HELD_OUT, cap)
             totals[batch.held_out] = totals[batch.held_out] + moments if batch.held_out in totals else moments
         groups[number] = InputGroup((name,), totals.get(False, Moments(0.0)), totals.get(True))
     return groups
@@ -289,62 +265,13 @@ def _without_data(
     for index, layout in list(enumerate(arch.blocks))[finished:]:
         module = model.get_submodule(layout.path)
         load(module, layout.path, source, device)
-        groups = tuple(InputGroup(names, Moments(0.0), None) for names in _wanted(layout, needs))
+        groups = tuple(InputGroup(names, Moments(0.0), None) for names in wanted_of(layout, needs))
         yield Block(index, layout.path, module, groups, torch.empty(0), linears, model)
         drop(module)
         if progress is not None:
             progress(index + 1, len(arch.blocks), 0.0)
     for number, name, _ in _tables(arch, needs, finished):
         yield from _table(model, source, number, InputGroup((name,), Moments(0.0), None), device)
-
-
-@torch.no_grad()
-def _gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[InputGroup, ...]:
-    """The moments of each input group over all batches.
-
-    The dense hidden states move on to the block's outputs for them; so do the others if `keep_outputs`.
-    """
-    hidden, dense_hidden, cap = streams.hidden, streams.dense, streams.cap
-    readers = {names[0]: names for names in wanted}  # one linear stands for its group
-    totals: dict[tuple[str, bool], Moments] = {}
-    last: str | None = None  # the linear that the block calls last: known, and all calls counted, after the first batch
-    for batch in streams.batches:
-        dense_inputs: dict[str, Tensor] = {}
-        if dense_hidden is not None and batch.rows.stop <= len(dense_hidden):
-            rows = dense_hidden[batch.rows]
-            dense_hidden[batch.rows] = run(rows, dense_inputs.__setitem__, tuple(readers))
-        if not readers and not streams.keep_outputs:
-            continue
-        counts = None if streams.weights is None else token_weights(run, hidden[batch.rows], streams.weights)
-
-        def add(
-            name: str,
-            x: Tensor,
-            held: bool = batch.held_out,
-            dense: dict[str, Tensor] = dense_inputs,
-            counts: Tensor | None = counts,
-        ) -> None:
-            needs = HELD_OUT if held else wanted[readers[name]]
-            moments = _moments(x, dense.pop(name, None), needs, cap, counts)
-            totals[name, held] = totals[name, held] + moments if (name, held) in totals else moments
-
-        output = run(hidden[batch.rows], add, tuple(readers), None if streams.keep_outputs else last)
-        last = list(totals)[-1][0] if last is None and totals else last
-        if streams.keep_outputs:
-            hidden[batch.rows] = output
-    return tuple(InputGroup(names, totals[name, False], totals.get((name, True))) for name, names in readers.items())
-
-
-def _moments(
-    x: Tensor, dense_inputs: Tensor | None, needs: frozenset[str], cap: float | None, counts: Tensor | None
-) -> Moments:
-    """The moments of one batch of a linear's inputs `[sequences, length, in]`; `counts [sequences, length]` are weights
-    of its tokens, which the cap lowers."""
-    weights = None if cap is None else capped_weights(x, cap)
-    if counts is not None:
-        weights = counts if weights is None else weights * counts
-    weights = None if weights is None else weights.flatten()
-    return Moments.of(x.flatten(0, 1), needs, weights, None if dense_inputs is None else dense_inputs.flatten(0, 1))
 
 
 def _check_sequences(model: PreTrainedModel, sequences: Tensor, held_out: int) -> None:
@@ -367,16 +294,3 @@ def _check_sequences(model: PreTrainedModel, sequences: Tensor, held_out: int) -
             f"calibration sequences of {length} tokens are longer than the model's {positions} positions; "
             f"set a length of at most {positions}"
         )
-
-
-def _wanted(layout: BlockLayout, needs: Needs) -> Wanted:
-    """The groups of a block to gather, each with what the methods of its linears need together."""
-    wanted = {}
-    for group in layout.groups:
-        names = tuple(linear.name for linear in group)
-        if isinstance(needs, Mapping):
-            if any(name in needs for name in names):
-                wanted[names] = frozenset().union(*(needs.get(name, frozenset()) for name in names))
-        else:
-            wanted[names] = needs
-    return wanted

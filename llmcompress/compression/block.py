@@ -214,7 +214,7 @@ def _compressed(
         layer = _layer(run.job, name, group.names[0], block.weight(name), group.inputs)
         compressed = apply_in_runs(layer, run.steps[name])
         stored = compressed.expression()
-        rows.append(_row(run.steps[name], layer, stored, compressed.notes, group.held_out))
+        rows.append(_row(run.steps[name], layer, stored, compressed.notes, group))
         done[name] = packed(stored)
     group.inputs.derived.clear()  # factors that only this group's linears could share
     return done, rows
@@ -255,7 +255,7 @@ def _to_dense_outputs(inputs: Moments, outer: Tensor, cross: Tensor) -> Tensor:
 
 
 def _row(
-    steps: tuple[StepConfig, ...], layer: Layer, stored: Weight, notes: Sequence[str], held_out: Moments | None
+    steps: tuple[StepConfig, ...], layer: Layer, stored: Weight, notes: Sequence[str], group: InputGroup
 ) -> LayerReport:
     value = dense(stored)
     error = relative_error(layer.weight, value, layer.inputs)
@@ -268,7 +268,8 @@ def _row(
         steps=tuple(s.method for s in steps),
         bpw=bits(stored) / prod(size),
         error=error,
-        error_heldout=None if held_out is None else relative_error(layer.weight, value, held_out),
+        error_heldout=None if group.held_out is None else relative_error(layer.weight, value, group.held_out),
         fallback="; ".join(notes) or None,
         stored=describe(stored),
+        starved=group.starved,
     )

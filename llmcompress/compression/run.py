@@ -236,7 +236,7 @@ def _report(
         peak_memory_bytes=peak_memory(),
         calibration=None if tokens is None else tokens.report(),
         layers=tuple(rows),
-        warnings=(*warnings(job), *_notes(tokens), *_searched_elsewhere(run), *_from_before(journal)),
+        warnings=(*warnings(job), *_notes(tokens), *_starved(run), *_searched_elsewhere(run), *_from_before(journal)),
         base_model=job.source.hub_id,
         license=job.source.license,
         versions=versions(),
@@ -247,6 +247,18 @@ def _report(
 
 def _notes(tokens: CalibrationTokens | None) -> tuple[str, ...]:
     return () if tokens is None else tokens.notes
+
+
+def _starved(run: CompressionState) -> tuple[str, ...]:
+    """Return a sentence if experts were given few calibration tokens."""
+    few = {row.name.rpartition(".")[0]: row.starved for row in run.rows if row.starved is not None}
+    if not few:
+        return ()
+    least = min(few, key=lambda name: few[name])
+    return (
+        f"{len(few)} experts were given less than a quarter of the calibration tokens of an average one "
+        f"({least}: {few[least]}), so they were fitted to what all tokens would give them too; calibrate on more text",
+    )
 
 
 def _searched_elsewhere(run: CompressionState) -> tuple[str, ...]:

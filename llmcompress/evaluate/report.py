@@ -17,7 +17,8 @@ BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 @dataclass(frozen=True)
 class LayerReport:
     """One linear. Errors: relative output errors |(W - W_approx) X|^2 / |W X|^2, on calibration and held-out text;
-    those of the weights alone, |W - W_approx|^2 / |W|^2, without calibration."""
+    those of the weights alone, |W - W_approx|^2 / |W|^2, without calibration. `starved`: the calibration tokens that
+    came to it, if it is one of an expert that was given few and so was fitted to others too."""
 
     name: str
     shape: tuple[int, int]  # (out, in)
@@ -27,6 +28,7 @@ class LayerReport:
     error_heldout: float | None
     fallback: str | None  # what had to be done differently than asked, if anything
     stored: str  # the expression, for people
+    starved: int | None = None
 
     @property
     def shown_error(self) -> float:

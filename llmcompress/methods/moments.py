@@ -73,6 +73,13 @@ class Moments:
             plus(self.cross, other.cross),
         )
 
+    def scaled(self, weight: float) -> Moments:
+        """The moments with every token's weight multiplied by `weight`."""
+        square, outer, cross = (
+            None if found is None else found * weight for found in (self.square, self.outer, self.cross)
+        )
+        return Moments(self.tokens * weight, square, outer, cross)
+
     def memo(self, key: Any, compute: Callable[[], T]) -> T:
         """`compute()`, remembered under `key` for every layer that reads this input (a Cholesky factor, say)."""
         if key not in self.derived:

@@ -18,11 +18,12 @@ from yaml import YAMLError
 
 from llmcompress.errors import InputError, is_out_of_memory, listed
 from llmcompress.models.digest import content_digest, tokenizer_digest
-from llmcompress.models.families import refuse_experts
+from llmcompress.models.experts import unfuse
 from llmcompress.models.headers import BUFFERS, FLOATS, Header, read_entries, read_headers, read_tensor
 from llmcompress.models.locate import Place, locate, public_name
 from llmcompress.models.public_entries import public_entries
 from llmcompress.models.skeleton import check_numbers, config_errors, dense_skeleton, outline, reason
+from llmcompress.models.stored_names import renamed
 from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.devices import device_of
 
@@ -88,8 +89,13 @@ class DenseModel:
         return dense_skeleton(self.config, self.folder)
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
-        """Return the whole model as it lies on disk, in float32. Raises what `load_model` raises."""
-        return load_model(Place(self.name, self.folder), device)
+        """Return the whole model as it lies on disk, in float32, its linears as `skeleton` has them.
+
+        Raises what `load_model` raises.
+        """
+        model = load_model(Place(self.name, self.folder), device)
+        unfuse(model)
+        return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer. Raises InputError if the folder has none that transformers can read."""
@@ -182,7 +188,6 @@ def open_source(place: Place) -> DenseModel:
     config = read_config(place.folder)
     stored = read_headers(place.folder)
     skeleton = outline(config, place.folder, len(stored), _disk(stored))
-    refuse_experts(config, skeleton)  # before matching: their tensors have other names on disk
     tensors, tied, unused = _match(skeleton, stored, place.folder)
     note = f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one" if unused else ""
     notes = (*place.notes, note) if note else place.notes
@@ -271,12 +276,13 @@ def _match(
     """
     prefix = f"{skeleton.base_model_prefix}."
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    known = renamed(skeleton, stored, folder) | stored
     found: dict[str, Header] = {}
     for name, value in {**skeleton.state_dict(), **parameters}.items():
         candidates = (name, name.removeprefix(prefix), prefix + name, RENAMED.get(name, name))
-        key = next((key for key in candidates if key in stored), None)
+        key = next((key for key in candidates if key in known), None)
         if key is not None:
-            found[name] = _checked(stored[key], tuple(value.shape), name in parameters)
+            found[name] = _checked(known[key], tuple(value.shape), name in parameters)
     used = {header.key for header in found.values()}
     tied = _tie(dict(getattr(skeleton, "all_tied_weights_keys", None) or {}), found)
     missing = [name for name in parameters if tied.get(name, name) not in found]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmcompress.models.experts import Experts, experts_of, fused, unfuse
 from llmcompress.weight import expression
 from llmcompress.weight.modules import Compressed, CompressedEmbedding, compressed_modules, put
 
@@ -18,12 +19,17 @@ if TYPE_CHECKING:
 def dequantized(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
     """Replace every compressed module by the dense one that it stands for, and return the model, all in `dtype`.
 
+    Experts become the parameters again that transformers has for them.
+
     `dtype`: that of the model's dense tensors if it is None. Memory peaks at the dense model and the compressed rest.
     """
     dtype = model.dtype if dtype is None else dtype
-    plain = skeleton(type(model), model.config)
+    plain, unfused = skeleton(type(model), model.config), skeleton(type(model), model.config)
+    unfuse(unfused)
     for name, module in compressed_modules(model).items():
-        put(model, name, _dense(module, plain.get_submodule(name), dtype))
+        put(model, name, _dense(module, unfused.get_submodule(name), dtype))
+    for name, experts in experts_of(model).items():
+        put(model, name, _fused(experts, plain.get_submodule(name)))
     placed: nn.Module = model
     placed.to(dtype)  # transformers' own refuses what it takes for a quantized model
     model.tie_weights()
@@ -37,6 +43,13 @@ def skeleton(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     with torch.device("meta"):
         found: PreTrainedModel = kind._from_config(config)
     return found
+
+
+def _fused(experts: Experts, plain: nn.Module) -> nn.Module:
+    """Return `plain`, a module of transformers on meta, with the weights of `experts`."""
+    for leaf, value in fused(experts, experts.state_dict().__getitem__).items():
+        setattr(plain, leaf, nn.Parameter(value))
+    return plain.train(experts.training)
 
 
 def _dense(module: Compressed, plain: Any, dtype: torch.dtype) -> nn.Module:

@@ -7,39 +7,42 @@ block can run on its own, when it records the blocks' arguments.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
 from llmcompress.errors import InputError, listed
+from llmcompress.models.experts import GATE, UP, Experts, experts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Groups = tuple[tuple[str, ...], ...]
+T = TypeVar("T")
+Groups = tuple[tuple[T, ...], ...]
 
-LLAMA: Groups = (
+LLAMA: Groups[str] = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
 LLAMA_PRODUCERS = ("input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj")
-FUSED: Groups = (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))
-OPT: Groups = (
+FUSED: Groups[str] = (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))
+OPT: Groups[str] = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.out_proj",),
     ("fc1",),
     ("fc2",),
 )
-NEOX: Groups = (
+NEOX: Groups[str] = (
     ("attention.query_key_value",),
     ("attention.dense",),
     ("mlp.dense_h_to_4h",),
     ("mlp.dense_4h_to_h",),
 )
-GPT2: Groups = (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))
+GPT2: Groups[str] = (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Family:
 
     model_type: str
     blocks: str = "model.layers"
-    groups: Groups = LLAMA
+    groups: Groups[str] = LLAMA
     producers: tuple[str, ...] = ()
     norm: str = "model.norm"
 
@@ -76,8 +79,6 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
 
 @dataclass(frozen=True)
 class Linear:
@@ -94,7 +95,7 @@ class BlockLayout:
     """One decoder block: its module path, and its linears grouped by the tensor they read."""
 
     path: str
-    groups: tuple[tuple[Linear, ...], ...]
+    groups: Groups[Linear]
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class Architecture:
     """The structure of a model, for a walk, a plan and a loader. `family` is None if it was discovered.
 
     `outside`: linears of no block (the output head), left dense. `other`: weights of two or more dimensions inside
-    blocks that are not linears, left dense too. `embedding` and `head`: module paths of the token table and of the
-    linear that computes the logits. `tied`: the head is the table.
+    blocks that are not linears, or that route tokens to experts, left dense too. `embedding` and `head`: module paths
+    of the token table and of the linear that computes the logits. `tied`: the head is the table.
     """
 
     model_type: str
@@ -124,10 +125,9 @@ class Architecture:
 def architecture(config: PreTrainedConfig, model: PreTrainedModel) -> Architecture:
     """Return the structure of a causal language model, whose weights may be on meta.
 
-    Raises InputError for mixture-of-experts models, for blocks that cannot be told apart from the rest of the model,
-    and for a known family whose blocks hold other linears than its row says.
+    Raises InputError for blocks that cannot be told apart from the rest of the model, and for a known family whose
+    blocks hold other linears than its row says.
     """
-    refuse_experts(config, model)
     family = FAMILIES.get(config.model_type)
     stack = block_stack(config, model)
     blocks = tuple(
@@ -169,7 +169,7 @@ def _layout(family: Family | None, path: str, block: nn.Module) -> BlockLayout:
     if family is None:
         if not linears:
             raise InputError(f"{path} holds no linear layer, so there is nothing to compress in it; name another model")
-        return BlockLayout(path, tuple((linear,) for linear in linears.values()))
+        return BlockLayout(path, _discovered(block, path, linears))
     rows = tuple(tuple(f"{path}.{name}" for name in group) for group in family.groups)
     expected = {name for group in rows for name in group}
     if expected != set(linears):
@@ -179,6 +179,28 @@ def _layout(family: Family | None, path: str, block: nn.Module) -> BlockLayout:
             f"(unexpected: {listed(more)}, absent: {listed(fewer)}); a table row for this variant is needed"
         )
     return BlockLayout(path, tuple(tuple(linears[name] for name in group) for group in rows))
+
+
+def _discovered(block: nn.Module, path: str, linears: dict[str, Linear]) -> Groups[Linear]:
+    """Return the input groups of a block of no known family: each linear alone, but for the gate and up of an expert.
+
+    Routers, which choose experts by a few numbers, are in none.
+    """
+    experts = {f"{path}.{inside}": found for inside, found in experts_of(block).items()}
+    groups: dict[str, list[Linear]] = {}
+    for name, linear in linears.items():
+        parent, _, leaf = name.rpartition(".")
+        is_expert = parent.rpartition(".")[0] in experts
+        if not is_expert and _routes(parent, linear, experts):
+            continue
+        groups.setdefault(f"{parent}.{UP}" if is_expert and leaf == GATE else name, []).append(linear)
+    return tuple(map(tuple, groups.values()))
+
+
+def _routes(parent: str, linear: Linear, experts: Mapping[str, Experts]) -> bool:
+    """True if a linear beside experts gives a number for each of them, or one for the shared expert."""
+    beside = [found for place, found in experts.items() if f"{parent}.".startswith(f"{place.rpartition('.')[0]}.")]
+    return any(linear.shape[0] in (1, found.num_experts) for found in beside)
 
 
 def _linears(module: nn.Module, path: str = "") -> dict[str, Linear]:
@@ -209,15 +231,3 @@ def _discover_stack(config: PreTrainedConfig, model: nn.Module) -> str:
             f"({listed(sorted(set(outermost)))}), exactly one was expected; choose a model of a known family"
         )
     return outermost[0]
-
-
-def refuse_experts(config: PreTrainedConfig, model: nn.Module) -> None:
-    """Raise InputError for a mixture-of-experts model."""
-    counts = {key: getattr(config, key, None) for key in EXPERT_COUNTS}
-    announced = [f"{key}: {value}" for key, value in counts.items() if isinstance(value, int) and value > 1]
-    modules = [name for name, child in model.named_modules() if "experts" in f"{name} {type(child).__name__}".lower()]
-    if announced or modules:
-        raise InputError(
-            f"model type {config.model_type!r} is a mixture of experts ({(announced or modules)[0]}), which cannot be "
-            f"compressed yet; choose a dense model"
-        )

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -21,13 +22,38 @@ BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persiste
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A matrix or bias inside a stored tensor of all experts: that of one expert, of its first dimension.
+
+    `rows`: those of the matrix `[out, in]`, None for all; `transposed`: the matrix is stored as `[in, out]`.
+    """
+
+    expert: int
+    rows: slice | None = None
+    transposed: bool = False
+
+    def of(self, stored: Any) -> Tensor:
+        """Return a copy of the piece of a tensor, or of a slice of safetensors, of which only the expert is read."""
+        matrix = stored[self.expert]
+        turned = matrix.T if self.transposed else matrix
+        return (turned if self.rows is None else turned[self.rows]).clone(memory_format=torch.contiguous_format)
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the piece of a tensor of this shape."""
+        matrix = stored[1:][::-1] if self.transposed else stored[1:]
+        return matrix if self.rows is None else (len(range(matrix[0])[self.rows]), *matrix[1:])
+
+
+@dataclass(frozen=True)
 class Header:
-    """One stored tensor: its shape, its dtype by safetensors' name, its file, and its key there."""
+    """One stored tensor: its shape, its dtype by safetensors' name, its file, and its key there; with `piece`, all but
+    the key are of that part of it."""
 
     shape: tuple[int, ...]
     dtype: str
     file: Path
     key: str
+    piece: Piece | None = None
 
     @property
     def bytes(self) -> int:
@@ -84,6 +110,8 @@ def read_tensor(header: Header) -> Tensor:
     """Return a copy of one tensor; its file is closed again."""
     try:
         with open_tensors(header.file) as file:
+            if header.piece is not None:
+                return header.piece.of(file.get_slice(header.key))
             return file.get_tensor(header.key).clone()  # the original is a window into the mapped file
     except (SafetensorError, OSError) as error:
         raise InputError(f"{header.file} is damaged ({reason(error)}); download or copy it again") from error

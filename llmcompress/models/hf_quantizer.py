@@ -25,6 +25,7 @@ from llmcompress.errors import InputError
 from llmcompress.models.binding import check_binding, saved_binding
 from llmcompress.models.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.models.dequantize import dequantized, skeleton
+from llmcompress.models.experts import unfuse
 from llmcompress.models.integrity import MENDING, Expected, check, digests
 from llmcompress.models.skeleton import check_buffers, check_numbers
 from llmcompress.weight.modules import (
@@ -133,6 +134,10 @@ class LLMCompressQuantizer(HfQuantizer):
         check_numbers(lambda key: getattr(config, key, None), "config.json")
         return config
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Return no conversions: our files have the model's own names, and a tensor for each matrix of its experts."""
+        return []
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config, whole = self.quantization_config, model
         if (kind := _causal(model)) is not None:  # the files hold a model with another head, or with one
@@ -180,7 +185,8 @@ class LLMCompressQuantizer(HfQuantizer):
 
 
 def _prepare(model: PreTrainedModel, config: LLMCompressConfig) -> None:
-    """Put empty compressed modules into a model on meta."""
+    """Put empty compressed modules into a model on meta, one for each matrix of its experts."""
+    unfuse(model)
     table = config.table()
     resize(model, config.sizes | {name: list(layout.size) for name, layout in table.items()})
     for name, layout in table.items():

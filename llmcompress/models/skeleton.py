@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from llmcompress.errors import InputError
+from llmcompress.models.experts import unfuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -63,11 +64,16 @@ def check_numbers(number_of: Callable[[str], Any], place: str) -> None:
 
 
 def dense_skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
-    """Return the model that a config describes, parameters on meta. Raises InputError if it cannot be built."""
+    """Return the model that a config describes, parameters on meta, with one linear for each matrix of its experts.
+
+    Raises InputError if it cannot be built.
+    """
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        return _built(config, folder)
+        model = _built(config, folder)
+    unfuse(model)
+    return model
 
 
 def outline(config: PreTrainedConfig, folder: Path, stored: int, disk: int) -> PreTrainedModel:
@@ -79,6 +85,7 @@ def outline(config: PreTrainedConfig, folder: Path, stored: int, disk: int) -> P
     with _counted(folder, 2 * stored + 100), torch.device("meta"):  # tied ones are stored once
         model = _built(config, folder)
     check_buffers(model, str(folder / "config.json"), disk)
+    unfuse(model)
     return model
 
 

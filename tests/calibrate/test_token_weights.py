@@ -183,7 +183,7 @@ def test_every_moment_is_weighed(by: Literal["attention", "norm"], cap: float | 
     measures: list[Tensor] = []
     for run, hidden in runs(source, arch, tokens):
         names = tuple(name for name in arch.linears() if name.startswith(f"{run.path}."))
-        run(hidden, inputs.__setitem__, names)
+        run(hidden, lambda name, x, _: inputs.__setitem__(name, x), names)
         measures.append(
             explicit(tiny("llama"), len(measures), hidden).float() if by == "attention" else hidden.norm(dim=-1)
         )

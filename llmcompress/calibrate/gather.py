@@ -1,0 +1,199 @@
+"""The moments of what a block's linears read, gathered over all batches of the calibration.
+
+Linears of an expert read the tokens that are routed to it; see `starved` for one that gets few of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmcompress.calibrate.blocks import BlockForward, RowBatch
+from llmcompress.calibrate.starved import lacking, read_all, routed
+from llmcompress.calibrate.token_weights import token_weights
+from llmcompress.methods.moments import Moments, capped_weights
+from llmcompress.models.families import BlockLayout
+from llmcompress.recipe.calibration import TokenWeights
+
+HELD_OUT = frozenset({"outer"})  # what an honest layer error is computed from
+
+Wanted = dict[tuple[str, ...], frozenset[str]]  # the statistics of each input group, by the names of its linears
+Needs = frozenset[str] | Mapping[str, frozenset[str]]
+Seen = tuple[Tensor, Tensor | None]  # what a linear reads, and of which tokens: see `blocks.Visit`
+
+
+@dataclass(frozen=True, eq=False)
+class InputGroup:
+    """Linears that read the same tensor, by module path, and the moments of it.
+
+    `inputs`: over the calibration sequences; `held_out`: over the others, None if there are none. `starved`: the tokens
+    that were routed to an expert where its `inputs` were filled up with others; else None.
+    """
+
+    names: tuple[str, ...]
+    inputs: Moments
+    held_out: Moments | None
+    starved: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenStreams:
+    """The hidden states that blocks read, `[sequences, length, width]`, and how moments are gathered of them.
+
+    `dense`: those in the dense model, of the calibration sequences or of all, None where they are not carried;
+    `behind`: those that the block before read, None where it does not stay; `keep_outputs`: `hidden` moves on to a
+    block's outputs while its moments are gathered.
+    """
+
+    batches: list[RowBatch]
+    hidden: Tensor
+    dense: Tensor | None
+    behind: Tensor | None
+    cap: float | None
+    weights: TokenWeights | None
+    keep_outputs: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """The moments of each linear that stands for its group, and whether of held-out tokens. `needs`: by its name;
+    `counts`: the calibration tokens that were routed to it, whatever they weigh."""
+
+    needs: Mapping[str, frozenset[str]]
+    cap: float | None
+    moments: dict[tuple[str, bool], Moments] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def read(self, name: str, seen: Seen, held_out: bool, dense: Seen | None, weights: Tensor | None) -> None:
+        """Add what a linear reads in a batch, here and in the dense model; `weights [sequences, length]` of tokens."""
+        x, tokens = seen
+        beside = None if dense is None else _beside(seen, dense)
+        if tokens is not None:
+            x = x[None]  # the norms of an expert's tokens are compared with each other
+            beside = None if beside is None else beside[None]
+            weights = None if weights is None else weights.flatten()[tokens][None]
+            self.counts[name] = self.counts.get(name, 0) + (0 if held_out else len(tokens))
+        needs = HELD_OUT if held_out else self.needs[name]
+        self.add(name, moments_of(x, needs, self.cap, weights, beside), held_out)
+
+    def add(self, name: str, found: Moments, held_out: bool = False) -> None:
+        """Add moments."""
+        before = self.moments.get((name, held_out))
+        self.moments[name, held_out] = found if before is None else before + found
+
+    def fill_up(self, run: BlockForward, streams: HiddenStreams) -> frozenset[str]:
+        """Fill up the moments of starved experts; return the linears that it concerns."""
+        missing = lacking(run, self.counts)
+        if not missing:
+            return frozenset()
+        everything = _Sums(self.needs, self.cap)
+
+        def add(name: str, x: Tensor) -> None:
+            everything.add(name, moments_of(x[None], self.needs[name], self.cap, None, x[None]))
+
+        read_all(run, missing, streams.batches, streams.hidden, add)
+        for name, count in missing.items():
+            found = everything.moments[name, False]
+            self.add(name, found.scaled(count / found.tokens))
+        return frozenset(missing)
+
+
+@torch.no_grad()
+def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[InputGroup, ...]:
+    """The moments of each input group over all batches.
+
+    The dense hidden states move on to the block's outputs for them; so do the others if `keep_outputs`.
+    """
+    hidden, dense_hidden = streams.hidden, streams.dense
+    readers = {names[0]: names for names in wanted}  # one linear stands for its group
+    to_experts = routed(run, tuple(readers))
+    sums = _Sums({first: wanted[names] for first, names in readers.items()}, streams.cap)
+    sums.counts.update(dict.fromkeys(to_experts, 0))
+    outputs = torch.empty_like(hidden) if streams.keep_outputs and to_experts else hidden
+    last: str | None = None  # the linear that the block calls last: known, and all calls counted, after the first batch
+    for batch in streams.batches:
+        in_dense: dict[str, Seen] = {}
+
+        def keep(name: str, x: Tensor, tokens: Tensor | None, seen: dict[str, Seen] = in_dense) -> None:
+            seen[name] = x, tokens
+
+        if dense_hidden is not None and batch.rows.stop <= len(dense_hidden):
+            dense_hidden[batch.rows] = run(dense_hidden[batch.rows], keep, tuple(readers))
+        if not readers and not streams.keep_outputs:
+            continue
+        weights = None if streams.weights is None else token_weights(run, hidden[batch.rows], streams.weights)
+
+        def read(
+            name: str,
+            x: Tensor,
+            tokens: Tensor | None,
+            held_out: bool = batch.held_out,
+            dense: dict[str, Seen] = in_dense,
+            weights: Tensor | None = weights,
+        ) -> None:
+            sums.read(name, (x, tokens), held_out, dense.pop(name, None), weights)
+
+        output = run(hidden[batch.rows], read, tuple(readers), None if streams.keep_outputs else last)
+        if last is None and sums.moments and not to_experts:  # an expert may be called in one batch and not in another
+            last = list(sums.moments)[-1][0]
+        if streams.keep_outputs:
+            outputs[batch.rows] = output
+    filled = sums.fill_up(run, streams)
+    if outputs is not hidden:
+        hidden.copy_(outputs)
+    return tuple(
+        InputGroup(
+            names,
+            sums.moments[first, False],
+            sums.moments.get((first, True)),
+            sums.counts[first] if first in filled else None,
+        )
+        for first, names in readers.items()
+    )
+
+
+def _beside(seen: Seen, dense: Seen) -> Tensor:
+    """Return what the dense model's linear reads for each of the tokens that a linear reads; where the dense model
+    routes a token elsewhere, what is read here."""
+    (x, tokens), (there, theirs) = seen, dense
+    if tokens is None or theirs is None:
+        return there
+    place = torch.full((int(max(tokens.max(), theirs.max())) + 1,), -1, dtype=torch.long, device=x.device)
+    place[theirs] = torch.arange(len(theirs), device=x.device)
+    found = place[tokens]
+    both = found >= 0
+    result = x.clone()
+    result[both] = there[found[both]].to(x.dtype)
+    return result
+
+
+def moments_of(
+    x: Tensor,
+    needs: frozenset[str],
+    cap: float | None,
+    counts: Tensor | None = None,
+    dense_inputs: Tensor | None = None,
+) -> Moments:
+    """The moments of one batch of a linear's inputs `[sequences, length, in]`; `counts [sequences, length]` are weights
+    of its tokens, which the cap lowers."""
+    weights = None if cap is None else capped_weights(x, cap)
+    if counts is not None:
+        weights = counts if weights is None else weights * counts
+    weights = None if weights is None else weights.flatten()
+    return Moments.of(x.flatten(0, 1), needs, weights, None if dense_inputs is None else dense_inputs.flatten(0, 1))
+
+
+def wanted_of(layout: BlockLayout, needs: Needs) -> Wanted:
+    """The groups of a block to gather, each with what the methods of its linears need together."""
+    wanted = {}
+    for group in layout.groups:
+        names = tuple(linear.name for linear in group)
+        if isinstance(needs, Mapping):
+            if any(name in needs for name in names):
+                wanted[names] = frozenset().union(*(needs.get(name, frozenset()) for name in names))
+        else:
+            wanted[names] = needs
+    return wanted

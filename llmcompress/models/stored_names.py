@@ -1,0 +1,112 @@
+"""The model's own names of stored tensors, where a checkpoint has others: by the table that transformers loads with.
+
+An expert's matrix may be a tensor of its own (`block_sparse_moe.experts.3.w1.weight`) or a piece of a tensor of all
+experts of a block (`mlp.experts.gate_up_proj`); see `experts` for the names that it has here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.errors import InputError
+from llmcompress.models.experts import DOWN, FUSED_PAIR, GATE, UP, Experts, experts_of
+from llmcompress.models.headers import Header, Piece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NUMBER = re.compile(r"\.(\d+)\.[^.]+\.(?:weight|bias)$")  # of an expert, in the name of its own tensor
+LEAVES = {FUSED_PAIR: (GATE, UP), UP: (UP,), DOWN: (DOWN,)}  # of a fused parameter
+
+
+def renamed(skeleton: PreTrainedModel, stored: Mapping[str, Header], folder: Path) -> dict[str, Header]:
+    """Return the headers by the names that `skeleton` has for them, pieces of tensors of all experts among them.
+
+    Raises InputError for more experts than the config announces, and for experts stored in a way that is not known.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    transforms = get_model_conversion_mapping(skeleton)
+    renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    experts = experts_of(skeleton)
+    found: dict[str, Header] = {}
+    for key, header in stored.items():
+        name = key
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        if experts:
+            inside = _of_experts(name, header, converters, experts, f"{skeleton.base_model_prefix}.", folder)
+            found |= inside
+            if inside:
+                continue
+        found[name] = header
+    return found
+
+
+def _of_experts(
+    name: str, header: Header, converters: list[Any], experts: Mapping[str, Experts], prefix: str, folder: Path
+) -> dict[str, Header]:
+    """Return what a stored tensor is of the model's experts; nothing for any other tensor."""
+    target, part, converted = name, None, False
+    for converter in converters:
+        target, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            part, converted = converter.source_patterns.index(pattern), True
+            break
+    path, _, fused = target.rpartition(".")
+    path = next((one for one in (path, prefix + path, path.removeprefix(prefix)) if one in experts), "")
+    if not path:
+        return _own(name, header, experts, prefix, folder)
+    kind = "bias" if fused.endswith("_bias") else "weight"
+    leaves = LEAVES.get(fused.removesuffix("_bias"), ())
+    if converted and part is not None and (number := NUMBER.search(name)) and part < len(leaves):
+        _check_number(int(number[1]), header, experts[path], folder)
+        return {f"{path}.{number[1]}.{leaves[part]}.{kind}": header}
+    if converted or not leaves or len(header.shape) != (3 if kind == "weight" else 2):
+        raise InputError(
+            f"{header.key} in {header.file} holds experts in a way that is not known; choose another model"
+        )
+    if header.shape[0] != experts[path].num_experts:
+        raise _miscounted(header.shape[0], experts[path], folder)
+    return _pieces(path, leaves, kind, header, experts[path])
+
+
+def _own(name: str, header: Header, experts: Mapping[str, Experts], prefix: str, folder: Path) -> dict[str, Header]:
+    """Return the header of a matrix that has its own name already, after a check of its number."""
+    found = re.fullmatch(r"(.*)\.(\d+)\.(?:gate_proj|up_proj|down_proj)\.(?:weight|bias)", name)
+    path = next((one for one in (found[1], prefix + found[1]) if one in experts), "") if found else ""
+    if found is None or not path:
+        return {}
+    _check_number(int(found[2]), header, experts[path], folder)
+    return {f"{path}{name.removeprefix(found[1])}": header}
+
+
+def _pieces(path: str, leaves: tuple[str, ...], kind: str, header: Header, experts: Experts) -> dict[str, Header]:
+    found = {}
+    form = experts.form
+    turned = form.transposed and kind == "weight"
+    out = header.shape[2 if turned else 1]
+    for number in range(experts.num_experts):
+        for leaf in leaves:
+            piece = Piece(number, form.rows(leaf, out // len(leaves)), turned)
+            shape = piece.shape(header.shape)
+            found[f"{path}.{number}.{leaf}.{kind}"] = replace(header, shape=shape, piece=piece)
+    return found
+
+
+def _check_number(number: int, header: Header, experts: Experts, folder: Path) -> None:
+    if number >= experts.num_experts:
+        raise _miscounted(number + 1, experts, folder)
+
+
+def _miscounted(count: int, experts: Experts, folder: Path) -> InputError:
+    return InputError(
+        f"{folder} holds {count} experts or more in a block, where config.json announces {experts.num_experts}; "
+        f"correct config.json or download the model again"
+    )
