@@ -44,7 +44,7 @@ class Scheme:
 def to_compressed_tensors(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
     """Write grids as they are; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
     opened = Opened(folder)
-    turned = transposed_linears(folder, opened.config)
+    turned = transposed_linears(folder)
     linears = _linears(opened)
     schemes: dict[str, Scheme] = {}
     plain: list[str] = []

@@ -5,29 +5,34 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from transformers.pytorch_utils import Conv1D
+
 from llmcompress.export.exported import Exported
 from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened, rounded
-from llmcompress.models.skeleton import transposed_linears
+from llmcompress.models.experts import experts_of
+from llmcompress.models.skeleton import described
+from llmcompress.models.stored_names import hub_names
 from llmcompress.weight.expression import dense
 
 
 def to_dense(folder: Path, output: Path) -> Exported:
     """Write every compressed matrix decoded and rounded to bfloat16; all else as it is stored."""
     opened = Opened(folder)
-    turned = transposed_linears(folder, opened.config)
+    model = described(folder)
+    turned = {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
     rounding = 0.0
     with writing(output, opened.dense_bytes) as writer:
         copy_companions(folder, writer.folder)
-        for layers, others in opened.parts():
+        for layers, others in opened.parts(apart=experts_of(model)):
             tensors = opened.read_plain(others)
             for layer in layers:
                 stored, moved = rounded(dense(opened.expression(layer)))
                 rounding = max(rounding, moved)
                 tensors[f"{layer}.weight"] = stored.T.contiguous() if layer in turned else stored
             if tensors:
-                writer.add(tensors)
+                writer.add(hub_names(model, tensors))
         size = writer.close()
         writer.write("config.json", json.dumps(opened.config | {"dtype": "bfloat16"}, indent=1))
     return Exported(

@@ -32,7 +32,7 @@ WORD = 16  # bits
 def to_exl3(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
     """Write tiles as they are; other expressions raise InputError, or become float16 with `allow_dense`."""
     opened = Opened(folder)
-    turned = transposed_linears(folder, opened.config)
+    turned = transposed_linears(folder)
     stored: list[Tiles] = []
     plain: list[str] = []
     with writing(output, opened.dense_bytes) as writer:

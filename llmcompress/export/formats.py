@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-from llmcompress.errors import RecipeError
+from llmcompress.errors import InputError, RecipeError
 from llmcompress.export.compressed_tensors import to_compressed_tensors
 from llmcompress.export.dense import to_dense
 from llmcompress.export.exl3 import to_exl3
@@ -13,6 +13,9 @@ from llmcompress.export.exported import Exported
 from llmcompress.export.gguf.write import to_gguf
 from llmcompress.export.mlx import to_mlx
 from llmcompress.export.peft import to_peft
+from llmcompress.models.experts import experts_of
+from llmcompress.models.kind import check_kind
+from llmcompress.models.skeleton import described
 
 DOORS = ("dense", "compressed-tensors", "peft", "gguf", "mlx", "exl3")
 
@@ -39,6 +42,8 @@ def export(
     """
     if round_to is not None and to != "gguf":
         raise RecipeError(f"only the export to gguf rounds to a type, not that to {to}; leave round_to out")
+    if to != "dense":
+        _refuse_experts(Path(folder), to)
     match to:
         case "dense":
             return to_dense(Path(folder), Path(output))
@@ -53,3 +58,13 @@ def export(
         case "exl3":
             return to_exl3(Path(folder), Path(output), allow_dense)
     raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")
+
+
+def _refuse_experts(folder: Path, to: str) -> None:
+    """Raise InputError for a mixture of experts: its readers would draw random numbers for experts stored otherwise."""
+    check_kind(folder)
+    if experts := experts_of(described(folder)):
+        raise InputError(
+            f"{folder} is a mixture of experts ({next(iter(experts))}), which cannot go to {to} yet; export it to "
+            f"dense, or load it with transformers as it is"
+        )

@@ -50,7 +50,7 @@ class Quantization:
 def to_mlx(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
     """Write what MLX can hold packed; other expressions raise InputError, or become float16 with `allow_dense`."""
     opened = Opened(folder)
-    turned = transposed_linears(folder, opened.config)
+    turned = transposed_linears(folder)
     forms: dict[str, Quantization] = {}
     plain: list[str] = []
     moved = 0.0

@@ -84,15 +84,21 @@ class Opened:
             ) from error
         return decode(layout.header, layout.views(payload))
 
-    def parts(self) -> Iterator[tuple[list[str], list[str]]]:
-        """Yield compressed modules and names of other tensors, as many at a time as take PART bytes in bfloat16."""
+    def parts(self, apart: Iterable[str] = ()) -> Iterator[tuple[list[str], list[str]]]:
+        """Yield compressed modules and names of other tensors, as many at a time as take PART bytes in bfloat16.
+
+        All that is in one of the modules `apart` comes at once, whatever it takes.
+        """
         layers = {f"{layer}.weight": layer for layer in self.layouts}
         sizes = {}
         for name, path in sorted(self.files.items(), key=lambda found: (found[1], _natural(found[0]))):
             with _opened(path) as file:
                 values = prod(file.get_slice(name).get_shape())
             sizes[name] = 2 * (prod(self.layouts[layers[name]].size) if name in layers else values)
-        for names in shards(sizes, PART):
+        groups = [[name for name in sizes if name.startswith(f"{module}.")] for module in apart]
+        inside = {name for names in groups for name in names}
+        groups += shards({name: size for name, size in sizes.items() if name not in inside}, PART)
+        for names in groups:
             yield [layers[name] for name in names if name in layers], [name for name in names if name not in layers]
 
 

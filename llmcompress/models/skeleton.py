@@ -133,10 +133,19 @@ def _counted(folder: Path, most: int) -> Iterator[None]:
         handle.remove()
 
 
-def transposed_linears(folder: Path, entries: dict[str, Any]) -> set[str]:
-    """Return the module paths of linears whose weight is `[in, out]` in a model with the config `entries`."""
-    from transformers import AutoConfig
+def transposed_linears(folder: Path) -> set[str]:
+    """Return the module paths of linears whose weight is `[in, out]` in the model that `folder` describes."""
     from transformers.pytorch_utils import Conv1D
 
-    config = AutoConfig.for_model(**entries)
-    return {name for name, child in dense_skeleton(config, folder).named_modules() if isinstance(child, Conv1D)}
+    model = described(folder)
+    return {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
+
+
+def described(folder: Path) -> PreTrainedModel:
+    """Return the dense model that the config in `folder`, of a dense or a compressed one, describes; see
+    `dense_skeleton`."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    vars(config).pop("quantization_config", None)
+    return dense_skeleton(config, folder)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
-from llmcompress.models.experts import DOWN, FUSED_PAIR, GATE, UP, Experts, experts_of
+from llmcompress.models.experts import DOWN, FUSED_PAIR, GATE, UP, Experts, experts_of, fused
 from llmcompress.models.headers import Header, Piece
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 NUMBER = re.compile(r"\.(\d+)\.[^.]+\.(?:weight|bias)$")  # of an expert, in the name of its own tensor
@@ -47,6 +48,22 @@ def renamed(skeleton: PreTrainedModel, stored: Mapping[str, Header], folder: Pat
                 continue
         found[name] = header
     return found
+
+
+def hub_names(skeleton: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by the names that checkpoints of the model have on the Hub; the inverse of `renamed`.
+
+    All matrices of a block's experts, or none, are among the `tensors`.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    plain = dict(tensors)
+    for path, experts in experts_of(skeleton).items():
+        inside = {name.removeprefix(f"{path}."): plain.pop(name) for name in tensors if name.startswith(f"{path}.")}
+        if inside:
+            plain |= {f"{path}.{leaf}": value for leaf, value in fused(experts, inside.__getitem__).items()}
+    found: dict[str, Tensor] = dict(revert_weight_conversion(skeleton, plain))
+    return {name: value.contiguous() for name, value in found.items()}
 
 
 def _of_experts(

@@ -153,7 +153,7 @@ class Fallbacks:
 def planned(opened: Opened, model: GGUFModel, fallbacks: Fallbacks) -> FilePlan:
     """The type of every tensor. Raises InputError for what GGUF cannot hold, unless it may be rounded."""
     plan = FilePlan()
-    transposed = transposed_linears(opened.folder, opened.config)
+    transposed = transposed_linears(opened.folder)
     for name, factors in model.rope_factors().items():
         plan.place(name, Dense(factors), partial(Dense, factors))
     for layers, others in opened.parts():
