@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.experts import Experts, experts_of, holder
-from llmcompress.models.families import Architecture
+from llmcompress.models.families import Architecture, name_of
+from llmcompress.models.hidden_states import body
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.precision import products
 
@@ -228,12 +229,12 @@ def embed(
 
     Everything that comes before and after the blocks is loaded for it, and dropped again.
     """
-    body, stack = model.base_model, model.get_submodule(arch.stack)
-    load(body, "" if body is model else model.base_model_prefix, source, device, skip=[stack])
+    below, stack = body(model), model.get_submodule(arch.stack)
+    load(below, name_of(model, below), source, device, skip=[stack])
     try:
         return recorded(model, arch.stack, sequences, batches, device)
     finally:
-        drop(body, skip=[stack])
+        drop(below, skip=[stack])
 
 
 @torch.no_grad()
@@ -263,7 +264,7 @@ def _record(
         recorders = [_Recorder(block, path=f"{path}.{index}", tape=tape) for index, block in enumerate(blocks)]
         try:
             with _standing_in(stack, recorders):
-                model.base_model(input_ids=sequences[batch.rows].to(device), use_cache=False)
+                body(model)(input_ids=sequences[batch.rows].to(device), use_cache=False)
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise tape.refusal(f"its code fails with stand-ins for them: {reason}") from error
@@ -294,21 +295,20 @@ def head_inputs(
     as_tuple: bool,
 ) -> Iterator[tuple[RowBatch, Tensor]]:
     """Yield the inputs of the output head, `[sequences, length, width]` a batch, from the last block's outputs."""
-    body: nn.Module = model.base_model
+    below = body(model)
     stack = model.get_submodule(arch.stack)
     table = model.get_input_embeddings()
     width = int(table.get_parameter("weight").shape[1])
-    prefix = "" if body is model else model.base_model_prefix
-    load(body, prefix, source, hidden.device, skip=(stack, table))
+    load(below, name_of(model, below), source, hidden.device, skip=(stack, table))
     try:
         for batch in batches:
             answers = [_Replay(block, hidden=hidden[batch.rows], as_tuple=as_tuple) for block in stack.children()]
             nothing = hidden.new_zeros(batch.size, hidden.shape[1], width)
             with _standing_in(stack, answers):
-                output = body(inputs_embeds=nothing, use_cache=False)[0]
+                output = below(inputs_embeds=nothing, use_cache=False)[0]
             yield batch, output
     finally:
-        drop(body, skip=(stack, table))
+        drop(below, skip=(stack, table))
 
 
 @contextmanager

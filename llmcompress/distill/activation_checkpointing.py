@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmcompress.errors import RecipeError
 from llmcompress.models.families import block_stack
+from llmcompress.models.hidden_states import body
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,5 +52,5 @@ def recomputed(model: PreTrainedModel) -> Iterator[None]:
 def _few(model: PreTrainedModel) -> Tensor:
     """Return the hidden states of two tokens."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    found: Tensor = model.base_model(input_ids=ids, use_cache=False)[0]
+    found: Tensor = body(model)(input_ids=ids, use_cache=False)[0]
     return found

@@ -147,8 +147,8 @@ def architecture(config: PreTrainedConfig, model: PreTrainedModel) -> Architectu
             for name, parameter in model.named_parameters()
             if name.startswith(inside) and parameter.dim() >= 2 and name.rpartition(".")[0] not in grouped
         ),
-        embedding=_name_of(model, model.get_input_embeddings()),
-        head=_name_of(model, model.get_output_embeddings()),
+        embedding=name_of(model, model.get_input_embeddings()),
+        head=name_of(model, model.get_output_embeddings()),
         tied=bool(model.all_tied_weights_keys),
     )
 
@@ -159,7 +159,7 @@ def block_stack(config: PreTrainedConfig, model: nn.Module) -> str:
     return family.blocks if family else _discover_stack(config, model)
 
 
-def _name_of(model: nn.Module, module: nn.Module | None) -> str:
+def name_of(model: nn.Module, module: nn.Module | None) -> str:
     """Return the module path of `module`; empty if there is none."""
     return next((name for name, child in model.named_modules() if child is module), "")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -12,6 +12,13 @@ from llmcompress.models.families import block_stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def body(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a causal language model below its output head: the model itself if it has none."""
+    found: PreTrainedModel = model.base_model
+    inner: Any = getattr(model, "model", None)  # of Llama 4: its prefix is of one with images
+    return found if inner is None or found is not model else cast("PreTrainedModel", inner)
 
 
 def depth(model: PreTrainedModel) -> int:

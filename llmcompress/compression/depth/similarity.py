@@ -22,7 +22,7 @@ from llmcompress.compression.depth.drop import blocks_of
 from llmcompress.data.calibration import calibration_tokens, context_length
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.models.dense import load_model, open_source
-from llmcompress.models.hidden_states import states_between
+from llmcompress.models.hidden_states import body, states_between
 from llmcompress.models.locate import locate
 from llmcompress.recipe.calibration import Calibration
 
@@ -100,7 +100,7 @@ def run_cosines(model: Any, ids: Tensor, count: int) -> Tensor:
     total = torch.zeros(last - count + 1, dtype=torch.float64)
     for sequence in ids:
         with states_between(model, range(last + 1)) as states:
-            model.base_model(input_ids=sequence[None], use_cache=False)
+            body(model)(input_ids=sequence[None], use_cache=False)
         for first in range(len(total)):
             one, other = states[first].float(), states[first + count].float()
             total[first] += float(cosine_similarity(one, other, dim=-1).double().sum())

@@ -23,7 +23,7 @@ from llmcompress.distill.objective.heads import head_of
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.losses.loss import LossState, SumAndCount
 from llmcompress.models.families import block_stack
-from llmcompress.models.hidden_states import depth, states_between
+from llmcompress.models.hidden_states import body, depth, states_between
 from llmcompress.recipe.distillation import Term
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def ending(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     try:
         with states_between(model, [blocks]) as states:
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            read: Tensor = model.base_model(input_ids=ids, use_cache=False)[0]
+            read: Tensor = body(model)(input_ids=ids, use_cache=False)[0]
     finally:
         for handle in handles:
             handle.remove()

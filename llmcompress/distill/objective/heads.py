@@ -13,6 +13,7 @@ from llmcompress.data.batch import Batch
 from llmcompress.distill.objective.chunked_loss import HeadLoss
 from llmcompress.errors import InputError
 from llmcompress.losses.loss import SumAndCount
+from llmcompress.models.hidden_states import body
 from llmcompress.weight.modules import CompressedLinear
 from llmcompress.weight.nodes import Dense
 
@@ -31,7 +32,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     them apart (`check_boundaries` checks that it does so for a model).
     """
     positions = {} if batch.documents is None else {"position_ids": batch.positions()}
-    found: Tensor = model.base_model(input_ids=batch.ids, use_cache=False, **positions)[0]
+    found: Tensor = body(model)(input_ids=batch.ids, use_cache=False, **positions)[0]
     return found
 
 

@@ -21,7 +21,7 @@ from llmcompress.errors import RecipeError, listed
 from llmcompress.losses.divergence import wide
 from llmcompress.losses.features import Features, measure_features, reads_states
 from llmcompress.losses.loss import SumAndCount
-from llmcompress.models.hidden_states import depth, states_between
+from llmcompress.models.hidden_states import body, depth, states_between
 from llmcompress.models.kept_blocks import matched_blocks
 from llmcompress.recipe.distillation import Layers, Term
 
@@ -53,7 +53,7 @@ class StateMatching:
         found = StateMatching((student, teacher), pairs, tuple(losses))
         with torch.no_grad(), found.watched() as states:
             for model in found.models if reading else ():
-                model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+                body(model)(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
             found.projections.update(dict(_projections(found, states, seed).items()))
             for number in reading:
                 found.measured(number, states, None)
