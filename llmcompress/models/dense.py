@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
+RELEASED = "mxfp4"  # the quantization that gpt-oss was trained and released with: experts are read from it
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk; GPT-NeoX
 
 
@@ -222,7 +223,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     entries = read_entries(folder / "config.json", folder)
     kind = entries.get("model_type")
     quantization = entries.get("quantization_config") or {}
-    if method := quantization.get("quant_method") if isinstance(quantization, dict) else quantization:
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method and method != RELEASED:
         raise InputError(
             f"{folder} is already compressed (quant_method {str(method)!r}); start from the dense checkpoint"
         )
@@ -283,7 +285,7 @@ def _match(
         key = next((key for key in candidates if key in known), None)
         if key is not None:
             found[name] = _checked(known[key], tuple(value.shape), name in parameters)
-    used = {header.key for header in found.values()}
+    used = {key for header in found.values() for key in header.keys}
     tied = _tie(dict(getattr(skeleton, "all_tied_weights_keys", None) or {}), found)
     missing = [name for name in parameters if tied.get(name, name) not in found]
     if missing:

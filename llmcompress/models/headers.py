@@ -25,21 +25,27 @@ BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persiste
 class Piece:
     """A matrix or bias inside a stored tensor of all experts: that of one expert, of its first dimension.
 
-    `rows`: those of the matrix `[out, in]`, None for all; `transposed`: the matrix is stored as `[in, out]`.
+    `rows`: those of the matrix `[out, in]`, None for all; `transposed`: the matrix is stored as `[in, out]`. `scales`:
+    the file and the key of the scales of a matrix that is stored as MXFP4.
     """
 
     expert: int
     rows: slice | None = None
     transposed: bool = False
+    scales: tuple[Path, str] | None = None
 
     def of(self, stored: Any) -> Tensor:
-        """Return a copy of the piece of a tensor, or of a slice of safetensors, of which only the expert is read."""
+        """Return a copy of the piece of a slice of safetensors, of which only the expert is read."""
         matrix = stored[self.expert]
+        if self.scales is not None:
+            file, key = self.scales
+            with open_tensors(file) as opened:
+                matrix = _from_mxfp4(matrix, opened.get_slice(key)[self.expert])
         turned = matrix.T if self.transposed else matrix
         return (turned if self.rows is None else turned[self.rows]).clone(memory_format=torch.contiguous_format)
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the piece of a tensor of this shape."""
+        """Return the shape of the piece of a tensor of this shape, once it is unpacked."""
         matrix = stored[1:][::-1] if self.transposed else stored[1:]
         return matrix if self.rows is None else (len(range(matrix[0])[self.rows]), *matrix[1:])
 
@@ -56,9 +62,25 @@ class Header:
     piece: Piece | None = None
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of all stored tensors that it is read from."""
+        scales = None if self.piece is None else self.piece.scales
+        return (self.key,) if scales is None else (self.key, scales[1])
+
+    @property
     def bytes(self) -> int:
         """Size of the values on disk."""
+        if self.piece is not None and self.piece.scales is not None:
+            return prod(self.shape) * 17 // 32  # 4 bits each, and 8 for 32 of them
         return prod(self.shape) * {**FLOATS, **BUFFERS, **PACKED}[self.dtype]
+
+
+def _from_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return the matrix `[out, in]`, bfloat16, of codes `[out, in / 32, 16]` and scales `[out, in / 32]`."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    unpacked: Tensor = convert_moe_packed_tensors(codes[None], scales[None])[0]
+    return unpacked.T
 
 
 def read_headers(folder: Path) -> dict[str, Header]:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def body(model: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a causal language model below its output head: the model itself if it has none."""
-    found: PreTrainedModel = model.base_model
-    inner: Any = getattr(model, "model", None)  # of Llama 4: its prefix is of one with images
-    return found if inner is None or found is not model else cast("PreTrainedModel", inner)
+    found = model.base_model
+    inner = getattr(model, "model", None)  # of Llama 4, whose prefix is that of a model with images
+    return cast("PreTrainedModel", found if inner is None or found is not model else inner)
 
 
 def depth(model: PreTrainedModel) -> int:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NUMBER = re.compile(r"\.(\d+)\.[^.]+\.(?:weight|bias)$")  # of an expert, in the name of its own tensor
+CODES, SCALES = "_blocks", "_scales"  # ends of the names of experts in MXFP4 (gpt-oss)
 LEAVES = {FUSED_PAIR: (GATE, UP), UP: (UP,), DOWN: (DOWN,)}  # of a fused parameter
 
 
@@ -37,17 +38,37 @@ def renamed(skeleton: PreTrainedModel, stored: Mapping[str, Header], folder: Pat
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     experts = experts_of(skeleton)
     found: dict[str, Header] = {}
+    packed = {key for key in stored if key.endswith(SCALES) and f"{key.removesuffix(SCALES)}{CODES}" in stored}
     for key, header in stored.items():
+        if key in packed:
+            continue
         name = key
         for renaming in renamings:
             name, _ = renaming.rename_source_key(name)
         if experts:
+            whole = f"{key.removesuffix(CODES)}{SCALES}"
+            if whole in packed:
+                name, header = name.removesuffix(CODES), _unpacked(header, stored[whole])
             inside = _of_experts(name, header, converters, experts, f"{skeleton.base_model_prefix}.", folder)
             found |= inside
             if inside:
                 continue
         found[name] = header
     return found
+
+
+def _unpacked(codes: Header, scales: Header) -> Header:
+    """Return the header of matrices `[experts, in, out]` that are stored as MXFP4.
+
+    Raises InputError for codes and scales of sizes that do not fit each other.
+    """
+    experts, out, *blocks = codes.shape
+    if codes.dtype != "U8" or blocks[1:] != [16] or scales.dtype != "U8" or scales.shape != codes.shape[:-1]:
+        raise InputError(
+            f"{codes.key} in {codes.file} and {scales.key} are no matrices in MXFP4; download the model again"
+        )
+    packing = Piece(0, scales=(scales.file, scales.key))
+    return replace(codes, shape=(experts, blocks[0] * 32, out), dtype="BF16", piece=packing)
 
 
 def hub_names(skeleton: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,6 +134,8 @@ def _pieces(path: str, leaves: tuple[str, ...], kind: str, header: Header, exper
         for leaf in leaves:
             piece = Piece(number, form.rows(leaf, out // len(leaves)), turned)
             shape = piece.shape(header.shape)
+            if header.piece is not None:  # packed, and unpacked as `[out, in]`
+                piece = replace(piece, transposed=False, scales=header.piece.scales)
             found[f"{path}.{number}.{leaf}.{kind}"] = replace(header, shape=shape, piece=piece)
     return found
 
