@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmcompress.cli.terminal import verdict
 
 SECONDS = 60.0  # what runs longer hangs
@@ -66,6 +68,7 @@ def tried(work: Callable[[], Any], seconds: float = SECONDS) -> Outcome:
 
 def _work(work: Callable[[], Any], write: int) -> None:
     """Run in the fork, and leave it; output of libraries goes to a file that nobody reads."""
+    torch.set_num_threads(1)  # torch makes its threads again after a fork, which two of them must not do at once
     with tempfile.TemporaryFile() as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
