@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibrate.blocks import BlockForward, Calls, RowBatch, drop, embed, head_inputs, in_batches, load
+from llmcompress.calibrate.blocks import BlockForward, RowBatch, drop, in_batches, load
 from llmcompress.calibrate.gather import (
     HELD_OUT,
     HiddenStreams,
@@ -32,6 +32,7 @@ from llmcompress.calibrate.gather import (
     moments_of,
     wanted_of,
 )
+from llmcompress.calibrate.recording import Calls, embed, head_inputs
 from llmcompress.errors import InputError
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense import DenseModel
@@ -119,7 +120,7 @@ def walk(
         return
     _check_sequences(model, sequences, held_out)
     batches = in_batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
-    hidden, calls, as_tuple = embed(model, source, arch, sequences, batches, torch.device(device))
+    hidden, calls, extra = embed(model, source, arch, sequences, batches, torch.device(device))
     beside = hidden[: len(hidden) if outputs else len(hidden) - held_out].clone() if outputs or dense_stream else None
     streams = HiddenStreams(batches, hidden, beside, hidden.clone() if pairs else None, cap, weights, prefix == "dense")
     before, started = None, time.monotonic()
@@ -132,7 +133,7 @@ def walk(
         before = _leave(block, run, streams, index + 1 == len(arch.blocks))
         if progress is not None:
             progress(index + 1, len(arch.blocks), (index + 1) * sequences.numel() / (time.monotonic() - started))
-    ends = _gather_ends(model, source, arch, needs, finished, hidden, batches, as_tuple, cap)
+    ends = _gather_ends(model, source, arch, needs, finished, hidden, batches, extra, cap)
     del hidden, beside, before, streams, block  # tables are large
     for index, group in ends.items():
         yield from _table(model, source, index, group, torch.device(device))
@@ -212,7 +213,7 @@ def _gather_ends(
     finished: int,
     hidden: Tensor,
     batches: list[RowBatch],
-    as_tuple: bool,
+    extra: int,
     cap: float | None,
 ) -> dict[int, InputGroup]:
     """The token table and the output head that `needs` names, those not `finished`, by their number as a block, with
@@ -223,7 +224,7 @@ def _gather_ends(
     groups = {}
     for number, name, statistics in _tables(arch, needs, finished):
         totals: dict[bool, Moments] = {}
-        for batch, x in head_inputs(model, source, arch, hidden, batches, as_tuple) if statistics else ():
+        for batch, x in head_inputs(model, source, arch, hidden, batches, extra) if statistics else ():
             moments = moments_of(x, HELD_OUT, cap)
             totals[batch.held_out] = totals[batch.held_out] + moments if batch.held_out in totals else moments
         groups[number] = InputGroup((name,), totals.get(False, Moments(0.0)), totals.get(True))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from llmcompress.calibrate.rehearsal import rehearsed
 from llmcompress.compression.fuse.awq import EXPONENTS, check_awq
 from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.data.calibration import check_length
@@ -124,7 +125,10 @@ def prepare(source: DenseModel, recipe: Recipe) -> Job:
     that does not suit the model or whose methods require calibration that it lacks."""
     if recipe.fuse is not None and recipe.fuse.rotation:
         source = rotated_source(source, recipe.seed, recipe.fuse.untie)
-    return _laid(source, architecture(source.config, source.skeleton()), recipe)
+    arch = architecture(source.config, source.skeleton())
+    if arch.family is None:
+        arch = rehearsed(source, arch, recipe.calibration is not None)
+    return _laid(source, arch, recipe)
 
 
 def _laid(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:

@@ -74,7 +74,7 @@ class DenseModel:
 
     def content(self) -> dict[str, str]:
         """Return digests of the files that decide what becomes of the model: its weights, its config, its tokenizer."""
-        weights = sorted({header.file for header in self.tensors.values()})
+        weights = sorted({part.file for header in self.tensors.values() for part in (header, *header.parts)})
         return {
             "the model's weights": content_digest(weights),
             "the model's config.json": content_digest([self.folder / "config.json"]),

@@ -52,18 +52,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class Header:
-    """One stored tensor: its shape, its dtype by safetensors' name, its file, and its key there; with `piece`, all but
-    the key are of that part of it."""
+    """One stored tensor: its shape, its dtype by safetensors' name, its file, and its key there.
+
+    With `piece`, shape and dtype are those of that part of it; with `parts`, those of the rows of all these tensors.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     file: Path
     key: str
     piece: Piece | None = None
+    parts: tuple[Header, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of all stored tensors that it is read from."""
+        if self.parts:
+            return tuple(part.key for part in self.parts)
         scales = None if self.piece is None else self.piece.scales
         return (self.key,) if scales is None else (self.key, scales[1])
 
@@ -130,6 +135,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def read_tensor(header: Header) -> Tensor:
     """Return a copy of one tensor; its file is closed again."""
+    if header.parts:
+        return torch.cat([read_tensor(part) for part in header.parts])
     try:
         with open_tensors(header.file) as file:
             if header.piece is not None:

@@ -131,7 +131,8 @@ class LLMCompressQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Refuse sizes that no model has: transformers calls this before it builds one of a config."""
-        check_numbers(lambda key: getattr(config, key, None), "config.json")
+        entries = config.to_dict()  # a config with a number for each layer refuses to be asked for one
+        check_numbers(lambda key: entries.get(config.attribute_map.get(key, key)), "config.json")
         return config
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:

@@ -36,8 +36,10 @@ def renamed(skeleton: PreTrainedModel, stored: Mapping[str, Header], folder: Pat
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    rows = [one for one in converters if len(one.operations) == 1 and _joins_rows(one.operations[0])]
     experts = experts_of(skeleton)
     found: dict[str, Header] = {}
+    parts: dict[str, dict[int, Header]] = {}  # of tensors that are stored in several
     packed = {key for key in stored if key.endswith(SCALES) and f"{key.removesuffix(SCALES)}{CODES}" in stored}
     for key, header in stored.items():
         if key in packed:
@@ -53,8 +55,31 @@ def renamed(skeleton: PreTrainedModel, stored: Mapping[str, Header], folder: Pat
             found |= inside
             if inside:
                 continue
-        found[name] = header
-    return found
+        target, number = _part_of(name, rows)
+        if target is not None:
+            parts.setdefault(target, {})[number] = header
+        else:
+            found[name] = header
+    return found | {name: _joined([each[number] for number in sorted(each)]) for name, each in parts.items()}
+
+
+def _joins_rows(operation: Any) -> bool:
+    """True if an operation of transformers puts the rows of several tensors into one."""
+    return type(operation).__name__ == "Concatenate" and operation.dim == 0 and operation.num_shards_attribute is None
+
+
+def _part_of(name: str, converters: list[Any]) -> tuple[str | None, int]:
+    """Return the name of the tensor that a stored one is a part of, and its number there; None for a whole one."""
+    for converter in converters:
+        target, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return target, converter.source_patterns.index(pattern)
+    return None, 0
+
+
+def _joined(parts: list[Header]) -> Header:
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return replace(parts[0], shape=shape, parts=tuple(parts))
 
 
 def _unpacked(codes: Header, scales: Header) -> Header:

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.calibrate.blocks import BlockForward, embed, in_batches, load
+from llmcompress.calibrate.blocks import BlockForward, in_batches, load
+from llmcompress.calibrate.recording import embed
 from llmcompress.calibrate.token_weights import QUERIES, received_attention, scaled
 from llmcompress.calibrate.walk import InputGroup, walk
 from llmcompress.data.calibration import calibration_tokens

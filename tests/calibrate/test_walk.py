@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llmcompress.calibrate.blocks import BlockForward, Call, RowBatch, _record, _Tape, embed
+from llmcompress.calibrate.blocks import BlockForward, Call, RowBatch
+from llmcompress.calibrate.recording import _record, _Tape, embed
 from llmcompress.calibrate.walk import Block, walk
 from llmcompress.compression.block import swap
 from llmcompress.errors import InputError, NumericsError
@@ -322,7 +323,7 @@ def test_unsuitable_sequences_are_refused(tokens: Tensor, held_out: int, sentenc
 def test_blocks_that_cannot_run_alone_are_refused() -> None:
     hidden, mask = torch.zeros(1, 2, 3), torch.zeros(2)
     call = Call((), {"mask": mask})
-    tape = _Tape("odd", as_tuple=False, known=[Call((), {"mask": mask + 1e-7})] * 2)  # rounded otherwise
+    tape = _Tape("odd", extra=0, known=[Call((), {"mask": mask + 1e-7})] * 2)  # rounded otherwise
     tape.record("layers.0", hidden, call)
     tape.record("layers.1", hidden, call)
     assert len(tape.calls) == 2
@@ -362,9 +363,9 @@ class Relay(nn.Module):
 def test_blocks_that_talk_to_each_other_are_refused() -> None:
     model, batches = Relay(), [RowBatch(slice(0, 5), False)]
     with pytest.raises(InputError, match="its code fails with stand-ins for them"):  # as blocks return three things
-        _record(model, "layers", sequences(), batches, torch.device("cpu"), as_tuple=False)
+        _record(model, "layers", sequences(), batches, torch.device("cpu"), extra=0)
     with pytest.raises(InputError, match=r"layers\.1 gets more than hidden states from the block before"):
-        _record(model, "layers", sequences(), batches, torch.device("cpu"), as_tuple=True)
+        _record(model, "layers", sequences(), batches, torch.device("cpu"), extra=2)
     assert all(type(layer) is nn.Identity for layer in model.layers)
 
 

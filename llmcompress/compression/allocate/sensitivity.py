@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.blocks import RowBatch, answered, recorded
+from llmcompress.calibrate.blocks import RowBatch
+from llmcompress.calibrate.recording import answered, recorded
 from llmcompress.evaluate.distance import kl_divergence
 from llmcompress.evaluate.perplexity import POSITIONS, window_logits
 from llmcompress.models.families import Architecture
@@ -75,7 +76,7 @@ class Probe:
         here = windows.to(model.device)
         self.parts = here.split(AT_ONCE)
         first = self.parts[0]
-        _, _, self.as_tuple = recorded(model, arch.stack, first, [RowBatch(slice(0, len(first)), False)], model.device)
+        _, _, self.extra = recorded(model, arch.stack, first, [RowBatch(slice(0, len(first)), False)], model.device)
         self.inputs: list[dict[int, Tensor]] = []  # of every block, by part
         self.dense = DensePredictions(here, self._recorded())
 
@@ -97,7 +98,7 @@ class Probe:
     def _from(self, block: int) -> Iterator[Tensor]:
         """Yield the logits of every part, run from `block` on."""
         for part, inputs in zip(self.parts, self.inputs, strict=True):
-            with answered(self.model, self.arch.stack, block, inputs[block], self.as_tuple):
+            with answered(self.model, self.arch.stack, block, inputs[block], self.extra):
                 logits = self._logits(part)
             yield logits
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.blocks import Call, RowBatch, in_batches, recorded
+from llmcompress.calibrate.blocks import Call, RowBatch, in_batches
+from llmcompress.calibrate.recording import recorded
 from llmcompress.distill.blockwise.block import Activations, Block, Recovered, recover_block
 from llmcompress.distill.student.low_rank import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
