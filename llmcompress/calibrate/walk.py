@@ -289,7 +289,7 @@ def _check_sequences(model: PreTrainedModel, sequences: Tensor, held_out: int) -
             f"the calibration text has token {high if high >= vocabulary else low} but the model's vocabulary ends at "
             f"{vocabulary - 1}; use the model's own tokenizer"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(positions, int) and length > positions:
         raise InputError(
             f"calibration sequences of {length} tokens are longer than the model's {positions} positions; "

@@ -20,19 +20,20 @@ from llmcompress.weight.expression import dense
 def to_dense(folder: Path, output: Path) -> Exported:
     """Write every compressed matrix decoded and rounded to bfloat16; all else as it is stored."""
     opened = Opened(folder)
-    model = described(folder)
+    model, plain = described(folder), described(folder, unfused=False)
+    experts = experts_of(model)
     turned = {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
     rounding = 0.0
     with writing(output, opened.dense_bytes) as writer:
         copy_companions(folder, writer.folder)
-        for layers, others in opened.parts(apart=experts_of(model)):
+        for layers, others in opened.parts(apart=experts):
             tensors = opened.read_plain(others)
             for layer in layers:
                 stored, moved = rounded(dense(opened.expression(layer)))
                 rounding = max(rounding, moved)
                 tensors[f"{layer}.weight"] = stored.T.contiguous() if layer in turned else stored
             if tensors:
-                writer.add(hub_names(model, tensors))
+                writer.add(hub_names(plain, experts, tensors))
         size = writer.close()
         writer.write("config.json", json.dumps(opened.config | {"dtype": "bfloat16"}, indent=1))
     return Exported(

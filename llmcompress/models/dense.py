@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from llmcompress.errors import InputError, is_out_of_memory, listed
+from llmcompress.models.auto_class import auto_class, class_names
 from llmcompress.models.digest import content_digest, tokenizer_digest
 from llmcompress.models.experts import unfuse
 from llmcompress.models.headers import BUFFERS, FLOATS, Header, read_entries, read_headers, read_tensor
@@ -114,15 +115,15 @@ def load_model(
     `quantization` says how to quantize a dense one while it is loaded. Raises InputError if the model cannot be
     loaded, RecipeError if the device is missing.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     there = device_of(device)
     is_dense = _check_outline(place.folder) and quantization is None
     quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
-    loader: Any = AutoModelForCausalLM
     failures: tuple[type[Exception], ...] = (*config_errors(), SafetensorError)
     model: PreTrainedModel
     try:
+        loader = auto_class(AutoConfig.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False))
         model, found = loader.from_pretrained(
             place.folder,
             dtype=dtype,
@@ -253,11 +254,9 @@ def _known_type(kind: object) -> bool:
 
 
 def _refuse_other_tasks(config: PreTrainedConfig, folder: Path) -> None:
-    """Raise InputError unless the config's type has a causal language model and the checkpoint is one."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    names = [causal] if isinstance(causal, str) else list(causal or ())
+    """Raise InputError unless the config's type has a causal language model, perhaps with images, and this is one."""
+    causal, multimodal = class_names(config)
+    names = causal + multimodal
     classes = getattr(config, "architectures", None) or []
     if not isinstance(classes, list) or not all(isinstance(one, str) and one.isidentifier() for one in classes):
         raise InputError(f"{folder / 'config.json'} names architectures that are no classes; correct it")

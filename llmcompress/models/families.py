@@ -153,7 +153,7 @@ def architecture(config: PreTrainedConfig, model: PreTrainedModel) -> Architectu
     )
 
 
-def block_stack(config: PreTrainedConfig, model: nn.Module) -> str:
+def block_stack(config: PreTrainedConfig, model: PreTrainedModel) -> str:
     """Return the module path of the list of decoder blocks. Raises InputError if it is ambiguous."""
     family = FAMILIES.get(config.model_type)
     return family.blocks if family else _discover_stack(config, model)
@@ -217,13 +217,16 @@ def _linears(module: nn.Module, path: str = "") -> dict[str, Linear]:
     return found
 
 
-def _discover_stack(config: PreTrainedConfig, model: nn.Module) -> str:
-    """Return the path of the only list of `num_hidden_layers` modules that is not inside another such list."""
-    count = getattr(config, "num_hidden_layers", None)
+def _discover_stack(config: PreTrainedConfig, model: PreTrainedModel) -> str:
+    """Return the path of the only list of `num_hidden_layers` modules of the decoder that is not inside another one."""
+    text = config.get_text_config(decoder=True)
+    count = getattr(text, "num_hidden_layers", None)
     unknown = f"model type {config.model_type!r} is not in the table of families and its structure was not understood"
     if not isinstance(count, int) or count < 1:
         raise InputError(f"{unknown}: the config gives no num_hidden_layers; choose a model of a known family")
-    stacks = [name for name, child in model.named_modules() if isinstance(child, nn.ModuleList) and len(child) == count]
+    tower = "" if text is config else f"{name_of(model, model.get_decoder())}."  # others may be as deep
+    lists = ((name, child) for name, child in model.named_modules() if isinstance(child, nn.ModuleList))
+    stacks = [name for name, child in lists if len(child) == count and name.startswith(tower)]
     outermost = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
     if len(outermost) != 1:
         raise InputError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -198,6 +198,7 @@ def _prepare(model: PreTrainedModel, config: LLMCompressConfig) -> None:
 def _causal(model: PreTrainedModel) -> type[PreTrainedModel] | None:
     """Return the class of the causal language model in the files, if `model` is another class on top of its blocks."""
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    kind = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(model.config), None) if kind is None else kind
     written = model.config.architectures or []
     return None if kind is None or isinstance(model, kind) or type(model).__name__ in written else kind
 

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def body(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the part of a causal language model below its output head: the model itself if it has none."""
+    """Return the part of a causal language model below its output head: the model itself if it has none.
+
+    Of a model with images or sound, that is the part that reads text.
+    """
+    if model.config.get_text_config(decoder=True) is not model.config:
+        return cast("PreTrainedModel", model.get_decoder())
     found = model.base_model
     inner = getattr(model, "model", None)  # of Llama 4, whose prefix is that of a model with images
     return cast("PreTrainedModel", found if inner is None or found is not model else inner)

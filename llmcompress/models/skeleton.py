@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from llmcompress.errors import InputError
+from llmcompress.models.auto_class import auto_class
 from llmcompress.models.experts import unfuse
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ def check_numbers(number_of: Callable[[str], Any], place: str) -> None:
             )
 
 
-def dense_skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
-    """Return the model that a config describes, parameters on meta, with one linear for each matrix of its experts.
+def dense_skeleton(config: PreTrainedConfig, folder: Path, unfused: bool = True) -> PreTrainedModel:
+    """Return the model that a config describes, parameters on meta; `unfused`: with one linear for each matrix of its
+    experts.
 
     Raises InputError if it cannot be built.
     """
@@ -72,7 +74,8 @@ def dense_skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
 
     with init_empty_weights(include_buffers=False):
         model = _built(config, folder)
-    unfuse(model)
+    if unfused:
+        unfuse(model)
     return model
 
 
@@ -100,10 +103,8 @@ def check_buffers(model: nn.Module, place: str, disk: int) -> None:
 
 
 def _built(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
     except config_errors() as error:
         raise InputError(
             f"{folder / 'config.json'} does not describe a {config.model_type} model that can be built "
@@ -141,11 +142,11 @@ def transposed_linears(folder: Path) -> set[str]:
     return {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
 
 
-def described(folder: Path) -> PreTrainedModel:
+def described(folder: Path, unfused: bool = True) -> PreTrainedModel:
     """Return the dense model that the config in `folder`, of a dense or a compressed one, describes; see
     `dense_skeleton`."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     vars(config).pop("quantization_config", None)
-    return dense_skeleton(config, folder)
+    return dense_skeleton(config, folder, unfused)

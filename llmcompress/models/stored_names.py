@@ -55,8 +55,8 @@ def renamed(skeleton: PreTrainedModel, stored: Mapping[str, Header], folder: Pat
             found |= inside
             if inside:
                 continue
-        target, number = _part_of(name, rows)
-        if target is not None:
+        target, number, operations = _converted(name, rows)
+        if operations:
             parts.setdefault(target, {})[number] = header
         else:
             found[name] = header
@@ -66,15 +66,6 @@ def renamed(skeleton: PreTrainedModel, stored: Mapping[str, Header], folder: Pat
 def _joins_rows(operation: Any) -> bool:
     """True if an operation of transformers puts the rows of several tensors into one."""
     return type(operation).__name__ == "Concatenate" and operation.dim == 0 and operation.num_shards_attribute is None
-
-
-def _part_of(name: str, converters: list[Any]) -> tuple[str | None, int]:
-    """Return the name of the tensor that a stored one is a part of, and its number there; None for a whole one."""
-    for converter in converters:
-        target, pattern = converter.rename_source_key(name)
-        if pattern is not None:
-            return target, converter.source_patterns.index(pattern)
-    return None, 0
 
 
 def _joined(parts: list[Header]) -> Header:
@@ -96,19 +87,22 @@ def _unpacked(codes: Header, scales: Header) -> Header:
     return replace(codes, shape=(experts, blocks[0] * 32, out), dtype="BF16", piece=packing)
 
 
-def hub_names(skeleton: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def hub_names(
+    plain: PreTrainedModel, experts: Mapping[str, Experts], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return tensors by the names that checkpoints of the model have on the Hub; the inverse of `renamed`.
 
-    All matrices of a block's experts, or none, are among the `tensors`.
+    `plain`: the model as transformers has it; `experts`: of the unfused one, by module path. All matrices of a block's
+    experts, or none, are among the `tensors`.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    plain = dict(tensors)
-    for path, experts in experts_of(skeleton).items():
-        inside = {name.removeprefix(f"{path}."): plain.pop(name) for name in tensors if name.startswith(f"{path}.")}
+    whole = dict(tensors)
+    for path, unfused in experts.items():
+        inside = {name.removeprefix(f"{path}."): whole.pop(name) for name in tensors if name.startswith(f"{path}.")}
         if inside:
-            plain |= {f"{path}.{leaf}": value for leaf, value in fused(experts, inside.__getitem__).items()}
-    found: dict[str, Tensor] = dict(revert_weight_conversion(skeleton, plain))
+            whole |= {f"{path}.{leaf}": value for leaf, value in fused(unfused, inside.__getitem__).items()}
+    found: dict[str, Tensor] = dict(revert_weight_conversion(plain, whole))
     return {name: value.contiguous() for name, value in found.items()}
 
 
@@ -116,28 +110,34 @@ def _of_experts(
     name: str, header: Header, converters: list[Any], experts: Mapping[str, Experts], prefix: str, folder: Path
 ) -> dict[str, Header]:
     """Return what a stored tensor is of the model's experts; nothing for any other tensor."""
-    target, part, converted = name, None, False
-    for converter in converters:
-        target, pattern = converter.rename_source_key(name)
-        if pattern is not None:
-            part, converted = converter.source_patterns.index(pattern), True
-            break
-    path, _, fused = target.rpartition(".")
+    target, part, operations = _converted(name, converters)
+    path, _, leaf = target.rpartition(".")
     path = next((one for one in (path, prefix + path, path.removeprefix(prefix)) if one in experts), "")
     if not path:
         return _own(name, header, experts, prefix, folder)
-    kind = "bias" if fused.endswith("_bias") else "weight"
-    leaves = LEAVES.get(fused.removesuffix("_bias"), ())
-    if converted and part is not None and (number := NUMBER.search(name)) and part < len(leaves):
+    kind = "bias" if leaf.endswith("_bias") else "weight"
+    leaves = LEAVES.get(leaf.removesuffix("_bias"), ())
+    number = NUMBER.search(name)
+    if "MergeModulelist" in operations and number is not None and part < len(leaves):
         _check_number(int(number[1]), header, experts[path], folder)
         return {f"{path}.{number[1]}.{leaves[part]}.{kind}": header}
-    if converted or not leaves or len(header.shape) != (3 if kind == "weight" else 2):
+    if operations.keys() - {"Transpose"} or not leaves or len(header.shape) != (3 if kind == "weight" else 2):
         raise InputError(
             f"{header.key} in {header.file} holds experts in a way that is not known; choose another model"
         )
     if header.shape[0] != experts[path].num_experts:
         raise _miscounted(header.shape[0], experts[path], folder)
-    return _pieces(path, leaves, kind, header, experts[path])
+    return _pieces(path, leaves, kind, header, experts[path], operations.get("Transpose"))
+
+
+def _converted(name: str, converters: list[Any]) -> tuple[str, int, dict[str, Any]]:
+    """Return the tensor that a stored one becomes or is a part of, which part, and transformers' operations by name."""
+    for converter in converters:
+        target, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            operations = {type(operation).__name__: operation for operation in converter.operations}
+            return target, converter.source_patterns.index(pattern), operations
+    return name, 0, {}
 
 
 def _own(name: str, header: Header, experts: Mapping[str, Experts], prefix: str, folder: Path) -> dict[str, Header]:
@@ -150,19 +150,30 @@ def _own(name: str, header: Header, experts: Mapping[str, Experts], prefix: str,
     return {f"{path}{name.removeprefix(found[1])}": header}
 
 
-def _pieces(path: str, leaves: tuple[str, ...], kind: str, header: Header, experts: Experts) -> dict[str, Header]:
-    found = {}
-    form = experts.form
-    turned = form.transposed and kind == "weight"
+def _pieces(
+    path: str, leaves: tuple[str, ...], kind: str, header: Header, experts: Experts, turn: Any
+) -> dict[str, Header]:
+    """Return the matrices, or the biases, in a tensor of all experts; `turn`: transformers' operation that turns it."""
+    found: dict[str, Header] = {}
+    turned = experts.form.transposed and kind == "weight"
+    if turn is not None and not (turn.check_dims and header.shape[1:] == _own_shape(leaves, experts)):
+        turned = not turned
     out = header.shape[2 if turned else 1]
     for number in range(experts.num_experts):
         for leaf in leaves:
-            piece = Piece(number, form.rows(leaf, out // len(leaves)), turned)
+            piece = Piece(number, experts.form.rows(leaf, out // len(leaves)), turned)
             shape = piece.shape(header.shape)
             if header.piece is not None:  # packed, and unpacked as `[out, in]`
                 piece = replace(piece, transposed=False, scales=header.piece.scales)
             found[f"{path}.{number}.{leaf}.{kind}"] = replace(header, shape=shape, piece=piece)
     return found
+
+
+def _own_shape(leaves: tuple[str, ...], experts: Experts) -> tuple[int, int]:
+    """Return the shape that transformers' parameter has for one expert."""
+    out, columns = experts[0].get_submodule(leaves[0]).get_parameter("weight").shape
+    out *= len(leaves)
+    return (columns, out) if experts.form.transposed else (out, columns)
 
 
 def _check_number(number: int, header: Header, experts: Experts, folder: Path) -> None:
