@@ -25,7 +25,7 @@ FUSED_PAIR = "gate_up_proj"  # transformers' name of the parameter that holds ga
 
 @dataclass(frozen=True)
 class Form:
-    """How transformers stores the matrices of a fused experts module.
+    """The way in which transformers stores the matrices of a fused experts module.
 
     `gated`: there is a gate beside each up; `interleaved`: their rows alternate, else all gates come first;
     `transposed`: matrices are `[in, out]`; `biased`: each has a bias; `sorted`: it is called on the tokens of all
