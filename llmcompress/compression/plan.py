@@ -6,6 +6,7 @@ Bits are counted on the expression that each step announces for the layer's shap
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -250,8 +251,22 @@ def warnings(job: Job) -> tuple[str, ...]:
     shadowed = [f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed]
     dense = [name for name, steps in job.assignment.steps.items() if not steps]
     outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
-    left = [f"{name} stays dense" for name in (*dense, *outside, *job.arch.other)]
+    left = [f"{name} stays dense" for name in (*dense, *_parts(outside, job.arch.stack), *job.arch.other)]
     return (*job.source.notes, *job.assignment.complaints, *shadowed, *left, *_ragged(job), *_without_data(job))
+
+
+def _parts(names: Sequence[str], stack: str) -> Iterator[str]:
+    """Yield the parts of a model that linears outside of its blocks are in, as the tower for images, with their count.
+
+    `stack`: the module path of the blocks.
+    """
+    parts: dict[str, int] = {}
+    for name in names:
+        shared = len(os.path.commonprefix([name.split("."), stack.split(".")]))
+        part = ".".join(name.split(".")[: shared + 1])
+        parts[part] = parts.get(part, 0) + 1
+    for part, count in parts.items():
+        yield f"{part} ({count} linears)" if count > 1 else part
 
 
 def _ragged(job: Job) -> Iterator[str]:
