@@ -229,14 +229,6 @@ def test_bad_folders_are_refused(damage: Callable[[Path], object], sentence: str
     assert caught.value.exit_code == 5
 
 
-def test_experts_are_refused_before_their_weights_are_missed(tmp_path: Path) -> None:
-    folder = save_tiny(
-        "qwen3_moe", tmp_path / "model", num_experts=2, num_experts_per_tok=1, hidden_size=32, head_dim=8
-    )
-    with pytest.raises(InputError, match="mixture of experts"):
-        resolve(str(folder))
-
-
 def test_bad_names_are_refused(llama: Path) -> None:
     for name, revision, sentence in (
         (str(llama / "config.json"), None, "is a file; give the folder"),

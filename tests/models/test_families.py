@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from llmcompress.errors import InputError
+from llmcompress.models.experts import experts_of, unfuse
 from llmcompress.models.families import FAMILIES, architecture
+from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, VOCABULARY, tiny
+from tests.zoo import COUNT, MIXTURES, zoo
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -62,18 +65,25 @@ def test_unknown_family_is_understood_by_its_structure(family: str) -> None:
     assert all(len(group) == 1 for block in arch.blocks for group in block.groups)
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("mixtral", {"num_local_experts": 2}),
-        ("qwen3_moe", {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}),
-        ("olmoe", {"num_experts": 2, "num_experts_per_tok": 1}),
-    ],
-)
-def test_experts_are_refused(family: str, changes: dict[str, int]) -> None:
-    model = tiny(family, **SMALL, **changes)
-    with pytest.raises(InputError, match=f"{family}.* mixture of experts .*choose a dense model"):
-        architecture(model.config, model)
+@pytest.mark.parametrize("family", tiered(MIXTURES, {"mixtral", "qwen2_moe", "llama4_text"}.__contains__))
+def test_gate_and_up_of_an_expert_are_one_group_and_routers_are_in_none(family: str) -> None:
+    model = zoo(family)
+    unfuse(model)
+    arch = architecture(model.config, model)
+    groups = [{linear.name for linear in group} for block in arch.blocks for group in block.groups]
+    experts = {f"{path}.{number}" for path, found in experts_of(model).items() for number in range(len(found))}
+    assert len(experts) >= COUNT
+    for path in experts:
+        first = {f"{path}.gate_proj", f"{path}.up_proj"} if family != "nemotron_h" else {f"{path}.up_proj"}
+        assert first in groups and {f"{path}.down_proj"} in groups
+    together = set().union(*(group for group in groups if len(group) > 1))
+    assert all(name.rpartition(".")[0] in experts for name in together)
+    routers = {
+        name
+        for name in model.state_dict()
+        if name.endswith((".gate.weight", "shared_expert_gate.weight", "router.weight"))
+    }
+    assert routers and routers <= set(arch.other)
 
 
 def test_changed_block_of_a_known_family_is_refused() -> None:
