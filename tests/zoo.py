@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.tiny import FAMILY_CONFIGS, VOCABULARY, save_tiny, tiny, tiny_tokenizer
 
+SENTENCE = "The quick brown fox jumps over the lazy dog, and 42 grey geese fly past the old mill by the river. "
 COUNT = 4  # of experts in a block
 _TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 256, "eos_token_id": 257}
 _LLAMA: dict[str, Any] = {
@@ -161,6 +163,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     ),
 }
 ZOO = MIXTURES | HYBRIDS | PLAIN | REFUSED
+TURNED = {"gpt_oss", "llama4_text"}  # their parameters are [experts, in, out]
+NO_GATE = {"nemotron_h"}
 EVERY = (*FAMILY_CONFIGS, *ZOO)  # family there is a tiny model of
 
 
@@ -194,3 +198,31 @@ def any_of(family: str) -> PreTrainedModel:
 def save_any(family: str, path: Path) -> Path:
     """Write `any_of(family)` with a tokenizer to `path`, and return `path`."""
     return save_tiny(family, path) if family in FAMILY_CONFIGS else save_zoo(family, path)
+
+
+def expert_slices(family: str, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the matrices and biases of each expert by the names that they have here, cut by hand."""
+    found: dict[str, Tensor] = {}
+    for name, whole in model.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        if not leaf.startswith(("gate_up_proj", "up_proj", "down_proj")) or whole.dim() != 3 - leaf.endswith("_bias"):
+            continue
+        kind = "bias" if leaf.endswith("_bias") else "weight"
+        for number in range(COUNT):
+            value = whole[number].T if family in TURNED and kind == "weight" else whole[number]
+            width = len(value) // 2
+            if family in NO_GATE or leaf.startswith("down"):
+                parts = {leaf.removesuffix("_bias"): value}
+            elif family == "gpt_oss":
+                parts = {"gate_proj": value[0::2], "up_proj": value[1::2]}
+            else:
+                parts = {"gate_proj": value[:width], "up_proj": value[width:]}
+            found |= {f"{path}.{number}.{part}.{kind}": piece for part, piece in parts.items()}
+    return found
+
+
+def text_for_calibration(folder: Path) -> Path:
+    """Write a text to a file in `folder`, and return its path."""
+    path = folder / "text.txt"
+    path.write_text("".join(f"{number}. {SENTENCE}" for number in range(90)))
+    return path

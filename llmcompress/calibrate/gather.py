@@ -71,6 +71,8 @@ class _Sums:
         """Add what a linear reads in a batch, here and in the dense model; `weights [sequences, length]` of tokens."""
         x, tokens = seen
         beside = None if dense is None else _beside(seen, dense)
+        if dense is None and tokens is not None and "cross" in self.needs[name]:
+            beside = x  # the dense model routes none of the batch's tokens to this expert
         if tokens is not None:
             x = x[None]  # the norms of an expert's tokens are compared with each other
             beside = None if beside is None else beside[None]

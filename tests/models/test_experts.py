@@ -18,39 +18,15 @@ from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense import resolve
 from llmcompress.models.experts import experts_of, fused, unfuse
 from tests.tiers import tiered
-from tests.zoo import COUNT, MIXTURES, save_zoo, zoo
+from tests.zoo import MIXTURES, expert_slices, save_zoo, zoo
 
 FAST = {"mixtral", "gpt_oss", "llama4_text", "deepseek_v3"}  # of each form of storage
-TURNED = {"gpt_oss", "llama4_text"}  # parameters are [experts, in, out]
-NO_GATE = {"nemotron_h"}
 WEIGHTS = "model.safetensors"
 FAMILIES = tiered(MIXTURES, FAST.__contains__)
 RECIPE: dict[str, Any] = {
     "version": 1,
-    "calibration": {"dataset": "builtin", "samples": 2, "length": 32},
-    "rules": [{"match": "*", "steps": [{"method": "gptq", "bits": 4, "group_size": 16}]}],
+    "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 16}]}],
 }
-
-
-def slices(family: str, model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the matrices and biases of each expert by the names that they have here, cut by hand."""
-    found: dict[str, Tensor] = {}
-    for name, whole in model.state_dict().items():
-        path, _, leaf = name.rpartition(".")
-        if not leaf.startswith(("gate_up_proj", "up_proj", "down_proj")) or whole.dim() != 3 - leaf.endswith("_bias"):
-            continue
-        kind = "bias" if leaf.endswith("_bias") else "weight"
-        for number in range(COUNT):
-            value = whole[number].T if family in TURNED and kind == "weight" else whole[number]
-            width = len(value) // 2
-            if family in NO_GATE or leaf.startswith("down"):
-                parts = {leaf.removesuffix("_bias"): value}
-            elif family == "gpt_oss":
-                parts = {"gate_proj": value[0::2], "up_proj": value[1::2]}
-            else:
-                parts = {"gate_proj": value[:width], "up_proj": value[width:]}
-            found |= {f"{path}.{number}.{part}.{kind}": piece for part, piece in parts.items()}
-    return found
 
 
 @torch.no_grad()
@@ -77,7 +53,7 @@ def test_unfused_experts_compute_the_same_bits(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_expert_is_a_piece_of_the_parameters_and_they_are_made_of_the_pieces(family: str) -> None:
     model = zoo(family)
-    before, expected = model.state_dict(), slices(family, model)
+    before, expected = model.state_dict(), expert_slices(family, model)
     unfuse(model)
     after = model.state_dict()
     assert expected.keys() == after.keys() - before.keys()
@@ -98,7 +74,7 @@ def test_reads_what_the_model_holds(family: str, stored: str, tmp_path: Path) ->
     if stored == "as in memory":
         tensors = {name: value.clone() for name, value in model.state_dict().items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    source, experts = resolve(folder), slices(family, model)
+    source, experts = resolve(folder), expert_slices(family, model)
     modules = {name.rsplit(".", 3)[0] for name in experts}
     plain = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in modules}
     assert {*source.tensors, *source.tied} == {*plain, *experts}
@@ -127,7 +103,7 @@ def released(tmp_path: Path) -> Path:
 
 def test_mxfp4_is_read_as_transformers_dequantizes_it(released: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(released, dtype=torch.float32)
-    source, expected = resolve(released), slices("gpt_oss", model)
+    source, expected = resolve(released), expert_slices("gpt_oss", model)
     assert all(torch.equal(source.read(name).float(), value) for name, value in expected.items())
     stored = load_file(released / WEIGHTS).values()
     assert source.bytes == sum(tensor.numel() * tensor.element_size() for tensor in stored)
