@@ -113,6 +113,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         num_mem_blocks=1,
     ),
     "jamba": dict(_JAMBA, num_experts=1),
+    "xlstm": {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "qk_dim_factor": 1.0},
     "qwen3_5_text": dict(_HEADS, **_LINEAR),
     "olmo_hybrid": dict(_LLAMA, layer_types=["linear_attention", "full_attention"]),
 }
@@ -150,7 +151,6 @@ PLAIN: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, dict[str, Any]] = {
     "jetmoe": dict(_LLAMA, **_LOCAL, kv_channels=16),
     "rwkv": {"hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64},
-    "xlstm": {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "qk_dim_factor": 1.0},
     "gemma3n_text": dict(
         _HEADS,
         hidden_size_per_layer_input=16,

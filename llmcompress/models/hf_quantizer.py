@@ -176,8 +176,10 @@ class LLMCompressQuantizer(HfQuantizer):
         known = digests(tensors, payload_texts(layouts))
         return None, known | saved_binding(model.config, known)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        return dequantized(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # transformers passes its config's, which `save_pretrained` makes a word
+        found: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return dequantized(model, found)
 
     @property
     def is_trainable(self) -> bool:
