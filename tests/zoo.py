@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.tiny import FAMILY_CONFIGS, VOCABULARY, save_tiny, tiny, tiny_tokenizer
+from tests.tiny import FAMILY_CONFIGS, VOCABULARY, save_tiny, tiny_tokenizer
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and 42 grey geese fly past the old mill by the river. "
 COUNT = 4  # of experts in a block
@@ -190,14 +192,21 @@ def save_zoo(family: str, path: Path, **changes: Any) -> Path:
     return path
 
 
-def any_of(family: str) -> PreTrainedModel:
-    """The tiny model of a family of EVERY."""
-    return tiny(family) if family in FAMILY_CONFIGS else zoo(family)
-
-
 def save_any(family: str, path: Path) -> Path:
-    """Write `any_of(family)` with a tokenizer to `path`, and return `path`."""
-    return save_tiny(family, path) if family in FAMILY_CONFIGS else save_zoo(family, path)
+    """Write the tiny model of a family of EVERY, with a tokenizer that merges, to `path`, and return `path`."""
+    (save_tiny if family in FAMILY_CONFIGS else save_zoo)(family, path)
+    merging_tokenizer().save_pretrained(path)
+    return path
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer()` with one merge: llama.cpp loads none without."""
+    fast = tiny_tokenizer()
+    state = json.loads(fast.backend_tokenizer.to_str())
+    state["model"]["vocab"] |= {"<s>": 256, "</s>": 257, "th": 258}
+    state["model"]["merges"] = [["t", "h"]]
+    fast._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return fast
 
 
 def expert_slices(family: str, model: PreTrainedModel) -> dict[str, Tensor]:

@@ -237,6 +237,17 @@ TABLES: dict[str, Columns] = {
         "MB before": "{megabytes_before:.1f}",
         "MB after": "{megabytes_after:.1f}",
     },
+    "support": {
+        "family": "{arm}",
+        "plan": "{plan}",
+        "compress": "{compress}",
+        "load": "{load}",
+        "generate": "{generate}",
+        "distil": "{distil}",
+        "dense": "{dense}",
+        "GGUF": "{gguf}",
+        "compressed-tensors": "{compressed_tensors}",
+    },
     "claims": {"paper": "{paper}", "claim": "{claim}", "here": "{verdict}"},
 }
 

@@ -1,0 +1,32 @@
+"""The matrix of families in docs/results.md, made again: it cannot say what is not so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tables
+from families import support
+
+from tests.models.test_families import FAMILIES
+from tests.zoo import EVERY, MIXTURES
+
+RECORDS = {record["arm"]: record["numbers"] for record in tables.current("support", tables.all_records())}
+
+
+def test_every_family_has_a_row() -> None:
+    assert set(RECORDS) == set(EVERY), "run scripts/bench/families.py FAMILY --jsonl docs/results/support.jsonl"
+    assert set(FAMILIES) | set(MIXTURES) <= set(EVERY)
+
+
+def test_a_family_that_can_be_planned_can_be_compressed_and_loaded() -> None:
+    for family, row in RECORDS.items():
+        assert row["plan"] == row["compress"], family
+        if row["plan"] == "yes":
+            assert {row["load"], row["distil"], row["dense"]} == {"yes"}, family
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", EVERY)
+def test_row_is_made_again(family: str, tmp_path: Path) -> None:
+    assert support(family, tmp_path) == RECORDS[family]
