@@ -33,7 +33,9 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """
     positions = {} if batch.documents is None else {"position_ids": batch.positions()}
     found: Tensor = body(model)(input_ids=batch.ids, use_cache=False, **positions)[0]
-    return found
+    if torch.is_autocast_enabled(found.device.type):
+        return found
+    return found.to(model.dtype)  # Mamba's residual stream is float32, whatever its head is
 
 
 def head_of(model: PreTrainedModel) -> Head:
