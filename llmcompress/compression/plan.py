@@ -6,11 +6,11 @@ Bits are counted on the expression that each step announces for the layer's shap
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import takewhile
 from math import prod
 from typing import Any
 
@@ -262,8 +262,8 @@ def _parts(names: Sequence[str], stack: str) -> Iterator[str]:
     """
     parts: dict[str, int] = {}
     for name in names:
-        shared = len(os.path.commonprefix([name.split("."), stack.split(".")]))
-        part = ".".join(name.split(".")[: shared + 1])
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), stack.split("."), strict=False))
+        part = ".".join(name.split(".")[: len(list(shared)) + 1])
         parts[part] = parts.get(part, 0) + 1
     for part, count in parts.items():
         yield f"{part} ({count} linears)" if count > 1 else part
