@@ -6,7 +6,7 @@ A layer's way: dense weight -> `Layer` -> methods -> expression -> packed weight
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -23,7 +23,7 @@ from llmcompress.distill.blockwise.tune import Tune
 from llmcompress.errors import NumericsError
 from llmcompress.evaluate.report import LayerReport
 from llmcompress.methods.engines.hessian import damped
-from llmcompress.methods.layer import Layer, StepConfig, relative_error
+from llmcompress.methods.layer import Layer, StepConfig, relative_error, sampled_error
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.row_chunks import apply_in_runs
 from llmcompress.runtime.memory import trim_memory
@@ -214,7 +214,8 @@ def _compressed(
         layer = _layer(run.job, name, group.names[0], block.weight(name), group.inputs)
         compressed = apply_in_runs(layer, run.steps[name])
         stored = compressed.expression()
-        rows.append(_row(run.steps[name], layer, stored, compressed.notes, group))
+        measure = relative_error if run.job.recipe.exact_errors else sampled_error
+        rows.append(_row(run.steps[name], layer, stored, compressed.notes, group, measure))
         done[name] = packed(stored)
     group.inputs.derived.clear()  # factors that only this group's linears could share
     return done, rows
@@ -255,10 +256,15 @@ def _to_dense_outputs(inputs: Moments, outer: Tensor, cross: Tensor) -> Tensor:
 
 
 def _row(
-    steps: tuple[StepConfig, ...], layer: Layer, stored: Weight, notes: Sequence[str], group: InputGroup
+    steps: tuple[StepConfig, ...],
+    layer: Layer,
+    stored: Weight,
+    notes: Sequence[str],
+    group: InputGroup,
+    measure: Callable[[Tensor, Tensor, Moments | None], float],
 ) -> LayerReport:
     value = dense(stored)
-    error = relative_error(layer.weight, value, layer.inputs)
+    error = measure(layer.weight, value, layer.inputs)
     if not error < float("inf"):
         raise NumericsError(f"{layer.name}: the compressed weight holds NaN or Inf; choose other steps for it")
     size = (layer.weight.shape[0], layer.weight.shape[1])
@@ -268,7 +274,7 @@ def _row(
         steps=tuple(s.method for s in steps),
         bpw=bits(stored) / prod(size),
         error=error,
-        error_heldout=None if group.held_out is None else relative_error(layer.weight, value, group.held_out),
+        error_heldout=None if group.held_out is None else measure(layer.weight, value, group.held_out),
         fallback="; ".join(notes) or None,
         stored=describe(stored),
         starved=group.starved,

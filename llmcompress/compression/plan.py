@@ -6,19 +6,18 @@ Bits are counted on the expression that each step announces for the layer's shap
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import takewhile
 from math import prod
 from typing import Any
 
-import torch
 from pydantic import BaseModel
 
 from llmcompress.calibrate.rehearsal import rehearsed
-from llmcompress.compression.fuse.awq import EXPONENTS, check_awq
+from llmcompress.compression.estimate import peak_bytes, seconds
+from llmcompress.compression.fuse.awq import check_awq
 from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.data.calibration import check_length
 from llmcompress.distill.check_fused import check_fused
@@ -29,17 +28,10 @@ from llmcompress.models.families import Architecture, architecture
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
 from llmcompress.runtime.memory import total_memory
-from llmcompress.runtime.precision import product_dtype
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.modules import row_scale
 from llmcompress.weight.nodes import Weight
 from llmcompress.weight.rows import check_rows
-
-LIBRARIES = 450_000_000  # bytes that torch and transformers take before any work
-COLUMN_SECONDS = 4e-5  # per column of a feedback loop, whatever the length of the column
-LEARNING_BYTES = 16  # per weight of a block that learns: gradient, two moments, and the best state
-TABLE_BYTES = 16  # per weight of a table while it is compressed: float32 twice, bfloat16, codes, and their sum
-FORWARD_SHARE = 2.0  # time of a calibration pass over the time of its linears: attention, norms and other work
 
 
 @dataclass(frozen=True)
@@ -229,8 +221,8 @@ def _plan(job: Job) -> Plan:
         dense_bytes=job.source.bytes,
         bpw=stored_bits / weights,
         model_bpw=total * 8 / job.source.parameters,
-        peak_memory_bytes=_memory(job),
-        seconds=_seconds(job),
+        peak_memory_bytes=peak_bytes(job.source, job.arch, job.recipe, list(job.tables), job.needs()),
+        seconds=seconds(job.source, job.arch, job.recipe, {name: len(steps) for name, steps in job.steps.items()}),
         warnings=warnings(job),
         reconstruction=_values(job.recipe.reconstruct),
         distillation=_values(job.recipe.distill),
@@ -262,8 +254,8 @@ def _parts(names: Sequence[str], stack: str) -> Iterator[str]:
     """
     parts: dict[str, int] = {}
     for name in names:
-        shared = len(os.path.commonprefix([name.split("."), stack.split(".")]))
-        part = ".".join(name.split(".")[: shared + 1])
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), stack.split("."), strict=False))
+        part = ".".join(name.split(".")[: len(list(shared)) + 1])
         parts[part] = parts.get(part, 0) + 1
     for part, count in parts.items():
         yield f"{part} ({count} linears)" if count > 1 else part
@@ -307,49 +299,3 @@ def check_memory(planned: Plan, device: str) -> None:
             f"compressing {planned.model} takes about {planned.peak_memory_bytes / 1e6:.1f} MB and this machine has "
             f"{total / 1e6:.1f} MB; take fewer or shorter calibration samples, or a larger machine"
         )
-
-
-def _tokens(job: Job) -> int:
-    calibration = job.recipe.calibration
-    return 0 if calibration is None else calibration.samples * calibration.length
-
-
-def _memory(job: Job) -> int:
-    """Estimate the peak memory in bytes: the hidden states, and the largest of blocks with their statistics, embeddings
-    and tables. Blocks are held one at a time, or two if they learn together."""
-    block = max(sum(prod(lin.shape) for group in layout.groups for lin in group) for layout in job.arch.blocks)
-    widths = [group[0].shape[1] for group in job.arch.blocks[0].groups]
-    asked = job.recipe.reconstruct
-    learning = 0 if asked is None else asked.window  # blocks, together
-    hidden = _tokens(job) * min(widths) * 4 * (1 + max(learning, 1 if job.recipe.asymmetric else 0))
-    statistics = sum(width**2 * 8 for width in widths) + max(widths) ** 2 * 40
-    embeddings = max(prod(header.shape) for header in job.source.tensors.values()) * 4
-    batch = 4096 * max(widths) * 4 * 6
-    tables = max((prod(job.source.tensors[f"{name}.weight"].shape) for name in job.tables), default=0) * TABLE_BYTES
-    blocks = block * (4 * 3 * max(learning, 1) + LEARNING_BYTES * learning)
-    return LIBRARIES + hidden + batch + max(blocks + statistics, 2 * embeddings, tables)
-
-
-def _seconds(job: Job) -> float:
-    """Estimate the time: two forward passes, one product X^T X per input, the column loops, and the search for scales,
-    at the measured speed of this machine."""
-    tokens = _tokens(job)
-    linears = job.arch.linears()
-    forward = 2 * sum(2 * tokens * prod(lin.shape) for lin in linears.values())
-    forward += sum(tokens * group[0].shape[1] ** 2 for layout in job.arch.blocks for group in layout.groups)
-    solve = sum(linears[name].shape[0] * linears[name].shape[1] ** 2 for name in job.steps)
-    if job.recipe.fuse is not None and job.recipe.fuse.awq:
-        solve += 2 * len(EXPONENTS) * solve
-    columns = sum(linears[name].shape[1] * len(steps) for name, steps in job.steps.items())
-    dtype = product_dtype(job.recipe.compute, torch.device("cpu"))
-    return FORWARD_SHARE * forward / _speed(dtype) + solve / _speed(torch.float32) + columns * COLUMN_SECONDS
-
-
-def _speed(dtype: torch.dtype) -> float:
-    """Measure the floating-point operations per second of a product."""
-    a = torch.ones(1024, 1024, dtype=dtype)
-    a @ a
-    started = time.perf_counter()
-    for _ in range(4):
-        a @ a
-    return 4 * 2 * 1024**3 / (time.perf_counter() - started)

@@ -22,6 +22,7 @@ from llmcompress.models import file_names
 from llmcompress.models.checkpoint import add_file, read_json, writing
 from llmcompress.models.dense import DenseModel, load_model, open_source
 from llmcompress.models.families import Linear, architecture
+from llmcompress.models.fits import check_fits
 from llmcompress.models.headers import read_headers
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.skeleton import dense_skeleton
@@ -72,6 +73,7 @@ def score(
 
     Raises:
         InputError: for a model that cannot be loaded.
+        MemoryLimitError: for models that do not fit into this machine together.
         RecipeError: for `save` without `against`, or for a folder that compress did not write.
         DiskError: for an output that cannot be written.
     """
@@ -85,6 +87,7 @@ def score(
     size, tokenizer = size_of(place), load_tokenizer(place.folder)
     evaluation_windows(tokenizer, protocol)  # text and tasks are missed before models are loaded
     how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": find_tasks(tokenizer, protocol)}
+    check_fits([place] if reference is None else [place, reference], device, "scoring")
     teacher = None if reference is None else load_model(reference, device)
     loaded = load_model(place, device)
     if save and teacher is not None:

@@ -12,6 +12,7 @@ from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.scores import Scoring, evaluate
 from llmcompress.models.checkpoint import MANIFEST, check_manifest, manifest
 from llmcompress.models.dense import load_model
+from llmcompress.models.fits import check_fits
 from llmcompress.models.integrity import weight_files
 from llmcompress.models.kind import check_kind
 from llmcompress.models.locate import Place, locate
@@ -65,6 +66,7 @@ def verify(
 
     Raises:
         InputError: for whatever is damaged, missing or too much.
+        MemoryLimitError: for models that do not fit into this machine together.
         NumericsError: for a model that computes NaN.
     """
     progress = progress or named()
@@ -75,7 +77,9 @@ def verify(
         notes = (f"there is no {MANIFEST}, so only the weights could be checked, not the files beside them",)
     reference, tokenizer = None if against is None else locate(against), load_tokenizer(folder)
     evaluation_windows(tokenizer, Protocol(text, windows, 2))  # a text that cannot be read, before models are loaded
-    model = load_model(Place(str(folder), folder), device)
+    place = Place(str(folder), folder)
+    check_fits([place] if reference is None else [place, reference], device, "reading text with it")
+    model = load_model(place, device)
     teacher = None if reference is None else load_model(reference, device)
     length = min(length, context_length(model.config) or length)
     found = evaluate(model, tokenizer, Protocol(text, windows, length), against=teacher, progress=progress)

@@ -19,6 +19,7 @@ from llmcompress.weight.hadamard import rotate
 from llmcompress.weight.nodes import Dense, LowRank, Rotated, Sum, Weight, Where, Zero
 
 ROWS = 8192  # rows per chunk when measuring the error, which limits the extra copy
+MANY, SAMPLED = 2048, 512  # a matrix of so many rows reports the error of so many of them
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,19 @@ def relative_error(weight: Tensor, approx: Weight | Tensor, moments: Moments | N
             total += _energy(rows, outer)
         lost += _energy(rows - stored.to(weight.device), outer)
     return lost / total if total > 0 else 0.0
+
+
+def sampled_error(weight: Tensor, approx: Tensor, moments: Moments | None) -> float:
+    """`relative_error` on SAMPLED rows, evenly spaced, of a matrix of many; NaN where any row holds NaN or Inf.
+
+    The error of a large layer takes longer than its error feedback, and a share of its rows tells it to a few percent.
+    """
+    if not bool(approx.isfinite().all()):
+        return float("nan")
+    if len(weight) < MANY:
+        return relative_error(weight, approx, moments)
+    chosen = torch.linspace(0, len(weight) - 1, SAMPLED, device=weight.device).round().long()
+    return relative_error(weight[chosen], approx[chosen.to(approx.device)], moments)
 
 
 def _energy(matrix: Tensor, outer: Tensor | None) -> float:

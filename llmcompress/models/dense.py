@@ -118,7 +118,7 @@ def load_model(
     from transformers import AutoConfig
 
     there = device_of(device)
-    is_dense = _check_outline(place.folder) and quantization is None
+    is_dense = check_outline(place.folder)[0] and quantization is None
     quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
     failures: tuple[type[Exception], ...] = (*config_errors(), SafetensorError)
     model: PreTrainedModel
@@ -144,8 +144,10 @@ def load_model(
     return model.eval()
 
 
-def _check_outline(folder: Path) -> bool:
-    """Check a config against the tensors beside it, before transformers builds a model; return True if it is dense.
+def check_outline(folder: Path) -> tuple[bool, int]:
+    """Check a config against the tensors beside it, before transformers builds a model.
+
+    Returns True if it is dense, and the number of its weights, 0 for weights in other files than safetensors.
 
     Raises InputError for sizes that they do not have.
     """
@@ -158,7 +160,7 @@ def _check_outline(folder: Path) -> bool:
     if not isinstance(packing, dict):
         raise InputError(f"{place} has a quantization_config that is no object; download or write it again")
     if not any(folder.glob("*.safetensors*")):
-        return not packing
+        return not packing, 0
     stored = read_headers(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -168,7 +170,7 @@ def _check_outline(folder: Path) -> bool:
     weights = sum(parameter.numel() for parameter in model.parameters())
     if not packing and weights > 2 * sum(prod(header.shape) for header in stored.values()):
         raise InputError(f"{place} describes a model of {weights} weights, which the files beside it lack; correct it")
-    return not packing
+    return not packing, weights
 
 
 def _disk(stored: dict[str, Header]) -> int:

@@ -112,6 +112,9 @@ class Recipe(BaseModel):
     compute: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="products in calibration's forward; auto: bfloat16 where it is faster"
     )
+    exact_errors: bool = Field(
+        default=False, description="report errors of all rows of large layers, not of 512 of them"
+    )
     cap: float | None = Field(
         default=4.0,
         gt=0,

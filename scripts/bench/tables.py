@@ -114,6 +114,7 @@ TABLES: dict[str, Columns] = {
         "cache": "{arm}",
         "perplexity": "{perplexity:.3f}",
     },
+    "reliability": {"trial": "{arm}", "trials": "{trials}", "outcomes": "{outcomes}"},
     "gguf_types": {
         "type": "{arm}",
         "matrices": "{types}",

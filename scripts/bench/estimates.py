@@ -1,0 +1,54 @@
+"""Is `plan` right about memory? Predicted beside measured peaks of random models, each run in a process of its own.
+
+python scripts/bench/estimates.py [--widths 512 1024 2048]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from memory import make
+
+import llmcompress as lc
+
+TEXT = {"dataset": "builtin", "samples": 6, "length": 512, "held_out": 2}
+GPTQ = [{"match": "*", "steps": [{"method": "gptq", "bits": 4, "group_size": 64}]}]
+TRELLIS = [{"match": "*", "steps": [{"method": "rotate"}, {"method": "trellis", "bits": 2}]}]
+RECIPES: dict[str, dict[str, Any]] = {
+    "rtn": {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 64}]}]},
+    "gptq": {"version": 1, "calibration": TEXT, "rules": GPTQ},
+    "trellis, asymmetric": {"version": 1, "calibration": TEXT, "asymmetric": 0.5, "rules": TRELLIS},
+    "gptq, learned blocks": {"version": 1, "calibration": TEXT, "reconstruct": {"steps": 2}, "rules": GPTQ},
+}
+RUN = """
+import json, sys
+import llmcompress as lc
+print(json.dumps(lc.compress(sys.argv[1], json.loads(sys.argv[2])).report.peak_memory_bytes))
+"""
+
+
+def main() -> None:
+    """Print each prediction, the peak, and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for width in options.widths:
+            model = Path(folder) / str(width)
+            make(model, width, 2)
+            for name, recipe in RECIPES.items():
+                planned = lc.plan(model, recipe).peak_memory_bytes
+                words = [sys.executable, "-c", RUN, str(model), json.dumps(recipe)]
+                done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+                peak = json.loads(done.stdout.splitlines()[-1])
+                print(f"{width} {name}: plan {planned / 1e9:.2f} GB, measured {peak / 1e9:.2f}, {planned / peak:.2f}x")
+
+
+if __name__ == "__main__":
+    main()

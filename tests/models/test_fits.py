@@ -1,0 +1,61 @@
+"""Models that do not fit are refused with numbers before they are loaded; containers count as machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import llmcompress as lc
+from llmcompress.errors import MemoryLimitError
+from llmcompress.models.fits import check_fits
+from llmcompress.models.locate import locate
+from llmcompress.runtime import memory
+from tests.tiny import save_tiny, tiny
+
+RECIPE = {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 8}]}]}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A dense model and a compressed one."""
+    place = tmp_path_factory.mktemp("fits")
+    dense = save_tiny("qwen3", place / "dense")
+    return dense, lc.compress(dense, RECIPE, place / "out").folder
+
+
+def test_the_limit_is_the_weights_in_float32(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, compressed = folders
+    weights = sum(value.numel() for value in tiny("qwen3").parameters())  # tied ones once
+    both = [locate(str(compressed)), locate(str(dense))]
+    monkeypatch.setattr("llmcompress.models.fits.total_memory", lambda: 8 * weights)
+    check_fits(both, "cpu", "scoring")
+    monkeypatch.setattr("llmcompress.models.fits.total_memory", lambda: 8 * weights - 1)
+    with pytest.raises(MemoryLimitError, match=r"scoring holds .*out .* and .*dense .* GB\) in float32"):
+        check_fits(both, "cpu", "scoring")
+    check_fits(both, "cuda", "scoring")
+    check_fits(both[:1], "cpu", "scoring")
+
+
+def test_scoring_and_verifying_refuse_before_they_load(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, compressed = folders
+    monkeypatch.setattr("llmcompress.models.fits.total_memory", lambda: 1000)
+    for module in ("score", "verify"):
+        monkeypatch.setattr(f"llmcompress.evaluate.{module}.load_model", None)
+    with pytest.raises(MemoryLimitError, match="take a larger machine"):
+        lc.score(compressed, lc.Protocol(windows=1, length=16), against=dense)
+    with pytest.raises(MemoryLimitError, match="take a larger machine"):
+        lc.verify(compressed, windows=1, length=16)
+
+
+@pytest.mark.parametrize("text, limit", [("1000\n", 1000), ("max\n", None), ("99999999999999999999", None)])
+def test_a_container_has_the_memory_it_may_use(
+    text: str, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "none",))
+    whole = memory.total_memory()
+    (tmp_path / "limit").write_text(text)
+    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "limit", tmp_path / "none"))
+    assert memory.total_memory() == (whole if limit is None else limit)
