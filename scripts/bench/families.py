@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,29 +78,23 @@ def support(family: str, place: Path) -> dict[str, str]:
     """Return what came of each thing that can be done with a family; `place` is an empty folder."""
     dense, small = save_any(family, place / "model"), place / "small"
 
-    def distil() -> None:
-        lc.distill(small, dense, DISTILLATION, place / "taught")
-
     def leave(door: str) -> None:
         lc.export(small, place / door, door, allow_dense=door != "dense")
         if door == "dense":
             _entered(place / door)
 
-    return {
-        "plan": tried(lambda: lc.plan(dense, RECIPE), place),
-        "compress": tried(lambda: lc.compress(dense, RECIPE, small), place),
-        **dict.fromkeys(("load", "generate", "distil", *map(_key, DOORS)), ""),
-        **(
-            {
-                "load": tried(lambda: _loaded(small), place),
-                "generate": tried(lambda: _generated(small), place),
-                "distil": tried(distil, place),
-                **{_key(door): tried(lambda door=door: leave(door), place) for door in DOORS},
-            }
-            if small.exists()
-            else {}
-        ),
+    work: dict[str, Callable[[], Any]] = {
+        "plan": lambda: lc.plan(dense, RECIPE),
+        "compress": lambda: lc.compress(dense, RECIPE, small),
+        "load": lambda: _loaded(small),
+        "generate": lambda: _generated(small),
+        "distil": lambda: lc.distill(small, dense, DISTILLATION, place / "taught"),
+        **{door.replace("-", "_"): partial(leave, door) for door in DOORS},
     }
+    row: dict[str, str] = {}
+    for name, one in work.items():
+        row[name] = tried(one, place) if len(row) < 2 or small.exists() else ""
+    return row
 
 
 def tried(work: Callable[[], Any], place: Path) -> str:
@@ -115,10 +110,6 @@ def tried(work: Callable[[], Any], place: Path) -> str:
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the outcome
         return f"fails: {type(error).__name__}"
     return "yes"
-
-
-def _key(door: str) -> str:
-    return door.replace("-", "_")
 
 
 def _loaded(folder: Path) -> None:
@@ -142,7 +133,8 @@ def _generated(folder: Path) -> None:
 
 def _entered(folder: Path) -> None:
     """See that transformers finds every weight."""
-    _, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    found = loaded[1]
     if found["missing_keys"] or found["unexpected_keys"]:
         raise ValueError(f"weights are missing or unexpected: {found}")
 

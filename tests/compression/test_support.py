@@ -23,7 +23,7 @@ def test_a_family_that_can_be_planned_can_be_compressed_and_loaded() -> None:
     for family, row in RECORDS.items():
         assert row["plan"] == row["compress"], family
         if row["plan"] == "yes":
-            assert {row["load"], row["distil"], row["dense"]} == {"yes"}, family
+            assert {row["load"], row["generate"], row["dense"]} == {"yes"}, family
 
 
 @pytest.mark.slow
