@@ -240,7 +240,7 @@ def test_lora_trains_on_attention(family: str, make: Callable[[str], Made]) -> N
     optimizer, losses = torch.optim.Adam(learn.values(), 1e-2), []
     for _ in range(8):
         loss = adapted(input_ids=ids(), labels=ids()).loss
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
