@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def support(family: str, place: Path) -> dict[str, str]:
                 "load": tried(lambda: _loaded(small), place),
                 "generate": tried(lambda: _generated(small), place),
                 "distil": tried(distil, place),
-                **{_key(door): tried(lambda door=door: leave(door), place) for door in DOORS},
+                **{_key(door): tried(partial(leave, door), place) for door in DOORS},
             }
             if small.exists()
             else {}
@@ -142,7 +143,8 @@ def _generated(folder: Path) -> None:
 
 def _entered(folder: Path) -> None:
     """See that transformers finds every weight."""
-    _, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    found = loaded[1]
     if found["missing_keys"] or found["unexpected_keys"]:
         raise ValueError(f"weights are missing or unexpected: {found}")
 

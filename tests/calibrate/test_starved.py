@@ -135,7 +135,8 @@ def test_moments_are_those_of_the_tokens_that_are_routed_to_an_expert(
 ) -> None:
     source, ids, plain = resolve(save(family, tmp_path / "model", starving)), sequences(), model_of(family, starving)
     arch, matrices = architecture(source.config, source.skeleton()), expert_slices(family, plain)
-    met, starved = 0, {}
+    met = 0
+    starved: dict[str, int] = {}
     for block in walk(source, arch, ids, held_out=HELD_OUT, needs=NEEDS, cap=None, batch_size=2):
         if not list(groups_of_experts(block)):
             continue
@@ -170,7 +171,7 @@ def test_the_weight_of_a_starved_expert_is_a_quarter_of_the_average(tmp_path: Pa
 
 @pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
 def test_the_dense_stream_is_paired_by_token(family: str, tmp_path: Path) -> None:
-    """Where the dense model routes a token to other experts, the token as it is here stands on both sides."""
+    """A token that the dense model routes to other experts stands on both sides as it is here."""
     source, ids, plain = resolve(save(family, tmp_path / "model")), sequences(), model_of(family)
     arch, matrices = architecture(source.config, source.skeleton()), expert_slices(family, plain)
     other = model_of(family)

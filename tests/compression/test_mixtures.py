@@ -174,9 +174,10 @@ def test_dense_export_has_the_names_of_the_original_and_the_decoded_values(
     lc.export(made.out, tmp_path / "plain", "dense")
     before, after = load_file(made.dense / WEIGHTS), load_file(tmp_path / "plain" / WEIGHTS)
     assert {name: value.shape for name, value in before.items()} == {name: t.shape for name, t in after.items()}
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "plain", dtype=torch.float32, output_loading_info=True
     )
+    model, found = loaded
     assert not found["missing_keys"] and not found["unexpected_keys"]
     wanted = with_decoded_weights(family, made.out)
     names = {row.name for row in lc.read(made.out).layers}
