@@ -78,23 +78,29 @@ def support(family: str, place: Path) -> dict[str, str]:
     """Return what came of each thing that can be done with a family; `place` is an empty folder."""
     dense, small = save_any(family, place / "model"), place / "small"
 
+    def distil() -> None:
+        lc.distill(small, dense, DISTILLATION, place / "taught")
+
     def leave(door: str) -> None:
         lc.export(small, place / door, door, allow_dense=door != "dense")
         if door == "dense":
             _entered(place / door)
 
-    work: dict[str, Callable[[], Any]] = {
-        "plan": lambda: lc.plan(dense, RECIPE),
-        "compress": lambda: lc.compress(dense, RECIPE, small),
-        "load": lambda: _loaded(small),
-        "generate": lambda: _generated(small),
-        "distil": lambda: lc.distill(small, dense, DISTILLATION, place / "taught"),
-        **{door.replace("-", "_"): partial(leave, door) for door in DOORS},
+    return {
+        "plan": tried(lambda: lc.plan(dense, RECIPE), place),
+        "compress": tried(lambda: lc.compress(dense, RECIPE, small), place),
+        **dict.fromkeys(("load", "generate", "distil", *map(_key, DOORS)), ""),
+        **(
+            {
+                "load": tried(lambda: _loaded(small), place),
+                "generate": tried(lambda: _generated(small), place),
+                "distil": tried(distil, place),
+                **{_key(door): tried(partial(leave, door), place) for door in DOORS},
+            }
+            if small.exists()
+            else {}
+        ),
     }
-    row: dict[str, str] = {}
-    for name, one in work.items():
-        row[name] = tried(one, place) if len(row) < 2 or small.exists() else ""
-    return row
 
 
 def tried(work: Callable[[], Any], place: Path) -> str:
@@ -110,6 +116,10 @@ def tried(work: Callable[[], Any], place: Path) -> str:
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the outcome
         return f"fails: {type(error).__name__}"
     return "yes"
+
+
+def _key(door: str) -> str:
+    return door.replace("-", "_")
 
 
 def _loaded(folder: Path) -> None:

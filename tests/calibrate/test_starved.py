@@ -135,7 +135,8 @@ def test_moments_are_those_of_the_tokens_that_are_routed_to_an_expert(
 ) -> None:
     source, ids, plain = resolve(save(family, tmp_path / "model", starving)), sequences(), model_of(family, starving)
     arch, matrices = architecture(source.config, source.skeleton()), expert_slices(family, plain)
-    met, starved = 0, dict[str, int]()
+    met = 0
+    starved: dict[str, int] = {}
     for block in walk(source, arch, ids, held_out=HELD_OUT, needs=NEEDS, cap=None, batch_size=2):
         if not list(groups_of_experts(block)):
             continue

@@ -18,3 +18,12 @@ def test_nothing_is_lost_mixed_or_let_in() -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"
     assert "| killed |" in done.stdout and "| hostile |" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="its limit of memory is that of Linux")
+def test_readers_take_whatever_they_are_fed() -> None:
+    words = [sys.executable, str(ROOT / "scripts" / "bench" / "fuzz.py"), "--inputs", "2000", "--seed", "900000"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"
+    assert done.stdout.count("refused") == 5
