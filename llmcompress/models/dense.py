@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
+ADAPTER = "adapter_config.json"
 RELEASED = "mxfp4"  # the quantization that gpt-oss was trained and released with: experts are read from it
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk; GPT-NeoX
 
@@ -153,6 +154,11 @@ def check_outline(folder: Path) -> tuple[bool, int]:
     """
     from transformers import AutoConfig
 
+    if (folder / ADAPTER).is_file():
+        raise InputError(
+            f"{folder} has an {ADAPTER} beside its weights, so transformers would load the model that it names; "
+            f"remove that file, or merge the adapter into the model"
+        )
     place = folder / "config.json"
     entries = read_entries(place, folder)
     check_numbers(entries.get, str(place))

@@ -1,4 +1,4 @@
-"""Models that do not fit are refused with numbers before they are loaded; containers count as machines."""
+"""Models that do not fit, or are others than they seem, are refused before they are loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import llmcompress as lc
-from llmcompress.errors import MemoryLimitError
+from llmcompress.errors import InputError, MemoryLimitError
 from llmcompress.models.fits import check_fits
 from llmcompress.models.locate import locate
 from llmcompress.runtime import memory
@@ -59,3 +59,11 @@ def test_a_container_has_the_memory_it_may_use(
     (tmp_path / "limit").write_text(text)
     monkeypatch.setattr(memory, "LIMITS", (tmp_path / "limit", tmp_path / "none"))
     assert memory.total_memory() == (whole if limit is None else limit)
+
+
+def test_an_adapter_beside_the_weights_is_no_other_model(tmp_path: Path) -> None:
+    """With PEFT there, transformers would score the model that the adapter names."""
+    folder = save_tiny("llama", tmp_path / "model")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}')
+    with pytest.raises(InputError, match=r"adapter_config.json beside its weights.*remove that file"):
+        lc.score(folder, lc.Protocol(windows=1, length=16))
