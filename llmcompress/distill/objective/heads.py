@@ -35,7 +35,8 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     found: Tensor = body(model)(input_ids=batch.ids, use_cache=False, **positions)[0]
     if torch.is_autocast_enabled(found.device.type):
         return found
-    return found.to(model.dtype)  # Mamba's residual stream is float32, whatever its head is
+    # Mamba's residual stream is float32, whatever its head is; what stands for a model may have no dtype
+    return found.to(getattr(model, "dtype", found.dtype))
 
 
 def head_of(model: PreTrainedModel) -> Head:
