@@ -347,7 +347,7 @@ class Relay(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Identity(), nn.Identity()])
-        self.config = SimpleNamespace(model_type="relay", get_text_config=lambda decoder: self.config)
+        self.config: Any = SimpleNamespace(model_type="relay", get_text_config=lambda decoder: self.config)
 
     @property
     def base_model(self) -> Relay:
