@@ -13,7 +13,7 @@ what comes after the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -80,7 +80,7 @@ class Streamed:
                 states.hidden[batch.rows] = passed(block, index, states, states.hidden[batch.rows], batch.rows)
 
     @torch.no_grad()
-    def logits(self, states: States) -> Iterator[Tensor]:
+    def logits(self, states: States) -> Generator[Tensor]:
         """Yield the logits `[windows, length, vocabulary]` of each batch, from the outputs of the last block."""
         with ExitStack() as stack:
             for module, skip in self._ends():

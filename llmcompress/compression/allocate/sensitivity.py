@@ -18,7 +18,8 @@ from torch import Tensor
 from llmcompress.calibrate.blocks import RowBatch
 from llmcompress.calibrate.recording import answered, recorded
 from llmcompress.evaluate.distance import kl_divergence
-from llmcompress.evaluate.perplexity import POSITIONS, window_logits
+from llmcompress.evaluate.logits import window_logits
+from llmcompress.evaluate.perplexity import POSITIONS
 from llmcompress.models.families import Architecture
 from llmcompress.models.hidden_states import states_between
 
