@@ -60,8 +60,8 @@ def rough(steps: Steps) -> Steps:
 
 
 def sampled(layer: Layer, is_table: bool = False) -> Layer:
-    """Return a layer of some rows of this one, evenly spaced, where it has many: ROWS of a table, of a linear as many as
-    a report takes."""
+    """Return a layer of some rows of this one, evenly spaced, where it has many: of a linear as many as a report takes,
+    ROWS of a table."""
     rows = len(layer.weight)
     most, enough = (ROWS, ROWS + 1) if is_table else (SAMPLED, MANY)
     if rows < enough:
