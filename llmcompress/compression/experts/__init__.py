@@ -1,0 +1,1 @@
+"""Experts of a mixture pruned, condensed into a dense layer, or replaced by factors."""
