@@ -74,7 +74,8 @@ def prune_experts(
     mixture = open_mixture(model, revision)
     smaller = _smaller(mixture, number_of(keep, mixture.experts, "keep"))
     tokens = text_for(mixture, text, samples)
-    blocks, made = [], {}
+    blocks: list[BlockFate] = []
+    made: dict[str, Made] = {}
     for visit in visits(mixture, tokens, place, progress):
         used = usage(visit)
         scores = used.scores(by, seed, visit.path)

@@ -38,14 +38,19 @@ class ExpertFate:
 
 @dataclass(frozen=True)
 class BlockFate:
-    """The experts of one block. `damage`: the predicted change of the block's outputs on held-out text, the mean over
-    tokens of its squared size relative to the output's; `shared_weights`: of shared experts that were folded."""
+    """The experts of one block.
+
+    `damage`: the predicted change of the block's outputs on held-out text, the mean over tokens of its squared size
+    relative to the output's; `shared_weights`: constants of shared experts that were folded; `considered`: the damage
+    that condensing it would have done, None where that was not asked.
+    """
 
     block: int
     path: str
     damage: float
     experts: tuple[ExpertFate, ...]
     shared_weights: tuple[float, ...] = ()
+    considered: float | None = None
 
 
 @dataclass(frozen=True)
