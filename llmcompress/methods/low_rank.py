@@ -13,8 +13,8 @@ from pydantic import Field
 from llmcompress.errors import RecipeError
 from llmcompress.methods.engines.hessian import damped, second_moment
 from llmcompress.methods.engines.low_rank import LowRankConfig, factors, leading_directions
-from llmcompress.methods.layer import Layer, method, split
-from llmcompress.weight.nodes import Dense, LowRank, Weight
+from llmcompress.methods.layer import Layer, method
+from llmcompress.weight.nodes import Dense, Weight
 
 
 class Factors(LowRankConfig):
@@ -27,8 +27,7 @@ class Factors(LowRankConfig):
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         _check_first(approx)
-        term = split(super().sketch(approx))[1]
-        return approx if term is None else term
+        return self.term_sketch(approx)
 
 
 @method("low_rank", Factors, needs={"outer"})
@@ -38,8 +37,7 @@ def low_rank(layer: Layer, config: Factors) -> Layer:
     metric = damped(second_moment(layer.inputs), config.damping)
     target = layer.weight.double()
     directions = leading_directions(target, metric, config.rank_for(layer.approx))
-    term: LowRank = factors(target, directions, metric, config.factor_bits)
-    return replace(layer, approx=term)
+    return replace(layer, approx=factors(target, directions, metric, config.factor_bits))
 
 
 def _check_first(approx: Weight) -> None:

@@ -5,10 +5,10 @@ A block's experts become y = sum of w_e f_e(x) over its shared experts and a few
 folded into the columns of `down_proj`, so it is stored as the model stores a dense layer.
 
 Experts are added one by one, each time the one that leaves the least change of the block's output, relative to its
-size and averaged over tokens. Two things differ from the paper: the weights are fitted again by least squares each time,
-shared experts among them, where it takes the router's mean weights; and the change is measured as it is, where it
-compares softmaxes of hidden states. All of it comes from the products of the experts' outputs with each other and with
-the block's, so no output is kept.
+size and averaged over tokens. Two things differ from the paper. All weights are fitted again by least squares each
+time, where it takes the router's mean weights. The change is measured as it is, where it compares softmaxes of hidden
+states. All of it comes from the products of the experts' outputs with each other and with the block's, so no output is
+kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ from llmcompress.calibrate.walk import Progress
 from llmcompress.compression.experts.edit import EditedModel, Made, changed_entries, config_of, edited
 from llmcompress.compression.experts.finish import finished
 from llmcompress.compression.experts.mixture import Mixture, open_mixture
-from llmcompress.compression.experts.report import SAMPLES, BlockFate, ExpertsReport, Fate, fates, text_for
+from llmcompress.compression.experts.report import (
+    SAMPLES,
+    BlockFate,
+    ExpertsReport,
+    Fate,
+    calibration_for,
+    fates,
+    text_for,
+)
 from llmcompress.compression.experts.storage import WIDTH, candidates, check_storable, dense_changes, shared_of
 from llmcompress.compression.experts.usage import Usage, Visit, damage_of, usage, visits
 from llmcompress.errors import RecipeError
@@ -86,7 +94,7 @@ def condense_experts(
         raise RecipeError(
             f"experts is {each}, where a block has {mixture.experts}; give a number from 1 to {mixture.experts}"
         )
-    tokens = text_for(mixture, text, samples)
+    tokens = text_for(mixture, calibration_for(mixture, text, samples))
     changes = dense_changes(mixture, some, _width(mixture, each))
     skeleton = dense_skeleton(
         config_of(mixture.source, changed_entries(mixture.source, changes)), mixture.source.folder

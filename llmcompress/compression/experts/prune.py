@@ -20,8 +20,16 @@ from llmcompress.calibrate.walk import Progress
 from llmcompress.compression.experts.edit import Made, changed_entries, config_of, edited
 from llmcompress.compression.experts.finish import finished
 from llmcompress.compression.experts.mixture import COUNTS, Mixture, number_of, open_mixture
-from llmcompress.compression.experts.report import SAMPLES, BlockFate, ExpertsReport, Fate, fates, text_for
-from llmcompress.compression.experts.usage import By, damage_of, usage, visits
+from llmcompress.compression.experts.report import (
+    SAMPLES,
+    BlockFate,
+    ExpertsReport,
+    Fate,
+    calibration_for,
+    fates,
+    text_for,
+)
+from llmcompress.compression.experts.usage import check_by, damage_of, usage, visits
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.skeleton import dense_skeleton
 from llmcompress.models.staging import check_output
@@ -38,7 +46,7 @@ def prune_experts(
     output: str | Path | None = None,
     *,
     keep: float,
-    by: By = "reap",
+    by: str = "reap",
     text: str = "stdlib",
     samples: int = SAMPLES,
     seed: int = 0,
@@ -69,30 +77,31 @@ def prune_experts(
         DiskError: for an output that cannot be written; then nothing is left behind.
     """
     place = device_of(device)
+    check_by(by)
     if output is not None:
         check_output(Path(output), 0)
     mixture = open_mixture(model, revision)
-    smaller = _smaller(mixture, number_of(keep, mixture.experts, "keep"))
-    tokens = text_for(mixture, text, samples)
+    plan = smaller(mixture, number_of(keep, mixture.experts, "keep"))
+    tokens = text_for(mixture, calibration_for(mixture, text, samples))
     blocks: list[BlockFate] = []
     made: dict[str, Made] = {}
     for visit in visits(mixture, tokens, place, progress):
         used = usage(visit)
         scores = used.scores(by, seed, visit.path)
-        kept = _best(scores, smaller.keep, mixture.groups)
-        mine = smaller.made(visit.path, kept)
-        cost = damage_of(visit, edited(mixture.source, smaller.changes, mine), smaller.skeleton)
+        kept = _best(scores, plan.keep, mixture.groups)
+        mine = plan.made(visit.path, kept)
+        cost = damage_of(visit, edited(mixture.source, plan.changes, mine), plan.skeleton)
         fate: dict[int, Fate] = {number: "kept" if number in kept else "dropped" for number in range(mixture.experts)}
         becomes = {old: new for new, old in enumerate(kept)}
         blocks.append(BlockFate(visit.block.index, visit.path, cost, fates(used, fate, scores, becomes=becomes)))
         made |= mine
-    new = edited(mixture.source, smaller.changes, made)
-    settings = {"keep": smaller.keep, "by": by, "seed": seed}
-    return finished("prune", mixture, new, tokens, blocks, settings, smaller.keep, output)
+    new = edited(mixture.source, plan.changes, made)
+    settings = {"keep": plan.keep, "by": by, "seed": seed}
+    return finished("prune", mixture, new, tokens, blocks, settings, plan.keep, output)
 
 
 @dataclass(frozen=True, eq=False)
-class _Smaller:
+class Smaller:
     """The mixture with `keep` experts in each block. `changes`: to its config; `skeleton`: it, on meta; `axes`: the
     dimension that numbers experts of each tensor outside them that has one."""
 
@@ -125,7 +134,7 @@ def _picked(read: Callable[[str], Tensor], name: str, axis: int, kept: tuple[int
     return read(name).index_select(axis, torch.tensor(kept))
 
 
-def _smaller(mixture: Mixture, keep: int) -> _Smaller:
+def smaller(mixture: Mixture, keep: int) -> Smaller:
     """Return the mixture with fewer experts. Raises RecipeError where its routers could not choose from so few."""
     _check_count(mixture, keep)
     source, settings = mixture.source, mixture.settings
@@ -152,7 +161,7 @@ def _smaller(mixture: Mixture, keep: int) -> _Smaller:
                 f"{parent} of {source.name} has no router with an entry for each of its {mixture.experts} experts; "
                 f"choose another model"
             )
-    return _Smaller(mixture, keep, changes, new, axes)
+    return Smaller(mixture, keep, changes, new, axes)
 
 
 def _check_count(mixture: Mixture, keep: int) -> None:

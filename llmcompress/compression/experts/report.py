@@ -74,14 +74,16 @@ class ExpertsReport:
         return asdict(self)
 
 
-def text_for(mixture: Mixture, text: str, samples: int) -> CalibrationTokens:
-    """Return the tokens that experts are judged on, some of them held out. Raises InputError for text that cannot
-    serve, RecipeError for too few samples."""
+def calibration_for(mixture: Mixture, text: str, samples: int) -> Calibration:
+    """Return what is read to judge experts, some of it held out. Raises RecipeError for too few samples."""
     if samples < 2:
         raise RecipeError(f"{samples} samples of text leave none to judge on; ask for at least 2")
     length = min(LENGTH, context_length(mixture.source.config) or LENGTH)
-    held_out = max(1, samples * HELD_OUT // SAMPLES)
-    asked = Calibration(dataset=text, samples=samples, length=length, held_out=held_out)
+    return Calibration(dataset=text, samples=samples, length=length, held_out=max(1, samples * HELD_OUT // SAMPLES))
+
+
+def text_for(mixture: Mixture, asked: Calibration) -> CalibrationTokens:
+    """Return the tokens of a text. Raises InputError for one that cannot serve."""
     source = mixture.source
     return calibration_tokens(asked, source.tokenizer(), source.load, source.config)
 

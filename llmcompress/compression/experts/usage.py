@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,18 @@ from llmcompress.calibrate.blocks import BlockForward, RowBatch, drop, in_batche
 from llmcompress.calibrate.walk import TOKENS_PER_BATCH, Block, Progress, walk
 from llmcompress.compression.experts.mixture import Mixture
 from llmcompress.data.calibration import CalibrationTokens
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.experts import Experts
 from llmcompress.runtime.seeding import generator
 
 By = Literal["reap", "frequency", "random"]
+
+
+def check_by(by: str) -> None:
+    """Raise RecipeError for a score of no such name."""
+    if by not in get_args(By):
+        raise RecipeError(f"by is {by!r}; choose one of {', '.join(get_args(By))}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +67,7 @@ class Usage:
     weights: Tensor
     outputs: Tensor
 
-    def scores(self, by: By, *seed: object) -> Tensor:
+    def scores(self, by: str, *seed: object) -> Tensor:
         """Return what an expert is worth, float64 `[experts]`; `seed`: of the random ones.
 
         `reap`: the mean over its tokens of weight times norm of its output (REAP, arXiv 2510.13999), 0 without tokens;
