@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibrate.walk import Progress
-from llmcompress.compression.experts.edit import EditedModel, Made, changed_entries, config_of, edited
+from llmcompress.compression.experts.edit import Change, Made, changed
 from llmcompress.compression.experts.finish import finished
 from llmcompress.compression.experts.mixture import Mixture, open_mixture
 from llmcompress.compression.experts.report import (
@@ -35,11 +35,10 @@ from llmcompress.compression.experts.report import (
     fates,
     text_for,
 )
-from llmcompress.compression.experts.storage import WIDTH, candidates, check_storable, dense_changes, shared_of
+from llmcompress.compression.experts.storage import candidates, check_storable, dense_changes, shared_of
 from llmcompress.compression.experts.usage import Usage, Visit, damage_of, usage, visits
 from llmcompress.errors import RecipeError
 from llmcompress.models.experts import DOWN, GATE, UP
-from llmcompress.models.skeleton import dense_skeleton
 from llmcompress.models.staging import check_output
 from llmcompress.runtime.devices import device_of
 
@@ -95,10 +94,8 @@ def condense_experts(
             f"experts is {each}, where a block has {mixture.experts}; give a number from 1 to {mixture.experts}"
         )
     tokens = text_for(mixture, calibration_for(mixture, text, samples))
-    changes = dense_changes(mixture, some, _width(mixture, each))
-    skeleton = dense_skeleton(
-        config_of(mixture.source, changed_entries(mixture.source, changes)), mixture.source.folder
-    )
+    width = _width(mixture, each)
+    change = changed(mixture.source, dense_changes(mixture, some, width))
     found: dict[int, _Condensed] = {}
     used: dict[int, Usage] = {}
     costs: dict[int, float] = {}
@@ -107,15 +104,14 @@ def condense_experts(
         used[number] = usage(visit)
         if number in some:
             found[number] = _condensed(visit, each)
-            source = edited(mixture.source, changes, _made(mixture, found[number], changes))
-            costs[number] = damage_of(visit, source, skeleton)
+            costs[number] = damage_of(visit, change.model(_made(mixture, found[number], change)), change.skeleton)
     chosen = sorted(sorted(some, key=costs.__getitem__)[: len(some) if count is None else count])
-    changes = dense_changes(mixture, chosen, _width(mixture, each))
-    made = {name: one for number in chosen for name, one in _made(mixture, found[number], changes).items()}
-    new = edited(mixture.source, changes, made | _padded(mixture, changes, made))
+    change = changed(mixture.source, dense_changes(mixture, chosen, width))
+    made = {name: one for number in chosen for name, one in _made(mixture, found[number], change).items()}
+    made |= _padded(mixture, change, made)
     rows = [_fate(mixture, number, used[number], found.get(number), costs, number in chosen) for number in used]
     settings = {"blocks": chosen, "experts": each}
-    return finished("condense", mixture, new, tokens, rows, settings, mixture.experts, output)
+    return finished("condense", mixture, change, made, tokens, rows, settings, mixture.experts, output)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,9 +191,10 @@ def _products(visit: Visit, module: nn.Module, parts: Sequence[nn.Module]) -> Te
     return total
 
 
-def _made(mixture: Mixture, one: _Condensed, changes: dict[str, Any]) -> dict[str, Made]:
+def _made(mixture: Mixture, one: _Condensed, change: Change) -> dict[str, Made]:
     """Return the tensors of the dense layer that stands for a block's experts."""
-    parent, wide = one.path.rpartition(".")[0], int(changes[WIDTH])
+    parent = one.path.rpartition(".")[0]
+    wide = change.skeleton.get_submodule(parent).get_submodule(UP).get_parameter("weight").shape[0]
     return {
         f"{parent}.{leaf}.weight": Made(f"{one.path}.0.{leaf}.weight", partial(_folded, mixture, one, leaf, wide))
         for leaf in (GATE, UP, DOWN)
@@ -220,11 +217,10 @@ def _wider(matrix: Tensor, axis: int, width: int) -> Tensor:
     return torch.cat([matrix, matrix.new_zeros(size)], axis)
 
 
-def _padded(mixture: Mixture, changes: dict[str, Any], made: dict[str, Made]) -> dict[str, Made]:
+def _padded(mixture: Mixture, change: Change, made: dict[str, Made]) -> dict[str, Made]:
     """Return the matrices of dense layers that were there before, as wide as the condensed ones."""
-    new: EditedModel = edited(mixture.source, changes, made)
     found = {}
-    for name, header in new.tensors.items():
+    for name, header in change.model(made).tensors.items():
         before = mixture.source.tensors.get(name)
         if name in made or before is None or before.shape == header.shape:
             continue

@@ -58,7 +58,7 @@ class EditedModel(DenseModel):
         return copy.deepcopy(self.entries)
 
 
-def changed_entries(source: DenseModel, changes: Mapping[str, Any]) -> dict[str, Any]:
+def _changed_entries(source: DenseModel, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of a model's config.json with `changes` to those of the part that reads text.
 
     An entry that the config has under several names is changed under all of them.
@@ -80,7 +80,7 @@ def changed_entries(source: DenseModel, changes: Mapping[str, Any]) -> dict[str,
     return entries
 
 
-def config_of(source: DenseModel, entries: Mapping[str, Any]) -> PreTrainedConfig:
+def _config_of(source: DenseModel, entries: Mapping[str, Any]) -> PreTrainedConfig:
     """Return the config of changed entries, read as a loader reads it. Raises InputError where that refuses them."""
     from transformers import AutoConfig
 
@@ -96,40 +96,52 @@ def config_of(source: DenseModel, entries: Mapping[str, Any]) -> PreTrainedConfi
     return config
 
 
-def edited(source: DenseModel, changes: Mapping[str, Any], made: Mapping[str, Made]) -> EditedModel:
-    """Return the model with a changed config and tensors `made` anew, which may be those of some blocks only."""
-    entries = changed_entries(source, changes)
-    config = config_of(source, entries)
-    tensors = {}
-    for name, value in dense_skeleton(config, source.folder).state_dict().items():
-        old = source.tensors.get(made[name].like if name in made else name)
-        if name not in source.tied and old is not None:
-            tensors[name] = Header(tuple(value.shape), old.dtype, old.file, old.key)
-    about = (source.name, source.folder, source.revision, config, tensors, source.tied, source.notes)
-    return EditedModel(*about, source.hub_id, source.license, dense=source, entries=entries, made=made)
+@dataclass(frozen=True, eq=False)
+class Change:
+    """A change of a model's config. `entries`: of the new config.json; `skeleton`: the new model, on meta."""
+
+    source: DenseModel
+    entries: dict[str, Any]
+    skeleton: PreTrainedModel
+
+    def model(self, made: Mapping[str, Made]) -> EditedModel:
+        """Return the new model with tensors `made` anew, which may be those of some blocks only."""
+        source, tensors = self.source, {}
+        for name, value in self.skeleton.state_dict().items():
+            old = source.tensors.get(made[name].like if name in made else name)
+            if name not in source.tied and old is not None:
+                tensors[name] = Header(tuple(value.shape), old.dtype, old.file, old.key)
+        config: PreTrainedConfig = self.skeleton.config
+        about = (source.name, source.folder, source.revision, config, tensors, source.tied, source.notes)
+        return EditedModel(*about, source.hub_id, source.license, dense=source, entries=self.entries, made=made)
+
+    def complete(self, made: Mapping[str, Made]) -> EditedModel:
+        """Return `model(made)`. Raises InputError unless every tensor is made anew, or an old one of the same shape."""
+        source, weights = self.source, {name for name, _ in self.skeleton.named_parameters()}
+        for name, value in self.skeleton.state_dict().items():
+            old = source.tensors.get(name)
+            is_kept = name not in weights if old is None else old.shape == tuple(value.shape)
+            if not (is_kept or name in made or name in source.tied):
+                raise InputError(
+                    f"{name} of {source.name} would have to become {list(value.shape)}, and it is not known how for "
+                    f"model type {source.config.model_type!r}; choose another model"
+                )
+        return self.model(made)
 
 
-def check_complete(model: EditedModel) -> None:
-    """Raise InputError unless every tensor of the changed model is made anew, or an old one of the same shape."""
-    skeleton = dense_skeleton(model.config, model.folder)
-    weights = {name for name, _ in skeleton.named_parameters()}
-    for name, value in skeleton.state_dict().items():
-        old = model.dense.tensors.get(name)
-        is_kept = name not in weights if old is None else old.shape == tuple(value.shape)
-        if not (is_kept or name in model.made or name in model.tied):
-            raise InputError(
-                f"{name} of {model.name} would have to become {list(value.shape)}, and it is not known how for model "
-                f"type {model.config.model_type!r}; choose another model"
-            )
+def changed(source: DenseModel, changes: Mapping[str, Any]) -> Change:
+    """Return the model with `changes` to its config. Raises InputError where its type does not allow them."""
+    entries = _changed_entries(source, changes)
+    return Change(source, entries, dense_skeleton(_config_of(source, entries), source.folder))
 
 
-def write(model: EditedModel, arch: Architecture, writer: Writer) -> int:
+def write(model: EditedModel, skeleton: PreTrainedModel, arch: Architecture, writer: Writer) -> int:
     """Write the changed model as transformers names its tensors, one block at a time; return the weights' bytes.
 
-    `arch`: of the old model; its blocks have the same paths.
+    `skeleton`: of the changed model; `arch`: of the old one, whose blocks have the same paths.
     """
     plain: PreTrainedModel = dense_skeleton(model.config, model.folder, unfused=False)
-    experts = experts_of(model.skeleton())
+    experts = experts_of(skeleton)
     left = dict(model.tensors)
     for block in arch.blocks:
         names = [name for name in left if name.startswith(f"{block.path}.")]

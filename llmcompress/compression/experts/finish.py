@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcompress.compression.experts.edit import EditedModel, check_complete, write
+from llmcompress.compression.experts.edit import Change, Made, write
 from llmcompress.compression.experts.mixture import Mixture
 from llmcompress.compression.experts.report import BlockFate, ExpertsReport, Way, unused
 from llmcompress.data.calibration import CalibrationTokens
@@ -19,7 +19,8 @@ from llmcompress.models.companions import companions
 def finished(
     way: Way,
     mixture: Mixture,
-    new: EditedModel,
+    change: Change,
+    made: Mapping[str, Made],
     tokens: CalibrationTokens,
     blocks: Sequence[BlockFate],
     settings: dict[str, Any],
@@ -31,8 +32,7 @@ def finished(
     `experts`: in each of its blocks that still have some. Raises InputError for a change that the model's type does not
     allow, DiskError for an output that cannot be written.
     """
-    check_complete(new)
-    source = mixture.source
+    new, source = change.complete(made), mixture.source
     report = ExpertsReport(
         model=source.public_name,
         output=None if output is None else str(output),
@@ -50,6 +50,6 @@ def finished(
         beside = companions(source.folder)
         with writing(Path(output), new.bytes) as writer:
             beside.copy(writer.folder)
-            write(new, mixture.arch, writer)
+            write(new, change.skeleton, mixture.arch, writer)
             writer.write(file_names.EXPERTS, json.dumps(report.to_json() | {"output": None}, indent=1))
     return report

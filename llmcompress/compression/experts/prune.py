@@ -11,13 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llmcompress.calibrate.walk import Progress
-from llmcompress.compression.experts.edit import Made, changed_entries, config_of, edited
+from llmcompress.compression.experts.edit import Change, Made, changed
 from llmcompress.compression.experts.finish import finished
 from llmcompress.compression.experts.mixture import COUNTS, Mixture, number_of, open_mixture
 from llmcompress.compression.experts.report import (
@@ -31,12 +30,8 @@ from llmcompress.compression.experts.report import (
 )
 from llmcompress.compression.experts.usage import check_by, damage_of, usage, visits
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.models.skeleton import dense_skeleton
 from llmcompress.models.staging import check_output
 from llmcompress.runtime.devices import device_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 GROUP_LEAST = 2  # a group is chosen by its two best experts (DeepSeek-V3)
 
@@ -90,25 +85,23 @@ def prune_experts(
         scores = used.scores(by, seed, visit.path)
         kept = _best(scores, plan.keep, mixture.groups)
         mine = plan.made(visit.path, kept)
-        cost = damage_of(visit, edited(mixture.source, plan.changes, mine), plan.skeleton)
+        cost = damage_of(visit, plan.change.model(mine), plan.change.skeleton)
         fate: dict[int, Fate] = {number: "kept" if number in kept else "dropped" for number in range(mixture.experts)}
         becomes = {old: new for new, old in enumerate(kept)}
         blocks.append(BlockFate(visit.block.index, visit.path, cost, fates(used, fate, scores, becomes=becomes)))
         made |= mine
-    new = edited(mixture.source, plan.changes, made)
     settings = {"keep": plan.keep, "by": by, "seed": seed}
-    return finished("prune", mixture, new, tokens, blocks, settings, plan.keep, output)
+    return finished("prune", mixture, plan.change, made, tokens, blocks, settings, plan.keep, output)
 
 
 @dataclass(frozen=True, eq=False)
 class Smaller:
-    """The mixture with `keep` experts in each block. `changes`: to its config; `skeleton`: it, on meta; `axes`: the
-    dimension that numbers experts of each tensor outside them that has one."""
+    """The mixture with `keep` experts in each block. `axes`: the dimension that numbers experts of each tensor outside
+    them that has one."""
 
     mixture: Mixture
     keep: int
-    changes: dict[str, int]
-    skeleton: PreTrainedModel
+    change: Change
     axes: dict[str, int]
 
     def made(self, path: str, kept: tuple[int, ...]) -> dict[str, Made]:
@@ -139,9 +132,9 @@ def smaller(mixture: Mixture, keep: int) -> Smaller:
     _check_count(mixture, keep)
     source, settings = mixture.source, mixture.settings
     changes = {key: keep for key in COUNTS if getattr(settings, key, None) == mixture.experts}
-    new = dense_skeleton(config_of(source, changed_entries(source, changes)), source.folder)
+    change = changed(source, changes)
     before = {name: tuple(value.shape) for name, value in source.skeleton().state_dict().items()}
-    after = {name: tuple(value.shape) for name, value in new.state_dict().items()}
+    after = {name: tuple(value.shape) for name, value in change.skeleton.state_dict().items()}
     axes = {}
     for name in before.keys() & after.keys():
         pairs = list(zip(before[name], after[name], strict=True))
@@ -161,7 +154,7 @@ def smaller(mixture: Mixture, keep: int) -> Smaller:
                 f"{parent} of {source.name} has no router with an entry for each of its {mixture.experts} experts; "
                 f"choose another model"
             )
-    return Smaller(mixture, keep, changes, new, axes)
+    return Smaller(mixture, keep, change, axes)
 
 
 def _check_count(mixture: Mixture, keep: int) -> None:

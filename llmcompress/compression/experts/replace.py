@@ -172,8 +172,9 @@ def _recipe(chosen: Mapping[str, tuple[int, ...]], step: Factors, calibration: C
 @torch.no_grad()
 def _damage(mixture: Mixture, visit: Visit, chosen: tuple[int, ...], step: Factors) -> float:
     """Replace experts of a loaded block, which the walk goes on with, and return the damage to its outputs."""
-    names = {name for number in chosen for name in mixture.arch.linears() if name.startswith(f"{visit.path}.{number}.")}
     layout, block = mixture.arch.blocks[visit.block.index], visit.block
+    inside = tuple(f"{visit.path}.{number}." for number in chosen)
+    names = [linear.name for group in layout.groups for linear in group if linear.name.startswith(inside)]
     streams = HiddenStreams(visit.batches, block.hidden, None, None, Recipe.model_fields["cap"].default, None, False)
     groups = gather(visit.run, wanted_of(layout, dict.fromkeys(names, frozenset({"outer"}))), streams)
     before = outputs(visit)

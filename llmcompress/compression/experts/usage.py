@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,13 @@ from llmcompress.models.dense import DenseModel
 from llmcompress.models.experts import Experts
 from llmcompress.runtime.seeding import generator
 
-By = Literal["reap", "frequency", "random"]
+BY = ("reap", "frequency", "random")  # scores
 
 
 def check_by(by: str) -> None:
     """Raise RecipeError for a score of no such name."""
-    if by not in get_args(By):
-        raise RecipeError(f"by is {by!r}; choose one of {', '.join(get_args(By))}")
+    if by not in BY:
+        raise RecipeError(f"by is {by!r}; choose one of {', '.join(BY)}")
 
 
 @dataclass(frozen=True, eq=False)
