@@ -133,7 +133,7 @@ def replace_experts(
     )
     if output is not None:
         done = run.compress(job, output, device=device, progress=progress)
-        report = replace(report, bytes_after=done.report.bytes, warnings=(*done.report.warnings, *unused(rows)))
+        report = replace(report, warnings=(*done.report.warnings, *unused(rows)))
         add_file(Path(output), file_names.EXPERTS, json.dumps(report.to_json() | {"output": None}, indent=1))
     return report
 

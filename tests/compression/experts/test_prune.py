@@ -1,4 +1,4 @@
-"""Experts pruned: what stays is, bit for bit, what a hand cuts out of transformers' parameters, and counts are right."""
+"""Experts pruned: what stays is, bit for bit, what a hand cuts out of transformers' parameters."""
 
 from __future__ import annotations
 
