@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibrate.walk import Progress
-from llmcompress.compression.experts.edit import Change, Made, changed
+from llmcompress.compression.experts.edit import ChangedConfig, Made, changed
 from llmcompress.compression.experts.finish import finished
-from llmcompress.compression.experts.mixture import Mixture, open_mixture
+from llmcompress.compression.experts.mixture import ExpertMixture, open_mixture
 from llmcompress.compression.experts.report import (
     SAMPLES,
     BlockFate,
@@ -88,11 +88,7 @@ def condense_experts(
     mixture = open_mixture(model, revision)
     check_storable(mixture)
     some = candidates(mixture, blocks, count)
-    each = mixture.chosen if experts is None else experts
-    if not 0 < each <= mixture.experts:
-        raise RecipeError(
-            f"experts is {each}, where a block has {mixture.experts}; give a number from 1 to {mixture.experts}"
-        )
+    each = _check_experts(mixture, mixture.chosen if experts is None else experts)
     tokens = text_for(mixture, calibration_for(mixture, text, samples))
     width = _width(mixture, each)
     change = changed(mixture.source, dense_changes(mixture, some, width))
@@ -114,6 +110,15 @@ def condense_experts(
     return finished("condense", mixture, change, made, tokens, rows, settings, mixture.experts, output)
 
 
+def _check_experts(mixture: ExpertMixture, each: int) -> int:
+    """Return the number of experts that stay on. Raises RecipeError for one that a block does not have."""
+    if not 0 < each <= mixture.experts:
+        raise RecipeError(
+            f"experts is {each}, where a block has {mixture.experts}; give a number from 1 to {mixture.experts}"
+        )
+    return each
+
+
 @dataclass(frozen=True, eq=False)
 class _Condensed:
     """A block that is condensed. `path`: of its experts; `shared`: names of its shared experts; `experts`: numbers of
@@ -131,7 +136,7 @@ class _Condensed:
         return [*(f"{parent}.{name}" for name in self.shared), *(f"{self.path}.{number}" for number in self.experts)]
 
 
-def _width(mixture: Mixture, experts: int) -> int:
+def _width(mixture: ExpertMixture, experts: int) -> int:
     """Return the neurons of a condensed block."""
     path = next(iter(mixture.layers.values()))
     parent = mixture.source.skeleton().get_submodule(path.rpartition(".")[0])
@@ -191,7 +196,7 @@ def _products(visit: Visit, module: nn.Module, parts: Sequence[nn.Module]) -> Te
     return total
 
 
-def _made(mixture: Mixture, one: _Condensed, change: Change) -> dict[str, Made]:
+def _made(mixture: ExpertMixture, one: _Condensed, change: ChangedConfig) -> dict[str, Made]:
     """Return the tensors of the dense layer that stands for a block's experts."""
     parent = one.path.rpartition(".")[0]
     wide = change.skeleton.get_submodule(parent).get_submodule(UP).get_parameter("weight").shape[0]
@@ -201,7 +206,7 @@ def _made(mixture: Mixture, one: _Condensed, change: Change) -> dict[str, Made]:
     }
 
 
-def _folded(mixture: Mixture, one: _Condensed, leaf: str, width: int) -> Tensor:
+def _folded(mixture: ExpertMixture, one: _Condensed, leaf: str, width: int) -> Tensor:
     """Return a matrix of the dense layer, `width` neurons wide; what is left of them is zero."""
     parts = [mixture.source.read(f"{part}.{leaf}.weight") for part in one.parts]
     if leaf != DOWN:
@@ -217,7 +222,7 @@ def _wider(matrix: Tensor, axis: int, width: int) -> Tensor:
     return torch.cat([matrix, matrix.new_zeros(size)], axis)
 
 
-def _padded(mixture: Mixture, change: Change, made: dict[str, Made]) -> dict[str, Made]:
+def _padded(mixture: ExpertMixture, change: ChangedConfig, made: dict[str, Made]) -> dict[str, Made]:
     """Return the matrices of dense layers that were there before, as wide as the condensed ones."""
     found = {}
     for name, header in change.model(made).tensors.items():
@@ -229,12 +234,12 @@ def _padded(mixture: Mixture, change: Change, made: dict[str, Made]) -> dict[str
     return found
 
 
-def _longer(mixture: Mixture, name: str, axis: int, width: int) -> Tensor:
+def _longer(mixture: ExpertMixture, name: str, axis: int, width: int) -> Tensor:
     return _wider(mixture.source.read(name), axis, width)
 
 
 def _fate(
-    mixture: Mixture, number: int, used: Usage, found: _Condensed | None, costs: dict[int, float], is_chosen: bool
+    mixture: ExpertMixture, number: int, used: Usage, found: _Condensed | None, costs: dict[int, float], is_chosen: bool
 ) -> BlockFate:
     """Return the row of a block in the report."""
     path = mixture.layers[number]

@@ -97,7 +97,7 @@ def _config_of(source: DenseModel, entries: Mapping[str, Any]) -> PreTrainedConf
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class ChangedConfig:
     """A change of a model's config. `entries`: of the new config.json; `skeleton`: the new model, on meta."""
 
     source: DenseModel
@@ -129,10 +129,10 @@ class Change:
         return self.model(made)
 
 
-def changed(source: DenseModel, changes: Mapping[str, Any]) -> Change:
+def changed(source: DenseModel, changes: Mapping[str, Any]) -> ChangedConfig:
     """Return the model with `changes` to its config. Raises InputError where its type does not allow them."""
     entries = _changed_entries(source, changes)
-    return Change(source, entries, dense_skeleton(_config_of(source, entries), source.folder))
+    return ChangedConfig(source, entries, dense_skeleton(_config_of(source, entries), source.folder))
 
 
 def write(model: EditedModel, skeleton: PreTrainedModel, arch: Architecture, writer: Writer) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcompress.compression.experts.edit import Change, Made, write
-from llmcompress.compression.experts.mixture import Mixture
+from llmcompress.compression.experts.edit import ChangedConfig, Made, write
+from llmcompress.compression.experts.mixture import ExpertMixture
 from llmcompress.compression.experts.report import BlockFate, ExpertsReport, Way, unused
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.models import file_names
@@ -18,8 +18,8 @@ from llmcompress.models.companions import companions
 
 def finished(
     way: Way,
-    mixture: Mixture,
-    change: Change,
+    mixture: ExpertMixture,
+    change: ChangedConfig,
     made: Mapping[str, Made],
     tokens: CalibrationTokens,
     blocks: Sequence[BlockFate],

@@ -21,7 +21,7 @@ GROUPS = "n_group"  # of experts: a token first chooses some of the groups
 
 
 @dataclass(frozen=True, eq=False)
-class Mixture:
+class ExpertMixture:
     """A model with experts. `layers`: the module path of each block's experts, by the block's number; `experts`: in
     each of them; `chosen`: experts of a token; `groups`: equal runs of experts, of which a token chooses some."""
 
@@ -38,7 +38,7 @@ class Mixture:
         return self.source.config.get_text_config(decoder=True)
 
 
-def open_mixture(model: str | Path, revision: str | None = None) -> Mixture:
+def open_mixture(model: str | Path, revision: str | None = None) -> ExpertMixture:
     """Return the mixture that `model` names, checked by its config and tensor headers alone.
 
     Raises InputError for a model that cannot be opened or walked, that has no experts, or whose blocks do not all have
@@ -62,7 +62,7 @@ def open_mixture(model: str | Path, revision: str | None = None) -> Mixture:
         raise InputError(f"{source.folder / 'config.json'} describes {what}, which is not known; choose another model")
     if arch.family is None:
         arch = rehearsed(source, arch, True)
-    return Mixture(source, arch, layers, counts[0], chosen, getattr(settings, GROUPS, None) or 1)
+    return ExpertMixture(source, arch, layers, counts[0], chosen, getattr(settings, GROUPS, None) or 1)
 
 
 def _by_block(found: dict[str, Experts], arch: Architecture, name: str) -> dict[int, str]:

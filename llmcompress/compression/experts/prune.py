@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.calibrate.walk import Progress
-from llmcompress.compression.experts.edit import Change, Made, changed
+from llmcompress.compression.experts.edit import ChangedConfig, Made, changed
 from llmcompress.compression.experts.finish import finished
-from llmcompress.compression.experts.mixture import COUNTS, Mixture, number_of, open_mixture
+from llmcompress.compression.experts.mixture import COUNTS, ExpertMixture, number_of, open_mixture
 from llmcompress.compression.experts.report import (
     SAMPLES,
     BlockFate,
@@ -99,9 +99,9 @@ class Smaller:
     """The mixture with `keep` experts in each block. `axes`: the dimension that numbers experts of each tensor outside
     them that has one."""
 
-    mixture: Mixture
+    mixture: ExpertMixture
     keep: int
-    change: Change
+    change: ChangedConfig
     axes: dict[str, int]
 
     def made(self, path: str, kept: tuple[int, ...]) -> dict[str, Made]:
@@ -127,7 +127,7 @@ def _picked(read: Callable[[str], Tensor], name: str, axis: int, kept: tuple[int
     return read(name).index_select(axis, torch.tensor(kept))
 
 
-def smaller(mixture: Mixture, keep: int) -> Smaller:
+def smaller(mixture: ExpertMixture, keep: int) -> Smaller:
     """Return the mixture with fewer experts. Raises RecipeError where its routers could not choose from so few."""
     _check_count(mixture, keep)
     source, settings = mixture.source, mixture.settings
@@ -157,7 +157,7 @@ def smaller(mixture: Mixture, keep: int) -> Smaller:
     return Smaller(mixture, keep, change, axes)
 
 
-def _check_count(mixture: Mixture, keep: int) -> None:
+def _check_count(mixture: ExpertMixture, keep: int) -> None:
     """Raise RecipeError where a token could not be given its experts any more."""
     name, groups = mixture.source.name, mixture.groups
     if keep < mixture.chosen:

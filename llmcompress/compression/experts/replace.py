@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from llmcompress.calibrate.gather import HiddenStreams, gather, wanted_of
 from llmcompress.calibrate.walk import Progress
 from llmcompress.compression import run
 from llmcompress.compression.block import swap
-from llmcompress.compression.experts.mixture import Mixture, number_of, open_mixture
+from llmcompress.compression.experts.mixture import ExpertMixture, number_of, open_mixture
 from llmcompress.compression.experts.report import (
     SAMPLES,
     BlockFate,
@@ -35,7 +36,8 @@ from llmcompress.compression.experts.report import (
     unused,
 )
 from llmcompress.compression.experts.usage import Visit, check_by, damage, outputs, usage, visits
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.plan import Job, prepare
+from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer
 from llmcompress.methods.low_rank import Factors
@@ -103,26 +105,32 @@ def replace_experts(
     asked = calibration_for(mixture, text, samples)
     step = _step(mixture, share, rank)
     tokens = text_for(mixture, asked)
-    rows: list[BlockFate] = []
-    chosen: dict[str, tuple[int, ...]] = {}
-    for visit in visits(mixture, tokens, place, progress):
-        used = usage(visit)
-        scores = used.scores(by, seed, visit.path)
-        chosen[visit.path] = tuple(sorted(scores.argsort(stable=True)[:going].tolist()))
-        fate: dict[int, Fate] = dict.fromkeys(range(mixture.experts), "kept")
-        fate |= dict.fromkeys(chosen[visit.path], "replaced")
-        ranks = dict.fromkeys(chosen[visit.path], _rank(mixture, step))
-        numbers = {one: one for one in fate}
-        cost = _damage(mixture, visit, chosen[visit.path], step)
-        row = fates(used, fate, scores, becomes=numbers, rank=ranks)
-        rows.append(BlockFate(visit.block.index, visit.path, cost, row))
-    job = prepare(mixture.source, _recipe(chosen, step, asked))
+    rows = [_looked_at(mixture, visit, step, going, by, seed) for visit in visits(mixture, tokens, place, progress)]
+    job = prepare(mixture.source, _recipe(rows, step, asked))
+    settings = {"count": going, "rank": _rank(mixture, step), "by": by, "seed": seed}
+    report = _report(mixture, job, tokens, rows, settings, output)
+    if output is not None:
+        done = run.compress(job, output, device=device, progress=progress)
+        report = replace(report, warnings=(*done.report.warnings, *unused(rows)))
+        add_file(Path(output), file_names.EXPERTS, json.dumps(report.to_json() | {"output": None}, indent=1))
+    return report
+
+
+def _report(
+    mixture: ExpertMixture,
+    job: Job,
+    tokens: CalibrationTokens,
+    rows: Sequence[BlockFate],
+    settings: dict[str, Any],
+    output: str | Path | None,
+) -> ExpertsReport:
+    """Return the report as it is before anything is written."""
     notes = (*job.plan.warnings, *tokens.notes, *unused(rows))
-    report = ExpertsReport(
+    return ExpertsReport(
         model=mixture.source.public_name,
         output=None if output is None else str(output),
         way="replace",
-        settings={"count": going, "rank": _rank(mixture, step), "by": by, "seed": seed},
+        settings=settings,
         experts_before=mixture.experts,
         experts_after=mixture.experts,
         bytes_before=mixture.source.bytes,
@@ -131,14 +139,9 @@ def replace_experts(
         blocks=tuple(rows),
         warnings=tuple(dict.fromkeys(notes)),
     )
-    if output is not None:
-        done = run.compress(job, output, device=device, progress=progress)
-        report = replace(report, warnings=(*done.report.warnings, *unused(rows)))
-        add_file(Path(output), file_names.EXPERTS, json.dumps(report.to_json() | {"output": None}, indent=1))
-    return report
 
 
-def _step(mixture: Mixture, share: float | None, rank: int | None) -> Factors:
+def _step(mixture: ExpertMixture, share: float | None, rank: int | None) -> Factors:
     """Return the step for experts. Raises RecipeError for a share or rank that no factors have."""
     if share is not None and rank is not None:
         raise RecipeError("share and rank say the same of factors; give one of them")
@@ -151,26 +154,38 @@ def _step(mixture: Mixture, share: float | None, rank: int | None) -> Factors:
     return step
 
 
-def _rank(mixture: Mixture, step: Factors) -> int:
+def _rank(mixture: ExpertMixture, step: Factors) -> int:
     """Return the rank of an expert's factors. Raises RecipeError for one that is too large."""
     path = next(iter(mixture.layers.values()))
     size = mixture.source.tensors[f"{path}.0.{DOWN}.weight"].shape
     return step.rank_for(Dense(torch.empty(size, dtype=torch.bfloat16, device="meta")))
 
 
-def _recipe(chosen: Mapping[str, tuple[int, ...]], step: Factors, calibration: Calibration) -> Recipe:
-    """Return the recipe that replaces the `chosen` experts, by the path of a block's."""
-    patterns = tuple(
-        f"re:{re.escape(path)}\\.(?:{'|'.join(map(str, numbers[start : start + LONGEST]))})\\..*"
-        for path, numbers in chosen.items()
-        for start in range(0, len(numbers), LONGEST)
-    )
-    rules = (Rule(match=patterns, steps=(step,)), Rule(match=("*",), steps=()))
+def _recipe(rows: Sequence[BlockFate], step: Factors, calibration: Calibration) -> Recipe:
+    """Return the recipe that replaces the experts whose fate that is."""
+    patterns = []
+    for block in rows:
+        numbers = [str(row.number) for row in block.experts if row.fate == "replaced"]
+        for start in range(0, len(numbers), LONGEST):
+            some = "|".join(numbers[start : start + LONGEST])
+            patterns.append(f"re:{re.escape(block.path)}\\.(?:{some})\\..*")
+    rules = (Rule(match=tuple(patterns), steps=(step,)), Rule(match=("*",), steps=()))
     return Recipe(name="replaced experts", calibration=calibration, rules=rules)
 
 
+def _looked_at(mixture: ExpertMixture, visit: Visit, step: Factors, going: int, by: str, seed: int) -> BlockFate:
+    """Choose the experts of a block that are replaced, and return their fate."""
+    used = usage(visit)
+    scores = used.scores(by, seed, visit.path)
+    chosen = tuple(sorted(scores.argsort(stable=True)[:going].tolist()))
+    fate: dict[int, Fate] = {one: "replaced" if one in chosen else "kept" for one in range(mixture.experts)}
+    ranks, numbers = dict.fromkeys(chosen, _rank(mixture, step)), {one: one for one in fate}
+    cost = _damage(mixture, visit, chosen, step)
+    return BlockFate(visit.block.index, visit.path, cost, fates(used, fate, scores, becomes=numbers, rank=ranks))
+
+
 @torch.no_grad()
-def _damage(mixture: Mixture, visit: Visit, chosen: tuple[int, ...], step: Factors) -> float:
+def _damage(mixture: ExpertMixture, visit: Visit, chosen: tuple[int, ...], step: Factors) -> float:
     """Replace experts of a loaded block, which the walk goes on with, and return the damage to its outputs."""
     layout, block = mixture.arch.blocks[visit.block.index], visit.block
     inside = tuple(f"{visit.path}.{number}." for number in chosen)

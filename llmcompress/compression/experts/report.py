@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from llmcompress.compression.experts.mixture import Mixture
+from llmcompress.compression.experts.mixture import ExpertMixture
 from llmcompress.compression.experts.usage import Usage
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, context_length
 from llmcompress.errors import NumericsError, RecipeError, listed
@@ -55,7 +55,7 @@ class BlockFate:
 
 @dataclass(frozen=True)
 class ExpertsReport:
-    """What became of a mixture's experts. `output` is None where nothing was written; bytes count the weights."""
+    """The fates of a mixture's experts. `output` is None where nothing was written; bytes count the weights."""
 
     model: str
     output: str | None
@@ -74,7 +74,7 @@ class ExpertsReport:
         return asdict(self)
 
 
-def calibration_for(mixture: Mixture, text: str, samples: int) -> Calibration:
+def calibration_for(mixture: ExpertMixture, text: str, samples: int) -> Calibration:
     """Return what is read to judge experts, some of it held out. Raises RecipeError for too few samples."""
     if samples < 2:
         raise RecipeError(f"{samples} samples of text leave none to judge on; ask for at least 2")
@@ -82,7 +82,7 @@ def calibration_for(mixture: Mixture, text: str, samples: int) -> Calibration:
     return Calibration(dataset=text, samples=samples, length=length, held_out=max(1, samples * HELD_OUT // SAMPLES))
 
 
-def text_for(mixture: Mixture, asked: Calibration) -> CalibrationTokens:
+def text_for(mixture: ExpertMixture, asked: Calibration) -> CalibrationTokens:
     """Return the tokens of a text. Raises InputError for one that cannot serve."""
     source = mixture.source
     return calibration_tokens(asked, source.tokenizer(), source.load, source.config)

@@ -1,7 +1,7 @@
-"""How a config says that some blocks of a mixture have a dense layer instead of experts, and what stands beside them.
+"""Blocks of a mixture that have a dense layer instead of experts, as its config says it.
 
-Two ways are known: a list of blocks (`mlp_only_layers` of Qwen's mixtures), and the number of dense blocks that come
-first (`first_k_dense_replace` of DeepSeek's kind). All dense layers of a model have one width.
+Two ways to say it are known: a list of blocks (`mlp_only_layers` of Qwen's mixtures), and the number of dense blocks
+that come first (`first_k_dense_replace` of DeepSeek's kind). All dense layers of a model have one width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from llmcompress.compression.experts.mixture import Mixture
+from llmcompress.compression.experts.mixture import ExpertMixture
 from llmcompress.errors import InputError, RecipeError, listed
 from llmcompress.models.experts import GATE, Experts, Form
 
@@ -21,7 +21,7 @@ SHARED = ("shared_expert", "shared_experts")
 ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
-def check_storable(mixture: Mixture) -> None:
+def check_storable(mixture: ExpertMixture) -> None:
     """Raise InputError for a type of model that has no dense blocks, or other experts than dense layers have."""
     settings, kind = mixture.settings, mixture.source.config.model_type
     if not isinstance(getattr(settings, LISTED, None), list) and not isinstance(getattr(settings, FIRST, None), int):
@@ -43,7 +43,7 @@ def check_storable(mixture: Mixture) -> None:
             )
 
 
-def candidates(mixture: Mixture, asked: Iterable[int] | None, count: int | None) -> tuple[int, ...]:
+def candidates(mixture: ExpertMixture, asked: Iterable[int] | None, count: int | None) -> tuple[int, ...]:
     """Return the blocks that may be condensed: those that are `asked` for, else all, or the first `count` where only
     the first blocks can be dense. Raises RecipeError for blocks that cannot."""
     there = sorted(mixture.layers)
@@ -69,7 +69,7 @@ def candidates(mixture: Mixture, asked: Iterable[int] | None, count: int | None)
     return tuple(wanted)
 
 
-def dense_changes(mixture: Mixture, blocks: Iterable[int], width: int) -> dict[str, Any]:
+def dense_changes(mixture: ExpertMixture, blocks: Iterable[int], width: int) -> dict[str, Any]:
     """Return the entries of a config in which `blocks` are dense too, with layers `width` wide or, where dense ones are
     wider already, as wide as these."""
     settings, found = mixture.settings, sorted(blocks)
@@ -80,7 +80,7 @@ def dense_changes(mixture: Mixture, blocks: Iterable[int], width: int) -> dict[s
     return {FIRST: found[-1] + 1, WIDTH: wide}
 
 
-def has_dense(mixture: Mixture) -> bool:
+def has_dense(mixture: ExpertMixture) -> bool:
     """True if some blocks of a mixture have a dense layer already."""
     leaf = next(iter(mixture.layers.values())).rpartition(".")[0].rpartition(".")[2]
     return any(

@@ -1,4 +1,4 @@
-"""What routers do with experts on a text: tokens, weights and the size of what each expert adds, block by block.
+"""The use that routers make of experts on a text: tokens, weights, and the size of what each expert adds.
 
 The dense model is walked, so statistics of a block are those of the whole model. Memory is that of one block.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmcompress.calibrate.blocks import BlockForward, RowBatch, drop, in_batches, load
 from llmcompress.calibrate.walk import TOKENS_PER_BATCH, Block, Progress, walk
-from llmcompress.compression.experts.mixture import Mixture
+from llmcompress.compression.experts.mixture import ExpertMixture
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense import DenseModel
@@ -81,7 +81,7 @@ class Usage:
 
 
 def visits(
-    mixture: Mixture, tokens: CalibrationTokens, device: torch.device, progress: Progress | None
+    mixture: ExpertMixture, tokens: CalibrationTokens, device: torch.device, progress: Progress | None
 ) -> Iterator[Visit]:
     """Yield the model's blocks with experts in depth order, each loaded in float32, with its inputs."""
     sequences = tokens.sequences

@@ -55,7 +55,7 @@ def kept(report: ExpertsReport) -> dict[str, list[int]]:
 
 
 def cut_by_hand(dense: PreTrainedModel, small: PreTrainedModel, stay: dict[str, list[int]]) -> dict[str, Tensor]:
-    """What the small model's parameters must be: of each of the dense ones, the entries of the experts that stay."""
+    """Return the parameters that the small model must have: of the dense ones, the entries of the experts that stay."""
     found = {}
     for name, value in dense.state_dict().items():
         wanted = small.state_dict()[name].shape

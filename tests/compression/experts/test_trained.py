@@ -32,12 +32,11 @@ def tokens_of(text: str) -> Tensor:
     return torch.tensor(ids[: count * LENGTH]).reshape(count, LENGTH)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture of three blocks that was trained for about a minute."""
+def train(folder: Path, seed: int) -> Path:
+    """Train a mixture of three blocks for about half a minute, and write it to `folder`."""
     more = {"num_hidden_layers": BLOCKS, "num_experts": EXPERTS, "norm_topk_prob": True, "output_router_logits": True}
-    model: Any = zoo("qwen3_moe", **more).train()
-    torch.manual_seed(0)
+    model: Any = zoo("qwen3_moe", seed, **more).train()
+    torch.manual_seed(seed)
     text = tokens_of("\n\n".join(builtin_documents())[:1_500_000])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS)
@@ -48,10 +47,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rates.step()
         optimizer.zero_grad()
     model.config.output_router_logits = False
-    folder = tmp_path_factory.mktemp("trained") / "dense"
     model.eval().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("trained") / "dense", 0)
 
 
 @torch.no_grad()
