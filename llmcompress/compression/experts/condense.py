@@ -92,20 +92,14 @@ def condense_experts(
     tokens = text_for(mixture, calibration_for(mixture, text, samples))
     width = _width(mixture, each)
     change = changed(mixture.source, dense_changes(mixture, some, width))
-    found: dict[int, _Condensed] = {}
-    used: dict[int, Usage] = {}
-    costs: dict[int, float] = {}
-    for visit in visits(mixture, tokens, place, progress):
-        number = visit.block.index
-        used[number] = usage(visit)
-        if number in some:
-            found[number] = _condensed(visit, each)
-            costs[number] = damage_of(visit, change.model(_made(mixture, found[number], change)), change.skeleton)
-    chosen = sorted(sorted(some, key=costs.__getitem__)[: len(some) if count is None else count])
+    looks = [_looked_at(mixture, visit, some, each, change) for visit in visits(mixture, tokens, place, progress)]
+    costs = {look.block: look.cost for look in looks if look.cost is not None}
+    chosen = sorted(sorted(costs, key=costs.__getitem__)[: len(some) if count is None else count])
     change = changed(mixture.source, dense_changes(mixture, chosen, width))
-    made = {name: one for number in chosen for name, one in _made(mixture, found[number], change).items()}
+    going = [look.found for look in looks if look.found is not None and look.block in chosen]
+    made = {name: part for one in going for name, part in _made(mixture, one, change).items()}
     made |= _padded(mixture, change, made)
-    rows = [_fate(mixture, number, used[number], found.get(number), costs, number in chosen) for number in used]
+    rows = [_fate(mixture, look, look.block in chosen) for look in looks]
     settings = {"blocks": chosen, "experts": each}
     return finished("condense", mixture, change, made, tokens, rows, settings, mixture.experts, output)
 
@@ -134,6 +128,26 @@ class _Condensed:
         """The module paths of all of them."""
         parent = self.path.rpartition(".")[0]
         return [*(f"{parent}.{name}" for name in self.shared), *(f"{self.path}.{number}" for number in self.experts)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """A block with experts, and what condensing it would make of it and cost; None where it may not be."""
+
+    block: int
+    used: Usage
+    found: _Condensed | None = None
+    cost: float | None = None
+
+
+def _looked_at(mixture: ExpertMixture, visit: Visit, some: Sequence[int], each: int, change: ChangedConfig) -> _Look:
+    """Condense a loaded block, if it is among `some`, to `each` experts, and return what that costs."""
+    used = usage(visit)
+    if visit.block.index not in some:
+        return _Look(visit.block.index, used)
+    found = _condensed(visit, each)
+    cost = damage_of(visit, change.model(_made(mixture, found, change)), change.skeleton)
+    return _Look(visit.block.index, used, found, cost)
 
 
 def _width(mixture: ExpertMixture, experts: int) -> int:
@@ -238,16 +252,14 @@ def _longer(mixture: ExpertMixture, name: str, axis: int, width: int) -> Tensor:
     return _wider(mixture.source.read(name), axis, width)
 
 
-def _fate(
-    mixture: ExpertMixture, number: int, used: Usage, found: _Condensed | None, costs: dict[int, float], is_chosen: bool
-) -> BlockFate:
+def _fate(mixture: ExpertMixture, look: _Look, is_chosen: bool) -> BlockFate:
     """Return the row of a block in the report."""
-    path = mixture.layers[number]
-    if found is None or not is_chosen:
+    path, found = mixture.layers[look.block], look.found
+    if found is None or look.cost is None or not is_chosen:
         fate: dict[int, Fate] = dict.fromkeys(range(mixture.experts), "kept")
         numbers = {one: one for one in fate}
-        return BlockFate(number, path, 0.0, fates(used, fate, becomes=numbers), considered=costs.get(number))
+        return BlockFate(look.block, path, 0.0, fates(look.used, fate, becomes=numbers), considered=look.cost)
     shared, routed = found.weights[: len(found.shared)], found.weights[len(found.shared) :]
     fate = {one: "folded" if one in found.experts else "dropped" for one in range(mixture.experts)}
     weights = dict(zip(found.experts, routed, strict=True))
-    return BlockFate(number, path, costs[number], fates(used, fate, weight=weights), shared, costs[number])
+    return BlockFate(look.block, path, look.cost, fates(look.used, fate, weight=weights), shared, look.cost)
