@@ -29,6 +29,30 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Calls:
+    """The arguments of every block: those that all batches of a size share, or those of each batch by its first row,
+    where they depend on the tokens."""
+
+    model_type: str
+    shared: dict[int, list[Call]]
+    own: dict[int, list[Call]]
+
+    def of(self, index: int, size: int, rows: slice | None) -> Call:
+        """Return the arguments of a block for `size` sequences, the `rows` of all; None for any.
+
+        Raises InputError where they are not those of any.
+        """
+        if not self.own:
+            return self.shared[size][index]
+        if rows is None:
+            raise InputError(
+                f"the blocks of model type {self.model_type!r} get arguments that depend on the tokens, so they cannot "
+                f"learn one by one; leave reconstruct: and blockwise: out"
+            )
+        return self.own[rows.start][index]
+
+
+@dataclass(frozen=True)
 class RowBatch:
     """Rows of the sequences that go through a block together: never calibration and held-out ones at once."""
 
@@ -60,20 +84,26 @@ class BlockForward:
 
     module: nn.Module
     path: str
-    calls: dict[int, Call]
+    calls: Calls
+    index: int
     dtype: torch.dtype = torch.float32  # of products; hidden states and weights are float32 in any case
 
     def __call__(
-        self, hidden: Tensor, visit: Visit | None = None, names: tuple[str, ...] = (), stop_at: str | None = None
+        self,
+        hidden: Tensor,
+        rows: slice | None = None,
+        visit: Visit | None = None,
+        names: tuple[str, ...] = (),
+        stop_at: str | None = None,
     ) -> Tensor:
-        """The block's outputs for `hidden [sequences, length, width]`.
+        """The block's outputs for `hidden [sequences, length, width]`, the `rows` of all sequences; None for any.
 
         `visit(name, input [sequences, length, in], None)` is called for each linear in `names` as the block calls it;
         for one of an expert, which may not be called at all, `visit(name, input [tokens, in], tokens)` with the indices
         of its tokens among `sequences * length`. `stop_at`, one of them: the block is left there, and nothing is
         returned.
         """
-        call, visited = self.calls[len(hidden)], []
+        call, visited = self.calls.of(self.index, len(hidden), rows), []
         experts = experts_of(self.module)
 
         def hook(name: str, routed: Experts | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:

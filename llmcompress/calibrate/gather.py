@@ -123,10 +123,12 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
             seen[name] = x, tokens
 
         if dense_hidden is not None and batch.rows.stop <= len(dense_hidden):
-            dense_hidden[batch.rows] = run(dense_hidden[batch.rows], keep, tuple(readers))
+            dense_hidden[batch.rows] = run(dense_hidden[batch.rows], batch.rows, keep, tuple(readers))
         if not readers and not streams.keep_outputs:
             continue
-        weights = None if streams.weights is None else token_weights(run, hidden[batch.rows], streams.weights)
+        weights = (
+            None if streams.weights is None else token_weights(run, hidden[batch.rows], batch.rows, streams.weights)
+        )
 
         def read(
             name: str,
@@ -138,7 +140,7 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
         ) -> None:
             sums.read(name, (x, tokens), held_out, dense.pop(name, None), weights)
 
-        output = run(hidden[batch.rows], read, tuple(readers), None if streams.keep_outputs else last)
+        output = run(hidden[batch.rows], batch.rows, read, tuple(readers), None if streams.keep_outputs else last)
         if last is None and sums.moments and not to_experts:  # an expert may be called in one batch and not in another
             last = list(sums.moments)[-1][0]
         if streams.keep_outputs:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibrate.blocks import Call, RowBatch, drop, load
+from llmcompress.calibrate.blocks import Call, Calls, RowBatch, drop, load
 from llmcompress.errors import InputError, is_out_of_memory
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, name_of
@@ -22,7 +22,6 @@ from llmcompress.models.hidden_states import body
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Calls = dict[int, list[Call]]  # by number of sequences in the batch, then by block
 ROUNDING = 1e-5  # of arguments that a model computes again for every batch
 EXTRA = (0, 2, 1)  # things that blocks return after the hidden states, by the age of models; 0: no tuple
 
@@ -34,6 +33,7 @@ class _Tape:
         self.model_type, self.extra, self.known = model_type, extra, known
         self.hidden = torch.empty(0)
         self.calls: list[Call] = []
+        self.depends = False  # on the tokens: some arguments are not the `known` ones
 
     def record(self, path: str, hidden: Tensor, call: Call) -> None:
         """Note the call of the block at `path`."""
@@ -50,8 +50,7 @@ class _Tape:
             raise self.refusal(f"{path} gets a cache although none was asked for")
         if self.known is not None:
             before = self.known[len(self.calls)]
-            if not _same((call.args, call.kwargs), (before.args, before.kwargs)):
-                raise self.refusal(f"{path} gets arguments that depend on the tokens")
+            self.depends |= not _same((call.args, call.kwargs), (before.args, before.kwargs))
         self.calls.append(call)
 
     def refusal(self, why: str) -> InputError:
@@ -144,30 +143,41 @@ def _record(
     model: PreTrainedModel, path: str, sequences: Tensor, batches: list[RowBatch], device: torch.device, extra: int
 ) -> tuple[Tensor, Calls]:
     """Let the model's forward run on every batch with recorders for blocks."""
-    stack = model.get_submodule(path)
-    blocks = list(stack.children())
-    calls: Calls = {}
-    hidden = torch.empty(0)
+    shared: dict[int, list[Call]] = {}
+    own: dict[int, list[Call]] = {}
+    hidden, depends = torch.empty(0), False
     for batch in batches:
-        tape = _Tape(model.config.model_type, extra, calls.get(batch.size))
-        recorders = [_Recorder(block, path=f"{path}.{index}", tape=tape) for index, block in enumerate(blocks)]
-        try:
-            with _standing_in(stack, recorders):
-                body(model)(input_ids=sequences[batch.rows].to(device), use_cache=False)
-        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise
-            reason = " ".join(str(error).split())
-            raise tape.refusal(f"its code fails with stand-ins for them: {reason}") from error
-        if len(tape.calls) != len(blocks):
-            raise tape.refusal(f"it calls {len(tape.calls)} of {len(blocks)}")
-        if tape.hidden.shape[:-1] != sequences[batch.rows].shape:
-            raise tape.refusal(f"its hidden states have the shape {list(tape.hidden.shape)}")
-        if not calls:
+        tape = _taped(model, path, sequences[batch.rows].to(device), extra, shared.get(batch.size))
+        depends |= tape.depends
+        if not own:
             hidden = tape.hidden.new_empty(*sequences.shape, tape.hidden.shape[-1], dtype=torch.float32)
         hidden[batch.rows] = tape.hidden
-        calls.setdefault(batch.size, tape.calls)
-    return hidden, calls
+        own[batch.rows.start] = tape.calls if tape.depends else shared.setdefault(batch.size, tape.calls)
+    if batches and not depends:  # perhaps no two batches have one size
+        first = batches[0]
+        depends = _taped(model, path, sequences[first.rows].roll(1, 1).to(device), extra, shared[first.size]).depends
+    return hidden, Calls(model.config.model_type, shared, own if depends else {})
+
+
+def _taped(model: PreTrainedModel, path: str, ids: Tensor, extra: int, known: list[Call] | None) -> _Tape:
+    """Let the model's forward run on `ids [sequences, length]` with recorders for blocks."""
+    stack = model.get_submodule(path)
+    blocks = list(stack.children())
+    tape = _Tape(model.config.model_type, extra, known)
+    recorders = [_Recorder(block, path=f"{path}.{index}", tape=tape) for index, block in enumerate(blocks)]
+    try:
+        with _standing_in(stack, recorders):
+            body(model)(input_ids=ids, use_cache=False)
+    except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise tape.refusal(f"its code fails with stand-ins for them: {reason}") from error
+    if len(tape.calls) != len(blocks):
+        raise tape.refusal(f"it calls {len(tape.calls)} of {len(blocks)}")
+    if tape.hidden.shape[:-1] != ids.shape:
+        raise tape.refusal(f"its hidden states have the shape {list(tape.hidden.shape)}")
+    return tape
 
 
 class _Replay(_StandIn):

@@ -88,9 +88,9 @@ def _rehearse(model: PreTrainedModel, arch: Architecture) -> None:
     tokens, cpu = torch.zeros(1, TOKENS, dtype=torch.long), torch.device("cpu")
     hidden, calls, _ = recorded(model, arch.stack, tokens, [RowBatch(slice(0, 1), False)], cpu)
     for index, layout in enumerate(arch.blocks):
-        run = BlockForward(model.get_submodule(layout.path), layout.path, {1: calls[1][index]})
+        run = BlockForward(model.get_submodule(layout.path), layout.path, calls, index)
         try:
-            run(hidden)
+            run(hidden, slice(0, 1))
         except NumericsError:
             continue  # zeros can be divided by; what it calls has been counted
         except config_errors() as error:

@@ -46,7 +46,7 @@ def read_all(run: BlockForward, names: Mapping[str, float], batches: list[RowBat
     try:
         for batch in batches:
             if not batch.held_out:
-                run(hidden[batch.rows])
+                run(hidden[batch.rows], batch.rows)
     finally:
         for handle in handles:
             handle.remove()

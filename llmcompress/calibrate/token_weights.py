@@ -27,15 +27,16 @@ INTERFACE = "llmcompress_received_attention"  # the name transformers knows `_re
 
 
 @torch.no_grad()
-def token_weights(run: BlockForward, hidden: Tensor, config: TokenWeights) -> Tensor:
-    """The weights `[sequences, length]`, float32, of a block's inputs `hidden [sequences, length, width]`.
+def token_weights(run: BlockForward, hidden: Tensor, rows: slice, config: TokenWeights) -> Tensor:
+    """The weights `[sequences, length]`, float32, of a block's inputs `hidden [sequences, length, width]`, the `rows`
+    of all sequences.
 
     Raises InputError when the block does not tell how much attention its tokens receive.
     """
     if config.by == "norm":
         measure = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
     else:
-        measure = received_attention(run, hidden)
+        measure = received_attention(run, hidden, rows)
     return scaled(measure, config.minimum)
 
 
@@ -47,13 +48,13 @@ def scaled(measure: Tensor, minimum: float) -> Tensor:
 
 
 @torch.no_grad()
-def received_attention(run: BlockForward, hidden: Tensor) -> Tensor:
+def received_attention(run: BlockForward, hidden: Tensor, rows: slice) -> Tensor:
     """The attention probability that each token of `hidden [sequences, length, width]` receives in the block, summed
     over heads and queries: float32 `[sequences, length]`, `heads * length` in all unless sinks take some.
 
     Raises InputError for a block whose attention does not go through transformers' interface.
     """
-    call = run.calls[len(hidden)]
+    call = run.calls.of(run.index, len(hidden), rows)
     try:
         with _asked(run.module), products(hidden.device, run.dtype):
             run.module(hidden, *call.args, **call.kwargs)

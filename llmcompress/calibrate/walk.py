@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibrate.blocks import BlockForward, RowBatch, drop, in_batches, load
+from llmcompress.calibrate.blocks import BlockForward, Calls, RowBatch, drop, in_batches, load
 from llmcompress.calibrate.gather import (
     HELD_OUT,
     HiddenStreams,
@@ -32,7 +32,7 @@ from llmcompress.calibrate.gather import (
     moments_of,
     wanted_of,
 )
-from llmcompress.calibrate.recording import Calls, embed, head_inputs
+from llmcompress.calibrate.recording import embed, head_inputs
 from llmcompress.errors import InputError
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense import DenseModel
@@ -152,7 +152,7 @@ def _loaded(
     path = arch.blocks[index].path
     module = model.get_submodule(path)
     load(module, path, source, device)
-    return BlockForward(module, path, {size: blocks[index] for size, blocks in calls.items()}, dtype)
+    return BlockForward(module, path, calls, index, dtype)
 
 
 def _block(
@@ -202,7 +202,7 @@ def _advance(run: BlockForward, batches: list[RowBatch], hidden: Tensor) -> None
     """Move `hidden` on to the outputs of the block as it is now."""
     with decoded(run.module):
         for batch in batches:
-            hidden[batch.rows] = run(hidden[batch.rows])
+            hidden[batch.rows] = run(hidden[batch.rows], batch.rows)
 
 
 def _gather_ends(

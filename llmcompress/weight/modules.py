@@ -7,7 +7,7 @@ They subclass `nn.Linear` and `nn.Embedding`, so that whatever looks for those (
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -272,21 +272,24 @@ def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
 
 
 @contextmanager
-def decoded(model: nn.Module) -> Iterator[None]:
+def decoded(model: nn.Module, dtype: torch.dtype | None = None, skip: Sequence[nn.Module] = ()) -> Iterator[None]:
     """Keep every compressed linear of a model decoded while the context lasts.
 
-    They are decoded in the dtype of the model's other weights. Products are equal up to rounding; memory is that of the
-    dense model. Embeddings decode the rows that they look up, here as elsewhere.
+    Products are equal up to rounding; memory is that of the dense model. Embeddings decode the rows that they look up,
+    here as elsewhere.
 
     Args:
         model: any module; those without compressed linears stay as they are.
+        dtype: of the decoded weights; None for that of the model's other weights.
+        skip: parts of the model that stay as they are.
 
     Yields:
         Nothing; `model` itself is changed, and changed back in the end.
     """
-    layers = list(compressed_linears(model).values())
+    skipped = {inner for part in skip for inner in part.modules()}
+    layers = [layer for layer in compressed_linears(model).values() if layer not in skipped]
     floats = (value.dtype for value in model.parameters() if value.is_floating_point())
-    dtype = next(floats, torch.float32)
+    dtype = next(floats, torch.float32) if dtype is None else dtype
     for layer in layers:
         layer.ready = expression.decoded(layer.expression(), dtype)
     try:

@@ -63,7 +63,7 @@ def runs(
     for index, layout in enumerate(arch.blocks):
         module = model.get_submodule(layout.path)
         load(module, layout.path, source, hidden.device)
-        run = BlockForward(module, layout.path, {size: given[index] for size, given in calls.items()}, dtype)
+        run = BlockForward(module, layout.path, calls, index, dtype)
         found.append((run, hidden))
         with torch.no_grad():
             hidden = run(hidden)
@@ -109,7 +109,7 @@ def test_attention_is_that_of_the_formula(opened: Opened) -> None:
     source, arch = opened("llama")
     for index, (run, hidden) in enumerate(runs(source, arch, sequences())):
         expected = explicit(tiny("llama"), index, hidden)
-        found = received_attention(run, hidden)
+        found = received_attention(run, hidden, slice(None))
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(expected[:, :-1], expected[:, 1:], rtol=0.05)  # tokens differ
 
@@ -121,7 +121,7 @@ def test_attention_is_what_transformers_puts_out(family: str, opened: Opened) ->
     with torch.no_grad():
         shares = tiny(family, attn_implementation="eager")(sequences(), output_attentions=True).attentions
     for (run, hidden), expected in zip(runs(source, arch, sequences()), shares, strict=True):
-        found = received_attention(run, hidden)
+        found = received_attention(run, hidden, slice(None))
         torch.testing.assert_close(found, expected.sum((1, 2)), rtol=1e-4, atol=1e-4)
         assert found.sum(1) == pytest.approx([LENGTH * expected.shape[1]] * len(found), rel=1e-4)
 
@@ -130,9 +130,9 @@ def test_attention_in_bfloat16_is_near_that_in_float32(opened: Opened) -> None:
     source, arch = opened("llama")
     rounded = runs(source, arch, sequences(), torch.bfloat16)
     for (run, hidden), (half, _) in zip(runs(source, arch, sequences()), rounded, strict=True):
-        found = received_attention(half, hidden)
+        found = received_attention(half, hidden, slice(None))
         assert found.dtype == torch.float32
-        torch.testing.assert_close(found, received_attention(run, hidden), rtol=0.05, atol=0.01)
+        torch.testing.assert_close(found, received_attention(run, hidden, slice(None)), rtol=0.05, atol=0.01)
 
 
 def test_a_block_is_as_before_when_it_was_asked(opened: Opened) -> None:
@@ -140,7 +140,7 @@ def test_a_block_is_as_before_when_it_was_asked(opened: Opened) -> None:
     for run, hidden in runs(source, arch, sequences()):
         with torch.no_grad():
             before, known = run(hidden), run.module.self_attn.config._attn_implementation
-            received_attention(run, hidden)
+            received_attention(run, hidden, slice(None))
             assert run.module.self_attn.config._attn_implementation == known
             assert torch.equal(run(hidden), before)
 
@@ -184,7 +184,7 @@ def test_every_moment_is_weighed(by: Literal["attention", "norm"], cap: float | 
     measures: list[Tensor] = []
     for run, hidden in runs(source, arch, tokens):
         names = tuple(name for name in arch.linears() if name.startswith(f"{run.path}."))
-        run(hidden, lambda name, x, _: inputs.__setitem__(name, x), names)
+        run(hidden, None, lambda name, x, _: inputs.__setitem__(name, x), names)
         measures.append(
             explicit(tiny("llama"), len(measures), hidden).float() if by == "attention" else hidden.norm(dim=-1)
         )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llmcompress.calibrate.blocks import BlockForward, Call, RowBatch
+from llmcompress.calibrate.blocks import BlockForward, Call, Calls, RowBatch
 from llmcompress.calibrate.recording import _record, _Tape, embed
 from llmcompress.calibrate.walk import Block, walk
 from llmcompress.compression.block import swap
@@ -327,16 +327,14 @@ def test_blocks_that_cannot_run_alone_are_refused() -> None:
     tape.record("layers.0", hidden, call)
     tape.record("layers.1", hidden, call)
     assert len(tape.calls) == 2
-    for odd, why in (
-        (_Tape("odd", False, None), "it changes the hidden states before layers.1"),
-        (
-            _Tape("odd", False, [call, Call((), {"mask": mask + 1})]),
-            "layers.1 gets arguments that depend on the tokens",
-        ),
-    ):
-        odd.record("layers.0", hidden, call)
-        with pytest.raises(InputError, match=rf"^the blocks of model type 'odd' .*one by one \({why}\); choose"):
-            odd.record("layers.1", hidden.clone() if "hidden" in why else hidden, call)
+    other, found = _Tape("odd", 0, [call, Call((), {"mask": mask + 1})]), [tape.depends]
+    for path in ("layers.0", "layers.1"):
+        other.record(path, hidden, call)
+        found.append(other.depends)
+    assert found == [False, False, True]
+    why = "it changes the hidden states before layers.1"
+    with pytest.raises(InputError, match=rf"^the blocks of model type 'odd' .*one by one \({why}\); choose"):
+        tape.record("layers.1", hidden.clone(), call)
     with pytest.raises(InputError, match="layers.0 gets a cache"):
         _Tape("odd", False, None).record("layers.0", hidden, Call((DynamicCache(),), {}))
 
@@ -347,7 +345,7 @@ class Relay(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Identity(), nn.Identity()])
-        self.config = SimpleNamespace(model_type="relay", get_text_config=lambda decoder: self.config)
+        self.config: Any = SimpleNamespace(model_type="relay", get_text_config=lambda decoder: self.config)
 
     @property
     def base_model(self) -> Relay:
@@ -382,14 +380,15 @@ class Odd(nn.Module):
 
 def test_odd_blocks_are_refused() -> None:
     hidden = torch.zeros(1, 2, 4)
-    run = BlockForward(Odd(4), "layers.0", {1: Call((), {})})
+    alone = Calls("odd", {1: [Call((), {})]}, {})
+    run = BlockForward(Odd(4), "layers.0", alone, 0)
     assert run(hidden).shape == hidden.shape
     for name, times in (("layers.0.twice", 2), ("layers.0.never", 0)):
         with pytest.raises(InputError, match=f"{name} is called {times} times by its block"):
             run(hidden, names=(name,))
     assert not run.module.twice._forward_pre_hooks  # taken off although the run failed
     with pytest.raises(InputError, match=r"layers\.0 turns hidden states of shape \[1, 2, 4\] into \[1, 2, 5\]"):
-        BlockForward(Odd(5), "layers.0", {1: Call((), {})})(hidden)
+        BlockForward(Odd(5), "layers.0", alone, 0)(hidden)
 
 
 def test_recorders_are_taken_out_again(opened: Opened) -> None:

@@ -29,12 +29,28 @@ def test_the_limit_is_the_weights_in_float32(folders: tuple[Path, Path], monkeyp
     weights = sum(value.numel() for value in tiny("qwen3").parameters())  # tied ones once
     both = [locate(str(compressed)), locate(str(dense))]
     monkeypatch.setattr("llmcompress.models.fits.total_memory", lambda: 8 * weights)
-    check_fits(both, "cpu", "scoring")
+    check_fits("cpu", "scoring", both)
     monkeypatch.setattr("llmcompress.models.fits.total_memory", lambda: 8 * weights - 1)
     with pytest.raises(MemoryLimitError, match=r"scoring holds .*out .* and .*dense .* GB\) in float32"):
-        check_fits(both, "cpu", "scoring")
-    check_fits(both, "cuda", "scoring")
-    check_fits(both[:1], "cpu", "scoring")
+        check_fits("cpu", "scoring", both)
+    check_fits("cuda", "scoring", both)
+    check_fits("cpu", "scoring", both[:1], both[1:])
+
+
+def test_a_model_that_passes_takes_its_largest_part(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, compressed = (locate(str(folder)) for folder in folders)
+    model = tiny("qwen3")
+    blocks = [sum(value.numel() for value in block.parameters()) for block in model.model.layers]
+    part = 4 * max(*blocks, model.lm_head.weight.numel())
+    stored = (compressed.folder / "model.safetensors").stat().st_size
+    for places, size in (([dense], part), ([compressed], part + stored), ([dense, compressed], 2 * part + stored)):
+        monkeypatch.setattr("llmcompress.models.fits.total_memory", lambda size=size: size)
+        check_fits("cpu", "scoring", passing=places)
+        monkeypatch.setattr("llmcompress.models.fits.total_memory", lambda size=size: size - 1)
+        with pytest.raises(MemoryLimitError, match="scoring holds"):
+            check_fits("cpu", "scoring", passing=places)
 
 
 def test_scoring_and_verifying_refuse_before_they_load(
@@ -42,8 +58,8 @@ def test_scoring_and_verifying_refuse_before_they_load(
 ) -> None:
     dense, compressed = folders
     monkeypatch.setattr("llmcompress.models.fits.total_memory", lambda: 1000)
-    for module in ("score", "verify"):
-        monkeypatch.setattr(f"llmcompress.evaluate.{module}.load_model", None)
+    for door in ("score.opened", "verify.load_model"):
+        monkeypatch.setattr(f"llmcompress.evaluate.{door}", None)
     with pytest.raises(MemoryLimitError, match="take a larger machine"):
         lc.score(compressed, lc.Protocol(windows=1, length=16), against=dense)
     with pytest.raises(MemoryLimitError, match="take a larger machine"):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.blocks import Call, RowBatch, in_batches
+from llmcompress.calibrate.blocks import Calls, RowBatch, in_batches
 from llmcompress.calibrate.recording import recorded
 from llmcompress.distill.blockwise.block import Activations, Block, Recovered, recover_block
 from llmcompress.distill.student.low_rank import teachers_weights
@@ -50,7 +50,7 @@ class Stream:
     model: PreTrainedModel
     stack: str  # the module path of the list of blocks
     hidden: Tensor
-    calls: dict[int, list[Call]]  # by sequences in a batch, then by block
+    calls: Calls
     batches: list[RowBatch]
     autocast: Autocast
 
@@ -75,7 +75,7 @@ class Stream:
         module = self.model.get_submodule(self.path(index))
 
         def run(hidden: Tensor) -> Tensor:
-            call = self.calls[len(hidden)][index]
+            call = self.calls.of(index, len(hidden), None)
             with self.autocast():
                 output = module(hidden, *call.args, **call.kwargs)
             found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
