@@ -197,7 +197,9 @@ def _products(visit: Visit, module: nn.Module, parts: Sequence[nn.Module]) -> Te
 
     handle = module.register_forward_hook(keep)
     try:
-        outputs = [visit.run(visit.block.hidden[batch.rows]) for batch in visit.batches if not batch.held_out]
+        outputs = [
+            visit.run(visit.block.hidden[batch.rows], batch.rows) for batch in visit.batches if not batch.held_out
+        ]
     finally:
         handle.remove()
     for (inputs, target), output in zip(seen, outputs, strict=True):

@@ -6,7 +6,7 @@ The dense model is walked, so statistics of a block are those of the whole model
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -100,7 +100,7 @@ def usage(visit: Visit) -> Usage:
     try:
         for batch in visit.batches:
             if not batch.held_out:
-                visit.run(visit.block.hidden[batch.rows])
+                visit.run(visit.block.hidden[batch.rows], batch.rows)
     finally:
         for handle in watch.handles:
             handle.remove()
@@ -153,7 +153,7 @@ class _Watch:
 @torch.no_grad()
 def outputs(visit: Visit) -> list[Tensor]:
     """Return the block's outputs on each batch of held-out text, `[sequences, length, width]`."""
-    return [visit.run(visit.block.hidden[batch.rows]) for batch in visit.judged]
+    return [visit.run(visit.block.hidden[batch.rows], batch.rows) for batch in visit.judged]
 
 
 @torch.no_grad()
@@ -163,10 +163,10 @@ def damage(visit: Visit, changed: nn.Module, before: list[Tensor]) -> float:
     That is the mean over tokens of the squared change, relative to the squared output: tokens with huge hidden states
     count like others.
     """
-    run = BlockForward(changed, visit.run.path, visit.run.calls, visit.run.dtype)
+    run = replace(visit.run, module=changed)
     total, count = 0.0, 0
     for batch, old in zip(visit.judged, before, strict=True):
-        change = run(visit.block.hidden[batch.rows]) - old
+        change = run(visit.block.hidden[batch.rows], batch.rows) - old
         shares = change.double().square().sum(-1) / old.double().square().sum(-1).clamp_min(1e-30)
         total, count = total + float(shares.sum()), count + shares.numel()
     return total / count
