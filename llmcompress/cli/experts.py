@@ -29,7 +29,8 @@ Samples = Annotated[int, typer.Option(min=2, help="Sequences of text that are re
 RandomSeed = Annotated[int, typer.Option("--seed", min=0, help="Of --by random.")]
 
 experts = typer.Typer(
-    help="Remove, condense or replace the experts of a mixture; the router and config follow.", no_args_is_help=True
+    help="Remove, merge, condense or replace the experts of a mixture; the router and config follow.",
+    no_args_is_help=True,
 )
 
 
@@ -58,6 +59,33 @@ def prune(
 
         how = _how(terminal, output, dry_run, text, samples, revision, device)
         _show(terminal, prune_experts(model, keep=keep, by=by, seed=seed, **how))
+
+
+@experts.command()
+def merge(
+    model: Model,
+    keep: Annotated[float, typer.Option(help="Experts that each block has then, or their share below 1.")],
+    output: Out = None,
+    text: Read = "stdlib",
+    samples: Samples = 20,
+    dry_run: DryRun = False,
+    revision: Revision = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Average experts of MODEL whose outputs are alike. Any engine that reads MODEL reads the result.
+
+    Example: llmcompress experts merge Qwen/Qwen3-30B-A3B --keep 96 -o merged
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.compression.experts.merge import merge_experts
+
+        _show(
+            terminal,
+            merge_experts(model, keep=keep, **_how(terminal, output, dry_run, text, samples, revision, device)),
+        )
 
 
 @experts.command()

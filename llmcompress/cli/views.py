@@ -183,6 +183,8 @@ def _way(found: Row) -> str:
     asked, each = found["settings"], found["experts_before"]
     if found["way"] == "prune":
         return f"{asked['keep']} of {each} stay in each block, by {asked['by']}"
+    if found["way"] == "merge":
+        return f"{each} in each block become {asked['keep']}, by averages of alike ones"
     if found["way"] == "condense":
         return f"{asked['experts']} of {each} stay on, without a router, in {len(asked['blocks'])} blocks"
     return f"{asked['count']} of {each} in each block become factors of rank {asked['rank']}, by {asked['by']}"
@@ -191,12 +193,15 @@ def _way(found: Row) -> str:
 def _fates(rows: Sequence[Row], every: bool) -> str:
     """Return the fates of a block's experts with their numbers; with `every`, weights of those that are folded too."""
     parts = []
-    for fate in ("dropped", "replaced", "folded"):
-        numbers = [row for row in rows if row["fate"] == fate]
-        names = [
-            f"{row['number']}" + (f" x {row['weight']:.3f}" if every and fate == "folded" else "") for row in numbers
-        ]
-        parts += [f"{fate} {', '.join(names)}"] if names else []
+    for fate in ("dropped", "merged", "replaced", "folded"):
+        groups: dict[int | None, list[Row]] = {}
+        for row in (row for row in rows if row["fate"] == fate):
+            groups.setdefault(row["becomes"] if fate == "merged" else None, []).append(row)
+        for same in groups.values():
+            names = [
+                f"{row['number']}" + (f" x {row['weight']:.3f}" if every and row["weight"] else "") for row in same
+            ]
+            parts.append(f"{fate} {', '.join(names)}")
     return "; ".join(parts)
 
 

@@ -12,7 +12,12 @@ from typer.testing import CliRunner
 from llmcompress.cli.app import app
 from tests.zoo import save_zoo, text_for_calibration
 
-WAYS = {"prune": ["--keep", "3"], "condense": ["--count", "1"], "replace": ["--count", "0.5", "--rank", "3"]}
+WAYS = {
+    "prune": ["--keep", "3"],
+    "merge": ["--keep", "3"],
+    "condense": ["--count", "1"],
+    "replace": ["--count", "0.5", "--rank", "3"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,7 @@ def test_a_dry_run_is_the_plan_of_the_run(way: str, mixture: Path, tmp_path: Pat
     "way, words",
     [
         ("prune", ("3 of 4 stay in each block, by reap", "dropped ", "damage")),
+        ("merge", ("4 in each block become 3, by averages of alike ones", "merged ", "damage")),
         ("condense", ("2 of 4 stay on, without a router, in 1 blocks", "folded ", "if condensed")),
         ("replace", ("2 of 4 in each block become factors of rank 3, by reap", "replaced ", "stays dense")),
     ],

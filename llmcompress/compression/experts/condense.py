@@ -197,18 +197,17 @@ def _products(visit: Visit, module: nn.Module, parts: Sequence[nn.Module]) -> Te
 
     handle = module.register_forward_hook(keep)
     try:
-        outputs = [
-            visit.run(visit.block.hidden[batch.rows], batch.rows) for batch in visit.batches if not batch.held_out
-        ]
+        for batch in (batch for batch in visit.batches if not batch.held_out):
+            output = visit.run(visit.block.hidden[batch.rows], batch.rows)
+            inputs, target = seen.pop()
+            norms = output.flatten(0, 1).norm(dim=-1, keepdim=True).clamp_min(1e-30)
+            size = max(1, NUMBERS // (len(total) * target.shape[1]))
+            for x, y, norm in zip(inputs.split(size), target.split(size), norms.split(size), strict=True):
+                together = torch.stack([*(part(x) for part in parts), y]) / norm
+                flat = together.flatten(1).double()
+                total += (flat @ flat.T).cpu()
     finally:
         handle.remove()
-    for (inputs, target), output in zip(seen, outputs, strict=True):
-        norms = output.flatten(0, 1).norm(dim=-1, keepdim=True).clamp_min(1e-30)
-        size = max(1, NUMBERS // (len(total) * target.shape[1]))
-        for x, y, norm in zip(inputs.split(size), target.split(size), norms.split(size), strict=True):
-            together = torch.stack([*(part(x) for part in parts), y]) / norm
-            flat = together.flatten(1).double()
-            total += (flat @ flat.T).cpu()
     return total
 
 

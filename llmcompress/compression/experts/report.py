@@ -15,8 +15,8 @@ from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, 
 from llmcompress.errors import NumericsError, RecipeError, listed
 from llmcompress.recipe.calibration import Calibration
 
-Way = Literal["prune", "condense", "replace"]
-Fate = Literal["kept", "dropped", "folded", "replaced"]
+Way = Literal["prune", "merge", "condense", "replace"]
+Fate = Literal["kept", "dropped", "merged", "folded", "replaced"]
 SAMPLES, LENGTH, HELD_OUT = 20, 512, 4  # of text: 8192 tokens to count, 2048 to judge
 
 
