@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.compression.experts.edit import write
+from llmcompress.compression.experts.edit import Made, write
 from llmcompress.compression.experts.mixture import open_mixture
 from llmcompress.compression.experts.prune import smaller
 from llmcompress.compression.experts.report import ExpertsReport, calibration_for, text_for
@@ -144,7 +144,7 @@ def test_an_expert_that_no_token_reached_is_not_missed(family: str, more: dict[s
     mixture, dense = open_mixture(tmp_path / "dense"), loaded(tmp_path / "dense")
     tokens = ids(3)[:1]
     used = chosen_by(dense, tokens, mixture.layers)
-    plan, made = smaller(mixture, 6), {}
+    plan, made = smaller(mixture, 6), dict[str, Made]()
     for path, numbers in used.items():
         halves = [range(4), range(4, 8)]
         stay = {number for half in halves for number in sorted(half, key=lambda one: one not in numbers)[:3]}
