@@ -1,4 +1,4 @@
-"""What do experts cost? Prunes, merges, condenses and replaces those of tiny mixtures, and prints KLs on unseen text.
+"""Measure what experts cost: prune, merge, condense and replace those of tiny mixtures, and print KLs on unseen text.
 
     python scripts/bench/experts.py [--seeds 5]
 
