@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from llmcompress.errors import InputError, MemoryLimitError
@@ -14,12 +15,16 @@ from llmcompress.models.integrity import weight_files
 from llmcompress.models.locate import Place
 from llmcompress.runtime.memory import total_memory
 
-FLOAT32 = 4  # bytes of a weight
 
-
-def check_fits(device: str, doing: str, whole: Sequence[Place] = (), passing: Sequence[Place] = ()) -> None:
-    """Raise MemoryLimitError if models in float32, `whole` ones and those `passing` block by block, do not fit together
-    into the machine's memory.
+def check_fits(
+    device: str,
+    doing: str,
+    whole: Sequence[Place] = (),
+    passing: Sequence[Place] = (),
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Raise MemoryLimitError if models in a `dtype`, `whole` ones and those `passing` block by block, do not fit into
+    the machine's memory together.
 
     Of those that pass, a compressed one is in memory as it is stored, beside the block that is decoded. `doing` is the
     beginning of the sentence.
@@ -27,30 +32,31 @@ def check_fits(device: str, doing: str, whole: Sequence[Place] = (), passing: Se
     if device != "cpu":
         return
     there = total_memory()
-    sizes = {place.name: _held(place.folder, place in whole) for place in (*whole, *passing)}
+    sizes = {place.name: _held(place.folder, place in whole, dtype.itemsize) for place in (*whole, *passing)}
     if sum(sizes.values()) > there:
         held = " and ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in sizes.items())
+        kind = str(dtype).removeprefix("torch.")
         raise MemoryLimitError(
-            f"{doing} holds {held} in float32, and this machine has {there / 1e9:.1f} GB; take a larger machine, or a "
-            f"device with --device"
+            f"{doing} holds {held} in {kind}, and this machine has {there / 1e9:.1f} GB; take a larger "
+            f"machine, or a device with --device"
         )
 
 
-def _held(folder: Path, whole: bool) -> int:
-    """Return the bytes that a model in float32 takes."""
+def _held(folder: Path, whole: bool, each: int) -> int:
+    """Return the bytes that a model takes; `each`: those of a weight."""
     is_dense, model = check_outline(folder)
     if model is None:
         return 0
     if whole:
-        return FLOAT32 * _weights(model)
+        return each * _weights(model)
     try:
         blocks = model.get_submodule(block_stack(model.config, model))
     except InputError:
-        return FLOAT32 * _weights(model)  # it cannot pass block by block
+        return each * _weights(model)  # it cannot pass block by block
     largest = max(map(_weights, blocks.children()))
     tables = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
     stored = 0 if is_dense else sum(path.stat().st_size for path in weight_files(folder))
-    return stored + FLOAT32 * max(largest, *map(_weights, tables))
+    return stored + each * max(largest, *map(_weights, tables))
 
 
 def _weights(module: nn.Module) -> int:
