@@ -1,4 +1,4 @@
-"""What the ways of saving experts write is a student like any other: distillation brings it closer to the original."""
+"""Results of saving experts are students like any other: distillation brings them closer to the original."""
 
 from __future__ import annotations
 

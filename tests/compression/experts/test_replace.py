@@ -138,6 +138,25 @@ def test_models_without_experts_are_refused(tmp_path: Path) -> None:
         lc.replace_experts(save_tiny("llama", tmp_path / "llama"), count=1)
 
 
+def test_an_interrupted_run_is_resumed(tmp_path: Path) -> None:
+    save_zoo("qwen3_moe", tmp_path / "dense")
+    asked: dict[str, Any] = {"count": 2, "rank": 2, "text": str(text_for_calibration(tmp_path)), "samples": 2}
+    calls = []
+
+    def stop(done: int, total: int, speed: float) -> None:
+        calls.append(done)
+        if len(calls) == 4:  # two blocks are looked at, then compressed
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lc.replace_experts(tmp_path / "dense", tmp_path / "out", progress=stop, **asked)
+    assert calls == [1, 2, 1, 2] and not (tmp_path / "out").exists()
+    report = lc.replace_experts(tmp_path / "dense", tmp_path / "out", **asked)
+    assert any("are from an earlier run, which was interrupted" in warning for warning in report.warnings)
+    whole = lc.replace_experts(tmp_path / "dense", tmp_path / "whole", **asked)
+    assert whole.blocks == report.blocks and lc.verify(tmp_path / "out").layers == lc.verify(tmp_path / "whole").layers
+
+
 def test_experts_without_gates_are_replaced_too(tmp_path: Path) -> None:
     [family] = NO_GATE
     save_zoo(family, tmp_path / "dense")
