@@ -36,7 +36,9 @@ class Result:
         """The compressed model, loaded from disk at every access."""
         from transformers import AutoModelForCausalLM
 
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder)
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self.folder, trust_remote_code=self.report.trust_remote_code
+        )
         return loaded
 
     def save(self, path: str | Path) -> Path:

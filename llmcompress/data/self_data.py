@@ -105,6 +105,7 @@ def answer(
     revision: str | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> Answered:
     """Write the answers of `model` to the prompts as the JSON lines `{id, messages, source, checked, generation}`.
 
@@ -116,9 +117,9 @@ def answer(
         raise DiskError(f"{output} exists already; remove it or choose another file")
     if not os.access(output.absolute().parent, os.W_OK):
         raise DiskError(f"{output.absolute().parent} is no folder that can be written to; choose another output file")
-    place = locate(model, revision)
+    place = locate(model, revision, trust_remote_code)
     next(prompts(asked))  # data that cannot be read, before the model is loaded
-    loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder)
+    loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder, trust_remote_code)
     dtype = product_dtype("auto", loaded.device)
     moved: nn.Module = loaded
     moved.to(dtype)

@@ -49,6 +49,7 @@ def verify(
     length: int = 512,
     device: str = "cpu",
     progress: Scoring | None = None,
+    trust_remote_code: bool = False,
 ) -> Verified:
     """Check a compressed checkpoint from its files to its logits.
 
@@ -60,6 +61,7 @@ def verify(
         length: tokens of a window; less where the model reads less.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         progress: receives what is being read, how much is done, and how much there is; None for a line in a notebook.
+        trust_remote_code: True to run the Python code that models bring along, if transformers lacks their class.
 
     Returns:
         Counts of files and layers, bytes, perplexity, and the distance to `against`.
@@ -75,9 +77,10 @@ def verify(
     notes: tuple[str, ...] = ()
     if not check_manifest(folder):
         notes = (f"there is no {MANIFEST}, so only the weights could be checked, not the files beside them",)
-    reference, tokenizer = None if against is None else locate(against), load_tokenizer(folder)
+    place = Place(str(folder), folder, trust_remote_code=trust_remote_code)
+    reference = None if against is None else locate(against, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     evaluation_windows(tokenizer, Protocol(text, windows, 2))  # a text that cannot be read, before models are loaded
-    place = Place(str(folder), folder)
     check_fits([place] if reference is None else [place, reference], device, "reading text with it")
     model = load_model(place, device)
     teacher = None if reference is None else load_model(reference, device)

@@ -19,9 +19,13 @@ LOAD = """\
 import llmcompress  # pip install llmcompress; teaches transformers this format
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({name})
-tokenizer = AutoTokenizer.from_pretrained({name})
+model = AutoModelForCausalLM.from_pretrained({name}{trust})
+tokenizer = AutoTokenizer.from_pretrained({name}{trust})
 ```"""
+TRUST = """
+The model needs the Python code in this repository, which came with the model that it was made from. Read it before you
+trust it: without `trust_remote_code=True` it is not run, and the model does not load.
+"""
 HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LICENCE = re.compile(r"[\w.+-]{1,100}")
 
@@ -71,7 +75,8 @@ def card(
         title,
         f"{_linked(base)}, compressed by llmcompress from {report.dense_bytes / 1e6:,.1f} MB to "
         f"{report.bytes / 1e6:,.1f} MB{', then distilled' if taught else ''}.\n",
-        LOAD.format(name=json.dumps(name)) + "\n",
+        LOAD.format(name=json.dumps(name), trust=", trust_remote_code=True" * report.trust_remote_code) + "\n",
+        *((TRUST,) if report.trust_remote_code else ()),
         "## Size and quality\n",
         *_table(report, scores),
         "\n## What was done\n",

@@ -20,7 +20,7 @@ def check_fits(places: Sequence[Place], device: str, doing: str) -> None:
     if device != "cpu":
         return
     there = total_memory()
-    sizes = {place.name: FLOAT32 * check_outline(place.folder)[1] for place in places}
+    sizes = {place.name: FLOAT32 * check_outline(place)[1] for place in places}
     if sum(sizes.values()) > there:
         held = " and ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in sizes.items())
         raise MemoryLimitError(

@@ -80,7 +80,7 @@ class FilePlan:
         return weights.most_common(1)[0][0]
 
 
-def to_gguf(folder: Path, output: Path, allow_dense: bool = False, round_to: str | None = None) -> Exported:
+def to_gguf(opened: Opened, output: Path, allow_dense: bool = False, round_to: str | None = None) -> Exported:
     """Write grids value for value; others are rounded to the type `round_to`, to bfloat16, or raise InputError."""
     if round_to is not None and round_to not in ROUNDED:
         raise RecipeError(f"nothing is rounded to {round_to!r} here; choose one of {', '.join(ROUNDED)}")
@@ -88,7 +88,7 @@ def to_gguf(folder: Path, output: Path, allow_dense: bool = False, round_to: str
         from gguf import GGUFWriter
     except ImportError as error:
         raise RecipeError('this export needs gguf; run pip install "llmcompress[export]"') from error
-    opened = Opened(folder)
+    folder = opened.folder
     model = gguf_model(folder, opened.config)
     vocabulary = read_vocabulary(folder, model.config.vocab_size, opened.config)
     with writing(output, opened.dense_bytes) as staged:
