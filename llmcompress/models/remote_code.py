@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,13 +97,19 @@ def _entries(path: Path) -> dict[str, Any]:
 
 def _known_model(entries: dict[str, Any]) -> bool:
     """True if transformers has the model type of a config, and all its architectures."""
-    import transformers
+    from transformers import CONFIG_MAPPING
 
     kind, classes = entries.get("model_type"), entries.get("architectures") or []
-    there = dir(transformers)
-    return kind in list(transformers.CONFIG_MAPPING.keys()) and (
-        not isinstance(classes, list) or all(name in there for name in classes)
-    )
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    return known and (not isinstance(classes, list) or all(name in _names() for name in classes))
+
+
+@lru_cache(maxsize=1)
+def _names() -> frozenset[str]:
+    """Return what transformers has, by name; nothing is imported for that."""
+    import transformers
+
+    return frozenset(dir(transformers))
 
 
 def _known_tokenizer(entries: dict[str, Any], model: dict[str, Any]) -> bool:
@@ -111,7 +118,7 @@ def _known_tokenizer(entries: dict[str, Any], model: dict[str, Any]) -> bool:
 
     name = entries.get("tokenizer_class")
     if not isinstance(name, str):
-        return model.get("model_type") in list(TOKENIZER_MAPPING_NAMES)
+        return model.get("model_type") in TOKENIZER_MAPPING_NAMES
     slow = name.removesuffix("Fast")
     return any(tokenizer_class_from_name(each) is not None for each in (slow, f"{slow}Fast"))
 

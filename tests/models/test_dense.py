@@ -195,7 +195,7 @@ def emptied(folder: Path) -> None:
         ),
         (put("config.json", '{"hidden_size": 3}'), r"config\.json names model_type None"),
         (configured(model_type="nonsense"), r"model_type 'nonsense', which the installed transformers does not know"),
-        (configured(model_type="nonsense", auto_map={"AutoConfig": "x.Y"}), "needs its own Python code"),
+        (configured(model_type="nonsense", auto_map={"AutoConfig": "x.Y"}), "needs Python code of its own"),
         (configured(num_attention_heads=5), r"config\.json .*\(.*5.*\); correct it"),
         (configured(num_attention_heads=0), r"config\.json .*; correct it"),
         (configured(hidden_size="wide"), r"config\.json .*; correct it"),
