@@ -13,7 +13,7 @@ what comes after the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -80,16 +80,27 @@ class Streamed:
                 states.hidden[batch.rows] = passed(block, index, states, states.hidden[batch.rows], batch.rows)
 
     @torch.no_grad()
-    def logits(self, states: States) -> Iterator[Tensor]:
+    def logits(self, states: States) -> Generator[Tensor]:
         """Yield the logits `[windows, length, vocabulary]` of each batch, from the outputs of the last block."""
+        with self.at_the_end():
+            for batch in states.batches:
+                yield self.predicted(states, states.hidden, batch.rows)
+
+    @contextmanager
+    def at_the_end(self) -> Iterator[None]:
+        """Hold what comes after the blocks while the context lasts."""
         with ExitStack() as stack:
             for module, skip in self._ends():
                 stack.enter_context(self.hold(module, skip))
-            for batch in states.batches:
-                ids, hidden = states.ids[batch.rows].to(self.device), states.hidden[batch.rows]
-                with answered(self.model, self.stack, self.depth, hidden, states.extra), self._without_table():
-                    logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-                yield logits
+            yield
+
+    @torch.no_grad()
+    def predicted(self, states: States, hidden: Tensor, rows: slice) -> Tensor:
+        """Return the logits `[rows, length, vocabulary]` of some windows, `at_the_end`; `hidden`: of all windows."""
+        ids = states.ids[rows].to(self.device)
+        with answered(self.model, self.stack, self.depth, hidden[rows], states.extra), self._without_table():
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
 
     @contextmanager
     def _without_table(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import prod
 
 import torch
@@ -36,25 +36,34 @@ EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", 
 
 
 def peak_bytes(
-    source: DenseModel, arch: Architecture, recipe: Recipe, tables: list[str], needs: Mapping[str, frozenset[str]]
+    source: DenseModel,
+    arch: Architecture,
+    recipe: Recipe,
+    tables: list[str],
+    needs: Mapping[str, frozenset[str]],
+    used: Collection[str],
 ) -> int:
     """Return the peak memory of a run in bytes: hidden states, and the largest of blocks, embeddings and tables.
 
-    `needs`: the statistics that the methods of each compressed matrix read, by name. Blocks are held one at a time, or
-    several if they learn together.
+    `needs`: the statistics that the methods of each compressed matrix read, by name; `used`: all these methods. Blocks
+    are held one at a time, or several if they learn together.
     """
     calibration = recipe.calibration
     tokens = 0 if calibration is None else (calibration.samples + calibration.held_out) * calibration.length
-    hidden_width = min(group[0].shape[1] for layout in arch.blocks for group in layout.groups)
     learning = 0 if recipe.reconstruct is None else recipe.reconstruct.window
     streams = 1 + max(learning, 1 if recipe.asymmetric else 0)
     blocks = max(_block_bytes(layout, recipe, needs, learning) for layout in arch.blocks)
     stored = [prod(header.shape) for header in source.tensors.values()]
-    searched = any(step.method in SEARCHED for rule in recipe.rules for step in rule.steps)
+    searched = any(method in SEARCHED for method in used)
     outside = max((prod(source.tensors[f"{name}.weight"].shape) for name in tables), default=0) * TABLE_BYTES
     return int(
-        LIBRARIES + COMPILER * searched + 4 * tokens * hidden_width * streams + max(blocks, 8 * max(stored), outside)
+        LIBRARIES + COMPILER * searched + 4 * tokens * width_of(arch) * streams + max(blocks, 8 * max(stored), outside)
     )
+
+
+def width_of(arch: Architecture) -> int:
+    """Return the width of the hidden states: the least that a linear reads."""
+    return min(group[0].shape[1] for layout in arch.blocks for group in layout.groups)
 
 
 def _block_bytes(layout: BlockLayout, recipe: Recipe, needs: Mapping[str, frozenset[str]], learning: int) -> int:

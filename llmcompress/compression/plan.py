@@ -209,6 +209,7 @@ def _plan(job: Job) -> Plan:
         if name == job.arch.embedding:
             check_rows(stored)
         rows.append(_row(name, (shape[0], shape[1]), steps, stored))
+    used = {method for row in rows for method in row.steps}
     # tensors that a run leaves as they are keep their own type
     dense = {f"{row.name}.weight" for row in rows}
     kept = sum(header.bytes for name, header in job.source.tensors.items() if name not in dense)
@@ -221,7 +222,7 @@ def _plan(job: Job) -> Plan:
         dense_bytes=job.source.bytes,
         bpw=stored_bits / weights,
         model_bpw=total * 8 / job.source.parameters,
-        peak_memory_bytes=peak_bytes(job.source, job.arch, job.recipe, list(job.tables), job.needs()),
+        peak_memory_bytes=peak_bytes(job.source, job.arch, job.recipe, list(job.tables), job.needs(), used),
         seconds=seconds(job.source, job.arch, job.recipe, {name: len(steps) for name, steps in job.steps.items()}),
         warnings=warnings(job),
         reconstruction=_values(job.recipe.reconstruct),

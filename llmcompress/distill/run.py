@@ -13,8 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
-from torch import nn
 
 from llmcompress.data.distillation import Data, read_data
 from llmcompress.distill.check_fused import check_fused, fused_into
@@ -39,6 +39,7 @@ from llmcompress.models.checkpoint import making
 from llmcompress.models.companions import Companions, companions
 from llmcompress.models.dense import load_model
 from llmcompress.models.digest import content_digest, teacher_digest, tokenizer_digest
+from llmcompress.models.fits import check_fits
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.remote_code import code_files
 from llmcompress.models.staging import check_output, claim, locked
@@ -155,7 +156,9 @@ def _distilled(
     check_output(target, opened.bytes)
     tokenizer, theirs = (load_tokenizer(each.folder, each.trust_remote_code) for each in (pupil, place))
     where = loading_device(accelerator)
-    pair = load_model(pupil, where), load_model(place, where if asked.teacher.bits is None else "cpu")
+    dtype = product_dtype(asked.compute, accelerator.device) if asked.teacher.bits is None else torch.float32
+    check_fits(where, "distilling", [pupil, place], dtype=dtype)
+    pair = load_model(pupil, where), load_model(place, where if asked.teacher.bits is None else "cpu", dtype)
     check_pair(*pair, [tokenizer.get_vocab(), theirs.get_vocab()])
     check_teacher(pair[1], asked.teacher.bits)
     data = read_data(asked.data, tokenizer, partial(load_model, place), pair[1].config)
@@ -195,9 +198,7 @@ def _run(
     accelerator: Accelerator,
 ) -> TrainContext:
     dtype = product_dtype(recipe.compute, accelerator.device)
-    cast: nn.Module = teacher.requires_grad_(False)
-    if recipe.teacher.bits is None:  # else it reads in the host's memory, and a copy of fewer bits here
-        cast.to(dtype)
+    teacher.requires_grad_(False)
     check_enough(len(data.sequences), recipe)
     return TrainContext(
         recipe,

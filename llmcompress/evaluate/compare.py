@@ -13,6 +13,7 @@ import torch
 
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate.lm_eval import find_tasks
+from llmcompress.evaluate.logits import opened
 from llmcompress.evaluate.output_file import check_new_file, write_new_file
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.processes import ALONE, Processes
@@ -20,7 +21,7 @@ from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.score import size_of
 from llmcompress.evaluate.scores import Scoring, evaluate_all
 from llmcompress.evaluate.tables import comparison_markdown
-from llmcompress.models.dense import load_model
+from llmcompress.models.fits import check_fits
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.notebook import named
@@ -61,6 +62,7 @@ def compare(
     Raises:
         RecipeError: for fewer than two models.
         InputError: for models that cannot be loaded, or that read text differently.
+        MemoryLimitError: for models that do not fit into this machine, two at a time.
         DiskError: for an output that cannot be written.
     """
     progress = progress or named()
@@ -73,7 +75,11 @@ def compare(
     _check_tokens(places, protocol)
     tokenizer = load_tokenizer(places[0].folder, trust_remote_code)
     tasks = find_tasks(tokenizer, protocol)
-    reference, *others = (partial(load_model, place, device) for place in places)
+    whole = bool(protocol.tasks)
+    for place in places[1:]:
+        pair = [places[0], place]
+        check_fits(device, "comparing", pair if whole else [], [] if whole else pair)
+    reference, *others = (partial(opened, place, device, whole) for place in places)
     how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": tasks}
     found = evaluate_all(reference(), others, tokenizer, protocol, **how)
     first = found[0]

@@ -7,24 +7,19 @@ one pass of each also gives both perplexities.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
+from llmcompress.evaluate.logits import Counting, Readable, window_logits
 from llmcompress.evaluate.perplexity import (
-    Counting,
     Perplexity,
     negative_log_likelihood,
     position_chunks,
     predicted_tokens,
-    window_logits,
 )
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.uncertainty import mean, stderr
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -49,22 +44,23 @@ class Distance:
 
 
 def distance(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
+    teacher: Readable,
+    student: Readable,
     ids: Tensor,
     batch_size: int = 1,
     processes: Processes = ALONE,
     progress: Counting | None = None,
+    blocks: Counting | None = None,
 ) -> Distance:
     """Compare both models on windows `ids` [n, length], over the positions that perplexity counts.
 
-    Log-probabilities are float32, sums float64. `progress` receives (windows read, windows) of this process's share.
+    Log-probabilities are float32, sums float64. `progress` and `blocks`: as for `perplexity`, `blocks` for each model.
     Raises InputError when the vocabularies differ.
     """
     mine = processes.share(ids)
     rows: list[tuple[float, float, float, float]] = []
     for (batch, wanted), (_, given) in zip(
-        window_logits(teacher, mine, batch_size), window_logits(student, mine, batch_size)
+        window_logits(teacher, mine, batch_size, blocks), window_logits(student, mine, batch_size, blocks)
     ):
         if wanted.shape != given.shape:
             raise InputError(

@@ -7,7 +7,7 @@ own, so its first token is predicted by nothing and does not count: `windows * (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,18 +19,16 @@ from llmcompress.data.builtin import stdlib_text
 from llmcompress.data.calibration import context_length
 from llmcompress.data.files import read_text
 from llmcompress.errors import InputError, NumericsError, RecipeError
+from llmcompress.evaluate.logits import Counting, Readable, window_logits
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.uncertainty import mean, stderr
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 AT_ONCE = 1 << 24  # characters of a text that are tokenized at once, as far as windows need them
 POSITIONS = 32  # whose log-probabilities are in memory at once: 32 * 49152 * 4 bytes = 6 MB, which caches hold
-
-
-Counting = Callable[[int, int], None]  # (done, in all)
 
 
 @dataclass(frozen=True)
@@ -101,19 +99,21 @@ def text_windows(
 
 
 def perplexity(
-    model: PreTrainedModel,
+    model: Readable,
     ids: Tensor,
     batch_size: int = 1,
     processes: Processes = ALONE,
     progress: Counting | None = None,
+    blocks: Counting | None = None,
 ) -> Perplexity:
     """Return the perplexity of `model`, in the dtype it has, on windows `ids` [n, length].
 
-    Holds logits of `batch_size` windows. `progress` receives (windows read, windows) of this process's share.
+    Holds logits of `batch_size` windows. `progress` receives (windows read, windows) of this process's share; before,
+    `blocks` receives (blocks, blocks in all) of a model that is read block by block.
     """
     losses: list[float] = []
     mine = processes.share(ids)
-    for batch, logits in window_logits(model, mine, batch_size):
+    for batch, logits in window_logits(model, mine, batch_size, blocks):
         for window, row in zip(batch, logits):
             chunks = position_chunks(row, window)
             total = sum(negative_log_likelihood(given.float().log_softmax(-1), targets) for given, targets in chunks)
@@ -126,14 +126,6 @@ def perplexity(
 def predicted_tokens(ids: Tensor) -> int:
     """Return the number of tokens predicted in windows [n, length]."""
     return ids.shape[0] * (ids.shape[1] - 1)
-
-
-@torch.no_grad()
-def window_logits(model: PreTrainedModel, ids: Tensor, batch_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """(windows [batch, length], logits [batch, length, vocabulary]), on the device of the model; none for no window."""
-    for first in range(0, len(ids), batch_size):
-        here = ids[first : first + batch_size].to(model.device)
-        yield here, model(input_ids=here, use_cache=False).logits
 
 
 def position_chunks(logits: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

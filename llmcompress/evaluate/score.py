@@ -14,13 +14,14 @@ import torch
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.lm_eval import find_tasks
+from llmcompress.evaluate.logits import opened
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.scores import Evaluation, Scoring, evaluate, evaluate_all
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import add_file, read_json, writing
-from llmcompress.models.dense import DenseModel, load_model, open_source
+from llmcompress.models.dense import DenseModel, open_source
 from llmcompress.models.families import Linear, architecture
 from llmcompress.models.fits import check_fits
 from llmcompress.models.headers import read_headers
@@ -89,9 +90,13 @@ def score(
     size, tokenizer = size_of(place), load_tokenizer(place.folder, trust_remote_code)
     evaluation_windows(tokenizer, protocol)  # text and tasks are missed before models are loaded
     how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": find_tasks(tokenizer, protocol)}
-    check_fits([place] if reference is None else [place, reference], device, "scoring")
-    teacher = None if reference is None else load_model(reference, device)
-    loaded = load_model(place, device)
+    whole = [place] if protocol.tasks else []  # tasks are not read block by block
+    if reference is not None and protocol.tasks and save:
+        whole.append(reference)
+    passing = [one for one in (place, reference) if one is not None and one not in whole]
+    check_fits(device, "scoring", whole, passing)
+    teacher = None if reference is None else opened(reference, device, reference in whole)
+    loaded = opened(place, device, place in whole)
     if save and teacher is not None:
         dense, found = evaluate_all(teacher, [lambda: loaded], tokenizer, protocol, **how)
         if processes.rank == 0:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.evaluate.distance import Distance, distance
 from llmcompress.evaluate.lm_eval import FoundTasks, Items, TaskScores, find_tasks, run_tasks
-from llmcompress.evaluate.perplexity import Counting, Perplexity, evaluation_windows, perplexity
+from llmcompress.evaluate.logits import Counting, OnDisk, Readable
+from llmcompress.evaluate.perplexity import Perplexity, evaluation_windows, perplexity
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.uncertainty import paired
 from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 Scoring = Callable[[str, int, int], None]  # (what is counted, done, in all); in all 0 where that is unknown
@@ -69,34 +70,35 @@ def _task_differences(reference: Items, model: Items) -> dict[str, dict[str, Any
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: Readable,
     tokenizer: PreTrainedTokenizerBase,
     protocol: Protocol = STANDARD,
     *,
-    against: PreTrainedModel | None = None,
+    against: Readable | None = None,
     processes: Processes = ALONE,
     progress: Scoring | None = None,
     tasks: FoundTasks | None = None,
 ) -> Evaluation:
     """Score `model` on the text and the tasks of `protocol`, and measure its distance to the teacher `against`.
 
-    Compressed layers stay decoded meanwhile, so they take the memory of dense ones. `processes` share the work; every
-    one of them has to call this. `progress` receives ("window", windows read, windows) and, before tasks, ("tasks",
-    0, 0). `tasks`: those of the protocol, if they were looked for before the model was loaded.
+    Text is read block by block: see `window_logits`. For tasks the whole model is in memory, decoded. `processes` share
+    the work; every one of them has to call this. `progress` receives ("block", blocks passed, blocks), ("window",
+    windows read, windows) and, before tasks, ("tasks", 0, 0). `tasks`: those of the protocol, if they were looked for
+    before the model was loaded.
     """
     tasks = find_tasks(tokenizer, protocol) if tasks is None else tasks
     if against is not None:
         return _beside(against, model, tokenizer, protocol, processes, progress, tasks)[1]
     ids = evaluation_windows(tokenizer, protocol, model.config)
-    with decoded(model):
-        score = perplexity(model, ids, processes=processes, progress=_counting(progress))
+    with _ready(model, protocol) as model:
+        score = perplexity(model, ids, 1, processes, _counting(progress, "window"), _counting(progress, "block"))
         with _told(score, None):
             return Evaluation(score, _on_tasks(model, tokenizer, protocol, processes, progress, tasks), None)
 
 
 def evaluate_all(
-    reference: PreTrainedModel,
-    others: Sequence[Callable[[], PreTrainedModel]],
+    reference: Readable,
+    others: Sequence[Callable[[], Readable]],
     tokenizer: PreTrainedTokenizerBase,
     protocol: Protocol = STANDARD,
     *,
@@ -112,14 +114,14 @@ def evaluate_all(
     tasks = find_tasks(tokenizer, protocol) if tasks is None else tasks
     found = [_beside(reference, load(), tokenizer, protocol, processes, progress, tasks) for load in others]
     own, _ = found[0]
-    with decoded(reference):
+    with _ready(reference, protocol) as reference:
         scores = _on_tasks(reference, tokenizer, protocol, processes, progress, tasks)
     return [Evaluation(own, scores, Distance.to_itself(own)), *(other for _, other in found)]
 
 
 def _beside(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
+    teacher: Readable,
+    student: Readable,
     tokenizer: PreTrainedTokenizerBase,
     protocol: Protocol,
     processes: Processes,
@@ -128,16 +130,27 @@ def _beside(
 ) -> tuple[Perplexity, Evaluation]:
     """Return the teacher's perplexity and the student's evaluation."""
     ids = evaluation_windows(tokenizer, protocol, teacher.config, student.config)
-    with decoded(student):
-        with decoded(teacher):
-            far = distance(teacher, student, ids, processes=processes, progress=_counting(progress))
+    with _ready(student, protocol) as student:
+        counting = _counting(progress, "window"), _counting(progress, "block")
+        far = distance(teacher, student, ids, 1, processes, *counting)
         with _told(far.student, far):
             scores = _on_tasks(student, tokenizer, protocol, processes, progress, tasks)
         return far.teacher, Evaluation(far.student, scores, far)
 
 
+@contextmanager
+def _ready(model: Readable, protocol: Protocol) -> Iterator[Readable]:
+    """Give the model that text, and tasks if there are any, are read by: for tasks the whole one, decoded."""
+    if not protocol.tasks:
+        yield model
+        return
+    whole = model.load() if isinstance(model, OnDisk) else model
+    with decoded(whole):
+        yield whole
+
+
 def _on_tasks(
-    model: PreTrainedModel,
+    model: Readable,
     tokenizer: PreTrainedTokenizerBase,
     protocol: Protocol,
     processes: Processes,
@@ -145,6 +158,8 @@ def _on_tasks(
     tasks: FoundTasks | None,
 ) -> TaskScores:
     """Announce the tasks, if there are any, and run them."""
+    if isinstance(model, OnDisk):  # there are none: see `_ready`
+        return TaskScores()
     if progress is not None and protocol.tasks:
         progress("tasks", 0, 0)
     return run_tasks(model, tokenizer, protocol, processes, tasks)
@@ -163,5 +178,5 @@ def _note(measured: str, kind: type[BaseException] | None, error: BaseException 
         error.add_note(f"measured before the tasks: {measured}")
 
 
-def _counting(progress: Scoring | None) -> Counting | None:
-    return None if progress is None else partial(progress, "window")
+def _counting(progress: Scoring | None, what: str) -> Counting | None:
+    return None if progress is None else partial(progress, what)

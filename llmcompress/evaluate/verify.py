@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.data.calibration import context_length
+from llmcompress.evaluate.logits import opened
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.scores import Scoring, evaluate
@@ -81,9 +82,9 @@ def verify(
     reference = None if against is None else locate(against, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     evaluation_windows(tokenizer, Protocol(text, windows, 2))  # a text that cannot be read, before models are loaded
-    check_fits([place] if reference is None else [place, reference], device, "reading text with it")
+    check_fits(device, "reading text with it", passing=[place] if reference is None else [place, reference])
     model = load_model(place, device)
-    teacher = None if reference is None else load_model(reference, device)
+    teacher = None if reference is None else opened(reference, device)
     length = min(length, context_length(model.config) or length)
     found = evaluate(model, tokenizer, Protocol(text, windows, length), against=teacher, progress=progress)
     files = weight_files(folder)

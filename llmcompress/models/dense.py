@@ -159,10 +159,10 @@ def load_model(
     return model.eval()
 
 
-def check_outline(found: Place) -> tuple[bool, int]:
+def check_outline(found: Place) -> tuple[bool, PreTrainedModel | None]:
     """Check a config against the tensors beside it, before transformers builds a model.
 
-    Returns True if it is dense, and the number of its weights, 0 for weights in other files than safetensors.
+    Returns True if it is dense, and the model on meta, None for weights in other files than safetensors.
 
     Raises InputError for sizes that they do not have, and for a model whose code is not trusted.
     """
@@ -179,7 +179,7 @@ def check_outline(found: Place) -> tuple[bool, int]:
     if not isinstance(packing, dict):
         raise InputError(f"{place} has a quantization_config that is no object; download or write it again")
     if not any(folder.glob("*.safetensors*")):
-        return not packing, 0
+        return not packing, None
     stored = read_headers(folder)
     try:
         config = load_config(folder, found.trust_remote_code)
@@ -189,7 +189,7 @@ def check_outline(found: Place) -> tuple[bool, int]:
     weights = sum(parameter.numel() for parameter in model.parameters())
     if not packing and weights > 2 * sum(prod(header.shape) for header in stored.values()):
         raise InputError(f"{place} describes a model of {weights} weights, which the files beside it lack; correct it")
-    return not packing, weights
+    return not packing, model
 
 
 def _disk(stored: dict[str, Header]) -> int:

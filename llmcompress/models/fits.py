@@ -4,26 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmcompress.errors import MemoryLimitError
+import torch
+from torch import nn
+
+from llmcompress.errors import InputError, MemoryLimitError
 from llmcompress.models.dense import check_outline
+from llmcompress.models.families import block_stack
+from llmcompress.models.integrity import weight_files
 from llmcompress.models.locate import Place
 from llmcompress.runtime.memory import total_memory
 
-FLOAT32 = 4  # bytes of a weight
 
+def check_fits(
+    device: str,
+    doing: str,
+    whole: Sequence[Place] = (),
+    passing: Sequence[Place] = (),
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Raise MemoryLimitError if models in a `dtype`, `whole` ones and those `passing` block by block, do not fit into
+    the machine's memory together.
 
-def check_fits(places: Sequence[Place], device: str, doing: str) -> None:
-    """Raise MemoryLimitError if these models, whole and in float32, are more than the machine's memory.
-
-    A compressed one counts its weights too: it is decoded while it is scored. `doing` is the beginning of the sentence.
+    Of those that pass, a compressed one is in memory as it is stored, beside the block that is decoded. `doing` is the
+    beginning of the sentence.
     """
     if device != "cpu":
         return
     there = total_memory()
-    sizes = {place.name: FLOAT32 * check_outline(place)[1] for place in places}
+    sizes = {place.name: _held(place, place in whole, dtype.itemsize) for place in (*whole, *passing)}
     if sum(sizes.values()) > there:
         held = " and ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in sizes.items())
+        kind = str(dtype).removeprefix("torch.")
         raise MemoryLimitError(
-            f"{doing} holds {held} in float32, and this machine has {there / 1e9:.1f} GB; take a larger machine, or a "
-            f"device with --device"
+            f"{doing} holds {held} in {kind}, and this machine has {there / 1e9:.1f} GB; take a larger "
+            f"machine, or a device with --device"
         )
+
+
+def _held(place: Place, whole: bool, each: int) -> int:
+    """Return the bytes that a model takes; `each`: those of a weight."""
+    is_dense, model = check_outline(place)
+    if model is None:
+        return 0
+    if whole:
+        return each * _weights(model)
+    try:
+        blocks = model.get_submodule(block_stack(model.config, model))
+    except InputError:
+        return each * _weights(model)  # it cannot pass block by block
+    largest = max(map(_weights, blocks.children()))
+    tables = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    stored = 0 if is_dense else sum(path.stat().st_size for path in weight_files(place.folder))
+    return stored + each * max(largest, *map(_weights, tables))
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

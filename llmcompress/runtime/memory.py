@@ -12,10 +12,11 @@ from typing import Any
 
 import psutil
 
+from llmcompress.runtime.cgroup import cgroup_limits
+
 # glibc's mallopt: what each parameter is called in malloc.h
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 NEVER = -1
-LIMITS = tuple(Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes"))
 # Larger allocations go back at once all the same: kept, they would seldom fit the next ones.
 KEPT = ((MMAP_THRESHOLD, 2**25), (TRIM_THRESHOLD, NEVER), (TOP_PAD, 2**26))
 # What glibc comes to by itself once a process has freed 32 MiB at once; where it began cannot be had again.
@@ -69,19 +70,7 @@ def peak_memory() -> int:
 
 
 def total_memory() -> int:
-    """Bytes of physical memory, or what the process's control group may have of it, as in a container."""
+    """Bytes of physical memory, or what the process's control groups may have of it, as in a container."""
     physical = int(psutil.virtual_memory().total)
-    return min(physical, *_allowed()) if _allowed() else physical
-
-
-def _allowed() -> list[int]:
-    """Return the limits of memory that control groups set, of both versions."""
-    found = []
-    for place in LIMITS:
-        try:
-            text = place.read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():  # "max" for none
-            found.append(int(text))
-    return found
+    allowed = cgroup_limits().memory
+    return physical if allowed is None else min(physical, allowed)

@@ -327,12 +327,11 @@ def test_blocks_that_cannot_run_alone_are_refused() -> None:
     tape.record("layers.0", hidden, call)
     tape.record("layers.1", hidden, call)
     assert len(tape.calls) == 2
-    assert not tape.depends
-    other = _Tape("odd", 0, [call, Call((), {"mask": mask + 1})])
-    other.record("layers.0", hidden, call)
-    assert not other.depends
-    other.record("layers.1", hidden, call)
-    assert other.depends
+    other, found = _Tape("odd", 0, [call, Call((), {"mask": mask + 1})]), [tape.depends]
+    for path in ("layers.0", "layers.1"):
+        other.record(path, hidden, call)
+        found.append(other.depends)
+    assert found == [False, False, True]
     why = "it changes the hidden states before layers.1"
     with pytest.raises(InputError, match=rf"^the blocks of model type 'odd' .*one by one \({why}\); choose"):
         tape.record("layers.1", hidden.clone(), call)

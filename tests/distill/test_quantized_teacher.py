@@ -173,7 +173,7 @@ def test_the_dense_one_is_gone_while_the_student_learns(
 
     def remembering(place: Place, *more: Any) -> Any:
         model = load(place, *more)
-        loaded[place.folder.name + (" in 4 bits" if len(more) > 1 else "")] = weakref.ref(model)
+        loaded[place.folder.name + (" in 4 bits" if len(more) > 2 else "")] = weakref.ref(model)
         return model
 
     for module in (run, quantized):

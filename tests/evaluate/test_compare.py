@@ -211,7 +211,7 @@ def test_models_by_name_make_one_table(folders: Path, tmp_path: Path, monkeypatc
 
 def test_comparisons_that_cannot_be_made(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folders)
-    monkeypatch.setattr(llmcompress.evaluate.compare, "load_model", lambda *given: pytest.fail("noticed too late"))
+    monkeypatch.setattr(llmcompress.evaluate.compare, "opened", lambda *given: pytest.fail("noticed too late"))
     (tmp_path / "there.md").touch()
     for models, output, kind, message in (
         (["dense"], None, RecipeError, "two models or more"),

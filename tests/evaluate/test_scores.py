@@ -309,8 +309,8 @@ def test_unknown_tasks_and_texts_are_named_before_a_model_is_loaded(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    for module in ("score", "compare", "verify"):
-        monkeypatch.setattr(importlib.import_module(f"llmcompress.evaluate.{module}"), "load_model", load)
+    for module, door in (("score", "opened"), ("compare", "opened"), ("verify", "load_model")):
+        monkeypatch.setattr(importlib.import_module(f"llmcompress.evaluate.{module}"), door, load)
     for asked, kind, message in (
         (Protocol(windows=1, length=16, tasks=(str(tmp_path / "none.jsonl"),)), InputError, "cannot be read"),
         (Protocol(windows=1, length=16, tasks=("~nouser/none.yaml",)), InputError, "no task file"),

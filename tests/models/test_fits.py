@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 import llmcompress as lc
@@ -11,6 +12,7 @@ from llmcompress.errors import InputError, MemoryLimitError
 from llmcompress.models.fits import check_fits
 from llmcompress.models.locate import locate
 from llmcompress.runtime import memory
+from llmcompress.runtime.cgroup import CgroupLimits
 from tests.tiny import save_tiny, tiny
 
 RECIPE = {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 8}]}]}
@@ -29,12 +31,28 @@ def test_the_limit_is_the_weights_in_float32(folders: tuple[Path, Path], monkeyp
     weights = sum(value.numel() for value in tiny("qwen3").parameters())  # tied ones once
     both = [locate(str(compressed)), locate(str(dense))]
     monkeypatch.setattr("llmcompress.models.fits.total_memory", lambda: 8 * weights)
-    check_fits(both, "cpu", "scoring")
+    check_fits("cpu", "scoring", both)
     monkeypatch.setattr("llmcompress.models.fits.total_memory", lambda: 8 * weights - 1)
     with pytest.raises(MemoryLimitError, match=r"scoring holds .*out .* and .*dense .* GB\) in float32"):
-        check_fits(both, "cpu", "scoring")
-    check_fits(both, "cuda", "scoring")
-    check_fits(both[:1], "cpu", "scoring")
+        check_fits("cpu", "scoring", both)
+    check_fits("cuda", "scoring", both)
+    check_fits("cpu", "scoring", both[:1], both[1:])
+
+
+def test_a_model_that_passes_takes_its_largest_part(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, compressed = (locate(str(folder)) for folder in folders)
+    model = tiny("qwen3")
+    blocks = [sum(value.numel() for value in block.parameters()) for block in model.model.layers]
+    part = 4 * max(*blocks, model.lm_head.weight.numel())
+    stored = (compressed.folder / "model.safetensors").stat().st_size
+    for places, size in (([dense], part), ([compressed], part + stored), ([dense, compressed], 2 * part + stored)):
+        monkeypatch.setattr("llmcompress.models.fits.total_memory", lambda size=size: size)
+        check_fits("cpu", "scoring", passing=places)
+        monkeypatch.setattr("llmcompress.models.fits.total_memory", lambda size=size: size - 1)
+        with pytest.raises(MemoryLimitError, match="scoring holds"):
+            check_fits("cpu", "scoring", passing=places)
 
 
 def test_scoring_and_verifying_refuse_before_they_load(
@@ -42,23 +60,19 @@ def test_scoring_and_verifying_refuse_before_they_load(
 ) -> None:
     dense, compressed = folders
     monkeypatch.setattr("llmcompress.models.fits.total_memory", lambda: 1000)
-    for module in ("score", "verify"):
-        monkeypatch.setattr(f"llmcompress.evaluate.{module}.load_model", None)
+    for door in ("score.opened", "verify.load_model"):
+        monkeypatch.setattr(f"llmcompress.evaluate.{door}", None)
     with pytest.raises(MemoryLimitError, match="take a larger machine"):
         lc.score(compressed, lc.Protocol(windows=1, length=16), against=dense)
     with pytest.raises(MemoryLimitError, match="take a larger machine"):
         lc.verify(compressed, windows=1, length=16)
 
 
-@pytest.mark.parametrize("text, limit", [("1000\n", 1000), ("max\n", None), ("99999999999999999999", None)])
-def test_a_container_has_the_memory_it_may_use(
-    text: str, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "none",))
-    whole = memory.total_memory()
-    (tmp_path / "limit").write_text(text)
-    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "limit", tmp_path / "none"))
-    assert memory.total_memory() == (whole if limit is None else limit)
+@pytest.mark.parametrize("limit", [1000, None, 2**62])
+def test_a_container_has_the_memory_it_may_use(limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = int(psutil.virtual_memory().total)
+    monkeypatch.setattr(memory, "cgroup_limits", lambda: CgroupLimits(memory=limit))
+    assert memory.total_memory() == min(whole, limit or whole)
 
 
 def test_an_adapter_beside_the_weights_is_no_other_model(tmp_path: Path) -> None:

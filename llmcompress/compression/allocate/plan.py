@@ -17,23 +17,25 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from llmcompress.compression.allocate.choices import Choices, Steps, choices
 from llmcompress.compression.allocate.distortion import families
-from llmcompress.compression.allocate.prices import Priced, Progress, prices
+from llmcompress.compression.allocate.prices import Priced, Progress, needs_of, prices
 from llmcompress.compression.allocate.sensitivity import DensePredictions, Probe, in_parts, probe_windows
 from llmcompress.compression.allocate.solve import monotone, solve
+from llmcompress.compression.estimate import peak_bytes, width_of
 from llmcompress.compression.plan import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
 from llmcompress.models.checkpoint import add_file
-from llmcompress.models.dense import DenseModel, load_model
+from llmcompress.models.dense import load_model
 from llmcompress.models.file_names import ALLOCATION
 from llmcompress.models.locate import locate
 from llmcompress.models.staging import megabytes
 from llmcompress.recipe.compression import Recipe, Rule
 from llmcompress.recipe.target import Target
 from llmcompress.runtime.memory import total_memory
-from llmcompress.weight.modules import decoded
 
 FLOAT32 = 4  # bytes
 
@@ -67,8 +69,7 @@ class Allocation:
         """Return KL(dense || the model in `folder`) on the probing tokens, in nats per token."""
         place = locate(str(folder), trust_remote_code=self.job.source.trust_remote_code)
         model, dense = load_model(place, device), self.dense()
-        with decoded(model):
-            return dense.divergence(in_parts(model, dense.windows))
+        return dense.divergence(in_parts(model, dense.windows))
 
     def summary(self, measured_kl: float, size: int) -> dict[str, Any]:
         """Return the target, predictions and measurements; `size`: bytes of the finished weight files."""
@@ -120,7 +121,7 @@ def damage(price_list: Sequence[Priced], chosen: Sequence[int]) -> float:
 
 
 def allocate(job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Allocation:
-    """Choose an option for every matrix that a job with a target leaves open. Holds the dense model in float32.
+    """Choose an option for every matrix that a job with a target leaves open.
 
     Raises RecipeError for a target that no choice reaches, if possible from headers before anything is measured. Also
     raises what the walk and the methods raise.
@@ -152,14 +153,14 @@ def reachable(job: Job, targets: Sequence[Target]) -> Choices:
 def price(
     job: Job, found: Choices, tokens: CalibrationTokens, *, device: str = "cpu", progress: Progress | None = None
 ) -> PriceList:
-    """Measure what every choice costs, on the `priced_tokens` of the job. Holds the dense model in float32.
+    """Measure what every choice costs, on the `priced_tokens` of the job. Streams the dense model.
 
     Raises MemoryLimitError if it does not fit, InputError for too little text, and what the walk and the methods raise.
     """
-    started, source = time.monotonic(), job.source
-    _check_memory(source, device)
+    started = time.monotonic()
     windows = probe_windows(tokens.sequences[tokens.obtained - tokens.held_out :])
-    probe = Probe(source.load(device), job.arch, windows)
+    _check_memory(job, found, windows, device)
+    probe = Probe(job.source, job.arch, windows, device)
     priced, dense = prices(job, found, tokens, probe, device, progress), probe.dense
     return PriceList(job, found, priced, lambda: dense, time.monotonic() - started)
 
@@ -178,13 +179,19 @@ def priced_tokens(job: Job) -> CalibrationTokens:
     return found
 
 
-def _check_memory(source: DenseModel, device: str) -> None:
-    """Raise MemoryLimitError if the dense model does not fit into this machine."""
-    needed, there = FLOAT32 * source.parameters, total_memory()
+def _check_memory(job: Job, found: Choices, windows: Tensor, device: str) -> None:
+    """Raise MemoryLimitError if measuring the options would not fit into this machine."""
+    wanted = {one.name: one for one in found.matrices}
+    probed = [len(one.options) if job.recipe.damage == "kl" else 1 for one in found.matrices if not one.is_table]
+    options = {config.method for one in found.matrices for steps in one.options for config in steps}
+    tables = [one.name for one in found.matrices if one.is_table]
+    needed = peak_bytes(job.source, job.arch, job.recipe, tables, needs_of(job, wanted), options)
+    needed += FLOAT32 * sum(probed) * windows.numel() * width_of(job.arch)
+    there = total_memory()
     if device == "cpu" and needed > there:
         raise MemoryLimitError(
-            f"choosing steps for a target holds all of {source.name} in float32, {megabytes(needed)}, and this machine "
-            f"has {megabytes(there)}; take a larger machine, or write rules in place of the target"
+            f"choosing steps for a target of {job.source.name} takes about {megabytes(needed)}, and this machine has "
+            f"{megabytes(there)}; take a larger machine, or write rules in place of the target"
         )
 
 

@@ -17,6 +17,7 @@ from llmcompress.compression.allocate.prices import Priced
 from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts
 from llmcompress.compression.plan import Job
 from llmcompress.errors import DiskError, first_line
+from llmcompress.evaluate.logits import OnDisk
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.store import Store
 from llmcompress.runtime.versions import versions
@@ -90,6 +91,4 @@ def _read(store: Store, entry: Mapping[str, Any], job: Job, found: Choices, devi
 
 def _dense(source: DenseModel, windows: torch.Tensor, device: str) -> DensePredictions:
     """Compute the dense model's predictions on the probing tokens again."""
-    model = source.load(device)
-    here = windows.to(model.device)
-    return DensePredictions(here, in_parts(model, here))
+    return DensePredictions(windows, in_parts(OnDisk(source, device), windows))

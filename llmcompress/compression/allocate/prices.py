@@ -7,19 +7,20 @@ all options; with `kl`, it is measured for each option that is run. The sum of d
 as the errors of different layers do not add up.
 
 Cost for t probing tokens, c calibration tokens and L linears: c forwards of the linears and their Gram matrices, three
-rough encodings of all weights, and L (3 L for kl) half forwards and heads of t tokens.
+rough encodings of all weights, and L (3 L for kl) half forwards and heads of t tokens. In memory: a block, its moments,
+and L (3 L) times t hidden states.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from llmcompress.calibrate.walk import InputGroup, Progress, walk
+from llmcompress.calibrate.walk import Block, InputGroup, Progress, walk
 from llmcompress.compression.allocate.choices import Choices, Matrix, Steps
 from llmcompress.compression.allocate.distortion import (
     between,
@@ -88,9 +89,18 @@ class Priced:
 
 
 @dataclass(frozen=True)
+class _Run:
+    """The measurements of one matrix, by option: the error of each option that was run; and of those that were probed,
+    a `middle` one among them, the number of the change and the error that it made."""
+
+    errors: dict[int, float]
+    changes: dict[int, tuple[int, float]]
+    middle: int
+
+
+@dataclass(frozen=True)
 class _Measured:
-    """The measurements of one matrix, by option: the error of each option that was run, and sensitivities. That of a
-    middle option, `probed`, is always there."""
+    """The measurements of one matrix when its changes have been judged. `probed`: a middle option."""
 
     errors: dict[int, float]
     sensitivities: dict[int, float]
@@ -108,13 +118,15 @@ def prices(
     wanted = {one.name: one for one in found.matrices}
     linears = [one for one in found.matrices if not one.is_table]
     smallest = min(linears, key=lambda one: (one.shape[0] * one.shape[1], _from_middle(one, linears)), default=None)
-    measured: dict[str, _Measured] = {}
+    found_by: dict[str, _Run] = {}
     reference: list[tuple[dict[int, float], list[float]]] = []
-    for layer, held_out in _layers(job, wanted, tokens, device, progress):
+    for block, layer, held_out in _layers(job, wanted, tokens, probe, device, progress):
         one = wanted[layer.name]
         if one is smallest:
             reference = [_of_reference(layer, one, family, held_out) for family in families(one.options)]
-        measured[one.name] = _measured(layer, one, held_out, probe, every=job.recipe.damage == "kl")
+        found_by[one.name] = _run(block, layer, one, held_out, probe, every=job.recipe.damage == "kl")
+    divergences = probe.divergences()
+    measured = {name: _judged(name, run, divergences) for name, run in found_by.items()}
     return tuple(_priced(one, measured[one.name], [] if one.is_table else reference) for one in found.matrices)
 
 
@@ -123,9 +135,15 @@ def _from_middle(one: Matrix, among: list[Matrix]) -> int:
 
 
 def _layers(
-    job: Job, wanted: dict[str, Matrix], tokens: CalibrationTokens, device: str, progress: Progress | None
-) -> Iterator[tuple[Layer, Moments | None]]:
-    """Yield every wanted matrix as methods see it, with the moments of its held-out inputs."""
+    job: Job,
+    wanted: dict[str, Matrix],
+    tokens: CalibrationTokens,
+    probe: Probe,
+    device: str,
+    progress: Progress | None,
+) -> Iterator[tuple[Block, Layer, Moments | None]]:
+    """Yield every wanted matrix as methods see it, in its block and with the moments of its held-out inputs; the probe
+    moves on with the walk."""
     fitted = max(1, min(tokens.obtained - tokens.held_out, TOKENS // tokens.length))
     held_out = max(1, min(tokens.held_out, TOKENS // 4 // tokens.length))
     first = tokens.obtained - tokens.held_out
@@ -136,7 +154,7 @@ def _layers(
         job.arch,
         sequences,
         held_out=held_out,
-        needs=_needs(job, wanted),
+        needs=needs_of(job, wanted),
         cap=recipe.cap,
         weights=recipe.token_weights,
         prefix="dense",
@@ -149,15 +167,16 @@ def _layers(
             for name in (name for name in group.names if name in wanted):
                 weight = block.weight(name)
                 layer = Layer(name, weight, Dense(weight.to(torch.bfloat16)), group.inputs, _seed(job, group))
-                yield layer, group.held_out
+                yield block, layer, group.held_out
             group.inputs.derived.clear()
+        probe.leave(block)
 
 
 def _seed(job: Job, group: InputGroup) -> str:
     return f"{job.recipe.seed}/{group.names[0]}"
 
 
-def _needs(job: Job, wanted: dict[str, Matrix]) -> dict[str, frozenset[str]]:
+def needs_of(job: Job, wanted: dict[str, Matrix]) -> dict[str, frozenset[str]]:
     """Return the statistics that the options of each matrix read, and those that its errors are computed from."""
     known = methods()
     only_looked_up = None if job.arch.tied else job.arch.embedding
@@ -178,7 +197,7 @@ def _of_reference(
     return fast, [error(layer, one.options[number], held_out) for number in family]
 
 
-def _measured(layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe, every: bool) -> _Measured:
+def _run(block: Block, layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe, every: bool) -> _Run:
     """Run a few options of a linear roughly, or all options of a table on some of its rows. Probe with a middle one,
     or if `every`, with each that is run."""
     rows = sampled(layer)
@@ -186,18 +205,31 @@ def _measured(layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe,
     run = range(len(one.options)) if one.is_table else [number for family in kin for number in run_of(family)]
     largest = run_of(max(kin, key=len))
     middle = largest[(len(largest) - 1) // 2]
-    errors, sensitivities = {}, {}
+    errors, changes = {}, {}
     for number in run:
         fast, probed = rough(one.options[number]), every or number == middle
         if probed:
             value, made = changed(layer, fast, held_out)
-            divergence = max(probe.divergence(layer.name, value), 0.0)  # rounding can make no change a negative one
-            sensitivities[number] = divergence / made
+            changes[number] = probe.exchange(block, layer.name, value), made
         exact = probed and rows is layer and not one.is_table
         errors[number] = made if exact else error(rows, one.options[number] if one.is_table else fast, held_out)
-    if not all(map(math.isfinite, (*sensitivities.values(), *errors.values()))):
-        raise NumericsError(f"{layer.name}: an option for it gives NaN or Inf; give other options, or a rule for it")
-    return _Measured(errors, sensitivities, middle)
+    _check_finite(layer.name, errors.values())
+    return _Run(errors, changes, middle)
+
+
+def _judged(name: str, run: _Run, divergences: list[float]) -> _Measured:
+    """Return the sensitivities, from the KL of all changes."""
+    sensitivities = {
+        number: max(divergences[change], 0.0) / made  # rounding can make no change a negative one
+        for number, (change, made) in run.changes.items()
+    }
+    _check_finite(name, sensitivities.values())
+    return _Measured(run.errors, sensitivities, run.middle)
+
+
+def _check_finite(name: str, values: Iterable[float]) -> None:
+    if not all(map(math.isfinite, values)):
+        raise NumericsError(f"{name}: an option for it gives NaN or Inf; give other options, or a rule for it")
 
 
 def _priced(one: Matrix, found: _Measured, reference: list[tuple[dict[int, float], list[float]]]) -> Priced:

@@ -1,29 +1,29 @@
 """Damage to the model's predictions when one of its matrices changes: KL, measured by forward passes alone.
 
-The dense model's input of every block is kept. So a change in a block costs only the blocks from there on and the
-output head: on average half a forward. ECoFLaP (arXiv 2310.02998) perturbs all layers alike, by noise; here each is
-perturbed by an error that compressing it makes. The whole dense model is in memory meanwhile.
+The dense model passes block by block, and beside it, from its own block on, each change to it: on average half a
+forward. ECoFLaP (arXiv 2310.02998) perturbs all layers alike, by noise; here each is perturbed by an error that
+compressing it makes. In memory are the hidden states of the probing tokens for each change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.blocks import RowBatch
-from llmcompress.calibrate.recording import answered, recorded
+from llmcompress.calibrate.streaming import from_disk, passed
+from llmcompress.calibrate.walk import Block
 from llmcompress.evaluate.distance import kl_divergence
-from llmcompress.evaluate.perplexity import POSITIONS, window_logits
+from llmcompress.evaluate.logits import OnDisk, Readable, window_logits
+from llmcompress.evaluate.perplexity import POSITIONS
+from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture
-from llmcompress.models.hidden_states import states_between
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from llmcompress.runtime.devices import device_of
 
 WINDOW = 128  # tokens
 WINDOWS = (
@@ -61,56 +61,94 @@ def _log_probabilities(logits: Iterable[Tensor]) -> Iterator[Tensor]:
             yield chunk.float().log_softmax(-1)
 
 
-def in_parts(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
+def in_parts(model: Readable, windows: Tensor) -> Iterator[Tensor]:
     """Return the model's logits on `windows [windows, length]`, `[part, length, vocabulary]` of a few at a time."""
     return (logits for _, logits in window_logits(model, windows, AT_ONCE))
 
 
+@dataclass(frozen=True, eq=False)
+class Exchanged(DenseModel):
+    """A dense model on disk with other tensors in the place of some, by the names that they are stored under."""
+
+    instead: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, as a dense model does."""
+        stored = self.tied.get(name, name)
+        return self.instead[stored] if stored in self.instead else super().read(name)
+
+
 class Probe:
-    """A dense model in which one matrix at a time is exchanged."""
+    """The probing tokens on their way through a dense model: as it is, and once for each exchanged matrix.
+
+    It stands beside a walk over the same model: `exchange` at the block that the walk has loaded, `leave` before the
+    walk moves on. What the changes did is known at the end.
+    """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, arch: Architecture, windows: Tensor) -> None:
-        """Run the model on `windows`. Raises InputError for one whose blocks cannot be run one by one."""
-        self.model, self.arch = model, arch
-        here = windows.to(model.device)
-        self.parts = here.split(AT_ONCE)
-        first = self.parts[0]
-        _, _, self.extra = recorded(model, arch.stack, first, [RowBatch(slice(0, len(first)), False)], model.device)
-        self.inputs: list[dict[int, Tensor]] = []  # of every block, by part
-        self.dense = DensePredictions(here, self._recorded())
+    def __init__(self, source: DenseModel, arch: Architecture, windows: Tensor, device: str) -> None:
+        """Embed the windows. Raises InputError for a model whose blocks cannot be run one by one."""
+        self.source, self.arch, self.windows, self.device = source, arch, windows, device_of(device)
+        self.model = from_disk(source, self.device)
+        self.states = self.model.embedded(windows, len(windows))
+        self.streams: list[Tensor | float] = []  # hidden states; of an exchanged table, its divergence
+        self.waiting: dict[int, Tensor] = {}  # outputs of the block that the walk is at
 
     @torch.no_grad()
-    def divergence(self, name: str, weight: Tensor) -> float:
-        """Return the KL, in nats per token, with `weight [out, in]` in the linear or table at module path `name`."""
-        inside = (number for number, layout in enumerate(self.arch.blocks) if name.startswith(f"{layout.path}."))
-        with self._exchanged(name, weight):
-            return self.dense.divergence(self._from(next(inside, 0)))
+    def exchange(self, block: Block, name: str, weight: Tensor) -> int:
+        """Start with `weight [out, in]` in the linear or table at module path `name`; return the number of the change.
 
-    def _recorded(self) -> Iterator[Tensor]:
-        """Yield the logits of every part, and keep the inputs of its blocks."""
-        for part in self.parts:
-            with states_between(self.model, range(len(self.arch.blocks))) as states:
-                logits = self._logits(part)
-            self.inputs.append(dict(states))
-            yield logits
+        A table is exchanged after all blocks; the model is read once more for it.
+        """
+        number = len(self.streams)
+        if block.path:
+            with self._exchanged(block, name, weight):
+                self.waiting[number] = self._through(block, self.states.hidden)
+            self.streams.append(self.waiting[number])
+        else:
+            instead = {f"{name}.weight": weight}
+            changed = OnDisk(Exchanged(**vars(self.source), instead=instead), str(self.device))
+            self.streams.append(self.dense.divergence(in_parts(changed, self.windows)))
+        return number
 
-    def _from(self, block: int) -> Iterator[Tensor]:
-        """Yield the logits of every part, run from `block` on."""
-        for part, inputs in zip(self.parts, self.inputs, strict=True):
-            with answered(self.model, self.arch.stack, block, inputs[block], self.extra):
-                logits = self._logits(part)
-            yield logits
+    @torch.no_grad()
+    def leave(self, block: Block) -> None:
+        """Move everything on to the outputs of a block, whose weights are the dense model's again."""
+        if not block.path:
+            return
+        before = [stream for number, stream in enumerate(self.streams) if number not in self.waiting]
+        for stream in (self.states.hidden, *before):
+            if isinstance(stream, Tensor):
+                stream.copy_(self._through(block, stream))
+        self.waiting.clear()
 
-    def _logits(self, part: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=part, use_cache=False).logits
-        return logits
+    def divergences(self) -> list[float]:
+        """Return the KL of every change, in nats per token, once the last block was left."""
+        dense = self.dense
+        with self.model.at_the_end():
+            return [
+                stream if isinstance(stream, float) else dense.divergence(self._predicted(stream))
+                for stream in self.streams
+            ]
+
+    @cached_property
+    def dense(self) -> DensePredictions:
+        """The predictions of the model as it is, once the last block was left."""
+        with self.model.at_the_end():
+            return DensePredictions(self.windows, self._predicted(self.states.hidden))
+
+    def _predicted(self, hidden: Tensor) -> Iterator[Tensor]:
+        for start in range(0, len(self.windows), AT_ONCE):
+            yield self.model.predicted(self.states, hidden, slice(start, start + AT_ONCE))
+
+    def _through(self, block: Block, hidden: Tensor) -> Tensor:
+        return passed(block.module, block.index, self.states, hidden, slice(0, len(hidden)))
 
     @contextmanager
-    def _exchanged(self, name: str, weight: Tensor) -> Iterator[None]:
-        parameter = self.model.get_submodule(name).get_parameter("weight")
-        linear, before = self.arch.linears().get(name), parameter.data
-        parameter.data = (weight.T if linear is not None and linear.transposed else weight).to(before)
+    def _exchanged(self, block: Block, name: str, weight: Tensor) -> Iterator[None]:
+        parameter = block.model.get_submodule(name).get_parameter("weight")
+        linear, before = self.arch.linears()[name], parameter.data
+        parameter.data = (weight.T if linear.transposed else weight).to(before)
         try:
             yield
         finally:

@@ -19,6 +19,7 @@ from torch import Tensor
 from llmcompress.errors import InputError
 from llmcompress.evaluate.distance import Distance
 from llmcompress.evaluate.lm_eval import find_tasks
+from llmcompress.evaluate.logits import OnDisk
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.scores import Evaluation, evaluate
@@ -61,8 +62,7 @@ class Judge:
             if (entries := self.kept(folder)) is not None:
                 scores: dict[str, Any] = entries["dense"]
                 return scores
-        model = self.dense.load(self.device)
-        found = _complete(evaluate(model, self.dense.tokenizer(), self.protocol))
+        found = _complete(evaluate(OnDisk(self.dense, self.device), self.dense.tokenizer(), self.protocol))
         return Evaluation(found.perplexity, found.tasks, Distance.to_itself(found.perplexity)).to_json()
 
     def scores(self, folder: Path, dense: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Judge:
         """
         entries = self.kept(folder)
         if entries is None:
-            teacher = self.dense.load(self.device)
+            teacher = OnDisk(self.dense, self.device)
             place = locate(str(folder), trust_remote_code=self.dense.trust_remote_code)
             student = load_model(place, self.device)
             found = _complete(evaluate(student, self.dense.tokenizer(), self.protocol, against=teacher))

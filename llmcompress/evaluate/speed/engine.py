@@ -21,6 +21,7 @@ from llmcompress.models.locate import Place
 from llmcompress.models.remote_code import load_config
 from llmcompress.models.skeleton import described
 
+TRUST = "trust_remote_code"  # an entry of what is asked for
 PADDING = 256  # positions that llama.cpp's context is a multiple of
 
 
@@ -47,7 +48,7 @@ class TransformersEngine:
     """A folder, loaded by `from_pretrained`, in a dtype if one is asked for, else in that of its config."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
-        place = Place(asked["name"], Path(asked["path"]), trust_remote_code=asked["trust_remote_code"])
+        place = Place(asked["name"], Path(asked["path"]), trust_remote_code=asked.get(TRUST, False))
         own = load_config(place.folder, place.trust_remote_code).dtype
         name = asked["dtype"] or str(own or torch.float32).removeprefix("torch.")
         self.model = load_model(place, dtype=getattr(torch, name))
@@ -112,7 +113,7 @@ def prepare(asked: dict[str, Any]) -> None:
     match asked["engine"]:
         case "transformers":
             folder = Path(asked["path"])
-            described(folder, trust_remote_code=asked["trust_remote_code"])
+            described(folder, trust_remote_code=asked.get(TRUST, False))
             files = sorted(folder.glob("*.safetensors"))
         case "llama.cpp":
             import_module("xllamacpp")
