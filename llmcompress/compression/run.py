@@ -28,6 +28,7 @@ from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.report import Report
 from llmcompress.methods.engines.stream_search import searched_there
 from llmcompress.models import file_names
+from llmcompress.models.auto_class import auto_name
 from llmcompress.models.binding import binding
 from llmcompress.models.checkpoint import Writer, publishing
 from llmcompress.models.companions import Companions, companions
@@ -247,6 +248,7 @@ def _report(
         blocks=run.learned,
         fused=run.fused,
         trust_remote_code=bool(job.source.code),
+        auto_class=auto_name(job.source.config),
     )
 
 

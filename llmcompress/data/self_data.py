@@ -26,6 +26,7 @@ from torch import nn
 from llmcompress.data.generate_answers import Answerer, AnswerSampling
 from llmcompress.data.text import Document, Message, read_documents
 from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
+from llmcompress.models.auto_class import check_causal
 from llmcompress.models.dense import load_model
 from llmcompress.models.digest import teacher_digest
 from llmcompress.models.file_names import check_name
@@ -120,6 +121,7 @@ def answer(
     place = locate(model, revision, trust_remote_code)
     next(prompts(asked))  # data that cannot be read, before the model is loaded
     loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder, trust_remote_code)
+    check_causal(loaded.config, "answering prompts")
     dtype = product_dtype("auto", loaded.device)
     moved: nn.Module = loaded
     moved.to(dtype)

@@ -34,6 +34,7 @@ from llmcompress.distill.teacher.remembered import measured_bias, remembered, re
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.plots import distillation_png
 from llmcompress.models import file_names
+from llmcompress.models.auto_class import check_causal
 from llmcompress.models.binding import binding
 from llmcompress.models.checkpoint import making
 from llmcompress.models.companions import Companions, companions
@@ -159,6 +160,8 @@ def _distilled(
     dtype = product_dtype(asked.compute, accelerator.device) if asked.teacher.bits is None else torch.float32
     check_fits(where, "distilling", [pupil, place], dtype=dtype)
     pair = load_model(pupil, where), load_model(place, where if asked.teacher.bits is None else "cpu", dtype)
+    for model in pair:
+        check_causal(model.config, "distilling")
     check_pair(*pair, [tokenizer.get_vocab(), theirs.get_vocab()])
     check_teacher(pair[1], asked.teacher.bits)
     data = read_data(asked.data, tokenizer, partial(load_model, place), pair[1].config)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from llmcompress.data.calibration import context_length
+from llmcompress.errors import NumericsError
 from llmcompress.evaluate.logits import opened
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.scores import Scoring, evaluate
+from llmcompress.models.auto_class import check_causal, is_causal
 from llmcompress.models.checkpoint import MANIFEST, check_manifest, manifest
 from llmcompress.models.dense import load_model
 from llmcompress.models.fits import check_fits
@@ -20,7 +25,10 @@ from llmcompress.models.locate import Place, locate
 from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.notebook import named
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.weight.modules import compressed_modules
+from llmcompress.weight.modules import compressed_modules, decoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Verified:
     files: int
     layers: int
     bytes: int
-    perplexity: float
+    perplexity: float | None  # None for a model that does not predict the next token
     tokens: int
     kl: float | None
     top1_agreement: float | None
@@ -84,17 +92,35 @@ def verify(
     evaluation_windows(tokenizer, Protocol(text, windows, 2))  # a text that cannot be read, before models are loaded
     check_fits(device, "reading text with it", passing=[place] if reference is None else [place, reference])
     model = load_model(place, device)
+    if reference is not None:
+        check_causal(model.config, "measuring a distance to another model")
     teacher = None if reference is None else opened(reference, device)
     length = min(length, context_length(model.config) or length)
-    found = evaluate(model, tokenizer, Protocol(text, windows, length), against=teacher, progress=progress)
-    files = weight_files(folder)
+    protocol, files, found = Protocol(text, windows, length), weight_files(folder), None
+    if is_causal(model.config):
+        found = evaluate(model, tokenizer, protocol, against=teacher, progress=progress)
+    distance = None if found is None else found.distance
+    tokens = _run(model, evaluation_windows(tokenizer, protocol)) if found is None else found.perplexity.tokens
     return Verified(
         files=len(manifest(folder) or files),
         layers=len(compressed_modules(model)),
         bytes=sum(path.stat().st_size for path in files),
-        perplexity=found.perplexity.value,
-        tokens=found.perplexity.tokens,
-        kl=None if found.distance is None else found.distance.kl,
-        top1_agreement=None if found.distance is None else found.distance.top1_agreement,
+        perplexity=None if found is None else found.perplexity.value,
+        tokens=tokens,
+        kl=None if distance is None else distance.kl,
+        top1_agreement=None if distance is None else distance.top1_agreement,
         notes=notes,
     )
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, windows: Tensor) -> int:
+    """Let a model that does not predict the next token read `windows [n, length]`, and return the count of tokens.
+
+    Raises NumericsError if what it gives is not finite.
+    """
+    with decoded(model):
+        for ids in windows.to(model.device).split(1):
+            if not bool(model(input_ids=ids)[0].isfinite().all()):
+                raise NumericsError(f"a {type(model).__name__} gives NaN or infinite numbers for the evaluation text")
+    return windows.numel()

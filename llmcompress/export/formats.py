@@ -13,6 +13,7 @@ from llmcompress.export.exported import Exported
 from llmcompress.export.gguf.write import to_gguf
 from llmcompress.export.mlx import to_mlx
 from llmcompress.export.peft import to_peft
+from llmcompress.models.auto_class import check_causal
 from llmcompress.models.compressed import Opened
 from llmcompress.models.experts import experts_of
 from llmcompress.models.skeleton import described
@@ -52,7 +53,7 @@ def export(
         raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")
     opened, target = Opened(Path(folder), trust_remote_code), Path(output)
     if to != "dense":
-        _refuse_experts(opened, to)
+        _check_form(opened, to)
     match to:
         case "compressed-tensors":
             return to_compressed_tensors(opened, target, allow_dense)
@@ -67,9 +68,14 @@ def export(
     return to_dense(opened, target)
 
 
-def _refuse_experts(opened: Opened, to: str) -> None:
-    """Raise InputError for a mixture of experts: its readers would draw random numbers for experts stored otherwise."""
-    if experts := experts_of(described(opened.folder, trust_remote_code=opened.trust_remote_code)):
+def _check_form(opened: Opened, to: str) -> None:
+    """Raise InputError for a mixture of experts: its readers would draw random numbers for experts stored otherwise.
+
+    So it does for what predicts no next token, which no reader of these formats here can check.
+    """
+    model = described(opened.folder, trust_remote_code=opened.trust_remote_code)
+    check_causal(model.config, f"the export to {to}")
+    if experts := experts_of(model):
         raise InputError(
             f"{opened.folder} is a mixture of experts ({next(iter(experts))}), which cannot go to {to} yet; export "
             f"it to dense, or load it with transformers as it is"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from llmcompress.errors import InputError, is_out_of_memory, listed
-from llmcompress.models.auto_class import auto_class, class_names
+from llmcompress.models.auto_class import architectures, auto_class, class_names, is_causal
 from llmcompress.models.digest import content_digest, tokenizer_digest
 from llmcompress.models.experts import unfuse
 from llmcompress.models.headers import BUFFERS, FLOATS, Header, read_entries, read_headers, read_tensor
@@ -279,26 +279,22 @@ def _known_type(kind: object) -> bool:
 
 
 def _refuse_other_tasks(config: PreTrainedConfig, folder: Path) -> None:
-    """Raise InputError unless the config's type has a causal language model, perhaps with images, and this is one."""
-    causal, multimodal = class_names(config)
-    names = causal + multimodal
-    if needs_code(folder, MODEL):
-        names += _causal_in(getattr(config, AUTO_MAP, None))
-    classes = getattr(config, "architectures", None) or []
+    """Raise InputError unless the config's type is one of text, perhaps with images, and this is a class of it."""
+    known, classes = class_names(config), architectures(config)
     if not isinstance(classes, list) or not all(isinstance(one, str) and one.isidentifier() for one in classes):
         raise InputError(f"{folder / 'config.json'} names architectures that are no classes; correct it")
+    names = [name for each in known.values() for name in each]
     if not names or getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"{folder} is a {config.model_type} model, not a causal language model; choose one that is")
-    if classes and not any(name in names for name in classes):
         raise InputError(
-            f"{folder} holds a {classes[0]}, not a causal language model ({names[0]}); choose a checkpoint that is one"
+            f"{folder} is a {config.model_type} model, not a causal language model or an encoder of text; choose one "
+            f"that is"
         )
-
-
-def _causal_in(auto_map: object) -> list[str]:
-    """Return the class that a model's own code has for causal language models."""
-    reference = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
-    return [str(reference).rpartition(".")[2]] if reference else []
+    if not any(name in names for name in classes) and (classes or not is_causal(config)):
+        found = f"holds a {classes[0]}" if classes else "names no architectures"
+        raise InputError(
+            f"{folder} {found}, not a causal language model, an encoder or a classifier of text ({listed(names)}); "
+            f"choose a checkpoint that is one"
+        )
 
 
 def _match(

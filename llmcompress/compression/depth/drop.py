@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError, RecipeError, listed
+from llmcompress.models.auto_class import check_causal
 from llmcompress.models.checkpoint import PART, writing
 from llmcompress.models.companions import companions
 from llmcompress.models.dense import DenseModel, resolve
@@ -127,6 +128,7 @@ def shortening(source: DenseModel, blocks: Iterable[int]) -> Shortening:
 def blocks_of(source: DenseModel) -> range:
     """Return the numbers of a model's blocks. Raises InputError for a family that is not in the table."""
     config = source.config
+    check_causal(config, "dropping blocks")
     if config.model_type not in FAMILIES:
         raise InputError(
             f"model type {config.model_type!r} is not in the table of families, so it is unknown what else depends on "

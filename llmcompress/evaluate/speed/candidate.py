@@ -18,6 +18,7 @@ from llmcompress.evaluate.score import size_of
 from llmcompress.evaluate.speed.gguf_file import read_gguf
 from llmcompress.evaluate.speed.protocol import SpeedProtocol
 from llmcompress.models import file_names
+from llmcompress.models.auto_class import check_causal
 from llmcompress.models.checkpoint import read_json
 from llmcompress.models.dense import open_source
 from llmcompress.models.headers import FLOATS, Header, read_headers
@@ -99,6 +100,7 @@ def _of_folder(place: Place, dtype: str) -> Candidate:
     else:
         skeleton = described(place.folder, trust_remote_code=place.trust_remote_code)
         stored = read_headers(place.folder)
+    check_causal(skeleton.config, "measuring how fast text is generated")
     size = size_of(place)
     return Candidate(
         name=place.name,
