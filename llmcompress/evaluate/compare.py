@@ -76,8 +76,7 @@ def compare(
     tokenizer = load_tokenizer(places[0].folder, trust_remote_code)
     tasks = find_tasks(tokenizer, protocol)
     whole = bool(protocol.tasks)
-    for place in places[1:]:
-        pair = [places[0], place]
+    for pair in ([places[0], place] for place in places[1:]):
         check_fits(device, "comparing", pair if whole else [], [] if whole else pair)
     reference, *others = (partial(opened, place, device, whole) for place in places)
     how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": tasks}

@@ -103,10 +103,7 @@ def score(
             save_scores(place.folder, protocol, dense, found)
     else:
         found = evaluate(loaded, tokenizer, protocol, against=teacher, **how)
-    values = found.to_json() | asdict(size) | {"protocol": protocol.to_json()}
-    if output is not None and processes.rank == 0:
-        _write(output, place, found, values)
-    return values
+    return _kept(found, size, protocol, place, output if processes.rank == 0 else None)
 
 
 def save_scores(folder: Path, protocol: Protocol, dense: Evaluation, found: Evaluation) -> None:
@@ -117,6 +114,14 @@ def save_scores(folder: Path, protocol: Protocol, dense: Evaluation, found: Eval
     both = {"dense": dense.to_json(), "compressed": found.to_json()}
     entries = protocol.to_json() | {"versions": versions()} | both
     add_file(folder, file_names.SCORES, json.dumps(entries, indent=2))
+
+
+def _kept(found: Evaluation, size: Size, protocol: Protocol, place: Place, output: Path | None) -> dict[str, Any]:
+    """Return what `score` returns, and write it to a folder if one is given."""
+    values = found.to_json() | asdict(size) | {"protocol": protocol.to_json()}
+    if output is not None:
+        _write(output, place, found, values)
+    return values
 
 
 def _write(output: Path, place: Place, found: Evaluation, values: dict[str, Any]) -> None:

@@ -83,9 +83,8 @@ def verify(
     progress = progress or named()
     folder = Path(folder)
     check_kind(folder)
-    notes: tuple[str, ...] = ()
-    if not check_manifest(folder):
-        notes = (f"there is no {MANIFEST}, so only the weights could be checked, not the files beside them",)
+    unchecked = f"there is no {MANIFEST}, so only the weights could be checked, not the files beside them"
+    notes = () if check_manifest(folder) else (unchecked,)
     place = Place(str(folder), folder, trust_remote_code=trust_remote_code)
     reference = None if against is None else locate(against, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code)
