@@ -59,8 +59,8 @@ _OLD: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": dict(_LLAMA, **_LOCAL),
     "qwen2_moe": dict(_LLAMA, **_QWEN, shared_expert_intermediate_size=32),
-    "qwen3_moe": dict(_HEADS, **_QWEN),
-    "olmoe": dict(_LLAMA, num_experts=COUNT, num_experts_per_tok=2),
+    "qwen3_moe": dict(_HEADS, **_QWEN, norm_topk_prob=True),
+    "olmoe": dict(_LLAMA, num_experts=COUNT, num_experts_per_tok=2) | {"num_key_value_heads": 4},
     "gpt_oss": dict(_HEADS, **_LOCAL, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
     "deepseek_v2": dict(_LLAMA, **_ROUTED, **_LATENT, topk_method="greedy"),
     "deepseek_v3": dict(_LLAMA, **_ROUTED, **_LATENT),

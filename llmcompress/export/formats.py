@@ -69,13 +69,13 @@ def export(
 
 
 def _check_form(opened: Opened, to: str) -> None:
-    """Raise InputError for a mixture of experts: its readers would draw random numbers for experts stored otherwise.
-
-    So it does for what predicts no next token, which no reader of these formats here can check.
+    """Raise InputError for what predicts no next token, which no reader of these formats here can check, and for
+    mixtures of experts but to GGUF: other readers would draw random numbers for experts that are stored otherwise.
     """
     model = described(opened.folder, trust_remote_code=opened.trust_remote_code)
     check_causal(model.config, f"the export to {to}")
-    if experts := experts_of(model):
+    experts = {} if to == "gguf" else experts_of(model)
+    if experts:
         raise InputError(
             f"{opened.folder} is a mixture of experts ({next(iter(experts))}), which cannot go to {to} yet; export "
             f"it to dense, or load it with transformers as it is"
