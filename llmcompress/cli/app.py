@@ -12,6 +12,7 @@ import typer
 from llmcompress.cli.bench import bench
 from llmcompress.cli.commands import Commands
 from llmcompress.cli.doctor import doctor
+from llmcompress.cli.experts import experts as experts_commands
 from llmcompress.cli.frontier import frontier
 from llmcompress.cli.options import (
     AsJson,
@@ -340,6 +341,9 @@ def drop(
         how: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         chosen = chosen_blocks(model, blocks, count, text=text, device=device, **how)
         terminal.show(drop_blocks(model, chosen, output, **how).to_json(), dropped_view)
+
+
+app.add_typer(experts_commands, name="experts")
 
 
 @app.command()
