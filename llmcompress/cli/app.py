@@ -112,9 +112,8 @@ def compress(
 
         asked = asked_recipe(recipe, settings, seed, target_of(bpw, size, kl), tune)
         shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
-        how: dict[str, Any] = {"revision": revision, "device": device, "resume": resume}
-        how["trust_remote_code"] = trust_remote_code
-        result = run(model, asked, output, pricing=terminal.pricing, **how, **shown)
+        how: dict[str, Any] = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
+        result = run(model, asked, output, pricing=terminal.pricing, resume=resume, **how, **shown)
         terminal.warn(summarized(result.report.warnings))
         more = {"distillation": result.distillation, "allocation": result.allocation}
         found = result.report.to_json() | {name: part for name, part in more.items() if part is not None}
