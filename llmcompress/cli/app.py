@@ -36,6 +36,7 @@ from llmcompress.cli.options import (
     Tasks,
     TaskSeed,
     Text,
+    TrustRemoteCode,
     Tune,
     Verbose,
     Version,
@@ -96,6 +97,7 @@ def compress(
     revision: Revision = None,
     seed: Seed = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -110,8 +112,8 @@ def compress(
 
         asked = asked_recipe(recipe, settings, seed, target_of(bpw, size, kl), tune)
         shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
-        how: dict[str, Any] = {"revision": revision, "device": device, "resume": resume}
-        result = run(model, asked, output, pricing=terminal.pricing, **how, **shown)
+        how: dict[str, Any] = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
+        result = run(model, asked, output, pricing=terminal.pricing, resume=resume, **how, **shown)
         terminal.warn(summarized(result.report.warnings))
         more = {"distillation": result.distillation, "allocation": result.allocation}
         found = result.report.to_json() | {name: part for name, part in more.items() if part is not None}
@@ -126,6 +128,7 @@ def plan(
     recipe: RecipeFile,
     settings: Settings = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -138,7 +141,7 @@ def plan(
         from llmcompress.compression.pipeline import plan as run
         from llmcompress.recipe.read import read_recipe
 
-        found = run(model, read_recipe(recipe, settings or ()), revision)
+        found = run(model, read_recipe(recipe, settings or ()), revision, trust_remote_code)
         terminal.warn(summarized(found.warnings))
         terminal.show(found.to_json(), plan_view)
 
@@ -193,6 +196,7 @@ def evaluate(
         typer.Option("--output-dir", "-o", metavar="OUT", help="A new folder for the scores and lm-eval's own files."),
     ] = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -217,6 +221,7 @@ def evaluate(
                 device=processes.device,
                 processes=processes,
                 progress=terminal.scoring,
+                trust_remote_code=trust_remote_code,
             )
         terminal.show(found, score_view)
         refuse_failed([found])
@@ -241,6 +246,7 @@ def compare(
         typer.Option("--output", "-o", metavar="FILE", help="A new .md file for the table, or .json for all numbers."),
     ] = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -256,6 +262,7 @@ def compare(
         protocol = protocol_of(text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed)
         with launched(device) as processes:
             how: dict[str, Any] = {"processes": processes, "progress": terminal.scoring}
+            how["trust_remote_code"] = trust_remote_code
             found = run(models, protocol, output=output, device=processes.device, **how)
         terminal.show(found, comparison_view)
         refuse_failed(found["models"])
@@ -281,6 +288,7 @@ def distill(
     settings: Settings = None,
     seed: Seed = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -295,7 +303,8 @@ def distill(
         from llmcompress.recipe.read import read_as
 
         asked = read_as(Distillation, recipe, settings or (), seeded(seed))
-        found = run(student, teacher, asked, output, device=device, progress=terminal.training)
+        how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+        found = run(student, teacher, asked, output, progress=terminal.training, **how)
         terminal.warn(found.warnings)
         terminal.show(found.to_json(), distilled_view)
 
@@ -313,6 +322,7 @@ def drop(
     text: Annotated[str, typer.Option(help="What --count reads: a file, a data set, or stdlib.")] = "stdlib",
     revision: Revision = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -327,8 +337,9 @@ def drop(
         from llmcompress.models.staging import check_output
 
         check_output(output, 0)
-        chosen = chosen_blocks(model, blocks, count, text=text, revision=revision, device=device)
-        terminal.show(drop_blocks(model, chosen, output, revision=revision).to_json(), dropped_view)
+        how: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        chosen = chosen_blocks(model, blocks, count, text=text, device=device, **how)
+        terminal.show(drop_blocks(model, chosen, output, **how).to_json(), dropped_view)
 
 
 app.add_typer(experts_commands, name="experts")
@@ -351,6 +362,7 @@ def answer(
     keep_reference: KeepReference = False,
     revision: Revision = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -366,7 +378,8 @@ def answer(
 
         sampling = AnswerSampling(temperature, top_p, seed, longest)
         asked = Answering(prompts, subset, None, split, column, limit, sampling, batch_size, keep_reference)
-        found = run(model, asked, output, revision=revision, device=device, progress=terminal.answering)
+        how: dict[str, Any] = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
+        found = run(model, asked, output, progress=terminal.answering, **how)
         terminal.show(found.to_json(), answered_view)
 
 

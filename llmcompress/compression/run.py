@@ -28,6 +28,7 @@ from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.report import Report
 from llmcompress.methods.engines.stream_search import searched_there
 from llmcompress.models import file_names
+from llmcompress.models.auto_class import auto_name
 from llmcompress.models.binding import binding
 from llmcompress.models.checkpoint import Writer, publishing
 from llmcompress.models.companions import Companions, companions
@@ -72,7 +73,7 @@ def compress(
             return Result(output, reports.read(output))
         check_output(output, planned.bytes + planned.bytes // 20)
         _check_rest(job)
-        tokens, beside, recipe = _tokens(job), companions(job.source.folder), dump(published(job.recipe))
+        tokens, beside, recipe = _tokens(job), _companions(job), dump(published(job.recipe))
         identity = run_identity(job.source, job.recipe, None if tokens is None else tokens.hash, device)
         with (
             open_journal(staging, identity, resume, last=temporary is None) as journal,
@@ -89,8 +90,12 @@ def compress(
             report = replace(report, run=run_name(identity))
             writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
             writer.write(file_names.RECIPE, recipe)
-            check_written(writer.folder)
+            check_written(writer.folder, job.source.trust_remote_code)
     return Result(output, report, temporary)
+
+
+def _companions(job: Job) -> Companions:
+    return companions(job.source.folder, job.source.trust_remote_code)
 
 
 def is_complete(output: Path, job: Job, device: str) -> bool:
@@ -242,6 +247,8 @@ def _report(
         versions=versions(),
         blocks=run.learned,
         fused=run.fused,
+        trust_remote_code=bool(job.source.code),
+        auto_class=auto_name(job.source.config),
     )
 
 
