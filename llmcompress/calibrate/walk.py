@@ -32,6 +32,7 @@ from llmcompress.calibrate.gather import (
     moments_of,
     wanted_of,
 )
+from llmcompress.calibrate.ranks import added
 from llmcompress.calibrate.recording import embed, head_inputs
 from llmcompress.errors import InputError
 from llmcompress.methods.moments import Moments
@@ -39,6 +40,7 @@ from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, Linear
 from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.runtime.memory import trim_memory
+from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ def walk(
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
     finished: int = 0,
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> Iterator[Block]:
     """Yield the model's blocks in depth order, each with the moments of its linears' inputs; then, where `needs` names
@@ -107,6 +110,7 @@ def walk(
     `outputs`: for `Block.wanted`, of held-out sequences too; `pairs`: for `Block.before`, which may change as well.
     `dtype`: of a block's products. `batch_size`: sequences per forward (2048 tokens). `finished`: so many blocks come
     without moments, to be made what they were in an earlier walk, or not at all where nothing depends on them.
+    `ranks`: processes that walk together, each with sequences of its own; moments are those of all of them.
     `progress(blocks done, blocks, tokens per second)` is called after each.
 
     Raises InputError when the sequences do not suit the model or its blocks cannot be run on their own, NumericsError,
@@ -122,7 +126,8 @@ def walk(
     batches = in_batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
     hidden, calls, extra = embed(model, source, arch, sequences, batches, torch.device(device))
     beside = hidden[: len(hidden) if outputs else len(hidden) - held_out].clone() if outputs or dense_stream else None
-    streams = HiddenStreams(batches, hidden, beside, hidden.clone() if pairs else None, cap, weights, prefix == "dense")
+    behind = hidden.clone() if pairs else None
+    streams = HiddenStreams(batches, hidden, beside, behind, cap, weights, prefix == "dense", ranks)
     before, started = None, time.monotonic()
     for index, layout in enumerate(arch.blocks):
         run = _loaded(model, source, arch, index, calls, dtype, hidden.device)
@@ -130,10 +135,12 @@ def walk(
         block = _block(model, arch, index, run, wanted, streams, outputs, before)
         trim_memory()
         yield block
-        before = _leave(block, run, streams, index + 1 == len(arch.blocks))
+        with ranks.agreed():
+            before = _leave(block, run, streams, index + 1 == len(arch.blocks))
         if progress is not None:
-            progress(index + 1, len(arch.blocks), (index + 1) * sequences.numel() / (time.monotonic() - started))
-    ends = _gather_ends(model, source, arch, needs, finished, hidden, batches, extra, cap)
+            done = (index + 1) * sequences.numel() * ranks.count
+            progress(index + 1, len(arch.blocks), done / (time.monotonic() - started))
+    ends = _gather_ends(model, source, arch, needs, finished, streams, extra)
     del hidden, beside, before, streams, block  # tables are large
     for index, group in ends.items():
         yield from _table(model, source, index, group, torch.device(device))
@@ -211,10 +218,8 @@ def _gather_ends(
     arch: Architecture,
     needs: Needs,
     finished: int,
-    hidden: Tensor,
-    batches: list[RowBatch],
+    streams: HiddenStreams,
     extra: int,
-    cap: float | None,
 ) -> dict[int, InputGroup]:
     """The token table and the output head that `needs` names, those not `finished`, by their number as a block, with
     the moments of what the head reads.
@@ -224,9 +229,11 @@ def _gather_ends(
     groups = {}
     for number, name, statistics in _tables(arch, needs, finished):
         totals: dict[bool, Moments] = {}
-        for batch, x in head_inputs(model, source, arch, hidden, batches, extra) if statistics else ():
-            moments = moments_of(x, HELD_OUT, cap)
+        inputs = head_inputs(model, source, arch, streams.hidden, streams.batches, extra) if statistics else ()
+        for batch, x in inputs:
+            moments = moments_of(x, HELD_OUT, streams.cap)
             totals[batch.held_out] = totals[batch.held_out] + moments if batch.held_out in totals else moments
+        totals = added(totals, streams.ranks, streams.hidden.device)
         groups[number] = InputGroup((name,), totals.get(False, Moments(0.0)), totals.get(True))
     return groups
 

@@ -22,6 +22,7 @@ from typing import Any
 from llmcompress.compression import run
 from llmcompress.compression.allocate.plan import Allocation, allocate
 from llmcompress.compression.allocate.price_file import allocate_by, discard_prices
+from llmcompress.compression.books import is_complete
 from llmcompress.compression.plan import Job, Plan, prepare
 from llmcompress.compression.result import Result
 from llmcompress.compression.run import Progress
@@ -213,7 +214,7 @@ def completed(output: Path, job: Job, device: str) -> Result | None:
 
     Raises DiskError for what another job made, InputError for what none made, or for damage.
     """
-    if not run.is_complete(output, job, device):
+    if not is_complete(output, job, device):
         return None
     path = output / file_names.DISTILLATION_RECIPE
     taught = read_as(Distillation, path) if path.is_file() else None
