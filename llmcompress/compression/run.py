@@ -51,16 +51,16 @@ def compress(
     """
     started = time.monotonic()
     place, planned = device_of(device), job.plan
+    with ranks.agreed():
+        job.check_rules()
+        check_ranks(job, ranks, output)
+        check_memory(planned, device, ranks.here)
     temporary = None
     if output is None:
         temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")
         output = Path(temporary.name) / "model"
     output = Path(output)
-    with ranks.agreed():
-        job.check_rules()
-        _check_ranks(job, ranks, temporary is not None)
-        check_memory(planned, device, ranks.here)
-    asked = device if ranks.count == 1 else place.type  # each has another one of this kind
+    asked = device if ranks.count == 1 else ranks.asked
     with Books(job, output, asked, resume, last=temporary is None) as books:
         if (report := ranks.first(books.begin)) is not None:  # the end came just before this run
             return Result(output, report)
@@ -78,7 +78,7 @@ def compress(
     return Result(output, report, temporary)
 
 
-def _check_ranks(job: Job, ranks: Ranks, temporary: bool) -> None:
+def check_ranks(job: Job, ranks: Ranks, output: Path | str | None) -> None:
     """Raise RecipeError for what several processes cannot do together."""
     if ranks.count == 1:
         return
@@ -86,7 +86,12 @@ def _check_ranks(job: Job, ranks: Ranks, temporary: bool) -> None:
         raise RecipeError(
             f"blocks learn in one process, and there are {ranks.count}; leave --tune or reconstruct: out, or start one"
         )
-    if temporary:
+    if job.recipe.distill is not None:
+        raise RecipeError(
+            f"{ranks.count} processes compress, but do not train after it; compress without distill:, then start "
+            f"llmcompress distill in many"
+        )
+    if output is None:
         raise RecipeError(f"{ranks.count} processes write one checkpoint; name a folder for it")
 
 

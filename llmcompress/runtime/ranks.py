@@ -46,6 +46,11 @@ class Ranks:
     here: int = 1
     group: ProcessGroup | None = field(default=None, repr=False)  # None: the one that there is
 
+    @property
+    def asked(self) -> str:
+        """The device that the command was asked for: a kind of which each of several processes has one."""
+        return self.device if self.count == 1 else torch.device(self.device).type
+
     def share(self, items: Tensor) -> Tensor:
         """Return the rows `[at most n, ...]` of `items [n, ...]` that are this process's to do."""
         return items.tensor_split(self.count)[self.rank]
