@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(weeks=52)  # some shares take hours longer; a process that ends is noticed without a limit
 GATHERING = timedelta(minutes=10)  # in which all processes have to come
+GRACE = 2.0  # seconds that the first process gets to tell an error, before a launcher notices that others have ended
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # variables that launchers set beside WORLD_SIZE
 _MEETINGS = itertools.count()  # of this process: every process has the same ones in the same order
 
@@ -174,6 +176,10 @@ def launched(device: str) -> Iterator[Ranks]:
         group = None
     try:
         yield Ranks(own, rank, count, here, group)
+    except LLMCompressError as error:
+        if error.told:
+            time.sleep(GRACE)
+        raise
     finally:
         dist.destroy_process_group(group)
 
