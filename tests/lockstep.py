@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Meeting:
-    """What the threads of a run share: whose turn it is, and what each has brought."""
+    """The things that the threads of a run share: whose turn it is, and what each has brought."""
 
     def __init__(self, count: int) -> None:
         self.turn, self.barrier = threading.Lock(), threading.Barrier(count)

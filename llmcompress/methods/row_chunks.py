@@ -20,7 +20,7 @@ RUN = 7680  # rows: a multiple of those that a stream of a trellis goes down
 
 
 class Outcome(NamedTuple):
-    """What became of rows of a matrix: their weight in the model's own basis, and the fallbacks taken."""
+    """Rows of a matrix after every step: their weight in the model's own basis, and the fallbacks taken."""
 
     weight: Weight
     notes: tuple[str, ...]

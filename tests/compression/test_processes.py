@@ -63,7 +63,7 @@ def recipe(place: Path, **more: Any) -> dict[str, Any]:
 
 
 def compressed(place: Path, asked: dict[str, Any], out: Path, count: int, model: str = "dense") -> list[Result]:
-    """What comes of a run in threads that take turns."""
+    """Results of a run in threads that take turns."""
     job = prepare(resolve(str(place / model)), read_recipe(asked))
     return in_lockstep(count, lambda ranks: together(job, out, ranks=ranks))
 

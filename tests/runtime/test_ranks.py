@@ -1,4 +1,4 @@
-"""What processes agree on, by threads that take turns; and a process that is alone."""
+"""Agreement of processes, by threads that take turns; and a process that is alone."""
 
 from __future__ import annotations
 

@@ -218,6 +218,19 @@ def test_a_checkpoint_loads_and_computes_like_the_dense_model(fuse: dict[str, An
     assert lc.read(tmp_path / "out") == result.report
 
 
+def test_layers_are_compressed_for_the_scaled_inputs(tmp_path: Path, text: Path) -> None:
+    """The errors that plain rounding leaves, summed over the linears of an input, are those that chose the scales."""
+    with_outliers("llama", tmp_path / "dense")
+    asked = recipe(text, GRID, fuse={"awq": True}, asymmetric=0.0, exact_errors=True)
+    report = lc.compress(tmp_path / "dense", asked, tmp_path / "out").report
+    errors = {row.name: row.error for row in report.layers}
+    assert report.fused
+    for note in report.fused:
+        names, _, rest = note.partition(": channels scaled by")
+        expected = float(rest.rpartition(" then ")[2])
+        assert sum(errors.get(name, 0.0) for name in names.split(", ")) == pytest.approx(expected, rel=0.02, abs=1e-5)
+
+
 def test_layers_lose_less(tmp_path: Path, text: Path) -> None:
     with_outliers("llama", tmp_path / "dense")
     plain = lc.compress(tmp_path / "dense", recipe(text, GRID), tmp_path / "plain").report
