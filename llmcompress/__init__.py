@@ -4,7 +4,8 @@
     result = lc.compress("smollm2", "recipe.yaml")
     result.save("out")
 
-Make a model smaller: `plan`, `compress`, `drop_blocks` (and `alike_blocks`), `distill`.
+Make a model smaller: `plan`, `compress`, `drop_blocks` (and `alike_blocks`), `distill`; of a mixture's experts:
+`prune_experts`, `merge_experts`, `condense_experts`, `replace_experts`.
 Look at the result: `read` its report, `verify` its files, `score` it, `compare` it, `bench` its speed.
 Run it: transformers loads it after this import; `accelerate`, `decoded` and `cache` trade memory for speed.
 Train on top of it: `plain_head`, `fold`.
@@ -22,6 +23,10 @@ from llmcompress.models import import_hooks
 if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it against _HOMES
     from llmcompress.compression.depth.drop import drop_blocks as drop_blocks
     from llmcompress.compression.depth.similarity import alike_blocks as alike_blocks
+    from llmcompress.compression.experts.condense import condense_experts as condense_experts
+    from llmcompress.compression.experts.merge import merge_experts as merge_experts
+    from llmcompress.compression.experts.prune import prune_experts as prune_experts
+    from llmcompress.compression.experts.replace import replace_experts as replace_experts
     from llmcompress.compression.pipeline import compress as compress
     from llmcompress.compression.pipeline import plan as plan
     from llmcompress.compression.result import Result as Result
@@ -63,15 +68,19 @@ _HOMES = {
     "cache": "models.kv_cache",
     "compare": "evaluate.compare",
     "compress": "compression.pipeline",
+    "condense_experts": "compression.experts.condense",
     "decoded": "weight.modules",
     "distill": "distill.run",
     "drop_blocks": "compression.depth.drop",
     "export": "export.formats",
     "fold": "models.lora",
+    "merge_experts": "compression.experts.merge",
     "plain_head": "models.lora",
     "plan": "compression.pipeline",
+    "prune_experts": "compression.experts.prune",
     "push": "export.hub",
     "read": "evaluate.report",
+    "replace_experts": "compression.experts.replace",
     "score": "evaluate.score",
     "verify": "evaluate.verify",
 }

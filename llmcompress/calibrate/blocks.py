@@ -143,15 +143,21 @@ class BlockForward:
                 f"{odd} is called {often[odd]} times by its block, exactly once was expected; leave the layer "
                 f"out of the recipe or choose a model of a known family"
             )
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        if output.shape != hidden.shape:
-            raise InputError(
-                f"{self.path} turns hidden states of shape {list(hidden.shape)} into {list(output.shape)}, so it "
-                f"cannot be run on its own; choose a model of a known family"
-            )
-        if not _finite(output):
+        found = hidden_of(output, hidden, self.path)
+        if not _finite(found):
             raise NumericsError(_overflow(self.path, "its outputs"))
-        return output
+        return found
+
+
+def hidden_of(output: Any, hidden: Tensor, path: str) -> Tensor:
+    """Return the hidden states in what the block at `path` gave for `hidden`. Raises InputError for another shape."""
+    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    if found.shape != hidden.shape:
+        raise InputError(
+            f"{path} turns hidden states of shape {list(hidden.shape)} into {list(found.shape)}, so it cannot be run "
+            f"on its own; choose a model of a known family"
+        )
+    return found
 
 
 def _unrouted(name: str, calls: int, path: str, experts: Mapping[str, Experts]) -> bool:

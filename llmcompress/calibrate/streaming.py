@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibrate.blocks import Calls, RowBatch, drop, in_batches, load
+from llmcompress.calibrate.blocks import Calls, RowBatch, drop, hidden_of, in_batches, load
 from llmcompress.calibrate.recording import answered, recorded
-from llmcompress.errors import InputError
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import block_stack, name_of
 from llmcompress.models.hidden_states import body, depth
@@ -144,14 +143,7 @@ def passed(block: nn.Module, index: int, states: States, hidden: Tensor, rows: s
     Raises InputError for a block that gives something else.
     """
     call = states.calls.of(index, len(hidden), rows)
-    output = block(hidden, *call.args, **call.kwargs)
-    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    if found.shape != hidden.shape:
-        raise InputError(
-            f"block {index} turns hidden states of shape {list(hidden.shape)} into {list(found.shape)}, so it cannot "
-            f"be run on its own; choose a model of a known family"
-        )
-    return found
+    return hidden_of(block(hidden, *call.args, **call.kwargs), hidden, f"block {index}")
 
 
 def from_disk(source: DenseModel, device: torch.device) -> Streamed:

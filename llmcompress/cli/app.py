@@ -12,6 +12,7 @@ import typer
 from llmcompress.cli.bench import bench
 from llmcompress.cli.commands import Commands
 from llmcompress.cli.doctor import doctor
+from llmcompress.cli.experts import experts as experts_commands
 from llmcompress.cli.frontier import frontier
 from llmcompress.cli.options import (
     AsJson,
@@ -328,6 +329,9 @@ def drop(
         check_output(output, 0)
         chosen = chosen_blocks(model, blocks, count, text=text, revision=revision, device=device)
         terminal.show(drop_blocks(model, chosen, output, revision=revision).to_json(), dropped_view)
+
+
+app.add_typer(experts_commands, name="experts")
 
 
 @app.command()

@@ -159,6 +159,52 @@ def dropped_view(found: Row, every: bool) -> Iterator[RenderableType]:
     yield f"sizes   {_before_after(found)} of weights in {found['output']}"
 
 
+def experts_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the experts of each block that do not stay as they are, the predicted damage, and the sizes."""
+    yield f"experts {_way(found)}"
+    table = new_table(("block", "experts", "share of tokens", "damage"), right=(0, 2, 3))
+    for block in found["blocks"]:
+        gone = [row for row in block["experts"] if row["fate"] != "kept"]
+        total = sum(row["tokens"] for row in block["experts"])
+        share = f"{sum(row['tokens'] for row in gone) / total:.3f}" if total else ""
+        damage = block["damage"] if gone else block["considered"]
+        shown = "" if damage is None else f"{damage:.4f}" + ("" if gone else " if condensed")
+        table.add_row(str(block["block"]), _fates(gone, every) or "stay", share if gone else "", shown)
+    yield table
+    written = f"of weights in {found['output']}" if found["output"] else "of weights; nothing was written"
+    yield f"sizes   {_before_after(found)} {written}"
+    text = found["calibration"]
+    judged = text["held_out"] * text["length"]
+    yield f"data    {text['source']} · {text['tokens']:,} tokens, {judged:,} of them to judge on"
+
+
+def _way(found: Row) -> str:
+    """Return what is done to a mixture in one line."""
+    asked, each = found["settings"], found["experts_before"]
+    if found["way"] == "prune":
+        return f"{asked['keep']} of {each} stay in each block, by {asked['by']}"
+    if found["way"] == "merge":
+        return f"{each} in each block become {asked['keep']}, by averages of alike ones"
+    if found["way"] == "condense":
+        return f"{asked['experts']} of {each} stay on, without a router, in {len(asked['blocks'])} blocks"
+    return f"{asked['count']} of {each} in each block become factors of rank {asked['rank']}, by {asked['by']}"
+
+
+def _fates(rows: Sequence[Row], every: bool) -> str:
+    """Return the fates of a block's experts with their numbers; with `every`, weights of those that are folded too."""
+    parts = []
+    for fate in ("dropped", "merged", "replaced", "folded"):
+        groups: dict[int | None, list[Row]] = {}
+        for row in (row for row in rows if row["fate"] == fate):
+            groups.setdefault(row["becomes"] if fate == "merged" else None, []).append(row)
+        for same in groups.values():
+            names = [
+                f"{row['number']}" + (f" x {row['weight']:.3f}" if every and row["weight"] else "") for row in same
+            ]
+            parts.append(f"{fate} {', '.join(names)}")
+    return "; ".join(parts)
+
+
 def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the gains of a distillation on held-out text, then its cost."""
     table = new_table(("step", "KL", "perplexity", "loss", "seconds"), right=(0, 1, 2, 3, 4))

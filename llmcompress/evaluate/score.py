@@ -88,13 +88,11 @@ def score(
     size, tokenizer = size_of(place), load_tokenizer(place.folder)
     evaluation_windows(tokenizer, protocol)  # text and tasks are missed before models are loaded
     how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": find_tasks(tokenizer, protocol)}
-    whole = [place] if protocol.tasks else []  # tasks are not read block by block
-    if reference is not None and protocol.tasks and save:
-        whole.append(reference)
-    passing = [one for one in (place, reference) if one is not None and one not in whole]
-    check_fits(device, "scoring", whole, passing)
-    teacher = None if reference is None else opened(reference, device, reference in whole)
-    loaded = opened(place, device, place in whole)
+    places = [place] if reference is None else [place, reference]
+    whole = places[: 1 + save] if protocol.tasks else []  # tasks are not read block by block
+    check_fits(device, "scoring", whole, [one for one in places if one not in whole])
+    loaded, *teachers = [opened(one, device, one in whole) for one in places]
+    teacher = teachers[0] if teachers else None
     if save and teacher is not None:
         dense, found = evaluate_all(teacher, [lambda: loaded], tokenizer, protocol, **how)
         if processes.rank == 0:

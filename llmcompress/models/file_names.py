@@ -14,6 +14,7 @@ REPORT = "report.json"
 RECIPE = "recipe.yaml"
 SCORES = "eval.json"  # scores of `eval --save`, for the model card
 ALLOCATION = "allocation.json"  # prices behind a target's plan, predicted and measured results
+EXPERTS = "experts.json"  # fate of every expert of a mixture that was pruned, condensed or replaced
 DISTILLATION = "distillation.json"  # result of `distill`, its recipe, and its curve
 DISTILLATION_RECIPE = "distillation.yaml"
 DISTILLATION_PLOT = "distillation.png"

@@ -19,7 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "models": {"kernels", "weight", "runtime"},
     "data": {"models", "recipe", "runtime"},
     "calibrate": {"models", "recipe", "methods", "weight", "runtime"},
-    "evaluate": {"data", "models", "recipe", "kernels", "weight", "runtime"},
+    "evaluate": {"calibrate", "data", "models", "recipe", "kernels", "weight", "runtime"},
     "distill": {"evaluate", "calibrate", "data", "models", "recipe", "losses", "methods", "weight", "runtime"},
     "compression": {"distill", "evaluate", "calibrate", "data", "models", "recipe", "methods", "weight", "runtime"},
     "export": {"evaluate", "models", "weight", "runtime"},

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmcompress.methods.layer import Layer, StepConfig, apply, relative_error
+from llmcompress.methods.layer import MANY, SAMPLED, Layer, StepConfig, apply, relative_error, sampled_error
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.row_chunks import apply_in_runs
 from llmcompress.weight.expression import dense
@@ -30,7 +30,7 @@ from llmcompress.weight.nodes import Dense
 Steps = tuple[StepConfig, ...]
 
 MOST_RUN = 3  # options of a family that are run on every layer
-ROWS = 2048  # of a matrix that an error is measured on
+ROWS = 2048  # of a table that an error is measured on
 LEAST = 1e-12  # an error below it counts as this
 
 
@@ -59,10 +59,12 @@ def rough(steps: Steps) -> Steps:
     return tuple(fast for config in steps if (fast := config.rough()) is not None)
 
 
-def sampled(layer: Layer, most: int = ROWS) -> Layer:
-    """Return a layer of at most `most` rows of this one, evenly spaced."""
+def sampled(layer: Layer, is_table: bool = False) -> Layer:
+    """Return a layer of some rows of this one, evenly spaced, where it has many: of a linear as many as a report takes,
+    ROWS of a table."""
     rows = len(layer.weight)
-    if rows <= most:
+    most, enough = (ROWS, ROWS + 1) if is_table else (SAMPLED, MANY)
+    if rows < enough:
         return layer
     weight = layer.weight[torch.linspace(0, rows - 1, most, device=layer.weight.device).long()]
     return Layer(layer.name, weight, Dense(weight.to(torch.bfloat16)), layer.inputs, layer.seed)
@@ -78,9 +80,9 @@ def error(layer: Layer, steps: Steps, held_out: Moments | None) -> float:
 
 
 def changed(layer: Layer, steps: Steps, held_out: Moments | None) -> tuple[Tensor, float]:
-    """Return the layer's weight `[out, in]` after the steps, and its error as `error` measures it."""
+    """Return the layer's weight `[out, in]` after the steps, and its error, on some rows where it has many."""
     value = dense(apply_in_runs(layer, steps).weight)
-    return value, max(relative_error(layer.weight, value, held_out), LEAST)
+    return value, max(sampled_error(layer.weight, value, held_out), LEAST)
 
 
 def interpolated(

@@ -238,7 +238,7 @@ def _of_reference(
 def _run(block: Block, layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe, every: bool) -> _Run:
     """Run a few options of a linear roughly, or all options of a table on some of its rows. Probe with a middle one,
     or if `every`, with each that is run."""
-    rows = sampled(layer)
+    rows = sampled(layer, one.is_table)
     kin = families(one.options)
     run = range(len(one.options)) if one.is_table else [number for family in kin for number in run_of(family)]
     largest = run_of(max(kin, key=len))

@@ -49,8 +49,13 @@ def chosen_blocks(model: str | Path, blocks: str | None, count: int | None, **of
         raise RecipeError("pass either --blocks or --count, exactly one of them")
     if count is not None:
         return alike_blocks(model, count, **of_text).blocks
+    return block_numbers(blocks or "")
+
+
+def block_numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers in a text such as "4,7-9". Raises RecipeError for any other text."""
     found: list[int] = []
-    for part in (blocks or "").split(","):
+    for part in text.split(","):
         ends = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
         if ends is None or int(ends[2] or ends[1]) < int(ends[1]):
             raise RecipeError(f"{part!r} names no blocks; write numbers and ranges of them, such as 4,7-9")

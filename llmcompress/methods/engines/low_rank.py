@@ -46,17 +46,21 @@ class LowRankConfig(StepConfig):
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         base = split(approx)[0]
+        return join(base, self.term_sketch(base))
+
+    def term_sketch(self, base: Weight) -> LowRank:
+        """Return the factors for a base, on meta tensors."""
         rank = self.rank_for(base)
         out, width = shape(base)
         if self.factor_bits == 16:
             left, right = (
                 torch.empty(size, dtype=torch.bfloat16, device="meta") for size in [(out, rank), (rank, width)]
             )
-            return join(base, LowRank(Dense(left), Dense(right)))
+            return LowRank(Dense(left), Dense(right))
         form = GridFormat(2**self.factor_bits)
         scale = torch.empty(1, 1, dtype=torch.float16, device="meta")
         codes = torch.empty(out, rank, dtype=torch.uint8, device="meta")
-        return join(base, LowRank(Grid(codes, scale, None, form.levels, rank), grid_sketch((rank, width), form)))
+        return LowRank(Grid(codes, scale, None, form.levels, rank), grid_sketch((rank, width), form))
 
 
 def compensate(layer: Layer, config: LowRankConfig, metric: Tensor) -> Layer:

@@ -11,7 +11,7 @@ from torch import Tensor
 import llmcompress as lc
 from llmcompress.calibrate.walk import walk
 from llmcompress.compression.allocate.choices import RATES, choices
-from llmcompress.compression.allocate.distortion import error, families, interpolated, rough, run_of, sampled
+from llmcompress.compression.allocate.distortion import changed, error, families, interpolated, rough, run_of, sampled
 from llmcompress.compression.allocate.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, probe_windows
 from llmcompress.compression.allocate.sizes import payload_bytes
 from llmcompress.compression.plan import prepare
@@ -105,11 +105,17 @@ def test_a_rough_step_takes_the_same_bits_and_cannot_be_made_rougher(name: str) 
 
 
 def test_some_rows_stand_for_all() -> None:
-    one = layer(gaussian(640, 32), correlated(256, 32))
+    one = layer(gaussian(4000, 32), correlated(256, 32))
     option = (step({"method": "gptq", "bits": 3}),)
     held_out = moments(correlated(256, 32, seed=5))
-    assert error(sampled(one, 256), option, held_out) == pytest.approx(error(one, option, held_out), rel=0.1)
-    assert sampled(one) is one
+    wanted = error(one, option, held_out)
+    for is_table, rows in ((True, 2048), (False, 512)):
+        few = sampled(one, is_table)
+        assert len(few.weight) == rows
+        assert error(few, option, held_out) == pytest.approx(wanted, rel=0.2)
+    assert changed(one, option, held_out)[1] == pytest.approx(wanted, rel=0.2)
+    small = layer(gaussian(640, 32), correlated(256, 32))
+    assert sampled(small) is small and sampled(small, is_table=True) is small
 
 
 # --- sensitivities --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmcompress.errors import RecipeError
 from llmcompress.methods.engines.hessian import damped, second_moment
 from llmcompress.methods.engines.low_rank import leading_directions
 from llmcompress.methods.layer import relative_error, split
@@ -178,3 +179,26 @@ def test_a_dense_matrix_of_low_rank_is_found() -> None:
     lost = (left @ right).double()
     directions = leading_directions(lost, torch.eye(20, dtype=torch.float64), 2)
     torch.testing.assert_close(directions @ directions.T @ lost, lost)
+
+
+@pytest.mark.parametrize("size", [(24, 40), (40, 24), (16, 16)])
+@pytest.mark.parametrize("rank", [1, 5, 16])
+def test_two_factors_alone_lose_the_tail_of_the_singular_values(size: tuple[int, int], rank: int) -> None:
+    """`low_rank` against a decomposition through Cholesky's root, which it does not take."""
+    weight, inputs = gaussian(*size), correlated(400, size[1])
+    hessian = damped(second_moment(moments(inputs)), 0.01)
+    tail = float(torch.linalg.svdvals(weight.double() @ torch.linalg.cholesky(hessian)).square()[rank:].sum())
+    stored = compressed(weight, inputs, {"method": "low_rank", "rank": rank}).approx
+    assert isinstance(stored, LowRank) and bits(stored) == 16 * rank * sum(size)
+    found = loss(weight.double() - dense(stored).double(), hessian)
+    assert tail * (1 - 1e-6) <= found <= 1.001 * tail + 1e-4 * loss(weight.double(), hessian)
+
+
+def test_a_share_of_the_dense_bits_is_kept_to() -> None:
+    stored = compressed(gaussian(64, 96), correlated(300, 96), {"method": "low_rank", "share": 0.3}).approx
+    assert 0.3 - 160 / (64 * 96) < bits(stored) / (16 * 64 * 96) <= 0.3
+
+
+def test_two_factors_come_first() -> None:
+    with pytest.raises(RecipeError, match="two factors stand for the whole matrix, so nothing but a rotation comes"):
+        compressed(gaussian(16, 24), correlated(300, 24), RTN, {"method": "low_rank", "rank": 2})
