@@ -27,7 +27,6 @@ from llmcompress.calibrate.gather import (
     HiddenStreams,
     InputGroup,
     Needs,
-    Wanted,
     gather,
     moments_of,
     wanted_of,
@@ -128,22 +127,28 @@ def walk(
     beside = hidden[: len(hidden) if outputs else len(hidden) - held_out].clone() if outputs or dense_stream else None
     behind = hidden.clone() if pairs else None
     streams = HiddenStreams(batches, hidden, beside, behind, cap, weights, prefix == "dense", ranks)
-    before, started = None, time.monotonic()
-    for index, layout in enumerate(arch.blocks):
+    before, told = None, _paced(progress, len(arch.blocks), sequences.numel() * ranks.count)
+    for index in range(len(arch.blocks)):
         run = _loaded(model, source, arch, index, calls, dtype, hidden.device)
-        wanted = wanted_of(layout, {} if index < finished else needs)
-        block = _block(model, arch, index, run, wanted, streams, outputs, before)
-        trim_memory()
+        block = _block(model, arch, index, run, {} if index < finished else needs, streams, outputs, before)
         yield block
-        with ranks.agreed():
-            before = _leave(block, run, streams, index + 1 == len(arch.blocks))
-        if progress is not None:
-            done = (index + 1) * sequences.numel() * ranks.count
-            progress(index + 1, len(arch.blocks), done / (time.monotonic() - started))
+        before = _leave(block, run, streams, index + 1 == len(arch.blocks))
+        told(index + 1)
     ends = _gather_ends(model, source, arch, needs, finished, streams, extra)
     del hidden, beside, before, streams, block  # tables are large
     for index, group in ends.items():
         yield from _table(model, source, index, group, torch.device(device))
+
+
+def _paced(progress: Progress | None, blocks: int, tokens: int) -> Callable[[int], None]:
+    """Return a function that reports so many blocks done, and how many of the `tokens` of each went by in a second."""
+    started = time.monotonic()
+
+    def told(done: int) -> None:
+        if progress is not None:
+            progress(done, blocks, done * tokens / (time.monotonic() - started))
+
+    return told
 
 
 def _loaded(
@@ -167,13 +172,15 @@ def _block(
     arch: Architecture,
     index: int,
     run: BlockForward,
-    wanted: Wanted,
+    needs: Needs,
     streams: HiddenStreams,
     outputs: bool,
     before: Block | None,
 ) -> Block:
     """A block that was just loaded, with the moments of its linears' inputs."""
+    wanted = wanted_of(arch.blocks[index], needs)
     groups = gather(run, wanted, streams)
+    trim_memory()
 
     def again(names: tuple[str, ...]) -> InputGroup:
         alone = replace(streams, dense=None, keep_outputs=False)
@@ -192,12 +199,13 @@ def _leave(block: Block, run: BlockForward, streams: HiddenStreams, last: bool) 
     """
     block.groups, block.wanted = (), None
     before, block.before = block.before, None
-    if before is not None and before.run is not None:
-        _advance(before.run, streams.batches, before.hidden)
-        block.hidden.copy_(before.hidden)
-        drop(before.module)
-    if not streams.keep_outputs:
-        _advance(run, streams.batches, block.hidden)
+    with streams.ranks.agreed():
+        if before is not None and before.run is not None:
+            _advance(before.run, streams.batches, before.hidden)
+            block.hidden.copy_(before.hidden)
+            drop(before.module)
+        if not streams.keep_outputs:
+            _advance(run, streams.batches, block.hidden)
     if streams.behind is None or last:
         drop(block.module)
         return None
