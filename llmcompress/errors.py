@@ -28,6 +28,7 @@ class LLMCompressError(Exception):
     """The run failed. Subclasses say why; the command line exits with `exit_code`."""
 
     exit_code = 1
+    told = False  # True if another process of the same run says it
 
 
 class RecipeError(LLMCompressError):
@@ -68,6 +69,10 @@ class MemoryLimitError(LLMCompressError):
 
 class HubError(LLMCompressError):
     """The Hub refused, or could not be reached."""
+
+
+class EndedError(LLMCompressError):
+    """Another process of the same run has ended."""
 
 
 class Terminated(BaseException):

@@ -1,4 +1,4 @@
-"""The moments of what a block's linears read, gathered over all batches of the calibration.
+"""The moments of what a block's linears read, gathered over all batches of the calibration, of all processes.
 
 Linears of an expert read the tokens that are routed to it; see `starved` for one that gets few of them.
 """
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from llmcompress.calibrate.blocks import BlockForward, RowBatch
+from llmcompress.calibrate.ranks import added
 from llmcompress.calibrate.starved import lacking, read_all, routed
 from llmcompress.calibrate.token_weights import token_weights
 from llmcompress.methods.moments import Moments, capped_weights
 from llmcompress.models.families import BlockLayout
 from llmcompress.recipe.calibration import TokenWeights
+from llmcompress.runtime.ranks import ALONE, Ranks
 
 HELD_OUT = frozenset({"outer"})  # what an honest layer error is computed from
 
@@ -45,7 +47,7 @@ class HiddenStreams:
 
     `dense`: those in the dense model, of the calibration sequences or of all, None where they are not carried;
     `behind`: those that the block before read, None where it does not stay; `keep_outputs`: `hidden` moves on to a
-    block's outputs while its moments are gathered.
+    block's outputs while its moments are gathered; `ranks`: which carry the other sequences.
     """
 
     batches: list[RowBatch]
@@ -55,9 +57,10 @@ class HiddenStreams:
     cap: float | None
     weights: TokenWeights | None
     keep_outputs: bool
+    ranks: Ranks = ALONE
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Sums:
     """The moments of each linear that stands for its group, and whether of held-out tokens. `needs`: by its name;
     `counts`: the calibration tokens that were routed to it, whatever they weigh."""
@@ -86,6 +89,12 @@ class _Sums:
         before = self.moments.get((name, held_out))
         self.moments[name, held_out] = found if before is None else before + found
 
+    def over(self, ranks: Ranks, device: torch.device) -> None:
+        """Add what all processes have seen."""
+        self.moments = added(self.moments, ranks, device)
+        seen = ranks.everyone(self.counts)
+        self.counts = {name: sum(counts[name] for counts in seen) for name in self.counts}
+
     def fill_up(self, run: BlockForward, streams: HiddenStreams) -> frozenset[str]:
         """Fill up the moments of starved experts; return the linears that it concerns."""
         missing = lacking(run, self.counts)
@@ -96,7 +105,9 @@ class _Sums:
         def add(name: str, x: Tensor) -> None:
             everything.add(name, moments_of(x[None], self.needs[name], self.cap, None, x[None]))
 
-        read_all(run, missing, streams.batches, streams.hidden, add)
+        with streams.ranks.agreed():
+            read_all(run, missing, streams.batches, streams.hidden, add)
+        everything.over(streams.ranks, streams.hidden.device)
         for name, count in missing.items():
             found = everything.moments[name, False]
             self.add(name, found.scaled(count / found.tokens))
@@ -116,35 +127,39 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
     sums.counts.update(dict.fromkeys(to_experts, 0))
     outputs = torch.empty_like(hidden) if streams.keep_outputs and to_experts else hidden
     last: str | None = None  # the linear that the block calls last: known, and all calls counted, after the first batch
-    for batch in streams.batches:
-        in_dense: dict[str, Seen] = {}
+    with streams.ranks.agreed():
+        for batch in streams.batches:
+            in_dense: dict[str, Seen] = {}
 
-        def keep(name: str, x: Tensor, tokens: Tensor | None, seen: dict[str, Seen] = in_dense) -> None:
-            seen[name] = x, tokens
+            def keep(name: str, x: Tensor, tokens: Tensor | None, seen: dict[str, Seen] = in_dense) -> None:
+                seen[name] = x, tokens
 
-        if dense_hidden is not None and batch.rows.stop <= len(dense_hidden):
-            dense_hidden[batch.rows] = run(dense_hidden[batch.rows], batch.rows, keep, tuple(readers))
-        if not readers and not streams.keep_outputs:
-            continue
-        weights = (
-            None if streams.weights is None else token_weights(run, hidden[batch.rows], batch.rows, streams.weights)
-        )
+            if dense_hidden is not None and batch.rows.stop <= len(dense_hidden):
+                dense_hidden[batch.rows] = run(dense_hidden[batch.rows], batch.rows, keep, tuple(readers))
+            if not readers and not streams.keep_outputs:
+                continue
+            weights = (
+                None if streams.weights is None else token_weights(run, hidden[batch.rows], batch.rows, streams.weights)
+            )
 
-        def read(
-            name: str,
-            x: Tensor,
-            tokens: Tensor | None,
-            held_out: bool = batch.held_out,
-            dense: dict[str, Seen] = in_dense,
-            weights: Tensor | None = weights,
-        ) -> None:
-            sums.read(name, (x, tokens), held_out, dense.pop(name, None), weights)
+            def read(
+                name: str,
+                x: Tensor,
+                tokens: Tensor | None,
+                held_out: bool = batch.held_out,
+                dense: dict[str, Seen] = in_dense,
+                weights: Tensor | None = weights,
+            ) -> None:
+                sums.read(name, (x, tokens), held_out, dense.pop(name, None), weights)
 
-        output = run(hidden[batch.rows], batch.rows, read, tuple(readers), None if streams.keep_outputs else last)
-        if last is None and sums.moments and not to_experts:  # an expert may be called in one batch and not in another
-            last = list(sums.moments)[-1][0]
-        if streams.keep_outputs:
-            outputs[batch.rows] = output
+            output = run(hidden[batch.rows], batch.rows, read, tuple(readers), None if streams.keep_outputs else last)
+            if (
+                last is None and sums.moments and not to_experts
+            ):  # an expert may be called in one batch and not in another
+                last = list(sums.moments)[-1][0]
+            if streams.keep_outputs:
+                outputs[batch.rows] = output
+    sums.over(streams.ranks, hidden.device)
     filled = sums.fill_up(run, streams)
     if outputs is not hidden:
         hidden.copy_(outputs)

@@ -27,11 +27,11 @@ from llmcompress.calibrate.gather import (
     HiddenStreams,
     InputGroup,
     Needs,
-    Wanted,
     gather,
     moments_of,
     wanted_of,
 )
+from llmcompress.calibrate.ranks import added
 from llmcompress.calibrate.recording import embed, head_inputs
 from llmcompress.errors import InputError
 from llmcompress.methods.moments import Moments
@@ -39,6 +39,7 @@ from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, Linear
 from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.runtime.memory import trim_memory
+from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def walk(
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
     finished: int = 0,
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> Iterator[Block]:
     """Yield the model's blocks in depth order, each with the moments of its linears' inputs; then, where `needs` names
@@ -107,6 +109,7 @@ def walk(
     `outputs`: for `Block.wanted`, of held-out sequences too; `pairs`: for `Block.before`, which may change as well.
     `dtype`: of a block's products. `batch_size`: sequences per forward (2048 tokens). `finished`: so many blocks come
     without moments, to be made what they were in an earlier walk, or not at all where nothing depends on them.
+    `ranks`: processes that walk together, each with sequences of its own; moments are those of all of them.
     `progress(blocks done, blocks, tokens per second)` is called after each.
 
     Raises InputError when the sequences do not suit the model or its blocks cannot be run on their own, NumericsError,
@@ -122,21 +125,30 @@ def walk(
     batches = in_batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
     hidden, calls, extra = embed(model, source, arch, sequences, batches, torch.device(device))
     beside = hidden[: len(hidden) if outputs else len(hidden) - held_out].clone() if outputs or dense_stream else None
-    streams = HiddenStreams(batches, hidden, beside, hidden.clone() if pairs else None, cap, weights, prefix == "dense")
-    before, started = None, time.monotonic()
-    for index, layout in enumerate(arch.blocks):
+    behind = hidden.clone() if pairs else None
+    streams = HiddenStreams(batches, hidden, beside, behind, cap, weights, prefix == "dense", ranks)
+    before, told = None, _paced(progress, len(arch.blocks), sequences.numel() * ranks.count)
+    for index in range(len(arch.blocks)):
         run = _loaded(model, source, arch, index, calls, dtype, hidden.device)
-        wanted = wanted_of(layout, {} if index < finished else needs)
-        block = _block(model, arch, index, run, wanted, streams, outputs, before)
-        trim_memory()
+        block = _block(model, arch, index, run, {} if index < finished else needs, streams, outputs, before)
         yield block
         before = _leave(block, run, streams, index + 1 == len(arch.blocks))
-        if progress is not None:
-            progress(index + 1, len(arch.blocks), (index + 1) * sequences.numel() / (time.monotonic() - started))
-    ends = _gather_ends(model, source, arch, needs, finished, hidden, batches, extra, cap)
+        told(index + 1)
+    ends = _gather_ends(model, source, arch, needs, finished, streams, extra)
     del hidden, beside, before, streams, block  # tables are large
     for index, group in ends.items():
         yield from _table(model, source, index, group, torch.device(device))
+
+
+def _paced(progress: Progress | None, blocks: int, tokens: int) -> Callable[[int], None]:
+    """Return a function that reports so many blocks done, and how many of the `tokens` of each went by in a second."""
+    started = time.monotonic()
+
+    def told(done: int) -> None:
+        if progress is not None:
+            progress(done, blocks, done * tokens / (time.monotonic() - started))
+
+    return told
 
 
 def _loaded(
@@ -160,13 +172,15 @@ def _block(
     arch: Architecture,
     index: int,
     run: BlockForward,
-    wanted: Wanted,
+    needs: Needs,
     streams: HiddenStreams,
     outputs: bool,
     before: Block | None,
 ) -> Block:
     """A block that was just loaded, with the moments of its linears' inputs."""
+    wanted = wanted_of(arch.blocks[index], needs)
     groups = gather(run, wanted, streams)
+    trim_memory()
 
     def again(names: tuple[str, ...]) -> InputGroup:
         alone = replace(streams, dense=None, keep_outputs=False)
@@ -185,12 +199,13 @@ def _leave(block: Block, run: BlockForward, streams: HiddenStreams, last: bool) 
     """
     block.groups, block.wanted = (), None
     before, block.before = block.before, None
-    if before is not None and before.run is not None:
-        _advance(before.run, streams.batches, before.hidden)
-        block.hidden.copy_(before.hidden)
-        drop(before.module)
-    if not streams.keep_outputs:
-        _advance(run, streams.batches, block.hidden)
+    with streams.ranks.agreed():
+        if before is not None and before.run is not None:
+            _advance(before.run, streams.batches, before.hidden)
+            block.hidden.copy_(before.hidden)
+            drop(before.module)
+        if not streams.keep_outputs:
+            _advance(run, streams.batches, block.hidden)
     if streams.behind is None or last:
         drop(block.module)
         return None
@@ -211,10 +226,8 @@ def _gather_ends(
     arch: Architecture,
     needs: Needs,
     finished: int,
-    hidden: Tensor,
-    batches: list[RowBatch],
+    streams: HiddenStreams,
     extra: int,
-    cap: float | None,
 ) -> dict[int, InputGroup]:
     """The token table and the output head that `needs` names, those not `finished`, by their number as a block, with
     the moments of what the head reads.
@@ -224,9 +237,11 @@ def _gather_ends(
     groups = {}
     for number, name, statistics in _tables(arch, needs, finished):
         totals: dict[bool, Moments] = {}
-        for batch, x in head_inputs(model, source, arch, hidden, batches, extra) if statistics else ():
-            moments = moments_of(x, HELD_OUT, cap)
+        inputs = head_inputs(model, source, arch, streams.hidden, streams.batches, extra) if statistics else ()
+        for batch, x in inputs:
+            moments = moments_of(x, HELD_OUT, streams.cap)
             totals[batch.held_out] = totals[batch.held_out] + moments if batch.held_out in totals else moments
+        totals = added(totals, streams.ranks, streams.hidden.device)
         groups[number] = InputGroup((name,), totals.get(False, Moments(0.0)), totals.get(True))
     return groups
 

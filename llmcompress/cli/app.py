@@ -118,7 +118,7 @@ def compress(
         more = {"distillation": result.distillation, "allocation": result.allocation}
         found = result.report.to_json() | {name: part for name, part in more.items() if part is not None}
         terminal.show(found, report_view)
-        if not as_json and not quiet:
+        if not as_json and not terminal.quiet:
             typer.echo(f"next    llmcompress eval {output} --against {model}")
 
 

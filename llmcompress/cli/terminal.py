@@ -56,7 +56,7 @@ class Terminal:
 
     Errors inside become a line on standard error, or `{"error": {"code", "message"}}` as the JSON object, and an exit
     code. An error that no one foresaw keeps its traceback. Of several processes that a launcher started, the first one
-    speaks; of errors all do, since one may be alone with its error.
+    speaks; of errors all do, since one may be alone with its error, unless it is one that the first one tells too.
     """
 
     def __init__(self, as_json: bool = False, verbose: int = 0, quiet: bool = False) -> None:
@@ -104,7 +104,8 @@ class Terminal:
             return
         if self.verbose > 1:
             typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-        typer.echo(f"[{code}] {message}", err=True)
+        if not getattr(error, "told", False):
+            typer.echo(f"[{code}] {message}", err=True)
         raise typer.Exit(code) from None
 
     def show(self, values: dict[str, Any], view: Callable[[dict[str, Any], bool], Iterable[RenderableType]]) -> None:

@@ -1,38 +1,32 @@
 """One block: its layers are compressed one after the other and learn if asked for; its tensors are returned.
 
-A layer's way: dense weight -> `Layer` -> methods -> expression -> packed weight, once, for the model and for the disk.
+A layer is compressed once, for the model and for the disk: see `layer` and `shares`.
 `CompressionState` holds everything about the current run that is not on the disk yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.walk import Block, InputGroup
+from llmcompress.calibrate.walk import Block
 from llmcompress.compression.fuse.awq import Balanced, balance
 from llmcompress.compression.journal import Entry
 from llmcompress.compression.plan import Job
+from llmcompress.compression.shares import solved
 from llmcompress.distill.blockwise.tune import Tune
-from llmcompress.errors import NumericsError
 from llmcompress.evaluate.report import LayerReport
-from llmcompress.methods.engines.hessian import damped
-from llmcompress.methods.layer import Layer, StepConfig, relative_error, sampled_error
-from llmcompress.methods.moments import Moments
-from llmcompress.methods.row_chunks import apply_in_runs
+from llmcompress.methods.layer import StepConfig
 from llmcompress.runtime.memory import trim_memory
-from llmcompress.weight.expression import bits, dense, describe
-from llmcompress.weight.modules import LIKE, CompressedLinear, Layout, PackedWeight, packed, put
-from llmcompress.weight.nodes import Dense, Weight
+from llmcompress.runtime.ranks import ALONE, Ranks
+from llmcompress.weight.modules import LIKE, CompressedLinear, Layout, PackedWeight, put
 
 DENSE = "dense"  # of a block that may still change: a weight as it was before its layer was compressed
-TARGET_DAMPING = 0.1  # of the solve that aims at the dense model's outputs
 
 
 @dataclass(eq=False)
@@ -68,6 +62,7 @@ class CompressionState:
     tune: Tune | None
     held_out: int  # of the calibration sequences
     entries: list[Entry] = field(default_factory=list)
+    ranks: Ranks = ALONE
     open: list[OpenBlock] = field(default_factory=list)
 
     @property
@@ -96,10 +91,15 @@ class CompressionState:
         return self.job.steps | self.job.tables
 
 
-def _balanced(job: Job, block: Block) -> Balanced:
+def _balanced(run: CompressionState, block: Block) -> Balanced:
     """Scale the channels of the block, where the recipe asks for it."""
-    fuse = job.recipe.fuse
-    return balance(block, job.source, job.arch, job.steps) if fuse is not None and fuse.awq else Balanced()
+    job, fuse = run.job, run.job.recipe.fuse
+    if fuse is None or not fuse.awq:
+        return Balanced()
+    with run.ranks.agreed():
+        found = balance(block, job.source, job.arch, job.steps)
+    run.ranks.compare({"channel scales, as other processors find,": found.notes})
+    return found
 
 
 def swap(block: Block, weights: Mapping[str, PackedWeight]) -> None:
@@ -112,20 +112,22 @@ def swap(block: Block, weights: Mapping[str, PackedWeight]) -> None:
 
 def compress_block(run: CompressionState, block: Block) -> BlockResult:
     """Swap the block's linears for compressed ones, and let it learn where the run asks for it."""
+    balanced = _balanced(run, block)  # gives the groups other moments
     tune, groups = run.tune, [group for group in block.groups if any(name in run.steps for name in group.names)]
     named = [name for group in groups for name in group.names if name in run.steps]
-    balanced = _balanced(run.job, block)
     here = OpenBlock(block, balanced, {} if tune is None else {name: block.weight(name) for name in named})
     run.open.append(here)
     entry = Entry(fused=list(balanced.notes))
-    for number, group in enumerate(groups):
+    # without learning between them, no group depends on what became of another
+    together = [(group,) for group in groups] if run.ranks.count == 1 else [tuple(groups)]
+    for number, at_once in enumerate(together):
         if number and tune is not None and tune.between and block.gather is not None:
-            group = block.gather(group.names)
-        weights, rows = _compressed(run, block, group)
+            at_once = (block.gather(at_once[0].names),)
+        weights, rows = solved(run.job, block, at_once, run.ranks)
         swap(block, weights)
         here.packed |= weights
         entry.rows += rows
-        last = number + 1 == len(groups)
+        last = number + 1 == len(together)
         if tune is not None and (last or tune.between) and block.wanted is not None:
             found = _learn(run, tune, block, last)
             left = entry.learned[block.path]["left"] if block.path in entry.learned else 1.0
@@ -205,22 +207,6 @@ def _tensors(job: Job, done: OpenBlock) -> dict[str, Tensor]:
     return payload | done.learned | stored | done.balanced.tensors(done.block)
 
 
-def _compressed(
-    run: CompressionState, block: Block, group: InputGroup
-) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
-    """Compress the linears of a group: return their packed weights by name, and their rows of the report."""
-    done, rows = {}, []
-    for name in (name for name in group.names if name in run.steps):
-        layer = _layer(run.job, name, group.names[0], block.weight(name), group.inputs)
-        compressed = apply_in_runs(layer, run.steps[name])
-        stored = compressed.expression()
-        measure = relative_error if run.job.recipe.exact_errors else sampled_error
-        rows.append(_row(run.steps[name], layer, stored, compressed.notes, group, measure))
-        done[name] = packed(stored)
-    group.inputs.derived.clear()  # factors that only this group's linears could share
-    return done, rows
-
-
 @torch.no_grad()
 def _stored(job: Job, block: Block, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what a block learned outside compressed linears, in the types that the dense model stores, and put it into
@@ -231,51 +217,3 @@ def _stored(job: Job, block: Block, learned: Mapping[str, Tensor]) -> dict[str, 
             found[name] = value.to(job.source.read(name).dtype)
             block.model.get_parameter(name).copy_(found[name])
     return found
-
-
-def _layer(job: Job, name: str, group: str, weight: Tensor, inputs: Moments) -> Layer:
-    """Return the layer as methods see it; layers that read the same input get the same seed."""
-    target = weight
-    if inputs.cross is not None and inputs.outer is not None:
-        target = weight + job.recipe.asymmetric * (weight @ _to_dense_outputs(inputs, inputs.outer, inputs.cross))
-    seed = f"{job.recipe.seed}/{group}"
-    return Layer(name, target, Dense(target.to(torch.bfloat16)), inputs, seed)
-
-
-def _to_dense_outputs(inputs: Moments, outer: Tensor, cross: Tensor) -> Tensor:
-    """Return D `[in, in]` for which W + W D, on the inputs seen, comes closest to W's outputs on the dense model's.
-
-    (C - H) inverse(H) with C = X_dense^T X and H = X^T X (GPTAQ, arXiv 2504.02692); one for all layers that read X.
-    """
-
-    def compute() -> Tensor:
-        hessian = damped(outer.double(), TARGET_DAMPING)
-        return torch.linalg.solve(hessian, (cross - outer).double(), left=False).float()
-
-    return inputs.memo("to_dense_outputs", compute)
-
-
-def _row(
-    steps: tuple[StepConfig, ...],
-    layer: Layer,
-    stored: Weight,
-    notes: Sequence[str],
-    group: InputGroup,
-    measure: Callable[[Tensor, Tensor, Moments | None], float],
-) -> LayerReport:
-    value = dense(stored)
-    error = measure(layer.weight, value, layer.inputs)
-    if not error < float("inf"):
-        raise NumericsError(f"{layer.name}: the compressed weight holds NaN or Inf; choose other steps for it")
-    size = (layer.weight.shape[0], layer.weight.shape[1])
-    return LayerReport(
-        name=layer.name,
-        shape=size,
-        steps=tuple(s.method for s in steps),
-        bpw=bits(stored) / prod(size),
-        error=error,
-        error_heldout=None if group.held_out is None else measure(layer.weight, value, group.held_out),
-        fallback="; ".join(notes) or None,
-        stored=describe(stored),
-        starved=group.starved,
-    )

@@ -9,7 +9,6 @@ complete; if a run is interrupted, the next one finds it and resumes with the di
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,10 +21,11 @@ from typing import Any
 from llmcompress.compression import run
 from llmcompress.compression.allocate.plan import Allocation, allocate
 from llmcompress.compression.allocate.price_file import allocate_by, discard_prices
+from llmcompress.compression.books import is_complete
 from llmcompress.compression.plan import Job, Plan, prepare
 from llmcompress.compression.result import Result
 from llmcompress.compression.run import Progress
-from llmcompress.errors import DiskError, RecipeError
+from llmcompress.errors import DiskError
 from llmcompress.evaluate import report as reports
 from llmcompress.models import file_names
 from llmcompress.models.companions import companions
@@ -39,6 +39,7 @@ from llmcompress.recipe.read import read_as, read_recipe
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.notebook import counted
 from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.ranks import ALONE, Ranks, launched
 
 STAGED, PRICES = ".compressed", ".prices.json"  # follow the name of the output folder
 Training = Callable[[int, int, float, float, float], None]  # as `distill` reports
@@ -85,7 +86,7 @@ def compress(
     """Compress a dense causal language model according to a recipe.
 
     If the recipe has a `target:`, steps for the layers without a rule are chosen first. If it has a `distill:` section,
-    the output is the distilled model.
+    the output is the distilled model. Processes that a launcher started share the work; every one has to call this.
 
     Args:
         model: a folder, a Hub id (`org/name` or `org/name@revision`) or `smollm2`.
@@ -112,11 +113,15 @@ def compress(
     progress = progress or counted("block", "tokens/s")
     pricing = pricing or counted("priced block", "tokens/s")
     training = training or counted("step", "loss", "tokens/s", "held-out KL")
-    job = _opened(model, recipe, revision, trust_remote_code)
-    finish = partial(compress_job, device=device, progress=progress, training=training, resume=resume)
-    if job.recipe.target is None:
-        return finish(job, output)
-    return _to_target(job, None if output is None else Path(output), device, pricing, resume, finish)
+    with launched(device) as ranks:
+        with ranks.agreed():
+            job = _opened(model, recipe, revision, trust_remote_code)
+        finish = partial(
+            compress_job, device=ranks.device, progress=progress, training=training, resume=resume, ranks=ranks
+        )
+        if job.recipe.target is None:
+            return finish(job, output)
+        return _to_target(job, None if output is None else Path(output), ranks, pricing, resume, finish)
 
 
 def _opened(
@@ -132,30 +137,40 @@ def _opened(
 def _to_target(
     job: Job,
     output: Path | None,
-    device: str,
+    ranks: Ranks,
     pricing: Progress | None,
     resume: bool,
     finish: Callable[[Job, Path | None], Result],
 ) -> Result:
     """Choose steps for the job's target, and `finish` the resulting job. Its prices and its plan lie beside the
     report."""
+    device = ranks.device
+    with ranks.agreed():
+        run.check_ranks(job, ranks, output)
     if output is None:
         plan = allocate(job, device=device, progress=pricing)
         result = finish(plan.settled, None)
         return replace(result, allocation=record(plan, result.folder, device))
     kept = output.with_name(output.name + PRICES)
-    if not (resume and kept.is_file() and (output / file_names.REPORT).is_file()):  # else all but the plan may be there
-        check_output(output, 0)
-    with locked(output, "output folder"):
-        if not resume:
-            discard_prices(kept)
-        plan = allocate_by(kept, job, device=device, progress=pricing)
+    with ExitStack() as stack:
+        ranks.first(lambda: _begin_pricing(stack, kept, output, resume))
+        plan = allocate_by(kept, job, device=device, progress=pricing, ranks=ranks)
     with ExitStack() as stack:
         stack.push(partial(_note, f"the prices of the options are kept in {kept}"))
-        result = completed(output, plan.settled, device) or finish(plan.settled, output)
-        allocation = record(plan, result.folder, device)
-    kept.unlink()
+        done = ranks.first(lambda: completed(output, plan.settled, ranks.asked))
+        result = done or finish(plan.settled, output)
+        allocation = ranks.first(lambda: record(plan, result.folder, device))
+    ranks.first(kept.unlink)
     return replace(result, allocation=allocation)
+
+
+def _begin_pricing(held: ExitStack, kept: Path, output: Path, resume: bool) -> None:
+    """Check and lock the output; discard prices in `kept` unless this is to `resume`."""
+    if not (resume and kept.is_file() and (output / file_names.REPORT).is_file()):  # else all but the plan may be there
+        check_output(output, 0)
+    held.enter_context(locked(output, "output folder"))
+    if not resume:
+        discard_prices(kept)
 
 
 def _note(sentence: str, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -180,20 +195,19 @@ def compress_job(
     progress: Progress | None = None,
     training: Training | None = None,
     resume: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Compress an opened job without a target, and distil the result if the recipe says so."""
     wanted, source = job.recipe.distill, job.source
     if wanted is None:
-        return run.compress(job, output, device=device, progress=progress, resume=resume)
+        return run.compress(job, output, device=device, progress=progress, resume=resume, ranks=ranks)
+    with ranks.agreed():
+        run.check_ranks(job, ranks, output)
     from llmcompress.data.distillation import read_data
     from llmcompress.distill.ready import check_ready
     from llmcompress.distill.run import TRAINING, distill
 
     check_ready(wanted, device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError(
-            "compressing runs in one process; compress without distill: first, then start llmcompress distill in many"
-        )
     temporary = None
     if output is None:
         temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")
@@ -224,7 +238,7 @@ def completed(output: Path, job: Job, device: str) -> Result | None:
 
     Raises DiskError for what another job made, InputError for what none made, or for damage.
     """
-    if not run.is_complete(output, job, device):
+    if not is_complete(output, job, device):
         return None
     path = output / file_names.DISTILLATION_RECIPE
     taught = read_as(Distillation, path) if path.is_file() else None

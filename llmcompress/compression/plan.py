@@ -308,11 +308,13 @@ def _is_compressed(job: Job, name: str) -> bool:
     return name in job.tables or (job.arch.tied and name == job.arch.head and job.arch.embedding in job.tables)
 
 
-def check_memory(planned: Plan, device: str) -> None:
-    """Raise MemoryLimitError if the run would not fit into this machine even if nothing else ran on it."""
-    total = total_memory()
-    if device == "cpu" and planned.peak_memory_bytes > total:
+def check_memory(planned: Plan, device: str, processes: int = 1) -> None:
+    """Raise MemoryLimitError if the run would not fit into this machine even if nothing else ran on it, or not so many
+    `processes` of it."""
+    total, needed = total_memory(), planned.peak_memory_bytes * processes
+    if device == "cpu" and needed > total:
+        beside, fewer = (f" in {processes} processes", "fewer processes, ") if processes > 1 else ("", "")
         raise MemoryLimitError(
-            f"compressing {planned.model} takes about {planned.peak_memory_bytes / 1e6:.1f} MB and this machine has "
-            f"{total / 1e6:.1f} MB; take fewer or shorter calibration samples, or a larger machine"
+            f"compressing {planned.model}{beside} takes about {needed / 1e6:.1f} MB and this machine has "
+            f"{total / 1e6:.1f} MB; take {fewer}fewer or shorter calibration samples, or a larger machine"
         )

@@ -7,41 +7,31 @@ Each block is written as soon as it is finished, so memory holds one block, what
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
+from llmcompress.calibrate.ranks import own_share
 from llmcompress.calibrate.walk import Block, Progress, walk
 from llmcompress.compression.block import CompressionState, compress_block, restore
-from llmcompress.compression.journal import Journal, open_journal, run_identity, run_name
+from llmcompress.compression.books import Books, identity_of, tokens_of
 from llmcompress.compression.plan import Job, check_memory, warnings
 from llmcompress.compression.result import Result
-from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
+from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.distill.blockwise.tune import tuner
-from llmcompress.errors import DiskError, InputError, NumericsError
-from llmcompress.evaluate import report as reports
+from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.evaluate.report import Report
 from llmcompress.methods.engines.stream_search import searched_there
-from llmcompress.models import file_names
 from llmcompress.models.auto_class import auto_name
-from llmcompress.models.binding import binding
-from llmcompress.models.checkpoint import Writer, publishing
-from llmcompress.models.companions import Companions, companions
-from llmcompress.models.hf_quantizer import table_entry
-from llmcompress.models.staging import check_output, is_ours, locked, remove
-from llmcompress.models.written import check_written
-from llmcompress.recipe.published import published
-from llmcompress.recipe.read import dump
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import peak_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype
+from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.runtime.versions import versions
-from llmcompress.weight.modules import Layout, payload_texts
 
 
 @fast_float32()
@@ -52,117 +42,75 @@ def compress(
     device: str = "cpu",
     progress: Progress | None = None,
     resume: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Compress the job's model into the new folder `output`, or a temporary one; `distill:` is left to the pipeline.
 
     Raises an LLMCompressError, in one sentence, for whatever is wrong. Only finished blocks are left behind then, in
-    `<output>.partial`: the same call resumes after them, or starts over if `resume` is false.
+    `<output>.partial`: the same call resumes after them, or starts over if `resume` is false. Of several processes,
+    each computes on its own `device`, and the first one reads and writes files beside the model's.
     """
     started = time.monotonic()
     place, planned = device_of(device), job.plan
-    job.check_rules()
+    with ranks.agreed():
+        job.check_rules()
+        check_ranks(job, ranks, output)
+        check_memory(planned, device, ranks.here)
     temporary = None
     if output is None:
         temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")
         output = Path(temporary.name) / "model"
     output = Path(output)
-    check_memory(planned, device)
-    with locked(output, "output folder") as staging:
-        if resume and is_ours(staging) and is_complete(output, job, device):  # the end came just before this one
-            remove(staging)
-            return Result(output, reports.read(output))
-        check_output(output, planned.bytes + planned.bytes // 20)
-        _check_rest(job)
-        tokens, beside, recipe = _tokens(job), _companions(job), dump(published(job.recipe))
-        identity = run_identity(job.source, job.recipe, None if tokens is None else tokens.hash, device)
-        with (
-            open_journal(staging, identity, resume, last=temporary is None) as journal,
-            publishing(staging, output, len(journal.closed())) as writer,
-        ):
-            tune = None if job.recipe.reconstruct is None else tuner(job.recipe.reconstruct)
-            run = CompressionState(job, place, tune, 0 if tokens is None else tokens.held_out, list(journal.found))
-            started -= journal.seconds
-            _compress_blocks(run, tokens, journal, writer, progress, started)
+    asked = device if ranks.count == 1 else ranks.asked
+    with Books(job, output, asked, resume, last=temporary is None) as books:
+        if (report := ranks.first(books.begin)) is not None:  # the end came just before this run
+            return Result(output, report)
+        tokens = ranks.first(partial(tokens_of, job))
+        identity = identity_of(job, tokens, asked)
+        ranks.compare(identity)
+        found = ranks.first(partial(books.open, identity))
+        tune = None if job.recipe.reconstruct is None else tuner(job.recipe.reconstruct)
+        run = CompressionState(job, place, tune, 0 if tokens is None else tokens.held_out, list(found), ranks)
+        started -= found[-1].seconds if found else 0.0
+        _compress_blocks(run, tokens, books, progress, started)
+        with ranks.agreed():
             _check_gates(run)
-            size = _write_rest(job, run.layouts, beside, writer)
-            _check_unchanged(job, identity)
-            report = _report(run, tokens, journal, size, time.monotonic() - started)
-            report = replace(report, run=run_name(identity))
-            writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
-            writer.write(file_names.RECIPE, recipe)
-            check_written(writer.folder, job.source.trust_remote_code)
+        report = ranks.first(lambda: _finish(run, tokens, books, len(found), started))
     return Result(output, report, temporary)
 
 
-def _companions(job: Job) -> Companions:
-    return companions(job.source.folder, job.source.trust_remote_code)
-
-
-def is_complete(output: Path, job: Job, device: str) -> bool:
-    """True if this very job has completed `output` before, but for its distillation; False if nothing is there.
-
-    Raises DiskError for what another job made, and InputError for what none made.
-    """
-    if not output.is_dir() or not any(output.iterdir()):
-        return False
-    found = reports.read(output)
-    tokens = _tokens(job)
-    identity = run_identity(job.source, job.recipe, None if tokens is None else tokens.hash, device)
-    if found.run != run_name(identity):
-        raise DiskError(
-            f"{output} was left by a run with another recipe, model, text, device or version; remove it, or choose "
-            f"another output folder"
+def check_ranks(job: Job, ranks: Ranks, output: Path | str | None) -> None:
+    """Raise RecipeError for what several processes cannot do together."""
+    if ranks.count == 1:
+        return
+    if job.recipe.reconstruct is not None:
+        raise RecipeError(
+            f"blocks learn in one process, and there are {ranks.count}; leave --tune or reconstruct: out, or start one"
         )
-    return True
-
-
-def _check_rest(job: Job) -> None:
-    """Raise InputError for NaN or Inf in what is not compressed: embeddings, head and last norm."""
-    for name in _rest(job):
-        if not bool(job.source.read(name).isfinite().all()):
-            raise InputError(f"{job.source.name}: {name} holds NaN or Inf; use an undamaged checkpoint")
-
-
-def _check_unchanged(job: Job, identity: Mapping[str, Any]) -> None:
-    """Raise InputError if the model's files are no longer those that the run began with."""
-    changed = [what for what, digest in job.source.content().items() if identity[what] != digest]
-    if changed:
-        raise InputError(
-            f"{job.source.name} was replaced while it was compressed ({' and '.join(changed)} changed); start over "
-            f"(--no-resume)"
+    if job.recipe.distill is not None:
+        raise RecipeError(
+            f"{ranks.count} processes compress, but do not train after it; compress without distill:, then start "
+            f"llmcompress distill in many"
         )
+    if output is None:
+        raise RecipeError(f"{ranks.count} processes write one checkpoint; name a folder for it")
 
 
 def _compress_blocks(
-    run: CompressionState,
-    tokens: CalibrationTokens | None,
-    journal: Journal,
-    writer: Writer,
-    progress: Progress | None,
-    started: float,
+    run: CompressionState, tokens: CalibrationTokens | None, books: Books, progress: Progress | None, started: float
 ) -> None:
-    """Compress every block into the writer's folder; blocks that the journal has found there are restored and run."""
-    finished = len(journal.found)
+    """Compress every block into the checkpoint; blocks that an earlier run has finished are restored and run."""
+    finished = len(run.entries)
     if finished == len(run.job.arch.blocks) + len(run.job.tables):
         return  # their files may be merged already
     for block in _blocks(run, tokens, finished, progress):
         if block.index < finished:
-            restore(run, block, journal.tensors(block.index), last=block.index + 1 == finished)
+            tensors = run.ranks.first(partial(books.tensors, block.index))
+            restore(run, block, tensors, last=block.index + 1 == finished)
             continue
         result = compress_block(run, block)
-        for tensors in result.closed:
-            writer.add(tensors, payload_texts(result.entry.layouts))
         run.entries.append(replace(result.entry, seconds=time.monotonic() - started))
-        journal.add(run.entries[-1], result.pending)
-
-
-def _tokens(job: Job) -> CalibrationTokens | None:
-    """Return the calibration tokens; None for a recipe without calibration."""
-    config = job.recipe.calibration
-    if config is None:
-        return None
-    source = job.source
-    return calibration_tokens(config, source.tokenizer(), source.load, source.config)
+        run.ranks.first(partial(books.add, result, run.entries[-1]))
 
 
 def _blocks(
@@ -170,11 +118,12 @@ def _blocks(
 ) -> Iterator[Block]:
     """Walk over the model; without tokens, the moments are empty."""
     job, recipe = run.job, run.job.recipe
+    sequences, held_out = (None, 0) if tokens is None else own_share(tokens.sequences, tokens.held_out, run.ranks)
     return walk(
         job.source,
         job.arch,
-        None if tokens is None else tokens.sequences,
-        held_out=0 if tokens is None else tokens.held_out,
+        sequences,
+        held_out=held_out,
         needs=job.needs(),
         cap=recipe.cap,
         weights=recipe.token_weights,
@@ -186,29 +135,17 @@ def _blocks(
         device=run.device,
         dtype=product_dtype(recipe.compute, run.device),
         finished=finished,
+        ranks=run.ranks,
         progress=progress,
     )
 
 
-def _write_rest(job: Job, layouts: dict[str, Layout], beside: Companions, writer: Writer) -> int:
-    """Write all but the decoder blocks: embeddings, head, config, tokenizer, and other files of the dense folder.
-
-    Returns the bytes of all weights.
-    """
-    if not writer.mark.is_file():
-        writer.add({name: job.source.read(name) for name in _rest(job)})
-    config = job.source.config_entries()
-    config["quantization_config"] = table_entry(layouts) | {"versions": versions()}
-    writer.write("config.json", json.dumps(config, indent=1))
-    beside.copy(writer.folder)
-    return writer.close(binding(writer.folder))
-
-
-def _rest(job: Job) -> list[str]:
-    """Return the names of the stored tensors that are in no decoder block and not compressed."""
-    inside = tuple(f"{layout.path}." for layout in job.arch.blocks)
-    tables = {f"{name}.weight" for name in job.tables}
-    return [name for name in job.source.tensors if not name.startswith(inside) and name not in tables]
+def _finish(
+    run: CompressionState, tokens: CalibrationTokens | None, books: Books, before: int, started: float
+) -> Report:
+    """Write everything that is no block, and return the report; an earlier run had finished `before` blocks."""
+    size = books.write_rest(run.layouts)
+    return books.close(_report(run, tokens, before, size, time.monotonic() - started))
 
 
 def _check_gates(run: CompressionState) -> None:
@@ -222,9 +159,7 @@ def _check_gates(run: CompressionState) -> None:
         )
 
 
-def _report(
-    run: CompressionState, tokens: CalibrationTokens | None, journal: Journal, size: int, seconds: float
-) -> Report:
+def _report(run: CompressionState, tokens: CalibrationTokens | None, before: int, size: int, seconds: float) -> Report:
     job, rows = run.job, run.rows
     linears = [row for row in rows if row.name not in job.tables]
     weights = sum(prod(row.shape) for row in linears)
@@ -239,9 +174,15 @@ def _report(
         parameters=job.source.parameters,
         seconds=seconds,
         peak_memory_bytes=peak_memory(),
-        calibration=None if tokens is None else tokens.report(),
+        calibration=None if tokens is None else tokens.report() | _shared(run.ranks),
         layers=tuple(rows),
-        warnings=(*warnings(job), *_notes(tokens), *_starved(run), *_searched_elsewhere(run), *_from_before(journal)),
+        warnings=(
+            *warnings(job),
+            *_notes(tokens),
+            *_starved(run),
+            *_searched_elsewhere(run),
+            *_from_before(before, len(run.entries)),
+        ),
         base_model=job.source.hub_id,
         license=job.source.license,
         versions=versions(),
@@ -250,6 +191,11 @@ def _report(
         trust_remote_code=bool(job.source.code),
         auto_class=auto_name(job.source.config),
     )
+
+
+def _shared(ranks: Ranks) -> dict[str, int]:
+    """Return how many processes have added up statistics, where that is more than one."""
+    return {} if ranks.count == 1 else {"processes": ranks.count}
 
 
 def _notes(tokens: CalibrationTokens | None) -> tuple[str, ...]:
@@ -278,11 +224,8 @@ def _searched_elsewhere(run: CompressionState) -> tuple[str, ...]:
     )
 
 
-def _from_before(journal: Journal) -> tuple[str, ...]:
+def _from_before(before: int, count: int) -> tuple[str, ...]:
     """Return a sentence if some blocks are those of an earlier run."""
-    count = len(journal.found)
-    return (
-        (f"{count} of {journal.count} blocks and tables are from an earlier run, which was interrupted",)
-        if count
-        else ()
-    )
+    if not before:
+        return ()
+    return (f"{before} of {count} blocks and tables are from an earlier run, which was interrupted",)

@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from llmcompress.runtime.devices import check_each, kind_of
+from llmcompress.runtime.ranks import Ranks, launched_count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
-class Processes:
-    """This process among `count`, of which it is number `rank`, and the device that it computes on.
+class Processes(Ranks):
+    """Ranks with the `accelerator` that lm-eval wants of them; None for a process that is alone."""
 
-    `accelerator` is None for a process that is alone.
-    """
-
-    device: str = "cpu"
     accelerator: Accelerator | None = None
-
-    @property
-    def rank(self) -> int:
-        """0 for the one that prints and saves."""
-        return 0 if self.accelerator is None else int(self.accelerator.process_index)
-
-    @property
-    def count(self) -> int:
-        """The number of processes."""
-        return 1 if self.accelerator is None else int(self.accelerator.num_processes)
-
-    def share(self, items: Tensor) -> Tensor:
-        """Return the rows `[at most n, ...]` of `items [n, ...]` that are this process's to do."""
-        return items.tensor_split(self.count)[self.rank]
-
-    def gathered(self, values: list[T]) -> list[T]:
-        """Return the findings of all processes in the order of the items; every process has to call this."""
-        if self.accelerator is None:
-            return values
-        from accelerate.utils import gather_object
-
-        together: list[T] = gather_object(values)
-        return together
 
 
 ALONE = Processes()
@@ -62,7 +31,7 @@ def launched(device: str) -> Iterator[Processes]:
 
     Raises RecipeError where there is no such device, or not one for each of them.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = launched_count()
     if count == 1:
         yield Processes(device)
         return
@@ -73,6 +42,6 @@ def launched(device: str) -> Iterator[Processes]:
     accelerator = Accelerator(cpu=place.type == "cpu", kwargs_handlers=[patience])
     check_each(accelerator.num_processes, count, device)
     try:
-        yield Processes(str(accelerator.device), accelerator)
+        yield Processes(str(accelerator.device), accelerator.process_index, count, accelerator=accelerator)
     finally:
         PartialState().destroy_process_group()

@@ -1,12 +1,14 @@
 """Long matrices, such as token tables, compressed a run of rows at a time, so that memory follows the run.
 
-For methods that compress rows independently (`StepConfig.rowwise`): the result is the same either way.
+For methods that compress rows independently (`StepConfig.rowwise`): the result is the same either way. Runs may be
+compressed in different places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -17,14 +19,36 @@ from llmcompress.weight.stack import joined
 RUN = 7680  # rows: a multiple of those that a stream of a trellis goes down
 
 
-def apply_in_runs(layer: Layer, steps: Sequence[StepConfig]) -> Layer:
-    """The layer after every step, in order. Raises what `layer.apply` raises."""
-    rows = len(layer.weight)
+class Outcome(NamedTuple):
+    """Rows of a matrix after every step: their weight in the model's own basis, and the fallbacks taken."""
+
+    weight: Weight
+    notes: tuple[str, ...]
+
+
+def apply_in_runs(layer: Layer, steps: Sequence[StepConfig]) -> Outcome:
+    """The layer's weight after every step, in order. Raises what `layer.apply` raises."""
+    return together([apply_to(layer, steps, rows) for rows in runs(len(layer.weight), steps)])
+
+
+def runs(rows: int, steps: Sequence[StepConfig]) -> list[slice]:
+    """Return the runs in which a matrix of so many rows is compressed; one, of all rows, where that is so."""
     if rows <= RUN or not all(config.rowwise for config in steps):
-        return apply(layer, steps)
-    approx: list[Weight] = []
-    for start in range(0, rows, RUN):
-        weight = layer.weight[start : start + RUN]
-        done = apply(replace(layer, weight=weight, approx=Dense(weight.to(torch.bfloat16))), steps)
-        approx.append(done.expression())
-    return replace(layer, approx=joined(approx), notes=done.notes)
+        return [slice(0, rows)]
+    return [slice(start, min(start + RUN, rows)) for start in range(0, rows, RUN)]
+
+
+def apply_to(layer: Layer, steps: Sequence[StepConfig], rows: slice) -> Outcome:
+    """One of the layer's `runs` after every step."""
+    if rows != slice(0, len(layer.weight)):
+        weight = layer.weight[rows]
+        layer = replace(layer, weight=weight, approx=Dense(weight.to(torch.bfloat16)))
+    done = apply(layer, steps)
+    return Outcome(done.expression(), done.notes)
+
+
+def together(done: Sequence[Outcome]) -> Outcome:
+    """The runs of a layer below each other."""
+    if len(done) == 1:
+        return done[0]
+    return Outcome(joined([run.weight for run in done]), done[-1].notes)

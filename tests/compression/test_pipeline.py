@@ -15,12 +15,17 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.compression import run
+from llmcompress.compression.pipeline import compress_job
+from llmcompress.compression.plan import prepare
 from llmcompress.distill.run import distill
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate.verify import verify
 from llmcompress.export.hub import _card
+from llmcompress.models.dense import resolve
 from llmcompress.models.locate import Place
 from llmcompress.recipe.read import dump, parse_recipe, read_recipe
+from llmcompress.runtime.ranks import Ranks
+from tests.lockstep import in_lockstep
 from tests.tiny import save_tiny
 
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
@@ -228,9 +233,12 @@ def test_recipes_with_a_section_are_written_and_read_back(place: Path) -> None:
     assert parse_recipe(dump(asked)) == asked
 
 
-def test_many_processes_are_told_to_compress_first(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="compressing runs in one process; compress without distill: first"):
-        lc.compress(place / "dense", recipe(place), tmp_path / "out")
+def test_many_processes_are_told_to_compress_first(place: Path, tmp_path: Path) -> None:
+    job = prepare(resolve(str(place / "dense")), read_recipe(recipe(place)))
+
+    def work(ranks: Ranks) -> None:
+        with pytest.raises(RecipeError, match="compress without distill:, then start llmcompress distill in many"):
+            compress_job(job, tmp_path / "out", ranks=ranks)
+
+    in_lockstep(2, work)
+    assert not list(tmp_path.iterdir())

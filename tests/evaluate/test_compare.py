@@ -316,15 +316,8 @@ def item_lines(folder: Path) -> list[tuple[int, float]]:
 
 
 def test_shares_are_all_of_the_windows_in_order() -> None:
-    class Place:
-        num_processes, process_index = 4, 0
-
     ids = torch.arange(14).reshape(7, 2)
     for count in (1, 3, 7, 9):
-        shares = []
-        for rank in range(count):
-            place = Place()
-            place.num_processes, place.process_index = count, rank
-            shares.append(Processes("cpu", place).share(ids))
+        shares = [Processes("cpu", rank, count).share(ids) for rank in range(count)]
         assert torch.equal(torch.cat(shares), ids)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1

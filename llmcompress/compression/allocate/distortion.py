@@ -81,7 +81,7 @@ def error(layer: Layer, steps: Steps, held_out: Moments | None) -> float:
 
 def changed(layer: Layer, steps: Steps, held_out: Moments | None) -> tuple[Tensor, float]:
     """Return the layer's weight `[out, in]` after the steps, and its error, on some rows where it has many."""
-    value = dense(apply_in_runs(layer, steps).expression())
+    value = dense(apply_in_runs(layer, steps).weight)
     return value, max(sampled_error(layer.weight, value, held_out), LEAST)
 
 

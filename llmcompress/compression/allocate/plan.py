@@ -36,6 +36,7 @@ from llmcompress.models.staging import megabytes
 from llmcompress.recipe.compression import Recipe, Rule
 from llmcompress.recipe.target import Target
 from llmcompress.runtime.memory import total_memory
+from llmcompress.runtime.ranks import ALONE, Ranks
 
 FLOAT32 = 4  # bytes
 
@@ -151,17 +152,26 @@ def reachable(job: Job, targets: Sequence[Target]) -> Choices:
 
 
 def price(
-    job: Job, found: Choices, tokens: CalibrationTokens, *, device: str = "cpu", progress: Progress | None = None
+    job: Job,
+    found: Choices,
+    tokens: CalibrationTokens,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> PriceList:
     """Measure what every choice costs, on the `priced_tokens` of the job. Streams the dense model.
+
+    Several processes share the blocks; all of them get the list, which is that of one process.
 
     Raises MemoryLimitError if it does not fit, InputError for too little text, and what the walk and the methods raise.
     """
     started = time.monotonic()
     windows = probe_windows(tokens.sequences[tokens.obtained - tokens.held_out :])
-    _check_memory(job, found, windows, device)
-    probe = Probe(job.source, job.arch, windows, device)
-    priced, dense = prices(job, found, tokens, probe, device, progress), probe.dense
+    with ranks.agreed():
+        _check_memory(job, found, windows, device, ranks)
+        probe = Probe(job.source, job.arch, windows, device)
+    priced, dense = prices(job, found, tokens, probe, device, progress, ranks), probe.dense
     return PriceList(job, found, priced, lambda: dense, time.monotonic() - started)
 
 
@@ -179,14 +189,15 @@ def priced_tokens(job: Job) -> CalibrationTokens:
     return found
 
 
-def _check_memory(job: Job, found: Choices, windows: Tensor, device: str) -> None:
+def _check_memory(job: Job, found: Choices, windows: Tensor, device: str, ranks: Ranks) -> None:
     """Raise MemoryLimitError if measuring the options would not fit into this machine."""
     wanted = {one.name: one for one in found.matrices}
     probed = [len(one.options) if job.recipe.damage == "kl" else 1 for one in found.matrices if not one.is_table]
     options = {config.method for one in found.matrices for steps in one.options for config in steps}
     tables = [one.name for one in found.matrices if one.is_table]
     needed = peak_bytes(job.source, job.arch, job.recipe, tables, needs_of(job, wanted), options)
-    needed += FLOAT32 * sum(probed) * windows.numel() * width_of(job.arch)
+    needed += FLOAT32 * sum(probed) * windows.numel() * width_of(job.arch) // ranks.count
+    needed *= ranks.here
     there = total_memory()
     if device == "cpu" and needed > there:
         raise MemoryLimitError(

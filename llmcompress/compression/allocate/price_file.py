@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +21,57 @@ from llmcompress.errors import DiskError, first_line
 from llmcompress.evaluate.logits import OnDisk
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.store import Store
+from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.runtime.versions import versions
 
 KIND = "kind of budget"  # in the identity
 TOKENS = "calibration tokens"  # in the entry: their hash
 
 
-def allocate_by(path: Path, job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Allocation:
+def allocate_by(
+    path: Path, job: Job, *, device: str = "cpu", progress: Progress | None = None, ranks: Ranks = ALONE
+) -> Allocation:
     """Run `allocate` with the price list in the file `path`. Also raises DiskError if that list is another job's."""
-    target = target_of(job)
-    found = reachable(job, (target,))
-    check_prices(path, job)
-    return price_list(path, job, found, device, progress).reaching(target)
+    with ranks.agreed():
+        target = target_of(job)
+        found = reachable(job, (target,))
+    ranks.first(partial(check_prices, path, job))
+    prices = price_list(path, job, found, device, progress, ranks)
+    with ranks.agreed():
+        return prices.reaching(target)
 
 
-def price_list(path: Path, job: Job, found: Choices, device: str, progress: Progress | None) -> PriceList:
-    """Read the price list in the file `path`; where there is none, measure it and keep it there.
+def price_list(
+    path: Path, job: Job, found: Choices, device: str, progress: Progress | None, ranks: Ranks = ALONE
+) -> PriceList:
+    """Read the price list in the file `path`; where there is none, measure it and keep it there. Of several processes,
+    the first one reads and writes it, and each measures a share.
 
     Raises DiskError for a list of another recipe, model or version, or one that cannot be written.
     """
-    store, tokens = _store(path, job), priced_tokens(job)
-    kept = store.get(path.stem)
-    if kept is not None:
-        if kept.entry.get(TOKENS) != tokens.hash:
-            raise store.refusal([TOKENS])
-        return _read(store, kept.entry, job, found, device)
-    made = price(job, found, tokens, device=device, progress=progress)
+    tokens = ranks.first(partial(priced_tokens, job))
+    entry = ranks.first(lambda: _kept(_store(path, job), path.stem, tokens.hash))
+    if entry is not None:
+        with ranks.agreed():
+            return _read(_store(path, job), entry, job, found, device)
+    ranks.compare(identity_of(job) | {TOKENS: tokens.hash})
+    made = price(job, found, tokens, device=device, progress=progress, ranks=ranks)
     matrices = [one.to_json() for one in made.prices]
-    entry = {"seconds": made.seconds, "windows": made.dense().windows.tolist(), "matrices": matrices}
-    store.put(path.stem, entry | {TOKENS: tokens.hash})
+
+    def keep() -> None:
+        entry = {"seconds": made.seconds, "windows": made.dense().windows.tolist(), "matrices": matrices}
+        _store(path, job).put(path.stem, entry | {TOKENS: tokens.hash})
+
+    ranks.first(keep)
     return made
+
+
+def _kept(store: Store, name: str, tokens: str) -> dict[str, Any] | None:
+    """Return the price list in a store, None where there is none. Raises DiskError for that of another text."""
+    kept = store.get(name)
+    if kept is not None and kept.entry.get(TOKENS) != tokens:
+        raise store.refusal([TOKENS])
+    return None if kept is None else kept.entry
 
 
 def check_prices(path: Path, job: Job) -> None:
@@ -69,14 +91,18 @@ def discard_prices(path: Path) -> None:
 
 
 def _store(path: Path, job: Job) -> Store:
-    """Return the store whose only record is `path`, a JSON file.
+    """Return the store whose only record is `path`, a JSON file."""
+    return Store(path.parent, identity_of(job), place=path, error=DiskError)
+
+
+def identity_of(job: Job) -> dict[str, Any]:
+    """Return all that prices depend on, but for the text.
 
     Only the kind of the target counts: with a target in bytes, tables have prices too.
     """
     recipe = job.recipe.model_dump(mode="json", exclude={"gates", "distill"})
     kind = [key for key, value in recipe.pop("target").items() if value is not None]
-    identity: dict[str, Any] = {**job.source.content(), "recipe": recipe, KIND: kind, "versions": versions()}
-    return Store(path.parent, identity, place=path, error=DiskError)
+    return {**job.source.content(), "recipe": recipe, KIND: kind, "versions": versions()}
 
 
 def _read(store: Store, entry: Mapping[str, Any], job: Job, found: Choices, device: str) -> PriceList:

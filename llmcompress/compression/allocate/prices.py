@@ -14,7 +14,7 @@ and L (3 L) times t hidden states.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,12 @@ from llmcompress.errors import NumericsError
 from llmcompress.methods.layer import Layer, methods, step
 from llmcompress.methods.moments import Moments
 from llmcompress.runtime.precision import product_dtype
+from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.weight.nodes import Dense
 
 TOKENS = 8192  # of calibration: enough for a ranking
+
+Reference = list[tuple[dict[int, float], list[float]]]  # for each family: see `_of_reference`
 
 
 @dataclass(frozen=True)
@@ -108,26 +111,61 @@ class _Measured:
 
 
 def prices(
-    job: Job, found: Choices, tokens: CalibrationTokens, probe: Probe, device: str, progress: Progress | None = None
+    job: Job,
+    found: Choices,
+    tokens: CalibrationTokens,
+    probe: Probe,
+    device: str,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Priced, ...]:
     """Return the price list of all matrices, in their order. Raises InputError and NumericsError as the walk and
     methods do.
 
-    Statistics are taken from the dense model's inputs, so that no price depends on how other layers are compressed.
+    Statistics are taken from the dense model's inputs, so that no price depends on how other layers are compressed, nor
+    on which of several processes measures it: each takes every so many-th block, and its changes to the end.
     """
-    wanted = {one.name: one for one in found.matrices}
     linears = [one for one in found.matrices if not one.is_table]
     smallest = min(linears, key=lambda one: (one.shape[0] * one.shape[1], _from_middle(one, linears)), default=None)
+    with ranks.agreed():
+        mine = _measured(job, found, smallest, tokens, probe, device, progress, ranks)
+    measured: dict[str, _Measured] = {}
+    reference: Reference = []
+    for theirs, curves in ranks.everyone(mine):
+        measured |= theirs
+        reference = reference or curves
+    return tuple(_priced(one, measured[one.name], [] if one.is_table else reference) for one in found.matrices)
+
+
+def _measured(
+    job: Job,
+    found: Choices,
+    smallest: Matrix | None,
+    tokens: CalibrationTokens,
+    probe: Probe,
+    device: str,
+    progress: Progress | None,
+    ranks: Ranks,
+) -> tuple[dict[str, _Measured], Reference]:
+    """Return the measurements of a process's matrices by name, and those of the smallest linear if it is among them."""
+    wanted = {one.name: one for one in _share(job, found.matrices, ranks)}
     found_by: dict[str, _Run] = {}
-    reference: list[tuple[dict[int, float], list[float]]] = []
+    reference: Reference = []
     for block, layer, held_out in _layers(job, wanted, tokens, probe, device, progress):
         one = wanted[layer.name]
         if one is smallest:
             reference = [_of_reference(layer, one, family, held_out) for family in families(one.options)]
         found_by[one.name] = _run(block, layer, one, held_out, probe, every=job.recipe.damage == "kl")
     divergences = probe.divergences()
-    measured = {name: _judged(name, run, divergences) for name, run in found_by.items()}
-    return tuple(_priced(one, measured[one.name], [] if one.is_table else reference) for one in found.matrices)
+    return {name: _judged(name, run, divergences) for name, run in found_by.items()}, reference
+
+
+def _share(job: Job, matrices: Sequence[Matrix], ranks: Ranks) -> list[Matrix]:
+    """Return the matrices that a process measures: those of every so many-th block, where each table is a block."""
+    blocks = [{linear.name for group in block.groups for linear in group} for block in job.arch.blocks]
+    blocks += [{one.name} for one in matrices if one.is_table]
+    mine = set().union(*blocks[ranks.rank :: ranks.count])
+    return [one for one in matrices if one.name in mine]
 
 
 def _from_middle(one: Matrix, among: list[Matrix]) -> int:
@@ -232,7 +270,7 @@ def _check_finite(name: str, values: Iterable[float]) -> None:
         raise NumericsError(f"{name}: an option for it gives NaN or Inf; give other options, or a rule for it")
 
 
-def _priced(one: Matrix, found: _Measured, reference: list[tuple[dict[int, float], list[float]]]) -> Priced:
+def _priced(one: Matrix, found: _Measured, reference: Reference) -> Priced:
     errors, kin = dict(found.errors), families(one.options)
     for family, (fast, asked) in zip(kin, reference):
         places = {number: place for place, number in enumerate(family)}

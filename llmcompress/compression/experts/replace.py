@@ -197,5 +197,5 @@ def _damage(mixture: ExpertMixture, visit: Visit, chosen: tuple[int, ...], step:
         for name in group.names:
             weight = block.weight(name)
             layer = Layer(name, weight, Dense(weight.to(torch.bfloat16)), group.inputs)
-            swap(block, {name: packed(apply_in_runs(layer, (step,)).expression())})
+            swap(block, {name: packed(apply_in_runs(layer, (step,)).weight)})
     return damage(visit, block.module, before)

@@ -42,6 +42,7 @@ from llmcompress.models.staging import locked
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.ranks import launched_count
 from llmcompress.runtime.versions import versions
 
 FILE = "frontier.json"
@@ -115,6 +116,11 @@ def _check(recipes: Sequence[Recipe], output: Path) -> None:
     """Raise RecipeError if lines cannot be told apart or drawn, DiskError for a folder with other contents."""
     if find_spec("matplotlib") is None:
         raise RecipeError(MISSING)
+    if (count := launched_count()) > 1:
+        raise RecipeError(
+            f"a sweep runs in one process, and there are {count}; start one, or llmcompress compress --bpw in {count} "
+            f"for each budget"
+        )
     names = [recipe.name for recipe in recipes]
     for name in names if len(names) > 1 else ():
         if names.count(name) > 1:

@@ -218,6 +218,20 @@ def test_a_checkpoint_loads_and_computes_like_the_dense_model(fuse: dict[str, An
     assert lc.read(tmp_path / "out") == result.report
 
 
+def test_layers_are_compressed_for_the_scaled_inputs(tmp_path: Path, text: Path) -> None:
+    """The error that plain rounding leaves is the one that chose the scales. For linears that produce no input of
+    others: rows of those are scaled after their own columns are."""
+    with_outliers("llama", tmp_path / "dense")
+    asked = recipe(text, GRID, fuse={"awq": True}, asymmetric=0.0, exact_errors=True)
+    report = lc.compress(tmp_path / "dense", asked, tmp_path / "out").report
+    errors = {row.name: row.error for row in report.layers}
+    notes = dict(note.split(": channels scaled by", 1) for note in report.fused)
+    found = [name for name in errors if name.endswith(("o_proj", "down_proj"))]
+    assert len(found) == 4
+    for name in found:
+        assert errors[name] == pytest.approx(float(notes[name].rpartition(" then ")[2]), rel=2e-3)
+
+
 def test_layers_lose_less(tmp_path: Path, text: Path) -> None:
     with_outliers("llama", tmp_path / "dense")
     plain = lc.compress(tmp_path / "dense", recipe(text, GRID), tmp_path / "plain").report

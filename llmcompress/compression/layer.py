@@ -1,0 +1,68 @@
+"""One layer: its dense weight -> `Layer` -> methods -> packed weight, and its row of the report."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from llmcompress.calibrate.walk import Block, InputGroup
+from llmcompress.compression.plan import Job
+from llmcompress.errors import NumericsError
+from llmcompress.evaluate.report import LayerReport
+from llmcompress.methods.engines.hessian import damped
+from llmcompress.methods.layer import Layer, relative_error, sampled_error
+from llmcompress.methods.moments import Moments
+from llmcompress.methods.row_chunks import Outcome
+from llmcompress.weight.expression import bits, dense, describe
+from llmcompress.weight.modules import PackedWeight, packed
+from llmcompress.weight.nodes import Dense
+
+TARGET_DAMPING = 0.1  # of the solve that aims at the dense model's outputs
+
+
+def layer_of(job: Job, block: Block, name: str, group: InputGroup) -> Layer:
+    """Return a linear of the block as methods see it; those that read the same input get the same seed."""
+    weight, inputs = block.weight(name), group.inputs
+    target = weight
+    if inputs.cross is not None and inputs.outer is not None:
+        target = weight + job.recipe.asymmetric * (weight @ _to_dense_outputs(inputs, inputs.outer, inputs.cross))
+    seed = f"{job.recipe.seed}/{group.names[0]}"
+    return Layer(name, target, Dense(target.to(torch.bfloat16)), inputs, seed)
+
+
+def _to_dense_outputs(inputs: Moments, outer: Tensor, cross: Tensor) -> Tensor:
+    """Return D `[in, in]` for which W + W D, on the inputs seen, comes closest to W's outputs on the dense model's.
+
+    (C - H) inverse(H) with C = X_dense^T X and H = X^T X (GPTAQ, arXiv 2504.02692); one for all layers that read X.
+    """
+
+    def compute() -> Tensor:
+        hessian = damped(outer.double(), TARGET_DAMPING)
+        return torch.linalg.solve(hessian, (cross - outer).double(), left=False).float()
+
+    return inputs.memo("to_dense_outputs", compute)
+
+
+def finished(job: Job, layer: Layer, outcome: Outcome, group: InputGroup) -> tuple[PackedWeight, LayerReport]:
+    """Return the packed weight of a layer, and its row of the report. Raises NumericsError for NaN or Inf in it."""
+    stored, steps = outcome.weight, (job.steps | job.tables)[layer.name]
+    measure = relative_error if job.recipe.exact_errors else sampled_error
+    value = dense(stored)
+    error = measure(layer.weight, value, layer.inputs)
+    if not error < float("inf"):
+        raise NumericsError(f"{layer.name}: the compressed weight holds NaN or Inf; choose other steps for it")
+    size = (layer.weight.shape[0], layer.weight.shape[1])
+    row = LayerReport(
+        name=layer.name,
+        shape=size,
+        steps=tuple(s.method for s in steps),
+        bpw=bits(stored) / prod(size),
+        error=error,
+        error_heldout=None if group.held_out is None else measure(layer.weight, value, group.held_out),
+        fallback="; ".join(outcome.notes) or None,
+        stored=describe(stored),
+        starved=group.starved,
+    )
+    return packed(stored), row

@@ -1,0 +1,122 @@
+"""The layers of a block, shared out over processes: each compresses some of them, and every process gets all results.
+
+A share is what one process compresses in one piece too: a layer, or a run of rows of a long one. Statistics are the
+same in every process. So the weights are bit for bit those of one process with these statistics.
+
+Shares go to processes by their estimated time, the longest first, each to where it would be done earliest. Layers that
+read the same input use one factor of its second moments, so it is cheaper to keep them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmcompress.calibrate.walk import Block, InputGroup
+from llmcompress.compression.estimate import SEARCHED
+from llmcompress.compression.layer import finished, layer_of
+from llmcompress.compression.plan import Job
+from llmcompress.evaluate.report import LayerReport
+from llmcompress.methods.row_chunks import Outcome, apply_to, runs, together
+from llmcompress.runtime.ranks import Ranks
+from llmcompress.weight.modules import PackedWeight
+
+# Seconds of one core; only their proportions count here.
+FEEDBACK, FEEDBACK_WIDTH = 1.4e-7, 2e-11  # for each weight, and each weight and column: feedback and errors
+SEARCH = 1.2e-6  # for each weight, of a trellis search
+FACTOR, AIM = 6e-11, 3e-11  # for each cube of a width: a factor of H; the target at the dense model's outputs
+
+Solved = tuple[PackedWeight, LayerReport]
+Pieces = dict[tuple[str, int], Outcome]  # by the name of the layer and the first row
+
+
+@dataclass(frozen=True)
+class Share:
+    """Rows of a linear that are compressed in one piece. `group`: the number of its input group."""
+
+    name: str
+    group: int
+    rows: slice
+    seconds: float  # as estimated, without the factor that its group shares
+
+
+def solved(
+    job: Job, block: Block, groups: Sequence[InputGroup], ranks: Ranks
+) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
+    """Compress the linears of input groups that have steps: return their packed weights by name, and their rows of the
+    report, in their order."""
+    shares = _shares(job, block, groups)
+    owners = placed(shares, [_factor_seconds(group) for group in groups], ranks.count)
+    homes: dict[str, list[int]] = {}
+    for share, owner in zip(shares, owners, strict=True):
+        homes.setdefault(share.name, []).append(owner)
+    scattered = [name for name, there in homes.items() if len(set(there)) > 1]
+    mine = [share for share, owner in zip(shares, owners, strict=True) if owner == ranks.rank]
+    with ranks.agreed():
+        done, pieces = _compressed(job, block, groups, mine, scattered)
+    if scattered:
+        everything = {place: piece for each in ranks.everyone(pieces) for place, piece in each.items()}
+        with ranks.agreed():
+            for name in (name for name in scattered if homes[name][0] == ranks.rank):
+                parts = [everything[share.name, share.rows.start] for share in shares if share.name == name]
+                group = next(group for group in groups if name in group.names)
+                done[name] = finished(job, layer_of(job, block, name, group), together(parts), group)
+    for group in groups:
+        group.inputs.derived.clear()  # factors that only its linears could share
+    found = {name: one for each in ranks.everyone(done) for name, one in each.items()}
+    return {name: found[name][0] for name in homes}, [found[name][1] for name in homes]
+
+
+def _compressed(
+    job: Job, block: Block, groups: Sequence[InputGroup], mine: Sequence[Share], scattered: Sequence[str]
+) -> tuple[dict[str, Solved], Pieces]:
+    """Compress a process's shares: return its finished layers, and the runs of layers that others have runs of."""
+    done: dict[str, Solved] = {}
+    pieces: Pieces = {}
+    for number, group in enumerate(groups):
+        for name in dict.fromkeys(share.name for share in mine if share.group == number):
+            layer, steps = layer_of(job, block, name, group), (job.steps | job.tables)[name]
+            parts = {s.rows.start: apply_to(layer, steps, s.rows) for s in mine if s.name == name}
+            if name in scattered:
+                pieces |= {(name, start): part for start, part in parts.items()}
+            else:
+                done[name] = finished(job, layer, together(list(parts.values())), group)
+        if not set(scattered).intersection(group.names):
+            group.inputs.derived.clear()
+    return done, pieces
+
+
+def placed(shares: Sequence[Share], factors: Sequence[float], count: int) -> list[int]:
+    """Return the process of each share; `factors`: the seconds that the first share of each group takes beside its
+    own, in each process that has one."""
+    owners = [0] * len(shares)
+    loads, there = [0.0] * count, [set[int]() for _ in range(count)]
+
+    def then(rank: int, share: Share) -> float:
+        """The load of a process that takes a share."""
+        return loads[rank] + share.seconds + (0.0 if share.group in there[rank] else factors[share.group])
+
+    for number in sorted(range(len(shares)), key=lambda number: (-shares[number].seconds, number)):
+        share = shares[number]
+        owners[number] = best = min(range(count), key=lambda rank: (then(rank, share), rank))
+        loads[best] = then(best, share)
+        there[best].add(share.group)
+    return owners
+
+
+def _shares(job: Job, block: Block, groups: Sequence[InputGroup]) -> list[Share]:
+    found, steps = [], job.steps | job.tables
+    for number, group in enumerate(groups):
+        for name in (name for name in group.names if name in steps):
+            rows, width = block.linears[name].shape
+            each = FEEDBACK + FEEDBACK_WIDTH * width + SEARCH * sum(s.method in SEARCHED for s in steps[name])
+            for run in runs(rows, steps[name]):
+                found.append(Share(name, number, run, (run.stop - run.start) * width * each))
+    return found
+
+
+def _factor_seconds(group: InputGroup) -> float:
+    outer, cross = group.inputs.outer, group.inputs.cross
+    if outer is None:
+        return 0.0
+    return float(len(outer) ** 3 * (FACTOR + (0.0 if cross is None else AIM)))

@@ -1,0 +1,171 @@
+"""Layers shared out over processes: where each goes, and that their weights are bit for bit those of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmcompress.calibrate.walk import Block, InputGroup, walk
+from llmcompress.compression.plan import Job, prepare
+from llmcompress.compression.shares import Share, placed, solved
+from llmcompress.errors import NumericsError
+from llmcompress.evaluate.report import LayerReport
+from llmcompress.methods import row_chunks
+from llmcompress.methods.moments import Moments
+from llmcompress.models.dense import resolve
+from llmcompress.recipe.read import read_recipe
+from llmcompress.runtime.ranks import ALONE, Ranks
+from llmcompress.weight.modules import PackedWeight
+from tests.lockstep import in_lockstep
+from tests.tiers import tiered
+from tests.tiny import save_tiny
+from tests.zoo import save_zoo
+
+GPTQ = {"method": "gptq", "bits": 3, "group_size": 8}
+TRELLIS = {"method": "trellis", "bits": 2, "memory": 8}
+PIPELINES: dict[str, list[dict[str, Any]]] = {
+    "gptq": [GPTQ],
+    "sparse": [{"method": "sparsegpt", "sparsity": 0.5}],
+    "rotated trellis": [{"method": "rotate"}, TRELLIS],
+    "low rank": [GPTQ, {"method": "eora", "rank": 2}],  # of all rows at once
+    "partial": [{"method": "pb_llm", "salient": "1:8"}],
+}
+Packed = dict[str, PackedWeight]
+
+
+# --- where shares go --------------------------------------------------------------------------------------------------
+
+
+def shares(costs: list[tuple[int, float]]) -> list[Share]:
+    return [Share(str(number), group, slice(0, 1), seconds) for number, (group, seconds) in enumerate(costs)]
+
+
+def load(costs: list[tuple[int, float]], factors: list[float], owners: tuple[int, ...] | list[int]) -> float:
+    """The time of the busiest process."""
+    totals = dict.fromkeys(owners, 0.0)
+    for (_, seconds), owner in zip(costs, owners, strict=True):
+        totals[owner] += seconds
+    for owner, group in {(owner, group) for (group, _), owner in zip(costs, owners, strict=True)}:
+        totals[owner] += factors[group]
+    return max(totals.values())
+
+
+def test_one_process_has_everything() -> None:
+    assert placed(shares([(0, 3.0), (1, 1.0), (1, 2.0)]), [1.0, 5.0], 1) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shares_are_at_most_a_third_slower_than_the_best(seed: int) -> None:
+    """The bound of Graham for the longest first, on independent shares: 4/3 - 1/(3m)."""
+    drawn = torch.rand(7, generator=torch.Generator().manual_seed(seed)).tolist()
+    costs = [(number, seconds) for number, seconds in enumerate(drawn)]
+    for count in (2, 3):
+        best = min(load(costs, [0.0] * 7, owners) for owners in product(range(count), repeat=7))
+        assert (
+            load(costs, [0.0] * 7, placed(shares(costs), [0.0] * 7, count)) <= best * (4 / 3 - 1 / (3 * count)) + 1e-9
+        )
+
+
+def test_layers_that_share_a_costly_factor_stay_together() -> None:
+    owners = placed(shares([(0, 1.0), (0, 1.0), (0, 1.0), (1, 6.0)]), [10.0, 10.0], 2)
+    assert owners == [1, 1, 1, 0]
+    assert len(set(placed(shares([(0, 30.0), (0, 30.0)]), [10.0], 2))) == 2, "but not where apart is faster"
+
+
+# --- what becomes of them -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            place = tmp_path_factory.mktemp(family)
+            made[family] = save_tiny(family, place) if family == "llama" else save_zoo(family, place)
+        return made[family]
+
+    return get
+
+
+@contextmanager
+def standing(model: Path, **asked: Any) -> Iterator[tuple[Job, Block]]:
+    """A walk at a model's first block, with both streams, and the job that is laid over the model."""
+    entries = {"version": 1, "name": "test", "asymmetric": 0.5, "calibration": {"samples": 4, "length": 16}, **asked}
+    job = prepare(resolve(str(model)), read_recipe(entries))
+    tokens = torch.randint(0, 250, (6, 16), generator=torch.Generator().manual_seed(1))
+    blocks: Any = walk(job.source, job.arch, tokens, held_out=2, needs=job.needs(), dense_stream=True)
+    yield job, next(blocks)
+    blocks.close()
+
+
+def fresh(moments: Moments) -> Moments:
+    """Moments of the same bits, of which nothing has been derived yet."""
+    return Moments(moments.tokens, moments.square, moments.outer, moments.cross)
+
+
+def groups_of(block: Block) -> list[InputGroup]:
+    return [replace(group, inputs=fresh(group.inputs)) for group in block.groups]
+
+
+def check_same(alone: tuple[Packed, list[LayerReport]], found: tuple[Packed, list[LayerReport]]) -> None:
+    assert list(found[0]) == list(alone[0]) and found[1] == alone[1]
+    for name, weight in alone[0].items():
+        assert found[0][name].layout == weight.layout and torch.equal(found[0][name].payload, weight.payload), name
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", tiered(PIPELINES, {"gptq", "rotated trellis", "low rank"}.__contains__))
+def test_weights_are_those_of_one_process(
+    name: str, count: int, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that have to be cut into runs of rows, which lie in several processes, among them."""
+    monkeypatch.setattr(row_chunks, "RUN", 16)
+    with standing(models("llama"), rules=[{"match": "*", "steps": PIPELINES[name]}]) as (job, block):
+        alone = solved(job, block, groups_of(block), ALONE)
+        for found in in_lockstep(count, lambda ranks: solved(job, block, groups_of(block), ranks)):
+            check_same(alone, found)
+
+
+def test_experts_are_shared_out_too(models: Callable[[str], Path]) -> None:
+    with standing(models("mixtral"), rules=[{"match": "*", "steps": [GPTQ]}]) as (job, block):
+        alone = solved(job, block, groups_of(block), ALONE)
+        for found in in_lockstep(3, lambda ranks: solved(job, block, groups_of(block), ranks)):
+            check_same(alone, found)
+
+
+def test_no_layer_is_compressed_twice(models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, int]] = []
+    original = row_chunks.apply_to
+
+    def counted(layer: Any, steps: Any, rows: slice) -> Any:
+        done.append((layer.name, rows.start))
+        return original(layer, steps, rows)
+
+    monkeypatch.setattr(row_chunks, "RUN", 16)
+    monkeypatch.setattr("llmcompress.compression.shares.apply_to", counted)
+    with standing(models("llama"), rules=[{"match": "*", "steps": [GPTQ]}]) as (job, block):
+        in_lockstep(3, lambda ranks: solved(job, block, groups_of(block), ranks))
+        rows = {name: linear.shape[0] for name, linear in block.linears.items() if name.startswith(f"{block.path}.")}
+    assert sorted(done) == sorted((name, start) for name, count in rows.items() for start in range(0, count, 16))
+
+
+def test_an_error_in_one_process_ends_all(models: Callable[[str], Path]) -> None:
+    with standing(models("llama"), rules=[{"match": "*", "steps": [GPTQ]}]) as (job, block):
+
+        def work(ranks: Ranks) -> None:
+            groups = groups_of(block)
+            for group in groups:
+                if "o_proj" in group.names[0] and group.inputs.outer is not None:
+                    group.inputs.outer.mul_(float("nan"))
+            with pytest.raises(NumericsError, match=r"o_proj: its weights hold NaN or Inf"):
+                solved(job, block, groups, ranks)
+
+        in_lockstep(2, work)

@@ -1,0 +1,101 @@
+"""Agreement of processes, by threads that take turns; and a process that is alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmcompress.errors import EndedError, InputError, NumericsError, RecipeError
+from llmcompress.runtime.ranks import ALONE, Ranks, launched
+from tests.lockstep import in_lockstep
+
+COUNTS = [2, 3, 5]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_findings_come_back_in_the_order_of_the_items(count: int) -> None:
+    items = torch.arange(14).reshape(7, 2)
+    found = in_lockstep(count, lambda ranks: ranks.gathered([row.sum() for row in ranks.share(items)]))
+    assert found == [[int(row.sum()) for row in items]] * count
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_sums_are_those_of_all_and_the_same_bits_in_each(count: int) -> None:
+    given = [torch.randn(5, 3, generator=torch.Generator().manual_seed(rank)) for rank in range(count)]
+
+    def work(ranks: Ranks) -> torch.Tensor:
+        own = given[ranks.rank].clone()
+        ranks.add(own)
+        return own
+
+    found = in_lockstep(count, work)
+    torch.testing.assert_close(found[0].double(), torch.stack(given).double().sum(0), rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_the_first_process_finds_for_all() -> None:
+    called: list[int] = []
+
+    def work(ranks: Ranks) -> int:
+        return ranks.first(lambda: called.append(ranks.rank) or 7)
+
+    assert in_lockstep(3, work) == [7] * 3 and called == [0]
+
+
+@pytest.mark.parametrize("failing", [{0}, {1}, {1, 2}, {0, 1, 2}])
+def test_an_error_of_one_is_one_of_all_and_told_once(failing: set[int]) -> None:
+    met: list[tuple[int, bool]] = []
+
+    def work(ranks: Ranks) -> None:
+        try:
+            with ranks.agreed():
+                if ranks.rank in failing:
+                    raise NumericsError(f"found by {ranks.rank}")
+        except NumericsError as error:
+            assert str(error) == f"found by {min(failing)}"
+            met.append((ranks.rank, error.told))
+
+    in_lockstep(3, work)
+    assert sorted(met) == [(0, False), (1, True), (2, True)]
+
+
+def test_an_error_of_the_first_is_one_of_all() -> None:
+    def work(ranks: Ranks) -> None:
+        def find() -> None:
+            raise InputError("the model is damaged")
+
+        with pytest.raises(InputError, match="the model is damaged"):
+            ranks.first(find)
+
+    in_lockstep(2, work)
+
+
+def test_what_is_different_is_named() -> None:
+    def work(ranks: Ranks) -> None:
+        ranks.compare({"recipe": {"bits": 3}, "versions": 1})
+        given = {"recipe": {"bits": 3 + (ranks.rank == 1)}, "versions": ranks.rank, "device": "cpu"}
+        with pytest.raises(RecipeError, match="process 1 of 3 was started with other recipe, versions than process 0"):
+            ranks.compare(given)
+
+    in_lockstep(3, work)
+
+
+def test_a_process_alone_hands_everything_on_and_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("init_process_group", "rendezvous", "all_gather_object", "all_reduce", "broadcast_object_list"):
+        monkeypatch.setattr(torch.distributed, name, lambda *given, **named: pytest.fail("a group was asked for"))
+    value = torch.ones(2)
+    with launched("cpu") as ranks:
+        assert ranks == ALONE
+        assert ranks.everyone(value)[0] is value and ranks.first(lambda: value) is value
+        ranks.add(value)
+        ranks.compare({"anything": object()})
+        with pytest.raises(EndedError), ranks.agreed():
+            raise EndedError("as it came")
+    assert torch.equal(value, torch.ones(2)) and ranks.asked == "cpu"
+
+
+def test_processes_that_no_launcher_started_are_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(RecipeError, match="WORLD_SIZE is 2 but RANK, LOCAL_RANK, MASTER_ADDR and 1 more is not set"):
+        launched("cpu").__enter__()
