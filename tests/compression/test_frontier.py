@@ -122,6 +122,7 @@ def test_every_point_is_an_ordinary_checkpoint_with_its_scores(curve: tuple[Path
     assert points[0]["predicted_kl"] > points[1]["predicted_kl"] and points[0]["kl"] > points[1]["kl"]
 
 
+@pytest.mark.slow
 def test_sizes_price_the_table_too_and_files_keep_to_them(place: Path, tmp_path: Path) -> None:
     recipe = read_recipe(values(place))
     found = frontier(place / "dense", [recipe], budgets(None, "32kB,0.04 MB"), tmp_path / "out", protocol(place))
@@ -132,6 +133,7 @@ def test_sizes_price_the_table_too_and_files_keep_to_them(place: Path, tmp_path:
     assert "weight files, MB" in (tmp_path / "out" / "frontier.svg").read_text()
 
 
+@pytest.mark.slow
 def test_recipes_are_lines_of_their_own(place: Path, tmp_path: Path) -> None:
     recipes = [read_recipe(values(place)), read_recipe(values(place, name="two", options=GRIDS[1:]))]
     found = frontier(place / "dense", recipes, budgets("3.4", None), tmp_path / "out", protocol(place))
@@ -186,6 +188,7 @@ def test_a_sweep_that_was_cut_goes_on(
         assert [points[one["budget"]][key] for key in same] == [one[key] for key in same]
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_read_and_more_budgets_are_added(
     place: Path, tmp_path: Path, curve: tuple[Path, Found], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +245,7 @@ def test_a_stopped_sweep_says_what_it_keeps(place: Path, tmp_path: Path, monkeyp
         swept(place, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_distilled_point_is_kept_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = {"dataset": str(place / "text.txt"), "samples": 12, "length": 32, "held_out": 4}
     section = {"data": data, "rates": {"scales": 5e-3}, "batch": 4, "compute": "float32", "steps": 2}

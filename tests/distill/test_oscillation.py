@@ -212,6 +212,7 @@ def run(folders: Path, output: Path, **more: Any) -> Any:
     return distill(folders / "small", folders / "dense", recipe(folders, **CODES | more), output)
 
 
+@pytest.mark.slow
 def test_without_a_code_that_is_frozen_nothing_changes(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "plain")
     done = run(folders, tmp_path / "watched", freezing=NEVER)

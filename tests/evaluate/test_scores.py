@@ -300,6 +300,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(task)
 
 
+@pytest.mark.slow
 def test_unknown_tasks_and_texts_are_named_before_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +326,7 @@ def test_unknown_tasks_and_texts_are_named_before_a_model_is_loaded(
         score(folder, Protocol(windows=1, length=16), against="./none")
 
 
+@pytest.mark.slow
 def test_what_was_scored_is_kept_when_a_task_fails(failing: str, tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "dense")
     asked = Protocol(windows=1, length=16, tasks=(failing,))

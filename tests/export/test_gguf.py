@@ -589,6 +589,7 @@ UNLIKE = {"*.experts.3.down_proj": SVD} | BITS
 
 
 @pytest.mark.parametrize("rules", [{"*": GRID}, BITS, UNLIKE], ids=["alike", "bits", "unlike"])
+@pytest.mark.slow
 def test_experts_are_stacked_value_for_value(rules: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """gguf's reader finds each expert in its place, in the order of the router's rows."""
     source = tiny_llama(tmp_path / "dense", "qwen3_moe", head_dim=32, **MIXTURE)

@@ -267,6 +267,7 @@ def test_verify_finds_any_damage(whole: Path, tmp_path: Path, seed: int) -> None
     assert "\n" not in str(found.value) and ";" in str(found.value)
 
 
+@pytest.mark.slow
 def test_a_whole_checkpoint_is_verified(whole: Path, tmp_path: Path) -> None:
     found = verify(whole, against=str(whole.parent / "dense"), length=16)
     assert found.files > 4 and found.layers == 14 and found.kl is not None and found.kl > 0 and found.notes == ()

@@ -242,6 +242,7 @@ def test_a_header_of_a_million_tensors(packed: Path, tmp_path: Path) -> None:
 
 @LAW
 @given(st.data())
+@pytest.mark.slow
 def test_any_change_of_a_header(dense: Path, tmp_path: Path, data: st.DataObject) -> None:
     """Its tensors are read as the header says, or not at all."""
     path = copied(dense, tmp_path) / SINGLE
@@ -269,6 +270,7 @@ def test_any_change_of_a_header(dense: Path, tmp_path: Path, data: st.DataObject
 
 @LAW
 @given(st.data())
+@pytest.mark.slow
 def test_any_change_of_an_index(packed: Path, tmp_path: Path, data: st.DataObject) -> None:
     index = json.loads((packed / INDEX).read_text())
     place = data.draw(st.sampled_from(list(places(index))))
@@ -348,6 +350,7 @@ def quantization(packed: Path) -> dict[str, Any]:
 
 @LAW
 @given(st.data())
+@pytest.mark.slow
 def test_any_change_of_a_quantization_config(packed: Path, data: st.DataObject) -> None:
     entries = quantization(packed)
     place = data.draw(st.sampled_from(list(places(entries))))

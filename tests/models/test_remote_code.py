@@ -172,6 +172,7 @@ def test_what_is_stored_is_what_the_report_and_the_dense_export_say(small: Path,
     assert not torch.equal(compressed, original)
 
 
+@pytest.mark.slow
 def test_verify_eval_distill_and_push_work_where_code_is_trusted(small: Path, dense: Path, tmp_path: Path) -> None:
     trust: dict[str, Any] = {"trust_remote_code": True}
     text = text_for_calibration(tmp_path)

@@ -60,6 +60,7 @@ def judge(entry: Any, payload: Tensor) -> bool:
 
 @settings(derandomize=True, deadline=None, max_examples=400)
 @given(st.data())
+@pytest.mark.slow
 def test_any_change_of_any_field_is_refused_or_runs(data: st.DataObject) -> None:
     layout, payload = data.draw(st.sampled_from(WEIGHTS))
     entry = layout.to_json()

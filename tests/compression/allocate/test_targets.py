@@ -77,6 +77,7 @@ def test_the_files_on_disk_have_the_size_that_was_asked_for(result: run.Result, 
     assert len({row.bpw for row in result.report.layers}) > 2, "not one option for all"
 
 
+@pytest.mark.slow
 def test_bits_per_weight_are_those_that_the_report_counts(place: Path, tmp_path: Path) -> None:
     """With trellises, and a layer that a rule has spoken of."""
     rules = [{"match": "*.0.mlp.down_proj", "steps": [{"method": "rtn", "bits": 8}]}]

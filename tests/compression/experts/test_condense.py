@@ -148,6 +148,7 @@ def test_the_blocks_that_it_harms_least_are_condensed(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_dense_blocks_that_were_there_compute_the_same(tmp_path: Path) -> None:
     """They become as wide as the condensed ones, by neurons of zero; or these become as wide as they are."""
     text = str(text_for_calibration(tmp_path))

@@ -138,6 +138,7 @@ def test_models_without_experts_are_refused(tmp_path: Path) -> None:
         lc.replace_experts(save_tiny("llama", tmp_path / "llama"), count=1)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed(tmp_path: Path) -> None:
     save_zoo("qwen3_moe", tmp_path / "dense")
     asked: dict[str, Any] = {"count": 2, "rank": 2, "text": str(text_for_calibration(tmp_path)), "samples": 2}
