@@ -58,6 +58,7 @@ from llmcompress.cli.views import (
     distilled_view,
     dropped_view,
     plan_view,
+    priced_view,
     report_view,
     score_view,
 )
@@ -92,6 +93,9 @@ def compress(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run, or start over.")
     ] = True,
+    price_part: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Only measure part K of N of a target's prices, beside OUT.")
+    ] = None,
     settings: Settings = None,
     revision: Revision = None,
     seed: Seed = None,
@@ -106,12 +110,18 @@ def compress(
     Example: llmcompress compress smollm2 --size 40MB -o small
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.pipeline import compress as run
+        from llmcompress.compression import pipeline
+        from llmcompress.compression.allocate.parts import Part
 
         asked = asked_recipe(recipe, settings, seed, target_of(bpw, size, kl), tune)
+        if price_part is not None:
+            told, part = terminal.pricing, Part.of(price_part)
+            file = pipeline.price_part(model, asked, output, part, revision=revision, device=device, pricing=told)
+            terminal.show({"part": price_part, "file": str(file)}, priced_view)
+            return
         shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
         how: dict[str, Any] = {"revision": revision, "device": device, "resume": resume}
-        result = run(model, asked, output, pricing=terminal.pricing, **how, **shown)
+        result = pipeline.compress(model, asked, output, pricing=terminal.pricing, **how, **shown)
         terminal.warn(summarized(result.report.warnings))
         more = {"distillation": result.distillation, "allocation": result.allocation}
         found = result.report.to_json() | {name: part for name, part in more.items() if part is not None}
