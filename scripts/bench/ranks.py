@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 from records import ROOT, Record, append, provenance
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmcompress.models.locate import locate
 from llmcompress.models.tokenizer import load_tokenizer
 
 BLOCKS = 4
+TEXT = "text.txt"
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def model(folder: Path, width: int) -> Path:
-    """Write the model, with the tokenizer of the embedded one."""
+    """Write the model, with the tokenizer of the embedded one, and random words beside it."""
     tokenizer = load_tokenizer(locate("smollm2").folder)
     shape = LlamaConfig(
         hidden_size=width,
@@ -71,15 +71,16 @@ def model(folder: Path, width: int) -> Path:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    made: nn.Module = LlamaForCausalLM(shape)
-    made.to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(shape).bfloat16().save_pretrained(folder)
+    words = str(tokenizer.decode(torch.randint(len(tokenizer), (200_000,))))
+    (folder / TEXT).write_text(words, encoding="utf-8")
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def run(dense: Path, out: Path, count: int, options: argparse.Namespace) -> tuple[float, float]:
     """Return the seconds of a run in so many processes, as reported and of the whole command."""
-    text = {"dataset": "builtin", "samples": options.samples, "length": options.length}
+    text = {"dataset": dense / TEXT, "samples": options.samples, "length": options.length}
     settings = [f"calibration.{key}={value}" for key, value in text.items()]
     words = ["-m", "llmcompress", "compress", str(dense), options.recipe, "-o", str(out), "--no-resume", "--json"]
     words += [word for setting in settings for word in ("--set", setting)]
