@@ -222,8 +222,8 @@ def _noticing() -> Iterator[None]:
         yield
     except RuntimeError as error:  # gloo has no type of its own
         raise EndedError(
-            "another process of this run has ended, and so does this one; what it said tells why, and the same command "
-            "resumes"
+            "another process of this run has ended, and so does this one; if it said why, mend that, and run the same "
+            "command again"
         ) from error
 
 
