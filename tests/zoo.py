@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.tiny import FAMILY_CONFIGS, VOCABULARY, save_tiny, tiny_tokenizer
 
@@ -58,8 +59,8 @@ _OLD: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": dict(_LLAMA, **_LOCAL),
     "qwen2_moe": dict(_LLAMA, **_QWEN, shared_expert_intermediate_size=32),
-    "qwen3_moe": dict(_HEADS, **_QWEN),
-    "olmoe": dict(_LLAMA, num_experts=COUNT, num_experts_per_tok=2),
+    "qwen3_moe": dict(_HEADS, **_QWEN, norm_topk_prob=True),
+    "olmoe": dict(_LLAMA, num_experts=COUNT, num_experts_per_tok=2) | {"num_key_value_heads": 4},
     "gpt_oss": dict(_HEADS, **_LOCAL, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
     "deepseek_v2": dict(_LLAMA, **_ROUTED, **_LATENT, topk_method="greedy"),
     "deepseek_v3": dict(_LLAMA, **_ROUTED, **_LATENT),
@@ -150,6 +151,29 @@ PLAIN: dict[str, dict[str, Any]] = {
         "window_size": 16,
     },
 }
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_MASKED: dict[str, Any] = dict(_ENCODER, head="AutoModelForMaskedLM")
+_DISENTANGLED: dict[str, Any] = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+ENCODERS: dict[str, dict[str, Any]] = {  # and classifiers; `head` is the auto class
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"), _MASKED),
+    "distilbert": {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "head": "AutoModelForMaskedLM"},
+    "modernbert": dict(_MASKED, cls_token_id=256, sep_token_id=257, global_attn_every_n_layers=2, local_attention=16),
+    "deberta-v2": dict(_MASKED, **_DISENTANGLED),
+    "bert_classifier": dict(_ENCODER, model_type="bert", head="AutoModelForSequenceClassification", num_labels=3),
+    "deberta_classifier": dict(
+        _ENCODER, **_DISENTANGLED, model_type="deberta-v2", head="AutoModelForSequenceClassification"
+    ),
+    "bert_tagger": dict(_ENCODER, model_type="bert", head="AutoModelForTokenClassification", num_labels=5),
+    "bert_body": dict(_ENCODER, model_type="bert", head="AutoModel"),
+    "llama_classifier": dict(_LLAMA, model_type="llama", head="AutoModelForSequenceClassification", num_labels=3),
+    "llama_body": dict(_LLAMA, model_type="llama", head="AutoModel"),
+}
 REFUSED: dict[str, dict[str, Any]] = {
     "jetmoe": dict(_LLAMA, **_LOCAL, kv_channels=16),
     "rwkv": {"hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64},
@@ -164,7 +188,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         activation_sparsity_pattern=[0.0, 0.0],
     ),
 }
-ZOO = MIXTURES | HYBRIDS | PLAIN | REFUSED
+ZOO = MIXTURES | HYBRIDS | PLAIN | ENCODERS | REFUSED
 TURNED = {"gpt_oss", "llama4_text"}  # their parameters are [experts, in, out]
 NO_GATE = {"nemotron_h"}
 EVERY = (*FAMILY_CONFIGS, *ZOO)  # family there is a tiny model of
@@ -176,9 +200,10 @@ def zoo(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     Matrices are normal with deviation 0.1, so that routers tell tokens apart.
     """
     settings = _TOKENS | ZOO[family] | changes
+    loader = getattr(transformers, settings.pop("head", "AutoModelForCausalLM"))
     config = AutoConfig.for_model(settings.pop("model_type", family), **settings)
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         noise = torch.randn_like(parameter)
         parameter.data = 0.1 * noise if parameter.dim() > 1 else parameter.data + 0.05 * noise

@@ -30,24 +30,26 @@ TOKENS = 4
 
 
 class _Zeros(nn.Linear):
-    """A linear that counts its calls and gives zeros."""
+    """A linear that counts its calls, those for something else than the tokens apart, and gives zeros."""
 
     def __init__(self, shape: tuple[int, int], weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the weight
         self.out_features, self.in_features = shape
-        self.calls = 0
+        self.calls, self.others = 0, 0
         self.weight = weight
         self.register_parameter("bias", bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in]` to zeros `[..., out]`."""
         self.calls += 1
+        self.others += input.shape[:-1].numel() != TOKENS  # such as DeBERTa's relative positions
         return input.new_zeros(*input.shape[:-1], self.out_features)
 
 
 @torch.no_grad()
 def rehearsed(source: DenseModel, arch: Architecture, calibrated: bool) -> Architecture:
-    """Return the architecture without linears that their block does not call once; those join its `other` weights.
+    """Return the architecture without linears that their block does not call once, for its tokens; those join its
+    `other` weights.
 
     Raises InputError for a model whose blocks cannot be run one by one, if it is to be `calibrated`.
     """
@@ -61,7 +63,8 @@ def rehearsed(source: DenseModel, arch: Architecture, calibrated: bool) -> Archi
             body(model)(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
     experts = experts_of(model)
     calls = {name: _calls(model, name) for name in linears if holder(name, experts) is None}
-    odd = {name for name, count in calls.items() if count != 1} if any(calls.values()) else set()
+    ran = any(count for count, _ in calls.values())
+    odd = {name for name, counts in calls.items() if counts != (1, 0)} if ran else set()
     blocks = tuple(
         replace(block, groups=tuple(kept for group in block.groups if (kept := _without(group, odd))))
         for block in arch.blocks
@@ -99,9 +102,10 @@ def _rehearse(model: PreTrainedModel, arch: Architecture) -> None:
             ) from error
 
 
-def _calls(model: nn.Module, name: str) -> int:
+def _calls(model: nn.Module, name: str) -> tuple[int, int]:
+    """Return how often a linear was called, and how often for something else than the tokens."""
     linear = model.get_submodule(name)
-    return linear.calls if isinstance(linear, _Zeros) else 0
+    return (linear.calls, linear.others) if isinstance(linear, _Zeros) else (0, 0)
 
 
 def _without(group: tuple[Linear, ...], odd: set[str]) -> tuple[Linear, ...]:

@@ -12,6 +12,7 @@ import typer
 from llmcompress.cli.bench import bench
 from llmcompress.cli.commands import Commands
 from llmcompress.cli.doctor import doctor
+from llmcompress.cli.drop import drop
 from llmcompress.cli.experts import experts as experts_commands
 from llmcompress.cli.frontier import frontier
 from llmcompress.cli.options import (
@@ -36,6 +37,7 @@ from llmcompress.cli.options import (
     Tasks,
     TaskSeed,
     Text,
+    TrustRemoteCode,
     Tune,
     Verbose,
     Version,
@@ -56,7 +58,6 @@ from llmcompress.cli.views import (
     answered_view,
     comparison_view,
     distilled_view,
-    dropped_view,
     plan_view,
     priced_view,
     report_view,
@@ -100,6 +101,7 @@ def compress(
     revision: Revision = None,
     seed: Seed = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -114,14 +116,13 @@ def compress(
         from llmcompress.compression.allocate.parts import Part
 
         asked = asked_recipe(recipe, settings, seed, target_of(bpw, size, kl), tune)
+        how: dict[str, Any] = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
         if price_part is not None:
-            told, part = terminal.pricing, Part.of(price_part)
-            file = pipeline.price_part(model, asked, output, part, revision=revision, device=device, pricing=told)
+            file = pipeline.price_part(model, asked, output, Part.of(price_part), pricing=terminal.pricing, **how)
             terminal.show({"part": price_part, "file": str(file)}, priced_view)
             return
         shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
-        how: dict[str, Any] = {"revision": revision, "device": device, "resume": resume}
-        result = pipeline.compress(model, asked, output, pricing=terminal.pricing, **how, **shown)
+        result = pipeline.compress(model, asked, output, pricing=terminal.pricing, resume=resume, **how, **shown)
         terminal.warn(summarized(result.report.warnings))
         more = {"distillation": result.distillation, "allocation": result.allocation}
         found = result.report.to_json() | {name: part for name, part in more.items() if part is not None}
@@ -136,6 +137,7 @@ def plan(
     recipe: RecipeFile,
     settings: Settings = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -148,7 +150,7 @@ def plan(
         from llmcompress.compression.pipeline import plan as run
         from llmcompress.recipe.read import read_recipe
 
-        found = run(model, read_recipe(recipe, settings or ()), revision)
+        found = run(model, read_recipe(recipe, settings or ()), revision, trust_remote_code)
         terminal.warn(summarized(found.warnings))
         terminal.show(found.to_json(), plan_view)
 
@@ -203,6 +205,7 @@ def evaluate(
         typer.Option("--output-dir", "-o", metavar="OUT", help="A new folder for the scores and lm-eval's own files."),
     ] = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -227,6 +230,7 @@ def evaluate(
                 device=processes.device,
                 processes=processes,
                 progress=terminal.scoring,
+                trust_remote_code=trust_remote_code,
             )
         terminal.show(found, score_view)
         refuse_failed([found])
@@ -251,6 +255,7 @@ def compare(
         typer.Option("--output", "-o", metavar="FILE", help="A new .md file for the table, or .json for all numbers."),
     ] = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -266,6 +271,7 @@ def compare(
         protocol = protocol_of(text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed)
         with launched(device) as processes:
             how: dict[str, Any] = {"processes": processes, "progress": terminal.scoring}
+            how["trust_remote_code"] = trust_remote_code
             found = run(models, protocol, output=output, device=processes.device, **how)
         terminal.show(found, comparison_view)
         refuse_failed(found["models"])
@@ -291,6 +297,7 @@ def distill(
     settings: Settings = None,
     seed: Seed = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -305,41 +312,13 @@ def distill(
         from llmcompress.recipe.read import read_as
 
         asked = read_as(Distillation, recipe, settings or (), seeded(seed))
-        found = run(student, teacher, asked, output, device=device, progress=terminal.training)
+        how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+        found = run(student, teacher, asked, output, progress=terminal.training, **how)
         terminal.warn(found.warnings)
         terminal.show(found.to_json(), distilled_view)
 
 
-@app.command()
-def drop(
-    model: Model,
-    output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
-    blocks: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="Of the blocks to drop: 13-18 or 4,7-9.")
-    ] = None,
-    count: Annotated[
-        int | None, typer.Option(help="Drop so many consecutive blocks, those that change hidden states least.")
-    ] = None,
-    text: Annotated[str, typer.Option(help="What --count reads: a file, a data set, or stdlib.")] = "stdlib",
-    revision: Revision = None,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> None:
-    """Write MODEL without some of its decoder blocks: a student for `distill`, which mends it.
-
-    Example: llmcompress drop smollm2 --count 6 -o short
-    """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.depth.drop import drop_blocks
-        from llmcompress.compression.depth.similarity import chosen_blocks
-        from llmcompress.models.staging import check_output
-
-        check_output(output, 0)
-        chosen = chosen_blocks(model, blocks, count, text=text, revision=revision, device=device)
-        terminal.show(drop_blocks(model, chosen, output, revision=revision).to_json(), dropped_view)
-
+app.command()(drop)
 
 app.add_typer(experts_commands, name="experts")
 
@@ -361,6 +340,7 @@ def answer(
     keep_reference: KeepReference = False,
     revision: Revision = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -376,7 +356,8 @@ def answer(
 
         sampling = AnswerSampling(temperature, top_p, seed, longest)
         asked = Answering(prompts, subset, None, split, column, limit, sampling, batch_size, keep_reference)
-        found = run(model, asked, output, revision=revision, device=device, progress=terminal.answering)
+        how: dict[str, Any] = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
+        found = run(model, asked, output, progress=terminal.answering, **how)
         terminal.show(found.to_json(), answered_view)
 
 

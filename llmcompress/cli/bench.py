@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmcompress.cli.options import Quiet, Verbose
+from llmcompress.cli.options import Quiet, TrustRemoteCode, Verbose
 from llmcompress.cli.terminal import Terminal
 from llmcompress.cli.views import new_table
 from llmcompress.evaluate.tables import Row
@@ -48,6 +48,7 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A new .png file: speed over size, quality as colour.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -73,6 +74,7 @@ def bench(
             plot=plot,
             command=_typed(),
             progress=terminal.scoring,
+            trust_remote_code=trust_remote_code,
         )
         terminal.show(found, speed_view)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from llmcompress.cli.options import (
     Settings,
     Tasks,
     Text,
+    TrustRemoteCode,
     Tune,
     Verbose,
     Windows,
@@ -58,6 +59,7 @@ def frontier(
     revision: Revision = None,
     seed: Seed = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -80,7 +82,8 @@ def frontier(
         others = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
         protocol = protocol_of(text, windows, length, tasks, limit, None, batch_size)
         told = SweepCallbacks(terminal.stage, terminal.pricing, terminal.progress, terminal.training)
-        found = run(model, asked, wanted, output, protocol, peers=others, revision=revision, device=device, told=told)
+        how: dict[str, Any] = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
+        found = run(model, asked, wanted, output, protocol, peers=others, told=told, **how)
         terminal.show(found, frontier_view)
         if not as_json and not quiet:
             typer.echo(f"plot    {output / 'frontier.png'} and .svg; table {output / 'frontier.md'}")

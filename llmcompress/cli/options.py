@@ -35,6 +35,9 @@ Tune = Annotated[
     bool, typer.Option("--tune", help="Blocks learn while they are compressed: better, and several times slower.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that a model needs and brings along.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

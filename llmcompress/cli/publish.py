@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from llmcompress.cli.options import AsJson, Device, Length, Quiet, Text, Verbose, Windows
+from llmcompress.cli.options import AsJson, Device, Length, Quiet, Text, TrustRemoteCode, Verbose, Windows
 from llmcompress.cli.terminal import Terminal
 from llmcompress.cli.views import exported_view, pushed_view, verified_view
 
@@ -22,6 +22,7 @@ def verify(
     windows: Windows = 4,
     length: Length = 512,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -33,7 +34,7 @@ def verify(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.evaluate.verify import verify as run
 
-        found = run(folder, against, text, windows, length, device, terminal.scoring)
+        found = run(folder, against, text, windows, length, device, terminal.scoring, trust_remote_code)
         terminal.warn(found.notes)
         terminal.show(found.to_json(), verified_view)
 
@@ -52,6 +53,7 @@ def export(
         str | None,
         typer.Option(metavar="TYPE", help="What gguf cannot hold is rounded to Q8_0, Q5_0 or Q4_0, where that fits."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -64,7 +66,8 @@ def export(
         from llmcompress.export.formats import export as run
 
         terminal.scoring(f"export to {to}", 0, 0)
-        terminal.show(run(folder, output, to, allow_dense, round_to).to_json(), exported_view)
+        found = run(folder, output, to, allow_dense, round_to, trust_remote_code)
+        terminal.show(found.to_json(), exported_view)
 
 
 def push(
@@ -73,6 +76,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="If it is made, make it private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if it is not there.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify, list files and bytes, send nothing.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -90,5 +94,6 @@ def push(
             listed = "".join(f"\n  {name}  {size:,}" for name, size in files.items())
             terminal.stage(f"to {repository} go {len(files)} files, with their bytes:{listed}")
 
-        found = run(folder, repository, private=private, revision=revision, dry_run=dry_run, announce=announce)
+        how: dict[str, Any] = {"private": private, "revision": revision, "trust_remote_code": trust_remote_code}
+        found = run(folder, repository, dry_run=dry_run, announce=announce, **how)
         terminal.show(found.to_json(), pushed_view)

@@ -141,7 +141,10 @@ def verified_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the findings of `verify` on a valid checkpoint."""
     yield f"files   {found['files']} as they were written · {byte_count(found['bytes'])} of weights"
     yield f"model   {found['layers']} compressed layers, all tensors there and finite"
-    yield f"text    perplexity {found['perplexity']:.3f} over {found['tokens']:,} tokens"
+    if found["perplexity"] is None:
+        yield f"text    finite numbers for {found['tokens']:,} tokens, of which none predicts the next"
+    else:
+        yield f"text    perplexity {found['perplexity']:.3f} over {found['tokens']:,} tokens"
     if found["kl"] is not None:
         yield f"dense   KL {found['kl']:.4f} nats/token · top-1 agreement {found['top1_agreement']:.4f}"
 

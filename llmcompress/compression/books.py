@@ -68,7 +68,7 @@ class Books:
         planned = self.job.plan
         check_output(self.output, planned.bytes + planned.bytes // 20)
         _check_rest(self.job)
-        self._beside = companions(self.job.source.folder)
+        self._beside = companions(self.job.source.folder, self.job.source.trust_remote_code)
         return None
 
     def open(self, identity: Mapping[str, Any]) -> tuple[Entry, ...]:
@@ -113,7 +113,7 @@ class Books:
         writer, report = _there(self._writer), replace(report, run=run_name(self.identity))
         writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
         writer.write(file_names.RECIPE, dump(published(self.job.recipe)))
-        check_written(writer.folder)
+        check_written(writer.folder, self.job.source.trust_remote_code)
         self._held.close()
         return report
 

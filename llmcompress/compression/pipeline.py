@@ -46,13 +46,19 @@ STAGED, PRICES = ".compressed", ".prices.json"  # follow the name of the output 
 Training = Callable[[int, int, float, float, float], None]  # as `distill` reports
 
 
-def plan(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revision: str | None = None) -> Plan:
+def plan(
+    model: str | Path,
+    recipe: Recipe | str | Path | dict[str, Any],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
     """Return what `compress` would do, from tensor headers alone.
 
     Args:
         model: a folder, a Hub id (`org/name` or `org/name@revision`) or `smollm2`.
         recipe: a `Recipe`, the path of a YAML file, or plain values.
         revision: a branch, tag or commit of a Hub model.
+        trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
 
     Returns:
         The steps, bits and sizes of every layer, and estimates of time and peak memory for this machine.
@@ -61,7 +67,7 @@ def plan(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revisi
         InputError: for a model that cannot be compressed.
         RecipeError: for whatever is wrong with the recipe, and for one with a `target:`, which only `compress` meets.
     """
-    return _opened(model, recipe, revision).plan
+    return _opened(model, recipe, revision, trust_remote_code).plan
 
 
 @fast_float32()
@@ -76,6 +82,7 @@ def compress(
     pricing: Progress | None = None,
     training: Training | None = None,
     resume: bool = True,
+    trust_remote_code: bool = False,
 ) -> Result:
     """Compress a dense causal language model according to a recipe.
 
@@ -93,6 +100,7 @@ def compress(
         pricing: receives the same while options are priced for a target.
         training: receives (step, steps, loss, tokens per second, held-out KL) of a distillation.
         resume: False to start over instead of resuming an interrupted run.
+        trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
 
     Returns:
         The finished checkpoint and its report.
@@ -108,7 +116,7 @@ def compress(
     training = training or counted("step", "loss", "tokens/s", "held-out KL")
     with launched(device) as ranks:
         with ranks.agreed():
-            job = _opened(model, recipe, revision)
+            job = _opened(model, recipe, revision, trust_remote_code)
         finish = partial(
             compress_job, device=ranks.device, progress=progress, training=training, resume=resume, ranks=ranks
         )
@@ -117,11 +125,13 @@ def compress(
         return _to_target(job, None if output is None else Path(output), ranks, pricing, resume, finish)
 
 
-def _opened(model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revision: str | None) -> Job:
+def _opened(
+    model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revision: str | None, trust_remote_code: bool
+) -> Job:
     """Read the recipe and lay it over the opened model."""
     asked = read_recipe(recipe)
-    source = resolve(model, revision)
-    companions(source.folder)  # raises any fault in them before work starts
+    source = resolve(model, revision, trust_remote_code)
+    companions(source.folder, trust_remote_code)  # raises any fault in them before work starts
     return prepare(source, asked)
 
 
@@ -134,6 +144,7 @@ def price_part(
     revision: str | None = None,
     device: str = "cpu",
     pricing: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Measure a part of the prices that `compress` would measure for its target, and return the file beside `output`.
 
@@ -142,7 +153,7 @@ def price_part(
     device_of(device)
     if (count := launched_count()) > 1:
         raise RecipeError(f"a part of the prices is measured by one process, and there are {count}; start one for it")
-    job = _opened(model, recipe, revision)
+    job = _opened(model, recipe, revision, trust_remote_code)
     check_output(output, 0)
     with fast_float32():
         return measure_part(output.with_name(output.name + PRICES), part, job, device=device, progress=pricing)
@@ -241,7 +252,8 @@ def compress_job(
             read_data(wanted.data, source.tokenizer(), source.load, source.config)  # raises any fault in the data
         run.compress(first, staged, device=device, progress=progress, resume=resume)
     teacher = source.name if source.revision is None else f"{source.name}@{source.revision}"
-    done = distill(staged, teacher, wanted, target, device=device, progress=training)
+    how: dict[str, Any] = {"device": device, "trust_remote_code": source.trust_remote_code}
+    done = distill(staged, teacher, wanted, target, progress=training, **how)
     shutil.rmtree(staged)
     return Result(target, reports.read(target), temporary, done.to_json())
 

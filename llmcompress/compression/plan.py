@@ -23,6 +23,7 @@ from llmcompress.data.calibration import check_length
 from llmcompress.distill.check_fused import check_fused
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.methods.layer import StepConfig, methods, sketch
+from llmcompress.models.auto_class import check_causal
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, architecture
 from llmcompress.recipe.compression import Recipe
@@ -116,12 +117,27 @@ class Job:
 def prepare(source: DenseModel, recipe: Recipe) -> Job:
     """Lay a recipe over a model. Raises InputError for a model of unknown structure, and RecipeError for a recipe
     that does not suit the model or whose methods require calibration that it lacks."""
+    _check_task(source, recipe)
     if recipe.fuse is not None and recipe.fuse.rotation:
         source = rotated_source(source, recipe.seed, recipe.fuse.untie)
     arch = architecture(source.config, source.skeleton())
     if arch.family is None:
         arch = rehearsed(source, arch, recipe.calibration is not None)
     return _laid(source, arch, recipe)
+
+
+def _check_task(source: DenseModel, recipe: Recipe) -> None:
+    """Raise InputError for what a recipe asks of a model that does not predict the next token."""
+    asked = {
+        "target:": recipe.target,
+        "distill:": recipe.distill,
+        "fuse:": recipe.fuse,
+        "embeddings:": recipe.embeddings,
+        "head:": recipe.head,
+        "calibration by dataset: self": recipe.calibration is not None and recipe.calibration.dataset == "self",
+    }
+    for name in (name for name, value in asked.items() if value):
+        check_causal(source.config, name)
 
 
 def _laid(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:

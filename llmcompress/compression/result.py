@@ -34,9 +34,10 @@ class Result:
     @property
     def model(self) -> PreTrainedModel:
         """The compressed model, loaded from disk at every access."""
-        from transformers import AutoModelForCausalLM
+        import transformers
 
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder)
+        loader = getattr(transformers, self.report.auto_class)
+        loaded: PreTrainedModel = loader.from_pretrained(self.folder, trust_remote_code=self.report.trust_remote_code)
         return loaded
 
     def save(self, path: str | Path) -> Path:

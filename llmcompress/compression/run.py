@@ -26,6 +26,7 @@ from llmcompress.distill.blockwise.tune import tuner
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.evaluate.report import Report
 from llmcompress.methods.engines.stream_search import searched_there
+from llmcompress.models.auto_class import auto_name
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import peak_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype
@@ -187,6 +188,8 @@ def _report(run: CompressionState, tokens: CalibrationTokens | None, before: int
         versions=versions(),
         blocks=run.learned,
         fused=run.fused,
+        trust_remote_code=bool(job.source.code),
+        auto_class=auto_name(job.source.config),
     )
 
 

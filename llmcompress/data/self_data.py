@@ -26,6 +26,7 @@ from torch import nn
 from llmcompress.data.generate_answers import Answerer, AnswerSampling
 from llmcompress.data.text import Document, Message, read_documents
 from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
+from llmcompress.models.auto_class import check_causal
 from llmcompress.models.dense import load_model
 from llmcompress.models.digest import teacher_digest
 from llmcompress.models.file_names import check_name
@@ -105,6 +106,7 @@ def answer(
     revision: str | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> Answered:
     """Write the answers of `model` to the prompts as the JSON lines `{id, messages, source, checked, generation}`.
 
@@ -116,9 +118,10 @@ def answer(
         raise DiskError(f"{output} exists already; remove it or choose another file")
     if not os.access(output.absolute().parent, os.W_OK):
         raise DiskError(f"{output.absolute().parent} is no folder that can be written to; choose another output file")
-    place = locate(model, revision)
+    place = locate(model, revision, trust_remote_code)
     next(prompts(asked))  # data that cannot be read, before the model is loaded
-    loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder)
+    loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder, trust_remote_code)
+    check_causal(loaded.config, "answering prompts")
     dtype = product_dtype("auto", loaded.device)
     moved: nn.Module = loaded
     moved.to(dtype)

@@ -34,6 +34,7 @@ from llmcompress.distill.teacher.remembered import measured_bias, remembered, re
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.plots import distillation_png
 from llmcompress.models import file_names
+from llmcompress.models.auto_class import check_causal
 from llmcompress.models.binding import binding
 from llmcompress.models.checkpoint import making
 from llmcompress.models.companions import Companions, companions
@@ -41,6 +42,7 @@ from llmcompress.models.dense import load_model
 from llmcompress.models.digest import content_digest, teacher_digest, tokenizer_digest
 from llmcompress.models.fits import check_fits
 from llmcompress.models.locate import Place, locate
+from llmcompress.models.remote_code import code_files
 from llmcompress.models.staging import check_output, claim, locked
 from llmcompress.models.store import Store
 from llmcompress.models.tokenizer import load_tokenizer
@@ -107,6 +109,7 @@ def distill(
     *,
     device: str = "cpu",
     progress: Report | None = None,
+    trust_remote_code: bool = False,
 ) -> Distilled:
     """Train what `recipe` names in the model `student` towards `teacher`, and write the result as a new folder.
 
@@ -121,6 +124,7 @@ def distill(
         output: a new or empty folder.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         progress: receives (step, steps, loss, tokens per second, held-out KL); None for a line in a notebook.
+        trust_remote_code: True to run the Python code that both bring along, if transformers lacks their classes.
 
     Returns:
         The distances to the teacher before and after, the steps, and what they cost.
@@ -132,31 +136,33 @@ def distill(
     asked, target = read_as(Distillation, recipe), Path(output)
     accelerator = launched_accelerator(device, asked, target)
     with locked(target, "output folder") if accelerator.is_main_process else nullcontext():
-        return _distilled(student, teacher, asked, target, accelerator, progress)
+        pupil, place = (locate(model, trust_remote_code=trust_remote_code) for model in (student, teacher))
+        return _distilled(pupil, place, asked, target, accelerator, progress)
 
 
 def _distilled(
-    student: str | Path,
-    teacher: str | Path,
+    pupil: Place,
+    place: Place,
     asked: Distillation,
     target: Path,
     accelerator: Accelerator,
     progress: Report | None,
 ) -> Distilled:
-    """Distil as `distill` says, with the recipe read, while no other process writes the output."""
-    pupil = locate(student)
+    """Distil the model at `pupil` as `distill` says, towards that at `place`, while no other process writes the
+    output."""
     folder = pupil.folder
     check_fused(fused_into(folder), asked)
-    opened, beside = open_folder(pupil), companions(folder)
+    opened, beside = open_folder(pupil), companions(folder, pupil.trust_remote_code)
     recipe_text = dump(published(asked))
     check_output(target, opened.bytes)
-    place = locate(teacher)
-    tokenizer = load_tokenizer(folder)
+    tokenizer, theirs = (load_tokenizer(each.folder, each.trust_remote_code) for each in (pupil, place))
     where = loading_device(accelerator)
     dtype = product_dtype(asked.compute, accelerator.device) if asked.teacher.bits is None else torch.float32
     check_fits(where, "distilling", [pupil, place], dtype=dtype)
     pair = load_model(pupil, where), load_model(place, where if asked.teacher.bits is None else "cpu", dtype)
-    check_pair(*pair, [tokenizer.get_vocab(), load_tokenizer(place.folder).get_vocab()])
+    for model in pair:
+        check_causal(model.config, "distilling")
+    check_pair(*pair, [tokenizer.get_vocab(), theirs.get_vocab()])
     check_teacher(pair[1], asked.teacher.bits)
     data = read_data(asked.data, tokenizer, partial(load_model, place), pair[1].config)
     training = target.with_name(target.name + TRAINING)
@@ -237,10 +243,11 @@ def _learned(run: TrainContext, progress: Report | None) -> tuple[Learned, dict[
 def _identity(recipe: Distillation, data: Data, opened: StudentFolder, teacher: Place) -> dict[str, Any]:
     """Return what a state depends on: one continues the other where all of this is equal. Models count by content."""
     digests = sha256(json.dumps(opened.digests, sort_keys=True).encode()).hexdigest()
+    config = [opened.folder / name for name in ("config.json", *code_files(opened.folder))]
     return {
         "recipe": recipe.model_dump(mode="json"),
         "data": data.hash,
-        "student": [digests, content_digest([opened.folder / "config.json"]), tokenizer_digest(opened.folder)],
+        "student": [digests, content_digest(config), tokenizer_digest(opened.folder)],
         "teacher": teacher_digest(teacher.folder),
         "versions": versions(),
     }
@@ -296,7 +303,7 @@ def _write(
         if done.plot is not None:
             (writer.folder / done.plot).write_bytes(distillation_png(done.history))
         if compressed:
-            check_written(writer.folder)
+            check_written(writer.folder, bool(beside.code))
 
 
 def _recounted(

@@ -40,6 +40,7 @@ def compare(
     device: str = "cpu",
     processes: Processes = ALONE,
     progress: Scoring | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Score two or more models side by side; KL and top-1 agreement are measured from the first.
 
@@ -52,6 +53,7 @@ def compare(
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         processes: which share the work; the first of them writes and knows the scores of tasks.
         progress: receives what is being scored, how much is done, and how much there is; None for a line in a notebook.
+        trust_remote_code: True to run the Python code that models bring along, if transformers lacks their class.
 
     Returns:
         {"protocol", "versions", "models"}: for each model what `score` returns, with its name as "model" and as
@@ -68,14 +70,13 @@ def compare(
         raise RecipeError("a comparison needs two models or more; give the one that the others are compared with first")
     if output is not None:
         check_new_file(output, KINDS, "a comparison")
-    places = [locate(model) for model in models]
+    places = [locate(model, trust_remote_code=trust_remote_code) for model in models]
     sizes = [size_of(place) for place in places]
     _check_tokens(places, protocol)
-    tokenizer = load_tokenizer(places[0].folder)
+    tokenizer = load_tokenizer(places[0].folder, trust_remote_code)
     tasks = find_tasks(tokenizer, protocol)
     whole = bool(protocol.tasks)
-    for place in places[1:]:
-        pair = [places[0], place]
+    for pair in ([places[0], place] for place in places[1:]):
         check_fits(device, "comparing", pair if whole else [], [] if whole else pair)
     reference, *others = (partial(opened, place, device, whole) for place in places)
     how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": tasks}
@@ -95,7 +96,7 @@ def compare(
 
 def _check_tokens(places: Sequence[Place], protocol: Protocol) -> None:
     """Raise InputError unless all models know the same tokens and read the protocol's text as the same ones."""
-    tokenizers = [load_tokenizer(place.folder) for place in places]
+    tokenizers = [load_tokenizer(place.folder, place.trust_remote_code) for place in places]
     windows = [evaluation_windows(tokenizer, protocol) for tokenizer in tokenizers]
     for place, tokenizer, ids in zip(places, tokenizers, windows):
         if tokenizer.get_vocab() != tokenizers[0].get_vocab() or not torch.equal(ids, windows[0]):

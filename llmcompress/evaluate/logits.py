@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmcompress.calibrate.streaming import States, Streamed, from_disk, in_memory
 from llmcompress.errors import InputError
+from llmcompress.models.auto_class import check_causal
 from llmcompress.models.dense import DenseModel, check_outline, load_model, open_source
 from llmcompress.models.fits import check_fits
 from llmcompress.models.locate import Place
@@ -45,7 +46,7 @@ class OnDisk:
 
         Raises MemoryLimitError if it does not fit, and what `load_model` raises.
         """
-        check_fits(self.device, "reading it whole", [Place(self.source.name, self.source.folder)])
+        check_fits(self.device, "reading it whole", [self.source.place])
         return self.source.load(self.device)
 
 
@@ -57,7 +58,10 @@ def opened(place: Place, device: str, whole: bool = False) -> Readable:
 
     Raises InputError for a model that cannot be loaded.
     """
-    if not whole and check_outline(place.folder)[0]:
+    is_dense, outline = check_outline(place)
+    if outline is not None:
+        check_causal(outline.config, "scoring")
+    if not whole and is_dense:
         device_of(device)
         return OnDisk(open_source(place), device)
     return load_model(place, device)

@@ -65,6 +65,8 @@ class Report:
     # its error all times together `left`; where the recipe reconstructs
     fused: tuple[str, ...] = ()  # what was fused into the dense blocks
     run: str = ""  # a digest of all that the compressed weights depend on
+    auto_class: str = "AutoModelForCausalLM"  # of transformers, which loads it
+    trust_remote_code: bool = False  # the model's own code was run, and is needed to load it
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""

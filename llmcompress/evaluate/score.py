@@ -26,7 +26,7 @@ from llmcompress.models.families import Linear, architecture
 from llmcompress.models.fits import check_fits
 from llmcompress.models.headers import read_headers
 from llmcompress.models.locate import Place, locate
-from llmcompress.models.skeleton import dense_skeleton
+from llmcompress.models.skeleton import described
 from llmcompress.models.staging import check_output
 from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.notebook import named
@@ -55,6 +55,7 @@ def score(
     device: str = "cpu",
     processes: Processes = ALONE,
     progress: Scoring | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Score a model in float32: perplexity, tasks and, beside a dense model, KL and top-1 agreement.
 
@@ -68,6 +69,7 @@ def score(
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         processes: which share the work; the first of them writes and knows the scores of tasks.
         progress: receives what is being scored, how much is done, and how much there is; None for a line in a notebook.
+        trust_remote_code: True to run the Python code that models bring along, if transformers lacks their class.
 
     Returns:
         The scores with their standard errors, `bytes`, `bpw` and `model_bpw` (bits per weight), and the protocol.
@@ -79,13 +81,13 @@ def score(
         DiskError: for an output that cannot be written.
     """
     progress = progress or named()
-    place = locate(model, revision)
+    place = locate(model, revision, trust_remote_code)
     if save and (against is None or not (place.folder / file_names.REPORT).is_file()):
         raise RecipeError("saving scores needs a folder that compress wrote, and the dense model to compare it with")
     if output is not None:
         check_output(output, 0)
-    reference = None if against is None else locate(against)
-    size, tokenizer = size_of(place), load_tokenizer(place.folder)
+    reference = None if against is None else locate(against, trust_remote_code=trust_remote_code)
+    size, tokenizer = size_of(place), load_tokenizer(place.folder, trust_remote_code)
     evaluation_windows(tokenizer, protocol)  # text and tasks are missed before models are loaded
     how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": find_tasks(tokenizer, protocol)}
     places = [place] if reference is None else [place, reference]
@@ -99,10 +101,7 @@ def score(
             save_scores(place.folder, protocol, dense, found)
     else:
         found = evaluate(loaded, tokenizer, protocol, against=teacher, **how)
-    values = found.to_json() | asdict(size) | {"protocol": protocol.to_json()}
-    if output is not None and processes.rank == 0:
-        _write(output, place, found, values)
-    return values
+    return _kept(found, size, protocol, place, output if processes.rank == 0 else None)
 
 
 def save_scores(folder: Path, protocol: Protocol, dense: Evaluation, found: Evaluation) -> None:
@@ -113,6 +112,14 @@ def save_scores(folder: Path, protocol: Protocol, dense: Evaluation, found: Eval
     both = {"dense": dense.to_json(), "compressed": found.to_json()}
     entries = protocol.to_json() | {"versions": versions()} | both
     add_file(folder, file_names.SCORES, json.dumps(entries, indent=2))
+
+
+def _kept(found: Evaluation, size: Size, protocol: Protocol, place: Place, output: Path | None) -> dict[str, Any]:
+    """Return what `score` returns, and write it to a folder if one is given."""
+    values = found.to_json() | asdict(size) | {"protocol": protocol.to_json()}
+    if output is not None:
+        _write(output, place, found, values)
+    return values
 
 
 def _write(output: Path, place: Place, found: Evaluation, values: dict[str, Any]) -> None:
@@ -127,9 +134,8 @@ def size_of(place: Place) -> Size:
     if (place.folder / file_names.REPORT).is_file():
         report = reports.read(place.folder)
         return Size(report.bytes, report.bpw, report.model_bpw)
-    entries = _config(place.folder)
-    if entries.pop("quantization_config", None):
-        return _quantized_size(place, entries)
+    if _config(place.folder).get("quantization_config"):
+        return _quantized_size(place)
     source = open_source(place)
     return Size(source.bytes, _dense_bpw(source), source.bytes * 8 / source.parameters)
 
@@ -142,16 +148,13 @@ def _config(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _quantized_size(place: Place, entries: dict[str, Any]) -> Size:
+def _quantized_size(place: Place) -> Size:
     """Return the size of a model of another tool: all that is stored under a linear's name counts as its bits."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(**entries)
-    dense = dense_skeleton(config, place.folder)
+    dense = described(place.folder, trust_remote_code=place.trust_remote_code)
     stored = read_headers(place.folder)
     total = sum(path.stat().st_size for path in {header.file for header in stored.values()})
     own = {name: value.numel() for name, value in dense.named_parameters() if name not in dense.all_tied_weights_keys}
-    linears = architecture(config, dense).linears()
+    linears = architecture(dense.config, dense).linears()
     packed = {name: header for name, header in stored.items() if not name.endswith(".bias")}
     held = sum(header.bytes for name, header in packed.items() if _owner(name, linears))
     return Size(total, held * 8 / sum(prod(linear.shape) for linear in linears.values()), total * 8 / sum(own.values()))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from llmcompress.data.calibration import context_length
+from llmcompress.errors import NumericsError
 from llmcompress.evaluate.logits import opened
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.scores import Scoring, evaluate
+from llmcompress.models.auto_class import check_causal, is_causal
 from llmcompress.models.checkpoint import MANIFEST, check_manifest, manifest
 from llmcompress.models.dense import load_model
 from llmcompress.models.fits import check_fits
@@ -20,7 +25,10 @@ from llmcompress.models.locate import Place, locate
 from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.notebook import named
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.weight.modules import compressed_modules
+from llmcompress.weight.modules import compressed_modules, decoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Verified:
     files: int
     layers: int
     bytes: int
-    perplexity: float
+    perplexity: float | None  # None for a model that does not predict the next token
     tokens: int
     kl: float | None
     top1_agreement: float | None
@@ -50,6 +58,7 @@ def verify(
     length: int = 512,
     device: str = "cpu",
     progress: Scoring | None = None,
+    trust_remote_code: bool = False,
 ) -> Verified:
     """Check a compressed checkpoint from its files to its logits.
 
@@ -61,6 +70,7 @@ def verify(
         length: tokens of a window; less where the model reads less.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         progress: receives what is being read, how much is done, and how much there is; None for a line in a notebook.
+        trust_remote_code: True to run the Python code that models bring along, if transformers lacks their class.
 
     Returns:
         Counts of files and layers, bytes, perplexity, and the distance to `against`.
@@ -73,25 +83,43 @@ def verify(
     progress = progress or named()
     folder = Path(folder)
     check_kind(folder)
-    notes: tuple[str, ...] = ()
-    if not check_manifest(folder):
-        notes = (f"there is no {MANIFEST}, so only the weights could be checked, not the files beside them",)
-    reference, tokenizer = None if against is None else locate(against), load_tokenizer(folder)
+    unchecked = f"there is no {MANIFEST}, so only the weights could be checked, not the files beside them"
+    notes = () if check_manifest(folder) else (unchecked,)
+    place = Place(str(folder), folder, trust_remote_code=trust_remote_code)
+    reference = None if against is None else locate(against, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     evaluation_windows(tokenizer, Protocol(text, windows, 2))  # a text that cannot be read, before models are loaded
-    place = Place(str(folder), folder)
     check_fits(device, "reading text with it", passing=[place] if reference is None else [place, reference])
     model = load_model(place, device)
+    if reference is not None:
+        check_causal(model.config, "measuring a distance to another model")
     teacher = None if reference is None else opened(reference, device)
     length = min(length, context_length(model.config) or length)
-    found = evaluate(model, tokenizer, Protocol(text, windows, length), against=teacher, progress=progress)
-    files = weight_files(folder)
+    protocol, files, found = Protocol(text, windows, length), weight_files(folder), None
+    if is_causal(model.config):
+        found = evaluate(model, tokenizer, protocol, against=teacher, progress=progress)
+    distance = None if found is None else found.distance
+    tokens = _run(model, evaluation_windows(tokenizer, protocol)) if found is None else found.perplexity.tokens
     return Verified(
         files=len(manifest(folder) or files),
         layers=len(compressed_modules(model)),
         bytes=sum(path.stat().st_size for path in files),
-        perplexity=found.perplexity.value,
-        tokens=found.perplexity.tokens,
-        kl=None if found.distance is None else found.distance.kl,
-        top1_agreement=None if found.distance is None else found.distance.top1_agreement,
+        perplexity=None if found is None else found.perplexity.value,
+        tokens=tokens,
+        kl=None if distance is None else distance.kl,
+        top1_agreement=None if distance is None else distance.top1_agreement,
         notes=notes,
     )
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, windows: Tensor) -> int:
+    """Let a model that does not predict the next token read `windows [n, length]`, and return the count of tokens.
+
+    Raises NumericsError if what it gives is not finite.
+    """
+    with decoded(model):
+        for ids in windows.to(model.device).split(1):
+            if not bool(model(input_ids=ids)[0].isfinite().all()):
+                raise NumericsError(f"a {type(model).__name__} gives NaN or infinite numbers for the evaluation text")
+    return windows.numel()

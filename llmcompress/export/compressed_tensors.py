@@ -41,15 +41,14 @@ class Scheme:
         return {"num_bits": self.num_bits, "type": "int", "symmetric": True, "dynamic": False} | strategy | size
 
 
-def to_compressed_tensors(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
+def to_compressed_tensors(opened: Opened, output: Path, allow_dense: bool = False) -> Exported:
     """Write grids as they are; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
-    opened = Opened(folder)
-    turned = transposed_linears(folder)
+    turned = transposed_linears(opened.folder, opened.trust_remote_code)
     linears = _linears(opened)
     schemes: dict[str, Scheme] = {}
     plain: list[str] = []
     with writing(output, opened.dense_bytes) as writer:
-        copy_companions(folder, writer.folder)
+        copy_companions(opened.folder, writer.folder, opened.trust_remote_code)
         for layers, others in opened.parts():
             tensors = opened.read_plain(others)
             for layer in layers:

@@ -17,15 +17,15 @@ from llmcompress.models.stored_names import hub_names
 from llmcompress.weight.expression import dense
 
 
-def to_dense(folder: Path, output: Path) -> Exported:
+def to_dense(opened: Opened, output: Path) -> Exported:
     """Write every compressed matrix decoded and rounded to bfloat16; all else as it is stored."""
-    opened = Opened(folder)
-    model, plain = described(folder), described(folder, unfused=False)
+    folder, trusted = opened.folder, opened.trust_remote_code
+    model, plain = (described(folder, unfused, trusted) for unfused in (True, False))
     experts = experts_of(model)
     turned = {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
     rounding = 0.0
     with writing(output, opened.dense_bytes) as writer:
-        copy_companions(folder, writer.folder)
+        copy_companions(folder, writer.folder, trusted)
         for layers, others in opened.parts(apart=experts):
             tensors = opened.read_plain(others)
             for layer in layers:

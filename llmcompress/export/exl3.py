@@ -29,14 +29,13 @@ from llmcompress.weight.tiles import MULTIPLIER, STEPS
 WORD = 16  # bits
 
 
-def to_exl3(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
+def to_exl3(opened: Opened, output: Path, allow_dense: bool = False) -> Exported:
     """Write tiles as they are; other expressions raise InputError, or become float16 with `allow_dense`."""
-    opened = Opened(folder)
-    turned = transposed_linears(folder)
+    turned = transposed_linears(opened.folder, opened.trust_remote_code)
     stored: list[Tiles] = []
     plain: list[str] = []
     with writing(output, opened.dense_bytes) as writer:
-        copy_companions(folder, writer.folder)
+        copy_companions(opened.folder, writer.folder, opened.trust_remote_code)
         for layers, others in opened.parts():
             tensors = {name: as_half(value, name) for name, value in opened.read_plain(others).items()}
             for layer in layers:
@@ -53,7 +52,7 @@ def to_exl3(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
             writer.add(tensors)
         size = writer.close()
         if not stored:
-            raise InputError(f"{folder} has nothing that the method exl3 made; choose another format")
+            raise InputError(f"{opened.folder} has nothing that the method exl3 made; choose another format")
         entries = opened.config | {"dtype": "float16", "quantization_config": _config(stored)}
         writer.write("config.json", json.dumps(entries, indent=1))
     return Exported(

@@ -13,15 +13,21 @@ from llmcompress.export.exported import Exported
 from llmcompress.export.gguf.write import to_gguf
 from llmcompress.export.mlx import to_mlx
 from llmcompress.export.peft import to_peft
+from llmcompress.models.auto_class import check_causal
+from llmcompress.models.compressed import Opened
 from llmcompress.models.experts import experts_of
-from llmcompress.models.kind import check_kind
 from llmcompress.models.skeleton import described
 
 DOORS = ("dense", "compressed-tensors", "peft", "gguf", "mlx", "exl3")
 
 
 def export(
-    folder: str | Path, output: str | Path, to: str, allow_dense: bool = False, round_to: str | None = None
+    folder: str | Path,
+    output: str | Path,
+    to: str,
+    allow_dense: bool = False,
+    round_to: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Exported:
     """Write a compressed checkpoint in a format that other engines read.
 
@@ -31,6 +37,7 @@ def export(
         to: dense, compressed-tensors, peft, gguf, mlx or exl3.
         allow_dense: True to turn what compressed-tensors, GGUF, MLX or EXL3 cannot hold into 16-bit floats.
         round_to: a type of GGUF to which that is rounded instead, where it fits: Q8_0, Q5_0 or Q4_0.
+        trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
 
     Returns:
         The sizes, and sentences on what was kept and what was changed.
@@ -42,29 +49,34 @@ def export(
     """
     if round_to is not None and to != "gguf":
         raise RecipeError(f"only the export to gguf rounds to a type, not that to {to}; leave round_to out")
+    if to not in DOORS:
+        raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")
+    opened, target = Opened(Path(folder), trust_remote_code), Path(output)
     if to != "dense":
-        _refuse_experts(Path(folder), to)
+        _check_form(opened, to)
     match to:
-        case "dense":
-            return to_dense(Path(folder), Path(output))
         case "compressed-tensors":
-            return to_compressed_tensors(Path(folder), Path(output), allow_dense)
+            return to_compressed_tensors(opened, target, allow_dense)
         case "peft":
-            return to_peft(Path(folder), Path(output))
+            return to_peft(opened, target)
         case "gguf":
-            return to_gguf(Path(folder), Path(output), allow_dense, round_to)
+            return to_gguf(opened, target, allow_dense, round_to)
         case "mlx":
-            return to_mlx(Path(folder), Path(output), allow_dense)
+            return to_mlx(opened, target, allow_dense)
         case "exl3":
-            return to_exl3(Path(folder), Path(output), allow_dense)
-    raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")
+            return to_exl3(opened, target, allow_dense)
+    return to_dense(opened, target)
 
 
-def _refuse_experts(folder: Path, to: str) -> None:
-    """Raise InputError for a mixture of experts: its readers would draw random numbers for experts stored otherwise."""
-    check_kind(folder)
-    if experts := experts_of(described(folder)):
+def _check_form(opened: Opened, to: str) -> None:
+    """Raise InputError for what predicts no next token, which no reader of these formats here can check, and for
+    mixtures of experts but to GGUF: other readers would draw random numbers for experts that are stored otherwise.
+    """
+    model = described(opened.folder, trust_remote_code=opened.trust_remote_code)
+    check_causal(model.config, f"the export to {to}")
+    experts = {} if to == "gguf" else experts_of(model)
+    if experts:
         raise InputError(
-            f"{folder} is a mixture of experts ({next(iter(experts))}), which cannot go to {to} yet; export it to "
-            f"dense, or load it with transformers as it is"
+            f"{opened.folder} is a mixture of experts ({next(iter(experts))}), which cannot go to {to} yet; export "
+            f"it to dense, or load it with transformers as it is"
         )

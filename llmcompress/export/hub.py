@@ -49,6 +49,7 @@ def push(
     revision: str | None = None,
     dry_run: bool = False,
     announce: Callable[[Mapping[str, int]], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> Pushed:
     """Upload a compressed checkpoint that passes `verify` to the Hub, with a model card.
 
@@ -62,6 +63,7 @@ def push(
         revision: the branch to commit to, made if need be; None for the main one.
         dry_run: True to send nothing.
         announce: receives the files with their bytes before anything is sent.
+        trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
 
     Returns:
         The files with their bytes, and the commit's address.
@@ -76,11 +78,12 @@ def push(
         raise RecipeError(f"{repository!r} is not a Hub repository; give owner/name")
     if not dry_run:
         _check_token()
-    verify(folder)
+    verify(folder, trust_remote_code=trust_remote_code)
     if manifest(folder) is None:
         raise InputError(f"{folder} has no {MANIFEST}, report and recipe for a card; push a folder that compress wrote")
-    made = _card(folder, repository) | _manifest_without_strangers(folder)
-    names = sorted({*_belonging(folder), MANIFEST} - CARD - made.keys())
+    belonging = _belonging(folder, trust_remote_code)
+    made = _card(folder, repository) | _manifest_without_strangers(folder, belonging)
+    names = sorted({*belonging, MANIFEST} - CARD - made.keys())
     sizes = {name: len(content) for name, content in made.items()}
     files = sizes | {name: (folder / name).stat().st_size for name in names}
     if dry_run:
@@ -100,16 +103,15 @@ def _card(folder: Path, repository: str) -> dict[str, bytes]:
     return {README: text.encode(), **plots}
 
 
-def _belonging(folder: Path) -> dict[str, str]:
+def _belonging(folder: Path, trust_remote_code: bool) -> dict[str, str]:
     """Return the part of the manifest that a model consists of; older releases copied other files beside it."""
-    known = OURS.union(companions(folder).names)
+    known = OURS.union(companions(folder, trust_remote_code).names)
     written = (manifest(folder) or {}).items()
     return {name: value for name, value in written if name in known or name.endswith(".safetensors")}
 
 
-def _manifest_without_strangers(folder: Path) -> dict[str, bytes]:
+def _manifest_without_strangers(folder: Path, mine: dict[str, str]) -> dict[str, bytes]:
     """Return a manifest for the Hub, by its name, where the folder's has files that do not go there."""
-    mine = _belonging(folder)
     strangers = (manifest(folder) or {}).keys() - mine.keys()
     if not strangers:
         return {}

@@ -47,15 +47,14 @@ class Quantization:
         return sizes if self.mode == "affine" else sizes | {"mode": self.mode}
 
 
-def to_mlx(folder: Path, output: Path, allow_dense: bool = False) -> Exported:
+def to_mlx(opened: Opened, output: Path, allow_dense: bool = False) -> Exported:
     """Write what MLX can hold packed; other expressions raise InputError, or become float16 with `allow_dense`."""
-    opened = Opened(folder)
-    turned = transposed_linears(folder)
+    turned = transposed_linears(opened.folder, opened.trust_remote_code)
     forms: dict[str, Quantization] = {}
     plain: list[str] = []
     moved = 0.0
     with writing(output, opened.dense_bytes) as writer:
-        copy_companions(folder, writer.folder)
+        copy_companions(opened.folder, writer.folder, opened.trust_remote_code)
         for layers, others in opened.parts():
             tensors = {name: as_half(value, name) for name, value in opened.read_plain(others).items()}
             for layer in layers:

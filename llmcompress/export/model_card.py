@@ -17,11 +17,21 @@ from llmcompress.models.file_names import DISTILLATION_PLOT
 LOAD = """\
 ```python
 import llmcompress  # pip install llmcompress; teaches transformers this format
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({name})
-tokenizer = AutoTokenizer.from_pretrained({name})
+model = {loader}.from_pretrained({name}{trust})
+tokenizer = AutoTokenizer.from_pretrained({name}{trust})
 ```"""
+TRUST = """
+The model needs the Python code in this repository, which came with the model that it was made from. Read it before you
+trust it: without `trust_remote_code=True` it is not run, and the model does not load.
+"""
+PIPELINES = {
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModel": "feature-extraction",
+}
 HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LICENCE = re.compile(r"[\w.+-]{1,100}")
 
@@ -58,7 +68,7 @@ def card(
     metadata = ModelCardData(
         license=report.license if report.license and LICENCE.fullmatch(report.license) else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=PIPELINES.get(report.auto_class, "text-generation"),
         tags=["llmcompress", *sorted({step for row in report.layers for step in row.steps})],
         base_model=base,
         model_name=name.rpartition("/")[2],
@@ -71,7 +81,8 @@ def card(
         title,
         f"{_linked(base)}, compressed by llmcompress from {report.dense_bytes / 1e6:,.1f} MB to "
         f"{report.bytes / 1e6:,.1f} MB{', then distilled' if taught else ''}.\n",
-        LOAD.format(name=json.dumps(name)) + "\n",
+        _load(report, name) + "\n",
+        *((TRUST,) if report.trust_remote_code else ()),
         "## Size and quality\n",
         *_table(report, scores),
         "\n## What was done\n",
@@ -84,6 +95,12 @@ def card(
         *_limits(report, scores),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _load(report: Report, name: str) -> str:
+    """Return the program that loads the repository `name`."""
+    trust = ", trust_remote_code=True" * report.trust_remote_code
+    return LOAD.format(name=json.dumps(name), trust=trust, loader=report.auto_class)
 
 
 def _known(base: str | None) -> str | None:

@@ -24,15 +24,14 @@ from llmcompress.weight.modules import Layout, packed, payload_texts
 from llmcompress.weight.nodes import LowRank, Rotated, Sum, Weight
 
 
-def to_peft(folder: Path, output: Path) -> Exported:
+def to_peft(opened: Opened, output: Path) -> Exported:
     """Write OUT/base without low-rank terms and OUT/adapter with them. Raises InputError where there are none."""
-    opened = Opened(folder)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     layouts: dict[str, Layout] = {}
     with writing(output, 2 * opened.bytes) as whole:
         writer = Writer(whole.folder / "base")
         writer.folder.mkdir()
-        copy_companions(folder, writer.folder)
+        copy_companions(opened.folder, writer.folder, opened.trust_remote_code)
         for layers, others in opened.parts():
             tensors = {name: opened.read(name) for name in others}
             for layer in layers:
@@ -42,7 +41,9 @@ def to_peft(folder: Path, output: Path) -> Exported:
                 layouts[layer], tensors[f"{layer}.weight"] = packed(base)
             writer.add(tensors, payload_texts(layouts))
         if not factors:
-            raise InputError(f"{folder} has no low-rank terms, so there is no adapter to export; choose another format")
+            raise InputError(
+                f"{opened.folder} has no low-rank terms, so there is no adapter to export; choose another format"
+            )
         size = writer.close()
         writer.mark.unlink()
         entry = {"quantization_config": table_entry(layouts, opened.sizes)}

@@ -1,8 +1,8 @@
 """The files beside a model's weights that go with it: tokenizer, chat templates, generation config, processor, licence.
 
-Only files that transformers names are copied, never whatever else lies there: keys, notes, adapters, code. They are
-read before work starts, so that a broken one is found then. What stays behind is told to the user in a log message,
-and nowhere in the output, since the names may be private too.
+Only files that transformers names are copied, never whatever else lies there: keys, notes, adapters. Code is copied
+where the model needs it and the user trusts it. They are read before work starts, so that a broken one is found then.
+What stays behind is told to the user in a log message, and nowhere in the output, since the names may be private too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from llmcompress.errors import InputError, first_line, listed
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import CARD, MANIFEST
 from llmcompress.models.integrity import INDEX
-from llmcompress.models.public_entries import PRIVATE, public_entries
+from llmcompress.models.public_entries import public_entries
+from llmcompress.models.remote_code import MODEL, PROCESSORS, code_files, needs_code
 from llmcompress.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ GENERATION = "generation_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 MORE_TEMPLATES = "additional_chat_templates"  # a folder
-PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-CONFIGS = {"tokenizer_config.json", GENERATION, *PROCESSOR}
+CONFIGS = {"tokenizer_config.json", GENERATION, *PROCESSORS}
 VOCABULARY = re.compile(r"tokenizer\.model(\.v\d+)?|tiktoken\.model|tekken\.json|tokenizer\.\d[\d.]*\.json")
 LICENCE = re.compile(r"(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)([-_.][A-Za-z0-9.-]*)?", re.IGNORECASE)
 TEXT = {"", ".txt", ".md", ".rst", ".pdf"}  # ends of a licence's name
@@ -48,11 +48,13 @@ BLOB = re.compile(r"(\.\./){2,3}blobs/[0-9a-f]{40,64}")  # a link in the snapsho
 
 @dataclass(frozen=True)
 class Companions:
-    """The files of `folder` that are copied, and those that stay behind, by their names there."""
+    """The files of `folder` that are copied, and those that stay behind, by their names there. `code`: those of the
+    former with Python code."""
 
     folder: Path
     names: tuple[str, ...]
     left: tuple[str, ...]
+    code: tuple[str, ...] = ()
 
     def copy(self, target: Path) -> None:
         """Copy them to `target`, without what is private in them, and tell the user what stays behind."""
@@ -60,14 +62,15 @@ class Companions:
         for name in self.names:
             (target / name).parent.mkdir(exist_ok=True)
             found = _entries(self.folder / name) if name in CONFIGS else {}
-            if PRIVATE & found.keys():
+            if self._private(name, found):
                 stripped.append(name)
-                (target / name).write_text(json.dumps(public_entries(found), indent=2, ensure_ascii=False), "utf-8")
+                entries = public_entries(found, self._runs(name))
+                (target / name).write_text(json.dumps(entries, indent=2, ensure_ascii=False), "utf-8")
             else:
                 shutil.copyfile(self.folder / name, target / name)
-        entries = _entries(self.folder / "config.json") if (self.folder / "config.json").is_file() else {}
-        if PRIVATE & entries.keys():  # which whoever writes config.json leaves out
-            stripped.append("config.json")
+        entries = _entries(self.folder / MODEL) if (self.folder / MODEL).is_file() else {}
+        if self._private(MODEL, entries):  # which whoever writes config.json leaves out
+            stripped.append(MODEL)
         if self.left:
             LOG.warning(
                 "left behind in %s: %s; only the tokenizer, the generation and processor configs, chat templates and "
@@ -78,28 +81,37 @@ class Companions:
         if stripped:
             LOG.warning("%s goes along without the names of code and of local files in it", listed(stripped))
 
+    def _private(self, name: str, entries: dict[str, Any]) -> bool:
+        """True if a config has entries that do not go along."""
+        return public_entries(entries, self._runs(name)) != entries
 
-def copy_companions(folder: Path, target: Path) -> None:
+    def _runs(self, name: str) -> bool:
+        """True if the code that a config names goes along."""
+        return bool(self.code) and needs_code(self.folder, name)
+
+
+def copy_companions(folder: Path, target: Path, trust_remote_code: bool = False) -> None:
     """Copy the tokenizer, chat templates, generation config and licence of the model in `folder` to `target`."""
-    companions(folder).copy(target)
+    companions(folder, trust_remote_code).copy(target)
 
 
-def companions(folder: Path) -> Companions:
-    """Return the files that go with the model in `folder`.
+def companions(folder: Path, trust_remote_code: bool = False) -> Companions:
+    """Return the files that go with the model in `folder`; `trust_remote_code`: with the code that it needs.
 
     Raises InputError for one that transformers cannot read, that is a link out of the folder, or that is larger than
     any tokenizer.
     """
     there = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
-    known = {*TOKENIZER, *TEMPLATES, *PROCESSOR, GENERATION}
-    wanted = {name for name in there if name in known or VOCABULARY.fullmatch(name)}
+    known = {*TOKENIZER, *TEMPLATES, *PROCESSORS, GENERATION}
+    code = code_files(folder) if trust_remote_code else ()
+    wanted = set(code) | {name for name in there if name in known or VOCABULARY.fullmatch(name)}
     templates = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
     there |= {f"{MORE_TEMPLATES}/{path.name}": path for path in templates if path.is_file()}
     wanted |= there.keys() & {f"{MORE_TEMPLATES}/{path.name}" for path in templates}
     for name in sorted(wanted):
         _check_file(there[name], folder)
     _check_configs(folder, wanted)
-    tokenizer = _tokenizer(folder, wanted)
+    tokenizer = _tokenizer(folder, wanted, trust_remote_code)
     for name in sorted(there.keys() & _vocabulary(tokenizer) - wanted):
         _check_file(there[name], folder)
         wanted.add(name)
@@ -107,7 +119,7 @@ def companions(folder: Path) -> Companions:
     licences = {name for name in there if LICENCE.fullmatch(name) and Path(name).suffix.lower() in TEXT}
     wanted |= {name for name in licences if not leads_out(there[name], folder) and _fits(there[name])}
     left = {name for name in there.keys() - wanted - OURS if name in licences or Path(name).suffix in KINDS}
-    return Companions(folder, tuple(sorted(wanted)), tuple(sorted(left)))
+    return Companions(folder, tuple(sorted(wanted)), tuple(sorted(left)), code)
 
 
 def leads_out(path: Path, folder: Path) -> bool:
@@ -134,10 +146,10 @@ def _fits(path: Path) -> bool:
     return path.stat().st_size <= LARGEST
 
 
-def _tokenizer(folder: Path, wanted: set[str]) -> PreTrainedTokenizerBase | None:
+def _tokenizer(folder: Path, wanted: set[str], trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer; None for a folder without one. Raises InputError for one that cannot be read."""
     try:
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, trust_remote_code)
     except InputError:
         if any(name in TOKENIZER or VOCABULARY.fullmatch(name) for name in wanted):
             raise
@@ -177,7 +189,7 @@ def _check_configs(folder: Path, wanted: set[str]) -> None:
     """Raise InputError for a file of JSON, or a generation config, that transformers could not read."""
     from transformers import GenerationConfig
 
-    for name in sorted(wanted.intersection((GENERATION, *PROCESSOR, *TOKENIZER, "chat_template.json"))):
+    for name in sorted(wanted.intersection((GENERATION, *PROCESSORS, *TOKENIZER, "chat_template.json"))):
         _entries(folder / name)
     if GENERATION in wanted:
         try:

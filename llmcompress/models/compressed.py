@@ -21,6 +21,7 @@ from llmcompress.models.integrity import DIGESTS, MENDING, weight_files
 from llmcompress.models.kind import check_kind
 from llmcompress.models.merge import shards
 from llmcompress.models.public_entries import public_entries
+from llmcompress.models.remote_code import MODEL, model_code, needs_code
 from llmcompress.models.skeleton import check_numbers
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.modules import LIKE, Layout
@@ -32,13 +33,15 @@ class Opened:
 
     `layouts` has one entry for each compressed module, `sizes` the `[out, in]` of dense linears that config.json
     does not tell otherwise. `files` maps each tensor to its file, `digests` each file to the digests in its header.
+    `trust_remote_code`: as in `locate.Place`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         check_kind(folder)
         check_manifest(folder)
-        self.folder = folder
-        self.config = public_entries(read_json(folder / "config.json"))
+        model_code(folder, trust_remote_code)  # raises unless it is trusted
+        self.folder, self.trust_remote_code = folder, trust_remote_code
+        self.config = public_entries(read_json(folder / MODEL), needs_code(folder, MODEL))
         check_numbers(self.config.get, str(folder / "config.json"))
         entries = self.config.pop("quantization_config")
         quantization = LLMCompressConfig(**entries)

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from llmcompress.errors import InputError, is_out_of_memory, listed
-from llmcompress.models.auto_class import auto_class, class_names
+from llmcompress.models.auto_class import architectures, auto_class, class_names, is_causal
 from llmcompress.models.digest import content_digest, tokenizer_digest
 from llmcompress.models.experts import unfuse
 from llmcompress.models.headers import BUFFERS, FLOATS, Header, read_entries, read_headers, read_tensor
 from llmcompress.models.locate import Place, locate, public_name
 from llmcompress.models.public_entries import public_entries
+from llmcompress.models.remote_code import AUTO_MAP, MODEL, code_files, load_config, model_code, needs_code
 from llmcompress.models.skeleton import check_numbers, config_errors, dense_skeleton, outline, reason
 from llmcompress.models.stored_names import renamed
 from llmcompress.models.tokenizer import load_tokenizer
@@ -43,6 +44,7 @@ class DenseModel:
 
     `tensors` are keyed by the model's own names, whatever the file calls them. `tied` maps names to the ones they are
     stored under (mostly the output head). `revision` is the Hub commit; `notes` are for the report.
+    `trust_remote_code`: as in `locate.Place`.
     """
 
     name: str
@@ -54,6 +56,17 @@ class DenseModel:
     notes: tuple[str, ...] = ()
     hub_id: str | None = None
     license: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def place(self) -> Place:
+        """The place that it was opened at, without what only its report says."""
+        return Place(self.name, self.folder, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """The names of the files with the model's own code, which it runs; mostly none."""
+        return code_files(self.folder) if self.trust_remote_code else ()
 
     @property
     def public_name(self) -> str:
@@ -75,34 +88,36 @@ class DenseModel:
         return read_tensor(self.tensors[self.tied.get(name, name)])
 
     def content(self) -> dict[str, str]:
-        """Return digests of the files that decide what becomes of the model: its weights, its config, its tokenizer."""
+        """Return digests of the files that decide what becomes of the model: weights, config, tokenizer, own code."""
         weights = sorted({part.file for header in self.tensors.values() for part in (header, *header.parts)})
+        code = {"the model's code": content_digest([self.folder / name for name in self.code])} if self.code else {}
         return {
             "the model's weights": content_digest(weights),
             "the model's config.json": content_digest([self.folder / "config.json"]),
             "the model's tokenizer": tokenizer_digest(self.folder),
-        }
+        } | code
 
     def config_entries(self) -> dict[str, Any]:
         """Return the entries of the model's config.json that an output may have."""
-        return public_entries(read_entries(self.folder / "config.json", self.folder))
+        entries = read_entries(self.folder / "config.json", self.folder)
+        return public_entries(entries, needs_code(self.folder, MODEL))
 
     def skeleton(self) -> PreTrainedModel:
         """Return a new model in eval mode, with parameters on meta and real buffers."""
-        return dense_skeleton(self.config, self.folder)
+        return dense_skeleton(self.config, self.folder, trust_remote_code=self.trust_remote_code)
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
         """Return the whole model as it lies on disk, in float32, its linears as `skeleton` has them.
 
         Raises what `load_model` raises.
         """
-        model = load_model(Place(self.name, self.folder), device)
+        model = load_model(self.place, device)
         unfuse(model)
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer. Raises InputError if the folder has none that transformers can read."""
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.folder, self.trust_remote_code)
 
 
 def load_model(
@@ -116,20 +131,19 @@ def load_model(
     `quantization` says how to quantize a dense one while it is loaded. Raises InputError if the model cannot be
     loaded, RecipeError if the device is missing.
     """
-    from transformers import AutoConfig
-
     there = device_of(device)
-    is_dense = check_outline(place.folder)[0] and quantization is None
+    is_dense = check_outline(place)[0] and quantization is None
+    trusted = model_code(place.folder, place.trust_remote_code)
     quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
     failures: tuple[type[Exception], ...] = (*config_errors(), SafetensorError)
     model: PreTrainedModel
     try:
-        loader = auto_class(AutoConfig.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False))
+        loader = auto_class(load_config(place.folder, trusted))
         model, found = loader.from_pretrained(
             place.folder,
             dtype=dtype,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=trusted,
             output_loading_info=True,
             **quantized,
         )
@@ -145,15 +159,14 @@ def load_model(
     return model.eval()
 
 
-def check_outline(folder: Path) -> tuple[bool, PreTrainedModel | None]:
+def check_outline(found: Place) -> tuple[bool, PreTrainedModel | None]:
     """Check a config against the tensors beside it, before transformers builds a model.
 
     Returns True if it is dense, and the model on meta, None for weights in other files than safetensors.
 
-    Raises InputError for sizes that they do not have.
+    Raises InputError for sizes that they do not have, and for a model whose code is not trusted.
     """
-    from transformers import AutoConfig
-
+    folder = found.folder
     if (folder / ADAPTER).is_file():
         raise InputError(
             f"{folder} has an {ADAPTER} beside its weights, so transformers would load the model that it names; "
@@ -169,10 +182,10 @@ def check_outline(folder: Path) -> tuple[bool, PreTrainedModel | None]:
         return not packing, None
     stored = read_headers(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = load_config(folder, found.trust_remote_code)
     except config_errors() as error:
         raise InputError(f"{place} is not a valid config ({reason(error)}); correct it") from error
-    model = outline(config, folder, len(stored), _disk(stored))
+    model = outline(config, folder, len(stored), _disk(stored), found.trust_remote_code)
     weights = sum(parameter.numel() for parameter in model.parameters())
     if not packing and weights > 2 * sum(prod(header.shape) for header in stored.values()):
         raise InputError(f"{place} describes a model of {weights} weights, which the files beside it lack; correct it")
@@ -184,23 +197,24 @@ def _disk(stored: dict[str, Header]) -> int:
     return sum(path.stat().st_size for path in {header.file for header in stored.values()})
 
 
-def resolve(model: str | Path, revision: str | None = None) -> DenseModel:
+def resolve(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> DenseModel:
     """Return the dense model that `model` names (see `locate`), checked by its config and tensor headers alone.
 
     Raises InputError for a missing, empty or damaged folder, for anything but a causal language model with plain
-    floating-point safetensors, and for weights that are missing or have other shapes than the config requires.
+    floating-point safetensors, for weights that are missing or have other shapes than the config requires, and for code
+    that is needed and not trusted.
     """
-    return open_source(locate(model, revision))
+    return open_source(locate(model, revision, trust_remote_code))
 
 
 def open_source(place: Place) -> DenseModel:
     """Return the dense model of a place that `locate` found; raises what `resolve` raises."""
-    config = read_config(place.folder)
+    config = read_config(place.folder, place.trust_remote_code)
     stored = read_headers(place.folder)
-    skeleton = outline(config, place.folder, len(stored), _disk(stored))
+    skeleton = outline(config, place.folder, len(stored), _disk(stored), place.trust_remote_code)
     tensors, tied, unused = _match(skeleton, stored, place.folder)
     note = f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one" if unused else ""
-    notes = (*place.notes, note) if note else place.notes
+    notes = tuple(one for one in (*place.notes, note, _unused_code(place)) if one)
     return DenseModel(
         place.name,
         place.folder,
@@ -211,7 +225,16 @@ def open_source(place: Place) -> DenseModel:
         notes,
         hub_id=place.hub_id,
         license=place.license or _license(place.folder),
+        trust_remote_code=place.trust_remote_code,
     )
+
+
+def _unused_code(place: Place) -> str:
+    """Return a sentence on code that is trusted and has no use; empty for any other model."""
+    entries = read_entries(place.folder / MODEL, place.folder)
+    if not place.trust_remote_code or not entries.get(AUTO_MAP) or needs_code(place.folder, MODEL):
+        return ""
+    return f"transformers knows {entries['model_type']} itself, so the model's own code is not run, nor taken along"
 
 
 def _license(folder: Path) -> str | None:
@@ -225,10 +248,8 @@ def _license(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Return the config of the dense causal language model in `folder`. Raises InputError for any other folder."""
-    from transformers import AutoConfig
-
     entries = read_entries(folder / "config.json", folder)
     kind = entries.get("model_type")
     quantization = entries.get("quantization_config") or {}
@@ -237,18 +258,14 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise InputError(
             f"{folder} is already compressed (quant_method {str(method)!r}); start from the dense checkpoint"
         )
-    if "auto_map" in entries and not _known_type(kind):
-        raise InputError(
-            f"{folder} needs its own Python code to load, which is never run; choose a model type of transformers"
-        )
-    if not isinstance(kind, str) or not _known_type(kind):
+    if not model_code(folder, trust_remote_code) and not _known_type(kind):
         raise InputError(
             f"{folder / 'config.json'} names model_type {kind!r}, which the installed transformers does not know; "
             f"install a newer transformers or choose another model"
         )
     check_numbers(entries.get, str(folder / "config.json"))
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = load_config(folder, trust_remote_code)
     except config_errors() as error:
         raise InputError(f"{folder / 'config.json'} is not a valid config ({reason(error)}); correct it") from error
     _refuse_other_tasks(config, folder)
@@ -262,17 +279,21 @@ def _known_type(kind: object) -> bool:
 
 
 def _refuse_other_tasks(config: PreTrainedConfig, folder: Path) -> None:
-    """Raise InputError unless the config's type has a causal language model, perhaps with images, and this is one."""
-    causal, multimodal = class_names(config)
-    names = causal + multimodal
-    classes = getattr(config, "architectures", None) or []
+    """Raise InputError unless the config's type is one of text, perhaps with images, and this is a class of it."""
+    known, classes = class_names(config), architectures(config)
     if not isinstance(classes, list) or not all(isinstance(one, str) and one.isidentifier() for one in classes):
         raise InputError(f"{folder / 'config.json'} names architectures that are no classes; correct it")
+    names = [name for each in known.values() for name in each]
     if not names or getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"{folder} is a {config.model_type} model, not a causal language model; choose one that is")
-    if classes and not any(name in names for name in classes):
         raise InputError(
-            f"{folder} holds a {classes[0]}, not a causal language model ({names[0]}); choose a checkpoint that is one"
+            f"{folder} is a {config.model_type} model, not a causal language model or an encoder of text; choose one "
+            f"that is"
+        )
+    if not any(name in names for name in classes) and (classes or not is_causal(config)):
+        found = f"holds a {classes[0]}" if classes else "names no architectures"
+        raise InputError(
+            f"{folder} {found}, not a causal language model, an encoder or a classifier of text ({listed(names)}); "
+            f"choose a checkpoint that is one"
         )
 
 

@@ -8,6 +8,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 
 from llmcompress.models.integrity import weight_files
+from llmcompress.models.remote_code import code_files
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt")
 TOKENIZER_KINDS = ("*.model", "*.tiktoken")
@@ -45,5 +46,6 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def teacher_digest(folder: Path) -> str:
-    """Return one digest of the files that decide what a model predicts: its config and its weights."""
-    return content_digest([folder / "config.json", *weight_files(folder)])
+    """Return one digest of the files that decide what a model predicts: its config, its weights and its own code."""
+    code = (folder / name for name in code_files(folder))
+    return content_digest([folder / "config.json", *weight_files(folder), *code])

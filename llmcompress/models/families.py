@@ -123,7 +123,7 @@ class Architecture:
 
 
 def architecture(config: PreTrainedConfig, model: PreTrainedModel) -> Architecture:
-    """Return the structure of a causal language model, whose weights may be on meta.
+    """Return the structure of a language model, whose weights may be on meta.
 
     Raises InputError for blocks that cannot be told apart from the rest of the model, and for a known family whose
     blocks hold other linears than its row says.
@@ -156,7 +156,9 @@ def architecture(config: PreTrainedConfig, model: PreTrainedModel) -> Architectu
 def block_stack(config: PreTrainedConfig, model: PreTrainedModel) -> str:
     """Return the module path of the list of decoder blocks. Raises InputError if it is ambiguous."""
     family = FAMILIES.get(config.model_type)
-    return family.blocks if family else _discover_stack(config, model)
+    if family is None:
+        return _discover_stack(config, model)
+    return family.blocks if model.base_model is not model else family.blocks.partition(".")[2]
 
 
 def name_of(model: nn.Module, module: nn.Module | None) -> str:

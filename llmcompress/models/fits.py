@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -32,7 +31,7 @@ def check_fits(
     if device != "cpu":
         return
     there = total_memory()
-    sizes = {place.name: _held(place.folder, place in whole, dtype.itemsize) for place in (*whole, *passing)}
+    sizes = {place.name: _held(place, place in whole, dtype.itemsize) for place in (*whole, *passing)}
     if sum(sizes.values()) > there:
         held = " and ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in sizes.items())
         kind = str(dtype).removeprefix("torch.")
@@ -42,9 +41,9 @@ def check_fits(
         )
 
 
-def _held(folder: Path, whole: bool, each: int) -> int:
+def _held(place: Place, whole: bool, each: int) -> int:
     """Return the bytes that a model takes; `each`: those of a weight."""
-    is_dense, model = check_outline(folder)
+    is_dense, model = check_outline(place)
     if model is None:
         return 0
     if whole:
@@ -55,7 +54,7 @@ def _held(folder: Path, whole: bool, each: int) -> int:
         return each * _weights(model)  # it cannot pass block by block
     largest = max(map(_weights, blocks.children()))
     tables = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
-    stored = 0 if is_dense else sum(path.stat().st_size for path in weight_files(folder))
+    stored = 0 if is_dense else sum(path.stat().st_size for path in weight_files(place.folder))
     return stored + each * max(largest, *map(_weights, tables))
 
 

@@ -28,6 +28,7 @@ HUB_FILES = [
     "LICENSE*",
     "README.md",  # says the licence
 ]
+HUB_CODE = "*.py"
 NOT_HUB_FILES = ["*/*", "consolidated*.safetensors"]  # other formats of the same weights
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CLOSE = 0.8  # of two names, 1 if they are the same
@@ -36,7 +37,8 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Place:
-    """A model folder on this machine. `revision`: the Hub commit. `notes`: remarks for the user."""
+    """A model folder on this machine. `revision`: the Hub commit. `notes`: remarks for the user. `trust_remote_code`:
+    True to run the Python code that the model needs, see `remote_code`."""
 
     name: str
     folder: Path
@@ -44,6 +46,7 @@ class Place:
     notes: tuple[str, ...] = ()
     hub_id: str | None = None
     license: str | None = None  # if it is known without the model's card
+    trust_remote_code: bool = False
 
     @property
     def public_name(self) -> str:
@@ -59,8 +62,10 @@ def public_name(name: str, hub_id: str | None) -> str:
     return Path(name).resolve().name or "root"
 
 
-def locate(model: str | Path, revision: str | None = None) -> Place:
+def locate(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Place:
     """Return the place of `model`, downloaded or unpacked if necessary. A local folder wins over the Hub and `smollm2`.
+
+    `trust_remote_code`: as in `Place`.
 
     Raises InputError if there is no such model, DiskError if the cache cannot be written.
     """
@@ -76,7 +81,7 @@ def locate(model: str | Path, revision: str | None = None) -> Place:
             raise InputError(f"{model} is a folder, which has no revisions; leave out revision {revision!r}")
         same = HUB_ID.fullmatch(model) and not model.startswith(".")
         note = f"{path.name} is read as a folder of this machine, not as the Hub model of that name"
-        return Place(model, path, notes=(note,) if same else ())
+        return Place(model, path, notes=(note,) if same else (), trust_remote_code=trust_remote_code)
     if os.path.isfile(path):
         raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
     if model == EMBEDDED:
@@ -88,21 +93,20 @@ def locate(model: str | Path, revision: str | None = None) -> Place:
         )
     if pinned and revision and pinned != revision:
         raise InputError(f"{model} names revision {pinned!r} and revision {revision!r} was given too; give one of them")
-    return download(name, pinned or revision)
+    return download(name, pinned or revision, trust_remote_code)
 
 
-def download(name: str, revision: str | None) -> Place:
-    """Return the snapshot of a Hub model: weights in safetensors, config and tokenizer files, nothing else.
+def download(name: str, revision: str | None, trust_remote_code: bool = False) -> Place:
+    """Return the snapshot of a Hub model: weights in safetensors, config and tokenizer files, code if it is trusted.
 
     The revision is resolved once, to the commit in `Place.revision`. The cache and HF_HUB_OFFLINE are respected.
     """
     from huggingface_hub import errors, snapshot_download
 
     what = f"{name} at revision {revision}" if revision else name
+    wanted = [*HUB_FILES, HUB_CODE] if trust_remote_code else HUB_FILES
     try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=NOT_HUB_FILES)
-        )
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_HUB_FILES))
     except errors.GatedRepoError as error:
         raise InputError(
             f"the Hub model {what} is gated; ask for access on its page, then log in with `hf auth login` or HF_TOKEN"
@@ -127,7 +131,8 @@ def download(name: str, revision: str | None) -> Place:
         ) from error
     except (errors.HfHubHTTPError, ConnectionError) as error:
         raise InputError(f"the Hub answered {first_line(error)} for {what}; try again, or give a folder") from error
-    return Place(name, folder, revision=folder.name if COMMIT.fullmatch(folder.name) else revision, hub_id=name)
+    commit = folder.name if COMMIT.fullmatch(folder.name) else revision
+    return Place(name, folder, revision=commit, hub_id=name, trust_remote_code=trust_remote_code)
 
 
 def _near(model: str) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 from llmcompress.errors import InputError
 from llmcompress.models.auto_class import auto_class
 from llmcompress.models.experts import unfuse
+from llmcompress.models.remote_code import load_config, model_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -40,7 +41,8 @@ def config_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import StrictDataclassError
 
     values = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
-    return (*values, OSError, ImportError, MemoryError, StrictDataclassError)
+    code = (NameError, SyntaxError)  # of a model's own
+    return (*values, *code, OSError, ImportError, MemoryError, StrictDataclassError)
 
 
 def reason(error: Exception, most: int = 200) -> str:
@@ -64,7 +66,9 @@ def check_numbers(number_of: Callable[[str], Any], place: str) -> None:
             )
 
 
-def dense_skeleton(config: PreTrainedConfig, folder: Path, unfused: bool = True) -> PreTrainedModel:
+def dense_skeleton(
+    config: PreTrainedConfig, folder: Path, unfused: bool = True, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Return the model that a config describes, parameters on meta; `unfused`: with one linear for each matrix of its
     experts.
 
@@ -73,20 +77,22 @@ def dense_skeleton(config: PreTrainedConfig, folder: Path, unfused: bool = True)
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        model = _built(config, folder)
+        model = _built(config, folder, trust_remote_code)
     if unfused:
         unfuse(model)
     return model
 
 
-def outline(config: PreTrainedConfig, folder: Path, stored: int, disk: int) -> PreTrainedModel:
+def outline(
+    config: PreTrainedConfig, folder: Path, stored: int, disk: int, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Return the model that a config describes, all of it on meta.
 
     Raises InputError if it cannot be built, if it has many more parameters than the `stored` tensors, and if its
     buffers take more memory than the `disk` bytes of the weights allow.
     """
     with _counted(folder, 2 * stored + 100), torch.device("meta"):  # tied ones are stored once
-        model = _built(config, folder)
+        model = _built(config, folder, trust_remote_code)
     check_buffers(model, str(folder / "config.json"), disk)
     unfuse(model)
     return model
@@ -102,9 +108,12 @@ def check_buffers(model: nn.Module, place: str, disk: int) -> None:
         )
 
 
-def _built(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+def _built(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    trusted = model_code(folder, trust_remote_code)
     try:
-        model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
+        model: PreTrainedModel = auto_class(config).from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trusted
+        )
     except config_errors() as error:
         raise InputError(
             f"{folder / 'config.json'} does not describe a {config.model_type} model that can be built "
@@ -134,19 +143,17 @@ def _counted(folder: Path, most: int) -> Iterator[None]:
         handle.remove()
 
 
-def transposed_linears(folder: Path) -> set[str]:
+def transposed_linears(folder: Path, trust_remote_code: bool = False) -> set[str]:
     """Return the module paths of linears whose weight is `[in, out]` in the model that `folder` describes."""
     from transformers.pytorch_utils import Conv1D
 
-    model = described(folder)
+    model = described(folder, trust_remote_code=trust_remote_code)
     return {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
 
 
-def described(folder: Path, unfused: bool = True) -> PreTrainedModel:
+def described(folder: Path, unfused: bool = True, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return the dense model that the config in `folder`, of a dense or a compressed one, describes; see
     `dense_skeleton`."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = load_config(folder, trust_remote_code)
     vars(config).pop("quantization_config", None)
-    return dense_skeleton(config, folder, unfused)
+    return dense_skeleton(config, folder, unfused, trust_remote_code)

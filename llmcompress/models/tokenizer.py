@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llmcompress.errors import InputError
 from llmcompress.models.binding import check_tokenizer
+from llmcompress.models.remote_code import MODEL, load_config, needs_code, tokenizer_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,15 +17,18 @@ MOST = 200  # characters of a library's reason
 PANIC = "PanicException"  # of the tokenizers library, which makes it no Exception
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model folder. Raises InputError if it has none that transformers can read, or another
-    than the weights were written with."""
+    than the weights were written with, or one in code that is not trusted."""
     from transformers import AutoTokenizer
 
     check_tokenizer(folder)
+    trusted = tokenizer_code(folder, trust_remote_code)
+    own = trust_remote_code and needs_code(folder, MODEL)  # else transformers looks up what it needs of the config
+    how = {"config": load_config(folder, trust_remote_code)} if own else {}
     with _Reading(folder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            folder, local_files_only=True, trust_remote_code=trusted, **how
         )
         _check(tokenizer)
         return tokenizer

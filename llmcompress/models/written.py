@@ -8,23 +8,24 @@ from llmcompress.errors import InputError, first_line
 from llmcompress.models.digest import tokenizer_files
 from llmcompress.models.hf_quantizer import LLMCompressConfig, LLMCompressQuantizer
 from llmcompress.models.integrity import weight_files
+from llmcompress.models.remote_code import load_config
 from llmcompress.models.skeleton import dense_skeleton
 from llmcompress.models.tokenizer import load_tokenizer
 
 
-def check_written(folder: Path) -> None:
+def check_written(folder: Path, trust_remote_code: bool = False) -> None:
     """Raise InputError unless transformers will load the compressed checkpoint in `folder`, with all beside it.
 
     Every tensor is read and checked as a load does, one at a time, so no model has to fit into memory.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = load_config(folder, trust_remote_code)
     quantizer = LLMCompressQuantizer(LLMCompressConfig(**config.quantization_config))
-    model = dense_skeleton(config, folder)
+    model = dense_skeleton(config, folder, trust_remote_code=trust_remote_code)
     quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in weight_files(folder)])
     if tokenizer_files(folder):
-        load_tokenizer(folder)
+        load_tokenizer(folder, trust_remote_code)
     if (folder / "generation_config.json").is_file():
         try:
             GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from records import ROOT, Record, append, provenance
-from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 
@@ -84,7 +84,7 @@ def support(family: str, place: Path) -> dict[str, str]:
     def leave(door: str) -> None:
         lc.export(small, place / door, door, allow_dense=door != "dense")
         if door == "dense":
-            _entered(place / door)
+            _entered(place / door, lc.read(small).auto_class)
 
     return {
         "plan": tried(lambda: lc.plan(dense, RECIPE), place),
@@ -123,27 +123,34 @@ def _key(door: str) -> str:
 
 
 def _loaded(folder: Path) -> None:
-    """Compare the logits of packed weights with those of decoded ones."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    """Compare the outputs of packed weights with those of decoded ones."""
+    model = _model(folder)
     ids = torch.arange(3, 27)[None]
     with torch.no_grad():
-        found = model(input_ids=ids).logits
+        found = model(input_ids=ids)[0]  # logits, or hidden states of a body
         with lc.decoded(model):
-            torch.testing.assert_close(found, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(found, model(input_ids=ids)[0], rtol=1e-3, atol=1e-3)
 
 
 def _generated(folder: Path) -> None:
     """Ask for three tokens."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model = _model(folder)
+    if not model.can_generate():
+        raise lc.LLMCompressError("it predicts no next token")
     ids = torch.arange(3, 27)[None]
     found = model.generate(input_ids=ids, min_new_tokens=3, max_new_tokens=3, do_sample=False)
     if found.shape != (1, 27):
         raise ValueError(f"{found.shape} tokens")
 
 
-def _entered(folder: Path) -> None:
+def _model(folder: Path) -> Any:
+    """Return a compressed model, loaded by its auto class."""
+    return getattr(transformers, lc.read(folder).auto_class).from_pretrained(folder)
+
+
+def _entered(folder: Path, loader: str) -> None:
     """See that transformers finds every weight."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = getattr(transformers, loader).from_pretrained(folder, output_loading_info=True)
     found = loaded[1]
     if found["missing_keys"] or found["unexpected_keys"]:
         raise ValueError(f"weights are missing or unexpected: {found}")

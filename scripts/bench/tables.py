@@ -114,6 +114,11 @@ TABLES: dict[str, Columns] = {
         "cache": "{arm}",
         "perplexity": "{perplexity:.3f}",
     },
+    "limits": {
+        "command": "{arm}",
+        "peak GB": "{peak_gigabytes:.2f}",
+        "minutes": "{minutes:.1f}",
+    },
     "reliability": {"trial": "{arm}", "trials": "{trials}", "outcomes": "{outcomes}"},
     "gguf_types": {
         "type": "{arm}",

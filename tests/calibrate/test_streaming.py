@@ -16,7 +16,7 @@ from llmcompress.models.locate import locate
 from llmcompress.weight.modules import compressed_linears, decoded
 from tests.tiers import tiered
 from tests.tiny import save_tiny
-from tests.zoo import EVERY, TURNED, save_any, text_for_calibration
+from tests.zoo import ENCODERS, EVERY, TURNED, save_any, text_for_calibration
 
 CPU = torch.device("cpu")
 REFUSED = {"jetmoe", "rwkv", "gemma3n_text"}
@@ -35,7 +35,9 @@ def predicted(model: Streamed, size: int = 1) -> Tensor:
     return torch.cat(list(model.logits(states)))
 
 
-@pytest.mark.parametrize("family", tiered([one for one in EVERY if one not in REFUSED], FAST.__contains__))
+@pytest.mark.parametrize(
+    "family", tiered([one for one in EVERY if one not in REFUSED.union(ENCODERS)], FAST.__contains__)
+)
 def test_a_model_on_disk_predicts_what_it_does_in_memory(family: str, tmp_path: Path) -> None:
     place = save_any(family, tmp_path / "model")
     source, whole = resolve(place), load_model(locate(str(place)))

@@ -295,7 +295,7 @@ def test_what_cannot_be_answered_is_refused(place: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = None
-        patch.setattr(self_data, "load_tokenizer", lambda _: tokenizer)
+        patch.setattr(self_data, "load_tokenizer", lambda *_: tokenizer)
         refused(RecipeError, "the model has no chat template")
     (place / "there.jsonl").write_text("")
     with pytest.raises(DiskError, match="there.jsonl exists already"):

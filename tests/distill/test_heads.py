@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmcompress.distill.objective.heads import head_of
+from llmcompress.data.batch import Batch
+from llmcompress.distill.objective.heads import check_head, head_of, hidden_states
 from llmcompress.weight.modules import decoded
 from tests.distill.miniature import make
+from tests.tiny import tiny
+from tests.zoo import zoo
 
 RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 4}]}]
 
@@ -71,3 +74,29 @@ def test_a_head_that_trains_or_is_not_cast_stays_what_it_is(place: Path) -> None
     own.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         assert head_of(model) is own
+
+
+HEADS: dict[str, dict[str, float]] = {
+    "cohere": {"logit_scale": 0.0625},
+    "cohere2": {"logit_scale": 0.3},
+    "recurrent_gemma": {"logits_soft_cap": 3.0},
+    "granite": {"logits_scaling": 4.0},
+    "falcon_h1": {"lm_head_multiplier": 0.5},
+    "mpt": {},
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
+@torch.no_grad()
+def test_a_head_computes_the_models_logits(family: str) -> None:
+    model, ids = zoo(family, **HEADS[family]), torch.arange(3, 19)[None]
+    wanted = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(head_of(model)(hidden_states(model, Batch.of(ids))), wanted, rtol=1e-5, atol=1e-6)
+    check_head(model, ids)
+
+
+@torch.no_grad()
+def test_a_head_of_gemma_computes_the_models_logits() -> None:
+    model, ids = tiny("gemma2", final_logit_softcapping=0.5), torch.arange(3, 19)[None]
+    wanted = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(head_of(model)(hidden_states(model, Batch.of(ids))), wanted, rtol=1e-5, atol=1e-6)

@@ -197,7 +197,7 @@ def test_the_last_look_is_what_progress_says(folders: Path, tmp_path: Path) -> N
 def test_the_card_tells_the_distillation(whole: Distilled, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: dict[str, bytes] = {}
     monkeypatch.setenv("HF_TOKEN", "hf_none")
-    monkeypatch.setattr("llmcompress.export.hub.verify", lambda folder: None)
+    monkeypatch.setattr("llmcompress.export.hub.verify", lambda folder, **_: None)
     monkeypatch.setattr(
         "llmcompress.export.hub._upload", lambda folder, to, names, made, *_: sent.update(made) or "there"
     )
@@ -232,7 +232,7 @@ def test_without_matplotlib_there_is_no_plot_and_it_is_said(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(RecipeError, match="plots need matplotlib"):
         distillation_png(done.history)
-    monkeypatch.setattr("llmcompress.export.hub.verify", lambda folder: None)
+    monkeypatch.setattr("llmcompress.export.hub.verify", lambda folder, **_: None)
     monkeypatch.setattr("llmcompress.export.hub.find_spec", lambda name: None)
     assert "distillation.png" not in push(tmp_path / "out", "me/small", dry_run=True).files
 

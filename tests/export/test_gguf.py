@@ -581,3 +581,31 @@ def same_continuations(folder: Path, out: Path, most: float) -> None:
             differences += [abs(float(ours[0, token]) - value) for token, value in server.likeliest(ids, 10).items()]
     assert compared >= 12, "too few clear tokens to tell"
     assert max(differences) < most
+
+
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+BITS = {"*.experts.2.up_proj": BYTE, "*.experts.1.up_proj": GRID | {"bits": 2}, "*": GRID}
+UNLIKE = {"*.experts.3.down_proj": SVD} | BITS
+
+
+@pytest.mark.parametrize("rules", [{"*": GRID}, BITS, UNLIKE], ids=["alike", "bits", "unlike"])
+def test_experts_are_stacked_value_for_value(rules: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """gguf's reader finds each expert in its place, in the order of the router's rows."""
+    source = tiny_llama(tmp_path / "dense", "qwen3_moe", head_dim=32, **MIXTURE)
+    folder = compressed(source, tmp_path / "small", *((match, [step]) for match, step in rules.items()))
+    exported = export(folder, tmp_path / "out", "gguf", allow_dense=True)
+    opened, found = Opened(folder), gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    tensors = {tensor.name: tensor for tensor in found.tensors}
+    for leaf in ("gate", "up", "down"):
+        tensor = tensors[f"blk.1.ffn_{leaf}_exps.weight"]
+        names = [f"model.layers.1.mlp.experts.{number}.{leaf}_proj" for number in range(4)]
+        expected = torch.stack([dense(opened.expression(name)) for name in names])
+        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).reshape(expected.shape)
+        exact = rules is not UNLIKE or leaf != "down"
+        assert tensor.tensor_type.name == "BF16" if not exact else tensor.tensor_type.name.startswith("Q")
+        assert torch.equal(values, expected if exact else expected.bfloat16().float())
+    rounded = any("bfloat16" in sentence for sentence in exported.changed)
+    assert rounded == (rules is UNLIKE)
+    if rules is UNLIKE:
+        with pytest.raises(InputError, match="does not fit GGUF .*no single grid"):
+            export(folder, tmp_path / "refused", "gguf")

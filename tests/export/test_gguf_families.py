@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from llmcompress.errors import InputError
 from llmcompress.export.formats import export
 from llmcompress.export.gguf.families import FAMILIES
 from llmcompress.export.gguf.model import gguf_model
+from llmcompress.models.experts import unfuse
 from tests.export.gguf_files import (
     GRID,
     byte_level,
@@ -62,6 +64,7 @@ def every(period: int, layers: int) -> dict[str, Any]:
 
 
 FULL = {"layer_types": ["full_attention"] * 2, "sliding_window": None}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "pad_token_id": None}
 GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0}
 TWO_ROPES = {"rope_parameters": {"sliding_attention": PLAIN | {"rope_theta": 100.0}, "full_attention": LINEAR}}
 
@@ -76,6 +79,10 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "olmo3": [SIZES | every(4, 4)],
     "qwen2": [SIZES | FULL | {"use_sliding_window": False}, SIZES | FULL | TIED | {"rope_parameters": YARN}],
     "qwen3": [HEADS, HEADS | UNTIED],
+    "qwen3_moe": [HEADS | EXPERTS | {"norm_topk_prob": True}, HEADS | EXPERTS | TIED | {"norm_topk_prob": True}],
+    "qwen2_moe": [SIZES | EXPERTS | {"shared_expert_intermediate_size": 96}],
+    "olmoe": [OLDER | EXPERTS],
+    "mixtral": [SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}],
     "seed_oss": [HEADS, HEADS | TIED],
     "ernie4_5": [HEADS, HEADS | UNTIED],
     "exaone4": [SIZES | FULL, SIZES | FULL | TIED],
@@ -118,7 +125,9 @@ def test_every_tensor_has_a_name_of_its_own(family: str, number: int, tmp_path: 
     dense = tiny(family, **CASES[family][number])
     model = gguf_model(tmp_path, dense.config.to_dict())
     head = {"lm_head.weight"} if dense.config.tie_word_embeddings else set()
-    names = [model.name(tensor) for tensor in dense.state_dict().keys() - head]
+    unfuse(dense)
+    tensors = {re.sub(r"experts\.\d+\.", "experts.", tensor) for tensor in dense.state_dict()}  # of all are one
+    names = [model.name(tensor) for tensor in tensors - head]
     assert len(set(names)) == len(names)
     known = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[gguf.MODEL_ARCH[FAMILIES[family].architecture]]}
     layers = {name.replace(".0.", ".{bid}.").replace(".1.", ".{bid}.").rpartition(".")[0] for name in names}
@@ -155,6 +164,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("smollm3", SIZES, "rotary positions left out in other layers than the last of every 4"),
     ("llama", SIZES | HALF, "rotary positions on part of each head"),
     ("falcon", FALCON | {"alibi": True}, "alibi True"),
+    ("olmoe", SIZES | EXPERTS, "4 heads of queries for 2 of keys"),
+    ("qwen3_moe", HEADS | EXPERTS | {"norm_topk_prob": False}, "norm_topk_prob False"),
+    ("qwen3_moe", HEADS | EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [0]}, r"mlp_only_layers \[0\]"),
 ]
 
 

@@ -151,7 +151,7 @@ def here(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> St
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("llmcompress.export.hub.verify", lambda folder: None)  # tested elsewhere, and slow
+    monkeypatch.setattr("llmcompress.export.hub.verify", lambda folder, **_: None)  # tested elsewhere, and slow
     return hub
 
 

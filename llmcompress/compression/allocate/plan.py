@@ -68,7 +68,8 @@ class Allocation:
 
     def measured(self, folder: Path, device: str = "cpu") -> float:
         """Return KL(dense || the model in `folder`) on the probing tokens, in nats per token."""
-        model, dense = load_model(locate(str(folder)), device), self.dense()
+        place = locate(str(folder), trust_remote_code=self.job.source.trust_remote_code)
+        model, dense = load_model(place, device), self.dense()
         return dense.divergence(in_parts(model, dense.windows))
 
     def summary(self, measured_kl: float, size: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError, RecipeError, listed
+from llmcompress.models.auto_class import check_causal
 from llmcompress.models.checkpoint import PART, writing
 from llmcompress.models.companions import companions
 from llmcompress.models.dense import DenseModel, resolve
@@ -54,7 +55,12 @@ class Dropped:
 
 
 def drop_blocks(
-    model: str | Path, blocks: Iterable[int], output: str | Path, *, revision: str | None = None
+    model: str | Path,
+    blocks: Iterable[int],
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Dropped:
     """Write a dense causal language model without some of its decoder blocks, one weight file's worth at a time.
 
@@ -63,6 +69,7 @@ def drop_blocks(
         blocks: numbers of the blocks that go, counted from 0.
         output: a new or empty folder.
         revision: a branch, tag or commit of a Hub model.
+        trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
 
     Returns:
         The folder, and the blocks and bytes before and after.
@@ -72,8 +79,8 @@ def drop_blocks(
         InputError: for a model whose blocks cannot be told apart.
         DiskError: for an output that cannot be written; then nothing is left behind.
     """
-    source, target = resolve(model, revision), Path(output)
-    plan, beside = shortening(source, blocks), companions(source.folder)
+    source, target = resolve(model, revision, trust_remote_code), Path(output)
+    plan, beside = shortening(source, blocks), companions(source.folder, trust_remote_code)
     sizes = {name: source.tensors[name].bytes for name in plan.stored}
     with writing(target, sum(sizes.values())) as writer:
         beside.copy(writer.folder)
@@ -121,6 +128,7 @@ def shortening(source: DenseModel, blocks: Iterable[int]) -> Shortening:
 def blocks_of(source: DenseModel) -> range:
     """Return the numbers of a model's blocks. Raises InputError for a family that is not in the table."""
     config = source.config
+    check_causal(config, "dropping blocks")
     if config.model_type not in FAMILIES:
         raise InputError(
             f"model type {config.model_type!r} is not in the table of families, so it is unknown what else depends on "

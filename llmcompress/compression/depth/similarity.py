@@ -64,7 +64,13 @@ def block_numbers(text: str) -> tuple[int, ...]:
 
 
 def alike_blocks(
-    model: str | Path, count: int, *, text: str = "stdlib", revision: str | None = None, device: str = "cpu"
+    model: str | Path,
+    count: int,
+    *,
+    text: str = "stdlib",
+    revision: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Alike:
     """Find the `count` consecutive decoder blocks whose input and output are most alike. Loads the whole model.
 
@@ -74,6 +80,7 @@ def alike_blocks(
         text: what is read, as `dataset` of a recipe's calibration.
         revision: a branch, tag or commit of a Hub model.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
+        trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
 
     Returns:
         The blocks, with how alike each run of `count` blocks leaves its hidden states.
@@ -82,7 +89,7 @@ def alike_blocks(
         RecipeError: for a model that has no more blocks than `count`.
         InputError: for a model or a text that cannot be read.
     """
-    place = locate(model, revision)
+    place = locate(model, revision, trust_remote_code)
     source = open_source(place)
     if not 0 < count < len(blocks_of(source)):
         raise RecipeError(

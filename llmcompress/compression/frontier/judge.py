@@ -73,7 +73,8 @@ class Judge:
         entries = self.kept(folder)
         if entries is None:
             teacher = OnDisk(self.dense, self.device)
-            student = load_model(locate(str(folder)), self.device)
+            place = locate(str(folder), trust_remote_code=self.dense.trust_remote_code)
+            student = load_model(place, self.device)
             found = _complete(evaluate(student, self.dense.tokenizer(), self.protocol, against=teacher))
             entries = self.asked | {"dense": dense, "compressed": found.to_json()}
             add_file(folder, file_names.SCORES, json.dumps(entries, indent=2))

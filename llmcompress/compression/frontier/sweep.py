@@ -38,7 +38,6 @@ from llmcompress.models import file_names
 from llmcompress.models.checkpoint import holds, write_files
 from llmcompress.models.companions import companions
 from llmcompress.models.dense import DenseModel, resolve
-from llmcompress.models.locate import Place
 from llmcompress.models.staging import locked
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.devices import device_of
@@ -92,17 +91,18 @@ def frontier(
     revision: str | None = None,
     device: str = "cpu",
     told: SweepCallbacks = SILENT,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Compress `model` by each recipe to each size, and score every checkpoint by `protocol`.
 
     A recipe's own target is ignored. `output` is a new folder or that of an earlier sweep. Returns the contents of its
     frontier.json. Raises an LLMCompressError, in one sentence, for whatever is wrong; sizes that cannot be reached are
-    found from headers alone. Finished parts stay.
+    found from headers alone. Finished parts stay. `trust_remote_code`: as in `compress`.
     """
     device_of(device)  # before a model is looked at
-    dense = resolve(model, revision)
+    dense = resolve(model, revision, trust_remote_code)
     _check(recipes, output)
-    companions(dense.folder)  # raises any fault in them before work starts
+    companions(dense.folder, trust_remote_code)  # raises any fault in them before work starts
     lines = [_line(dense, recipe, sizes, output if len(recipes) == 1 else output / recipe.name) for recipe in recipes]
     judge = Judge.of(dense, protocol, device)
     with locked(output, "output folder"):
@@ -161,7 +161,7 @@ def _swept(
         "axis": "bytes" if sizes[0].target.bpw is None else "bpw",
         "protocol": judge.protocol.to_json(),
         "versions": versions(),
-        "dense": dense | asdict(size_of(Place(source.name, source.folder))),
+        "dense": dense | asdict(size_of(source.place)),
         "series": [],
         "peers": [_beside(_as_point(peer, dense), dense) for peer in peers],
     }

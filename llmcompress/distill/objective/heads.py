@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 APART = 0.1  # relative difference: rounding to bfloat16 makes less, another document more
 
 Head = Callable[[Tensor], Tensor]
+
+# Entries of configs by which families change what their output head computes; `check_head` finds those that do not.
+FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
+DIVISORS = ("logits_scaling",)  # Granite
+CAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma; RecurrentGemma
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -45,10 +51,17 @@ def head_of(model: PreTrainedModel) -> Head:
     Call this once for a whole computation, under the autocast that it will run in.
     """
     linear = _cast_once(model.get_output_embeddings())
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap is None:
-        return linear
-    return lambda hidden: torch.tanh(linear(hidden) / cap) * cap
+    factor = prod(_entries(model, FACTORS)) / prod(_entries(model, DIVISORS))
+    cap = next(_entries(model, CAPS), None)
+    scaled = linear if factor == 1 else lambda hidden: linear(hidden) * factor
+    return scaled if cap is None else lambda hidden: torch.tanh(scaled(hidden) / cap) * cap
+
+
+def _entries(model: PreTrainedModel, names: Sequence[str]) -> Iterator[float]:
+    """Yield the numbers that a model's config has under these names."""
+    for name in names:
+        if isinstance(value := getattr(model.config, name, None), int | float):
+            yield value
 
 
 def _cast_once(linear: nn.Module) -> Head:

@@ -18,6 +18,7 @@ from llmcompress.models.integrity import digest
 from llmcompress.models.locate import Place
 from llmcompress.models.merge import shards
 from llmcompress.models.public_entries import public_entries
+from llmcompress.models.remote_code import MODEL, needs_code
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.modules import CompressedLinear, Layout, payload_texts
 
@@ -54,7 +55,9 @@ def open_folder(place: Place) -> StudentFolder:
         kind = (read_json(place.folder / "config.json").get("quantization_config") or {}).get("quant_method")
     except (OSError, ValueError, AttributeError):  # `open_source` reports the fault
         kind = None
-    return CompressedStudent(Opened(place.folder)) if kind == NAME else Plain(open_source(place))
+    if kind != NAME:
+        return Plain(open_source(place))
+    return CompressedStudent(Opened(place.folder, place.trust_remote_code))
 
 
 class CompressedStudent:
@@ -100,5 +103,5 @@ class Plain:
             writer.add({self.source.tensors[name].key: tensor for name, tensor in (stored | learned).items()})
         text = (self.folder / "config.json").read_text(encoding="utf-8")
         entries = json.loads(text)
-        published = public_entries(entries)
+        published = public_entries(entries, needs_code(self.folder, MODEL))
         writer.write("config.json", text if published == entries else json.dumps(published, indent=1))

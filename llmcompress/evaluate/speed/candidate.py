@@ -18,12 +18,13 @@ from llmcompress.evaluate.score import size_of
 from llmcompress.evaluate.speed.gguf_file import read_gguf
 from llmcompress.evaluate.speed.protocol import SpeedProtocol
 from llmcompress.models import file_names
+from llmcompress.models.auto_class import check_causal
 from llmcompress.models.checkpoint import read_json
 from llmcompress.models.dense import open_source
 from llmcompress.models.headers import FLOATS, Header, read_headers
 from llmcompress.models.integrity import MENDING
 from llmcompress.models.locate import Place, locate
-from llmcompress.models.skeleton import dense_skeleton
+from llmcompress.models.skeleton import described
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +49,7 @@ class Candidate:
     dtype: str | None = None  # to load it in; None: the model's own
     scores: dict[str, Any] | None = None  # and the protocol that they hold for
     notes: tuple[str, ...] = ()
+    trust_remote_code: bool = False
 
     @property
     def engine(self) -> str:
@@ -56,7 +58,11 @@ class Candidate:
 
 
 def candidates(
-    models: Iterable[str], ggufs: Iterable[Path], protocol: SpeedProtocol, against: str | None
+    models: Iterable[str],
+    ggufs: Iterable[Path],
+    protocol: SpeedProtocol,
+    against: str | None,
+    trust_remote_code: bool = False,
 ) -> list[Candidate]:
     """Return the models, `against` first unless it is among them, and last the GGUF files.
 
@@ -72,7 +78,8 @@ def candidates(
     given = [*names, *map(str, files)]
     if twice := [name for name in given if given.count(name) > 1]:
         raise RecipeError(f"{twice[0]} is named twice; name every model once")
-    found = [_of_folder(locate(name), protocol.dtype) for name in names] + [_of_file(path) for path in files]
+    places = [locate(name, trust_remote_code=trust_remote_code) for name in names]
+    found = [_of_folder(place, protocol.dtype) for place in places] + [_of_file(path) for path in files]
     for one in found:
         if one.context is not None and protocol.context > one.context:
             raise RecipeError(
@@ -83,18 +90,17 @@ def candidates(
 
 
 def _of_folder(place: Place, dtype: str) -> Candidate:
-    from transformers import AutoConfig
-
     try:
         entries = read_json(place.folder / "config.json")
     except (OSError, ValueError):
         entries = {}
-    if dense := not entries.pop("quantization_config", None):
+    if dense := not entries.get("quantization_config"):
         source = open_source(place)  # which says what is wrong with a folder
-        config, skeleton, stored = source.config, source.skeleton(), source.tensors
+        skeleton, stored = source.skeleton(), source.tensors
     else:
-        config = AutoConfig.for_model(**entries)
-        skeleton, stored = dense_skeleton(config, place.folder), read_headers(place.folder)
+        skeleton = described(place.folder, trust_remote_code=place.trust_remote_code)
+        stored = read_headers(place.folder)
+    check_causal(skeleton.config, "measuring how fast text is generated")
     size = size_of(place)
     return Candidate(
         name=place.name,
@@ -105,10 +111,11 @@ def _of_folder(place: Place, dtype: str) -> Candidate:
         model_bpw=size.model_bpw,
         token_bytes=token_bytes(skeleton, stored, getattr(torch, dtype) if dense else None),
         vocabulary=len(skeleton.get_input_embeddings().get_parameter("weight")),
-        context=context_length(config),
+        context=context_length(skeleton.config),
         dtype=dtype if dense else None,
         scores=_scores(place.folder),
         notes=place.notes,
+        trust_remote_code=place.trust_remote_code,
     )
 
 

@@ -16,11 +16,12 @@ import torch
 from llmcompress.errors import InputError, first_line
 from llmcompress.evaluate.speed.bandwidth import ReadBuffer
 from llmcompress.evaluate.speed.generation import TurnTimes, generate
-from llmcompress.models.checkpoint import read_json
 from llmcompress.models.dense import load_model
 from llmcompress.models.locate import Place
-from llmcompress.models.skeleton import dense_skeleton
+from llmcompress.models.remote_code import load_config
+from llmcompress.models.skeleton import described
 
+TRUST = "trust_remote_code"  # an entry of what is asked for
 PADDING = 256  # positions that llama.cpp's context is a multiple of
 
 
@@ -47,8 +48,10 @@ class TransformersEngine:
     """A folder, loaded by `from_pretrained`, in a dtype if one is asked for, else in that of its config."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
-        name = asked["dtype"] or str(_config(Path(asked["path"])).dtype or torch.float32).removeprefix("torch.")
-        self.model = load_model(Place(asked["name"], Path(asked["path"])), dtype=getattr(torch, name))
+        place = Place(asked["name"], Path(asked["path"]), trust_remote_code=asked.get(TRUST, False))
+        own = load_config(place.folder, place.trust_remote_code).dtype
+        name = asked["dtype"] or str(own or torch.float32).removeprefix("torch.")
+        self.model = load_model(place, dtype=getattr(torch, name))
 
     @property
     def dtype(self) -> str:
@@ -110,7 +113,7 @@ def prepare(asked: dict[str, Any]) -> None:
     match asked["engine"]:
         case "transformers":
             folder = Path(asked["path"])
-            dense_skeleton(_config(folder), folder)
+            described(folder, trust_remote_code=asked.get(TRUST, False))
             files = sorted(folder.glob("*.safetensors"))
         case "llama.cpp":
             import_module("xllamacpp")
@@ -128,12 +131,3 @@ def load(asked: dict[str, Any]) -> tuple[TimedEngine, float]:
     start = time.perf_counter()
     engine = ENGINES[asked["engine"]](asked)
     return engine, time.perf_counter() - start
-
-
-def _config(folder: Path) -> Any:
-    """Return the config of a folder, as that of a dense model."""
-    from transformers import AutoConfig
-
-    entries = read_json(folder / "config.json")
-    entries.pop("quantization_config", None)
-    return AutoConfig.for_model(**entries)

@@ -51,6 +51,7 @@ def bench(
     plot: Path | None = None,
     command: str | None = None,
     progress: Scoring | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure how fast models generate on this machine's processor, and what memory they take.
 
@@ -64,6 +65,7 @@ def bench(
         plot: a new .png file: tokens/s over size, quality as colour; None for none.
         command: what was typed, to be kept with the numbers.
         progress: receives what is counted, how many are done, and how many there are.
+        trust_remote_code: True to run the Python code that models bring along, if transformers lacks their class.
 
     Returns:
         {"command", "machine", "versions", "protocol", "against", "bandwidth", "models", "notes", "turns"}; for each
@@ -77,7 +79,7 @@ def bench(
         MemoryLimitError: where memory runs out.
     """
     _check_outputs(table, numbers, plot)
-    found = candidates(map(str, models), ggufs, protocol, against)
+    found = candidates(map(str, models), ggufs, protocol, against, trust_remote_code)
     machine = machine_facts()
     with ExitStack() as stack:
         seats, loaded, size = _seated(stack, found, protocol, machine, progress)
@@ -127,7 +129,8 @@ def _seated(
         each = [(threads,) for threads in protocol.threads] if one.kind == "gguf" else [protocol.threads]
         for threads in each:
             seat = Seat(number, threads, stack.enter_context(Worker(one.name, environment)).ask)
-            asked = {"engine": one.engine, "name": one.name, "path": str(one.path), "dtype": one.dtype}
+            asked: dict[str, Any] = {"engine": one.engine, "name": one.name, "path": str(one.path), "dtype": one.dtype}
+            asked["trust_remote_code"] = one.trust_remote_code
             loaded[seat] = seat.ask({"ask": "load", **asked, "context": protocol.context, "threads": threads[0]})
         if progress is not None:
             progress("model loaded", number + 1, len(found))

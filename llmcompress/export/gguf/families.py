@@ -31,6 +31,7 @@ class GGUFFamily:
     no_rope_every: int | None = None  # of so many layers the last has no rotary positions
     wide_layers: int | None = None  # at that depth, scores are divided by sqrt(width / heads), not by sqrt(head_dim)
     whole_heads: bool = False  # the heads of the queries together are as wide as the model
+    own_keys: bool = False  # each head of the queries has a head of keys and values of its own
     tied: bool | None = None  # whether the head must be the token table (true) or must not (false)
 
 
@@ -38,6 +39,12 @@ RMS = {"layer_norm_rms_eps": "rms_norm_eps"}
 GELU = "gelu_pytorch_tanh"
 GEMMA = {"attention_bias": False, "use_bidirectional_attention": (None, False)}
 SOFT_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+EXPERTS = RMS | {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+EVERYWHERE = {"decoder_sparse_step": 1, "mlp_only_layers": (None, [])}  # experts in all blocks
 GRANITE = {
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
@@ -58,6 +65,23 @@ FAMILIES: Mapping[str, GGUFFamily] = {
     "olmo3": GGUFFamily("OLMO2", RMS, {"attention_bias": False}, full_every=4, tied=False),
     "qwen2": GGUFFamily("QWEN2", RMS),
     "qwen3": GGUFFamily("QWEN3", RMS, {"attention_bias": False}),
+    "qwen3_moe": GGUFFamily("QWEN3MOE", EXPERTS, EVERYWHERE | {"attention_bias": False, "norm_topk_prob": True}),
+    "qwen2_moe": GGUFFamily(
+        "QWEN2MOE",
+        EXPERTS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        EVERYWHERE | {"norm_topk_prob": False},
+    ),
+    "olmoe": GGUFFamily(
+        "OLMOE",
+        EXPERTS | {"expert_feed_forward_length": "intermediate_size"},
+        {"attention_bias": False, "clip_qkv": None, "norm_topk_prob": False},
+        own_keys=True,
+    ),
+    "mixtral": GGUFFamily(
+        "LLAMA",
+        RMS | {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+        interleaved=True,
+    ),
     "seed_oss": GGUFFamily("SEED_OSS", RMS, {"attention_out_bias": False, "mlp_bias": False}),
     "ernie4_5": GGUFFamily("ERNIE4_5", RMS, {"use_bias": False}),
     "exaone4": GGUFFamily("EXAONE4", RMS),

@@ -172,6 +172,8 @@ class GGUFModel:
             yield "a head that is the token table" if tied else "a head beside the token table"
         if family.whole_heads and self.heads * self.head_dim != config.hidden_size:
             yield f"{self.heads} heads of {self.head_dim} numbers, not of {config.hidden_size} in all"
+        if family.own_keys and self.key_heads != self.heads:
+            yield f"{self.heads} heads of queries for {self.key_heads} of keys"
         divisor = config.hidden_size // self.heads if config.num_hidden_layers == family.wide_layers else self.head_dim
         if getattr(config, "query_pre_attn_scalar", divisor) != divisor:
             yield f"query_pre_attn_scalar {config.query_pre_attn_scalar}"

@@ -12,7 +12,7 @@ columns are in which group. Floats lie one by one. Shapes: O out, I in, N blocks
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
@@ -101,6 +101,18 @@ def exact_type(w: Weight) -> TensorType:
             return found
         case _:
             raise Inexact(f"{describe(w)} is no single grid")
+
+
+def common_type(reads: Sequence[Callable[[], Weight]]) -> TensorType:
+    """Return the smallest type that holds all these weights value for value. Raises Inexact where there is none."""
+    kinds = {exact_type(read()).name for read in reads}
+    if len(kinds) == 1:
+        return exact_type(reads[0]())
+    grids = kinds <= {kind.name for kind in QUANTIZED}
+    for kind in QUANTIZED if grids else ():
+        if all(grouped(read()).blocks(kind) is not None for read in reads):
+            return kind
+    raise Inexact(f"the experts need several types, {' and '.join(sorted(kinds))}")
 
 
 def nearest(values: Tensor, kind: TensorType) -> Grid:

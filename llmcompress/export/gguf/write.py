@@ -23,13 +23,23 @@ from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate import report
 from llmcompress.export.exported import Exported
 from llmcompress.export.gguf.model import GGUFModel, gguf_model
-from llmcompress.export.gguf.tensor_types import FLOATS, ROUNDED, Inexact, TensorType, exact_type, nearest, packed
+from llmcompress.export.gguf.tensor_types import (
+    FLOATS,
+    ROUNDED,
+    Inexact,
+    TensorType,
+    common_type,
+    exact_type,
+    nearest,
+    packed,
+)
 from llmcompress.export.gguf.vocabulary import read_vocabulary
 from llmcompress.export.peft import without_term
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import writing
 from llmcompress.models.compressed import Opened
-from llmcompress.models.skeleton import transposed_linears
+from llmcompress.models.experts import experts_of
+from llmcompress.models.skeleton import described, transposed_linears
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Dense, Weight, shape
@@ -44,12 +54,13 @@ Factors = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor of the file to write. `weight`: reads it; memory need not hold more than one."""
+    """A tensor of the file to write. `weights`: read its matrices, of which experts' tensors have several; memory need
+    not hold more than one."""
 
     name: str
     shape: tuple[int, ...]
     type: TensorType
-    weight: Callable[[], Weight]
+    weights: tuple[Callable[[], Weight], ...]
 
     @property
     def bytes(self) -> int:
@@ -69,7 +80,7 @@ class FilePlan:
     def place(self, name: str, weight: Weight, again: Callable[[], Weight], kind: TensorType | None = None) -> None:
         """Put a tensor last; `again` reads `weight` when it is written. Raises Inexact where no type holds it."""
         size = tuple(weight.values.shape) if isinstance(weight, Dense) else shape(weight)
-        self.tensors.append(Placed(name, size, kind or exact_type(weight), again))
+        self.tensors.append(Placed(name, size, kind or exact_type(weight), (again,)))
 
     @property
     def mostly(self) -> str:
@@ -80,7 +91,7 @@ class FilePlan:
         return weights.most_common(1)[0][0]
 
 
-def to_gguf(folder: Path, output: Path, allow_dense: bool = False, round_to: str | None = None) -> Exported:
+def to_gguf(opened: Opened, output: Path, allow_dense: bool = False, round_to: str | None = None) -> Exported:
     """Write grids value for value; others are rounded to the type `round_to`, to bfloat16, or raise InputError."""
     if round_to is not None and round_to not in ROUNDED:
         raise RecipeError(f"nothing is rounded to {round_to!r} here; choose one of {', '.join(ROUNDED)}")
@@ -88,7 +99,7 @@ def to_gguf(folder: Path, output: Path, allow_dense: bool = False, round_to: str
         from gguf import GGUFWriter
     except ImportError as error:
         raise RecipeError('this export needs gguf; run pip install "llmcompress[export]"') from error
-    opened = Opened(folder)
+    folder = opened.folder
     model = gguf_model(folder, opened.config)
     vocabulary = read_vocabulary(folder, model.config.vocab_size, opened.config)
     with writing(output, opened.dense_bytes) as staged:
@@ -156,14 +167,52 @@ def planned(opened: Opened, model: GGUFModel, fallbacks: Fallbacks) -> FilePlan:
     transposed = transposed_linears(opened.folder)
     for name, factors in model.rope_factors().items():
         plan.place(name, Dense(factors), partial(Dense, factors))
+    stacks = stacked(opened)
+    inside = {layer for layers in stacks.values() for layer in layers}
     for layers, others in opened.parts():
         for layer in layers:
-            _place_layer(plan, opened, layer, model.name(f"{layer}.weight"), fallbacks)
+            if layer not in inside:
+                _place_layer(plan, opened, layer, model.name(f"{layer}.weight"), fallbacks)
         for tensor in others:
-            if not tensor.endswith(f".{LIKE}"):
+            if not tensor.endswith(f".{LIKE}") and tensor.removesuffix(".weight") not in inside:
                 stored = partial(_stored, opened, model, tensor, tensor.removesuffix(".weight") in transposed)
                 plan.place(model.name(tensor), stored(), stored)
+    for stack, experts in stacks.items():
+        _place_stack(plan, opened, model.name(f"{stack}.weight"), experts, fallbacks)
     return plan
+
+
+def stacked(opened: Opened) -> dict[str, list[str]]:
+    """Return the matrices of experts that are one tensor in GGUF, in order: by their common name, without a number."""
+    found: dict[str, list[str]] = {}
+    experts = experts_of(described(opened.folder, trust_remote_code=opened.trust_remote_code))
+    for path, each in experts.items():
+        for number, expert in enumerate(each):
+            for leaf, _ in expert.named_children():
+                found.setdefault(f"{path}.{leaf}", []).append(f"{path}.{number}.{leaf}")
+    return found
+
+
+def _place_stack(plan: FilePlan, opened: Opened, name: str, layers: list[str], fallbacks: Fallbacks) -> None:
+    """Put a tensor `[experts, out, in]` last: in the type that holds all of them, else each rounded to one type."""
+    reads: list[Callable[[], Weight]] = [partial(_matrix, opened, layer) for layer in layers]
+    try:
+        kind = common_type(reads)
+        plan.exact[kind.name] += sum(layer in opened.layouts for layer in layers)
+    except Inexact as error:
+        kind = FLOATS["BF16"]
+        for number, layer in enumerate(layers):
+            values = dense(_matrix(opened, layer))
+            stored, kind, called = fallbacks.of(layer, values, error)
+            lost = (dense(stored) - values).norm() / values.norm().clamp_min(1e-30)
+            plan.rounded[layer] = called, float(lost)
+            reads[number] = partial(_rounded, opened, layer, kind)
+    plan.tensors.append(Placed(name, (len(layers), *shape(_matrix(opened, layers[0]))), kind, tuple(reads)))
+
+
+def _matrix(opened: Opened, layer: str) -> Weight:
+    """Read a matrix that may be compressed."""
+    return opened.expression(layer) if layer in opened.layouts else Dense(opened.read(f"{layer}.weight"))
 
 
 def _place_layer(plan: FilePlan, opened: Opened, layer: str, name: str, fallbacks: Fallbacks) -> None:
@@ -195,7 +244,7 @@ def _base(opened: Opened, layer: str) -> Weight:
 
 
 def _rounded(opened: Opened, layer: str, kind: TensorType) -> Weight:
-    values = dense(opened.expression(layer))
+    values = dense(_matrix(opened, layer))
     return nearest(values, kind) if kind.pack else Dense(values.to(torch.bfloat16))
 
 
@@ -243,7 +292,7 @@ def _write_model(writer: GGUFWriter, tensors: list[Placed], model: GGUFModel) ->
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for placed in tensors:
-            written = packed(placed.weight(), placed.type)
+            written = torch.cat([packed(read(), placed.type) for read in placed.weights])
             order = model.row_order(placed.name)
             if order is not None:
                 written = written.reshape(len(order), -1)[order]
