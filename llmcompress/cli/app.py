@@ -12,6 +12,7 @@ import typer
 from llmcompress.cli.bench import bench
 from llmcompress.cli.commands import Commands
 from llmcompress.cli.doctor import doctor
+from llmcompress.cli.drop import drop
 from llmcompress.cli.experts import experts as experts_commands
 from llmcompress.cli.frontier import frontier
 from llmcompress.cli.options import (
@@ -57,8 +58,8 @@ from llmcompress.cli.views import (
     answered_view,
     comparison_view,
     distilled_view,
-    dropped_view,
     plan_view,
+    priced_view,
     report_view,
     score_view,
 )
@@ -93,6 +94,9 @@ def compress(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run, or start over.")
     ] = True,
+    price_part: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Only measure part K of N of a target's prices, beside OUT.")
+    ] = None,
     settings: Settings = None,
     revision: Revision = None,
     seed: Seed = None,
@@ -108,12 +112,17 @@ def compress(
     Example: llmcompress compress smollm2 --size 40MB -o small
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.pipeline import compress as run
+        from llmcompress.compression import pipeline
+        from llmcompress.compression.allocate.parts import Part
 
         asked = asked_recipe(recipe, settings, seed, target_of(bpw, size, kl), tune)
-        shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
         how: dict[str, Any] = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
-        result = run(model, asked, output, pricing=terminal.pricing, resume=resume, **how, **shown)
+        if price_part is not None:
+            file = pipeline.price_part(model, asked, output, Part.of(price_part), pricing=terminal.pricing, **how)
+            terminal.show({"part": price_part, "file": str(file)}, priced_view)
+            return
+        shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
+        result = pipeline.compress(model, asked, output, pricing=terminal.pricing, resume=resume, **how, **shown)
         terminal.warn(summarized(result.report.warnings))
         more = {"distillation": result.distillation, "allocation": result.allocation}
         found = result.report.to_json() | {name: part for name, part in more.items() if part is not None}
@@ -309,38 +318,7 @@ def distill(
         terminal.show(found.to_json(), distilled_view)
 
 
-@app.command()
-def drop(
-    model: Model,
-    output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
-    blocks: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="Of the blocks to drop: 13-18 or 4,7-9.")
-    ] = None,
-    count: Annotated[
-        int | None, typer.Option(help="Drop so many consecutive blocks, those that change hidden states least.")
-    ] = None,
-    text: Annotated[str, typer.Option(help="What --count reads: a file, a data set, or stdlib.")] = "stdlib",
-    revision: Revision = None,
-    device: Device = "cpu",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> None:
-    """Write MODEL without some of its decoder blocks: a student for `distill`, which mends it.
-
-    Example: llmcompress drop smollm2 --count 6 -o short
-    """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.depth.drop import drop_blocks
-        from llmcompress.compression.depth.similarity import chosen_blocks
-        from llmcompress.models.staging import check_output
-
-        check_output(output, 0)
-        how: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        chosen = chosen_blocks(model, blocks, count, text=text, device=device, **how)
-        terminal.show(drop_blocks(model, chosen, output, **how).to_json(), dropped_view)
-
+app.command()(drop)
 
 app.add_typer(experts_commands, name="experts")
 

@@ -156,6 +156,12 @@ def exported_view(found: Row, every: bool) -> Iterator[RenderableType]:
     yield from (f"changed {sentence}" for sentence in found["changed"])
 
 
+def priced_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the part of the prices that was measured, and the next step."""
+    yield f"priced  part {found['part']} in {found['file']}"
+    yield "next    the same command without --price-part, when all parts are there"
+
+
 def dropped_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the numbers of the dropped blocks, and the sizes before and after."""
     yield f"dropped {', '.join(map(str, found['dropped']))} of the {len(found['dropped'] + found['kept'])} blocks"

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.compression import run
+from llmcompress.compression.allocate.parts import Part
 from llmcompress.compression.allocate.plan import Allocation, allocate
-from llmcompress.compression.allocate.price_file import allocate_by, discard_prices
+from llmcompress.compression.allocate.price_file import allocate_by, discard_prices, measure_part
 from llmcompress.compression.books import is_complete
 from llmcompress.compression.plan import Job, Plan, prepare
 from llmcompress.compression.result import Result
 from llmcompress.compression.run import Progress
-from llmcompress.errors import DiskError
+from llmcompress.errors import DiskError, RecipeError
 from llmcompress.evaluate import report as reports
 from llmcompress.models import file_names
 from llmcompress.models.companions import companions
@@ -39,7 +40,7 @@ from llmcompress.recipe.read import read_as, read_recipe
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.notebook import counted
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.runtime.ranks import ALONE, Ranks, launched
+from llmcompress.runtime.ranks import ALONE, Ranks, launched, launched_count
 
 STAGED, PRICES = ".compressed", ".prices.json"  # follow the name of the output folder
 Training = Callable[[int, int, float, float, float], None]  # as `distill` reports
@@ -132,6 +133,30 @@ def _opened(
     source = resolve(model, revision, trust_remote_code)
     companions(source.folder, trust_remote_code)  # raises any fault in them before work starts
     return prepare(source, asked)
+
+
+def price_part(
+    model: str | Path,
+    recipe: Recipe | str | Path | dict[str, Any],
+    output: Path,
+    part: Part,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    pricing: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Measure a part of the prices that `compress` would measure for its target, and return the file beside `output`.
+
+    Once all parts are there, `compress` puts them together. Raises what `compress` raises.
+    """
+    device_of(device)
+    if (count := launched_count()) > 1:
+        raise RecipeError(f"a part of the prices is measured by one process, and there are {count}; start one for it")
+    job = _opened(model, recipe, revision, trust_remote_code)
+    check_output(output, 0)
+    with fast_float32():
+        return measure_part(output.with_name(output.name + PRICES), part, job, device=device, progress=pricing)
 
 
 def _to_target(

@@ -31,7 +31,7 @@ T = TypeVar("T")
 PATIENCE = timedelta(weeks=52)  # some shares take hours longer; a process that ends is noticed without a limit
 GATHERING = timedelta(minutes=10)  # in which all processes have to come
 GRACE = 2.0  # seconds that the first process gets to tell an error, before a launcher notices that others have ended
-NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # variables that launchers set beside WORLD_SIZE
+NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # variables that launchers set beside WORLD_SIZE
 _MEETINGS = itertools.count()  # of this process: every process has the same ones in the same order
 
 
@@ -157,7 +157,7 @@ def launched(device: str) -> Iterator[Ranks]:
     if count == 1:
         yield Ranks(device)
         return
-    here, own = int(os.environ.get("LOCAL_WORLD_SIZE", str(count))), _own_device(device, count)
+    here, own = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _own_device(device, count)
     if missing := [name for name in NEEDED if name not in os.environ]:
         raise RecipeError(
             f"WORLD_SIZE is {count} but {listed(missing)} is not set; start the processes by torchrun or accelerate "
@@ -195,7 +195,7 @@ def _met(rank: int, count: int) -> Any:
         store.wait([f"here/{other}" for other in range(count)], GATHERING)
     except (DistError, RuntimeError) as error:
         raise RecipeError(
-            f"not all of the {count} processes came within {GATHERING.seconds // 60} minutes; every process that the "
+            f"not all of the {count} processes came within {GATHERING.seconds} seconds; every process that the "
             f"launcher starts has to run the same command"
         ) from error
     return store
@@ -222,8 +222,8 @@ def _noticing() -> Iterator[None]:
         yield
     except RuntimeError as error:  # gloo has no type of its own
         raise EndedError(
-            "another process of this run has ended, and so does this one; what it said tells why, and the same command "
-            "resumes"
+            "another process of this run has ended, and so does this one; if it said why, mend that, and run the same "
+            "command again"
         ) from error
 
 

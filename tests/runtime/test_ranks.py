@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
+import typer
 
+from llmcompress.cli.terminal import Terminal
 from llmcompress.errors import EndedError, InputError, NumericsError, RecipeError
-from llmcompress.runtime.ranks import ALONE, Ranks, launched
+from llmcompress.runtime import ranks
+from llmcompress.runtime.ranks import ALONE, Ranks, _own_device, launched
+from tests.distill.launched import free_port
 from tests.lockstep import in_lockstep
 
 COUNTS = [2, 3, 5]
@@ -96,6 +102,37 @@ def test_a_process_alone_hands_everything_on_and_needs_no_group(monkeypatch: pyt
 
 def test_processes_that_no_launcher_started_are_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(RecipeError, match="WORLD_SIZE is 2 but RANK, LOCAL_RANK, MASTER_ADDR and 1 more is not set"):
+    for name in ranks.NEEDED:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RecipeError, match="WORLD_SIZE is 2 but RANK, MASTER_ADDR, MASTER_PORT is not set"):
         launched("cpu").__enter__()
+
+
+def test_a_process_that_waits_in_vain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "GATHERING", timedelta(seconds=1))
+    own = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match="not all of the 2 processes came within 1 seconds; every process that"):
+        launched("cpu").__enter__()
+    assert not torch.distributed.is_initialized()
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "kind_of", lambda name, count: torch.device(name))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (_own_device("cuda", 2), _own_device("cpu", 2)) == ("cuda:1", "cpu")
+    assert Ranks("cuda:1", 1, 2).asked == "cuda" and Ranks("cuda:1").asked == "cuda:1"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(RecipeError, match="process 2 of this machine has no cuda device, of which torch finds 2"):
+        _own_device("cuda", 3)
+
+
+def test_an_error_that_another_process_tells_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for told, said in ((False, "[5] the model is damaged\n"), (True, "")):
+        error = InputError("the model is damaged")
+        error.told = told
+        with pytest.raises(typer.Exit) as ended, Terminal():
+            raise error
+        assert ended.value.exit_code == 5 and capsys.readouterr().err == said

@@ -167,12 +167,17 @@ def price(
     Raises MemoryLimitError if it does not fit, InputError for too little text, and what the walk and the methods raise.
     """
     started = time.monotonic()
-    windows = probe_windows(tokens.sequences[tokens.obtained - tokens.held_out :])
     with ranks.agreed():
-        _check_memory(job, found, windows, device, ranks)
-        probe = Probe(job.source, job.arch, windows, device)
+        probe = probe_of(job, found, tokens, device, ranks)
     priced, dense = prices(job, found, tokens, probe, device, progress, ranks), probe.dense
     return PriceList(job, found, priced, lambda: dense, time.monotonic() - started)
+
+
+def probe_of(job: Job, found: Choices, tokens: CalibrationTokens, device: str, ranks: Ranks) -> Probe:
+    """Return the probe that measures options. Raises MemoryLimitError where the share of a process does not fit."""
+    windows = probe_windows(tokens.sequences[tokens.obtained - tokens.held_out :])
+    _check_memory(job, found, windows, device, ranks)
+    return Probe(job.source, job.arch, windows, device)
 
 
 def priced_tokens(job: Job) -> CalibrationTokens:

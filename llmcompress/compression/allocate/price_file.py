@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,21 @@ import torch
 
 from llmcompress.calibrate.walk import Progress
 from llmcompress.compression.allocate.choices import Choices
-from llmcompress.compression.allocate.plan import Allocation, PriceList, price, priced_tokens, reachable, target_of
-from llmcompress.compression.allocate.prices import Priced
-from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts
+from llmcompress.compression.allocate.parts import Part, discard_parts, part_store, read_parts
+from llmcompress.compression.allocate.plan import (
+    Allocation,
+    PriceList,
+    price,
+    priced_tokens,
+    probe_of,
+    reachable,
+    target_of,
+)
+from llmcompress.compression.allocate.prices import Measurements, Priced, listed, measured
+from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts, probe_windows
 from llmcompress.compression.plan import Job
-from llmcompress.errors import DiskError, first_line
+from llmcompress.data.calibration import CalibrationTokens
+from llmcompress.errors import DiskError, RecipeError, first_line
 from llmcompress.evaluate.logits import OnDisk
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.store import Store
@@ -50,25 +61,64 @@ def price_list(
     Raises DiskError for a list of another recipe, model or version, or one that cannot be written.
     """
     tokens = ranks.first(partial(priced_tokens, job))
-    entry = ranks.first(lambda: _kept(_store(path, job), path.stem, tokens.hash))
+    entry = ranks.first(lambda: _kept(path, job, tokens.hash) or _put_together(path, job, found, tokens))
     if entry is not None:
         with ranks.agreed():
             return _read(_store(path, job), entry, job, found, device)
     ranks.compare(identity_of(job) | {TOKENS: tokens.hash})
     made = price(job, found, tokens, device=device, progress=progress, ranks=ranks)
-    matrices = [one.to_json() for one in made.prices]
-
-    def keep() -> None:
-        entry = {"seconds": made.seconds, "windows": made.dense().windows.tolist(), "matrices": matrices}
-        _store(path, job).put(path.stem, entry | {TOKENS: tokens.hash})
-
-    ranks.first(keep)
+    ranks.first(lambda: _keep(path, job, made.prices, made.dense().windows, made.seconds, tokens.hash))
     return made
 
 
-def _kept(store: Store, name: str, tokens: str) -> dict[str, Any] | None:
-    """Return the price list in a store, None where there is none. Raises DiskError for that of another text."""
-    kept = store.get(name)
+def measure_part(path: Path, part: Part, job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Path:
+    """Measure a part of the price list in the file `path`, and return its own file: see `parts`.
+
+    Raises RecipeError where there is no target, or a part more than there are blocks and tables; also raises what
+    `price` raises, and DiskError where nothing can be written.
+    """
+    found = reachable(job, (target_of(job),))
+    if part.count > (most := len(job.arch.blocks) + sum(one.is_table for one in found.matrices)):
+        raise RecipeError(f"{part.count} parts are more than the {most} blocks and tables to price; take fewer")
+    tokens, started = priced_tokens(job), time.monotonic()
+    share = Ranks(device, part.number - 1, part.count)
+    made = measured(job, found, tokens, probe_of(job, found, tokens, device, share), device, progress, share)
+    entry = {"seconds": time.monotonic() - started, TOKENS: tokens.hash, **made.to_json()}
+    part_store(path, part, identity_of(job)).put(part.file(path).stem, entry)
+    return part.file(path)
+
+
+def _put_together(path: Path, job: Job, found: Choices, tokens: CalibrationTokens) -> dict[str, Any] | None:
+    """Make the price list of its parts, and remove them; None where there are none. Raises InputError where some are
+    missing."""
+    entries = read_parts(path, identity_of(job))
+    if not entries:
+        return None
+    if any(entry.get(TOKENS) != tokens.hash for entry in entries):
+        raise _store(path, job).refusal([TOKENS])
+    try:
+        prices = listed(found, map(Measurements.from_json, entries))
+    except (ValueError, KeyError, TypeError) as error:
+        raise _store(path, job).damage(error) from error
+    windows = probe_windows(tokens.sequences[tokens.obtained - tokens.held_out :])
+    entry = _keep(path, job, prices, windows, sum(float(entry["seconds"]) for entry in entries), tokens.hash)
+    discard_parts(path)
+    return entry
+
+
+def _keep(
+    path: Path, job: Job, prices: Sequence[Priced], windows: torch.Tensor, seconds: float, tokens: str
+) -> dict[str, Any]:
+    """Write a price list, and return what the file holds."""
+    entry = {"seconds": seconds, "windows": windows.tolist(), "matrices": [one.to_json() for one in prices]}
+    _store(path, job).put(path.stem, entry | {TOKENS: tokens})
+    return entry
+
+
+def _kept(path: Path, job: Job, tokens: str) -> dict[str, Any] | None:
+    """Return the price list in the file `path`, None where there is none. Raises DiskError for that of another text."""
+    store = _store(path, job)
+    kept = store.get(path.stem)
     if kept is not None and kept.entry.get(TOKENS) != tokens:
         raise store.refusal([TOKENS])
     return None if kept is None else kept.entry
@@ -80,7 +130,8 @@ def check_prices(path: Path, job: Job) -> None:
 
 
 def discard_prices(path: Path) -> None:
-    """Remove the price list in the file `path`, if there is one. Raises DiskError for a file that is none."""
+    """Remove the price list in the file `path`, if there is one, and its parts. Raises DiskError for a file that is
+    none."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {KIND: []}
     except (OSError, ValueError) as error:
@@ -88,6 +139,7 @@ def discard_prices(path: Path) -> None:
     if not isinstance(entries, dict) or KIND not in entries:
         raise DiskError(f"{path} is no price list of llmcompress; move it, or choose another output")
     path.unlink(missing_ok=True)
+    discard_parts(path)
 
 
 def _store(path: Path, job: Job) -> Store:

@@ -102,12 +102,38 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """The measurements of one matrix when its changes have been judged. `probed`: a middle option."""
+class Measured:
+    """The measurements of one matrix when its changes have been judged, by option. `probed`: a middle option."""
 
     errors: dict[int, float]
     sensitivities: dict[int, float]
     probed: int
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The measurements of some matrices, by name, and of the smallest linear if that is among them: for each family of
+    options the errors with rough steps, by number, and with their own, in order."""
+
+    matrices: dict[str, Measured]
+    reference: Reference
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; numbers of options lie in lists, since keys of JSON are text."""
+        matrices = {
+            name: {"errors": [*one.errors.items()], "sensitivities": [*one.sensitivities.items()], "probed": one.probed}
+            for name, one in self.matrices.items()
+        }
+        return {"matrices": matrices, "reference": [[[*fast.items()], asked] for fast, asked in self.reference]}
+
+    @staticmethod
+    def from_json(entries: dict[str, Any]) -> Measurements:
+        """Return the inverse of `to_json`. Raises KeyError, TypeError or ValueError for entries of another form."""
+        matrices = {
+            name: Measured(dict(one["errors"]), dict(one["sensitivities"]), int(one["probed"]))
+            for name, one in entries["matrices"].items()
+        }
+        return Measurements(matrices, [(dict(fast), list(asked)) for fast, asked in entries["reference"]])
 
 
 def prices(
@@ -125,29 +151,23 @@ def prices(
     Statistics are taken from the dense model's inputs, so that no price depends on how other layers are compressed, nor
     on which of several processes measures it: each takes every so many-th block, and its changes to the end.
     """
-    linears = [one for one in found.matrices if not one.is_table]
-    smallest = min(linears, key=lambda one: (one.shape[0] * one.shape[1], _from_middle(one, linears)), default=None)
     with ranks.agreed():
-        mine = _measured(job, found, smallest, tokens, probe, device, progress, ranks)
-    measured: dict[str, _Measured] = {}
-    reference: Reference = []
-    for theirs, curves in ranks.everyone(mine):
-        measured |= theirs
-        reference = reference or curves
-    return tuple(_priced(one, measured[one.name], [] if one.is_table else reference) for one in found.matrices)
+        mine = measured(job, found, tokens, probe, device, progress, ranks)
+    return listed(found, ranks.everyone(mine))
 
 
-def _measured(
+def measured(
     job: Job,
     found: Choices,
-    smallest: Matrix | None,
     tokens: CalibrationTokens,
     probe: Probe,
     device: str,
     progress: Progress | None,
     ranks: Ranks,
-) -> tuple[dict[str, _Measured], Reference]:
-    """Return the measurements of a process's matrices by name, and those of the smallest linear if it is among them."""
+) -> Measurements:
+    """Return the measurements that are a process's to make; it need not be one of processes that run together."""
+    linears = [one for one in found.matrices if not one.is_table]
+    smallest = min(linears, key=lambda one: (one.shape[0] * one.shape[1], _from_middle(one, linears)), default=None)
     wanted = {one.name: one for one in _share(job, found.matrices, ranks)}
     found_by: dict[str, _Run] = {}
     reference: Reference = []
@@ -157,7 +177,17 @@ def _measured(
             reference = [_of_reference(layer, one, family, held_out) for family in families(one.options)]
         found_by[one.name] = _run(block, layer, one, held_out, probe, every=job.recipe.damage == "kl")
     divergences = probe.divergences()
-    return {name: _judged(name, run, divergences) for name, run in found_by.items()}, reference
+    return Measurements({name: _judged(name, run, divergences) for name, run in found_by.items()}, reference)
+
+
+def listed(found: Choices, parts: Iterable[Measurements]) -> tuple[Priced, ...]:
+    """Return the price list of all matrices from the measurements of all processes."""
+    matrices: dict[str, Measured] = {}
+    reference: Reference = []
+    for part in parts:
+        matrices |= part.matrices
+        reference = reference or part.reference
+    return tuple(_priced(one, matrices[one.name], [] if one.is_table else reference) for one in found.matrices)
 
 
 def _share(job: Job, matrices: Sequence[Matrix], ranks: Ranks) -> list[Matrix]:
@@ -255,14 +285,14 @@ def _run(block: Block, layer: Layer, one: Matrix, held_out: Moments | None, prob
     return _Run(errors, changes, middle)
 
 
-def _judged(name: str, run: _Run, divergences: list[float]) -> _Measured:
+def _judged(name: str, run: _Run, divergences: list[float]) -> Measured:
     """Return the sensitivities, from the KL of all changes."""
     sensitivities = {
         number: max(divergences[change], 0.0) / made  # rounding can make no change a negative one
         for number, (change, made) in run.changes.items()
     }
     _check_finite(name, sensitivities.values())
-    return _Measured(run.errors, sensitivities, run.middle)
+    return Measured(run.errors, sensitivities, run.middle)
 
 
 def _check_finite(name: str, values: Iterable[float]) -> None:
@@ -270,7 +300,7 @@ def _check_finite(name: str, values: Iterable[float]) -> None:
         raise NumericsError(f"{name}: an option for it gives NaN or Inf; give other options, or a rule for it")
 
 
-def _priced(one: Matrix, found: _Measured, reference: Reference) -> Priced:
+def _priced(one: Matrix, found: Measured, reference: Reference) -> Priced:
     errors, kin = dict(found.errors), families(one.options)
     for family, (fast, asked) in zip(kin, reference):
         places = {number: place for place, number in enumerate(family)}

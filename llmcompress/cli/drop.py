@@ -1,0 +1,44 @@
+"""The command that leaves decoder blocks out; `app` lists it among the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmcompress.cli.options import AsJson, Device, Model, Quiet, Revision, TrustRemoteCode, Verbose
+from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.views import dropped_view
+
+
+def drop(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
+    blocks: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="Of the blocks to drop: 13-18 or 4,7-9.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Drop so many consecutive blocks, those that change hidden states least.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="What --count reads: a file, a data set, or stdlib.")] = "stdlib",
+    revision: Revision = None,
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write MODEL without some of its decoder blocks: a student for `distill`, which mends it.
+
+    Example: llmcompress drop smollm2 --count 6 -o short
+    """
+    with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.compression.depth.drop import drop_blocks
+        from llmcompress.compression.depth.similarity import chosen_blocks
+        from llmcompress.models.staging import check_output
+
+        check_output(output, 0)
+        how: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        chosen = chosen_blocks(model, blocks, count, text=text, device=device, **how)
+        terminal.show(drop_blocks(model, chosen, output, **how).to_json(), dropped_view)
