@@ -138,9 +138,9 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
                 dense_hidden[batch.rows] = run(dense_hidden[batch.rows], batch.rows, keep, tuple(readers))
             if not readers and not streams.keep_outputs:
                 continue
-            weights = (
-                None if streams.weights is None else token_weights(run, hidden[batch.rows], batch.rows, streams.weights)
-            )
+            weights = None
+            if streams.weights is not None:
+                weights = token_weights(run, hidden[batch.rows], batch.rows, streams.weights)
 
             def read(
                 name: str,
@@ -153,9 +153,8 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
                 sums.read(name, (x, tokens), held_out, dense.pop(name, None), weights)
 
             output = run(hidden[batch.rows], batch.rows, read, tuple(readers), None if streams.keep_outputs else last)
-            if (
-                last is None and sums.moments and not to_experts
-            ):  # an expert may be called in one batch and not in another
+            # an expert may be called in one batch and not in another
+            if last is None and sums.moments and not to_experts:
                 last = list(sums.moments)[-1][0]
             if streams.keep_outputs:
                 outputs[batch.rows] = output

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import llmcompress as lc
 from llmcompress.cli.terminal import verdict
-from llmcompress.compression import run
+from llmcompress.compression import books, journal, run
 from llmcompress.distill import run as distilling
 from llmcompress.distill.run import distill
 from llmcompress.errors import DiskError, InputError, LLMCompressError, LockedError
@@ -58,16 +58,16 @@ def nth(number: int, original: Callable[..., Any], error: BaseException) -> Call
 
 
 ENDS = {  # where the end comes: module, function, at which call
-    "before the rest is written": (run, "_write_rest", 0),
+    "before the rest is written": (books.Books, "write_rest", 0),
     "before the merge": (checkpoint, "merged", 0),
     "while headers are made": (merge, "_encoded", 0),
     "before the first part is merged": (merge, "_move", 0),
     "before the last part is merged": (merge, "_move", 4),
     "before the report": (run, "_report", 0),
-    "before the check": (run, "check_written", 0),
+    "before the check": (books, "check_written", 0),
     "before the manifest": (checkpoint, "seal", 0),
     "before the rename": (checkpoint, "_publish", 0),
-    "behind the rename": (run, "remove", 0),
+    "behind the rename": (journal, "remove", 0),
 }
 
 
@@ -84,8 +84,6 @@ def test_the_last_phase_loses_nothing(
     end, full = cut
     module, name, call = ENDS[end]
     error = OSError(28, "No space left on device") if full else Cut()
-    if end == "behind the rename":  # there the journal removes its folder
-        from llmcompress.compression import journal as module  # type: ignore[no-redef]
     asked = recipe(place, **TABLES)
     with monkeypatch.context() as patch:
         patch.setattr(module, name, nth(call, getattr(module, name), error))

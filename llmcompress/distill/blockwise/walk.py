@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.blocks import Calls, RowBatch, in_batches
+from llmcompress.calibrate.blocks import Calls, RowBatch, hidden_of, in_batches
 from llmcompress.calibrate.recording import recorded
 from llmcompress.distill.blockwise.block import Activations, Block, Recovered, recover_block
 from llmcompress.distill.student.low_rank import teachers_weights
@@ -78,8 +78,7 @@ class Stream:
             call = self.calls.of(index, len(hidden), None)
             with self.autocast():
                 output = module(hidden, *call.args, **call.kwargs)
-            found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-            return found
+            return hidden_of(output, hidden, self.path(index))
 
         return run
 
