@@ -7,7 +7,7 @@ Bits are counted on the expression that each step announces for the layer's shap
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from math import prod
@@ -209,10 +209,14 @@ def _plan(job: Job) -> Plan:
             "compress leaves beside the model"
         )
     linears = job.arch.linears()
-    rows = []
+    rows: list[LayerPlan] = []
+    alike: dict[tuple[tuple[int, int], str], LayerPlan] = {}  # a large model has few shapes
     for name, steps in job.steps.items():
         size = linears[name].shape
-        rows.append(_row(name, size, steps, sketch(name, size, steps)))
+        key = size, repr(steps)
+        if key not in alike:
+            alike[key] = _row(name, size, steps, sketch(name, size, steps))
+        rows.append(replace(alike[key], name=name))
     if not rows:
         raise RecipeError(
             f"recipe {job.recipe.name!r} compresses no layer of {job.source.name}; give a rule with steps"

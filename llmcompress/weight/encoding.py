@@ -36,6 +36,7 @@ from llmcompress.weight.nodes import (
     children,
     float_codes,
     shape,
+    shown_count,
     stored,
     unknown,
 )
@@ -202,7 +203,8 @@ class Reader:
         """Return a tensor `[out, in]` of which only the elements that show are stored; zeros stand for the others."""
         numbers, (rows, width) = self.own(name), self.size(header)
         if levels is not None and not numbers.is_floating_point():
-            numbers = unpack(numbers, levels, rows * width if self.shown is None else _count(self.shown, rows, width))
+            count = rows * width if self.shown is None else shown_count(self.shown, (rows, width))
+            numbers = unpack(numbers, levels, count)
         return expand(numbers, (rows, width), self.shown)
 
     def rows(self, name: str, size: Sequence[int], levels: int | None = None) -> Tensor:
@@ -252,10 +254,6 @@ def pattern_tables(kept: int, group: int) -> tuple[Tensor, Tensor]:
         patterns[rank, list(columns)] = True
         ranks[sum(1 << column for column in columns)] = rank
     return ranks, patterns
-
-
-def _count(shown: Tensor, *size: int) -> int:
-    return int(shown.expand(size).sum())
 
 
 def expand(numbers: Tensor, size: tuple[int, int], shown: Tensor | None) -> Tensor:

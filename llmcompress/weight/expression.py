@@ -36,6 +36,7 @@ from llmcompress.weight.nodes import (
     float_codes,
     rebuild,
     shape,
+    shown_count,
     stored,
     unknown,
 )
@@ -187,7 +188,7 @@ def describe(w: Weight) -> str:
             return f"rank {shape(left)[1]} ({describe(left)} | {describe(right)})"
         case Where(index, inside, outside):
             kind = f"{index.kept}:{index.group}" if isinstance(index, Pattern) else type(index).__name__.lower()
-            share = index.inside.float().mean().item()
+            share = shown_count(index.inside, index.inside.shape) / index.inside.numel()
             return f"{share:.0%} of {kind}: {describe(inside)}, else {describe(outside)}"
         case Rotated(inner, _, block):
             return f"rotated {block} ({describe(inner)})"

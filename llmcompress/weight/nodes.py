@@ -11,10 +11,11 @@ stored: the selection (`shown`, true = stored) goes down to the leaves. Only the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from llmcompress.weight.packing import packed_bits
@@ -294,7 +295,7 @@ class Stored:
         """Stored bits, before the last byte is padded."""
         count = self.tensor.numel()
         if shown is not None and self.per == "element":
-            count = int(shown.expand(self.tensor.shape).sum())
+            count = shown_count(shown, self.tensor.shape)
         return packed_bits(self.levels, count) if self.levels else count * self.tensor.element_size() * 8
 
     def numbers(self, shown: Tensor | None) -> Tensor:
@@ -335,6 +336,11 @@ def stored(w: Weight) -> tuple[Stored, ...]:
         case Zero() | LowRank() | Where() | Transposed() | Sum():
             return ()
     raise unknown("stored", w)
+
+
+def shown_count(shown: Tensor, size: Sequence[int]) -> int:
+    """Return how many elements of a matrix `size` are stored; `shown` may be one row, for all of them."""
+    return int(torch.count_nonzero(shown.expand(size)))  # a sum over bool would first make a copy in int64
 
 
 def both(shown: Tensor | None, selected: Tensor) -> Tensor:
