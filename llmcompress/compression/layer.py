@@ -11,7 +11,7 @@ from llmcompress.calibrate.walk import Block, InputGroup
 from llmcompress.compression.plan import Job
 from llmcompress.errors import NumericsError
 from llmcompress.evaluate.report import LayerReport
-from llmcompress.methods.engines.hessian import damped
+from llmcompress.methods.engines.hessian import inverse_factor, outer_of
 from llmcompress.methods.layer import Layer, relative_error, sampled_error
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.row_chunks import Outcome
@@ -26,23 +26,35 @@ def layer_of(job: Job, block: Block, name: str, group: InputGroup) -> Layer:
     """Return a linear of the block as methods see it; those that read the same input get the same seed."""
     weight, inputs = block.weight(name), group.inputs
     target = weight
-    if inputs.cross is not None and inputs.outer is not None:
-        target = weight + job.recipe.asymmetric * (weight @ _to_dense_outputs(inputs, inputs.outer, inputs.cross))
+    if inputs.cross is not None:
+        try:
+            moved = to_dense_outputs(weight, inputs, inputs.cross, len(group.names))
+        except NumericsError as error:
+            raise NumericsError(f"{name}: {error}") from error
+        target = weight + job.recipe.asymmetric * moved
     seed = f"{job.recipe.seed}/{group.names[0]}"
     return Layer(name, target, Dense(target.to(torch.bfloat16)), inputs, seed)
 
 
-def _to_dense_outputs(inputs: Moments, outer: Tensor, cross: Tensor) -> Tensor:
-    """Return D `[in, in]` for which W + W D, on the inputs seen, comes closest to W's outputs on the dense model's.
+def to_dense_outputs(weight: Tensor, inputs: Moments, cross: Tensor, readers: int = 1) -> Tensor:
+    """Return W D `[out, in]`: W + W D, on the inputs seen, comes closest to W's outputs on the dense model's inputs.
 
-    (C - H) inverse(H) with C = X_dense^T X and H = X^T X (GPTAQ, arXiv 2504.02692); one for all layers that read X.
+    D = (C - H) inverse(H) with C = X_dense^T X, `cross`, and H = X^T X (GPTAQ, arXiv 2504.02692). `readers`: the layers
+    that read X; where they have more rows than X has channels, D is computed once for all of them.
     """
+    upper, _ = inverse_factor(inputs, TARGET_DAMPING)  # inverse(H) = U^T U
 
-    def compute() -> Tensor:
-        hessian = damped(outer.double(), TARGET_DAMPING)
-        return torch.linalg.solve(hessian, (cross - outer).double(), left=False).float()
+    def to_dense() -> Tensor:
+        return _gap(inputs, cross) @ upper.T @ upper
 
-    return inputs.memo("to_dense_outputs", compute)
+    if readers * len(weight) < weight.shape[1]:
+        return weight @ _gap(inputs, cross) @ upper.T @ upper
+    return weight @ inputs.memo("to_dense_outputs", to_dense)
+
+
+def _gap(inputs: Moments, cross: Tensor) -> Tensor:
+    """Return C - H for a token, as H is in `inverse_factor`."""
+    return (cross - outer_of(inputs)).div_(max(inputs.tokens, 1e-30))
 
 
 def finished(job: Job, layer: Layer, outcome: Outcome, group: InputGroup) -> tuple[PackedWeight, LayerReport]:

@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from llmcompress.weight.hadamard import rotate_inputs, unrotate
+from llmcompress.weight.hadamard import rotate, unrotate
 from llmcompress.weight.nodes import (
     Codebook,
     Dense,
@@ -128,7 +128,7 @@ def matmul(x: Tensor, w: Weight, leaf: Callable[[Tensor, Weight], Tensor] = by_d
         case LowRank(left, right):
             return matmul(matmul(x, right, leaf), left, leaf)
         case Rotated(inner, signs, block):
-            return matmul(rotate_inputs(x, signs, block), inner, leaf)
+            return matmul(rotate(x, signs, block), inner, leaf)
         case Scaled(inner, columns):
             return matmul((x * columns).to(x.dtype), inner, leaf)
         case Sum(parts):

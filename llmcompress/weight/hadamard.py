@@ -10,14 +10,9 @@ def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     """`x [..., in] @ R`: random signs, then an orthonormal Hadamard transform over `block` columns at a time.
 
     A transform takes columns `in / block` apart, so each one mixes across the whole width (and across attention
-    heads). R is orthogonal; `unrotate` undoes it.
+    heads). R is orthogonal; `unrotate` undoes it, up to rounding. Products with small Hadamard matrices are several
+    times as fast as adding and subtracting, above all in bfloat16, where they also round less often.
     """
-    return _hadamard(x * _plus_minus(signs, x), block)
-
-
-def rotate_inputs(x: Tensor, signs: Tensor, block: int) -> Tensor:
-    """`rotate` for activations, up to rounding: as products with small Hadamard matrices, several times as fast as
-    adding and subtracting, above all in bfloat16, where it also rounds less often."""
     columns = (x * _plus_minus(signs, x)).reshape(-1, block, x.shape[-1] // block).transpose(1, 2)
     matrix = SYLVESTER.to(x)
     done = min(block, len(matrix))
@@ -30,7 +25,7 @@ def rotate_inputs(x: Tensor, signs: Tensor, block: int) -> Tensor:
 
 
 def unrotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
-    """`x [..., in] @ R.T`."""
+    """`x [..., in] @ R.T`, by adding and subtracting: stored weights are the same numbers on every machine."""
     if x.ndim == 2 and len(x) > ROWS and not x.requires_grad:
         turned = torch.empty_like(x)
         for part, place in zip(x.split(ROWS), turned.split(ROWS), strict=True):

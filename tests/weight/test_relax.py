@@ -389,7 +389,7 @@ def test_codes_that_stay_are_turned_back_once(monkeypatch: pytest.MonkeyPatch, d
     codes = dense(replace(stored, scale=torch.ones_like(stored.scale))).double()
     slow = (rotate(x.double(), turned.signs, turned.block) @ codes.T) * scale[:, 0]
     slow.square().sum().backward()
-    monkeypatch.setattr(expression, "rotate_inputs", None)
+    monkeypatch.setattr(expression, "rotate", None)
     found = module(x) - (x.sum(-1, keepdim=True) if terms else 0)
     found.square().sum().backward()
     close = {torch.float32: 1e-4, torch.float64: 1e-10}[dtype]

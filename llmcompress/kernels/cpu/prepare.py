@@ -15,7 +15,7 @@ from llmcompress.kernels.cpu.inputs import Inputs
 from llmcompress.kernels.cpu.layouts import KernelMatrix, form_of, packed, packed_elements
 from llmcompress.kernels.cpu.scattered import Lists, lists
 from llmcompress.weight.expression import dense
-from llmcompress.weight.hadamard import rotate_inputs
+from llmcompress.weight.hadamard import rotate
 from llmcompress.weight.nodes import (
     Bitmap,
     Codebook,
@@ -59,7 +59,7 @@ class Basis:
             x = x[..., self.columns]
         if self.factors is not None:
             x = (x * self.factors).to(x.dtype)
-        return x if self.signs is None else rotate_inputs(x, self.signs, self.block)
+        return x if self.signs is None else rotate(x, self.signs, self.block)
 
     @cached_property
     def all_factors(self) -> Tensor | None:

@@ -12,25 +12,28 @@ from llmcompress.errors import NumericsError
 from llmcompress.methods.moments import Moments
 
 LADDER = (1.0, 10.0, 100.0)  # times the damping asked for
+FLOAT32 = 1e-3  # damping from which on float32, twice as fast, factors H: its rounding is far below what is added
+TRIANGLE = 256  # rows of a triangle that is inverted in one piece
 DEAD = 1e-10  # an input channel with less than this share of the mean energy was never seen
 
 
 def channel_energy(moments: Moments) -> Tensor:
     """The diagonal of H `[in]` float64; a dead channel gets the mean energy, which leaves its weights alone."""
-    energy = _outer(moments).diagonal().double() / max(moments.tokens, 1e-30)
+    energy = outer_of(moments).diagonal().double() / max(moments.tokens, 1e-30)
     mean = energy.mean() if energy.mean() > 0 else energy.new_ones(())
     return energy + torch.where(energy <= DEAD * mean, mean, 0.0)
 
 
-def second_moment(moments: Moments) -> Tensor:
-    """H `[in, in]` float64, the caller's own to change; dead channels as in `channel_energy`."""
+def second_moment(moments: Moments, dtype: torch.dtype = torch.float64) -> Tensor:
+    """H `[in, in]`, the caller's own to change; dead channels as in `channel_energy`."""
     energy = channel_energy(moments)
-    hessian = _outer(moments).double().div_(max(moments.tokens, 1e-30))
+    hessian = outer_of(moments).to(dtype, copy=True).div_(max(moments.tokens, 1e-30))
     hessian.diagonal().copy_(energy)
     return hessian
 
 
-def _outer(moments: Moments) -> Tensor:
+def outer_of(moments: Moments) -> Tensor:
+    """X^T X `[in, in]`. Raises ValueError where it was not asked for."""
     if moments.outer is None:
         raise ValueError("this method needs the moment 'outer'; declare it in @method(needs=...)")
     return moments.outer
@@ -50,20 +53,39 @@ def inverse_factor(moments: Moments, damping: float, order: Tensor | None = None
 
     def compute() -> tuple[Tensor, tuple[str, ...]]:
         for step in LADDER:
-            hessian = damped(second_moment(moments), damping * step)
+            precision = torch.float32 if damping * step >= FLOAT32 else torch.float64
+            hessian = damped(second_moment(moments, precision), damping * step)
             # with J the reversal, J H J = L L^T gives U = J inverse(L) J: one factorisation, one triangular inverse
             hessian = hessian.flip(0, 1) if order is None else hessian[order.flip(0)][:, order.flip(0)]
             lower, failed = torch.linalg.cholesky_ex(hessian)
             del hessian  # the largest matrices of a run live here
             if not failed:
-                lower = lower.float()
-                eye = torch.eye(len(lower), device=lower.device)
-                upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
-                return upper.contiguous(), () if step == 1 else (f"damping raised to {damping * step:g}",)
+                upper = inverted(lower.float()).flip(0, 1)
+                return upper, () if step == 1 else (f"damping raised to {damping * step:g}",)
         raise NumericsError(f"its input statistics cannot be factored even with damping {damping * LADDER[-1]:g}")
 
     key = ("inverse_factor", damping, None if order is None else order.numpy(force=True).tobytes())
     return moments.memo(key, compute)
+
+
+def inverted(lower: Tensor) -> Tensor:
+    """Return the inverse of a lower triangle `[in, in]`, by halves, so that most of it is products."""
+    inverse = torch.zeros_like(lower)
+
+    def fill(start: int, stop: int) -> None:
+        if stop - start <= TRIANGLE:
+            eye = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
+            part = torch.linalg.solve_triangular(lower[start:stop, start:stop], eye, upper=False)
+            inverse[start:stop, start:stop] = part
+            return
+        middle = (start + stop) // 2
+        fill(start, middle)
+        fill(middle, stop)
+        carried = lower[middle:stop, start:middle] @ inverse[start:middle, start:middle]
+        inverse[middle:stop, start:middle] = -(inverse[middle:stop, middle:stop] @ carried)
+
+    fill(0, len(lower))
+    return inverse
 
 
 def metric(moments: Moments, target: Tensor, damping: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmcompress.methods.engines import feedback as engine
 from llmcompress.methods.engines.grid import GridFormat
-from llmcompress.methods.engines.hessian import damped, inverse_factor, second_moment
+from llmcompress.methods.engines.hessian import FLOAT32, damped, inverse_factor, inverted, second_moment
 from llmcompress.methods.engines.projection import Kept, Pruned, Quantized
 from llmcompress.methods.layer import Layer, apply, relative_error, step
 from llmcompress.weight.expression import dense
@@ -52,6 +52,23 @@ def test_the_factor_is_the_cholesky_factor_of_the_inverse(tokens: int) -> None:
     torch.testing.assert_close(
         upper, torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True), rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("width", [1, 256, 257, 700])
+def test_a_triangle_is_inverted_by_halves(width: int) -> None:
+    hessian = damped_moment(correlated(2 * width, width), 0.1)
+    lower = torch.linalg.cholesky(hessian)
+    inverse = inverted(lower)
+    assert torch.equal(inverse, inverse.tril())
+    torch.testing.assert_close(inverse @ lower, torch.eye(width, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("damping", [FLOAT32, FLOAT32 / 100])
+def test_the_factor_is_right_with_little_damping(damping: float) -> None:
+    inputs = correlated(3000, 300) * torch.logspace(-1, 2, 300)
+    upper = inverse_factor(moments(inputs), damping)[0].double()
+    hessian = damped_moment(inputs, damping)
+    assert ((upper.T @ upper @ hessian).diagonal() - 1).abs().max() < 1e-2
 
 
 def test_the_factor_of_an_order_is_that_of_the_permuted_moment() -> None:
