@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from llmcompress.methods.engines.viterbi import search
+from llmcompress.methods.engines import viterbi_numba
+from llmcompress.methods.engines.viterbi import arranged, search
 from llmcompress.weight.trellis import Trellis, table
 from tests.builders import TRELLISES, seeded
 from tests.tiers import tiered
@@ -60,3 +66,25 @@ def test_the_way_is_that_of_rounded_sums(trellis: Trellis, kind: str) -> None:
         importance[::2] = 0
     found = search(trellis)(wanted.numpy(), importance.numpy(), start, -1)
     assert np.array_equal(found, plainly(trellis, wanted.numpy(), importance.numpy(), start))
+
+
+def test_a_search_is_compiled_once_for_all_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    wanted = torch.randn(20, 1, generator=seeded(1)).numpy()
+    trellis = Trellis(2, 1, 8)
+    numbers, found = arranged(trellis, table(trellis).numpy()), []
+    for hits in (0, 1):
+        find: Any = viterbi_numba.narrow(2, 8, False)  # as another process would make it
+        found.append(find(wanted, np.ones_like(wanted), numbers, 0, -1))
+        assert find.stats.cache_hits == {find.signatures[0]: hits} if hits else not find.stats.cache_hits
+    assert np.array_equal(*found)
+
+
+def test_a_search_works_where_no_folder_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(**options: bool) -> Callable[[Any], Any]:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function 'find': no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(viterbi_numba, "njit", nowhere)
+    assert viterbi_numba.narrow(2, 8, False).__name__ == "find"
