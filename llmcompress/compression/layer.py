@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -40,21 +41,19 @@ def to_dense_outputs(weight: Tensor, inputs: Moments, cross: Tensor, readers: in
     """Return W D `[out, in]`: W + W D, on the inputs seen, comes closest to W's outputs on the dense model's inputs.
 
     D = (C - H) inverse(H) with C = X_dense^T X, `cross`, and H = X^T X (GPTAQ, arXiv 2504.02692). `readers`: the layers
-    that read X; where they have more rows than X has channels, D is computed once for all of them.
+    that read X; several share D.
     """
-    upper, _ = inverse_factor(inputs, TARGET_DAMPING)  # inverse(H) = U^T U
 
-    def to_dense() -> Tensor:
-        return _gap(inputs, cross) @ upper.T @ upper
+    def moved(left: Tensor | None) -> Tensor:
+        gap = (cross - outer_of(inputs)).div_(max(inputs.tokens, 1e-30))
+        gap = gap if left is None else left @ gap
+        # a factor that is not kept: methods mostly work in another basis, and it is as large as H
+        upper, _ = inverse_factor(replace(inputs, derived={}), TARGET_DAMPING)  # inverse(H) = U^T U
+        return gap @ upper.T @ upper
 
-    if readers * len(weight) < weight.shape[1]:
-        return weight @ _gap(inputs, cross) @ upper.T @ upper
-    return weight @ inputs.memo("to_dense_outputs", to_dense)
-
-
-def _gap(inputs: Moments, cross: Tensor) -> Tensor:
-    """Return C - H for a token, as H is in `inverse_factor`."""
-    return (cross - outer_of(inputs)).div_(max(inputs.tokens, 1e-30))
+    if readers == 1 and len(weight) < weight.shape[1]:
+        return moved(weight)
+    return weight @ inputs.memo("to_dense_outputs", lambda: moved(None))
 
 
 def finished(job: Job, layer: Layer, outcome: Outcome, group: InputGroup) -> tuple[PackedWeight, LayerReport]:

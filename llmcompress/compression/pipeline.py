@@ -26,6 +26,7 @@ from llmcompress.compression.books import is_complete
 from llmcompress.compression.plan import Job, Plan, prepare
 from llmcompress.compression.result import Result
 from llmcompress.compression.run import Progress
+from llmcompress.compression.time_estimate import seconds
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.evaluate import report as reports
 from llmcompress.models import file_names
@@ -67,7 +68,8 @@ def plan(
         InputError: for a model that cannot be compressed.
         RecipeError: for whatever is wrong with the recipe, and for one with a `target:`, which only `compress` meets.
     """
-    return _opened(model, recipe, revision, trust_remote_code).plan
+    job = _opened(model, recipe, revision, trust_remote_code)
+    return replace(job.plan, seconds=seconds(job))
 
 
 @fast_float32()

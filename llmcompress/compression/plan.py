@@ -16,9 +16,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from llmcompress.calibrate.rehearsal import rehearsed
-from llmcompress.compression.estimate import peak_bytes, seconds
 from llmcompress.compression.fuse.awq import check_awq
 from llmcompress.compression.fuse.rotation import rotated_source
+from llmcompress.compression.memory_estimate import peak_bytes
 from llmcompress.data.calibration import check_length
 from llmcompress.distill.check_fused import check_fused
 from llmcompress.errors import MemoryLimitError, RecipeError
@@ -49,7 +49,8 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run. `bytes`: of the weights on disk. `seconds`, `peak_memory_bytes`: estimates for this machine."""
+    """A whole run. `bytes`: of the weights on disk. `peak_memory_bytes`, `seconds`: estimates for this machine; the time
+    takes trials, so it is None where nobody asked."""
 
     model: str
     recipe: str
@@ -59,8 +60,8 @@ class Plan:
     bpw: float
     model_bpw: float
     peak_memory_bytes: int
-    seconds: float
     warnings: tuple[str, ...]
+    seconds: float | None = None
     reconstruction: dict[str, Any] | None = None  # the section `reconstruct:` with every value
     distillation: dict[str, Any] | None = None  # the section `distill:` with every value
 
@@ -243,7 +244,6 @@ def _plan(job: Job) -> Plan:
         bpw=stored_bits / weights,
         model_bpw=total * 8 / job.source.parameters,
         peak_memory_bytes=peak_bytes(job.source, job.arch, job.recipe, list(job.tables), job.needs(), used),
-        seconds=seconds(job.source, job.arch, job.recipe, {name: len(steps) for name, steps in job.steps.items()}),
         warnings=warnings(job),
         reconstruction=_values(job.recipe.reconstruct),
         distillation=_values(job.recipe.distill),

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmcompress.calibrate.walk import Block, InputGroup
-from llmcompress.compression.estimate import SEARCHED
 from llmcompress.compression.layer import finished, layer_of
+from llmcompress.compression.memory_estimate import SEARCHED
 from llmcompress.compression.plan import Job
 from llmcompress.evaluate.report import LayerReport
 from llmcompress.methods.row_chunks import Outcome, apply_to, runs, together

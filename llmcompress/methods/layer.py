@@ -19,6 +19,7 @@ from llmcompress.weight.hadamard import rotate
 from llmcompress.weight.nodes import Dense, LowRank, Rotated, Sum, Weight, Where, Zero
 
 ROWS = 8192  # rows per chunk when measuring the error, which limits the extra copy
+TURNED = 1024  # rows that are rotated at a time
 MANY, SAMPLED = 2048, 512  # a matrix of so many rows reports the error of so many of them
 
 
@@ -262,14 +263,20 @@ def rotated(layer: Layer, rotation: Rotation) -> Layer:
     """The layer seen in another input basis; `expression()` leads back. Only before anything was compressed."""
     _check_untouched(layer.approx, layer.rotation)
 
+    def turned(matrix: Tensor) -> Tensor:
+        """`matrix @ R`, some rows at a time, since a transform takes a few times what it turns."""
+        found = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+        for rows, place in zip(matrix.split(TURNED), found.split(TURNED), strict=True):
+            place.copy_(rotate(rows, rotation.signs, rotation.block))
+        return found
+
     def turn(moments: Moments) -> Moments:
         if moments.outer is None:
             return Moments(moments.tokens)
-        half = rotate(moments.outer, rotation.signs, rotation.block)
-        outer = rotate(half.T.contiguous(), rotation.signs, rotation.block).T.contiguous()
+        outer = turned(turned(moments.outer).T)
         return Moments(moments.tokens, square=outer.diagonal().clone(), outer=outer)
 
     key = ("rotated", rotation.block, rotation.signs.numpy(force=True).tobytes())
     inputs = layer.inputs.memo(key, lambda: turn(layer.inputs))
-    weight = rotate(layer.weight, rotation.signs, rotation.block)
+    weight = turned(layer.weight)
     return replace(layer, weight=weight, approx=Dense(weight.to(torch.bfloat16)), inputs=inputs, rotation=rotation)

@@ -1,4 +1,4 @@
-"""Is `plan` right about memory? Predicted beside measured peaks of random models, each run in a process of its own.
+"""Is `plan` right about memory and time? Predicted beside measured, of random models, each in a process of its own.
 
 python scripts/bench/estimates.py [--widths 512 1024 2048]
 """
@@ -29,7 +29,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 RUN = """
 import json, sys
 import llmcompress as lc
-print(json.dumps(lc.compress(sys.argv[1], json.loads(sys.argv[2])).report.peak_memory_bytes))
+report = lc.compress(sys.argv[1], json.loads(sys.argv[2])).report
+print(json.dumps([report.peak_memory_bytes, report.seconds]))
 """
 
 
@@ -43,11 +44,16 @@ def main() -> None:
             model = Path(folder) / str(width)
             make(model, width, 2)
             for name, recipe in RECIPES.items():
-                planned = lc.plan(model, recipe).peak_memory_bytes
+                plan = lc.plan(model, recipe)
                 words = [sys.executable, "-c", RUN, str(model), json.dumps(recipe)]
                 done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-                peak = json.loads(done.stdout.splitlines()[-1])
-                print(f"{width} {name}: plan {planned / 1e9:.2f} GB, measured {peak / 1e9:.2f}, {planned / peak:.2f}x")
+                peak, seconds = json.loads(done.stdout.splitlines()[-1])
+                print(
+                    f"{width} {name}: plan {plan.peak_memory_bytes / 1e9:.2f} GB and {plan.seconds:.0f} s, measured "
+                    f"{peak / 1e9:.2f} and {seconds:.0f}, {plan.peak_memory_bytes / peak:.2f}x and "
+                    f"{plan.seconds / seconds:.2f}x",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from llmcompress.compression.allocate.distortion import families
 from llmcompress.compression.allocate.prices import Priced, Progress, needs_of, prices
 from llmcompress.compression.allocate.sensitivity import DensePredictions, Probe, in_parts, probe_windows
 from llmcompress.compression.allocate.solve import monotone, solve
-from llmcompress.compression.estimate import peak_bytes, width_of
+from llmcompress.compression.memory_estimate import peak_bytes, width_of
 from llmcompress.compression.plan import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError

@@ -92,7 +92,7 @@ def metric(moments: Moments, target: Tensor, damping: float) -> Tensor:
     """Return the metric of errors in `target [out, in]`, float32 `[in, in]`: the damped H, or I without tokens."""
     if moments.outer is None:
         return torch.eye(target.shape[1], device=target.device)
-    return damped(second_moment(moments), damping).float()
+    return damped(second_moment(moments, torch.float32), damping)
 
 
 def feedback_factor(moments: Moments, damping: float) -> tuple[Tensor | None, tuple[str, ...]]:

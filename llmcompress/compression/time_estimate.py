@@ -1,0 +1,196 @@
+"""Estimate of a run's time on this machine: methods are tried on a few columns, products counted.
+
+A method's time is a sum of four: for each column of a matrix of so many rows; for each weight and column of its width
+(what a column changes in later ones); for each cube of a width (factors that layers with one input share); and reading
+what was stored. The first comes from a matrix of as many rows and few columns, the others from one of few rows and more
+columns. What surrounds methods is products, at the speed of this moment: on a busy machine everything takes longer.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, TypeVar, cast
+
+import torch
+
+from llmcompress.compression.fuse.awq import EXPONENTS
+from llmcompress.compression.plan import Job
+from llmcompress.methods.layer import MANY, SAMPLED, Layer, StepConfig, apply
+from llmcompress.methods.moments import STATISTICS, Moments
+from llmcompress.recipe.compression import Recipe
+from llmcompress.runtime.precision import product_dtype
+from llmcompress.weight.expression import dense
+from llmcompress.weight.modules import packed
+from llmcompress.weight.nodes import Dense
+
+COLUMNS, ROWS = 128, 2048  # tried of a matrix, at most
+FEW, WIDE = 256, 1024  # rows, and columns, of the trial that tells what grows with the width
+FORWARD_SHARE = 2.0  # time of a calibration pass over the time of its linears: attention, norms and other work
+FACTOR = 2.1  # products of a cube that a factor of H takes as long as
+READ = 4e-8  # seconds to read a weight, and to write what becomes of it
+TEXT = 6.0  # seconds to read the text that comes with this package, or as long as others may take
+LEARNING = 14.0  # forwards of a trained token through its block, for all groups of linears in it
+EXPERT = re.compile(r"(.+)\.(\d+)\.(?:gate|up|down)_proj")
+EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+
+T = TypeVar("T")
+Steps = tuple[StepConfig, ...]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of some steps: for a column, by rows; for each weight and column of its width; for a width's cube."""
+
+    columns: Mapping[int, float]
+    update: float
+    cube: float
+
+    def seconds(self, rows: int, width: int) -> float:
+        """The time of a matrix, without the factor that it may share."""
+        known = min(rows, max(self.columns))
+        return width * self.columns[known] * rows / known + self.update * rows * width**2
+
+
+@dataclass(frozen=True, eq=False)
+class _Timed(Moments):
+    """Moments that measure how long it takes to compute what layers share."""
+
+    clock: list[float] = field(default_factory=list)
+
+    def memo(self, key: Any, compute: Callable[[], T]) -> T:
+        if key in self.derived:
+            return super().memo(key, compute)
+        started, inner = time.perf_counter(), sum(self.clock)
+        found: Any = super().memo(key, compute)
+        self.clock.append(time.perf_counter() - started - (sum(self.clock) - inner))
+        if isinstance(found, Moments):  # those of another basis
+            found = _Timed(found.tokens, found.square, found.outer, found.cross, found.derived, self.clock)
+            self.derived[key] = found
+        return cast("T", found)
+
+
+def seconds(job: Job) -> float:
+    """Return the time of a run, from reading the text to the finished checkpoint."""
+    recipe, paces = job.recipe, _paces(job)
+    total = READ * job.source.parameters
+    groups = [[linear.name for linear in group] for layout in job.arch.blocks for group in layout.groups]
+    for names in [*groups, *([name] for name in job.tables)]:
+        chosen = {name: paces[repr(steps)] for name in names if (steps := (job.steps | job.tables).get(name))}
+        total += sum(each.seconds(*_size(job, name)) for name, each in chosen.items())
+        total += max((each.cube * _size(job, name)[1] ** 3 for name, each in chosen.items()), default=0.0)
+    if recipe.calibration is None:
+        return total
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    forward, exact = _operations(job, tokens, _shares(job))
+    fast = speed(product_dtype(recipe.compute, torch.device("cpu")))
+    return total + TEXT + FORWARD_SHARE * forward / fast + exact / speed(torch.float32)
+
+
+def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[float, float]:
+    """Return the operations of forwards and moments, and those of products that stay precise."""
+    recipe = job.recipe
+    forward, exact = 0.0, 0.0
+    for layout in job.arch.blocks:
+        block = sum(prod(linear.shape) * shares.get(linear.name, 1.0) for group in layout.groups for linear in group)
+        passes = 3 if recipe.asymmetric else 2
+        forward += 2 * passes * tokens * block
+        for group in layout.groups:
+            read = tokens * shares.get(group[0].name, 1.0)
+            rows, width = sum(linear.shape[0] for linear in group), group[0].shape[1]
+            forward += read * width**2 * (3 if recipe.asymmetric else 1) / FORWARD_SHARE  # nothing else is in it
+            seen = sum(SAMPLED if linear.shape[0] >= MANY else linear.shape[0] for linear in group)
+            exact += 4 * (rows if recipe.exact_errors else seen) * width**2
+            if recipe.asymmetric:
+                exact += min(4 * width**3 + 2 * rows * width**2, 6 * rows * width**2) + FACTOR * width**3
+            if recipe.fuse is not None and recipe.fuse.awq:
+                exact += 2 * len(EXPONENTS) * rows * width**2
+        forward += 2 * LEARNING * _trained(recipe) * block
+    return forward, exact
+
+
+def _trained(recipe: Recipe) -> int:
+    """Return the tokens of the optimizer steps of one group of linears."""
+    learning, text = recipe.reconstruct, recipe.calibration
+    if learning is None or text is None:
+        return 0
+    return text.length * (text.samples if learning.steps is None else learning.steps * learning.batch)
+
+
+def _paces(job: Job) -> dict[str, Pace]:
+    """Try every list of steps, on as many rows as the matrices have that it is for; return the paces by its repr."""
+    sizes: dict[str, set[tuple[int, int]]] = {}
+    lists: dict[str, Steps] = {}
+    for name, steps in (job.steps | job.tables).items():
+        lists[repr(steps)] = steps
+        sizes.setdefault(repr(steps), set()).add(_size(job, name))
+    return {key: pace(lists[key], shapes, job.recipe.calibration is not None) for key, shapes in sizes.items()}
+
+
+def _size(job: Job, name: str) -> tuple[int, int]:
+    """Return the rows and the width of a linear, or of a table."""
+    if name in job.steps:
+        return job.arch.linears()[name].shape
+    rows, width = job.source.tensors[f"{name}.weight"].shape
+    return rows, width
+
+
+def pace(steps: Steps, shapes: Iterable[tuple[int, int]], data: bool) -> Pace:
+    """Measure how fast steps are on matrices of these shapes `(rows, width)`, with calibration or without."""
+    shapes = list(shapes)
+    widest = max(width for _, width in shapes)
+    few, narrow = min(FEW, max(rows for rows, _ in shapes)), min(COLUMNS, widest)
+    tried(steps, few, narrow, data)  # compiles what it needs
+    columns = {
+        rows: tried(steps, rows, narrow, data)[0] / narrow for rows in {min(rows, ROWS) for rows, _ in shapes} | {few}
+    }
+    wide = min(WIDE, widest)
+    if wide == narrow:
+        return Pace(columns, 0.0, 0.0)
+    own, shared = tried(steps, few, wide, data)
+    update = max(own / wide - columns[few], 0.0) / (few * (wide - narrow))
+    columns = {rows: max(each - update * rows * narrow, 0.0) for rows, each in columns.items()}
+    return Pace(columns, update, shared / wide**3)
+
+
+def tried(steps: Steps, rows: int, width: int, data: bool) -> tuple[float, float]:
+    """Run steps on a random matrix: return the seconds of its own, and those of what layers with one input share."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, width, generator=generator)
+    moments = _Timed(0.0)
+    if data:
+        found = Moments.of(torch.randn(2 * width, width, generator=generator), STATISTICS)
+        moments = _Timed(found.tokens, found.square, found.outer)
+    started = time.perf_counter()
+    done = apply(Layer("trial", weight, Dense(weight.to(torch.bfloat16)), moments, "0"), steps).expression()
+    dense(done)  # for its error, and as much again when the next block reads what it gives
+    packed(done)
+    dense(done)
+    shared = sum(moments.clock)
+    return time.perf_counter() - started - shared, shared
+
+
+def _shares(job: Job) -> dict[str, float]:
+    """Return the share of tokens that reach the linears of experts, by their module path; of others there is none."""
+    config = job.source.config.get_text_config(decoder=True)
+    chosen = next((value for key in EXPERTS if isinstance(value := getattr(config, key, None), int)), None)
+    numbers: dict[str, set[str]] = {}
+    for name in job.arch.linears():
+        if found := EXPERT.fullmatch(name):
+            numbers.setdefault(found[1], set()).add(found[2])
+    known = {path: 1.0 if chosen is None else min(1.0, chosen / len(found)) for path, found in numbers.items()}
+    named = ((name, EXPERT.fullmatch(name)) for name in job.arch.linears())
+    return {name: known[found[1]] for name, found in named if found}
+
+
+def speed(dtype: torch.dtype) -> float:
+    """Measure the floating-point operations per second of a product."""
+    a = torch.ones(1024, 1024, dtype=dtype)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    return 4 * 2 * 1024**3 / (time.perf_counter() - started)
