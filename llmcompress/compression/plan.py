@@ -49,8 +49,8 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run. `bytes`: of the weights on disk. `peak_memory_bytes`, `seconds`: estimates for this machine; the time
-    takes trials, so it is None where nobody asked."""
+    """A whole run. `bytes`: of the weights on disk. `peak_memory_bytes`, `seconds`: estimates for this machine; that of
+    time takes trials, so it is None where nobody asked."""
 
     model: str
     recipe: str

@@ -56,7 +56,7 @@ class Pace:
 
 
 @dataclass(frozen=True, eq=False)
-class _Timed(Moments):
+class Timed(Moments):
     """Moments that measure how long it takes to compute what layers share."""
 
     clock: list[float] = field(default_factory=list)
@@ -68,7 +68,7 @@ class _Timed(Moments):
         found: Any = super().memo(key, compute)
         self.clock.append(time.perf_counter() - started - (sum(self.clock) - inner))
         if isinstance(found, Moments):  # those of another basis
-            found = _Timed(found.tokens, found.square, found.outer, found.cross, found.derived, self.clock)
+            found = Timed(found.tokens, found.square, found.outer, found.cross, found.derived, self.clock)
             self.derived[key] = found
         return cast("T", found)
 
@@ -85,7 +85,7 @@ def seconds(job: Job) -> float:
     if recipe.calibration is None:
         return total
     tokens = recipe.calibration.samples * recipe.calibration.length
-    forward, exact = _operations(job, tokens, _shares(job))
+    forward, exact = _operations(job, tokens, token_shares(job))
     fast = speed(product_dtype(recipe.compute, torch.device("cpu")))
     return total + TEXT + FORWARD_SHARE * forward / fast + exact / speed(torch.float32)
 
@@ -160,10 +160,10 @@ def tried(steps: Steps, rows: int, width: int, data: bool) -> tuple[float, float
     """Run steps on a random matrix: return the seconds of its own, and those of what layers with one input share."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, width, generator=generator)
-    moments = _Timed(0.0)
+    moments = Timed(0.0)
     if data:
         found = Moments.of(torch.randn(2 * width, width, generator=generator), STATISTICS)
-        moments = _Timed(found.tokens, found.square, found.outer)
+        moments = Timed(found.tokens, found.square, found.outer)
     started = time.perf_counter()
     done = apply(Layer("trial", weight, Dense(weight.to(torch.bfloat16)), moments, "0"), steps).expression()
     dense(done)  # for its error, and as much again when the next block reads what it gives
@@ -173,7 +173,7 @@ def tried(steps: Steps, rows: int, width: int, data: bool) -> tuple[float, float
     return time.perf_counter() - started - shared, shared
 
 
-def _shares(job: Job) -> dict[str, float]:
+def token_shares(job: Job) -> dict[str, float]:
     """Return the share of tokens that reach the linears of experts, by their module path; of others there is none."""
     config = job.source.config.get_text_config(decoder=True)
     chosen = next((value for key in EXPERTS if isinstance(value := getattr(config, key, None), int)), None)
