@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llmcompress.cli.app import app
+from tests.tiers import tiered
 from tests.zoo import save_zoo, text_for_calibration
 
 WAYS = {
@@ -30,7 +31,7 @@ def run(way: str, mixture: Path, *more: str) -> Any:
     return CliRunner().invoke(app, ["experts", way, str(mixture), "--text", text, "--samples", "4", *more])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", tiered(WAYS, {"prune", "condense"}.__contains__))
 def test_a_dry_run_is_the_plan_of_the_run(way: str, mixture: Path, tmp_path: Path) -> None:
     there = sorted(mixture.parent.iterdir())
     planned = run(way, mixture, *WAYS[way], "--dry-run", "--json", "-o", str(tmp_path / "out"))

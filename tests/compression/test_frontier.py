@@ -87,6 +87,7 @@ def curve(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 # --- one pricing, many budgets ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_pricing_gives_what_separate_runs_give_to_the_bit(
     curve: tuple[Path, Found], place: Path, tmp_path: Path
 ) -> None:

@@ -69,7 +69,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-FAST = {"plain", "dense stream", "tables", "low rank", "without data"}
+FAST = {"dense stream", "tables"}
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_other_families_go_on_too(family: str, place: Path, tmp_path: Path) -> N
     assert files(again) == files(whole)
 
 
-@pytest.mark.parametrize("table", [0, 1])
+@pytest.mark.parametrize("table", tiered([0, 1], lambda table: table == 0))
 def test_tables_are_kept_as_well(table: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted while the token table or the head is compressed, which come after all blocks."""
     asked = recipe(place, **TABLES)
@@ -214,7 +214,7 @@ def test_a_process_that_was_killed_is_gone_on_with(
 
 
 @pytest.mark.parametrize("name", tiered(["plain", "windows"], lambda name: name == "plain"))
-@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("torn", tiered([False, True], bool))
 def test_power_that_fails_before_a_report_is_written(
     name: str, torn: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

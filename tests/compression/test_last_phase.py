@@ -72,7 +72,7 @@ ENDS = {  # where the end comes: module, function, at which call
 
 
 CUTS = [(end, full) for end in ENDS for full in (False, True)]
-FAST = {("before the last part is merged", False), ("before the rename", True), ("behind the rename", False)}
+FAST = {("before the rename", True)}
 
 
 @pytest.mark.parametrize("cut", tiered(CUTS, lambda cut: cut in FAST))

@@ -16,6 +16,7 @@ from llmcompress.compression import run
 from llmcompress.errors import DiskError, InputError, MemoryLimitError, NumericsError, RecipeError
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.modules import compressed_linears
+from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny_tokenizer
 
 ROTATED = [{"method": "rotate"}, {"method": "gptq", "bits": 3}, {"method": "eora", "rank": 2}]
@@ -46,7 +47,7 @@ def logits(path: Path) -> torch.Tensor:
     return model(torch.arange(20)[None] % 200).logits
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("family", tiered(FAMILY_CONFIGS, {"llama", "phi3", "opt", "gpt2"}.__contains__))
 def test_every_family_compresses_saves_and_loads(family: str, tmp_path: Path, text: Path) -> None:
     source = save_tiny(family, tmp_path / "dense")
     result = lc.compress(source, recipe(text), tmp_path / "out")

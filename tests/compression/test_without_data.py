@@ -15,6 +15,7 @@ from llmcompress.cli.app import app
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.read import read_recipe
 from tests.rules.source_tree import ROOT
+from tests.tiers import tiered
 from tests.tiny import save_tiny
 
 RECIPE = ROOT / "configs" / "recommended" / "data-free.yaml"
@@ -24,7 +25,7 @@ def recipe(*steps: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"version": 1, "rules": [{"match": "*", "steps": list(steps)}], **more}
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", tiered([True, False], bool))
 def test_the_data_free_recipe_needs_a_model_and_nothing_else(tied: bool, tmp_path: Path) -> None:
     """Of tied and of untied models: a table that is only looked up has no inputs to learn from either."""
     source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=tied, hidden_size=64, intermediate_size=128)

@@ -23,6 +23,7 @@ from llmcompress.weight.nodes import Grid, Sum
 from llmcompress.weight.trainable.relax import Relaxation, RelaxedLinear
 from tests.builders import grid, seeded
 from tests.distill.miniature import make, recipe
+from tests.tiers import tiered
 from tests.tiny import save_tiny
 
 RULES = [{"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2, "group_size": 16}]}]
@@ -241,7 +242,7 @@ def test_what_froze_is_told(whole: Any) -> None:
     assert f"frozen  {seen[-1]:,} codes that oscillated" in list(views.distilled_view(whole.to_json(), False))
 
 
-@pytest.mark.parametrize("after", [3, 6])
+@pytest.mark.parametrize("after", tiered([3, 6], lambda after: after == 6))
 def test_what_froze_survives_a_cut(after: int, whole: Any, folders: Path, tmp_path: Path) -> None:
     """Between two states, and after the last step."""
 

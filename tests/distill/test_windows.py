@@ -92,6 +92,7 @@ def test_two_blocks_are_in_memory_at_a_time(place: Path) -> None:
     assert model is not None and not any(_loaded(model.get_submodule(path)) for path in PATHS)
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_checkpoint_holds(place: Path, tmp_path: Path) -> None:
     """Of the last block; others have learned for the next one since. The head comes after them."""
     head: dict[str, Any] = {"head": [{"method": "rtn", "bits": 4}]}

@@ -193,6 +193,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_models_by_name_make_one_table(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folders)
     protocol = Protocol(windows=3, length=48)

@@ -40,7 +40,7 @@ def logits(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize(
     "family, tied",
     [
-        ("llama", True),
+        pytest.param("llama", True, marks=pytest.mark.slow),
         pytest.param("gpt2", True, marks=pytest.mark.slow),
         pytest.param("gpt_neox", False, marks=pytest.mark.slow),
     ],

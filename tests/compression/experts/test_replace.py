@@ -25,7 +25,7 @@ from tests.tiers import tiered
 from tests.tiny import save_tiny
 from tests.zoo import NO_GATE, expert_slices, save_zoo, text_for_calibration, zoo
 
-FAMILIES = tiered(("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss"), {"qwen3_moe", "mixtral"}.__contains__)
+FAMILIES = tiered(("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss"), {"mixtral"}.__contains__)
 
 
 def ids() -> Tensor:
