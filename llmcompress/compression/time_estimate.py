@@ -1,9 +1,9 @@
 """Estimate of a run's time on this machine: methods are tried on a few columns, products counted.
 
-A method's time is a sum of four: for each column of a matrix of so many rows; for each weight and column of its width
-(what a column changes in later ones); for each cube of a width (factors that layers with one input share); and reading
-what was stored. The first comes from a matrix of as many rows and few columns, the others from one of few rows and more
-columns. What surrounds methods is products, at the speed of this moment: on a busy machine everything takes longer.
+A method's time has three terms: for each column, depending on the number of rows; for each weight and column of the
+width, since a column changes later ones; and for the cube of the width, a factor that layers with one input share. The
+first is tried on as many rows and few columns, the others on few rows and more columns. What surrounds methods is
+products, at the speed of this moment: on a busy machine everything takes longer.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from llmcompress.weight.nodes import Dense
 
 COLUMNS, ROWS = 128, 2048  # tried of a matrix, at most
 FEW, WIDE = 256, 1024  # rows, and columns, of the trial that tells what grows with the width
+TRIALS, BRIEF = 5, 0.1  # of a matrix, as long as they take fewer seconds together
 FORWARD_SHARE = 2.0  # time of a calibration pass over the time of its linears: attention, norms and other work
 FACTOR = 2.1  # products of a cube that a factor of H takes as long as
 READ = 4e-8  # seconds to read a weight, and to write what becomes of it
@@ -75,11 +76,11 @@ class Timed(Moments):
 
 def seconds(job: Job) -> float:
     """Return the time of a run, from reading the text to the finished checkpoint."""
-    recipe, paces = job.recipe, _paces(job)
+    recipe, paces, asked = job.recipe, _paces(job), job.steps | job.tables
     total = READ * job.source.parameters
     groups = [[linear.name for linear in group] for layout in job.arch.blocks for group in layout.groups]
     for names in [*groups, *([name] for name in job.tables)]:
-        chosen = {name: paces[repr(steps)] for name in names if (steps := (job.steps | job.tables).get(name))}
+        chosen = {name: paces[repr(steps)] for name in names if (steps := asked.get(name))}
         total += sum(each.seconds(*_size(job, name)) for name, each in chosen.items())
         total += max((each.cube * _size(job, name)[1] ** 3 for name, each in chosen.items()), default=0.0)
     if recipe.calibration is None:
@@ -157,20 +158,23 @@ def pace(steps: Steps, shapes: Iterable[tuple[int, int]], data: bool) -> Pace:
 
 
 def tried(steps: Steps, rows: int, width: int, data: bool) -> tuple[float, float]:
-    """Run steps on a random matrix: return the seconds of its own, and those of what layers with one input share."""
+    """Run steps on a random matrix, more than once if they are fast: return the seconds of its own, and those of what
+    layers with one input share, where they were fewest."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, width, generator=generator)
-    moments = Timed(0.0)
-    if data:
-        found = Moments.of(torch.randn(2 * width, width, generator=generator), STATISTICS)
+    found = Moments.of(torch.randn(2 * width, width, generator=generator), STATISTICS) if data else Moments(0.0)
+    first, times = time.perf_counter(), list[tuple[float, float]]()
+    while not times or (len(times) < TRIALS and time.perf_counter() - first < BRIEF):
         moments = Timed(found.tokens, found.square, found.outer)
-    started = time.perf_counter()
-    done = apply(Layer("trial", weight, Dense(weight.to(torch.bfloat16)), moments, "0"), steps).expression()
-    dense(done)  # for its error, and as much again when the next block reads what it gives
-    packed(done)
-    dense(done)
-    shared = sum(moments.clock)
-    return time.perf_counter() - started - shared, shared
+        started = time.perf_counter()
+        layer = Layer("trial", weight, Dense(weight.to(torch.bfloat16)), moments, "0")
+        done = apply(layer, steps).expression()
+        packed(done)
+        for _ in range(2):  # for its error, and when the next block reads what it gives
+            dense(done)
+        shared = sum(moments.clock)
+        times.append((time.perf_counter() - started - shared, shared))
+    return min(own for own, _ in times), min(shared for _, shared in times)
 
 
 def token_shares(job: Job) -> dict[str, float]:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from llmcompress.weight.trellis import Trellis, table
 
 WIDE = 5  # bits of a code from which on codes are many
+ONCE = Lock()  # held while a search is made: numba confuses two that it loads from one file
 Floats = NDArray[np.float32]
 States = NDArray[np.int32]
 Search = Callable[[Floats, Floats, int, int], States]
@@ -49,10 +51,14 @@ def arranged(trellis: Trellis, numbers: Floats) -> Floats:
     return np.ascontiguousarray(numbers.transpose((2, 0, 1) if trellis.bits >= WIDE else (2, 1, 0)))
 
 
-@lru_cache(maxsize=16)
 def compiled(trellis: Trellis) -> Callable[[Floats, Floats, Floats, int, int], States]:
     """Return the search for a trellis of these sizes, whatever its code, to be called with numbers as `arranged`."""
+    with ONCE:
+        return _compiled(trellis.bits, trellis.memory, trellis.values == 2)
+
+
+@cache
+def _compiled(bits: int, memory: int, pairs: bool) -> Callable[..., States]:
     from llmcompress.methods.engines import viterbi_numba
 
-    make = viterbi_numba.wide if trellis.bits >= WIDE else viterbi_numba.narrow
-    return make(trellis.bits, trellis.memory, trellis.values == 2)
+    return (viterbi_numba.wide if bits >= WIDE else viterbi_numba.narrow)(bits, memory, pairs)

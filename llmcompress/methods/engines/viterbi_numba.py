@@ -28,8 +28,10 @@ def _part(function: F) -> F:
     return cast("F", made)
 
 
-def _kept(function: F) -> F:
+def _kept(function: F, *sizes: int) -> F:
     """A function that runs beside other threads, and is compiled once for all processes if a folder can be written."""
+    # numba finds machine code by this name, and counts functions of one name anew in every process
+    function.__qualname__ = function.__name__ = "_".join(["find", *map(str, sizes)])
     try:
         made: Any = njit(nogil=True, cache=True)(function)
     except RuntimeError:  # none can
@@ -63,7 +65,7 @@ def narrow(bits: int, memory: int, pairs: bool) -> Callable[..., States]:
             state = np.int64(oldest[step, later & (parts - 1), later >> bits]) << (memory - bits) | later
         return states
 
-    return _kept(find)
+    return _kept(find, bits, memory, pairs)
 
 
 def wide(bits: int, memory: int, pairs: bool) -> Callable[..., States]:
@@ -90,7 +92,7 @@ def wide(bits: int, memory: int, pairs: bool) -> Callable[..., States]:
             state = np.int64(oldest[step, later]) << (memory - bits) | later
         return states
 
-    return _kept(find)
+    return _kept(find, bits, memory, pairs)
 
 
 # Loops that a compiler turns into vectors.
