@@ -62,14 +62,14 @@ def plan(
         trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
 
     Returns:
-        The steps, bits and sizes of every layer, and estimates of time and peak memory for this machine.
+        The steps, bits and sizes of every layer, and estimates for this machine: peak memory, and time once asked.
 
     Raises:
         InputError: for a model that cannot be compressed.
         RecipeError: for whatever is wrong with the recipe, and for one with a `target:`, which only `compress` meets.
     """
     job = _opened(model, recipe, revision, trust_remote_code)
-    return replace(job.plan, seconds=seconds(job))
+    return replace(job.plan, timed=partial(seconds, job))
 
 
 @fast_float32()

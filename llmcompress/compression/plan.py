@@ -6,8 +6,8 @@ Bits are counted on the expression that each step announces for the layer's shap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 from math import prod
@@ -49,8 +49,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run. `bytes`: of the weights on disk. `peak_memory_bytes`, `seconds`: estimates for this machine; that of
-    time takes trials, so it is None where nobody asked."""
+    """A whole run. `bytes`: of the weights on disk. `peak_memory_bytes`: an estimate for this machine."""
 
     model: str
     recipe: str
@@ -61,13 +60,21 @@ class Plan:
     model_bpw: float
     peak_memory_bytes: int
     warnings: tuple[str, ...]
-    seconds: float | None = None
     reconstruction: dict[str, Any] | None = None  # the section `reconstruct:` with every value
     distillation: dict[str, Any] | None = None  # the section `distill:` with every value
 
+    timed: Callable[[], float] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def seconds(self) -> float | None:
+        """The time of the run on this machine as it is now, from trials that take a second or more; None in a run."""
+        return None if self.timed is None else self.timed()
+
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return asdict(self)
+        """Return plain values, keys as in the fields, and `seconds`."""
+        values = asdict(replace(self, timed=None))
+        del values["timed"]
+        return values | {"seconds": self.seconds}
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ products, at the speed of this moment: on a busy machine everything takes longer
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -34,7 +35,7 @@ FORWARD_SHARE = 2.0  # time of a calibration pass over the time of its linears: 
 FACTOR = 2.1  # products of a cube that a factor of H takes as long as
 READ = 4e-8  # seconds to read a weight, and to write what becomes of it
 TEXT = 6.0  # seconds to read the text that comes with this package, or as long as others may take
-LEARNING = 14.0  # forwards of a trained token through its block, for all groups of linears in it
+ROUNDING = 1.0  # sequences whose forward takes as long as what a step does to every weight of a block
 EXPERT = re.compile(r"(.+)\.(\d+)\.(?:gate|up|down)_proj")
 EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
@@ -63,6 +64,7 @@ class Timed(Moments):
     clock: list[float] = field(default_factory=list)
 
     def memo(self, key: Any, compute: Callable[[], T]) -> T:
+        """See `Moments.memo`."""
         if key in self.derived:
             return super().memo(key, compute)
         started, inner = time.perf_counter(), sum(self.clock)
@@ -109,16 +111,19 @@ def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[flo
                 exact += min(4 * width**3 + 2 * rows * width**2, 6 * rows * width**2) + FACTOR * width**3
             if recipe.fuse is not None and recipe.fuse.awq:
                 exact += 2 * len(EXPONENTS) * rows * width**2
-        forward += 2 * LEARNING * _trained(recipe) * block
+        forward += 2 * len(layout.groups) * _learned(recipe) * block
     return forward, exact
 
 
-def _trained(recipe: Recipe) -> int:
-    """Return the tokens of the optimizer steps of one group of linears."""
+def _learned(recipe: Recipe) -> float:
+    """Return the tokens whose forwards take as long as what a block learns after one of its groups of linears."""
     learning, text = recipe.reconstruct, recipe.calibration
     if learning is None or text is None:
-        return 0
-    return text.length * (text.samples if learning.steps is None else learning.steps * learning.batch)
+        return 0.0
+    held_out = text.held_out if text.held_out >= 1 else math.ceil(text.held_out * text.samples)
+    steps = learning.steps or (text.samples - held_out) // learning.batch
+    looks = 2 + steps // learning.evaluate_every
+    return text.length * (3 * steps * (learning.batch + ROUNDING) + looks * held_out)
 
 
 def _paces(job: Job) -> dict[str, Pace]:

@@ -75,7 +75,7 @@ PLAN = Plan(
     bpw=3.25,
     model_bpw=4.5,
     peak_memory_bytes=500_000_000,
-    seconds=3.0,
+    timed=lambda: 3.0,
     warnings=("pattern '*.foo' matches no linear layer", *(f"model.layers.{i}.q stays dense" for i in range(3))),
 )
 SCORES = {

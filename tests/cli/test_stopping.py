@@ -75,7 +75,7 @@ def test_notes_of_an_error_that_came_of_it_stay(capfd: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("seconds", [0.05, 0.2, 0.5, 1.0, 2.0])
 def test_a_program_that_is_still_importing(seconds: float, tmp_path: Path) -> None:
     """From before its first import to the middle of torch's."""
     words = [sys.executable, "-X", "importtime", "-m", "llmcompress", "compress", str(tmp_path / "none"), "-o", "x"]

@@ -81,8 +81,8 @@ def test_a_plan_counts_tokens_and_learning(tmp_path: Path, monkeypatch: pytest.M
     llama = save_tiny("llama", tmp_path / "llama")
     one, two, four = (seconds(llama, calibration=text(samples)) for samples in (4, 8, 16))
     assert four - two == pytest.approx(2 * (two - one))
-    learned = seconds(llama, calibration=text(4), reconstruct={"steps": 8, "batch": 2})
-    assert learned - one == pytest.approx(4 * (seconds(llama, calibration=text(4), reconstruct={"steps": 4}) - one))
+    taught = [seconds(llama, calibration=text(4), reconstruct={"steps": steps}) for steps in (4, 8)]
+    assert taught[1] > taught[0] > one
     assert seconds(llama, calibration=text(4), asymmetric=0.5) > one
 
 

@@ -41,7 +41,7 @@ def outer_of(moments: Moments) -> Tensor:
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """`hessian` plus `damping` times its mean diagonal, in place."""
-    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    hessian.diagonal().add_((damping * hessian.diagonal().double().mean()).to(hessian.dtype))
     return hessian
 
 
