@@ -162,6 +162,7 @@ _MASKED: dict[str, Any] = dict(_ENCODER, head="AutoModelForMaskedLM")
 _DISENTANGLED: dict[str, Any] = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
 ENCODERS: dict[str, dict[str, Any]] = {  # and classifiers; `head` is the auto class
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"), _MASKED),
+    **dict.fromkeys(("nomic_bert", "gte", "jina_embeddings_v3"), _MASKED),  # whose files hold q, k and v in one tensor
     "distilbert": {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "head": "AutoModelForMaskedLM"},
     "modernbert": dict(_MASKED, cls_token_id=256, sep_token_id=257, global_attn_every_n_layers=2, local_attention=16),
     "deberta-v2": dict(_MASKED, **_DISENTANGLED),

@@ -23,19 +23,23 @@ BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persiste
 
 @dataclass(frozen=True)
 class Piece:
-    """A matrix or bias inside a stored tensor of all experts: that of one expert, of its first dimension.
+    """A matrix or bias inside a stored tensor.
 
-    `rows`: those of the matrix `[out, in]`, None for all; `transposed`: the matrix is stored as `[in, out]`. `scales`:
-    the file and the key of the scales of a matrix that is stored as MXFP4.
+    `expert`: its place in the first dimension of a tensor of all experts; None for rows of any other tensor. `rows`:
+    those of the matrix `[out, in]`, None for all; `transposed`: the matrix is stored as `[in, out]`. `scales`: the file
+    and the key of the scales of a matrix that is stored as MXFP4.
     """
 
-    expert: int
+    expert: int | None
     rows: slice | None = None
     transposed: bool = False
     scales: tuple[Path, str] | None = None
 
     def of(self, stored: Any) -> Tensor:
-        """Return a copy of the piece of a slice of safetensors, of which only the expert is read."""
+        """Return a copy of the piece of a slice of safetensors, of which nothing else is read."""
+        if self.expert is None:
+            rows: Tensor = stored[self.rows]
+            return rows
         matrix = stored[self.expert]
         if self.scales is not None:
             file, key = self.scales
@@ -46,7 +50,8 @@ class Piece:
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the piece of a tensor of this shape, once it is unpacked."""
-        matrix = stored[1:][::-1] if self.transposed else stored[1:]
+        each = stored if self.expert is None else stored[1:]
+        matrix = each[::-1] if self.transposed else each
         return matrix if self.rows is None else (len(range(matrix[0])[self.rows]), *matrix[1:])
 
 

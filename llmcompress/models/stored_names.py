@@ -1,7 +1,8 @@
 """The model's own names of stored tensors, where a checkpoint has others: by the table that transformers loads with.
 
-An expert's matrix may be a tensor of its own (`block_sparse_moe.experts.3.w1.weight`) or a piece of a tensor of all
-experts of a block (`mlp.experts.gate_up_proj`); see `experts` for the names that it has here.
+The rows of several may be stored in one tensor (`attn.Wqkv`), or those of one in several. An expert's matrix may be a
+tensor of its own (`block_sparse_moe.experts.3.w1.weight`) or a piece of a tensor of all experts of a block
+(`mlp.experts.gate_up_proj`); see `experts` for the names that it has here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def renamed(skeleton: PreTrainedModel, stored: Mapping[str, Header], folder: Pat
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    rows = [one for one in converters if len(one.operations) == 1 and _joins_rows(one.operations[0])]
+    rows = [one for one in converters if _is_rows(one, "Concatenate")]
+    chunks = [one for one in converters if _is_rows(one, "Chunk")]
     experts = experts_of(skeleton)
     found: dict[str, Header] = {}
     parts: dict[str, dict[int, Header]] = {}  # of tensors that are stored in several
@@ -55,6 +57,9 @@ def renamed(skeleton: PreTrainedModel, stored: Mapping[str, Header], folder: Pat
             found |= inside
             if inside:
                 continue
+        if inside := _chunks(name, header, chunks):
+            found |= inside
+            continue
         target, number, operations = _converted(name, rows)
         if operations:
             parts.setdefault(target, {})[number] = header
@@ -63,9 +68,29 @@ def renamed(skeleton: PreTrainedModel, stored: Mapping[str, Header], folder: Pat
     return found | {name: _joined([each[number] for number in sorted(each)]) for name, each in parts.items()}
 
 
-def _joins_rows(operation: Any) -> bool:
-    """True if an operation of transformers puts the rows of several tensors into one."""
-    return type(operation).__name__ == "Concatenate" and operation.dim == 0 and operation.num_shards_attribute is None
+def _is_rows(converter: Any, kind: str) -> bool:
+    """True if transformers puts the rows of a fixed number of tensors into one (`Concatenate`), or the other way round
+    (`Chunk`), and does nothing else to them."""
+    operation = converter.operations[0]
+    alone = len(converter.operations) == 1 and type(operation).__name__ == kind
+    return alone and operation.dim == 0 and operation.num_shards_attribute is None
+
+
+def _chunks(name: str, header: Header, converters: list[Any]) -> dict[str, Header]:
+    """Return the headers of the model's tensors whose rows are stored in one, as q, k and v; nothing for any other."""
+    for converter in converters:
+        target, pattern = converter.rename_source_key(name)
+        if pattern is None:
+            continue
+        names = [target.replace(converter.target_patterns[0], one) for one in converter.target_patterns]
+        each = -(-header.shape[0] // len(names))
+        places = [slice(start, min(start + each, header.shape[0])) for start in range(0, header.shape[0], each)]
+        pieces = [Piece(None, place) for place in places]
+        return {
+            one: replace(header, shape=piece.shape(header.shape), piece=piece)
+            for one, piece in zip(names, pieces, strict=True)
+        }
+    return {}
 
 
 def _joined(parts: list[Header]) -> Header:

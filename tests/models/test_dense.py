@@ -21,6 +21,7 @@ from llmcompress.models.dense import resolve
 from llmcompress.models.locate import locate
 from tests.stand_in_hub import StandInHub
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny
+from tests.zoo import save_zoo, zoo
 
 WEIGHTS = "model.safetensors"
 
@@ -92,6 +93,16 @@ def test_names_of_the_bare_model_are_understood(family: str, tmp_path: Path) -> 
     rename(folder, lambda name: name.removeprefix(prefix))
     source = resolve(str(folder))
     assert all(torch.equal(source.read(name), value) for name, value in tiny(family).state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["nomic_bert", "gte", "jina_embeddings_v3"])
+def test_rows_of_one_stored_tensor_are_the_models_own(family: str, tmp_path: Path) -> None:
+    source = resolve(save_zoo(family, tmp_path))
+    model = zoo(family)
+    state = {name: value for name, value in model.state_dict().items() if name in dict(model.named_parameters())}
+    assert all(torch.equal(source.read(name), value) for name, value in state.items())
+    together = [header.key for header in source.tensors.values() if header.piece is not None]
+    assert len(together) > len(set(together)) > 0
 
 
 def test_tied_weights_stored_under_either_name_or_both(tmp_path: Path) -> None:
