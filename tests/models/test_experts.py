@@ -42,12 +42,14 @@ def one_sentence(error: BaseException) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_unfused_experts_compute_the_same_bits(family: str) -> None:
+def test_unfused_experts_compute_the_same(family: str) -> None:
+    """Up to the last bits: where a matrix lies in memory decides in which order some processors sum."""
     model = zoo(family)
     model.set_experts_implementation("eager")  # one expert after the other, as ours
     expected = logits(model)
     unfuse(model)
-    assert experts_of(model) and torch.equal(logits(model), expected)
+    assert experts_of(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
