@@ -127,6 +127,13 @@ def test_untrusted_code_is_refused_by_every_command_and_never_runs(dense: Path, 
     assert not marker.exists() and not Path(out).exists()
 
 
+def test_experts_of_unknown_code_stay(dense: Path, marker: Path) -> None:
+    found = CliRunner().invoke(app, ["experts", "prune", str(dense), "--keep", "2", "--dry-run"])
+    said = " ".join(found.output.split())
+    assert found.exit_code == InputError.exit_code and "needs Python code of its own, trusted or not" in said
+    assert "--trust-remote-code" not in said and not marker.exists()
+
+
 def test_untrusted_code_of_an_output_is_refused_and_never_runs(small: Path, tmp_path: Path, marker: Path) -> None:
     for use in (
         lambda: lc.verify(small),

@@ -11,9 +11,11 @@ from typing import Any
 
 from llmcompress.calibrate.rehearsal import rehearsed
 from llmcompress.errors import InputError, RecipeError, listed
-from llmcompress.models.dense import DenseModel, resolve
+from llmcompress.models.dense import DenseModel, open_source
 from llmcompress.models.experts import Experts, experts_of
 from llmcompress.models.families import Architecture, architecture
+from llmcompress.models.locate import locate
+from llmcompress.models.remote_code import MODEL, TOKENIZER, needs_code
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # entries of configs
 CHOSEN = ("num_experts_per_tok", "moe_k")  # experts of a token
@@ -41,10 +43,16 @@ class ExpertMixture:
 def open_mixture(model: str | Path, revision: str | None = None) -> ExpertMixture:
     """Return the mixture that `model` names, checked by its config and tensor headers alone.
 
-    Raises InputError for a model that cannot be opened or walked, that has no experts, or whose blocks do not all have
-    the same number of them.
+    Raises InputError for a model that cannot be opened or walked, that needs Python code of its own, that has no
+    experts, or whose blocks do not all have the same number of them.
     """
-    source = resolve(model, revision)
+    place = locate(model, revision)
+    if needs_code(place.folder, MODEL) or needs_code(place.folder, TOKENIZER):
+        raise InputError(
+            f"{place.folder} needs Python code of its own, trusted or not, and what that does with experts is not "
+            f"known; choose a mixture that transformers itself has a class for"
+        )
+    source = open_source(place)
     skeleton = source.skeleton()
     arch = architecture(source.config, skeleton)
     found = experts_of(skeleton)
