@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     pass
 
 
+TOKENS_PER_BATCH = 2048
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments that a model's forward passes to a block besides the hidden states."""

@@ -5,13 +5,14 @@ Linears of an expert read the tokens that are routed to it; see `starved` for on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from llmcompress.calibrate.blocks import BlockForward, RowBatch
+from llmcompress.calibrate.gradients import Importance
 from llmcompress.calibrate.ranks import added
 from llmcompress.calibrate.starved import lacking, read_all, routed
 from llmcompress.calibrate.token_weights import token_weights
@@ -32,13 +33,15 @@ class InputGroup:
     """Linears that read the same tensor, by module path, and the moments of it.
 
     `inputs`: over the calibration sequences; `held_out`: over the others, None if there are none. `starved`: the tokens
-    that were routed to an expert where its `inputs` were filled up with others; else None.
+    that were routed to an expert where its `inputs` were filled up with others; else None. `rows`: what the rows of
+    each linear count, `[out]` by name, where they do not count alike.
     """
 
     names: tuple[str, ...]
     inputs: Moments
     held_out: Moments | None
     starved: int | None = None
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +50,8 @@ class HiddenStreams:
 
     `dense`: those in the dense model, of the calibration sequences or of all, None where they are not carried;
     `behind`: those that the block before read, None where it does not stay; `keep_outputs`: `hidden` moves on to a
-    block's outputs while its moments are gathered; `ranks`: which carry the other sequences.
+    block's outputs while its moments are gathered; `ranks`: which carry the other sequences; `importance`: of all
+    linears' tokens and rows, where `weights` go by it.
     """
 
     batches: list[RowBatch]
@@ -58,6 +62,7 @@ class HiddenStreams:
     weights: TokenWeights | None
     keep_outputs: bool
     ranks: Ranks = ALONE
+    importance: Importance | None = None
 
 
 @dataclass(eq=False)
@@ -125,6 +130,7 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
     to_experts = routed(run, tuple(readers))
     sums = _Sums({first: wanted[names] for first, names in readers.items()}, streams.cap)
     sums.counts.update(dict.fromkeys(to_experts, 0))
+    weigh = _weighing(run, readers, streams)
     outputs = torch.empty_like(hidden) if streams.keep_outputs and to_experts else hidden
     last: str | None = None  # the linear that the block calls last: known, and all calls counted, after the first batch
     with streams.ranks.agreed():
@@ -138,9 +144,7 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
                 dense_hidden[batch.rows] = run(dense_hidden[batch.rows], batch.rows, keep, tuple(readers))
             if not readers and not streams.keep_outputs:
                 continue
-            weights = None
-            if streams.weights is not None:
-                weights = token_weights(run, hidden[batch.rows], batch.rows, streams.weights)
+            weights = weigh(batch.rows)
 
             def read(
                 name: str,
@@ -148,9 +152,9 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
                 tokens: Tensor | None,
                 held_out: bool = batch.held_out,
                 dense: dict[str, Seen] = in_dense,
-                weights: Tensor | None = weights,
+                weights: Mapping[str, Tensor] = weights,
             ) -> None:
-                sums.read(name, (x, tokens), held_out, dense.pop(name, None), weights)
+                sums.read(name, (x, tokens), held_out, dense.pop(name, None), weights.get(name))
 
             output = run(hidden[batch.rows], batch.rows, read, tuple(readers), None if streams.keep_outputs else last)
             # an expert may be called in one batch and not in another
@@ -168,9 +172,31 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
             sums.moments[first, False],
             sums.moments.get((first, True)),
             sums.counts[first] if first in filled else None,
+            _row_weights(names, streams),
         )
         for first, names in readers.items()
     )
+
+
+def _weighing(
+    run: BlockForward, readers: Mapping[str, tuple[str, ...]], streams: HiddenStreams
+) -> Callable[[slice], Mapping[str, Tensor]]:
+    """Return the function from some rows of all sequences to the weights of their tokens, `[rows, length]` for each
+    linear that stands for its group; to nothing where all count alike."""
+    config, known = streams.weights, streams.importance
+    if config is None:
+        return lambda rows: {}
+    if known is None:
+        return lambda rows: dict.fromkeys(readers, token_weights(run, streams.hidden[rows], rows, config))
+    device = streams.hidden.device
+    found = {first: known.token_weights(names, config.minimum).to(device) for first, names in readers.items()}
+    return lambda rows: {first: weights[rows] for first, weights in found.items()}
+
+
+def _row_weights(names: tuple[str, ...], streams: HiddenStreams) -> dict[str, Tensor]:
+    if streams.importance is None or streams.weights is None or not streams.weights.rows:
+        return {}
+    return {name: streams.importance.row_weights(name).to(streams.hidden.device) for name in names}
 
 
 def _beside(seen: Seen, dense: Seen) -> Tensor:

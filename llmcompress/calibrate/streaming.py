@@ -83,7 +83,7 @@ class Streamed:
         """Yield the logits `[windows, length, vocabulary]` of each batch, from the outputs of the last block."""
         with self.at_the_end():
             for batch in states.batches:
-                yield self.predicted(states, states.hidden, batch.rows)
+                yield self.predicted(states, states.hidden[batch.rows], batch.rows)
 
     @contextmanager
     def at_the_end(self) -> Iterator[None]:
@@ -93,11 +93,14 @@ class Streamed:
                 stack.enter_context(self.hold(module, skip))
             yield
 
-    @torch.no_grad()
     def predicted(self, states: States, hidden: Tensor, rows: slice) -> Tensor:
-        """Return the logits `[rows, length, vocabulary]` of some windows, `at_the_end`; `hidden`: of all windows."""
+        """Return the logits `[rows, length, vocabulary]` of some windows, `at_the_end`, from their `hidden` states;
+        with a graph if these require one."""
         ids = states.ids[rows].to(self.device)
-        with answered(self.model, self.stack, self.depth, hidden[rows], states.extra), self._without_table():
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(hidden.requires_grad))
+            stack.enter_context(answered(self.model, self.stack, self.depth, hidden, states.extra))
+            stack.enter_context(self._without_table())
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 

@@ -1,4 +1,5 @@
-"""The weight of each calibration token, by the attention it receives or by its norm (RSQ, arXiv 2503.01820).
+"""The weight of each calibration token, by the attention it receives or by its norm (RSQ, arXiv 2503.01820); for the
+weights by gradient, see `gradients`.
 
 A block's tokens get one weight each, for the inputs of all its linears; it multiplies with the cap of `moments`. What
 the output head reads is not weighed. The attention that a token receives is the probability that all queries of all

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibrate.blocks import BlockForward, Calls, RowBatch, drop, in_batches, load
+from llmcompress.calibrate.blocks import TOKENS_PER_BATCH, BlockForward, Calls, RowBatch, drop, in_batches, load
 from llmcompress.calibrate.gather import (
     HELD_OUT,
     HiddenStreams,
@@ -31,6 +31,7 @@ from llmcompress.calibrate.gather import (
     moments_of,
     wanted_of,
 )
+from llmcompress.calibrate.gradients import Importance
 from llmcompress.calibrate.ranks import added
 from llmcompress.calibrate.recording import embed, head_inputs
 from llmcompress.errors import InputError
@@ -44,8 +45,6 @@ from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TOKENS_PER_BATCH = 2048
 
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
 
@@ -87,6 +86,7 @@ def walk(
     needs: Needs = frozenset(),
     cap: float | None = 4.0,
     weights: TokenWeights | None = None,
+    importance: Importance | None = None,
     prefix: Literal["compressed", "dense"] = "compressed",
     dense_stream: bool = False,
     outputs: bool = False,
@@ -98,35 +98,34 @@ def walk(
     ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> Iterator[Block]:
-    """Yield the model's blocks in depth order, each with the moments of its linears' inputs; then, where `needs` names
-    them, the token table and the output head, each as a block of its own.
+    """Yield the blocks in order, with the moments of their linears' inputs, then each table that `needs` names as one.
 
     `sequences`: token ids `[sequences, length]`, the last `held_out` of which are only measured on; None for methods
     without data: then nothing is run, and moments are empty. `needs`: the statistics every linear's method reads, or
     those of each linear by module path; groups that are not named are left out. `cap`: see `moments.capped_weights`;
-    None: none. `weights`: see `importance`. `prefix`: whether inputs come from the blocks as the caller left them, or
-    from the dense ones. `dense_stream`: carry the dense model's hidden states beside the others, for `cross`;
-    `outputs`: for `Block.wanted`, of held-out sequences too; `pairs`: for `Block.before`, which may change as well.
-    `dtype`: of a block's products. `batch_size`: sequences per forward (2048 tokens). `finished`: so many blocks come
-    without moments, to be made what they were in an earlier walk, or not at all where nothing depends on them.
-    `ranks`: processes that walk together, each with sequences of its own; moments are those of all of them.
+    None: none. `weights`: of tokens; by gradient, `importance` is that of the sequences. `prefix`: whether inputs come
+    from the blocks as the caller left them, or from the dense ones. `dense_stream`: carry the dense model's hidden
+    states beside the others, for `cross`; `outputs`: for `Block.wanted`, of held-out sequences too; `pairs`: for
+    `Block.before`, which may change as well. `dtype`: of a block's products. `batch_size`: sequences per forward (2048
+    tokens). `finished`: so many blocks come without moments, to be made what they were in an earlier walk, or not at
+    all where nothing depends on them. `ranks`: processes with sequences of their own; moments are those of all of them.
     `progress(blocks done, blocks, tokens per second)` is called after each.
 
-    Raises InputError when the sequences do not suit the model or its blocks cannot be run on their own, NumericsError,
-    naming the layer, when weights or activations are not finite.
+    Raises InputError for sequences that do not suit the model or blocks that cannot be run alone, NumericsError, naming
+    the layer, for weights or activations that are not finite.
     """
     if (dense_stream or outputs or pairs) and prefix == "dense":
         raise ValueError("a dense stream beside a dense prefix would be the same stream twice, pairs of no use")
-    model = source.skeleton()
+    model, device = source.skeleton(), torch.device(device)
     if sequences is None:
-        yield from _without_data(model, source, arch, needs, finished, torch.device(device), progress)
+        yield from _without_data(model, source, arch, needs, finished, device, progress)
         return
     _check_sequences(model, sequences, held_out)
     batches = in_batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
-    hidden, calls, extra = embed(model, source, arch, sequences, batches, torch.device(device))
+    hidden, calls, extra = embed(model, source, arch, sequences, batches, device)
     beside = hidden[: len(hidden) if outputs else len(hidden) - held_out].clone() if outputs or dense_stream else None
     behind = hidden.clone() if pairs else None
-    streams = HiddenStreams(batches, hidden, beside, behind, cap, weights, prefix == "dense", ranks)
+    streams = HiddenStreams(batches, hidden, beside, behind, cap, weights, prefix == "dense", ranks, importance)
     before, told = None, _paced(progress, len(arch.blocks), sequences.numel() * ranks.count)
     for index in range(len(arch.blocks)):
         run = _loaded(model, source, arch, index, calls, dtype, hidden.device)

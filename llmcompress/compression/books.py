@@ -8,7 +8,7 @@ Every process may have the object; only the first one calls these.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,6 +80,10 @@ class Books:
         count = len(self._journal.closed())
         self._writer = self._held.enter_context(publishing(staging, self.output, count))
         return self._journal.found
+
+    def kept(self, name: str, find: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what `find` gives, now or in an earlier run: see `Journal.kept`."""
+        return _there(self._journal).kept(name, find)
 
     def tensors(self, number: int) -> dict[str, Tensor]:
         """Return what is stored of a block that an earlier run has finished."""

@@ -3,6 +3,7 @@
     OUT.partial/checkpoint/part-00000.safetensors   a block that nothing changes any more
     OUT.partial/finished/block-00000.json           the report of each finished block
     OUT.partial/finished/open-00007.safetensors     the last block, where it learns again together with the next
+    OUT.partial/finished/importance.safetensors     what tokens and rows count, where a backward pass was asked
 
 A block is finished when its report is on the disk, which is after its tensors. The blocks before the next one are run
 again as they are stored, so the result is bit for bit that of an uninterrupted run. The reports stay until the complete
@@ -12,7 +13,7 @@ checkpoint has its final name on the disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -122,6 +123,15 @@ class Journal:
             return read_tensors(path, payload_texts(layouts))[0]
         except (InputError, OSError, ValueError) as error:
             raise self.store.damage(error) from error
+
+    def kept(self, name: str, find: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return tensors that blocks depend on: those of an earlier run, or what `find` gives, which is kept."""
+        record = self.store.get(name)
+        if record is not None:
+            return record.tensors
+        found = find()
+        self.store.put(name, {}, found)
+        return found
 
     def add(self, entry: Entry, pending: Mapping[str, Tensor]) -> None:
         """Note that the next block is finished; `pending`: its tensors, where they may still change. Raises DiskError

@@ -34,7 +34,7 @@ def layer_of(job: Job, block: Block, name: str, group: InputGroup) -> Layer:
             raise NumericsError(f"{name}: {error}") from error
         target = weight + job.recipe.asymmetric * moved
     seed = f"{job.recipe.seed}/{group.names[0]}"
-    return Layer(name, target, Dense(target.to(torch.bfloat16)), inputs, seed)
+    return Layer(name, target, Dense(target.to(torch.bfloat16)), inputs, seed, rows=group.rows.get(name))
 
 
 def to_dense_outputs(weight: Tensor, inputs: Moments, cross: Tensor, readers: int = 1) -> Tensor:

@@ -6,9 +6,12 @@ and the factors of the widest of them; they were fitted to measured peaks (`scri
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from math import prod
 
+from llmcompress.calibrate.blocks import TOKENS_PER_BATCH
+from llmcompress.calibrate.gradients import TOKENS
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, BlockLayout
 from llmcompress.recipe.compression import Recipe
@@ -21,7 +24,7 @@ COMPILER = 220_000_000  # bytes that the compiler of searches takes
 SEARCHED = frozenset({"trellis", "exl3"})
 LEARNING_BYTES = 16  # for each weight of a block that learns: gradient, two moments, and the best state
 TABLE_BYTES = 16  # for each weight of a table while it is compressed: float32 twice, bfloat16, codes, and their sum
-BATCH = 2048  # tokens in a forward
+GRAPH = 1.5  # of what a block's linears read and give, that its backward pass holds
 ACTIVATIONS = 6  # tensors as wide as the widest inputs that a forward of a batch holds
 
 
@@ -46,9 +49,30 @@ def peak_bytes(
     stored = [prod(header.shape) for header in source.tensors.values()]
     searched = any(method in SEARCHED for method in used)
     outside = max((prod(source.tensors[f"{name}.weight"].shape) for name in tables), default=0) * TABLE_BYTES
+    outside = max(outside, _importance_bytes(source, arch, recipe))
     return int(
         LIBRARIES + COMPILER * searched + 4 * tokens * width_of(arch) * streams + max(blocks, 8 * max(stored), outside)
     )
+
+
+def by_gradient(recipe: Recipe) -> bool:
+    """True if tokens count by a backward pass."""
+    return recipe.token_weights is not None and recipe.token_weights.by == "gradient"
+
+
+def _importance_bytes(source: DenseModel, arch: Architecture, recipe: Recipe) -> int:
+    """Return what the backward pass for the importance of tokens takes, beside the hidden states of the walk."""
+    text = recipe.calibration
+    if text is None or not by_gradient(recipe):
+        return 0
+    tokens = min(max(TOKENS, text.length), text.samples * text.length)
+    states = 4 * tokens * width_of(arch) * (2 * math.ceil(math.sqrt(len(arch.blocks))) + 2)
+    linears = [[linear for group in layout.groups for linear in group] for layout in arch.blocks]
+    graph = max(4 * TOKENS_PER_BATCH * sum(GRAPH * sum(linear.shape) for linear in block) for block in linears)
+    block = max(4 * sum(prod(linear.shape) for linear in block) for block in linears)
+    vocabulary, width = source.tensors[f"{arch.embedding}.weight"].shape
+    head = 4 * vocabulary * (width + 3 * text.length)  # logits, probabilities, and a copy while they are made
+    return int(states + max(block + graph, head))
 
 
 def width_of(arch: Architecture) -> int:
@@ -68,6 +92,6 @@ def _block_bytes(layout: BlockLayout, recipe: Recipe, needs: Mapping[str, frozen
             moments += 4 * width**2 * (1 + held_out + ("cross" in read))
             solved = max(solved, width)
     work = int((AIM if recipe.asymmetric else FACTOR) * solved**2) + LAYER_BYTES * largest
-    forward = 4 * ACTIVATIONS * BATCH * widest if recipe.calibration is not None else 0
+    forward = 4 * ACTIVATIONS * TOKENS_PER_BATCH * widest if recipe.calibration is not None else 0
     held = weights * (4 * max(learning, 1) + LEARNING_BYTES * learning)
     return held + moments + max(work, forward)

@@ -19,6 +19,7 @@ from llmcompress.calibrate.ranks import own_share
 from llmcompress.calibrate.walk import Block, Progress, walk
 from llmcompress.compression.block import CompressionState, compress_block, restore
 from llmcompress.compression.books import Books, identity_of, tokens_of
+from llmcompress.compression.importance import importance_of
 from llmcompress.compression.plan import Job, check_memory, warnings
 from llmcompress.compression.result import Result
 from llmcompress.data.calibration import CalibrationTokens
@@ -103,7 +104,7 @@ def _compress_blocks(
     finished = len(run.entries)
     if finished == len(run.job.arch.blocks) + len(run.job.tables):
         return  # their files may be merged already
-    for block in _blocks(run, tokens, finished, progress):
+    for block in _blocks(run, tokens, books, finished, progress):
         if block.index < finished:
             tensors = run.ranks.first(partial(books.tensors, block.index))
             restore(run, block, tensors, last=block.index + 1 == finished)
@@ -114,11 +115,12 @@ def _compress_blocks(
 
 
 def _blocks(
-    run: CompressionState, tokens: CalibrationTokens | None, finished: int, progress: Progress | None
+    run: CompressionState, tokens: CalibrationTokens | None, books: Books, finished: int, progress: Progress | None
 ) -> Iterator[Block]:
     """Walk over the model; without tokens, the moments are empty."""
     job, recipe = run.job, run.job.recipe
     sequences, held_out = (None, 0) if tokens is None else own_share(tokens.sequences, tokens.held_out, run.ranks)
+    importance = None if sequences is None else importance_of(job, sequences, run.device, run.ranks, books.kept)
     return walk(
         job.source,
         job.arch,
@@ -127,6 +129,7 @@ def _blocks(
         needs=job.needs(),
         cap=recipe.cap,
         weights=recipe.token_weights,
+        importance=importance,
         prefix=recipe.prefix,
         dense_stream=recipe.asymmetric > 0,
         outputs=run.tune is not None,

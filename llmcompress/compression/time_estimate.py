@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from llmcompress.compression.fuse.awq import EXPONENTS
+from llmcompress.compression.memory_estimate import by_gradient
 from llmcompress.compression.plan import Job
 from llmcompress.methods.layer import MANY, SAMPLED, Layer, StepConfig, apply
 from llmcompress.methods.moments import STATISTICS, Moments
@@ -35,6 +36,7 @@ FORWARD_SHARE = 2.0  # time of a calibration pass over the time of its linears: 
 FACTOR = 2.1  # products of a cube that a factor of H takes as long as
 READ = 4e-8  # seconds to read a weight, and to write what becomes of it
 TEXT = 6.0  # seconds to read the text that comes with this package, or as long as others may take
+BACKWARD = 4  # forwards of a block that the pass for its importance takes as long as: three, and gradients of inputs
 ROUNDING = 1.0  # sequences whose forward takes as long as what a step does to every weight of a block
 EXPERT = re.compile(r"(.+)\.(\d+)\.(?:gate|up|down)_proj")
 EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
@@ -99,7 +101,7 @@ def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[flo
     forward, exact = 0.0, 0.0
     for layout in job.arch.blocks:
         block = sum(prod(linear.shape) * shares.get(linear.name, 1.0) for group in layout.groups for linear in group)
-        passes = 3 if recipe.asymmetric else 2
+        passes = (3 if recipe.asymmetric else 2) + (BACKWARD if by_gradient(recipe) else 0)
         forward += 2 * passes * tokens * block
         for group in layout.groups:
             read = tokens * shares.get(group[0].name, 1.0)
@@ -112,6 +114,8 @@ def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[flo
             if recipe.fuse is not None and recipe.fuse.awq:
                 exact += 2 * len(EXPONENTS) * rows * width**2
         forward += 2 * len(layout.groups) * _learned(recipe) * block
+    if by_gradient(recipe):
+        forward += 2 * 2 * tokens * prod(job.source.tensors[f"{job.arch.embedding}.weight"].shape) / FORWARD_SHARE
     return forward, exact
 
 

@@ -41,6 +41,7 @@ class Layer:
     inputs: Moments
     seed: str = ""  # the same for layers that read the same input
     rotation: Rotation | None = None
+    rows: Tensor | None = None  # [out]: what the rows count in a choice for a whole column; None: alike
     notes: tuple[str, ...] = ()  # fallbacks taken, for the report
 
     def expression(self) -> Weight:

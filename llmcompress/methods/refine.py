@@ -2,7 +2,8 @@
 
 Minimises tr(E H E^T), which error feedback does only greedily. A column may move again, to the stored values nearest to
 `q_j + (E H)_j / H_jj`, now that all other columns are known, later ones too. Then scales are fitted by least squares,
-those of each row and group in turn. No move raises the loss on the calibration inputs.
+those of each row and group in turn. No move raises the loss on the calibration inputs; where rows do not count alike,
+no move of a column of a trellis raises the sum of what they count.
 
 Stores the same expression in the same bits. It may change grid codes, streams of a trellis, bits of binary planes,
 factors of columns, kept values of a pruned matrix, signs of a partially binarized one, and codes and entries of
@@ -76,16 +77,17 @@ def refine(layer: Layer, config: Refine) -> Layer:
     base, target = _compressed_base(layer.approx), base_target(layer)
     hessian = metric(layer.inputs, target, config.damping)
     for _ in range(config.passes):
-        base = rescaled(descended(base, target, hessian), target, hessian)
+        base = rescaled(descended(base, target, hessian, layer.rows), target, hessian)
     return with_base(layer, base)
 
 
-def descended(base: Weight, target: Tensor, hessian: Tensor) -> Weight:
-    """One visit to every column of `target [out, in]`, left to right, under `hessian [in, in]`."""
+def descended(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None = None) -> Weight:
+    """One visit to every column of `target [out, in]`, left to right, under `hessian [in, in]`; `rows [out]`: what they
+    count where a column is chosen as a whole."""
     base = moved(base, target, lambda books, own, shown: visited(books, own, hessian, shown))
     if books_of(base):
         return base
-    streams = TrellisStreams.of(base) if isinstance(base, TrellisCoded) else None
+    streams = TrellisStreams.of(base, rows) if isinstance(base, TrellisCoded) else None
     move_to = nearest(base) if streams is None else streams.project
     values = dense(base).T.clone(memory_format=torch.contiguous_format)  # [in, out], like everything below
     pull = hessian @ (target.T - values)

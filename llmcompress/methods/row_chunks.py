@@ -42,7 +42,8 @@ def apply_to(layer: Layer, steps: Sequence[StepConfig], rows: slice) -> Outcome:
     """One of the layer's `runs` after every step."""
     if rows != slice(0, len(layer.weight)):
         weight = layer.weight[rows]
-        layer = replace(layer, weight=weight, approx=Dense(weight.to(torch.bfloat16)))
+        importance = None if layer.rows is None else layer.rows[rows]
+        layer = replace(layer, weight=weight, approx=Dense(weight.to(torch.bfloat16)), rows=importance)
     done = apply(layer, steps)
     return Outcome(done.expression(), done.notes)
 

@@ -85,6 +85,6 @@ def trellis(layer: Layer, config: TrellisConfig) -> Layer:
     kind = config.trellis()
     spread = target.square().mean(1, keepdim=True).sqrt()  # that of the trellis' numbers is 1
     scale = spread.clamp_max(torch.finfo(torch.float16).max).to(torch.float16)
-    base = feedback(target, factor, TrellisStreams(scale, target.shape[1], kind, config.run))
+    base = feedback(target, factor, TrellisStreams(scale, target.shape[1], kind, config.run, layer.rows))
     hessian = metric(layer.inputs, target, config.damping)
     return with_base(layer, rescaled(base, target, hessian), notes)

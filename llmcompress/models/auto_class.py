@@ -15,11 +15,12 @@ from llmcompress.models.remote_code import AUTO_MAP
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-CAUSAL, MULTIMODAL, BODY = "AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModel"
+CAUSAL, MULTIMODAL, MASKED = "AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForMaskedLM"
+BODY = "AutoModel"
 HEADS = {  # auto class -> its table in transformers, the likelier first
     CAUSAL: "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     MULTIMODAL: "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
-    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    MASKED: "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
 }

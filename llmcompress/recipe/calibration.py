@@ -87,10 +87,25 @@ class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
 
 
 class TokenWeights(BaseModel, extra="forbid", frozen=True):
-    """Weights from `minimum` to 1, linear in what they go by over each sequence of a block's inputs.
+    """The weight of each calibration token: of a block's inputs or, by gradient, of each linear's.
 
-    Where sinks receive a hundred times as much as others, these count about alike, and the sinks 1.
+    By attention and norm they go from `minimum` to 1, linear over each sequence. Where sinks receive a hundred times as
+    much as others, these count about alike, and the sinks 1. By gradient they go from `minimum` to about 30, and are
+    about 1 on average.
     """
 
-    by: Literal["attention", "norm"] = Field(description="the attention a token receives, or its hidden state's norm")
+    by: Literal["attention", "norm", "gradient"] = Field(
+        description="the attention a token receives, its hidden state's norm, or the squared gradient that the model's "
+        "predictions have by the outputs of a linear there, from one backward pass of the dense model"
+    )
     minimum: float = Field(default=0.01, gt=0, le=1, description="what the least token of a sequence counts")
+    rows: bool = Field(
+        default=False,
+        description="by gradient: rows count by theirs too, where a method chooses for a whole column",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TokenWeights:
+        if self.rows and self.by != "gradient":
+            raise ValueError(f"rows: they count by their gradient, and by is {self.by!r}; set by: gradient")
+        return self

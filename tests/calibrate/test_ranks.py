@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from llmcompress.calibrate.gradients import importance
 from llmcompress.calibrate.ranks import added, own_share
 from llmcompress.calibrate.walk import walk
 from llmcompress.errors import RecipeError
@@ -93,19 +95,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DenseMod
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-@pytest.mark.parametrize("weights", [None, TokenWeights(by="attention")], ids=["all alike", "attention"])
+@pytest.mark.parametrize("by", [None, "attention", "gradient"])
 def test_a_walk_together_is_a_walk_alone(
-    family: str, weights: TokenWeights | None, models: Callable[[str], DenseModel]
+    family: str, by: Literal["attention", "gradient"] | None, models: Callable[[str], DenseModel]
 ) -> None:
     """Dense and compressed streams, held-out sequences that not every process has, experts that are starved."""
     source, given = models(family), sequences()
+    weights = None if by is None else TokenWeights(by=by)
 
     def work(ranks: Ranks) -> Found:
         own, held_out = own_share(given, 2, ranks)
         arch = architecture(source.config, source.skeleton())
         found: Found = {}
-        how = {"held_out": held_out, "needs": ALL, "dense_stream": True, "weights": weights, "batch_size": 1}
-        for block in walk(source, arch, own, ranks=ranks, **how):  # type: ignore[arg-type]
+        counts = importance(source, arch, own, ranks=ranks) if by == "gradient" else None
+        how = {
+            "held_out": held_out,
+            "needs": ALL,
+            "dense_stream": True,
+            "weights": weights,
+            "batch_size": 1,
+        }
+        for block in walk(source, arch, own, ranks=ranks, importance=counts, **how):  # type: ignore[arg-type]
             for group in block.groups:
                 found[group.names[0], False] = group.inputs
                 assert group.held_out is not None

@@ -66,8 +66,9 @@ def sampled(layer: Layer, is_table: bool = False) -> Layer:
     most, enough = (ROWS, ROWS + 1) if is_table else (SAMPLED, MANY)
     if rows < enough:
         return layer
-    weight = layer.weight[torch.linspace(0, rows - 1, most, device=layer.weight.device).long()]
-    return Layer(layer.name, weight, Dense(weight.to(torch.bfloat16)), layer.inputs, layer.seed)
+    chosen = torch.linspace(0, rows - 1, most, device=layer.weight.device).long()
+    weight, importance = layer.weight[chosen], None if layer.rows is None else layer.rows[chosen]
+    return Layer(layer.name, weight, Dense(weight.to(torch.bfloat16)), layer.inputs, layer.seed, rows=importance)
 
 
 def error(layer: Layer, steps: Steps, held_out: Moments | None) -> float:

@@ -33,6 +33,7 @@ from llmcompress.compression.allocate.distortion import (
     sampled,
 )
 from llmcompress.compression.allocate.sensitivity import Probe
+from llmcompress.compression.importance import importance_of
 from llmcompress.compression.plan import Job
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import NumericsError
@@ -225,6 +226,7 @@ def _layers(
         needs=needs_of(job, wanted),
         cap=recipe.cap,
         weights=recipe.token_weights,
+        importance=importance_of(job, sequences, torch.device(device)),
         prefix="dense",
         device=device,
         dtype=product_dtype(recipe.compute, torch.device(device)),
@@ -234,7 +236,8 @@ def _layers(
         for group in block.groups:
             for name in (name for name in group.names if name in wanted):
                 weight = block.weight(name)
-                layer = Layer(name, weight, Dense(weight.to(torch.bfloat16)), group.inputs, _seed(job, group))
+                start, rows = Dense(weight.to(torch.bfloat16)), group.rows.get(name)
+                layer = Layer(name, weight, start, group.inputs, _seed(job, group), rows=rows)
                 yield block, layer, group.held_out
             group.inputs.derived.clear()
         probe.leave(block)

@@ -139,7 +139,8 @@ class Probe:
 
     def _predicted(self, hidden: Tensor) -> Iterator[Tensor]:
         for start in range(0, len(self.windows), AT_ONCE):
-            yield self.model.predicted(self.states, hidden, slice(start, start + AT_ONCE))
+            rows = slice(start, start + AT_ONCE)
+            yield self.model.predicted(self.states, hidden[rows], rows)
 
     def _through(self, block: Block, hidden: Tensor) -> Tensor:
         return passed(block.module, block.index, self.states, hidden, slice(0, len(hidden)))

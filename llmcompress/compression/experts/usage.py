@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibrate.blocks import BlockForward, RowBatch, drop, in_batches, load
-from llmcompress.calibrate.walk import TOKENS_PER_BATCH, Block, Progress, walk
+from llmcompress.calibrate.blocks import TOKENS_PER_BATCH, BlockForward, RowBatch, drop, in_batches, load
+from llmcompress.calibrate.walk import Block, Progress, walk
 from llmcompress.compression.experts.mixture import ExpertMixture
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import InputError, RecipeError

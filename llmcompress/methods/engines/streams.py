@@ -22,8 +22,9 @@ class TrellisStreams:
 
     strides: tuple[int, ...] = ()
 
-    def __init__(self, scale: Tensor, width: int, trellis: Trellis, run: int) -> None:
-        """For `width` columns under a float16 scale `[out, 1]` a row."""
+    def __init__(self, scale: Tensor, width: int, trellis: Trellis, run: int, rows: Tensor | None = None) -> None:
+        """For `width` columns under a float16 scale `[out, 1]` a row; `rows [out]`: what the squared errors of each row
+        count, None: alike."""
         self.scale, self.trellis, self.run = scale, trellis, run
         self.edges = cuts(len(scale), run, trellis)
         device = scale.device
@@ -35,14 +36,14 @@ class TrellisStreams:
         self.factors = scale[:, 0].float()
         empty = ~(self.factors > 0)
         self.empty = empty if bool(empty.any()) else None  # rows of zeros
-        importance = self.factors.square().reshape(-1, trellis.values)
-        self.search = stream_search(trellis, self.edges, importance)
+        importance = self.factors.square() if rows is None else self.factors.square() * rows
+        self.search = stream_search(trellis, self.edges, importance.reshape(-1, trellis.values))
 
     @staticmethod
-    def of(w: TrellisCoded) -> TrellisStreams:
+    def of(w: TrellisCoded, rows: Tensor | None = None) -> TrellisStreams:
         """The columns that were chosen for `w`, to be chosen again."""
         width = shape(w)[1]
-        found = TrellisStreams(w.scale, width, w.trellis, w.run)
+        found = TrellisStreams(w.scale, width, w.trellis, w.run, rows)
         for first, last in pairwise(found.edges):
             chosen = states(w.codes[first * width : last * width], w.trellis)
             found.states[:, first:last] = chosen.reshape(width, -1)
