@@ -43,6 +43,10 @@ class NumericsError(LLMCompressError):
     exit_code = 3
 
 
+class GateError(NumericsError):
+    """The finished model is further from the dense one than the recipe's gates allow; its checkpoint stays."""
+
+
 class DiskError(LLMCompressError):
     """The output cannot be written: it exists, is not writable, or does not fit on its disk."""
 

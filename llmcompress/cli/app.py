@@ -114,6 +114,8 @@ def compress(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.compression import pipeline
         from llmcompress.compression.allocate.parts import Part
+        from llmcompress.errors import GateError
+        from llmcompress.evaluate.report import gathered
 
         asked = asked_recipe(recipe, settings, seed, target_of(bpw, size, kl), tune)
         how: dict[str, Any] = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
@@ -121,8 +123,12 @@ def compress(
             file = pipeline.price_part(model, asked, output, Part.of(price_part), pricing=terminal.pricing, **how)
             terminal.show({"part": price_part, "file": str(file)}, priced_view)
             return
-        shown: dict[str, Any] = {"progress": terminal.progress, "training": terminal.training}
-        result = pipeline.compress(model, asked, output, pricing=terminal.pricing, resume=resume, **how, **shown)
+        shown: dict[str, Any] = {name: getattr(terminal, name) for name in ("progress", "pricing", "training")}
+        try:
+            result = pipeline.compress(model, asked, output, judging=terminal.judging, resume=resume, **how, **shown)
+        except GateError:
+            terminal.show(gathered(output), report_view)
+            raise
         terminal.warn(summarized(result.report.warnings))
         more = {"distillation": result.distillation, "allocation": result.allocation}
         found = result.report.to_json() | {name: part for name, part in more.items() if part is not None}
@@ -170,15 +176,9 @@ def inspect(
         from llmcompress.evaluate import report
         from llmcompress.recipe.read import dump, read_recipe
 
-        found = report.read(folder)
-        recipe = read_recipe(folder / file_names.RECIPE)
-        terminal.warn(summarized(found.warnings))
-        values = found.to_json() | ({"recipe": recipe.model_dump(mode="json")} if as_json else {})
-        if (distilled := report.read_distillation(folder)) is not None:
-            values["distillation"] = distilled
-        if (allocated := report.read_allocation(folder)) is not None:
-            values["allocation"] = allocated
-        terminal.show(values, report_view)
+        values, recipe = report.gathered(folder), read_recipe(folder / file_names.RECIPE)
+        terminal.warn(summarized(values["warnings"]))
+        terminal.show(values | ({"recipe": recipe.model_dump(mode="json")} if as_json else {}), report_view)
         if not as_json and not quiet:
             typer.echo("\n" + dump(recipe), nl=False)
 

@@ -140,6 +140,10 @@ class Terminal:
         what = f"loss {loss:.4f} · held-out KL {kl:.4f} · {tokens_per_second:,.0f} tokens/s"
         self._report("step", done, total, what)
 
+    def judging(self, done: int, total: int) -> None:
+        """Report blocks of both models read for the gates, as `progress` does."""
+        self._report("block read for the gates", done, total, "")
+
     def stage(self, sentence: str) -> None:
         """Announce on standard error what comes next; the stage under way is over."""
         self._end_stage()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llmcompress.evaluate.formatting import byte_count, duration
+from llmcompress.evaluate.gates import GateReport
 from llmcompress.evaluate.tables import (
     CHANGE_HEADINGS,
     Row,
@@ -75,6 +76,8 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
     yield f"cost    {duration(report['seconds'])} · {byte_count(report['peak_memory_bytes'])} of memory at the peak"
     if "allocation" in report:
         yield _reached(report["allocation"])
+    if report["gates"] is not None:
+        yield f"gates   {GateReport.from_json(report['gates']).sentence()}"
     if "distillation" in report:
         yield ""
         yield from distilled_view(report["distillation"], every)

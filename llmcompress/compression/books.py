@@ -20,7 +20,7 @@ from torch import Tensor
 from llmcompress.compression.block import BlockResult
 from llmcompress.compression.journal import Entry, Journal, open_journal, run_identity, run_name
 from llmcompress.compression.plan import Job
-from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
+from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import DiskError, InputError
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.report import Report
@@ -135,12 +135,6 @@ def identity_of(job: Job, tokens: CalibrationTokens | None, device: str) -> dict
     return run_identity(job.source, job.recipe, None if tokens is None else tokens.hash, device)
 
 
-def tokens_of(job: Job) -> CalibrationTokens | None:
-    """Return the calibration tokens; None for a recipe without calibration."""
-    config, source = job.recipe.calibration, job.source
-    return None if config is None else calibration_tokens(config, source.tokenizer(), source.load, source.config)
-
-
 def is_complete(output: Path, job: Job, device: str) -> bool:
     """True if this very job has completed `output` before, but for its distillation; False if nothing is there.
 
@@ -149,7 +143,7 @@ def is_complete(output: Path, job: Job, device: str) -> bool:
     if not output.is_dir() or not any(output.iterdir()):
         return False
     found = reports.read(output)
-    if found.run != run_name(identity_of(job, tokens_of(job), device)):
+    if found.run != run_name(identity_of(job, job.tokens, device)):
         raise DiskError(
             f"{output} was left by a run with another recipe, model, text, device or version; remove it, or choose "
             f"another output folder"

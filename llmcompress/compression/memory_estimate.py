@@ -12,9 +12,12 @@ from math import prod
 
 from llmcompress.calibrate.blocks import TOKENS_PER_BATCH
 from llmcompress.calibrate.gradients import TOKENS
+from llmcompress.evaluate.gates import TOKENS as GATE_TOKENS
+from llmcompress.evaluate.gates import WINDOW
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, BlockLayout
 from llmcompress.recipe.compression import Recipe
+from llmcompress.runtime.memory import total_memory
 
 LIBRARIES = 560_000_000  # bytes that torch and transformers take before any work
 FACTOR = 14.0  # bytes for each entry of H while it is factored
@@ -50,9 +53,32 @@ def peak_bytes(
     searched = any(method in SEARCHED for method in used)
     outside = max((prod(source.tensors[f"{name}.weight"].shape) for name in tables), default=0) * TABLE_BYTES
     outside = max(outside, _importance_bytes(source, arch, recipe))
-    return int(
-        LIBRARIES + COMPILER * searched + 4 * tokens * width_of(arch) * streams + max(blocks, 8 * max(stored), outside)
-    )
+    walked = 4 * tokens * width_of(arch) * streams + max(blocks, 8 * max(stored), outside)
+    gate = gate_bytes(source, arch, recipe)
+    return int(max(LIBRARIES + COMPILER * searched + walked, gate if gate <= total_memory() else 0))
+
+
+def gate_tokens(recipe: Recipe) -> int:
+    """Return the number of tokens that are read at the end for the gates of quality; 0 without any."""
+    text = recipe.calibration
+    if text is None or not text.held_out or not recipe.gates.of_quality:
+        return 0
+    sequences = text.held_out if text.held_out >= 1 else max(1.0, text.held_out * text.samples)
+    return int(min(GATE_TOKENS, sequences * text.length))
+
+
+def gate_bytes(source: DenseModel, arch: Architecture, recipe: Recipe) -> int:
+    """Return the peak memory of measuring the gates; 0 without any. A machine that has less leaves them unmeasured."""
+    tokens = gate_tokens(recipe)
+    table = source.tensors.get(f"{arch.embedding}.weight")
+    if not tokens or table is None:
+        return 0
+    vocabulary, width = table.shape
+    states = 2 * 4 * tokens * width_of(arch)
+    ends = 2 * 4 * vocabulary * (width + min(WINDOW, tokens))  # head and logits of both models
+    linears = [[prod(linear.shape) for group in layout.groups for linear in group] for layout in arch.blocks]
+    block = max(4 * sum(sizes) + LAYER_BYTES * max(sizes) for sizes in linears)
+    return LIBRARIES + states + max(ends, ends // 2 + block)
 
 
 def by_gradient(recipe: Recipe) -> bool:

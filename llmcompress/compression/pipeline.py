@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from llmcompress.compression.allocate.parts import Part
 from llmcompress.compression.allocate.plan import Allocation, allocate
 from llmcompress.compression.allocate.price_file import allocate_by, discard_prices, measure_part
 from llmcompress.compression.books import is_complete
+from llmcompress.compression.gate import check, is_unsettled, judge
 from llmcompress.compression.plan import Job, Plan, prepare
 from llmcompress.compression.result import Result
 from llmcompress.compression.run import Progress
@@ -83,6 +84,7 @@ def compress(
     progress: Progress | None = None,
     pricing: Progress | None = None,
     training: Training | None = None,
+    judging: Callable[[int, int], None] | None = None,
     resume: bool = True,
     trust_remote_code: bool = False,
 ) -> Result:
@@ -97,10 +99,11 @@ def compress(
         output: a new or empty folder; None for a temporary one, see `Result.save`.
         revision: a branch, tag or commit of a Hub model.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
-        progress: receives (blocks compressed, blocks, tokens per second). Where it, `pricing` or `training` is None, a
+        progress: receives (blocks compressed, blocks, tokens per second). Where it or one of the next three is None, a
             notebook shows a line, and nothing else does.
         pricing: receives the same while options are priced for a target.
         training: receives (step, steps, loss, tokens per second, held-out KL) of a distillation.
+        judging: receives (blocks read, blocks in both models) while the result is held against the recipe's gates.
         resume: False to start over instead of resuming an interrupted run.
         trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
 
@@ -108,6 +111,7 @@ def compress(
         The finished checkpoint and its report.
 
     Raises:
+        GateError: for a result outside of the recipe's gates. It is complete in `output`, and its report says so.
         LLMCompressError: in one sentence, for whatever is wrong. What is left behind then is only what the same call
             resumes from: finished blocks in `<output>.partial`, prices in `<output>.prices.json`, a compressed model in
             `<output>.compressed` and the state of its training in `<output>.training`.
@@ -116,15 +120,17 @@ def compress(
     progress = progress or counted("block", "tokens/s")
     pricing = pricing or counted("priced block", "tokens/s")
     training = training or counted("step", "loss", "tokens/s", "held-out KL")
+    judging = judging or counted("block read for the gates")
     with launched(device) as ranks:
         with ranks.agreed():
             job = _opened(model, recipe, revision, trust_remote_code)
         finish = partial(
             compress_job, device=ranks.device, progress=progress, training=training, resume=resume, ranks=ranks
         )
+        way, place = _Way(finish, judging, resume, ranks), None if output is None else Path(output)
         if job.recipe.target is None:
-            return finish(job, output)
-        return _to_target(job, None if output is None else Path(output), ranks, pricing, resume, finish)
+            return _gated(_finished(job, place, way), job, way)
+        return _to_target(job, place, pricing, way)
 
 
 def _opened(
@@ -161,34 +167,66 @@ def price_part(
         return measure_part(output.with_name(output.name + PRICES), part, job, device=device, progress=pricing)
 
 
-def _to_target(
-    job: Job,
-    output: Path | None,
-    ranks: Ranks,
-    pricing: Progress | None,
-    resume: bool,
-    finish: Callable[[Job, Path | None], Result],
-) -> Result:
-    """Choose steps for the job's target, and `finish` the resulting job. Its prices and its plan lie beside the
-    report."""
+@dataclass(frozen=True)
+class _Way:
+    """How a job without a target is done: `finish` makes its checkpoint, and `judging` hears how far its gates are."""
+
+    finish: Callable[[Job, Path | None], Result]
+    judging: Callable[[int, int], None] | None
+    resume: bool
+    ranks: Ranks
+
+
+def _finished(job: Job, output: Path | None, way: _Way) -> Result:
+    """Return the job's checkpoint: that of an earlier run where this did not come past its gates, else a new one."""
+    there = way.ranks.first(lambda: way.resume and output is not None and _is_left(output))
+    if there and output is not None:
+        done = way.ranks.first(lambda: completed(output, job, way.ranks.asked))
+        if done is not None:
+            return done
+    return way.finish(job, output)
+
+
+def _is_left(output: Path) -> bool:
+    """True if a run has completed `output`, but for its gates."""
+    return not output.with_name(output.name + STAGED).is_dir() and is_unsettled(output)
+
+
+def _gated(result: Result, job: Job, way: _Way, plan: Allocation | None = None) -> Result:
+    """Hold a finished checkpoint against the recipe's gates, in the first process, and return it with its new report.
+
+    Raises GateError in all of them where it is outside.
+    """
+    ranks, stays = way.ranks, result.is_kept
+    report = ranks.first(lambda: judge(job, result.folder, ranks.device, way.judging, plan))
+    with ranks.agreed():
+        check(report, result.folder, plan, stays)
+    return replace(result, report=report)
+
+
+def _to_target(job: Job, output: Path | None, pricing: Progress | None, way: _Way) -> Result:
+    """Choose steps for the job's target, and do the resulting job. Its prices and its plan lie beside the report."""
+    ranks = way.ranks
     device = ranks.device
     with ranks.agreed():
         run.check_ranks(job, ranks, output)
     if output is None:
         plan = allocate(job, device=device, progress=pricing)
-        result = finish(plan.settled, None)
-        return replace(result, allocation=record(plan, result.folder, device))
+        result = way.finish(plan.settled, None)
+        return _gated(replace(result, allocation=record(plan, result.folder, device)), plan.settled, way, plan)
     kept = output.with_name(output.name + PRICES)
     with ExitStack() as stack:
-        ranks.first(lambda: _begin_pricing(stack, kept, output, resume))
+        ranks.first(lambda: _begin_pricing(stack, kept, output, way.resume))
         plan = allocate_by(kept, job, device=device, progress=pricing, ranks=ranks)
+    settled = plan.settled
     with ExitStack() as stack:
         stack.push(partial(_note, f"the prices of the options are kept in {kept}"))
-        done = ranks.first(lambda: completed(output, plan.settled, ranks.asked))
-        result = done or finish(plan.settled, output)
+        done = ranks.first(lambda: completed(output, settled, ranks.asked))
+        result = done or way.finish(settled, output)
         allocation = ranks.first(lambda: record(plan, result.folder, device))
+        result = _gated(replace(result, allocation=allocation), settled, way, plan)
     ranks.first(kept.unlink)
-    return replace(result, allocation=allocation)
+    return result
 
 
 def _begin_pricing(held: ExitStack, kept: Path, output: Path, resume: bool) -> None:
@@ -240,7 +278,7 @@ def compress_job(
         temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")
         output = Path(temporary.name) / "model"
     target = Path(output)
-    first = replace(job, recipe=job.recipe.model_copy(update={"distill": None}))
+    first = job.undistilled
     staged = target.with_name(target.name + STAGED)
     there = resume and staged.is_dir() and (target / file_names.REPORT).is_file()
     if there and (done_before := completed(target, job, device)) is not None:  # the end came just before this one

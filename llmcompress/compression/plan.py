@@ -19,11 +19,11 @@ from llmcompress.calibrate.rehearsal import rehearsed
 from llmcompress.compression.fuse.awq import check_awq
 from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.compression.memory_estimate import peak_bytes
-from llmcompress.data.calibration import check_length
+from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length
 from llmcompress.distill.check_fused import check_fused
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.methods.layer import StepConfig, methods, sketch
-from llmcompress.models.auto_class import check_causal
+from llmcompress.models.auto_class import architectures, check_causal, is_causal
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, architecture
 from llmcompress.recipe.compression import Recipe
@@ -33,6 +33,9 @@ from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.modules import row_scale
 from llmcompress.weight.nodes import Weight
 from llmcompress.weight.rows import check_rows
+
+
+ALONE = {"distill": None}  # of a recipe
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,31 @@ class Job:
     def plan(self) -> Plan:
         """The plan of the run. Raises RecipeError if a step cannot work on a layer's shape, and for a target."""
         return _plan(self)
+
+    @cached_property
+    def undistilled(self) -> Job:
+        """The job without its distillation."""
+        return self if self.recipe.distill is None else replace(self, recipe=self.recipe.model_copy(update=ALONE))
+
+    @cached_property
+    def tokens(self) -> CalibrationTokens | None:
+        """The calibration tokens, read once; None for a recipe without calibration. Raises what reading text does."""
+        config, source = self.recipe.calibration, self.source
+        if config is None or self.recipe.distill is not None:
+            return None if config is None else self.undistilled.tokens
+        return calibration_tokens(config, source.tokenizer(), source.load, source.config)
+
+    @property
+    def ungated(self) -> str | None:
+        """The reason why the finished model's quality cannot be measured; None if it can."""
+        text, config = self.recipe.calibration, self.source.config
+        if text is None:
+            return "the recipe has no calibration text"
+        if not text.held_out:
+            return "none of the calibration text is held out"
+        if not is_causal(config):
+            return f"a {architectures(config)[0]} does not predict the next token"
+        return None
 
     def with_recipe(self, recipe: Recipe) -> Job:
         """Return the job of another recipe for the same model. Raises RecipeError as `prepare` does."""
@@ -272,7 +300,19 @@ def warnings(job: Job) -> tuple[str, ...]:
     dense = [name for name, steps in job.assignment.steps.items() if not steps]
     outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
     left = [f"{name} stays dense" for name in (*dense, *_parts(outside, job.arch.stack), *job.arch.other)]
-    return (*job.source.notes, *job.assignment.complaints, *shadowed, *left, *_ragged(job), *_without_data(job))
+    return (*job.source.notes, *job.assignment.complaints, *shadowed, *left, *_ragged(job), *_without_data(job), *_ungated(job))
+
+
+def _ungated(job: Job) -> tuple[str, ...]:
+    """Return a sentence if the recipe has gates of quality that cannot be measured."""
+    if not job.recipe.gates.of_quality or job.ungated is None:
+        return ()
+    return (unmeasured(job.ungated),)
+
+
+def unmeasured(reason: str) -> str:
+    """Return the warning for a model whose quality nobody has measured."""
+    return f"gates: nobody measures how far the model is from the dense one, since {reason}"
 
 
 def _parts(names: Sequence[str], stack: str) -> Iterator[str]:

@@ -32,6 +32,11 @@ class Result:
     allocation: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
+    def is_kept(self) -> bool:
+        """True if the checkpoint stays when this object is gone."""
+        return self._temporary is None
+
+    @property
     def model(self) -> PreTrainedModel:
         """The compressed model, loaded from disk at every access."""
         import transformers

@@ -18,13 +18,14 @@ from pathlib import Path
 from llmcompress.calibrate.ranks import own_share
 from llmcompress.calibrate.walk import Block, Progress, walk
 from llmcompress.compression.block import CompressionState, compress_block, restore
-from llmcompress.compression.books import Books, identity_of, tokens_of
+from llmcompress.compression.books import Books, identity_of
 from llmcompress.compression.importance import importance_of
 from llmcompress.compression.plan import Job, check_memory, warnings
 from llmcompress.compression.result import Result
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.distill.blockwise.tune import tuner
 from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.evaluate.gates import pending
 from llmcompress.evaluate.report import Report
 from llmcompress.methods.engines.stream_search import searched_there
 from llmcompress.models.auto_class import auto_name
@@ -66,7 +67,7 @@ def compress(
     with Books(job, output, asked, resume, last=temporary is None) as books:
         if (report := ranks.first(books.begin)) is not None:  # the end came just before this run
             return Result(output, report)
-        tokens = ranks.first(partial(tokens_of, job))
+        tokens = ranks.first(lambda: job.tokens)
         identity = identity_of(job, tokens, asked)
         ranks.compare(identity)
         found = ranks.first(partial(books.open, identity))
@@ -193,6 +194,7 @@ def _report(run: CompressionState, tokens: CalibrationTokens | None, before: int
         fused=run.fused,
         trust_remote_code=bool(job.source.code),
         auto_class=auto_name(job.source.config),
+        gates=pending(job.recipe.gates.of_quality, job.ungated),
     )
 
 

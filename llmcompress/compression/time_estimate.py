@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from llmcompress.compression.fuse.awq import EXPONENTS
-from llmcompress.compression.memory_estimate import by_gradient
+from llmcompress.compression.memory_estimate import by_gradient, gate_tokens
 from llmcompress.compression.plan import Job
 from llmcompress.methods.layer import MANY, SAMPLED, Layer, StepConfig, apply
 from llmcompress.methods.moments import STATISTICS, Moments
@@ -92,7 +92,18 @@ def seconds(job: Job) -> float:
     tokens = recipe.calibration.samples * recipe.calibration.length
     forward, exact = _operations(job, tokens, token_shares(job))
     fast = speed(product_dtype(recipe.compute, torch.device("cpu")))
-    return total + TEXT + FORWARD_SHARE * forward / fast + exact / speed(torch.float32)
+    return total + TEXT + FORWARD_SHARE * forward / fast + exact / speed(torch.float32) + _of_gates(job)
+
+
+def _of_gates(job: Job) -> float:
+    """Return the time in which the dense and the finished model read what the gates of quality are measured on."""
+    tokens = 0 if job.ungated else gate_tokens(job.recipe)
+    if not tokens:
+        return 0.0
+    linears, shares = job.arch.linears(), token_shares(job)
+    head = prod(job.source.tensors[f"{job.arch.embedding}.weight"].shape)
+    each = FORWARD_SHARE * sum(prod(linear.shape) * shares.get(name, 1.0) for name, linear in linears.items()) + head
+    return 2 * READ * job.source.parameters + 2 * 2 * tokens * each / speed(torch.float32)
 
 
 def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from llmcompress.distill.teacher.predictions import ReadsAlong
 from llmcompress.distill.teacher.quantized import check_teacher, taught_by_quantized, without_remarks
 from llmcompress.distill.teacher.remembered import measured_bias, remembered, remove_cache, taught_from_cache
 from llmcompress.evaluate import report as reports
+from llmcompress.evaluate.gates import GateReport, of_numbers
 from llmcompress.evaluate.plots import distillation_png
 from llmcompress.models import file_names
 from llmcompress.models.auto_class import check_causal
@@ -294,7 +296,7 @@ def _write(
         compressed = bool(opened.layouts)
         size = writer.close(binding(writer.folder) if compressed else None)
         if (opened.folder / file_names.REPORT).is_file():  # not beside what save_pretrained wrote
-            after = _recounted(reports.read(opened.folder), learned.linears, size, done.warnings)
+            after = _recounted(reports.read(opened.folder), learned.linears, size, done)
             writer.write(file_names.REPORT, json.dumps(after.to_json(), indent=2))
             writer.write(file_names.RECIPE, (opened.folder / file_names.RECIPE).read_text(encoding="utf-8"))
         writer.write(file_names.DISTILLATION_RECIPE, recipe)
@@ -307,7 +309,7 @@ def _write(
 
 
 def _recounted(
-    before: reports.Report, linears: Mapping[str, CompressedLinear], size: int, warnings: Sequence[str]
+    before: reports.Report, linears: Mapping[str, CompressedLinear], size: int, done: Distilled
 ) -> reports.Report:
     """Return the student's report, updated to the weights stored now, in files of `size` bytes."""
     warning = "errors of layers are those before the distillation, which moves all together"
@@ -325,5 +327,13 @@ def _recounted(
         bpw=sum(row.bpw * prod(row.shape) for row in counted) / sum(prod(row.shape) for row in counted),
         model_bpw=size * 8 / before.parameters,
         layers=tuple(rows),
-        warnings=(*before.warnings, warning, *warnings),
+        warnings=(*before.warnings, warning, *done.warnings),
+        gates=None if before.gates is None else _measured(done).judged(before.gates.limits),
     )
+
+
+def _measured(done: Distilled) -> GateReport:
+    """Return the quality after a distillation, as its own held-out text tells it."""
+    last = done.history[-1]
+    gap = math.log(last["perplexity"] / last["teacher_perplexity"])
+    return of_numbers(last["kl"], gap, 0, "distillation")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import InputError
+from llmcompress.evaluate.gates import GateReport
 from llmcompress.models.checkpoint import read_json
 from llmcompress.models.file_names import ALLOCATION, DISTILLATION, REPORT
 
@@ -67,6 +68,7 @@ class Report:
     run: str = ""  # a digest of all that the compressed weights depend on
     auto_class: str = "AutoModelForCausalLM"  # of transformers, which loads it
     trust_remote_code: bool = False  # the model's own code was run, and is needed to load it
+    gates: GateReport | None = None  # its quality beside the recipe's limits; None where these are switched off
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""
@@ -78,7 +80,8 @@ class Report:
         try:
             layers = map(LayerReport.from_json, entries["layers"])
             texts = {"warnings": tuple(entries["warnings"]), "fused": tuple(entries.get("fused", ()))}
-            return Report(**{**entries, **texts, "layers": tuple(layers)})
+            gates = None if entries.get("gates") is None else GateReport.from_json(entries["gates"])
+            return Report(**{**entries, **texts, "layers": tuple(layers), "gates": gates})
         except (KeyError, TypeError) as error:
             raise InputError(f"{REPORT} is not a report of this version of llmcompress ({error})") from error
 
@@ -127,3 +130,10 @@ def read_allocation(folder: Path) -> dict[str, Any] | None:
         return read_json(folder / ALLOCATION) if (folder / ALLOCATION).is_file() else None
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / ALLOCATION} cannot be read ({error}); compress again") from error
+
+
+def gathered(folder: Path) -> dict[str, Any]:
+    """Return all that the reports of a checkpoint say as plain values: its own, and as `distillation` and `allocation`
+    those on its training and on the way to its target, where they are. Raises InputError for damage."""
+    more = {"distillation": read_distillation(folder), "allocation": read_allocation(folder)}
+    return read(folder).to_json() | {name: part for name, part in more.items() if part is not None}

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llmcompress.errors import HubError, InputError, RecipeError, listed
+from llmcompress.errors import GateError, HubError, InputError, RecipeError, listed
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.plots import layers_png
 from llmcompress.evaluate.verify import verify
@@ -71,6 +71,7 @@ def push(
     Raises:
         RecipeError: for an impossible name.
         InputError: for a damaged checkpoint.
+        GateError: for a checkpoint outside of its recipe's gates, or whose run ended before they were measured.
         HubError: for whatever the Hub refuses.
     """
     folder = Path(folder)
@@ -82,6 +83,7 @@ def push(
     if manifest(folder) is None:
         raise InputError(f"{folder} has no {MANIFEST}, report and recipe for a card; push a folder that compress wrote")
     belonging = _belonging(folder, trust_remote_code)
+    _check_gates(folder)
     made = _card(folder, repository) | _manifest_without_strangers(folder, belonging)
     names = sorted({*belonging, MANIFEST} - CARD - made.keys())
     sizes = {name: len(content) for name, content in made.items()}
@@ -91,6 +93,18 @@ def push(
     if announce is not None:
         announce(files)
     return Pushed(repository, files, _upload(folder, repository, names, made, private, revision))
+
+
+def _check_gates(folder: Path) -> None:
+    """Raise GateError for a checkpoint that missed its gates, or whose run ended before they were measured."""
+    gates = reports.read(folder).gates
+    if gates is not None and gates.held is False:
+        raise GateError(
+            f"{folder} is outside of its gates ({', '.join(gates.told())}) and is not pushed; compress to more bits, "
+            f"or run the same compress command with other gates, which judges it anew"
+        )
+    if gates is not None and gates.pending:
+        raise GateError(f"{folder} is not pushed, since {gates.unmeasured}; run the same compress command again")
 
 
 def _card(folder: Path, repository: str) -> dict[str, bytes]:

@@ -205,6 +205,8 @@ def _limits(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
             f"- Calibrated on {text['tokens']:,} tokens of {code(text['source'])}; other languages and domains lose "
             f"more than the table shows."
         )
+    if report.gates is not None and report.gates.measured:
+        yield f"- Gates of its recipe {plain(report.gates.sentence())}."
     fallbacks = Counter(row.fallback for row in report.layers if row.fallback)
     yield from (f"- {count} layers: {plain(what)}." for what, count in fallbacks.items())
     yield from (f"- {plain(warning[0].upper() + warning[1:])}." for warning in report.warnings)

@@ -76,12 +76,34 @@ class Rule(Matching):
 
 
 class Gates(BaseModel):
-    """Limits that a run must keep to count as done."""
+    """Limits that a run must keep to count as done.
+
+    Both of quality are measured at the end, after a distillation too, on at most 2,048 held-out tokens of the
+    calibration. A checkpoint outside of them stays as evidence, and is not pushed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     max_fallback_layers: float = Field(
         default=0.02, ge=0, le=1, description="share of layers that may need a numeric fallback"
     )
+    kl: float | None = Field(
+        default=2.5,
+        gt=0,
+        allow_inf_nan=False,
+        description="most KL to the dense model, in nats per token; null switches it off",
+    )
+    perplexity_ratio: float | None = Field(
+        default=10.0,
+        ge=1,
+        allow_inf_nan=False,
+        description="most perplexity, in multiples of the dense model's; null switches it off",
+    )
+
+    @property
+    def of_quality(self) -> dict[str, float]:
+        """The limits that are measured at the end, by name; those that are switched off are absent."""
+        limits = {"kl": self.kl, "perplexity_ratio": self.perplexity_ratio}
+        return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from llmcompress.compression.experts.report import (
     unused,
 )
 from llmcompress.compression.experts.usage import Visit, check_by, damage, outputs, usage, visits
+from llmcompress.compression.gate import judge
 from llmcompress.compression.plan import Job, prepare
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import RecipeError
@@ -111,7 +112,9 @@ def replace_experts(
     report = _report(mixture, job, tokens, rows, settings, output)
     if output is not None:
         done = run.compress(job, output, device=device, progress=progress)
-        report = replace(report, warnings=(*done.report.warnings, *unused(rows)))
+        judged = judge(job, done.folder, device)
+        missed = () if judged.gates is None or judged.gates.held is not False else (f"gates {judged.gates.sentence()}",)
+        report = replace(report, warnings=(*judged.warnings, *missed, *unused(rows)))
         add_file(Path(output), file_names.EXPERTS, json.dumps(report.to_json() | {"output": None}, indent=1))
     return report
 

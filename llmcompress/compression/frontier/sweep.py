@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from llmcompress.compression import gate
 from llmcompress.compression.allocate.choices import Choices
 from llmcompress.compression.allocate.plan import PriceList, reachable
 from llmcompress.compression.allocate.price_file import check_prices, price_list
@@ -190,6 +191,7 @@ def _point(
         compress_job(job, folder, device=judge.device, progress=told.progress, training=told.training)
     found = reports.read_allocation(folder) if holds(folder, file_names.ALLOCATION) else None
     aimed = record(plan, folder, judge.device) if found is None else found
+    gate.judge(job, folder, judge.device, plan=plan)
     told.next(f"scoring {folder.name}")
     report, taught = reports.read(folder), reports.read_distillation(folder)
     place = {

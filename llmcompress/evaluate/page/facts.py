@@ -34,6 +34,7 @@ def page_facts(files: Files) -> Facts:
     folder = files.folder
     with _as_written(folder / file_names.REPORT):
         facts: Facts = {"head": _head(files), "sizes": _sizes(files), "origin": _origin(files)}
+        facts["gates"] = _gates(files.report)
         layers = None if files.report is None else layer_facts(files.report, files.recipe)
     with _as_written(folder / file_names.SCORES):
         facts["quality"] = None if files.scores is None else _quality(files.scores)
@@ -143,6 +144,21 @@ def _quality(scores: Facts) -> Facts:
         ("same top token", f"{small['top1_agreement']:.0%}", "as the dense model"),
     ]
     return {"rows": rows, "tiles": tiles, "protocol": _protocol(scores), "tasks": bool(small["tasks"])}
+
+
+def _gates(report: Report | None) -> list[tuple[str, str]]:
+    """The quality at the end of the run beside the recipe's limits; nothing where these are switched off."""
+    gates = None if report is None else report.gates
+    if gates is None or gates.unmeasured is not None:
+        return [] if gates is None else [("verdict", gates.sentence())]
+    verdict = "none asked for" if not gates.limits else "held" if gates.held else "missed"
+    names = {"kl": "KL to the dense model, nats per token", "perplexity_ratio": "perplexity over the dense model's"}
+    numbers = [
+        (names[name], f"{value:.4g}" + (f", at most {gates.limits[name]:g}" if name in gates.limits else ""))
+        for name, value in gates.measured.items()
+    ]
+    size = [] if gates.predicted_bytes is None else [("size predicted to hold", f"{gates.predicted_bytes:,} bytes")]
+    return [("verdict", f"{verdict}, {gates.where()}"), *numbers, *size]
 
 
 def _protocol(scores: Facts) -> str:
