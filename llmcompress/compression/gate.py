@@ -44,8 +44,9 @@ def judge(
     What cannot be measured is a warning in the report. Raises DiskError where the folder cannot be written to, and
     NumericsError for a model that computes NaN.
     """
-    before, limits = reports.read(folder), job.recipe.gates.of_quality
-    found = _measured(job, folder, device, progress) if _is_open(before.gates, limits) else before.gates
+    started, before, limits = monotonic(), reports.read(folder), job.recipe.gates.of_quality
+    is_open = _is_open(before.gates, limits)
+    found = _measured(job, folder, device, progress) if is_open else before.gates
     if found is not None and not found.measured and not limits:
         found = None
     if found is not None and found.measured:
@@ -53,8 +54,9 @@ def judge(
         if found.held is False and plan is not None:
             holding = _holding(plan, found)
             found = replace(found, predicted_bytes=None if holding is None else plan.choices.size(holding))
-    after = before if found == before.gates else _noted(before, found)
-    if after is not before:
+    after = before
+    if found != before.gates:
+        after = _noted(before, found, monotonic() - started if is_open else 0.0)
         add_file(folder, REPORT, json.dumps(after.to_json(), indent=2))
     return after
 
@@ -104,7 +106,7 @@ def _is_open(gates: GateReport | None, limits: Mapping[str, float]) -> bool:
 
 def _measured(job: Job, folder: Path, device: str, progress: Counting | None) -> GateReport | None:
     """Return the numbers of the checkpoint in `folder`, without limits, or why there are none."""
-    started, limits, tokens = monotonic(), job.recipe.gates.of_quality, None
+    limits, tokens = job.recipe.gates.of_quality, None
     reason = job.ungated or _too_large(job, device)
     if reason is None and (tokens := job.tokens) is not None and not tokens.held_out:
         reason = "the calibration text is one sequence, and none is held out"
@@ -114,10 +116,9 @@ def _measured(job: Job, folder: Path, device: str, progress: Counting | None) ->
     try:
         place = Place(str(folder), folder, trust_remote_code=job.source.trust_remote_code)
         models = OnDisk(open_source(job.source.place), device), OnDisk(decoded_source(place), device)
-        found = measure(*models, windows, progress)
+        return measure(*models, windows, progress)
     except (InputError, MemoryLimitError) as error:
         return pending(limits, f"that failed ({error})")
-    return replace(found, seconds=monotonic() - started)
 
 
 def _too_large(job: Job, device: str) -> str | None:
@@ -128,12 +129,11 @@ def _too_large(job: Job, device: str) -> str | None:
     return f"that takes about {megabytes(needed)}, and this machine has {megabytes(there)}"
 
 
-def _noted(before: Report, found: GateReport | None) -> Report:
-    """Return the report with its gates, and with the time that they took where they were measured just now."""
-    took = 0.0 if found is None or before.gates is None or before.gates.measured else found.seconds
+def _noted(before: Report, found: GateReport | None, seconds: float) -> Report:
+    """Return the report with its gates, and with the time that they took."""
     warning = None if found is None or found.unmeasured is None else unmeasured(found.unmeasured)
     more = () if warning is None or warning in before.warnings else (warning,)
-    return replace(before, gates=found, seconds=before.seconds + took, warnings=(*before.warnings, *more))
+    return replace(before, gates=found, seconds=before.seconds + seconds, warnings=(*before.warnings, *more))
 
 
 def _holding(plan: Allocation, gates: GateReport) -> tuple[int, ...] | None:

@@ -34,7 +34,6 @@ from llmcompress.weight.modules import row_scale
 from llmcompress.weight.nodes import Weight
 from llmcompress.weight.rows import check_rows
 
-
 ALONE = {"distill": None}  # of a recipe
 
 
@@ -300,7 +299,15 @@ def warnings(job: Job) -> tuple[str, ...]:
     dense = [name for name, steps in job.assignment.steps.items() if not steps]
     outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
     left = [f"{name} stays dense" for name in (*dense, *_parts(outside, job.arch.stack), *job.arch.other)]
-    return (*job.source.notes, *job.assignment.complaints, *shadowed, *left, *_ragged(job), *_without_data(job), *_ungated(job))
+    return (
+        *job.source.notes,
+        *job.assignment.complaints,
+        *shadowed,
+        *left,
+        *_ragged(job),
+        *_without_data(job),
+        *_ungated(job),
+    )
 
 
 def _ungated(job: Job) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ class GateReport:
 
     `held`: True if both are within their limits; None where nothing was measured, and `unmeasured` says why. `tokens`:
     the number that was predicted, held out of `text`, 0 where nobody says; `predicted_bytes`: the least size that is
-    predicted to keep the limits, where prices are known; `seconds`: of the measurement.
+    predicted to keep the limits, where prices are known.
     """
 
     limits: Mapping[str, float]
@@ -30,7 +30,6 @@ class GateReport:
     held: bool | None = None
     unmeasured: str | None = None
     predicted_bytes: int | None = None
-    seconds: float = 0.0
 
     @staticmethod
     def from_json(entries: Mapping[str, Any]) -> GateReport:
@@ -51,7 +50,9 @@ class GateReport:
     def judged(self, limits: Mapping[str, float]) -> GateReport:
         """Return what was measured beside these limits."""
         missed = any(value > limits.get(name, math.inf) for name, value in self.measured.items())
-        return replace(self, limits=dict(limits), held=not missed if self.measured and limits else None, predicted_bytes=None)
+        return replace(
+            self, limits=dict(limits), held=not missed if self.measured and limits else None, predicted_bytes=None
+        )
 
     def told(self) -> list[str]:
         """Return a clause for each number that was measured, with its limit."""
