@@ -182,6 +182,7 @@ def every_node() -> list[Weight]:
     nodes += [
         LowRank(values(7, 2), values(2, 24)),
         LowRank(grid((7, 3), 16, 3, 1, True), grid((3, 24), 16, 8, 2, False)),
+        LowRank(grid((7, 9), 2, 9, 5, True), Scaled(grid((9, 24), 2, 24, 6, True), factors(24, 5))),
     ]
     nodes += [Rotated(values(*size), torch.rand(24, generator=random) < 0.5, block) for block in (1, 4, 8)]
     nodes += [Scaled(inner, factors(24, 1)) for inner in (values(*size), grid(size, 2, 8, 1, True), Zero(size))]

@@ -25,6 +25,8 @@ from llmcompress.weight.rows import check_rows
 Steps = tuple[StepConfig, ...]
 
 RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: the default options of linears
+LOW_RATES = (0.5, 0.65, 0.8)  # of binary factors, in bits a weight: more of them where a target is low
+LOW = 1.25  # bits a weight: a target is low below it
 WIDTHS = (3, 4, 5, 6, 8)  # of grids, in bits: the options of tables
 TABLE_GROUP = 64  # columns that share a scale in a table that is only looked up
 
@@ -71,8 +73,46 @@ def choices(job: Job) -> Choices:
 
     Raises RecipeError if its rules leave nothing, or if an option does not suit a matrix.
     """
+    return _laid(job, _options(job))
+
+
+def goes_low(job: Job) -> bool:
+    """True if linears have options of less than a bit by default: where a target leaves them less than LOW bits.
+
+    A target in bytes is low that leaves less room than that above the cheapest of the other options.
+    """
+    recipe = job.recipe
+    if recipe.options is not None or recipe.target is None or recipe.target.kl is not None:
+        return False
+    if recipe.target.bpw is not None:
+        return recipe.target.bpw < LOW
+    found = _laid(job, _default_options())
+    least = found.size([one.bytes.index(min(one.bytes)) for one in found.matrices])
+    weights = sum(prod(one.shape) for one in found.matrices if not one.is_table)
+    return 8 * ((recipe.target.bytes or 0) - least) < (LOW - min(RATES)) * weights
+
+
+def _options(job: Job) -> Sequence[Steps]:
+    """Return the options of linears: those of the recipe, or the default ones that suit all of them."""
+    if job.recipe.options is not None:
+        return job.recipe.options
+    shapes = {job.arch.linears()[name].shape for name in job.assignment.unruled}
+    low = [(step({"method": "binary_low_rank", "bits": rate}),) for rate in LOW_RATES if goes_low(job)]
+    return (*(steps for steps in low if all(_suits(shape, steps) for shape in shapes)), *_default_options())
+
+
+def _suits(shape: tuple[int, int], steps: Steps) -> bool:
+    """True if the steps can store a matrix of this shape."""
+    try:
+        sketch("", shape, steps)
+    except RecipeError:
+        return False
+    return True
+
+
+def _laid(job: Job, options: Sequence[Steps]) -> Choices:
+    """Return the options laid over the matrices that no rule covers. Raises RecipeError as `choices`."""
     recipe, linears = job.recipe, job.arch.linears()
-    options = _default_options() if recipe.options is None else recipe.options
     matrices = [_matrix(name, linears[name].shape, options) for name in job.assignment.unruled]
     matrices += [] if recipe.target is None or recipe.target.bpw is not None else _tables(job)
     if not matrices:
@@ -92,7 +132,7 @@ def choices(job: Job) -> Choices:
 
 
 def _default_options() -> tuple[Steps, ...]:
-    """Return the default options of linears: trellises in a rotated basis, with one pass of `refine`."""
+    """Return the default options of linears of every target: trellises in a rotated basis, with one `refine`."""
     return tuple(_steps({"method": "trellis", "bits": rate}, {"method": "refine", "passes": 1}) for rate in RATES)
 
 

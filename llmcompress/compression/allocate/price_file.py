@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llmcompress.calibrate.walk import Progress
-from llmcompress.compression.allocate.choices import Choices
+from llmcompress.compression.allocate.choices import Choices, goes_low
 from llmcompress.compression.allocate.parts import Part, discard_parts, part_store, read_parts
 from llmcompress.compression.allocate.plan import (
     Allocation,
@@ -150,10 +150,11 @@ def _store(path: Path, job: Job) -> Store:
 def identity_of(job: Job) -> dict[str, Any]:
     """Return all that prices depend on, but for the text.
 
-    Only the kind of the target counts: with a target in bytes, tables have prices too.
+    Only the kind of the target counts: with a target in bytes, tables have prices too; with a low one, more options.
     """
     recipe = job.recipe.model_dump(mode="json", exclude={"gates", "distill"})
     kind = [key for key, value in recipe.pop("target").items() if value is not None]
+    kind += ["low"] if goes_low(job) else []
     return {**job.source.content(), "recipe": recipe, KIND: kind, "versions": versions()}
 
 

@@ -282,8 +282,10 @@ def _run(block: Block, layer: Layer, one: Matrix, held_out: Moments | None, prob
         if probed:
             value, made = changed(layer, fast, held_out)
             changes[number] = probe.exchange(block, layer.name, value), made
-        exact = probed and rows is layer and not one.is_table
-        errors[number] = made if exact else error(rows, one.options[number] if one.is_table else fast, held_out)
+        alone = one.is_table or all(config.rowwise for config in fast)  # do some rows tell of all?
+        tried = rows if alone else layer
+        exact = probed and tried is layer and not one.is_table
+        errors[number] = made if exact else error(tried, one.options[number] if one.is_table else fast, held_out)
     _check_finite(layer.name, errors.values())
     return _Run(errors, changes, middle)
 

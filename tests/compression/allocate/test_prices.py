@@ -10,16 +10,19 @@ from torch import Tensor
 
 import llmcompress as lc
 from llmcompress.calibrate.walk import walk
-from llmcompress.compression.allocate.choices import RATES, choices
+from llmcompress.compression.allocate.choices import LOW_RATES, RATES, choices, goes_low
 from llmcompress.compression.allocate.distortion import changed, error, families, interpolated, rough, run_of, sampled
+from llmcompress.compression.allocate.plan import reachable
 from llmcompress.compression.allocate.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, probe_windows
 from llmcompress.compression.allocate.sizes import payload_bytes
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.plan import Job, prepare
+from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, StepConfig, methods, sketch, step
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import architecture
 from llmcompress.recipe.read import read_recipe
+from llmcompress.recipe.target import Target
 from llmcompress.weight.expression import bits
 from llmcompress.weight.modules import packed
 from tests.builders import correlated, every_node, gaussian, layer, moments
@@ -206,8 +209,62 @@ def test_default_options_suit_a_llama_and_stop_at_its_tables(tmp_path: Path) -> 
     base = {"version": 1, "calibration": {"samples": 4, "length": 32}}
     linears = choices(prepare(source, read_recipe(base | {"target": {"bpw": 2}})))
     assert all(not one.is_table and len(one.options) == len(RATES) for one in linears.matrices)
+    assert {steps[-2].method for one in linears.matrices for steps in one.options} == {"trellis"}
     everything = choices(prepare(source, read_recipe(base | {"target": {"kl": 0.1}})))
     assert [one.options[0][0].method for one in everything.matrices if one.is_table] == ["rtn", "rotate"]
     fixed = base | {"target": {"kl": 0.1}, "embeddings": [{"method": "rtn"}]}
     fixed["rules"] = [{"match": "lm_head", "steps": []}]
     assert len(choices(prepare(source, read_recipe(fixed))).matrices) == len(linears.matrices)
+
+
+# --- less than one bit ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
+    """A model whose matrices are large enough for scales to leave them a rank at half a bit."""
+    place = tmp_path_factory.mktemp("wide") / "dense"
+    shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_key_value_heads": 4}
+    return resolve(str(save_tiny("llama", place, **shape)))
+
+
+def low_job(source: DenseModel, target: dict[str, float], **more: object) -> Job:
+    calibration = {"samples": 6, "length": 48, "held_out": 2}
+    return prepare(source, read_recipe({"version": 1, "calibration": calibration, "target": target, **more}))
+
+
+def test_low_targets_have_options_below_one_bit(wide: DenseModel) -> None:
+    low, usual = choices(low_job(wide, {"bpw": 1.2})), choices(low_job(wide, {"bpw": 1.25}))
+    for one, other in zip(low.matrices, usual.matrices, strict=True):
+        assert one.options[len(LOW_RATES) :] == other.options
+        counts = [count / (one.shape[0] * one.shape[1]) for count in one.bits[: len(LOW_RATES)]]
+        assert all(0.9 * rate < count <= rate for rate, count in zip(LOW_RATES, counts, strict=True))
+    least = usual.bpw([0] * len(usual.matrices)) or 0.0
+    assert (low.bpw([0] * len(low.matrices)) or 9.0) <= 0.5 < 1 < least
+    with pytest.raises(RecipeError, match="cannot be reached"):
+        reachable(low_job(wide, {"bpw": 0.4}), [Target(bpw=0.4)])
+
+
+def test_a_size_is_low_that_leaves_trellises_little_room(wide: DenseModel) -> None:
+    usual = choices(low_job(wide, {"bytes": 10**9}))
+    least = usual.size([one.bytes.index(min(one.bytes)) for one in usual.matrices])
+    weights = sum(one.shape[0] * one.shape[1] for one in usual.matrices if not one.is_table)
+    assert goes_low(low_job(wide, {"bytes": least - 1000}))
+    assert goes_low(low_job(wide, {"bytes": least + weights // 33}))
+    assert not goes_low(low_job(wide, {"bytes": least + weights // 31}))
+    assert not goes_low(low_job(wide, {"kl": 3.0}))
+    assert not goes_low(low_job(wide, {"bpw": 1}, options=[[{"method": "rtn", "bits": 1}]]))
+
+
+def test_matrices_too_small_for_less_than_a_bit_keep_the_usual_options(tmp_path: Path) -> None:
+    source = resolve(str(save_tiny("llama", tmp_path / "dense")))
+    assert choices(low_job(source, {"bpw": 1.2})).matrices == choices(low_job(source, {"bpw": 2})).matrices
+
+
+@pytest.mark.slow
+def test_a_target_of_less_than_a_bit_is_kept(wide: DenseModel, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Seven grey geese fly over the mill. " * 90)
+    calibration = {"dataset": str(tmp_path / "text.txt"), "samples": 6, "length": 48, "held_out": 2}
+    recipe = {"version": 1, "calibration": calibration, "target": {"bpw": 0.9}}
+    report = lc.compress(wide.folder, recipe, tmp_path / "out").report
+    assert 0.7 < report.bpw <= 0.9

@@ -74,6 +74,10 @@ TURNED = [
     Rotated(grid((64, 192), 16, 64, 11, symmetric=True), signs(192), 64),
     Scaled(Rotated(GRIDS[1], signs(192), 64), (torch.rand(192, generator=seeded(1)) + 0.5).half()),
     Sum((GRIDS[0], LowRank(Dense(torch.randn(33, 3, generator=seeded(2)).half()), grid((3, 100), 16, 32, 12, True)))),
+    LowRank(
+        grid((33, 40), 2, 40, 16, symmetric=True),
+        Scaled(grid((40, 100), 2, 100, 17, symmetric=True), (torch.rand(100, generator=seeded(6)) + 0.5).half()),
+    ),
     Where(Columns(signs(192)), grid((64, 192), 256, 1000, 13, symmetric=True), grid((64, 192), 2, 64, 14, True)),
     Where(Columns(signs(192)), GRIDS[1], Zero((64, 192))),
     Dense(torch.randn(7, 9, generator=seeded(3)).bfloat16()),

@@ -122,6 +122,7 @@ def test_what_is_refused_is_refused_by_the_plan_and_by_the_run_in_one_sentence(c
 
 def test_only_patterns_ranks_and_halves_limit_shapes() -> None:
     limited = [a for a, _ in REFUSED if "pattern" not in str(a) and ":" not in str(a.get("salient"))]
+    limited = [a for a in limited if a["method"] != "binary_low_rank"]  # scales of a small matrix take all its bits
     assert all(a["bits"] == 1.5 for a in limited), "an example refuses a shape"
 
 
