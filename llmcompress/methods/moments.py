@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from llmcompress.runtime.precision import bfloat16_factors
+from llmcompress.runtime.side_by_side import finish_here
 
 STATISTICS = frozenset({"square", "outer", "cross"})
 
 TILE = 256  # columns of a symmetric product at a time
+_DERIVING = RLock()
 
 T = TypeVar("T")
 
@@ -82,9 +85,12 @@ class Moments:
 
     def memo(self, key: Any, compute: Callable[[], T]) -> T:
         """`compute()`, remembered under `key` for every layer that reads this input (a Cholesky factor, say)."""
-        if key not in self.derived:
-            self.derived[key] = compute()
-        return self.derived[key]
+        with _DERIVING:  # layers beside each other wait for it
+            if key not in self.derived:
+                found = compute()
+                finish_here()
+                self.derived[key] = found
+            return self.derived[key]
 
 
 def _gram(x: Tensor) -> Tensor:
