@@ -70,6 +70,21 @@ def bfloat16_factors() -> Iterator[None]:
 
 
 @contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Float32 products of a CUDA device without TF32, which keeps 10 bits of a factor, whatever the process allows."""
+    if device.type != "cuda":
+        yield
+        return
+    switch: Any = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+@contextmanager
 def by_onednn() -> Iterator[None]:
     """Float32 products by oneDNN, which rounds factors to bfloat16 where the CPU has matrix units for that."""
     switch = _switch()
