@@ -1,301 +1,157 @@
-"""The kernels for GPUs, on a GPU: agreement with decoded weights, then times beside torch's bfloat16 products.
+"""Everything that only a GPU can show, in stages, within 25 minutes: one file of records.
 
-    scripts/gpu_check [--json FILE] [--tokens 1,4,16] [--forms PART] [--sweep]
+    scripts/gpu_check [--json FILE] [--stages search,kernels] [--data DATA] [--tokens 1,4,16] [--forms PART] [--sweep]
+    scripts/gpu_check --device cpu --small
 
-Every form is first multiplied as in the tests. Then each is timed on shapes of models of 8 billion parameters, for so
-many copies of a weight that none stays in the cache, as replays of a CUDA graph; `bound` is the time in which the
-GPU reads the bytes of the weight, by its measured bandwidth. `--sweep` times other shares of a program, one form at a
-time, to find better ones than `launches` takes. Exits with 1 where a product is wrong, with 2 where there is no GPU.
+A stage has a process and a time of its own; one that fails or runs out of time is recorded with its sentence, and the
+others go on. FILE gets a record a line, as docs/results/*.jsonl: after each stage all that it found, and one that says
+how it ended. `--data` names a folder with `wikitext2-valid.txt` and `wikitext2-test.raw`: then models are calibrated
+and scored as most records of the CPU were. `--sweep` only times other shares of a program, to find better ones than
+`launches` takes. `--small` shows on tiny models that all stages run, without their limits; its numbers mean nothing.
+Exits with 1 where a stage failed, with 2 where the device is not there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import product as combinations
+import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from records import ROOT, Record, append, provenance
 
-from llmcompress.kernels.gpu.layouts import Branch, GpuWeight, GridRows, StreamRows, Tensors
-from llmcompress.kernels.gpu.prepare import prepare, product, runs_on
-from llmcompress.weight.nodes import (
-    Bitmap,
-    Columns,
-    Dense,
-    Grid,
-    LowRank,
-    Rotated,
-    Sum,
-    TrellisCoded,
-    Weight,
-    Where,
-)
-from llmcompress.weight.trellis import Trellis
+from llmcompress.errors import RecipeError
+from llmcompress.runtime.devices import device_of
+from scripts.gpu.given import LATE, Given
+from scripts.gpu.stages import MOST, STAGES, Stage
 
-DEVICE = torch.device("cuda")
-SHAPES = {  # (out, in)
-    "o": (4096, 4096),
-    "q/k/v": (6144, 4096),
-    "gate/up": (28672, 4096),
-    "down": (4096, 14336),
-}
-TARGET = 0.6  # of the bandwidth bound, one token
-ROUNDS, MOST_COPIES = 20, 128
-Call = Callable[[], Tensor]
-
-
-# --- weights --------------------------------------------------------------------------------------------------------
-
-
-def grid(size: tuple[int, int], levels: int, group: int) -> Grid:
-    """Return a symmetric grid of random codes."""
-    codes = torch.randint(levels, size, dtype=torch.uint8, device=DEVICE)
-    scale = (torch.rand(size[0], -(-size[1] // group), device=DEVICE) + 0.1).half()
-    return Grid(codes, scale, None, levels, group)
-
-
-def coded(size: tuple[int, int], trellis: Trellis) -> TrellisCoded:
-    """Return random streams of a trellis."""
-    steps = size[0] * size[1] // trellis.values
-    codes = torch.randint(1 << trellis.bits, (steps,), dtype=torch.uint8, device=DEVICE)
-    return TrellisCoded(codes, (torch.rand(size[0], 1, device=DEVICE) + 0.1).half(), trellis, 768)
-
-
-def low_rank(size: tuple[int, int], rank: int) -> LowRank:
-    """Return random factors."""
-    left, right = (torch.randn(each, device=DEVICE).bfloat16() for each in ((size[0], rank), (rank, size[1])))
-    return LowRank(Dense(left), Dense(right))
-
-
-def rotated(w: Weight, width: int) -> Rotated:
-    """Return a weight in a random basis."""
-    return Rotated(w, torch.rand(width, device=DEVICE) < 0.5, width & -width)
-
-
-def packed(w: Weight) -> GpuWeight:
-    """Return a weight for products. Raises TypeError for one that has no kernel."""
-    found = prepare(w)
-    if found is None:
-        raise TypeError(f"no kernel for {type(w).__name__}")
-    return found
-
-
-FORMS: dict[str, Callable[[tuple[int, int]], GpuWeight]] = {
-    "grid 8 bits, row": lambda size: packed(grid(size, 256, size[1])),
-    "grid 4 bits, g128": lambda size: packed(grid(size, 16, 128)),
-    "grid 3 bits, g128": lambda size: packed(grid(size, 8, 128)),
-    "grid 2 bits, g64": lambda size: packed(grid(size, 4, 64)),
-    "signs, g128": lambda size: packed(grid(size, 2, 128)),
-    "signs and 10 % of columns": lambda size: packed(
-        Where(Columns(torch.rand(size[1], device=DEVICE) < 0.1), grid(size, 256, size[1]), grid(size, 2, 128))
-    ),
-    "signs and 10 % of elements": lambda size: packed(
-        Where(Bitmap(torch.rand(size, device=DEVICE) < 0.1), grid(size, 256, size[1]), grid(size, 2, 128))
-    ),
-    "trellis 2 bits, table": lambda size: packed(coded(size, Trellis(2, 1, 12))),
-    "trellis 2 bits, linear": lambda size: packed(coded(size, Trellis(2, 1, 12, "linear"))),
-    "trellis 3 bits, table": lambda size: packed(coded(size, Trellis(3, 1, 12))),
-    "rotated trellis 2 bits, rank 32": lambda size: packed(
-        rotated(Sum((coded(size, Trellis(2, 1, 12)), low_rank(size, 32))), size[1])
-    ),
-}
-
-
-def copied(value: Any) -> Any:
-    """Return a layout with tensors of its own."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, Tensors):
-        return replace(value, **{each.name: copied(getattr(value, each.name)) for each in fields(value)})
-    return tuple(copied(each) for each in value) if isinstance(value, tuple) else value
-
-
-# --- times ----------------------------------------------------------------------------------------------------------
-
-
-def microseconds(calls: Sequence[Call]) -> float:
-    """Return the time of one of some calls, which follow each other in a CUDA graph: the median of its replays."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(ROUNDS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(times)
-
-
-def bandwidth() -> float:
-    """Return the bytes a second that the GPU reads, or reads and writes, whichever is more."""
-    free = torch.cuda.mem_get_info()[0]
-    numbers = torch.randn(min(1 << 29, free // 16), device=DEVICE)
-    other = torch.empty_like(numbers)
-    size = numbers.numel() * numbers.element_size()
-    read, copy = microseconds([numbers.sum]), microseconds([lambda: other.copy_(numbers)])
-    return max(size / read, 2 * size / copy) * 1e6
-
-
-def copies(size: int) -> int:
-    """Return how many copies of so many bytes are more than the cache holds, four times over."""
-    cache: int = torch.cuda.get_device_properties(DEVICE).L2_cache_size
-    return max(2, min(MOST_COPIES, -(-4 * cache // size)))
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A product of a form with some tokens, and that of the dense weight in bfloat16; times in microseconds."""
-
-    form: str
-    matrix: str
-    tokens: int
-    bytes: int
-    time: float
-    dense: float
-    bound: float
-
-    @property
-    def share(self) -> float:
-        """The share of the bandwidth bound that is reached."""
-        return self.bound / self.time
-
-    def line(self) -> str:
-        """A line of the table."""
-        return (
-            f"| {self.form} | {self.matrix} | {self.tokens} | {self.bytes / 2**20:.1f} | {self.time:.1f} | "
-            f"{self.dense:.1f} | {self.dense / self.time:.2f} | {self.share:.0%} |"
-        )
-
-
-def timed(forms: Sequence[str], tokens: Sequence[int], rate: float) -> Iterator[Timed]:
-    """Yield the times of forms by every shape."""
-    for matrix, size in SHAPES.items():
-        weights = [torch.randn(size, device=DEVICE).bfloat16() for _ in range(copies(2 * size[0] * size[1]))]
-        inputs = {count: torch.randn(count, size[1], device=DEVICE).bfloat16() for count in tokens}
-        dense = {
-            count: microseconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights])  # type: ignore[misc]
-            for count, x in inputs.items()
-        }
-        del weights
-        for form in forms:
-            first = FORMS[form](size)
-            read = first.bytes()
-            several = [first, *(copied(first) for _ in range(copies(read) - 1))]
-            for count, x in inputs.items():
-                time = microseconds([lambda w=w, x=x: product(w, x) for w in several])  # type: ignore[misc]
-                yield Timed(form, matrix, count, read, time, dense[count], read / rate * 1e6)
-
-
-def swept(forms: Sequence[str], tokens: Sequence[int]) -> Iterator[tuple[str, int, str, float]]:
-    """Yield the time of every share of a program: (form, tokens, share, microseconds)."""
-    from llmcompress.kernels.gpu.launches import Shares, launch_grid, launch_streams
-
-    size = SHAPES["q/k/v"]
-    for form in forms:
-        first = FORMS[form](size)
-        several = [first, *(copied(first) for _ in range(copies(first.bytes()) - 1))]
-        branches = [weight.branches[0] for weight in several]
-        for count in tokens:
-            x = torch.randn(count, size[1], device=DEVICE).bfloat16()
-            for warps, amount, height in combinations((1, 2, 4, 8), (32, 64, 128, 256, 512), (4, 8, 16, 32, 64)):
-                streams = isinstance(first.branches[0].rows, StreamRows)
-                if (streams and height > 4) or amount * height > 16384 or (count > 1 and not streams and height < 16):
-                    continue
-                shares = Shares(height, amount, amount, warps)
-
-                def call(branch: Branch, x: Tensor = x, shares: Shares = shares) -> Tensor:
-                    if isinstance(branch.rows, GridRows):
-                        return launch_grid(x, branch.rows, branch.salient, None, None, x.dtype, shares)
-                    return launch_streams(x, branch.rows, None, None, x.dtype, shares)
-
-                time = microseconds([lambda branch=branch: call(branch) for branch in branches])  # type: ignore[misc]
-                yield form, count, str(asdict(shares)), time
-
-
-# --- agreement ------------------------------------------------------------------------------------------------------
-
-
-def wrong() -> dict[str, str]:
-    """Return what is wrong, by name: products, and graphs and compiled calls that give other ones."""
-    from tests.kernels.gpu.interpreted import answers
-
-    found = {
-        name: f"off by {off:.1e}, not {limit:.1e}" for name, (off, limit) in answers("cuda").items() if not off <= limit
-    }
-    size = (1024, 1024)
-    for form, make in FORMS.items():
-        weight, x = make(size), torch.randn(3, size[1], device=DEVICE).bfloat16()
-        expected = product(weight, x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            replayed = product(weight, x)
-        graph.replay()
-        torch.cuda.synchronize()
-        if not torch.equal(replayed, expected):
-            found[f"{form}, replayed"] = "a CUDA graph gives other numbers"
-        compiled = torch.compile(lambda x, weight=weight: product(weight, x), fullgraph=True)(x)
-        if not torch.allclose(compiled.float(), expected.float(), rtol=2e-2, atol=2e-2 * float(expected.abs().max())):
-            found[f"{form}, compiled"] = "torch.compile gives other numbers"
-    return found
+RESULTS = ROOT / "out" / "gpu_check.jsonl"
+DONE, FAILED, OUT_OF_TIME = "done", "failed", "out of time"
 
 
 def main() -> int:
-    """Return 0 where all products are right, 1 where not, 2 where there is no GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--tokens", default="1,4,16")
-    parser.add_argument("--forms", default="", metavar="PART", help="only forms whose names have this part")
-    parser.add_argument("--sweep", action="store_true")
-    asked = parser.parse_args()
-    if not runs_on(DEVICE):
-        print(
-            f"Nothing was checked: torch {torch.__version__} finds no NVIDIA GPU of compute capability 8.0 or later, "
-            f"or triton is not installed; run this on a machine that has both.",
-            file=sys.stderr,
-        )
+    """Run the stages; return the exit code."""
+    options = _parsed()
+    try:
+        device = device_of(options.device)
+    except RecipeError as error:
+        print(f"Nothing was checked: {error}.", file=sys.stderr)
         return 2
-    forms, tokens = [name for name in FORMS if asked.forms in name], [int(count) for count in asked.tokens.split(",")]
-    if asked.sweep:
-        for found in sorted(swept(forms, tokens), key=lambda found: (found[0], found[1], found[3])):
-            print("| {} | {} | {} | {:.1f} |".format(*found))
-        return 0
-    errors = wrong()
-    print("\n".join(f"{name}: {error}" for name, error in errors.items()) or "all products agree with decoded weights")
-    rate = bandwidth()
-    name = torch.cuda.get_device_name(DEVICE)
-    print(f"{name}, torch {torch.__version__}, {rate / 1e9:.0f} GB/s measured; times in microseconds\n")
-    print("| form | matrix | tokens | MiB | time | dense | times as fast | share of the bound |\n" + "|---" * 8 + "|")
-    rows = []
-    for row in timed(forms, tokens, rate):
-        print(row.line(), flush=True)
-        rows.append(row)
-    single = [row for row in rows if row.tokens == 1]
-    reached, slower = sum(row.share >= TARGET for row in single), sum(row.dense < row.time for row in rows)
-    print(f"\n{reached} of {len(single)} products of one token reach {TARGET:.0%} of the bound; "
-          f"{slower} of {len(rows)} are slower than dense")  # fmt: skip
-    if asked.json:
-        facts = {"device": name, "torch": torch.__version__, "bytes_per_second": rate, "errors": errors}
-        asked.json.write_text(json.dumps(facts | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    return 1 if errors else 0
+    if options.sweep:
+        return _swept(options)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text("")
+    facts, ends = provenance(), time.monotonic() + MOST
+    facts["machine"] |= device_facts(device)
+    print(f"{facts['machine']['device']}, torch {torch.__version__}; records go to {options.json}", flush=True)
+    failed = 0
+    with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
+        for stage in options.stages:
+            left = MOST if options.small else min(stage.seconds, ends - time.monotonic())
+            task = Given(stage.name, str(device), options.small, Path(folder), left)
+            given = replace(task, data=options.data, tokens=options.tokens, forms=options.forms)
+            outcome, said, seconds = ended(stage, given)
+            print(f"{stage.name:10}{outcome:12}{seconds:6.0f} s  {said or stage.shows}", flush=True)
+            for record in records(stage, given, outcome, said, seconds):
+                append(options.json, record | facts)
+            failed += outcome != DONE
+    return 1 if failed else 0
+
+
+def ended(stage: Stage, given: Given) -> tuple[str, str | None, float]:
+    """Run a stage in a process; return its outcome, the sentence of one that failed, and its seconds."""
+    started, log = time.monotonic(), given.work / f"{stage.name}.log"
+    if given.seconds <= 0:
+        return OUT_OF_TIME, f"the stages before it took all of the {MOST // 60} minutes", 0.0
+    command = [sys.executable, "-m", "scripts.gpu.worker", stage.name, given.to_json()]
+    with log.open("wb") as file:
+        try:
+            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=given.seconds).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    seconds = time.monotonic() - started
+    if code is None:
+        return OUT_OF_TIME, f"it was stopped after {seconds:.0f} seconds", seconds
+    if code == 0:
+        return DONE, None, seconds
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = lines[-1] if code > 0 and lines else f"it was ended by signal {-code}"
+    return OUT_OF_TIME if code == LATE else FAILED, said, seconds
+
+
+def records(stage: Stage, given: Given, outcome: str, said: str | None, seconds: float) -> list[Record]:
+    """Return a record of everything that a stage found, and one of how it ended, all without their provenance."""
+    lines = given.findings.read_text().splitlines() if given.findings.exists() else []
+    place = {
+        "table": "gpu",
+        "stage": stage.name,
+        "command": f"scripts/gpu_check --stages {stage.name}{' --small' if given.small else ''}",
+        "model": "a tiny random Llama" if given.small else "smollm2",
+        "text": None,
+        "calibration": None,
+        "small": given.small,
+    }
+    end = {"arm": stage.name, "outcome": outcome, "said": said, "numbers": {"seconds": seconds, "limit": given.seconds}}
+    return [place | json.loads(line) for line in lines] + [place | end]
+
+
+def device_facts(device: torch.device) -> Record:
+    """Return the name of a device, and of a GPU its driver, its memory in bytes and torch's CUDA."""
+    if device.type != "cuda":
+        return {"device": device.type, "driver": None}
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "device": found.name,
+        "driver": _driver(),
+        "gpu_bytes": found.total_memory,
+        "capability": f"{found.major}.{found.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def _driver() -> str | None:
+    """Return the version of NVIDIA's driver; None where its tool is missing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    return said[0] if said else None
+
+
+def _parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", default=RESULTS, help="replaced if it is there")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="try every stage on tiny models")
+    parser.add_argument("--stages", type=_stages, default=STAGES, metavar="NAMES", help="only these; all by default")
+    parser.add_argument("--data", type=Path, help="folder with the two WikiText-2 files")
+    parser.add_argument("--tokens", default="1,4,16", help="of the kernels' inputs")
+    parser.add_argument("--forms", default="", metavar="PART", help="only kernels of forms whose names have this part")
+    parser.add_argument("--sweep", action="store_true", help="only time other shares of a program")
+    return parser.parse_args()
+
+
+def _stages(names: str) -> tuple[Stage, ...]:
+    known = {stage.name: stage for stage in STAGES}
+    if unknown := [name for name in names.split(",") if name not in known]:
+        raise argparse.ArgumentTypeError(f"there is no stage {unknown[0]!r}; choose among {', '.join(known)}")
+    return tuple(stage for stage in STAGES if stage.name in names.split(","))
+
+
+def _swept(options: argparse.Namespace) -> int:
+    from scripts.gpu.kernels import chosen, swept
+
+    tokens = [int(count) for count in options.tokens.split(",")]
+    for found in sorted(swept(chosen(options.forms), tokens), key=lambda found: (found[0], found[1], found[3])):
+        print("| {} | {} | {} | {:.1f} |".format(*found))
+    return 0
 
 
 if __name__ == "__main__":

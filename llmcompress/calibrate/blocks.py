@@ -173,20 +173,37 @@ class _Enough(Exception):
 
 
 def load(
-    module: nn.Module, path: str, source: DenseModel, device: torch.device, skip: Sequence[nn.Module] = ()
+    module: nn.Module,
+    path: str,
+    source: DenseModel,
+    device: torch.device,
+    skip: Sequence[nn.Module] = (),
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Read the weights of `module`, at module path `path`, in float32; `skip` are parts that stay as they are."""
+    """Read the weights of `module`, at module path `path`, in float32; `skip` are parts that stay as they are; `read`:
+    in place of the source's, for what was read ahead."""
+    read = read or source.read
     for owner_path, owner in _owners(module, path, skip):
         for leaf, _ in list(owner.named_parameters(recurse=False)):
             name = f"{owner_path}.{leaf}".lstrip(".")
-            value = source.read(name).to(device, torch.float32)
+            value = read(name).to(device, torch.float32)
             if not _finite(value):
                 raise NumericsError(f"{name} holds NaN or Inf in {source.folder}; use an undamaged checkpoint")
             setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
         for leaf, buffer in list(owner.named_buffers(recurse=False)):
             name = f"{owner_path}.{leaf}".lstrip(".")
-            value = source.read(name).to(buffer.dtype) if name in source.tensors else buffer
+            value = read(name).to(buffer.dtype) if name in source.tensors else buffer
             setattr(owner, leaf, value.to(device))
+
+
+def stored_names(module: nn.Module, path: str, source: DenseModel) -> list[str]:
+    """Return the names of the tensors that `load` reads."""
+    names = []
+    for owner_path, owner in _owners(module, path, ()):
+        parameters = [f"{owner_path}.{leaf}".lstrip(".") for leaf, _ in owner.named_parameters(recurse=False)]
+        buffers = [f"{owner_path}.{leaf}".lstrip(".") for leaf, _ in owner.named_buffers(recurse=False)]
+        names += parameters + [name for name in buffers if name in source.tensors]
+    return names
 
 
 def drop(module: nn.Module, skip: Sequence[nn.Module] = ()) -> None:

@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibrate.blocks import TOKENS_PER_BATCH, BlockForward, Calls, RowBatch, drop, in_batches, load
+from llmcompress.calibrate.ahead import reading_ahead
+from llmcompress.calibrate.blocks import (
+    TOKENS_PER_BATCH,
+    BlockForward,
+    RowBatch,
+    drop,
+    in_batches,
+    load,
+    stored_names,
+)
 from llmcompress.calibrate.gather import (
     HELD_OUT,
     HiddenStreams,
@@ -97,6 +106,7 @@ def walk(
     finished: int = 0,
     ranks: Ranks = ALONE,
     progress: Progress | None = None,
+    read_ahead: bool | None = None,
 ) -> Iterator[Block]:
     """Yield the blocks in order, with the moments of their linears' inputs, then each table that `needs` names as one.
 
@@ -109,16 +119,15 @@ def walk(
     `Block.before`, which may change as well. `dtype`: of a block's products. `batch_size`: sequences per forward (2048
     tokens). `finished`: so many blocks come without moments, to be made what they were in an earlier walk, or not at
     all where nothing depends on them. `ranks`: processes with sequences of their own; moments are those of all of them.
-    `progress(blocks done, blocks, tokens per second)` is called after each.
+    `progress(blocks done, blocks, tokens per second)` is called after each. `read_ahead`: see `ahead`.
 
-    Raises InputError for sequences that do not suit the model or blocks that cannot be run alone, NumericsError, naming
-    the layer, for weights or activations that are not finite.
+    Raises InputError for sequences or blocks that do not suit, NumericsError, naming the layer, for what is not finite.
     """
     if (dense_stream or outputs or pairs) and prefix == "dense":
         raise ValueError("a dense stream beside a dense prefix would be the same stream twice, pairs of no use")
     model, device = source.skeleton(), torch.device(device)
     if sequences is None:
-        yield from _without_data(model, source, arch, needs, finished, device, progress)
+        yield from _without_data(model, source, arch, needs, finished, device, progress, read_ahead)
         return
     _check_sequences(model, sequences, held_out)
     batches = in_batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
@@ -127,8 +136,8 @@ def walk(
     behind = hidden.clone() if pairs else None
     streams = HiddenStreams(batches, hidden, beside, behind, cap, weights, prefix == "dense", ranks, importance)
     before, told = None, _paced(progress, len(arch.blocks), sequences.numel() * ranks.count)
-    for index in range(len(arch.blocks)):
-        run = _loaded(model, source, arch, index, calls, dtype, hidden.device)
+    for index, module in _filled(model, source, arch, hidden.device, read_ahead):
+        run = BlockForward(module, arch.blocks[index].path, calls, index, dtype)
         block = _block(model, arch, index, run, {} if index < finished else needs, streams, outputs, before)
         yield block
         before = _leave(block, run, streams, index + 1 == len(arch.blocks))
@@ -150,20 +159,25 @@ def _paced(progress: Progress | None, blocks: int, tokens: int) -> Callable[[int
     return told
 
 
-def _loaded(
+def _filled(
     model: PreTrainedModel,
     source: DenseModel,
     arch: Architecture,
-    index: int,
-    calls: Calls,
-    dtype: torch.dtype,
     device: torch.device,
-) -> BlockForward:
-    """A block with its dense weights."""
-    path = arch.blocks[index].path
-    module = model.get_submodule(path)
-    load(module, path, source, device)
-    return BlockForward(module, path, calls, index, dtype)
+    read_ahead: bool | None,
+    first: int = 0,
+) -> Iterator[tuple[int, nn.Module]]:
+    """Yield the number of each block from the `first` on, and the block with its dense weights; the next one is read
+    while the caller works on it, where that is asked for."""
+    with reading_ahead(source, device, read_ahead) as ahead:
+        for index in range(first, len(arch.blocks)):
+            path = arch.blocks[index].path
+            module = model.get_submodule(path)
+            load(module, path, source, device, read=ahead.take())
+            if index + 1 < len(arch.blocks):
+                following = arch.blocks[index + 1].path
+                ahead.start(stored_names(model.get_submodule(following), following, source))
+            yield index, module
 
 
 def _block(
@@ -275,11 +289,11 @@ def _without_data(
     finished: int,
     device: torch.device,
     progress: Progress | None,
+    read_ahead: bool | None,
 ) -> Iterator[Block]:
     linears = arch.linears()
-    for index, layout in list(enumerate(arch.blocks))[finished:]:
-        module = model.get_submodule(layout.path)
-        load(module, layout.path, source, device)
+    for index, module in _filled(model, source, arch, device, read_ahead, finished):
+        layout = arch.blocks[index]
         groups = tuple(InputGroup(names, Moments(0.0), None) for names in wanted_of(layout, needs))
         yield Block(index, layout.path, module, groups, torch.empty(0), linears, model)
         drop(module)

@@ -6,7 +6,7 @@ A layer is compressed once, for the model and for the disk: see `layer` and `sha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.walk import Block
+from llmcompress.calibrate.walk import Block, InputGroup
 from llmcompress.compression.fuse.awq import Balanced, balance
 from llmcompress.compression.journal import Entry
 from llmcompress.compression.plan import Job
@@ -24,6 +24,7 @@ from llmcompress.evaluate.report import LayerReport
 from llmcompress.methods.layer import StepConfig
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.ranks import ALONE, Ranks
+from llmcompress.runtime.side_by_side import workers_on
 from llmcompress.weight.modules import LIKE, CompressedLinear, Layout, PackedWeight, put
 
 DENSE = "dense"  # of a block that may still change: a weight as it was before its layer was compressed
@@ -118,12 +119,11 @@ def compress_block(run: CompressionState, block: Block) -> BlockResult:
     here = OpenBlock(block, balanced, {} if tune is None else {name: block.weight(name) for name in named})
     run.open.append(here)
     entry = Entry(fused=list(balanced.notes))
-    # without learning between them, no group depends on what became of another
-    together = [(group,) for group in groups] if run.ranks.count == 1 else [tuple(groups)]
+    together, workers = _together(run, groups)
     for number, at_once in enumerate(together):
         if number and tune is not None and tune.between and block.gather is not None:
             at_once = (block.gather(at_once[0].names),)
-        weights, rows = solved(run.job, block, at_once, run.ranks)
+        weights, rows = solved(run.job, block, at_once, run.ranks, workers)
         swap(block, weights)
         here.packed |= weights
         entry.rows += rows
@@ -137,6 +137,26 @@ def compress_block(run: CompressionState, block: Block) -> BlockResult:
     closed, run.open = run.open[: len(run.open) - stays], run.open[len(run.open) - stays :]
     entry.layouts |= {name: weight.layout for each in (*closed, *run.open) for name, weight in each.packed.items()}
     return BlockResult(tuple(_tensors(run.job, each) for each in closed), _pending(run), entry)
+
+
+def _together(run: CompressionState, groups: Sequence[InputGroup]) -> tuple[list[tuple[InputGroup, ...]], int]:
+    """Return the groups that are compressed at once, and how many of their layers are side by side.
+
+    Without learning between them, no group depends on what became of another. Those of small experts fill a GPU
+    together; their factors take memory, so no more are together than it takes.
+    """
+    workers = workers_on(run.device)
+    if run.ranks.count > 1:
+        return [tuple(groups)], 1
+    if workers == 1 or (run.tune is not None and run.tune.between):
+        return [(group,) for group in groups], workers
+    found: list[tuple[InputGroup, ...]] = []
+    for group in groups:
+        if found and sum(len(each.names) for each in found[-1]) + len(group.names) <= workers:
+            found[-1] = (*found[-1], group)
+        else:
+            found.append((group,))
+    return found, workers
 
 
 def _stays_open(run: CompressionState, block: Block) -> bool:

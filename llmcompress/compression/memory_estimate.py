@@ -2,6 +2,9 @@
 
 The terms of the memory are those of the largest moment of a block: its weights, the moments of what its linears read,
 and the factors of the widest of them; they were fitted to measured peaks (`scripts/bench/estimates.py`).
+
+On a GPU all that is in the GPU's memory. The host holds one block as it is stored, which was read ahead, where a run on
+the CPU holds the block itself.
 """
 
 from __future__ import annotations

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from llmcompress.calibrate.walk import Block, InputGroup
 from llmcompress.compression.layer import finished, layer_of
 from llmcompress.compression.memory_estimate import SEARCHED
 from llmcompress.compression.plan import Job
 from llmcompress.evaluate.report import LayerReport
+from llmcompress.methods.layer import Layer
 from llmcompress.methods.row_chunks import Outcome, apply_to, runs, together
 from llmcompress.runtime.ranks import Ranks
+from llmcompress.runtime.side_by_side import side_by_side
 from llmcompress.weight.modules import PackedWeight
 
 # Seconds of one core; only their proportions count here.
@@ -41,10 +44,10 @@ class Share:
 
 
 def solved(
-    job: Job, block: Block, groups: Sequence[InputGroup], ranks: Ranks
+    job: Job, block: Block, groups: Sequence[InputGroup], ranks: Ranks, workers: int = 1
 ) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
-    """Compress the linears of input groups that have steps: return their packed weights by name, and their rows of the
-    report, in their order."""
+    """Compress the linears of input groups that have steps, `workers` at once: return their packed weights by name, and
+    their rows of the report, in their order."""
     shares = _shares(job, block, groups)
     owners = placed(shares, [_factor_seconds(group) for group in groups], ranks.count)
     homes: dict[str, list[int]] = {}
@@ -53,7 +56,7 @@ def solved(
     scattered = [name for name, there in homes.items() if len(set(there)) > 1]
     mine = [share for share, owner in zip(shares, owners, strict=True) if owner == ranks.rank]
     with ranks.agreed():
-        done, pieces = _compressed(job, block, groups, mine, scattered)
+        done, pieces = _compressed(job, block, groups, mine, scattered, workers)
     if scattered:
         everything = {place: piece for each in ranks.everyone(pieces) for place, piece in each.items()}
         with ranks.agreed():
@@ -68,20 +71,34 @@ def solved(
 
 
 def _compressed(
-    job: Job, block: Block, groups: Sequence[InputGroup], mine: Sequence[Share], scattered: Sequence[str]
+    job: Job,
+    block: Block,
+    groups: Sequence[InputGroup],
+    mine: Sequence[Share],
+    scattered: Sequence[str],
+    workers: int,
 ) -> tuple[dict[str, Solved], Pieces]:
     """Compress a process's shares: return its finished layers, and the runs of layers that others have runs of."""
     done: dict[str, Solved] = {}
     pieces: Pieces = {}
-    for number, group in enumerate(groups):
-        for name in dict.fromkeys(share.name for share in mine if share.group == number):
-            layer, steps = layer_of(job, block, name, group), (job.steps | job.tables)[name]
-            parts = {s.rows.start: apply_to(layer, steps, s.rows) for s in mine if s.name == name}
-            if name in scattered:
-                pieces |= {(name, start): part for start, part in parts.items()}
-            else:
-                done[name] = finished(job, layer, together(list(parts.values())), group)
-        if not set(scattered).intersection(group.names):
+    names = list(dict.fromkeys((share.group, share.name) for share in mine))
+
+    def outcomes(name: str, group: InputGroup) -> tuple[Layer, dict[int, Outcome]]:
+        """A layer, and its runs of rows."""
+        layer, steps = layer_of(job, block, name, group), (job.steps | job.tables)[name]
+        return layer, {s.rows.start: apply_to(layer, steps, s.rows) for s in mine if s.name == name}
+
+    tasks = [partial(outcomes, name, groups[number]) for number, name in names]
+    found = side_by_side(tasks, workers, next(block.module.parameters()).device)
+    for place, (number, name) in enumerate(names, 1):
+        group, (layer, parts) = groups[number], next(found)
+        if name in scattered:
+            pieces |= {(name, start): part for start, part in parts.items()}
+        else:
+            done[name] = finished(job, layer, together(list(parts.values())), group)
+        del layer, parts  # before the next one is made
+        last = place == len(names) or names[place][0] != number
+        if last and not set(scattered).intersection(group.names):
             group.inputs.derived.clear()
     return done, pieces
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from llmcompress.runtime.precision import bfloat16_factors
+from llmcompress.runtime.precision import bfloat16_factors, full_float32
+from llmcompress.runtime.side_by_side import finish_here
 
 STATISTICS = frozenset({"square", "outer", "cross"})
 
 TILE = 256  # columns of a symmetric product at a time
+_DERIVING = RLock()
 
 T = TypeVar("T")
 
@@ -52,11 +55,12 @@ class Moments:
             dense_inputs = None if dense_inputs is None else dense_inputs * root
         x = x.float()  # float16 squares overflow from 256 on
         dense_inputs = None if dense_inputs is None else dense_inputs.float()
-        with bfloat16_factors() if dtype == torch.bfloat16 else nullcontext():
+        gram = in_one if x.is_cuda else in_tiles
+        with bfloat16_factors() if dtype == torch.bfloat16 else nullcontext(), full_float32(x.device):
             return Moments(
                 tokens,
                 square=x.square().sum(0) if "square" in needs else None,
-                outer=_gram(x) if "outer" in needs else None,
+                outer=gram(x) if "outer" in needs else None,
                 cross=dense_inputs.T @ x if "cross" in needs and dense_inputs is not None else None,
             )
 
@@ -82,13 +86,21 @@ class Moments:
 
     def memo(self, key: Any, compute: Callable[[], T]) -> T:
         """`compute()`, remembered under `key` for every layer that reads this input (a Cholesky factor, say)."""
-        if key not in self.derived:
-            self.derived[key] = compute()
-        return self.derived[key]
+        with _DERIVING:  # layers beside each other wait for it
+            if key not in self.derived:
+                found = compute()
+                finish_here()
+                self.derived[key] = found
+            return self.derived[key]
 
 
-def _gram(x: Tensor) -> Tensor:
-    """`x.T @ x`, its upper half computed and mirrored."""
+def in_one(x: Tensor) -> Tensor:
+    """Return X^T X `[in, in]` by one product: a GPU does both halves sooner than it is asked for many tiles."""
+    return x.T @ x
+
+
+def in_tiles(x: Tensor) -> Tensor:
+    """Return X^T X `[in, in]`, its upper half computed and mirrored."""
     width = x.shape[1]
     outer = x.new_empty(width, width)
     for start in range(0, width, TILE):

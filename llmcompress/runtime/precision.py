@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llmcompress.runtime.attention import FasterAttention
+from llmcompress.runtime.side_by_side import alone
 
 ONE_THREAD = RLock()  # held by whoever compresses, distils or scores
 PRECISE = 1e-6  # relative error of a product that was computed in float32, of rounding to bfloat16 it is 2e-3
@@ -61,10 +62,26 @@ def fast_float32() -> Iterator[None]:
 def bfloat16_factors() -> Iterator[None]:
     """Float32 products whose factors are rounded to bfloat16 where that is faster: on CPUs with matrix units, twice.
 
-    Exact for factors that were bfloat16; sums stay float32.
+    Exact for factors that were bfloat16; sums stay float32. Not where other threads compute beside this one: the
+    switch is theirs too.
     """
-    with by_onednn() if _matrix_units() or _made_by_amd() else nullcontext():
+    with by_onednn() if alone() and (_matrix_units() or _made_by_amd()) else nullcontext():
         yield
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Float32 products of a CUDA device without TF32, which keeps 10 bits of a factor, whatever the process allows."""
+    if device.type != "cuda":
+        yield
+        return
+    switch: Any = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import llmcompress as lc
 from llmcompress.calibrate.walk import Block, InputGroup, walk
 from llmcompress.compression.plan import Job, prepare
 from llmcompress.compression.shares import Share, placed, solved
@@ -38,6 +39,7 @@ PIPELINES: dict[str, list[dict[str, Any]]] = {
     "partial": [{"method": "pb_llm", "salient": "1:8"}],
 }
 Packed = dict[str, PackedWeight]
+ONEDNN: Any = torch.backends.mkldnn
 
 
 # --- where shares go --------------------------------------------------------------------------------------------------
@@ -134,6 +136,40 @@ def test_weights_are_those_of_one_process(
             check_same(alone, found)
 
 
+@pytest.mark.parametrize("name", tiered(PIPELINES, {"gptq", "rotated trellis", "low rank"}.__contains__))
+def test_weights_are_those_of_one_layer_after_the_other(name: str, models: Callable[[str], Path]) -> None:
+    """All layers of a block beside each other, in threads, as on a GPU."""
+    with standing(models("llama"), rules=[{"match": "*", "steps": PIPELINES[name]}]) as (job, block):
+        threads, switch = torch.get_num_threads(), ONEDNN.matmul.fp32_precision
+        expected = solved(job, block, groups_of(block), ALONE)
+        for workers in (1, 3):
+            check_same(expected, solved(job, block, groups_of(block), ALONE, workers))
+        assert torch.get_num_threads() == threads and ONEDNN.matmul.fp32_precision == switch
+
+
+def test_experts_are_side_by_side_in_a_run(
+    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run as on a GPU leaves the bytes of one on the CPU."""
+    text = tmp_path / "text.txt"
+    text.write_text("Forty farms bring their corn to the mill by the river. " * 40)
+    data = {"dataset": str(text), "samples": 6, "length": 32, "held_out": 2}
+    asked = {"version": 1, "name": "test", "calibration": data, "rules": [{"match": "*", "steps": [GPTQ]}]}
+    at_once: list[int] = []
+
+    def counted(job: Job, block: Block, groups: Any, ranks: Ranks, workers: int) -> Any:
+        at_once.append(sum(len(group.names) for group in groups))
+        return solved(job, block, groups, ranks, workers)
+
+    expected = lc.compress(models("mixtral"), asked, tmp_path / "one")
+    monkeypatch.setattr("llmcompress.compression.block.workers_on", lambda device: 4)
+    monkeypatch.setattr("llmcompress.compression.block.solved", counted)
+    found = lc.compress(models("mixtral"), asked, tmp_path / "four")
+    assert max(at_once) == 4 and found.report.layers == expected.report.layers
+    for file in expected.folder.glob("*.safetensors"):
+        assert (found.folder / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_experts_are_shared_out_too(models: Callable[[str], Path]) -> None:
     with standing(models("mixtral"), rules=[{"match": "*", "steps": [GPTQ]}]) as (job, block):
         alone = solved(job, block, groups_of(block), ALONE)
@@ -155,6 +191,18 @@ def test_no_layer_is_compressed_twice(models: Callable[[str], Path], monkeypatch
         in_lockstep(3, lambda ranks: solved(job, block, groups_of(block), ranks))
         rows = {name: linear.shape[0] for name, linear in block.linears.items() if name.startswith(f"{block.path}.")}
     assert sorted(done) == sorted((name, start) for name, count in rows.items() for start in range(0, count, 16))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_error_is_that_of_the_first_layer_in_order(workers: int, models: Callable[[str], Path]) -> None:
+    with standing(models("llama"), rules=[{"match": "*", "steps": [GPTQ]}]) as (job, block):
+        groups = groups_of(block)
+        for group in groups[1:]:
+            if group.inputs.outer is not None:
+                group.inputs.outer.mul_(float("nan"))
+        first = groups[1].names[0]
+        with pytest.raises(NumericsError, match=f"^{first}: its input statistics"):
+            solved(job, block, groups, ALONE, workers)
 
 
 def test_an_error_in_one_process_ends_all(models: Callable[[str], Path]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from llmcompress.methods.layer import method
-from llmcompress.methods.moments import STATISTICS, Moments, capped_weights
+from llmcompress.methods.moments import STATISTICS, Moments, capped_weights, in_one, in_tiles
 from llmcompress.runtime import precision
 from tests.builders import seeded
 
@@ -38,6 +40,28 @@ def test_moments_are_what_their_names_say() -> None:
     assert torch.equal(m.outer, sum(torch.outer(row, row) for row in x))
     assert torch.equal(m.cross, sum(torch.outer(a, b) for a, b in zip(other, x, strict=True)))
     assert torch.equal(m.outer.diagonal(), m.square)
+
+
+def test_one_product_gives_what_tiles_give() -> None:
+    """Integers, so that sums are exact in any order; more columns than a tile has."""
+    x = torch.randint(-9, 10, (40, 300), generator=seeded(0)).float()
+    assert torch.equal(in_one(x), in_tiles(x)) and torch.equal(in_one(x), x.double().T.mm(x.double()).float())
+
+
+@pytest.mark.parametrize("allowed", ["none", "tf32"])
+def test_a_gpu_multiplies_in_full_float32(allowed: str) -> None:
+    """Whatever the process allows; the switch is there without a GPU too, and is put back."""
+    switch: Any = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = allowed
+    try:
+        with precision.full_float32(torch.device("cuda")):
+            assert switch.fp32_precision == "ieee"
+        with precision.full_float32(torch.device("cpu")):
+            assert switch.fp32_precision == allowed
+        assert switch.fp32_precision == allowed
+    finally:
+        switch.fp32_precision = before
 
 
 @pytest.mark.parametrize("cuts", [(1, 39), (13, 13, 14), (40, 0), (1,) * 40], ids=str)

@@ -38,10 +38,12 @@ def generate(
     from transformers import DynamicCache
 
     few: dict[str, Any] = {"logits_to_keep": 1} if _can_leave_out(model) else {}
-    ids = torch.tensor([list(prompt)])
+    ids = torch.tensor([list(prompt)], device=model.device)
     cache = DynamicCache(config=model.config)
     start = clock()
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **few).logits
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)  # it is at work still; later the numbers of tokens wait for it
     read = clock()
     token = logits[:, -1:].argmax(-1)
     found = [int(token)]

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llmcompress.runtime.side_by_side import alone
 from llmcompress.weight.nodes import Weight
 
 LAZY = 64  # columns per lazy block; changes speed, never the result
@@ -67,7 +68,13 @@ def feedback(weight: Tensor, factor: Tensor | None, projection: Projection, orde
 
 @contextmanager
 def few_threads(rows: int) -> Iterator[None]:
-    """One thread for short columns: waking others costs more than they do, and on a busy machine very much more."""
+    """One thread for short columns: waking others costs more than they do, and on a busy machine very much more.
+
+    The number belongs to the whole process, so it stays where other layers are compressed beside this one.
+    """
+    if not alone():
+        yield
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if rows < PARALLEL_ROWS else threads)
     try:

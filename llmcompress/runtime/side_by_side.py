@@ -1,0 +1,73 @@
+"""Work done side by side by threads, on a CUDA device each with a stream of its own: one layer seldom fills a GPU.
+
+Settings of the whole process, such as torch's number of threads, cannot be changed meanwhile: `alone` tells.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+ON_A_GPU = 4  # pieces of work at once: each takes memory of its own
+_HERE = threading.local()  # `beside`: true in a thread of `side_by_side`; `stream`: its own
+
+
+def workers_on(device: torch.device) -> int:
+    """Return how many pieces of work a device does side by side."""
+    return ON_A_GPU if device.type == "cuda" else 1
+
+
+def alone() -> bool:
+    """True if this thread may change settings of the whole process, since no other computes beside it."""
+    return not getattr(_HERE, "beside", False)
+
+
+def finish_here() -> None:
+    """Wait until a GPU has done what this thread asked for, so that other threads can read it."""
+    stream = getattr(_HERE, "stream", None)
+    if stream is not None:
+        stream.synchronize()
+
+
+def side_by_side(tasks: Sequence[Callable[[], T]], workers: int, device: torch.device) -> Iterator[T]:
+    """Yield what each task returns, in their order, `workers` of them at once; of one, the next starts when it is asked
+    for. Raises the error of the first task that failed, in their order."""
+    if workers == 1 or len(tasks) < 2:
+        yield from (task() for task in tasks)
+        return
+    streams, gradients = _streams(device, workers), torch.is_grad_enabled()
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # what the tasks read is there
+
+    def begin() -> None:
+        _HERE.beside, _HERE.stream = True, free.pop()
+
+    def run(task: Callable[[], T]) -> T:
+        stream = _HERE.stream
+        with torch.set_grad_enabled(gradients), nullcontext() if stream is None else torch.cuda.stream(stream):
+            found = task()
+            finish_here()
+            return found
+
+    free = list(streams)
+    pool = ThreadPoolExecutor(workers, initializer=begin)
+    try:
+        futures = [pool.submit(run, task) for task in tasks]
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        pool.shutdown(cancel_futures=True)  # those that run come to their end; an earlier task has always begun earlier
+    yield from (future.result() for future in futures)
+
+
+@lru_cache
+def _streams(device: torch.device, workers: int) -> list[Any]:
+    """Return a stream for each worker, the same ones every time, since torch keeps freed memory by stream."""
+    return [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(workers)]
