@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.methods.mxfp import LAYOUTS, FloatLayout, nearest_floats
-from llmcompress.weight.expression import bits, dense, float_values
+from llmcompress.methods.engines.floats import LAYOUTS, FloatLayout, nearest_floats
+from llmcompress.weight.expression import bits, dense, float_steps, float_values
 from llmcompress.weight.nodes import Minifloat, Where, Zero
 from tests.builders import compressed, correlated, gaussian
 
@@ -31,7 +31,7 @@ def finite(values: Tensor) -> Tensor:
     return values[values.isfinite()].double()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name in FORMATS if LAYOUTS[name].scales != "bfloat16"])
 @pytest.mark.parametrize("size", [(1, 1), (7, 33), (6, 64)])
 def test_every_group_has_the_least_squared_error_of_the_scales_tried(name: str, size: tuple[int, int]) -> None:
     layout, weight = LAYOUTS[name], gaussian(*size)
@@ -39,12 +39,13 @@ def test_every_group_has_the_least_squared_error_of_the_scales_tried(name: str, 
     numbers, scales = finite(float_values(layout.form)), finite(float_values(layout.scales))
     scales = scales if layout.scales == "e8m0" else scales[:127]  # the others are negative
     if w.tensor_scale is not None:
-        assert float(w.tensor_scale) == pytest.approx(float(weight.abs().max()) / 6 / 448, rel=1e-6)
+        assert math.frexp(float(w.tensor_scale))[0] == 0.5, "its reciprocal would be rounded"
+        assert 448 / 4 <= float(weight.abs().max()) / 6 / float(w.tensor_scale) <= 448 / 2
         scales = scales * w.tensor_scale.double()
     error = (dense(w).double() - weight.double()).square()
     for row in range(size[0]):
-        for start in range(0, size[1], layout.group_size):
-            part = slice(start, start + layout.group_size)
+        for start in range(0, size[1], layout.group(size[1])):
+            part = slice(start, start + layout.group(size[1]))
             expected = slow(weight[row, part].double(), numbers, scales, layout.tried)
             assert float(error[row, part].sum()) == pytest.approx(expected, rel=1e-4, abs=1e-12)
 
@@ -66,6 +67,24 @@ def test_no_group_is_worse_than_with_the_scale_of_the_specification(name: str, l
     assert strictly, "the search never finds a better scale"
 
 
+@pytest.mark.parametrize("name", ["fp8", "fp8_tensor"])
+def test_eight_bits_under_one_scale_lose_about_as_little_as_with_any_scale_of_an_octave(name: str) -> None:
+    """Every bfloat16 scale from the one that just covers the largest magnitude to twice that, by torch's own cast."""
+    weight = gaussian(5, 48)
+    w = nearest_floats(weight, LAYOUTS[name])  # type: ignore[index]
+    assert w.scale.dtype == torch.bfloat16 and w.scale.shape == ((1, 1) if name == "fp8_tensor" else (5, 1))
+    groups = weight.reshape(1, -1) if name == "fp8_tensor" else weight
+    ours = (dense(w) - weight).square().reshape(groups.shape).sum(1)
+    for group, lost, scale in zip(groups, ours, float_steps(w)[:, 0], strict=True):
+        largest = float(group.abs().max())
+        assert 0.99 * largest / 448 < float(scale) < 2.02 * largest / 448
+        tried = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16).float()
+        tried = tried[(tried >= largest / 448) & (tried <= 2 * largest / 448)]
+        cast = (group / tried[:, None]).to(torch.float8_e4m3fn).float() * tried[:, None]
+        errors = (cast - group).square().sum(1)
+        assert float(lost) < float(errors.mean()) and float(lost) < 4 / 3 * float(errors.min())
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_the_format_holds_stays_as_it_is(name: str) -> None:
     layout = LAYOUTS[name]
@@ -78,6 +97,7 @@ def test_smaller_groups_with_finer_scales_lose_less() -> None:
     weight = gaussian(32, 128)
     lost = {name: float((dense(nearest_floats(weight, LAYOUTS[name])) - weight).square().sum()) for name in FORMATS}
     assert lost["mxfp8"] < lost["mxfp6"] < lost["nvfp4"] < lost["mxfp4"]
+    assert lost["fp8"] < lost["fp8_tensor"] < lost["mxfp6"]
     plain = FloatLayout("e2m1", "e8m0", 32, (0,))
     assert lost["mxfp4"] < float((dense(nearest_floats(weight, plain)) - weight).square().sum())
 
