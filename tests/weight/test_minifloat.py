@@ -89,7 +89,7 @@ def test_formats_without_it_refuse_it_in_a_sentence() -> None:
     assert describe(w) == "e2m1 floats g32, scales e8m0"
     with pytest.raises(Inexact, match="e2m1 floats g32, scales e8m0 does not fill blocks of 32 columns"):
         exact_type(w)
-    assert obstacle(w) == "e2m1 floats g32, scales e8m0 is no single grid"
+    assert obstacle(w) == "groups of 32 do not divide the width 33"
 
 
 def test_random_nestings_contain_it() -> None:
