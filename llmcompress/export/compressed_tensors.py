@@ -32,6 +32,7 @@ from llmcompress.weight.expression import dense, float_steps
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Grid, Minifloat, Weight
 
+HEAD = "lm_head"  # which engines do not look for in the format
 TENSOR_SCALE = "tensor_scale"  # in the payload of a layer
 
 
@@ -167,9 +168,9 @@ def _integers(w: Grid) -> tuple[Scheme, dict[str, Tensor]]:
 
 
 def _linears(opened: Opened) -> set[str]:
-    """Return the names under which the format knows compressed modules: linears, not token tables."""
+    """Return the names under which the format knows compressed modules: linears, not token tables or the head."""
     tables = {name.removesuffix(f".{LIKE}") for name in opened.files if name.endswith(f".{LIKE}")}
-    return set(opened.layouts) - tables
+    return set(opened.layouts) - tables - {HEAD}
 
 
 def _config(schemes: dict[str, Scheme], plain: list[str]) -> dict[str, Any]:
@@ -185,5 +186,5 @@ def _config(schemes: dict[str, Scheme], plain: list[str]) -> dict[str, Any]:
             f"group_{number}": {"targets": layers, "weights": scheme.to_json(), "format": scheme.format}
             for number, (scheme, layers) in enumerate(groups.items())
         },
-        "ignore": ["lm_head", *plain],
+        "ignore": [HEAD, *(layer for layer in plain if layer != HEAD)],
     }

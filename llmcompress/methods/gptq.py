@@ -36,6 +36,7 @@ class GPTQ(GridConfig):
         {"bits": 2, "group_size": 16},
         {"bits": 3, "group_size": 16, "symmetric": False, "act_order": True},
         {"bits": 4, "clip": False},
+        {"bits": 4, "group_size": 16, "narrow_range": True},
         {"format": "mxfp4"},
         {"format": "nvfp4", "act_order": True},
         {"format": "fp8"},

@@ -168,6 +168,19 @@ def test_widths_that_no_group_divides_are_refused_or_dense(tmp_path: Path) -> No
     assert read_json(tmp_path / "packed" / "config.json")["quantization_config"]["format"] == "mxfp4-pack-quantized"
 
 
+def test_a_compressed_head_is_refused_or_dense(tmp_path: Path) -> None:
+    """The readers ignore it, and would make up another."""
+    source = save_tiny("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    steps = [{"method": "mxfp", "format": "fp8"}]
+    recipe = {"version": 1, "rules": [{"match": "*", "steps": steps}], "head": steps}
+    folder = lc.compress(source, recipe, tmp_path / "out").folder
+    with pytest.raises(InputError, match=r"lm_head does not fit compressed-tensors \(it is no plain linear layer\)"):
+        export(folder, tmp_path / "packed", "compressed-tensors")
+    done = export(folder, tmp_path / "packed", "compressed-tensors", allow_dense=True)
+    assert done.changed == ("1 matrices became bfloat16, lm_head first",)
+    assert "lm_head.weight" in load_file(tmp_path / "packed" / "model.safetensors")
+
+
 @pytest.mark.slow
 def test_stock_transformers_computes_our_logits(folder: Path, tmp_path: Path) -> None:
     export(folder, tmp_path / "out", "compressed-tensors")

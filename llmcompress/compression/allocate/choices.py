@@ -2,7 +2,7 @@
 
 The recipe's rules come first; options are for matrices that no rule covers. If the target is in bytes or a quality,
 the token table and the output head have options too, unless the recipe gives their steps. A target in bits per weight
-counts the decoder's linears alone.
+counts the decoder's linears alone. A target for an engine has options that it multiplies, and none for tables.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from llmcompress.compression.allocate.engines import check_rules, options_for
 from llmcompress.compression.allocate.sizes import bytes_around, payload_bytes
 from llmcompress.compression.plan import Job
 from llmcompress.errors import RecipeError
@@ -72,9 +73,15 @@ def choices(job: Job) -> Choices:
     Raises RecipeError if its rules leave nothing, or if an option does not suit a matrix.
     """
     recipe, linears = job.recipe, job.arch.linears()
-    options = _default_options() if recipe.options is None else recipe.options
-    matrices = [_matrix(name, linears[name].shape, options) for name in job.assignment.unruled]
-    matrices += [] if recipe.target is None or recipe.target.bpw is not None else _tables(job)
+    engine = None if recipe.target is None else recipe.target.engine
+    if engine is None:
+        options = _default_options() if recipe.options is None else recipe.options
+        matrices = [_matrix(name, linears[name].shape, options) for name in job.assignment.unruled]
+        matrices += [] if recipe.target is None or recipe.target.bpw is not None else _tables(job)
+    else:
+        check_rules(job, engine)
+        found = [(linears[name], options_for(engine, linears[name], recipe.options)) for name in job.assignment.unruled]
+        matrices = [_matrix(linear.name, linear.shape, options) for linear, options in found]
     if not matrices:
         raise RecipeError(
             f"the rules of recipe {recipe.name!r} cover every layer of {job.source.name}, so none is left to choose "
