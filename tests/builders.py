@@ -24,6 +24,7 @@ from llmcompress.weight.nodes import (
     Pattern,
     Rotated,
     Scaled,
+    ScaleFormat,
     Sum,
     Tiles,
     Transposed,
@@ -45,6 +46,7 @@ TRELLISES = (
 )
 LEVELS = (2, 3, 4, 5, 8, 16, 100, 256)
 FLOATS: tuple[FloatFormat, ...] = ("e2m1", "e2m3", "e3m2", "e4m3")
+SCALES: tuple[ScaleFormat, ...] = ("e8m0", "e4m3", "bfloat16")
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -133,15 +135,21 @@ def codebook(size: Sequence[int], entries: int, length: int, seed: int) -> Codeb
     return Codebook(codes, centroids, (torch.rand(out, 1, generator=random) + 0.1).half(), width)
 
 
-def minifloat(size: Sequence[int], form: FloatFormat, scales: FloatFormat, group_size: int, seed: int) -> Minifloat:
-    """Floats of few bits with random codes and scales near 1; those with e4m3 scales have a factor of all as well."""
+def minifloat(
+    size: Sequence[int], form: FloatFormat, scales: ScaleFormat, group_size: int, seed: int, of_all: bool = False
+) -> Minifloat:
+    """Floats of few bits with random codes and scales near 1; those with e4m3 scales have a factor of all as well, and
+    `of_all` gives all rows the same scales."""
     random = seeded(seed)
     out, width = size
     finite = float_values(form).isfinite().nonzero()[:, 0].to(torch.uint8)
     codes = finite[torch.randint(len(finite), (out, width), generator=random)]
-    one = int((float_values(scales) == 1).nonzero()[0])
-    groups = -(-width // group_size)
-    scale = torch.randint(one - 3, one + 3, (out, groups), generator=random, dtype=torch.uint8)
+    groups = (1 if of_all else out, -(-width // group_size))
+    if scales == "bfloat16":
+        scale = torch.rand(groups, generator=random).add(0.5).bfloat16()
+    else:
+        one = int((float_values(scales) == 1).nonzero()[0])
+        scale = torch.randint(one - 3, one + 3, groups, generator=random, dtype=torch.uint8)
     return Minifloat(codes, scale, torch.tensor([0.3]) if scales == "e4m3" else None, form, scales, group_size)
 
 
@@ -179,6 +187,7 @@ def every_node() -> list[Weight]:
     nodes += [codebook((5, 33), 6, 4, 0), codebook((1, 1), 256, 4, 0)]
     nodes += [minifloat(size, form, "e8m0", 8, 1) for form in FLOATS] + [minifloat(size, "e2m1", "e4m3", 16, 2)]
     nodes += [minifloat((1, 1), "e2m1", "e4m3", 32, 3), minifloat((5, 33), "e3m2", "e8m0", 16, 4)]
+    nodes += [minifloat(size, "e4m3", "bfloat16", 24, 7, of_all) for of_all in (False, True)]
     nodes += [
         LowRank(values(7, 2), values(2, 24)),
         LowRank(grid((7, 3), 16, 3, 1, True), grid((3, 24), 16, 8, 2, False)),
@@ -233,8 +242,8 @@ def random_nestings(seed: int, count: int, depth: int = 4) -> list[Weight]:
             case 3:
                 return codebook(size, 2 + draw(30), 1 + draw(5), draw(10**6))
             case 4:
-                form, scales = FLOATS[draw(4)], ("e8m0", "e4m3")[draw(2)]
-                return minifloat(size, form, scales, 1 + draw(width), draw(10**6))
+                form, scales = FLOATS[draw(4)], SCALES[draw(3)]
+                return minifloat(size, form, scales, 1 + draw(width), draw(10**6), of_all=draw(2) == 0)
             case 5 | 6:
                 rank = 1 + draw(3)
                 return LowRank(build((out, rank), depth - 1), build((rank, width), depth - 1))

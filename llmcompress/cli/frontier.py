@@ -77,7 +77,8 @@ def frontier(
         from llmcompress.recipe.overrides import Change
 
         wanted = budgets(bpw, sizes)
-        target = Change("target", wanted[0].target, "--sizes" if bpw is None else "--bpw")
+        first = wanted[0].target.model_dump(exclude_none=True)
+        target = Change("target", first, "--sizes" if bpw is None else "--bpw", stay=("engine",))
         asked = [asked_recipe(one, settings, seed, target, tune) for one in recipes or (None,)]
         others = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
         protocol = protocol_of(text, windows, length, tasks, limit, None, batch_size)

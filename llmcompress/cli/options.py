@@ -111,7 +111,7 @@ def target_of(bpw: float | None, size: str | None, kl: float | None) -> Change |
 
     options = {"--bpw": ("bpw", bpw), "--size": ("bytes", size), "--kl": ("kl", kl)}
     given = {option: pair for option, pair in options.items() if pair[1] is not None}
-    return Change("target", dict(given.values()), " and ".join(given)) if given else None
+    return Change("target", dict(given.values()), " and ".join(given), stay=("engine",)) if given else None
 
 
 def protocol_of(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from llmcompress.evaluate.formatting import byte_count, duration
+from llmcompress.evaluate.formatting import aim, byte_count, duration
 from llmcompress.evaluate.gates import GateReport
 from llmcompress.evaluate.tables import (
     CHANGE_HEADINGS,
@@ -91,9 +91,8 @@ def _stored(rows: Sequence[Row]) -> str:
 
 def _reached(allocation: Row) -> str:
     """Return the line on a target: predicted and measured KL, and the time it took."""
-    [(aim, value)] = allocation["target"].items()
-    wanted = byte_count(value) if aim == "bytes" else f"{value:g} {aim}"
     kl = f"KL predicted {allocation['predicted_kl']:.4f}, measured {allocation['measured_kl']:.4f}"
+    wanted = aim(allocation["target"])
     return f"target  {wanted} · {kl} on {allocation['probing_tokens']} tokens · {duration(allocation['seconds'])}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -12,6 +13,13 @@ def duration(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def aim(target: Mapping[str, Any]) -> str:
+    """A target of an allocation for people, such as "40.0 MB for vllm"."""
+    [(kind, value)] = [(key, value) for key, value in target.items() if key != "engine"]
+    wanted = byte_count(value) if kind == "bytes" else f"{value:g} {kind}"
+    return f"{wanted} for {target['engine']}" if "engine" in target else wanted
 
 
 def byte_count(count: float) -> str:

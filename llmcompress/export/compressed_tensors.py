@@ -1,14 +1,19 @@
-"""To compressed-tensors (`pack-quantized`), which transformers and vLLM read: integer grids, value for value.
+"""To compressed-tensors, which transformers and vLLM read: integer grids and floats of few bits, value for value.
 
-All become symmetric integers of the format, centred on a code: ternary as it is in 2 bits; our symmetric b bits,
-centred between two codes, as the odd integers of b + 1 bits at half the scale; asymmetric b bits less their zero point
-as b + 1 (packed zero points of compressed-tensors 0.20 are not loaded by transformers 5.23). What is no plain grid is
+Grids (`pack-quantized`) become symmetric integers of the format, centred on a code: odd numbers of levels as they are;
+our symmetric b bits, centred between two codes, as the odd integers of b + 1 bits at half the scale; asymmetric b bits
+less their zero point as b + 1 (packed zero points of compressed-tensors 0.20 are not loaded by transformers 5.23).
+FP8 (`float-quantized`), MXFP4 and NVFP4 have codes and scales as ours; inputs stay as they are. What is neither is
 refused, or stored in bfloat16 where that is allowed, and listed.
+
+vLLM multiplies NVFP4 matrices that read the same input as one, by the factor of one of them. So those of one module
+that are as wide get the largest factor, and their scales follow, which powers of two leave exact.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,29 +27,40 @@ from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened
 from llmcompress.models.skeleton import transposed_linears
-from llmcompress.weight.expression import dense, describe
+from llmcompress.weight.engines import compressed_tensors_obstacle, float_format, integer_bits
+from llmcompress.weight.expression import dense, float_steps
 from llmcompress.weight.modules import LIKE
-from llmcompress.weight.nodes import Grid, Weight
+from llmcompress.weight.nodes import Grid, Minifloat, Weight
+
+HEAD = "lm_head"  # which engines do not look for in the format
+TENSOR_SCALE = "tensor_scale"  # in the payload of a layer
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """The form in which the format stores a matrix. `group_size`: None for one scale per row."""
+    """The form in which the format stores a matrix: the compressor's name, and the `weights` entry of a config group.
 
+    `group_size`: None for one scale per row, or of all rows, as `strategy` says.
+    """
+
+    format: str
     num_bits: int
-    group_size: int | None
+    strategy: str
+    group_size: int | None = None
+    scale_dtype: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The `weights` entry of a config group."""
-        strategy = {"strategy": "channel"} if self.group_size is None else {"strategy": "group"}
-        size = {} if self.group_size is None else {"group_size": self.group_size}
-        return {"num_bits": self.num_bits, "type": "int", "symmetric": True, "dynamic": False} | strategy | size
+        kind = "int" if self.format == "pack-quantized" else "float"
+        own = {"group_size": self.group_size, "scale_dtype": self.scale_dtype}
+        entries = {"num_bits": self.num_bits, "type": kind, "symmetric": True, "dynamic": False}
+        return entries | {"strategy": self.strategy} | {key: value for key, value in own.items() if value is not None}
 
 
 def to_compressed_tensors(opened: Opened, output: Path, allow_dense: bool = False) -> Exported:
-    """Write grids as they are; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
+    """Write grids and floats as they are; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
     turned = transposed_linears(opened.folder, opened.trust_remote_code)
-    linears = _linears(opened)
+    linears, factors = _linears(opened), shared_factors(opened)
     schemes: dict[str, Scheme] = {}
     plain: list[str] = []
     with writing(output, opened.dense_bytes) as writer:
@@ -53,9 +69,10 @@ def to_compressed_tensors(opened: Opened, output: Path, allow_dense: bool = Fals
             tensors = opened.read_plain(others)
             for layer in layers:
                 weight = opened.expression(layer)
-                why = obstacle(weight) if layer in linears and layer not in turned else "it is no plain linear layer"
-                if why is None and isinstance(weight, Grid):
-                    schemes[layer], stored = converted(weight)
+                why = obstacle(weight, factors.get(layer))
+                why = why if layer in linears and layer not in turned else "it is no plain linear layer"
+                if why is None:
+                    schemes[layer], stored = converted(weight, factors.get(layer))
                     tensors |= {f"{layer}.{key}": value for key, value in stored.items()}
                     continue
                 if not allow_dense:
@@ -67,37 +84,69 @@ def to_compressed_tensors(opened: Opened, output: Path, allow_dense: bool = Fals
         size = writer.close()
         entry = {"quantization_config": _config(schemes, plain)}
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
+    kinds = Counter("grids" if one.format == "pack-quantized" else "matrices of floats" for one in schemes.values())
     return Exported(
         to="compressed-tensors",
         output=str(output),
         bytes_before=opened.bytes,
         bytes_after=size,
-        kept=(f"{len(schemes)} grids, value for value",),
+        kept=tuple(f"{count} {kind}, value for value" for kind, count in (kinds or Counter(grids=0)).items()),
         changed=(f"{len(plain)} matrices became bfloat16, {plain[0]} first",) if plain else (),
     )
 
 
-def obstacle(w: Weight) -> str | None:
-    """Return the reason why the format cannot hold `w` exactly; None if it can."""
-    if not isinstance(w, Grid):
-        return f"{describe(w)} is no single grid"
-    if w.codes.shape[1] % w.group_size:
-        return f"groups of {w.group_size} do not divide the width {w.codes.shape[1]}"
-    if _bits(w) > 8:
-        return f"{describe(w)} would need {_bits(w)} bits"
-    return None
+def shared_factors(opened: Opened) -> dict[str, Tensor]:
+    """Return the factor, float32 `[1]`, of each layer that has one: the largest of those beside it that are as wide."""
+    beside: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for layer, layout in opened.layouts.items():
+        if layout.header.get(TENSOR_SCALE):
+            factor = layout.views(opened.read(f"{layer}.weight"))[TENSOR_SCALE]
+            beside.setdefault((layer.rpartition(".")[0], layout.size[1]), {})[layer] = factor
+    return {layer: max(found.values(), key=float) for found in beside.values() for layer in found}
 
 
-def _bits(w: Grid) -> int:
-    """Return the bits of the format's integers that hold the grid.
+def obstacle(w: Weight, factor: Tensor | None = None) -> str | None:
+    """Return the reason why the format cannot hold `w` exactly, floats with this factor; None if it can."""
+    why = compressed_tensors_obstacle(w)
+    if why is None and isinstance(w, Minifloat) and factor is not None and scales_under(w, factor) is None:
+        return "its scales are not exact under the factor of the matrices beside it; compress it again"
+    return why
 
-    They are odd integers, differences of codes, or, for odd levels, codes around 0.
+
+def scales_under(w: Minifloat, factor: Tensor) -> Tensor | None:
+    """Return the scales of NVFP4, e4m3 `[out, groups]`, that are right under another factor; None if they are rounded.
+
+    So they are where the factors are no powers of two, as of earlier versions.
     """
-    return w.levels.bit_length() if w.zero is None else (w.levels - 1).bit_length() + 1
+    wanted = float_steps(w) / factor
+    stored = wanted.to(torch.float8_e4m3fn)
+    exact = float(torch.frexp(factor).mantissa) == 0.5 and torch.equal(stored.float(), wanted)
+    return stored if exact else None
 
 
-def converted(w: Grid) -> tuple[Scheme, dict[str, Tensor]]:
-    """Return the scheme and the tensors of a grid without an `obstacle`."""
+def converted(w: Weight, factor: Tensor | None = None) -> tuple[Scheme, dict[str, Tensor]]:
+    """Return the scheme and the tensors of a grid, or of floats with this factor, without an `obstacle`."""
+    match w:
+        case Grid():
+            return _integers(w)
+        case Minifloat(codes, scale, tensor_scale):
+            kind, both = float_format(w), codes[:, ::2] | codes[:, 1::2] << 4
+            if kind == "fp8":
+                strategy = "channel" if len(scale) == len(codes) else "tensor"
+                scale = scale if strategy == "channel" else scale[0]
+                tensors = {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+                return Scheme("float-quantized", 8, strategy), tensors
+            if kind == "mxfp4":
+                scheme = Scheme("mxfp4-pack-quantized", 4, "group", 32, "torch.uint8")
+                return scheme, {"weight_packed": both, "weight_scale": scale}
+            factor = tensor_scale if factor is None else factor
+            if factor is not None and (scales := scales_under(w, factor)) is not None:
+                tensors = {"weight_packed": both, "weight_scale": scales, "weight_global_scale": 1 / factor}
+                return Scheme("nvfp4-pack-quantized", 4, "tensor_group", 16, "torch.float8_e4m3fn"), tensors
+    raise TypeError(f"compressed-tensors does not hold this {type(w).__name__}")
+
+
+def _integers(w: Grid) -> tuple[Scheme, dict[str, Tensor]]:
     try:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     except ImportError as error:
@@ -110,30 +159,32 @@ def converted(w: Grid) -> tuple[Scheme, dict[str, Tensor]]:
     else:
         whole, scale = 2 * codes - (w.levels - 1), (scale.float() / 2).to(scale.dtype)
     tensors = {
-        "weight_packed": pack_to_int32(whole.to(torch.int8), _bits(w)),
+        "weight_packed": pack_to_int32(whole.to(torch.int8), integer_bits(w)),
         "weight_scale": scale,
         "weight_shape": torch.tensor(w.codes.shape),
     }
-    return Scheme(_bits(w), None if scale.shape[1] == 1 else w.group_size), tensors
+    strategy, group_size = ("channel", None) if scale.shape[1] == 1 else ("group", w.group_size)
+    return Scheme("pack-quantized", integer_bits(w), strategy, group_size), tensors
 
 
 def _linears(opened: Opened) -> set[str]:
-    """Return the names under which the format knows compressed modules: linears, not token tables."""
+    """Return the names under which the format knows compressed modules: linears, not token tables or the head."""
     tables = {name.removesuffix(f".{LIKE}") for name in opened.files if name.endswith(f".{LIKE}")}
-    return set(opened.layouts) - tables
+    return set(opened.layouts) - tables - {HEAD}
 
 
 def _config(schemes: dict[str, Scheme], plain: list[str]) -> dict[str, Any]:
     groups: dict[Scheme, list[str]] = {}
     for layer, scheme in schemes.items():
         groups.setdefault(scheme, []).append(layer)
+    formats = {scheme.format for scheme in schemes.values()} or {"pack-quantized"}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{number}": {"targets": layers, "weights": scheme.to_json()}
+            f"group_{number}": {"targets": layers, "weights": scheme.to_json(), "format": scheme.format}
             for number, (scheme, layers) in enumerate(groups.items())
         },
-        "ignore": ["lm_head", *plain],
+        "ignore": [HEAD, *(layer for layer in plain if layer != HEAD)],
     }

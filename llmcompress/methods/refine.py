@@ -5,10 +5,10 @@ Minimises tr(E H E^T), which error feedback does only greedily. A column may mov
 those of each row and group in turn. No move raises the loss on the calibration inputs; where rows do not count alike,
 no move of a column of a trellis raises the sum of what they count.
 
-Stores the same expression in the same bits. It may change grid codes, streams of a trellis, bits of binary planes,
-factors of columns, kept values of a pruned matrix, signs of a partially binarized one, and codes and entries of
-codebooks. Masks, selections and the scales of groups along the output stay. The scheme is that of AQLM's code updates
-(arXiv 2401.06118), one weight, one vector, or one column of a trellis at a time.
+Stores the same expression in the same bits. It may change grid codes, codes of floats, streams of a trellis, bits of
+binary planes, factors of columns, kept values of a pruned matrix, signs of a partially binarized one, and codes and
+entries of codebooks. Masks, selections, the scales of floats and those of groups along the output stay. The scheme is
+that of AQLM's code updates (arXiv 2401.06118), one weight, one vector, or one column of a trellis at a time.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from llmcompress.methods.engines.feedback import few_threads
 from llmcompress.methods.engines.grid import grid_of, round_to, spread
 from llmcompress.methods.engines.hessian import metric
 from llmcompress.methods.engines.moves import moved, visited
-from llmcompress.methods.engines.projection import Kept, Pruned, Quantized
+from llmcompress.methods.engines.projection import Floats, Kept, Pruned, Quantized
 from llmcompress.methods.engines.scales import rescaled
 from llmcompress.methods.engines.streams import TrellisStreams
 from llmcompress.methods.engines.vectors import books_of
@@ -35,6 +35,7 @@ from llmcompress.weight.nodes import (
     Codebook,
     Dense,
     Grid,
+    Minifloat,
     Scaled,
     Sum,
     Transposed,
@@ -114,6 +115,8 @@ def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
             return Kept(values.dtype).project
         case Grid():
             return Quantized.like(w).project
+        case Minifloat():
+            return Floats.like(w).project
         case Sum() if planes_of(w):
             return Planes.like(planes_of(w)).project
         case Codebook() | Sum() if books_of(w):
@@ -141,6 +144,8 @@ def with_values(w: Weight, values: Tensor) -> Weight:
             return Dense(values.to(old.dtype))
         case Grid(_, scale, zero, levels, group_size):
             return grid_of(values, scale, zero, levels, group_size)
+        case Minifloat():
+            return Floats.like(w).weight(values)
         case Sum() if planes_of(w):
             return Planes.like(planes_of(w)).weight(values)
         case Where():
@@ -155,7 +160,7 @@ def with_values(w: Weight, values: Tensor) -> Weight:
 
 def _compressed_base(approx: Weight) -> Weight:
     base = split(approx)[0]
-    known = isinstance(base, Grid | TrellisCoded | Where | Scaled | Transposed)
+    known = isinstance(base, Grid | Minifloat | TrellisCoded | Where | Scaled | Transposed)
     if not (known or planes_of(base) or books_of(base)):
         raise RecipeError(f"there is nothing to polish in {describe(base)}; prune or quantize first")
     return base

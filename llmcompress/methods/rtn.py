@@ -7,8 +7,9 @@ quantization method. A base that was pruned before stays pruned: only what is ke
 from typing import Literal
 
 from llmcompress.methods.engines.feedback import Projection, feedback
-from llmcompress.methods.engines.grid import GridConfig, grid_sketch
-from llmcompress.methods.engines.projection import Pruned, Quantized, Selected
+from llmcompress.methods.engines.floats import FloatLayout
+from llmcompress.methods.engines.grid import GridConfig, GridFormat
+from llmcompress.methods.engines.projection import Floats, Pruned, Quantized, Selected, quantized_sketch
 from llmcompress.methods.layer import Layer, base_target, join, method, split, support, with_base
 from llmcompress.weight.nodes import Weight, Where, shape
 
@@ -33,7 +34,7 @@ class RTN(GridConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        return quantized_sketch(approx, self)
+        return base_sketch(approx, self.grid_format())
 
 
 @method("rtn", RTN)
@@ -44,7 +45,7 @@ def rtn(layer: Layer, config: RTN) -> Layer:
     return with_base(layer, feedback(target, None, within_support(layer.approx, kept)))
 
 
-def within_support(approx: Weight, kept: Quantized) -> Projection:
+def within_support(approx: Weight, kept: Quantized | Floats) -> Projection:
     """`kept`, or zero where an earlier step pruned."""
     base = split(approx)[0]
     keep = support(approx)
@@ -54,8 +55,8 @@ def within_support(approx: Weight, kept: Quantized) -> Projection:
     return Selected(kept, Pruned(), lambda now, start: keep.T[start : start + len(now)], keep.shape[1], lambda _: index)
 
 
-def quantized_sketch(approx: Weight, config: GridConfig) -> Weight:
-    """The base as a grid without values, where it is not pruned."""
+def base_sketch(approx: Weight, form: GridFormat | FloatLayout) -> Weight:
+    """The base in that form without values, where it is not pruned."""
     base, term = split(approx)
-    grid = grid_sketch(shape(base), config.grid_format())
-    return join(grid if support(approx) is None else Where(base.index, grid, base.outside), term)  # type: ignore[union-attr]
+    kept = quantized_sketch(shape(base), form)
+    return join(kept if support(approx) is None else Where(base.index, kept, base.outside), term)  # type: ignore[union-attr]

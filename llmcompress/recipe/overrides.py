@@ -50,12 +50,13 @@ def overrides(
 @dataclass(frozen=True)
 class Change:
     """A value for the top-level `key` of a recipe. `origin`: the option that asks for it, named in errors; `keep`: True
-    to leave a value other than null as it is."""
+    to leave a value other than null as it is; `stay`: the keys of a section that stay as they are."""
 
     key: str
     value: Any
     origin: str
     keep: bool = False
+    stay: tuple[str, ...] = ()
 
 
 def changed(values: dict[str, Any], changes: Sequence[Change], places: Places) -> dict[str, Any]:
@@ -63,7 +64,9 @@ def changed(values: dict[str, Any], changes: Sequence[Change], places: Places) -
     values = dict(values)
     for change in changes:
         if not change.keep or values.get(change.key) is None:
-            values[change.key] = change.value
+            old = values.get(change.key)
+            staying = {key: old[key] for key in change.stay if key in old} if isinstance(old, dict) else {}
+            values[change.key] = change.value | staying if staying else change.value
             _move(places, (change.key,), change.origin)
     return values
 

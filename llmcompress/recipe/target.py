@@ -4,18 +4,21 @@
     target: {bytes: 40MB}    # of all weight files; the token table and the output head are chosen for too
     target: {kl: 0.1}        # nats per token on held-out text, as predicted; the smallest file that keeps to it
 
-Steps for every layer that no rule covers are then chosen by `allocate`.
+Steps for every layer that no rule covers are then chosen by `allocate`. With `engine: vllm` beside the size, only from
+forms that this engine multiplies, as `export --to compressed-tensors` writes them.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from llmcompress.recipe.yaml import shortened
 
+Engine = Literal["vllm"]
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -31,8 +34,18 @@ def count_of(size: Any) -> Any:
     return int(float(found[1]) * unit)
 
 
+def engine_of(name: Any) -> Any:
+    """Return the name of an engine as it is. Raises ValueError for text that is none."""
+    known = get_args(Engine)
+    if not isinstance(name, str) or name in known:
+        return name
+    near = get_close_matches(name.lower(), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    raise ValueError(f"unknown engine {shortened(name)!r}; {hint}")
+
+
 class Target(BaseModel):
-    """The aim of an allocation: exactly one of three."""
+    """The aim of an allocation: exactly one of three, and the engine that the model is for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     bpw: float | None = Field(None, gt=0, le=16, description="bits per weight of the decoder's linears")
@@ -40,9 +53,16 @@ class Target(BaseModel):
         None, gt=0, description="of all weight files: a number, or a size such as 40MB"
     )
     kl: float | None = Field(None, gt=0, allow_inf_nan=False, description="predicted, in nats per token")
+    engine: Annotated[Engine | None, BeforeValidator(engine_of, json_schema_input_type=Engine | None)] = Field(
+        None, description="that multiplies by what is chosen; null: llmcompress itself"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Target:
         if sum(value is not None for value in (self.bpw, self.bytes, self.kl)) != 1:
             raise ValueError("give exactly one of bpw, bytes and kl")
         return self
+
+    def for_engine(self, engine: Engine | None) -> Target:
+        """Return the same aim for an engine."""
+        return self.model_copy(update={"engine": engine})

@@ -99,9 +99,10 @@ def _header(w: Weight) -> dict[str, Any]:
             return {"node": "tiles", **size, "bits": bits}
         case Codebook(centroids=centroids):
             return {"node": "codebook", **size, "entries": len(centroids), "length": centroids.shape[1]}
-        case Minifloat(_, _, tensor_scale, form, scales, group_size):
+        case Minifloat(_, scale, tensor_scale, form, scales, group_size):
             kind = {"form": form, "scales": scales, "group_size": group_size, "tensor_scale": tensor_scale is not None}
-            return {"node": "minifloat", **size, **kind}
+            of_all = {"scale": list(scale.shape)} if len(scale) < shape(w)[0] else {}
+            return {"node": "minifloat", **size, **kind, **of_all}
         case LowRank():
             return {"node": "low_rank"}
         case Where():
@@ -162,10 +163,8 @@ class Reader:
                 return Codebook(codes, self.own("centroids").reshape(-1, length), self.rows("scale", (rows, 1)), width)
             case "minifloat":
                 (rows, width), form, group_size = header["shape"], header["form"], header["group_size"]
-                codes, scale = (
-                    self.elements("codes", header, float_codes(form)),
-                    self.rows("scale", (rows, -(-width // group_size))),
-                )
+                codes = self.elements("codes", header, float_codes(form))
+                scale = self.rows("scale", header.get("scale", (rows, -(-width // group_size))))
                 factor = self.own("tensor_scale") if header["tensor_scale"] else None
                 return Minifloat(codes, scale, factor, form, header["scales"], group_size)
             case "low_rank":

@@ -75,10 +75,9 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
             return tiled_matrix(codes, bits, inputs, outputs)
         case Codebook(codes, centroids, scale, width):
             return centroids.float()[codes.long()].flatten(1)[:, :width] * scale.float()
-        case Minifloat(codes, scale, tensor_scale, form, scales, group_size):
-            steps = float_values(scales).to(scale.device)[scale.long()]
-            steps = steps if tensor_scale is None else steps * tensor_scale
-            return float_values(form).to(codes.device)[codes.long()] * _spread(steps, group_size, codes.shape[1])
+        case Minifloat(codes, form=form, group_size=group_size):
+            steps = _spread(float_steps(w), group_size, codes.shape[1])
+            return float_values(form).to(codes.device)[codes.long()] * steps
         case LowRank(left, right):
             return dense(left, where) @ dense(right, where)
         case Where(index, inside, outside):
@@ -92,6 +91,12 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
         case Sum(parts):
             return reduce(torch.add, [dense(part, where) for part in parts])
     raise unknown("dense", w)
+
+
+def float_steps(w: Minifloat) -> Tensor:
+    """Return what the numbers of each group are multiplied by, float32 `[out or 1, groups]`."""
+    known = w.scale.float() if w.scales == "bfloat16" else float_values(w.scales).to(w.scale.device)[w.scale.long()]
+    return known if w.tensor_scale is None else known * w.tensor_scale
 
 
 @lru_cache(maxsize=8)
@@ -181,8 +186,9 @@ def describe(w: Weight) -> str:
         case Codebook(centroids=centroids):
             entries, length = centroids.shape
             return f"{entries} vectors of {length}" if length > 1 else f"{entries} points"
-        case Minifloat(codes, _, _, form, scales, group_size):
+        case Minifloat(codes, scale, _, form, scales, group_size):
             group = "row" if group_size >= codes.shape[1] else f"g{group_size}"
+            group = f"{group} of all rows" if len(scale) < len(codes) else group
             return f"{form} floats {group}, scales {scales}"
         case LowRank(left, right):
             return f"rank {shape(left)[1]} ({describe(left)} | {describe(right)})"

@@ -23,6 +23,7 @@ from llmcompress.weight.tiles import SIDE
 from llmcompress.weight.trellis import Trellis
 
 FloatFormat = Literal["e2m1", "e2m3", "e3m2", "e4m3", "e8m0"]  # bits of the exponent, bits of the mantissa
+ScaleFormat = Literal["e4m3", "e8m0", "bfloat16"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,19 +102,21 @@ class Codebook:
 class Minifloat:
     """Grouped floats of few bits with one scale per row and group of columns.
 
-    `codes` uint8 `[out, in]` are numbers in the format `form`, `scale` uint8 `[out, groups]` numbers in the format
-    `scales`, both as `expression.float_values` lists them. `tensor_scale` float32 `[1]` multiplies all of them, unless
-    it is None. The last group is shorter where `group_size` does not divide the width.
+    `codes` uint8 `[out, in]` are numbers in the format `form`, `scale` uint8 `[out or 1, groups]` numbers in the format
+    `scales`, both as `expression.float_values` lists them; bfloat16 scales are stored as such. `tensor_scale` float32
+    `[1]` multiplies all of them, unless it is None. The last group is shorter where `group_size` does not divide the
+    width.
 
     MXFP4, MXFP6 and MXFP8 (OCP Microscaling 1.0, arXiv 2310.10537) have groups of 32 and e8m0 scales; NVFP4 has groups
-    of 16, e4m3 scales and a tensor scale.
+    of 16, e4m3 scales and a tensor scale; FP8 (arXiv 2209.05433) has e4m3 numbers and a bfloat16 scale a row, or one of
+    all.
     """
 
     codes: Tensor
     scale: Tensor
     tensor_scale: Tensor | None
     form: FloatFormat
-    scales: FloatFormat
+    scales: ScaleFormat
     group_size: int
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from torch import Tensor
 
 from llmcompress.weight.encoding import decode_index, trellis_of
-from llmcompress.weight.nodes import FloatFormat, float_codes
+from llmcompress.weight.nodes import FloatFormat, ScaleFormat, float_codes
 from llmcompress.weight.packing import codes_in_bytes, digits_per_byte, ones, packed_bytes, stream_bits, unpack
 from llmcompress.weight.tiles import BLOCK
 
@@ -82,9 +82,10 @@ class _Minifloat(_Entry):
     node: Literal["minifloat"]
     shape: Size
     form: FloatFormat
-    scales: Literal["e4m3", "e8m0"]  # those of a byte each
+    scales: ScaleFormat
     group_size: Dimension
     tensor_scale: bool
+    scale: Size | None = None  # where all rows share their scales
 
 
 class _LowRank(_Entry):
@@ -256,8 +257,7 @@ class _Checker:
                 shown.limit(path, count, count)
             case _Grid(levels=levels, scale=scale, group_size=group_size):
                 self._elements(path, levels, shown)
-                fits = scale[0] in (1, rows) and scale[1] == -(-width // group_size)
-                _demand(fits, path, f"its scales {scale} do not fit groups of {group_size} in {[rows, width]}")
+                self._scale_shape(path, scale, group_size, (rows, width))
                 self._take(f"{path}scale", FLOATS, math.prod(scale))
                 if node.asymmetric:
                     self._take(f"{path}zero", CODES, packed_bytes(levels, math.prod(scale)))
@@ -278,7 +278,9 @@ class _Checker:
                 self._take(f"{path}scale", FLOATS, rows)
             case _Minifloat(form=form, group_size=group_size):
                 self._elements(path, float_codes(form), shown)
-                self._take(f"{path}scale", CODES, rows * -(-width // group_size))
+                scale = node.scale or [rows, -(-width // group_size)]
+                self._scale_shape(path, scale, group_size, (rows, width))
+                self._take(f"{path}scale", ("BF16",) if node.scales == "bfloat16" else CODES, math.prod(scale))
                 if node.tensor_scale:
                     self._take(f"{path}tensor_scale", FLOATS, 1)
 
@@ -309,6 +311,11 @@ class _Checker:
         sides = self.node(node.inside, f"{path}inside_", inside), self.node(node.outside, f"{path}outside_", outside)
         _demand(sides == (size, size), path, f"its sides have the sizes {sides} in a matrix of {size}")
         all_shown.limit(path, inside.low + outside.low, inside.high + outside.high)
+
+    def _scale_shape(self, path: str, scale: list[int], group_size: int, size: tuple[int, int]) -> None:
+        """Check the shape of scales, one a group of each row, or of all rows."""
+        fits = scale[0] in (1, size[0]) and scale[1] == -(-size[1] // group_size)
+        _demand(fits, path, f"its scales {scale} do not fit groups of {group_size} in {list(size)}")
 
     def _elements(self, path: str, levels: int, shown: _Shown) -> None:
         """Check codes of those elements that show."""

@@ -25,8 +25,8 @@ from llmcompress.export.gguf.tensor_types import (
 )
 from llmcompress.export.gguf.write import file_type
 from llmcompress.methods import gguf as method
+from llmcompress.methods.engines.floats import LAYOUTS, nearest_floats
 from llmcompress.methods.layer import relative_error
-from llmcompress.methods.mxfp import LAYOUTS, nearest_floats
 from llmcompress.models.compressed import Opened
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Dense, Grid, LowRank, Sum, Weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import bits, dense, describe, float_values
 from llmcompress.weight.nodes import Minifloat
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, relax
-from tests.builders import FLOATS, minifloat, random_nestings
+from tests.builders import FLOATS, SCALES, minifloat, random_nestings
 
 
 def test_four_bit_floats_are_those_of_the_table() -> None:
@@ -50,23 +51,30 @@ def test_each_weight_is_its_number_times_its_scales() -> None:
             assert dense(w)[row, column] == number * scale
 
 
+def test_all_rows_may_share_a_bfloat16_scale() -> None:
+    w = minifloat((3, 21), "e4m3", "bfloat16", 21, 0, of_all=True)
+    assert torch.equal(dense(w), float_values("e4m3")[w.codes.long()] * w.scale.float().item())
+    assert describe(w) == "e4m3 floats row of all rows, scales bfloat16" and bits(w) == 8 * 3 * 21 + 16
+
+
 def test_bits_are_those_of_the_formats() -> None:
     size = (64, 128)
     assert bits(minifloat(size, "e2m1", "e8m0", 32, 0)) == 64 * 128 * 4.25  # MXFP4
     assert bits(minifloat(size, "e2m3", "e8m0", 32, 0)) == 64 * 128 * 6.25  # MXFP6
     assert bits(minifloat(size, "e4m3", "e8m0", 32, 0)) == 64 * 128 * 8.25  # MXFP8
     assert bits(minifloat(size, "e2m1", "e4m3", 16, 0)) == 64 * 128 * 4.5 + 32  # NVFP4
+    assert bits(minifloat(size, "e4m3", "bfloat16", 128, 0)) == 64 * 128 * 8 + 64 * 16  # FP8
 
 
 @pytest.mark.parametrize("form", FLOATS)
 def test_decode_gives_back_every_field(form: str) -> None:
-    for scales in ("e8m0", "e4m3"):
-        w = minifloat((7, 33), form, scales, 16, 3)  # type: ignore[arg-type]
+    for scales, of_all in itertools.product(SCALES, (False, True)):
+        w = minifloat((7, 33), form, scales, 16, 3, of_all)  # type: ignore[arg-type]
         again = decode(*encode(w))
-        assert isinstance(again, Minifloat) and again.codes.dtype == again.scale.dtype == torch.uint8
+        assert isinstance(again, Minifloat) and again.codes.dtype == torch.uint8 and again.scale.dtype == w.scale.dtype
         assert torch.equal(again.codes, w.codes) and torch.equal(again.scale, w.scale)
         assert (again.form, again.scales, again.group_size) == (w.form, w.scales, w.group_size)
-        assert (again.tensor_scale is None) == (scales == "e8m0")
+        assert (again.tensor_scale is None) == (scales != "e4m3")
         assert w.tensor_scale is None or torch.equal(again.tensor_scale, w.tensor_scale)  # type: ignore[arg-type]
 
 
@@ -81,7 +89,7 @@ def test_formats_without_it_refuse_it_in_a_sentence() -> None:
     assert describe(w) == "e2m1 floats g32, scales e8m0"
     with pytest.raises(Inexact, match="e2m1 floats g32, scales e8m0 does not fill blocks of 32 columns"):
         exact_type(w)
-    assert obstacle(w) == "e2m1 floats g32, scales e8m0 is no single grid"
+    assert obstacle(w) == "groups of 32 do not divide the width 33"
 
 
 def test_random_nestings_contain_it() -> None:

@@ -2,7 +2,7 @@
 
 The recipe's rules come first; options are for matrices that no rule covers. If the target is in bytes or a quality,
 the token table and the output head have options too, unless the recipe gives their steps. A target in bits per weight
-counts the decoder's linears alone.
+counts the decoder's linears alone. A target for an engine has options that it multiplies, and none for tables.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from llmcompress.compression.allocate.engines import check_rules, options_for
 from llmcompress.compression.allocate.sizes import bytes_around, payload_bytes
 from llmcompress.compression.plan import Job
 from llmcompress.errors import RecipeError
@@ -84,6 +85,8 @@ def goes_low(job: Job) -> bool:
     recipe = job.recipe
     if recipe.options is not None or recipe.target is None or recipe.target.kl is not None:
         return False
+    if recipe.target.engine is not None:  # has options of its own
+        return False
     if recipe.target.bpw is not None:
         return recipe.target.bpw < LOW
     found = _laid(job, _default_options())
@@ -113,8 +116,14 @@ def _suits(shape: tuple[int, int], steps: Steps) -> bool:
 def _laid(job: Job, options: Sequence[Steps]) -> Choices:
     """Return the options laid over the matrices that no rule covers. Raises RecipeError as `choices`."""
     recipe, linears = job.recipe, job.arch.linears()
-    matrices = [_matrix(name, linears[name].shape, options) for name in job.assignment.unruled]
-    matrices += [] if recipe.target is None or recipe.target.bpw is not None else _tables(job)
+    engine = None if recipe.target is None else recipe.target.engine
+    if engine is None:
+        matrices = [_matrix(name, linears[name].shape, options) for name in job.assignment.unruled]
+        matrices += [] if recipe.target is None or recipe.target.bpw is not None else _tables(job)
+    else:
+        check_rules(job, engine)
+        found = [(linears[name], options_for(engine, linears[name], recipe.options)) for name in job.assignment.unruled]
+        matrices = [_matrix(linear.name, linear.shape, suited) for linear, suited in found]
     if not matrices:
         raise RecipeError(
             f"the rules of recipe {recipe.name!r} cover every layer of {job.source.name}, so none is left to choose "

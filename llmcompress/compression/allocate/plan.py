@@ -111,6 +111,7 @@ class PriceList:
         for a target that no choice reaches."""
         started = time.monotonic()
         chosen = choose(self.choices, self.prices, target)
+        target = target.for_engine(target_of(self.job).engine)
         job = replace(self.job, recipe=self.job.recipe.model_copy(update={"target": target}))
         seconds = self.seconds + time.monotonic() - started
         return Allocation(job, self.choices, self.prices, chosen, self.dense, seconds)

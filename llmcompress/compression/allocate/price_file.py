@@ -150,10 +150,12 @@ def _store(path: Path, job: Job) -> Store:
 def identity_of(job: Job) -> dict[str, Any]:
     """Return all that prices depend on, but for the text.
 
-    Only the kind of the target counts: with a target in bytes, tables have prices too; with a low one, more options.
+    Only the kind of the target counts, and its engine: with a target in bytes, tables have prices too; with a low one,
+    more options.
     """
     recipe = job.recipe.model_dump(mode="json", exclude={"gates", "distill"})
-    kind = [key for key, value in recipe.pop("target").items() if value is not None]
+    target = recipe.pop("target")
+    kind = [value if key == "engine" else key for key, value in target.items() if value is not None]
     kind += ["low"] if goes_low(job) else []
     return {**job.source.content(), "recipe": recipe, KIND: kind, "versions": versions()}
 

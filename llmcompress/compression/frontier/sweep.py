@@ -136,7 +136,8 @@ def _line(dense: DenseModel, recipe: Recipe, sizes: Sequence[Budget], folder: Pa
     """Lay a recipe over the model. Raises RecipeError for any fault in recipe or sizes, DiskError if the prices in
     `folder` belong to another job."""
     try:
-        job = prepare(dense, recipe.model_copy(update={"target": sizes[0].target}))
+        engine = None if recipe.target is None else recipe.target.engine
+        job = prepare(dense, recipe.model_copy(update={"target": sizes[0].target.for_engine(engine)}))
         found = reachable(job, [budget.target for budget in sizes])
     except RecipeError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from llmcompress.errors import InputError
-from llmcompress.evaluate.formatting import byte_count, duration
+from llmcompress.evaluate.formatting import aim, byte_count, duration
 from llmcompress.evaluate.page.charts import Curve, curve
 from llmcompress.evaluate.page.files import Files
 from llmcompress.evaluate.page.layers import layer_facts
@@ -173,10 +173,8 @@ def _protocol(scores: Facts) -> str:
 
 def _target(allocation: Facts) -> list[tuple[str, str]]:
     """The target, and predicted beside measured numbers."""
-    [(aim, value)] = allocation["target"].items()
-    wanted = byte_count(value) if aim == "bytes" else f"{value:g} {aim}"
     return [
-        ("target", wanted),
+        ("target", aim(allocation["target"])),
         ("size", f"predicted {allocation['predicted_bytes']:,}, got {allocation['measured_bytes']:,} bytes"),
         ("KL", f"predicted {allocation['predicted_kl']:.4f}, measured {allocation['measured_kl']:.4f} nats per token"),
         ("measured on", f"{allocation['probing_tokens']:,} tokens"),

@@ -15,7 +15,7 @@ from llmcompress.kernels.cpu.codebooks import BookCodes
 from llmcompress.kernels.cpu.formats import FloatCodes, Format, IntegerPlanes, Streams
 from llmcompress.kernels.cpu.product import LANES, block_size, shares
 from llmcompress.kernels.cpu.tables import TableStreams
-from llmcompress.weight.expression import float_values
+from llmcompress.weight.expression import float_steps, float_values
 from llmcompress.weight.linear_code import linear_code
 from llmcompress.weight.nodes import Codebook, Grid, Minifloat, TrellisCoded, Weight, shape
 from llmcompress.weight.trellis import cuts
@@ -114,9 +114,8 @@ def packed(w: Weight) -> KernelMatrix | None:
             return _grid(w, form)
         case Codebook(), BookCodes():
             return _book(w, form)
-        case Minifloat(codes, scale), FloatCodes():
-            scales = float_values(w.scales)[scale.long()].bfloat16()
-            return _grid(Grid(codes, scales, None, len(form.table), w.group_size), form)
+        case Minifloat(codes), FloatCodes():
+            return _grid(Grid(codes, float_steps(w).bfloat16(), None, len(form.table), w.group_size), form)
         case TrellisCoded(), Streams():
             return _streams(w, form)
     return None

@@ -40,6 +40,9 @@ class GridConfig(StepConfig):
     scale: Literal["range", "absmean", "median"] = Field(
         "range", description="of ternary grids: from the range, or the mean or median magnitude (BitNet b1.58)"
     )
+    narrow_range: bool = Field(
+        False, description="one level fewer, so that 0 is one of them and integers of `bits` bits hold all"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -49,11 +52,13 @@ class GridConfig(StepConfig):
             raise ValueError(f"bits: {self.bits} needs symmetric: true")
         if self.scale != "range" and self.bits != "ternary":
             raise ValueError(f"scale: {self.scale} needs bits: ternary")
+        if self.narrow_range and (self.bits in (1, "ternary") or not self.symmetric):
+            raise ValueError("narrow_range: true needs symmetric: true and bits from 2 to 8")
         return self
 
     def grid_format(self) -> GridFormat:
         """The format these arguments ask for."""
-        levels = 3 if self.bits == "ternary" else 2 ** int(self.bits)
+        levels = 3 if self.bits == "ternary" else 2 ** int(self.bits) - self.narrow_range
         return GridFormat(levels, self.group_size, self.symmetric, self.clip, self.scale)
 
 

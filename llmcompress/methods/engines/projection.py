@@ -7,8 +7,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmcompress.methods.engines.grid import GridFormat, centre, fit_grid, grid_of, reciprocal
-from llmcompress.weight.nodes import Bitmap, Columns, Dense, Grid, Index, Pattern, Weight, Where, Zero
+from llmcompress.methods.engines.floats import (
+    FloatLayout,
+    codes_of,
+    fit_scales,
+    float_sketch,
+    points_of,
+    tensor_factor,
+)
+from llmcompress.methods.engines.grid import GridFormat, centre, fit_grid, grid_of, grid_sketch, reciprocal
+from llmcompress.weight.expression import float_steps
+from llmcompress.weight.nodes import Bitmap, Columns, Dense, Grid, Index, Minifloat, Pattern, Weight, Where, Zero
 
 
 class Kept:
@@ -109,6 +118,74 @@ class Quantized:
         """The `Grid`."""
         zero = torch.cat(self.zeros, 1) if self.zeros else None
         return grid_of(values, torch.cat(self.scales, 1), zero, self.form.levels, self.group_size)
+
+
+class Floats:
+    """Floats of few bits; the scale of each group of columns is fitted when the loop reaches it.
+
+    Arguments as of `Quantized`. A scale of all rows, and the factor of a matrix that has one, come at the first column.
+    """
+
+    def __init__(
+        self, layout: FloatLayout, width: int, importance: Tensor | None = None, order: Tensor | None = None
+    ) -> None:
+        self.layout, self.group_size = layout, layout.group(width)
+        self.strides: tuple[int, ...] = (self.group_size if order is None else 1,)
+        self.importance, self.order = importance, order
+        self.factor: Tensor | None = None
+        self.scales: list[Tensor] = []
+        self.steps: list[Tensor] = []  # per group: its scale times the factor, float32 [out or 1]
+
+    def begin(self, column: int, current: Tensor, shown: Tensor | None = None) -> None:
+        """Fits the group that starts at `column`, or all of them at the first."""
+        if column == 0:
+            self.factor = tensor_factor(current.abs().max(), self.layout)
+            if self.order is not None:
+                self._fit(current[self.order.argsort()], self.importance)
+        if self.order is None and column % self.group_size == 0:
+            columns = slice(column, column + self.group_size)
+            importance = None if self.importance is None else self.importance[columns]
+            self._fit(current[columns] if shown is None else current[columns] * shown[columns], importance)
+
+    @staticmethod
+    def like(floats: Minifloat) -> "Floats":
+        """The numbers under scales that are fitted already."""
+        fitted = Floats(FloatLayout(floats.form, floats.scales, floats.group_size), floats.codes.shape[1])
+        fitted.factor = floats.tensor_scale
+        fitted._add(floats.scale, float_steps(floats))
+        return fitted
+
+    def _fit(self, values: Tensor, importance: Tensor | None) -> None:
+        """Scales of the groups in whole columns, `values [columns, out]`."""
+        self._add(*fit_scales(values.T.contiguous(), self.layout, self.factor, importance))
+
+    def _add(self, scales: Tensor, steps: Tensor) -> None:
+        """Scales of the next groups, as they are stored and as they multiply, `[out or 1, groups]`."""
+        self.scales.append(scales)
+        self.steps += steps.unbind(1)
+
+    def project(self, column: int, values: Tensor) -> Tensor:
+        """The nearest floats."""
+        place = column if self.order is None else int(self.order[column])
+        return points_of(values, self.layout.form, self.steps[place // self.group_size])
+
+    def weight(self, values: Tensor) -> Weight:
+        """The `Minifloat`."""
+        codes = codes_of(values, self.layout.form, torch.stack(self.steps, 1), self.group_size)
+        scale = torch.cat(self.scales, 1)
+        return Minifloat(codes, scale, self.factor, self.layout.form, self.layout.scales, self.group_size)
+
+
+def quantized(
+    form: GridFormat | FloatLayout, width: int, importance: Tensor | None = None, order: Tensor | None = None
+) -> Quantized | Floats:
+    """The projection to a form; arguments as of `Quantized`."""
+    return (Quantized if isinstance(form, GridFormat) else Floats)(form, width, importance, order)  # type: ignore[arg-type]
+
+
+def quantized_sketch(shape: tuple[int, int], form: GridFormat | FloatLayout) -> Weight:
+    """Return a matrix of that form without values, for `plan` to count its bits."""
+    return grid_sketch(shape, form) if isinstance(form, GridFormat) else float_sketch(shape, form)
 
 
 class Side(Protocol):

@@ -151,6 +151,9 @@ LAZY_STEPS: list[list[dict[str, Any]]] = [
     [{"method": "billm", "group_size": 48}],
     [{"method": "wanda", "pattern": "2:4"}, {"method": "gptq", "bits": 3, "group_size": 16}],
     [{"method": "wanda", "pattern": "2:4"}, {"method": "gptq", "bits": 3, "group_size": 48}],
+    [{"method": "gptq", "format": "mxfp4"}],
+    [{"method": "gptq", "format": "fp8"}],
+    [{"method": "sparsegpt", "pattern": "2:4", "format": "nvfp4"}],
 ]
 
 

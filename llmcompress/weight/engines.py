@@ -1,0 +1,65 @@
+"""What the engines hold and multiply: the form that a matrix has there, or the reason why it has none.
+
+Only the sizes and formats of an expression count, so one without values, as a plan has it, can be asked too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llmcompress.weight.expression import describe
+from llmcompress.weight.nodes import Grid, Minifloat, Weight
+
+PACKED_FLOATS = {("e2m1", "e8m0", 32): "mxfp4", ("e2m1", "e4m3", 16): "nvfp4"}  # form, scales, columns of a scale
+VLLM_BITS = (4, 8)  # of integers that its kernels read
+VLLM_GROUPS = (32, 64, 128)
+
+
+def integer_bits(w: Grid) -> int:
+    """Return the bits of integers around 0 that hold the grid.
+
+    They are odd integers, differences of codes, or, for odd levels, codes around 0.
+    """
+    return w.levels.bit_length() if w.zero is None else (w.levels - 1).bit_length() + 1
+
+
+def float_format(w: Minifloat) -> str | None:
+    """Return the name under which compressed-tensors has the floats: fp8, mxfp4 or nvfp4; None if it has not."""
+    if w.scales == "bfloat16":
+        return "fp8" if w.form == "e4m3" and w.group_size >= w.codes.shape[1] else None
+    found = PACKED_FLOATS.get((w.form, w.scales, w.group_size))
+    return found if (found == "nvfp4") == (w.tensor_scale is not None) else None
+
+
+def compressed_tensors_obstacle(w: Weight) -> str | None:
+    """Return the reason why compressed-tensors cannot hold `w` exactly; None if it can."""
+    match w:
+        case Grid(codes, group_size=group_size):
+            if integer_bits(w) > 8:
+                return f"{describe(w)} would need {integer_bits(w)} bits"
+        case Minifloat(codes, group_size=group_size):
+            if float_format(w) is None:
+                return f"it has no {describe(w)}"
+        case _:
+            return f"{describe(w)} is no single grid"
+    if codes.shape[1] % group_size:
+        return f"groups of {group_size} do not divide the width {codes.shape[1]}"
+    return None
+
+
+def vllm_obstacle(w: Weight) -> str | None:
+    """Return the reason why vLLM does not multiply by `w` as compressed-tensors holds it; None if it does."""
+    if isinstance(w, Grid) and (why := _vllm_grid_obstacle(w)) is not None:
+        return why
+    return compressed_tensors_obstacle(w)
+
+
+def _vllm_grid_obstacle(w: Grid) -> str | None:
+    if integer_bits(w) not in VLLM_BITS:
+        return f"{describe(w)} is stored in integers of {integer_bits(w)} bits, and vLLM reads those of 4 or 8"
+    if w.group_size < w.codes.shape[1] and w.group_size not in VLLM_GROUPS:
+        return f"vLLM reads groups of 32, 64, 128 or a row, not of {w.group_size}"
+    return None
+
+
+ENGINES: dict[str, Callable[[Weight], str | None]] = {"vllm": vllm_obstacle}
