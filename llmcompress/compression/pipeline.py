@@ -198,7 +198,10 @@ def _gated(result: Result, job: Job, way: _Way, plan: Allocation | None = None) 
     Raises GateError in all of them where it is outside.
     """
     ranks, stays = way.ranks, result.is_kept
-    report = ranks.first(lambda: judge(job, result.folder, ranks.device, way.judging, plan))
+    with ExitStack() as stack:
+        if stays:
+            stack.push(partial(_note, f"{result.folder} is complete, and the same command measures its gates"))
+        report = ranks.first(lambda: judge(job, result.folder, ranks.device, way.judging, plan))
     with ranks.agreed():
         check(report, result.folder, plan, stays)
     return replace(result, report=report)
