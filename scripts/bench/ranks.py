@@ -55,7 +55,7 @@ def main() -> None:
         rounds = ", ".join(f"{alone[0] / each[0]:.2f}" for alone, each in zip(found[1], found[count], strict=True))
         print(f"| {count} | {seconds:.1f} | {whole:.1f} | {medians[1][0] / seconds:.2f} | {rounds} |")
         if options.jsonl:
-            append(options.jsonl, record(count, found[count], options))
+            append(options.jsonl, record(count, found[count], medians[1][0], options))
 
 
 def model(folder: Path, width: int) -> Path:
@@ -103,12 +103,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def record(count: int, times: list[tuple[float, float]], options: argparse.Namespace) -> Record:
-    """Return the record of an arm."""
+def record(count: int, times: list[tuple[float, float]], alone: float, options: argparse.Namespace) -> Record:
+    """Return the record of an arm; `alone`: the seconds of one process."""
     seconds = [each for each, _ in times]
-    numbers = {"processes": count, "seconds": statistics.median(seconds), "rounds": seconds}
+    median = statistics.median(seconds)
+    numbers = {"seconds": median, "rounds": seconds, "speedup": alone / median}
     shape = f"{BLOCKS} random Llama blocks of width {options.width}"
-    return {"table": "ranks", "model": shape, "recipe": options.recipe, "numbers": numbers} | provenance()
+    words = f"--processes {' '.join(map(str, options.processes))} --rounds {options.rounds} --recipe {options.recipe}"
+    command = f"python scripts/bench/ranks.py {words} --width {options.width}"
+    text = {"samples": options.samples, "length": options.length}
+    arm = f"{count}, {options.recipe}"
+    place = {"table": "ranks", "arm": arm, "command": command, "model": shape, "text": None, "calibration": text}
+    return {**place, "numbers": numbers, **provenance()}
 
 
 if __name__ == "__main__":
