@@ -110,7 +110,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Factors:
+class BinaryFactors:
     """Signs `left [out, rank]` and `right [rank, in]`, +-1, and the scales of rows, of the rank, and of columns."""
 
     left: Tensor
@@ -137,8 +137,8 @@ def balanced(target: Tensor, hessian: Tensor, importance: Tensor | None) -> tupl
     return Problem(even, correlation, even @ correlation), size / counted, energy.reciprocal()
 
 
-def alternated(problem: Problem, draws: Tensor, iterations: int) -> Factors:
-    """Factors by ADMM, from the signs of `draws [rank, in]`.
+def alternated(problem: Problem, draws: Tensor, iterations: int) -> BinaryFactors:
+    """BinaryFactors by ADMM, from the signs of `draws [rank, in]`.
 
     Each half solves `min tr(E metric E^T) + pull |X - near + dual|^2` for a factor X, given the other factor's nearest
     signs times scales, then moves `near`, the nearest such matrix to X, and `dual`, the sum of what X missed it by.
@@ -165,7 +165,7 @@ def alternated(problem: Problem, draws: Tensor, iterations: int) -> Factors:
         middle, columns = magnitudes(solved + dual_right)
         right = signs(solved + dual_right) * torch.outer(middle, columns)
         dual_right += solved - right
-    return Factors(signs(left), signs(right), left[:, 0].abs(), middle, columns)
+    return BinaryFactors(signs(left), signs(right), left[:, 0].abs(), middle, columns)
 
 
 def magnitudes(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +175,7 @@ def magnitudes(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return sizes @ columns / columns.square().sum(), columns
 
 
-def rescaled(problem: Problem, found: Factors) -> Factors:
+def rescaled(problem: Problem, found: BinaryFactors) -> BinaryFactors:
     """The same signs with least-squares scales, each vector in turn, those of rows last; none is negative after."""
     rows, middle, columns = found.rows, found.middle, found.columns
     for _ in range(TURNS):
@@ -188,7 +188,7 @@ def rescaled(problem: Problem, found: Factors) -> Factors:
         seen = product @ problem.metric
         rows = (seen * problem.target).sum(1) / (seen * product).sum(1).clamp_min(TINY)
     left, right = found.left * signs(rows)[:, None], found.right * torch.outer(signs(middle), signs(columns))
-    return Factors(left, right, rows.abs(), middle.abs(), columns.abs())
+    return BinaryFactors(left, right, rows.abs(), middle.abs(), columns.abs())
 
 
 def _solved(gram: Tensor, pull: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def signs(matrix: Tensor) -> Tensor:
     return torch.where(matrix < 0, -1.0, 1.0).to(matrix.dtype)
 
 
-def stored(found: Factors) -> LowRank:
+def stored(found: BinaryFactors) -> LowRank:
     """The factors as they are stored: rows have the size, the other scales a mean of one. A grid is +-scale/2.
 
     Raises NumericsError for a scale of a row outside float16.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.binary_low_rank import PULL, Factors, alternated, balanced, rescaled, signs
+from llmcompress.methods.binary_low_rank import PULL, BinaryFactors, alternated, balanced, rescaled, signs
 from llmcompress.methods.layer import Layer, apply, relative_error, sketch, step
 from llmcompress.methods.moments import Moments
 from llmcompress.weight.expression import bits, dense
@@ -21,11 +21,11 @@ def blr(**arguments: float) -> dict[str, object]:
     return {"method": "binary_low_rank", **arguments}
 
 
-def product(found: Factors) -> Tensor:
+def product(found: BinaryFactors) -> Tensor:
     return (found.rows[:, None] * found.left * found.middle) @ (found.right * found.columns)
 
 
-def loss(target: Tensor, metric: Tensor, found: Factors) -> float:
+def loss(target: Tensor, metric: Tensor, found: BinaryFactors) -> float:
     lost = (target - product(found)).double()
     return float(((lost @ metric.double()) * lost).sum())
 
