@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,9 @@ from torch.distributed.tensor import DTensor
 from llmcompress.distill import train
 from llmcompress.distill.context import TrainContext
 from llmcompress.distill.objective import chunked_loss
+from llmcompress.distill.parallel.engine import Engine
 from llmcompress.distill.run import distill
+from llmcompress.distill.student.model import Student
 from llmcompress.errors import LLMCompressError, Terminated
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -72,12 +75,28 @@ def shares(parameters: Iterable[torch.Tensor]) -> dict[str, int]:
     return {"all": sum(map(torch.numel, found)), "here": sum(map(torch.numel, here)), "whole": whole}
 
 
+def digest(*models: torch.nn.Module) -> str:
+    """The digest of all parameters and buffers, gathered where they are shared out: equal for equal bits."""
+    found = sha256()
+    for model in models:
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            found.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+            found.update(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job and return what came of it in this process."""
     runs: list[TrainContext] = []
     held: dict[str, Any] = {}
     seen: list[int] = []
-    look = train.evaluate_held_out
+    look, begin = train.evaluate_held_out, Engine.of
+
+    def beginning(accelerator: Accelerator, student: Student, teacher: Any, *more: Any) -> Engine:
+        engine = begin(accelerator, student, teacher, *more)
+        held.setdefault("digest", digest(student.model, teacher))
+        return engine
 
     def remembering(given: TrainContext, step: int) -> dict[str, float]:
         runs.append(given)
@@ -108,6 +127,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             chunked,
             ONE_GROUP,
             mock.patch.object(train, "evaluate_held_out", remembering),
+            mock.patch.object(Engine, "of", beginning),
             mock.patch.object(train, "time", CLOCK),
         ):
             done = distill(job["student"], job["teacher"], job["recipe"], job["output"], progress=progress)
