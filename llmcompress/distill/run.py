@@ -166,7 +166,7 @@ def _distilled(
         pair = _pair(pupil, place, asked, accelerator)
         check_pair(*pair, [tokenizer.get_vocab(), theirs.get_vocab()])
         check_teacher(pair[1], asked.teacher.bits)
-    data = ranks.first(lambda: read_data(asked.data, tokenizer, partial(load_model, place), pair[1].config))
+    data = ranks.first(partial(read_data, asked.data, tokenizer, partial(load_model, place), pair[1].config))
     training = target.with_name(target.name + TRAINING)
     identity = _identity(asked, data, opened, place)
     ranks.compare(identity)
