@@ -15,6 +15,7 @@ from llmcompress.distill.student.model import Student
 from llmcompress.distill.teacher.predictions import ReadsAlong, Teaching
 from llmcompress.models.store import Store
 from llmcompress.recipe.distillation import Distillation
+from llmcompress.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +38,7 @@ class TrainContext:
     accelerator: Accelerator
     metrics: Metrics
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+    ranks: Ranks = ALONE
 
     @property
     def reader(self) -> PreTrainedModel:

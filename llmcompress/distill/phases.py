@@ -16,6 +16,8 @@ from llmcompress.data.batch import Batch
 from llmcompress.distill.blockwise.walk import recover_blocks
 from llmcompress.distill.context import Report, TrainContext
 from llmcompress.distill.held_out import evaluate_held_out
+from llmcompress.distill.parallel.launch import is_given
+from llmcompress.distill.parallel.shares import shrink
 from llmcompress.distill.student.low_rank import adapt, rounded, teachers_weights
 from llmcompress.distill.student.model import check_latents, relaxed_student
 from llmcompress.distill.train import train
@@ -82,7 +84,10 @@ def learn(run: TrainContext, report: Report | None = None) -> Learned:
 def _end_to_end(run: TrainContext, learned: Learned, report: Report | None) -> None:
     recipe = run.recipe
     latents = teachers_weights(run.student.model, run.dense()) if recipe.latents == "teacher" else None
-    student = relaxed_student(run.student.model, recipe.rates, recipe.estimator, latents, scales=recipe.scales)
+    shrunk = shrink if is_given(run.accelerator) else None
+    student = relaxed_student(
+        run.student.model, recipe.rates, recipe.estimator, latents, scales=recipe.scales, shrunk=shrunk
+    )
     measured = train(replace(run, student=student), report)
     numbers: dict[str, int] = {
         kind: sum(value.numel() for value in values.values()) for kind, values in student.trained.items()

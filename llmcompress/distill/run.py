@@ -23,7 +23,7 @@ from llmcompress.distill.context import Report, TrainContext
 from llmcompress.distill.metrics import Metrics, start_trackers, term_names
 from llmcompress.distill.objective.early_exits import Exits
 from llmcompress.distill.objective.heads import check_boundaries, check_head, check_pair
-from llmcompress.distill.parallel.launch import check_enough, launched_accelerator, loading_device
+from llmcompress.distill.parallel.launch import check_enough, is_given, launched_accelerator, loading_device
 from llmcompress.distill.phases import Learned, learn
 from llmcompress.distill.ready import memory_advice
 from llmcompress.distill.resume import METRICS
@@ -43,6 +43,7 @@ from llmcompress.models.companions import Companions, companions
 from llmcompress.models.dense import load_model
 from llmcompress.models.digest import content_digest, teacher_digest, tokenizer_digest
 from llmcompress.models.fits import check_fits
+from llmcompress.models.headers import stored_dtype
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.remote_code import code_files
 from llmcompress.models.staging import check_output, claim, locked
@@ -55,6 +56,7 @@ from llmcompress.recipe.read import dump, read_as
 from llmcompress.runtime.memory import keeping_freed_memory
 from llmcompress.runtime.notebook import counted
 from llmcompress.runtime.precision import fast_float32, product_dtype, products
+from llmcompress.runtime.ranks import Ranks, launched
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.modules import CompressedLinear, Layout, compressed_modules
@@ -137,9 +139,12 @@ def distill(
     progress = progress or counted("step", "loss", "tokens/s", "held-out KL")
     asked, target = read_as(Distillation, recipe), Path(output)
     accelerator = launched_accelerator(device, asked, target)
-    with locked(target, "output folder") if accelerator.is_main_process else nullcontext():
-        pupil, place = (locate(model, trust_remote_code=trust_remote_code) for model in (student, teacher))
-        return _distilled(pupil, place, asked, target, accelerator, progress)
+    with launched("cpu") as ranks, locked(target, "output folder") if ranks.rank == 0 else nullcontext():
+        with ranks.agreed():
+            pupil, place = (locate(model, trust_remote_code=trust_remote_code) for model in (student, teacher))
+        done = _distilled(pupil, place, asked, target, accelerator, ranks, progress)
+    accelerator.end_training()
+    return done
 
 
 def _distilled(
@@ -148,40 +153,38 @@ def _distilled(
     asked: Distillation,
     target: Path,
     accelerator: Accelerator,
+    ranks: Ranks,
     progress: Report | None,
 ) -> Distilled:
     """Distil the model at `pupil` as `distill` says, towards that at `place`, while no other process writes the
     output."""
     folder = pupil.folder
-    check_fused(fused_into(folder), asked)
-    opened, beside = open_folder(pupil), companions(folder, pupil.trust_remote_code)
-    recipe_text = dump(published(asked))
-    check_output(target, opened.bytes)
-    tokenizer, theirs = (load_tokenizer(each.folder, each.trust_remote_code) for each in (pupil, place))
-    where = loading_device(accelerator)
-    dtype = product_dtype(asked.compute, accelerator.device) if asked.teacher.bits is None else torch.float32
-    check_fits(where, "distilling", [pupil, place], dtype=dtype)
-    pair = load_model(pupil, where), load_model(place, where if asked.teacher.bits is None else "cpu", dtype)
-    for model in pair:
-        check_causal(model.config, "distilling")
-    check_pair(*pair, [tokenizer.get_vocab(), theirs.get_vocab()])
-    check_teacher(pair[1], asked.teacher.bits)
-    data = read_data(asked.data, tokenizer, partial(load_model, place), pair[1].config)
+    with ranks.agreed():
+        check_fused(fused_into(folder), asked)
+        opened, beside = open_folder(pupil), companions(folder, pupil.trust_remote_code)
+        recipe_text = dump(published(asked))
+        check_output(target, opened.bytes)
+        tokenizer, theirs = (load_tokenizer(each.folder, each.trust_remote_code) for each in (pupil, place))
+        pair = _pair(pupil, place, asked, accelerator)
+        check_pair(*pair, [tokenizer.get_vocab(), theirs.get_vocab()])
+        check_teacher(pair[1], asked.teacher.bits)
+    data = ranks.first(partial(read_data, asked.data, tokenizer, partial(load_model, place), pair[1].config))
     training = target.with_name(target.name + TRAINING)
-    if accelerator.is_main_process:
+    identity = _identity(asked, data, opened, place)
+    ranks.compare(identity)
+    if ranks.rank == 0:
         claim(training)
-    store = Store(training, _identity(asked, data, opened, place))
-    run = _run(asked, Student(pair[0], {}, {}), pair[1], data, store, accelerator)
-    for model in pair:
-        check_head(model, data.sequences.ids)
-        if data.sequences.documents is not None:
-            check_boundaries(model, data.sequences.ids)
-    Exits.of(pair[0], asked.losses)  # refuses a missing exit before a teacher is cached
+    store = Store(training, identity)
+    with ranks.agreed():
+        run = _run(asked, Student(pair[0], {}, {}), pair[1], data, store, accelerator, ranks)
+        if not is_given(accelerator):  # in such a process it has another precision
+            _check_outputs(pair, data)
+        Exits.of(pair[0], asked.losses)  # refuses a missing exit before a teacher is cached
     warnings = () if not compressed_modules(pair[1]) else (COMPRESSED_TEACHER,)
     start_trackers(asked, accelerator)
     with memory_advice(asked), without_remarks(), keeping_freed_memory():
         run, cost = _taught(run, place, target)
-        del pair, model  # so that a teacher which the run does not need is gone
+        del pair  # so that a teacher which the run does not need is gone
         learned, bias = _learned(run, progress)
     done = _result(run, learned, target, place, opened.layouts)
     done = replace(done, warnings=warnings, cache_bias=bias, quantized_teacher=cost)
@@ -190,8 +193,33 @@ def _distilled(
         store.clear()
         if asked.teacher.kind == "cached":
             remove_cache(asked.teacher, target)
-    accelerator.end_training()
     return done
+
+
+def _pair(
+    pupil: Place, place: Place, asked: Distillation, accelerator: Accelerator
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Load student and teacher. Where another process gives this one its shares of them, their files are only mapped,
+    in the dtypes that they are stored in."""
+    where = loading_device(accelerator)
+    dtype = product_dtype(asked.compute, accelerator.device) if asked.teacher.bits is None else torch.float32
+    check_fits(where, "distilling", [pupil, place], dtype=dtype)
+    dtypes = (torch.float32, dtype)
+    if is_given(accelerator):
+        dtypes = (stored_dtype(pupil.folder), stored_dtype(place.folder))
+    student = load_model(pupil, where, dtypes[0])
+    teacher = load_model(place, where if asked.teacher.bits is None else "cpu", dtypes[1])
+    for model in (student, teacher):
+        check_causal(model.config, "distilling")
+    return student, teacher
+
+
+def _check_outputs(pair: tuple[PreTrainedModel, PreTrainedModel], data: Data) -> None:
+    """Raise InputError for a model whose logits, or whose documents in one sequence, are not computed as here."""
+    for model in pair:
+        check_head(model, data.sequences.ids)
+        if data.sequences.documents is not None:
+            check_boundaries(model, data.sequences.ids)
 
 
 def _run(
@@ -201,6 +229,7 @@ def _run(
     data: Data,
     store: Store,
     accelerator: Accelerator,
+    ranks: Ranks,
 ) -> TrainContext:
     dtype = product_dtype(recipe.compute, accelerator.device)
     teacher.requires_grad_(False)
@@ -217,6 +246,7 @@ def _run(
         Metrics(store.folder / METRICS, accelerator),
         # recomputed activations must come from the same operations, and the second time torch's attention is there
         partial(products, accelerator.device, dtype, attention=not recipe.checkpointing),
+        ranks,
     )
 
 

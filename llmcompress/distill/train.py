@@ -14,7 +14,7 @@ import math
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from llmcompress.distill.objective.hidden_states import StateMatching
 from llmcompress.distill.objective.module import Objective
 from llmcompress.distill.optimizers import optimizer_of
 from llmcompress.distill.parallel.engine import Engine, held_decoded
+from llmcompress.distill.parallel.launch import is_given
 from llmcompress.distill.resume import Progress
 from llmcompress.errors import NumericsError, Terminated
 from llmcompress.runtime.signals import stop_requests
@@ -49,9 +50,13 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
     matching = StateMatching.of(run.student.model, run.reader, recipe.losses, recipe.seed)
     run.student.join(matching.projections)
     objective = Objective(run.student.model, run.teaching, matching, list(zip(recipe.losses, states, strict=True)))
-    optimizer = optimizer_of(recipe, run.student.groups())
-    again = recomputed(run.student.model) if recipe.checkpointing else nullcontext()
-    with again, held_decoded(accelerator, run.student.model, run.teacher), stop_requests() as stopping:
+    optimizer = optimizer_of(recipe, _groups(run))
+    again = recomputed(run.student.model, not is_given(accelerator)) if recipe.checkpointing else nullcontext()
+    with ExitStack() as stack:
+        with run.ranks.agreed():
+            stack.enter_context(again)
+        stack.enter_context(held_decoded(accelerator, run.student.model, run.teacher))
+        stopping = stack.enter_context(stop_requests())
         engine = Engine.of(accelerator, run.student, run.teacher, objective, optimizer, recipe.freezing)
         progress = engine.load(run.store)
         progress.shares = progress.shares or normalized(run.data.weights)
@@ -97,6 +102,13 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
                 raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(kept)
     engine.gather()
     return progress
+
+
+def _groups(run: TrainContext) -> list[dict[str, Any]]:
+    """Return the optimizer's groups, with the sizes of the first process, which may be the only one with numbers."""
+    groups = run.student.groups()
+    sizes = run.ranks.first(lambda: [group["size"] for group in groups])
+    return [group | {"size": size} for group, size in zip(groups, sizes, strict=True)]
 
 
 def _decided(accelerator: Accelerator, stopping: list[int], late: bool) -> tuple[bool, bool]:

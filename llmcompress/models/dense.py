@@ -128,13 +128,16 @@ def load_model(
 ) -> PreTrainedModel:
     """Return a model in eval mode: dense, or compressed by llmcompress or a tool that transformers knows.
 
-    `quantization` says how to quantize a dense one while it is loaded. Raises InputError if the model cannot be
-    loaded, RecipeError if the device is missing.
+    The host's memory holds one tensor at a time on its way to another device, and on the CPU none whose stored dtype is
+    `dtype`: that one is a window into its file, which all processes share. `quantization` says how to quantize a dense
+    model while it is loaded. Raises InputError if the model cannot be loaded, RecipeError if the device is missing.
     """
     there = device_of(device)
     is_dense = check_outline(place)[0] and quantization is None
     trusted = model_code(place.folder, place.trust_remote_code)
-    quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
+    how: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    if how or there.type != "cpu":
+        how["device_map"] = device
     failures: tuple[type[Exception], ...] = (*config_errors(), SafetensorError)
     model: PreTrainedModel
     try:
@@ -145,7 +148,7 @@ def load_model(
             local_files_only=True,
             trust_remote_code=trusted,
             output_loading_info=True,
-            **quantized,
+            **how,
         )
     except failures as error:
         if is_out_of_memory(error):
@@ -154,7 +157,7 @@ def load_model(
     if is_dense and found["missing_keys"]:  # transformers has drawn random numbers for them
         raise _lacking(place.folder, sorted(found["missing_keys"]))
     placed: nn.Module = model
-    if not quantized and model.device != there:  # what other tools quantized refuses to be moved
+    if quantization is None and model.device != there:  # what other tools quantized refuses to be moved
         placed.to(there)
     return model.eval()
 

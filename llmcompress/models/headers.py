@@ -17,6 +17,7 @@ from llmcompress.models.integrity import INDEX
 from llmcompress.models.skeleton import reason
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of dense dtypes, bytes per value
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that models are loaded in
 PACKED = {"I8": 1, "I16": 2, "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1}  # dtypes that other tools pack weights in
 BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persistent buffers
 
@@ -149,6 +150,18 @@ def read_tensor(header: Header) -> Tensor:
             return file.get_tensor(header.key).clone()  # the original is a window into the mapped file
     except (SafetensorError, OSError) as error:
         raise InputError(f"{header.file} is damaged ({reason(error)}); download or copy it again") from error
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype in which most floats of the folder's safetensors files are stored; float32 without any.
+
+    A model that is loaded in it is a window into these files, which all processes of a machine share.
+    """
+    counts = dict.fromkeys(DTYPES, 0)
+    for header in read_headers(folder).values() if any(folder.glob("*.safetensors")) else ():
+        if header.dtype in counts:
+            counts[header.dtype] += prod(header.shape)
+    return DTYPES[max(counts, key=lambda name: counts[name])]
 
 
 def read_entries(path: Path, folder: Path) -> dict[str, Any]:

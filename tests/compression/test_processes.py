@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 
 import llmcompress as lc
 from llmcompress.compression import run
-from llmcompress.compression.frontier.sweep import frontier
+from llmcompress.compression.frontier.budgets import budgets
+from llmcompress.compression.frontier.sweep import PRICES, frontier, sweep
 from llmcompress.compression.journal import FINISHED
 from llmcompress.compression.plan import prepare
 from llmcompress.compression.result import Result
@@ -30,7 +31,8 @@ from llmcompress.errors import LLMCompressError, RecipeError
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.verify import verify
 from llmcompress.models.dense import resolve
-from llmcompress.recipe.read import read_recipe
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.read import dump, read_recipe
 from llmcompress.runtime.ranks import Ranks
 from tests.distill.launched import free_port
 from tests.lockstep import in_lockstep
@@ -196,10 +198,72 @@ def test_what_processes_cannot_share_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_is_refused_before_any_work(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="a sweep runs in one process, and there are 2"):
-        frontier(place / "dense", [], [], tmp_path / "out")
+def line_of(place: Path, **more: Any) -> list[Recipe]:
+    """The recipe of a sweep."""
+    options = [[{"method": "gptq", "bits": bits, "group_size": 8}] for bits in (2, 4)]
+    return [read_recipe(recipe(place, rules=[], target={"bpw": 4}, options=options, **more))]
+
+
+def test_threads_sweep_what_one_sweeps(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prices number for number, and so the same plans; what is finished is not repeated."""
+    recipes, sizes, protocol = line_of(place), budgets("4.5", None), Protocol(place / "text.txt", 4, 32)
+    alone = frontier(place / "dense", recipes, sizes, tmp_path / "alone", protocol)
+    monkeypatch.setattr(run, "compress", together)
+    source = resolve(str(place / "dense"))
+
+    def swept(ranks: Ranks) -> dict[str, Any]:
+        return sweep(source, recipes, sizes, tmp_path / "out", protocol, ranks=ranks)
+
+    found = in_lockstep(2, swept)
+    assert found[0] == found[1]
+    lists = [json.loads((tmp_path / name / PRICES).read_text())["matrices"] for name in ("alone", "out")]
+    assert lists[0] == lists[1] and len(lists[0]) == DEPTH * 7
+    assert found[0]["dense"] == alone["dense"]
+    [one], [two] = (each["series"][0]["points"] for each in (alone, found[0]))
+    assert all(one[key] == two[key] for key in ("budget", "bytes", "bpw", "predicted_kl"))
+    check_alike(tmp_path / "alone/bpw-4.5", tmp_path / "out/bpw-4.5", place / "dense", place / "text.txt")
+    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("alone", "out")]
+    assert files[0] == files[1]
+    monkeypatch.delattr(run, "compress")
+    assert in_lockstep(2, swept) == found
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        ({"reconstruct": {"rates": {"scales": 1e-2}}}, "blocks learn in one process, and there are 2"),
+        ({"distill": {"data": {"samples": 8, "length": 32}}}, "2 processes compress, but do not train after it"),
+    ],
+)
+def test_a_sweep_of_what_processes_cannot_share_is_refused_before_any_work(
+    more: dict[str, Any], sentence: str, place: Path, tmp_path: Path
+) -> None:
+    source, recipes = resolve(str(place / "dense")), line_of(place, **more)
+
+    def work(ranks: Ranks) -> None:
+        with pytest.raises(RecipeError, match=sentence):
+            sweep(source, recipes, budgets("4", None), tmp_path / "out", ranks=ranks)
+
+    in_lockstep(2, work)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweeps_that_were_started_differently_say_in_what(place: Path, tmp_path: Path) -> None:
+    source, protocol = resolve(str(place / "dense")), Protocol(place / "text.txt", 4, 32)
+    usual = (line_of(place), budgets("4", None), tmp_path / "out", protocol)
+    others: dict[str, tuple[Any, ...]] = {
+        "recipes": (line_of(place, seed=5), *usual[1:]),
+        "budgets": (usual[0], budgets("4,4.5", None), *usual[2:]),
+        "text or tasks": (*usual[:3], Protocol(place / "text.txt", 3, 32)),
+    }
+    for what, other in others.items():
+
+        def work(ranks: Ranks, other: tuple[Any, ...] = other, what: str = what) -> None:
+            with pytest.raises(RecipeError, match=f"process 1 of 2 was started with other {what} than process 0"):
+                sweep(source, *(other if ranks.rank else usual), ranks=ranks)
+
+        in_lockstep(2, work)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_of_the_first_process_is_one_of_all(place: Path, tmp_path: Path) -> None:
@@ -277,6 +341,24 @@ def test_two_processes_price_what_one_prices(place: Path, tmp_path: Path) -> Non
     assert json.loads(done.stdout)["allocation"]["measured_kl"] == pytest.approx(one["measured_kl"], rel=0.2)
     check_alike(alone.folder, tmp_path / "two", place / "dense", place / "text.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "recipe.yaml", "two"]
+
+
+@pytest.mark.slow
+def test_two_processes_sweep_what_threads_sweep(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes, protocol = line_of(place), Protocol(place / "text.txt", 4, 32)
+    (tmp_path / "recipe.yaml").write_text(dump(recipes[0]))
+    words = ["frontier", str(place / "dense"), str(tmp_path / "recipe.yaml"), "--bpw", "4,4.5", "--json"]
+    words += ["--text", str(place / "text.txt"), "--windows", "4", "--length", "32", "-o", str(tmp_path / "two")]
+    done = launch(words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(run, "compress", together)
+    source, sizes = resolve(str(place / "dense")), budgets("4,4.5", None)
+    found = in_lockstep(2, lambda ranks: sweep(source, recipes, sizes, tmp_path / "threads", protocol, ranks=ranks))[0]
+    said = json.loads(done.stdout)
+    assert said["dense"] == found["dense"] and len(said["series"][0]["points"]) == 2
+    for name in ("bpw-4", "bpw-4.5"):
+        one, two = ((tmp_path / way / name / "model.safetensors").read_bytes() for way in ("two", "threads"))
+        assert one == two
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@
     torchrun ... launched.py JOBS ANSWERS
 
 JOBS: a JSON list of {student, teacher, recipe, output, a free port, and optionally stop: [process, step]}.
-Each process writes what came of each job into the folder ANSWERS, and how much it held of the models.
+Each process writes what came of each job into the folder ANSWERS, how much it held of the models, and how much memory
+of its own it took until they were loaded.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +35,9 @@ from torch.distributed.tensor import DTensor
 from llmcompress.distill import train
 from llmcompress.distill.context import TrainContext
 from llmcompress.distill.objective import chunked_loss
+from llmcompress.distill.parallel.engine import Engine
 from llmcompress.distill.run import distill
+from llmcompress.distill.student.model import Student
 from llmcompress.errors import LLMCompressError, Terminated
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -72,12 +77,54 @@ def shares(parameters: Iterable[torch.Tensor]) -> dict[str, int]:
     return {"all": sum(map(torch.numel, found)), "here": sum(map(torch.numel, here)), "whole": whole}
 
 
+def digest(*models: torch.nn.Module) -> str:
+    """The digest of all parameters and buffers, gathered where they are shared out: equal for equal bits."""
+    found = sha256()
+    for model in models:
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            found.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+            found.update(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+class Memory(threading.Thread):
+    """Watches the memory that this process shares with nobody, in bytes: what it has written, and no mapped files."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before = self.most = self.now()
+        self.ends = threading.Event()
+
+    @staticmethod
+    def now() -> int:
+        """The bytes at this moment; 0 where the system does not say."""
+        status = Path("/proc/self/status")
+        lines = status.read_text().splitlines() if status.is_file() else []
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    def run(self) -> None:
+        """Look, until it ends."""
+        while not self.ends.wait(0.005):
+            self.most = max(self.most, self.now())
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job and return what came of it in this process."""
     runs: list[TrainContext] = []
     held: dict[str, Any] = {}
     seen: list[int] = []
-    look = train.evaluate_held_out
+    memory = Memory()
+    memory.start()
+    look, begin = train.evaluate_held_out, Engine.of
+
+    def beginning(accelerator: Accelerator, student: Student, teacher: Any, *more: Any) -> Engine:
+        memory.ends.set()
+        parts = [*student.model.parameters(), *student.model.buffers(), *teacher.parameters()]
+        held["bytes"] = sum(value.numel() * value.element_size() for value in parts)
+        engine = begin(accelerator, student, teacher, *more)
+        held.setdefault("digest", digest(student.model, teacher))
+        return engine
 
     def remembering(given: TrainContext, step: int) -> dict[str, float]:
         runs.append(given)
@@ -108,6 +155,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             chunked,
             ONE_GROUP,
             mock.patch.object(train, "evaluate_held_out", remembering),
+            mock.patch.object(Engine, "of", beginning),
             mock.patch.object(train, "time", CLOCK),
         ):
             done = distill(job["student"], job["teacher"], job["recipe"], job["output"], progress=progress)
@@ -117,7 +165,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if torch.distributed.is_initialized() and not PARTITIONED:
         torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
-    return {**found, "held": held, "seen": seen}
+    memory.ends.set()
+    return {**found, "held": {**held, "memory": memory.most - memory.before}, "seen": seen}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.distill.parallel.launch import check_sharding
@@ -208,6 +209,35 @@ def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: An
             assert float((value != theirs[key]).float().mean()) < 1e-3, key
         else:
             torch.testing.assert_close(value, theirs[key], rtol=1e-5, atol=1e-6)
+
+
+@launches
+@pytest.mark.parametrize("name", ["narrow", "short", "whole", "kept", "second-hand"])
+def test_every_process_begins_with_the_weights_of_one(name: str, alone: Any, together: Any) -> None:
+    """Bit for bit, of student and teacher."""
+    assert {each["held"]["digest"] for each in together[1][name]} == {alone[1][name]["held"]["digest"]}
+
+
+@launches
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_models_are_in_memory_no_more_than_they_have_to(engine: str, place: Path, tmp_path: Path) -> None:
+    """Of sharded models, the first process alone has whole ones; with whole ones in each, loading takes no second."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("needs Linux, which says how much memory is a process's own")
+    save_tiny("llama", tmp_path / "large", hidden_size=448, intermediate_size=1280, num_hidden_layers=8)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "large")
+    dense.to(torch.bfloat16).save_pretrained(tmp_path / "large")
+    grid = [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 64}]}]
+    lc.compress(tmp_path / "large", {"version": 1, "calibration": None, "rules": grid}, tmp_path / "large-small")
+    small = jobs(place, tmp_path)["whole"]
+    small["recipe"] |= {"steps": 1, "rates": {"codes": 1e-3}}
+    folders = {"student": str(tmp_path / "large-small"), "teacher": str(tmp_path / "large")}
+    large = small | folders | {"output": str(tmp_path / "out"), "port": free_port()}
+    first, second = (each[-1]["held"] for each in answers(engine, [small, large], tmp_path))  # the small one imports
+    assert first["bytes"] > 1e8 and first["digest"] == second["digest"]
+    shares = [each["memory"] / first["bytes"] for each in (first, second)]
+    assert 0.8 < shares[0] < 1.6, shares
+    assert 0.8 < shares[1] < 1.6 if engine == "ddp" else shares[1] < 0.4 * shares[0], shares
 
 
 @launches

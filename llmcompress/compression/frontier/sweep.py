@@ -14,20 +14,23 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llmcompress.compression import gate
 from llmcompress.compression.allocate.choices import Choices
-from llmcompress.compression.allocate.plan import PriceList, reachable
+from llmcompress.compression.allocate.plan import Allocation, PriceList, reachable
 from llmcompress.compression.allocate.price_file import check_prices, price_list
 from llmcompress.compression.frontier.budgets import Budget
 from llmcompress.compression.frontier.judge import Judge
 from llmcompress.compression.frontier.peers import Peer
 from llmcompress.compression.pipeline import completed, compress_job, record
 from llmcompress.compression.plan import Job, prepare
+from llmcompress.compression.run import check_ranks
 from llmcompress.errors import DiskError, RecipeError, Terminated
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.formatting import finite
@@ -43,7 +46,7 @@ from llmcompress.models.staging import locked
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.runtime.ranks import launched_count
+from llmcompress.runtime.ranks import ALONE, Ranks, launched
 from llmcompress.runtime.versions import versions
 
 FILE = "frontier.json"
@@ -98,50 +101,87 @@ def frontier(
 
     A recipe's own target is ignored. `output` is a new folder or that of an earlier sweep. Returns the contents of its
     frontier.json. Raises an LLMCompressError, in one sentence, for whatever is wrong; sizes that cannot be reached are
-    found from headers alone. Finished parts stay. `trust_remote_code`: as in `compress`.
+    found from headers alone. Finished parts stay. `trust_remote_code`: as in `compress`. Processes that a launcher
+    started share pricing and compressing; every one has to call this, and the first one scores and writes.
     """
     device_of(device)  # before a model is looked at
-    dense = resolve(model, revision, trust_remote_code)
-    _check(recipes, output)
-    companions(dense.folder, trust_remote_code)  # raises any fault in them before work starts
-    lines = [_line(dense, recipe, sizes, output if len(recipes) == 1 else output / recipe.name) for recipe in recipes]
-    judge = Judge.of(dense, protocol, device)
-    with locked(output, "output folder"):
+    with launched(device) as ranks:
+        with ranks.agreed():
+            dense = resolve(model, revision, trust_remote_code)
+            _check(recipes)
+            companions(dense.folder, trust_remote_code)  # raises any fault in them before work starts
+        return sweep(dense, recipes, sizes, output, protocol, peers, told, ranks)
+
+
+def sweep(
+    dense: DenseModel,
+    recipes: Sequence[Recipe],
+    sizes: Sequence[Budget],
+    output: Path,
+    protocol: Protocol = STANDARD,
+    peers: Sequence[Peer] = (),
+    told: SweepCallbacks = SILENT,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """Run `frontier` on an opened model, in each of the processes `ranks`."""
+    ranks.first(partial(_check_output, output))
+    folders = [output if len(recipes) == 1 else output / recipe.name for recipe in recipes]
+    with ranks.agreed():
+        lines = [_line(dense, recipe, sizes, folder) for recipe, folder in zip(recipes, folders, strict=True)]
+        for line in lines:
+            check_ranks(line.job, ranks, output)
+        judge = Judge.of(dense, protocol, ranks.device)
+    ranks.compare(_identity(judge, recipes, sizes))
+    for line in lines:
+        ranks.first(partial(check_prices, line.folder / PRICES, line.job))
+    with ExitStack() as held:
+        ranks.first(lambda: held.enter_context(locked(output, "output folder")))
         try:
-            return _swept(lines, sizes, output, judge, peers, told)
+            return _swept(lines, sizes, output, judge, peers, told, ranks)
         except (KeyboardInterrupt, Terminated) as stop:
+            if ranks.rank > 0:
+                raise
             raise type(stop)(f"{output} keeps what is finished, and the same command resumes from there") from stop
 
 
-def _check(recipes: Sequence[Recipe], output: Path) -> None:
-    """Raise RecipeError if lines cannot be told apart or drawn, DiskError for a folder with other contents."""
+def _check(recipes: Sequence[Recipe]) -> None:
+    """Raise RecipeError if lines cannot be told apart or drawn."""
     if find_spec("matplotlib") is None:
         raise RecipeError(MISSING)
-    if (count := launched_count()) > 1:
-        raise RecipeError(
-            f"a sweep runs in one process, and there are {count}; start one, or llmcompress compress --bpw in {count} "
-            f"for each budget"
-        )
     names = [recipe.name for recipe in recipes]
     for name in names if len(names) > 1 else ():
         if names.count(name) > 1:
             raise RecipeError(f"two recipes are named {name!r}; give each a name of its own")
         if not FOLDER_NAME.fullmatch(name):
             raise RecipeError(f"the recipe's name {name!r} cannot name a folder; use letters, digits and . + - _")
+
+
+def _check_output(output: Path) -> None:
+    """Raise DiskError for a folder with other contents."""
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / FILE).is_file())):
         raise DiskError(f"{output} exists and is not an earlier sweep; remove it or choose another output folder")
 
 
+def _identity(judge: Judge, recipes: Sequence[Recipe], sizes: Sequence[Budget]) -> dict[str, Any]:
+    """Return what has to be equal in all processes, in the words of their difference."""
+    protocol = {key: value for key, value in judge.asked.items() if key != "versions"}
+    return {
+        "recipes": [recipe.model_dump(mode="json") for recipe in recipes],
+        "budgets": [budget.name for budget in sizes],
+        "text or tasks": protocol,
+        "versions": versions(),
+        **judge.dense.content(),
+    }
+
+
 def _line(dense: DenseModel, recipe: Recipe, sizes: Sequence[Budget], folder: Path) -> Line:
-    """Lay a recipe over the model. Raises RecipeError for any fault in recipe or sizes, DiskError if the prices in
-    `folder` belong to another job."""
+    """Lay a recipe over the model. Raises RecipeError for any fault in recipe or sizes."""
     try:
         engine = None if recipe.target is None else recipe.target.engine
         job = prepare(dense, recipe.model_copy(update={"target": sizes[0].target.for_engine(engine)}))
         found = reachable(job, [budget.target for budget in sizes])
     except RecipeError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error
-    check_prices(folder / PRICES, job)
     return Line(job, found, folder)
 
 
@@ -152,11 +192,12 @@ def _swept(
     judge: Judge,
     peers: Sequence[Peer],
     told: SweepCallbacks,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Return the result of the sweep, which is rewritten after every point."""
     source = judge.dense
     told.next(f"scoring {source.name}")
-    dense = judge.of_dense(line.folder / budget.name for line in lines for budget in sizes)
+    dense = ranks.first(lambda: judge.of_dense(line.folder / budget.name for line in lines for budget in sizes))
     found: dict[str, Any] = {
         "model": source.public_name,
         "revision": source.revision,
@@ -167,29 +208,37 @@ def _swept(
         "series": [],
         "peers": [_beside(_as_point(peer, dense), dense) for peer in peers],
     }
-    if not (output / FILE).is_file():
-        write_files(output, {FILE: _numbers(found)})
+    ranks.first(lambda: None if (output / FILE).is_file() else write_files(output, {FILE: _numbers(found)}))
     for line in lines:
         recipe = line.job.recipe.name
         told.next(f"{recipe}: prices for {len(sizes)} budgets")
-        prices = price_list(line.folder / PRICES, line.job, line.choices, judge.device, told.pricing)
-        series: dict[str, Any] = {"recipe": recipe, "pricing_seconds": prices.seconds, "points": []}
+        prices = price_list(line.folder / PRICES, line.job, line.choices, ranks.device, told.pricing, ranks)
+        seconds = ranks.first(lambda: prices.seconds)  # noqa: B023 - called at once
+        series: dict[str, Any] = {"recipe": recipe, "pricing_seconds": seconds, "points": []}
         found["series"].append(series)
         for number, budget in enumerate(sizes, start=1):
             told.next(f"{recipe}: {budget.name}, {number} of {len(sizes)}")
-            series["points"].append(_point(line.folder / budget.name, budget, prices, judge, dense, told))
-            _publish(output, found)
+            folder = line.folder / budget.name
+            plan = _compressed(folder, budget, prices, told, ranks)
+            series["points"].append(ranks.first(partial(_point, folder, budget, plan, judge, dense, told)))
+            ranks.first(partial(_publish, output, found))
     return found
 
 
-def _point(
-    folder: Path, budget: Budget, prices: PriceList, judge: Judge, dense: dict[str, Any], told: SweepCallbacks
-) -> dict[str, Any]:
-    """Return a budget's checkpoint with its scores; compress it first unless it is there."""
-    plan = prices.reaching(budget.target)
+def _compressed(folder: Path, budget: Budget, prices: PriceList, told: SweepCallbacks, ranks: Ranks) -> Allocation:
+    """Return a budget's plan; compress its checkpoint unless it is there."""
+    with ranks.agreed():
+        plan = prices.reaching(budget.target)
     job = plan.settled
-    if completed(folder, job, judge.device) is None:
-        compress_job(job, folder, device=judge.device, progress=told.progress, training=told.training)
+    if ranks.first(lambda: completed(folder, job, ranks.asked) is None):
+        compress_job(job, folder, device=ranks.device, progress=told.progress, training=told.training, ranks=ranks)
+    return plan
+
+
+def _point(
+    folder: Path, budget: Budget, plan: Allocation, judge: Judge, dense: dict[str, Any], told: SweepCallbacks
+) -> dict[str, Any]:
+    """Return a budget's point: its checkpoint's sizes and scores, which are measured unless the checkpoint has them."""
     found = reports.read_allocation(folder) if holds(folder, file_names.ALLOCATION) else None
     aimed = record(plan, folder, judge.device) if found is None else found
     gate.judge(job, folder, judge.device, plan=plan)

@@ -6,8 +6,8 @@
   optimizer remembers of it. Decoder blocks are gathered one at a time while they run. What is outside of them (tables,
   last norms, heads) is gathered for the length of a forward and its backward, so that heads can be used in any way.
   Buffers are not shared out: the packed numbers of a relaxed layer that do not train are in every process, at the bits
-  they are stored with, and so is a compressed head, decoded. Models are read whole by every process, into the host's
-  memory, and shared out from there.
+  they are stored with, and so is a compressed head, decoded. The first process reads the models into the host's memory,
+  and the others get their shares from it (`shares`).
 - partitioned (DeepSpeed): every process has whole models, and a share of the optimizer's state (`zero`).
 
 A state is one file with whole tensors, whatever the number of processes and the way they hold the models.
@@ -31,7 +31,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from llmcompress.data.batch import Batch
 from llmcompress.distill.optimizers import moments, put_moments
 from llmcompress.distill.parallel.deepspeed import ZeroPartition
-from llmcompress.distill.parallel.launch import partitioned, sharded
+from llmcompress.distill.parallel.launch import is_given, partitioned, sharded
+from llmcompress.distill.parallel.shares import share_out, taken_whole
 from llmcompress.distill.resume import Progress, last_state, save_state
 from llmcompress.distill.student.model import PROJECTIONS, Student
 from llmcompress.distill.student.oscillation import Freezer
@@ -95,7 +96,9 @@ class Engine:
 
         if sharded(accelerator):
             root = Root(objective, teacher)
+            whole = taken_whole(accelerator, root)
             accelerator.prepare(root, optimizer)
+            share_out(accelerator, root, whole)
             student.rebind_parameters()
             return Engine(accelerator, student, optimizer, objective, freezer(), root)
         if partitioned(accelerator):
@@ -237,7 +240,7 @@ class Engine:
     def gather(self) -> None:
         """Make the student's parameters whole after the last step, in the host's memory if they were sharded.
 
-        Sharded models cannot run any more afterwards.
+        Sharded models cannot run any more afterwards. They become whole in the first process, and zeros elsewhere.
         """
         if self.zero is not None:
             self.zero.end()
@@ -250,7 +253,8 @@ class Engine:
         for name in dict.fromkeys([*trained, *frozen]):
             found = _whole(student.model.get_parameter(name).detach())
             holder, _, leaf = name.rpartition(".")
-            whole = nn.Parameter(found.cpu(), requires_grad=False)
+            kept = torch.zeros(found.shape, dtype=found.dtype) if is_given(self.accelerator) else found.cpu()
+            whole = nn.Parameter(kept, requires_grad=False)
             student.model.get_submodule(holder).register_parameter(leaf, whole)
         for module in student.relaxed.values():
             module.cpu()

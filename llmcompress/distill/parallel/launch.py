@@ -105,6 +105,11 @@ def loading_device(accelerator: Accelerator) -> str:
     return "cpu" if sharded(accelerator) else str(accelerator.device)
 
 
+def is_given(accelerator: Accelerator) -> bool:
+    """True if this process gets its shares of the models from the first one, so that it needs no whole model."""
+    return sharded(accelerator) and not accelerator.is_main_process
+
+
 def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 

@@ -113,13 +113,15 @@ def relaxed_student(
     inside: str | tuple[str, ...] = "",
     scales: Scales = "learned",
     form: Form | None = None,
+    shrunk: Callable[[nn.Module], None] | None = None,
 ) -> Student:
     """Replace the compressed linears of `model` (float32) by relaxed ones; head and token table stay as they are.
 
     `rates` names the kinds that train, as far as the student has them. Latent codes start at the codes, or if `target`
     gives the dense weights, `[out, in]` by name, at these, clamped to the codes' cells. `inside`: starts of names of
     the blocks that train; everything else stays as it is. `scales`: "median" for scales that follow their latents, if
-    they can; other scales train as `rates` says. `form`: of latents, as in `Relaxation`.
+    they can; other scales train as `rates` says. `form`: of latents, as in `Relaxation`. `shrunk`: takes the numbers
+    out of a relaxed layer, in a process that another one gives them to.
 
     Raises RecipeError, unless only some blocks train, if there is nothing to train, or if only norms of a dense model
     would train although other kinds were asked for.
@@ -135,6 +137,8 @@ def relaxed_student(
         if layer is not head and name.startswith(inside):
             relaxed[name] = RelaxedLinear.of(layer, relaxation, None if target is None else target(name))
             put(model, name, relaxed[name])
+            if shrunk is not None:
+                shrunk(relaxed[name])
             if scales == "median":
                 medians += median_scales(layer.expression(), relaxed[name].relaxed)
     if not relaxed and not inside and kinds and WEIGHTS not in rates:
