@@ -58,12 +58,7 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
         stack.enter_context(held_decoded(accelerator, run.student.model, run.teacher))
         stopping = stack.enter_context(stop_requests())
         engine = Engine.of(accelerator, run.student, run.teacher, objective, optimizer, recipe.freezing)
-        progress = engine.load(run.store)
-        progress.shares = progress.shares or normalized(run.data.weights)
-        progress.cursors = progress.cursors or [0] * len(run.data.sizes)
-        for state, saved in zip(states, progress.losses):
-            if state is not None and saved is not None:
-                state.load_state_dict(saved)
+        progress = _begun(run, engine, states)
         started, saved_at = time.monotonic() - progress.seconds, time.monotonic()
         run.metrics.start(progress.step, begun=bool(progress.history))
         if not progress.history:
@@ -101,6 +96,17 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
                 kept = f"step {progress.step} is kept in {run.store.folder}, from where the same command resumes"
                 raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(kept)
     engine.gather()
+    return progress
+
+
+def _begun(run: TrainContext, engine: Engine, states: Sequence[Any]) -> Progress:
+    """Return the progress of an earlier run, with the `states` of its losses put back, or that of a start."""
+    progress = engine.load(run.store)
+    progress.shares = progress.shares or normalized(run.data.weights)
+    progress.cursors = progress.cursors or [0] * len(run.data.sizes)
+    for state, saved in zip(states, progress.losses):
+        if state is not None and saved is not None:
+            state.load_state_dict(saved)
     return progress
 
 

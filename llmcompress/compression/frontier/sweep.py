@@ -241,7 +241,7 @@ def _point(
     """Return a budget's point: its checkpoint's sizes and scores, which are measured unless the checkpoint has them."""
     found = reports.read_allocation(folder) if holds(folder, file_names.ALLOCATION) else None
     aimed = record(plan, folder, judge.device) if found is None else found
-    gate.judge(job, folder, judge.device, plan=plan)
+    gate.judge(plan.settled, folder, judge.device, plan=plan)
     told.next(f"scoring {folder.name}")
     report, taught = reports.read(folder), reports.read_distillation(folder)
     place = {
