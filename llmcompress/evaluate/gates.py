@@ -38,7 +38,7 @@ class GateReport:
 
     @property
     def measured(self) -> dict[str, float]:
-        """What was measured, by name."""
+        """The numbers that were measured, by name."""
         found = {"kl": self.kl, "perplexity_ratio": self.perplexity_ratio}
         return {name: value for name, value in found.items() if value is not None}
 
