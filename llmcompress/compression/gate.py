@@ -32,7 +32,7 @@ from llmcompress.models.file_names import REPORT
 from llmcompress.models.locate import Place
 from llmcompress.models.staging import megabytes
 from llmcompress.recipe.target import Target
-from llmcompress.runtime.memory import total_memory
+from llmcompress.runtime.memory import peak_memory, total_memory
 
 
 def judge(
@@ -130,10 +130,12 @@ def _too_large(job: Job, device: str) -> str | None:
 
 
 def _noted(before: Report, found: GateReport | None, seconds: float) -> Report:
-    """Return the report with its gates, and with the time that they took."""
+    """Return the report with its gates, and with the time and the memory that they took."""
     warning = None if found is None or found.unmeasured is None else unmeasured(found.unmeasured)
     more = () if warning is None or warning in before.warnings else (warning,)
-    return replace(before, gates=found, seconds=before.seconds + seconds, warnings=(*before.warnings, *more))
+    peak = max(before.peak_memory_bytes, peak_memory()) if seconds else before.peak_memory_bytes
+    told = (*before.warnings, *more)
+    return replace(before, gates=found, seconds=before.seconds + seconds, peak_memory_bytes=peak, warnings=told)
 
 
 def _holding(plan: Allocation, gates: GateReport) -> tuple[int, ...] | None:

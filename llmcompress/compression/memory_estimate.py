@@ -78,7 +78,7 @@ def gate_bytes(source: DenseModel, arch: Architecture, recipe: Recipe) -> int:
         return 0
     vocabulary, width = table.shape
     states = 2 * 4 * tokens * width_of(arch)
-    ends = 2 * 4 * vocabulary * (width + min(WINDOW, tokens))  # head and logits of both models
+    ends = 2 * 4 * vocabulary * (width + 2 * min(WINDOW, tokens))  # of both models: head, and logits of two windows
     linears = [[prod(linear.shape) for group in layout.groups for linear in group] for layout in arch.blocks]
     block = max(4 * sum(sizes) + LAYER_BYTES * max(sizes) for sizes in linears)
     return LIBRARIES + states + max(ends, ends // 2 + block)

@@ -169,7 +169,7 @@ def price_part(
 
 @dataclass(frozen=True)
 class _Way:
-    """The way to do a job without a target: `finish` makes its checkpoint, and `judging` hears how far gates are."""
+    """The way to do a job without a target: `finish` makes its checkpoint, `judging` hears how far its gates are."""
 
     finish: Callable[[Job, Path | None], Result]
     judging: Callable[[int, int], None] | None

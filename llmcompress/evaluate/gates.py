@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 TOKENS = 2048  # that are read, at most: a few percent of what a calibration of 128 sequences reads
-WINDOW = 512  # tokens that are read at once, at most; logits of one window of each model are in memory
+WINDOW = 256  # tokens that are read at once, at most; logits of two windows of each model are in memory
 PENDING = "the run ended before it was measured"
 
 
@@ -38,7 +38,7 @@ class GateReport:
 
     @property
     def measured(self) -> dict[str, float]:
-        """The measured numbers, by name."""
+        """The numbers that were measured, by name."""
         found = {"kl": self.kl, "perplexity_ratio": self.perplexity_ratio}
         return {name: value for name, value in found.items() if value is not None}
 

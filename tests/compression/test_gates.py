@@ -157,7 +157,7 @@ def test_it_is_what_eval_measures_on_the_same_tokens(family: str, place: Path, t
 def test_windows_are_whole_and_few() -> None:
     held_out = torch.arange(6 * 1100).reshape(6, 1100)
     windows = gate.gate_windows(held_out)
-    assert windows.shape == (4, 512) and windows[1].tolist() == list(range(512, 1024)), "two of each sequence"
+    assert windows.shape == (8, 256) and windows[4].tolist() == list(range(1100, 1356)), "four of each sequence"
     assert gate.gate_windows(held_out[:, :40]).shape == (6, 40)
 
 

@@ -250,7 +250,7 @@ def test_a_sweep_of_what_processes_cannot_share_is_refused_before_any_work(
 
 def test_sweeps_that_were_started_differently_say_in_what(place: Path, tmp_path: Path) -> None:
     source, protocol = resolve(str(place / "dense")), Protocol(place / "text.txt", 4, 32)
-    usual = (line_of(place), budgets("4", None), tmp_path / "out", protocol)
+    usual: tuple[Any, ...] = (line_of(place), budgets("4", None), tmp_path / "out", protocol)
     others: dict[str, tuple[Any, ...]] = {
         "recipes": (line_of(place, seed=5), *usual[1:]),
         "budgets": (usual[0], budgets("4,4.5", None), *usual[2:]),
