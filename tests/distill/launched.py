@@ -2,7 +2,8 @@
 
     torchrun ... launched.py JOBS ANSWERS
 
-JOBS: a JSON list of {student, teacher, recipe, output, a free port, and optionally stop: [process, step]}.
+JOBS: a JSON list of {student, teacher, recipe, output, a free port, and optionally stop: [process, step]}; the student
+may be a list with one for each process.
 Each process writes what came of each job into the folder ANSWERS, how much it held of the models, and how much memory
 of its own it took until they were loaded.
 """
@@ -158,7 +159,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             mock.patch.object(Engine, "of", beginning),
             mock.patch.object(train, "time", CLOCK),
         ):
-            done = distill(job["student"], job["teacher"], job["recipe"], job["output"], progress=progress)
+            student = job["student"] if isinstance(job["student"], str) else job["student"][RANK]
+            done = distill(student, job["teacher"], job["recipe"], job["output"], progress=progress)
         found = done.to_json()
     except (LLMCompressError, Terminated) as error:
         found = {"error": f"{type(error).__name__}: {error}"}
