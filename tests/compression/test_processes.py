@@ -250,17 +250,17 @@ def test_a_sweep_of_what_processes_cannot_share_is_refused_before_any_work(
 
 def test_sweeps_that_were_started_differently_say_in_what(place: Path, tmp_path: Path) -> None:
     source, protocol = resolve(str(place / "dense")), Protocol(place / "text.txt", 4, 32)
-    usual: tuple[Any, ...] = (line_of(place), budgets("4", None), tmp_path / "out", protocol)
-    others: dict[str, tuple[Any, ...]] = {
-        "recipes": (line_of(place, seed=5), *usual[1:]),
-        "budgets": (usual[0], budgets("4,4.5", None), *usual[2:]),
-        "text or tasks": (*usual[:3], Protocol(place / "text.txt", 3, 32)),
+    usual: dict[str, Any] = {"recipes": line_of(place), "sizes": budgets("4", None), "protocol": protocol}
+    others: dict[str, dict[str, Any]] = {
+        "recipes": {"recipes": line_of(place, seed=5)},
+        "budgets": {"sizes": budgets("4,4.5", None)},
+        "text or tasks": {"protocol": Protocol(place / "text.txt", 3, 32)},
     }
     for what, other in others.items():
 
-        def work(ranks: Ranks, other: tuple[Any, ...] = other, what: str = what) -> None:
+        def work(ranks: Ranks, other: dict[str, Any] = other, what: str = what) -> None:
             with pytest.raises(RecipeError, match=f"process 1 of 2 was started with other {what} than process 0"):
-                sweep(source, *(other if ranks.rank else usual), ranks=ranks)
+                sweep(source, output=tmp_path / "out", ranks=ranks, **(usual | (other if ranks.rank else {})))
 
         in_lockstep(2, work)
     assert not list(tmp_path.iterdir())
