@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import llmcompress as lc
 from llmcompress.compression import run
 from llmcompress.compression.frontier.budgets import budgets
-from llmcompress.compression.frontier.sweep import PRICES, frontier, sweep
+from llmcompress.compression.frontier.sweep import PRICES, sweep
 from llmcompress.compression.journal import FINISHED
 from llmcompress.compression.plan import prepare
 from llmcompress.compression.result import Result
@@ -207,14 +207,14 @@ def line_of(place: Path, **more: Any) -> list[Recipe]:
 def test_threads_sweep_what_one_sweeps(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prices number for number, and so the same plans; what is finished is not repeated."""
     recipes, sizes, protocol = line_of(place), budgets("4.5", None), Protocol(place / "text.txt", 4, 32)
-    alone = frontier(place / "dense", recipes, sizes, tmp_path / "alone", protocol)
     monkeypatch.setattr(run, "compress", together)
     source = resolve(str(place / "dense"))
 
     def swept(ranks: Ranks) -> dict[str, Any]:
-        return sweep(source, recipes, sizes, tmp_path / "out", protocol, ranks=ranks)
+        name = "alone" if ranks.count == 1 else "out"
+        return sweep(source, recipes, sizes, tmp_path / name, protocol, ranks=ranks)
 
-    found = in_lockstep(2, swept)
+    [alone], found = in_lockstep(1, swept), in_lockstep(2, swept)
     assert found[0] == found[1]
     lists = [json.loads((tmp_path / name / PRICES).read_text())["matrices"] for name in ("alone", "out")]
     assert lists[0] == lists[1] and len(lists[0]) == DEPTH * 7
