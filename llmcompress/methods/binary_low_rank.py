@@ -4,12 +4,13 @@
 may count unlike each other, by ADMM: each factor in turn is solved for exactly, given the other, and drawn more and
 more to the nearest signs times scales; at the end the three vectors are fitted by least squares. Stores a LowRank of
 binary grids, the right one with factors of columns: `rank (out + in)` bits of signs, and 16 bits for each of the
-`out + rank + in` scales. More iterations always paid: 160 leave a tenth less error than 40.
+`out + rank + in` scales. More iterations always paid: 160 leave 7 % less error than 40.
 
 Differs from DBF: the metric is the whole of H, not its diagonal, which costs an eigendecomposition of `[rank, rank]` an
 iteration; the left factor has scales for rows alone, since the right one has those of the rank; the start is random,
 as a start from the SVD leads to the same error. LittleBit's second pair of factors, for what the first leaves, is not
-here: at equal bits it lost a fifth. A rotation before loses too, since it mixes loud and quiet channels.
+here: on a layer of SmolLM2 it left a fifth more error in the same bits. A rotation before left 7 % more there, since it
+mixes loud and quiet channels, which the scales of columns tell apart.
 """
 
 from __future__ import annotations
