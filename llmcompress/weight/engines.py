@@ -1,4 +1,4 @@
-"""What the engines hold and multiply: the form that a matrix has there, or the reason why it has none.
+"""Engines, and what they multiply: the form that a matrix has there, or the reason why it has none.
 
 Only the sizes and formats of an expression count, so one without values, as a plan has it, can be asked too.
 """

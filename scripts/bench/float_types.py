@@ -131,7 +131,7 @@ def theirs(name: str, _: str, weight: Tensor) -> Filled:
 
 
 def decompressed(tensors: dict[str, Tensor], compressor: str, scheme: QuantizationScheme) -> Filled:
-    """What the library reads, and the bytes of the tensors."""
+    """Return what the library reads, and the bytes of the tensors."""
     found = BaseCompressor.get_value_from_registry(compressor).decompress(tensors, scheme)["weight"]
     return found.float(), sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 

@@ -39,7 +39,7 @@ torch.save(model(torch.arange(30)[None] * 7 % 256).logits, sys.argv[2])
 
 
 def decompressed(tensors: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-    """What the library makes of the tensors of a linear, as a group of a config describes it."""
+    """Return what the library makes of the tensors of a linear, as a group of a config describes it."""
     from compressed_tensors.quantization import QuantizationScheme
 
     found = compressors.BaseCompressor.get_value_from_registry(group["format"])
@@ -67,7 +67,7 @@ def test_the_library_decompresses_every_value(name: str) -> None:
 
 @pytest.mark.parametrize("name", HELD)
 def test_packed_as_the_library_itself_packs(name: str) -> None:
-    """What its compressor stores of our values, given our scales, are the bytes that we store."""
+    """Its compressor stores of our values, given our scales, the bytes that we store."""
     from compressed_tensors.quantization import QuantizationScheme
 
     w = nearest_floats(gaussian(8, 64), LAYOUTS[name])  # type: ignore[index]
