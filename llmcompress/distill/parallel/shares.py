@@ -48,4 +48,5 @@ def share_out(accelerator: Accelerator, root: nn.Module, whole: dict[str, Tensor
             given = whole.pop(name) if whole else torch.empty(value.shape, dtype=value.dtype, device=device)
             value.copy_(distribute_tensor(given.to(device), value.device_mesh, value.placements, src_data_rank=0))
     for buffer in root.buffers():
-        buffer.copy_(broadcast(buffer.clone()))
+        if buffer.numel():
+            buffer.copy_(broadcast(buffer.clone()))
