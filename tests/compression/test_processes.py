@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import llmcompress as lc
 from llmcompress.compression import run
 from llmcompress.compression.frontier.budgets import budgets
-from llmcompress.compression.frontier.sweep import PRICES, sweep
+from llmcompress.compression.frontier.sweep import PRICES, frontier, sweep
 from llmcompress.compression.journal import FINISHED
 from llmcompress.compression.plan import prepare
 from llmcompress.compression.result import Result
@@ -344,21 +344,21 @@ def test_two_processes_price_what_one_prices(place: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_two_processes_sweep_what_threads_sweep(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_sweep_what_one_sweeps(place: Path, tmp_path: Path) -> None:
     recipes, protocol = line_of(place), Protocol(place / "text.txt", 4, 32)
     (tmp_path / "recipe.yaml").write_text(dump(recipes[0]))
     words = ["frontier", str(place / "dense"), str(tmp_path / "recipe.yaml"), "--bpw", "4,4.5", "--json"]
     words += ["--text", str(place / "text.txt"), "--windows", "4", "--length", "32", "-o", str(tmp_path / "two")]
     done = launch(words)
     assert done.returncode == 0, done.stderr[-3000:]
-    monkeypatch.setattr(run, "compress", together)
-    source, sizes = resolve(str(place / "dense")), budgets("4,4.5", None)
-    found = in_lockstep(2, lambda ranks: sweep(source, recipes, sizes, tmp_path / "threads", protocol, ranks=ranks))[0]
+    alone = frontier(place / "dense", recipes, budgets("4,4.5", None), tmp_path / "alone", protocol)
+    lists = [json.loads((tmp_path / name / PRICES).read_text())["matrices"] for name in ("alone", "two")]
+    assert lists[0] == lists[1]
     said = json.loads(done.stdout)
-    assert said["dense"] == found["dense"] and len(said["series"][0]["points"]) == 2
+    assert said["dense"]["perplexity"] == pytest.approx(alone["dense"]["perplexity"], rel=1e-6)
+    assert len(said["series"][0]["points"]) == 2
     for name in ("bpw-4", "bpw-4.5"):
-        one, two = ((tmp_path / way / name / "model.safetensors").read_bytes() for way in ("two", "threads"))
-        assert one == two
+        check_alike(tmp_path / "alone" / name, tmp_path / "two" / name, place / "dense", place / "text.txt")
 
 
 @pytest.mark.slow
