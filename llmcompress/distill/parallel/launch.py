@@ -77,6 +77,7 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
             kwargs_handlers=handlers,
             **tracking(recipe, output),
         )
+    accelerator.wait_for_everyone()  # one that refuses at once would be gone before the others have found it
     check_each(accelerator.num_processes, processes, device)
     if not is_at(accelerator.device, place):
         raise RecipeError(
