@@ -99,8 +99,7 @@ def target_machine(tier: Tier) -> Any:
 def _engine(tier: Tier) -> Any:
     empty = llvm.parse_assembly("")
     empty.triple = triple(tier)
-    # sections in one piece: apart, a process with much memory may have no room for them within a jump's reach, and ends
-    return llvm.create_mcjit_compiler(empty, target_machine(tier), use_lmm=True)
+    return llvm.create_mcjit_compiler(empty, target_machine(tier))
 
 
 @lru_cache(maxsize=1)
