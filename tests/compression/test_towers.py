@@ -94,6 +94,10 @@ RECIPE: dict[str, Any] = {
     "version": 1,
     "calibration": {"dataset": "builtin", "samples": 3, "length": 32, "held_out": 1},
     "rules": [{"match": "*", "steps": [{"method": "gptq", "bits": 4, "group_size": 16}]}],
+    "gates": {
+        "kl": None,
+        "perplexity_ratio": None,
+    },  # after other mixtures in a process, Llama 4 misses a field of theirs
 }
 NAMES = [pytest.param(name, marks=() if name == "llava" else pytest.mark.slow) for name in TOWERS]
 
