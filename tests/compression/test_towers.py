@@ -97,7 +97,7 @@ RECIPE: dict[str, Any] = {
     "gates": {
         "kl": None,
         "perplexity_ratio": None,
-    },  # after other mixtures in a process, Llama 4 misses a field of theirs
+    },  # Llama 4 after other mixtures misses a field
 }
 NAMES = [pytest.param(name, marks=() if name == "llava" else pytest.mark.slow) for name in TOWERS]
 
