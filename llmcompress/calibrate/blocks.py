@@ -183,27 +183,29 @@ def load(
     """Read the weights of `module`, at module path `path`, in float32; `skip` are parts that stay as they are; `read`:
     in place of the source's, for what was read ahead."""
     read = read or source.read
-    for owner_path, owner in _owners(module, path, skip):
-        for leaf, _ in list(owner.named_parameters(recurse=False)):
-            name = f"{owner_path}.{leaf}".lstrip(".")
+    for owner, leaf, name, held in list(_tensors(module, path, skip)):
+        if isinstance(held, nn.Parameter):
             value = read(name).to(device, torch.float32)
             if not _finite(value):
                 raise NumericsError(f"{name} holds NaN or Inf in {source.folder}; use an undamaged checkpoint")
             setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
-        for leaf, buffer in list(owner.named_buffers(recurse=False)):
-            name = f"{owner_path}.{leaf}".lstrip(".")
-            value = read(name).to(buffer.dtype) if name in source.tensors else buffer
+        else:
+            value = read(name).to(held.dtype) if name in source.tensors else held
             setattr(owner, leaf, value.to(device))
 
 
 def stored_names(module: nn.Module, path: str, source: DenseModel) -> list[str]:
     """Return the names of the tensors that `load` reads."""
-    names = []
-    for owner_path, owner in _owners(module, path, ()):
-        parameters = [f"{owner_path}.{leaf}".lstrip(".") for leaf, _ in owner.named_parameters(recurse=False)]
-        buffers = [f"{owner_path}.{leaf}".lstrip(".") for leaf, _ in owner.named_buffers(recurse=False)]
-        names += parameters + [name for name in buffers if name in source.tensors]
-    return names
+    found = _tensors(module, path, ())
+    return [name for _, _, name, held in found if isinstance(held, nn.Parameter) or name in source.tensors]
+
+
+def _tensors(module: nn.Module, path: str, skip: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+    """Every parameter and buffer below `module` but those inside `skip`: its owner, its name there, and its name in the
+    model."""
+    for owner_path, owner in _owners(module, path, skip):
+        for leaf, held in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+            yield owner, leaf, f"{owner_path}.{leaf}".lstrip("."), held
 
 
 def drop(module: nn.Module, skip: Sequence[nn.Module] = ()) -> None:

@@ -18,7 +18,6 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from gguf_types import linears, scale_channels
-from torch import Tensor, nn
+from gguf_types import linears, read_inputs, scale_channels
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
@@ -136,23 +135,15 @@ def decompressed(tensors: dict[str, Tensor], compressor: str, scheme: Quantizati
     return found.float(), sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-@torch.no_grad()
 def moments(model: Any, windows: Tensor) -> Statistics:
     """The second moments of the inputs of each linear."""
     found: Statistics = {}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            here = Moments.of(inputs[0].flatten(0, 1), frozenset({"outer"}))
-            found[name] = found[name] + here if name in found else here
+    def add(name: str, x: Tensor) -> None:
+        here = Moments.of(x, frozenset({"outer"}))
+        found[name] = found[name] + here if name in found else here
 
-        return add
-
-    handles = [child.register_forward_pre_hook(hook(name)) for name, child in linears(model)]
-    for window in windows:
-        model.model(window[None])
-    for handle in handles:
-        handle.remove()
+    read_inputs(model, windows, add)
     return found
 
 

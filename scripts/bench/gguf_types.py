@@ -23,7 +23,7 @@ import json
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -237,21 +237,27 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 @torch.no_grad()
-def energies(model: Any, windows: Tensor) -> dict[str, Tensor]:
-    """The mean square of each input channel of each linear: an importance matrix as llama.cpp computes it."""
-    found: dict[str, Tensor] = {}
+def read_inputs(model: Any, windows: Tensor, read: Callable[[str, Tensor], None]) -> None:
+    """Let `read` have the inputs `[tokens, in]` of each linear, by name, one window after the other."""
 
-    def hook(name: str) -> Any:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = found.get(name, torch.zeros(())) + inputs[0].square().flatten(0, 1).sum(0)
-
-        return add
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: read(name, inputs[0].flatten(0, 1))
 
     handles = [child.register_forward_pre_hook(hook(name)) for name, child in linears(model)]
     for window in windows:
         model.model(window[None])
     for handle in handles:
         handle.remove()
+
+
+def energies(model: Any, windows: Tensor) -> dict[str, Tensor]:
+    """The mean square of each input channel of each linear: an importance matrix as llama.cpp computes it."""
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        found[name] = found.get(name, torch.zeros(())) + x.square().sum(0)
+
+    read_inputs(model, windows, add)
     return {name: total / windows.numel() for name, total in found.items()}
 
 

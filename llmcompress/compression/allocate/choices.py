@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from llmcompress.compression.allocate.distortion import Steps
 from llmcompress.compression.allocate.engines import check_rules, options_for
 from llmcompress.compression.allocate.sizes import bytes_around, payload_bytes
 from llmcompress.compression.plan import Job
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import StepConfig, sketch, step
+from llmcompress.methods.layer import sketch, step
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.patterns import matches
 from llmcompress.weight.expression import bits
 from llmcompress.weight.modules import row_scale
 from llmcompress.weight.rows import check_rows
-
-Steps = tuple[StepConfig, ...]
 
 RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: the default options of linears
 LOW_RATES = (0.5, 0.65, 0.8)  # of binary factors, in bits a weight: more of them where a target is low
@@ -100,7 +99,7 @@ def _options(job: Job) -> Sequence[Steps]:
     if job.recipe.options is not None:
         return job.recipe.options
     shapes = {job.arch.linears()[name].shape for name in job.assignment.unruled}
-    low = [(step({"method": "binary_low_rank", "bits": rate}),) for rate in LOW_RATES if goes_low(job)]
+    low = [(step({"method": "binary_low_rank", "bits": rate}),) for rate in LOW_RATES] if goes_low(job) else []
     return (*(steps for steps in low if all(_suits(shape, steps) for shape in shapes)), *_default_options())
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llmcompress.compression.allocate.distortion import Steps
 from llmcompress.compression.plan import Job
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import StepConfig, sketch, step
+from llmcompress.methods.layer import sketch, step
 from llmcompress.models.families import Linear
 from llmcompress.weight.engines import ENGINES
-
-Steps = tuple[StepConfig, ...]
 
 POLISH: dict[str, Any] = {"method": "refine", "passes": 1}
 FOUR_BITS: tuple[dict[str, Any], ...] = (
