@@ -120,7 +120,6 @@ TABLES: dict[str, Columns] = {
         "minutes": "{minutes:.1f}",
     },
     "ranks": {"processes": "{arm}", "seconds": "{seconds:.1f}", "times as fast": "{speedup:.2f}"},
-    "costs": {"what": "{arm}", "processor seconds per million weights": "{seconds:.2f}"},
     "reliability": {"trial": "{arm}", "trials": "{trials}", "outcomes": "{outcomes}"},
     "gguf_types": {
         "type": "{arm}",
