@@ -35,7 +35,7 @@ class Loaded:
 
     serial: Any  # (arguments, first, last)
     parallel: int  # address
-    engine: Any  # owns the code
+    library: Any  # owns the code
 
 
 @lru_cache(maxsize=256)
@@ -47,13 +47,15 @@ def loaded(kernel: Kernel, tier: Tier | None = None) -> Loaded:
     if code is None:
         code = compiled(kernel, tier)
         write_cached(path, code)
-    engine = _engine(tier)
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
+    # JITLink puts a kernel into one piece of memory. MCJIT maps its sections one by one: in fragmented memory too far
+    # apart for a jump, and the process ends.
+    linker = llvm.create_lljit_compiler(target_machine(tier), use_jit_link=True)
+    library = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
+    linked = library.export_symbol("kernel").export_symbol("parallel").link(linker, "kernel")
     kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    serial: Any = kind(engine.get_function_address("kernel"))
-    serial.owner = engine  # the code stays while it runs, even if all else forgets it
-    return Loaded(serial, engine.get_function_address("parallel"), engine)
+    serial: Any = kind(linked["kernel"])
+    serial.owner = linked  # the code stays while it runs, even if all else forgets it
+    return Loaded(serial, linked["parallel"], linked)
 
 
 def intermediate(kernel: Kernel, tier: Tier) -> str:
@@ -94,12 +96,6 @@ def target_machine(tier: Tier) -> Any:
     features += ",-prefer-256-bit" if wide else ""
     target = llvm.Target.from_triple(triple(tier))
     return target.create_target_machine(cpu=name, features=features, opt=3, reloc="pic", codemodel="small")
-
-
-def _engine(tier: Tier) -> Any:
-    empty = llvm.parse_assembly("")
-    empty.triple = triple(tier)
-    return llvm.create_mcjit_compiler(empty, target_machine(tier))
 
 
 @lru_cache(maxsize=1)

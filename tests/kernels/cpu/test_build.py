@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -263,3 +264,29 @@ def test_the_kernels_of_a_model(name: str, capsys: pytest.CaptureFixture[str]) -
             assert load(kernel).parallel
         with capsys.disabled():
             print(f"\n{name}: {len(kernels)} kernels {word} in {time.perf_counter() - start:.2f} s", end="")
+
+
+FAR_APART = """
+import ctypes
+from tests.kernels.cpu.test_products import FORMS, check
+
+system = ctypes.CDLL(None)
+system.mmap.restype = ctypes.c_void_p
+system.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+system.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+PRIVATE, ANONYMOUS, NO_RESERVE, GIGABYTES = 0x02, 0x20, 0x4000, 4 << 30
+highest, *_ = [system.mmap(None, GIGABYTES, 0, PRIVATE | ANONYMOUS | NO_RESERVE, -1, 0) for _ in range(4)]
+for hole in range(2, 2000):
+    system.munmap(highest + GIGABYTES - (hole << 16), 4096)
+for w in FORMS:
+    check(w)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="maps memory as Linux does")
+def test_kernels_load_where_free_memory_lies_far_apart() -> None:
+    """A page here and the rest gigabytes below: parts of one kernel must not be put into both."""
+    own = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", FAR_APART], env=os.environ | own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
