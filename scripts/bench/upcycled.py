@@ -17,14 +17,25 @@ from typing import Any
 
 import torch
 from records import append, provenance
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import llmcompress as lc
 from llmcompress.models.locate import locate
 
 METHODS = ("gptq", "rtn")
-SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-SHARED += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_parameters")
+SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+)
 ROUTER = 0.5  # standard deviation of its weights: choices differ from token to token
 
 
@@ -61,7 +72,7 @@ def upcycle(dense: Path, folder: Path, experts: int) -> None:
     shared = {name: getattr(model.config, name) for name in SHARED}
     config = MixtralConfig(**shared, num_local_experts=experts, num_experts_per_tok=2, sliding_window=None)
     torch.manual_seed(0)
-    mixture: PreTrainedModel = MixtralForCausalLM(config).to(torch.bfloat16)
+    mixture = MixtralForCausalLM(config).bfloat16()
     mixture.load_state_dict(model.state_dict(), strict=False)
     for old, new in zip(model.model.layers, mixture.model.layers, strict=True):
         joined = torch.cat([old.mlp.gate_proj.weight, old.mlp.up_proj.weight])
