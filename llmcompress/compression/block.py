@@ -145,10 +145,11 @@ def _together(run: CompressionState, groups: Sequence[InputGroup]) -> tuple[list
     Without learning between them, no group depends on what became of another. Those of small experts fill a GPU
     together; their factors take memory, so no more are together than it takes.
     """
-    workers = workers_on(run.device)
-    if run.ranks.count > 1:
-        return [tuple(groups)], 1
-    if workers == 1 or (run.tune is not None and run.tune.between):
+    alone, between = run.ranks.count == 1, run.tune is not None and run.tune.between
+    workers = workers_on(run.device) if alone else 1
+    if not alone and not between:
+        return [tuple(groups)], workers
+    if workers == 1 or between:
         return [(group,) for group in groups], workers
     found: list[tuple[InputGroup, ...]] = []
     for group in groups:

@@ -71,7 +71,7 @@ def compress(
         identity = identity_of(job, tokens, asked)
         ranks.compare(identity)
         found = ranks.first(partial(books.open, identity))
-        tune = None if job.recipe.reconstruct is None else tuner(job.recipe.reconstruct)
+        tune = None if job.recipe.reconstruct is None else tuner(job.recipe.reconstruct, ranks)
         run = CompressionState(job, place, tune, 0 if tokens is None else tokens.held_out, list(found), ranks)
         started -= found[-1].seconds if found else 0.0
         _compress_blocks(run, tokens, books, progress, started)
@@ -85,10 +85,6 @@ def check_ranks(job: Job, ranks: Ranks, output: Path | str | None) -> None:
     """Raise RecipeError for what several processes cannot do together."""
     if ranks.count == 1:
         return
-    if job.recipe.reconstruct is not None:
-        raise RecipeError(
-            f"blocks learn in one process, and there are {ranks.count}; leave --tune or reconstruct: out, or start one"
-        )
     if job.recipe.distill is not None:
         raise RecipeError(
             f"{ranks.count} processes compress, but do not train after it; compress without distill:, then start "

@@ -125,6 +125,28 @@ def test_other_recipes_too(name: str, place: Path, tmp_path: Path) -> None:
     check_alike(alone.folder, found[0].folder, place / "dense", place / "text.txt")
 
 
+LEARNING: dict[str, dict[str, Any]] = {
+    "scales": {"rates": {"scales": 1e-3, "norms": 1e-3}, "batch": 2},
+    "weights": {"rates": {"scales": 1e-3, "weights": 1e-3}},
+    "pairs": {"rates": {"scales": 1e-3}, "window": 2, "batch": 3, "steps": 4},
+}
+
+
+@pytest.mark.parametrize("name", tiered(LEARNING, lambda name: name == "weights"))
+def test_blocks_learn_in_threads_what_they_learn_in_one(name: str, place: Path, tmp_path: Path) -> None:
+    """With as many held-out sequences as processes, and with fewer."""
+    for held_out, count in ((2, 2), (1, 2)):
+        asked = recipe(place, reconstruct=LEARNING[name] | {"evaluate_every": 2})
+        asked["calibration"] |= {"held_out": held_out}
+        alone = lc.compress(place / "dense", asked, tmp_path / f"alone-{held_out}")
+        found = compressed(place, asked, tmp_path / f"out-{held_out}", count)
+        check_alike(alone.folder, found[0].folder, place / "dense", place / "text.txt")
+        for path, block in alone.report.blocks.items():
+            there = found[0].report.blocks[path]
+            assert there["before"] == pytest.approx(block["before"], rel=0.1) and there["after"] < there["before"]
+            assert there["after"] == pytest.approx(block["after"], rel=0.1)
+
+
 @pytest.mark.parametrize("counts", tiered([(2, 2), (2, 3), (2, 1), (1, 2)], lambda counts: counts == (2, 2)))
 def test_runs_resume_in_any_number_of_processes(counts: tuple[int, int], place: Path, tmp_path: Path) -> None:
     """Of the same number, bit for bit."""
@@ -180,7 +202,6 @@ def test_processes_that_were_started_differently_say_in_what(place: Path, tmp_pa
 @pytest.mark.parametrize(
     "more, output, sentence",
     [
-        ({"reconstruct": {"rates": {"scales": 1e-2}}}, "out", "blocks learn in one process, and there are 2"),
         ({"distill": {"data": {"samples": 8, "length": 32}}}, "out", "2 processes compress, but do not train after it"),
         ({}, None, "2 processes write one checkpoint; name a folder for it"),
     ],
@@ -228,20 +249,12 @@ def test_threads_sweep_what_one_sweeps(place: Path, tmp_path: Path, monkeypatch:
     assert in_lockstep(2, swept) == found
 
 
-@pytest.mark.parametrize(
-    "more, sentence",
-    [
-        ({"reconstruct": {"rates": {"scales": 1e-2}}}, "blocks learn in one process, and there are 2"),
-        ({"distill": {"data": {"samples": 8, "length": 32}}}, "2 processes compress, but do not train after it"),
-    ],
-)
-def test_a_sweep_of_what_processes_cannot_share_is_refused_before_any_work(
-    more: dict[str, Any], sentence: str, place: Path, tmp_path: Path
-) -> None:
-    source, recipes = resolve(str(place / "dense")), line_of(place, **more)
+def test_a_sweep_of_what_processes_cannot_share_is_refused_before_any_work(place: Path, tmp_path: Path) -> None:
+    training = {"distill": {"data": {"samples": 8, "length": 32}}}
+    source, recipes = resolve(str(place / "dense")), line_of(place, **training)
 
     def work(ranks: Ranks) -> None:
-        with pytest.raises(RecipeError, match=sentence):
+        with pytest.raises(RecipeError, match="2 processes compress, but do not train after it"):
             sweep(source, recipes, budgets("4", None), tmp_path / "out", ranks=ranks)
 
     in_lockstep(2, work)

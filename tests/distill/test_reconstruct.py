@@ -17,7 +17,7 @@ import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.cli.views import report_view
 from llmcompress.data.calibration import calibration_tokens
-from llmcompress.distill.blockwise.block import Activations, recover_block
+from llmcompress.distill.blockwise.block import Activations, Recovered, recover_block
 from llmcompress.distill.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate.report import read
@@ -27,8 +27,10 @@ from llmcompress.models.families import block_stack
 from llmcompress.models.file_names import RECIPE
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.reconstruction import Reconstruction
+from llmcompress.runtime.ranks import Ranks
 from llmcompress.weight.modules import compressed_linears
 from tests.distill.miniature import TEXT, loaded, make
+from tests.lockstep import in_lockstep
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 
@@ -166,6 +168,36 @@ def test_a_signed_step_is_the_rate_in_the_direction_of_the_gradient(tmp_path: Pa
     for name, value in part.named().items():
         step = 0.01 * float(before[name].square().mean().sqrt())
         assert torch.allclose(value - before[name], -step * gradients[name].sign(), atol=1e-3 * step), name
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_block_learns_in_processes_what_it_learns_in_one(batch: int, tmp_path: Path) -> None:
+    """Of three processes one has nothing held out; in a step of one sequence two have nothing to do."""
+    make(tmp_path, [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}])
+    inputs, wanted = (torch.randn(9, 8, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    data = Activations(inputs, wanted, torch.ones(9, 8, dtype=torch.bool))
+    asked = Reconstruction(rates={"scales": 1e-2}, steps=6, batch=batch, evaluate_every=2)
+
+    def learn(ranks: Ranks) -> tuple[Recovered, dict[str, Tensor]]:
+        student, _ = loaded(tmp_path)
+        part = relaxed_student(student, {"scales": 0.1}, "plain", None, "model.layers.0.")
+        layer, rotary = student.get_submodule("model.layers.0"), student.model.rotary_emb(inputs, torch.arange(8)[None])
+
+        def block(hidden: Tensor) -> Tensor:
+            output: Tensor = layer(hidden, position_embeddings=rotary)
+            return output
+
+        mine, beside = ranks.share(torch.arange(7)), ranks.share(torch.arange(7, 9))
+        found = recover_block(block, part, data[mine], data[beside], asked, "model.layers.0", ranks)
+        return found, {name: value.detach().clone() for name, value in part.named().items()}
+
+    [(alone, kept)], many = in_lockstep(1, learn), in_lockstep(3, learn)
+    assert alone.step > 0 and alone.after < alone.before
+    for found, values in many:
+        assert found == many[0][0] and all(torch.equal(values[name], many[0][1][name]) for name in values)
+        assert (found.step, found.frozen) == (alone.step, alone.frozen)
+        assert (found.before, found.after) == pytest.approx((alone.before, alone.after), rel=1e-5)
+        assert all(torch.allclose(values[name], kept[name], rtol=1e-4, atol=1e-6) for name in kept)
 
 
 @pytest.mark.parametrize(

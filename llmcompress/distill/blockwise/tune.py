@@ -29,6 +29,7 @@ from llmcompress.distill.blockwise.block import Activations, recover_block
 from llmcompress.distill.student.model import WEIGHTS, Student, relaxed_student
 from llmcompress.errors import InputError
 from llmcompress.recipe.reconstruction import Reconstruction
+from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.weight.modules import CompressedLinear
 from llmcompress.weight.trainable.latents.flexround import Divided
 from llmcompress.weight.trainable.latents.form import Form
@@ -57,20 +58,22 @@ class Tune:
     window: int
 
 
-def tuner(recipe: Reconstruction) -> Tune:
-    """Return the function that a run calls after layers of a block are compressed.
+def tuner(recipe: Reconstruction, ranks: Ranks = ALONE) -> Tune:
+    """Return the function that a run calls after layers of a block are compressed; `ranks` have sequences of their own.
 
     That function raises InputError if no sequences are held out.
     """
 
     def tune(blocks: tuple[Block, ...], weights: Mapping[str, Tensor], held_out: int) -> Tuned:
-        return _tuned(blocks, weights, recipe, held_out)
+        return _tuned(blocks, weights, recipe, held_out, ranks)
 
     between = "weights" in recipe.rates
     return Tune(tune, between=between, batch_size=recipe.micro_batch, window=recipe.window)
 
 
-def _tuned(blocks: tuple[Block, ...], weights: Mapping[str, Tensor], recipe: Reconstruction, held_out: int) -> Tuned:
+def _tuned(
+    blocks: tuple[Block, ...], weights: Mapping[str, Tensor], recipe: Reconstruction, held_out: int, ranks: Ranks
+) -> Tuned:
     block, runs = blocks[-1], [each.run for each in blocks if each.run is not None]
     if len(runs) < len(blocks) or block.wanted is None:
         raise ValueError("the walk must carry the dense model's hidden states; ask it for outputs")
@@ -81,12 +84,13 @@ def _tuned(blocks: tuple[Block, ...], weights: Mapping[str, Tensor], recipe: Rec
     part = relaxed_student(block.model, recipe.rates, recipe.estimator, target, inside, form=_form(recipe))
     _leave_dense(part, weights)
     counted = torch.ones(block.hidden.shape[:2], dtype=torch.bool, device=block.hidden.device)
-    data, first = Activations(blocks[0].hidden, block.wanted, counted), len(block.hidden) - held_out
+    own = len(ranks.share(torch.arange(held_out)))
+    data, first = Activations(blocks[0].hidden, block.wanted, counted), len(block.hidden) - own
 
     def window(hidden: Tensor) -> Tensor:
         return reduce(lambda states, run: run(states), runs, hidden)
 
-    found = recover_block(window, part, data[:first], data[first:], recipe, block.path)
+    found = recover_block(window, part, data[:first], data[first:], recipe, block.path, ranks)
     beside = {name: value for name, value in part.dense().items() if name.removesuffix(".weight") not in weights}
     return Tuned(part.freeze_into_model(), beside, found.to_json() | {"window": [each.path for each in blocks]})
 
