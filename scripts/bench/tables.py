@@ -119,6 +119,16 @@ TABLES: dict[str, Columns] = {
         "peak GB": "{peak_gigabytes:.2f}",
         "minutes": "{minutes:.1f}",
     },
+    "costs": {"what": "{arm}", "processor seconds per million weights": "{seconds:.2f}"},
+    "bound": {"run": "{arm}", "seconds": "{seconds:.0f}", "bound": "{bound:.0f}", "times the bound": "{ratio:.2f}"},
+    "billion": {
+        "": "{arm}",
+        "bpw": "{bpw:.3f}",
+        "seconds": "{seconds:.0f}",
+        "processor seconds": "{cpu_seconds:.0f}",
+        "peak MB": "{peak_megabytes:.0f}",
+    },
+    "upcycled": {"model, method": "{arm}", "KL": "{kl:.4f} ± {kl_stderr:.4f}", "perplexity": "{perplexity:.3f}"},
     "ranks": {"processes": "{arm}", "seconds": "{seconds:.1f}", "times as fast": "{speedup:.2f}"},
     "reliability": {"trial": "{arm}", "trials": "{trials}", "outcomes": "{outcomes}"},
     "gguf_types": {
