@@ -33,20 +33,28 @@ from llmcompress.models.locate import Place
 from llmcompress.models.staging import megabytes
 from llmcompress.recipe.target import Target
 from llmcompress.runtime.memory import peak_memory, total_memory
+from llmcompress.runtime.ranks import ALONE, Ranks
 
 
 def judge(
-    job: Job, folder: Path, device: str, progress: Counting | None = None, plan: Allocation | None = None
+    job: Job,
+    folder: Path,
+    device: str,
+    progress: Counting | None = None,
+    plan: Allocation | None = None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Measure the job's finished checkpoint in `folder`, unless its report has the numbers already, and write them and
     the job's limits into its report, which is returned. `plan`: how its steps were chosen for a target.
 
-    What cannot be measured is a warning in the report. Raises DiskError where the folder cannot be written to, and
-    NumericsError for a model that computes NaN.
+    Several processes share the windows if all of them see the folder; the first one writes. What cannot be measured is
+    a warning in the report. Raises DiskError where the folder cannot be written to, and NumericsError for a model that
+    computes NaN.
     """
-    started, before, limits = monotonic(), reports.read(folder), job.recipe.gates.of_quality
+    started, limits = monotonic(), job.recipe.gates.of_quality
+    before = ranks.first(lambda: reports.read(folder))
     is_open = _is_open(before.gates, limits)
-    found = _measured(job, folder, device, progress) if is_open else before.gates
+    found = _measured(job, folder, device, progress, ranks) if is_open else before.gates
     if found is not None and not found.measured and not limits:
         found = None
     if found is not None and found.measured:
@@ -54,11 +62,10 @@ def judge(
         if found.held is False and plan is not None:
             holding = _holding(plan, found)
             found = replace(found, predicted_bytes=None if holding is None else plan.choices.size(holding))
-    after = before
-    if found != before.gates:
-        after = _noted(before, found, monotonic() - started if is_open else 0.0)
-        add_file(folder, REPORT, json.dumps(after.to_json(), indent=2))
-    return after
+    if found == before.gates:
+        return before
+    seconds = monotonic() - started if is_open else 0.0
+    return ranks.first(lambda: _written(folder, _noted(before, found, seconds)))
 
 
 def check(report: Report, folder: Path, plan: Allocation | None = None, stays: bool = True) -> None:
@@ -90,12 +97,14 @@ def gate_windows(held_out: Tensor) -> Tensor:
     return pieces[: max(TOKENS // length, 1)]
 
 
-def measure(dense: Readable, model: Readable, windows: Tensor, blocks: Counting | None = None) -> GateReport:
+def measure(
+    dense: Readable, model: Readable, windows: Tensor, blocks: Counting | None = None, ranks: Ranks = ALONE
+) -> GateReport:
     """Compare a model with its dense one on `windows [n, length]`; `blocks` receives (blocks, blocks in all) of both.
 
     Raises what `distance` raises.
     """
-    far = distance(dense, model, windows, blocks=None if blocks is None else _BothModels(blocks))
+    far = distance(dense, model, windows, processes=ranks, blocks=None if blocks is None else _BothModels(blocks))
     return of_numbers(far.kl, far.student.nll - far.teacher.nll, far.student.tokens)
 
 
@@ -104,21 +113,35 @@ def _is_open(gates: GateReport | None, limits: Mapping[str, float]) -> bool:
     return bool(limits) and (gates is None or not gates.measured or gates.text != "calibration")
 
 
-def _measured(job: Job, folder: Path, device: str, progress: Counting | None) -> GateReport | None:
+def _measured(job: Job, folder: Path, device: str, progress: Counting | None, ranks: Ranks) -> GateReport | None:
     """Return the numbers of the checkpoint in `folder`, without limits, or why there are none."""
-    limits, tokens = job.recipe.gates.of_quality, None
-    reason = job.ungated or _too_large(job, device)
+    windows, reason = ranks.first(lambda: _windows(job, device))
+    if windows is None:
+        return pending(job.recipe.gates.of_quality, reason)
+
+    def numbers(together: Ranks) -> GateReport | None:
+        """Those of the windows that `together` share."""
+        try:
+            with together.agreed():
+                place = Place(str(folder), folder, trust_remote_code=job.source.trust_remote_code)
+                models = OnDisk(open_source(job.source.place), device), OnDisk(decoded_source(place), device)
+            return measure(*models, windows, progress, together)
+        except (InputError, MemoryLimitError) as error:
+            return pending(job.recipe.gates.of_quality, f"that failed ({error})")
+
+    if all(ranks.everyone((folder / REPORT).is_file())):
+        return numbers(ranks)
+    return ranks.first(lambda: numbers(ALONE))
+
+
+def _windows(job: Job, device: str) -> tuple[Tensor | None, str | None]:
+    """Return the windows that both models read; without any, why."""
+    reason, tokens = job.ungated or _too_large(job, device), None
     if reason is None and (tokens := job.tokens) is not None and not tokens.held_out:
         reason = "the calibration text is one sequence, and none is held out"
     if reason is not None or tokens is None:
-        return pending(limits, reason)
-    windows = gate_windows(tokens.sequences[tokens.obtained - tokens.held_out :])
-    try:
-        place = Place(str(folder), folder, trust_remote_code=job.source.trust_remote_code)
-        models = OnDisk(open_source(job.source.place), device), OnDisk(decoded_source(place), device)
-        return measure(*models, windows, progress)
-    except (InputError, MemoryLimitError) as error:
-        return pending(limits, f"that failed ({error})")
+        return None, reason
+    return gate_windows(tokens.sequences[tokens.obtained - tokens.held_out :]), None
 
 
 def _too_large(job: Job, device: str) -> str | None:
@@ -127,6 +150,12 @@ def _too_large(job: Job, device: str) -> str | None:
     if device != "cpu" or needed <= there:
         return None
     return f"that takes about {megabytes(needed)}, and this machine has {megabytes(there)}"
+
+
+def _written(folder: Path, report: Report) -> Report:
+    """Put a report into its folder, and return it."""
+    add_file(folder, REPORT, json.dumps(report.to_json(), indent=2))
+    return report
 
 
 def _noted(before: Report, found: GateReport | None, seconds: float) -> Report:

@@ -193,15 +193,15 @@ def _is_left(output: Path) -> bool:
 
 
 def _gated(result: Result, job: Job, way: _Way, plan: Allocation | None = None) -> Result:
-    """Hold a finished checkpoint against the recipe's gates, in the first process, and return it with its new report.
+    """Hold a finished checkpoint against the recipe's gates, and return it with its new report.
 
-    Raises GateError in all of them where it is outside.
+    Raises GateError in all processes where it is outside.
     """
     ranks, stays = way.ranks, result.is_kept
     with ExitStack() as stack:
         if stays:
             stack.push(partial(_note, f"{result.folder} is complete, and the same command measures its gates"))
-        report = ranks.first(lambda: judge(job, result.folder, ranks.device, way.judging, plan))
+        report = judge(job, result.folder, ranks.device, way.judging, plan, ranks)
     with ranks.agreed():
         check(report, result.folder, plan, stays)
     return replace(result, report=report)

@@ -18,8 +18,8 @@ from llmcompress.evaluate.perplexity import (
     position_chunks,
     predicted_tokens,
 )
-from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.uncertainty import mean, stderr
+from llmcompress.runtime.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def distance(
     student: Readable,
     ids: Tensor,
     batch_size: int = 1,
-    processes: Processes = ALONE,
+    processes: Ranks = ALONE,
     progress: Counting | None = None,
     blocks: Counting | None = None,
 ) -> Distance:
@@ -59,17 +59,18 @@ def distance(
     """
     mine = processes.share(ids)
     rows: list[tuple[float, float, float, float]] = []
-    for (batch, wanted), (_, given) in zip(
-        window_logits(teacher, mine, batch_size, blocks), window_logits(student, mine, batch_size, blocks)
-    ):
-        if wanted.shape != given.shape:
-            raise InputError(
-                f"the models cannot be compared: one has a vocabulary of {wanted.shape[-1]}, the other of "
-                f"{given.shape[-1]} tokens; compare a model with the one it was made from"
-            )
-        rows += [_in_window(*one) for one in zip(wanted, given.to(wanted.device), batch)]
-        if progress is not None:
-            progress(len(rows), len(mine))
+    with processes.agreed():
+        for (batch, wanted), (_, given) in zip(
+            window_logits(teacher, mine, batch_size, blocks), window_logits(student, mine, batch_size, blocks)
+        ):
+            if wanted.shape != given.shape:
+                raise InputError(
+                    f"the models cannot be compared: one has a vocabulary of {wanted.shape[-1]}, the other of "
+                    f"{given.shape[-1]} tokens; compare a model with the one it was made from"
+                )
+            rows += [_in_window(*one) for one in zip(wanted, given.to(wanted.device), batch)]
+            if progress is not None:
+                progress(len(rows), len(mine))
     divergence, same, *losses = zip(*processes.gathered(rows))
     scores = [Perplexity.of(loss, predicted_tokens(ids)) for loss in losses]
     return Distance(

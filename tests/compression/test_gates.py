@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from llmcompress.compression.plan import prepare
 from llmcompress.compression.time_estimate import seconds
 from llmcompress.distill.run import distill
 from llmcompress.errors import GateError
+from llmcompress.evaluate.gates import GateReport
 from llmcompress.evaluate.report import read
 from llmcompress.evaluate.verify import verify
 from llmcompress.export.hub import _card, push
@@ -253,6 +255,40 @@ def test_a_distillation_comes_before(place: Path, tmp_path: Path) -> None:
     after = read(tmp_path / "further").gates
     assert after is not None and after.kl == done.history[-1]["kl"] and after.held is False
     assert after.sentence().endswith("on text held out of the distillation")
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_processes_share_the_windows_where_all_see_the_model(count: int, place: Path, tmp_path: Path) -> None:
+    """Elsewhere the first one measures. One of five has no window of the four."""
+    job = prepare(resolve(str(place / "dense")), read_recipe(recipe(place)))
+    run.compress(job, tmp_path / "out")
+    for name in ("again", "once"):
+        shutil.copytree(tmp_path / "out", tmp_path / name)
+    alone = gate.judge(job, tmp_path / "out", "cpu").gates
+    assert alone is not None and alone.kl is not None and alone.held is False
+    read_by: dict[Path, list[int]] = {}
+
+    def judged(ranks: Ranks, folder: Path) -> GateReport | None:
+        def told(*_: int) -> None:
+            read_by.setdefault(folder, []).append(ranks.rank)
+
+        return gate.judge(job, folder, "cpu", told, ranks=ranks).gates
+
+    shared = in_lockstep(count, lambda ranks: judged(ranks, tmp_path / "again"))
+    assert shared == [alone] * count
+    assert set(read_by[tmp_path / "again"]) == set(range(min(count, 4)))
+    unseen = in_lockstep(count, lambda ranks: judged(ranks, tmp_path / ("once" if ranks.rank == 0 else "nowhere")))
+    assert unseen == [alone] * count and set(read_by[tmp_path / "once"]) == {0}
+
+
+def test_what_one_process_cannot_read_all_leave_unmeasured(place: Path, tmp_path: Path) -> None:
+    job = prepare(resolve(str(place / "dense")), read_recipe(recipe(place)))
+    run.compress(job, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"no header")
+    found = in_lockstep(2, lambda r: gate.judge(job, tmp_path / ("damaged" if r.rank else "out"), "cpu", ranks=r).gates)
+    assert found[0] == found[1] and found[0] is not None
+    assert found[0].held is None and str(found[0].unmeasured).startswith("that failed (")
 
 
 # --- nothing to measure ---------------------------------------------------------------------------------------------
