@@ -98,7 +98,6 @@ class Bench:
         self.dense.save_pretrained(self.folder)
         tokenizer.save_pretrained(self.folder)
         self.student = copy.deepcopy(self.dense)
-        self.teacher: Any = Remembering(self.dense)
         self.text = calibration(options.data)
         self.energy = energies(self.dense, calibration_tokens(options.data, tokenizer, self.text))
         protocol = lc.Protocol(text=options.data / "wikitext2-test.raw", windows=options.windows)
@@ -163,22 +162,7 @@ class Bench:
         for name, child in linears(self.student):
             if name in matrices:
                 child.weight.data.copy_(matrices[name][2])
-        return [distance(self.teacher, self.student, window[None]) for window in self.windows]
-
-
-class Remembering:
-    """The dense model, which computes the logits of a window once."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.device = model, model.device
-        self.found: dict[tuple[int, ...], Any] = {}
-
-    def __call__(self, input_ids: Tensor, use_cache: bool) -> Any:
-        """Return the model's output."""
-        key = tuple(input_ids.flatten().tolist())
-        if key not in self.found:
-            self.found[key] = self.model(input_ids=input_ids, use_cache=use_cache)
-        return self.found[key]
+        return [distance(self.dense, self.student, window[None]) for window in self.windows]
 
 
 def compared(found: dict[str, list[Distance]]) -> dict[str, float]:

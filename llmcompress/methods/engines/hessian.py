@@ -71,21 +71,22 @@ def inverse_factor(moments: Moments, damping: float, order: Tensor | None = None
 def inverted(lower: Tensor) -> Tensor:
     """Return the inverse of a lower triangle `[in, in]`, by halves, so that most of it is products."""
     inverse = torch.zeros_like(lower)
-
-    def fill(start: int, stop: int) -> None:
-        if stop - start <= TRIANGLE:
-            eye = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
-            part = torch.linalg.solve_triangular(lower[start:stop, start:stop], eye, upper=False)
-            inverse[start:stop, start:stop] = part
-            return
-        middle = (start + stop) // 2
-        fill(start, middle)
-        fill(middle, stop)
-        carried = lower[middle:stop, start:middle] @ inverse[start:middle, start:middle]
-        inverse[middle:stop, start:middle] = -(inverse[middle:stop, middle:stop] @ carried)
-
-    fill(0, len(lower))
+    _fill(inverse, lower, 0, len(lower))
     return inverse
+
+
+def _fill(inverse: Tensor, lower: Tensor, start: int, stop: int) -> None:
+    """Put the inverse of a square on the diagonal into its place. No closure: one that calls itself keeps both matrices
+    until the collector of cycles comes by."""
+    if stop - start <= TRIANGLE:
+        eye = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
+        inverse[start:stop, start:stop] = torch.linalg.solve_triangular(lower[start:stop, start:stop], eye, upper=False)
+        return
+    middle = (start + stop) // 2
+    _fill(inverse, lower, start, middle)
+    _fill(inverse, lower, middle, stop)
+    carried = lower[middle:stop, start:middle] @ inverse[start:middle, start:middle]
+    inverse[middle:stop, start:middle] = -(inverse[middle:stop, middle:stop] @ carried)
 
 
 def metric(moments: Moments, target: Tensor, damping: float) -> Tensor:

@@ -6,6 +6,7 @@ A step is given small layers of several shapes; where it cannot work on one, it 
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -107,6 +108,25 @@ def test_never_worse_than_zeroing(observed: Observed) -> None:
     inputs = moments(calibration(observed.size[1]))
     error = relative_error(gaussian(*observed.size), observed.done.expression(), inputs)
     assert error <= 1 + 1e-6, f"error {error}: dropping the layer would be better"
+
+
+@every_step
+def test_no_matrix_stays_behind(arguments: Step) -> None:
+    """Memory goes back when the layer does: matrices in cycles would wait for the collector, the largest of a run."""
+    compressed(gaussian(*SIZE), calibration(SIZE[1]), arguments)  # tables that stay are made by now
+    gc.collect()
+    gc.disable()
+    try:
+        before = matrices()
+        compressed(gaussian(*SIZE), calibration(SIZE[1]), arguments)
+        assert matrices() == before
+    finally:
+        gc.enable()
+
+
+def matrices() -> int:
+    """The number of tensors of two dimensions that are alive."""
+    return sum(issubclass(type(each), Tensor) and each.dim() == 2 for each in gc.get_objects())
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=named)
