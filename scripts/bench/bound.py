@@ -1,4 +1,4 @@
-"""How near GPTQ comes to the products that it cannot avoid, on four blocks in the shape of a Llama of 8 billion.
+"""Time GPTQ beside the products that it cannot avoid, on four blocks in the shape of a Llama of 8 billion.
 
     python scripts/bench/bound.py [--sequences 64] [--length 1024] [--threads 2] [--jsonl FILE]
 

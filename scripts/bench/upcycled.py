@@ -1,4 +1,4 @@
-"""Does compressing expert by expert cost quality? A dense model and the same model as a mixture, both by GPTQ.
+"""Compress a dense model, and the same model as a mixture: does working expert by expert cost quality?
 
     python scripts/bench/upcycled.py --data DATA [--experts 4] [--windows 16] [--jsonl FILE]
 
