@@ -134,17 +134,16 @@ LEARNING: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", tiered(LEARNING, lambda name: name == "weights"))
 def test_blocks_learn_in_threads_what_they_learn_in_one(name: str, place: Path, tmp_path: Path) -> None:
-    """With as many held-out sequences as processes, and with fewer."""
-    for held_out, count in ((2, 2), (1, 2)):
-        asked = recipe(place, reconstruct=LEARNING[name] | {"evaluate_every": 2})
-        asked["calibration"] |= {"held_out": held_out}
-        alone = lc.compress(place / "dense", asked, tmp_path / f"alone-{held_out}")
-        found = compressed(place, asked, tmp_path / f"out-{held_out}", count)
-        check_alike(alone.folder, found[0].folder, place / "dense", place / "text.txt")
-        for path, block in alone.report.blocks.items():
-            there = found[0].report.blocks[path]
-            assert there["before"] == pytest.approx(block["before"], rel=0.1) and there["after"] < there["before"]
-            assert there["after"] == pytest.approx(block["after"], rel=0.1)
+    """With fewer held-out sequences than processes."""
+    asked = recipe(place, reconstruct=LEARNING[name] | {"evaluate_every": 2})
+    asked["calibration"] |= {"held_out": 1}
+    alone = lc.compress(place / "dense", asked, tmp_path / "alone")
+    found = compressed(place, asked, tmp_path / "out", 2)
+    check_alike(alone.folder, found[0].folder, place / "dense", place / "text.txt")
+    for path, block in alone.report.blocks.items():
+        there = found[0].report.blocks[path]
+        assert there["before"] == pytest.approx(block["before"], rel=0.1) and there["after"] < there["before"]
+        assert there["after"] == pytest.approx(block["after"], rel=0.1)
 
 
 @pytest.mark.parametrize("counts", tiered([(2, 2), (2, 3), (2, 1), (1, 2)], lambda counts: counts == (2, 2)))
