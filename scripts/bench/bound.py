@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from records import Record, append, provenance
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from shapes import VOCABULARY, write
+from transformers import LlamaConfig
 
 import llmcompress as lc
-from llmcompress.models.locate import locate
 
 WIDTH, INNER, HEADS, KEYS, BLOCKS = 4096, 14336, 32, 8, 4
 STEP = {"method": "gptq", "bits": 4, "group_size": 64, "symmetric": False}
@@ -40,7 +40,7 @@ def main() -> None:
     recipe = {"version": 1, "rules": [{"match": "*", "steps": [STEP]}], "calibration": text, "gates": ungated}
     before = speed()
     with tempfile.TemporaryDirectory() as place:
-        write(Path(place) / "dense")
+        write(shape(), Path(place) / "dense")
         began = time.perf_counter()
         lc.compress(Path(place) / "dense", recipe, Path(place) / "small")
         seconds = time.perf_counter() - began
@@ -52,22 +52,17 @@ def main() -> None:
         append(options.jsonl, record(numbers, text, options))
 
 
-def write(folder: Path) -> None:
-    """Write the model, with the tokenizer of SmolLM2."""
-    tokenizer = AutoTokenizer.from_pretrained(locate("smollm2").folder)
-    config = LlamaConfig(
+def shape() -> LlamaConfig:
+    """Return the model's sizes."""
+    return LlamaConfig(
         hidden_size=WIDTH,
         intermediate_size=INNER,
         num_hidden_layers=BLOCKS,
         num_attention_heads=HEADS,
         num_key_value_heads=KEYS,
-        vocab_size=len(tokenizer),
+        vocab_size=VOCABULARY,
         tie_word_embeddings=True,
-        dtype="bfloat16",
     )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def operations(tokens: int) -> float:

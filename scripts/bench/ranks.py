@@ -23,10 +23,8 @@ from pathlib import Path
 
 import torch
 from records import ROOT, Record, append, provenance
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from llmcompress.models.locate import locate
-from llmcompress.models.tokenizer import load_tokenizer
+from shapes import VOCABULARY, write
+from transformers import LlamaConfig
 
 BLOCKS = 4
 TEXT = "text.txt"
@@ -60,21 +58,18 @@ def main() -> None:
 
 def model(folder: Path, width: int) -> Path:
     """Write the model, with the tokenizer of the embedded one, and random words beside it."""
-    tokenizer = load_tokenizer(locate("smollm2").folder)
-    shape = LlamaConfig(
+    config = LlamaConfig(
         hidden_size=width,
         intermediate_size=width * 11 // 4,
         num_hidden_layers=BLOCKS,
         num_attention_heads=width // 64,
         num_key_value_heads=max(1, width // 256),
-        vocab_size=len(tokenizer),
+        vocab_size=VOCABULARY,
         tie_word_embeddings=True,
     )
-    torch.manual_seed(0)
-    LlamaForCausalLM(shape).bfloat16().save_pretrained(folder)
-    words = str(tokenizer.decode(torch.randint(len(tokenizer), (200_000,))))
+    tokenizer = write(config, folder)
+    words = str(tokenizer.decode(torch.randint(VOCABULARY, (200_000,))))
     (folder / TEXT).write_text(words, encoding="utf-8")
-    tokenizer.save_pretrained(folder)
     return folder
 
 

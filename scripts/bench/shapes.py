@@ -20,15 +20,18 @@ from pathlib import Path
 import torch
 from records import Record, append, provenance
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import llmcompress as lc
+from llmcompress.models.locate import locate
+from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.weight.hadamard import SYLVESTER
 from llmcompress.weight.modules import CompressedLinear, put
 from llmcompress.weight.nodes import Columns, Grid, Rotated, TrellisCoded, Weight, Where
 from llmcompress.weight.trellis import Code, Trellis
 
 Make = Callable[[int, int], Weight]
+VOCABULARY = 49152  # of SmolLM2's tokenizer
 
 
 def main() -> None:
@@ -63,9 +66,18 @@ def shape(tied: bool) -> LlamaConfig:
         num_hidden_layers=16,
         num_attention_heads=32,
         num_key_value_heads=8,
-        vocab_size=49152,
+        vocab_size=VOCABULARY,
         tie_word_embeddings=tied,
     )
+
+
+def write(config: LlamaConfig, folder: Path) -> PreTrainedTokenizerBase:
+    """Write a model of random weights in bfloat16 with the tokenizer of SmolLM2, which is returned."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    tokenizer = load_tokenizer(locate("smollm2").folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def dense() -> nn.Module:

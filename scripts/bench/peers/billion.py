@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from compare import CONFIGS, HERE, windows
+from run import launch, run_once
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaForCausalLM
-
-from llmcompress.models.locate import locate
 
 sys.path.insert(0, str(HERE.parent))
 from records import Record, append, provenance
-from shapes import shape
+from shapes import shape, write
 
 BLOCKS, SEQUENCES, LENGTH = 4, 16, 1024
 OURS = {"gptq-3-g64": "recommended/gptq-3-g64", "trellis-2": "methods/trellis-2"}  # recipe below configs/
@@ -47,47 +43,28 @@ def main() -> None:
     given = parser.parse_args()
     model, text = given.out / "dense", given.data / "wikitext2-valid.txt"
     if not (model / "config.json").exists():
-        write(model)
+        config = shape(tied=True)
+        config.num_hidden_layers = BLOCKS
+        write(config, model)
         save_file({"sequences": windows(model, text, SEQUENCES, LENGTH)}, given.out / "tokens.safetensors")
     print("| arm | seconds | CPU s | peak MB |\n|---|---|---|---|")
     for arm in given.arms or [*OURS, *PEERS]:
-        found = run(arm, words(arm, model, text, given), given)
+        found = run(arm, model, text, given)
         megabytes = found["peak_rss_bytes"] / 1e6
         print(f"| {arm} | {found['seconds']:.0f} | {found['cpu_seconds']:.0f} | {megabytes:.0f} |", flush=True)
         if given.jsonl:
             append(given.jsonl, record(arm, found | {"peak_megabytes": megabytes}, given))
 
 
-def write(folder: Path) -> None:
-    """Write the model in bfloat16, with the tokenizer of SmolLM2."""
-    config = shape(tied=True)
-    config.num_hidden_layers = BLOCKS
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(locate("smollm2").folder).save_pretrained(folder)
-
-
-def words(arm: str, model: Path, text: Path, given: argparse.Namespace) -> list[Any]:
-    """Return the command line of an arm."""
-    common = ["--model", model, "--threads", given.threads, "--out", given.out / arm]
+def run(arm: str, model: Path, text: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Return what an arm says of itself; end the program where it fails."""
     if arm in OURS:
         asked = ["--recipe", CONFIGS / f"{OURS[arm]}.yaml", "--text", text, "--sequences", SEQUENCES]
-        return [sys.executable, HERE / "ours.py", *asked, "--length", LENGTH, "--arm", arm, *common]
-    environment, script, name = PEERS[arm]
-    python = given.environments / environment / "bin" / "python"
-    return [python, HERE / f"{script}.py", "--tokens", given.out / "tokens.safetensors", "--arm", name, *common]
-
-
-def run(arm: str, command: list[Any], given: argparse.Namespace) -> dict[str, Any]:
-    """Return what an arm says of itself; end the program where it fails."""
-    threads, log = str(given.threads), given.out / f"{arm}.log"
-    own = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
-    with log.open("w", encoding="utf-8") as messages:
-        done = subprocess.run(
-            list(map(str, command)), env=os.environ | own, stdout=subprocess.PIPE, stderr=messages, text=True
-        )
-    if done.returncode != 0:
-        sys.exit(f"{arm} failed with exit code {done.returncode}; its messages are in {log}.")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        common = ["--model", model, "--arm", arm, "--out", given.out / arm, "--threads", given.threads]
+        launch(arm, [sys.executable, HERE / "ours.py", *asked, "--length", LENGTH, *common], given)
+    else:
+        run_once(arm, *PEERS[arm], model, given)
+    found: dict[str, Any] = json.loads((given.out / arm / "peer.json").read_text())
     return found
 
 

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from compare import windows
 from safetensors.torch import save_file
@@ -67,6 +68,11 @@ def run_once(name: str, tool: str, script: str, arm: str, model: Path, given: ar
     command += ["--arm", arm, "--out", given.out / name, "--threads", given.threads]
     if tool == OURS:
         command += ["--importance", given.out / "importance.safetensors"]
+    launch(name, command, given)
+
+
+def launch(name: str, command: list[Any], given: argparse.Namespace) -> None:
+    """A command in a fresh process with so many threads, its words in OUT/NAME.log; ends the program where it fails."""
     threads = str(given.threads)
     variables = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     log = given.out / f"{name}.log"
