@@ -16,7 +16,7 @@ from llmcompress.calibrate.gradients import Importance
 from llmcompress.calibrate.ranks import added
 from llmcompress.calibrate.starved import lacking, read_all, routed
 from llmcompress.calibrate.token_weights import token_weights
-from llmcompress.methods.moments import Moments, capped_weights
+from llmcompress.methods.moments import Moments, RunningMoments, capped_weights
 from llmcompress.models.families import BlockLayout
 from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.runtime.ranks import ALONE, Ranks
@@ -25,6 +25,7 @@ HELD_OUT = frozenset({"outer"})  # what an honest layer error is computed from
 
 Wanted = dict[tuple[str, ...], frozenset[str]]  # the statistics of each input group, by the names of its linears
 Needs = frozenset[str] | Mapping[str, frozenset[str]]
+Found = dict[tuple[str, bool], Moments]  # by a linear's name, and whether of held-out tokens
 Seen = tuple[Tensor, Tensor | None]  # what a linear reads, and of which tokens: see `blocks.Visit`
 
 
@@ -72,7 +73,7 @@ class _Sums:
 
     needs: Mapping[str, frozenset[str]]
     cap: float | None
-    moments: dict[tuple[str, bool], Moments] = field(default_factory=dict)
+    running: dict[tuple[str, bool], RunningMoments] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
     def read(self, name: str, seen: Seen, held_out: bool, dense: Seen | None, weights: Tensor | None) -> None:
@@ -86,37 +87,46 @@ class _Sums:
             beside = None if beside is None else beside[None]
             weights = None if weights is None else weights.flatten()[tokens][None]
             self.counts[name] = self.counts.get(name, 0) + (0 if held_out else len(tokens))
+        self.add(name, x, held_out, weights, beside)
+
+    def add(
+        self,
+        name: str,
+        x: Tensor,
+        held_out: bool = False,
+        weights: Tensor | None = None,
+        dense_inputs: Tensor | None = None,
+    ) -> None:
+        """Add a batch of inputs; see `add_batch`."""
         needs = HELD_OUT if held_out else self.needs[name]
-        self.add(name, moments_of(x, needs, self.cap, weights, beside), held_out)
+        sums = self.running.setdefault((name, held_out), RunningMoments(needs))
+        add_batch(sums, x, self.cap, weights, dense_inputs)
 
-    def add(self, name: str, found: Moments, held_out: bool = False) -> None:
-        """Add moments."""
-        before = self.moments.get((name, held_out))
-        self.moments[name, held_out] = found if before is None else before + found
-
-    def over(self, ranks: Ranks, device: torch.device) -> None:
-        """Add what all processes have seen."""
-        self.moments = added(self.moments, ranks, device)
+    def over(self, ranks: Ranks, device: torch.device) -> Found:
+        """Return the moments of what all processes have seen, and count it."""
         seen = ranks.everyone(self.counts)
         self.counts = {name: sum(counts[name] for counts in seen) for name in self.counts}
+        return added({key: sums.moments() for key, sums in self.running.items()}, ranks, device)
 
-    def fill_up(self, run: BlockForward, streams: HiddenStreams) -> frozenset[str]:
-        """Fill up the moments of starved experts; return the linears that it concerns."""
-        missing = lacking(run, self.counts)
-        if not missing:
-            return frozenset()
-        everything = _Sums(self.needs, self.cap)
 
-        def add(name: str, x: Tensor) -> None:
-            everything.add(name, moments_of(x[None], self.needs[name], self.cap, None, x[None]))
+def _filled_up(
+    found: Found, sums: _Sums, missing: Mapping[str, float], run: BlockForward, streams: HiddenStreams
+) -> Found:
+    """Return the moments with those of starved experts, by the tokens that each of them is `missing`, filled up."""
+    if not missing:
+        return found
+    everything = _Sums(sums.needs, sums.cap)
 
-        with streams.ranks.agreed():
-            read_all(run, missing, streams.batches, streams.hidden, add)
-        everything.over(streams.ranks, streams.hidden.device)
-        for name, count in missing.items():
-            found = everything.moments[name, False]
-            self.add(name, found.scaled(count / found.tokens))
-        return frozenset(missing)
+    def add(name: str, x: Tensor) -> None:
+        everything.add(name, x[None], dense_inputs=x[None])
+
+    with streams.ranks.agreed():
+        read_all(run, missing, streams.batches, streams.hidden, add)
+    filled = dict(found)
+    for key, more in everything.over(streams.ranks, streams.hidden.device).items():
+        scaled = more.scaled(missing[key[0]] / more.tokens)
+        filled[key] = filled[key] + scaled if key in filled else scaled
+    return filled
 
 
 @torch.no_grad()
@@ -158,20 +168,21 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
 
             output = run(hidden[batch.rows], batch.rows, read, tuple(readers), None if streams.keep_outputs else last)
             # an expert may be called in one batch and not in another
-            if last is None and sums.moments and not to_experts:
-                last = list(sums.moments)[-1][0]
+            if last is None and sums.running and not to_experts:
+                last = list(sums.running)[-1][0]
             if streams.keep_outputs:
                 outputs[batch.rows] = output
-    sums.over(streams.ranks, hidden.device)
-    filled = sums.fill_up(run, streams)
+    found = sums.over(streams.ranks, hidden.device)
+    starved = lacking(run, sums.counts)
+    found = _filled_up(found, sums, starved, run, streams)
     if outputs is not hidden:
         hidden.copy_(outputs)
     return tuple(
         InputGroup(
             names,
-            sums.moments[first, False],
-            sums.moments.get((first, True)),
-            sums.counts[first] if first in filled else None,
+            found[first, False],
+            found.get((first, True)),
+            sums.counts[first] if first in starved else None,
             _row_weights(names, streams),
         )
         for first, names in readers.items()
@@ -214,20 +225,20 @@ def _beside(seen: Seen, dense: Seen) -> Tensor:
     return result
 
 
-def moments_of(
+def add_batch(
+    sums: RunningMoments,
     x: Tensor,
-    needs: frozenset[str],
     cap: float | None,
     counts: Tensor | None = None,
     dense_inputs: Tensor | None = None,
-) -> Moments:
-    """The moments of one batch of a linear's inputs `[sequences, length, in]`; `counts [sequences, length]` are weights
-    of its tokens, which the cap lowers."""
+) -> None:
+    """Add a batch of a linear's inputs `[sequences, length, in]`; `counts [sequences, length]` are weights of its
+    tokens, which the cap lowers."""
     weights = None if cap is None else capped_weights(x, cap)
     if counts is not None:
         weights = counts if weights is None else weights * counts
     weights = None if weights is None else weights.flatten()
-    return Moments.of(x.flatten(0, 1), needs, weights, None if dense_inputs is None else dense_inputs.flatten(0, 1))
+    sums.add(x.flatten(0, 1), weights, None if dense_inputs is None else dense_inputs.flatten(0, 1))
 
 
 def wanted_of(layout: BlockLayout, needs: Needs) -> Wanted:

@@ -36,15 +36,15 @@ from llmcompress.calibrate.gather import (
     HiddenStreams,
     InputGroup,
     Needs,
+    add_batch,
     gather,
-    moments_of,
     wanted_of,
 )
 from llmcompress.calibrate.gradients import Importance
 from llmcompress.calibrate.ranks import added
 from llmcompress.calibrate.recording import embed, head_inputs
 from llmcompress.errors import InputError
-from llmcompress.methods.moments import Moments
+from llmcompress.methods.moments import Moments, RunningMoments
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, Linear
 from llmcompress.recipe.calibration import TokenWeights
@@ -249,13 +249,12 @@ def _gather_ends(
     """
     groups = {}
     for number, name, statistics in _tables(arch, needs, finished):
-        totals: dict[bool, Moments] = {}
+        totals = {False: RunningMoments(HELD_OUT)}
         inputs = head_inputs(model, source, arch, streams.hidden, streams.batches, extra) if statistics else ()
         for batch, x in inputs:
-            moments = moments_of(x, HELD_OUT, streams.cap)
-            totals[batch.held_out] = totals[batch.held_out] + moments if batch.held_out in totals else moments
-        totals = added(totals, streams.ranks, streams.hidden.device)
-        groups[number] = InputGroup((name,), totals.get(False, Moments(0.0)), totals.get(True))
+            add_batch(totals.setdefault(batch.held_out, RunningMoments(HELD_OUT)), x, streams.cap)
+        found = added({held: sums.moments() for held, sums in totals.items()}, streams.ranks, streams.hidden.device)
+        groups[number] = InputGroup((name,), found[False], found.get(True))
     return groups
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from llmcompress.kernels.cpu import gram
 from llmcompress.runtime.precision import bfloat16_factors, full_float32
 from llmcompress.runtime.side_by_side import finish_here
 
@@ -43,26 +44,10 @@ class Moments:
     def of(
         x: Tensor, needs: frozenset[str], weights: Tensor | None = None, dense_inputs: Tensor | None = None
     ) -> Moments:
-        """The moments of `x [tokens, in]`, with token `weights [tokens]`; `dense_inputs` like x, for `cross`.
-
-        Summed in float32 whatever the dtype of `x`; of bfloat16 inputs, as a bfloat16 forward reads them, faster.
-        """
-        tokens, dtype = float(len(x)), x.dtype
-        if weights is not None and bool((weights != 1).any()):
-            tokens = float(weights.sum())
-            root = weights.float().sqrt()[:, None]
-            x = x * root
-            dense_inputs = None if dense_inputs is None else dense_inputs * root
-        x = x.float()  # float16 squares overflow from 256 on
-        dense_inputs = None if dense_inputs is None else dense_inputs.float()
-        gram = in_one if x.is_cuda else in_tiles
-        with bfloat16_factors() if dtype == torch.bfloat16 else nullcontext(), full_float32(x.device):
-            return Moments(
-                tokens,
-                square=x.square().sum(0) if "square" in needs else None,
-                outer=gram(x) if "outer" in needs else None,
-                cross=dense_inputs.T @ x if "cross" in needs and dense_inputs is not None else None,
-            )
+        """The moments of `x [tokens, in]`; see `RunningMoments.add`."""
+        sums = RunningMoments(needs)
+        sums.add(x, weights, dense_inputs)
+        return sums.moments()
 
     def __add__(self, other: Moments) -> Moments:
         """The moments of both sets of tokens."""
@@ -94,20 +79,85 @@ class Moments:
             return self.derived[key]
 
 
-def in_one(x: Tensor) -> Tensor:
-    """Return X^T X `[in, in]` by one product: a GPU does both halves sooner than it is asked for many tiles."""
-    return x.T @ x
+@dataclass(eq=False)
+class RunningMoments:
+    """Moments that grow batch by batch, in place: matrices may be a third of a run's memory.
+
+    `needs`: their statistics. Of `outer` there is the upper half until it is asked for.
+    """
+
+    needs: frozenset[str]
+    tokens: float = 0.0
+    square: Tensor | None = None
+    outer: Tensor | None = None
+    cross: Tensor | None = None
+
+    def add(self, x: Tensor, weights: Tensor | None = None, dense_inputs: Tensor | None = None) -> None:
+        """Add `x [tokens, in]`, with token `weights [tokens]`; `dense_inputs` like x, for `cross`.
+
+        Summed in float32 whatever the dtype of `x`; of bfloat16 inputs, as a bfloat16 forward reads them, faster.
+        """
+        tokens, dtype = float(len(x)), x.dtype
+        if weights is not None and bool((weights != 1).any()):
+            tokens = float(weights.sum())
+            root = weights.float().sqrt()[:, None]
+            x = x * root
+            dense_inputs = None if dense_inputs is None else dense_inputs * root
+        self.tokens += tokens
+        width = x.shape[1]
+        if "square" in self.needs:
+            self.square = _room(self.square, x, width)
+            self.square += x.float().square().sum(0)
+        if "outer" in self.needs:
+            self.outer = _room(self.outer, x, width, width)
+            _add_product(self.outer, x, None, dtype)
+        if "cross" in self.needs and dense_inputs is not None:
+            self.cross = _room(self.cross, x, width, width)
+            _add_product(self.cross, x, dense_inputs, dtype)
+
+    def moments(self) -> Moments:
+        """The moments of all that was added; they share its memory."""
+        if self.outer is not None:
+            mirror(self.outer)
+        return Moments(self.tokens, self.square, self.outer, self.cross)
 
 
-def in_tiles(x: Tensor) -> Tensor:
-    """Return X^T X `[in, in]`, its upper half computed and mirrored."""
+def _room(total: Tensor | None, x: Tensor, *size: int) -> Tensor:
+    return torch.zeros(size, device=x.device) if total is None else total
+
+
+def _add_product(total: Tensor, x: Tensor, left: Tensor | None, dtype: torch.dtype) -> None:
+    """Add `left^T x` to `total [in, in]`; without `left`, `x^T x`, at least its upper half. `dtype`: of the inputs
+    before they were weighted, whose precision is enough."""
+    if dtype == torch.bfloat16 and x.device.type == "cpu" and gram.fits(x.shape[1]):
+        gram.add_gram(total, x.to(dtype), None if left is None else left.to(dtype))
+        return
+    x = x.float()  # float16 squares overflow from 256 on
+    with bfloat16_factors() if dtype == torch.bfloat16 else nullcontext(), full_float32(x.device):
+        if left is not None:
+            total.addmm_(left.float().T, x)
+        elif x.is_cuda:
+            total.addmm_(x.T, x)  # both halves sooner than it is asked for many tiles
+        else:
+            add_in_tiles(total, x)
+
+
+def add_in_tiles(total: Tensor, x: Tensor) -> None:
+    """Add the upper half of `x^T x` to `total [in, in]`."""
     width = x.shape[1]
-    outer = x.new_empty(width, width)
     for start in range(0, width, TILE):
         stop = min(start + TILE, width)
-        outer[start:stop, start:] = x[:, start:stop].T @ x[:, start:]
-        outer[stop:, start:stop] = outer[start:stop, stop:].T
-    return outer
+        total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+
+def mirror(square: Tensor) -> None:
+    """Make a matrix `[in, in]` symmetric by its upper half, in place."""
+    width = len(square)
+    for start in range(0, width, TILE):
+        stop = min(start + TILE, width)
+        inside = square[start:stop, start:stop]
+        inside.copy_(inside.triu() + inside.triu(1).T)
+        square[stop:, start:stop] = square[start:stop, stop:].T
 
 
 def capped_weights(x: Tensor, cap: float) -> Tensor:

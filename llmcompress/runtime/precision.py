@@ -24,9 +24,7 @@ def product_dtype(compute: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        faster = device.type == "cpu" and (
-            _matrix_units() or (_made_by_amd() and bool(cpu_features().get("avx512_bf16")))
-        )
+        faster = device.type == "cpu" and (_matrix_units() or pairs_are_fast())
     return torch.bfloat16 if faster else torch.float32
 
 
@@ -106,6 +104,11 @@ def cpu_features() -> dict[str, Any]:
     """Return what torch knows of the CPU: its name and what it can do. Not every torch from 2.10 on knows that."""
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return known
+
+
+def pairs_are_fast() -> bool:
+    """True if the CPU's fastest products are of pairs of bfloat16 numbers: AMD's from Zen 4 on."""
+    return _made_by_amd() and not _matrix_units() and bool(cpu_features().get("avx512_bf16"))
 
 
 def _matrix_units() -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.layer import method
-from llmcompress.methods.moments import STATISTICS, Moments, capped_weights, in_one, in_tiles
+from llmcompress.methods.moments import STATISTICS, Moments, RunningMoments, add_in_tiles, capped_weights, mirror
 from llmcompress.runtime import precision
 from tests.builders import seeded
 
@@ -42,10 +42,13 @@ def test_moments_are_what_their_names_say() -> None:
     assert torch.equal(m.outer.diagonal(), m.square)
 
 
-def test_one_product_gives_what_tiles_give() -> None:
+def test_tiles_and_their_mirror_give_the_whole_product() -> None:
     """Integers, so that sums are exact in any order; more columns than a tile has."""
     x = torch.randint(-9, 10, (40, 300), generator=seeded(0)).float()
-    assert torch.equal(in_one(x), in_tiles(x)) and torch.equal(in_one(x), x.double().T.mm(x.double()).float())
+    found = torch.ones(300, 300)
+    add_in_tiles(found, x)
+    mirror(found)
+    assert torch.equal(found, 1 + x.double().T.mm(x.double()).float())
 
 
 @pytest.mark.parametrize("allowed", ["none", "tf32"])
@@ -81,6 +84,10 @@ def test_any_split_adds_up_to_the_whole(cuts: tuple[int, ...], weighted: bool) -
     for part in reversed(parts[:-1]):
         backwards = backwards + part
     same(backwards, whole)
+    sums = RunningMoments(STATISTICS)
+    for a, b, c in zip(x.split(cuts), other.split(cuts), weights.split(cuts), strict=True):
+        sums.add(a, c if weighted else None, b)
+    same(sums.moments(), whole)
 
 
 def test_addition_associates_and_commutes() -> None:

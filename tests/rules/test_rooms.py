@@ -12,7 +12,7 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "runtime": set(),
     "weight": set(),
-    "methods": {"weight", "runtime"},
+    "methods": {"kernels", "weight", "runtime"},
     "kernels": {"weight", "runtime"},
     "losses": set(),
     "recipe": {"methods", "losses"},

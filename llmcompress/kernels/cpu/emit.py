@@ -20,6 +20,19 @@ Type = Any  # llvmlite has no types of its own
 Number = int | float
 
 
+class BFloat16(ir.Type):
+    """LLVM's type of bfloat16, which llvmlite lacks. Its numbers only go into intrinsics."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(BFloat16)
+
+
 def vector(element: Type, length: int) -> Type:
     """The type of so many numbers."""
     return ir.VectorType(element, length)
