@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.experts import Experts, experts_of, holder
 from llmcompress.runtime.memory import trim_memory
-from llmcompress.runtime.precision import products
+from llmcompress.runtime.precision import finite, products
+from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:
     pass
@@ -112,7 +114,7 @@ class BlockForward:
         def hook(name: str, routed: Experts | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def seen(_: nn.Module, args: tuple[Any, ...]) -> None:
                 visited.append(name)
-                if not _finite(args[0]):
+                if not finite(args[0]):
                     raise NumericsError(_overflow(name, "its inputs"))
                 if visit is not None:
                     with torch.autocast(hidden.device.type, enabled=False):  # statistics in bfloat16 are not positive
@@ -147,7 +149,7 @@ class BlockForward:
                 f"out of the recipe or choose a model of a known family"
             )
         found = hidden_of(output, hidden, self.path)
-        if not _finite(found):
+        if not finite(found):
             raise NumericsError(_overflow(self.path, "its outputs"))
         return found
 
@@ -172,6 +174,24 @@ class _Enough(Exception):
     """Raised to leave a block's forward when the last wanted input has been seen."""
 
 
+@contextmanager
+def for_products(run: BlockForward) -> Iterator[None]:
+    """Keep the weights of a block's linears decoded and in the dtype of its products, for more than one batch.
+
+    Products are the same: autocast would turn the weights at every call.
+    """
+    linears = [inner for inner in run.module.modules() if type(inner) is nn.Linear]
+    before = [linear.weight for linear in linears]
+    with decoded(run.module, run.dtype):
+        try:
+            for linear in linears:
+                linear.weight = nn.Parameter(linear.weight.to(run.dtype), requires_grad=False)
+            yield
+        finally:
+            for linear, weight in zip(linears, before, strict=True):
+                linear.weight = weight
+
+
 def load(
     module: nn.Module,
     path: str,
@@ -186,7 +206,7 @@ def load(
     for owner, leaf, name, held in list(_tensors(module, path, skip)):
         if isinstance(held, nn.Parameter):
             value = read(name).to(device, torch.float32)
-            if not _finite(value):
+            if not finite(value):
                 raise NumericsError(f"{name} holds NaN or Inf in {source.folder}; use an undamaged checkpoint")
             setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
         else:
@@ -222,14 +242,6 @@ def _owners(module: nn.Module, path: str, skip: Sequence[nn.Module]) -> Iterator
     for owner_path, owner in module.named_modules(prefix=path):
         if owner not in skipped:
             yield owner_path, owner
-
-
-def _finite(x: Tensor) -> bool:
-    """True if `x` holds neither NaN nor Inf; in one pass and without temporaries, unlike `x.isfinite().all()`."""
-    if not x.numel():
-        return True
-    low, high = x.aminmax()  # NaN wins in both
-    return bool(low.isfinite() and high.isfinite())
 
 
 def _overflow(name: str, what: str) -> str:

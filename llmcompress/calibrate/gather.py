@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.blocks import BlockForward, RowBatch
+from llmcompress.calibrate.blocks import BlockForward, RowBatch, for_products
 from llmcompress.calibrate.gradients import Importance
 from llmcompress.calibrate.ranks import added
 from llmcompress.calibrate.starved import lacking, read_all, routed
@@ -143,7 +143,7 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
     weigh = _weighing(run, readers, streams)
     outputs = torch.empty_like(hidden) if streams.keep_outputs and to_experts else hidden
     last: str | None = None  # the linear that the block calls last: known, and all calls counted, after the first batch
-    with streams.ranks.agreed():
+    with streams.ranks.agreed(), for_products(run):
         for batch in streams.batches:
             in_dense: dict[str, Seen] = {}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibrate.blocks import BlockForward, RowBatch
+from llmcompress.calibrate.blocks import BlockForward, RowBatch, for_products
 from llmcompress.models.experts import DOWN, GATE, UP, Expert, Experts, experts_of, holder
 
 LEAST = 0.25  # of the average
@@ -44,9 +44,10 @@ def read_all(run: BlockForward, names: Mapping[str, float], batches: list[RowBat
         for path, found in experts.items()
     ]
     try:
-        for batch in batches:
-            if not batch.held_out:
-                run(hidden[batch.rows], batch.rows)
+        with for_products(run):
+            for batch in batches:
+                if not batch.held_out:
+                    run(hidden[batch.rows], batch.rows)
     finally:
         for handle in handles:
             handle.remove()

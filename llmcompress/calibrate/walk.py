@@ -27,6 +27,7 @@ from llmcompress.calibrate.blocks import (
     BlockForward,
     RowBatch,
     drop,
+    for_products,
     in_batches,
     load,
     stored_names,
@@ -50,7 +51,6 @@ from llmcompress.models.families import Architecture, Linear
 from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.ranks import ALONE, Ranks
-from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -228,7 +228,7 @@ def _leave(block: Block, run: BlockForward, streams: HiddenStreams, last: bool) 
 @torch.no_grad()
 def _advance(run: BlockForward, batches: list[RowBatch], hidden: Tensor) -> None:
     """Move `hidden` on to the outputs of the block as it is now."""
-    with decoded(run.module):
+    with for_products(run):
         for batch in batches:
             hidden[batch.rows] = run(hidden[batch.rows], batch.rows)
 

@@ -122,8 +122,10 @@ def float_values(form: FloatFormat) -> Tensor:
 
 
 def by_dense(x: Tensor, w: Weight) -> Tensor:
-    """`x [..., in] @ dense(w).T`, in x's dtype."""
-    return torch.nn.functional.linear(x, dense(w, x.device).to(x.dtype))
+    """`x [..., in] @ dense(w).T`, in x's dtype, or in that of autocast, which turns both."""
+    weight, kind = w.values if isinstance(w, Dense) else dense(w, x.device), x.device.type
+    turned = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.nn.functional.linear(x, weight if turned else weight.to(x.dtype))
 
 
 def matmul(x: Tensor, w: Weight, leaf: Callable[[Tensor, Weight], Tensor] = by_dense) -> Tensor:

@@ -85,8 +85,35 @@ def _fill(inverse: Tensor, lower: Tensor, start: int, stop: int) -> None:
     middle = (start + stop) // 2
     _fill(inverse, lower, start, middle)
     _fill(inverse, lower, middle, stop)
-    carried = lower[middle:stop, start:middle] @ inverse[start:middle, start:middle]
-    inverse[middle:stop, start:middle] = -(inverse[middle:stop, middle:stop] @ carried)
+    place = inverse[middle:stop, start:middle]
+    place.copy_(lower[middle:stop, start:middle])
+    _times_lower(place, inverse[start:middle, start:middle])
+    _lower_times(inverse[middle:stop, middle:stop], place)
+    place.neg_()
+
+
+def _times_lower(left: Tensor, lower: Tensor) -> None:
+    """Multiply `left` by a lower triangle `[in, in]` from the right, in place, without most of its zeros."""
+    middle = len(lower) // 2
+    if len(lower) <= TRIANGLE:
+        left.copy_(left @ lower)
+        return
+    first, second = left[:, :middle], left[:, middle:]
+    _times_lower(first, lower[:middle, :middle])
+    first.addmm_(second, lower[middle:, :middle])
+    _times_lower(second, lower[middle:, middle:])
+
+
+def _lower_times(lower: Tensor, right: Tensor) -> None:
+    """Multiply `right` by a lower triangle `[in, in]` from the left, in place, without most of its zeros."""
+    middle = len(lower) // 2
+    if len(lower) <= TRIANGLE:
+        right.copy_(lower @ right)
+        return
+    first, second = right[:middle], right[middle:]
+    _lower_times(lower[middle:, middle:], second)
+    second.addmm_(lower[middle:, :middle], first)
+    _lower_times(lower[:middle, :middle], first)
 
 
 def metric(moments: Moments, target: Tensor, damping: float) -> Tensor:
