@@ -121,6 +121,8 @@ def _block_bytes(layout: BlockLayout, recipe: Recipe, needs: Mapping[str, frozen
             moments += 4 * width**2 * (1 + held_out + ("cross" in read))
             solved = max(solved, width)
     work = int((AIM if recipe.asymmetric else FACTOR) * solved**2) + LAYER_BYTES * largest
-    forward = 4 * ACTIVATIONS * TOKENS_PER_BATCH * widest if recipe.calibration is not None else 0
+    forward = 0
+    if recipe.calibration is not None:  # weights lie there in the dtype of products too
+        forward = 4 * ACTIVATIONS * TOKENS_PER_BATCH * widest + (2 * weights if recipe.compute != "float32" else 0)
     held = weights * (4 * max(learning, 1) + LEARNING_BYTES * learning)
     return held + moments + max(work, forward)
