@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,6 @@ from llmcompress.models.experts import Experts, experts_of, holder
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.precision import finite, products
 from llmcompress.weight.modules import decoded
-
-if TYPE_CHECKING:
-    pass
-
 
 TOKENS_PER_BATCH = 2048
 

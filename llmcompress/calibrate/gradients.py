@@ -28,7 +28,7 @@ from llmcompress.models.auto_class import CAUSAL, MASKED, MULTIMODAL, auto_name
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.experts import Experts, experts_of, holder
 from llmcompress.models.families import Architecture
-from llmcompress.runtime.precision import products
+from llmcompress.runtime.precision import finite, products
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.runtime.seeding import generator
 
@@ -123,7 +123,7 @@ class _Sums:
 
             def read(name: str, tokens: Tensor | None, gradient: Tensor) -> None:
                 squares = gradient.float().square().flatten(0, -2)
-                if not bool(squares.isfinite().all()):
+                if not finite(squares):
                     raise NumericsError(f"{name}: gradients of its outputs are NaN or Inf; check the model")
                 key = name if tokens is None else NUMBER.sub(r"\1", name)
                 found = self.tokens.setdefault(key, torch.zeros(self.size))[there].view(-1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.moments import STATISTICS, TILE, Moments
+from llmcompress.methods.moments import STATISTICS, TILE, Moments, mirror
 from llmcompress.runtime.ranks import Ranks
 
 Key = TypeVar("Key")
@@ -73,7 +73,5 @@ def _add_symmetric(outer: Tensor, ranks: Ranks) -> None:
         stop = min(start + TILE, width)
         rows = outer[start:stop, start:].contiguous()
         ranks.add(rows)
-        square = rows[:, : stop - start].triu()  # more than two numbers may be added in another order below it
-        rows[:, : stop - start] = square + square.triu(1).T
         outer[start:stop, start:] = rows
-        outer[stop:, start:stop] = rows[:, stop - start :].T
+    mirror(outer)  # more than two numbers may be added in another order below the diagonal

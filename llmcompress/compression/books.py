@@ -33,6 +33,7 @@ from llmcompress.models.staging import check_output, is_ours, locked, remove
 from llmcompress.models.written import check_written
 from llmcompress.recipe.published import published
 from llmcompress.recipe.read import dump
+from llmcompress.runtime.precision import finite
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.modules import Layout, payload_texts
 
@@ -161,7 +162,7 @@ def _there(part: T | None) -> T:
 def _check_rest(job: Job) -> None:
     """Raise InputError for NaN or Inf in what is not compressed: embeddings, head and last norm."""
     for name in _rest(job):
-        if not bool(job.source.read(name).isfinite().all()):
+        if not finite(job.source.read(name)):
             raise InputError(f"{job.source.name}: {name} holds NaN or Inf; use an undamaged checkpoint")
 
 
