@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.cpu import gram
 from llmcompress.runtime.precision import bfloat16_factors, full_float32
 from llmcompress.runtime.side_by_side import finish_here
 
@@ -129,9 +128,12 @@ def _room(total: Tensor | None, x: Tensor, *size: int) -> Tensor:
 def _add_product(total: Tensor, x: Tensor, left: Tensor | None, dtype: torch.dtype) -> None:
     """Add `left^T x` to `total [in, in]`; without `left`, `x^T x`, at least its upper half. `dtype`: of the inputs
     before they were weighted, whose precision is enough."""
-    if dtype == torch.bfloat16 and x.device.type == "cpu" and gram.fits(x.shape[1]):
-        gram.add_gram(total, x.to(dtype), None if left is None else left.to(dtype))
-        return
+    if dtype == torch.bfloat16 and x.device.type == "cpu":
+        from llmcompress.kernels.cpu import gram  # loads LLVM, which reading a recipe need not wait for
+
+        if gram.fits(x.shape[1]):
+            gram.add_gram(total, x.to(dtype), None if left is None else left.to(dtype))
+            return
     x = x.float()  # float16 squares overflow from 256 on
     with bfloat16_factors() if dtype == torch.bfloat16 else nullcontext(), full_float32(x.device):
         if left is not None:

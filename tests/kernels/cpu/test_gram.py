@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from llmcompress.kernels.cpu import gram
-from llmcompress.methods import moments
 from llmcompress.methods.moments import STATISTICS, RunningMoments
 from tests.builders import seeded
 
@@ -56,7 +55,7 @@ def test_moments_are_as_good_as_without_the_kernel(weighted: bool, monkeypatch: 
     weights = torch.rand(3, 200, generator=seeded(1)) if weighted else None
     found = []
     for fits in (True, False):
-        monkeypatch.setattr(moments.gram, "fits", lambda width, fits=fits: fits)
+        monkeypatch.setattr(gram, "fits", lambda width, fits=fits: fits)
         sums = RunningMoments(STATISTICS)
         for index, batch in enumerate(x):
             sums.add(batch, None if weights is None else weights[index], batch.flip(0))
