@@ -8,6 +8,8 @@ products, at the speed of this moment: on a busy machine everything takes longer
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 import re
 import time
@@ -23,8 +25,9 @@ from llmcompress.compression.memory_estimate import by_gradient, gate_tokens
 from llmcompress.compression.plan import Job
 from llmcompress.methods.layer import MANY, SAMPLED, Layer, StepConfig, apply
 from llmcompress.methods.moments import STATISTICS, Moments
+from llmcompress.models.families import BlockLayout
 from llmcompress.recipe.compression import Recipe
-from llmcompress.runtime.precision import product_dtype
+from llmcompress.runtime.precision import fast_float32, product_dtype
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import packed
 from llmcompress.weight.nodes import Dense
@@ -34,10 +37,11 @@ FEW, WIDE = 256, 1024  # rows, and columns, of the trial that tells what grows w
 TRIALS, BRIEF = 5, 0.1  # of a matrix, as long as they take fewer seconds together
 FORWARD_SHARE = 2.0  # time of a calibration pass over the time of its linears: attention, norms and other work
 FACTOR = 2.1  # products of a cube that a factor of H takes as long as
-READ = 4e-8  # seconds to read a weight, and to write what becomes of it
-TEXT = 6.0  # seconds to read the text that comes with this package, or as long as others may take
+START, READ = 0.2, 1e-8  # seconds that every run takes; and to read a weight, and to write what becomes of it
+MODULES = 240  # parses of one module of Python's library that take as long as to read the text that this package brings
 BACKWARD = 4  # forwards of a block that the pass for its importance takes as long as: three, and gradients of inputs
 ROUNDING = 1.0  # sequences whose forward takes as long as what a step does to every weight of a block
+RELAXING = 2e-8  # seconds to make a weight of a block learn, and to store it again
 EXPERT = re.compile(r"(.+)\.(\d+)\.(?:gate|up|down)_proj")
 EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
@@ -78,10 +82,11 @@ class Timed(Moments):
         return cast("T", found)
 
 
+@fast_float32()
 def seconds(job: Job) -> float:
     """Return the time of a run, from reading the text to the finished checkpoint."""
     recipe, paces, asked = job.recipe, _paces(job), job.steps | job.tables
-    total = READ * job.source.parameters
+    total = START + READ * job.source.parameters
     groups = [[linear.name for linear in group] for layout in job.arch.blocks for group in layout.groups]
     for names in [*groups, *([name] for name in job.tables)]:
         chosen = {name: paces[repr(steps)] for name in names if (steps := asked.get(name))}
@@ -92,7 +97,18 @@ def seconds(job: Job) -> float:
     tokens = recipe.calibration.samples * recipe.calibration.length
     forward, exact = _operations(job, tokens, token_shares(job))
     fast = speed(product_dtype(recipe.compute, torch.device("cpu")))
-    return total + TEXT + FORWARD_SHARE * forward / fast + exact / speed(torch.float32) + _of_gates(job)
+    total += RELAXING * sum(_rounds(layout, recipe) * _weights(layout) for layout in job.arch.blocks)
+    return total + _of_text() + FORWARD_SHARE * forward / fast + exact / speed(torch.float32) + _of_gates(job)
+
+
+def _of_text() -> float:
+    """Return the time to read the text that this package brings, for any other as well."""
+    source, times = inspect.getsource(inspect), list[float]()
+    for _ in range(3):
+        started = time.perf_counter()
+        ast.parse(source)
+        times.append(time.perf_counter() - started)
+    return MODULES * min(times)
 
 
 def _of_gates(job: Job) -> float:
@@ -103,7 +119,7 @@ def _of_gates(job: Job) -> float:
     linears, shares = job.arch.linears(), token_shares(job)
     head = prod(job.source.tensors[f"{job.arch.embedding}.weight"].shape)
     each = FORWARD_SHARE * sum(prod(linear.shape) * shares.get(name, 1.0) for name, linear in linears.items()) + head
-    return 2 * READ * job.source.parameters + 2 * 2 * tokens * each / speed(torch.float32)
+    return READ * job.source.parameters + 2 * 2 * tokens * each / speed(torch.float32)
 
 
 def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[float, float]:
@@ -111,8 +127,10 @@ def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[flo
     recipe = job.recipe
     forward, exact = 0.0, 0.0
     for layout in job.arch.blocks:
-        block = sum(prod(linear.shape) * shares.get(linear.name, 1.0) for group in layout.groups for linear in group)
-        passes = (3 if recipe.asymmetric else 2) + (BACKWARD if by_gradient(recipe) else 0)
+        block, rounds = _weights(layout, shares), _rounds(layout, recipe)
+        passes = 2 + (recipe.asymmetric > 0 or rounds > 0) + (BACKWARD if by_gradient(recipe) else 0)
+        if recipe.reconstruct is not None and recipe.reconstruct.between:
+            passes += len(layout.groups) - 1  # moments of the next group
         forward += 2 * passes * tokens * block
         for group in layout.groups:
             read = tokens * shares.get(group[0].name, 1.0)
@@ -124,14 +142,27 @@ def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[flo
                 exact += min(4 * width**3 + 2 * rows * width**2, 6 * rows * width**2) + FACTOR * width**3
             if recipe.fuse is not None and recipe.fuse.awq:
                 exact += 2 * len(EXPONENTS) * rows * width**2
-        forward += 2 * len(layout.groups) * _learned(recipe) * block
+        forward += 2 * rounds * _learned(recipe) * block
     if by_gradient(recipe):
         forward += 2 * 2 * tokens * prod(job.source.tensors[f"{job.arch.embedding}.weight"].shape) / FORWARD_SHARE
     return forward, exact
 
 
+def _weights(layout: BlockLayout, shares: Mapping[str, float] | None = None) -> float:
+    """Return the weights of a block's linears, those of experts by the share of the tokens that reads them."""
+    known = shares or {}
+    return sum(prod(linear.shape) * known.get(linear.name, 1.0) for group in layout.groups for linear in group)
+
+
+def _rounds(layout: BlockLayout, recipe: Recipe) -> int:
+    """Return how often a block learns."""
+    if (learning := recipe.reconstruct) is None:
+        return 0
+    return (len(layout.groups) if learning.between else 1) + learning.window - 1
+
+
 def _learned(recipe: Recipe) -> float:
-    """Return the tokens whose forwards take as long as what a block learns after one of its groups of linears."""
+    """Return the tokens whose forwards take as long as what a block learns in one round."""
     learning, text = recipe.reconstruct, recipe.calibration
     if learning is None or text is None:
         return 0.0

@@ -73,6 +73,11 @@ class Reconstruction(BaseModel):
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="largest norm of a gradient")
     evaluate_every: int = Field(default=16, ge=1, description="steps between looks at the held-out sequences")
 
+    @property
+    def between(self) -> bool:
+        """True if a block also learns after each group of its layers, while later ones are dense."""
+        return "weights" in self.rates
+
     @model_validator(mode="after")
     def _consistent(self) -> Reconstruction:
         if "projections" in self.rates:

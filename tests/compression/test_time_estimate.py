@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from llmcompress.methods.layer import step
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense import resolve
 from llmcompress.recipe.compression import Recipe
+from llmcompress.runtime import precision
 from tests.tiny import save_tiny
 from tests.zoo import save_zoo
 
@@ -68,6 +71,7 @@ def test_a_plan_counts_tokens_and_learning(tmp_path: Path, monkeypatch: pytest.M
         time_estimate, "pace", lambda steps, sizes, data: Pace(dict.fromkeys(range(ROWS), 0.0), 0.0, 0.0)
     )
     monkeypatch.setattr(time_estimate, "speed", lambda dtype: 1e6)
+    monkeypatch.setattr(time_estimate, "_of_text", lambda: 1.0)
 
     def seconds(model: Path, **sections: Any) -> float:
         recipe = {"version": 1, "rules": [{"match": "*", "steps": [GPTQ]}], **sections}
@@ -84,6 +88,31 @@ def test_a_plan_counts_tokens_and_learning(tmp_path: Path, monkeypatch: pytest.M
     taught = [seconds(llama, calibration=text(4), reconstruct={"steps": steps}) for steps in (4, 8)]
     assert taught[1] > taught[0] > one
     assert seconds(llama, calibration=text(4), asymmetric=0.5) > one
+    between, once, window = (
+        seconds(llama, calibration=text(4), reconstruct=learning)
+        for learning in (
+            {"steps": 64, "rates": {"scales": 1e-3, "weights": 1e-3}},
+            {"steps": 64, "rates": {"scales": 1e-3}},
+            {"steps": 64, "rates": {"scales": 1e-3}, "window": 2},
+        )
+    )
+    assert (between - one) / (once - one) == pytest.approx(4, rel=0.1)  # groups of a block
+    assert (window - one) / (once - one) == pytest.approx(2, rel=0.1)
+
+
+def test_a_forecast_uses_the_products_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[bool] = []
+
+    @contextmanager
+    def by_onednn() -> Iterator[None]:
+        entered.append(True)
+        yield
+
+    monkeypatch.setattr(precision, "_made_by_amd", lambda: True)
+    monkeypatch.setattr(precision, "_onednn_is_precise", lambda: True)
+    monkeypatch.setattr(precision, "by_onednn", by_onednn)
+    plan = lc.plan(save_tiny("llama", tmp_path / "llama"), {"version": 1, "rules": [{"match": "*", "steps": [RTN]}]})
+    assert plan.seconds and entered
 
 
 def test_an_expert_reads_its_share_of_the_tokens(tmp_path: Path) -> None:

@@ -67,8 +67,7 @@ def tuner(recipe: Reconstruction, ranks: Ranks = ALONE) -> Tune:
     def tune(blocks: tuple[Block, ...], weights: Mapping[str, Tensor], held_out: int) -> Tuned:
         return _tuned(blocks, weights, recipe, held_out, ranks)
 
-    between = "weights" in recipe.rates
-    return Tune(tune, between=between, batch_size=recipe.micro_batch, window=recipe.window)
+    return Tune(tune, between=recipe.between, batch_size=recipe.micro_batch, window=recipe.window)
 
 
 def _tuned(
