@@ -9,7 +9,6 @@ the CPU holds the block itself.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from math import prod
 
@@ -95,12 +94,12 @@ def _importance_bytes(source: DenseModel, arch: Architecture, recipe: Recipe) ->
     if text is None or not by_gradient(recipe):
         return 0
     tokens = min(max(TOKENS, text.length), text.samples * text.length)
-    states = 4 * tokens * width_of(arch) * (2 * math.ceil(math.sqrt(len(arch.blocks))) + 2)
+    states = 4 * tokens * width_of(arch) * (len(arch.blocks) + 2)
     linears = [[linear for group in layout.groups for linear in group] for layout in arch.blocks]
     graph = max(4 * TOKENS_PER_BATCH * sum(GRAPH * sum(linear.shape) for linear in block) for block in linears)
     block = max(4 * sum(prod(linear.shape) for linear in block) for block in linears)
     vocabulary, width = source.tensors[f"{arch.embedding}.weight"].shape
-    head = 4 * vocabulary * (width + 3 * text.length)  # logits, probabilities, and a copy while they are made
+    head = 4 * vocabulary * (width + 3 * text.length)  # logits, probabilities and their sums
     return int(states + max(block + graph, head))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import llmcompress as lc
 from llmcompress.calibrate import gradients
 from llmcompress.calibrate.gather import InputGroup
-from llmcompress.calibrate.gradients import Importance, importance
+from llmcompress.calibrate.gradients import Importance, drawn, importance
 from llmcompress.calibrate.walk import walk
 from llmcompress.compression.plan import prepare
 from llmcompress.errors import InputError
@@ -84,8 +84,8 @@ def whole_backward(place: Path, arch: Architecture, tokens: Tensor) -> dict[str,
         with torch.enable_grad():
             table.requires_grad_(True)
             logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator(0, "labels", *ids.tolist()))
-            (-logits.log_softmax(-1).gather(1, drawn)).sum().backward()
+            labels = drawn(logits.detach().softmax(-1), generator(0, "labels", *ids.tolist()))
+            (-logits.log_softmax(-1).gather(1, labels)).sum().backward()
         for handle in handles:
             handle.remove()
     return found
@@ -112,6 +112,15 @@ def test_it_is_that_of_the_whole_model(family: str, tmp_path: Path, monkeypatch:
     for key, total in merged.items():
         torch.testing.assert_close(found.tokens[key], relative(total).float(), rtol=2e-3, atol=2e-4)
     assert all(torch.equal(value, torch.ones_like(value)) for name, value in found.rows.items() if name not in expected)
+
+
+def test_labels_are_drawn_by_their_probabilities() -> None:
+    shares = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
+    labels = drawn(shares.expand(20000, 5), torch.Generator().manual_seed(0))
+    assert labels.shape == (20000, 1)
+    found = torch.bincount(labels[:, 0], minlength=5) / len(labels)
+    torch.testing.assert_close(found, shares, rtol=0, atol=0.015)  # four standard errors
+    assert not found[shares == 0].any()
 
 
 def test_sequences_do_not_depend_on_each_other(tmp_path: Path) -> None:
