@@ -154,6 +154,7 @@ TABLES: dict[str, Columns] = {
     **dict.fromkeys(
         (
             "distilled-best",
+            "distilled-same-bytes",
             "distilled-20-minutes",
             "distilled-low-rank",
             "distilled-scales-norms",
