@@ -20,7 +20,7 @@ DEFAULT: dict[str, Any] = {  # the recipe of a target without one
     "version": 1,
     "name": "target",
     "calibration": {"dataset": "builtin", "samples": 66, "length": 1024, "held_out": 2},
-    "token_weights": {"by": "attention"},
+    "token_weights": {"by": "gradient", "rows": True},
     "asymmetric": 0.25,
 }
 

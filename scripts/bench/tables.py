@@ -119,6 +119,16 @@ TABLES: dict[str, Columns] = {
         "peak GB": "{peak_gigabytes:.2f}",
         "minutes": "{minutes:.1f}",
     },
+    "kinds": {
+        "text": "{arm}",
+        "dense": "{perplexity_dense:.2f}",
+        "by attention": "{perplexity_attention:.2f}",
+        "gap": "{gap_attention:.3f}",
+        "KL": "{kl_attention:.3f} ± {kl_attention_stderr:.3f}",
+        "by gradient": "{perplexity_gradient:.2f}",
+        "gap ": "{gap_gradient:.3f}",
+        "KL ": "{kl_gradient:.3f} ± {kl_gradient_stderr:.3f}",
+    },
     "costs": {"what": "{arm}", "processor seconds per million weights": "{seconds:.2f}"},
     "bound": {"run": "{arm}", "seconds": "{seconds:.0f}", "bound": "{bound:.0f}", "times the bound": "{ratio:.2f}"},
     "billion": {
