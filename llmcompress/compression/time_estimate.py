@@ -97,7 +97,7 @@ def seconds(job: Job) -> float:
     tokens = recipe.calibration.samples * recipe.calibration.length
     forward, exact = _operations(job, tokens, token_shares(job))
     fast = speed(product_dtype(recipe.compute, torch.device("cpu")))
-    total += RELAXING * sum(_rounds(layout, recipe) * _weights(layout) for layout in job.arch.blocks)
+    total += RELAXING * sum(_rounds(layout, recipe) * _weights(layout, {}) for layout in job.arch.blocks)
     return total + _of_text() + FORWARD_SHARE * forward / fast + exact / speed(torch.float32) + _of_gates(job)
 
 
@@ -116,9 +116,9 @@ def _of_gates(job: Job) -> float:
     tokens = 0 if job.ungated else gate_tokens(job.recipe)
     if not tokens:
         return 0.0
-    linears, shares = job.arch.linears(), token_shares(job)
+    shares = token_shares(job)
     head = prod(job.source.tensors[f"{job.arch.embedding}.weight"].shape)
-    each = FORWARD_SHARE * sum(prod(linear.shape) * shares.get(name, 1.0) for name, linear in linears.items()) + head
+    each = FORWARD_SHARE * sum(_weights(layout, shares) for layout in job.arch.blocks) + head
     return READ * job.source.parameters + 2 * 2 * tokens * each / speed(torch.float32)
 
 
@@ -148,10 +148,9 @@ def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[flo
     return forward, exact
 
 
-def _weights(layout: BlockLayout, shares: Mapping[str, float] | None = None) -> float:
-    """Return the weights of a block's linears, those of experts by the share of the tokens that reads them."""
-    known = shares or {}
-    return sum(prod(linear.shape) * known.get(linear.name, 1.0) for group in layout.groups for linear in group)
+def _weights(layout: BlockLayout, shares: Mapping[str, float]) -> float:
+    """Return the weights of a block's linears, each by its share of the tokens, if it has one."""
+    return sum(prod(linear.shape) * shares.get(linear.name, 1.0) for group in layout.groups for linear in group)
 
 
 def _rounds(layout: BlockLayout, recipe: Recipe) -> int:
