@@ -29,6 +29,7 @@ from llmcompress.cli.options import (
     Prompts,
     Quiet,
     RecipeFile,
+    RecipeOrTarget,
     Revision,
     Seed,
     Settings,
@@ -84,9 +85,7 @@ def _program(version: Version = False) -> None: ...
 def compress(
     model: Model,
     output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="A YAML file or a name of `recipes`; optional with a target.")
-    ] = None,
+    recipe: RecipeOrTarget = None,
     bpw: Bpw = None,
     size: Size = None,
     kl: Kl = None,
@@ -140,7 +139,11 @@ def compress(
 @app.command()
 def plan(
     model: Model,
-    recipe: RecipeFile,
+    recipe: RecipeOrTarget = None,
+    bpw: Bpw = None,
+    size: Size = None,
+    kl: Kl = None,
+    tune: Tune = False,
     settings: Settings = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -148,15 +151,16 @@ def plan(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Show what RECIPE would do to each layer of MODEL, with sizes, time and memory. Reads headers, writes nothing.
+    """Show what RECIPE, or a target, would do to MODEL: steps of each layer, sizes, time and memory. Reads headers, and
+    writes nothing but the speeds of this machine, which it keeps for the next plan.
 
     Example: llmcompress plan smollm2 recipe.yaml
     """
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.compression.pipeline import plan as run
-        from llmcompress.recipe.read import read_recipe
 
-        found = run(model, read_recipe(recipe, settings or ()), revision, trust_remote_code)
+        asked = asked_recipe(recipe, settings, None, target_of(bpw, size, kl), tune)
+        found = run(model, asked, revision, trust_remote_code)
         terminal.warn(summarized(found.warnings))
         terminal.show(found.to_json(), plan_view)
 

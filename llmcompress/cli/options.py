@@ -28,6 +28,9 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a Hub id (org/name, org/name@revision) or smollm2.")
 ]
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name that `recipes` lists.")]
+RecipeOrTarget = Annotated[
+    str | None, typer.Argument(metavar="RECIPE", help="A YAML file or a name of `recipes`; optional with a target.")
+]
 Bpw = Annotated[float | None, typer.Option("--bpw", help="Target: bits per weight of the decoder's linears.")]
 Size = Annotated[str | None, typer.Option("--size", help="Target: of all weight files, as in 40MB.")]
 Kl = Annotated[float | None, typer.Option("--kl", help="Target: predicted KL, the smallest file that keeps to it.")]

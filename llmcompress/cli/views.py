@@ -33,13 +33,15 @@ def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
         row = rows[0]
         table.add_row(name, _times(rows), _shape(row), _steps(row), f"{row['bpw']:.3f}", row["description"])
     yield table
+    if (wanted := plan["target"]) is not None:
+        yield f"target  {aim(wanted)} · compress measures what options cost, and moves bits to where they count"
     yield f"sizes   {_sizes(plan)}"
     yield f"needs   about {byte_count(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}"
     if (blocks := plan["reconstruction"]) is not None:
         rates = ", ".join(f"{kind} at {rate:g}" for kind, rate in blocks["rates"].items())
         steps = "a pass over the text" if blocks["steps"] is None else f"{blocks['steps']} steps"
         window = "" if blocks["window"] == 1 else f" in windows of {blocks['window']}"
-        yield f"learns  every block{window}, {steps} each time: {rates}; that comes on top"
+        yield f"learns  every block{window}, {steps} each time: {rates}"
     if (then := plan["distillation"]) is not None:
         yield f"then    distillation {then['name']}: {_asked(then)}; that comes on top"
 

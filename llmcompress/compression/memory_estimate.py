@@ -23,7 +23,7 @@ from llmcompress.runtime.memory import total_memory
 
 LIBRARIES = 560_000_000  # bytes that torch and transformers take before any work
 FACTOR = 14.0  # bytes for each entry of H while it is factored
-AIM = 20.0  # likewise while a layer aims at the dense model's outputs, and is rotated after that
+TURNED = 20.0  # likewise where H is rotated first, or the layer aims at the dense model's outputs
 LAYER_BYTES = 8  # for each weight of the largest layer: its target and its approximation
 COMPILER = 220_000_000  # bytes that the compiler of searches takes
 SEARCHED = frozenset({"trellis", "exl3"})
@@ -50,7 +50,8 @@ def peak_bytes(
     tokens = 0 if calibration is None else (calibration.samples + calibration.held_out) * calibration.length
     learning = 0 if recipe.reconstruct is None else recipe.reconstruct.window
     streams = 1 + max(learning, 1 if recipe.asymmetric else 0)
-    blocks = max(_block_bytes(layout, recipe, needs, learning) for layout in arch.blocks)
+    factor = TURNED if recipe.asymmetric or "rotate" in used else FACTOR
+    blocks = max(_block_bytes(layout, recipe, needs, learning, factor) for layout in arch.blocks)
     stored = [prod(header.shape) for header in source.tensors.values()]
     searched = any(method in SEARCHED for method in used)
     outside = max((prod(source.tensors[f"{name}.weight"].shape) for name in tables), default=0) * TABLE_BYTES
@@ -108,7 +109,9 @@ def width_of(arch: Architecture) -> int:
     return min(group[0].shape[1] for layout in arch.blocks for group in layout.groups)
 
 
-def _block_bytes(layout: BlockLayout, recipe: Recipe, needs: Mapping[str, frozenset[str]], learning: int) -> int:
+def _block_bytes(
+    layout: BlockLayout, recipe: Recipe, needs: Mapping[str, frozenset[str]], learning: int, factor: float
+) -> int:
     linears = [linear for group in layout.groups for linear in group]
     weights, widest = sum(prod(linear.shape) for linear in linears), max(linear.shape[1] for linear in linears)
     largest = max(prod(linear.shape) for linear in linears)
@@ -119,7 +122,7 @@ def _block_bytes(layout: BlockLayout, recipe: Recipe, needs: Mapping[str, frozen
         if "outer" in read and recipe.calibration is not None:
             moments += 4 * width**2 * (1 + held_out + ("cross" in read))
             solved = max(solved, width)
-    work = int((AIM if recipe.asymmetric else FACTOR) * solved**2) + LAYER_BYTES * largest
+    work = int(factor * solved**2) + LAYER_BYTES * largest
     forward = 0
     if recipe.calibration is not None:  # weights lie there in the dtype of products too
         forward = 4 * ACTIVATIONS * TOKENS_PER_BATCH * widest + (2 * weights if recipe.compute != "float32" else 0)

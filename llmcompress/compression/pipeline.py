@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.compression import run
+from llmcompress.compression.allocate.forecast import forecast
 from llmcompress.compression.allocate.parts import Part
 from llmcompress.compression.allocate.plan import Allocation, allocate
 from llmcompress.compression.allocate.price_file import allocate_by, discard_prices, measure_part
@@ -63,14 +64,15 @@ def plan(
         trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
 
     Returns:
-        The steps, bits and sizes of every layer, and estimates for this machine: peak memory, and time once asked.
+        The steps, bits and sizes of every layer, and estimates for this machine: peak memory, and time once asked. For
+        a recipe with a `target:`, whose steps `compress` chooses by measuring, steps that spend its bits evenly.
 
     Raises:
         InputError: for a model that cannot be compressed.
-        RecipeError: for whatever is wrong with the recipe, and for one with a `target:`, which only `compress` meets.
+        RecipeError: for whatever is wrong with the recipe, and for a `target:` that no choice of options reaches.
     """
     job = _opened(model, recipe, revision, trust_remote_code)
-    return replace(job.plan, timed=partial(seconds, job))
+    return replace(job.plan, timed=partial(seconds, job)) if job.recipe.target is None else forecast(job)
 
 
 @fast_float32()

@@ -64,6 +64,7 @@ class Plan:
     warnings: tuple[str, ...]
     reconstruction: dict[str, Any] | None = None  # the section `reconstruct:` with every value
     distillation: dict[str, Any] | None = None  # the section `distill:` with every value
+    target: dict[str, Any] | None = None  # of a recipe whose steps `compress` chooses: `layers` spends its bits evenly
 
     timed: Callable[[], float] | None = field(default=None, repr=False, compare=False)
 
@@ -240,8 +241,7 @@ def _plan(job: Job) -> Plan:
     """Plan the job, as `Job.plan` says; `allocate` must choose the steps of a target first."""
     if job.recipe.target is not None:
         raise RecipeError(
-            "the steps for a target are chosen by measuring the model, which only compress does; plan the recipe that "
-            "compress leaves beside the model"
+            "the steps for a target are chosen first; choose them, or take the recipe that compress leaves"
         )
     linears = job.arch.linears()
     rows: list[LayerPlan] = []

@@ -1,9 +1,6 @@
-"""Estimate of a run's time on this machine: methods are tried on a few columns, products counted.
+"""Estimate of a run's time on this machine: steps by trials of parts of matrices, what surrounds them by its products.
 
-A method's time has three terms: for each column, depending on the number of rows; for each weight and column of the
-width, since a column changes later ones; and for the cube of the width, a factor that layers with one input share. The
-first is tried on as many rows and few columns, the others on few rows and more columns. What surrounds methods is
-products, at the speed of this moment: on a busy machine everything takes longer.
+Products are counted at the speed of this moment: on a busy machine everything takes longer.
 """
 
 from __future__ import annotations
@@ -13,83 +10,40 @@ import inspect
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from math import prod
-from typing import Any, TypeVar, cast
 
 import torch
 
 from llmcompress.compression.fuse.awq import EXPONENTS
 from llmcompress.compression.memory_estimate import by_gradient, gate_tokens
 from llmcompress.compression.plan import Job
-from llmcompress.methods.layer import MANY, SAMPLED, Layer, StepConfig, apply
-from llmcompress.methods.moments import STATISTICS, Moments
+from llmcompress.compression.trials import Pace, Steps, paces, speed
+from llmcompress.methods.layer import MANY, SAMPLED
 from llmcompress.models.families import BlockLayout
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.precision import fast_float32, product_dtype
-from llmcompress.weight.expression import dense
-from llmcompress.weight.modules import packed
-from llmcompress.weight.nodes import Dense
 
-COLUMNS, ROWS = 128, 2048  # tried of a matrix, at most
-FEW, WIDE = 256, 1024  # rows, and columns, of the trial that tells what grows with the width
-TRIALS, BRIEF = 5, 0.1  # of a matrix, as long as they take fewer seconds together
 FORWARD_SHARE = 2.0  # time of a calibration pass over the time of its linears: attention, norms and other work
 FACTOR = 2.1  # products of a cube that a factor of H takes as long as
 START, READ = 0.2, 1e-8  # seconds that every run takes; and to read a weight, and to write what becomes of it
 MODULES = 240  # parses of one module of Python's library that take as long as to read the text that this package brings
-BACKWARD = 3  # forwards of a block that the pass for its importance takes as long as: two, and gradients of inputs
+BACKWARD = 4  # forwards of a block that the pass for its importance takes as long as: two, and gradients of inputs
+LABEL = 9e-9  # seconds that a logit takes in that pass, beside its products: for its probability, and to draw from it
 ROUNDING = 1.0  # sequences whose forward takes as long as what a step does to every weight of a block
 RELAXING = 2e-8  # seconds to make a weight of a block learn, and to store it again
 EXPERT = re.compile(r"(.+)\.(\d+)\.(?:gate|up|down)_proj")
 EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
-T = TypeVar("T")
-Steps = tuple[StepConfig, ...]
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Seconds of some steps: for a column, by rows; for each weight and column of its width; for a width's cube."""
-
-    columns: Mapping[int, float]
-    update: float
-    cube: float
-
-    def seconds(self, rows: int, width: int) -> float:
-        """The time of a matrix, without the factor that it may share."""
-        known = min(rows, max(self.columns))
-        return width * self.columns[known] * rows / known + self.update * rows * width**2
-
-
-@dataclass(frozen=True, eq=False)
-class Timed(Moments):
-    """Moments that measure how long it takes to compute what layers share."""
-
-    clock: list[float] = field(default_factory=list)
-
-    def memo(self, key: Any, compute: Callable[[], T]) -> T:
-        """See `Moments.memo`."""
-        if key in self.derived:
-            return super().memo(key, compute)
-        started, inner = time.perf_counter(), sum(self.clock)
-        found: Any = super().memo(key, compute)
-        self.clock.append(time.perf_counter() - started - (sum(self.clock) - inner))
-        if isinstance(found, Moments):  # those of another basis
-            found = Timed(found.tokens, found.square, found.outer, found.cross, found.derived, self.clock)
-            self.derived[key] = found
-        return cast("T", found)
-
 
 @fast_float32()
 def seconds(job: Job) -> float:
     """Return the time of a run, from reading the text to the finished checkpoint."""
-    recipe, paces, asked = job.recipe, _paces(job), job.steps | job.tables
+    recipe, found, asked = job.recipe, _paces(job), job.steps | job.tables
     total = START + READ * job.source.parameters
     groups = [[linear.name for linear in group] for layout in job.arch.blocks for group in layout.groups]
     for names in [*groups, *([name] for name in job.tables)]:
-        chosen = {name: paces[repr(steps)] for name in names if (steps := asked.get(name))}
+        chosen = {name: found[steps] for name in names if (steps := asked.get(name))}
         total += sum(each.seconds(*_size(job, name)) for name, each in chosen.items())
         total += max((each.cube * _size(job, name)[1] ** 3 for name, each in chosen.items()), default=0.0)
     if recipe.calibration is None:
@@ -97,11 +51,12 @@ def seconds(job: Job) -> float:
     tokens = recipe.calibration.samples * recipe.calibration.length
     forward, exact = _operations(job, tokens, token_shares(job))
     fast = speed(product_dtype(recipe.compute, torch.device("cpu")))
-    total += RELAXING * sum(_rounds(layout, recipe) * _weights(layout, {}) for layout in job.arch.blocks)
-    return total + _of_text() + FORWARD_SHARE * forward / fast + exact / speed(torch.float32) + _of_gates(job)
+    total += of_labels(job, tokens)
+    total += RELAXING * sum(_rounds(layout, recipe) * weights_of(layout, {}) for layout in job.arch.blocks)
+    return total + of_text() + FORWARD_SHARE * forward / fast + exact / speed(torch.float32) + _of_gates(job)
 
 
-def _of_text() -> float:
+def of_text() -> float:
     """Return the time to read the text that this package brings, for any other as well."""
     source, times = inspect.getsource(inspect), list[float]()
     for _ in range(3):
@@ -111,6 +66,12 @@ def _of_text() -> float:
     return MODULES * min(times)
 
 
+def of_labels(job: Job, tokens: int) -> float:
+    """Return the time of what the pass by gradient does to logits; 0 without it."""
+    vocabulary = job.source.tensors[f"{job.arch.embedding}.weight"].shape[0]
+    return LABEL * tokens * vocabulary if by_gradient(job.recipe) else 0.0
+
+
 def _of_gates(job: Job) -> float:
     """Return the time in which the dense and the finished model read what the gates of quality are measured on."""
     tokens = 0 if job.ungated else gate_tokens(job.recipe)
@@ -118,7 +79,7 @@ def _of_gates(job: Job) -> float:
         return 0.0
     shares = token_shares(job)
     head = prod(job.source.tensors[f"{job.arch.embedding}.weight"].shape)
-    each = FORWARD_SHARE * sum(_weights(layout, shares) for layout in job.arch.blocks) + head
+    each = FORWARD_SHARE * sum(weights_of(layout, shares) for layout in job.arch.blocks) + head
     return READ * job.source.parameters + 2 * 2 * tokens * each / speed(torch.float32)
 
 
@@ -127,7 +88,7 @@ def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[flo
     recipe = job.recipe
     forward, exact = 0.0, 0.0
     for layout in job.arch.blocks:
-        block, rounds = _weights(layout, shares), _rounds(layout, recipe)
+        block, rounds = weights_of(layout, shares), _rounds(layout, recipe)
         passes = 2 + (recipe.asymmetric > 0 or rounds > 0) + (BACKWARD if by_gradient(recipe) else 0)
         if recipe.reconstruct is not None and recipe.reconstruct.between:
             passes += len(layout.groups) - 1  # moments of the next group
@@ -148,7 +109,7 @@ def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[flo
     return forward, exact
 
 
-def _weights(layout: BlockLayout, shares: Mapping[str, float]) -> float:
+def weights_of(layout: BlockLayout, shares: Mapping[str, float]) -> float:
     """Return the weights of a block's linears, each by its share of the tokens, if it has one."""
     return sum(prod(linear.shape) * shares.get(linear.name, 1.0) for group in layout.groups for linear in group)
 
@@ -171,14 +132,12 @@ def _learned(recipe: Recipe) -> float:
     return text.length * (3 * steps * (learning.batch + ROUNDING) + looks * held_out)
 
 
-def _paces(job: Job) -> dict[str, Pace]:
-    """Try every list of steps, on as many rows as the matrices have that it is for; return the paces by its repr."""
-    sizes: dict[str, set[tuple[int, int]]] = {}
-    lists: dict[str, Steps] = {}
+def _paces(job: Job) -> dict[Steps, Pace]:
+    """Return the paces of all lists of steps, on as many rows as the matrices have that they are for."""
+    sizes: dict[Steps, set[tuple[int, int]]] = {}
     for name, steps in (job.steps | job.tables).items():
-        lists[repr(steps)] = steps
-        sizes.setdefault(repr(steps), set()).add(_size(job, name))
-    return {key: pace(lists[key], shapes, job.recipe.calibration is not None) for key, shapes in sizes.items()}
+        sizes.setdefault(steps, set()).add(_size(job, name))
+    return paces(sizes, job.recipe.calibration is not None)
 
 
 def _size(job: Job, name: str) -> tuple[int, int]:
@@ -187,44 +146,6 @@ def _size(job: Job, name: str) -> tuple[int, int]:
         return job.arch.linears()[name].shape
     rows, width = job.source.tensors[f"{name}.weight"].shape
     return rows, width
-
-
-def pace(steps: Steps, shapes: Iterable[tuple[int, int]], data: bool) -> Pace:
-    """Measure how fast steps are on matrices of these shapes `(rows, width)`, with calibration or without."""
-    shapes = list(shapes)
-    widest = max(width for _, width in shapes)
-    few, narrow = min(FEW, max(rows for rows, _ in shapes)), min(COLUMNS, widest)
-    tried(steps, few, narrow, data)  # compiles what it needs
-    columns = {
-        rows: tried(steps, rows, narrow, data)[0] / narrow for rows in {min(rows, ROWS) for rows, _ in shapes} | {few}
-    }
-    wide = min(WIDE, widest)
-    if wide == narrow:
-        return Pace(columns, 0.0, 0.0)
-    own, shared = tried(steps, few, wide, data)
-    update = max(own / wide - columns[few], 0.0) / (few * (wide - narrow))
-    columns = {rows: max(each - update * rows * narrow, 0.0) for rows, each in columns.items()}
-    return Pace(columns, update, shared / wide**3)
-
-
-def tried(steps: Steps, rows: int, width: int, data: bool) -> tuple[float, float]:
-    """Run steps on a random matrix, more than once if they are fast: return the seconds of its own, and those of what
-    layers with one input share, where they were fewest."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, width, generator=generator)
-    found = Moments.of(torch.randn(2 * width, width, generator=generator), STATISTICS) if data else Moments(0.0)
-    first, times = time.perf_counter(), list[tuple[float, float]]()
-    while not times or (len(times) < TRIALS and time.perf_counter() - first < BRIEF):
-        moments = Timed(found.tokens, found.square, found.outer)
-        started = time.perf_counter()
-        layer = Layer("trial", weight, Dense(weight.to(torch.bfloat16)), moments, "0")
-        done = apply(layer, steps).expression()
-        packed(done)
-        for _ in range(2):  # for its error, and when the next block reads what it gives
-            dense(done)
-        shared = sum(moments.clock)
-        times.append((time.perf_counter() - started - shared, shared))
-    return min(own for own, _ in times), min(shared for _, shared in times)
 
 
 def token_shares(job: Job) -> dict[str, float]:
@@ -238,13 +159,3 @@ def token_shares(job: Job) -> dict[str, float]:
     known = {path: 1.0 if chosen is None else min(1.0, chosen / len(found)) for path, found in numbers.items()}
     named = ((name, EXPERT.fullmatch(name)) for name in job.arch.linears())
     return {name: known[found[1]] for name, found in named if found}
-
-
-def speed(dtype: torch.dtype) -> float:
-    """Measure the floating-point operations per second of a product."""
-    a = torch.ones(1024, 1024, dtype=dtype)
-    a @ a
-    started = time.perf_counter()
-    for _ in range(4):
-        a @ a
-    return 4 * 2 * 1024**3 / (time.perf_counter() - started)

@@ -24,13 +24,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 64}]}]},
     "gptq": {"version": 1, "calibration": TEXT, "rules": GPTQ},
     "trellis, asymmetric": {"version": 1, "calibration": TEXT, "asymmetric": 0.5, "rules": TRELLIS},
+    "target": {"version": 1, "calibration": TEXT, "token_weights": {"by": "gradient"}, "target": {"bpw": 2.5}},
     "gptq, learned blocks": {"version": 1, "calibration": TEXT, "reconstruct": {"steps": 2}, "rules": GPTQ},
 }
 RUN = """
 import json, sys
 import llmcompress as lc
-report = lc.compress(sys.argv[1], json.loads(sys.argv[2])).report
-print(json.dumps([report.peak_memory_bytes, report.seconds]))
+done = lc.compress(sys.argv[1], json.loads(sys.argv[2]))
+prices = 0 if done.allocation is None else done.allocation["seconds"]
+print(json.dumps([done.report.peak_memory_bytes, done.report.seconds + prices]))
 """
 
 

@@ -448,7 +448,8 @@ def test_very_verbose_shows_where_an_error_arose(recipe: Path, monkeypatch: pyte
     ("words", "message"),
     [
         (["compress", "m", "r.yaml"], "Missing option"),
-        (["plan", "m"], "Missing argument"),
+        (["inspect"], "Missing argument"),
+        (["plan", "m"], "there is no RECIPE; name one, or give a target"),
         (["plan", "m", "r", "--sett", "a=b"], "No such option"),
         (["eval", "m", "--windows", "0"], "Invalid value for '--windows'"),
         (["eval", "m", "--length", "many"], "Invalid value for '--length'"),

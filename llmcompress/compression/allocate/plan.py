@@ -20,11 +20,11 @@ from typing import Any
 from torch import Tensor
 
 from llmcompress.compression.allocate.choices import Choices, Steps, choices
+from llmcompress.compression.allocate.cost import pricing_bytes
 from llmcompress.compression.allocate.distortion import families
-from llmcompress.compression.allocate.prices import Priced, Progress, needs_of, prices
+from llmcompress.compression.allocate.prices import Priced, Progress, prices
 from llmcompress.compression.allocate.sensitivity import DensePredictions, Probe, in_parts, probe_windows
 from llmcompress.compression.allocate.solve import monotone, solve
-from llmcompress.compression.memory_estimate import peak_bytes, width_of
 from llmcompress.compression.plan import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
@@ -37,8 +37,6 @@ from llmcompress.recipe.compression import Recipe, Rule
 from llmcompress.recipe.target import Target
 from llmcompress.runtime.memory import total_memory
 from llmcompress.runtime.ranks import ALONE, Ranks
-
-FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -197,13 +195,7 @@ def priced_tokens(job: Job) -> CalibrationTokens:
 
 def _check_memory(job: Job, found: Choices, windows: Tensor, device: str, ranks: Ranks) -> None:
     """Raise MemoryLimitError if measuring the options would not fit into this machine."""
-    wanted = {one.name: one for one in found.matrices}
-    probed = [len(one.options) if job.recipe.damage == "kl" else 1 for one in found.matrices if not one.is_table]
-    options = {config.method for one in found.matrices for steps in one.options for config in steps}
-    tables = [one.name for one in found.matrices if one.is_table]
-    needed = peak_bytes(job.source, job.arch, job.recipe, tables, needs_of(job, wanted), options)
-    needed += FLOAT32 * sum(probed) * windows.numel() * width_of(job.arch) // ranks.count
-    needed *= ranks.here
+    needed = ranks.here * pricing_bytes(job, found, windows.numel(), ranks.count)
     there = total_memory()
     if device == "cpu" and needed > there:
         raise MemoryLimitError(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -167,8 +168,7 @@ def measured(
     ranks: Ranks,
 ) -> Measurements:
     """Return the measurements that are a process's to make; it need not be one of processes that run together."""
-    linears = [one for one in found.matrices if not one.is_table]
-    smallest = min(linears, key=lambda one: (one.shape[0] * one.shape[1], _from_middle(one, linears)), default=None)
+    smallest = smallest_of([one for one in found.matrices if not one.is_table])
     wanted = {one.name: one for one in _share(job, found.matrices, ranks)}
     found_by: dict[str, _Run] = {}
     reference: Reference = []
@@ -199,8 +199,29 @@ def _share(job: Job, matrices: Sequence[Matrix], ranks: Ranks) -> list[Matrix]:
     return [one for one in matrices if one.name in mine]
 
 
-def _from_middle(one: Matrix, among: list[Matrix]) -> int:
-    return abs(among.index(one) - len(among) // 2)
+def smallest_of(linears: list[Matrix]) -> Matrix | None:
+    """Return the smallest of some linears, of equal ones that nearest to the middle; None of none."""
+    middle = len(linears) // 2
+    ranked = [(prod(one.shape), abs(place - middle), place) for place, one in enumerate(linears)]
+    return linears[min(ranked)[-1]] if ranked else None
+
+
+def run_on(one: Matrix) -> list[int]:
+    """Return the options that are run on a matrix: a few of each family, all of a table."""
+    if one.is_table:
+        return [*range(len(one.options))]
+    return [number for family in families(one.options) for number in run_of(family)]
+
+
+def middle_of(one: Matrix) -> int:
+    """Return the option that a matrix is probed with: the middle one that is run, of its largest family."""
+    largest = run_of(max(families(one.options), key=len))
+    return largest[(len(largest) - 1) // 2]
+
+
+def sequences_of(fitted: int, held_out: int, length: int) -> tuple[int, int]:
+    """Return how many of so many sequences options are fitted to, and how many they are judged on."""
+    return max(1, min(fitted, TOKENS // length)), max(1, min(held_out, TOKENS // 4 // length))
 
 
 def _layers(
@@ -213,9 +234,8 @@ def _layers(
 ) -> Iterator[tuple[Block, Layer, Moments | None]]:
     """Yield every wanted matrix as methods see it, in its block and with the moments of its held-out inputs; the probe
     moves on with the walk."""
-    fitted = max(1, min(tokens.obtained - tokens.held_out, TOKENS // tokens.length))
-    held_out = max(1, min(tokens.held_out, TOKENS // 4 // tokens.length))
     first = tokens.obtained - tokens.held_out
+    fitted, held_out = sequences_of(first, tokens.held_out, tokens.length)
     sequences = torch.cat([tokens.sequences[:fitted], tokens.sequences[first : first + held_out]])
     recipe = job.recipe
     blocks = walk(
@@ -272,12 +292,9 @@ def _run(block: Block, layer: Layer, one: Matrix, held_out: Moments | None, prob
     """Run a few options of a linear roughly, or all options of a table on some of its rows. Probe with a middle one,
     or if `every`, with each that is run."""
     rows = sampled(layer, one.is_table)
-    kin = families(one.options)
-    run = range(len(one.options)) if one.is_table else [number for family in kin for number in run_of(family)]
-    largest = run_of(max(kin, key=len))
-    middle = largest[(len(largest) - 1) // 2]
+    middle = middle_of(one)
     errors, changes = {}, {}
-    for number in run:
+    for number in run_on(one):
         fast, probed = rough(one.options[number]), every or number == middle
         if probed:
             value, made = changed(layer, fast, held_out)

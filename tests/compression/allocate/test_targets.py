@@ -289,10 +289,6 @@ def an_option_that_does_not_fit(place: Path) -> Any:
     return allocated(place, {"bpw": 3}, options=[[{"method": "magnitude", "pattern": "5:7"}]])
 
 
-def a_plan(place: Path) -> Any:
-    return lc.plan(place / "dense", recipe(place, {"bpw": 3}))
-
-
 CANNOT = [
     (without_calibration, "target: options are judged on held-out text; add calibration with held_out more than 0"),
     (none_held_out, "target: options are judged on held-out text"),
@@ -302,7 +298,6 @@ CANNOT = [
     (nothing_left, "the rules of recipe 'aimed' cover every layer of .*, so none is left to choose steps for"),
     (a_rule_for_nothing, r'rule 1 matches no layer of the model \("\*.x_proj"\)'),
     (an_option_that_does_not_fit, r"model.layers.0.self_attn.q_proj: magnitude: .*64"),
-    (a_plan, "the steps for a target are chosen by measuring the model, which only compress does"),
 ]
 
 

@@ -1,0 +1,138 @@
+"""Cost of measuring prices: memory and time, from headers and the speed of this machine.
+
+Terms of the time, for t probing tokens, c calibration tokens and L matrices: a pass of c, its moments, and the backward
+pass of a recipe that weighs tokens by gradient; a few rough options of every matrix; L half passes of t, and L times
+the logits of t. They were fitted to runs (`scripts/bench/estimates.py`).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from llmcompress.compression.allocate.choices import Choices, Matrix
+from llmcompress.compression.allocate.distortion import ROWS, Steps, rough
+from llmcompress.compression.allocate.prices import middle_of, needs_of, run_on, sequences_of, smallest_of
+from llmcompress.compression.allocate.sensitivity import WINDOW, WINDOWS
+from llmcompress.compression.memory_estimate import by_gradient, peak_bytes, width_of
+from llmcompress.compression.plan import Job
+from llmcompress.compression.time_estimate import BACKWARD, FORWARD_SHARE, READ, START, of_labels, of_text, weights_of
+from llmcompress.compression.trials import Pace, paces, speed
+from llmcompress.data.calibration import held_out_count
+from llmcompress.methods.layer import MANY, SAMPLED
+from llmcompress.recipe.calibration import Calibration
+from llmcompress.runtime.precision import fast_float32, product_dtype
+
+FLOAT32 = 4  # bytes
+LOGIT = 1e-9  # seconds that a logit takes beside its product: for its log-probability, and in a divergence
+
+
+class Trial(NamedTuple):
+    """Steps that are run on a matrix, or on some of its rows."""
+
+    steps: Steps
+    rows: int
+    width: int
+
+
+def pricing_bytes(job: Job, found: Choices, tokens: int, processes: int = 1) -> int:
+    """Return the peak memory of each of some processes that measure prices together, with so many probing tokens."""
+    wanted = {one.name: one for one in found.matrices}
+    options = {config.method for one in found.matrices for steps in one.options for config in steps}
+    tables = [one.name for one in found.matrices if one.is_table]
+    walked = peak_bytes(job.source, job.arch, job.recipe, tables, needs_of(job, wanted), options)
+    probed = sum(_changes(job, one) for one in found.matrices if not one.is_table)
+    exchanged = max((prod(one.shape) for one in found.matrices if not one.is_table), default=0)
+    return walked + FLOAT32 * (exchanged + probed * tokens * width_of(job.arch) // processes)
+
+
+def probing_tokens(text: Calibration) -> int:
+    """Return the number of tokens that changes are judged on, where there is as much text as a recipe asks for."""
+    length = min(WINDOW, text.length)
+    return length * min(WINDOWS, held_out_count(text.held_out, text.samples) * (text.length // length))
+
+
+@fast_float32()
+def pricing_seconds(job: Job, found: Choices, text: Calibration) -> float:
+    """Return the time to measure prices, and later the finished model's divergence, by one process."""
+    held_out = held_out_count(text.held_out, text.samples)
+    tokens = sum(sequences_of(text.samples - held_out, held_out, text.length)) * text.length
+    fast, exact = speed(product_dtype(job.recipe.compute, torch.device("cpu"))), speed(torch.float32)
+    total = START + of_text() + 4 * READ * job.source.parameters  # for the walk, the probe, and both models at the end
+    total += FORWARD_SHARE * _operations(job, tokens) / fast + of_labels(job, tokens)
+    return total + _of_trials(job, found, exact) + _of_probing(job, found, probing_tokens(text), fast, exact)
+
+
+def _operations(job: Job, tokens: int) -> float:
+    """Return the operations of the walk's forwards and moments, and of the pass by gradient."""
+    gradient, total = by_gradient(job.recipe), 0.0
+    if gradient:
+        total += 2 * 2 * tokens * prod(_table(job)) / FORWARD_SHARE
+    for layout in job.arch.blocks:
+        total += 2 * (1 + (BACKWARD if gradient else 0)) * tokens * weights_of(layout, {})
+        total += sum(tokens * group[0].shape[1] ** 2 for group in layout.groups) / FORWARD_SHARE
+    return total
+
+
+def _of_trials(job: Job, found: Choices, exact: float) -> float:
+    """Return the time of what is run on matrices, and of its errors: `exact` operations a second."""
+    smallest = smallest_of([one for one in found.matrices if not one.is_table])
+    trials = {one.name: _trials(one, one is smallest) for one in found.matrices}
+    sizes: dict[Steps, set[tuple[int, int]]] = {}
+    for trial in (trial for each in trials.values() for trial in each):
+        sizes.setdefault(trial.steps, set()).add((trial.rows, trial.width))
+    known = paces(sizes, data=True)
+    groups = [[linear.name for linear in group] for layout in job.arch.blocks for group in layout.groups]
+    total = 0.0
+    for names in [*groups, *([one.name] for one in found.matrices if one.is_table)]:
+        run = [trial for name in names for trial in trials.get(name, ())]
+        total += sum(known[steps].seconds(rows, width) for steps, rows, width in run)
+        total += max((_factor(known[trial.steps], trial) for trial in run), default=0.0)
+        total += sum(4 * min(rows, ROWS if rows < MANY else SAMPLED) * width**2 for _, rows, width in run) / exact
+    return total
+
+
+def _factor(pace: Pace, trial: Trial) -> float:
+    """Return the time of what matrices with one input share."""
+    return pace.cube * trial.width**3
+
+
+def _trials(one: Matrix, is_reference: bool) -> list[Trial]:
+    """Return what is run on a matrix."""
+    (rows, width), middle = one.shape, middle_of(one)
+    if one.is_table:
+        some_rows = [Trial(steps, min(rows, ROWS), width) for steps in one.options]
+        return [*some_rows, Trial(rough(one.options[middle]), rows, width)]
+    found = [Trial(steps, rows, width) for steps in one.options] if is_reference else []
+    for number in run_on(one):
+        fast = rough(one.options[number])
+        some = number != middle and rows >= MANY and all(config.rowwise for config in fast)
+        found.append(Trial(fast, SAMPLED if some else rows, width))
+    return found
+
+
+def _of_probing(job: Job, found: Choices, tokens: int, fast: float, exact: float) -> float:
+    """Return the time in which the dense model and every change to it read the probing tokens."""
+    changes = {one.name: _changes(job, one) for one in found.matrices}
+    weights, begun = 0.0, 1  # the dense model goes all the way
+    for layout in job.arch.blocks:
+        begun += sum(changes.get(linear.name, 0) for group in layout.groups for linear in group)
+        weights += begun * weights_of(layout, {})
+    tables = sum(changes[one.name] for one in found.matrices if one.is_table)
+    weights += (tables + 2) * sum(weights_of(layout, {}) for layout in job.arch.blocks)  # and twice when all is done
+    rows, width = _table(job)
+    logits = (begun + tables + 2) * tokens * rows
+    reads = tables * READ * job.source.parameters
+    return 2 * FORWARD_SHARE * tokens * weights / fast + 2 * logits * width / exact + LOGIT * logits + reads
+
+
+def _changes(job: Job, one: Matrix) -> int:
+    """Return the number of a matrix's changes that are judged."""
+    return len(run_on(one)) if job.recipe.damage == "kl" else 1
+
+
+def _table(job: Job) -> tuple[int, int]:
+    rows, width = job.source.tensors[f"{job.arch.embedding}.weight"].shape
+    return rows, width

@@ -1,0 +1,77 @@
+"""The plan of a recipe with a target, before anything is measured: as if all weights mattered alike.
+
+    job with a target -> choices -> the options that spend its bits evenly -> plan of that job, and the cost of prices
+
+Prices move bits between matrices, not the size of all; so sizes, memory and time are those of a run, and the options of
+single matrices are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from math import prod
+
+from llmcompress.compression.allocate.choices import Choices, Matrix
+from llmcompress.compression.allocate.cost import pricing_bytes, pricing_seconds, probing_tokens
+from llmcompress.compression.allocate.plan import reachable, target_of, with_steps
+from llmcompress.compression.plan import Job, Plan
+from llmcompress.compression.time_estimate import seconds
+from llmcompress.errors import RecipeError
+from llmcompress.recipe.target import Target
+
+
+def forecast(job: Job) -> Plan:
+    """Return the plan of a job with a target. Raises RecipeError for one that no choice reaches."""
+    target, text = target_of(job), job.recipe.calibration
+    if text is None:
+        raise RecipeError("options are judged on text; give a recipe with calibration")
+    found = reachable(job, (target,))
+    settled = job.with_recipe(with_steps(job, found, evenly(found, target)))
+    planned, pricing = settled.plan, pricing_bytes(job, found, probing_tokens(text))
+    return replace(
+        planned,
+        peak_memory_bytes=max(planned.peak_memory_bytes, pricing),
+        target=target.model_dump(mode="json", exclude_none=True),
+        timed=lambda: seconds(settled) + pricing_seconds(job, found, text),
+    )
+
+
+def evenly(found: Choices, target: Target) -> tuple[int, ...]:
+    """Return an option for each matrix, so that all have about as many bits a weight and meet the target.
+
+    For a quality, whose size nobody knows beforehand, every matrix has a middle option.
+    """
+    ladders = [_ladder(one) for one in found.matrices]
+    if target.kl is not None:
+        return tuple(ladder[len(ladder) // 2] for ladder in ladders)
+    chosen = [ladder[0] for ladder in ladders]
+    room = _room(found, target, chosen)
+    sizes = [one.bits if target.bpw is not None else one.bytes for one in found.matrices]
+    rungs = [
+        (one.bits[before] / prod(one.shape), place, before, after)
+        for place, (one, ladder) in enumerate(zip(found.matrices, ladders, strict=True))
+        for before, after in pairwise(ladder)
+    ]
+    for _, place, before, after in sorted(rungs):
+        cost = sizes[place][after] - sizes[place][before]
+        if chosen[place] == before and cost <= room:
+            chosen[place], room = after, room - cost
+    return tuple(chosen)
+
+
+def _ladder(one: Matrix) -> list[int]:
+    """Return a matrix's options from least to most bits, one of each size."""
+    by_bits = {count: number for number, count in reversed([*enumerate(one.bits)])}
+    return [by_bits[count] for count in sorted(by_bits)]
+
+
+def _room(found: Choices, target: Target, chosen: Sequence[int]) -> float:
+    """Return the bits, or the bytes, that a target leaves beside the options `chosen`."""
+    if target.bpw is None:
+        return math.inf if target.bytes is None else target.bytes - found.size(chosen)
+    linears = [(one, option) for one, option in zip(found.matrices, chosen, strict=True) if not one.is_table]
+    weights = found.fixed_weights + sum(prod(one.shape) for one, _ in linears)
+    return target.bpw * weights - found.fixed_bits - sum(one.bits[option] for one, option in linears)

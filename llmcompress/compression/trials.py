@@ -1,0 +1,209 @@
+"""Speeds of steps on this machine: tried on parts of random matrices, and kept for the next forecast.
+
+A method's time has three terms: for each column, depending on the number of rows; for each weight and column of the
+width, since a column changes later ones; and for the cube of the width, a factor that layers with one input share. The
+first is tried on as many rows and few columns, the others on few rows and more columns.
+
+Trials of many steps take seconds, so what they found is kept in a file: beside the speed of products at that moment,
+which is measured again at each forecast. On a busy machine products take longer, and by that ratio steps do as well.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+
+from llmcompress.errors import DiskError, InputError, first_line
+from llmcompress.methods.layer import Layer, StepConfig, apply
+from llmcompress.methods.moments import STATISTICS, Moments
+from llmcompress.models.smollm2 import cache_folder
+from llmcompress.models.store import Store
+from llmcompress.runtime.facts import torch_facts
+from llmcompress.runtime.versions import versions
+from llmcompress.weight.expression import dense
+from llmcompress.weight.modules import packed
+from llmcompress.weight.nodes import Dense
+
+COLUMNS, ROWS = 128, 2048  # tried of a matrix, at most
+FEW, WIDE = 256, 1024  # rows, and columns, of the trial that tells what grows with the width
+TRIALS, BRIEF = 5, 0.1  # of a matrix, or of products, as long as they take fewer seconds together
+PACKAGE = Path(__file__).parents[1]
+FOLDER = "speeds"  # in the cache, with a file for each machine and version
+CODE = ("methods", "kernels", "weight")  # rooms whose code decides how fast steps are
+
+T = TypeVar("T")
+Steps = tuple[StepConfig, ...]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of some steps: for a column, by rows; for each weight and column of its width; for a width's cube."""
+
+    columns: Mapping[int, float]
+    update: float
+    cube: float
+
+    def seconds(self, rows: int, width: int) -> float:
+        """The time of a matrix, without the factor that it may share."""
+        known = min(rows, max(self.columns))
+        return width * self.columns[known] * rows / known + self.update * rows * width**2
+
+    def times(self, factor: float) -> Pace:
+        """Return the pace of a machine that takes so many times as long."""
+        columns = {rows: factor * each for rows, each in self.columns.items()}
+        return Pace(columns, factor * self.update, factor * self.cube)
+
+
+@dataclass(frozen=True, eq=False)
+class Timed(Moments):
+    """Moments that measure how long it takes to compute what layers share."""
+
+    clock: list[float] = field(default_factory=list)
+
+    def memo(self, key: Any, compute: Callable[[], T]) -> T:
+        """See `Moments.memo`."""
+        if key in self.derived:
+            return super().memo(key, compute)
+        started, inner = time.perf_counter(), sum(self.clock)
+        found: Any = super().memo(key, compute)
+        self.clock.append(time.perf_counter() - started - (sum(self.clock) - inner))
+        if isinstance(found, Moments):  # those of another basis
+            found = Timed(found.tokens, found.square, found.outer, found.cross, found.derived, self.clock)
+            self.derived[key] = found
+        return cast("T", found)
+
+
+class Sizes(NamedTuple):
+    """Sizes to try for some matrices: the numbers of rows on few columns, and the columns beside FEW rows."""
+
+    rows: tuple[int, ...]
+    few: int
+    narrow: int
+    wide: int
+
+    @staticmethod
+    def of(shapes: Iterable[tuple[int, int]]) -> Sizes:
+        """Return what to try for matrices of these shapes `(rows, width)`."""
+        every = sorted(set(shapes))
+        widest, few = max(width for _, width in every), min(FEW, max(rows for rows, _ in every))
+        rows = sorted({min(rows, ROWS) for rows, _ in every} | {few})
+        return Sizes(tuple(rows), few, min(COLUMNS, widest), min(WIDE, widest))
+
+
+def paces(asked: Mapping[Steps, Iterable[tuple[int, int]]], data: bool) -> dict[Steps, Pace]:
+    """Return how fast steps are on matrices of some shapes `(rows, width)`; `data`: with calibration.
+
+    What was tried on this machine before is read from its file, and what was not is tried and added.
+    """
+    now, store = speed(torch.float32), _store()
+    kept = _kept(store)
+    known, tried_now, found = dict(kept), False, {}
+    for steps, shapes in asked.items():
+        sizes = Sizes.of(shapes)
+        key = sha256(repr((steps, sizes, data)).encode()).hexdigest()[:32]
+        if (pace := _read(known.get(key), now)) is None:
+            pace, tried_now = measured(steps, sizes, data), True
+            known[key] = asdict(pace) | {"speed": now}
+        found[steps] = pace
+    if tried_now:
+        _keep(store, known)
+    return found
+
+
+def _store() -> Store:
+    """Return the store of the paces on this machine with this code, which has one record."""
+    facts = torch_facts()
+    code = sha256()
+    for path in sorted(path for room in CODE for path in (PACKAGE / room).rglob("*.py")):
+        code.update(path.read_bytes())
+    machine = {"cpu": facts.cpu, "threads": facts.threads, "versions": versions(), "code": code.hexdigest()}
+    return Store(cache_folder() / FOLDER, machine)
+
+
+def _name(store: Store) -> str:
+    return sha256(repr(sorted(store.identity.items())).encode()).hexdigest()[:16]
+
+
+def _kept(store: Store) -> dict[str, Any]:
+    """Return what a file has of earlier trials; nothing where it is missing or damaged, since they can be repeated."""
+    try:
+        record = store.get(_name(store))
+    except InputError:
+        return {}
+    found = None if record is None else record.entry.get("paces")
+    return found if isinstance(found, dict) else {}
+
+
+def _keep(store: Store, paces: Mapping[str, Any]) -> None:
+    """Write the file; warn where that is impossible."""
+    try:
+        store.put(_name(store), {"paces": paces})
+    except DiskError as error:
+        warnings.warn(
+            f"{store.folder}: speeds of this machine cannot be kept there ({first_line(error)}), so every plan tries "
+            f"steps again; set LLMCOMPRESS_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
+
+
+def _read(entry: Any, now: float) -> Pace | None:
+    """Return a kept pace at the speed that products have now; None where there is none that can be read."""
+    try:
+        columns = {int(rows): float(each) for rows, each in entry["columns"].items()}
+        kept = Pace(columns, float(entry["update"]), float(entry["cube"]))
+        return kept.times(float(entry["speed"]) / now)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def measured(steps: Steps, sizes: Sizes, data: bool) -> Pace:
+    """Measure how fast steps are, with calibration or without."""
+    few, narrow, wide = sizes.few, sizes.narrow, sizes.wide
+    tried(steps, few, narrow, data)  # compiles what it needs
+    columns = {rows: tried(steps, rows, narrow, data)[0] / narrow for rows in sizes.rows}
+    if wide == narrow:
+        return Pace(columns, 0.0, 0.0)
+    own, shared = tried(steps, few, wide, data)
+    update = max(own / wide - columns[few], 0.0) / (few * (wide - narrow))
+    columns = {rows: max(each - update * rows * narrow, 0.0) for rows, each in columns.items()}
+    return Pace(columns, update, shared / wide**3)
+
+
+def tried(steps: Steps, rows: int, width: int, data: bool) -> tuple[float, float]:
+    """Run steps on a random matrix, more than once if they are fast: return the seconds of its own, and those of what
+    layers with one input share, where they were fewest."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, width, generator=generator)
+    found = Moments.of(torch.randn(2 * width, width, generator=generator), STATISTICS) if data else Moments(0.0)
+    first, times = time.perf_counter(), list[tuple[float, float]]()
+    while not times or (len(times) < TRIALS and time.perf_counter() - first < BRIEF):
+        moments = Timed(found.tokens, found.square, found.outer)
+        started = time.perf_counter()
+        layer = Layer("trial", weight, Dense(weight.to(torch.bfloat16)), moments, "0")
+        done = apply(layer, steps).expression()
+        packed(done)
+        for _ in range(2):  # for its error, and when the next block reads what it gives
+            dense(done)
+        shared = sum(moments.clock)
+        times.append((time.perf_counter() - started - shared, shared))
+    return min(own for own, _ in times), min(shared for _, shared in times)
+
+
+def speed(dtype: torch.dtype) -> float:
+    """Measure the floating-point operations per second of a product, at its best of a few times."""
+    a = torch.ones(1024, 1024, dtype=dtype)
+    a @ a
+    first, times = time.perf_counter(), list[float]()
+    while not times or (len(times) < TRIALS and time.perf_counter() - first < BRIEF):
+        started = time.perf_counter()
+        for _ in range(4):
+            a @ a
+        times.append(time.perf_counter() - started)
+    return 4 * 2 * 1024**3 / min(times)

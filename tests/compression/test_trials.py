@@ -1,0 +1,122 @@
+"""Trials of steps: what they tell, and how they are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcompress.compression import trials
+from llmcompress.compression.trials import COLUMNS, FEW, ROWS, WIDE, Sizes, Timed, measured, paces, tried
+from llmcompress.methods.layer import step
+from llmcompress.methods.moments import Moments
+
+RTN, GPTQ = {"method": "rtn", "bits": 4}, {"method": "gptq", "bits": 4, "group_size": 32}
+
+
+@pytest.mark.parametrize("sizes", [[(576, 576), (192, 576), (1536, 576), (576, 1536)], [(8192, 2048)], [(64, 32)]])
+def test_trials_tell_what_grows_with_rows_width_and_its_cube(
+    sizes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def as_known(steps: Any, rows: int, width: int, data: bool) -> tuple[float, float]:
+        asked.append((rows, width))
+        return width * (3e-5 + 2e-7 * rows) + 1e-9 * rows * width**2, 5e-11 * width**3
+
+    monkeypatch.setattr(trials, "tried", as_known)
+    found = measured((), Sizes.of(sizes), True)
+    assert all((rows <= ROWS and width <= COLUMNS) or (rows <= FEW and width <= WIDE) for rows, width in asked)
+    for rows, width in sizes:
+        own, shared = as_known((), min(rows, ROWS), width, True)
+        assert found.seconds(rows, width) == pytest.approx(own * rows / min(rows, ROWS))
+        if width > COLUMNS:
+            assert found.cube * width**3 == pytest.approx(shared)
+
+
+def test_what_layers_share_is_counted_once_and_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(trials.time, "perf_counter", lambda: now)
+
+    def takes(seconds: float, found: Any) -> Any:
+        nonlocal now
+        now += seconds
+        return found
+
+    moments = Timed(1.0)
+    turned = moments.memo("rotated", lambda: takes(2.0, Moments(1.0)))
+    for _ in range(2):
+        moments.memo("outer", lambda: takes(1.0, turned.memo("inner", lambda: takes(4.0, 7))))
+    assert sum(moments.clock) == 7.0
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_a_trial_runs_the_steps(data: bool) -> None:
+    own, shared = tried((step(GPTQ if data else RTN),), 16, 32, data)
+    assert own > 0 and (shared > 0) == data
+
+
+# --- kept -----------------------------------------------------------------------------------------------------------
+
+STEPS = (step(GPTQ),)
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The rows and columns of trials that were made, each of which takes a second; products are of constant speed."""
+    made: list[tuple[int, int]] = []
+
+    def one(steps: Any, rows: int, width: int, data: bool) -> tuple[float, float]:
+        made.append((rows, width))
+        return 1.0, 0.0
+
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(trials, "tried", one)
+    monkeypatch.setattr(trials, "speed", lambda dtype: 1e9)
+    return made
+
+
+def test_steps_are_tried_once_on_a_machine(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = paces({STEPS: [(64, 64)]}, True)
+    assert counted
+    counted.clear()
+    assert paces({STEPS: [(64, 64)]}, True) == first and not counted
+    paces({STEPS: [(64, 128)]}, True)
+    assert counted, "another width is another trial"
+    counted.clear()
+    paces({STEPS: [(64, 64)]}, False)
+    assert counted, "and so is one without data"
+    counted.clear()
+    paces({STEPS: [(64, 64)]}, True)
+    assert not counted, "nothing is forgotten for that"
+    monkeypatch.setattr(trials, "versions", lambda: {"torch": "another"})
+    paces({STEPS: [(64, 64)]}, True)
+    assert counted
+
+
+def test_kept_speeds_follow_those_of_products(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = paces({STEPS: [(64, 64)]}, True)[STEPS]
+    monkeypatch.setattr(trials, "speed", lambda dtype: 5e8)
+    busy = paces({STEPS: [(64, 64)]}, True)[STEPS]
+    assert busy.seconds(64, 64) == pytest.approx(2 * quiet.seconds(64, 64))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "nonsense", None])
+def test_a_damaged_file_is_made_again(counted: list[Any], tmp_path: Path, content: str | None) -> None:
+    paces({STEPS: [(64, 64)]}, True)
+    [file] = (tmp_path / "cache").rglob("*.json")
+    whole = file.read_text()
+    file.write_text(whole.replace("1.0", "1.5") if content is None else content)
+    counted.clear()
+    paces({STEPS: [(64, 64)]}, True)
+    assert counted and file.read_text() == whole
+
+
+def test_speeds_that_cannot_be_kept_are_told_of(
+    counted: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="speeds of this machine cannot be kept there"):
+        assert paces({STEPS: [(64, 64)]}, True)
