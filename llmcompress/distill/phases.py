@@ -88,8 +88,6 @@ def _end_to_end(run: TrainContext, learned: Learned, report: Report | None) -> N
     student = relaxed_student(
         run.student.model, recipe.rates, recipe.estimator, latents, scales=recipe.scales, shrunk=shrunk
     )
-    if recipe.latents == "none" and not student.trained.get("codes"):
-        raise RecipeError("latents: none: the student has no codes of grids that could take steps; use latents: codes")
     measured = train(replace(run, student=student), report)
     numbers: dict[str, int] = {
         kind: sum(value.numel() for value in values.values()) for kind, values in student.trained.items()

@@ -57,8 +57,7 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
             stack.enter_context(again)
         stack.enter_context(held_decoded(accelerator, run.student.model, run.teacher))
         stopping = stack.enter_context(stop_requests())
-        stepwise = recipe.latents == "none"
-        engine = Engine.of(accelerator, run.student, run.teacher, objective, optimizer, recipe.freezing, stepwise)
+        engine = Engine.of(accelerator, run.student, run.teacher, objective, optimizer, recipe.freezing)
         progress = _begun(run, engine, states)
         started, saved_at = time.monotonic() - progress.seconds, time.monotonic()
         run.metrics.start(progress.step, begun=bool(progress.history))
@@ -113,7 +112,7 @@ def _begun(run: TrainContext, engine: Engine, states: Sequence[Any]) -> Progress
 
 def _groups(run: TrainContext) -> list[dict[str, Any]]:
     """Return the optimizer's groups, with the sizes of the first process, which may be the only one with numbers."""
-    groups = [group for group in run.student.groups() if group["kind"] != "codes" or run.recipe.latents != "none"]
+    groups = run.student.groups()
     sizes = run.ranks.first(lambda: [group["size"] for group in groups])
     return [group | {"size": size} for group, size in zip(groups, sizes, strict=True)]
 
@@ -197,15 +196,14 @@ def _step(run: TrainContext, engine: Engine, step: int, batch: Batch) -> tuple[l
             engine.backward(loss)
         report += found
     sums = accelerator.reduce(report, "sum")[:, 0]
-    norm, changed = engine.step(recipe.clip, recipe.rates.get("codes", 0.0) * share, batch.targets)
+    norm = engine.step(recipe.clip)
     means = [float(value) / count for value, count in zip(sums, counts, strict=True)]
     if not math.isfinite(sum(means)) or not math.isfinite(norm):
         raise NumericsError(
             f"step {step + 1}: the loss is {sum(means)} and the gradient's norm {norm}; lower the rates and rerun, "
             f"the state before this step is kept"
         )
-    codes = engine.update((step + 1) / run.steps)
-    return means, norm, {"changed": changed} if recipe.latents == "none" else codes
+    return means, norm, engine.update((step + 1) / run.steps)
 
 
 def _counts(run: TrainContext, engine: Engine, parts: Sequence[Batch], targets: int) -> list[float]:

@@ -109,7 +109,7 @@ class Term(BaseModel):
 
 Rates = Annotated[dict[Kind, Rate], Field(min_length=1)]
 Estimators = Literal["plain", "reste", "biper"]
-Latents = Literal["codes", "teacher", "none"]
+Latents = Literal["codes", "teacher"]
 Scales = Literal["learned", "median"]
 PhaseKind = Literal["blockwise", "end_to_end"]
 AS_IN_RECIPE = "as in the recipe, whose value null keeps"
@@ -190,11 +190,9 @@ class Distillation(BaseModel):
         default=None, description="low-rank terms that are added to compressed linears, and trained with the factors"
     )
     estimator: Literal["plain", "reste", "biper"] = Field(default="plain", description="gradient through rounding")
-    latents: Literal["codes", "teacher", "none"] = Field(
+    latents: Literal["codes", "teacher"] = Field(
         default="codes",
-        description="where latent codes start: at the codes, or at the teacher's weights within the codes' cells; "
-        "none: there are no latents, and a step moves at most the share of codes that is their rate, those that gain "
-        "most, to a neighbour (after PV-Tuning, arXiv 2405.14852)",
+        description="where latent codes start: at the codes, or at the teacher's weights within the codes' cells",
     )
     scales: Literal["learned", "median"] = Field(
         default="learned",
@@ -247,9 +245,7 @@ class Distillation(BaseModel):
     def _consistent(self) -> Distillation:
         if self.phases and self.adapt is not None:
             raise ValueError("adapt stands beside phases; give it to the phase before which the terms are to be added")
-        for kind, stage in self.stages():
-            if kind == "blockwise" and stage.latents == "none":
-                raise ValueError("latents: none is of phases end to end; give a blockwise phase latents: codes")
+        for _, stage in self.stages():
             if stage.batch % stage.micro_batch:
                 raise ValueError(f"batch {stage.batch} is no multiple of micro_batch {stage.micro_batch}")
             if stage.adapt is not None and "factors" not in stage.rates:
@@ -273,8 +269,6 @@ class Distillation(BaseModel):
         for option, there in asked.items():
             if there and "codes" not in self.rates:
                 raise ValueError(f"{option} is of codes that train, and rates has nothing for codes; give it a rate")
-        if self.latents == "none":
-            self._check_steps()
         if self.scales == "median" and self.latents == "codes":
             raise ValueError(
                 "scales: median is of latents that are weights, and those that start at the codes are not; set "
@@ -285,21 +279,6 @@ class Distillation(BaseModel):
                 "scales: median does not go with estimator: biper, whose latents are angles and no sizes; use plain "
                 "or reste"
             )
-
-    def _check_steps(self) -> None:
-        """Raises ValueError for what codes without latents cannot have."""
-        if "codes" not in self.rates or len(self.rates) == 1:
-            raise ValueError(
-                "latents: none is of codes that take steps beside numbers that learn; give rates one for codes, as "
-                "3.0e-3, and one for another kind, as scales"
-            )
-        asked = {
-            "freezing": self.freezing is not None,
-            "scales: median": self.scales == "median",
-            f"estimator: {self.estimator}": self.estimator != "plain",
-        }
-        for option in (option for option, there in asked.items() if there):
-            raise ValueError(f"{option} is of latents, and latents: none has none; leave one of them out")
 
     def _check_cached(self) -> None:
         """Raises ValueError for losses that ask for more than is cached of a teacher."""

@@ -1,5 +1,4 @@
-"""Frozen codes, median scales and codes that step in two processes: what one process does, and a resumed run ends as a
-whole one."""
+"""Frozen codes and median scales in two processes: what one process does, and a resumed run ends as a whole one."""
 
 from __future__ import annotations
 
@@ -33,22 +32,6 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
         "resumed": job("cut", frozen),
         "median": job("median", codes | {"scales": "median"}),
     }
-
-
-def stepping(place: Path, out: Path) -> dict[str, Any]:
-    """A distillation whose codes take steps."""
-    settings = {"rates": {"codes": 1e-2, "scales": 5e-3}, "latents": "none", "micro_batch": 1, "steps": 4}
-    folders = {"student": str(place / "small"), "teacher": str(place / "dense"), "output": str(out / "stepping")}
-    return folders | {"recipe": recipe(place, **settings), "stop": None, "port": free_port()}
-
-
-@launches
-def test_codes_step_alike_in_two_processes(tmp_path: Path) -> None:
-    place = make(tmp_path, RULES)
-    alone = run(stepping(place, tmp_path / "alone"))
-    first, second = (each[0] for each in answers("ddp", [stepping(place, tmp_path)], tmp_path))
-    kl = [each["history"][-1]["kl"] for each in (first, second, alone)]
-    assert kl[0] == kl[1] == pytest.approx(kl[2], rel=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,6 @@ from llmcompress.distill.parallel.deepspeed import ZeroPartition
 from llmcompress.distill.parallel.launch import is_given, partitioned, sharded
 from llmcompress.distill.parallel.shares import share_out, taken_whole
 from llmcompress.distill.resume import Progress, last_state, save_state
-from llmcompress.distill.student.code_steps import CodeSteps
 from llmcompress.distill.student.model import PROJECTIONS, Student
 from llmcompress.distill.student.oscillation import Freezer
 from llmcompress.errors import InputError
@@ -74,7 +73,6 @@ class Engine:
     optimizer: torch.optim.Optimizer
     objective: nn.Module  # to call; wrapped by DDP where that averages gradients
     freezer: Freezer  # of codes that oscillate
-    codes: CodeSteps  # of codes without latents
     root: Root | None = None  # of what is sharded
     zero: ZeroPartition | None = None  # where the optimizer's part is partitioned
 
@@ -86,14 +84,12 @@ class Engine:
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         freezing: Freezing | None = None,
-        stepwise: bool = False,
     ) -> Engine:
         """Wrap or shard, according to the launcher. `objective` holds the student but not the teacher.
 
         Sharding replaces the parameters of the models, of `student` and of `optimizer`; partitioning those of
-        `optimizer` alone. `stepwise`: codes take steps, for which processes have to hold them whole.
+        `optimizer` alone.
         """
-        codes = CodeSteps.of(student.relaxed) if stepwise else CodeSteps()
 
         def freezer() -> Freezer:
             return Freezer.of(freezing, student.relaxed)
@@ -104,13 +100,13 @@ class Engine:
             accelerator.prepare(root, optimizer)
             share_out(accelerator, root, whole)
             student.rebind_parameters()
-            return Engine(accelerator, student, optimizer, objective, freezer(), codes, root)
+            return Engine(accelerator, student, optimizer, objective, freezer(), root)
         if partitioned(accelerator):
             zero = ZeroPartition.of(accelerator, Root(objective), optimizer)
-            return Engine(accelerator, student, optimizer, objective, freezer(), codes, zero=zero)
+            return Engine(accelerator, student, optimizer, objective, freezer(), zero=zero)
         if accelerator.num_processes > 1:
             objective = accelerator.prepare(objective)
-        return Engine(accelerator, student, optimizer, objective, freezer(), codes)
+        return Engine(accelerator, student, optimizer, objective, freezer())
 
     def within(self, run: Callable[[], T]) -> T:
         """Return what `run` does, which uses the models in any way that needs no gradient."""
@@ -153,23 +149,19 @@ class Engine:
         waiting: AbstractContextManager[None] = self.accelerator.no_sync(self.objective)
         return waiting
 
-    def step(self, most: float, share: float, tokens: int) -> tuple[float, int]:
-        """Step the optimizer, with gradients scaled so that their norm over all parameters is at most `most`; where
-        codes take steps, change at most `share` of them, by gradients of a mean over so many `tokens`.
+    def step(self, most: float) -> float:
+        """Step the optimizer, with gradients scaled so that their norm over all parameters is at most `most`.
 
-        Returns the norm before scaling, without gradients of codes that are frozen or take steps, and the number of
-        steps that codes took. If the norm is not finite, nothing moves.
+        Returns the norm before scaling, without gradients of frozen codes. If it is not finite, nothing moves.
         """
         if self.zero is not None:
-            return self.zero.step(most), 0
+            return self.zero.step(most)
         self.freezer.hold()
-        chosen = self.codes.chosen(share, tokens)
-        norm, taken = float(_whole(torch.nn.utils.clip_grad_norm_(self.student.named().values(), most))), 0
+        norm = float(_whole(torch.nn.utils.clip_grad_norm_(self.student.named().values(), most)))
         if math.isfinite(norm):
             self.optimizer.step()
-            taken = self.codes.take(chosen)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, taken
+        return norm
 
     def update(self, done: float) -> dict[str, int]:
         """Update the codes after a step, when a share `done` of all steps is done.

@@ -188,7 +188,6 @@ def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
             "scales: median requires whole groups of latents, which shares would split; use learned, or launch with "
             f"{config_file('ddp.yaml')}"
         )
-    _check_whole_codes(recipe)
     if recipe.teacher.kind == "cached":
         raise RecipeError(
             "models that are shared out run in all processes at once, but a single process caches a teacher; use "
@@ -203,15 +202,6 @@ def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
         raise RecipeError(
             "models that were shared out cannot run after a phase, so no other phase can follow and no factors can be "
             "rounded; give each phase a recipe of its own, and factor_bits: 16"
-        )
-
-
-def _check_whole_codes(recipe: Distillation) -> None:
-    """Raise RecipeError if codes take steps, which are chosen among all codes of a matrix."""
-    if any(stage.latents == "none" for _, stage in recipe.stages()):
-        raise RecipeError(
-            f"latents: none requires whole matrices in every process, and these share them out; use latents: codes, or "
-            f"launch with {config_file('ddp.yaml')}"
         )
 
 
@@ -233,7 +223,6 @@ def check_partitioning(accelerator: Accelerator, recipe: Distillation) -> None:
     }
     _refuse(refused, f"{config_file('deepspeed.yaml')}, or with fsdp2.yaml beside it, which shares out the models too")
     _check_whole_moments(recipe)
-    _check_whole_codes(recipe)
     if any(stage.freezing is not None for _, stage in recipe.stages()):
         raise RecipeError(
             "freezing removes gradients of single codes, which DeepSpeed keeps in pieces of its own; leave it out, or "
