@@ -18,7 +18,16 @@ from llmcompress.compression.allocate.prices import middle_of, needs_of, run_on,
 from llmcompress.compression.allocate.sensitivity import WINDOW, WINDOWS
 from llmcompress.compression.memory_estimate import by_gradient, peak_bytes, width_of
 from llmcompress.compression.plan import Job
-from llmcompress.compression.time_estimate import BACKWARD, FORWARD_SHARE, READ, START, of_labels, of_text, weights_of
+from llmcompress.compression.time_estimate import (
+    BACKWARD,
+    FORWARD_SHARE,
+    READ,
+    START,
+    of_labels,
+    of_text,
+    token_shares,
+    weights_of,
+)
 from llmcompress.compression.trials import Pace, paces, speed
 from llmcompress.data.calibration import held_out_count
 from llmcompress.methods.layer import MANY, SAMPLED
@@ -67,12 +76,13 @@ def pricing_seconds(job: Job, found: Choices, text: Calibration) -> float:
 
 def _operations(job: Job, tokens: int) -> float:
     """Return the operations of the walk's forwards and moments, and of the pass by gradient."""
-    gradient, total = by_gradient(job.recipe), 0.0
+    gradient, total, shares = by_gradient(job.recipe), 0.0, token_shares(job)
     if gradient:
         total += 2 * 2 * tokens * prod(_table(job)) / FORWARD_SHARE
     for layout in job.arch.blocks:
-        total += 2 * (1 + (BACKWARD if gradient else 0)) * tokens * weights_of(layout, {})
-        total += sum(tokens * group[0].shape[1] ** 2 for group in layout.groups) / FORWARD_SHARE
+        total += 2 * (1 + (BACKWARD if gradient else 0)) * tokens * weights_of(layout, shares)
+        read = (tokens * shares.get(group[0].name, 1.0) * group[0].shape[1] ** 2 for group in layout.groups)
+        total += sum(read) / FORWARD_SHARE
     return total
 
 
@@ -115,13 +125,14 @@ def _trials(one: Matrix, is_reference: bool) -> list[Trial]:
 
 def _of_probing(job: Job, found: Choices, tokens: int, fast: float, exact: float) -> float:
     """Return the time in which the dense model and every change to it read the probing tokens."""
-    changes = {one.name: _changes(job, one) for one in found.matrices}
+    changes, shares = {one.name: _changes(job, one) for one in found.matrices}, token_shares(job)
     weights, begun = 0.0, 1  # the dense model goes all the way
     for layout in job.arch.blocks:
         begun += sum(changes.get(linear.name, 0) for group in layout.groups for linear in group)
-        weights += begun * weights_of(layout, {})
+        weights += begun * weights_of(layout, shares)
     tables = sum(changes[one.name] for one in found.matrices if one.is_table)
-    weights += (tables + 2) * sum(weights_of(layout, {}) for layout in job.arch.blocks)  # and twice when all is done
+    # twice when all is done: the dense and the finished model
+    weights += (tables + 2) * sum(weights_of(layout, shares) for layout in job.arch.blocks)
     rows, width = _table(job)
     logits = (begun + tables + 2) * tokens * rows
     reads = tables * READ * job.source.parameters

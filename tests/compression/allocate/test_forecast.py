@@ -22,25 +22,12 @@ from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.file_names import RECIPE
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Target
-from tests.tiny import save_tiny
-
-TEXT = "The quick brown fox jumps over the lazy dog, and 42 grey geese fly past the old mill by the river. "
-OPTIONS = [[{"method": "gptq", "bits": bits}] for bits in (2, 3, 4, 5, 6, 7)]
+from tests.compression.allocate.aimed import OPTIONS, make, recipe
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `dense` model of three blocks with a tied table, and a text."""
-    folder = tmp_path_factory.mktemp("forecasts")
-    changes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "tie_word_embeddings": True}
-    save_tiny("llama", folder / "dense", **changes)
-    (folder / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(80)))
-    return folder
-
-
-def recipe(place: Path, target: dict[str, Any], **more: Any) -> dict[str, Any]:
-    calibration = {"dataset": str(place / "text.txt"), "samples": 16, "length": 48, "held_out": 4}
-    return {"version": 1, "name": "aimed", "calibration": calibration, "target": target, "options": OPTIONS} | more
+    return make(tmp_path_factory.mktemp("forecasts"))
 
 
 @pytest.mark.parametrize("target", [{"bpw": 3.0}, {"bpw": 3.7}, {"bytes": 70_000}, {"bytes": 90_000}])

@@ -29,27 +29,15 @@ from llmcompress.models.dense import resolve
 from llmcompress.models.file_names import ALLOCATION, RECIPE
 from llmcompress.recipe.read import dump, parse_recipe, read_recipe
 from llmcompress.recipe.target import Target, count_of
+from tests.compression.allocate.aimed import OPTIONS, make, recipe
 from tests.tiny import save_tiny
 
-TEXT = "The quick brown fox jumps over the lazy dog, and 42 grey geese fly past the old mill by the river. "
-OPTIONS = [[{"method": "gptq", "bits": bits}] for bits in (2, 3, 4, 5, 6, 7)]
 SIZE = 70_000  # between all cheapest and all dearest
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `dense` model of three blocks with a tied table, and a text."""
-    folder = tmp_path_factory.mktemp("targets")
-    changes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "tie_word_embeddings": True}
-    save_tiny("llama", folder / "dense", **changes)
-    (folder / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(80)))
-    return folder
-
-
-def recipe(place: Path, target: dict[str, Any], **more: Any) -> dict[str, Any]:
-    calibration = {"dataset": str(place / "text.txt"), "samples": 16, "length": 48, "held_out": 4}
-    base = {"version": 1, "name": "aimed", "calibration": calibration, "target": target, "options": OPTIONS}
-    return base | more
+    return make(tmp_path_factory.mktemp("targets"))
 
 
 def allocated(place: Path, target: dict[str, Any], **more: Any) -> Allocation:
