@@ -23,6 +23,7 @@ from llmcompress.models.file_names import RECIPE
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Target
 from tests.compression.allocate.aimed import OPTIONS, make, recipe
+from tests.zoo import save_zoo
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,18 @@ def test_prices_are_counted(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with_table, _ = both(target={"bytes": 70_000})
     assert with_table > plain
     assert both(target={"bpw": 3.3}, token_weights={"by": "gradient"})[0] > plain
+
+
+def test_an_expert_reads_its_share_of_the_tokens(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = read_recipe(recipe(place, {"bpw": 3.3}))
+    assert asked.calibration is not None
+    job = prepare(resolve(save_zoo("mixtral", tmp_path / "mixtral")), asked)
+    monkeypatch.setattr(cost, "paces", lambda asked, data: dict.fromkeys(asked, Pace({1: 0.0}, 0.0, 0.0)))
+    monkeypatch.setattr(cost, "speed", lambda dtype: 1e6)
+    found = choices(job)
+    shared = cost.pricing_seconds(job, found, asked.calibration)
+    monkeypatch.setattr(cost, "token_shares", lambda job: {})
+    assert cost.pricing_seconds(job, found, asked.calibration) > 1.1 * shared
 
 
 def test_the_command_takes_a_target_for_a_recipe(place: Path) -> None:
