@@ -169,6 +169,7 @@ TABLES: dict[str, Columns] = {
             "distilled-low-rank",
             "distilled-scales-norms",
             "distilled-shortened",
+            "distilled-codes",
         ),
         LEARNED,
     ),
