@@ -68,17 +68,18 @@ def test_it_reads_headers_alone_and_refuses_as_compress_does(place: Path, monkey
         lc.plan(place / "dense", recipe(place, {"bpw": 3}, calibration=None))
 
 
-def test_prices_are_counted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = [{"match": "*", "steps": OPTIONS[1]}]
-
-    def paces(asked: Any, data: bool) -> dict[Any, Pace]:
-        return {steps: Pace({1: 1e-6}, 0.0, 0.0) for steps in asked}
-
+@pytest.fixture
+def of_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which nothing has to be tried."""
     for module in (time_estimate, cost):
-        monkeypatch.setattr(module, "paces", paces)
+        monkeypatch.setattr(module, "paces", lambda asked, data: dict.fromkeys(asked, Pace({1: 1e-6}, 0.0, 0.0)))
         monkeypatch.setattr(module, "speed", lambda dtype: 1e9)
-    monkeypatch.setattr(time_estimate, "of_text", lambda: 0.0)
-    monkeypatch.setattr(cost, "of_text", lambda: 0.0)
+        monkeypatch.setattr(module, "of_text", lambda: 0.0)
+
+
+@pytest.mark.usefixtures("of_known_speed")
+def test_prices_are_counted(place: Path) -> None:
+    rules = [{"match": "*", "steps": OPTIONS[1]}]
 
     def both(**more: Any) -> tuple[float, int]:
         planned = lc.plan(place / "dense", recipe(place, **more))
@@ -95,18 +96,18 @@ def test_prices_are_counted(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert both(target={"bpw": 3.3}, token_weights={"by": "gradient"})[0] > plain
 
 
+@pytest.mark.usefixtures("of_known_speed")
 def test_an_expert_reads_its_share_of_the_tokens(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = read_recipe(recipe(place, {"bpw": 3.3}))
     assert asked.calibration is not None
     job = prepare(resolve(save_zoo("mixtral", tmp_path / "mixtral")), asked)
-    monkeypatch.setattr(cost, "paces", lambda asked, data: dict.fromkeys(asked, Pace({1: 0.0}, 0.0, 0.0)))
-    monkeypatch.setattr(cost, "speed", lambda dtype: 1e6)
     found = choices(job)
     shared = cost.pricing_seconds(job, found, asked.calibration)
     monkeypatch.setattr(cost, "token_shares", lambda job: {})
     assert cost.pricing_seconds(job, found, asked.calibration) > 1.1 * shared
 
 
+@pytest.mark.usefixtures("of_known_speed")
 def test_the_command_takes_a_target_for_a_recipe(place: Path) -> None:
     done = CliRunner().invoke(app, ["plan", str(place / "dense"), "--bpw", "3.5", "--json"])
     assert done.exit_code == 0, done.output
