@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from llmcompress.compression.fuse.awq import EXPONENTS
 from llmcompress.compression.memory_estimate import by_gradient, gate_tokens
 from llmcompress.compression.plan import Job
-from llmcompress.compression.trials import Pace, Steps, paces, speed
+from llmcompress.compression.trials import Steps, Trial, paces, speed
 from llmcompress.methods.layer import MANY, SAMPLED
 from llmcompress.models.families import BlockLayout
 from llmcompress.recipe.compression import Recipe
@@ -39,13 +39,9 @@ EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", 
 @fast_float32()
 def seconds(job: Job) -> float:
     """Return the time of a run, from reading the text to the finished checkpoint."""
-    recipe, found, asked = job.recipe, _paces(job), job.steps | job.tables
+    recipe = job.recipe
     total = START + READ * job.source.parameters
-    groups = [[linear.name for linear in group] for layout in job.arch.blocks for group in layout.groups]
-    for names in [*groups, *([name] for name in job.tables)]:
-        chosen = {name: found[steps] for name in names if (steps := asked.get(name))}
-        total += sum(each.seconds(*_size(job, name)) for name, each in chosen.items())
-        total += max((each.cube * _size(job, name)[1] ** 3 for name, each in chosen.items()), default=0.0)
+    total += of_steps(job, {name: [Trial(each, *_size(job, name))] for name, each in (job.steps | job.tables).items()})
     if recipe.calibration is None:
         return total
     tokens = recipe.calibration.samples * recipe.calibration.length
@@ -54,6 +50,21 @@ def seconds(job: Job) -> float:
     total += of_labels(job, tokens)
     total += RELAXING * sum(_rounds(layout, recipe) * weights_of(layout, {}) for layout in job.arch.blocks)
     return total + of_text() + FORWARD_SHARE * forward / fast + exact / speed(torch.float32) + _of_gates(job)
+
+
+def of_steps(job: Job, run: Mapping[str, Sequence[Trial]]) -> float:
+    """Return the time of what is run on matrices, by their names: linears of one group share a factor."""
+    sizes: dict[Steps, set[tuple[int, int]]] = {}
+    for steps, rows, width in (trial for each in run.values() for trial in each):
+        sizes.setdefault(steps, set()).add((rows, width))
+    known = paces(sizes, job.recipe.calibration is not None)
+    groups = [[linear.name for linear in group] for layout in job.arch.blocks for group in layout.groups]
+    inside, total = {name for names in groups for name in names}, 0.0
+    for names in [*groups, *([name] for name in run if name not in inside)]:
+        trials = [trial for name in names for trial in run.get(name, ())]
+        total += sum(known[steps].seconds(rows, width) for steps, rows, width in trials)
+        total += max((known[steps].cube * width**3 for steps, _, width in trials), default=0.0)
+    return total
 
 
 def of_text() -> float:
@@ -89,7 +100,7 @@ def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[flo
     forward, exact = 0.0, 0.0
     for layout in job.arch.blocks:
         block, rounds = weights_of(layout, shares), _rounds(layout, recipe)
-        passes = 2 + (recipe.asymmetric > 0 or rounds > 0) + (BACKWARD if by_gradient(recipe) else 0)
+        passes = 2 + (recipe.asymmetric > 0 or rounds > 0)
         if recipe.reconstruct is not None and recipe.reconstruct.between:
             passes += len(layout.groups) - 1  # moments of the next group
         forward += 2 * passes * tokens * block
@@ -104,9 +115,15 @@ def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[flo
             if recipe.fuse is not None and recipe.fuse.awq:
                 exact += 2 * len(EXPONENTS) * rows * width**2
         forward += 2 * rounds * _learned(recipe) * block
-    if by_gradient(recipe):
-        forward += 2 * 2 * tokens * prod(job.source.tensors[f"{job.arch.embedding}.weight"].shape) / FORWARD_SHARE
-    return forward, exact
+    return forward + gradient_operations(job, tokens, shares), exact
+
+
+def gradient_operations(job: Job, tokens: int, shares: Mapping[str, float]) -> float:
+    """Return the operations of the pass by gradient, counted as those of forwards; 0 without it."""
+    if not by_gradient(job.recipe):
+        return 0.0
+    head = 2 * 2 * tokens * prod(job.source.tensors[f"{job.arch.embedding}.weight"].shape) / FORWARD_SHARE
+    return head + 2 * BACKWARD * tokens * sum(weights_of(layout, shares) for layout in job.arch.blocks)
 
 
 def weights_of(layout: BlockLayout, shares: Mapping[str, float]) -> float:
@@ -130,14 +147,6 @@ def _learned(recipe: Recipe) -> float:
     steps = learning.steps or (text.samples - held_out) // learning.batch
     looks = 2 + steps // learning.evaluate_every
     return text.length * (3 * steps * (learning.batch + ROUNDING) + looks * held_out)
-
-
-def _paces(job: Job) -> dict[Steps, Pace]:
-    """Return the paces of all lists of steps, on as many rows as the matrices have that they are for."""
-    sizes: dict[Steps, set[tuple[int, int]]] = {}
-    for name, steps in (job.steps | job.tables).items():
-        sizes.setdefault(steps, set()).add(_size(job, name))
-    return paces(sizes, job.recipe.calibration is not None)
 
 
 def _size(job: Job, name: str) -> tuple[int, int]:

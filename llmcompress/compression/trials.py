@@ -80,6 +80,14 @@ class Timed(Moments):
         return cast("T", found)
 
 
+class Trial(NamedTuple):
+    """Steps, and the rows and columns of a matrix, or of some rows of it, that they are run on."""
+
+    steps: Steps
+    rows: int
+    width: int
+
+
 class Sizes(NamedTuple):
     """Sizes to try for some matrices: the numbers of rows on few columns, and the columns beside FEW rows."""
 
@@ -103,17 +111,16 @@ def paces(asked: Mapping[Steps, Iterable[tuple[int, int]]], data: bool) -> dict[
     What was tried on this machine before is read from its file, and what was not is tried and added.
     """
     now, store = speed(torch.float32), _store()
-    kept = _kept(store)
-    known, tried_now, found = dict(kept), False, {}
+    kept, new, found = _kept(store), dict[str, Any](), dict[Steps, Pace]()
     for steps, shapes in asked.items():
         sizes = Sizes.of(shapes)
         key = sha256(repr((steps, sizes, data)).encode()).hexdigest()[:32]
-        if (pace := _read(known.get(key), now)) is None:
-            pace, tried_now = measured(steps, sizes, data), True
-            known[key] = asdict(pace) | {"speed": now}
+        if (pace := _read(kept.get(key), now)) is None:
+            pace = measured(steps, sizes, data)
+            new[key] = asdict(pace) | {"speed": now}
         found[steps] = pace
-    if tried_now:
-        _keep(store, known)
+    if new:
+        _keep(store, kept | new)
     return found
 
 

@@ -60,12 +60,19 @@ class Choices:
         """Return the bytes of the weight files with the option `chosen` of each matrix, at most a few too many."""
         return self.fixed_bytes + sum(one.bytes[option] for one, option in zip(self.matrices, chosen, strict=True))
 
+    @property
+    def weights(self) -> int:
+        """The number of weights of the compressed linears."""
+        return self.fixed_weights + sum(prod(one.shape) for one in self.matrices if not one.is_table)
+
+    def bits(self, chosen: Sequence[int]) -> int:
+        """Return the stored bits of the compressed linears with the option `chosen` of each matrix."""
+        pairs = zip(self.matrices, chosen, strict=True)
+        return self.fixed_bits + sum(one.bits[option] for one, option in pairs if not one.is_table)
+
     def bpw(self, chosen: Sequence[int]) -> float | None:
         """Return the bits per weight of the compressed linears, as a report counts them; None if there are none."""
-        linears = [(one, option) for one, option in zip(self.matrices, chosen, strict=True) if not one.is_table]
-        weights = self.fixed_weights + sum(prod(one.shape) for one, _ in linears)
-        stored = self.fixed_bits + sum(one.bits[option] for one, option in linears)
-        return stored / weights if weights else None
+        return self.bits(chosen) / self.weights if self.weights else None
 
 
 def choices(job: Job) -> Choices:

@@ -8,27 +8,27 @@ the logits of t. They were fitted to runs (`scripts/bench/estimates.py`).
 from __future__ import annotations
 
 from math import prod
-from typing import NamedTuple
 
 import torch
 
 from llmcompress.compression.allocate.choices import Choices, Matrix
-from llmcompress.compression.allocate.distortion import ROWS, Steps, rough
+from llmcompress.compression.allocate.distortion import ROWS, rough
 from llmcompress.compression.allocate.prices import middle_of, needs_of, run_on, sequences_of, smallest_of
 from llmcompress.compression.allocate.sensitivity import WINDOW, WINDOWS
-from llmcompress.compression.memory_estimate import by_gradient, peak_bytes, width_of
+from llmcompress.compression.memory_estimate import peak_bytes, width_of
 from llmcompress.compression.plan import Job
 from llmcompress.compression.time_estimate import (
-    BACKWARD,
     FORWARD_SHARE,
     READ,
     START,
+    gradient_operations,
     of_labels,
+    of_steps,
     of_text,
     token_shares,
     weights_of,
 )
-from llmcompress.compression.trials import Pace, paces, speed
+from llmcompress.compression.trials import Trial, speed
 from llmcompress.data.calibration import held_out_count
 from llmcompress.methods.layer import MANY, SAMPLED
 from llmcompress.recipe.calibration import Calibration
@@ -36,14 +36,6 @@ from llmcompress.runtime.precision import fast_float32, product_dtype
 
 FLOAT32 = 4  # bytes
 LOGIT = 1e-9  # seconds that a logit takes beside its product: for its log-probability, and in a divergence
-
-
-class Trial(NamedTuple):
-    """Steps that are run on a matrix, or on some of its rows."""
-
-    steps: Steps
-    rows: int
-    width: int
 
 
 def pricing_bytes(job: Job, found: Choices, tokens: int, processes: int = 1) -> int:
@@ -76,11 +68,10 @@ def pricing_seconds(job: Job, found: Choices, text: Calibration) -> float:
 
 def _operations(job: Job, tokens: int) -> float:
     """Return the operations of the walk's forwards and moments, and of the pass by gradient."""
-    gradient, total, shares = by_gradient(job.recipe), 0.0, token_shares(job)
-    if gradient:
-        total += 2 * 2 * tokens * prod(_table(job)) / FORWARD_SHARE
+    shares = token_shares(job)
+    total = gradient_operations(job, tokens, shares)
     for layout in job.arch.blocks:
-        total += 2 * (1 + (BACKWARD if gradient else 0)) * tokens * weights_of(layout, shares)
+        total += 2 * tokens * weights_of(layout, shares)
         read = (tokens * shares.get(group[0].name, 1.0) * group[0].shape[1] ** 2 for group in layout.groups)
         total += sum(read) / FORWARD_SHARE
     return total
@@ -89,24 +80,10 @@ def _operations(job: Job, tokens: int) -> float:
 def _of_trials(job: Job, found: Choices, exact: float) -> float:
     """Return the time of what is run on matrices, and of its errors: `exact` operations a second."""
     smallest = smallest_of([one for one in found.matrices if not one.is_table])
-    trials = {one.name: _trials(one, one is smallest) for one in found.matrices}
-    sizes: dict[Steps, set[tuple[int, int]]] = {}
-    for trial in (trial for each in trials.values() for trial in each):
-        sizes.setdefault(trial.steps, set()).add((trial.rows, trial.width))
-    known = paces(sizes, data=True)
-    groups = [[linear.name for linear in group] for layout in job.arch.blocks for group in layout.groups]
-    total = 0.0
-    for names in [*groups, *([one.name] for one in found.matrices if one.is_table)]:
-        run = [trial for name in names for trial in trials.get(name, ())]
-        total += sum(known[steps].seconds(rows, width) for steps, rows, width in run)
-        total += max((_factor(known[trial.steps], trial) for trial in run), default=0.0)
-        total += sum(4 * min(rows, ROWS if rows < MANY else SAMPLED) * width**2 for _, rows, width in run) / exact
-    return total
-
-
-def _factor(pace: Pace, trial: Trial) -> float:
-    """Return the time of what matrices with one input share."""
-    return pace.cube * trial.width**3
+    run = {one.name: _trials(one, one is smallest) for one in found.matrices}
+    sizes = [(rows, width) for trials in run.values() for _, rows, width in trials]
+    errors = sum(4 * (rows if rows < MANY else SAMPLED) * width**2 for rows, width in sizes)
+    return of_steps(job, run) + errors / exact
 
 
 def _trials(one: Matrix, is_reference: bool) -> list[Trial]:

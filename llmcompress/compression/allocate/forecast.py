@@ -16,18 +16,15 @@ from math import prod
 
 from llmcompress.compression.allocate.choices import Choices, Matrix
 from llmcompress.compression.allocate.cost import pricing_bytes, pricing_seconds, probing_tokens
-from llmcompress.compression.allocate.plan import reachable, target_of, with_steps
+from llmcompress.compression.allocate.plan import reachable, target_of, text_of, with_steps
 from llmcompress.compression.plan import Job, Plan
 from llmcompress.compression.time_estimate import seconds
-from llmcompress.errors import RecipeError
 from llmcompress.recipe.target import Target
 
 
 def forecast(job: Job) -> Plan:
     """Return the plan of a job with a target. Raises RecipeError for one that no choice reaches."""
-    target, text = target_of(job), job.recipe.calibration
-    if text is None:
-        raise RecipeError("options are judged on text; give a recipe with calibration")
+    target, text = target_of(job), text_of(job)
     found = reachable(job, (target,))
     settled = job.with_recipe(with_steps(job, found, evenly(found, target)))
     planned, pricing = settled.plan, pricing_bytes(job, found, probing_tokens(text))
@@ -72,6 +69,4 @@ def _room(found: Choices, target: Target, chosen: Sequence[int]) -> float:
     """Return the bits, or the bytes, that a target leaves beside the options `chosen`."""
     if target.bpw is None:
         return math.inf if target.bytes is None else target.bytes - found.size(chosen)
-    linears = [(one, option) for one, option in zip(found.matrices, chosen, strict=True) if not one.is_table]
-    weights = found.fixed_weights + sum(prod(one.shape) for one, _ in linears)
-    return target.bpw * weights - found.fixed_bits - sum(one.bits[option] for one, option in linears)
+    return target.bpw * found.weights - found.bits(chosen)

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from llmcompress.models.dense import load_model
 from llmcompress.models.file_names import ALLOCATION
 from llmcompress.models.locate import locate
 from llmcompress.models.staging import megabytes
+from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Recipe, Rule
 from llmcompress.recipe.target import Target
 from llmcompress.runtime.memory import total_memory
@@ -138,6 +138,13 @@ def target_of(job: Job) -> Target:
     return job.recipe.target
 
 
+def text_of(job: Job) -> Calibration:
+    """Return the text that options are judged on. Raises RecipeError for a recipe without calibration."""
+    if job.recipe.calibration is None:
+        raise RecipeError("options are judged on text; give a recipe with calibration")
+    return job.recipe.calibration
+
+
 def reachable(job: Job, targets: Sequence[Target]) -> Choices:
     """Return what the job leaves to choose, from headers alone; the targets are of its recipe's kind.
 
@@ -181,10 +188,8 @@ def probe_of(job: Job, found: Choices, tokens: CalibrationTokens, device: str, r
 
 def priced_tokens(job: Job) -> CalibrationTokens:
     """Return the calibration tokens, the same as in the run. Raises InputError if none of them is held out."""
-    source, config = job.source, job.recipe.calibration
-    if config is None:
-        raise RecipeError("options are judged on text; give a recipe with calibration")
-    found = calibration_tokens(config, source.tokenizer(), source.load, source.config)
+    source = job.source
+    found = calibration_tokens(text_of(job), source.tokenizer(), source.load, source.config)
     if not found.held_out:
         raise InputError(
             f"the calibration text gives {found.obtained} sequences, none of which is held out to judge options on; "
@@ -229,8 +234,8 @@ def choose(found: Choices, priced: Sequence[Priced], target: Target) -> tuple[in
     damages = [_smoothed(one) for one in priced]
     sizes = [one.bytes for one in found.matrices]
     if target.bpw is not None:
-        weights = found.fixed_weights + sum(prod(one.shape) for one in priced)
-        chosen = solve(damages, [one.bits for one in found.matrices], target.bpw * weights - found.fixed_bits)
+        limit = target.bpw * found.weights - found.fixed_bits
+        chosen = solve(damages, [one.bits for one in found.matrices], limit)
     elif target.bytes is not None:
         chosen = solve(damages, sizes, target.bytes - found.fixed_bytes)
     else:

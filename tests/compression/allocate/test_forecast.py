@@ -71,8 +71,8 @@ def test_it_reads_headers_alone_and_refuses_as_compress_does(place: Path, monkey
 @pytest.fixture
 def of_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which nothing has to be tried."""
+    monkeypatch.setattr(time_estimate, "paces", lambda asked, data: dict.fromkeys(asked, Pace({1: 1e-6}, 0.0, 0.0)))
     for module in (time_estimate, cost):
-        monkeypatch.setattr(module, "paces", lambda asked, data: dict.fromkeys(asked, Pace({1: 1e-6}, 0.0, 0.0)))
         monkeypatch.setattr(module, "speed", lambda dtype: 1e9)
         monkeypatch.setattr(module, "of_text", lambda: 0.0)
 
