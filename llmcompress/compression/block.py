@@ -19,13 +19,14 @@ from llmcompress.compression.fuse.awq import Balanced, balance
 from llmcompress.compression.journal import Entry
 from llmcompress.compression.plan import Job
 from llmcompress.compression.shares import solved
+from llmcompress.compression.tied_layer import tied_layers
 from llmcompress.distill.blockwise.tune import Tune
 from llmcompress.evaluate.report import LayerReport
 from llmcompress.methods.layer import StepConfig
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.runtime.side_by_side import workers_on
-from llmcompress.weight.modules import LIKE, CompressedLinear, Layout, PackedWeight, put
+from llmcompress.weight.modules import LIKE, CompressedLinear, Layout, PackedWeight, TiedMatrix, put
 
 DENSE = "dense"  # of a block that may still change: a weight as it was before its layer was compressed
 
@@ -56,7 +57,7 @@ class BlockResult:
 @dataclass(eq=False)
 class CompressionState:
     """A job under way. `open`: the blocks that are not written yet, in order; `entries`: the finished blocks, those
-    of an earlier run included."""
+    of an earlier run included; `common`: what tied blocks have in common, as far as it is compressed, by name."""
 
     job: Job
     device: torch.device
@@ -65,6 +66,7 @@ class CompressionState:
     entries: list[Entry] = field(default_factory=list)
     ranks: Ranks = ALONE
     open: list[OpenBlock] = field(default_factory=list)
+    common: dict[str, PackedWeight] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[LayerReport]:
@@ -86,6 +88,11 @@ class CompressionState:
         """The notes of what was fused into the dense weights."""
         return tuple(note for entry in self.entries for note in entry.fused)
 
+    @property
+    def common_by_linear(self) -> dict[str, PackedWeight]:
+        """The matrices that tied linears have in common with others, by linear, as far as they are compressed."""
+        return {name: self.common[tied.name] for name, tied in self.job.ties.items() if tied.name in self.common}
+
     @cached_property
     def steps(self) -> dict[str, tuple[StepConfig, ...]]:
         """The steps of everything that is compressed, by name."""
@@ -103,12 +110,18 @@ def _balanced(run: CompressionState, block: Block) -> Balanced:
     return found
 
 
-def swap(block: Block, weights: Mapping[str, PackedWeight]) -> None:
-    """Put compressed linears in the place of those at the module paths in `weights`. Biases stay."""
-    for name, weight in weights.items():
+def swap(block: Block, weights: Mapping[str, PackedWeight], common: Mapping[str, PackedWeight] | None = None) -> None:
+    """Put compressed linears in the place of those at the module paths in `weights`. Biases stay.
+
+    `common`: by linear, what it has in common with others.
+    """
+    for name in (name for name in weights if name in block.linears):
         inside = name.removeprefix(f"{block.path}.")
         bias = dict(block.module.get_submodule(inside).named_parameters()).get("bias")
-        put(block.module, inside, CompressedLinear(*weight, bias))
+        linear = CompressedLinear(*weights[name], bias)
+        if common and name in common:
+            linear.have_in_common(TiedMatrix(*common[name]))
+        put(block.module, inside, linear)
 
 
 def compress_block(run: CompressionState, block: Block) -> BlockResult:
@@ -124,7 +137,10 @@ def compress_block(run: CompressionState, block: Block) -> BlockResult:
         if number and tune is not None and tune.between and block.gather is not None:
             at_once = (block.gather(at_once[0].names),)
         weights, rows = solved(run.job, block, at_once, run.ranks, workers)
-        swap(block, weights)
+        tied, more = tied_layers(run.job, block, at_once, run.common)
+        run.common |= {name: weight for name, weight in tied.items() if name not in block.linears}
+        weights, rows = weights | tied, [*rows, *more]
+        swap(block, weights, run.common_by_linear)
         here.packed |= weights
         entry.rows += rows
         last = number + 1 == len(together)
@@ -174,6 +190,13 @@ def _pending(run: CompressionState) -> dict[str, Tensor]:
     return _tensors(run.job, here) | {f"{name}.{DENSE}": weight for name, weight in scaled.items()}
 
 
+def common_of(run: CompressionState, tensors: Mapping[str, Tensor]) -> dict[str, PackedWeight]:
+    """Return the matrices that tied blocks have in common among the stored `tensors` of a block."""
+    names, layouts = {tied.name for tied in run.job.ties.values()}, run.layouts
+    there = [name for name in names if f"{name}.weight" in tensors]
+    return {name: PackedWeight(layouts[name], tensors[f"{name}.weight"].to(run.device)) for name in there}
+
+
 @torch.no_grad()
 def restore(run: CompressionState, block: Block, tensors: Mapping[str, Tensor], last: bool) -> None:
     """Restore the block from its stored `tensors`; the `last` one of an earlier run may be waiting for the next."""
@@ -181,7 +204,7 @@ def restore(run: CompressionState, block: Block, tensors: Mapping[str, Tensor], 
     names = [name for name in block.linears if name in layouts and f"{name}.weight" in tensors]
     weights = {name: tensors.get(f"{name}.{DENSE}", block.weight(name)) for name in names}
     stored = {name: PackedWeight(layouts[name], tensors[f"{name}.weight"]) for name in names}
-    swap(block, stored)
+    swap(block, stored, run.common_by_linear)
     apart = {f"{name}.{leaf}" for name in names for leaf in ("weight", DENSE)}
     for name, value in block.module.named_parameters(prefix=block.path):
         if name in tensors and name not in apart:

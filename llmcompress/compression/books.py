@@ -96,8 +96,10 @@ class Books:
             _there(self._writer).add(tensors, payload_texts(entry.layouts))
         _there(self._journal).add(entry, result.pending)
 
-    def write_rest(self, layouts: dict[str, Layout]) -> int:
+    def write_rest(self, layouts: dict[str, Layout], ties: Mapping[str, str]) -> int:
         """Write all but the decoder blocks: embeddings, head, config, tokenizer, and other files of the dense folder.
+
+        `ties`: the names of what linears have in common, by linear.
 
         Returns the bytes of all weights. Raises InputError if the model's files are no longer those that the run began
         with.
@@ -106,7 +108,7 @@ class Books:
         if not writer.mark.is_file():
             writer.add({name: job.source.read(name) for name in _rest(job)})
         config = job.source.config_entries()
-        config["quantization_config"] = table_entry(layouts) | {"versions": versions()}
+        config["quantization_config"] = table_entry(layouts, ties=ties) | {"versions": versions()}
         writer.write("config.json", json.dumps(config, indent=1))
         _there(self._beside).copy(writer.folder)
         size = writer.close(binding(writer.folder))

@@ -58,22 +58,29 @@ def to_dense_outputs(weight: Tensor, inputs: Moments, cross: Tensor, readers: in
 
 def finished(job: Job, layer: Layer, outcome: Outcome, group: InputGroup) -> tuple[PackedWeight, LayerReport]:
     """Return the packed weight of a layer, and its row of the report. Raises NumericsError for NaN or Inf in it."""
-    stored, steps = outcome.weight, (job.steps | job.tables)[layer.name]
+    stored = outcome.weight
+    row = row_of(job, layer, dense(stored), bits(stored), describe(stored), outcome.notes, group)
+    return packed(stored), row
+
+
+def row_of(
+    job: Job, layer: Layer, value: Tensor, count: int, stored: str, notes: tuple[str, ...], group: InputGroup
+) -> LayerReport:
+    """Return the row of the report for a layer whose weight became `value` `[out, in]`, in `count` bits, which are
+    `stored` in words. Raises NumericsError for NaN or Inf in it."""
     measure = relative_error if job.recipe.exact_errors else sampled_error
-    value = dense(stored)
     error = measure(layer.weight, value, layer.inputs)
     if not error < float("inf"):
         raise NumericsError(f"{layer.name}: the compressed weight holds NaN or Inf; choose other steps for it")
     size = (layer.weight.shape[0], layer.weight.shape[1])
-    row = LayerReport(
+    return LayerReport(
         name=layer.name,
         shape=size,
-        steps=tuple(s.method for s in steps),
-        bpw=bits(stored) / prod(size),
+        steps=tuple(s.method for s in (job.steps | job.tables)[layer.name]),
+        bpw=count / prod(size),
         error=error,
         error_heldout=None if group.held_out is None else measure(layer.weight, value, group.held_out),
-        fallback="; ".join(outcome.notes) or None,
-        stored=describe(stored),
+        fallback="; ".join(notes) or None,
+        stored=stored,
         starved=group.starved,
     )
-    return packed(stored), row

@@ -19,6 +19,7 @@ from llmcompress.calibrate.rehearsal import rehearsed
 from llmcompress.compression.fuse.awq import check_awq
 from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.compression.memory_estimate import peak_bytes
+from llmcompress.compression.ties import Tied, ties_of
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length
 from llmcompress.distill.check_fused import check_fused
 from llmcompress.errors import MemoryLimitError, RecipeError
@@ -91,8 +92,22 @@ class Job:
 
     @cached_property
     def steps(self) -> dict[str, tuple[StepConfig, ...]]:
-        """The steps of every linear that will be compressed."""
-        return {name: steps for name, steps in self.assignment.steps.items() if steps}
+        """The steps of every linear that will be compressed; none for one that is all of a matrix of others."""
+        ruled, ties = self.assignment.steps, self.ties
+        return {
+            name: ties[name].steps_of(name) if name in ties else steps
+            for name, steps in ruled.items()
+            if steps or name in ties
+        }
+
+    @cached_property
+    def ties(self) -> dict[str, Tied]:
+        """The matrix that each linear has in common with others; empty for blocks that are not tied."""
+        found, tie = self.assignment, self.recipe.tie
+        if tie is None:
+            return {}
+        dense = [name for name, steps in found.steps.items() if not steps and name not in found.unruled]
+        return ties_of(tie, self.arch, found.steps, dense)
 
     @cached_property
     def tables(self) -> dict[str, tuple[StepConfig, ...]]:
@@ -186,6 +201,7 @@ def _laid(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:
     _check_tables(recipe, arch, source)
     others = [linear.name for linear in arch.outside] + [name.rpartition(".")[0] for name in source.tensors]
     job = Job(source, arch, recipe, assign(recipe, list(arch.linears()), others))
+    _ = job.ties  # refuses blocks that differ
     if recipe.fuse is not None and recipe.fuse.awq:
         check_awq(arch, job.steps)
     return job
@@ -245,12 +261,12 @@ def _plan(job: Job) -> Plan:
         )
     linears = job.arch.linears()
     rows: list[LayerPlan] = []
-    alike: dict[tuple[tuple[int, int], str], LayerPlan] = {}  # a large model has few shapes
+    alike: dict[tuple[tuple[int, int], str, bool], LayerPlan] = {}  # a large model has few shapes
     for name, steps in job.steps.items():
-        size = linears[name].shape
-        key = size, repr(steps)
+        size, tied = linears[name].shape, job.ties.get(name)
+        key = size, repr(steps), tied is not None and tied.is_first(name)
         if key not in alike:
-            alike[key] = _row(name, size, steps, sketch(name, size, steps))
+            alike[key] = _row(name, size, steps, tied.sketch(name) if tied else sketch(name, size, steps))
         rows.append(replace(alike[key], name=name))
     if not rows:
         raise RecipeError(
@@ -296,7 +312,7 @@ def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored
 def warnings(job: Job) -> tuple[str, ...]:
     """Return warnings before a run: patterns that match nothing, and linears that stay dense."""
     shadowed = [f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed]
-    dense = [name for name, steps in job.assignment.steps.items() if not steps]
+    dense = [name for name in job.assignment.steps if name not in job.steps]
     outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
     left = [f"{name} stays dense" for name in (*dense, *_parts(outside, job.arch.stack), *job.arch.other)]
     return (

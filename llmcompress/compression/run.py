@@ -17,7 +17,7 @@ from pathlib import Path
 
 from llmcompress.calibrate.ranks import own_share
 from llmcompress.calibrate.walk import Block, Progress, walk
-from llmcompress.compression.block import CompressionState, compress_block, restore
+from llmcompress.compression.block import CompressionState, common_of, compress_block, restore
 from llmcompress.compression.books import Books, identity_of
 from llmcompress.compression.importance import importance_of
 from llmcompress.compression.plan import Job, check_memory, warnings
@@ -85,6 +85,8 @@ def check_ranks(job: Job, ranks: Ranks, output: Path | str | None) -> None:
     """Raise RecipeError for what several processes cannot do together."""
     if ranks.count == 1:
         return
+    if job.recipe.tie is not None:
+        raise RecipeError(f"{ranks.count} processes do not compress tied blocks; leave tie: out, or start one process")
     if job.recipe.distill is not None:
         raise RecipeError(
             f"{ranks.count} processes compress, but do not train after it; compress without distill:, then start "
@@ -99,6 +101,9 @@ def _compress_blocks(
 ) -> None:
     """Compress every block into the checkpoint; blocks that an earlier run has finished are restored and run."""
     finished = len(run.entries)
+    if run.job.ties:
+        for index in range(min(finished, len(run.job.arch.blocks))):
+            run.common |= common_of(run, books.tensors(index))
     if finished == len(run.job.arch.blocks) + len(run.job.tables):
         return  # their files may be merged already
     for block in _blocks(run, tokens, books, finished, progress):
@@ -144,7 +149,7 @@ def _finish(
     run: CompressionState, tokens: CalibrationTokens | None, books: Books, before: int, started: float
 ) -> Report:
     """Write everything that is no block, and return the report; an earlier run had finished `before` blocks."""
-    size = books.write_rest(run.layouts)
+    size = books.write_rest(run.layouts, {name: tied.name for name, tied in run.job.ties.items()})
     return books.close(_report(run, tokens, before, size, time.monotonic() - started))
 
 

@@ -46,8 +46,8 @@ class Share:
 def solved(
     job: Job, block: Block, groups: Sequence[InputGroup], ranks: Ranks, workers: int = 1
 ) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
-    """Compress the linears of input groups that have steps, `workers` at once: return their packed weights by name, and
-    their rows of the report, in their order."""
+    """Compress the linears of input groups that have steps and are not tied, `workers` at once: return their packed
+    weights by name, and their rows of the report, in their order."""
     shares = _shares(job, block, groups)
     owners = placed(shares, [_factor_seconds(group) for group in groups], ranks.count)
     homes: dict[str, list[int]] = {}
@@ -124,7 +124,7 @@ def placed(shares: Sequence[Share], factors: Sequence[float], count: int) -> lis
 def _shares(job: Job, block: Block, groups: Sequence[InputGroup]) -> list[Share]:
     found, steps = [], job.steps | job.tables
     for number, group in enumerate(groups):
-        for name in (name for name in group.names if name in steps):
+        for name in (name for name in group.names if name in steps and name not in job.ties):
             rows, width = block.linears[name].shape
             each = FEEDBACK + FEEDBACK_WIDTH * width + SEARCH * sum(s.method in SEARCHED for s in steps[name])
             for run in runs(rows, steps[name]):

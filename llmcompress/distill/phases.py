@@ -22,7 +22,7 @@ from llmcompress.distill.student.low_rank import adapt, rounded, teachers_weight
 from llmcompress.distill.student.model import check_latents, relaxed_student
 from llmcompress.distill.train import train
 from llmcompress.errors import RecipeError
-from llmcompress.weight.modules import CompressedLinear, decoded, put
+from llmcompress.weight.modules import Multiplying, decoded, put
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Learned:
     `steps`: end to end.
     """
 
-    linears: dict[str, CompressedLinear] = field(default_factory=dict)
+    linears: dict[str, Multiplying] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -43,9 +43,7 @@ class Learned:
     tokens: int = 0  # predicted, end to end
     seconds: float = 0.0
 
-    def add(
-        self, linears: Mapping[str, CompressedLinear], dense: Mapping[str, Tensor], trained: Mapping[str, int]
-    ) -> None:
+    def add(self, linears: Mapping[str, Multiplying], dense: Mapping[str, Tensor], trained: Mapping[str, int]) -> None:
         """Add what a phase learned."""
         self.linears |= linears
         self.dense |= dense

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from llmcompress.data.distillation import Data, read_data
 from llmcompress.distill.check_fused import check_fused, fused_into
@@ -59,7 +60,9 @@ from llmcompress.runtime.precision import fast_float32, product_dtype, products
 from llmcompress.runtime.ranks import Ranks, launched
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.expression import bits, describe
-from llmcompress.weight.modules import CompressedLinear, Layout, compressed_modules
+from llmcompress.weight.modules import CompressedLinear, Layout, Multiplying, compressed_modules
+from llmcompress.weight.nodes import Weight
+from llmcompress.weight.tied import base_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -339,11 +342,11 @@ def _write(
 
 
 def _recounted(
-    before: reports.Report, linears: Mapping[str, CompressedLinear], size: int, done: Distilled
+    before: reports.Report, linears: Mapping[str, Multiplying], size: int, done: Distilled
 ) -> reports.Report:
     """Return the student's report, updated to the weights stored now, in files of `size` bytes."""
     warning = "errors of layers are those before the distillation, which moves all together"
-    stored = {name: layer.expression() for name, layer in linears.items()}
+    stored = _counted(linears)
     rows = [
         replace(row, bpw=bits(stored[row.name]) / prod(row.shape), stored=describe(stored[row.name]))
         if row.name in stored
@@ -360,6 +363,18 @@ def _recounted(
         warnings=(*before.warnings, warning, *done.warnings),
         gates=None if before.gates is None else _measured(done).judged(before.gates.limits),
     )
+
+
+def _counted(linears: Mapping[str, Multiplying]) -> dict[str, Weight]:
+    """Return what linears store, by name; what several have in common counts in the first of them."""
+    counted: set[nn.Module] = set()
+    found = {}
+    for name, layer in linears.items():
+        if isinstance(layer, CompressedLinear):
+            base = base_of(layer)
+            found[name] = layer.expression() if base is None or base in counted else layer.whole()
+            counted.add(base)
+    return found
 
 
 def _measured(done: Distilled) -> GateReport:

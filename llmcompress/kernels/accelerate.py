@@ -14,7 +14,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.kernels import ops
 from llmcompress.kernels.cpu.lookup import rows_of
 from llmcompress.kernels.cpu.run import FEW, MODES, Mode, product
-from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, compressed_linears
+from llmcompress.weight.modules import CompressedEmbedding, Multiplying, multiplying
 
 SWITCH = "LLMCOMPRESS_FAST"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of inputs that kernels take
@@ -43,12 +43,12 @@ class Fast:
     mode: Mode
     kept: ops.KeptWeight | None = None  # of the payload that was prepared last
 
-    def __call__(self, layer: CompressedLinear, x: Tensor) -> Tensor | None:
+    def __call__(self, layer: Multiplying, x: Tensor) -> Tensor | None:
         """Return `x @ W.T`; None on other devices, for other dtypes or widths, and where gradients are wanted."""
         payload = layer._parameters["weight"]
         if payload is None or not (x.is_cpu and payload.is_cpu and x.dtype in DTYPES):
             return None
-        if x.shape[-1] != layer.in_features:
+        if x.shape[-1] != layer.layout.size[1]:
             return None
         if x.requires_grad and torch.is_grad_enabled():
             return None
@@ -109,7 +109,9 @@ def accelerate(model: nn.Module, mode: str = "auto") -> Accelerated:
     kernels: list[str] = []
     decoded: dict[str, str] = {}
     heads: dict[int, Fast] = {}  # by the identity of their payloads
-    for name, layer in compressed_linears(model).items():
+    for name, layer in multiplying(model).items():
+        if layer.layout.is_zero:
+            continue
         form = ops.without_kernel(layer)
         if form is None:
             layer.fast = heads[id(layer.weight)] = Fast(MODES[mode])
@@ -138,7 +140,7 @@ def accelerate_loaded(model: nn.Module) -> None:
 @contextmanager
 def plain(model: nn.Module) -> Iterator[None]:
     """Let a model multiply without kernels while the context lasts."""
-    layers = {layer: layer.fast for layer in compressed_linears(model).values()}
+    layers = {layer: layer.fast for layer in multiplying(model).values()}
     tables = {table: table.fast for table in _tables(model)}
     try:
         for layer in layers:

@@ -19,7 +19,7 @@ from llmcompress.kernels.cpu.run import MODES, Mode, product
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import describe
-from llmcompress.weight.modules import CompressedLinear, Layout
+from llmcompress.weight.modules import Layout, Multiplying
 
 PAGE_OUT = 21  # of madvise: give pages back, which are read again from their file when somebody wants them
 
@@ -71,8 +71,8 @@ def _layout(text: str) -> Layout:
 _FORMS: dict[str, str | None] = {}  # by `Layout.text`
 
 
-def without_kernel(layer: CompressedLinear) -> str | None:
-    """Return the form, in words, of a layer that no kernel multiplies by; None if one does."""
+def without_kernel(layer: Multiplying) -> str | None:
+    """Return the form, in words, of a matrix that no kernel multiplies by; None if one does."""
     if layer.layout.text not in _FORMS:
         if layer.weight.is_meta:
             return "not in memory"

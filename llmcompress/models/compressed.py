@@ -26,12 +26,14 @@ from llmcompress.models.skeleton import check_numbers
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.modules import LIKE, Layout
 from llmcompress.weight.nodes import Weight
+from llmcompress.weight.sums import added
 
 
 class Opened:
     """A compressed checkpoint on disk.
 
-    `layouts` has one entry for each compressed module, `sizes` the `[out, in]` of dense linears that config.json
+    `layouts` has one entry for each compressed module, `tied` one for each matrix that several linears have in common,
+    and `ties` the name of that matrix for each such linear. `sizes` the `[out, in]` of dense linears that config.json
     does not tell otherwise. `files` maps each tensor to its file, `digests` each file to the digests in its header.
     `trust_remote_code`: as in `locate.Place`.
     """
@@ -45,7 +47,9 @@ class Opened:
         check_numbers(self.config.get, str(folder / "config.json"))
         entries = self.config.pop("quantization_config")
         quantization = LLMCompressConfig(**entries)
-        self.layouts: dict[str, Layout] = quantization.table()
+        table, self.ties = quantization.table(), quantization.ties
+        self.tied = {name: table.pop(name) for name in dict.fromkeys(self.ties.values())}
+        self.layouts: dict[str, Layout] = table
         self.sizes = quantization.sizes
         self.files: dict[str, Path] = {}
         self.digests: dict[str, str] = {}
@@ -53,8 +57,13 @@ class Opened:
             with _opened(path) as file:
                 self.files.update(dict.fromkeys(file.keys(), path))
                 self.digests[path.name] = (file.metadata() or {}).get(DIGESTS, "")
-        if lacking := [name for name in self.layouts if f"{name}.weight" not in self.files]:
+        if lacking := [name for name in self.stored_layouts if f"{name}.weight" not in self.files]:
             raise InputError(f"{folder} lacks the weights of {listed(lacking)}; {MENDING}")
+
+    @property
+    def stored_layouts(self) -> dict[str, Layout]:
+        """The layouts of all payloads on disk, by module name."""
+        return self.layouts | self.tied
 
     @property
     def bytes(self) -> int:
@@ -78,7 +87,11 @@ class Opened:
 
     def expression(self, layer: str) -> Weight:
         """Return the compressed weight of one module. Raises InputError for a payload that its layout cannot read."""
-        layout, payload = self.layouts[layer], self.read(f"{layer}.weight")
+        own = self._decoded(layer)
+        return added(self._decoded(self.ties[layer]), own) if layer in self.ties else own
+
+    def _decoded(self, layer: str) -> Weight:
+        layout, payload = self.stored_layouts[layer], self.read(f"{layer}.weight")
         try:
             layout.check(payload)
         except ValueError as error:
@@ -90,11 +103,13 @@ class Opened:
     def parts(self, apart: Iterable[str] = ()) -> Iterator[tuple[list[str], list[str]]]:
         """Yield compressed modules and names of other tensors, as many at a time as take PART bytes in bfloat16.
 
-        All that is in one of the modules `apart` comes at once, whatever it takes.
+        All that is in one of the modules `apart` comes at once, whatever it takes. A matrix that several linears have
+        in common is not yielded, since each of these has it in its `expression`.
         """
-        layers = {f"{layer}.weight": layer for layer in self.layouts}
+        layers, tied = {f"{layer}.weight": layer for layer in self.layouts}, {f"{name}.weight" for name in self.tied}
         sizes = {}
-        for name, path in sorted(self.files.items(), key=lambda found: (found[1], _natural(found[0]))):
+        there = [found for found in self.files.items() if found[0] not in tied]
+        for name, path in sorted(there, key=lambda found: (found[1], _natural(found[0]))):
             with _opened(path) as file:
                 values = prod(file.get_slice(name).get_shape())
             sizes[name] = 2 * (prod(self.layouts[layers[name]].size) if name in layers else values)

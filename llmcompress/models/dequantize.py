@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from llmcompress.models.experts import Experts, experts_of, fused, unfuse
 from llmcompress.weight import expression
-from llmcompress.weight.modules import Compressed, CompressedEmbedding, compressed_modules, put
+from llmcompress.weight.modules import (
+    Compressed,
+    CompressedEmbedding,
+    CompressedLinear,
+    TiedMatrix,
+    compressed_modules,
+    put,
+)
+from llmcompress.weight.tied import ties_of, untie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,8 +34,11 @@ def dequantized(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrained
     dtype = model.dtype if dtype is None else dtype
     plain, unfused = skeleton(type(model), model.config), skeleton(type(model), model.config)
     unfuse(unfused)
+    ties = ties_of(model)
     for name, module in compressed_modules(model).items():
-        put(model, name, _dense(module, unfused.get_submodule(name), dtype))
+        if not isinstance(module, TiedMatrix):
+            put(model, name, _dense(module, unfused.get_submodule(name), dtype))
+    untie(model, ties)
     for name, experts in experts_of(model).items():
         put(model, name, _fused(experts, plain.get_submodule(name)))
     placed: nn.Module = model
@@ -54,7 +65,8 @@ def _fused(experts: Experts, plain: nn.Module) -> nn.Module:
 
 def _dense(module: Compressed, plain: Any, dtype: torch.dtype) -> nn.Module:
     """Return `plain`, a module on meta, with the decoded weight; another size if the model was edited."""
-    weight = expression.dense(module.expression()).to(dtype)
+    whole = module.whole() if isinstance(module, CompressedLinear) else module.expression()
+    weight = expression.dense(whole).to(dtype)
     bias: Tensor | None = getattr(module, "bias", None)
     if isinstance(plain, nn.Linear):
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")

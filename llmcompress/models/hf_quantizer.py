@@ -33,6 +33,7 @@ from llmcompress.weight.modules import (
     CompressedEmbedding,
     CompressedLinear,
     Layout,
+    TiedMatrix,
     compressed_modules,
     payload_texts,
     put,
@@ -40,6 +41,7 @@ from llmcompress.weight.modules import (
 )
 from llmcompress.weight.rows import has_rows
 from llmcompress.weight.schema import LARGEST
+from llmcompress.weight.tied import add, tie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -52,8 +54,9 @@ class LLMCompressConfig(QuantizationConfigMixin):
     """`quantization_config` of a checkpoint.
 
     `layers` maps each compressed module to its index in `layouts`. `sizes` has the `[out, in]` of dense linears whose
-    size differs from the rest of config.json. Every layout is listed once, since transformers copies its configs
-    dozens of times while it loads.
+    size differs from the rest of config.json. `ties` maps each linear that has a matrix in common with others to the
+    name of that matrix, which is one of `layers` but no module of the dense model. Every layout is listed once, since
+    transformers copies its configs dozens of times while it loads.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
         layers: dict[str, int] | None = None,
         layouts: list[dict[str, Any]] | None = None,
         sizes: dict[str, list[int]] | None = None,
+        ties: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         **more: Any,
     ) -> None:
@@ -74,6 +78,10 @@ class LLMCompressConfig(QuantizationConfigMixin):
         self.layers: dict[str, int] = _checked("layers", layers, dict)
         self.sizes: dict[str, list[int]] = _checked("sizes", sizes, dict)
         self.layouts: list[dict[str, Any]] = _checked("layouts", layouts, list)
+        self.ties: dict[str, str] = _checked("ties", ties, dict)
+        for name, base in self.ties.items():
+            if name not in self.layers or not isinstance(base, str) or base not in self.layers or base in self.ties:
+                raise InputError(f"config.json ties {name} to {str(base)[:50]}, which is no matrix of it; {MENDING}")
         for name, size in self.sizes.items():
             if not _is_size(size):
                 raise InputError(f"config.json gives {name} the size {str(size)[:50]}, which is none; {MENDING}")
@@ -92,7 +100,11 @@ class LLMCompressConfig(QuantizationConfigMixin):
                 raise InputError(
                     f"config.json describes {name} in a way that cannot be read ({error}); {MENDING}"
                 ) from error
-        return {name: known[number] for name, number in self.layers.items()}
+        table = {name: known[number] for name, number in self.layers.items()}
+        for name, base in self.ties.items():
+            if table[name].size != table[base].size:
+                raise InputError(f"config.json ties {name} to {base}, which has another size; {MENDING}")
+        return table
 
 
 def _checked(name: str, found: Any, kind: type) -> Any:
@@ -107,8 +119,12 @@ def _is_size(found: Any) -> bool:
     return is_pair and all(type(count) is int and 0 < count <= LARGEST for count in found)
 
 
-def table_entry(table: Mapping[str, Layout], sizes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
-    """Return the `quantization_config` of a checkpoint with these layouts by module name; `sizes` as in the class."""
+def table_entry(
+    table: Mapping[str, Layout],
+    sizes: Mapping[str, Sequence[int]] | None = None,
+    ties: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint with these layouts by module name; the rest as in the class."""
     numbers: dict[str, int] = {}
     layouts: list[dict[str, Any]] = []
     layers = {}
@@ -120,6 +136,7 @@ def table_entry(table: Mapping[str, Layout], sizes: Mapping[str, Sequence[int]] 
             layouts.append(entry)
         layers[name] = numbers[key]
     entry = {"quant_method": NAME, "format_version": FORMAT_VERSION, "layouts": layouts, "layers": layers}
+    entry |= {"ties": dict(ties)} if ties else {}
     return entry | ({"sizes": {name: list(size) for name, size in sizes.items()}} if sizes else {})
 
 
@@ -190,10 +207,14 @@ class LLMCompressQuantizer(HfQuantizer):
 def _prepare(model: PreTrainedModel, config: LLMCompressConfig) -> None:
     """Put empty compressed modules into a model on meta, one for each matrix of its experts."""
     unfuse(model)
-    table = config.table()
-    resize(model, config.sizes | {name: list(layout.size) for name, layout in table.items()})
+    table, bases = config.table(), set(config.ties.values())
+    resize(model, config.sizes | {name: list(layout.size) for name, layout in table.items() if name not in bases})
     for name, layout in table.items():
-        put(model, name, _empty(name, model.get_submodule(name), layout))
+        if name in bases:
+            add(model, name, TiedMatrix(layout, _bytes(layout)))
+        else:
+            put(model, name, _empty(name, model.get_submodule(name), layout))
+    tie(model, config.ties)
     tie_head(model)
 
 
@@ -211,7 +232,8 @@ def within(model: PreTrainedModel, config: LLMCompressConfig) -> LLMCompressConf
     own = "" if hasattr(model, model.base_model_prefix) else start  # of the blocks alone, names begin below
     table = {name.removeprefix(own): layout for name, layout in config.table().items() if name.startswith(start)}
     sizes = {name.removeprefix(own): size for name, size in config.sizes.items() if name.startswith(start)}
-    return LLMCompressConfig(**table_entry(table, sizes), versions=config.versions)
+    ties = {name.removeprefix(own): base.removeprefix(own) for name, base in config.ties.items()}
+    return LLMCompressConfig(**table_entry(table, sizes, ties), versions=config.versions)
 
 
 def expected(model: nn.Module) -> dict[str, Expected]:

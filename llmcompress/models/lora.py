@@ -84,7 +84,8 @@ def fold(model: PeftModel) -> PreTrainedModel:
         folded = CompressedLinear.of(plus(layers[name].expression(), term), layers[name].bias)
         put(base, name, folded)
         table[name] = folded.layout
-    base.config.quantization_config = LLMCompressConfig(**table_entry(table, base.config.quantization_config.sizes))
+    known = base.config.quantization_config
+    base.config.quantization_config = LLMCompressConfig(**table_entry(table, known.sizes, known.ties))
     found: PreTrainedModel = base
     return found
 

@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llmcompress.weight.modules import compressed_modules
+from llmcompress.weight.modules import TiedMatrix, compressed_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def uncounted_weights(model: nn.Module, exclude_embeddings: bool = False) -> int:
-    """Return the weights that compressed modules hold beyond their payloads' bytes, which are counted as weights."""
+    """Return the weights that compressed modules hold beyond their payloads' bytes, which are counted as weights.
+
+    A linear has as many as its dense form, whatever it has in common with others.
+    """
     modules = {id(module.get_parameter("weight")): module for module in reversed(compressed_modules(model).values())}
     return sum(
-        prod(module.layout.size) - module.get_parameter("weight").numel()
+        (0 if isinstance(module, TiedMatrix) else prod(module.layout.size)) - module.get_parameter("weight").numel()
         for module in modules.values()
         if not (exclude_embeddings and isinstance(module, nn.Embedding))
     )

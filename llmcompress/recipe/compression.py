@@ -21,51 +21,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
-    SerializeAsAny,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-import llmcompress.methods  # noqa: F401 (registers them)
-from llmcompress.methods.layer import StepConfig, step
 from llmcompress.recipe.calibration import Calibration, TokenWeights
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.fuse import Fuse
 from llmcompress.recipe.patterns import Matching
 from llmcompress.recipe.reconstruction import Reconstruction
+from llmcompress.recipe.step import Step
 from llmcompress.recipe.target import Target
+from llmcompress.recipe.tie import Tie
 from llmcompress.recipe.yaml import Path, Places, at
 
 VERSION = 1
 
 
-def _step(value: Any) -> Any:
-    """A step from its map of arguments. Raises ValueError (pydantic's kind is one) for what is not a step."""
-    if not isinstance(value, dict):
-        if isinstance(value, StepConfig):
-            return value
-        raise ValueError("a step is a map such as {method: rtn, bits: 4}")
-    _check_plain(value)
-    return step(value)
-
-
-def _check_plain(arguments: dict[str, Any]) -> None:
-    """Raises ValueError for what `step` takes for granted of a map, and of the steps inside it."""
-    if not isinstance(arguments.get("method"), str):
-        raise ValueError('a step needs the key "method" with the name of a method')
-    for key, value in arguments.items():
-        if not isinstance(key, str):
-            raise ValueError(f"the key {key!r} is not text")
-        if isinstance(value, dict) and "method" in value:
-            _check_plain(value)
-
-
-Step = Annotated[SerializeAsAny[StepConfig], BeforeValidator(_step)]
 Option = Annotated[tuple[Step, ...], Field(min_length=1)]
 
 
@@ -145,6 +121,7 @@ class Recipe(BaseModel):
     )
     token_weights: TokenWeights | None = Field(default=None, description="what calibration's tokens count; null: alike")
     fuse: Fuse | None = Field(default=None, description="what is fused into the dense model before; null: nothing")
+    tie: Tie | None = Field(default=None, description="which blocks have their matrices in common; null: none")
     target: Target | None = Field(default=None, description="how large or how good: the other layers' steps are chosen")
     options: tuple[Option, ...] | None = Field(
         default=None, min_length=1, description="lists of steps to choose from for a target; null: trellises"
@@ -182,14 +159,16 @@ class Recipe(BaseModel):
     @field_validator("rules")
     @classmethod
     def _some(cls, rules: tuple[Rule, ...], info: ValidationInfo) -> tuple[Rule, ...]:
-        if not rules and info.data.get("target", ()) is None:
+        if not rules and info.data.get("target", ()) is None and info.data.get("tie", ()) is None:
             raise ValueError("rules is []; it must not be empty")
         return rules
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.target is None and not self.rules:
+        if self.target is None and self.tie is None and not self.rules:
             raise ValueError('the key "rules" is missing')
+        if self.tie is not None:
+            self._check_tied()
         if self.options is not None and self.target is None:
             raise ValueError("options: they are what a target is reached with, and there is none; set target or rules")
         if self.damage != "distortion" and self.target is None:
@@ -211,3 +190,14 @@ class Recipe(BaseModel):
         if self.asymmetric and self.prefix == "dense":
             raise ValueError("asymmetric: with prefix: dense every layer sees dense inputs anyway; set one of them")
         return self
+
+    def _check_tied(self) -> None:
+        """Raise ValueError for what a recipe cannot ask of blocks that have matrices in common."""
+        others = {"target": self.target, "reconstruct": self.reconstruct, "fuse": self.fuse and self.fuse.awq}
+        why = {
+            "target": "prices are those of a matrix for itself; choose the steps by rules",
+            "reconstruct": "a block would move the matrices of others; let distill: train them together",
+            "fuse": "awq gives every block scales of its own; leave it out",
+        }
+        for name in (name for name, asked in others.items() if asked):
+            raise ValueError(f"tie: {name} does not go with blocks that have matrices in common, since {why[name]}")

@@ -22,6 +22,8 @@ from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.nodes import Weight, shape
 from llmcompress.weight.rows import rows
 from llmcompress.weight.schema import check
+from llmcompress.weight.sums import added
+from llmcompress.weight.tied import BASE, base_of
 
 DTYPES = {
     "U8": torch.uint8,
@@ -64,6 +66,11 @@ class Layout:
     def text(self) -> str:
         """The layout in one line, for the digest of its payload."""
         return json.dumps(self.to_json(), sort_keys=True)
+
+    @property
+    def is_zero(self) -> bool:
+        """True if the weight is zero, so that nothing is stored."""
+        return bool(self.header["node"] == "zero")
 
     def places(self) -> dict[str, tuple[torch.dtype, int, int]]:
         """Return the place of each tensor in the payload: (dtype, first byte, the byte after its last)."""
@@ -133,11 +140,15 @@ class PackedWeight(NamedTuple):
         """Return what a module holds."""
         return PackedWeight(module.layout, module.get_parameter("weight").detach())
 
+    def views(self) -> dict[str, Tensor]:
+        """The tensors in the payload, by their paths in the expression."""
+        return self.layout.views(self.payload)
+
 
 class FastProduct(Protocol):
-    """A faster way to multiply by the weight of a layer: `x @ W.T`, or None where it has none for `x`."""
+    """A faster way to multiply by what a module stores: `x @ W.T`, or None where it has none for `x`."""
 
-    def __call__(self, layer: CompressedLinear, x: Tensor) -> Tensor | None: ...
+    def __call__(self, layer: Multiplying, x: Tensor) -> Tensor | None: ...
 
 
 class FastRows(Protocol):
@@ -146,37 +157,88 @@ class FastRows(Protocol):
     def __call__(self, table: CompressedEmbedding, ids: Tensor) -> Tensor | None: ...
 
 
-class CompressedLinear(Compressed, nn.Linear):
-    """`x @ W.T + bias` for a compressed `W [out, in]`: by a kernel where there is one (`kernels.accelerate`), else
+class Multiplying(Compressed):
+    """A compressed matrix that inputs are multiplied by: with a kernel where there is one (`kernels.accelerate`), else
     decoded at every call unless inside `decoded(model)`."""
+
+    ready: Weight | None
+    fast: FastProduct | None
+
+    def hold(self, layout: Layout, payload: Tensor) -> None:
+        """Registers the payload of `layout`, uint8 `[bytes]`."""
+        super().hold(layout, payload)
+        self.ready = self.fast = None
+
+    def product(self, input: Tensor) -> Tensor:
+        """`x @ W.T`, `input [..., in]` to `[..., out]`, for what this module stores; in the input's dtype."""
+        output = None if self.fast is None or self.ready is not None else self.fast(self, input)
+        if output is not None:
+            return output
+        return expression.matmul(input, self.expression() if self.ready is None else self.ready)
+
+
+class TiedMatrix(Multiplying):
+    """A matrix that several linears have in common, stored once; it is no linear of the model itself."""
+
+    def __init__(self, layout: Layout, payload: Tensor) -> None:
+        super().__init__()
+        self.hold(layout, payload)
+
+    @staticmethod
+    def of(w: Weight) -> TiedMatrix:
+        """The module for an expression."""
+        return TiedMatrix(*packed(w))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input [..., in]` to `[..., out]`, in the input's dtype."""
+        return self.product(input)
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"{self.layout.size[1]}, {self.layout.size[0]}"
+
+
+class CompressedLinear(Multiplying, nn.Linear):
+    """`x @ W.T + bias` for a compressed `W [out, in]`, or for the sum of W and a matrix that other linears have too.
+
+    That one, `base`, is a child of the model (`tie`), not of the linear, so that it is stored and moved once.
+    """
 
     def __init__(self, layout: Layout, payload: Tensor, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.out_features, self.in_features = layout.size
         self.hold(layout, payload)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self.ready: Weight | None = None
-        self.fast: FastProduct | None = None
 
     @staticmethod
     def of(w: Weight, bias: Tensor | None = None) -> CompressedLinear:
         """The layer for an expression."""
         return CompressedLinear(*packed(w), bias)
 
+    def have_in_common(self, base: nn.Module) -> None:
+        """Add what `base` gives, which the model holds once for all linears that have it."""
+        self.__dict__[BASE] = base
+
     @property
     def W_q(self) -> Tensor:
         """By this name PEFT knows a weight that `dequantize` decodes, as DoRA needs it."""
         return self.get_parameter("weight")
 
+    def whole(self) -> Weight:
+        """The weight of the layer: its own, and that of its base."""
+        base: TiedMatrix | None = base_of(self)
+        return self.expression() if base is None else added(base.expression(), self.expression())
+
     def dequantize(self) -> Tensor:
         """The dense weight `[out, in]`."""
-        return expression.dense(self.expression())
+        return expression.dense(self.whole())
 
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in]` to `[..., out]`, in the input's dtype."""
-        output = None if self.fast is None or self.ready is not None else self.fast(self, input)
-        if output is None:
-            output = expression.matmul(input, self.expression() if self.ready is None else self.ready)
+        base = self.__dict__.get(BASE)
+        output = self.product(input) if base is None or not self.layout.is_zero else base(input)
+        if base is not None and not self.layout.is_zero:
+            output = output + base(input)
         bias = self._parameters["bias"]  # by its name it takes as long as a small product
         return output if bias is None else output + bias.to(output.dtype)
 
@@ -255,9 +317,11 @@ def packed(w: Weight) -> PackedWeight:
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule called `name`. Raises AttributeError if there is none."""
+    """Replace the submodule called `name`; what it had in common with others, the new one has too. Raises
+    AttributeError if there is none."""
     parent, _, leaf = name.rpartition(".")
-    model.get_submodule(name)
+    if (base := base_of(model.get_submodule(name))) is not None:
+        module.__dict__[BASE] = base
     setattr(model.get_submodule(parent), leaf, module)
 
 
@@ -271,9 +335,14 @@ def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
 
 
+def multiplying(model: nn.Module) -> dict[str, Multiplying]:
+    """Every compressed matrix of a model that multiplies inputs: its linears, and what several have in common."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Multiplying)}
+
+
 @contextmanager
 def decoded(model: nn.Module, dtype: torch.dtype | None = None, skip: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """Keep every compressed linear of a model decoded while the context lasts.
+    """Keep every compressed matrix of a model decoded while the context lasts.
 
     Products are equal up to rounding; memory is that of the dense model. Embeddings decode the rows that they look up,
     here as elsewhere.
@@ -287,7 +356,9 @@ def decoded(model: nn.Module, dtype: torch.dtype | None = None, skip: Sequence[n
         Nothing; `model` itself is changed, and changed back in the end.
     """
     skipped = {inner for part in skip for inner in part.modules()}
-    layers = [layer for layer in compressed_linears(model).values() if layer not in skipped]
+    linears = [layer for layer in compressed_linears(model).values() if layer not in skipped]
+    bases = {base for base in map(base_of, linears) if base is not None}  # of a block, they lie outside
+    layers: list[Multiplying] = [*linears, *bases]
     floats = (value.dtype for value in model.parameters() if value.is_floating_point())
     dtype = next(floats, torch.float32) if dtype is None else dtype
     for layer in layers:

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from llmcompress.weight.nodes import LowRank, Sum, Weight
+from llmcompress.weight.nodes import LowRank, Sum, Weight, Zero
+
+
+def added(base: Weight, own: Weight) -> Weight:
+    """A weight that several layers have, and what one of them adds to it."""
+    match own:
+        case Zero():
+            return base
+        case Sum(parts):
+            return Sum((base, *parts))
+    return Sum((base, own))
 
 
 def plus(w: Weight, term: LowRank) -> Weight:
     """A weight and one more term, which is the last."""
-    return Sum((*w.parts, term)) if isinstance(w, Sum) else Sum((w, term))
+    match w:
+        case Zero():
+            return term
+        case Sum(parts):
+            return Sum((*parts, term))
+    return Sum((w, term))

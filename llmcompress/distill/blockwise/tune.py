@@ -30,7 +30,7 @@ from llmcompress.distill.student.model import WEIGHTS, Student, relaxed_student
 from llmcompress.errors import InputError
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.runtime.ranks import ALONE, Ranks
-from llmcompress.weight.modules import CompressedLinear
+from llmcompress.weight.modules import Multiplying
 from llmcompress.weight.trainable.latents.flexround import Divided
 from llmcompress.weight.trainable.latents.form import Form
 from llmcompress.weight.trainable.latents.lora_rounding import Offsets
@@ -41,7 +41,7 @@ class Tuned:
     """The result of blocks that learned: their compressed linears and other parameters by name, and in `found` the
     errors `before` and `after`."""
 
-    linears: dict[str, CompressedLinear]
+    linears: dict[str, Multiplying]
     dense: dict[str, Tensor]
     found: dict[str, Any]
 

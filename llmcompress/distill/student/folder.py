@@ -20,9 +20,9 @@ from llmcompress.models.merge import shards
 from llmcompress.models.public_entries import public_entries
 from llmcompress.models.remote_code import MODEL, needs_code
 from llmcompress.runtime.versions import versions
-from llmcompress.weight.modules import CompressedLinear, Layout, payload_texts
+from llmcompress.weight.modules import Layout, Multiplying, payload_texts
 
-Linears = Mapping[str, CompressedLinear]
+Linears = Mapping[str, Multiplying]
 
 
 class StudentFolder(Protocol):
@@ -65,13 +65,14 @@ class CompressedStudent:
 
     def __init__(self, opened: Opened) -> None:
         self.opened, self.folder, self.bytes = opened, opened.folder, opened.bytes
-        self.digests, self.layouts = opened.digests, opened.layouts
+        self.digests, self.layouts = opened.digests, opened.stored_layouts
 
     def store(self, linears: Linears, dense: Mapping[str, Tensor], writer: Writer) -> None:
         """Writes weights and config.json."""
         opened = self.opened
         layouts = self.layouts | {name: layer.layout for name, layer in linears.items()}
-        for layers, others in opened.parts():
+        in_common: list[tuple[list[str], list[str]]] = [(list(opened.tied), [])] if opened.tied else []
+        for layers, others in (*opened.parts(), *in_common):
             tensors: dict[str, Tensor] = {name: opened.read(name) for name in others}
             tensors |= {name: dense[name].to(tensors[name].dtype) for name in others if name in dense}
             for name in layers:
@@ -79,7 +80,7 @@ class CompressedStudent:
                 stored = opened.read(f"{name}.weight") if learned is None else learned.get_parameter("weight").detach()
                 tensors[f"{name}.weight"] = stored
             writer.add(tensors, payload_texts(layouts))
-        entry = {"quantization_config": table_entry(layouts, opened.sizes) | {"versions": versions()}}
+        entry = {"quantization_config": table_entry(layouts, opened.sizes, opened.ties) | {"versions": versions()}}
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
 
 

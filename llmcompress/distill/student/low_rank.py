@@ -29,8 +29,8 @@ from llmcompress.recipe.adaptation import Adaptation
 from llmcompress.recipe.patterns import matches
 from llmcompress.runtime.seeding import generator
 from llmcompress.weight.expression import dense
-from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
-from llmcompress.weight.nodes import Dense, LowRank, Sum, Weight, shape
+from llmcompress.weight.modules import CompressedLinear, Multiplying, compressed_linears, put
+from llmcompress.weight.nodes import Dense, LowRank, Sum
 from llmcompress.weight.sums import plus
 
 if TYPE_CHECKING:
@@ -54,16 +54,15 @@ def adapt(model: PreTrainedModel, asked: Adaptation, teacher: PreTrainedModel, s
     chosen = [name for name in layers if any(matches(pattern, name) for pattern in asked.match)]
     targets = teachers_weights(model, teacher) if asked.start == "residual" else None
     for name in chosen:
-        w = layers[name].expression()
-        target = None if targets is None else targets(name)
-        term = _starting_term(name, w, asked.rank, target, seed)
-        put(model, name, CompressedLinear.of(plus(w, term), layers[name].bias))
+        layer, target = layers[name], None if targets is None else targets(name)
+        term = _starting_term(name, layer.dequantize(), asked.rank, target, seed)
+        put(model, name, CompressedLinear.of(plus(layer.expression(), term), layer.bias))
     return tuple(chosen)
 
 
 @torch.no_grad()
 def rounded(
-    layers: Mapping[str, CompressedLinear], adapted: Iterable[str], asked: Adaptation
+    layers: Mapping[str, Multiplying], adapted: Iterable[str], asked: Adaptation
 ) -> dict[str, CompressedLinear]:
     """Return the layers named `adapted` with the factors of their last term rounded to the bits of `asked`; nothing
     for bfloat16."""
@@ -72,11 +71,15 @@ def rounded(
     found = {}
     for name in adapted:
         layer = layers[name]
-        match layer.expression():
-            case Sum((*parts, LowRank() as term)):
+        match layer, layer.expression():
+            case CompressedLinear(), Sum((*parts, LowRank() as term)):
                 stored = _best_term(name, dense(term), asked.rank, asked.factor_bits)
                 found[name] = CompressedLinear.of(Sum((*parts, stored)), layer.bias)
-            case other:
+            case CompressedLinear(), LowRank() as term:  # beside a matrix in common with others
+                found[name] = CompressedLinear.of(
+                    _best_term(name, dense(term), asked.rank, asked.factor_bits), layer.bias
+                )
+            case _, other:
                 raise TypeError(f"{name} has no low-rank term to round, it is a {type(other).__name__}")
     return found
 
@@ -107,11 +110,11 @@ def teachers_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> Call
     return weight
 
 
-def _starting_term(name: str, w: Weight, rank: int, target: Tensor | None, seed: int) -> LowRank:
-    out, width = shape(w)
+def _starting_term(name: str, value: Tensor, rank: int, target: Tensor | None, seed: int) -> LowRank:
+    """Return the term that a linear of the weight `value [out, in]` starts with."""
+    out, width = value.shape
     if rank > min(out, width):
         raise RecipeError(f"adapt: rank {rank} is larger than the matrix [{out}, {width}] of {name}; lower it")
-    value = dense(w)
     if target is not None:
         return _best_term(name, target.to(value.device) - value, rank, 16)
     size = (float(value.square().mean().sqrt()) or 1.0) / math.sqrt(rank)

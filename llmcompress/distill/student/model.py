@@ -16,9 +16,10 @@ from llmcompress.distill.student.median_scales import MedianScale, follows, grid
 from llmcompress.errors import RecipeError
 from llmcompress.models.families import block_stack
 from llmcompress.recipe.distillation import Distillation, Kind, Scales
-from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
+from llmcompress.weight.modules import Multiplying, compressed_linears, multiplying, put
+from llmcompress.weight.tied import tie, ties_of
 from llmcompress.weight.trainable.latents.form import Form
-from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedLinear
+from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedModule, relaxed_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,12 +31,12 @@ PROJECTIONS: Kind = "projections"  # linears to the teacher's width, which are n
 
 @dataclass(frozen=True, eq=False)
 class Student:
-    """A model under distillation. `relaxed`: its linears that train, by name; `trained`: all parameters that change, by
-    kind and name; `medians`: scales that follow their latents; `projections`: linears that train along with the model
-    but are not part of it."""
+    """A model under distillation. `relaxed`: its matrices that train, by name; `trained`: all parameters that change,
+    by kind and name; `medians`: scales that follow their latents; `projections`: linears that train along with the
+    model but are not part of it."""
 
     model: PreTrainedModel
-    relaxed: dict[str, RelaxedLinear]
+    relaxed: dict[str, RelaxedModule]
     trained: dict[Kind, dict[str, nn.Parameter]]
     medians: tuple[MedianScale, ...] = ()
     projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
@@ -75,15 +76,16 @@ class Student:
             holder = self.projections if kind == PROJECTIONS else self.model
             values.update({name: holder.get_parameter(name) for name in values})
 
-    def frozen(self) -> dict[str, CompressedLinear]:
-        """Return the compressed linears with their learned weights, by name; the model stays as it is."""
+    def frozen(self) -> dict[str, Multiplying]:
+        """Return the compressed matrices with their learned weights, by name; the model stays as it is."""
         return {name: module.freeze() for name, module in self.relaxed.items()}
 
-    def freeze_into_model(self) -> dict[str, CompressedLinear]:
-        """Put the compressed linears with their learned weights back into the model, and return them by name."""
-        layers = self.frozen()
+    def freeze_into_model(self) -> dict[str, Multiplying]:
+        """Put the compressed matrices with their learned weights back into the model, and return them by name."""
+        layers, ties = self.frozen(), ties_of(self.model)
         for name, layer in layers.items():
             put(self.model, name, layer)
+        tie(self.model, ties)
         return layers
 
     def dense(self) -> dict[str, Tensor]:
@@ -131,16 +133,20 @@ def relaxed_student(
     relaxation = Relaxation(masters, estimator, form=form)  # type: ignore[arg-type]  # checked by the recipe
     model.requires_grad_(False)
     head = model.get_output_embeddings()
-    relaxed: dict[str, RelaxedLinear] = {}
+    relaxed: dict[str, RelaxedModule] = {}
     medians: list[MedianScale] = []
-    for name, layer in compressed_linears(model).items():
+    ties = ties_of(model)
+    tied = {*ties, *ties.values()}  # whose sums are the teacher's, so that neither part has a target
+    for name, layer in multiplying(model).items():
         if layer is not head and name.startswith(inside):
-            relaxed[name] = RelaxedLinear.of(layer, relaxation, None if target is None else target(name))
+            wanted = None if target is None or name in tied else target(name)
+            relaxed[name] = relaxed_module(layer, relaxation, wanted)
             put(model, name, relaxed[name])
             if shrunk is not None:
                 shrunk(relaxed[name])
             if scales == "median":
                 medians += median_scales(layer.expression(), relaxed[name].relaxed)
+    tie(model, {name: base for name, base in ties.items() if name in relaxed})
     if not relaxed and not inside and kinds and WEIGHTS not in rates:
         raise RecipeError(
             f"rates: the student has no compressed linears, so no {' and no '.join(sorted(kinds))}; give a rate for "
@@ -157,7 +163,7 @@ def relaxed_student(
 
 
 def _masters(
-    relaxed: Mapping[str, RelaxedLinear], rates: Mapping[Kind, float], medians: Sequence[MedianScale]
+    relaxed: Mapping[str, RelaxedModule], rates: Mapping[Kind, float], medians: Sequence[MedianScale]
 ) -> dict[Kind, dict[str, nn.Parameter]]:
     """Return the parameters of relaxed linears that change, by kind and name: those with a rate, which get a gradient,
     and medians, which get none."""
@@ -177,7 +183,7 @@ def _size(value: nn.Parameter) -> float:
 
 
 def _norms(
-    model: PreTrainedModel, relaxed: Mapping[str, RelaxedLinear], inside: str | tuple[str, ...]
+    model: PreTrainedModel, relaxed: Mapping[str, RelaxedModule], inside: str | tuple[str, ...]
 ) -> dict[str, nn.Parameter]:
     theirs = tuple(f"{name}." for name in relaxed)
     found = {}

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llmcompress.recipe.freezing import Freezing
-from llmcompress.weight.trainable.relax import Relaxed, RelaxedLinear
+from llmcompress.weight.trainable.relax import Relaxed, RelaxedModule
 from llmcompress.weight.trainable.straight_through import nearest_codes
 
 
@@ -119,7 +119,7 @@ class Freezer:
 
     @staticmethod
     @torch.no_grad()
-    def of(asked: Freezing | None, layers: Mapping[str, RelaxedLinear]) -> Freezer:
+    def of(asked: Freezing | None, layers: Mapping[str, RelaxedModule]) -> Freezer:
         """Watch the layers of a student, by name, as its process holds them: whole, or in shares."""
         if asked is None:
             return Freezer(None, ())

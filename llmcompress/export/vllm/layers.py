@@ -65,8 +65,11 @@ class PayloadConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PayloadConfig:
-        """Return the config of a checkpoint. Raises InputError for one that cannot be read."""
-        return cls(LLMCompressConfig(**config).table())
+        """Return the config of a checkpoint. Raises InputError for one that cannot be read, or whose blocks are tied."""
+        found = LLMCompressConfig(**config)
+        if found.ties:
+            raise InputError("vLLM does not read blocks that have matrices in common; export to dense instead")
+        return cls(found.table())
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename layers as vLLM's model does."""

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.weight import expression
 from llmcompress.weight.encoding import decode, encode
-from llmcompress.weight.modules import CompressedLinear
-from llmcompress.weight.nodes import Weight, shape
+from llmcompress.weight.modules import CompressedLinear, Multiplying, TiedMatrix
+from llmcompress.weight.nodes import Weight, Zero, shape
 from llmcompress.weight.packing import pack
+from llmcompress.weight.tied import base_of
 from llmcompress.weight.trainable.latents.form import Form, Latents, cells
 from llmcompress.weight.trainable.masters import masters
 from llmcompress.weight.trainable.matmul import by_rows, centred, filled, product
@@ -86,6 +87,7 @@ class Relaxed(nn.Module):
         super().__init__()
         self.relaxation = relaxation
         self.size = shape(w)
+        self.is_zero = isinstance(w, Zero)
         self.header, tensors = encode(w)
         self.stored_as = {name: tensor.dtype for name, tensor in tensors.items()}
         self.levels: dict[str, int] = {}  # of codes that train, by the names of what is stored
@@ -216,7 +218,10 @@ class Relaxed(nn.Module):
 
 
 class RelaxedLinear(nn.Module):
-    """Stands in a model for a `CompressedLinear` while it trains. Its bias trains only if it is told to."""
+    """Stands in a model for a `CompressedLinear` while it trains. Its bias trains only if it is told to.
+
+    What a linear has in common with others trains by itself, once, as a `RelaxedTied`.
+    """
 
     bias: nn.Parameter | None
 
@@ -238,12 +243,42 @@ class RelaxedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in]` to `[..., out]`, in x's dtype."""
-        output: Tensor = self.relaxed(x)
+        base = base_of(self)
+        output: Tensor = self.relaxed(x) if base is None or not self.relaxed.is_zero else base(x)
+        if base is not None and not self.relaxed.is_zero:
+            output = output + base(x)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class RelaxedTied(nn.Module):
+    """Stands in a model for a `TiedMatrix` while it trains, for all linears that have it."""
+
+    def __init__(self, relaxed: Relaxed) -> None:
+        super().__init__()
+        self.relaxed = relaxed
+
+    def freeze(self) -> TiedMatrix:
+        """The matrix with what was learned."""
+        return TiedMatrix.of(self.relaxed.freeze())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., in]` to `[..., out]`, in x's dtype."""
+        output: Tensor = self.relaxed(x)
+        return output
+
+
+RelaxedModule = RelaxedLinear | RelaxedTied
+
+
+def relaxed_module(layer: Multiplying, relaxation: Relaxation, target: Tensor | None = None) -> RelaxedModule:
+    """Return the trainable form of a compressed matrix of a model; `target` as for `relax`."""
+    if isinstance(layer, CompressedLinear):
+        return RelaxedLinear.of(layer, relaxation, target)
+    return RelaxedTied(relax(layer.expression(), relaxation, target))
 
 
 def _octets(tensor: Tensor) -> Tensor:
