@@ -1,7 +1,7 @@
 """Matrices that several linears of a model have in common, and putting them into a model.
 
-Such a matrix is a child of the model, at a path of its own, so that it is stored and moved once. A linear knows it by an
-attribute that is no child (`base_of`); whoever replaces one of the two ties them again (`tie`).
+Such a matrix is a child of the model, at a path of its own, so that it is stored and moved once. A linear knows it by
+an attribute that is no child (`base_of`); whoever replaces one of the two ties them again (`tie`).
 """
 
 from __future__ import annotations

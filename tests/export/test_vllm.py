@@ -65,6 +65,8 @@ def test_config_json_is_read(folder: Path, config: Any) -> None:
     assert read.layouts == config.layouts and read.get_name() == "llmcompress"
     with pytest.raises(InputError, match="format version 999"):
         type(config).from_config(entries | {"format_version": 999})
+    with pytest.raises(InputError, match="vLLM does not read blocks that have matrices in common"):
+        type(config).from_config(entries | {"ties": {"model.layers.0.mlp.up_proj": "model.layers.0.mlp.gate_proj"}})
 
 
 def test_fused_linears_multiply_as_their_parts(folder: Path, config: Any) -> None:

@@ -65,7 +65,7 @@ class PayloadConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PayloadConfig:
-        """Return the config of a checkpoint. Raises InputError for one that cannot be read, or whose blocks are tied."""
+        """Return the config of a checkpoint. Raises InputError for what vLLM does not read, such as tied blocks."""
         found = LLMCompressConfig(**config)
         if found.ties:
             raise InputError("vLLM does not read blocks that have matrices in common; export to dense instead")
