@@ -266,7 +266,9 @@ def _plan(job: Job) -> Plan:
         size, tied = linears[name].shape, job.ties.get(name)
         key = size, repr(steps), tied is not None and tied.is_first(name)
         if key not in alike:
-            alike[key] = _row(name, size, steps, tied.sketch(name) if tied else sketch(name, size, steps))
+            stored = tied.sketch(name) if tied else sketch(name, size, steps)
+            text = tied.described(name, stored) if tied else describe(stored)
+            alike[key] = _row(name, size, steps, stored, text)
         rows.append(replace(alike[key], name=name))
     if not rows:
         raise RecipeError(
@@ -279,7 +281,7 @@ def _plan(job: Job) -> Plan:
         stored = sketch(name, (shape[0], shape[1]), steps)
         if name == job.arch.embedding:
             check_rows(stored)
-        rows.append(_row(name, (shape[0], shape[1]), steps, stored))
+        rows.append(_row(name, (shape[0], shape[1]), steps, stored, describe(stored)))
     used = {method for row in rows for method in row.steps}
     # tensors that a run leaves as they are keep their own type
     dense = {f"{row.name}.weight" for row in rows}
@@ -304,9 +306,9 @@ def _values(section: BaseModel | None) -> dict[str, Any] | None:
     return None if section is None else section.model_dump(mode="json")
 
 
-def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored: Weight) -> LayerPlan:
+def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored: Weight, text: str) -> LayerPlan:
     count = bits(stored)
-    return LayerPlan(name, size, tuple(s.method for s in steps), count, count / prod(size), describe(stored))
+    return LayerPlan(name, size, tuple(s.method for s in steps), count, count / prod(size), text)
 
 
 def warnings(job: Job) -> tuple[str, ...]:

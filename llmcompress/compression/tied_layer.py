@@ -16,7 +16,7 @@ from llmcompress.evaluate.report import LayerReport
 from llmcompress.methods.layer import Layer, apply, split
 from llmcompress.methods.row_chunks import apply_in_runs
 from llmcompress.weight.encoding import decode
-from llmcompress.weight.expression import bits, dense, describe
+from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.modules import PackedWeight, packed
 from llmcompress.weight.nodes import Dense, Weight, Zero
 from llmcompress.weight.sums import added
@@ -72,9 +72,5 @@ def _row(
 ) -> LayerReport:
     """Return the row of the report: the common matrix counts in the first of its linears."""
     whole = added(base, own)
-    if tied.is_first(layer.name):
-        count, text = bits(whole), f"{describe(whole)}, the first in common with {len(tied.linears) - 1}"
-    else:
-        count = bits(own)
-        text = f"{tied.name}" if isinstance(own, Zero) else f"{tied.name} + {describe(own)}"
-    return row_of(job, layer, dense(whole), count, text, notes, group)
+    stored = whole if tied.is_first(layer.name) else own
+    return row_of(job, layer, dense(whole), bits(stored), tied.described(layer.name, stored), notes, group)

@@ -15,8 +15,10 @@ from llmcompress.methods.engines.low_rank import LowRankConfig
 from llmcompress.methods.layer import StepConfig, sketch
 from llmcompress.models.families import Architecture
 from llmcompress.recipe.tie import Tie
+from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Weight, Zero
 from llmcompress.weight.sums import added
+from llmcompress.weight.tied import described
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Tied:
         """Return what a linear stores, the first one with the common matrix, without values, for `plan`."""
         own = Zero(self.shape) if self.term is None else self.term.term_sketch(Zero(self.shape))
         return added(sketch(linear, self.shape, self.steps), own) if self.is_first(linear) else own
+
+    def described(self, linear: str, stored: Weight) -> str:
+        """Return in words what a linear stores, as in `sketch`."""
+        return describe(stored) if self.is_first(linear) else described(stored)
 
     def steps_of(self, linear: str) -> tuple[StepConfig, ...]:
         """Return the steps that a linear takes: the first one those of the common matrix too."""

@@ -61,8 +61,7 @@ from llmcompress.runtime.ranks import Ranks, launched
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.modules import CompressedLinear, Layout, Multiplying, compressed_modules
-from llmcompress.weight.nodes import Weight
-from llmcompress.weight.tied import base_of
+from llmcompress.weight.tied import base_of, described
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -347,12 +346,7 @@ def _recounted(
     """Return the student's report, updated to the weights stored now, in files of `size` bytes."""
     warning = "errors of layers are those before the distillation, which moves all together"
     stored = _counted(linears)
-    rows = [
-        replace(row, bpw=bits(stored[row.name]) / prod(row.shape), stored=describe(stored[row.name]))
-        if row.name in stored
-        else row
-        for row in before.layers
-    ]
+    rows = [replace(row, **stored[row.name]) if row.name in stored else row for row in before.layers]
     counted = [row for row in rows if row.name in stored]
     return replace(
         before,
@@ -365,14 +359,16 @@ def _recounted(
     )
 
 
-def _counted(linears: Mapping[str, Multiplying]) -> dict[str, Weight]:
-    """Return what linears store, by name; what several have in common counts in the first of them."""
+def _counted(linears: Mapping[str, Multiplying]) -> dict[str, dict[str, Any]]:
+    """Return the changed entries of rows, by linear; what several have in common counts in the first of them."""
     counted: set[nn.Module] = set()
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, layer in linears.items():
         if isinstance(layer, CompressedLinear):
             base = base_of(layer)
-            found[name] = layer.expression() if base is None or base in counted else layer.whole()
+            own = layer.expression() if base is None or base in counted else layer.whole()
+            text = described(own) if base is not None and base in counted else describe(own)
+            found[name] = {"bpw": bits(own) / prod(layer.layout.size), "stored": text}
             counted.add(base)
     return found
 

@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import nn
 
+from llmcompress.weight.expression import describe
+from llmcompress.weight.nodes import Weight, Zero
+
 BASE = "base"  # the attribute of a linear
+
+
+def described(own: Weight) -> str:
+    """Return in words what a linear stores beside a matrix that another one is counted with."""
+    return "tied" if isinstance(own, Zero) else f"tied + {describe(own)}"
 
 
 def base_of(linear: nn.Module) -> Any:

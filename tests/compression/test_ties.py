@@ -147,8 +147,9 @@ def test_a_plan_is_what_is_stored(place: Path, quantized: Path) -> None:
     planned, report = prepare(resolve(place / "dense"), asked).plan, lc.read(quantized)
     assert planned.bpw == report.bpw
     assert {row.name: row.bpw for row in planned.layers} == {row.name: row.bpw for row in report.layers}
+    assert [row.description for row in planned.layers] == [row.stored for row in report.layers]
     first, second = (row for row in report.layers if row.name.endswith(("0.mlp.up_proj", "1.mlp.up_proj")))
-    assert first.bpw > 3 and second.bpw < 3 and second.stored.startswith("model.tied.0_mlp_up_proj + rank 4")
+    assert first.bpw > 3 and second.bpw < 3 and second.stored.startswith("tied + rank 4")
     assert 0 < first.error < 1 and 0 < second.error < 1 and second.error_heldout is not None
 
 
@@ -214,7 +215,7 @@ def test_what_is_in_common_trains_once(place: Path, quantized: Path, tmp_path: P
     ]
     assert all(moved)
     reports = [lc.read(folder) for folder in (quantized, tmp_path / "out")]
-    assert [row.bpw for row in reports[0].layers] == [row.bpw for row in reports[1].layers]
+    assert [(row.bpw, row.stored) for row in reports[0].layers] == [(row.bpw, row.stored) for row in reports[1].layers]
     assert done.history[-1]["kl"] == pytest.approx(held_out_kl(place, tmp_path / "out", done), rel=1e-3)
 
 
