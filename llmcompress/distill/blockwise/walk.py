@@ -22,7 +22,7 @@ from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.families import block_stack
 from llmcompress.models.store import Record, Store
 from llmcompress.recipe.distillation import Distillation
-from llmcompress.weight.modules import CompressedLinear, Multiplying, compressed_linears, decoded, put
+from llmcompress.weight.modules import CompressedLinear, compressed_linears, decoded, put
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ class Walked:
     """The result of a walk: compressed linears, and what is not compressed, by name; `trained`: the count of numbers of
     each kind that moved; `blocks`: the errors of each, by its path."""
 
-    linears: dict[str, Multiplying] = field(default_factory=dict)
+    linears: dict[str, CompressedLinear] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
     trained: Counter[str] = field(default_factory=Counter)
     blocks: dict[str, Recovered] = field(default_factory=dict)
