@@ -24,7 +24,7 @@ from llmcompress.models.public_entries import public_entries
 from llmcompress.models.remote_code import MODEL, model_code, needs_code
 from llmcompress.models.skeleton import check_numbers
 from llmcompress.weight.encoding import decode
-from llmcompress.weight.modules import LIKE, Layout
+from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Weight
 from llmcompress.weight.sums import added
 
@@ -33,8 +33,9 @@ class Opened:
     """A compressed checkpoint on disk.
 
     `layouts` has one entry for each compressed module, `tied` one for each matrix that several linears have in common,
-    and `ties` the name of that matrix for each such linear. `sizes` the `[out, in]` of dense linears that config.json
-    does not tell otherwise. `files` maps each tensor to its file, `digests` each file to the digests in its header.
+    `stored_layouts` both; `ties` has the name of that matrix for each such linear. `sizes` has the `[out, in]` of dense
+    linears that config.json does not tell otherwise. `files` maps each tensor to its file, `digests` each file to the
+    digests in its header.
     `trust_remote_code`: as in `locate.Place`.
     """
 
@@ -47,9 +48,9 @@ class Opened:
         check_numbers(self.config.get, str(folder / "config.json"))
         entries = self.config.pop("quantization_config")
         quantization = LLMCompressConfig(**entries)
-        table, self.ties = quantization.table(), quantization.ties
-        self.tied = {name: table.pop(name) for name in dict.fromkeys(self.ties.values())}
-        self.layouts: dict[str, Layout] = table
+        self.stored_layouts, self.ties = quantization.table(), quantization.ties
+        self.tied = {name: self.stored_layouts[name] for name in dict.fromkeys(self.ties.values())}
+        self.layouts = {name: layout for name, layout in self.stored_layouts.items() if name not in self.tied}
         self.sizes = quantization.sizes
         self.files: dict[str, Path] = {}
         self.digests: dict[str, str] = {}
@@ -59,11 +60,6 @@ class Opened:
                 self.digests[path.name] = (file.metadata() or {}).get(DIGESTS, "")
         if lacking := [name for name in self.stored_layouts if f"{name}.weight" not in self.files]:
             raise InputError(f"{folder} lacks the weights of {listed(lacking)}; {MENDING}")
-
-    @property
-    def stored_layouts(self) -> dict[str, Layout]:
-        """The layouts of all payloads on disk, by module name."""
-        return self.layouts | self.tied
 
     @property
     def bytes(self) -> int:

@@ -146,7 +146,7 @@ def relaxed_student(
                 shrunk(relaxed[name])
             if scales == "median":
                 medians += median_scales(layer.expression(), relaxed[name].relaxed)
-    tie(model, {name: base for name, base in ties.items() if name in relaxed})
+    tie(model, ties)
     if not relaxed and not inside and kinds and WEIGHTS not in rates:
         raise RecipeError(
             f"rates: the student has no compressed linears, so no {' and no '.join(sorted(kinds))}; give a rate for "
