@@ -4,8 +4,8 @@
     result = lc.compress("smollm2", "recipe.yaml")
     result.save("out")
 
-Make a model smaller: `plan`, `compress`, `drop_blocks` (and `alike_blocks`), `distill`; of a mixture's experts:
-`prune_experts`, `merge_experts`, `condense_experts`, `replace_experts`.
+Make a model smaller: `plan`, `compress`, `drop_blocks` (and `alike_blocks`), `narrow`, `distill`; of a mixture's
+experts: `prune_experts`, `merge_experts`, `condense_experts`, `replace_experts`.
 Look at the result: `read` its report, `verify` its files, `score` it, `compare` it, `bench` its speed.
 Run it: transformers loads it after this import; `accelerate`, `decoded` and `cache` trade memory for speed.
 Train on top of it: `plain_head`, `fold`.
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.compression.pipeline import compress as compress
     from llmcompress.compression.pipeline import plan as plan
     from llmcompress.compression.result import Result as Result
+    from llmcompress.compression.width.narrow import narrow as narrow
     from llmcompress.distill.run import distill as distill
     from llmcompress.errors import LLMCompressError as LLMCompressError
     from llmcompress.evaluate.compare import compare as compare
@@ -75,6 +76,7 @@ _HOMES = {
     "export": "export.formats",
     "fold": "models.lora",
     "merge_experts": "compression.experts.merge",
+    "narrow": "compression.width.narrow",
     "plain_head": "models.lora",
     "plan": "compression.pipeline",
     "prune_experts": "compression.experts.prune",

@@ -15,6 +15,7 @@ from llmcompress.cli.doctor import doctor
 from llmcompress.cli.drop import drop
 from llmcompress.cli.experts import experts as experts_commands
 from llmcompress.cli.frontier import frontier
+from llmcompress.cli.narrow import narrow
 from llmcompress.cli.options import (
     AsJson,
     BatchSize,
@@ -323,6 +324,8 @@ def distill(
 
 
 app.command()(drop)
+
+app.command()(narrow)
 
 app.add_typer(experts_commands, name="experts")
 

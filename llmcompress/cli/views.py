@@ -172,6 +172,19 @@ def dropped_view(found: Row, every: bool) -> Iterator[RenderableType]:
     yield f"sizes   {_before_after(found)} of weights in {found['output']}"
 
 
+def narrowed_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield what stays in every block, the predicted damage, and the sizes."""
+    for part, before in found["before"].items():
+        yield f"{part.replace('_', '-'):7} {before:,} -> {found['after'][part]:,} in every block"
+    parts = list(found["before"])
+    table = new_table(("block", *(f"error by {part.replace('_', '-')}" for part in parts), "damage"), right=range(3))
+    for block in found["blocks"]:
+        errors = [f"{part['error']:.4f}" for part in sorted(block["parts"], key=lambda one: parts.index(one["part"]))]
+        table.add_row(str(block["block"]), *errors, f"{block['damage']:.4f}")
+    yield table
+    yield from _written(found)
+
+
 def experts_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the experts of each block that do not stay as they are, the predicted damage, and the sizes."""
     yield f"experts {_way(found)}"
@@ -184,11 +197,7 @@ def experts_view(found: Row, every: bool) -> Iterator[RenderableType]:
         shown = "" if damage is None else f"{damage:.4f}" + ("" if gone else " if condensed")
         table.add_row(str(block["block"]), _fates(gone, every) or "stay", share if gone else "", shown)
     yield table
-    written = f"of weights in {found['output']}" if found["output"] else "of weights; nothing was written"
-    yield f"sizes   {_before_after(found)} {written}"
-    text = found["calibration"]
-    judged = text["held_out"] * text["length"]
-    yield f"data    {text['source']} · {text['tokens']:,} tokens, {judged:,} of them to judge on"
+    yield from _written(found)
 
 
 def _way(found: Row) -> str:
@@ -291,6 +300,15 @@ def _sizes(values: Row) -> str:
         f"{byte_count(values['dense_bytes'])} -> {byte_count(values['bytes'])} · "
         f"{number(values['bpw'])} bpw · model_bpw {number(values['model_bpw'])}"
     )
+
+
+def _written(found: Row) -> Iterator[str]:
+    """Yield the sizes before and after, and the text that was read."""
+    written = f"of weights in {found['output']}" if found["output"] else "of weights; nothing was written"
+    yield f"sizes   {_before_after(found)} {written}"
+    text = found["calibration"]
+    judged = text["held_out"] * text["length"]
+    yield f"data    {text['source']} · {text['tokens']:,} tokens, {judged:,} of them to judge on"
 
 
 def _before_after(found: Row) -> str:

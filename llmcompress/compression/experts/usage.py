@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmcompress.calibrate.blocks import TOKENS_PER_BATCH, BlockForward, RowBatch, drop, in_batches, load
 from llmcompress.calibrate.walk import Block, Progress, walk
+from llmcompress.compression.damage import outputs_of, relative_damage
 from llmcompress.compression.experts.mixture import ExpertMixture
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import InputError, RecipeError
@@ -150,26 +151,14 @@ class _Watch:
         return seen
 
 
-@torch.no_grad()
 def outputs(visit: Visit) -> list[Tensor]:
     """Return the block's outputs on each batch of held-out text, `[sequences, length, width]`."""
-    return [visit.run(visit.block.hidden[batch.rows], batch.rows) for batch in visit.judged]
+    return outputs_of(visit.run, visit.block.hidden, visit.judged)
 
 
-@torch.no_grad()
 def damage(visit: Visit, changed: nn.Module, before: list[Tensor]) -> float:
-    """Return what another block in the place of this one does to its outputs on held-out text; `before`: `outputs`.
-
-    That is the mean over tokens of the squared change, relative to the squared output: tokens with huge hidden states
-    count like others.
-    """
-    run = replace(visit.run, module=changed)
-    total, count = 0.0, 0
-    for batch, old in zip(visit.judged, before, strict=True):
-        change = run(visit.block.hidden[batch.rows], batch.rows) - old
-        shares = change.double().square().sum(-1) / old.double().square().sum(-1).clamp_min(1e-30)
-        total, count = total + float(shares.sum()), count + shares.numel()
-    return total / count
+    """Return the `relative_damage` of another block in the place of this one, on held-out text; `before`: `outputs`."""
+    return relative_damage(replace(visit.run, module=changed), visit.block.hidden, visit.judged, before)
 
 
 def damage_of(visit: Visit, source: DenseModel, skeleton: nn.Module) -> float:

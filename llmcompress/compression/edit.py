@@ -1,4 +1,4 @@
-"""The same model with other experts: its config, and its tensors as they are made of the old ones when they are read.
+"""The same model in other shapes: its config, and its tensors as they are made of the old ones when they are read.
 
 The walk, the damage of a change and the checkpoint all read it like any dense model, so what is judged is what is
 written. A tensor that is not made anew is the old one of that name.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,16 +140,38 @@ def write(model: EditedModel, skeleton: PreTrainedModel, arch: Architecture, wri
 
     `skeleton`: of the changed model; `arch`: of the old one, whose blocks have the same paths.
     """
-    plain: PreTrainedModel = dense_skeleton(model.config, model.folder, unfused=False)
-    experts = experts_of(skeleton)
-    left = dict(model.tensors)
+    files = EditedFiles(model, skeleton, writer)
     for block in arch.blocks:
-        names = [name for name in left if name.startswith(f"{block.path}.")]
-        writer.add(hub_names(plain, experts, {name: model.read(name) for name in names}))
+        files.add_block(model, block.path)
+    return files.finish()
+
+
+class EditedFiles:
+    """The files of a changed model while it is written, as transformers names its tensors.
+
+    `model`: whose tensors have the shapes of the new ones; `skeleton`: of the changed model.
+    """
+
+    def __init__(self, model: EditedModel, skeleton: PreTrainedModel, writer: Writer) -> None:
+        self._model, self._writer = model, writer
+        self._plain: PreTrainedModel = dense_skeleton(model.config, model.folder, unfused=False)
+        self._experts = experts_of(skeleton)
+        self._left = {name: header.bytes for name, header in model.tensors.items()}
+
+    def add_block(self, model: EditedModel, path: str) -> None:
+        """Write the tensors that the block at `path` has in `model`, where those of other blocks may not be made."""
+        names = [name for name in self._left if name.startswith(f"{path}.")]
+        self._add(model, names)
         for name in names:
-            del left[name]
-    for names in shards({name: header.bytes for name, header in left.items()}, PART):
-        writer.add(hub_names(plain, experts, {name: model.read(name) for name in names}))
-    size = writer.close()
-    writer.write("config.json", json.dumps(model.config_entries(), indent=1))
-    return size
+            del self._left[name]
+
+    def finish(self) -> int:
+        """Write what is in no block that was added, and the config; return the weights' bytes."""
+        for names in shards(self._left, PART):
+            self._add(self._model, names)
+        size = self._writer.close()
+        self._writer.write("config.json", json.dumps(self._model.config_entries(), indent=1))
+        return size
+
+    def _add(self, model: EditedModel, names: Iterable[str]) -> None:
+        self._writer.add(hub_names(self._plain, self._experts, {name: model.read(name) for name in names}))

@@ -1,0 +1,117 @@
+"""Units of a layer's inputs, neurons or heads, that it needs least: column subset selection on the moments.
+
+With all other weights of the layer free to make up for it, taking away the columns S of W costs
+`tr(W_S inverse(P_SS) W_S^T)`, where `P = inverse(H)`; this is the exact least-squares error, and the weights that reach
+it are `W - W_S inverse(P_SS) P_S` (Optimal Brain Surgeon for columns, as in ZipLM, arXiv 2302.04089). Units go in a few
+portions, the cheapest first, and every portion is made up for before the next is judged. Channel exploration (CHEX,
+arXiv 2203.15794) chooses by the same objective and lets units grow back; after the refit that gains nothing here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import RecipeError
+from llmcompress.runtime.seeding import generator
+
+BY = ("subset", "energy", "random")
+PORTIONS = 32  # of the units that go, each judged once the ones before are made up for
+
+
+def check_by(by: str) -> None:
+    """Raise RecipeError for a score of no such name."""
+    if by not in BY:
+        raise RecipeError(f"by is {by!r}; choose one of {', '.join(BY)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Units that stay. `kept`: their numbers, ascending; `weight`: of the layer, `[out, in]`, made up for the others,
+    whose columns are zero; `error`: what it does to the outputs, as a share of their energy."""
+
+    kept: tuple[int, ...]
+    weight: Tensor
+    error: float
+
+
+def chosen_subset(
+    weight: Tensor, hessian: Tensor, keep: int, size: int = 1, *, by: str = "subset", seed: int = 0
+) -> Subset:
+    """Choose the units of a layer that stay, and refit its weights to them.
+
+    Args:
+        weight: `[out, in]`.
+        hessian: the damped second moment of the layer's inputs, float64 `[in, in]`.
+        keep: units that stay.
+        size: columns of a unit; unit u has columns `u * size` to `(u + 1) * size - 1`.
+        by: `subset`; `energy`, the unit's share of the output's energy alone; or `random`. Weights are refitted by all.
+        seed: of `random`.
+    """
+    exact = weight.double()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    units = weight.shape[1] // size
+    if by == "subset":
+        gone = _cheapest(exact, inverse, size, units - keep)
+    else:
+        scores = _energies(exact, hessian, size)
+        if by == "random":
+            scores = torch.rand(units, dtype=torch.float64, generator=generator("random units", seed))
+        gone = scores.argsort(stable=True)[: units - keep].to(weight.device)
+    left, _ = _removed(exact, inverse, _columns(gone, size))
+    change = left - exact
+    error = ((change @ hessian) * change).sum() / ((exact @ hessian) * exact).sum()
+    kept = sorted(set(range(units)) - set(gone.tolist()))
+    return Subset(tuple(kept), left.to(weight.dtype), float(error))
+
+
+def _cheapest(weight: Tensor, inverse: Tensor, size: int, count: int) -> Tensor:
+    """Return the `count` units that go: in portions, the cheapest first."""
+    gone = torch.empty(0, dtype=torch.long, device=weight.device)
+    while len(gone) < count:
+        costs = _costs(weight, inverse, size)
+        costs[gone] = torch.inf
+        more = costs.argsort(stable=True)[: min(count - len(gone), -(-count // PORTIONS))]
+        weight, inverse = _removed(weight, inverse, _columns(more, size))
+        gone = torch.cat([gone, more])
+    return gone
+
+
+def _costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
+    """The error `[units]` that each unit's absence would add; of units that are gone, nothing to rely on."""
+    units = len(inverse) // size
+    own = _own_blocks(inverse, units)
+    lost = own.diagonal(dim1=1, dim2=2).sum(1) == 0
+    own = torch.where(lost[:, None, None], torch.eye(size, dtype=own.dtype, device=own.device), own)
+    parts = weight.T.reshape(units, size, -1)
+    return (torch.linalg.solve(own, parts) * parts).sum((1, 2))
+
+
+def _removed(weight: Tensor, inverse: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weight and the inverse without some columns, whose entries become zero."""
+    rows = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
+    weight, inverse = weight - weight[:, columns] @ rows, inverse - inverse[:, columns] @ rows
+    weight[:, columns] = 0
+    inverse[columns] = 0
+    inverse[:, columns] = 0
+    return weight, inverse
+
+
+def _columns(units: Tensor, size: int) -> Tensor:
+    """The numbers of the columns of units."""
+    return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
+
+
+def _energies(weight: Tensor, hessian: Tensor, size: int) -> Tensor:
+    """The energy `[units]` of what each unit alone adds to the outputs."""
+    units = weight.shape[1] // size
+    parts = weight.T.reshape(units, size, -1)
+    return (_own_blocks(hessian, units) @ parts * parts).sum((1, 2))
+
+
+def _own_blocks(square: Tensor, units: int) -> Tensor:
+    """The square of each unit on the diagonal of `square [in, in]`, `[units, in / units, in / units]`."""
+    size = len(square) // units
+    return square.reshape(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
