@@ -50,31 +50,31 @@ def chosen_subset(
         by: `subset`; `energy`, the unit's share of the output's energy alone; or `random`. Weights are refitted by all.
         seed: of `random`.
     """
-    exact = weight.double()
+    left = weight.to(torch.float64, copy=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     units = weight.shape[1] // size
     if by == "subset":
-        gone = _cheapest(exact, inverse, size, units - keep)
+        gone = _remove_cheapest(left, inverse, size, units - keep)
     else:
-        scores = _energies(exact, hessian, size)
+        scores = _energies(left, hessian, size)
         if by == "random":
             scores = torch.rand(units, dtype=torch.float64, generator=generator("random units", seed))
         gone = scores.argsort(stable=True)[: units - keep].to(weight.device)
-    left, _ = _removed(exact, inverse, _columns(gone, size))
-    change = left - exact
-    error = ((change @ hessian) * change).sum() / ((exact @ hessian) * exact).sum()
+        _remove(left, inverse, _columns(gone, size))
+    change = left - weight
+    error = ((change @ hessian) * change).sum() / ((weight.double() @ hessian) * weight).sum()
     kept = sorted(set(range(units)) - set(gone.tolist()))
     return Subset(tuple(kept), left.to(weight.dtype), float(error))
 
 
-def _cheapest(weight: Tensor, inverse: Tensor, size: int, count: int) -> Tensor:
-    """Return the `count` units that go: in portions, the cheapest first."""
+def _remove_cheapest(weight: Tensor, inverse: Tensor, size: int, count: int) -> Tensor:
+    """Remove `count` units in portions, the cheapest first, and return their numbers."""
     gone = torch.empty(0, dtype=torch.long, device=weight.device)
     while len(gone) < count:
         costs = _costs(weight, inverse, size)
         costs[gone] = torch.inf
         more = costs.argsort(stable=True)[: min(count - len(gone), -(-count // PORTIONS))]
-        weight, inverse = _removed(weight, inverse, _columns(more, size))
+        _remove(weight, inverse, _columns(more, size))
         gone = torch.cat([gone, more])
     return gone
 
@@ -89,14 +89,14 @@ def _costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
     return (torch.linalg.solve(own, parts) * parts).sum((1, 2))
 
 
-def _removed(weight: Tensor, inverse: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weight and the inverse without some columns, whose entries become zero."""
+def _remove(weight: Tensor, inverse: Tensor, columns: Tensor) -> None:
+    """Remove some columns from a weight and the inverse, in place: their entries become zero, others make up."""
     rows = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
-    weight, inverse = weight - weight[:, columns] @ rows, inverse - inverse[:, columns] @ rows
+    weight.addmm_(weight[:, columns], rows, alpha=-1)
+    inverse.addmm_(inverse[:, columns], rows, alpha=-1)
     weight[:, columns] = 0
     inverse[columns] = 0
     inverse[:, columns] = 0
-    return weight, inverse
 
 
 def _columns(units: Tensor, size: int) -> Tensor:
