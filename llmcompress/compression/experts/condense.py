@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibrate.walk import Progress
-from llmcompress.compression.edit import ChangedConfig, Made, changed
+from llmcompress.compression.edited_model import ChangedConfig, Made, changed
 from llmcompress.compression.experts.finish import finished
 from llmcompress.compression.experts.mixture import ExpertMixture, open_mixture
 from llmcompress.compression.experts.report import (

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcompress.compression.edit import ChangedConfig, Made, write
+from llmcompress.compression.edited_model import ChangedConfig, Made, write
 from llmcompress.compression.experts.mixture import ExpertMixture
 from llmcompress.compression.experts.report import BlockFate, ExpertsReport, Way, unused
 from llmcompress.data.calibration import CalibrationTokens

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibrate.walk import Progress
-from llmcompress.compression.edit import Made
+from llmcompress.compression.edited_model import Made
 from llmcompress.compression.experts.finish import finished
 from llmcompress.compression.experts.mixture import number_of, open_mixture
 from llmcompress.compression.experts.prune import Smaller, smaller

@@ -19,7 +19,7 @@ from torch import Tensor
 from llmcompress.calibrate.blocks import TOKENS_PER_BATCH, in_batches
 from llmcompress.calibrate.walk import Block, Progress, walk
 from llmcompress.compression.damage import outputs_of, relative_damage
-from llmcompress.compression.edit import EditedFiles, Made
+from llmcompress.compression.edited_model import EditedFiles, Made
 from llmcompress.compression.width.plan import Cut, Narrowing, narrowing
 from llmcompress.compression.width.select import Subset, check_by, chosen_subset
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, context_length

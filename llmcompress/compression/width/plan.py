@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llmcompress.compression.edit import ChangedConfig, Made, changed
+from llmcompress.compression.edited_model import ChangedConfig, Made, changed
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.auto_class import check_causal
 from llmcompress.models.dense import DenseModel

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.compression.edit import Made, write
+from llmcompress.compression.edited_model import Made, write
 from llmcompress.compression.experts.mixture import open_mixture
 from llmcompress.compression.experts.prune import smaller
 from llmcompress.compression.experts.report import ExpertsReport, calibration_for, text_for
