@@ -95,6 +95,7 @@ def test_what_asks_for_the_next_token_is_refused(classifier: Path, tmp_path: Pat
         "scoring": lambda: lc.score(small, protocol),
         "distilling": lambda: lc.distill(small, source, lesson, tmp_path / "out"),
         "dropping blocks": lambda: lc.drop_blocks(source, [0], tmp_path / "out"),
+        "narrowing": lambda: lc.narrow(source, tmp_path / "out", neurons=0.5),
         "the export to gguf": lambda: lc.export(small, tmp_path / "out", "gguf"),
         "measuring a distance": lambda: lc.verify(small, str(source), protocol.text, 1, 32),
         "target:": lambda: lc.compress(source, recipe(tmp_path, target={"bpw": 4.0}, rules=[]), tmp_path / "out"),
