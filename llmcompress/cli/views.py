@@ -183,6 +183,8 @@ def narrowed_view(found: Row, every: bool) -> Iterator[RenderableType]:
         table.add_row(str(block["block"]), *errors, f"{block['damage']:.4f}")
     yield table
     yield from _written(found)
+    if found["output"]:
+        yield f"next    llmcompress distill {found['output']} shortened --teacher {found['model']} -o MENDED"
 
 
 def experts_view(found: Row, every: bool) -> Iterator[RenderableType]:

@@ -157,3 +157,5 @@ def test_the_command_shows_the_damage_and_writes_the_model(tmp_path: Path, text:
     assert "nothing was written" in shown.output
     done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "slim"), "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["after"] == {"kv_heads": 1, "neurons": 24}
+    written = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "again")])
+    assert "next    llmcompress distill" in written.output
