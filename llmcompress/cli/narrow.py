@@ -26,8 +26,8 @@ def narrow(
         int | None, typer.Option(help="Key-value heads that stay in each block, with the query heads that read them.")
     ] = None,
     by: Annotated[
-        str, typer.Option(metavar="SCORE", help="subset (least error together), energy, or random as a control.")
-    ] = "subset",
+        str, typer.Option(metavar="SCORE", help="energy, subset (least error of the layer), or random as a control.")
+    ] = "energy",
     text: Annotated[str, typer.Option(help="What is read to choose by: a file, a data set, or stdlib.")] = "stdlib",
     samples: Annotated[
         int, typer.Option(min=2, help="Sequences of text that are read, a ninth of them to judge on.")

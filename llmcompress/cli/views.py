@@ -177,7 +177,9 @@ def narrowed_view(found: Row, every: bool) -> Iterator[RenderableType]:
     for part, before in found["before"].items():
         yield f"{part.replace('_', '-'):7} {before:,} -> {found['after'][part]:,} in every block"
     parts = list(found["before"])
-    table = new_table(("block", *(f"error by {part.replace('_', '-')}" for part in parts), "damage"), right=range(len(parts) + 2))
+    table = new_table(
+        ("block", *(f"error by {part.replace('_', '-')}" for part in parts), "damage"), right=range(len(parts) + 2)
+    )
     for block in found["blocks"]:
         errors = [f"{part['error']:.4f}" for part in sorted(block["parts"], key=lambda one: parts.index(one["part"]))]
         table.add_row(str(block["block"]), *errors, f"{block['damage']:.4f}")

@@ -37,7 +37,7 @@ from llmcompress.recipe.calibration import Calibration
 from llmcompress.runtime.devices import device_of
 
 SAMPLES, LENGTH, HELD_OUT = 36, 512, 4  # of text: 16,384 tokens to choose by, 2048 to judge on
-DAMPING = 0.1  # of H, as a share of its mean diagonal: least error on held-out text
+DAMPING = 0.01  # of H, as a share of its mean diagonal
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def narrow(
     *,
     neurons: float | None = None,
     kv_heads: int | None = None,
-    by: str = "subset",
+    by: str = "energy",
     text: str = "stdlib",
     samples: int = SAMPLES,
     seed: int = 0,
@@ -106,7 +106,7 @@ def narrow(
         output: a new or empty folder; None to look at the plan and write nothing.
         neurons: of each feed-forward layer that stay, or their share below 1; None for all.
         kv_heads: key-value heads that stay in each block, each with the query heads that read it; None for all.
-        by: `subset`, `energy` or `random`; see `chosen_subset`.
+        by: `energy`, `subset` or `random`; see `chosen_subset`.
         text: what is read, as `dataset` of a recipe's calibration.
         samples: sequences of 512 tokens that are read, a ninth of them to judge on.
         seed: of `random`.

@@ -1,10 +1,12 @@
-"""Units of a layer's inputs, neurons or heads, that it needs least: column subset selection on the moments.
+"""Units of a layer's inputs, neurons or heads, that it needs least, and the weights that make up for the others.
 
-With all other weights of the layer free to make up for it, taking away the columns S of W costs
+By energy, a unit is worth what it alone adds to the outputs. As a subset (column subset selection), it is worth what its
+absence costs with all other weights of the layer free to make up for it: without the columns S of W that is
 `tr(W_S inverse(P_SS) W_S^T)`, where `P = inverse(H)`; this is the exact least-squares error, and the weights that reach
 it are `W - W_S inverse(P_SS) P_S` (Optimal Brain Surgeon for columns, as in ZipLM, arXiv 2302.04089). Units go in a few
 portions, the cheapest first, and every portion is made up for before the next is judged. Channel exploration (CHEX,
-arXiv 2203.15794) chooses by the same objective and lets units grow back; after the refit that gains nothing here.
+arXiv 2203.15794) chooses by the same objective and lets units grow back; after the refit that gains nothing here. A
+subset leaves less error in each layer, and energy the better model (docs/results.md).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 from llmcompress.errors import RecipeError
 from llmcompress.runtime.seeding import generator
 
-BY = ("subset", "energy", "random")
+BY = ("energy", "subset", "random")
 PORTIONS = 32  # of the units that go, each judged once the ones before are made up for
 
 
@@ -38,7 +40,7 @@ class Subset:
 
 
 def chosen_subset(
-    weight: Tensor, hessian: Tensor, keep: int, size: int = 1, *, by: str = "subset", seed: int = 0
+    weight: Tensor, hessian: Tensor, keep: int, size: int = 1, *, by: str = "energy", seed: int = 0
 ) -> Subset:
     """Choose the units of a layer that stay, and refit its weights to them.
 
@@ -47,7 +49,7 @@ def chosen_subset(
         hessian: the damped second moment of the layer's inputs, float64 `[in, in]`.
         keep: units that stay.
         size: columns of a unit; unit u has columns `u * size` to `(u + 1) * size - 1`.
-        by: `subset`; `energy`, the unit's share of the output's energy alone; or `random`. Weights are refitted by all.
+        by: `energy`, the unit's share of the output's energy alone; `subset`; or `random`. Weights are refitted by all.
         seed: of `random`.
     """
     left = weight.to(torch.float64, copy=True)

@@ -127,7 +127,7 @@ def test_a_plan_is_what_is_written(tmp_path: Path, text: str) -> None:
         ("llama", {"neurons": 0}, RecipeError, "from 1 to 47"),
         ("llama", {"neurons": 7.5}, RecipeError, "from 1 to 47"),
         ("llama", {"kv_heads": 2}, RecipeError, "from 1 to 1"),
-        ("llama", {"neurons": 24, "by": "norm"}, RecipeError, "choose one of subset, energy, random"),
+        ("llama", {"neurons": 24, "by": "norm"}, RecipeError, "choose one of energy, subset, random"),
         ("llama", {"neurons": 24, "samples": 1}, RecipeError, "leave none to judge on"),
         ("phi3", {"kv_heads": 1}, InputError, "heads of model type 'phi3' cannot go"),
         ("gpt2", {"kv_heads": 1}, InputError, "heads of model type 'gpt2' cannot go"),

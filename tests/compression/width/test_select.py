@@ -47,14 +47,14 @@ def test_units_go_greedily(size: int, seed: int) -> None:
     for _ in range(3):
         columns = {unit: [u * size + i for u in stays if u != unit for i in range(size)] for unit in stays}
         stays.remove(min(stays, key=lambda unit: refitted(weight, hessian, columns[unit])[1]))
-    assert chosen_subset(weight, hessian, 10 // size - 3, size).kept == tuple(stays)
+    assert chosen_subset(weight, hessian, 10 // size - 3, size, by="subset").kept == tuple(stays)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_subset_is_better_than_the_best(seed: int) -> None:
     weight, hessian = problem(8, seed=seed)
     errors = [refitted(weight, hessian, list(kept))[1] for kept in combinations(range(8), 5)]
-    found = chosen_subset(weight, hessian, 5)
+    found = chosen_subset(weight, hessian, 5, by="subset")
     assert min(errors) * (1 - 1e-9) <= found.error <= sorted(errors)[len(errors) // 2]
 
 
@@ -66,7 +66,7 @@ def test_a_copy_goes_first_however_loud() -> None:
     spread[:, 8] = 5 * spread[:, 3]  # x_8 is 5 x_3, and both are loud
     hessian = spread.T @ hessian @ spread
     hessian.diagonal().add_(1e-9)
-    found = chosen_subset(weight, hessian, 8)
+    found = chosen_subset(weight, hessian, 8, by="subset")
     assert not {3, 8} <= set(found.kept) and found.error < 1e-9
     loud = chosen_subset(weight, hessian, 8, by="energy")
     assert {3, 8} <= set(loud.kept) and loud.error > 100 * found.error
