@@ -183,6 +183,8 @@ TABLES: dict[str, Columns] = {
             "distilled-shortened",
             "distilled-codes",
             "distilled-tied",
+            "distilled-narrow",
+            "distilled-order",
         ),
         LEARNED,
     ),
