@@ -21,13 +21,14 @@ STAGES = {
     ", blocks learn": "blocks learn",
     ", then distilled": "distilled",
 }
+SEED = "a second seed"  # of a point that is drawn
 PARTIAL = "partial binarization"
 
 
 def main() -> None:
     """Draw the picture."""
     records = all_records()
-    stages = [record for record in current("stages", records) if record["arm"] != "dense"]
+    stages = [record for record in current("stages", records) if record["arm"] != "dense" and SEED not in record["arm"]]
     lines = {
         f"{name}, by gradient": [r for r in stages if mark in r["arm"] and PARTIAL not in r["arm"]]
         for mark, name in STAGES.items()
