@@ -52,25 +52,28 @@ def chosen_subset(
         by: `energy`, the unit's share of the output's energy alone; `subset`; or `random`. Weights are refitted by all.
         seed: of `random`.
     """
-    left = weight.to(torch.float64, copy=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    exact = weight.double()
     units = weight.shape[1] // size
     if by == "subset":
-        gone = _remove_cheapest(left, inverse, size, units - keep)
+        gone = _cheapest(exact, hessian, size, units - keep)
     else:
-        scores = _energies(left, hessian, size)
+        scores = _energies(exact, hessian, size)
         if by == "random":
             scores = torch.rand(units, dtype=torch.float64, generator=generator("random units", seed))
         gone = scores.argsort(stable=True)[: units - keep].to(weight.device)
-        _remove(left, inverse, _columns(gone, size))
-    change = left - weight
-    error = ((change @ hessian) * change).sum() / ((weight.double() @ hessian) * weight).sum()
     kept = sorted(set(range(units)) - set(gone.tolist()))
+    columns = _columns(torch.tensor(kept, device=weight.device), size)
+    factor = torch.linalg.cholesky(hessian[columns][:, columns])
+    left = torch.zeros_like(exact)
+    left[:, columns] = torch.cholesky_solve(hessian[columns] @ exact.T, factor).T
+    change = left - exact
+    error = ((change @ hessian) * change).sum() / ((exact @ hessian) * exact).sum()
     return Subset(tuple(kept), left.to(weight.dtype), float(error))
 
 
-def _remove_cheapest(weight: Tensor, inverse: Tensor, size: int, count: int) -> Tensor:
-    """Remove `count` units in portions, the cheapest first, and return their numbers."""
+def _cheapest(weight: Tensor, hessian: Tensor, size: int, count: int) -> Tensor:
+    """Return the numbers of the `count` units that go: in portions, the cheapest first."""
+    weight, inverse = weight.clone(), torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     gone = torch.empty(0, dtype=torch.long, device=weight.device)
     while len(gone) < count:
         costs = _costs(weight, inverse, size)
