@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcompress.cli.options import AsJson, Device, Model, Quiet, Revision, Verbose
+from llmcompress.cli.options import AsJson, Device, Model, Quiet, Revision, Verbose, planned_output
 from llmcompress.cli.terminal import Terminal
 from llmcompress.cli.views import experts_view
-from llmcompress.errors import RecipeError
 from llmcompress.evaluate.tables import summarized
 
 if TYPE_CHECKING:
@@ -157,10 +156,8 @@ def _how(
     terminal: Terminal, output: Path | None, dry_run: bool, text: str, samples: int, revision: str | None, device: str
 ) -> dict[str, Any]:
     """Return the arguments that all ways share. Raises RecipeError for neither an output nor a dry run."""
-    if output is None and not dry_run:
-        raise RecipeError("there is no OUT; name a folder with -o, or look at the plan with --dry-run")
     asked = {"text": text, "samples": samples, "revision": revision, "device": device}
-    return asked | {"output": None if dry_run else output, "progress": terminal.progress}
+    return asked | {"output": planned_output(output, dry_run), "progress": terminal.progress}
 
 
 def _show(terminal: Terminal, report: ExpertsReport) -> None:

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from llmcompress.cli.options import AsJson, Device, Model, Quiet, Revision, TrustRemoteCode, Verbose
+from llmcompress.cli.options import AsJson, Device, Model, Quiet, Revision, TrustRemoteCode, Verbose, planned_output
 from llmcompress.cli.terminal import Terminal
 from llmcompress.cli.views import narrowed_view
-from llmcompress.errors import RecipeError
 from llmcompress.evaluate.tables import summarized
 
 
@@ -50,11 +49,9 @@ def narrow(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.compression.width.narrow import narrow as run
 
-        if output is None and not dry_run:
-            raise RecipeError("there is no OUT; name a folder with -o, or look at the plan with --dry-run")
         report = run(
             model,
-            None if dry_run else output,
+            planned_output(output, dry_run),
             neurons=neurons,
             kv_heads=kv_heads,
             by=by,

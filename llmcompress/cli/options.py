@@ -131,3 +131,10 @@ def refuse_failed(scores: Iterable[dict[str, Any]]) -> None:
     for one in scores:
         if "tasks_failed" in one:
             raise InputError(one["tasks_failed"])
+
+
+def planned_output(output: Path | None, dry_run: bool) -> Path | None:
+    """Return the folder to write, None for a dry run. Raises RecipeError for neither an output nor a dry run."""
+    if output is None and not dry_run:
+        raise RecipeError("there is no OUT; name a folder with -o, or look at the plan with --dry-run")
+    return None if dry_run else output

@@ -1,4 +1,4 @@
-"""The damage of a changed block to its outputs on held-out text, as predicted before a checkpoint is written."""
+"""Text to choose by and to judge on, and the damage that a changed block does to its outputs on the latter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ import torch
 from torch import Tensor
 
 from llmcompress.calibrate.blocks import BlockForward, RowBatch
+from llmcompress.data.calibration import context_length
+from llmcompress.errors import RecipeError
+from llmcompress.models.dense import DenseModel
+from llmcompress.recipe.calibration import Calibration
+
+LENGTH = 512  # of a sequence
+
+
+def judged_calibration(source: DenseModel, text: str, samples: int, one_in: int) -> Calibration:
+    """Return what is read to choose by, one in so many samples of it held out to judge on.
+
+    Raises RecipeError for too few samples.
+    """
+    if samples < 2:
+        raise RecipeError(f"{samples} samples of text leave none to judge on; ask for at least 2")
+    length = min(LENGTH, context_length(source.config) or LENGTH)
+    return Calibration(dataset=text, samples=samples, length=length, held_out=max(1, samples // one_in))
 
 
 @torch.no_grad()

@@ -9,15 +9,16 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from llmcompress.compression.damage import judged_calibration
 from llmcompress.compression.experts.mixture import ExpertMixture
 from llmcompress.compression.experts.usage import Usage
-from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, context_length
-from llmcompress.errors import NumericsError, RecipeError, listed
+from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
+from llmcompress.errors import NumericsError, listed
 from llmcompress.recipe.calibration import Calibration
 
 Way = Literal["prune", "merge", "condense", "replace"]
 Fate = Literal["kept", "dropped", "merged", "folded", "replaced"]
-SAMPLES, LENGTH, HELD_OUT = 20, 512, 4  # of text: 8192 tokens to count, 2048 to judge
+SAMPLES, HELD_OUT = 20, 4  # of text: 8192 tokens to count, 2048 to judge
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,7 @@ class ExpertsReport:
 
 def calibration_for(mixture: ExpertMixture, text: str, samples: int) -> Calibration:
     """Return what is read to judge experts, some of it held out. Raises RecipeError for too few samples."""
-    if samples < 2:
-        raise RecipeError(f"{samples} samples of text leave none to judge on; ask for at least 2")
-    length = min(LENGTH, context_length(mixture.source.config) or LENGTH)
-    return Calibration(dataset=text, samples=samples, length=length, held_out=max(1, samples * HELD_OUT // SAMPLES))
+    return judged_calibration(mixture.source, text, samples, SAMPLES // HELD_OUT)
 
 
 def text_for(mixture: ExpertMixture, asked: Calibration) -> CalibrationTokens:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from llmcompress.calibrate.blocks import TOKENS_PER_BATCH, in_batches
 from llmcompress.calibrate.walk import Block, Progress, walk
-from llmcompress.compression.damage import outputs_of, relative_damage
+from llmcompress.compression.damage import judged_calibration, outputs_of, relative_damage
 from llmcompress.compression.edited_model import EditedFiles, Made
 from llmcompress.compression.width.plan import Cut, Narrowing, narrowing
 from llmcompress.compression.width.select import Subset, check_by, chosen_subset
-from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, context_length
-from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
+from llmcompress.errors import NumericsError
 from llmcompress.methods.engines.hessian import damped, second_moment
 from llmcompress.methods.moments import Moments
 from llmcompress.models import file_names
@@ -33,10 +33,9 @@ from llmcompress.models.dense import DenseModel, open_source
 from llmcompress.models.families import Architecture, architecture
 from llmcompress.models.locate import locate
 from llmcompress.models.staging import check_output
-from llmcompress.recipe.calibration import Calibration
 from llmcompress.runtime.devices import device_of
 
-SAMPLES, LENGTH, HELD_OUT = 36, 512, 4  # of text: 16,384 tokens to choose by, 2048 to judge on
+SAMPLES, HELD_OUT = 36, 4  # of text: 16,384 tokens to choose by, 2048 to judge on
 DAMPING = 0.01  # of H, as a share of its mean diagonal
 
 
@@ -140,10 +139,7 @@ def narrow(
 def _tokens(source: DenseModel, text: str, samples: int) -> CalibrationTokens:
     """Return the tokens to choose by and to judge on. Raises RecipeError for too few samples, InputError for a text
     that cannot serve."""
-    if samples < 2:
-        raise RecipeError(f"{samples} samples of text leave none to judge on; ask for at least 2")
-    length = min(LENGTH, context_length(source.config) or LENGTH)
-    asked = Calibration(dataset=text, samples=samples, length=length, held_out=max(1, samples * HELD_OUT // SAMPLES))
+    asked = judged_calibration(source, text, samples, SAMPLES // HELD_OUT)
     return calibration_tokens(asked, source.tokenizer(), source.load, source.config)
 
 
