@@ -36,6 +36,7 @@ from llmcompress.cli.options import (
     Settings,
     Shots,
     Size,
+    Sparsity,
     Tasks,
     TaskSeed,
     Text,
@@ -90,6 +91,7 @@ def compress(
     bpw: Bpw = None,
     size: Size = None,
     kl: Kl = None,
+    sparsity: Sparsity = None,
     tune: Tune = False,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run, or start over.")
@@ -107,7 +109,7 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress MODEL according to RECIPE and write it to OUT (created only on success). A `distill:` section also
-    distills it. With --bpw, --size or --kl, steps are chosen for every layer that no rule covers.
+    distills it. With --bpw, --size, --kl or --sparsity, steps are chosen for every layer that no rule covers.
 
     Example: llmcompress compress smollm2 --size 40MB -o small
     """
@@ -117,7 +119,7 @@ def compress(
         from llmcompress.errors import GateError
         from llmcompress.evaluate.report import gathered
 
-        asked = asked_recipe(recipe, settings, seed, target_of(bpw, size, kl), tune)
+        asked = asked_recipe(recipe, settings, seed, target_of(bpw, size, kl, sparsity), tune)
         how: dict[str, Any] = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
         if price_part is not None:
             file = pipeline.price_part(model, asked, output, Part.of(price_part), pricing=terminal.pricing, **how)
@@ -144,6 +146,7 @@ def plan(
     bpw: Bpw = None,
     size: Size = None,
     kl: Kl = None,
+    sparsity: Sparsity = None,
     tune: Tune = False,
     settings: Settings = None,
     revision: Revision = None,
@@ -160,7 +163,7 @@ def plan(
     with Terminal(as_json, verbose, quiet) as terminal:
         from llmcompress.compression.pipeline import plan as run
 
-        asked = asked_recipe(recipe, settings, None, target_of(bpw, size, kl), tune)
+        asked = asked_recipe(recipe, settings, None, target_of(bpw, size, kl, sparsity), tune)
         found = run(model, asked, revision, trust_remote_code)
         terminal.warn(summarized(found.warnings))
         terminal.show(found.to_json(), plan_view)

@@ -34,6 +34,9 @@ RecipeOrTarget = Annotated[
 Bpw = Annotated[float | None, typer.Option("--bpw", help="Target: bits per weight of the decoder's linears.")]
 Size = Annotated[str | None, typer.Option("--size", help="Target: of all weight files, as in 40MB.")]
 Kl = Annotated[float | None, typer.Option("--kl", help="Target: predicted KL, the smallest file that keeps to it.")]
+Sparsity = Annotated[
+    float | None, typer.Option("--sparsity", help="Target: share of zeros, pruned more where it costs less.")
+]
 Tune = Annotated[
     bool, typer.Option("--tune", help="Blocks learn while they are compressed: better, and several times slower.")
 ]
@@ -94,7 +97,7 @@ def asked_recipe(
 
     given = settings or []
     if recipe is None and target is None and not any(setting.startswith("target") for setting in given):
-        raise RecipeError("there is no RECIPE; name one, or give a target: one of --bpw, --size and --kl")
+        raise RecipeError("there is no RECIPE; name one, or give a target: one of --bpw, --size, --kl and --sparsity")
     changes = [*seeded(seed), *([] if target is None else [target])]
     if tune:
         changes.append(Change("reconstruct", {}, "--tune", keep=True))
@@ -108,11 +111,12 @@ def seeded(seed: int | None) -> list[Change]:
     return [] if seed is None else [Change("seed", seed, "--seed")]
 
 
-def target_of(bpw: float | None, size: str | None, kl: float | None) -> Change | None:
-    """Return the target of --bpw, --size and --kl, of which a recipe accepts one; None if none is given."""
+def target_of(bpw: float | None, size: str | None, kl: float | None, sparsity: float | None) -> Change | None:
+    """Return the target of --bpw, --size, --kl and --sparsity, of which a recipe accepts one; None if none is given."""
     from llmcompress.recipe.overrides import Change
 
-    options = {"--bpw": ("bpw", bpw), "--size": ("bytes", size), "--kl": ("kl", kl)}
+    aims = {"bpw": bpw, "size": size, "kl": kl, "sparsity": sparsity}
+    options = {f"--{name}": ("bytes" if name == "size" else name, value) for name, value in aims.items()}
     given = {option: pair for option, pair in options.items() if pair[1] is not None}
     return Change("target", dict(given.values()), " and ".join(given), stay=("engine",)) if given else None
 

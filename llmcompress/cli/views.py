@@ -34,7 +34,7 @@ def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
         table.add_row(name, _times(rows), _shape(row), _steps(row), f"{row['bpw']:.3f}", row["description"])
     yield table
     if (wanted := plan["target"]) is not None:
-        yield f"target  {aim(wanted)} · compress measures what options cost, and moves bits to where they count"
+        yield f"target  {aim(wanted)} · compress measures what options cost, and spends where it counts"
     yield f"sizes   {_sizes(plan)}"
     yield f"needs   about {byte_count(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}"
     if (blocks := plan["reconstruction"]) is not None:

@@ -18,6 +18,8 @@ def duration(seconds: float) -> str:
 def aim(target: Mapping[str, Any]) -> str:
     """A target of an allocation for people, such as "40.0 MB for vllm"."""
     [(kind, value)] = [(key, value) for key, value in target.items() if key != "engine"]
+    if kind == "sparsity":
+        return f"{value:g} of the weights zero"
     wanted = byte_count(value) if kind == "bytes" else f"{value:g} {kind}"
     return f"{wanted} for {target['engine']}" if "engine" in target else wanted
 

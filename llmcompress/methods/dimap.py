@@ -18,10 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmcompress.methods.engines.projection import largest
-from llmcompress.methods.engines.sparsity import PruneConfig, keep_largest_of_rows, kept_of, prune_sketch, pruned
+from llmcompress.methods.engines.sparsity import PruneConfig, keep_largest, pruned
 from llmcompress.methods.layer import Layer, base_target, method, with_base
-from llmcompress.weight.nodes import Weight
 
 
 class DIMAP(PruneConfig):
@@ -30,21 +28,13 @@ class DIMAP(PruneConfig):
     method: Literal["dimap"] = "dimap"
     examples = ({"sparsity": 0.5}, {"pattern": "2:4"})
 
-    def sketch(self, approx: Weight) -> Weight:
-        """See `StepConfig.sketch`."""
-        return prune_sketch(approx, self, lambda out, width: [out * width])
-
 
 @method("dimap", DIMAP)
 def dimap(layer: Layer, config: DIMAP) -> Layer:
     """Keeps the weights with the largest shares: of the whole layer, or of each n:m group."""
     target = base_target(layer)
     shares = shares_of_columns(target)
-    if config.sparsity is None:
-        keep = keep_largest_of_rows(shares, config)
-    else:
-        keep = largest(shares, kept_of(target.numel(), config.sparsity))
-    return with_base(layer, pruned(target, keep, config))
+    return with_base(layer, pruned(target, keep_largest(shares, config), config))
 
 
 def shares_of_columns(weight: Tensor) -> Tensor:

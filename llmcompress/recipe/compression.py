@@ -43,6 +43,7 @@ VERSION = 1
 
 
 Option = Annotated[tuple[Step, ...], Field(min_length=1)]
+Damage = Literal["distortion", "noise", "kl"]
 
 
 class Rule(Matching):
@@ -126,10 +127,11 @@ class Recipe(BaseModel):
     options: tuple[Option, ...] | None = Field(
         default=None, min_length=1, description="lists of steps to choose from for a target; null: trellises"
     )
-    damage: Literal["distortion", "kl"] = Field(
+    damage: Damage = Field(
         default="distortion",
         description="what an option is judged by: its output error times what errors of that layer cost, measured "
-        "once, or the KL of the model's predictions with each option in it, in three times the probes",
+        "once, by one option or (noise) by noise; or the KL of the model's predictions with each option in it, in "
+        "three times the probes",
     )
     rules: tuple[Rule, ...] = Field(default=(), description="may be left out where there is a target")
     embeddings: tuple[Step, ...] = Field(

@@ -1,8 +1,9 @@
-"""The section `target:` of a recipe: one size, or one quality.
+"""The section `target:` of a recipe: one size, one quality, or one share of zeros.
 
     target: {bpw: 2.05}      # bits per weight of the decoder's linears, as reports count them; tables are not touched
     target: {bytes: 40MB}    # of all weight files; the token table and the output head are chosen for too
     target: {kl: 0.1}        # nats per token on held-out text, as predicted; the smallest file that keeps to it
+    target: {sparsity: 0.6}  # of the weights of the decoder's linears, pruned more where it costs less
 
 Steps for every layer that no rule covers are then chosen by `allocate`. With `engine: vllm` beside the size, only from
 forms that this engine multiplies, as `export --to compressed-tensors` writes them.
@@ -45,7 +46,7 @@ def engine_of(name: Any) -> Any:
 
 
 class Target(BaseModel):
-    """The aim of an allocation: exactly one of three, and the engine that the model is for."""
+    """The aim of an allocation: exactly one of four, and the engine that the model is for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     bpw: float | None = Field(None, gt=0, le=16, description="bits per weight of the decoder's linears")
@@ -53,14 +54,17 @@ class Target(BaseModel):
         None, gt=0, description="of all weight files: a number, or a size such as 40MB"
     )
     kl: float | None = Field(None, gt=0, allow_inf_nan=False, description="predicted, in nats per token")
+    sparsity: float | None = Field(None, gt=0, lt=1, description="share of zeros among the decoder's linears' weights")
     engine: Annotated[Engine | None, BeforeValidator(engine_of, json_schema_input_type=Engine | None)] = Field(
         None, description="that multiplies by what is chosen; null: llmcompress itself"
     )
 
     @model_validator(mode="after")
     def _one(self) -> Target:
-        if sum(value is not None for value in (self.bpw, self.bytes, self.kl)) != 1:
-            raise ValueError("give exactly one of bpw, bytes and kl")
+        if sum(value is not None for value in (self.bpw, self.bytes, self.kl, self.sparsity)) != 1:
+            raise ValueError("give exactly one of bpw, bytes, kl and sparsity")
+        if self.sparsity is not None and self.engine is not None:
+            raise ValueError("engine restricts the forms of a size; leave it out beside sparsity")
         return self
 
     def for_engine(self, engine: Engine | None) -> Target:

@@ -170,6 +170,19 @@ def tensor_bits(w: Weight, shown: Tensor | None = None) -> Iterator[int]:
         yield from tensor_bits(node, here)
 
 
+def not_zero(w: Weight) -> int:
+    """Return the number of elements that the form of `w` lets differ from zero: all of them but those it prunes."""
+    match w:
+        case Zero():
+            return 0
+        case Where(index, inside, Zero()) if not isinstance(inside, Zero):
+            return shown_count(index.inside, index.inside.shape)
+        case Scaled(inner) | Transposed(inner):
+            return not_zero(inner)
+        case _:
+            return math.prod(shape(w))
+
+
 def describe(w: Weight) -> str:
     """One line for people, e.g. `rotated 64 (3-bit grid, row) + rank 16`."""
     match w:

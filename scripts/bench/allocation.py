@@ -1,13 +1,15 @@
 """Measure what an allocation is worth: its plan beside plans of the same size, and how well damages are predicted.
 
-    python scripts/bench/allocation.py --data DATA (--bpw 2 | --size 40MB) [--options FILE] [--damage kl] [--plans 20]
-        [--subsets 1] [--prices FILE]
+    python scripts/bench/allocation.py --data DATA (--bpw 2 | --size 40MB | --sparsity 0.6) [--options FILE]
+        [--damage kl] [--plans 20] [--spread 0.1] [--subsets 1] [--prices FILE]
 
 DATA holds `wikitext2-valid.txt` (calibration: its first 16 windows of 1024 tokens, the next two held out) and
 `wikitext2-test.raw` (the KL of every plan: its first `--windows` windows of 256 tokens). Prices are measured once, or
 read from `--prices`, where they are kept; then the chosen plan, the uniform one, `--plans` random ones, and those that
 prices on `--subsets` random samples of the same text choose are compressed alike, measured and printed, with the rank
-correlation of predicted and measured KL over the random ones. `--options` is a YAML list of lists of steps; trellises
+correlation of predicted and measured KL over the random ones; with `--spread` these differ in size, evenly between the
+target's less that share and the target's more it. Beside a sparsity stands a plan by the matrices' sides alone (`er`),
+as random masks are given (arXiv 2202.02643). `--options` is a YAML list of lists of steps; trellises
 with a memory of 8 and no `refine` take a sixth of the time of the default ones and are ranked alike.
 """
 
@@ -25,12 +27,13 @@ from random import Random
 from typing import Any
 
 import yaml
-from baselines import random_plan, uniform_plan
+from baselines import er_plan, random_plan, uniform_plan
 from rows import calibration
 from scipy.stats import spearmanr
 
 from llmcompress.compression import run
-from llmcompress.compression.allocate.plan import Allocation, allocate, damage
+from llmcompress.compression.allocate.forecast import counted
+from llmcompress.compression.allocate.plan import Allocation, allocate, damage, target_of
 from llmcompress.compression.allocate.price_file import allocate_by
 from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts
 from llmcompress.compression.plan import prepare
@@ -42,7 +45,7 @@ from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.recipe.read import dump, read_recipe
 from llmcompress.weight.modules import decoded
 
-COLUMNS = ("plan", "bpw", "MB", "predicted KL", "probing KL", "text KL")
+COLUMNS = ("plan", "bpw", "sparsity", "MB", "predicted KL", "probing KL", "text KL")
 LENGTH = 256
 PIECE = 4000  # characters
 
@@ -55,9 +58,11 @@ def main() -> None:
     aims = parser.add_mutually_exclusive_group(required=True)
     aims.add_argument("--bpw", type=float)
     aims.add_argument("--size")
+    aims.add_argument("--sparsity", type=float)
     parser.add_argument("--options", type=Path, help="what each linear may become; the default ones otherwise")
-    parser.add_argument("--damage", choices=("distortion", "kl"), default="distortion", help="as in a recipe")
+    parser.add_argument("--damage", choices=("distortion", "noise", "kl"), default="distortion", help="as in a recipe")
     parser.add_argument("--plans", type=int, default=20, help="random ones")
+    parser.add_argument("--spread", type=float, default=0.0, help="of the random plans' sizes: none, they are alike")
     parser.add_argument("--subsets", type=int, default=1, help="random samples of text to price on once more")
     parser.add_argument("--prices", type=Path, help="a file that keeps them, for other budgets of the same kind")
     parser.add_argument("--windows", type=int, default=4)
@@ -72,11 +77,11 @@ def main() -> None:
     held = asked.jsonl.read_text(encoding="utf-8").splitlines() if asked.jsonl and asked.jsonl.exists() else []
     known = {row["steps"]: row for row in map(json.loads, held)}
     rows = []
-    for name, plan in chain(plans(found, asked.plans), others(source, asked)):
+    for name, plan in chain(plans(found, asked.plans, asked.spread), others(source, asked)):
         planned = dataclasses.replace(found, chosen=plan)
         steps = sha256(dump(planned.recipe).encode()).hexdigest()
         row = known.get(steps) or measured(planned, dense)
-        row |= {"plan": name, "predicted_kl": damage(found.prices, plan)}
+        row |= {"plan": name, "predicted_kl": damage(found.prices, plan), "sparsity": found.choices.sparsity(plan)}
         rows.append(row)
         print(line(row), flush=True)
         if asked.jsonl and steps not in known:
@@ -90,7 +95,8 @@ def main() -> None:
 
 def recipe(asked: argparse.Namespace) -> dict[str, Any]:
     """Of a target, on the benchmarks' calibration text."""
-    target = {"bpw": asked.bpw} if asked.size is None else {"bytes": asked.size}
+    aims = {"bpw": asked.bpw, "bytes": asked.size, "sparsity": asked.sparsity}
+    target = {name: value for name, value in aims.items() if value is not None}
     options = None if asked.options is None else yaml.safe_load(asked.options.read_text(encoding="utf-8"))
     return {
         "version": 1,
@@ -121,14 +127,18 @@ def others(source: DenseModel, asked: argparse.Namespace) -> Iterator[tuple[str,
             yield f"chosen on sample {seed}", allocated(source, wanted, None).chosen
 
 
-def plans(found: Allocation, count: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The chosen plan, then those of no thought that take as much."""
-    by_bits = found.job.recipe.target is not None and found.job.recipe.target.bpw is not None
-    costs = [one.bits if by_bits else one.bytes for one in found.choices.matrices]
+def plans(found: Allocation, count: int, spread: float) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The chosen plan, then those of no thought that take as much, or with a `spread` about as much."""
+    target = target_of(found.job)
+    costs = [counted(one, target) for one in found.choices.matrices]
     limit = sum(row[option] for row, option in zip(costs, found.chosen, strict=True))
     yield "chosen", found.chosen
     controls = [("uniform", uniform_plan(costs, limit))]
-    controls += [(f"random {seed}", random_plan(costs, limit, Random(seed))) for seed in range(count)]
+    if target.sparsity is not None:
+        controls.append(("er", er_plan(costs, [one.shape for one in found.choices.matrices], limit)))
+    for seed in range(count):
+        size = limit * (1 + spread * (2 * seed / max(count - 1, 1) - 1))
+        controls.append((f"random {seed}", random_plan(costs, size, Random(seed))))
     for name, plan in controls:
         if plan is None:
             raise RecipeError(f"no {name} plan fits; ask for a larger size")
@@ -149,7 +159,7 @@ def measured(found: Allocation, dense: DensePredictions) -> dict[str, Any]:
 def line(row: dict[str, Any]) -> str:
     """One line of the table."""
     kls = [f"{row[key]:.4f}" for key in ("predicted_kl", "probing_kl", "text_kl")]
-    cells = (row["plan"], f"{row['bpw']:.3f}", f"{row['bytes'] / 1e6:.2f}", *kls)
+    cells = (row["plan"], f"{row['bpw']:.3f}", f"{row['sparsity']:.3f}", f"{row['bytes'] / 1e6:.2f}", *kls)
     return f"| {' | '.join(cells)} |"
 
 

@@ -22,6 +22,29 @@ def uniform_plan(costs: Costs, limit: float) -> tuple[int, ...] | None:
     return _filled(costs, ladders, _at(ladders, level), limit, spread, steps=1)
 
 
+def er_plan(costs: Costs, shapes: Sequence[tuple[int, int]], limit: float) -> tuple[int, ...] | None:
+    """For every matrix the dearest option that keeps no more of its weights than a share proportional to the sum of its
+    sides by their product, as of an Erdos-Renyi graph; the proportion is the largest that the limit lets. `costs`: kept
+    weights. None where nothing fits."""
+    sides = [(out + width) / (out * width) for out, width in shapes]
+
+    def plan(scale: float) -> tuple[int, ...]:
+        """Return the plan of a proportion."""
+        rooms = (scale * side * out * width for side, (out, width) in zip(sides, shapes, strict=True))
+        fitting = ([n for n in _ladder(row) if row[n] <= room] for row, room in zip(costs, rooms, strict=True))
+        return tuple((fits or _ladder(row)[:1])[-1] for fits, row in zip(fitting, costs, strict=True))
+
+    if _total(costs, plan(0.0)) > limit:
+        return None
+    low, high = 0.0, 1 / min(sides)
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _total(costs, plan(middle)) <= limit else (low, middle)
+    ladders = [_ladder(row) for row in costs]
+    spread = sorted(range(len(costs)), key=lambda number: (number * GOLDEN) % 1)
+    return _filled(costs, ladders, list(plan(low)), limit, spread, steps=1)
+
+
 GOLDEN = (5**0.5 - 1) / 2  # its multiples lie evenly in 0..1, however many are taken
 
 

@@ -44,7 +44,7 @@ def bpw(given: Given) -> None:
         asked = read_recipe({"version": 1, "calibration": text, "rules": [], **TO_A_SIZE})
     else:
         settings = [] if text is None else [f"calibration={json.dumps(text)}"]
-        asked = asked_recipe(None, settings, None, target_of(BPW, None, None), False)
+        asked = asked_recipe(None, settings, None, target_of(BPW, None, None, None), False)
     beside = figure(given, asked, BPW_WINDOWS, "budget-2", f"{BPW:.3f}")  # the same but for its name
     measured(given, f"--bpw {3.5 if given.small else BPW}", asked, BPW_WINDOWS, beside)
 

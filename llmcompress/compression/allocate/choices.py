@@ -2,7 +2,8 @@
 
 The recipe's rules come first; options are for matrices that no rule covers. If the target is in bytes or a quality,
 the token table and the output head have options too, unless the recipe gives their steps. A target in bits per weight
-counts the decoder's linears alone. A target for an engine has options that it multiplies, and none for tables.
+or in zeros counts the decoder's linears alone. A target for an engine has options that it multiplies, and none for
+tables.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import sketch, step
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.patterns import matches
-from llmcompress.weight.expression import bits
+from llmcompress.weight.expression import bits, not_zero
 from llmcompress.weight.modules import row_scale
 from llmcompress.weight.rows import check_rows
 
@@ -28,18 +29,22 @@ RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: the default op
 LOW_RATES = (0.5, 0.65, 0.8)  # of binary factors, in bits a weight: more of them where a target is low
 LOW = 1.25  # bits a weight: a target is low below it
 WIDTHS = (3, 4, 5, 6, 8)  # of grids, in bits: the options of tables
+AROUND = (-0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2)  # a target's sparsity: that of the default options
+MOST_ZEROS = 0.98  # of a default option
 TABLE_GROUP = 64  # columns that share a scale in a table that is only looked up
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear or a table with options. `bits`: stored bits of each option; `bytes`: size of its payload."""
+    """A linear or a table with options. `bits`: stored bits of each option; `bytes`: size of its payload; `kept`: its
+    weights that are not pruned."""
 
     name: str
     shape: tuple[int, int]
     options: tuple[Steps, ...]
     bits: tuple[int, ...]
     bytes: tuple[int, ...]
+    kept: tuple[int, ...]
     is_table: bool = False
 
 
@@ -47,13 +52,14 @@ class Matrix:
 class Choices:
     """All matrices with options, and the sizes that no choice changes.
 
-    `fixed_bits`, `fixed_weights`: of the linears that a rule compresses; `fixed_bytes`: of the weight files without
-    the payloads of the matrices.
+    `fixed_bits`, `fixed_weights`, `fixed_kept`: of the linears that a rule compresses; `fixed_bytes`: of the weight
+    files without the payloads of the matrices.
     """
 
     matrices: tuple[Matrix, ...]
     fixed_bits: int
     fixed_weights: int
+    fixed_kept: int
     fixed_bytes: int
 
     def size(self, chosen: Sequence[int]) -> int:
@@ -74,6 +80,15 @@ class Choices:
         """Return the bits per weight of the compressed linears, as a report counts them; None if there are none."""
         return self.bits(chosen) / self.weights if self.weights else None
 
+    def kept(self, chosen: Sequence[int]) -> int:
+        """Return how many weights of the compressed linears are not pruned with the option `chosen` of each matrix."""
+        pairs = zip(self.matrices, chosen, strict=True)
+        return self.fixed_kept + sum(one.kept[option] for one, option in pairs if not one.is_table)
+
+    def sparsity(self, chosen: Sequence[int]) -> float | None:
+        """Return the share of zeros in the compressed linears, as far as pruning tells; None if there are none."""
+        return 1 - self.kept(chosen) / self.weights if self.weights else None
+
 
 def choices(job: Job) -> Choices:
     """Return what the job's recipe leaves to choose.
@@ -91,7 +106,7 @@ def goes_low(job: Job) -> bool:
     recipe = job.recipe
     if recipe.options is not None or recipe.target is None or recipe.target.kl is not None:
         return False
-    if recipe.target.engine is not None:  # has options of its own
+    if recipe.target.engine is not None or recipe.target.sparsity is not None:  # have options of their own
         return False
     if recipe.target.bpw is not None:
         return recipe.target.bpw < LOW
@@ -105,6 +120,8 @@ def _options(job: Job) -> Sequence[Steps]:
     """Return the options of linears: those of the recipe, or the default ones that suit all of them."""
     if job.recipe.options is not None:
         return job.recipe.options
+    if job.recipe.target is not None and job.recipe.target.sparsity is not None:
+        return _sparse_options(job.recipe.target.sparsity)
     shapes = {job.arch.linears()[name].shape for name in job.assignment.unruled}
     low = [(step({"method": "binary_low_rank", "bits": rate}),) for rate in LOW_RATES] if goes_low(job) else []
     return (*(steps for steps in low if all(_suits(shape, steps) for shape in shapes)), *_default_options())
@@ -125,7 +142,8 @@ def _laid(job: Job, options: Sequence[Steps]) -> Choices:
     engine = None if recipe.target is None else recipe.target.engine
     if engine is None:
         matrices = [_matrix(name, linears[name].shape, options) for name in job.assignment.unruled]
-        matrices += [] if recipe.target is None or recipe.target.bpw is not None else _tables(job)
+        of_linears = recipe.target is None or recipe.target.bpw is not None or recipe.target.sparsity is not None
+        matrices += [] if of_linears else _tables(job)
     else:
         check_rules(job, engine)
         found = [(linears[name], options_for(engine, linears[name], recipe.options)) for name in job.assignment.unruled]
@@ -142,6 +160,7 @@ def _laid(job: Job, options: Sequence[Steps]) -> Choices:
         tuple(matrices),
         sum(map(bits, fixed.values())),
         sum(prod(linears[name].shape) for name in fixed),
+        sum(map(not_zero, fixed.values())),
         bytes_around(job, compressed) + sum(map(payload_bytes, (*fixed.values(), *tables.values()))),
     )
 
@@ -149,6 +168,13 @@ def _laid(job: Job, options: Sequence[Steps]) -> Choices:
 def _default_options() -> tuple[Steps, ...]:
     """Return the default options of linears of every target: trellises in a rotated basis, with one `refine`."""
     return tuple(_steps({"method": "trellis", "bits": rate}, {"method": "refine", "passes": 1}) for rate in RATES)
+
+
+def _sparse_options(sparsity: float) -> tuple[Steps, ...]:
+    """Return the default options for a share of zeros: SparseGPT around it, with one `refine` of what is kept."""
+    shares = sorted({min(max(round(sparsity + more, 4), 0.0), max(sparsity, MOST_ZEROS)) for more in AROUND})
+    each = ({"method": "sparsegpt", "sparsity": share} for share in shares)
+    return tuple((step(one), step({"method": "refine", "passes": 1})) for one in each)
 
 
 def _steps(*arguments: dict[str, Any]) -> Steps:
@@ -197,5 +223,5 @@ def _matrix(name: str, shape: tuple[int, int], options: Sequence[Steps], is_tabl
     if is_table:
         for one in stored:
             check_rows(one)
-    sizes = tuple(map(bits, stored)), tuple(map(payload_bytes, stored))
+    sizes = tuple(map(bits, stored)), tuple(map(payload_bytes, stored)), tuple(map(not_zero, stored))
     return Matrix(name, shape, tuple(options), *sizes, is_table)

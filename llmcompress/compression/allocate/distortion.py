@@ -1,9 +1,9 @@
 """The output error that every option leaves in a layer, without running every option on every layer.
 
-Options that differ only in their bits form a family. A few of each family are run on every layer, with
-`StepConfig.rough` steps. All of them are run, with their own steps, on one small reference layer. A layer's error is
-the reference's error times the ratio between the two. That ratio is measured for the options that were run, and
-interpolated between them along the logarithm of the reference's error.
+Options that differ only in their bits, or only in their sparsity, form a family. A few of each family are run on every
+layer, with `StepConfig.rough` steps. All of them are run, with their own steps, on one small reference layer. A layer's
+error is the reference's error times the ratio between the two. That ratio is measured for the options that were run,
+and interpolated between them along the logarithm of the reference's error.
 
 This keeps the ranking, because a coder's error on a layer is nearly a product of two factors: the error that the coder
 leaves on Gaussian weights, and how far the layer's inputs let feedback hide it. Another encoder changes the first
@@ -35,11 +35,13 @@ LEAST = 1e-12  # an error below it counts as this
 
 
 def families(options: Sequence[Steps]) -> list[list[int]]:
-    """Group the numbers of the options that differ only in bits, fewest bits first."""
+    """Group the numbers of the options that differ only in bits, or only in sparsity; what stores least comes first."""
     found: dict[str, list[tuple[float, int]]] = {}
     for number, steps in enumerate(options):
         values = [config.model_dump(mode="json") for config in steps]
-        rate = sum(_bits(one.pop("bits", 0)) for one in values)
+        pruned = [one for one in values if one.get("sparsity") is not None]
+        kept = -sum(one.pop("sparsity") for one in pruned)
+        rate = kept if pruned else sum(_bits(one.pop("bits", 0)) for one in values)
         found.setdefault(repr(values), []).append((rate, number))
     return [[number for _, number in sorted(family)] for family in found.values()]
 

@@ -19,6 +19,7 @@ from llmcompress.compression.allocate.cost import pricing_bytes, pricing_seconds
 from llmcompress.compression.allocate.plan import reachable, target_of, text_of, with_steps
 from llmcompress.compression.plan import Job, Plan
 from llmcompress.compression.time_estimate import seconds
+from llmcompress.methods.engines.sparsity import kept_of
 from llmcompress.recipe.target import Target
 
 
@@ -45,8 +46,7 @@ def evenly(found: Choices, target: Target) -> tuple[int, ...]:
     if target.kl is not None:
         return tuple(ladder[len(ladder) // 2] for ladder in ladders)
     chosen = [ladder[0] for ladder in ladders]
-    room = _room(found, target, chosen)
-    sizes = [one.bits if target.bpw is not None else one.bytes for one in found.matrices]
+    room, sizes = _room(found, target, chosen), [counted(one, target) for one in found.matrices]
     rungs = [
         (one.bits[before] / prod(one.shape), place, before, after)
         for place, (one, ladder) in enumerate(zip(found.matrices, ladders, strict=True))
@@ -66,7 +66,16 @@ def _ladder(one: Matrix) -> list[int]:
 
 
 def _room(found: Choices, target: Target, chosen: Sequence[int]) -> float:
-    """Return the bits, or the bytes, that a target leaves beside the options `chosen`."""
-    if target.bpw is None:
-        return math.inf if target.bytes is None else target.bytes - found.size(chosen)
-    return target.bpw * found.weights - found.bits(chosen)
+    """Return the bits, the bytes or the kept weights that a target leaves beside the options `chosen`."""
+    if target.bpw is not None:
+        return target.bpw * found.weights - found.bits(chosen)
+    if target.sparsity is not None:
+        return kept_of(found.weights, target.sparsity) - found.kept(chosen)
+    return math.inf if target.bytes is None else target.bytes - found.size(chosen)
+
+
+def counted(one: Matrix, target: Target) -> tuple[int, ...]:
+    """Return what a target counts of each option of a matrix."""
+    if target.bpw is not None:
+        return one.bits
+    return one.bytes if target.sparsity is None else one.kept

@@ -27,6 +27,7 @@ from llmcompress.compression.allocate.solve import monotone, solve
 from llmcompress.compression.plan import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
+from llmcompress.methods.engines.sparsity import kept_of
 from llmcompress.models.checkpoint import add_file
 from llmcompress.models.dense import load_model
 from llmcompress.models.file_names import ALLOCATION
@@ -80,6 +81,7 @@ class Allocation:
             "predicted_bytes": self.choices.size(self.chosen),
             "measured_bytes": size,
             "bpw": self.choices.bpw(self.chosen),
+            "sparsity": self.choices.sparsity(self.chosen),
             "probing_tokens": self.dense().tokens,
             "seconds": self.seconds,
         }
@@ -210,7 +212,7 @@ def _check_memory(job: Job, found: Choices, windows: Tensor, device: str, ranks:
 
 
 def _check_reachable(found: Choices, target: Target) -> None:
-    """Raise RecipeError for a size below the sum of the cheapest options."""
+    """Raise RecipeError for a size below the sum of the cheapest options, and for more zeros than any give."""
     least = tuple(one.bytes.index(min(one.bytes)) for one in found.matrices)
     bpw, size = found.bpw(least), found.size(least)
     if target.bpw is not None and bpw is not None and bpw > target.bpw:
@@ -218,6 +220,8 @@ def _check_reachable(found: Choices, target: Target) -> None:
             f"target: {target.bpw:g} bpw cannot be reached, {math.ceil(bpw * 1000) / 1000} is the least that the "
             f"options can do; raise it, or give options with fewer bits"
         )
+    if target.sparsity is not None:
+        _check_zeros(found, target.sparsity)
     if target.bytes is not None and size > target.bytes:
         raise RecipeError(
             f"target: {target.bytes:,} bytes cannot be reached, {size:,} is the least that the options can do; raise "
@@ -225,8 +229,20 @@ def _check_reachable(found: Choices, target: Target) -> None:
         )
 
 
+def _check_zeros(found: Choices, sparsity: float) -> None:
+    """Raise RecipeError for more zeros than the options give."""
+    fewest = [one.kept.index(min(one.kept)) for one in found.matrices]
+    if found.kept(fewest) > kept_of(found.weights, sparsity):
+        most = math.floor((found.sparsity(fewest) or 0.0) * 1000) / 1000
+        raise RecipeError(
+            f"target: a sparsity of {sparsity:g} cannot be reached, {most} is the most that the options can do; lower "
+            f"it, or give options that prune more"
+        )
+
+
 def choose(found: Choices, priced: Sequence[Priced], target: Target) -> tuple[int, ...]:
-    """Return the options that meet a target: the least damage at a size, or the least size at a damage.
+    """Return the options that meet a target: the least damage at a size or at a number of zeros, or the least size at a
+    damage.
 
     Raises RecipeError for a target that no choice reaches.
     """
@@ -238,6 +254,9 @@ def choose(found: Choices, priced: Sequence[Priced], target: Target) -> tuple[in
         chosen = solve(damages, [one.bits for one in found.matrices], limit)
     elif target.bytes is not None:
         chosen = solve(damages, sizes, target.bytes - found.fixed_bytes)
+    elif target.sparsity is not None:
+        room = kept_of(found.weights, target.sparsity) - found.fixed_kept
+        chosen = solve(damages, [one.kept for one in found.matrices], room)
     else:
         chosen = solve(sizes, damages, target.kl or 0.0)
     if chosen is None:

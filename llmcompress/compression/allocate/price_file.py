@@ -151,12 +151,13 @@ def identity_of(job: Job) -> dict[str, Any]:
     """Return all that prices depend on, but for the text.
 
     Only the kind of the target counts, and its engine: with a target in bytes, tables have prices too; with a low one,
-    more options.
+    more options; with one in zeros, options around it.
     """
     recipe = job.recipe.model_dump(mode="json", exclude={"gates", "distill"})
     target = recipe.pop("target")
     kind = [value if key == "engine" else key for key, value in target.items() if value is not None]
     kind += ["low"] if goes_low(job) else []
+    kind += [repr(target["sparsity"])] if target["sparsity"] is not None and recipe["options"] is None else []
     return {**job.source.content(), "recipe": recipe, KIND: kind, "versions": versions()}
 
 

@@ -3,8 +3,9 @@
 The predicted damage of an option is the relative output error that it leaves times the matrix's sensitivity. The
 sensitivity is the KL of the model's predictions per unit of that error, measured by exchanging this one matrix (both
 grow with the square of a small change). With `damage: distortion` in the recipe, the sensitivity of one option serves
-all options; with `kl`, it is measured for each option that is run. The sum of damages predicts a plan's damage as long
-as the errors of different layers do not add up.
+all options; with `kl`, it is measured for each option that is run; with `noise`, random noise stands for all options,
+as in ECoFLaP (arXiv 2310.02998). The sum of damages predicts a plan's damage as long as the errors of different layers
+do not add up.
 
 Cost for t probing tokens, c calibration tokens and L linears: c forwards of the linears and their Gram matrices, three
 rough encodings of all weights, and L (3 L for kl) half forwards and heads of t tokens. In memory: a block, its moments,
@@ -20,10 +21,12 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmcompress.calibrate.walk import Block, InputGroup, Progress, walk
 from llmcompress.compression.allocate.choices import Choices, Matrix, Steps
 from llmcompress.compression.allocate.distortion import (
+    LEAST,
     between,
     changed,
     error,
@@ -38,13 +41,16 @@ from llmcompress.compression.importance import importance_of
 from llmcompress.compression.plan import Job
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import NumericsError
-from llmcompress.methods.layer import Layer, methods, step
+from llmcompress.methods.layer import Layer, methods, sampled_error, step
 from llmcompress.methods.moments import Moments
+from llmcompress.recipe.compression import Damage
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.ranks import ALONE, Ranks
+from llmcompress.runtime.seeding import generator
 from llmcompress.weight.nodes import Dense
 
 TOKENS = 8192  # of calibration: enough for a ranking
+NOISE = 0.1  # of the size of a matrix: what it is probed with by `noise`
 
 Reference = list[tuple[dict[int, float], list[float]]]  # for each family: see `_of_reference`
 
@@ -176,7 +182,7 @@ def measured(
         one = wanted[layer.name]
         if one is smallest:
             reference = [_of_reference(layer, one, family, held_out) for family in families(one.options)]
-        found_by[one.name] = _run(block, layer, one, held_out, probe, every=job.recipe.damage == "kl")
+        found_by[one.name] = _run(block, layer, one, held_out, probe, job.recipe.damage)
     divergences = probe.divergences()
     return Measurements({name: _judged(name, run, divergences) for name, run in found_by.items()}, reference)
 
@@ -288,23 +294,31 @@ def _of_reference(
     return fast, [error(layer, one.options[number], held_out) for number in family]
 
 
-def _run(block: Block, layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe, every: bool) -> _Run:
+def _run(block: Block, layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe, by: Damage) -> _Run:
     """Run a few options of a linear roughly, or all options of a table on some of its rows. Probe with a middle one,
-    or if `every`, with each that is run."""
+    by `kl` with each that is run, by `noise` with noise."""
     rows = sampled(layer, one.is_table)
     middle = middle_of(one)
     errors, changes = {}, {}
     for number in run_on(one):
-        fast, probed = rough(one.options[number]), every or number == middle
+        fast, probed = rough(one.options[number]), by == "kl" or number == middle
         if probed:
-            value, made = changed(layer, fast, held_out)
+            value, made = noisy(layer, held_out) if by == "noise" else changed(layer, fast, held_out)
             changes[number] = probe.exchange(block, layer.name, value), made
         alone = one.is_table or all(config.rowwise for config in fast)  # do some rows tell of all?
         tried = rows if alone else layer
-        exact = probed and tried is layer and not one.is_table
+        exact = probed and by != "noise" and tried is layer and not one.is_table
         errors[number] = made if exact else error(tried, one.options[number] if one.is_table else fast, held_out)
     _check_finite(layer.name, errors.values())
     return _Run(errors, changes, middle)
+
+
+def noisy(layer: Layer, held_out: Moments | None) -> tuple[Tensor, float]:
+    """Return the layer's weight `[out, in]` with noise of NOISE times its size, and the error that this makes."""
+    weight = layer.weight
+    noise = torch.randn(weight.shape, generator=generator(layer.seed, layer.name, "noise")).to(weight)
+    value = weight + NOISE * weight.square().mean().sqrt() * noise
+    return value, max(sampled_error(weight, value, held_out), LEAST)
 
 
 def _judged(name: str, run: _Run, divergences: list[float]) -> Measured:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.engines.projection import bitmap
+from llmcompress.methods.engines.projection import bitmap, largest
 from llmcompress.methods.engines.projection import pattern as pattern_index
 from llmcompress.methods.layer import StepConfig, join, split
 from llmcompress.weight.nodes import Bitmap, Dense, Index, Pattern, Weight, Where, Zero, shape
@@ -46,6 +46,10 @@ class PruneConfig(StepConfig):
         """`(kept, group)` of the pattern, or None."""
         return None if self.pattern is None else parse_pattern(self.pattern)
 
+    def sketch(self, approx: Weight) -> Weight:
+        """See `StepConfig.sketch`: of methods that prune a whole layer to a sparsity."""
+        return prune_sketch(approx, self, lambda out, width: [out * width])
+
     def index(self, keep: Tensor) -> Index:
         """The index that stores `keep [out, in]` (true = not pruned)."""
         structure = self.structure()
@@ -67,6 +71,13 @@ def check_pattern(kept: int, group: int, width: int) -> None:
     """Raises RecipeError where a row of `width` does not divide into groups."""
     if width % group:
         raise RecipeError(f"pattern {kept}:{group} does not divide the width {width}; choose a group that does")
+
+
+def keep_largest(scores: Tensor, config: PruneConfig) -> Tensor:
+    """Keep bool `[out, in]`: the best `scores [out, in]` of the whole layer, or of every n:m group; exact counts."""
+    if config.sparsity is None:
+        return keep_largest_of_rows(scores, config)
+    return largest(scores, kept_of(scores.numel(), config.sparsity))
 
 
 def keep_largest_of_rows(scores: Tensor, config: PruneConfig) -> Tensor:

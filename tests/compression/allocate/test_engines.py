@@ -115,7 +115,7 @@ def test_an_unknown_engine_is_one_sentence() -> None:
         read_recipe(base | {"target": {"bpw": 4, "engine": "vlm"}})
     with pytest.raises(RecipeError, match="unknown engine 'sparta'; known: vllm"):
         read_recipe(base | {"target": {"bpw": 4, "engine": "sparta"}})
-    with pytest.raises(RecipeError, match="give exactly one of bpw, bytes and kl"):
+    with pytest.raises(RecipeError, match="give exactly one of bpw, bytes, kl and sparsity"):
         read_recipe(base | {"target": {"engine": "vllm"}})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,13 @@ def listed(damages: Sequence[Sequence[tuple[list[dict[str, Any]], float]]]) -> t
         options = tuple(tuple(map(step, steps)) for steps, _ in row)
         stored = [sketch("a", SIZE, steps) for steps in options]
         count, size = tuple(map(bits, stored)), tuple(map(payload_bytes, stored))
-        matrices.append(Matrix(str(number), SIZE, options, count, size))
+        matrices.append(Matrix(str(number), SIZE, options, count, size, (prod(SIZE),) * len(stored)))
         offers = [
             Offer(steps, count[place], size[place], value, True, value)
             for place, (steps, (_, value)) in enumerate(zip(options, row, strict=True))
         ]
         prices.append(Priced(str(number), SIZE, False, 1.0, tuple(offers)))
-    return Choices(tuple(matrices), 0, 0, 0), tuple(prices)
+    return Choices(tuple(matrices), 0, 0, 0, 0), tuple(prices)
 
 
 def inputs(seed: int, loud: float) -> Tensor:

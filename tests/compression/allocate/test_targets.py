@@ -225,10 +225,10 @@ def test_sizes_in_words() -> None:
 LINE = "version: 1\ncalibration: {samples: 4, length: 32}\n"
 WRONG = [
     ("target: {bytes: 40 megs}", "recipe.yaml:3: target: bytes: '40 megs' is no size; write a number and one of B, kB"),
-    ("target: {bpw: 2, kl: 1}", "recipe.yaml:3: target: give exactly one of bpw, bytes and kl"),
-    ("target: {}", "recipe.yaml:3: target: give exactly one of bpw, bytes and kl"),
+    ("target: {bpw: 2, kl: 1}", "recipe.yaml:3: target: give exactly one of bpw, bytes, kl and sparsity"),
+    ("target: {}", "recipe.yaml:3: target: give exactly one of bpw, bytes, kl and sparsity"),
     ("target: {bpw: -1}", "recipe.yaml:3: target: bpw is -1; it must be a number more than 0"),
-    ("target: {size: 3}", 'recipe.yaml:3: unknown key "size" in target; known: bpw, bytes, kl'),
+    ("target: {size: 3}", 'recipe.yaml:3: unknown key "size" in target; known: bpw, bytes, kl, sparsity'),
     ("target: {bpw: 2}\noptions: []", "recipe.yaml:4: options is []; it must not be empty"),
     ("target: {bpw: 2}\noptions: [[]]", "options is []; it must not be empty"),
     ("target: {bpw: 2}\noptions: [[{method: gtpq}]]", "recipe.yaml:4: unknown method 'gtpq'; did you mean 'gptq'?"),
@@ -311,6 +311,6 @@ def test_a_command_without_recipe_needs_a_target(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["compress", "none", "-o", str(tmp_path / "out")])
     assert done.exit_code == 2 and "there is no RECIPE; name one, or give a target" in done.output
     done = CliRunner().invoke(app, ["compress", "none", "-o", str(tmp_path / "out"), "--bpw", "2", "--kl", "1"])
-    assert done.exit_code == 2 and "give exactly one of bpw, bytes and kl" in done.output
+    assert done.exit_code == 2 and "give exactly one of bpw, bytes, kl and sparsity" in done.output
     done = CliRunner().invoke(app, ["compress", "none", "-o", str(tmp_path / "out"), "--bpw", "2"])
     assert done.exit_code == 5 and "none is not in the cache" in done.output
