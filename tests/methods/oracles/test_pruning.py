@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.engines.projection import largest, largest_of_each
-from llmcompress.methods.layer import relative_error
+from llmcompress.methods.layer import apply, relative_error, step
+from llmcompress.methods.relevance import relevance_of
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Pattern, Where
 from tests.builders import compressed, correlated, gaussian, layer, moments
 
-PRUNERS = ("magnitude", "wanda", "sparsegpt")
+PRUNERS = ("magnitude", "wanda", "sparsegpt", "relevance", "random_mask")
 
 
 def kept(done: Any) -> Tensor:
@@ -55,6 +57,28 @@ def test_magnitude_keeps_the_best_of_the_whole_layer() -> None:
     weight = gaussian(7, 33)
     keep = kept(compressed(weight, correlated(100, 33), {"method": "magnitude", "sparsity": 0.6}))
     assert float(weight[keep].abs().min()) >= float(weight[~keep].abs().max())
+
+
+def test_relevance_is_that_of_single_tokens_where_inputs_and_gradients_are_independent() -> None:
+    """arXiv 1912.08881: w_ij x_j g_i, here of every token and every weight, and its sum over a row's inputs."""
+    weight, inputs, gradients = gaussian(6, 20), correlated(4000, 20).double(), gaussian(4000, 6, seed=5).double()
+    gradients *= torch.arange(1.0, 7.0)
+    each = inputs[:, None, :] * weight.double() * gradients[:, :, None]  # [tokens, out, in]
+    torch.testing.assert_close(each.sum(2), (inputs @ weight.double().T) * gradients, msg="relevance is conserved")
+    one = replace(layer(weight, inputs.float()), rows=gradients.square().mean(0).float())
+    mine = relevance_of(one, weight).double()
+    expected = each.square().mean(0).sqrt()
+    torch.testing.assert_close(mine / mine.mean(), expected / expected.mean(), rtol=0.15, atol=0)
+    keep = kept(apply(one, [step({"method": "relevance", "sparsity": 0.6})]))
+    assert float(mine[keep].min()) >= float(mine[~keep].max())
+
+
+def test_chance_is_that_of_a_layer_and_a_seed() -> None:
+    weight, inputs, config = gaussian(8, 32), correlated(100, 32), {"method": "random_mask", "sparsity": 0.5}
+    mask = kept(compressed(weight, inputs, config))
+    assert torch.equal(mask, kept(compressed(weight, inputs, config)))
+    other = replace(layer(weight, inputs), seed="another")
+    assert not torch.equal(mask, kept(apply(other, [step(config)])))
 
 
 def test_white_inputs_make_wanda_magnitude_by_row() -> None:
