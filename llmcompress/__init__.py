@@ -4,8 +4,8 @@
     result = lc.compress("smollm2", "recipe.yaml")
     result.save("out")
 
-Make a model smaller: `plan`, `compress`, `drop_blocks` (and `alike_blocks`), `narrow`, `distill`; of a mixture's
-experts: `prune_experts`, `merge_experts`, `condense_experts`, `replace_experts`.
+Make a model smaller: `plan`, `compress`, `drop_blocks` (and `least_damage`, `alike_blocks`), `narrow`, `distill`; of a
+mixture's experts: `prune_experts`, `merge_experts`, `condense_experts`, `replace_experts`.
 Look at the result: `read` its report, `verify` its files, `score` it, `compare` it, `bench` its speed.
 Run it: transformers loads it after this import; `accelerate`, `decoded` and `cache` trade memory for speed.
 Train on top of it: `plain_head`, `fold`.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.models import import_hooks
 
 if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it against _HOMES
+    from llmcompress.compression.depth.damage import least_damage as least_damage
     from llmcompress.compression.depth.drop import drop_blocks as drop_blocks
     from llmcompress.compression.depth.similarity import alike_blocks as alike_blocks
     from llmcompress.compression.experts.condense import condense_experts as condense_experts
@@ -75,6 +76,7 @@ _HOMES = {
     "drop_blocks": "compression.depth.drop",
     "export": "export.formats",
     "fold": "models.lora",
+    "least_damage": "compression.depth.damage",
     "merge_experts": "compression.experts.merge",
     "narrow": "compression.width.narrow",
     "plain_head": "models.lora",

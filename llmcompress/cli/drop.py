@@ -18,10 +18,16 @@ def drop(
     blocks: Annotated[
         str | None, typer.Option(metavar="NUMBERS", help="Of the blocks to drop: 13-18 or 4,7-9.")
     ] = None,
-    count: Annotated[
-        int | None, typer.Option(help="Drop so many consecutive blocks, those that change hidden states least.")
-    ] = None,
-    text: Annotated[str, typer.Option(help="What --count reads: a file, a data set, or stdlib.")] = "stdlib",
+    count: Annotated[int | None, typer.Option(help="Drop so many blocks, those that are missed least.")] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="MEASURE",
+            help="Of --count: damage (what predictions lose, found by trying) or similarity (blocks in a row that "
+            "change hidden states least; faster).",
+        ),
+    ] = "damage",
+    text: Annotated[str, typer.Option(help="What --count reads: a file, a data set, builtin or stdlib.")] = "builtin",
     revision: Revision = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -34,11 +40,12 @@ def drop(
     Example: llmcompress drop smollm2 --count 6 -o short
     """
     with Terminal(as_json, verbose, quiet) as terminal:
+        from llmcompress.compression.depth.choose import chosen_blocks
         from llmcompress.compression.depth.drop import drop_blocks
-        from llmcompress.compression.depth.similarity import chosen_blocks
         from llmcompress.models.staging import check_output
 
         check_output(output, 0)
         how: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        chosen = chosen_blocks(model, blocks, count, text=text, device=device, **how)
-        terminal.show(drop_blocks(model, chosen, output, **how).to_json(), dropped_view)
+        chosen = chosen_blocks(model, blocks, count, by, terminal.choosing, text=text, device=device, **how)
+        done = drop_blocks(model, chosen.blocks, output, **how)
+        terminal.show(done.to_json() | {"damage": chosen.damage}, dropped_view)

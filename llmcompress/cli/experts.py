@@ -113,7 +113,7 @@ def condense(
     Example: llmcompress experts condense Qwen/Qwen3-30B-A3B --count 6 -o condensed
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.depth.similarity import block_numbers
+        from llmcompress.compression.depth.choose import block_numbers
         from llmcompress.compression.experts.condense import condense_experts
 
         how = _how(terminal, output, dry_run, text, samples, revision, device)

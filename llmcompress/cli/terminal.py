@@ -144,6 +144,11 @@ class Terminal:
         """Report blocks of both models read for the gates, as `progress` does."""
         self._report("block read for the gates", done, total, "")
 
+    def choosing(self, done: int) -> None:
+        """Report how many models without some of their blocks were tried, a line each time; their total is unknown."""
+        if not self.quiet:
+            typer.echo(f"{done:,} models without some of their blocks tried", err=True)
+
     def stage(self, sentence: str) -> None:
         """Announce on standard error what comes next; the stage under way is over."""
         self._end_stage()

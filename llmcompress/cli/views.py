@@ -167,8 +167,10 @@ def priced_view(found: Row, every: bool) -> Iterator[RenderableType]:
 
 
 def dropped_view(found: Row, every: bool) -> Iterator[RenderableType]:
-    """Yield the numbers of the dropped blocks, and the sizes before and after."""
+    """Yield the numbers of the dropped blocks, what they cost if that was measured, and the sizes before and after."""
     yield f"dropped {', '.join(map(str, found['dropped']))} of the {len(found['dropped'] + found['kept'])} blocks"
+    if found["damage"] is not None:
+        yield f"damage  {found['damage']:.3f} nats of KL a token, before any training"
     yield f"sizes   {_before_after(found)} of weights in {found['output']}"
 
 

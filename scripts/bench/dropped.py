@@ -2,9 +2,10 @@
 
     python scripts/bench/dropped.py --data DATA [--count 6] [--seeds 0 1 2]
 
-Arms: `chosen`, by `llmcompress drop --count`; for each seed `random`, blocks drawn from all but the first and the last;
-and `interval`, as many in a row, anywhere between these two. Scores perplexity and KL against the dense model on the
-first `--windows` windows of 1024 tokens of DATA's `wikitext2-test.raw`. `--jsonl` collects the records.
+Arms: `by damage` and `by similarity`, as `llmcompress drop --count` has them; for each seed `random`, blocks drawn from
+all but the first and the last; and `interval`, as many in a row, anywhere between these two. Scores perplexity and KL
+against the dense model on the first `--windows` windows of 1024 tokens of DATA's `wikitext2-test.raw`. `--jsonl`
+collects the records.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from random import Random
 from records import Record, append, provenance
 
 import llmcompress as lc
+from llmcompress.compression.depth.choose import chosen_blocks
 from llmcompress.compression.depth.drop import blocks_of
-from llmcompress.compression.depth.similarity import alike_blocks
 from llmcompress.evaluate.score import score
 from llmcompress.models.dense import resolve
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--jsonl", type=Path, help="collects a record of each arm")
     options = parser.parse_args()
     there = blocks_of(resolve(options.model))
-    chosen = alike_blocks(options.model, options.count).blocks
+    chosen = {by: chosen_blocks(options.model, None, options.count, by).blocks for by in ("damage", "similarity")}
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for arm, blocks in arms(chosen, len(there), options.count, options.seeds):
         record = measured(arm, blocks, options)
@@ -47,9 +48,11 @@ def main() -> None:
         print(line(record), flush=True)
 
 
-def arms(chosen: tuple[int, ...], there: int, count: int, seeds: list[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def arms(
+    chosen: dict[str, tuple[int, ...]], there: int, count: int, seeds: list[int]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the name of each arm and the blocks that it drops from `there`, of which neither end goes."""
-    yield "chosen", chosen
+    yield from ((f"by {measure}", blocks) for measure, blocks in chosen.items())
     for seed in seeds:
         drawn = Random(seed)
         yield f"random, seed {seed}", tuple(sorted(drawn.sample(range(1, there - 1), count)))

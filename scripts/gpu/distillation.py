@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import llmcompress as lc
+from llmcompress.compression.depth.choose import chosen_blocks
 from llmcompress.compression.depth.drop import drop_blocks
-from llmcompress.compression.depth.similarity import chosen_blocks
 from llmcompress.distill.run import distill
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
@@ -30,7 +30,7 @@ def distil(given: Given) -> None:
         raise OutOfTimeError(f"{given.left:.0f} seconds were left, too few for a student that lost blocks")
     short, model = given.work / "short", given.model()
     blocks, count, text = ("1", None, str(given.text())) if given.small else (None, DROPPED, "stdlib")
-    drop_blocks(model, chosen_blocks(model, blocks, count, text=text, device=given.device), short)
+    drop_blocks(model, chosen_blocks(model, blocks, count, text=text, device=given.device).blocks, short)
     _taught(given, "shortened", short)
 
 

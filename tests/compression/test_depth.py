@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
+from llmcompress.calibrate.streaming import in_memory
 from llmcompress.cli.app import app
-from llmcompress.compression.depth.similarity import chosen_blocks, run_cosines
+from llmcompress.compression.depth.choose import chosen_blocks
+from llmcompress.compression.depth.damage import damages, runs_of, searched
+from llmcompress.compression.depth.similarity import run_cosines
 from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.models.dense import load_model
 from llmcompress.models.kept_blocks import KEPT
+from llmcompress.models.locate import locate
+from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer
 
 IDS = torch.arange(24)[None] * 7 % 256
@@ -164,6 +171,85 @@ def test_cosines_equal_those_of_hidden_states_one_by_one() -> None:
     assert len(found) == 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiered(sorted(FAMILY_CONFIGS), {"llama", "gpt2", "gemma2"}.__contains__))
+def test_damage_is_the_kl_of_the_model_that_passes_blocks_over(family: str, tmp_path: Path) -> None:
+    save_tiny(family, tmp_path / "model", **four(family))
+    model = load_model(locate(tmp_path / "model"))
+    ids = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(0))
+    found = damages(in_memory(model), ids, [(2, 3), (0, 2), (0, 3), (0, 1, 2, 3)])
+    assert float(found[3]) == pytest.approx(0, abs=1e-6)
+    for place, gone in enumerate(((0, 1), (1, 3), (1, 2))):
+        whole: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        wanted = whole(ids, use_cache=False).logits.double().log_softmax(-1)
+        for number in gone:
+            blocks_in(whole)[number].forward = lambda hidden_states, *_, **__: hidden_states
+        given = whole(ids, use_cache=False).logits.double().log_softmax(-1)
+        slow = float((wanted.exp() * (wanted - given)).sum(-1).mean())
+        assert float(found[place]) == pytest.approx(slow, rel=2e-2, abs=1e-6)
+
+
+def with_idle_blocks(folder: Path) -> Path:
+    """A tiny model of five blocks, of which 1 and 3 do nothing."""
+    model: Any = tiny("llama", num_hidden_layers=5)
+    for number in (1, 3):
+        model.model.layers[number].self_attn.o_proj.weight.data.zero_()
+        model.model.layers[number].mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_blocks_that_are_not_missed_go(tmp_path: Path) -> None:
+    tried: list[int] = []
+    text = str(written(tmp_path))
+    model = with_idle_blocks(tmp_path / "model")
+    found = lc.least_damage(model, 2, text=text, progress=tried.append)
+    assert found.blocks == (1, 3) and found.damage == pytest.approx(0, abs=1e-5)
+    assert len(found.alone) == 5 and found.alone[1] == pytest.approx(0, abs=1e-5) and found.alone[0] > 1e-5
+    assert tried == sorted(tried) and tried[-1] > 5
+    with pytest.raises(RecipeError, match="5 of the 5 blocks"):
+        lc.least_damage(model, 5, text=text)
+
+
+def tried_by(damage: Callable[[frozenset[int]], float]) -> Callable[[list[frozenset[int]]], list[float]]:
+    return lambda sets: [damage(gone) for gone in sets]
+
+
+def test_a_search_takes_runs_greedy_sets_and_what_swaps_make_of_them() -> None:
+    """Blocks alone cost their number; those that do each other's work, a run or three apart, cost more or less."""
+
+    def of_a_run(gone: frozenset[int]) -> float:
+        return sum(10 + index for index in gone) - (100 if gone >= {6, 7, 8} else 0)
+
+    def after_swaps(gone: frozenset[int]) -> float:
+        return sum(10 + index for index in gone) - (40 if gone >= {0, 5} else 0) - (20 if gone >= {0, 5, 8} else 0)
+
+    assert searched(3, 10, tried_by(lambda gone: sum(9 - index for index in gone))) == {7, 8, 9}
+    assert searched(3, 10, tried_by(of_a_run)) == {6, 7, 8}
+    assert searched(3, 10, tried_by(after_swaps)) == {0, 5, 8}
+    assert searched(1, 3, tried_by(lambda gone: abs(min(gone) - 1.0))) == {1}
+    assert runs_of(2, 4) == [{0, 1}, {1, 2}, {2, 3}]
+
+
+def test_a_search_is_never_worse_than_the_best_run(tmp_path: Path) -> None:
+    found = lc.least_damage(with_idle_blocks(tmp_path / "model"), 3, text=str(written(tmp_path)))
+    assert len(found.runs) == 3 and found.damage <= min(found.runs) and {1, 3} <= set(found.blocks)
+
+
+def test_the_command_measures_what_it_drops(tmp_path: Path) -> None:
+    model, text = with_idle_blocks(tmp_path / "model"), str(written(tmp_path))
+    words = ["drop", str(model), "--count", "2", "--text", text, "--json", "-o"]
+    done = CliRunner().invoke(app, [*words, str(tmp_path / "short")])
+    found = json.loads(done.stdout)
+    assert found["dropped"] == [1, 3] and found["damage"] == pytest.approx(0, abs=1e-5)
+    done = CliRunner().invoke(app, [*words, str(tmp_path / "run"), "--by", "similarity"])
+    found = json.loads(done.stdout)
+    assert found["dropped"][1] == found["dropped"][0] + 1 and found["damage"] is None
+    done = CliRunner().invoke(app, [*words, str(tmp_path / "other"), "--by", "luck"])
+    assert done.exit_code == 2 and not (tmp_path / "other").exists()
+
+
 def test_blocks_that_do_nothing_are_chosen(tmp_path: Path) -> None:
     model: Any = tiny("llama", num_hidden_layers=5)
     for number in (2, 3):
@@ -179,7 +265,7 @@ def test_blocks_that_do_nothing_are_chosen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words, numbers", [("2", (2,)), ("13-15", (13, 14, 15)), ("4, 7-8", (4, 7, 8))])
 def test_blocks_in_words(words: str, numbers: tuple[int, ...]) -> None:
-    assert chosen_blocks("unread", words, None) == numbers
+    assert chosen_blocks("unread", words, None).blocks == numbers
 
 
 @pytest.mark.parametrize("words, count", [("", None), ("4-2", None), ("a", None), ("1-", None), (None, None), ("1", 1)])

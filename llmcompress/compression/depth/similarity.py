@@ -9,7 +9,6 @@ seems to do nothing. So check the perplexity of the shortened model.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from llmcompress.compression.depth.drop import blocks_of
-from llmcompress.data.calibration import calibration_tokens, context_length
-from llmcompress.errors import NumericsError, RecipeError
-from llmcompress.models.dense import load_model, open_source
+from llmcompress.compression.depth.text import opened_text
+from llmcompress.errors import NumericsError
+from llmcompress.models.dense import load_model
 from llmcompress.models.hidden_states import body, states_between
-from llmcompress.models.locate import locate
-from llmcompress.recipe.calibration import Calibration
 
 SAMPLES, LENGTH = 16, 512  # of text: 8192 tokens are enough for the choice
 
@@ -38,29 +34,6 @@ class Alike:
     cosine: float
     cosines: tuple[float, ...]
     text: str
-
-
-def chosen_blocks(model: str | Path, blocks: str | None, count: int | None, **of_text: Any) -> tuple[int, ...]:
-    """Return the numbers in a text such as "4,7-9", or without one the `count` blocks that `alike_blocks` finds.
-
-    Raises RecipeError for any other text, and unless exactly one of `blocks` and `count` is given.
-    """
-    if (blocks is None) == (count is None):
-        raise RecipeError("pass either --blocks or --count, exactly one of them")
-    if count is not None:
-        return alike_blocks(model, count, **of_text).blocks
-    return block_numbers(blocks or "")
-
-
-def block_numbers(text: str) -> tuple[int, ...]:
-    """Return the numbers in a text such as "4,7-9". Raises RecipeError for any other text."""
-    found: list[int] = []
-    for part in text.split(","):
-        ends = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
-        if ends is None or int(ends[2] or ends[1]) < int(ends[1]):
-            raise RecipeError(f"{part!r} names no blocks; write numbers and ranges of them, such as 4,7-9")
-        found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
-    return tuple(found)
 
 
 def alike_blocks(
@@ -89,20 +62,12 @@ def alike_blocks(
         RecipeError: for a model that has no more blocks than `count`.
         InputError: for a model or a text that cannot be read.
     """
-    place = locate(model, revision, trust_remote_code)
-    source = open_source(place)
-    if not 0 < count < len(blocks_of(source)):
-        raise RecipeError(
-            f"{count} of the {len(blocks_of(source))} blocks of {source.name} cannot go; choose at least one, not all"
-        )
-    length = min(LENGTH, context_length(source.config) or LENGTH)
-    calibration = Calibration(dataset=text, samples=SAMPLES, length=length, held_out=0)
-    tokens = calibration_tokens(calibration, source.tokenizer(), lambda: load_model(place), source.config)
-    found = run_cosines(load_model(place, device), tokens.sequences.to(device), count)
+    place, ids, read = opened_text(model, count, text, SAMPLES, LENGTH, revision, trust_remote_code)
+    found = run_cosines(load_model(place, device), ids.to(device), count)
     best = int(found.argmax())
     if not bool(found.isfinite().all()):
-        raise NumericsError(f"{source.name}: hidden states hold NaN or Inf; use an undamaged checkpoint")
-    return Alike(tuple(range(best, best + count)), float(found[best]), tuple(found.tolist()), tokens.source)
+        raise NumericsError(f"{place.name}: hidden states hold NaN or Inf; use an undamaged checkpoint")
+    return Alike(tuple(range(best, best + count)), float(found[best]), tuple(found.tolist()), read)
 
 
 @torch.no_grad()
