@@ -32,6 +32,7 @@ from llmcompress.cli.options import (
     RecipeFile,
     RecipeOrTarget,
     Revision,
+    Rewrite,
     Seed,
     Settings,
     Shots,
@@ -348,6 +349,7 @@ def answer(
     longest: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts side by side.")] = 8,
     keep_reference: KeepReference = False,
+    rewrite: Rewrite = False,
     revision: Revision = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -365,7 +367,7 @@ def answer(
         from llmcompress.data.self_data import answer as run
 
         sampling = AnswerSampling(temperature, top_p, seed, longest)
-        asked = Answering(prompts, subset, None, split, column, limit, sampling, batch_size, keep_reference)
+        asked = Answering(prompts, subset, None, split, column, limit, sampling, batch_size, keep_reference, rewrite)
         how: dict[str, Any] = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
         found = run(model, asked, output, progress=terminal.answering, **how)
         terminal.show(found.to_json(), answered_view)

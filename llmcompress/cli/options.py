@@ -66,6 +66,9 @@ Prompts = Annotated[
 KeepReference = Annotated[
     bool, typer.Option("--keep-reference", help="Where an answer fails its checks, keep that of the data.")
 ]
+Rewrite = Annotated[
+    bool, typer.Option("--rewrite", help="Show the model the data's own answer too, and let it write that anew.")
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, all else on stderr.")]
 Verbose = Annotated[

@@ -1,8 +1,8 @@
 """Data that the teacher writes: its own answers to given prompts, as chats (self-data distillation, arXiv 2410.09982).
 
 A student that learns from its teacher's answers stays with what the teacher would say; answers of others pull it away.
-Differs from the paper, where the teacher sees the reference and writes it anew: here it sees the prompt alone. An
-answer that fails a check (`answering.Answerer.checked`) is left out, or the reference takes its place.
+As in the paper, the teacher sees the data's own answer and writes it anew (`rewrite`); by default it sees the prompt
+alone. An answer that fails a check (`generate_answers.Answerer.checked`) is left out, or the reference takes its place.
 
 The file is written a batch at a time into `<output>.partial`, beside a record of the batches, so an interrupted run
 resumes after its last batch and ends with the same bytes.
@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from llmcompress.data.generate_answers import Answerer, AnswerSampling
+from llmcompress.data.generate_answers import Answer, Answerer, AnswerSampling
 from llmcompress.data.text import Document, Message, read_documents
 from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
 from llmcompress.models.auto_class import check_causal
@@ -40,12 +40,22 @@ from llmcompress.runtime.signals import stop_requests
 from llmcompress.runtime.versions import versions
 
 Progress = Callable[[int], None]  # prompts done
+REWRITE = """Here is a request and a good answer to it.
+
+Request:
+{prompt}
+
+Answer:
+{reference}
+
+Answer the request in your own words. Say what the answer above says, and nothing else."""
 
 
 @dataclass(frozen=True)
 class Answering:
     """The prompts to answer, and how. `dataset`, `subset`, `revision`, `split`, `column`: as in `Calibration`; rows are
     chats, whose last answer is the reference, or texts, each of them a prompt. `prompts`: the number, by default all.
+    `rewrite`: True if the model sees the reference and writes it anew.
     """
 
     dataset: str
@@ -57,6 +67,7 @@ class Answering:
     sampling: AnswerSampling = field(default_factory=AnswerSampling)
     batch: int = 8
     keep_reference: bool = False
+    rewrite: bool = False
 
     def __post_init__(self) -> None:
         sampling = self.sampling
@@ -242,8 +253,10 @@ def _lines(
     answerer: Answerer, asked: Answering, batch: list[Prompt], generation: dict[str, Any], counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield the lines of a batch, and count them in `counts`."""
-    wrote = answerer.answers([(prompt.number, prompt.messages) for prompt in batch])
-    for prompt, found in zip(batch, wrote, strict=True):
+    shown = [(prompt.number, _shown(prompt, asked.rewrite)) for prompt in batch]
+    wrote = iter(answerer.answers([(number, messages) for number, messages in shown if messages is not None]))
+    for prompt, (_, messages) in zip(batch, shown, strict=True):
+        found = Answer("", "no reference") if messages is None else next(wrote)
         counts["prompts"] += 1
         text, source, made = found.content, "teacher", generation
         if found.fault is not None:
@@ -252,11 +265,22 @@ def _lines(
                 continue
             text, source, made = prompt.reference, "reference", {}
         counts["answers" if source == "teacher" else "references"] += 1
-        messages = [*prompt.messages, {"role": "assistant", "content": text}]
         yield {
             "id": prompt.number,
-            "messages": messages,
+            "messages": [*prompt.messages, {"role": "assistant", "content": text}],
             "source": source,
             "checked": source == "teacher",
             "generation": made or None,
         }
+
+
+def _shown(prompt: Prompt, rewrite: bool) -> list[Message] | None:
+    """Return what the model reads: the prompt, or to `rewrite` the prompt and its reference in the last message; None
+    where there is no reference to rewrite."""
+    if not rewrite:
+        return prompt.messages
+    if prompt.reference is None:
+        return None
+    *before, last = prompt.messages
+    content = REWRITE.format(prompt=last["content"], reference=prompt.reference)
+    return [*before, {"role": "user", "content": content}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,6 +198,26 @@ def test_the_reference_takes_the_place_of_what_failed(place: Path, monkeypatch: 
     assert (done.answers, done.references, done.dropped, done.faults) == (0, 5, 5, {"empty": 10})
     found = [line["messages"][-1]["content"] for line in lines(place / "out.jsonl")]
     assert found == [f"reference {number}" for number in (1, 3, 5, 7, 9)]
+
+
+def test_a_reference_is_shown_and_written_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model reads prompt and reference; the chat that is written has the prompt alone, as students see it."""
+    seen: list[list[dict[str, str]]] = []
+
+    def answers(self: Answerer, asked: Sequence[tuple[int, list[dict[str, str]]]]) -> list[Answer]:
+        seen.extend(messages for _, messages in asked)
+        return [Answer(f"anew {number}") for number, _ in asked]
+
+    monkeypatch.setattr(Answerer, "answers", answers)
+    done = answer(str(place / "model"), request(place, rewrite=True), place / "out.jsonl")
+    assert (done.answers, done.dropped, done.faults) == (5, 5, {"no reference": 5})
+    found = lines(place / "out.jsonl")
+    for line, messages in zip(found, seen, strict=True):
+        system, prompt, wrote = line["messages"]
+        assert messages[0] == system and wrote["content"] == f"anew {line['id']}"
+        request_read = messages[1]["content"]
+        assert prompt["content"] in request_read and "reference" in request_read and "anew" not in prompt["content"]
+    assert {line["source"] for line in found} == {"teacher"}
 
 
 def test_prompts_may_be_texts_and_too_long(place: Path) -> None:
