@@ -166,6 +166,12 @@ TABLES: dict[str, Columns] = {
         "llama.cpp ": "{perplexity_llama:.2f}",
         "with importance ": "{perplexity_llama_importance:.2f}",
     },
+    "float_types": {
+        "format, filled by": "{arm}",
+        "bytes": "{bytes:,}",
+        "output error": "{error:.5f} ± {error_stderr:.5f}",
+        "KL": "{kl:.4f} ± {kl_stderr:.4f}",
+    },
     "dropped": {
         "blocks dropped": "{arm}",
         "their numbers": "{blocks}",
