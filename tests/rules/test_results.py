@@ -20,8 +20,6 @@ RECORDS = [record for record in tables.all_records() if "numbers" in record]
 OF_RECIPES = [record for record in RECORDS if record.get("recipe", "dense") != "dense"]
 KEYS = {"table", "command", "date", "commit", "model", "text", "calibration", "machine", "versions", "numbers"}
 PENDING = {  # recipes that nobody has measured yet; only ever to be shortened
-    "binary-low-rank-08",
-    "binary-low-rank-1",
     "exl3",  # no side of the embedded model's linears is a multiple of 128
     "gptq-2-g64-flexround",
 }
