@@ -1,7 +1,9 @@
 """One option for every matrix: the least total damage at a size, or the least size at a damage.
 
-A multiple-choice knapsack: minimise sum_u d[u, o_u] over the choices o with sum_u c[u, o_u] <= limit. Solved exactly as
-a mixed-integer programme, by HiGHS through scipy; a few hundred matrices with a handful of options take a second.
+A multiple-choice knapsack: minimise sum_u d[u, o_u] over the choices o with sum_u c[u, o_u] <= limit. Solved as a
+mixed-integer programme, by HiGHS through scipy; a few hundred matrices with a handful of options take a second. Where
+costs are multiples of a few numbers, as numbers of zeros are, nearly every choice is as good as another, and to prove
+the best one takes hours. So the search ends after NODES nodes, with the best choice so far.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from llmcompress.errors import NumericsError
 
 LARGE = 1e4  # upper bound of objectives and limits after scaling: the solver treats 1e-6 as zero
 ROUNDING = 1e-12
+NODES = 300  # of the search: seconds, and a few ten-thousandths from the bound at most (test_solve.py)
 
 Table = Sequence[Sequence[float]]  # by matrix, then by option
 
 
 def solve(value: Table, cost: Table, limit: float) -> tuple[int, ...] | None:
-    """Return the option of each matrix that makes the sum of `value` least while that of `cost` is at most `limit`.
+    """Return the option of each matrix that makes the sum of `value` least while that of `cost` is at most `limit`, as
+    far as NODES nodes tell.
 
     Returns None if no choice keeps the limit. Raises NumericsError if the solver gives up.
     """
@@ -57,7 +61,7 @@ def _milp(value: Table, cost: Table, limit: float) -> tuple[int, ...]:
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(used[None] * (LARGE / limit), -np.inf, LARGE)],
-        options={"mip_rel_gap": 0},
+        options={"mip_rel_gap": 0, "node_limit": NODES},
     )
     if found.x is None:
         raise NumericsError(f"no option could be chosen for every layer ({found.message}); ask for another size")
