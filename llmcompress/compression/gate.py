@@ -196,6 +196,9 @@ def _advice(gates: GateReport, plan: Allocation | None) -> str:
     if chosen is None:
         return "none of its options is predicted to hold them; give options with more bits"
     size, bpw, target = plan.choices.size(chosen), plan.choices.bpw(chosen), plan.job.recipe.target
+    if target is not None and target.sparsity is not None:
+        share = math.floor((plan.choices.sparsity(chosen) or 0.0) * 1000) / 1000
+        return f"--sparsity {share:g} is predicted to hold them"
     if target is not None and target.bpw is not None and bpw is not None:
         return f"{size:,} bytes (--bpw {math.ceil(bpw * 1000) / 1000:g}) are predicted to hold them"
     return f"{size:,} bytes (--size {size}B) are predicted to hold them"

@@ -67,6 +67,11 @@ class Target(BaseModel):
             raise ValueError("engine restricts the forms of a size; leave it out beside sparsity")
         return self
 
+    @property
+    def with_tables(self) -> bool:
+        """True if the token table and the output head are chosen for too."""
+        return self.bytes is not None or self.kl is not None
+
     def for_engine(self, engine: Engine | None) -> Target:
         """Return the same aim for an engine."""
         return self.model_copy(update={"engine": engine})

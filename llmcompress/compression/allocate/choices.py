@@ -142,8 +142,7 @@ def _laid(job: Job, options: Sequence[Steps]) -> Choices:
     engine = None if recipe.target is None else recipe.target.engine
     if engine is None:
         matrices = [_matrix(name, linears[name].shape, options) for name in job.assignment.unruled]
-        of_linears = recipe.target is None or recipe.target.bpw is not None or recipe.target.sparsity is not None
-        matrices += [] if of_linears else _tables(job)
+        matrices += _tables(job) if recipe.target is not None and recipe.target.with_tables else []
     else:
         check_rules(job, engine)
         found = [(linears[name], options_for(engine, linears[name], recipe.options)) for name in job.assignment.unruled]

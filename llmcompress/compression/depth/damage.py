@@ -107,7 +107,7 @@ def searched(count: int, depth: int, measured: Callable[[list[Blocks]], list[flo
 
     def best(sets: list[Blocks]) -> tuple[float, Blocks]:
         """Return the least damage of some sets, and the set."""
-        damage, order, gone = min(zip(measured(sets), map(sorted, sets), sets, strict=True))
+        damage, _, gone = min(zip(measured(sets), map(sorted, sets), sets, strict=True))
         return damage, gone
 
     alone = measured([frozenset({index}) for index in range(depth)])

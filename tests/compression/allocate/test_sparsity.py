@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llmcompress.compression.allocate.distortion import families
 from llmcompress.compression.allocate.plan import Allocation, allocate, damage
 from llmcompress.compression.allocate.prices import NOISE, noisy
 from llmcompress.compression.plan import prepare
-from llmcompress.errors import RecipeError
+from llmcompress.errors import GateError, RecipeError
 from llmcompress.methods.layer import relative_error, step
 from llmcompress.models.dense import load_model, resolve
 from llmcompress.models.locate import locate
@@ -83,6 +84,16 @@ def test_chosen_shares_lose_less_than_equal_ones(by: str, place: Path, tmp_path:
         for name, one in (("mine", plan), ("theirs", other))
     )
     assert mine < theirs
+
+
+def test_a_model_outside_of_its_gates_is_told_the_share_that_holds(place: Path, tmp_path: Path) -> None:
+    options = [[{"method": "wanda", "sparsity": share / 10}] for share in (0, 3, 9)]
+    asked = recipe(place, {"sparsity": 0.85}, options=options, gates={"kl": 1e-3, "perplexity_ratio": None})
+    with pytest.raises(GateError, match=r"--sparsity (0\.\d+) is predicted to hold") as error:
+        lc.compress(place / "dense", asked, tmp_path / "out")
+    [share] = re.findall(r"--sparsity (0\.\d+)", str(error.value))
+    plan = allocated(place, float(share), options=options)
+    assert damage(plan.prices, plan.chosen) <= 1e-3
 
 
 def test_sparsities_are_a_family_at_the_bits_they_have() -> None:
