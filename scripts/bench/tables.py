@@ -166,6 +166,15 @@ TABLES: dict[str, Columns] = {
         "llama.cpp ": "{perplexity_llama:.2f}",
         "with importance ": "{perplexity_llama_importance:.2f}",
     },
+    "sparsity": {
+        "plan": "{arm}",
+        "share of zeros": "{sparsity:.3f}",
+        "bpw": "{bpw:.3f}",
+        "MB": "{megabytes:.1f}",
+        "KL predicted": "{kl_predicted:.3f}",
+        "on the probing tokens": "{kl_probing:.3f}",
+        "on WikiText-2 test": "{kl:.3f}",
+    },
     "float_types": {
         "format, filled by": "{arm}",
         "bytes": "{bytes:,}",
@@ -188,6 +197,7 @@ TABLES: dict[str, Columns] = {
             "distilled-scales-norms",
             "distilled-shortened",
             "distilled-codes",
+            "distilled-codes-1",
             "distilled-tied",
             "distilled-narrow",
             "distilled-order",
