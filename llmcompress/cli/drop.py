@@ -18,16 +18,18 @@ def drop(
     blocks: Annotated[
         str | None, typer.Option(metavar="NUMBERS", help="Of the blocks to drop: 13-18 or 4,7-9.")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Drop so many blocks, those that are missed least.")] = None,
+    count: Annotated[int | None, typer.Option(help="Drop so many blocks, as --by chooses them.")] = None,
     by: Annotated[
         str,
         typer.Option(
             metavar="MEASURE",
-            help="Of --count: damage (what predictions lose, found by trying) or similarity (blocks in a row that "
-            "change hidden states least; faster).",
+            help="Of --count: similarity (blocks in a row that change hidden states least) or damage (what predictions "
+            "lose, found by trying; minutes).",
         ),
-    ] = "damage",
-    text: Annotated[str, typer.Option(help="What --count reads: a file, a data set, builtin or stdlib.")] = "builtin",
+    ] = "similarity",
+    text: Annotated[
+        str | None, typer.Option(help="What --count reads: a file or a data set; else stdlib, or builtin for damage.")
+    ] = None,
     revision: Revision = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -46,6 +48,7 @@ def drop(
 
         check_output(output, 0)
         how: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        chosen = chosen_blocks(model, blocks, count, by, terminal.choosing, text=text, device=device, **how)
+        read = {} if text is None else {"text": text}
+        chosen = chosen_blocks(model, blocks, count, by, terminal.choosing, device=device, **read, **how)
         done = drop_blocks(model, chosen.blocks, output, **how)
         terminal.show(done.to_json() | {"damage": chosen.damage}, dropped_view)

@@ -22,12 +22,12 @@ def chosen_blocks(
     model: str | Path,
     blocks: str | None,
     count: int | None,
-    by: str = "damage",
+    by: str = "similarity",
     progress: Counting | None = None,
     **how: Any,
 ) -> Chosen:
-    """Return the numbers in a text such as "4,7-9", or without one the `count` blocks that `least_damage` finds, or by
-    similarity `alike_blocks`; `how` goes to these, `progress` to the first.
+    """Return the numbers in a text such as "4,7-9", or without one the `count` blocks that `alike_blocks` finds, or by
+    damage `least_damage`; `how` goes to these, `progress` to the second.
 
     Raises RecipeError for any other text or measure, and unless exactly one of `blocks` and `count` is given.
     """
