@@ -32,7 +32,6 @@ from rows import calibration
 from scipy.stats import spearmanr
 
 from llmcompress.compression import run
-from llmcompress.compression.allocate.forecast import counted
 from llmcompress.compression.allocate.plan import Allocation, allocate, damage, target_of
 from llmcompress.compression.allocate.price_file import allocate_by
 from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts
@@ -130,7 +129,7 @@ def others(source: DenseModel, asked: argparse.Namespace) -> Iterator[tuple[str,
 def plans(found: Allocation, count: int, spread: float) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The chosen plan, then those of no thought that take as much, or with a `spread` about as much."""
     target = target_of(found.job)
-    costs = [counted(one, target) for one in found.choices.matrices]
+    costs = [one.counted(target) for one in found.choices.matrices]
     limit = sum(row[option] for row, option in zip(costs, found.chosen, strict=True))
     yield "chosen", found.chosen
     controls = [("uniform", uniform_plan(costs, limit))]

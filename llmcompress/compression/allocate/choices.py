@@ -8,6 +8,7 @@ tables.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,9 +19,11 @@ from llmcompress.compression.allocate.engines import check_rules, options_for
 from llmcompress.compression.allocate.sizes import bytes_around, payload_bytes
 from llmcompress.compression.plan import Job
 from llmcompress.errors import RecipeError
+from llmcompress.methods.engines.sparsity import kept_of
 from llmcompress.methods.layer import sketch, step
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.patterns import matches
+from llmcompress.recipe.target import Target
 from llmcompress.weight.expression import bits, not_zero
 from llmcompress.weight.modules import row_scale
 from llmcompress.weight.rows import check_rows
@@ -46,6 +49,12 @@ class Matrix:
     bytes: tuple[int, ...]
     kept: tuple[int, ...]
     is_table: bool = False
+
+    def counted(self, target: Target) -> tuple[int, ...]:
+        """Return what a size or a share of zeros counts of each option: bits, kept weights or bytes."""
+        if target.bpw is not None:
+            return self.bits
+        return self.bytes if target.sparsity is None else self.kept
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,14 @@ class Choices:
     def bpw(self, chosen: Sequence[int]) -> float | None:
         """Return the bits per weight of the compressed linears, as a report counts them; None if there are none."""
         return self.bits(chosen) / self.weights if self.weights else None
+
+    def room(self, target: Target) -> float:
+        """Return how much of what is `Matrix.counted` a size or a share of zeros leaves the matrices together."""
+        if target.bpw is not None:
+            return target.bpw * self.weights - self.fixed_bits
+        if target.sparsity is not None:
+            return kept_of(self.weights, target.sparsity) - self.fixed_kept
+        return math.inf if target.bytes is None else target.bytes - self.fixed_bytes
 
     def kept(self, chosen: Sequence[int]) -> int:
         """Return how many weights of the compressed linears are not pruned with the option `chosen` of each matrix."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from llmcompress.methods.layer import MANY, SAMPLED, Layer, StepConfig, apply, relative_error, sampled_error
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.row_chunks import apply_in_runs
+from llmcompress.runtime.seeding import generator
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Dense
 
@@ -32,6 +33,7 @@ Steps = tuple[StepConfig, ...]
 MOST_RUN = 3  # options of a family that are run on every layer
 ROWS = 2048  # of a table that an error is measured on
 LEAST = 1e-12  # an error below it counts as this
+NOISE = 0.1  # of the size of a matrix that is changed by noise
 
 
 def families(options: Sequence[Steps]) -> list[list[int]]:
@@ -85,7 +87,19 @@ def error(layer: Layer, steps: Steps, held_out: Moments | None) -> float:
 def changed(layer: Layer, steps: Steps, held_out: Moments | None) -> tuple[Tensor, float]:
     """Return the layer's weight `[out, in]` after the steps, and its error, on some rows where it has many."""
     value = dense(apply_in_runs(layer, steps).weight)
-    return value, max(sampled_error(layer.weight, value, held_out), LEAST)
+    return value, _made(layer, value, held_out)
+
+
+def noisy(layer: Layer, held_out: Moments | None) -> tuple[Tensor, float]:
+    """Return the layer's weight `[out, in]` with noise of NOISE times its size, and the error that this makes."""
+    weight = layer.weight
+    noise = torch.randn(weight.shape, generator=generator(layer.seed, layer.name, "noise")).to(weight)
+    value = weight + NOISE * weight.square().mean().sqrt() * noise
+    return value, _made(layer, value, held_out)
+
+
+def _made(layer: Layer, value: Tensor, held_out: Moments | None) -> float:
+    return max(sampled_error(layer.weight, value, held_out), LEAST)
 
 
 def interpolated(

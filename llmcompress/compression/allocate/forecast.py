@@ -8,8 +8,6 @@ single matrices are not.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -19,7 +17,6 @@ from llmcompress.compression.allocate.cost import pricing_bytes, pricing_seconds
 from llmcompress.compression.allocate.plan import reachable, target_of, text_of, with_steps
 from llmcompress.compression.plan import Job, Plan
 from llmcompress.compression.time_estimate import seconds
-from llmcompress.methods.engines.sparsity import kept_of
 from llmcompress.recipe.target import Target
 
 
@@ -46,7 +43,8 @@ def evenly(found: Choices, target: Target) -> tuple[int, ...]:
     if target.kl is not None:
         return tuple(ladder[len(ladder) // 2] for ladder in ladders)
     chosen = [ladder[0] for ladder in ladders]
-    room, sizes = _room(found, target, chosen), [counted(one, target) for one in found.matrices]
+    sizes = [one.counted(target) for one in found.matrices]
+    room = found.room(target) - sum(row[option] for row, option in zip(sizes, chosen, strict=True))
     rungs = [
         (one.bits[before] / prod(one.shape), place, before, after)
         for place, (one, ladder) in enumerate(zip(found.matrices, ladders, strict=True))
@@ -63,19 +61,3 @@ def _ladder(one: Matrix) -> list[int]:
     """Return a matrix's options from least to most bits, one of each size."""
     by_bits = {count: number for number, count in reversed([*enumerate(one.bits)])}
     return [by_bits[count] for count in sorted(by_bits)]
-
-
-def _room(found: Choices, target: Target, chosen: Sequence[int]) -> float:
-    """Return the bits, the bytes or the kept weights that a target leaves beside the options `chosen`."""
-    if target.bpw is not None:
-        return target.bpw * found.weights - found.bits(chosen)
-    if target.sparsity is not None:
-        return kept_of(found.weights, target.sparsity) - found.kept(chosen)
-    return math.inf if target.bytes is None else target.bytes - found.size(chosen)
-
-
-def counted(one: Matrix, target: Target) -> tuple[int, ...]:
-    """Return what a target counts of each option of a matrix."""
-    if target.bpw is not None:
-        return one.bits
-    return one.bytes if target.sparsity is None else one.kept

@@ -248,17 +248,10 @@ def choose(found: Choices, priced: Sequence[Priced], target: Target) -> tuple[in
     """
     _check_reachable(found, target)
     damages = [_smoothed(one) for one in priced]
-    sizes = [one.bytes for one in found.matrices]
-    if target.bpw is not None:
-        limit = target.bpw * found.weights - found.fixed_bits
-        chosen = solve(damages, [one.bits for one in found.matrices], limit)
-    elif target.bytes is not None:
-        chosen = solve(damages, sizes, target.bytes - found.fixed_bytes)
-    elif target.sparsity is not None:
-        room = kept_of(found.weights, target.sparsity) - found.fixed_kept
-        chosen = solve(damages, [one.kept for one in found.matrices], room)
+    if target.kl is not None:
+        chosen = solve([one.bytes for one in found.matrices], damages, target.kl)
     else:
-        chosen = solve(sizes, damages, target.kl or 0.0)
+        chosen = solve(damages, [one.counted(target) for one in found.matrices], found.room(target))
     if chosen is None:
         raise RecipeError(
             f"target: a KL of {target.kl} cannot be reached, {sum(map(min, damages)):.2g} is the least that is "

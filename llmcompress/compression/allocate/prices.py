@@ -21,17 +21,16 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmcompress.calibrate.walk import Block, InputGroup, Progress, walk
 from llmcompress.compression.allocate.choices import Choices, Matrix, Steps
 from llmcompress.compression.allocate.distortion import (
-    LEAST,
     between,
     changed,
     error,
     families,
     interpolated,
+    noisy,
     rough,
     run_of,
     sampled,
@@ -41,16 +40,14 @@ from llmcompress.compression.importance import importance_of
 from llmcompress.compression.plan import Job
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import NumericsError
-from llmcompress.methods.layer import Layer, methods, sampled_error, step
+from llmcompress.methods.layer import Layer, methods, step
 from llmcompress.methods.moments import Moments
 from llmcompress.recipe.compression import Damage
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.ranks import ALONE, Ranks
-from llmcompress.runtime.seeding import generator
 from llmcompress.weight.nodes import Dense
 
 TOKENS = 8192  # of calibration: enough for a ranking
-NOISE = 0.1  # of the size of a matrix: what it is probed with by `noise`
 
 Reference = list[tuple[dict[int, float], list[float]]]  # for each family: see `_of_reference`
 
@@ -311,14 +308,6 @@ def _run(block: Block, layer: Layer, one: Matrix, held_out: Moments | None, prob
         errors[number] = made if exact else error(tried, one.options[number] if one.is_table else fast, held_out)
     _check_finite(layer.name, errors.values())
     return _Run(errors, changes, middle)
-
-
-def noisy(layer: Layer, held_out: Moments | None) -> tuple[Tensor, float]:
-    """Return the layer's weight `[out, in]` with noise of NOISE times its size, and the error that this makes."""
-    weight = layer.weight
-    noise = torch.randn(weight.shape, generator=generator(layer.seed, layer.name, "noise")).to(weight)
-    value = weight + NOISE * weight.square().mean().sqrt() * noise
-    return value, max(sampled_error(weight, value, held_out), LEAST)
 
 
 def _judged(name: str, run: _Run, divergences: list[float]) -> Measured:

@@ -17,7 +17,7 @@ from llmcompress.errors import NumericsError
 
 LARGE = 1e4  # upper bound of objectives and limits after scaling: the solver treats 1e-6 as zero
 ROUNDING = 1e-12
-NODES = 300  # of the search: seconds, and a few ten-thousandths from the bound at most (test_solve.py)
+NODES = 300  # of the search: seconds, and within two thousandths of the bound (test_solve.py)
 
 Table = Sequence[Sequence[float]]  # by matrix, then by option
 

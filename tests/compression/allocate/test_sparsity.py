@@ -16,9 +16,8 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.compression import run
-from llmcompress.compression.allocate.distortion import families
+from llmcompress.compression.allocate.distortion import NOISE, families, noisy
 from llmcompress.compression.allocate.plan import Allocation, allocate, damage
-from llmcompress.compression.allocate.prices import NOISE, noisy
 from llmcompress.compression.plan import prepare
 from llmcompress.errors import GateError, RecipeError
 from llmcompress.methods.layer import relative_error, step
