@@ -252,6 +252,8 @@ def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
             yield f"blocks  {len(blocks)} · held-out error of {path} {last['before']:.4f} -> {last['after']:.4f}"
         if (frozen := phase.get("frozen")) is not None:
             yield f"frozen  {frozen:,} codes that oscillated"
+        if (regrown := phase.get("regrown")) is not None:
+            yield f"regrown {regrown:.1%} of the weights of a phase's matrices, which had been pruned"
     if found["bytes_before"] != found["bytes_after"]:
         yield f"sizes   {_before_after(found)} of compressed weights"
     trained = " · ".join(f"{count:,} {kind}" for kind, count in found["trained"].items())

@@ -6,7 +6,7 @@ run resumes in the phase that was under way, after its last state or block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +20,10 @@ from llmcompress.distill.parallel.launch import is_given
 from llmcompress.distill.parallel.shares import shrink
 from llmcompress.distill.student.low_rank import adapt, rounded, teachers_weights
 from llmcompress.distill.student.model import check_latents, relaxed_student
+from llmcompress.distill.student.regrow import grow, input_norms, pruned_again, regrown
 from llmcompress.distill.train import train
 from llmcompress.errors import RecipeError
-from llmcompress.weight.modules import Multiplying, decoded, put
+from llmcompress.weight.modules import CompressedLinear, Multiplying, decoded, put
 
 
 @dataclass
@@ -30,8 +31,8 @@ class Learned:
     """The result of all phases: compressed linears, and what is not compressed, by name; the student holds both, too.
 
     `trained`: the largest number of parameters of each kind that one phase changed; `history`: looks at the held-out
-    sequences; `phases`: {kind, steps, seconds, blocks: the errors of each, frozen: the number of codes} of every phase;
-    `steps`: end to end.
+    sequences; `phases`: {kind, steps, seconds, blocks: the errors of each, frozen: the number of codes, regrown: the
+    share of new weights in its masks} of every phase; `steps`: end to end.
     """
 
     linears: dict[str, Multiplying] = field(default_factory=dict)
@@ -57,11 +58,14 @@ def learn(run: TrainContext, report: Report | None = None) -> Learned:
     what `train` and `recover_blocks` raise.
     """
     stages = run.recipe.stages()
-    if any(kind == "blockwise" for kind, _ in stages) and run.accelerator.num_processes > 1:
-        raise RecipeError(
-            f"a blockwise phase runs in one process, and {run.accelerator.num_processes} were started; put it into a "
-            f"recipe of its own, and start from its output"
-        )
+    alone = {"a blockwise phase": any(kind == "blockwise" for kind, _ in stages)}
+    alone["regrow"] = any(recipe.regrow is not None for _, recipe in stages)
+    for option, there in alone.items():
+        if there and run.accelerator.num_processes > 1:
+            raise RecipeError(
+                f"{option} runs in one process, and {run.accelerator.num_processes} were started; put it into a recipe "
+                f"of its own, and start from its output"
+            )
     for _, recipe in stages:
         check_latents(run.student.model, recipe)
     learned = Learned()
@@ -72,8 +76,16 @@ def learn(run: TrainContext, report: Report | None = None) -> Learned:
         part = replace(run, recipe=recipe, store=store, metrics=metrics)
         model, [done] = run.student.model, [len(learned.history)]
         adapted = () if recipe.adapt is None else adapt(model, recipe.adapt, run.dense(), recipe.seed)
+        masks = {} if recipe.regrow is None else grow(model, recipe.regrow, run.dense())
         (_by_blocks if kind == "blockwise" else _end_to_end)(part, learned, report)
-        _round(part, learned, adapted)
+        if recipe.adapt is not None:
+            _keep(part, learned, rounded(learned.linears, adapted, recipe.adapt), "rounded")
+        if recipe.regrow is not None:
+            norms = None
+            if recipe.regrow.by == "input_norms":
+                norms = input_norms(model, masks, run.data.sequences, run.autocast)
+            _keep(part, learned, pruned_again(learned.linears, masks, norms), "pruned")
+            learned.phases[-1]["regrown"] = regrown(learned.linears, masks)
         if len(stages) > 1:
             learned.history[done:] = [{"phase": number, **row} for row in learned.history[done:]]
     return learned
@@ -138,13 +150,15 @@ def _look(run: TrainContext, step: int) -> dict[str, Any]:
         return evaluate_held_out(run, step)
 
 
-def _round(run: TrainContext, learned: Learned, adapted: Iterable[str]) -> None:
-    """Round the terms that a phase added to their bits; measure again if that changes any."""
-    found = {} if run.recipe.adapt is None else rounded(learned.linears, adapted, run.recipe.adapt)
-    for name, layer in found.items():
+def _keep(run: TrainContext, learned: Learned, changed: Mapping[str, CompressedLinear], done: str) -> None:
+    """Put linears that were changed after a phase into the model and the result; measure again, if there are any.
+
+    `done`: what the metrics call the change.
+    """
+    for name, layer in changed.items():
         put(run.student.model, name, layer)
-    if found:
-        learned.linears |= found
+    if changed:
+        learned.linears |= changed
         last = learned.history[-1]
         learned.history.append({**last, **_look(run, last["step"])})
-        run.metrics.add({**learned.history[-1], "rounded": True})
+        run.metrics.add({**learned.history[-1], done: True})

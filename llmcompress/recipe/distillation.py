@@ -13,6 +13,7 @@ from llmcompress.losses.loss import LossConfig
 from llmcompress.recipe.adaptation import Adaptation
 from llmcompress.recipe.data import Mixture, Texts, TextSource
 from llmcompress.recipe.freezing import Freezing
+from llmcompress.recipe.regrowth import Regrowth
 
 Kind = Literal["codes", "scales", "values", "factors", "norms", "weights", "projections"]
 Rate = Annotated[float, Field(gt=0, lt=1)]
@@ -123,6 +124,7 @@ class Phase(BaseModel):
     kind: PhaseKind = Field(description="each decoder block by itself, or the whole model")
     rates: Rates | None = Field(default=None, description=AS_IN_RECIPE)
     adapt: Adaptation | None = Field(default=None, description="low-rank terms that are added before it; null: none")
+    regrow: Regrowth | None = Field(default=None, description="pruned matrices that are dense during it; null: none")
     estimator: Estimators | None = Field(default=None, description=AS_IN_RECIPE)
     latents: Latents | None = Field(default=None, description=AS_IN_RECIPE)
     scales: Scales | None = Field(default=None, description=AS_IN_RECIPE)
@@ -189,6 +191,9 @@ class Distillation(BaseModel):
     adapt: Adaptation | None = Field(
         default=None, description="low-rank terms that are added to compressed linears, and trained with the factors"
     )
+    regrow: Regrowth | None = Field(
+        default=None, description="pruned matrices that train dense, and are pruned again at the end"
+    )
     estimator: Literal["plain", "reste", "biper"] = Field(default="plain", description="gradient through rounding")
     latents: Literal["codes", "teacher"] = Field(
         default="codes",
@@ -243,11 +248,16 @@ class Distillation(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Distillation:
-        if self.phases and self.adapt is not None:
-            raise ValueError("adapt stands beside phases; give it to the phase before which the terms are to be added")
+        for option, given in {"adapt": self.adapt, "regrow": self.regrow}.items():
+            if self.phases and given is not None:
+                raise ValueError(f"{option} stands beside phases; give it to the phase that it is for")
         for _, stage in self.stages():
             if stage.batch % stage.micro_batch:
                 raise ValueError(f"batch {stage.batch} is no multiple of micro_batch {stage.micro_batch}")
+            if stage.regrow is not None and "values" not in stage.rates:
+                raise ValueError(
+                    "regrow lets kept weights train, which rates has nothing for; give rates one for values"
+                )
             if stage.adapt is not None and "factors" not in stage.rates:
                 raise ValueError("adapt adds low-rank factors, which rates has nothing for; give rates one for factors")
             stage._check_latents()

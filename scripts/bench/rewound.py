@@ -1,0 +1,50 @@
+"""Give the kept weights of a pruned model their dense values back: rewinding, the control of what distils.
+
+    python scripts/bench/rewound.py STUDENT -o OUT [--teacher smollm2]
+
+Masks, bytes and everything else stay. What distils from here starts with the mask alone, without what the pruning
+method made of the kept weights, as in the lottery ticket hypothesis (arXiv 1803.03635).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llmcompress  # noqa: F401 (registers the format)
+from llmcompress.distill.student.low_rank import teachers_weights
+from llmcompress.models.dense import load_model
+from llmcompress.models.locate import locate
+from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
+from llmcompress.weight.nodes import Dense, Where, Zero, shape
+
+
+@torch.no_grad()
+def main() -> None:
+    """Write the model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--teacher", default="smollm2")
+    options = parser.parse_args()
+    student = AutoModelForCausalLM.from_pretrained(options.student)
+    dense = teachers_weights(student, load_model(locate(options.teacher)))
+    changed = 0
+    for name, layer in compressed_linears(student).items():
+        match layer.expression():
+            case Where(index, Dense(values), Zero()) as pruned:
+                back = dense(name).to(values)
+                put(student, name, CompressedLinear.of(Where(index, Dense(back), Zero(shape(pruned))), layer.bias))
+                changed += 1
+    if not changed:
+        raise SystemExit(f"{options.student} has no matrix of values and zeros")
+    student.save_pretrained(options.output)
+    AutoTokenizer.from_pretrained(options.student).save_pretrained(options.output)
+    print(f"{changed} matrices have their dense values where they are not pruned: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
