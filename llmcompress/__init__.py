@@ -6,7 +6,8 @@
 
 Make a model smaller: `plan`, `compress`, `drop_blocks` (and `least_damage`, `alike_blocks`), `narrow`, `distill`; of a
 mixture's experts: `prune_experts`, `merge_experts`, `condense_experts`, `replace_experts`.
-Look at the result: `read` its report, `verify` its files, `score` it, `compare` it, `bench` its speed.
+Look at the result: `read` its report, `verify` its files, `score` it, `compare` it, see where it has
+a `drift`, `bench` its speed.
 Run it: transformers loads it after this import; `accelerate`, `decoded` and `cache` trade memory for speed.
 Train on top of it: `plain_head`, `fold`.
 Hand it on: `export`, `push`.
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.distill.run import distill as distill
     from llmcompress.errors import LLMCompressError as LLMCompressError
     from llmcompress.evaluate.compare import compare as compare
+    from llmcompress.evaluate.drift import drift as drift
     from llmcompress.evaluate.protocol import Protocol as Protocol
     from llmcompress.evaluate.report import Report as Report
     from llmcompress.evaluate.report import read as read
@@ -73,6 +75,7 @@ _HOMES = {
     "condense_experts": "compression.experts.condense",
     "decoded": "weight.modules",
     "distill": "distill.run",
+    "drift": "evaluate.drift",
     "drop_blocks": "compression.depth.drop",
     "export": "export.formats",
     "fold": "models.lora",

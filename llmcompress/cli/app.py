@@ -12,6 +12,7 @@ import typer
 from llmcompress.cli.bench import bench
 from llmcompress.cli.commands import Commands
 from llmcompress.cli.doctor import doctor
+from llmcompress.cli.drift import drift
 from llmcompress.cli.drop import drop
 from llmcompress.cli.experts import experts as experts_commands
 from llmcompress.cli.frontier import frontier
@@ -243,6 +244,9 @@ def evaluate(
             )
         terminal.show(found, score_view)
         refuse_failed([found])
+
+
+app.command()(drift)
 
 
 @app.command()

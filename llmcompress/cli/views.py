@@ -174,6 +174,19 @@ def dropped_view(found: Row, every: bool) -> Iterator[RenderableType]:
     yield f"sizes   {_before_after(found)} of weights in {found['output']}"
 
 
+def drift_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield how far the states that enter each block are from the dense model's, then where they are farthest."""
+    table = new_table(("block", f"of {found['against']}", "CKA", "relative error"), right=range(4))
+    for row in found["blocks"]:
+        numbers = ("" if row[key] is None else f"{row[key]:.4f}" for key in ("cka", "error"))
+        table.add_row(str(row["block"]), str(row["original"]), *numbers)
+    yield table
+    known = [row for row in found["blocks"] if row["cka"] is not None]
+    if known:
+        least = min(known, key=lambda row: row["cka"])
+        yield f"least   {least['cka']:.4f} at block {least['block']}; the last row is what leaves the last block"
+
+
 def narrowed_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield what stays in every block, the predicted damage, and the sizes."""
     for part, before in found["before"].items():
