@@ -5,7 +5,8 @@ The Accelerate trackers that the recipe names receive the same numbers.
     {"step": 25, "kl": 0.31, "perplexity": 25.1, "teacher_perplexity": 17.9, "tokens": 51000, "seconds": 64.0}
 
 If oscillating codes are frozen, a step also has {"codes": {"changed": 40, "turned": 9, "frozen": 3}}: the number of
-codes that it changed, of those among them that turned back, and of codes that are frozen by then.
+codes that it changed, of those among them that turned back, and of codes that are frozen by then. With several losses,
+the step after a look has {"gradient_shares": {"forward_kl": 0.8, "hidden": 0.2}}: see `balance`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from llmcompress.recipe.distillation import Distillation, Term
 from llmcompress.recipe.error_messages import hint
 from llmcompress.recipe.published import published
 
+AFTERWARDS = {"rounded", "pruned"}  # marks of lines about what is done to weights once a phase has trained them
 LOGS = ".logs"  # follows the name of the output folder: the folder for files of trackers
 
 
@@ -47,10 +49,10 @@ class Metrics:
             replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def _stays(self, row: Mapping[str, Any], step: int, begun: bool) -> bool:
-        """True if a line is of another phase or not after `step`; the line after rounding is measured again."""
+        """True if a line is of another phase or not after `step`; what follows the last step is measured again."""
         if row.get("phase") != self.phase:
             return True
-        return begun and row["step"] <= step and "rounded" not in row
+        return begun and row["step"] <= step and not row.keys() & AFTERWARDS
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Write one line, which is in the file when this returns; null for numbers that JSON lacks. Raises DiskError

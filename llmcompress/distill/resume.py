@@ -19,7 +19,8 @@ METRICS = file_names.METRICS  # grows beside the state
 class Progress:
     """The part of a training that is done. `targets`: tokens predicted so far; `losses`: the state of each loss that
     has one; `shares` and `cursors`: of each domain, its part of a step and how many of its sequences were read;
-    `history`: the measurements; `frozen`: the number of frozen codes, where those that oscillate are frozen."""
+    `history`: the measurements; `frozen`: the number of frozen codes, where those that oscillate are frozen; `factors`:
+    of the losses' weights, where these are balanced."""
 
     step: int = 0
     targets: int = 0
@@ -29,6 +30,7 @@ class Progress:
     cursors: list[int] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     frozen: int | None = None
+    factors: list[float] = field(default_factory=list)
 
 
 def save_state(store: Store, progress: Progress, tensors: Mapping[str, Tensor]) -> None:

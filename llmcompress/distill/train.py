@@ -26,6 +26,7 @@ from llmcompress.data.batch import Batch
 from llmcompress.data.mixture import draw, normalized, quotas, reweighted
 from llmcompress.data.schedule import rate
 from llmcompress.distill.activation_checkpointing import recomputed
+from llmcompress.distill.balance import balanced, gradient_norms, gradient_shares
 from llmcompress.distill.context import Report, TrainContext
 from llmcompress.distill.held_out import evaluate_held_out, held_out_distances
 from llmcompress.distill.metrics import term_names
@@ -67,8 +68,9 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
         for step in range(progress.step, run.steps):
             began = time.monotonic()
             batch = _next(run, engine, progress, step)
-            means, norm, codes = _step(run, engine, step, batch)
-            weights = [term.weight_at(step, run.steps) for term in recipe.losses]
+            said = _balanced(run, engine, progress, step, batch)
+            weights = _weights(run, progress, step)
+            means, norm, codes = _step(run, engine, step, batch, weights)
             loss = math.fsum(weight * mean for weight, mean in zip(weights, means, strict=True))
             for state, mean in zip(states, means, strict=True):
                 if state is not None:
@@ -77,9 +79,9 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
             progress.targets += batch.targets
             progress.frozen = codes.get("frozen")
             progress.losses = [None if state is None else state.state_dict() for state in states]
-            speed = batch.targets / (time.monotonic() - began)
-            said = {"codes": codes} if codes else {}
-            run.metrics.add({**_entry(run, progress, loss, means, norm), **said, "tokens_per_second": speed})
+            said |= {"codes": codes} if codes else {}
+            said["tokens_per_second"] = batch.targets / (time.monotonic() - began)
+            run.metrics.add({**_entry(run, progress, loss, means, norm), **said})
             last = progress.step == run.steps
             if last or progress.step % recipe.evaluate_every == 0:
                 seen = {**_seen(run, engine, progress), "seconds": progress.seconds}
@@ -177,17 +179,50 @@ def _entry(run: TrainContext, progress: Progress, loss: float, means: Sequence[f
     }
 
 
-def _step(run: TrainContext, engine: Engine, step: int, batch: Batch) -> tuple[list[float], float, dict[str, int]]:
+def _weights(run: TrainContext, progress: Progress, step: int) -> list[float]:
+    """Return the weight of each loss at a step."""
+    terms = run.recipe.losses
+    factors = progress.factors or [1.0] * len(terms)
+    return [term.weight_at(step, run.steps) * factor for term, factor in zip(terms, factors, strict=True)]
+
+
+def _balanced(run: TrainContext, engine: Engine, progress: Progress, step: int, batch: Batch) -> dict[str, Any]:
+    """Measure the gradient of each of several losses, if a look is due before this step, and balance them if that is
+    asked for; return their shares for the metrics."""
+    recipe = run.recipe
+    if len(recipe.losses) == 1 or step % recipe.evaluate_every or engine.zero is not None:
+        return {}
+    part = _parts(run, batch)[0]
+    targets = float(run.accelerator.reduce(torch.tensor(part.targets, device=run.accelerator.device), "sum"))
+    counts = _counts(run, engine, [part], targets)
+    norms = gradient_norms(run, engine, part, [1 / count for count in counts])
+    if recipe.balance:
+        progress.factors = balanced(norms)
+    return {"gradient_shares": gradient_shares(norms, _weights(run, progress, step), recipe.losses)}
+
+
+def _parts(run: TrainContext, batch: Batch) -> list[Batch]:
+    """Return the micro-batches of this process's part of a batch."""
+    accelerator = run.accelerator
+    mine = batch[torch.arange(len(batch)).tensor_split(accelerator.num_processes)[accelerator.process_index]]
+    return [part.trimmed().to(accelerator.device) for part in mine.split(run.recipe.micro_batch)]
+
+
+def _step(
+    run: TrainContext, engine: Engine, step: int, batch: Batch, factors: Sequence[float]
+) -> tuple[list[float], float, dict[str, int]]:
     """Take one optimizer step on `batch`, shared by the processes. Return the mean of each loss over its tokens, the
-    norm of the gradient before it was clipped, and the counts of codes (`Engine.update`)."""
+    norm of the gradient before it was clipped, and the counts of codes (`Engine.update`).
+
+    `factors`: the weights of the losses.
+    """
     recipe, accelerator = run.recipe, run.accelerator
     share = rate(step, run.steps, recipe.warmup, recipe.final_rate)
     for group in engine.optimizer.param_groups:
         group["lr"] = recipe.rates[group["kind"]] * share * group["size"]
-    mine = batch[torch.arange(len(batch)).tensor_split(accelerator.num_processes)[accelerator.process_index]]
-    parts = [part.trimmed().to(accelerator.device) for part in mine.split(recipe.micro_batch)]
+    parts = _parts(run, batch)
     counts = _counts(run, engine, parts, batch.targets)
-    weights = [term.weight_at(step, run.steps) / count for term, count in zip(recipe.losses, counts, strict=True)]
+    weights = [factor / count for factor, count in zip(factors, counts, strict=True)]
     report = torch.zeros(len(counts), 2, device=accelerator.device)
     for number, part in enumerate(parts, start=1):
         with engine.no_sync(last=number == len(parts)):
@@ -206,10 +241,10 @@ def _step(run: TrainContext, engine: Engine, step: int, batch: Batch) -> tuple[l
     return means, norm, engine.update((step + 1) / run.steps)
 
 
-def _counts(run: TrainContext, engine: Engine, parts: Sequence[Batch], targets: int) -> list[float]:
+def _counts(run: TrainContext, engine: Engine, parts: Sequence[Batch], targets: float) -> list[float]:
     """Return the divisor of each loss's sum over a step: its `targets`, those of all processes (each knows every
     sequence, so nobody has to ask), or a sum of weights that has to be found."""
-    counts = [float(targets)] * len(run.recipe.losses)
+    counts = [targets] * len(run.recipe.losses)
     if all(term.of.counts_tokens for term in run.recipe.losses):
         return counts
     with torch.no_grad(), run.autocast():

@@ -87,6 +87,9 @@ def drift(
         progress: receives (blocks of `model` that are done, blocks).
         trust_remote_code: True to run the Python code that models bring along, if transformers lacks their class.
 
+    Returns:
+        The alignment and the relative error at the input of every block, and behind the last one.
+
     Raises:
         InputError: for a model that cannot be loaded or read block by block, and for a text that is too short.
         RecipeError: for models whose blocks have no known counterparts.

@@ -180,6 +180,11 @@ class Distillation(BaseModel):
     losses: tuple[Term, ...] = Field(
         default=(Term(of={"loss": "forward_kl"}),), min_length=1, description="terms of the objective, which are added"
     )
+    balance: bool = Field(
+        default=False,
+        description="weights of losses are proportions of the norms of their gradients, measured at every look at the "
+        "held-out sequences; false: of the losses themselves",
+    )
     teacher: Teacher = Field(default=Teacher(), description="where the teacher's predictions come from")
     rates: dict[Kind, Rate] = Field(
         default={"scales": 1e-3, "factors": 1e-3, "norms": 1e-3},
@@ -269,6 +274,8 @@ class Distillation(BaseModel):
             raise ValueError(
                 "losses: exits do not teach the blocks behind them; add a loss without, such as forward_kl"
             )
+        if self.balance and len(self.losses) == 1:
+            raise ValueError("balance is between several losses, and there is one; leave it out")
         if self.teacher.kind == "cached":
             self._check_cached()
         return self

@@ -147,6 +147,8 @@ def test_a_run_that_was_cut_after_it_pruned_again_ends_as_a_whole_one(folders: P
     distill(folders / "small", folders / "dense", settings, tmp_path / "cut")
     for path in sorted((tmp_path / "whole").glob("*.safetensors")):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+    whole, cut_short = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut"))
+    assert len(whole) == len(cut_short)
 
 
 @pytest.mark.parametrize(

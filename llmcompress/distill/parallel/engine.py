@@ -149,6 +149,14 @@ class Engine:
         waiting: AbstractContextManager[None] = self.accelerator.no_sync(self.objective)
         return waiting
 
+    def gradient_norm(self) -> float:
+        """Return the norm of the gradients that are there, over all parameters, and remove them; not where they are
+        partitioned."""
+        self.freezer.hold()
+        norm = float(_whole(torch.nn.utils.clip_grad_norm_(self.student.named().values(), math.inf)))
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
     def step(self, most: float) -> float:
         """Step the optimizer, with gradients scaled so that their norm over all parameters is at most `most`.
 

@@ -228,5 +228,10 @@ def check_partitioning(accelerator: Accelerator, recipe: Distillation) -> None:
             "freezing removes gradients of single codes, which DeepSpeed keeps in pieces of its own; leave it out, or "
             f"launch with {config_file('fsdp2.yaml')} or ddp.yaml beside it"
         )
+    if recipe.balance:
+        raise RecipeError(
+            "balance measures whole gradients, which DeepSpeed keeps in pieces of its own; leave it out, or launch "
+            f"with {config_file('fsdp2.yaml')} or ddp.yaml beside it"
+        )
     settings = {"train_micro_batch_size_per_gpu": recipe.micro_batch, "gradient_accumulation_steps": 1}
     plugin.deepspeed_config.update(settings)

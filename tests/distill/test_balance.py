@@ -1,0 +1,83 @@
+"""Shares of the gradient: what each loss alone would have, and weights that keep to them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmcompress.distill.balance import balanced
+from llmcompress.distill.run import distill
+from llmcompress.errors import RecipeError
+from tests.distill.miniature import make, recipe
+
+RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}]
+KL = {"of": {"loss": "forward_kl"}}
+MSE = {"of": {"loss": "logit_mse"}}
+HIDDEN = {"of": {"loss": "hidden"}}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("balance"), RULES)
+
+
+def settings(folders: Path, *losses: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return recipe(folders, losses=list(losses), **({"micro_batch": 4, "steps": 2} | more))
+
+
+def steps_of(folders: Path, output: Path, *losses: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
+    """The metrics of every optimizer step of a run."""
+    distill(folders / "small", folders / "dense", settings(folders, *losses, **more), output)
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def test_shares_are_those_of_runs_with_one_loss(folders: Path, tmp_path: Path) -> None:
+    alone = [steps_of(folders, tmp_path / name, {**loss})[0] for name, loss in (("kl", KL), ("mse", MSE))]
+    assert all("gradient_shares" not in row for row in alone)
+    norms = [row["gradient_norm"] for row in alone]
+    both = steps_of(folders, tmp_path / "both", KL, MSE | {"weight": 3.0}, evaluate_every=2)
+    share = 3 * norms[1] / (norms[0] + 3 * norms[1])
+    assert both[0]["gradient_shares"] == pytest.approx({"forward_kl": 1 - share, "logit_mse": share}, rel=1e-4)
+    assert "gradient_shares" not in both[1]
+
+
+def test_balanced_losses_have_the_shares_of_their_weights(folders: Path, tmp_path: Path) -> None:
+    losses = (KL, HIDDEN | {"weight": 0.25}, MSE | {"weight": 0.0625})
+    rows = steps_of(folders, tmp_path / "out", *losses, balance=True, evaluate_every=1)
+    total = 1.3125
+    wanted = {"forward_kl": 1 / total, "hidden": 0.25 / total, "logit_mse": 0.0625 / total}
+    for row in rows:
+        assert row["gradient_shares"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_loss_without_a_gradient_keeps_its_weight() -> None:
+    assert balanced([2.0, 0.5, 0.0]) == [1.0, 4.0, 1.0]
+    assert balanced([0.0, 0.5]) == [1.0, 1.0]
+    assert balanced([1.0, 1e-30])[1] == 1e6
+
+
+def test_a_run_that_was_cut_between_looks_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
+    asked = settings(folders, KL, HIDDEN, balance=True, steps=4, evaluate_every=3, save_every=1)
+    whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
+    left = [2]
+
+    def cut(*_: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=cut)
+    again = distill(folders / "small", folders / "dense", asked, tmp_path / "cut")
+    assert [row["kl"] for row in again.history] == [row["kl"] for row in whole.history]
+    for path in sorted((tmp_path / "whole").glob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+
+
+def test_one_loss_has_nothing_to_be_balanced_with(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="balance is between several losses, and there is one"):
+        steps_of(folders, tmp_path / "out", KL, balance=True)
