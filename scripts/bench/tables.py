@@ -201,6 +201,7 @@ TABLES: dict[str, Columns] = {
             "distilled-tied",
             "distilled-narrow",
             "distilled-order",
+            "distilled-pruned",
         ),
         LEARNED,
     ),
