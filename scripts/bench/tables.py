@@ -141,6 +141,16 @@ TABLES: dict[str, Columns] = {
         "gap ": "{gap_gradient:.3f}",
         "KL ": "{kl_gradient:.3f} ± {kl_gradient_stderr:.3f}",
     },
+    "more-text": {
+        "text": "{arm}",
+        "dense": "{perplexity_dense:.2f}",
+        "66×1024 tokens": "{perplexity_66:.2f}",
+        "gap": "{gap_66:.3f}",
+        "KL": "{kl_66:.3f} ± {kl_66_stderr:.3f}",
+        "174×1024 tokens": "{perplexity_174:.2f}",
+        "gap ": "{gap_174:.3f}",
+        "KL ": "{kl_174:.3f} ± {kl_174_stderr:.3f}",
+    },
     "costs": {"what": "{arm}", "processor seconds per million weights": "{seconds:.2f}"},
     "bound": {"run": "{arm}", "seconds": "{seconds:.0f}", "bound": "{bound:.0f}", "times the bound": "{ratio:.2f}"},
     "billion": {
