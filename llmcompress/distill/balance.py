@@ -1,10 +1,10 @@
-"""The part of the gradient that each loss of an objective has, and weights that keep it to what the recipe says.
+"""The part of the gradient that each loss of an objective has, and weights that make it what the recipe says.
 
 Losses on hidden states and on predictions are of unlike sizes, which change as a student learns; with fixed weights one
-of them can be all that is learned. So at every look at the held-out sequences each loss is measured alone on a part of
-the next step's batch. With `balance: true` its weight is then scaled so that the norms of the gradients are in the
-proportion of the recipe's weights (after LAPTOP-Diff, arXiv 2404.11098, whose losses are divided by the size of the
-teacher's states, as `hidden` is; GradNorm, arXiv 1711.02257, balances norms). The first loss keeps its own scale.
+of them can be all that is learned. With `balance: true` the gradient of each loss is measured alone at every look at
+the held-out sequences, on the batch of the next step, and its weight scaled so that the norms are in the proportion of
+the recipe's weights (after LAPTOP-Diff, arXiv 2404.11098, whose losses are divided by the size of the teacher's states,
+as `hidden` is; GradNorm, arXiv 1711.02257, balances norms). The first loss keeps its own scale.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 LARGEST = 1e6  # factor, for a loss whose gradient is next to nothing
 
 
-def gradient_norms(run: TrainContext, engine: Engine, part: Batch, weights: Sequence[float]) -> list[float]:
-    """Return the norm of the gradient of each loss alone, on `part` of a batch; no gradient is left behind.
+def gradient_norms(run: TrainContext, engine: Engine, parts: Sequence[Batch], weights: Sequence[float]) -> list[float]:
+    """Return the norm of the gradient of each loss alone, on a batch; no gradient is left behind.
 
-    `weights`: factors of the losses' sums. Every process has to call this, with a part of its own.
+    `parts`: this process's micro-batches; `weights`: factors of the losses' sums. Every process has to call this.
     """
     norms = []
     for number, weight in enumerate(weights):
         alone = [weight if other == number else 0.0 for other in range(len(weights))]
-        with engine.no_sync(last=True):
-            with run.autocast():
-                total, _ = engine.measure(part, alone)
-            engine.backward(total)
+        for done, part in enumerate(parts, start=1):
+            with engine.no_sync(last=done == len(parts)):
+                with run.autocast():
+                    total, _ = engine.measure(part, alone)
+                engine.backward(total)
         norms.append(engine.gradient_norm())
     return norms
 

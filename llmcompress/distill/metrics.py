@@ -5,8 +5,8 @@ The Accelerate trackers that the recipe names receive the same numbers.
     {"step": 25, "kl": 0.31, "perplexity": 25.1, "teacher_perplexity": 17.9, "tokens": 51000, "seconds": 64.0}
 
 If oscillating codes are frozen, a step also has {"codes": {"changed": 40, "turned": 9, "frozen": 3}}: the number of
-codes that it changed, of those among them that turned back, and of codes that are frozen by then. With several losses,
-the step after a look has {"gradient_shares": {"forward_kl": 0.8, "hidden": 0.2}}: see `balance`.
+codes that it changed, of those among them that turned back, and of codes that are frozen by then. If losses are
+balanced, the step after a look has {"gradient_shares": {"forward_kl": 0.8, "hidden": 0.2}}, as they would be without.
 """
 
 from __future__ import annotations

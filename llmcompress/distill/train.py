@@ -187,18 +187,16 @@ def _weights(run: TrainContext, progress: Progress, step: int) -> list[float]:
 
 
 def _balanced(run: TrainContext, engine: Engine, progress: Progress, step: int, batch: Batch) -> dict[str, Any]:
-    """Measure the gradient of each of several losses, if a look is due before this step, and balance them if that is
-    asked for; return their shares for the metrics."""
+    """Balance the losses on `batch` if that is asked for and due; return for the metrics the shares of the gradient
+    that they would have otherwise."""
     recipe = run.recipe
-    if len(recipe.losses) == 1 or step % recipe.evaluate_every or engine.zero is not None:
+    if not recipe.balance or step % recipe.evaluate_every:
         return {}
-    part = _parts(run, batch)[0]
-    targets = float(run.accelerator.reduce(torch.tensor(part.targets, device=run.accelerator.device), "sum"))
-    counts = _counts(run, engine, [part], targets)
-    norms = gradient_norms(run, engine, part, [1 / count for count in counts])
-    if recipe.balance:
-        progress.factors = balanced(norms)
-    return {"gradient_shares": gradient_shares(norms, _weights(run, progress, step), recipe.losses)}
+    parts = _parts(run, batch)
+    norms = gradient_norms(run, engine, parts, [1 / count for count in _counts(run, engine, parts, batch.targets)])
+    progress.factors = balanced(norms)
+    weights = [term.weight_at(step, run.steps) for term in recipe.losses]
+    return {"gradient_shares": gradient_shares(norms, weights, recipe.losses)}
 
 
 def _parts(run: TrainContext, batch: Batch) -> list[Batch]:
@@ -241,10 +239,10 @@ def _step(
     return means, norm, engine.update((step + 1) / run.steps)
 
 
-def _counts(run: TrainContext, engine: Engine, parts: Sequence[Batch], targets: float) -> list[float]:
+def _counts(run: TrainContext, engine: Engine, parts: Sequence[Batch], targets: int) -> list[float]:
     """Return the divisor of each loss's sum over a step: its `targets`, those of all processes (each knows every
     sequence, so nobody has to ask), or a sum of weights that has to be found."""
-    counts = [targets] * len(run.recipe.losses)
+    counts = [float(targets)] * len(run.recipe.losses)
     if all(term.of.counts_tokens for term in run.recipe.losses):
         return counts
     with torch.no_grad(), run.autocast():

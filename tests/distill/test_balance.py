@@ -36,22 +36,26 @@ def steps_of(folders: Path, output: Path, *losses: dict[str, Any], **more: Any) 
 
 
 def test_shares_are_those_of_runs_with_one_loss(folders: Path, tmp_path: Path) -> None:
-    alone = [steps_of(folders, tmp_path / name, {**loss})[0] for name, loss in (("kl", KL), ("mse", MSE))]
-    assert all("gradient_shares" not in row for row in alone)
+    """And balanced weights are those that make the norms equal, whatever the micro-batches are."""
+    alone = [steps_of(folders, tmp_path / name, loss)[0] for name, loss in (("kl", KL), ("mse", MSE))]
     norms = [row["gradient_norm"] for row in alone]
-    both = steps_of(folders, tmp_path / "both", KL, MSE | {"weight": 3.0}, evaluate_every=2)
-    share = 3 * norms[1] / (norms[0] + 3 * norms[1])
-    assert both[0]["gradient_shares"] == pytest.approx({"forward_kl": 1 - share, "logit_mse": share}, rel=1e-4)
-    assert "gradient_shares" not in both[1]
+    for size in (4, 2):
+        more = {"balance": True, "evaluate_every": 2, "micro_batch": size}
+        both = steps_of(folders, tmp_path / f"both-{size}", KL, MSE | {"weight": 3.0}, **more)
+        share = 3 * norms[1] / (norms[0] + 3 * norms[1])
+        assert both[0]["gradient_shares"] == pytest.approx({"forward_kl": 1 - share, "logit_mse": share}, rel=1e-4)
+        assert "gradient_shares" not in both[1]
+        terms = both[0]["terms"]
+        factor = (both[0]["loss"] - terms["forward_kl"]) / (3 * terms["logit_mse"])
+        assert factor == pytest.approx(norms[0] / norms[1], rel=1e-4)
 
 
-def test_balanced_losses_have_the_shares_of_their_weights(folders: Path, tmp_path: Path) -> None:
-    losses = (KL, HIDDEN | {"weight": 0.25}, MSE | {"weight": 0.0625})
-    rows = steps_of(folders, tmp_path / "out", *losses, balance=True, evaluate_every=1)
-    total = 1.3125
-    wanted = {"forward_kl": 1 / total, "hidden": 0.25 / total, "logit_mse": 0.0625 / total}
-    for row in rows:
-        assert row["gradient_shares"] == pytest.approx(wanted, rel=1e-4)
+def test_losses_on_hidden_states_are_balanced_too(folders: Path, tmp_path: Path) -> None:
+    rows = steps_of(folders, tmp_path / "out", KL, HIDDEN, balance=True, evaluate_every=1)
+    assert all(0 < row["gradient_shares"]["hidden"] < 1 for row in rows)
+    plain = steps_of(folders, tmp_path / "plain", KL, HIDDEN, evaluate_every=1)
+    assert all("gradient_shares" not in row for row in plain)
+    assert plain[0]["terms"] == pytest.approx(rows[0]["terms"]) and plain[0]["loss"] != rows[0]["loss"]
 
 
 def test_a_loss_without_a_gradient_keeps_its_weight() -> None:

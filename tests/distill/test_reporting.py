@@ -32,7 +32,6 @@ LOSSES = [
     {"of": {"loss": "reverse_kl"}, "weight": 0.5},
     {"of": {"loss": "forward_kl", "temperature": 2.0}},
 ]
-NAMES = ["forward_kl", "reverse_kl", "forward_kl_2"]
 STEP = {"step", "loss", "terms", "rate", "gradient_norm", "tokens", "tokens_per_second", "seconds"}
 LOOK = {"step", "tokens", "kl", "perplexity", "teacher_perplexity"}  # and seconds, but for the first
 TIMED = {"seconds", "tokens_per_second"}
@@ -102,13 +101,11 @@ def test_every_step_and_every_look_is_a_line(whole: Distilled, folders: Path) ->
     steps, looks = [row for row in found if "loss" in row], [row for row in found if "kl" in row]
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1)) and len(found) == len(steps) + len(looks)
     assert [row["step"] for row in looks] == [0, 3, 6, 7] == [row["step"] for row in whole.history]
-    shared = [row.pop("gradient_shares") for row in steps if row["step"] in (1, 4, 7)]  # after looks
-    assert all(math.isclose(sum(shares.values()), 1.0) and list(shares) == NAMES for shares in shared)
     assert all(row.keys() == STEP for row in steps) and all(row.keys() - {"seconds"} == LOOK for row in looks)
     assert [row["kl"] for row in looks] == [row["kl"] for row in whole.history]
     for row in steps:
         terms = row["terms"]
-        assert list(terms) == NAMES
+        assert list(terms) == ["forward_kl", "reverse_kl", "forward_kl_2"]
         weighted = terms["forward_kl"] + 0.5 * terms["reverse_kl"] + terms["forward_kl_2"]
         assert math.isclose(row["loss"], weighted, rel_tol=1e-12)
         assert row["rate"] == rate(row["step"] - 1, STEPS, 0.05, 0.1)
@@ -153,8 +150,7 @@ def test_trackers_get_the_same_numbers(
     rows = lines(tmp_path / "out" / "metrics.jsonl")
     assert [name for name, _ in steps] == [f"step {row['step']}" for row in rows]
     for (_, seen), row in zip(steps, rows, strict=True):
-        maps = [(key, row.pop(key, {})) for key in ("terms", "gradient_shares")]
-        flat = {f"{key}/{name}": value for key, values in maps for name, value in values.items()}
+        flat = {f"terms/{name}": value for name, value in row.pop("terms", {}).items()}
         assert seen == {key: value for key, value in (row | flat).items() if key != "step"}
 
 
