@@ -6,8 +6,8 @@
 
 Make a model smaller: `plan`, `compress`, `drop_blocks` (and `least_damage`, `alike_blocks`), `narrow`, `distill`; of a
 mixture's experts: `prune_experts`, `merge_experts`, `condense_experts`, `replace_experts`.
-Look at the result: `read` its report, `verify` its files, `score` it, `compare` it, see where it has
-a `drift`, `bench` its speed.
+Look at the result: `read` its report, `verify` its files, `score` it, `compare` it, see its `drift`
+block by block, `bench` its speed.
 Run it: transformers loads it after this import; `accelerate`, `decoded` and `cache` trade memory for speed.
 Train on top of it: `plain_head`, `fold`.
 Hand it on: `export`, `push`.

@@ -20,16 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.streaming import Streamed, from_disk, in_memory
+from llmcompress.calibrate.streaming import Streamed
 from llmcompress.errors import InputError, NumericsError
-from llmcompress.evaluate.logits import Counting, OnDisk, Readable, opened
+from llmcompress.evaluate.logits import Counting, by_blocks, opened
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.models.fits import check_fits
 from llmcompress.models.kept_blocks import matched_blocks
 from llmcompress.models.locate import locate
 from llmcompress.models.tokenizer import load_tokenizer
-from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.precision import fast_float32
 
 BRIEF = Protocol(windows=8, length=512)
@@ -103,17 +102,12 @@ def drift(
     check_fits(device, "reading it", [], places)
     mine, theirs = (opened(place, device) for place in places)
     ids = evaluation_windows(tokenizer, protocol, mine.config, theirs.config)
-    found = tuple(_by_blocks(_streamed(mine), _streamed(theirs), ids, progress))
+    found = tuple(_drifts(by_blocks(mine), by_blocks(theirs), ids, progress))
     names = [place.public_name for place in places]
     return Drift(names[0], names[1], protocol.to_json(), ids.numel(), found)
 
 
-def _streamed(model: Readable) -> Streamed:
-    """Return the model as one that gives its blocks one at a time."""
-    return from_disk(model.source, device_of(model.device)) if isinstance(model, OnDisk) else in_memory(model)
-
-
-def _by_blocks(mine: Streamed, theirs: Streamed, ids: Tensor, progress: Counting | None) -> Iterator[BlockDrift]:
+def _drifts(mine: Streamed, theirs: Streamed, ids: Tensor, progress: Counting | None) -> Iterator[BlockDrift]:
     """Let both models pass, and yield the drift at each block of `mine`, then behind its last."""
     originals = matched_blocks(mine.model, theirs.model) | {mine.depth: theirs.depth}
     given, wanted = (model.embedded(ids, 1) for model in (mine, theirs))

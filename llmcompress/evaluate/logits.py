@@ -95,7 +95,7 @@ def _passed(model: Readable, ids: Tensor, batch_size: int, blocks: Counting | No
     if not isinstance(model, OnDisk) and not _streams(model):
         return None
     try:
-        streamed = from_disk(model.source, device_of(model.device)) if isinstance(model, OnDisk) else in_memory(model)
+        streamed = by_blocks(model)
         states = streamed.embedded(ids, batch_size)
         for index in range(streamed.depth):
             streamed.advance(states, index)
@@ -104,6 +104,11 @@ def _passed(model: Readable, ids: Tensor, batch_size: int, blocks: Counting | No
     except InputError:
         return None  # what else is wrong is found again by whatever reads it whole
     return streamed, states
+
+
+def by_blocks(model: Readable) -> Streamed:
+    """Return a model as one whose blocks are held one at a time. Raises InputError if they cannot be told apart."""
+    return from_disk(model.source, device_of(model.device)) if isinstance(model, OnDisk) else in_memory(model)
 
 
 def _streams(model: PreTrainedModel) -> bool:

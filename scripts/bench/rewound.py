@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress  # noqa: F401 (registers the format)
 from llmcompress.distill.student.low_rank import teachers_weights
+from llmcompress.distill.student.regrow import pruned_linears
 from llmcompress.models.dense import load_model
 from llmcompress.models.locate import locate
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
@@ -32,18 +33,15 @@ def main() -> None:
     options = parser.parse_args()
     student = AutoModelForCausalLM.from_pretrained(options.student)
     dense = teachers_weights(student, load_model(locate(options.teacher)))
-    changed = 0
-    for name, layer in compressed_linears(student).items():
-        match layer.expression():
-            case Where(index, Dense(values), Zero()) as pruned:
-                back = dense(name).to(values)
-                put(student, name, CompressedLinear.of(Where(index, Dense(back), Zero(shape(pruned))), layer.bias))
-                changed += 1
-    if not changed:
+    layers, pruned = compressed_linears(student), pruned_linears(student)
+    if not pruned:
         raise SystemExit(f"{options.student} has no matrix of values and zeros")
+    for name, (index, values) in pruned.items():
+        back = Dense(dense(name).to(values))
+        put(student, name, CompressedLinear.of(Where(index, back, Zero(shape(back))), layers[name].bias))
     student.save_pretrained(options.output)
     AutoTokenizer.from_pretrained(options.student).save_pretrained(options.output)
-    print(f"{changed} matrices have their dense values where they are not pruned: {options.output}")
+    print(f"{len(pruned)} matrices have their dense values where they are not pruned: {options.output}")
 
 
 if __name__ == "__main__":

@@ -152,8 +152,7 @@ class Engine:
     def gradient_norm(self) -> float:
         """Return the norm of the gradients that are there, over all parameters, and remove them; not where they are
         partitioned."""
-        self.freezer.hold()
-        norm = float(_whole(torch.nn.utils.clip_grad_norm_(self.student.named().values(), math.inf)))
+        norm = self._clipped(math.inf)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -164,12 +163,16 @@ class Engine:
         """
         if self.zero is not None:
             return self.zero.step(most)
-        self.freezer.hold()
-        norm = float(_whole(torch.nn.utils.clip_grad_norm_(self.student.named().values(), most)))
+        norm = self._clipped(most)
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _clipped(self, most: float) -> float:
+        """Scale gradients so that their norm is at most `most`, and return it as it was; those of frozen codes go."""
+        self.freezer.hold()
+        return float(_whole(torch.nn.utils.clip_grad_norm_(self.student.named().values(), most)))
 
     def update(self, done: float) -> dict[str, int]:
         """Update the codes after a step, when a share `done` of all steps is done.

@@ -41,7 +41,7 @@ def grow(model: PreTrainedModel, asked: Regrowth, teacher: PreTrainedModel) -> d
     `teacher`: the dense model, whose weights those that come back may start at. Raises RecipeError for a pattern that
     matches no matrix of values and zeros.
     """
-    pruned = {name: found for name, layer in compressed_linears(model).items() if (found := _parts(layer))}
+    layers, pruned = compressed_linears(model), pruned_linears(model)
     for each in asked.match:
         if not any(matches(each, name) for name in pruned):
             there = f"it has {listed(pruned)}" if pruned else "it has none"
@@ -51,9 +51,13 @@ def grow(model: PreTrainedModel, asked: Regrowth, teacher: PreTrainedModel) -> d
     for name in chosen:
         index, values = pruned[name]
         back = torch.zeros_like(values) if targets is None else targets(name).to(values)
-        layer = compressed_linears(model)[name]
-        put(model, name, CompressedLinear.of(Dense(values.where(index.inside, back)), layer.bias))
+        put(model, name, CompressedLinear.of(Dense(values.where(index.inside, back)), layers[name].bias))
     return {name: pruned[name][0] for name in chosen}
+
+
+def pruned_linears(model: PreTrainedModel) -> dict[str, tuple[Bitmap | Pattern, Tensor]]:
+    """Return the mask and the values `[out, in]` of each linear of a model that is nothing else, by name."""
+    return {name: found for name, layer in compressed_linears(model).items() if (found := _parts(layer))}
 
 
 @torch.no_grad()
