@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
+from llmcompress.distill.run import distill
 from tests.tiny import save_tiny
 
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
@@ -34,6 +36,23 @@ def recipe(place: Path, **more: Any) -> dict[str, Any]:
     data = {"dataset": str(place / "text.txt"), "samples": 28, "length": 32, "held_out": 4}
     exact = {"batch": 4, "micro_batch": 2, "evaluate_every": 100, "compute": "float32"}
     return {"version": 1, "data": data, "rates": {"scales": 5e-3}, **exact} | more
+
+
+class Cut(Exception):
+    """An interruption of a run."""
+
+
+def cut_short(place: Path, settings: dict[str, Any], output: Path, calls: int) -> None:
+    """Begin a distillation that ends when it reports for the `calls`-th time."""
+    left = [calls]
+
+    def cut(*_: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise Cut
+
+    with pytest.raises(Cut):
+        distill(place / "small", place / "dense", settings, output, progress=cut)
 
 
 def weights_bytes(folder: Path) -> int:

@@ -11,7 +11,7 @@ import pytest
 from llmcompress.distill.balance import balanced
 from llmcompress.distill.run import distill
 from llmcompress.errors import RecipeError
-from tests.distill.miniature import make, recipe
+from tests.distill.miniature import cut_short, make, recipe
 
 RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}]
 KL = {"of": {"loss": "forward_kl"}}
@@ -67,15 +67,7 @@ def test_a_loss_without_a_gradient_keeps_its_weight() -> None:
 def test_a_run_that_was_cut_between_looks_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
     asked = settings(folders, KL, HIDDEN, balance=True, steps=4, evaluate_every=3, save_every=1)
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
-    left = [2]
-
-    def cut(*_: Any) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=cut)
+    cut_short(folders, asked, tmp_path / "cut", 2)
     again = distill(folders / "small", folders / "dense", asked, tmp_path / "cut")
     assert [row["kl"] for row in again.history] == [row["kl"] for row in whole.history]
     for path in sorted((tmp_path / "whole").glob("*.safetensors")):

@@ -27,7 +27,7 @@ from llmcompress.models.store import Store
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
 from llmcompress.weight.modules import compressed_linears
-from tests.distill.miniature import loaded, make, recipe
+from tests.distill.miniature import cut_short, loaded, make, recipe
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny
 
 RULES = [{"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2, "group_size": 16}]}]
@@ -188,25 +188,13 @@ def test_phases_follow_each_other(folders: Path, tmp_path: Path) -> None:
     assert math.isclose(second.history[-1]["kl"], distances[-1], rel_tol=1e-3)
 
 
-class Cut(Exception):
-    """An interruption of a run."""
-
-
 @pytest.mark.parametrize("calls", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_that_was_cut_in_a_phase_ends_as_a_whole_one(calls: int, folders: Path, tmp_path: Path) -> None:
     """After the first of two blocks, and after the second of three steps."""
     phases = [{"kind": "blockwise", "steps": 2}, {"kind": "end_to_end", "steps": 3}]
     settings = recipe(folders, phases=phases, save_every=1)
     whole = distill(folders / "small", folders / "dense", settings, tmp_path / "whole")
-    left = [calls]
-
-    def cut(*_: Any) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise Cut
-
-    with pytest.raises(Cut):
-        distill(folders / "small", folders / "dense", settings, tmp_path / "cut", progress=cut)
+    cut_short(folders, settings, tmp_path / "cut", calls)
     again = distill(folders / "small", folders / "dense", settings, tmp_path / "cut")
     assert [row["kl"] for row in again.history] == [row["kl"] for row in whole.history]
     for path in sorted((tmp_path / "whole").glob("*.safetensors")):

@@ -21,7 +21,7 @@ from llmcompress.recipe.read import read_as
 from llmcompress.recipe.regrowth import Regrowth
 from llmcompress.weight.modules import CompressedLinear, compressed_linears
 from llmcompress.weight.nodes import Bitmap, Dense, Pattern, Where
-from tests.distill.miniature import loaded, make, recipe, weights_bytes
+from tests.distill.miniature import cut_short, loaded, make, recipe, weights_bytes
 
 RULES = [
     {"match": "*.mlp.*", "steps": [{"method": "wanda", "pattern": "2:4"}]},
@@ -136,20 +136,12 @@ def test_a_run_that_was_cut_after_it_pruned_again_ends_as_a_whole_one(folders: P
     phases = [{"kind": "end_to_end", "steps": 2, "regrow": {"match": "*.mlp.*"}}, {"kind": "end_to_end", "steps": 2}]
     settings = recipe(folders, rates=RATES, phases=phases, save_every=1)
     distill(folders / "small", folders / "dense", settings, tmp_path / "whole")
-    left = [3]
-
-    def cut(*_: Any) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        distill(folders / "small", folders / "dense", settings, tmp_path / "cut", progress=cut)
+    cut_short(folders, settings, tmp_path / "cut", 3)
     distill(folders / "small", folders / "dense", settings, tmp_path / "cut")
     for path in sorted((tmp_path / "whole").glob("*.safetensors")):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
-    whole, cut_short = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut"))
-    assert len(whole) == len(cut_short)
+    whole, cut = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut"))
+    assert len(whole) == len(cut)
 
 
 @pytest.mark.parametrize(
