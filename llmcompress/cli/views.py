@@ -274,6 +274,9 @@ def distilled_view(found: Row, every: bool) -> Iterator[RenderableType]:
     yield f"plot    {found['plot'] or 'none: it needs matplotlib (the extra report)'}"
     if (cost := found.get("quantized_teacher")) is not None:
         yield f"bits    {cost['bits']} of the teacher while it taught · KL {cost['kl']:.4f} to itself before"
+    for name, last in found.get("controls", {}).items():
+        reached = last.get("failed") or f"KL {last['kl']:.4f} · perplexity {last['perplexity']:.3f}, on the same tokens"
+        yield f"control {name.replace('_', ' ')} · {reached}"
     if found["cache_bias"] is not None:
         bias = found["cache_bias"]["after"]
         seen = f"KL {bias['kl_with_tail']:.4f} of {bias['kl']:.4f}"

@@ -32,14 +32,17 @@ LOGS = ".logs"  # follows the name of the output folder: the folder for files of
 
 
 class Metrics:
-    """The file of one run and its trackers. If there are several processes, only the first one writes."""
+    """The file of one run and, if it is `tracked`, its trackers. If there are several processes, only the first one
+    writes."""
 
-    def __init__(self, path: Path, accelerator: Accelerator, phase: int | None = None, before: int = 0) -> None:
-        self.path, self.accelerator, self.phase, self.before = path, accelerator, phase, before
+    def __init__(
+        self, path: Path, accelerator: Accelerator, phase: int | None = None, before: int = 0, *, tracked: bool = True
+    ) -> None:
+        self.path, self.accelerator, self.phase, self.before, self.tracked = path, accelerator, phase, before, tracked
 
     def of_phase(self, number: int, before: int) -> Metrics:
         """Return the metrics of one phase of several, after `before` steps in earlier ones; lines hold its number."""
-        return Metrics(self.path, self.accelerator, number, before)
+        return Metrics(self.path, self.accelerator, number, before, tracked=self.tracked)
 
     def start(self, step: int, begun: bool) -> None:
         """Drop the lines of this phase after `step`, where it resumes; all its lines unless it has `begun`."""
@@ -58,7 +61,8 @@ class Metrics:
         """Write one line, which is in the file when this returns; null for numbers that JSON lacks. Raises DiskError
         if the file cannot be written."""
         entry = entry if self.phase is None else {"phase": self.phase, **entry}
-        self.accelerator.log(dict(_scalars(entry)), step=self.before + entry["step"])
+        if self.tracked:
+            self.accelerator.log(dict(_scalars(entry)), step=self.before + entry["step"])
         if not self.accelerator.is_main_process:
             return
         try:

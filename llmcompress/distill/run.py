@@ -6,45 +6,41 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
 from llmcompress.data.distillation import Data, read_data
+from llmcompress.distill.begin import DistillationJob, check_outputs, learned_from, load_pair, taught
 from llmcompress.distill.check_fused import check_fused, fused_into
 from llmcompress.distill.context import Report, TrainContext
-from llmcompress.distill.metrics import Metrics, start_trackers, term_names
+from llmcompress.distill.controls import measured_controls
+from llmcompress.distill.metrics import start_trackers, term_names
 from llmcompress.distill.objective.early_exits import Exits
-from llmcompress.distill.objective.heads import check_boundaries, check_head, check_pair
-from llmcompress.distill.parallel.launch import check_enough, is_given, launched_accelerator, loading_device
-from llmcompress.distill.phases import Learned, learn
+from llmcompress.distill.objective.heads import check_pair
+from llmcompress.distill.parallel.launch import is_given, launched_accelerator
+from llmcompress.distill.phases import Learned
 from llmcompress.distill.ready import memory_advice
 from llmcompress.distill.resume import METRICS
 from llmcompress.distill.student.folder import StudentFolder, open_folder
-from llmcompress.distill.student.model import Student
-from llmcompress.distill.teacher.predictions import ReadsAlong
-from llmcompress.distill.teacher.quantized import check_teacher, taught_by_quantized, without_remarks
-from llmcompress.distill.teacher.remembered import measured_bias, remembered, remove_cache, taught_from_cache
+from llmcompress.distill.teacher.quantized import check_teacher, without_remarks
+from llmcompress.distill.teacher.remembered import remove_cache
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.gates import GateReport, of_numbers
 from llmcompress.evaluate.plots import distillation_png
 from llmcompress.models import file_names
-from llmcompress.models.auto_class import check_causal
 from llmcompress.models.binding import binding
 from llmcompress.models.checkpoint import making
 from llmcompress.models.companions import Companions, companions
 from llmcompress.models.dense import load_model
 from llmcompress.models.digest import content_digest, teacher_digest, tokenizer_digest
-from llmcompress.models.fits import check_fits
-from llmcompress.models.headers import stored_dtype
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.remote_code import code_files
 from llmcompress.models.staging import check_output, claim, locked
@@ -56,15 +52,12 @@ from llmcompress.recipe.published import published
 from llmcompress.recipe.read import dump, read_as
 from llmcompress.runtime.memory import keeping_freed_memory
 from llmcompress.runtime.notebook import counted
-from llmcompress.runtime.precision import fast_float32, product_dtype, products
+from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.ranks import Ranks, launched
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.modules import CompressedLinear, Layout, Multiplying, compressed_modules
 from llmcompress.weight.tied import base_of, described
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 TRAINING = ".training"  # follows the name of the output folder: the state of an interrupted run
 COMPRESSED_TEACHER = "the teacher is compressed too, so what it lost the student does not learn"
@@ -80,7 +73,8 @@ class Distilled:
     oscillated} of each, and {before, after, step, frozen} of every block of a blockwise one: its held-out errors and
     its best step; `losses`: the weight of each, end to end; `teacher_id`: its Hub id, if it has one; `plot`: the file
     of its curve, None if matplotlib is missing; `cache_bias`: the bias of a cached teacher; `quantized_teacher`:
-    {bits, kl, perplexity} of a teacher that was quantized, on the held-out sequences, with kl from its dense form.
+    {bits, kl, perplexity} of a teacher that was quantized, on the held-out sequences, with kl from its dense form;
+    `controls`: the last look of each control at the held-out sequences, or why it failed, see `measured_controls`.
     """
 
     output: str
@@ -100,6 +94,7 @@ class Distilled:
     warnings: tuple[str, ...] = ()
     cache_bias: dict[str, dict[str, float]] | None = None  # before and after, see `kept.measured_bias`
     quantized_teacher: dict[str, float] | None = None
+    controls: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""
@@ -167,7 +162,7 @@ def _distilled(
         recipe_text = dump(published(asked))
         check_output(target, opened.bytes)
         tokenizer, theirs = (load_tokenizer(each.folder, each.trust_remote_code) for each in (pupil, place))
-        pair = _pair(pupil, place, asked, accelerator)
+        pair = load_pair(pupil, place, asked, accelerator)
         check_pair(*pair, [tokenizer.get_vocab(), theirs.get_vocab()])
         check_teacher(pair[1], asked.teacher.bits)
     data = ranks.first(partial(read_data, asked.data, tokenizer, partial(load_model, place), pair[1].config))
@@ -177,101 +172,28 @@ def _distilled(
     if ranks.rank == 0:
         claim(training)
     store = Store(training, identity)
+    job = DistillationJob(pupil, place, asked, target, data, store, accelerator, ranks)
     with ranks.agreed():
-        run = _run(asked, Student(pair[0], {}, {}), pair[1], data, store, accelerator, ranks)
+        run = job.context(pair)
         if not is_given(accelerator):  # in such a process it has another precision
-            _check_outputs(pair, data)
+            check_outputs(pair, data)
         Exits.of(pair[0], asked.losses)  # refuses a missing exit before a teacher is cached
     warnings = () if not compressed_modules(pair[1]) else (COMPRESSED_TEACHER,)
     start_trackers(asked, accelerator)
     with memory_advice(asked), without_remarks(), keeping_freed_memory():
-        run, cost = _taught(run, place, target)
+        run, cost = taught(run, place, target)
         del pair  # so that a teacher which the run does not need is gone
-        learned, bias = _learned(run, progress)
-    done = _result(run, learned, target, place, opened.layouts)
-    done = replace(done, warnings=warnings, cache_bias=bias, quantized_teacher=cost)
+        learned, bias = learned_from(run, progress)
+        done, metrics = _result(run, learned, target, place, opened.layouts), run.metrics.path
+        del run
+        controls = measured_controls(job, progress)
+    done = replace(done, warnings=warnings, cache_bias=bias, quantized_teacher=cost, controls=controls)
     if accelerator.is_main_process:
-        _write(opened, beside, learned, recipe_text, done, target, run.metrics.path)
+        _write(opened, beside, learned, recipe_text, done, target, metrics)
         store.clear()
         if asked.teacher.kind == "cached":
             remove_cache(asked.teacher, target)
     return done
-
-
-def _pair(
-    pupil: Place, place: Place, asked: Distillation, accelerator: Accelerator
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Load student and teacher. Where another process gives this one its shares of them, their files are only mapped,
-    in the dtypes that they are stored in."""
-    where = loading_device(accelerator)
-    dtype = product_dtype(asked.compute, accelerator.device) if asked.teacher.bits is None else torch.float32
-    check_fits(where, "distilling", [pupil, place], dtype=dtype)
-    dtypes = (torch.float32, dtype)
-    if is_given(accelerator):
-        dtypes = (stored_dtype(pupil.folder), stored_dtype(place.folder))
-    student = load_model(pupil, where, dtypes[0])
-    teacher = load_model(place, where if asked.teacher.bits is None else "cpu", dtypes[1])
-    for model in (student, teacher):
-        check_causal(model.config, "distilling")
-    return student, teacher
-
-
-def _check_outputs(pair: tuple[PreTrainedModel, PreTrainedModel], data: Data) -> None:
-    """Raise InputError for a model whose logits, or whose documents in one sequence, are not computed as here."""
-    for model in pair:
-        check_head(model, data.sequences.ids)
-        if data.sequences.documents is not None:
-            check_boundaries(model, data.sequences.ids)
-
-
-def _run(
-    recipe: Distillation,
-    student: Student,
-    teacher: PreTrainedModel,
-    data: Data,
-    store: Store,
-    accelerator: Accelerator,
-    ranks: Ranks,
-) -> TrainContext:
-    dtype = product_dtype(recipe.compute, accelerator.device)
-    teacher.requires_grad_(False)
-    check_enough(len(data.sequences), recipe)
-    return TrainContext(
-        recipe,
-        student,
-        teacher,
-        lambda: teacher,
-        ReadsAlong(teacher),
-        data,
-        store,
-        accelerator,
-        Metrics(store.folder / METRICS, accelerator),
-        # recomputed activations must come from the same operations, and the second time torch's attention is there
-        partial(products, accelerator.device, dtype, attention=not recipe.checkpointing),
-        ranks,
-    )
-
-
-def _taught(run: TrainContext, place: Place, output: Path) -> tuple[TrainContext, dict[str, float] | None]:
-    """Return `run` with the kind of teacher that its recipe asks for, from `place`, and the cost of quantizing it."""
-    asked, cost = run.recipe.teacher, None
-    if asked.bits is not None or asked.kind == "cached":
-        run = remembered(run, place)
-    if asked.bits is not None:
-        run, cost = taught_by_quantized(run, asked.bits, place)
-    if asked.kind == "cached":
-        run = taught_from_cache(run, asked, place, output)
-    return run, cost
-
-
-def _learned(run: TrainContext, progress: Report | None) -> tuple[Learned, dict[str, dict[str, float]] | None]:
-    """Run the phases; return what they learned, and the bias of a cached teacher before and after."""
-    if run.recipe.teacher.kind == "online":
-        return learn(run, progress), None
-    k = run.recipe.teacher.k
-    before = measured_bias(run, k)
-    learned = learn(run, progress)
-    return learned, {"before": before, "after": measured_bias(run, k)}
 
 
 def _identity(recipe: Distillation, data: Data, opened: StudentFolder, teacher: Place) -> dict[str, Any]:

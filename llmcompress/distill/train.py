@@ -49,8 +49,8 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
     recipe, accelerator = run.recipe, run.accelerator
     states = [term.of.start() for term in recipe.losses]
     matching = StateMatching.of(run.student.model, run.reader, recipe.losses, recipe.seed)
-    run.student.join(matching.projections)
     objective = Objective(run.student.model, run.teaching, matching, list(zip(recipe.losses, states, strict=True)))
+    run.student.join(objective.projections)
     optimizer = optimizer_of(recipe, _groups(run))
     again = recomputed(run.student.model, not is_given(accelerator)) if recipe.checkpointing else nullcontext()
     with ExitStack() as stack:

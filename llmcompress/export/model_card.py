@@ -37,6 +37,7 @@ LICENCE = re.compile(r"[\w.+-]{1,100}")
 
 
 NO_PLOT = "\nThere is no plot of the layers: matplotlib was not installed where this was published."
+CONTROL_WORDS = {"no_teacher": "without a teacher", "vanilla": "by forward KL alone"}  # of one table's headings
 NO_CURVE = "\nThere is no plot of it: matplotlib was not installed where it ran."
 
 
@@ -172,12 +173,23 @@ def _distillation(taught: Taught) -> Iterator[str]:
         f"Taught by {teacher} in {done['steps']:,} steps on {done['tokens']:,} tokens of {_sources(done['data'])}. "
         f"Loss: {losses}. What trained: {trained}.{grown}{_cost(done.get('quantized_teacher'))}\n"
     )
-    yield "| on text held out of it | before | after | teacher |\n|---|---|---|---|"
-    yield f"| KL to the teacher, nats/token | {before['kl']:.4f} | {after['kl']:.4f} | 0 |"
-    perplexities = (before["perplexity"], after["perplexity"], after["teacher_perplexity"])
-    yield f"| perplexity | {' | '.join(f'{value:.3f}' for value in perplexities)} |"
+    yield from _gains(before, after, done.get("controls", {}))
     yield f"\n![Held-out KL and perplexity by tokens]({DISTILLATION_PLOT})" if done["plot"] else NO_CURVE
     yield f"\nRecipe:\n\n{fenced(taught.recipe, 'yaml')}\n"
+
+
+def _gains(before: dict[str, Any], after: dict[str, Any], controls: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yield a table of looks at the held-out text, those of controls among them, and what became of the others."""
+    ended = {CONTROL_WORDS[name]: last for name, last in controls.items() if "failed" not in last}
+    looks = {"before": before, "after": after, **ended}
+    yield f"| on text held out of it | {' | '.join(looks)} | teacher |\n|{'---|' * (len(looks) + 2)}"
+    kls = [f"{look['kl']:.4f}" for look in looks.values()]
+    perplexities = [look["perplexity"] for look in looks.values()] + [after["teacher_perplexity"]]
+    yield f"| KL to the teacher, nats/token | {' | '.join(kls)} | 0 |"
+    yield f"| perplexity | {' | '.join(f'{value:.3f}' for value in perplexities)} |"
+    for name, last in controls.items():
+        if "failed" in last:
+            yield f"\nThe control {CONTROL_WORDS[name]} failed: {plain(last['failed'])}."
 
 
 def _cost(quantized: dict[str, Any] | None) -> str:

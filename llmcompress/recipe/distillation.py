@@ -81,6 +81,11 @@ class Term(BaseModel):
         description="of a loss on predictions: behind how many of the student's blocks its hidden states are read as "
         "predictions, in place of behind the last; the loss is the mean over them",
     )
+    branch: bool = Field(
+        default=False,
+        description="of exits: a square matrix before the norm of each, which trains at the rate of projections and is "
+        "dropped after the run",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Term:
@@ -90,6 +95,8 @@ class Term(BaseModel):
             raise ValueError(f"{self.of.loss} reads predictions, which are no layer's; leave layers out")
         if self.exits is not None and reads_states(self.of):
             raise ValueError(f"{self.of.loss} reads hidden states, no predictions at exits; name blocks in layers")
+        if self.branch and self.exits is None:
+            raise ValueError("branch is of exits, and there are none; name them, or leave it out")
         if self.exits is not None and (len(set(self.exits)) < len(self.exits) or min(self.exits) < 1):
             raise ValueError(f"exits {', '.join(map(str, self.exits))} must be different numbers of blocks, from 1 on")
         if reads_states(self.of) and not self.of.counts_tokens and len(self.layers or ()) != 1:
@@ -107,6 +114,12 @@ class Term(BaseModel):
         done = min(1.0, step / (self.weight.until * steps))
         return self.weight.start + done * (self.weight.to - self.weight.start)
 
+
+Control = Literal["no_teacher", "vanilla"]
+CONTROLS: dict[Control, tuple[Term, ...]] = {
+    "no_teacher": (Term(of={"loss": "cross_entropy"}),),
+    "vanilla": (Term(of={"loss": "forward_kl"}),),
+}
 
 Rates = Annotated[dict[Kind, Rate], Field(min_length=1)]
 Estimators = Literal["plain", "reste", "biper"]
@@ -185,13 +198,19 @@ class Distillation(BaseModel):
         description="weights of losses are proportions of the norms of their gradients, measured at every look at the "
         "held-out sequences; false: of the losses themselves",
     )
+    controls: tuple[Control, ...] = Field(
+        default=(),
+        description="run beside it, for the report: the same student on the same tokens without a teacher "
+        "(no_teacher), by plain forward KL (vanilla)",
+    )
     teacher: Teacher = Field(default=Teacher(), description="where the teacher's predictions come from")
     rates: dict[Kind, Rate] = Field(
         default={"scales": 1e-3, "factors": 1e-3, "norms": 1e-3},
         min_length=1,
         description="learning rates of what trains, in shares of the size of its numbers: latent codes, scales of "
         "grids, values kept as they are, low-rank factors, norms and biases, weights of linears that are "
-        "dense, projections of hidden states to the teacher's width; what has no rate stays as it is",
+        "dense, projections of hidden states to the teacher's width, branches of exits with them; what has no rate "
+        "stays as it is",
     )
     adapt: Adaptation | None = Field(
         default=None, description="low-rank terms that are added to compressed linears, and trained with the factors"
@@ -263,6 +282,8 @@ class Distillation(BaseModel):
                 raise ValueError(
                     "regrow lets kept weights train, which rates has nothing for; give rates one for values"
                 )
+            if any(term.branch for term in self.losses) and "projections" not in stage.rates:
+                raise ValueError("branches of exits train with the projections, which rates has nothing for; add them")
             if stage.adapt is not None and "factors" not in stage.rates:
                 raise ValueError("adapt adds low-rank factors, which rates has nothing for; give rates one for factors")
             stage._check_latents()
@@ -276,9 +297,19 @@ class Distillation(BaseModel):
             )
         if self.balance and len(self.losses) == 1:
             raise ValueError("balance is between several losses, and there is one; leave it out")
+        self._check_controls()
         if self.teacher.kind == "cached":
             self._check_cached()
         return self
+
+    def _check_controls(self) -> None:
+        """Raises ValueError for controls that would be this distillation itself, or each other."""
+        if len(set(self.controls)) < len(self.controls):
+            raise ValueError("controls: each of them runs once; name no_teacher and vanilla once")
+        if self.controls and all(kind == "blockwise" for kind, _ in self.stages()):
+            raise ValueError("controls differ in their losses, which blockwise phases do not have; leave them out")
+        if same := [name for name in self.controls if CONTROLS[name] == self.losses]:
+            raise ValueError(f"controls: {same[0]} has the losses that the recipe has itself; leave it out")
 
     def _check_latents(self) -> None:
         """Raises ValueError for what is asked of latent codes that there are none of, or not such ones."""

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 import llmcompress as lc
 from llmcompress.cli.views import distilled_view
 from llmcompress.data.batch import Batch
-from llmcompress.distill import run
+from llmcompress.distill import begin
 from llmcompress.distill.held_out import distances
 from llmcompress.distill.run import distill
 from llmcompress.distill.teacher import cache, remembered
@@ -266,14 +266,14 @@ def test_the_teacher_is_gone_while_the_student_learns(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[weakref.ref[Any]] = []
-    load, forward = run.load_model, remembered.write_cache
+    load, forward = begin.load_model, remembered.write_cache
 
     def counted(*given: Any) -> Any:
         model = load(*given)
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(run, "load_model", counted)
+    monkeypatch.setattr(begin, "load_model", counted)
     alive: list[int] = []
     asked = recipe(folders, steps=4, teacher={"kind": "cached", "k": 8, "folder": str(tmp_path / "cache")})
     distill(

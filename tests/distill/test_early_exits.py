@@ -195,3 +195,47 @@ def test_a_recipe_with_exits_reads_back_equal(tmp_path: Path) -> None:
     recipe = Distillation.model_validate({"losses": [FORWARD, OFA]})
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     assert read_as(Distillation, tmp_path / "recipe.yaml") == recipe and recipe.losses[1].exits == (1, 2)
+
+
+def test_a_branch_starts_as_the_identity_and_has_the_gradient_of_a_matrix() -> None:
+    """Beside whole logits of states that a matrix turns, by plain autograd."""
+    student, teacher = pair()
+    batch, weight = ragged(), 0.3 / 29
+    plain, _ = objective(student, teacher, FORWARD, OFA)(batch, [0.0, weight])
+    found = objective(student, teacher, FORWARD, OFA | {"branch": True})
+    total, _ = found(batch, [0.0, weight])
+    assert_close(total, plain, **EXACT)
+    assert sorted(found.projections) == ["branch_1_behind_1", "branch_1_behind_2"]
+    generator = torch.Generator().manual_seed(0)
+    for branch in found.projections.values():
+        branch.weight.data += 0.1 * torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    matrices = [branch.weight.detach().clone().requires_grad_() for branch in found.projections.values()]
+    wanted = teacher(batch.ids, use_cache=False).logits[batch.predicting]
+    with states_between(student, [1, 2]) as states:
+        student(batch.ids, use_cache=False)
+    frozen = {name: value.detach() for name, value in student.model.norm.named_parameters()}
+    expected, head = torch.zeros((), dtype=torch.float64), student.lm_head.weight.detach()
+    for number, matrix in zip([1, 2], matrices, strict=True):
+        turned = states[number][batch.predicting] @ matrix.T
+        logits = torch.func.functional_call(student.model.norm, frozen, (turned,)) @ head.T
+        loss = enhanced_cross_entropy(logits, wanted, batch.ids[batch.counted], 1.5)
+        expected = expected + weight * loss / 2
+    total, _ = found(batch, [0.0, weight])
+    assert_close(total, expected, **EXACT)
+    inside = list(student.model.layers.parameters())
+    slopes = torch.autograd.grad(total, inside + list(found.projections.parameters()), materialize_grads=True)
+    others = torch.autograd.grad(expected, inside + matrices, allow_unused=True, materialize_grads=True)
+    for one, other in zip(slopes, others, strict=True):
+        assert_close(one, other, rtol=1e-5, atol=1e-9)  # the library's norms are float32
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([FORWARD, {"of": {"loss": "ofa"}, "branch": True}], "branch is of exits"),
+        ([FORWARD, OFA | {"branch": True}], "add them"),
+    ],
+)
+def test_branches_without_exits_or_rate_are_refused(losses: Any, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        read_as(Distillation, {"version": 1, "losses": losses})

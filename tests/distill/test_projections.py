@@ -27,7 +27,7 @@ from tests.tiny import save_tiny, tiny
 
 FORWARD = {"of": {"loss": "forward_kl"}}
 HIDDEN = {"of": {"loss": "hidden"}, "weight": 0.5, "layers": [[1, 2], [2, 3]]}
-EXITS = {"of": {"loss": "ofa"}, "exits": [1, 2], "weight": 0.1}
+EXITS = {"of": {"loss": "ofa"}, "exits": [1, 2], "branch": True, "weight": 0.1}
 RATES = {"weights": 2e-2, "norms": 1e-2, "projections": 2e-2}
 IDS = torch.arange(36).reshape(3, 12) * 7 % 256
 
@@ -135,7 +135,7 @@ def test_a_narrower_student_learns_and_a_cut_run_ends_as_a_whole_one(place: Path
     recipe = asked(place, steps=12, losses=[FORWARD, HIDDEN, EXITS], rates=RATES, save_every=5)
     whole = distill(place / "narrow", place / "dense", recipe, tmp_path / "whole")
     assert whole.history[-1]["kl"] < 0.95 * whole.history[0]["kl"]
-    assert whole.trained["projections"] == 2 * 16 * 32
+    assert whole.trained["projections"] == 2 * 16 * 32 + 2 * 16 * 16
     before, after = tensors(place / "narrow"), tensors(tmp_path / "whole")
     assert {name: (value.dtype, value.shape) for name, value in before.items()} == {
         name: (value.dtype, value.shape) for name, value in after.items()
@@ -151,7 +151,8 @@ def test_a_narrower_student_learns_and_a_cut_run_ends_as_a_whole_one(place: Path
         distill(place / "narrow", place / "dense", recipe, tmp_path / "cut", progress=cut)
     [state] = [load_file(path) for path in (tmp_path / "cut.training").glob("*.safetensors")]
     for kind in ("value", "exp_avg", "exp_avg_sq", "step"):
-        assert {f"{kind}.projection_{one}.weight" for one in ("1_to_2", "2_to_3")} <= state.keys()
+        names = ("projection_1_to_2", "projection_2_to_3", "branch_2_behind_1", "branch_2_behind_2")
+        assert {f"{kind}.{name}.weight" for name in names} <= state.keys()
     projections = StateMatching.of(
         tiny("llama", num_hidden_layers=3, hidden_size=16),
         tiny("llama", num_hidden_layers=4),
@@ -159,6 +160,7 @@ def test_a_narrower_student_learns_and_a_cut_run_ends_as_a_whole_one(place: Path
     ).projections
     first = projections.get_parameter("projection_1_to_2.weight").detach()
     assert (state["value.projection_1_to_2.weight"] - first).norm() > 1e-3 * first.norm()
+    assert (state["value.branch_2_behind_1.weight"] - torch.eye(16)).norm() > 1e-3
     distill(place / "narrow", place / "dense", recipe, tmp_path / "cut")
     again = tensors(tmp_path / "cut")
     assert all(torch.equal(value, again[name]) for name, value in after.items())

@@ -3,9 +3,11 @@ logit exits of OFA-KD, arXiv 2310.19444).
 
 The modules after the last block, a norm and the output head, turn such states into logits. Any loss on predictions
 compares these with the teacher's final predictions. No block of the teacher is matched, so layouts may differ in width
-and in depth. In the paper, every exit has a branch that trains. Here norm and head are those of the student, and an
-exit's gradient reaches only the blocks before it, so that the end is not pulled to the middle. Logits of an exit exist
-a chunk of tokens at a time, like those of the last states; both models' heads run once more for each exit.
+and in depth. Norm and head are those of the student, and an exit's gradient reaches only what is before them, so that
+the end is not pulled to the middle. In the paper, every exit has a branch that trains; where a recipe asks for that, it
+is a square matrix between the states and the norm, which starts as the identity and is dropped after the run. Logits of
+an exit exist a chunk of tokens at a time, like those of the last states; both models' heads run once more for each
+exit.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from llmcompress.distill.objective.chunked_loss import TeacherLogits, chunked_loss
 from llmcompress.distill.objective.heads import head_of
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.losses.divergence import wide
 from llmcompress.losses.loss import LossState, SumAndCount
 from llmcompress.models.families import block_stack
 from llmcompress.models.hidden_states import body, depth, states_between
@@ -35,11 +38,13 @@ States = Mapping[int, Tensor]  # by how many blocks have run: [sequences, length
 @dataclass(frozen=True)
 class Exits:
     """The losses of a recipe that are taken at exits. `numbers`: by the number of the loss in the recipe, its exits,
-    each as the number of blocks before it; `ending`: the student's modules between its last block and its head."""
+    each as the number of blocks before it; `ending`: the student's modules between its last block and its head;
+    `branches`: linears of exits that have one, by `branch_name`."""
 
     student: PreTrainedModel
     numbers: dict[int, tuple[int, ...]]
     ending: tuple[nn.Module, ...]
+    branches: nn.ModuleDict
 
     @staticmethod
     def of(student: PreTrainedModel, losses: Sequence[Term]) -> Exits:
@@ -50,7 +55,12 @@ class Exits:
         for number in (each for exits in numbers.values() for each in exits):
             if number > blocks:
                 raise RecipeError(f"exits: there is none after block {number}; the student has {blocks} blocks")
-        return Exits(student, numbers, ending(student) if numbers else ())
+        branches = nn.ModuleDict()
+        width = student.config.get_text_config(decoder=True).hidden_size if numbers else 0
+        for number, exits in numbers.items():
+            if losses[number].branch:
+                branches.update({branch_name(number, each): _branch(width, student) for each in exits})
+        return Exits(student, numbers, ending(student) if numbers else (), branches)
 
     @contextmanager
     def watched(self) -> Iterator[States]:
@@ -82,12 +92,36 @@ class Exits:
 
         found = [
             # no parameters: the modules after the exit stay as they are
-            chunked_loss(states[each][rows], logits, teacher, targets, [(term.of, state, weight)], parameters=())
-            for each in exits
+            chunked_loss(given, logits, teacher, targets, [(term.of, state, weight)], parameters=())
+            for given in (self._branched(number, each, states[each][rows]) for each in exits)
         ]
         return torch.stack([each.total for each in found]).sum(), torch.stack(
             [each.terms[0][1] for each in found]
         ).mean()
+
+    def _branched(self, number: int, each: int, states: Tensor) -> Tensor:
+        """Return the states of an exit `[tokens, width]` behind its branch, if it has one."""
+        name = branch_name(number, each)
+        if name not in self.branches:
+            return states
+        with torch.autocast(states.device.type, enabled=False):
+            found: Tensor = self.branches[name](wide(states))
+        return found.to(states.dtype)
+
+
+def branch_name(number: int, each: int) -> str:
+    """Return the name that the branch of an exit has in a run's state; `number`: of the loss in the recipe."""
+    return f"branch_{number}_behind_{each}"
+
+
+def _branch(width: int, student: PreTrainedModel) -> nn.Linear:
+    """Return a linear that changes nothing yet."""
+    like = next(student.parameters())
+    linear = nn.utils.skip_init(
+        nn.Linear, width, width, bias=False, dtype=torch.promote_types(like.dtype, torch.float32)
+    )
+    nn.init.eye_(linear.weight)
+    return linear.to(like.device)
 
 
 @torch.no_grad()

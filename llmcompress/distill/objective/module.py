@@ -33,8 +33,8 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self.teaching, self.matching = teaching, matching  # no modules, so that `train()` does not reach the teacher
-        self.projections = matching.projections
         self.exits = Exits.of(student, [term for term, _ in terms])
+        self.projections = nn.ModuleDict({**matching.projections, **self.exits.branches})
         self.terms = terms
 
     def forward(self, batch: Batch, weights: Sequence[float]) -> tuple[Tensor, Tensor]:

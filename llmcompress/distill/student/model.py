@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 NORMS: Kind = "norms"  # vectors of the decoder: norms, and biases of what is not compressed
 WEIGHTS: Kind = "weights"  # matrices of the decoder blocks' linears that are not compressed
-PROJECTIONS: Kind = "projections"  # linears to the teacher's width, which are no part of the model
+PROJECTIONS: Kind = "projections"  # linears on hidden states for losses alone, which are no part of the model
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Student:
     projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
 
     def join(self, projections: nn.ModuleDict) -> None:
-        """Let linears between hidden states train along. Raises RecipeError if they have no rate."""
+        """Let linears on hidden states train along. Raises RecipeError if they have no rate."""
         if len(projections) and PROJECTIONS not in self.trained:
             raise RecipeError(
                 "losses: the student's hidden states are not as wide as the teacher's, so they are compared through "

@@ -1,17 +1,20 @@
-"""The sources of the teacher's predictions of a step: the teacher itself, reading along, or a cache."""
+"""The sources of the teacher's predictions of a step: the teacher itself, reading along, a cache, or none."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from llmcompress.data.batch import Batch
 from llmcompress.distill.objective.chunked_loss import Online, TeacherLogits
 from llmcompress.distill.objective.heads import head_of, hidden_states
 from llmcompress.distill.teacher.cache import Cache
 from llmcompress.distill.teacher.top_k import Likeliest
+from llmcompress.losses.loss import Predictions, Reads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,3 +50,33 @@ class ReadBack:
         if batch.numbers is None:
             raise ValueError("predictions are kept by the numbers of sequences, and these have none")
         return self.cache.of(batch.numbers.tolist(), batch.ids.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Unheard:
+    """A teacher of `classes` tokens that no loss reads: it does not run."""
+
+    classes: int
+
+    def predictions(self, batch: Batch) -> NoLogits:
+        """See `Teaching.predictions`."""
+        return NoLogits(batch.targets, self.classes)
+
+
+@dataclass(frozen=True)
+class NoLogits:
+    """The predictions of `tokens` tokens that nobody has made; see `TeacherLogits`."""
+
+    tokens: int
+    classes: int
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def vocabulary(self) -> int:
+        """See `TeacherLogits.vocabulary`."""
+        return self.classes
+
+    def beside(self, student: Tensor, targets: Tensor, rows: slice) -> Mapping[Reads, Predictions]:
+        """See `TeacherLogits.beside`: for losses that read nothing alone, which leave what stands for it."""
+        return {"nothing": Predictions(student, student.detach(), targets)}

@@ -1,0 +1,132 @@
+"""The models of a distillation before its first step, in the precision and with the kind of teacher that it asks for.
+
+A job begins as often as it is asked to: once for its recipe, and once for every control beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from llmcompress.data.distillation import Data
+from llmcompress.distill.context import Report, TrainContext
+from llmcompress.distill.metrics import Metrics
+from llmcompress.distill.objective.heads import check_boundaries, check_head
+from llmcompress.distill.parallel.launch import check_enough, is_given, loading_device
+from llmcompress.distill.phases import Learned, learn
+from llmcompress.distill.resume import METRICS
+from llmcompress.distill.student.model import Student
+from llmcompress.distill.teacher.predictions import ReadsAlong, Teaching, Unheard
+from llmcompress.distill.teacher.quantized import taught_by_quantized
+from llmcompress.distill.teacher.remembered import measured_bias, remembered, taught_from_cache
+from llmcompress.losses.features import reads_states
+from llmcompress.models.auto_class import check_causal
+from llmcompress.models.dense import load_model
+from llmcompress.models.fits import check_fits
+from llmcompress.models.headers import stored_dtype
+from llmcompress.models.locate import Place
+from llmcompress.models.store import Store
+from llmcompress.recipe.distillation import Distillation, Teacher
+from llmcompress.runtime.precision import product_dtype, products
+from llmcompress.runtime.ranks import Ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Pair = tuple["PreTrainedModel", "PreTrainedModel"]  # student and teacher
+
+
+@dataclass(frozen=True, eq=False)
+class DistillationJob:
+    """A distillation of the model at `pupil`, towards that at `teacher`, into the folder `output`. `store`: of its
+    states."""
+
+    pupil: Place
+    teacher: Place
+    recipe: Distillation
+    output: Path
+    data: Data
+    store: Store
+    accelerator: Accelerator
+    ranks: Ranks
+
+    def context(self, pair: Pair) -> TrainContext:
+        """Return everything that a training reads. Raises RecipeError for too little data."""
+        recipe, accelerator, [student, teacher] = self.recipe, self.accelerator, pair
+        dtype = product_dtype(recipe.compute, accelerator.device)
+        teacher.requires_grad_(False)
+        check_enough(len(self.data.sequences), recipe)
+        return TrainContext(
+            recipe,
+            Student(student, {}, {}),
+            teacher,
+            lambda: teacher,
+            _teaching(teacher, recipe),
+            self.data,
+            self.store,
+            accelerator,
+            Metrics(self.store.folder / METRICS, accelerator),
+            # recomputed activations must come from the same operations, and the second time torch's attention is there
+            partial(products, accelerator.device, dtype, attention=not recipe.checkpointing),
+            self.ranks,
+        )
+
+
+def _teaching(teacher: PreTrainedModel, recipe: Distillation) -> Teaching:
+    heard = any(reads_states(term.of) or term.of.reads() != "nothing" for term in recipe.losses)
+    if heard or recipe.teacher != Teacher():  # one that is cached or quantized reads along for that
+        return ReadsAlong(teacher)
+    return Unheard(teacher.get_input_embeddings().get_parameter("weight").shape[0])
+
+
+def load_pair(pupil: Place, teacher: Place, recipe: Distillation, accelerator: Accelerator) -> Pair:
+    """Load student and teacher. Where another process gives this one its shares of them, their files are only mapped,
+    in the dtypes that they are stored in."""
+    where = loading_device(accelerator)
+    dtype = product_dtype(recipe.compute, accelerator.device) if recipe.teacher.bits is None else torch.float32
+    check_fits(where, "distilling", [pupil, teacher], dtype=dtype)
+    dtypes = (torch.float32, dtype)
+    if is_given(accelerator):
+        dtypes = (stored_dtype(pupil.folder), stored_dtype(teacher.folder))
+    pair = (
+        load_model(pupil, where, dtypes[0]),
+        load_model(teacher, where if recipe.teacher.bits is None else "cpu", dtypes[1]),
+    )
+    for model in pair:
+        check_causal(model.config, "distilling")
+    return pair
+
+
+def check_outputs(pair: Pair, data: Data) -> None:
+    """Raise InputError for a model whose logits, or whose documents in one sequence, are not computed as here."""
+    for model in pair:
+        check_head(model, data.sequences.ids)
+        if data.sequences.documents is not None:
+            check_boundaries(model, data.sequences.ids)
+
+
+def taught(run: TrainContext, place: Place, output: Path) -> tuple[TrainContext, dict[str, float] | None]:
+    """Return `run` with the kind of teacher that its recipe asks for, from `place`, and the cost of quantizing it."""
+    asked, cost = run.recipe.teacher, None
+    if asked.bits is not None or asked.kind == "cached":
+        run = remembered(run, place)
+    if asked.bits is not None:
+        run, cost = taught_by_quantized(run, asked.bits, place)
+    if asked.kind == "cached":
+        run = taught_from_cache(run, asked, place, output)
+    return run, cost
+
+
+def learned_from(run: TrainContext, progress: Report | None) -> tuple[Learned, dict[str, dict[str, float]] | None]:
+    """Run the phases; return what they learned, and the bias of a cached teacher before and after."""
+    if run.recipe.teacher.kind == "online":
+        return learn(run, progress), None
+    k = run.recipe.teacher.k
+    before = measured_bias(run, k)
+    learned = learn(run, progress)
+    return learned, {"before": before, "after": measured_bias(run, k)}
