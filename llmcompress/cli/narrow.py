@@ -24,6 +24,10 @@ def narrow(
     kv_heads: Annotated[
         int | None, typer.Option(help="Key-value heads that stay in each block, with the query heads that read them.")
     ] = None,
+    per_block: Annotated[
+        bool,
+        typer.Option("--per-block", help="Neurons of each block as predictions need them there, so many on average."),
+    ] = False,
     by: Annotated[
         str, typer.Option(metavar="SCORE", help="energy, subset (least error of the layer), or random as a control.")
     ] = "energy",
@@ -54,6 +58,7 @@ def narrow(
             planned_output(output, dry_run),
             neurons=neurons,
             kv_heads=kv_heads,
+            per_block=per_block,
             by=by,
             text=text,
             samples=samples,

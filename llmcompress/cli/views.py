@@ -190,14 +190,16 @@ def drift_view(found: Row, every: bool) -> Iterator[RenderableType]:
 def narrowed_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield what stays in every block, the predicted damage, and the sizes."""
     for part, before in found["before"].items():
-        yield f"{part.replace('_', '-'):7} {before:,} -> {found['after'][part]:,} in every block"
+        where = "a block, on average" if found["per_block"] and part == "neurons" else "every block"
+        yield f"{part.replace('_', '-'):7} {before:,} -> {found['after'][part]:,} in {where}"
     parts = list(found["before"])
-    table = new_table(
-        ("block", *(f"error by {part.replace('_', '-')}" for part in parts), "damage"), right=range(len(parts) + 2)
-    )
+    heads = ("block", *(f"{part.replace('_', '-')}" for part in parts), *("error" for _ in parts), "damage")
+    table = new_table(heads, right=range(len(heads)))
     for block in found["blocks"]:
-        errors = [f"{part['error']:.4f}" for part in sorted(block["parts"], key=lambda one: parts.index(one["part"]))]
-        table.add_row(str(block["block"]), *errors, f"{block['damage']:.4f}")
+        fates = {part["part"]: part for part in block["parts"]}
+        kept = [f"{len(fates[part]['kept']) if part in fates else found['before'][part]:,}" for part in parts]
+        errors = [f"{fates[part]['error']:.4f}" if part in fates else "" for part in parts]
+        table.add_row(str(block["block"]), *kept, *errors, f"{block['damage']:.4f}")
     yield table
     yield from _written(found)
     if found["output"]:

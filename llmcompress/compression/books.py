@@ -108,7 +108,7 @@ class Books:
         if not writer.mark.is_file():
             writer.add({name: job.source.read(name) for name in _rest(job)})
         config = job.source.config_entries()
-        config["quantization_config"] = table_entry(layouts, ties=ties) | {"versions": versions()}
+        config["quantization_config"] = table_entry(layouts, job.source.sizes, ties) | {"versions": versions()}
         writer.write("config.json", json.dumps(config, indent=1))
         _there(self._beside).copy(writer.folder)
         size = writer.close(binding(writer.folder))

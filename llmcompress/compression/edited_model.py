@@ -22,6 +22,7 @@ from llmcompress.models.dense import DenseModel
 from llmcompress.models.experts import experts_of
 from llmcompress.models.families import Architecture
 from llmcompress.models.headers import Header
+from llmcompress.models.hf_quantizer import resize, table_entry
 from llmcompress.models.merge import shards
 from llmcompress.models.skeleton import config_errors, dense_skeleton, reason
 from llmcompress.models.stored_names import hub_names
@@ -29,7 +30,7 @@ from llmcompress.models.stored_names import hub_names
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-PACKING = "quantization_config"  # of gpt-oss, whose experts are written as bfloat16
+PACKING = "quantization_config"  # of gpt-oss, whose experts are written as bfloat16; of ours, sizes of linears
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +130,35 @@ class ChangedConfig:
         return self.model(made)
 
 
-def changed(source: DenseModel, changes: Mapping[str, Any]) -> ChangedConfig:
-    """Return the model with `changes` to its config. Raises InputError where its type does not allow them."""
+def changed(
+    source: DenseModel, changes: Mapping[str, Any], sizes: Mapping[str, list[int]] | None = None
+) -> ChangedConfig:
+    """Return the model with `changes` to its config, and linears of `sizes [out, in]` that it does not tell.
+
+    Raises InputError where its type does not allow them, and for a model that has such linears already.
+    """
+    check_equal(source)
     entries = _changed_entries(source, changes)
-    return ChangedConfig(source, entries, dense_skeleton(_config_of(source, entries), source.folder))
+    skeleton = dense_skeleton(_config_of(source, entries), source.folder)
+    if sizes:
+        try:
+            resize(skeleton, sizes)
+        except InputError as error:
+            kind = source.config.model_type
+            raise InputError(
+                f"blocks of model type {kind!r} cannot have widths of their own; narrow all blocks alike"
+            ) from error
+        entries[PACKING] = table_entry({}, sizes)
+    return ChangedConfig(source, entries, skeleton)
+
+
+def check_equal(source: DenseModel) -> None:
+    """Raise InputError for a model whose blocks have widths of their own."""
+    if source.sizes:
+        raise InputError(
+            f"blocks of {source.name} have widths of their own, which the change would not keep; change the model that "
+            f"it was made from"
+        )
 
 
 def write(model: EditedModel, skeleton: PreTrainedModel, arch: Architecture, writer: Writer) -> int:

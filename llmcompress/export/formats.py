@@ -52,6 +52,11 @@ def export(
     if to not in DOORS:
         raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")
     opened, target = Opened(Path(folder), trust_remote_code), Path(output)
+    if opened.sizes:
+        raise InputError(
+            f"blocks of {opened.folder} have widths of their own, which no other format has a place for; load it with "
+            f"transformers, or narrow all blocks alike"
+        )
     if to != "dense":
         _check_form(opened, to)
     match to:

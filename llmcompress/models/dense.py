@@ -6,7 +6,8 @@ compressed before any work is done; `DenseModel.read` opens one file, copies one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from llmcompress.models.digest import content_digest, tokenizer_digest
 from llmcompress.models.experts import unfuse
 from llmcompress.models.headers import BUFFERS, FLOATS, Header, read_entries, read_headers, read_tensor
 from llmcompress.models.locate import Place, locate, public_name
+from llmcompress.models.own_sizes import own_sizes, with_sizes
 from llmcompress.models.public_entries import public_entries
 from llmcompress.models.remote_code import AUTO_MAP, MODEL, code_files, load_config, model_code, needs_code
 from llmcompress.models.skeleton import check_numbers, config_errors, dense_skeleton, outline, reason
@@ -44,7 +46,7 @@ class DenseModel:
 
     `tensors` are keyed by the model's own names, whatever the file calls them. `tied` maps names to the ones they are
     stored under (mostly the output head). `revision` is the Hub commit; `notes` are for the report.
-    `trust_remote_code`: as in `locate.Place`.
+    `trust_remote_code`: as in `locate.Place`. `sizes`: of linears that the config does not tell, `[out, in]` by name.
     """
 
     name: str
@@ -57,6 +59,7 @@ class DenseModel:
     hub_id: str | None = None
     license: str | None = None
     trust_remote_code: bool = False
+    sizes: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
     def place(self) -> Place:
@@ -104,7 +107,8 @@ class DenseModel:
 
     def skeleton(self) -> PreTrainedModel:
         """Return a new model in eval mode, with parameters on meta and real buffers."""
-        return dense_skeleton(self.config, self.folder, trust_remote_code=self.trust_remote_code)
+        model = dense_skeleton(self.config, self.folder, trust_remote_code=self.trust_remote_code)
+        return with_sizes(model, self.sizes)
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
         """Return the whole model as it lies on disk, in float32, its linears as `skeleton` has them.
@@ -182,17 +186,18 @@ def check_outline(found: Place) -> tuple[bool, PreTrainedModel | None]:
     if not isinstance(packing, dict):
         raise InputError(f"{place} has a quantization_config that is no object; download or write it again")
     if not any(folder.glob("*.safetensors*")):
-        return not packing, None
+        return not packing or bool(own_sizes(entries)), None
     stored = read_headers(folder)
     try:
         config = load_config(folder, found.trust_remote_code)
     except config_errors() as error:
         raise InputError(f"{place} is not a valid config ({reason(error)}); correct it") from error
-    model = outline(config, folder, len(stored), _disk(stored), found.trust_remote_code)
+    sizes = own_sizes(entries)
+    model = with_sizes(outline(config, folder, len(stored), _disk(stored), found.trust_remote_code), sizes)
     weights = sum(parameter.numel() for parameter in model.parameters())
     if not packing and weights > 2 * sum(prod(header.shape) for header in stored.values()):
         raise InputError(f"{place} describes a model of {weights} weights, which the files beside it lack; correct it")
-    return not packing, model
+    return not packing or bool(sizes), model
 
 
 def _disk(stored: dict[str, Header]) -> int:
@@ -214,7 +219,9 @@ def open_source(place: Place) -> DenseModel:
     """Return the dense model of a place that `locate` found; raises what `resolve` raises."""
     config = read_config(place.folder, place.trust_remote_code)
     stored = read_headers(place.folder)
+    sizes = own_sizes(read_entries(place.folder / MODEL, place.folder))
     skeleton = outline(config, place.folder, len(stored), _disk(stored), place.trust_remote_code)
+    with_sizes(skeleton, sizes)
     tensors, tied, unused = _match(skeleton, stored, place.folder)
     note = f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one" if unused else ""
     notes = tuple(one for one in (*place.notes, note, _unused_code(place)) if one)
@@ -229,6 +236,7 @@ def open_source(place: Place) -> DenseModel:
         hub_id=place.hub_id,
         license=place.license or _license(place.folder),
         trust_remote_code=place.trust_remote_code,
+        sizes=sizes,
     )
 
 
@@ -256,8 +264,11 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     entries = read_entries(folder / "config.json", folder)
     kind = entries.get("model_type")
     quantization = entries.get("quantization_config") or {}
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method and method != RELEASED:
+    method, sizes = (
+        quantization.get("quant_method") if isinstance(quantization, dict) else quantization,
+        own_sizes(entries),
+    )
+    if method and method != RELEASED and not sizes:
         raise InputError(
             f"{folder} is already compressed (quant_method {str(method)!r}); start from the dense checkpoint"
         )
@@ -272,6 +283,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     except config_errors() as error:
         raise InputError(f"{folder / 'config.json'} is not a valid config ({reason(error)}); correct it") from error
     _refuse_other_tasks(config, folder)
+    if sizes:
+        del config.quantization_config  # which says no more than the sizes
     return config
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmcompress.compression.edited_model import check_equal
 from llmcompress.errors import InputError, RecipeError, listed
 from llmcompress.models.auto_class import check_causal
 from llmcompress.models.checkpoint import PART, writing
@@ -95,6 +96,7 @@ def drop_blocks(
 
 def shortening(source: DenseModel, blocks: Iterable[int]) -> Shortening:
     """Return the plan for dropping `blocks`, from headers alone. Raises as `drop_blocks` does."""
+    check_equal(source)
     there, going = blocks_of(source), set(blocks)
     if absent := sorted(going.difference(there)):
         raise RecipeError(

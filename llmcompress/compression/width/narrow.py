@@ -1,14 +1,15 @@
 """Narrower blocks: neurons and heads that a layer needs least go, and what reads the others makes up for them.
 
 Blocks are narrowed in their order, each on what the narrower blocks before it give. The result is a plain dense
-checkpoint of the same architecture, with fewer `intermediate_size` or heads in its config.
+checkpoint of the same architecture, with fewer `intermediate_size` or heads in its config. Where every block has a
+width of its own, for which configs have no place, it is one that llmcompress helps transformers to load.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from llmcompress.calibrate.blocks import TOKENS_PER_BATCH, in_batches
 from llmcompress.calibrate.walk import Block, Progress, walk
 from llmcompress.compression.damage import judged_calibration, outputs_of, relative_damage
 from llmcompress.compression.edited_model import EditedFiles, Made
-from llmcompress.compression.width.plan import Cut, Narrowing, narrowing
-from llmcompress.compression.width.select import Subset, check_by, chosen_subset
+from llmcompress.compression.width.by_block import tried_widths, width_prices
+from llmcompress.compression.width.plan import Cut, Narrowing, check_unequal, narrowing, step_of, unequal
+from llmcompress.compression.width.select import DAMPING, Subset, check_by, chosen_subset
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import NumericsError
 from llmcompress.methods.engines.hessian import damped, second_moment
@@ -36,7 +38,6 @@ from llmcompress.models.staging import check_output
 from llmcompress.runtime.devices import device_of
 
 SAMPLES, HELD_OUT = 36, 4  # of text: 16,384 tokens to choose by, 2048 to judge on
-DAMPING = 0.01  # of H, as a share of its mean diagonal
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,15 @@ Walked = Iterator[tuple[dict[str, Made], NarrowedBlock]]  # narrower tensors of 
 
 @dataclass(frozen=True)
 class Narrowed:
-    """The narrower model. `before` and `after`: units of each kind in every block; `output` is None where nothing was
-    written; bytes count the weights."""
+    """The narrower model. `before` and `after`: units of each kind in every block, on average where `per_block`, when
+    each has neurons of its own; `output` is None where nothing was written; bytes count the weights."""
 
     model: str
     output: str | None
     before: dict[str, int]
     after: dict[str, int]
     by: str
+    per_block: bool
     bytes_before: int
     bytes_after: int
     calibration: dict[str, Any]
@@ -89,6 +91,7 @@ def narrow(
     *,
     neurons: float | None = None,
     kv_heads: int | None = None,
+    per_block: bool = False,
     by: str = "energy",
     text: str = "stdlib",
     samples: int = SAMPLES,
@@ -105,6 +108,8 @@ def narrow(
         output: a new or empty folder; None to look at the plan and write nothing.
         neurons: of each feed-forward layer that stay, or their share below 1; None for all.
         kv_heads: key-value heads that stay in each block, each with the query heads that read it; None for all.
+        per_block: True to give each block neurons as predictions need them there, `neurons` on average. Reads the text
+            once more, and llmcompress has to be installed where the result is loaded.
         by: `energy`, `subset` or `random`; see `chosen_subset`.
         text: what is read, as `dataset` of a recipe's calibration.
         samples: sequences of 512 tokens that are read, a ninth of them to judge on.
@@ -129,7 +134,11 @@ def narrow(
     source = open_source(locate(model, revision, trust_remote_code))
     arch = architecture(source.config, source.skeleton())
     plan = narrowing(source, arch, neurons, kv_heads)
+    if per_block:
+        check_unequal(plan)
     job = _Job(source, arch, plan, _tokens(source, text, samples), by, seed)
+    if per_block:
+        job = replace(job, plan=unequal(source, arch, plan, job.widths(place, progress)))
     walked = job.blocks(place, progress)
     if output is None:
         return job.report(None, [block for _, block in walked])
@@ -153,6 +162,13 @@ class _Job:
     tokens: CalibrationTokens
     by: str
     seed: int
+
+    def widths(self, device: torch.device, progress: Progress | None) -> tuple[int, ...]:
+        """Return the neurons that each block is to have of its own, as many on average as the plan says."""
+        total, mean = self.plan.before["neurons"], self.plan.after["neurons"]
+        how: dict[str, Any] = {"by": self.by, "seed": self.seed, "device": device, "progress": progress}
+        tried = tried_widths(total, mean, step_of(total))
+        return width_prices(self.source, self.arch, self.tokens, tried, **how).chosen(mean)
 
     def blocks(self, device: torch.device, progress: Progress | None) -> Walked:
         """Yield the narrower tensors of each block, and its fate, in order."""
@@ -206,6 +222,7 @@ class _Job:
             before={str(part): count for part, count in plan.before.items()},
             after={str(part): count for part, count in plan.after.items()},
             by=self.by,
+            per_block=plan.widths is not None,
             bytes_before=source.bytes,
             bytes_after=plan.change.model({}).bytes,
             calibration=self.tokens.report(),

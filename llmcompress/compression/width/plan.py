@@ -1,6 +1,7 @@
 """The parts of a model that can become narrower, as data: neurons of its feed-forward layers, and key-value heads.
 
-All blocks become equally narrow, since a config has one number for them. Nothing here reads weights.
+All blocks become equally narrow, since a config has one number for them, unless each is to have neurons of its own.
+Nothing here reads weights.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ class Cut:
         """Columns of the consumer that a unit has."""
         return self.consumer.shape[1] // self.units
 
+    def sizes(self) -> dict[str, list[int]]:
+        """Return the narrower sizes `[out, in]` by linear."""
+        found = {linear.name: [linear.shape[0] // self.units * self.keep, linear.shape[1]] for linear in self.producers}
+        return found | {self.consumer.name: [self.consumer.shape[0], self.size * self.keep]}
+
     def tensors(self, source: DenseModel, kept: tuple[int, ...], weight: Tensor) -> dict[str, Made]:
         """Return the narrower tensors of one block; `weight`: of the consumer, `[out, in]`, to pick columns of."""
         name = f"{self.consumer.name}.weight"
@@ -72,12 +78,15 @@ def _picked(source: DenseModel, name: str, axis: int, where: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class Narrowing:
     """The plan of a narrower model. `cuts`: of each block, in the order in which a token meets them; `before` and
-    `after`: units of each kind in every block."""
+    `after`: units of each kind in every block, the latter on average where each has `widths` of its own; `changes`: to
+    the config."""
 
     change: ChangedConfig
     cuts: tuple[tuple[Cut, ...], ...]
     before: Mapping[Part, int]
     after: Mapping[Part, int]
+    changes: Mapping[str, Any]
+    widths: tuple[int, ...] | None = None
 
 
 def narrowing(
@@ -114,7 +123,29 @@ def narrowing(
         _check_count(source, "neurons", after["neurons"], before["neurons"])
         changes[next(key for key in NEURONS if hasattr(settings, key))] = after["neurons"]
     cuts = tuple(_cuts(block, before, after) for block in arch.blocks)
-    return Narrowing(changed(source, changes), cuts, before, after)
+    return Narrowing(changed(source, changes), cuts, before, after, changes)
+
+
+def check_unequal(plan: Narrowing) -> None:
+    """Raise RecipeError unless a plan is to have fewer neurons, InputError for matrices that cannot differ by block."""
+    if "neurons" not in plan.before:
+        raise RecipeError("blocks can have neurons of their own, not heads; say how many neurons stay on average")
+    if plan.cuts[0][-1].consumer.transposed:
+        kind = plan.change.source.config.model_type
+        raise InputError(f"blocks of model type {kind!r} cannot have widths of their own; narrow all blocks alike")
+
+
+def unequal(source: DenseModel, arch: Architecture, plan: Narrowing, widths: tuple[int, ...]) -> Narrowing:
+    """Return the plan in which each block has neurons of its own, `widths`; the config tells the largest number."""
+    key, largest = next(key for key in NEURONS if key in plan.changes), max(widths)
+    cuts, sizes = [], dict[str, list[int]]()
+    for block, width in zip(arch.blocks, widths, strict=True):
+        kept = _cuts(block, plan.before, {**plan.after, "neurons": width})
+        cuts.append(tuple(cut for cut in kept if cut.keep < cut.units))
+        if width < largest:
+            sizes |= kept[-1].sizes()
+    change = changed(source, {**plan.changes, key: largest}, sizes)
+    return Narrowing(change, tuple(cuts), plan.before, plan.after, plan.changes, widths)
 
 
 def _cuts(block: BlockLayout, before: Mapping[Part, int], after: Mapping[Part, int]) -> tuple[Cut, ...]:
@@ -143,8 +174,13 @@ def _count(asked: float, total: int) -> int:
     the model's is."""
     if asked >= 1:
         return int(asked) if asked == int(asked) else 0
-    step = MULTIPLE if total % MULTIPLE == 0 and total > MULTIPLE else 1
+    step = step_of(total)
     return max(step, round(asked * total / step) * step) if asked > 0 else 0
+
+
+def step_of(total: int) -> int:
+    """Return what numbers of neurons are multiples of where they are not named."""
+    return MULTIPLE if total % MULTIPLE == 0 and total > MULTIPLE else 1
 
 
 def _check_count(source: DenseModel, what: str, keep: int, total: int) -> None:

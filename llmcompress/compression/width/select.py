@@ -20,6 +20,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.runtime.seeding import generator
 
 BY = ("energy", "subset", "random")
+DAMPING = 0.01  # of H, as a share of its mean diagonal
 PORTIONS = 32  # of the units that go, each judged once the ones before are made up for
 
 

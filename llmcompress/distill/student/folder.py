@@ -17,6 +17,7 @@ from llmcompress.models.hf_quantizer import NAME, table_entry
 from llmcompress.models.integrity import digest
 from llmcompress.models.locate import Place
 from llmcompress.models.merge import shards
+from llmcompress.models.own_sizes import own_sizes
 from llmcompress.models.public_entries import public_entries
 from llmcompress.models.remote_code import MODEL, needs_code
 from llmcompress.runtime.versions import versions
@@ -52,10 +53,11 @@ class StudentFolder(Protocol):
 def open_folder(place: Place) -> StudentFolder:
     """Open the folder of a compressed model of ours, or of a dense one. Raises InputError for any other."""
     try:
-        kind = (read_json(place.folder / "config.json").get("quantization_config") or {}).get("quant_method")
+        entries = read_json(place.folder / "config.json")
+        kind = (entries.get("quantization_config") or {}).get("quant_method")
     except (OSError, ValueError, AttributeError):  # `open_source` reports the fault
         kind = None
-    if kind != NAME:
+    if kind != NAME or own_sizes(entries):
         return Plain(open_source(place))
     return CompressedStudent(Opened(place.folder, place.trust_remote_code))
 
