@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.export.exported import Exported
@@ -18,11 +20,15 @@ from llmcompress.weight.expression import dense
 
 
 def to_dense(opened: Opened, output: Path) -> Exported:
-    """Write every compressed matrix decoded and rounded to bfloat16; all else as it is stored."""
+    """Write every compressed matrix decoded and rounded to bfloat16; all else as it is stored.
+
+    Blocks that have widths of their own are filled up with zeros to the widest, which changes no prediction.
+    """
     folder, trusted = opened.folder, opened.trust_remote_code
     model, plain = (described(folder, unfused, trusted) for unfused in (True, False))
     experts = experts_of(model)
     turned = {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
+    shapes = {name: value.shape for name, value in model.state_dict().items()} if opened.sizes else {}
     rounding = 0.0
     with writing(output, opened.dense_bytes) as writer:
         copy_companions(folder, writer.folder, trusted)
@@ -32,6 +38,7 @@ def to_dense(opened: Opened, output: Path) -> Exported:
                 stored, moved = rounded(dense(opened.expression(layer)))
                 rounding = max(rounding, moved)
                 tensors[f"{layer}.weight"] = stored.T.contiguous() if layer in turned else stored
+            tensors = {name: _filled(value, shapes.get(name, value.shape)) for name, value in tensors.items()}
             if tensors:
                 writer.add(hub_names(plain, experts, tensors))
         size = writer.close()
@@ -42,5 +49,14 @@ def to_dense(opened: Opened, output: Path) -> Exported:
         bytes_before=opened.bytes,
         bytes_after=size,
         kept=("everything that was not compressed, and the files beside the weights",),
-        changed=(f"{len(opened.layouts)} matrices rounded to bfloat16, by at most {rounding:.1e} of their size",),
+        changed=(
+            f"{len(opened.layouts)} matrices rounded to bfloat16, by at most {rounding:.1e} of their size",
+            *([f"{len(opened.sizes)} matrices of narrower blocks filled up with zeros"] if opened.sizes else []),
+        ),
     )
+
+
+def _filled(value: Tensor, shape: torch.Size) -> Tensor:
+    """Return a tensor with zeros behind its entries, so many that it has the shape."""
+    missing = [wanted - there for there, wanted in zip(value.shape, shape, strict=True)]
+    return torch.nn.functional.pad(value, [part for each in reversed(missing) for part in (0, each)])

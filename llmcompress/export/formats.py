@@ -52,11 +52,6 @@ def export(
     if to not in DOORS:
         raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")
     opened, target = Opened(Path(folder), trust_remote_code), Path(output)
-    if opened.sizes:
-        raise InputError(
-            f"blocks of {opened.folder} have widths of their own, which no other format has a place for; load it with "
-            f"transformers, or narrow all blocks alike"
-        )
     if to != "dense":
         _check_form(opened, to)
     match to:
@@ -74,9 +69,15 @@ def export(
 
 
 def _check_form(opened: Opened, to: str) -> None:
-    """Raise InputError for what predicts no next token, which no reader of these formats here can check, and for
-    mixtures of experts but to GGUF: other readers would draw random numbers for experts that are stored otherwise.
+    """Raise InputError for what predicts no next token, which no reader of these formats here can check, for blocks
+    with widths of their own, and for mixtures of experts but to GGUF: other readers would draw random numbers for
+    experts that are stored otherwise.
     """
+    if opened.sizes:
+        raise InputError(
+            f"blocks of {opened.folder} have widths of their own, which {to} has no place for; export it to dense, "
+            f"which fills them up, or load it with transformers as it is"
+        )
     model = described(opened.folder, trust_remote_code=opened.trust_remote_code)
     check_causal(model.config, f"the export to {to}")
     experts = {} if to == "gguf" else experts_of(model)

@@ -156,7 +156,11 @@ def test_it_can_be_compressed(slim: Path, tmp_path: Path) -> None:
     wanted = AutoModelForCausalLM.from_pretrained(slim / "slim", dtype=torch.float32)(IDS).logits
     torch.testing.assert_close(model(IDS).logits, wanted, rtol=0, atol=0.05)
     with pytest.raises(InputError, match="widths of their own"):
-        lc.export(tmp_path / "small", tmp_path / "out", "dense")
+        lc.export(tmp_path / "small", tmp_path / "out", "compressed-tensors")
+    done = lc.export(tmp_path / "small", tmp_path / "filled", "dense")
+    assert "3 matrices of narrower blocks filled up with zeros" in done.changed
+    torch.testing.assert_close(logits(tmp_path / "filled"), model(IDS).logits, rtol=0, atol=0.05)
+    assert "quantization_config" not in json.loads((tmp_path / "filled" / "config.json").read_text())
 
 
 def test_it_is_distilled_to_the_same_shapes(slim: Path, tmp_path: Path) -> None:
@@ -174,7 +178,7 @@ def test_what_would_lose_its_widths_is_refused(slim: Path, tmp_path: Path, text:
     with pytest.raises(InputError, match="widths of their own"):
         lc.drop_blocks(slim / "slim", [1], tmp_path / "out")
     with pytest.raises(InputError, match="widths of their own"):
-        lc.export(slim / "slim", tmp_path / "out", "dense")
+        lc.export(slim / "slim", tmp_path / "out", "gguf")
     with pytest.raises(RecipeError, match="neurons of their own, not heads"):
         lc.narrow(slim / "dense", tmp_path / "out", kv_heads=1, per_block=True, text=text, samples=8)
     assert not (tmp_path / "out").exists()
