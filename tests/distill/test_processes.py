@@ -42,7 +42,7 @@ RULES = [
 ]
 ALL = {"codes": 1e-2, "scales": 5e-3, "factors": 5e-3, "values": 2e-3, "norms": 2e-3}
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="an extra")
-COMMON = ("narrow", "short", "whole", "phased", "median", "cached", "second-hand")
+COMMON = ("narrow", "short", "whole", "phased", "median", "controlled", "cached", "second-hand")
 launches = pytest.mark.slow  # two processes that have to import everything
 CONFIGS = ROOT / "configs" / "accelerate"
 ENGINES = {"ddp": "cpu-ddp.yaml", "fsdp2": "fsdp2.yaml", "deepspeed": "deepspeed.yaml"}
@@ -94,7 +94,7 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
     between = {"losses": [{"of": {"loss": "forward_kl"}}, hidden], "checkpointing": True}
     through = {"of": {"loss": "hidden"}, "layers": [[1, 2]]}  # a linear, since widths differ
     early: dict[str, Any] = {
-        "losses": [{"of": {"loss": "forward_kl"}}, through, {"of": {"loss": "ofa"}, "exits": [1, 2]}],
+        "losses": [{"of": {"loss": "forward_kl"}}, through, {"of": {"loss": "ofa"}, "exits": [1, 2], "branch": True}],
         "rates": {"weights": 1e-2, "norms": 1e-2, "projections": 1e-2},
     }
     medians = {"latents": "teacher", "scales": "median", "rates": {"codes": 1e-4, "norms": 1e-2}}
@@ -114,6 +114,7 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
         "confined": job("confined", "dense", stop=first, rates={"codes": 0.4}, warmup=0, clip=1e3),
         "phased": job("phased", phases=[two | {"rates": {"norms": 1e-2}}, two]),
         "median": job("median", **medians) | {"student": str(place / "ternary")},
+        "controlled": job("controlled", losses=[{"of": {"loss": "reverse_kl"}}], controls=["no_teacher", "vanilla"]),
         "cached": job("cached", teacher={"kind": "cached", "k": 16}, losses=[{"of": {"loss": "taid"}}]),
         "coarse": job("coarse", teacher={"bits": 4}, losses=[*between["losses"][:1], {"of": {"loss": "hidden"}}]),
         "unlike": job("unlike") | {"student": [str(place / name) for name in ("tied-small", "tied-2")]},
@@ -199,6 +200,8 @@ def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: An
         for one, other in zip(wanted, found["history"], strict=True):
             for key in {"kl", "perplexity", "loss"} & one.keys():
                 assert math.isclose(one[key], other[key], rel_tol=1e-5, abs_tol=1e-7), key
+        for control, last in alone[1][name]["controls"].items():
+            assert math.isclose(last["kl"], found["controls"][control]["kl"], rel_tol=1e-5, abs_tol=1e-7), control
     for one, other in zip(measured(alone[0] / name), measured(together[0] / name), strict=True):
         assert one.keys() == other.keys() and one["tokens"] == other["tokens"]
         for key in {"kl", "loss", "gradient_norm"} & one.keys():
