@@ -201,6 +201,8 @@ def narrowed_view(found: Row, every: bool) -> Iterator[RenderableType]:
         errors = [f"{fates[part]['error']:.4f}" if part in fates else "" for part in parts]
         table.add_row(str(block["block"]), *kept, *errors, f"{block['damage']:.4f}")
     yield table
+    if found["damage"] is not None:
+        yield f"damage  {found['damage']:.3f} nats of KL a token, the sum over blocks narrowed one by one"
     yield from _written(found)
     if found["output"]:
         yield f"next    llmcompress distill {found['output']} shortened --teacher {found['model']} -o MENDED"

@@ -34,11 +34,15 @@ class WidthPrices:
     widths: tuple[int, ...]
     damages: tuple[tuple[float, ...], ...]
 
-    def chosen(self, mean: int) -> tuple[int, ...]:
-        """Return the widths of all blocks, at most `mean` on average, with the least sum of damages."""
-        costs = [self.widths] * len(self.damages)
-        options = solve([monotone(row, self.widths) for row in self.damages], costs, mean * len(self.damages))
-        return (mean,) * len(self.damages) if options is None else tuple(self.widths[option] for option in options)
+    def chosen(self, mean: int) -> tuple[tuple[int, ...], float]:
+        """Return the widths of all blocks, at most `mean`, one of them, on average, with the least sum of damages; and
+        that sum."""
+        values, count = [monotone(row, self.widths) for row in self.damages], len(self.damages)
+        options = solve(values, [self.widths] * count, mean * count) or (self.widths.index(mean),) * count
+        return (
+            tuple(self.widths[option] for option in options),
+            sum(row[option] for row, option in zip(values, options, strict=True)),
+        )
 
 
 def tried_widths(total: int, mean: int, step: int) -> tuple[int, ...]:

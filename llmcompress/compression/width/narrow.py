@@ -66,7 +66,8 @@ Walked = Iterator[tuple[dict[str, Made], NarrowedBlock]]  # narrower tensors of 
 @dataclass(frozen=True)
 class Narrowed:
     """The narrower model. `before` and `after`: units of each kind in every block, on average where `per_block`, when
-    each has neurons of its own; `output` is None where nothing was written; bytes count the weights."""
+    each has neurons of its own; `damage`: then the KL in nats per token that blocks narrowed one by one add up to;
+    `output` is None where nothing was written; bytes count the weights."""
 
     model: str
     output: str | None
@@ -74,6 +75,7 @@ class Narrowed:
     after: dict[str, int]
     by: str
     per_block: bool
+    damage: float | None
     bytes_before: int
     bytes_after: int
     calibration: dict[str, Any]
@@ -138,7 +140,8 @@ def narrow(
         check_unequal(plan)
     job = _Job(source, arch, plan, _tokens(source, text, samples), by, seed)
     if per_block:
-        job = replace(job, plan=unequal(source, arch, plan, job.widths(place, progress)))
+        widths, damage = job.widths(place, progress)
+        job = replace(job, plan=unequal(source, arch, plan, widths), damage=damage)
     walked = job.blocks(place, progress)
     if output is None:
         return job.report(None, [block for _, block in walked])
@@ -154,7 +157,7 @@ def _tokens(source: DenseModel, text: str, samples: int) -> CalibrationTokens:
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """A model to narrow. `by` and `seed`: how units are chosen, see `chosen_subset`."""
+    """A model to narrow. `by` and `seed`: how units are chosen, see `chosen_subset`; `damage`: see `Narrowed`."""
 
     source: DenseModel
     arch: Architecture
@@ -162,9 +165,11 @@ class _Job:
     tokens: CalibrationTokens
     by: str
     seed: int
+    damage: float | None = None
 
-    def widths(self, device: torch.device, progress: Progress | None) -> tuple[int, ...]:
-        """Return the neurons that each block is to have of its own, as many on average as the plan says."""
+    def widths(self, device: torch.device, progress: Progress | None) -> tuple[tuple[int, ...], float]:
+        """Return the neurons that each block is to have of its own, as many on average as the plan says, and the
+        damage to predictions that they add up to."""
         total, mean = self.plan.before["neurons"], self.plan.after["neurons"]
         how: dict[str, Any] = {"by": self.by, "seed": self.seed, "device": device, "progress": progress}
         tried = tried_widths(total, mean, step_of(total))
@@ -222,7 +227,8 @@ class _Job:
             before={str(part): count for part, count in plan.before.items()},
             after={str(part): count for part, count in plan.after.items()},
             by=self.by,
-            per_block=plan.widths is not None,
+            per_block=self.damage is not None,
+            damage=self.damage,
             bytes_before=source.bytes,
             bytes_after=plan.change.model({}).bytes,
             calibration=self.tokens.report(),

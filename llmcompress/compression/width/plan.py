@@ -78,7 +78,7 @@ def _picked(source: DenseModel, name: str, axis: int, where: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class Narrowing:
     """The plan of a narrower model. `cuts`: of each block, in the order in which a token meets them; `before` and
-    `after`: units of each kind in every block, the latter on average where each has `widths` of its own; `changes`: to
+    `after`: units of each kind in every block, the latter on average where each has neurons of its own; `changes`: to
     the config."""
 
     change: ChangedConfig
@@ -86,7 +86,6 @@ class Narrowing:
     before: Mapping[Part, int]
     after: Mapping[Part, int]
     changes: Mapping[str, Any]
-    widths: tuple[int, ...] | None = None
 
 
 def narrowing(
@@ -145,7 +144,7 @@ def unequal(source: DenseModel, arch: Architecture, plan: Narrowing, widths: tup
         if width < largest:
             sizes |= kept[-1].sizes()
     change = changed(source, {**plan.changes, key: largest}, sizes)
-    return Narrowing(change, tuple(cuts), plan.before, plan.after, plan.changes, widths)
+    return Narrowing(change, tuple(cuts), plan.before, plan.after, plan.changes)
 
 
 def _cuts(block: BlockLayout, before: Mapping[Part, int], after: Mapping[Part, int]) -> tuple[Cut, ...]:

@@ -57,6 +57,7 @@ def test_idle_neurons_of_one_block_go_without_a_trace(family: str, tmp_path: Pat
     done = lc.narrow(whole, tmp_path / "slim", neurons=36, per_block=True, text=text, samples=8)
     assert [[part.kept for part in block.parts] for block in done.blocks] == [[tuple(range(IDLE, 48))], []]
     assert done.after == {"neurons": 36} and done.per_block and done.blocks[1].damage == 0.0
+    assert done.damage == pytest.approx(0.0, abs=1e-5)
     torch.testing.assert_close(logits(tmp_path / "slim"), logits(whole), rtol=1e-4, atol=1e-4)
     equal = lc.narrow(whole, neurons=36, text=text, samples=8)
     assert equal.bytes_after == done.bytes_after and equal.blocks[1].damage > 1e-6
@@ -102,12 +103,12 @@ def test_damages_are_those_of_whole_forwards(tmp_path: Path, text: str) -> None:
 def test_widths_are_the_cheapest_of_all_choices() -> None:
     """Beside every choice there is; a damage that falls with fewer neurons, which is noise, is not believed."""
     damages = ((0.0, 0.1, 0.5, 0.4), (0.0, 0.3, 0.6, 2.0), (0.0, 0.0, 0.0, 0.1))
-    prices, mean = WidthPrices((48, 36, 24, 12), damages), 30
-    found = prices.chosen(mean)
+    prices, mean = WidthPrices((48, 36, 30, 12), damages), 30
+    found, damage = prices.chosen(mean)
     rising = [[max(row[: place + 1]) for place in range(4)] for row in damages]
     choices = [choice for choice in product(range(4), repeat=3) if sum(prices.widths[each] for each in choice) <= 90]
     least = min(sum(row[each] for row, each in zip(rising, choice, strict=True)) for choice in choices)
-    assert sum(row[prices.widths.index(width)] for row, width in zip(rising, found, strict=True)) == least
+    assert sum(row[prices.widths.index(width)] for row, width in zip(rising, found, strict=True)) == least == damage
     assert sum(found) <= 90
 
 
