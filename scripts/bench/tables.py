@@ -95,6 +95,16 @@ TABLES: dict[str, Columns] = {
         "BLiMP": "{blimp:.3f} ± {blimp_stderr:.3f}",
         "minutes": "{minutes:.0f}",
     },
+    "minutes": {
+        "calibration": "{arm}",
+        "minutes": "{minutes:.0f}",
+        "WikiText-2": "{perplexity:.2f}",
+        "gap": "{gap:.3f}",
+        "KL": "{kl:.3f} ± {kl_stderr:.3f}",
+        "documentation": "{perplexity_docs:.2f}",
+        "gap there": "{gap_there:.3f}",
+        "KL there": "{kl_docs:.3f} ± {kl_docs_stderr:.3f}",
+    },
     "blocks-that-learn": {
         "": "{recipe}",
         "bpw": "{bpw:.3f}",
