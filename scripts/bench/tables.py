@@ -37,6 +37,16 @@ LEARNED: Columns = {
     "of the KL": "{kl_gone:.0%}",
     "top-1 agreement": "{top1_agreement:.3f}",
 }
+KINDS: Columns = {
+    "text": "{arm}",
+    "dense": "{perplexity_dense:.2f}",
+    "by attention": "{perplexity_attention:.2f}",
+    "gap": "{gap_attention:.3f}",
+    "KL": "{kl_attention:.3f} ± {kl_attention_stderr:.3f}",
+    "by gradient": "{perplexity_gradient:.2f}",
+    "gap ": "{gap_gradient:.3f}",
+    "KL ": "{kl_gradient:.3f} ± {kl_gradient_stderr:.3f}",
+}
 PREDICTED = "{kl_predicted:.3f}, {kl_probing:.3f}"
 MAIN_JOB: Columns = {
     "": "{arm}",
@@ -141,16 +151,7 @@ TABLES: dict[str, Columns] = {
         "peak GB": "{peak_gigabytes:.2f}",
         "minutes": "{minutes:.1f}",
     },
-    "kinds": {
-        "text": "{arm}",
-        "dense": "{perplexity_dense:.2f}",
-        "by attention": "{perplexity_attention:.2f}",
-        "gap": "{gap_attention:.3f}",
-        "KL": "{kl_attention:.3f} ± {kl_attention_stderr:.3f}",
-        "by gradient": "{perplexity_gradient:.2f}",
-        "gap ": "{gap_gradient:.3f}",
-        "KL ": "{kl_gradient:.3f} ± {kl_gradient_stderr:.3f}",
-    },
+    **dict.fromkeys(("kinds", "kinds-balanced"), KINDS),
     "more-text": {
         "text": "{arm}",
         "dense": "{perplexity_dense:.2f}",
