@@ -193,7 +193,8 @@ def narrowed_view(found: Row, every: bool) -> Iterator[RenderableType]:
         where = "a block, on average" if found["per_block"] and part == "neurons" else "every block"
         yield f"{part.replace('_', '-'):7} {before:,} -> {found['after'][part]:,} in {where}"
     parts = list(found["before"])
-    heads = ("block", *(f"{part.replace('_', '-')}" for part in parts), *("error" for _ in parts), "damage")
+    names = [part.replace("_", "-") for part in parts]
+    heads = ("block", *names, *(f"error by {name}" for name in names), "damage")
     table = new_table(heads, right=range(len(heads)))
     for block in found["blocks"]:
         fates = {part["part"]: part for part in block["parts"]}

@@ -35,10 +35,10 @@ def _measured(job: DistillationJob, name: Control, progress: Report | None) -> d
         return kept
     job.accelerator.free_memory()  # which keeps the models that it has shared out
     alone = replace(job, recipe=control_recipe(job.recipe, name), store=store)
-    pair = load_pair(job.pupil, job.teacher, alone.recipe, job.accelerator)
-    run = replace(alone.context(pair), metrics=Metrics(store.folder / METRICS, job.accelerator, tracked=False))
+    with job.ranks.agreed():
+        run = alone.context(load_pair(job.pupil, job.teacher, alone.recipe, job.accelerator))
+    run = replace(run, metrics=Metrics(store.folder / METRICS, job.accelerator, tracked=False))
     run, _ = taught(run, job.teacher, job.output)
-    del pair
     try:
         learned, _ = learned_from(run, progress)
         found = {"tokens": learned.tokens, "seconds": learned.seconds, **learned.history[-1]}

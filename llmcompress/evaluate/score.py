@@ -26,7 +26,7 @@ from llmcompress.models.families import Linear, architecture
 from llmcompress.models.fits import check_fits
 from llmcompress.models.headers import read_headers
 from llmcompress.models.locate import Place, locate
-from llmcompress.models.own_sizes import own_sizes
+from llmcompress.models.own_sizes import is_dense
 from llmcompress.models.skeleton import described
 from llmcompress.models.staging import check_output
 from llmcompress.models.tokenizer import load_tokenizer
@@ -135,8 +135,7 @@ def size_of(place: Place) -> Size:
     if (place.folder / file_names.REPORT).is_file():
         report = reports.read(place.folder)
         return Size(report.bytes, report.bpw, report.model_bpw)
-    entries = _config(place.folder)
-    if entries.get("quantization_config") and not own_sizes(entries):
+    if not is_dense(_config(place.folder)):
         return _quantized_size(place)
     source = open_source(place)
     return Size(source.bytes, _dense_bpw(source), source.bytes * 8 / source.parameters)

@@ -38,7 +38,8 @@ def to_dense(opened: Opened, output: Path) -> Exported:
                 stored, moved = rounded(dense(opened.expression(layer)))
                 rounding = max(rounding, moved)
                 tensors[f"{layer}.weight"] = stored.T.contiguous() if layer in turned else stored
-            tensors = {name: _filled(value, shapes.get(name, value.shape)) for name, value in tensors.items()}
+            narrower = [name for name, value in tensors.items() if shapes.get(name, value.shape) != value.shape]
+            tensors |= {name: _filled(tensors[name], shapes[name]) for name in narrower}
             if tensors:
                 writer.add(hub_names(plain, experts, tensors))
         size = writer.close()

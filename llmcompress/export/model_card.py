@@ -37,8 +37,8 @@ LICENCE = re.compile(r"[\w.+-]{1,100}")
 
 
 NO_PLOT = "\nThere is no plot of the layers: matplotlib was not installed where this was published."
-CONTROL_WORDS = {"no_teacher": "without a teacher", "vanilla": "by forward KL alone"}  # of one table's headings
 NO_CURVE = "\nThere is no plot of it: matplotlib was not installed where it ran."
+CONTROL_WORDS = {"no_teacher": "without a teacher", "vanilla": "by forward KL alone"}  # of one table's headings
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from llmcompress.models.digest import content_digest, tokenizer_digest
 from llmcompress.models.experts import unfuse
 from llmcompress.models.headers import BUFFERS, FLOATS, Header, read_entries, read_headers, read_tensor
 from llmcompress.models.locate import Place, locate, public_name
-from llmcompress.models.own_sizes import own_sizes, with_sizes
+from llmcompress.models.own_sizes import is_dense, own_sizes, with_sizes
 from llmcompress.models.public_entries import public_entries
 from llmcompress.models.remote_code import AUTO_MAP, MODEL, code_files, load_config, model_code, needs_code
 from llmcompress.models.skeleton import check_numbers, config_errors, dense_skeleton, outline, reason
@@ -186,18 +186,18 @@ def check_outline(found: Place) -> tuple[bool, PreTrainedModel | None]:
     if not isinstance(packing, dict):
         raise InputError(f"{place} has a quantization_config that is no object; download or write it again")
     if not any(folder.glob("*.safetensors*")):
-        return not packing or bool(own_sizes(entries)), None
+        return is_dense(entries), None
     stored = read_headers(folder)
     try:
         config = load_config(folder, found.trust_remote_code)
     except config_errors() as error:
         raise InputError(f"{place} is not a valid config ({reason(error)}); correct it") from error
-    sizes = own_sizes(entries)
-    model = with_sizes(outline(config, folder, len(stored), _disk(stored), found.trust_remote_code), sizes)
+    model = outline(config, folder, len(stored), _disk(stored), found.trust_remote_code)
+    with_sizes(model, own_sizes(entries))
     weights = sum(parameter.numel() for parameter in model.parameters())
     if not packing and weights > 2 * sum(prod(header.shape) for header in stored.values()):
         raise InputError(f"{place} describes a model of {weights} weights, which the files beside it lack; correct it")
-    return not packing or bool(sizes), model
+    return is_dense(entries), model
 
 
 def _disk(stored: dict[str, Header]) -> int:
@@ -264,10 +264,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     entries = read_entries(folder / "config.json", folder)
     kind = entries.get("model_type")
     quantization = entries.get("quantization_config") or {}
-    method, sizes = (
-        quantization.get("quant_method") if isinstance(quantization, dict) else quantization,
-        own_sizes(entries),
-    )
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    sizes = own_sizes(entries)
     if method and method != RELEASED and not sizes:
         raise InputError(
             f"{folder} is already compressed (quant_method {str(method)!r}); start from the dense checkpoint"

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "llmcompress"
-
 
 def own_sizes(entries: Mapping[str, Any]) -> dict[str, list[int]]:
     """Return the `[out, in]` by linear that the entries of such a model's config.json tell; empty for any other model.
@@ -21,11 +19,16 @@ def own_sizes(entries: Mapping[str, Any]) -> dict[str, list[int]]:
     Raises InputError for entries that are damaged.
     """
     packing = entries.get("quantization_config")
-    if not isinstance(packing, dict) or packing.get("quant_method") != NAME or packing.get("layers"):
+    if not isinstance(packing, dict) or packing.get("layers") or not packing.get("sizes"):
         return {}
-    from llmcompress.models.hf_quantizer import LLMCompressConfig
+    from llmcompress.models.hf_quantizer import NAME, LLMCompressConfig
 
-    return LLMCompressConfig(**packing).sizes
+    return LLMCompressConfig(**packing).sizes if packing.get("quant_method") == NAME else {}
+
+
+def is_dense(entries: Mapping[str, Any]) -> bool:
+    """True if the entries of a config.json tell of a model without a compressed matrix."""
+    return not entries.get("quantization_config") or bool(own_sizes(entries))
 
 
 def with_sizes(model: PreTrainedModel, sizes: Mapping[str, list[int]]) -> PreTrainedModel:

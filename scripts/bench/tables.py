@@ -37,6 +37,14 @@ LEARNED: Columns = {
     "of the KL": "{kl_gone:.0%}",
     "top-1 agreement": "{top1_agreement:.3f}",
 }
+BOTH_TEXTS: Columns = {
+    "WikiText-2": "{perplexity:.2f}",
+    "gap": "{gap:.3f}",
+    "KL": "{kl:.3f} ± {kl_stderr:.3f}",
+    "documentation": "{perplexity_docs:.2f}",
+    "gap there": "{gap_there:.3f}",
+    "KL there": "{kl_docs:.3f} ± {kl_docs_stderr:.3f}",
+}
 KINDS: Columns = {
     "text": "{arm}",
     "dense": "{perplexity_dense:.2f}",
@@ -96,25 +104,11 @@ TABLES: dict[str, Columns] = {
     "stages": {
         "bpw": "{arm}",
         "MB": "{megabytes:.1f}",
-        "WikiText-2": "{perplexity:.2f}",
-        "gap": "{gap:.3f}",
-        "KL": "{kl:.3f} ± {kl_stderr:.3f}",
-        "documentation": "{perplexity_docs:.2f}",
-        "gap there": "{gap_there:.3f}",
-        "KL there": "{kl_docs:.3f} ± {kl_docs_stderr:.3f}",
+        **BOTH_TEXTS,
         "BLiMP": "{blimp:.3f} ± {blimp_stderr:.3f}",
         "minutes": "{minutes:.0f}",
     },
-    "minutes": {
-        "calibration": "{arm}",
-        "minutes": "{minutes:.0f}",
-        "WikiText-2": "{perplexity:.2f}",
-        "gap": "{gap:.3f}",
-        "KL": "{kl:.3f} ± {kl_stderr:.3f}",
-        "documentation": "{perplexity_docs:.2f}",
-        "gap there": "{gap_there:.3f}",
-        "KL there": "{kl_docs:.3f} ± {kl_docs_stderr:.3f}",
-    },
+    "minutes": {"calibration": "{arm}", "minutes": "{minutes:.0f}", **BOTH_TEXTS},
     "blocks-that-learn": {
         "": "{recipe}",
         "bpw": "{bpw:.3f}",

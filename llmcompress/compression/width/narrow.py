@@ -137,11 +137,11 @@ def narrow(
     arch = architecture(source.config, source.skeleton())
     plan = narrowing(source, arch, neurons, kv_heads)
     if per_block:
-        check_unequal(plan)
+        check_unequal(arch, plan)
     job = _Job(source, arch, plan, _tokens(source, text, samples), by, seed)
     if per_block:
         widths, damage = job.widths(place, progress)
-        job = replace(job, plan=unequal(source, arch, plan, widths), damage=damage)
+        job = replace(job, plan=unequal(arch, plan, widths), damage=damage)
     walked = job.blocks(place, progress)
     if output is None:
         return job.report(None, [block for _, block in walked])

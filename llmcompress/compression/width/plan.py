@@ -125,16 +125,15 @@ def narrowing(
     return Narrowing(changed(source, changes), cuts, before, after, changes)
 
 
-def check_unequal(plan: Narrowing) -> None:
-    """Raise RecipeError unless a plan is to have fewer neurons, InputError for matrices that cannot differ by block."""
+def check_unequal(arch: Architecture, plan: Narrowing) -> None:
+    """Raise RecipeError unless a plan is to have fewer neurons, InputError for blocks that cannot differ in them."""
     if "neurons" not in plan.before:
         raise RecipeError("blocks can have neurons of their own, not heads; say how many neurons stay on average")
-    if plan.cuts[0][-1].consumer.transposed:
-        kind = plan.change.source.config.model_type
-        raise InputError(f"blocks of model type {kind!r} cannot have widths of their own; narrow all blocks alike")
+    others = (plan.before["neurons"],) * (len(arch.blocks) - 1)
+    unequal(arch, plan, (plan.after["neurons"], *others))  # which would refuse once the damage is measured
 
 
-def unequal(source: DenseModel, arch: Architecture, plan: Narrowing, widths: tuple[int, ...]) -> Narrowing:
+def unequal(arch: Architecture, plan: Narrowing, widths: tuple[int, ...]) -> Narrowing:
     """Return the plan in which each block has neurons of its own, `widths`; the config tells the largest number."""
     key, largest = next(key for key in NEURONS if key in plan.changes), max(widths)
     cuts, sizes = [], dict[str, list[int]]()
@@ -143,7 +142,7 @@ def unequal(source: DenseModel, arch: Architecture, plan: Narrowing, widths: tup
         cuts.append(tuple(cut for cut in kept if cut.keep < cut.units))
         if width < largest:
             sizes |= kept[-1].sizes()
-    change = changed(source, {**plan.changes, key: largest}, sizes)
+    change = changed(plan.change.source, {**plan.changes, key: largest}, sizes)
     return Narrowing(change, tuple(cuts), plan.before, plan.after, plan.changes)
 
 

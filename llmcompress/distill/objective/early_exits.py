@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llmcompress.distill.objective.chunked_loss import TeacherLogits, chunked_loss
 from llmcompress.distill.objective.heads import head_of
+from llmcompress.distill.objective.projections import started_linear
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.losses.divergence import wide
 from llmcompress.losses.loss import LossState, SumAndCount
@@ -57,9 +58,10 @@ class Exits:
                 raise RecipeError(f"exits: there is none after block {number}; the student has {blocks} blocks")
         branches = nn.ModuleDict()
         width = student.config.get_text_config(decoder=True).hidden_size if numbers else 0
+        shape = (width, width, next(student.parameters()))
         for number, exits in numbers.items():
             if losses[number].branch:
-                branches.update({branch_name(number, each): _branch(width, student) for each in exits})
+                branches.update({branch_name(number, each): started_linear(*shape, nn.init.eye_) for each in exits})
         return Exits(student, numbers, ending(student) if numbers else (), branches)
 
     @contextmanager
@@ -112,16 +114,6 @@ class Exits:
 def branch_name(number: int, each: int) -> str:
     """Return the name that the branch of an exit has in a run's state; `number`: of the loss in the recipe."""
     return f"branch_{number}_behind_{each}"
-
-
-def _branch(width: int, student: PreTrainedModel) -> nn.Linear:
-    """Return a linear that changes nothing yet."""
-    like = next(student.parameters())
-    linear = nn.utils.skip_init(
-        nn.Linear, width, width, bias=False, dtype=torch.promote_types(like.dtype, torch.float32)
-    )
-    nn.init.eye_(linear.weight)
-    return linear.to(like.device)
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ the losses alone: it is in a run's state, but not in the run's output. Every pha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,11 +23,18 @@ def projections(widths: Mapping[Pair, tuple[int, int]], seed: int, like: torch.T
     or float64 if `like` is."""
     found = nn.ModuleDict()
     for pair, (given, wanted) in widths.items():
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        linear = nn.utils.skip_init(nn.Linear, given, wanted, bias=False, dtype=dtype)
-        nn.init.orthogonal_(linear.weight, generator=generator(seed, "projection", *pair))
-        found[projection_name(pair)] = linear.to(like.device)
+        start = partial(nn.init.orthogonal_, generator=generator(seed, "projection", *pair))
+        found[projection_name(pair)] = started_linear(given, wanted, like, start)
     return found
+
+
+def started_linear(given: int, wanted: int, like: torch.Tensor, start: Callable[[torch.Tensor], object]) -> nn.Linear:
+    """Return a linear from the first width to the second without a bias, whose weight `start` has filled, on the device
+    of `like` and in float32, or float64 if `like` is."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    linear = nn.utils.skip_init(nn.Linear, given, wanted, bias=False, dtype=dtype)
+    start(linear.weight)
+    return linear.to(like.device)
 
 
 def projection_name(pair: Pair) -> str:

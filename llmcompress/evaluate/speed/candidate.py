@@ -24,7 +24,7 @@ from llmcompress.models.dense import open_source
 from llmcompress.models.headers import FLOATS, Header, read_headers
 from llmcompress.models.integrity import MENDING
 from llmcompress.models.locate import Place, locate
-from llmcompress.models.own_sizes import own_sizes
+from llmcompress.models.own_sizes import is_dense
 from llmcompress.models.skeleton import described
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _of_folder(place: Place, dtype: str) -> Candidate:
         entries = read_json(place.folder / "config.json")
     except (OSError, ValueError):
         entries = {}
-    if dense := not entries.get("quantization_config") or bool(own_sizes(entries)):
+    if dense := is_dense(entries):
         source = open_source(place)  # which says what is wrong with a folder
         skeleton, stored = source.skeleton(), source.tensors
     else:
