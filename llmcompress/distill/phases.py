@@ -20,10 +20,12 @@ from llmcompress.distill.parallel.launch import is_given
 from llmcompress.distill.parallel.shares import shrink
 from llmcompress.distill.student.low_rank import adapt, rounded, teachers_weights
 from llmcompress.distill.student.model import check_latents, relaxed_student
-from llmcompress.distill.student.regrow import grow, input_norms, pruned_again, regrown
+from llmcompress.distill.student.moving_masks import moving
+from llmcompress.distill.student.regrow import Masks, grow, input_norms, pruned_again, regrown
 from llmcompress.distill.train import train
 from llmcompress.errors import RecipeError
 from llmcompress.weight.modules import CompressedLinear, Multiplying, decoded, put
+from llmcompress.weight.trainable.latents.form import ValuesForm
 
 
 @dataclass
@@ -77,13 +79,14 @@ def learn(run: TrainContext, report: Report | None = None) -> Learned:
         model, [done] = run.student.model, [len(learned.history)]
         adapted = () if recipe.adapt is None else adapt(model, recipe.adapt, run.dense(), recipe.seed)
         masks = {} if recipe.regrow is None else grow(model, recipe.regrow, run.dense())
-        (_by_blocks if kind == "blockwise" else _end_to_end)(part, learned, report)
+        if kind == "blockwise":
+            _by_blocks(part, learned, report)
+        else:
+            _end_to_end(part, learned, report, _moving(part, masks))
         if recipe.adapt is not None:
             _keep(part, learned, rounded(learned.linears, adapted, recipe.adapt), "rounded")
         if recipe.regrow is not None:
-            norms = None
-            if recipe.regrow.by == "input_norms":
-                norms = input_norms(model, masks, run.data.sequences, run.autocast)
+            norms = _norms(run, masks) if recipe.regrow.by == "input_norms" else None
             _keep(part, learned, pruned_again(learned.linears, masks, norms), "pruned")
             learned.phases[-1]["regrown"] = regrown(learned.linears, masks)
         if len(stages) > 1:
@@ -91,12 +94,25 @@ def learn(run: TrainContext, report: Report | None = None) -> Learned:
     return learned
 
 
-def _end_to_end(run: TrainContext, learned: Learned, report: Report | None) -> None:
+def _moving(run: TrainContext, masks: Masks) -> dict[str, ValuesForm]:
+    """Return the forms in which grown linears train, by name."""
+    asked = run.recipe.regrow
+    if asked is None or not asked.moves:
+        return {}
+    return moving(asked, masks, None if asked.by == "magnitude" else _norms(run, masks))
+
+
+def _norms(run: TrainContext, masks: Masks) -> dict[str, Tensor]:
+    """Return the squared norms of the inputs of the linears that masks are of, on the training text, by name."""
+    return input_norms(run.student.model, masks, run.data.sequences, run.autocast)
+
+
+def _end_to_end(run: TrainContext, learned: Learned, report: Report | None, values: Mapping[str, ValuesForm]) -> None:
     recipe = run.recipe
     latents = teachers_weights(run.student.model, run.dense()) if recipe.latents == "teacher" else None
     shrunk = shrink if is_given(run.accelerator) else None
     student = relaxed_student(
-        run.student.model, recipe.rates, recipe.estimator, latents, scales=recipe.scales, shrunk=shrunk
+        run.student.model, recipe.rates, recipe.estimator, latents, scales=recipe.scales, values=values, shrunk=shrunk
     )
     measured = train(replace(run, student=student), report)
     numbers: dict[str, int] = {

@@ -15,7 +15,7 @@ from llmcompress.recipe.data import Mixture, Texts, TextSource
 from llmcompress.recipe.freezing import Freezing
 from llmcompress.recipe.regrowth import Regrowth
 
-Kind = Literal["codes", "scales", "values", "factors", "norms", "weights", "projections"]
+Kind = Literal["codes", "scales", "values", "factors", "norms", "weights", "projections", "masks"]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -209,8 +209,8 @@ class Distillation(BaseModel):
         min_length=1,
         description="learning rates of what trains, in shares of the size of its numbers: latent codes, scales of "
         "grids, values kept as they are, low-rank factors, norms and biases, weights of linears that are "
-        "dense, projections of hidden states to the teacher's width, branches of exits with them; what has no rate "
-        "stays as it is",
+        "dense, projections of hidden states to the teacher's width, branches of exits with them, scores of learned "
+        "masks; what has no rate stays as it is",
     )
     adapt: Adaptation | None = Field(
         default=None, description="low-rank terms that are added to compressed linears, and trained with the factors"
@@ -275,13 +275,10 @@ class Distillation(BaseModel):
         for option, given in {"adapt": self.adapt, "regrow": self.regrow}.items():
             if self.phases and given is not None:
                 raise ValueError(f"{option} stands beside phases; give it to the phase that it is for")
-        for _, stage in self.stages():
+        for kind, stage in self.stages():
             if stage.batch % stage.micro_batch:
                 raise ValueError(f"batch {stage.batch} is no multiple of micro_batch {stage.micro_batch}")
-            if stage.regrow is not None and "values" not in stage.rates:
-                raise ValueError(
-                    "regrow lets kept weights train, which rates has nothing for; give rates one for values"
-                )
+            stage._check_regrow(kind)
             if any(term.branch for term in self.losses) and "projections" not in stage.rates:
                 raise ValueError("branches of exits train with the projections, which rates has nothing for; add them")
             if stage.adapt is not None and "factors" not in stage.rates:
@@ -310,6 +307,18 @@ class Distillation(BaseModel):
             raise ValueError("controls differ in their losses, which blockwise phases do not have; leave them out")
         if same := [name for name in self.controls if CONTROLS[name] == self.losses]:
             raise ValueError(f"controls: {same[0]} has the losses that the recipe has itself; leave it out")
+
+    def _check_regrow(self, kind: PhaseKind) -> None:
+        """Raises ValueError for masks that would not move as asked for."""
+        if self.regrow is None:
+            return
+        learned = self.regrow.by == "learned"
+        if learned and "masks" not in self.rates:
+            raise ValueError("regrow learns masks, which rates has nothing for; give rates one for masks, as 1.0e-2")
+        if not learned and "values" not in self.rates:
+            raise ValueError("regrow lets kept weights train, which rates has nothing for; give rates one for values")
+        if kind == "blockwise" and self.regrow.moves:
+            raise ValueError("masks that are learned or have a penalty move end to end; leave kind: blockwise out")
 
     def _check_latents(self) -> None:
         """Raises ValueError for what is asked of latent codes that there are none of, or not such ones."""

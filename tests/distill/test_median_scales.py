@@ -151,7 +151,7 @@ def test_neither_outliers_nor_confining_move_a_scale(levels: int) -> None:
         [scale] = median_scales(w, module)
         for _ in range(3):
             scale.rebind_parameters()
-            module.clamp_latents()
+            module.settle()
             found.append(module.get_parameter("scale").clone())
     assert all(torch.equal(each, found[0]) for each in found)
     assert bool((found[0] != w.scale.float().flatten()).any()), "they did move, from what was stored to the medians"
@@ -172,7 +172,7 @@ def test_scales_that_follow_reach_weights_of_another_size() -> None:
             optimizer.step()
             for scale in scales:
                 scale.rebind_parameters()
-            module.clamp_latents()
+            module.settle()
         lost.append(float(((dense(module.freeze()) - target) / size).square().mean()))
     assert lost[0] >= 0.06 and lost[1] < 0.01
 
@@ -195,7 +195,7 @@ def test_what_is_stored_has_three_levels_and_the_old_layout() -> None:
     module = moved(w)
     for scale in median_scales(w, module):
         scale.rebind_parameters()
-    module.clamp_latents()
+    module.settle()
     stored = module.freeze()
     assert torch.equal(dense(stored), module.weight()) and describe(stored) == describe(w)
     assert {k: v.numel() for k, v in encode(stored)[1].items()} == {k: v.numel() for k, v in encode(w)[1].items()}

@@ -147,7 +147,7 @@ def test_frozen_codes_never_change_and_their_gradients_do_not_count() -> None:
             assert gradient is not None and not gradient[watched.habits.frozen].any()
             assert gradient.any() or bool(watched.habits.frozen.all())
         optimizer.step()
-        student.relaxed.clamp_latents()
+        student.relaxed.settle()
         freezer.watch((step + 1) / 30)
         codes, frozen = torch.cat(stored(student)), torch.cat([each.habits.frozen for each in freezer.watched])
         for was, there in held:
@@ -177,7 +177,7 @@ def late(asked: Freezing | None, shares: Tensor) -> tuple[float, int]:
         before = student.relaxed.weight().detach()
         freezer.hold()
         optimizer.step()
-        student.relaxed.clamp_latents()
+        student.relaxed.settle()
         freezer.watch((step + 1) / 90)
         after = student.relaxed.weight().detach()
         if step >= 60:

@@ -1,4 +1,4 @@
-"""Latents in another form: nothing changes before a step, then what the papers' formulas say."""
+"""Formed in another form: nothing changes before a step, then what the papers' formulas say."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Bitmap, Grid, LowRank, Sum, Transposed, Weight, Where, Zero, shape
 from llmcompress.weight.trainable.latents.flexround import Divided
-from llmcompress.weight.trainable.latents.form import Form, Latents, cells
+from llmcompress.weight.trainable.latents.form import Form, Formed, cells
 from llmcompress.weight.trainable.latents.lora_rounding import Offsets
 from llmcompress.weight.trainable.masters import MARGIN
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, Relaxed, relax
@@ -36,9 +36,9 @@ def relaxed(w: Weight, form: str, trains: frozenset[str] = frozenset({"codes"}),
     return relax(w, Relaxation(trains, form=FORMS[form]), elsewhere(w, distance))
 
 
-def only(module: Relaxed) -> Latents:
-    [latents] = module.formed.values()
-    assert isinstance(latents, Latents)
+def only(module: Relaxed) -> Formed:
+    [latents] = module.forms().values()
+    assert isinstance(latents, Formed)
     return latents
 
 
@@ -59,7 +59,7 @@ def test_kinds_are_exactly_what_trains(form: str) -> None:
         module = relaxed(w, form, frozenset(KINDS))
         parameters = dict(module.named_parameters())
         assert parameters.keys() == module.kinds().keys()
-        assert set(module.formed) == {name for name in cells(w) if module.levels.get(name)}
+        assert set(module.forms()) == {name for name in cells(w) if module.levels.get(name)}
         assert all(parameter.dtype == torch.float32 for parameter in parameters.values())
 
 
@@ -92,7 +92,7 @@ def test_codes_of_factors_stay_numbers_of_their_own() -> None:
     """Nobody knows where in their cells they should be."""
     parts = LowRank(grid((6, 2), 4, 2, 0, symmetric=False), grid((2, 20), 4, 20, 1, symmetric=False))
     module = relaxed(Sum((GRIDS["symmetric"], parts)), "offsets")
-    assert set(module.formed) == {"0_codes"}
+    assert set(module.forms()) == {"0_codes"}
     own = {name for name in module.kinds() if not name.startswith("formed.")}
     assert own == {"1_left_codes", "1_right_codes"} and set(module.levels) == own | {"0_codes"}
 
@@ -196,7 +196,7 @@ def test_a_weight_of_zero_stays_and_large_ones_come_back() -> None:
         divided.get_parameter("elements").sub_(5.0)
     assert ((divided() < -0.5) | (divided() > w.levels - 0.5)).any()
     codes = module.freeze().codes  # type: ignore[union-attr]
-    divided.clamp_latents()
+    divided.settle()
     latents = divided().detach()
     assert torch.equal(module.freeze().codes, codes)  # type: ignore[union-attr]
     assert bool(zero.any()) and torch.equal(latents[zero], divided.get_buffer("zero")[zero])

@@ -89,7 +89,7 @@ def steps(module: Relaxed, target: Tensor, count: int, rate: float = 0.05, confi
         (module.weight() - target).square().sum().backward()
         optimizer.step()
         if confined:
-            module.clamp_latents()
+            module.settle()
 
 
 # --- before any step ------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def test_confining_latents_changes_nothing_that_is_stored(w: Weight) -> None:
         module = relax(w, Relaxation(frozenset(KINDS), estimator))
         steps(module, elsewhere(w, 3.0), 2, rate=1.0)
         before = module.freeze()
-        module.clamp_latents()
+        module.settle()
         assert_same_bits(module.freeze(), before)
 
 
@@ -259,7 +259,7 @@ def test_a_latent_that_ran_away_can_come_back() -> None:
             latents.copy_(torch.tensor([1.7, -0.9]))
         latents.grad = None
         if confined:
-            module.clamp_latents()
+            module.settle()
         module.weight().sum().backward()
         assert bool((torch.as_tensor(latents.grad) != 0).all()) == confined
 

@@ -126,7 +126,7 @@ def recover_block(
         if not bool(norm.isfinite()):
             raise NumericsError(f"{name}, step {step + 1}: the gradient's norm is {float(norm)}; lower the rates")
         optimizer.step()
-        student.clamp_latents()
+        student.settle()
         freezer.watch((step + 1) / steps)
         optimizer.zero_grad(set_to_none=True)
         if step + 1 == steps or (step + 1) % recipe.evaluate_every == 0:

@@ -179,7 +179,7 @@ class Engine:
 
         Where oscillating codes are frozen: how many codes changed, turned and are frozen, over all processes.
         """
-        self.student.clamp_latents()
+        self.student.settle()
         counts = self.freezer.watch(done)
         if self.zero is not None:
             self.zero.take_up()

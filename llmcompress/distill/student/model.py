@@ -7,7 +7,8 @@ weights, whatever its folder stores, so that small steps are not lost.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from llmcompress.models.families import block_stack
 from llmcompress.recipe.distillation import Distillation, Kind, Scales
 from llmcompress.weight.modules import Multiplying, compressed_linears, multiplying, put
 from llmcompress.weight.tied import tie, ties_of
-from llmcompress.weight.trainable.latents.form import Form
+from llmcompress.weight.trainable.latents.form import Form, ValuesForm
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedModule, relaxed_module
 
 if TYPE_CHECKING:
@@ -62,13 +63,13 @@ class Student:
         """Return every parameter that changes, by name."""
         return {name: value for values in self.trained.values() for name, value in values.items()}
 
-    def clamp_latents(self) -> None:
-        """Set the scales that follow their latents, then clamp latents to the range of their codes; for use after a
-        step of the optimizer."""
+    def settle(self) -> None:
+        """Set the scales that follow their latents, then do what each matrix asks for, such as clamping latents to the
+        range of their codes; for use after a step of the optimizer."""
         for scale in self.medians:
             scale.rebind_parameters()
         for module in self.relaxed.values():
-            module.relaxed.clamp_latents()
+            module.relaxed.settle()
 
     def rebind_parameters(self) -> None:
         """Look the parameters up in the model again, after others have taken their places there."""
@@ -115,6 +116,7 @@ def relaxed_student(
     inside: str | tuple[str, ...] = "",
     scales: Scales = "learned",
     form: Form | None = None,
+    values: Mapping[str, ValuesForm] = MappingProxyType({}),
     shrunk: Callable[[nn.Module], None] | None = None,
 ) -> Student:
     """Replace the compressed linears of `model` (float32) by relaxed ones; head and token table stay as they are.
@@ -122,8 +124,9 @@ def relaxed_student(
     `rates` names the kinds that train, as far as the student has them. Latent codes start at the codes, or if `target`
     gives the dense weights, `[out, in]` by name, at these, clamped to the codes' cells. `inside`: starts of names of
     the blocks that train; everything else stays as it is. `scales`: "median" for scales that follow their latents, if
-    they can; other scales train as `rates` says. `form`: of latents, as in `Relaxation`. `shrunk`: takes the numbers
-    out of a relaxed layer, in a process that another one gives them to.
+    they can; other scales train as `rates` says. `form`: of latents, `values`: of values, by the names of the
+    linears, as in `Relaxation`. `shrunk`: takes the numbers out of a relaxed layer, in a process that another one gives
+    them to.
 
     Raises RecipeError, unless only some blocks train, if there is nothing to train, or if only norms of a dense model
     would train although other kinds were asked for.
@@ -140,7 +143,10 @@ def relaxed_student(
     for name, layer in multiplying(model).items():
         if layer is not head and name.startswith(inside):
             wanted = None if target is None or name in tied else target(name)
-            relaxed[name] = relaxed_module(layer, relaxation, wanted)
+            how = relaxation
+            if name in values:  # the values have masters, which need not train
+                how = replace(relaxation, trains=relaxation.trains | {"values"}, values=values[name])
+            relaxed[name] = relaxed_module(layer, how, wanted)
             put(model, name, relaxed[name])
             if shrunk is not None:
                 shrunk(relaxed[name])

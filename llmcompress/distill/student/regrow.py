@@ -4,7 +4,7 @@
 keeps as many as there were, in the pattern that there was. So a mask that was chosen once, one layer at a time, can
 still change. The paper starts at zero and keeps the largest weights. Language models have input channels of very unlike
 sizes, so the size of a weight counts times the norm of its inputs here, as in Wanda (arXiv 2306.11695), unless the
-recipe asks for the paper's way.
+recipe asks for the paper's way. `moving_masks` has masks that move in between.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def pruned_again(
             case CompressedLinear(), Dense(values) as grown:
                 scores = values.float().square()
                 scores = scores if norms is None else scores * norms[name].to(scores.device)
-                index = _mask_like(mask, scores)
+                index = mask_like(mask, scores)
                 kept = Where(index, Dense(values), Zero(shape(grown)))
                 found[name] = CompressedLinear.of(kept, layer.bias)
             case _, other:
@@ -123,7 +123,7 @@ def _watched(model: PreTrainedModel, names: Iterable[str], norms: dict[str, Tens
             handle.remove()
 
 
-def _mask_like(mask: Bitmap | Pattern, scores: Tensor) -> Bitmap | Pattern:
+def mask_like(mask: Bitmap | Pattern, scores: Tensor) -> Bitmap | Pattern:
     """Return the mask of the best `scores [out, in]`, as many in all or in every group as `mask` has."""
     if isinstance(mask, Pattern):
         return Pattern(largest_of_each(scores.T, mask.kept, mask.group).T, mask.kept, mask.group)

@@ -13,7 +13,8 @@ The kinds of numbers that may train (`KINDS`), and how they are kept storable, i
   positive numbers. Gradients pass the ends, so that a scale there can come back. A scale that is not positive at first,
   as of a group of zeros, stays.
 - values of `Dense` and centroids outside low-rank terms, and factors, every `Dense` and centroid inside them: rounded
-  to their own dtype, within +-its largest number.
+  to their own dtype, within +-its largest number. The values of a matrix that is nothing else may have a form
+  (`latents`) with scores of its own that train, of the kind `masks`.
 
 See `matmul` for the product with the expression in training, and for the memory that autograd keeps.
 """
@@ -31,15 +32,15 @@ from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.weight import expression
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.modules import CompressedLinear, Multiplying, TiedMatrix
-from llmcompress.weight.nodes import Weight, Zero, shape
+from llmcompress.weight.nodes import Dense, Weight, Zero, shape
 from llmcompress.weight.packing import pack
 from llmcompress.weight.tied import base_of
-from llmcompress.weight.trainable.latents.form import Form, Latents, cells
+from llmcompress.weight.trainable.latents.form import Form, Formed, ValuesForm, cells
 from llmcompress.weight.trainable.masters import masters
 from llmcompress.weight.trainable.matmul import by_rows, centred, filled, product
 from llmcompress.weight.trainable.straight_through import ESTIMATORS, Estimator, straight_cast, straight_codes
 
-KINDS = ("codes", "scales", "values", "factors")
+KINDS = ("codes", "scales", "values", "factors", "masks")
 SMALLEST_SCALE = 2.0**-24
 START = "_start"  # of the name of stored scales that train
 
@@ -52,6 +53,7 @@ class Relaxation:
     estimator: Estimator = "plain"  # of codes with two levels; more levels have the plain one
     power: float = 3.0  # of ReSTE, at least 1; its authors raise it from 1 to 3 while they train
     form: Form | None = None  # of latents; None: each is a number that trains
+    values: ValuesForm | None = None  # of the values of a matrix that is nothing else
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.trains) - set(KINDS))
@@ -92,7 +94,7 @@ class Relaxed(nn.Module):
         self.stored_as = {name: tensor.dtype for name, tensor in tensors.items()}
         self.levels: dict[str, int] = {}  # of codes that train, by the names of what is stored
         self.kind_of: dict[str, str] = {}
-        self.formed = nn.ModuleDict()  # latents by the names of their codes, where they are no parameters themselves
+        self.formed = nn.Module()  # holds forms by the names of what is stored; a ModuleDict has no name `values` left
         forms = {} if relaxation.form is None else cells(w)
         for name, kind, master, levels in masters(w, relaxation.trains, target):
             if master.numel():
@@ -100,7 +102,9 @@ class Relaxed(nn.Module):
                 if kind == "codes":
                     self.levels[name] = levels
                 if kind == "codes" and relaxation.form is not None and name in forms:
-                    self.formed[name] = relaxation.form(master, forms[name])
+                    self.formed.add_module(name, relaxation.form(master, forms[name]))
+                elif kind == "values" and relaxation.values is not None and isinstance(w, Dense):
+                    self.formed.add_module(name, relaxation.values(master))
                 else:
                     self.register_parameter(name, nn.Parameter(master))
         for name, tensor in tensors.items():
@@ -113,8 +117,15 @@ class Relaxed(nn.Module):
 
     def kinds(self) -> dict[str, str]:
         """The name of each trainable parameter, and its kind (of `KINDS`)."""
-        own = {name: kind for name, kind in self.kind_of.items() if name not in self.formed}
-        return own | {f"formed.{name}": "codes" for name, _ in self.formed.named_parameters()}
+        forms = self.forms()
+        own = {name: kind for name, kind in self.kind_of.items() if name not in forms}
+        for name, form in forms.items():
+            own |= {f"formed.{name}.{key}": kind for key, kind in form.kinds().items()}
+        return own
+
+    def forms(self) -> dict[str, Formed]:
+        """Return the forms of what is no parameter itself, by the names of what is stored."""
+        return {name: cast(Formed, form) for name, form in self.formed.named_children()}
 
     def weight(self) -> Tensor:
         """The matrix, float32 `[out, in]`, differentiable in what trains."""
@@ -132,19 +143,21 @@ class Relaxed(nn.Module):
         return product(x, filled(self.ready[1], "", None, numbers))
 
     @torch.no_grad()
-    def clamp_latents(self) -> None:
-        """Put latents that left the range of their codes back to its edge; call it after a step of the optimizer.
+    def settle(self) -> None:
+        """Put latents that left the range of their codes back to its edge, and do what forms ask for.
+
+        Call it after a step of the optimizer.
 
         Outside they have no gradient, so what momentum carried there would stay (BinaryConnect, arXiv 1511.00363). What
         is stored does not change. BiPer's latents have a gradient everywhere and stay where they are.
         """
-        for name, levels in self.levels.items():
-            if self.relaxation.estimator == "biper" and levels == 2:
-                continue
-            if name in self.formed:
-                cast(Latents, self.formed[name]).clamp_latents()
-            else:
-                self.get_parameter(name).clamp_(-0.5, levels - 0.5)
+        free = {name for name, levels in self.levels.items() if self.relaxation.estimator == "biper" and levels == 2}
+        forms = self.forms()
+        for name in self.kind_of.keys() - free:
+            if name in forms:
+                forms[name].settle()
+            elif name in self.levels:
+                self.get_parameter(name).clamp_(-0.5, self.levels[name] - 0.5)
 
     @torch.no_grad()
     def freeze(self) -> Weight:
@@ -202,7 +215,8 @@ class Relaxed(nn.Module):
 
     def _master(self, name: str) -> Tensor:
         """Return the master of one stored tensor, flat float32, differentiable."""
-        found: Tensor = self.formed[name]() if name in self.formed else self.get_parameter(name)
+        form = self.forms().get(name)
+        found: Tensor = self.get_parameter(name) if form is None else form()
         return found
 
     def _numbers(self, name: str) -> Tensor:

@@ -16,11 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmcompress.weight.trainable.latents.form import Cells, Latents
+from llmcompress.weight.trainable.latents.form import Cells, Formed
 from llmcompress.weight.trainable.masters import MARGIN
 
 
-class Divided(Latents):
+class Divided(Formed):
     """The latents of one grid that start at `start`, flat float32."""
 
     weights: Tensor  # in units of their scales, flat float32
@@ -43,7 +43,7 @@ class Divided(Latents):
         return self.zero + self.weights * torch.exp(-self.elements - self._of_rows())
 
     @torch.no_grad()
-    def clamp_latents(self) -> None:
+    def settle(self) -> None:
         """Lets no divisor of an element be so small that its latent leaves the range of the codes."""
         room = torch.where(self.weights > 0, self.levels - 0.5 - self.zero, 0.5 + self.zero) - MARGIN
         self.elements.clamp_(min=(self.weights.abs() / room).log() - self._of_rows())

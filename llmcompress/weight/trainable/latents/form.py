@@ -1,4 +1,5 @@
-"""Forms of latents: modules that compute the latents of one grid's codes and keep them within their range."""
+"""Forms of what trains: modules that compute one stored tensor, such as the latents of a grid's codes, from their own
+parameters."""
 
 from __future__ import annotations
 
@@ -31,14 +32,21 @@ class Cells:
         return matrix.reshape(-1) if self.shown is None else matrix[self.shown.expand(self.size).to(matrix.device)]
 
 
-class Latents(nn.Module):
-    """Latents of the codes of one grid, flat float32, as its `forward` makes them of its parameters."""
+class Formed(nn.Module):
+    """One stored tensor, flat float32, as its `forward` makes it of its parameters."""
 
-    def clamp_latents(self) -> None:
-        """Bring latents that left the range of their codes back, where that is due; called after an optimizer step."""
+    kind = "codes"  # of KINDS, of what is stored
+
+    def kinds(self) -> dict[str, str]:
+        """Return the name of each parameter, and its kind."""
+        return {name: self.kind for name, _ in self.named_parameters()}
+
+    def settle(self) -> None:
+        """Do what is due after a step of the optimizer, such as bringing latents back into the range of their codes."""
 
 
-Form = Callable[[Tensor, Cells], Latents]  # of where latents start, flat float32, and their cells
+Form = Callable[[Tensor, Cells], Formed]  # of where latents start, flat float32, and their cells
+ValuesForm = Callable[[Tensor], Formed]  # of the values of a matrix, flat float32
 
 
 @torch.no_grad()

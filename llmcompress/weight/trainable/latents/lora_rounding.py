@@ -20,10 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmcompress.weight.trainable.latents.form import Cells, Latents
+from llmcompress.weight.trainable.latents.form import Cells, Formed
 
 
-class Offsets(Latents):
+class Offsets(Formed):
     """The latents of one grid that start at `start`, flat float32; the rank is at most that of the grid's matrix."""
 
     start: Tensor
