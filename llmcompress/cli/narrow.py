@@ -26,7 +26,7 @@ def narrow(
     ] = None,
     per_block: Annotated[
         bool,
-        typer.Option("--per-block", help="Neurons of each block as predictions need them there, so many on average."),
+        typer.Option("--per-block", help="Units of each block as predictions need them there, as many bytes in all."),
     ] = False,
     by: Annotated[
         str, typer.Option(metavar="SCORE", help="energy, subset (least error of the layer), or random as a control.")

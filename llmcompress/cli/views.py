@@ -190,8 +190,8 @@ def drift_view(found: Row, every: bool) -> Iterator[RenderableType]:
 def narrowed_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield what stays in every block, the predicted damage, and the sizes."""
     for part, before in found["before"].items():
-        where = "a block, on average" if found["per_block"] and part == "neurons" else "every block"
-        yield f"{part.replace('_', '-'):7} {before:,} -> {found['after'][part]:,} in {where}"
+        where = "a block, on average" if found["per_block"] else "every block"
+        yield f"{part.replace('_', '-'):7} {before:,} -> {round(found['after'][part], 1):,} in {where}"
     parts = list(found["before"])
     names = [part.replace("_", "-") for part in parts]
     heads = ("block", *names, *(f"error by {name}" for name in names), "damage")

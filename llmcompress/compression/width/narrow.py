@@ -22,7 +22,7 @@ from llmcompress.calibrate.walk import Block, Progress, walk
 from llmcompress.compression.damage import judged_calibration, outputs_of, relative_damage
 from llmcompress.compression.edited_model import EditedFiles, Made
 from llmcompress.compression.width.by_block import tried_widths, width_prices
-from llmcompress.compression.width.plan import Cut, Narrowing, check_unequal, narrowing, step_of, unequal
+from llmcompress.compression.width.plan import Cut, Narrowing, Part, check_unequal, narrowing, step_of, unequal
 from llmcompress.compression.width.select import DAMPING, Subset, check_by, chosen_subset
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import NumericsError
@@ -66,13 +66,13 @@ Walked = Iterator[tuple[dict[str, Made], NarrowedBlock]]  # narrower tensors of 
 @dataclass(frozen=True)
 class Narrowed:
     """The narrower model. `before` and `after`: units of each kind in every block, on average where `per_block`, when
-    each has neurons of its own; `damage`: then the KL in nats per token that blocks narrowed one by one add up to;
+    each has a width of its own; `damage`: then the KL in nats per token that blocks narrowed one by one add up to;
     `output` is None where nothing was written; bytes count the weights."""
 
     model: str
     output: str | None
     before: dict[str, int]
-    after: dict[str, int]
+    after: dict[str, float]
     by: str
     per_block: bool
     damage: float | None
@@ -110,8 +110,9 @@ def narrow(
         output: a new or empty folder; None to look at the plan and write nothing.
         neurons: of each feed-forward layer that stay, or their share below 1; None for all.
         kv_heads: key-value heads that stay in each block, each with the query heads that read it; None for all.
-        per_block: True to give each block neurons as predictions need them there, `neurons` on average. Reads the text
-            once more, and llmcompress has to be installed where the result is loaded.
+        per_block: True to give each block units as predictions need them there, in the bytes that `neurons` and
+            `kv_heads` make everywhere. Reads the text once more, and llmcompress has to be installed where the result
+            is loaded.
         by: `energy`, `subset` or `random`; see `chosen_subset`.
         text: what is read, as `dataset` of a recipe's calibration.
         samples: sequences of 512 tokens that are read, a ninth of them to judge on.
@@ -167,13 +168,14 @@ class _Job:
     seed: int
     damage: float | None = None
 
-    def widths(self, device: torch.device, progress: Progress | None) -> tuple[tuple[int, ...], float]:
-        """Return the neurons that each block is to have of its own, as many on average as the plan says, and the
+    def widths(self, device: torch.device, progress: Progress | None) -> tuple[tuple[dict[Part, int], ...], float]:
+        """Return the units that each block is to have of its own, with at most the weights that the plan has, and the
         damage to predictions that they add up to."""
-        total, mean = self.plan.before["neurons"], self.plan.after["neurons"]
         how: dict[str, Any] = {"by": self.by, "seed": self.seed, "device": device, "progress": progress}
-        tried = tried_widths(total, mean, step_of(total))
-        return width_prices(self.source, self.arch, self.tokens, tried, **how).chosen(mean)
+        equal = {cut.part: cut.keep for cut in self.plan.cuts[0]}
+        tried = {part: tried_widths(total, equal[part], step_of(total)) for part, total in self.plan.before.items()}
+        prices = width_prices(self.source, self.arch, self.tokens, self.plan.cuts, tried, **how)
+        return prices.chosen(equal)
 
     def blocks(self, device: torch.device, progress: Progress | None) -> Walked:
         """Yield the narrower tensors of each block, and its fate, in order."""

@@ -1,12 +1,12 @@
 """The parts of a model that can become narrower, as data: neurons of its feed-forward layers, and key-value heads.
 
-All blocks become equally narrow, since a config has one number for them, unless each is to have neurons of its own.
+All blocks become equally narrow, since a config has one number for them, unless each is to have a width of its own.
 Nothing here reads weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -43,6 +43,12 @@ class Cut:
         """Columns of the consumer that a unit has."""
         return self.consumer.shape[1] // self.units
 
+    @property
+    def weights(self) -> int:
+        """The weights that go with one unit, with biases of its rows."""
+        rows = sum(linear.shape[0] * (linear.shape[1] + linear.bias) for linear in self.producers)
+        return (rows + self.consumer.shape[0] * self.consumer.shape[1]) // self.units
+
     def sizes(self) -> dict[str, list[int]]:
         """Return the narrower sizes `[out, in]` by linear."""
         found = {linear.name: [linear.shape[0] // self.units * self.keep, linear.shape[1]] for linear in self.producers}
@@ -78,13 +84,13 @@ def _picked(source: DenseModel, name: str, axis: int, where: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class Narrowing:
     """The plan of a narrower model. `cuts`: of each block, in the order in which a token meets them; `before` and
-    `after`: units of each kind in every block, the latter on average where each has neurons of its own; `changes`: to
+    `after`: units of each kind in every block, the latter on average where each has a width of its own; `changes`: to
     the config."""
 
     change: ChangedConfig
     cuts: tuple[tuple[Cut, ...], ...]
     before: Mapping[Part, int]
-    after: Mapping[Part, int]
+    after: Mapping[Part, float]
     changes: Mapping[str, Any]
 
 
@@ -106,44 +112,52 @@ def narrowing(
             f"model type {source.config.model_type!r} is not in the table of families, so it is unknown which of its "
             f"rows and columns belong together; choose one of {', '.join(FAMILIES)}"
         )
-    settings, first = source.config, arch.blocks[0]
-    changes: dict[str, Any] = {}
+    first = arch.blocks[0]
     before: dict[Part, int] = {}
     after: dict[Part, int] = {}
     if kv_heads is not None:
         before["kv_heads"], after["kv_heads"] = _heads(source, arch), kv_heads
         _check_count(source, "key-value heads", kv_heads, before["kv_heads"])
-        query, dim = settings.num_attention_heads, first.groups[1][0].shape[1] // settings.num_attention_heads
-        each = query // before["kv_heads"]
-        changes |= {"num_key_value_heads": kv_heads, "num_attention_heads": each * kv_heads, "head_dim": dim}
     if neurons is not None:
         before["neurons"] = first.groups[-1][0].shape[1]
         after["neurons"] = _count(neurons, before["neurons"])
         _check_count(source, "neurons", after["neurons"], before["neurons"])
-        changes[next(key for key in NEURONS if hasattr(settings, key))] = after["neurons"]
+    changes = _changes(source.config, arch, after)
     cuts = tuple(_cuts(block, before, after) for block in arch.blocks)
     return Narrowing(changed(source, changes), cuts, before, after, changes)
 
 
 def check_unequal(arch: Architecture, plan: Narrowing) -> None:
-    """Raise RecipeError unless a plan is to have fewer neurons, InputError for blocks that cannot differ in them."""
-    if "neurons" not in plan.before:
-        raise RecipeError("blocks can have neurons of their own, not heads; say how many neurons stay on average")
-    others = (plan.before["neurons"],) * (len(arch.blocks) - 1)
-    unequal(arch, plan, (plan.after["neurons"], *others))  # which would refuse once the damage is measured
+    """Raise InputError for blocks that cannot have a width of their own."""
+    narrow = {cut.part: cut.keep for cut in plan.cuts[0]}
+    unequal(arch, plan, (narrow, *[plan.before] * (len(arch.blocks) - 1)))  # would refuse once the damage is measured
 
 
-def unequal(arch: Architecture, plan: Narrowing, widths: tuple[int, ...]) -> Narrowing:
-    """Return the plan in which each block has neurons of its own, `widths`; the config tells the largest number."""
-    key, largest = next(key for key in NEURONS if key in plan.changes), max(widths)
+def unequal(arch: Architecture, plan: Narrowing, widths: Sequence[Mapping[Part, int]]) -> Narrowing:
+    """Return the plan in which each block has `widths` of its own; the config tells the largest."""
+    largest = {part: max(block[part] for block in widths) for part in plan.before}
     cuts, sizes = [], dict[str, list[int]]()
-    for block, width in zip(arch.blocks, widths, strict=True):
-        kept = _cuts(block, plan.before, {**plan.after, "neurons": width})
+    for block, own in zip(arch.blocks, widths, strict=True):
+        kept = _cuts(block, plan.before, own)
         cuts.append(tuple(cut for cut in kept if cut.keep < cut.units))
-        if width < largest:
-            sizes |= kept[-1].sizes()
-    change = changed(plan.change.source, {**plan.changes, key: largest}, sizes)
-    return Narrowing(change, tuple(cuts), plan.before, plan.after, plan.changes)
+        for cut in kept:
+            if cut.keep < largest[cut.part]:
+                sizes |= cut.sizes()
+    changes = _changes(plan.change.source.config, arch, largest)
+    mean = {part: sum(block[part] for block in widths) / len(widths) for part in plan.before}
+    return Narrowing(changed(plan.change.source, changes, sizes), tuple(cuts), plan.before, mean, plan.changes)
+
+
+def _changes(config: Any, arch: Architecture, counts: Mapping[Part, int]) -> dict[str, Any]:
+    """Return what a config tells of so many units of each kind in every block."""
+    found: dict[str, Any] = {}
+    if (heads := counts.get("kv_heads")) is not None:
+        query, width = config.num_attention_heads, arch.blocks[0].groups[1][0].shape[1]
+        each = query // config.num_key_value_heads
+        found |= {"num_key_value_heads": heads, "num_attention_heads": each * heads, "head_dim": width // query}
+    if (neurons := counts.get("neurons")) is not None:
+        found[next(key for key in NEURONS if hasattr(config, key))] = neurons
+    return found
 
 
 def _cuts(block: BlockLayout, before: Mapping[Part, int], after: Mapping[Part, int]) -> tuple[Cut, ...]:

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.compression.width.by_block import WidthPrices, tried_widths, width_prices
-from llmcompress.compression.width.plan import NEURONS
+from llmcompress.compression.width.plan import NEURONS, Part, narrowing
 from llmcompress.data.calibration import calibration_tokens
 from llmcompress.distill.run import distill
-from llmcompress.errors import InputError, RecipeError
+from llmcompress.errors import InputError
 from llmcompress.evaluate.distance import kl_divergence
 from llmcompress.evaluate.speed.candidate import _of_folder
 from llmcompress.models.dense import open_source
@@ -68,6 +68,29 @@ def test_idle_neurons_of_one_block_go_without_a_trace(family: str, tmp_path: Pat
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_idle_heads_of_one_block_go_without_a_trace(family: str, tmp_path: Path, text: str) -> None:
+    """The key-value head of one block that nobody reads; it generates with a cache, and zeros fill it up again."""
+    model = tiny(family)
+    source = open_source(locate(save_tiny(family, tmp_path / "whole")))
+    reader = architecture(source.config, source.skeleton()).blocks[1].groups[1][0]
+    model.get_submodule(reader.name).get_parameter("weight")[:, : reader.shape[1] // 2] = 0
+    model.save_pretrained(tmp_path / "whole")
+    tiny_tokenizer().save_pretrained(tmp_path / "whole")
+    asked: dict[str, Any] = {"kv_heads": 1, "neurons": 44, "per_block": True, "text": text, "samples": 8}
+    done = lc.narrow(tmp_path / "whole", tmp_path / "slim", **asked)
+    gone = {(block.block, part.part): part.kept for block in done.blocks for part in block.parts}
+    assert gone[1, "kv_heads"] == (1,) and done.after["kv_heads"] <= 1.5
+    assert done.bytes_after <= lc.narrow(tmp_path / "whole", neurons=44, kv_heads=1, text=text, samples=8).bytes_after
+    slim: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "slim", dtype=torch.float32)
+    said = slim.generate(IDS, max_new_tokens=5, do_sample=False)
+    plain = slim.generate(IDS, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(said, plain)
+    lc.export(tmp_path / "slim", tmp_path / "filled", "dense")
+    torch.testing.assert_close(logits(tmp_path / "filled"), logits(tmp_path / "slim"), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_damages_are_those_of_whole_forwards(tmp_path: Path, text: str) -> None:
     """The KL of a model that transformers runs with one block's layer refitted to fewer neurons."""
     folder = save_tiny("llama", tmp_path / "whole")
@@ -76,8 +99,10 @@ def test_damages_are_those_of_whole_forwards(tmp_path: Path, text: str) -> None:
     asked = lc.Calibration(dataset=text, samples=9, length=64, held_out=1)
     tokens = calibration_tokens(asked, source.tokenizer(), source.load, source.config)
     how: dict[str, Any] = {"by": "energy", "seed": 0, "device": torch.device("cpu")}
-    found = width_prices(source, arch, tokens, (48, 24, 8), **how)
-    assert found.damages[0][0] == 0.0 and found.damages[1][2] > found.damages[1][1] > 0
+    cuts = narrowing(source, arch, 24, 1).cuts
+    found = width_prices(source, arch, tokens, cuts, {"kv_heads": (2, 1), "neurons": (48, 24, 8)}, **how)
+    damages = found.damages[1]["neurons"]
+    assert found.damages[0]["neurons"][0] == found.damages[0]["kv_heads"][0] == 0.0 and damages[2] > damages[1] > 0
     window = tokens.sequences[-1:]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     states = model(tokens.sequences[:-1], output_hidden_states=True).hidden_states[1]
@@ -91,7 +116,7 @@ def test_damages_are_those_of_whole_forwards(tmp_path: Path, text: str) -> None:
     hessian = x.T @ x / len(x)
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(48)
     energy = hessian.diagonal() * weight.square().sum(0)
-    for width, damage in zip((24, 8), found.damages[1][1:], strict=True):
+    for width, damage in zip((24, 8), damages[1:], strict=True):
         kept = energy.argsort()[-width:].sort().values
         fitted = torch.zeros_like(weight)
         fitted[:, kept] = weight @ hessian[:, kept] @ hessian[kept][:, kept].inverse()
@@ -102,14 +127,25 @@ def test_damages_are_those_of_whole_forwards(tmp_path: Path, text: str) -> None:
 
 def test_widths_are_the_cheapest_of_all_choices() -> None:
     """Beside every choice there is; a damage that falls with fewer neurons, which is noise, is not believed."""
-    damages = ((0.0, 0.1, 0.5, 0.4), (0.0, 0.3, 0.6, 2.0), (0.0, 0.0, 0.0, 0.1))
-    prices, mean = WidthPrices((48, 36, 30, 12), damages), 30
-    found, damage = prices.chosen(mean)
-    rising = [[max(row[: place + 1]) for place in range(4)] for row in damages]
-    choices = [choice for choice in product(range(4), repeat=3) if sum(prices.widths[each] for each in choice) <= 90]
-    least = min(sum(row[each] for row, each in zip(rising, choice, strict=True)) for choice in choices)
-    assert sum(row[prices.widths.index(width)] for row, width in zip(rising, found, strict=True)) == least == damage
-    assert sum(found) <= 90
+    widths: dict[Part, tuple[int, ...]] = {"kv_heads": (3, 2, 1), "neurons": (48, 36, 30, 12)}
+    weights: dict[Part, int] = {"kv_heads": 20, "neurons": 3}
+    heads = ((0.0, 0.2, 0.7), (0.0, 0.01, 0.9), (0.0, 0.4, 0.5))
+    neurons = ((0.0, 0.1, 0.5, 0.4), (0.0, 0.3, 0.6, 2.0), (0.0, 0.0, 0.0, 0.1))
+    damages: list[dict[Part, tuple[float, ...]]] = []
+    for one, other in zip(heads, neurons, strict=True):
+        damages.append({"kv_heads": one, "neurons": other})
+    found, damage = WidthPrices(widths, weights, tuple(damages)).chosen({"kv_heads": 2, "neurons": 30})
+    rising = [[max(row[: place + 1]) for place in range(len(row))] for row in (*heads, *neurons)]
+    costs = [[20 * each for each in widths["kv_heads"]]] * 3 + [[3 * each for each in widths["neurons"]]] * 3
+    most = 3 * (2 * 20 + 30 * 3)
+    sums = [
+        sum(row[each] for row, each in zip(rising, choice, strict=True))
+        for choice in product(*map(range, map(len, rising)))
+        if sum(row[each] for row, each in zip(costs, choice, strict=True)) <= most
+    ]
+    assert damage == min(sums)
+    assert sum(block["kv_heads"] * 20 + block["neurons"] * 3 for block in found) <= most
+    assert sum(block["kv_heads"] for block in found) != 6  # weights moved between heads and neurons
 
 
 def test_widths_to_try_are_multiples_and_hold_the_mean() -> None:
@@ -180,8 +216,6 @@ def test_what_would_lose_its_widths_is_refused(slim: Path, tmp_path: Path, text:
         lc.drop_blocks(slim / "slim", [1], tmp_path / "out")
     with pytest.raises(InputError, match="widths of their own"):
         lc.export(slim / "slim", tmp_path / "out", "gguf")
-    with pytest.raises(RecipeError, match="neurons of their own, not heads"):
-        lc.narrow(slim / "dense", tmp_path / "out", kv_heads=1, per_block=True, text=text, samples=8)
     assert not (tmp_path / "out").exists()
 
 
