@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 QUANTIZERS = "transformers.quantizers.auto"
-OURS = "llmcompress"
+OURS = "llmcompress"  # again: the wheel has this file outside of the package
 
 
 class _Later:

@@ -218,6 +218,7 @@ OURS = CARD | {
     file_names.SCORES,
     file_names.ALLOCATION,
     file_names.EXPERTS,
+    file_names.NARROWED,
     file_names.DISTILLATION,
     file_names.DISTILLATION_RECIPE,
     file_names.DISTILLATION_PLOT,
