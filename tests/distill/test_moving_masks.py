@@ -63,7 +63,7 @@ def test_a_learned_mask_starts_as_that_of_sizes_and_inputs(which: str) -> None:
 
 
 def form(by: str, mask: Bitmap | Pattern, norms: Tensor, penalty: float | None = None) -> Any:
-    """What a recipe makes of one mask."""
+    """Return what a recipe makes of one mask."""
     asked = Regrowth(start="teacher", by=by, rank=3 if by == "learned" else None, penalty=penalty)  # type: ignore[arg-type]
     return moving(asked, {"x": mask}, {"x": norms})["x"]
 
