@@ -18,12 +18,13 @@ from llmcompress.distill.context import Report, TrainContext
 from llmcompress.distill.held_out import evaluate_held_out
 from llmcompress.distill.parallel.launch import is_given
 from llmcompress.distill.parallel.shares import shrink
+from llmcompress.distill.student.learned_masks import learned_masks
 from llmcompress.distill.student.low_rank import adapt, rounded, teachers_weights
 from llmcompress.distill.student.model import check_latents, relaxed_student
-from llmcompress.distill.student.moving_masks import moving
 from llmcompress.distill.student.regrow import Masks, grow, input_norms, pruned_again, regrown
 from llmcompress.distill.train import train
 from llmcompress.errors import RecipeError
+from llmcompress.recipe.regrowth import RANK
 from llmcompress.weight.modules import CompressedLinear, Multiplying, decoded, put
 from llmcompress.weight.trainable.latents.form import ValuesForm
 
@@ -82,7 +83,7 @@ def learn(run: TrainContext, report: Report | None = None) -> Learned:
         if kind == "blockwise":
             _by_blocks(part, learned, report)
         else:
-            _end_to_end(part, learned, report, _moving(part, masks))
+            _end_to_end(part, learned, report, _learning(part, masks))
         if recipe.adapt is not None:
             _keep(part, learned, rounded(learned.linears, adapted, recipe.adapt), "rounded")
         if recipe.regrow is not None:
@@ -94,12 +95,12 @@ def learn(run: TrainContext, report: Report | None = None) -> Learned:
     return learned
 
 
-def _moving(run: TrainContext, masks: Masks) -> dict[str, ValuesForm]:
-    """Return the forms in which grown linears train, by name."""
+def _learning(run: TrainContext, masks: Masks) -> dict[str, ValuesForm]:
+    """Return the forms in which grown linears train whose masks learn, by name."""
     asked = run.recipe.regrow
-    if asked is None or not asked.moves:
+    if asked is None or asked.by != "learned":
         return {}
-    return moving(asked, masks, None if asked.by == "magnitude" else _norms(run, masks))
+    return learned_masks(masks, _norms(run, masks), asked.rank or RANK)
 
 
 def _norms(run: TrainContext, masks: Masks) -> dict[str, Tensor]:

@@ -317,8 +317,8 @@ class Distillation(BaseModel):
             raise ValueError("regrow learns masks, which rates has nothing for; give rates one for masks, as 1.0e-2")
         if not learned and "values" not in self.rates:
             raise ValueError("regrow lets kept weights train, which rates has nothing for; give rates one for values")
-        if kind == "blockwise" and self.regrow.moves:
-            raise ValueError("masks that are learned or have a penalty move end to end; leave kind: blockwise out")
+        if learned and kind == "blockwise":
+            raise ValueError("masks learn end to end; leave by: learned out of a blockwise phase")
 
     def _check_latents(self) -> None:
         """Raises ValueError for what is asked of latent codes that there are none of, or not such ones."""

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from llmcompress.recipe.patterns import Matching
 
+RANK = 4  # of learned scores: under 2 % as many numbers as a matrix of a small model has
+
 
 class Regrowth(Matching):
     """The pruned matrices that train dense, and what decides which of their weights stay."""
@@ -21,13 +23,8 @@ class Regrowth(Matching):
         description="what the weights that stay have most of: their size times the norm of their inputs on training "
         "text, their size alone, or the former with scores that learn, so that a mask is there from the first step on",
     )
-    rank: int | None = Field(default=None, ge=1, description="of learned scores, which are low-rank; null: 4")
-    penalty: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="share of itself that a weight loses in a step if it is much smaller than those that would stay; "
-        "those much larger lose nothing; null: none do",
+    rank: int | None = Field(
+        default=None, ge=1, description=f"of learned scores, which are low-rank; null: {RANK} if scores learn"
     )
 
     @model_validator(mode="after")
@@ -36,11 +33,4 @@ class Regrowth(Matching):
             raise ValueError(f"rank is of learned scores, and by is {self.by}; leave it out, or set by to learned")
         if self.by == "learned" and self.start == "zero":
             raise ValueError("scores of weights that are zero have no gradient to learn from; set start to teacher")
-        if self.by == "learned" and self.penalty is not None:
-            raise ValueError("penalty is on weights that a learned mask leaves out anyway; leave out one of the two")
         return self
-
-    @property
-    def moves(self) -> bool:
-        """True if masks change in every step, rather than at the end alone."""
-        return self.by == "learned" or self.penalty is not None

@@ -4,7 +4,7 @@
 keeps as many as there were, in the pattern that there was. So a mask that was chosen once, one layer at a time, can
 still change. The paper starts at zero and keeps the largest weights. Language models have input channels of very unlike
 sizes, so the size of a weight counts times the norm of its inputs here, as in Wanda (arXiv 2306.11695), unless the
-recipe asks for the paper's way. `moving_masks` has masks that move in between.
+recipe asks for the paper's way. `learned_masks` has those that change in every step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Masks that move in every step: scores that learn, and penalties that shrink what would go."""
+"""Masks that learn: scores in every step, as many weights as before, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.distill.run import distill
-from llmcompress.distill.student.moving_masks import LearnedMask, Penalized, moving
+from llmcompress.distill.student.learned_masks import LearnedMask, learned_masks
 from llmcompress.errors import RecipeError
-from llmcompress.recipe.regrowth import Regrowth
+from llmcompress.recipe.regrowth import RANK
 from llmcompress.weight.nodes import Bitmap, Dense, Pattern
 from llmcompress.weight.trainable.relax import Relaxation, relax
 from tests.distill.miniature import cut_short, make, recipe, weights_bytes
@@ -50,7 +50,9 @@ def best(mask: Bitmap | Pattern, scores: Tensor) -> Tensor:
 @pytest.mark.parametrize("which", ["bitmap", "pattern"])
 def test_a_learned_mask_starts_as_that_of_sizes_and_inputs(which: str) -> None:
     mask, values, norms = masks()[which], numbers(12, 16), numbers(16, seed=1).square() + 0.1
-    module = relax(Dense(values), Relaxation(frozenset({"values"}), values=form("learned", mask, norms)))
+    module = relax(
+        Dense(values), Relaxation(frozenset({"values"}), values=learned_masks({"x": mask}, {"x": norms}, 3)["x"])
+    )
     wanted = best(mask, values.abs() * norms.sqrt())
     assert torch.equal(module.weight().detach(), values * wanted)
     frozen = module.freeze()
@@ -60,12 +62,6 @@ def test_a_learned_mask_starts_as_that_of_sizes_and_inputs(which: str) -> None:
         "values": "values",
         **dict.fromkeys(("left", "right", "rows", "columns"), "masks"),
     }
-
-
-def form(by: str, mask: Bitmap | Pattern, norms: Tensor, penalty: float | None = None) -> Any:
-    """Return what a recipe makes of one mask."""
-    asked = Regrowth(start="teacher", by=by, rank=3 if by == "learned" else None, penalty=penalty)  # type: ignore[arg-type]
-    return moving(asked, {"x": mask}, {"x": norms})["x"]
 
 
 @pytest.mark.parametrize("which", ["bitmap", "pattern"])
@@ -100,43 +96,13 @@ def test_scores_of_a_real_matrix_are_few() -> None:
     """Under 2 % of the weights of the embedded model's matrices, at the default rank."""
     for out, width in ((576, 576), (192, 576), (1536, 576), (576, 1536)):
         mask = Bitmap(torch.ones(out, width, dtype=torch.bool))
-        built = moving(Regrowth(start="teacher", by="learned"), {"x": mask}, None)["x"](torch.ones(out * width))
+        built = learned_masks({"x": mask}, {"x": torch.ones(width)}, RANK)["x"](torch.ones(out * width))
         learning = sum(value.numel() for name, value in built.named_parameters() if name != "values")
         assert learning < (0.02 if out >= 576 and width >= 576 else 0.035) * out * width
 
 
-@pytest.mark.parametrize("which", ["bitmap", "pattern"])
-def test_a_penalty_shrinks_small_weights_alone(which: str) -> None:
-    """One step in closed form, and many: what goes falls below a hundredth, what is far above it stays."""
-    mask, values, norms = masks()[which], numbers(12, 16).double(), numbers(16, seed=1).double().square() + 0.1
-    squares = values.square() * norms
-    inside = best(mask, squares)
-    out = squares.masked_fill(inside, 0.0)
-    last = out.max() if which == "bitmap" else out.view(12, -1, 4).amax(2, keepdim=True).repeat(1, 1, 4).view(12, 16)
-    module = Penalized(values.float().reshape(-1), mask=mask, norms=norms.float(), penalty=0.05)
-    module.settle()
-    wanted = values * (1 - 0.05 * last / (squares + last))
-    assert torch.allclose(module().detach().view(12, 16).double(), wanted, rtol=1e-4)
-    for _ in range(400):
-        module.settle()
-    shrunk = (module().detach().view(12, 16) / values).abs()
-    scores = module().detach().view(12, 16).square() * norms
-    assert torch.equal(best(mask, scores), inside)
-    assert float(shrunk[~inside].max()) < 0.01
-    assert float(shrunk[squares > 10 * last].min()) > 0.9  # they lose as much as what goes is of them
-
-
-def test_a_penalty_leaves_zeros_alone() -> None:
-    mask = Bitmap(torch.tensor([[True, False, False, False]]))
-    module = Penalized(torch.zeros(4), mask=mask, norms=torch.ones(4), penalty=0.5)
-    module.settle()
-    assert not bool(module().any())
-
-
-@pytest.mark.parametrize(
-    "more", [LEARNED, {"start": "teacher", "penalty": 0.3, "match": "*.mlp.*"}, {**LEARNED, "rank": 1}]
-)
-def test_masks_move_and_no_byte_is_added(more: dict[str, Any], folders: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [LEARNED, {**LEARNED, "rank": 1}])
+def test_masks_change_and_no_byte_is_added(more: dict[str, Any], folders: Path, tmp_path: Path) -> None:
     settings = recipe(folders, rates={**RATES, "masks": 5e-2}, regrow=more, steps=6)
     found = distill(folders / "small", folders / "dense", settings, tmp_path / "out")
     assert 0 < found.phases[0]["regrown"] < 0.9
@@ -145,9 +111,8 @@ def test_masks_move_and_no_byte_is_added(more: dict[str, Any], folders: Path, tm
         before = masks_of(folders / "small")[name]
         assert torch.equal(mask, before) == ("mlp" not in name)
         assert int(mask.sum()) == int(before.sum())
-    if more.get("by") == "learned":  # what trained under the mask is what is kept
-        assert found.trained["masks"] > 0
-        assert found.history[-1]["kl"] == pytest.approx(found.history[-2]["kl"], rel=1e-3)
+    assert found.trained["masks"] > 0
+    assert found.history[-1]["kl"] == pytest.approx(found.history[-2]["kl"], rel=1e-3)  # it trained as it is kept
 
 
 def test_masks_may_learn_while_values_stay(folders: Path, tmp_path: Path) -> None:
@@ -170,15 +135,14 @@ def test_a_run_that_was_cut_while_masks_learned_ends_as_a_whole_one(folders: Pat
     [
         ({"regrow": {"by": "learned"}}, "set start to teacher"),
         ({"regrow": {"rank": 4}}, "rank is of learned scores, and by is input_norms"),
-        ({"regrow": {**LEARNED, "penalty": 0.1}}, "leave out one of the two"),
         ({"regrow": LEARNED, "rates": RATES}, "regrow learns masks, which rates has nothing for"),
         (
             {"phases": [{"kind": "blockwise", "regrow": LEARNED}]},
-            "masks that are learned or have a penalty move end to end",
+            "masks learn end to end",
         ),
     ],
 )
-def test_what_cannot_move_is_refused(more: dict[str, Any], sentence: str, folders: Path, tmp_path: Path) -> None:
+def test_what_cannot_learn_is_refused(more: dict[str, Any], sentence: str, folders: Path, tmp_path: Path) -> None:
     rates = {"rates": {**RATES, "masks": 1e-2}}
     with pytest.raises(RecipeError, match=sentence):
         distill(folders / "small", folders / "dense", recipe(folders, **rates | more), tmp_path / "out")
