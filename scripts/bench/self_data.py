@@ -1,8 +1,8 @@
 """Recovery on references and on what the teacher makes of them: self-data distillation (arXiv 2410.09982).
 
-    python scripts/bench/self_data.py STUDENT... --text TEST --tasks PAIRS --out OUT [--seeds 0 1] [--steps 40]
+    python scripts/bench/self_data.py STUDENT... --text TEST --tasks PAIRS --out OUT [--chats 352] [--seeds 0 1] [--steps 40]
 
-The references are 352 questions on Python's library, each with its docstring as the answer. The teacher rewrites them
+The references are questions on Python's library, each with its docstring as the answer. The teacher rewrites them
 (`llmcompress answer --rewrite --keep-reference`). Every student then learns from either by cross-entropy on answers
 alone, as many sequences, steps and seeds; `teacher` is forward KL on the references, for what a teacher's predictions
 add. Prints KL and perplexity on documentation and on TEST, and the accuracy on PAIRS, a file of minimal pairs.
@@ -33,7 +33,7 @@ socket sqlite3 statistics string struct subprocess tarfile tempfile textwrap thr
 traceback types typing unicodedata unittest urllib.parse uuid warnings wave weakref xml.dom.minidom zipfile
 zlib
 """
-CHATS, HELD_OUT, LENGTH = 352, 32, 160
+LENGTH = 160  # of a chat
 WORDS = range(15, 90)  # of a docstring that serves as an answer
 BATCH = 8
 ARMS: dict[str, tuple[str, str]] = {
@@ -43,8 +43,8 @@ ARMS: dict[str, tuple[str, str]] = {
 }
 
 
-def references() -> list[dict[str, Any]]:
-    """Return the chats: a question on a member of a module, and its docstring, in an order drawn once."""
+def references(count: int) -> list[dict[str, Any]]:
+    """Return `count` chats: a question on a member of a module, and its docstring, in an order drawn once."""
     found = {text: name for module in MODULES.split() for name, text in _documented(module)}
     chats = [
         {
@@ -56,7 +56,7 @@ def references() -> list[dict[str, Any]]:
         for text, name in found.items()
     ]
     Random(0).shuffle(chats)
-    return chats[:CHATS]
+    return chats[:count]
 
 
 def _documented(module: str) -> Iterator[tuple[str, str]]:
@@ -74,25 +74,26 @@ def _documented(module: str) -> Iterator[tuple[str, str]]:
                 yield f"{module}.{path}", text
 
 
-def recipe(arm: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
-    """Return the distillation of an arm."""
+def recipe(arm: str, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """Return the distillation of an arm. An eleventh of the chats is held out."""
     data, loss = ARMS[arm]
+    file = str(asked.out / f"{data}.jsonl")
     return {
         "version": 1,
         "seed": seed,
         "data": {
-            "dataset": str(out / f"{data}.jsonl"),
+            "dataset": file,
             "packing": False,
-            "samples": CHATS,
+            "samples": asked.chats,
             "length": LENGTH,
-            "held_out": HELD_OUT,
+            "held_out": asked.chats // 11,
         },
         "losses": [{"of": {"loss": loss}}],
         "rates": {"weights": 1e-3, "norms": 1e-3},
         "batch": BATCH,
         "micro_batch": 4,
-        "steps": steps,
-        "evaluate_every": steps,
+        "steps": asked.steps,
+        "evaluate_every": asked.steps,
     }
 
 
@@ -113,11 +114,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where chats and students are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS])
+    parser.add_argument("--chats", type=int, default=352)
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     given, anew = options.out / "references.jsonl", options.out / "rewritten.jsonl"
-    given.write_text("".join(f"{json.dumps(chat)}\n" for chat in references()))
+    given.write_text("".join(f"{json.dumps(chat)}\n" for chat in references(options.chats)))
     if not anew.exists():
         done = answer(TEACHER, Answering(str(given), rewrite=True, keep_reference=True), anew)
         print(f"rewritten {done.answers}, references kept {done.references}, {done.faults}", flush=True)
@@ -131,7 +133,7 @@ def main() -> None:
             for seed in options.seeds:
                 folder = options.out / f"{student.name}-{arm}-{seed}"
                 if not folder.is_dir():
-                    distill(student, TEACHER, recipe(arm, seed, options.steps, options.out), folder)
+                    distill(student, TEACHER, recipe(arm, seed, options), folder)
                 rows.append((student.name, arm, seed, folder))
     for name, arm, seed, folder in rows:
         cells = " | ".join(f"{value:.4f}" for value in scores(folder, text, options.tasks))
