@@ -1,6 +1,6 @@
 """Recovery on references and on what the teacher makes of them: self-data distillation (arXiv 2410.09982).
 
-    python scripts/bench/self_data.py STUDENT... --text TEST --tasks PAIRS --out OUT [--chats 352] [--seeds 0 1] [--steps 40]
+    python scripts/bench/self_data.py STUDENT... --text TEST --tasks PAIRS --out OUT [--chats 352] [--seeds 0 1]
 
 The references are questions on Python's library, each with its docstring as the answer. The teacher rewrites them
 (`llmcompress answer --rewrite --keep-reference`). Every student then learns from either by cross-entropy on answers
