@@ -220,6 +220,22 @@ TABLES: dict[str, Columns] = {
         ),
         LEARNED,
     ),
+    "drifted": {
+        "text": "{text}",
+        "": "{arm}",
+        "all tokens": "{kl:.4f} ± {kl_stderr:.4f}",
+        "that drifted": "{kl_drifted:.4f} ± {kl_drifted_stderr:.4f}",
+        "that did not": "{kl_others:.4f} ± {kl_others_stderr:.4f}",
+        "of hesitation": "{kl_hesitant:.4f} ± {kl_hesitant_stderr:.4f}",
+    },
+    "self-data": {
+        "": "{arm}",
+        "KL, documentation": "{kl_docs:.3f} ± {kl_docs_spread:.3f}",
+        "perplexity there": "{perplexity_docs:.2f} ± {perplexity_docs_spread:.2f}",
+        "KL, WikiText-2 test": "{kl:.3f} ± {kl_spread:.3f}",
+        "perplexity there ": "{perplexity:.2f} ± {perplexity_spread:.2f}",
+        "BLiMP": "{blimp:.3f} ± {blimp_spread:.3f}",
+    },
     "peers": {
         "tool": "{tool}",
         "arm": "{arm}",
