@@ -16,7 +16,8 @@ class Regrowth(Matching):
 
     match: tuple[str, ...] = Field(default=("*",), min_length=1, description="as in the rules of a compression")
     start: Literal["zero", "teacher"] = Field(
-        default="zero", description="where weights that come back start: at zero, or at the teacher's"
+        default="zero",
+        description="where weights that come back start: at zero, or at the teacher's; where masks learn, all weights do",
     )
     by: Literal["input_norms", "magnitude", "learned"] = Field(
         default="input_norms",

@@ -68,6 +68,15 @@ def test_weights_that_come_back_may_start_at_the_teachers(folders: Path) -> None
         assert torch.equal(given.dequantize()[~mask.inside], wanted.to(torch.bfloat16).float()[~mask.inside])
 
 
+def test_where_masks_learn_all_weights_start_at_the_teachers(folders: Path) -> None:
+    student, teacher = loaded(folders)
+    for name in grow(student, Regrowth(match=("*.o_proj",), start="teacher", by="learned"), teacher):
+        wanted, given = teacher.get_submodule(name).get_parameter("weight"), student.get_submodule(name)
+        assert isinstance(given, CompressedLinear) and torch.equal(
+            given.dequantize(), wanted.to(torch.bfloat16).float()
+        )
+
+
 def test_the_weights_that_count_most_stay() -> None:
     """Against a sort in float64, unstructured and in a pattern."""
     generator = torch.Generator().manual_seed(1)

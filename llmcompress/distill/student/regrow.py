@@ -38,8 +38,8 @@ Masks = Mapping[str, Bitmap | Pattern]
 def grow(model: PreTrainedModel, asked: Regrowth, teacher: PreTrainedModel) -> dict[str, Bitmap | Pattern]:
     """Make each pruned linear of `model` that `asked` matches dense, in place; return the masks by name.
 
-    `teacher`: the dense model, whose weights those that come back may start at. Raises RecipeError for a pattern that
-    matches no matrix of values and zeros.
+    `teacher`: the dense model, whose weights those that come back may start at; where masks learn, all of them do. Raises
+    RecipeError for a pattern that matches no matrix of values and zeros.
     """
     layers, pruned = compressed_linears(model), pruned_linears(model)
     for each in asked.match:
@@ -51,7 +51,8 @@ def grow(model: PreTrainedModel, asked: Regrowth, teacher: PreTrainedModel) -> d
     for name in chosen:
         index, values = pruned[name]
         back = torch.zeros_like(values) if targets is None else targets(name).to(values)
-        put(model, name, CompressedLinear.of(Dense(values.where(index.inside, back)), layers[name].bias))
+        grown = back if asked.by == "learned" else values.where(index.inside, back)
+        put(model, name, CompressedLinear.of(Dense(grown), layers[name].bias))
     return {name: pruned[name][0] for name in chosen}
 
 
