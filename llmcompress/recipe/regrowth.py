@@ -17,7 +17,7 @@ class Regrowth(Matching):
     match: tuple[str, ...] = Field(default=("*",), min_length=1, description="as in the rules of a compression")
     start: Literal["zero", "teacher"] = Field(
         default="zero",
-        description="where weights that come back start: at zero, or at the teacher's; where masks learn, all weights do",
+        description="where weights that come back start: at zero, or at the teacher's; there all do if masks learn",
     )
     by: Literal["input_norms", "magnitude", "learned"] = Field(
         default="input_norms",

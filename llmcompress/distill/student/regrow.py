@@ -38,8 +38,8 @@ Masks = Mapping[str, Bitmap | Pattern]
 def grow(model: PreTrainedModel, asked: Regrowth, teacher: PreTrainedModel) -> dict[str, Bitmap | Pattern]:
     """Make each pruned linear of `model` that `asked` matches dense, in place; return the masks by name.
 
-    `teacher`: the dense model, whose weights those that come back may start at; where masks learn, all of them do. Raises
-    RecipeError for a pattern that matches no matrix of values and zeros.
+    `teacher`: the dense model, whose weights those that come back may start at; where masks learn, all weights do.
+    Raises RecipeError for a pattern that matches no matrix of values and zeros.
     """
     layers, pruned = compressed_linears(model), pruned_linears(model)
     for each in asked.match:
