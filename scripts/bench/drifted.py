@@ -18,6 +18,7 @@ from torch import Tensor
 from llmcompress.evaluate.distance import kl_divergence
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.protocol import Protocol
+from llmcompress.losses.divergence import entropy
 from llmcompress.models.dense import load_model
 from llmcompress.models.locate import locate
 from llmcompress.models.tokenizer import load_tokenizer
@@ -49,7 +50,7 @@ def main() -> None:
     tokenizer = load_tokenizer(locate(asked.teacher).folder)
     windows = evaluation_windows(tokenizer, Protocol(asked.text, windows=asked.windows))
     wanted = log_probabilities(asked.teacher, windows)
-    entropies = torch.cat([torch.special.entr(p.exp()).sum(-1) for p in wanted])
+    entropies = torch.cat([entropy(p) for p in wanted])
     hesitant, drifted = entropies >= entropies.quantile(0.75), torch.empty(0)
     for model in (asked.student, *asked.models):
         given = log_probabilities(model, windows)

@@ -4,8 +4,8 @@
 
 The references are questions on Python's library, each with its docstring as the answer. The teacher rewrites them
 (`llmcompress answer --rewrite --keep-reference`). Every student then learns from either by cross-entropy on answers
-alone, as many sequences, steps and seeds; `teacher` is forward KL on the references, for what a teacher's predictions
-add. Prints KL and perplexity on documentation and on TEST, and the accuracy on PAIRS, a file of minimal pairs.
+alone, as many sequences, steps and seeds. Prints KL and perplexity on documentation and on TEST, and the accuracy on
+PAIRS, a file of minimal pairs.
 """
 
 from __future__ import annotations
@@ -36,11 +36,7 @@ zlib
 LENGTH = 160  # of a chat
 WORDS = range(15, 90)  # of a docstring that serves as an answer
 BATCH = 8
-ARMS: dict[str, tuple[str, str]] = {
-    "references": ("references", "cross_entropy"),
-    "self-data": ("rewritten", "cross_entropy"),
-    "teacher": ("references", "forward_kl"),
-}
+ARMS = {"references": "references", "self-data": "rewritten"}  # and the file that each reads
 
 
 def references(count: int) -> list[dict[str, Any]]:
@@ -76,19 +72,17 @@ def _documented(module: str) -> Iterator[tuple[str, str]]:
 
 def recipe(arm: str, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
     """Return the distillation of an arm. An eleventh of the chats is held out."""
-    data, loss = ARMS[arm]
-    file = str(asked.out / f"{data}.jsonl")
     return {
         "version": 1,
         "seed": seed,
         "data": {
-            "dataset": file,
+            "dataset": str(asked.out / f"{ARMS[arm]}.jsonl"),
             "packing": False,
             "samples": asked.chats,
             "length": LENGTH,
             "held_out": asked.chats // 11,
         },
-        "losses": [{"of": {"loss": loss}}],
+        "losses": [{"of": {"loss": "cross_entropy"}}],
         "rates": {"weights": 1e-3, "norms": 1e-3},
         "batch": BATCH,
         "micro_batch": 4,
@@ -113,7 +107,6 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="where chats and students are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS])
     parser.add_argument("--chats", type=int, default=352)
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
@@ -129,7 +122,7 @@ def main() -> None:
     rows = [(TEACHER, "dense", 0, Path(TEACHER))]
     for student in options.students:
         rows.append((student.name, "before", 0, student))
-        for arm in options.arms:
+        for arm in ARMS:
             for seed in options.seeds:
                 folder = options.out / f"{student.name}-{arm}-{seed}"
                 if not folder.is_dir():

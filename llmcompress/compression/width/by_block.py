@@ -96,14 +96,9 @@ def width_prices(
                 kept = chosen_subset(weight, hessian, width, cut.size, by=by, seed=seed)
                 probe.exchange(block, name, kept.weight)
         probe.leave(block)
-    measured = iter(probe.divergences())
-    rows: list[dict[Part, tuple[float, ...]]] = []
-    for parts in cuts:
-        row: dict[Part, tuple[float, ...]] = {}
-        for cut in parts:
-            found = tuple(islice(measured, len(widths[cut.part]) - 1))
-            if not all(map(isfinite, found)):
-                raise NumericsError(f"{source.name}: predictions hold NaN or Inf; use an undamaged checkpoint")
-            row[cut.part] = 0.0, *(max(value, 0.0) for value in found)
-        rows.append(row)
+    found = probe.divergences()
+    if not all(map(isfinite, found)):
+        raise NumericsError(f"{source.name}: predictions hold NaN or Inf; use an undamaged checkpoint")
+    measured = (max(value, 0.0) for value in found)
+    rows = [{cut.part: (0.0, *islice(measured, len(widths[cut.part]) - 1)) for cut in parts} for parts in cuts]
     return WidthPrices(widths, {cut.part: cut.weights for cut in cuts[0]}, tuple(rows))

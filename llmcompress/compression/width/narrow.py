@@ -173,8 +173,10 @@ class _Job:
         damage to predictions that they add up to."""
         how: dict[str, Any] = {"by": self.by, "seed": self.seed, "device": device, "progress": progress}
         equal = {cut.part: cut.keep for cut in self.plan.cuts[0]}
-        steps: dict[Part, int] = {"neurons": step_of(self.plan.before.get("neurons", 0)), "kv_heads": 1}
-        tried = {part: tried_widths(total, equal[part], steps[part]) for part, total in self.plan.before.items()}
+        tried = {
+            part: tried_widths(total, equal[part], step_of(total) if part == "neurons" else 1)
+            for part, total in self.plan.before.items()
+        }
         prices = width_prices(self.source, self.arch, self.tokens, self.plan.cuts, tried, **how)
         return prices.chosen(equal)
 
