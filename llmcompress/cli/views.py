@@ -103,7 +103,8 @@ def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
     size, bpw, model_bpw = byte_count(scores["bytes"]), number(scores["bpw"]), number(scores["model_bpw"])
     yield f"size    {size} · {bpw} bpw · model_bpw {model_bpw}"
     perplexity = measured(scores["perplexity"], scores["perplexity_stderr"], 3)
-    yield f"text    perplexity {perplexity} over {scores['tokens']:,} tokens"
+    sure = f"calibration error {scores['calibration_error']:.4f}"
+    yield f"text    perplexity {perplexity} over {scores['tokens']:,} tokens · {sure}"
     if scores["kl"] is not None:
         kl = measured(scores["kl"], scores["kl_stderr"])
         agreement = measured(scores["top1_agreement"], scores["top1_agreement_stderr"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
@@ -18,8 +19,13 @@ from llmcompress.evaluate.perplexity import (
     position_chunks,
     predicted_tokens,
 )
+from llmcompress.evaluate.reliability import BINS, reliability
 from llmcompress.evaluate.uncertainty import mean, stderr
 from llmcompress.runtime.ranks import ALONE, Ranks
+
+# Means over the predicted tokens of a window: KL, agreement, and of teacher and student each the negative
+# log-probability, with their predictions in bins of confidence (see `reliability`).
+_Window = tuple[float, float, float, Tensor, float, Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ def distance(
     Raises InputError when the vocabularies differ.
     """
     mine = processes.share(ids)
-    rows: list[tuple[float, float, float, float]] = []
+    rows: list[_Window] = []
     with processes.agreed():
         for (batch, wanted), (_, given) in zip(
             window_logits(teacher, mine, batch_size, blocks), window_logits(student, mine, batch_size, blocks)
@@ -71,27 +77,30 @@ def distance(
             rows += [_in_window(*one) for one in zip(wanted, given.to(wanted.device), batch)]
             if progress is not None:
                 progress(len(rows), len(mine))
-    divergence, same, *losses = zip(*processes.gathered(rows))
-    scores = [Perplexity.of(loss, predicted_tokens(ids)) for loss in losses]
+    divergence, same, of_teacher, in_teacher, of_student, in_student = zip(*processes.gathered(rows))
     return Distance(
-        mean(divergence), stderr(divergence), mean(same), stderr(same), teacher=scores[0], student=scores[1]
+        mean(divergence),
+        stderr(divergence),
+        mean(same),
+        stderr(same),
+        teacher=Perplexity.of(of_teacher, in_teacher, predicted_tokens(ids)),
+        student=Perplexity.of(of_student, in_student, predicted_tokens(ids)),
     )
 
 
-def _in_window(wanted: Tensor, given: Tensor, window: Tensor) -> tuple[float, float, float, float]:
-    """Return means over the predicted tokens: KL, agreement, negative log-probability of the teacher, of the student.
-
-    `wanted`, `given`: the teacher's and the student's logits [length, vocabulary].
-    """
-    divergence, same, of_teacher, of_student = 0.0, 0, 0.0, 0.0
+def _in_window(wanted: Tensor, given: Tensor, window: Tensor) -> _Window:
+    """Return what is told of a window, from the teacher's and the student's logits [length, vocabulary]."""
+    divergence, same = 0.0, 0
+    losses, bins = [0.0, 0.0], [torch.zeros(3, BINS, dtype=torch.float64) for _ in range(2)]
     for (teacher, targets), (student, _) in zip(position_chunks(wanted, window), position_chunks(given, window)):
         p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
         divergence += float(kl_divergence(p, q).double().sum())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        of_teacher += negative_log_likelihood(p, targets)
-        of_student += negative_log_likelihood(q, targets)
+        for at, one in enumerate((p, q)):
+            losses[at] += negative_log_likelihood(one, targets)
+            bins[at] += reliability(one, targets).cpu()
     count = len(window) - 1
-    return divergence / count, same / count, of_teacher / count, of_student / count
+    return divergence / count, same / count, losses[0] / count, bins[0], losses[1] / count, bins[1]
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:

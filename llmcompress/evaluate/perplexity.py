@@ -22,6 +22,7 @@ from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluate.logits import Counting, Readable, window_logits
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.reliability import calibration_error, reliability
 from llmcompress.evaluate.uncertainty import mean, stderr
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ class Perplexity:
     tokens: int
     nll: float
     windows: tuple[float, ...]  # the mean of each
+    calibration_error: float  # of the same predictions, see `reliability`
 
     @staticmethod
-    def of(windows: Sequence[float], tokens: int) -> Perplexity:
-        """Return the perplexity of windows with these mean negative log-probabilities.
+    def of(windows: Sequence[float], bins: Sequence[Tensor], tokens: int) -> Perplexity:
+        """Return the perplexity of windows with these mean negative log-probabilities, and with predictions in `bins`.
 
         Raises NumericsError if one is NaN or infinite.
         """
@@ -51,7 +53,8 @@ class Perplexity:
             raise NumericsError("the model's log-probabilities on the evaluation text are NaN or infinite")
         nll, error = mean(windows), stderr(windows)
         value = math.exp(nll) if nll < 700 else math.inf
-        return Perplexity(value, None if error is None else value * error, tokens, nll, tuple(windows))
+        spread = None if error is None else value * error
+        return Perplexity(value, spread, tokens, nll, tuple(windows), calibration_error(bins))
 
 
 def evaluation_windows(tokenizer: PreTrainedTokenizerBase, protocol: Protocol, *readers: PreTrainedConfig) -> Tensor:
@@ -111,16 +114,18 @@ def perplexity(
     Holds logits of `batch_size` windows. `progress` receives (windows read, windows) of this process's share; before,
     `blocks` receives (blocks, blocks in all) of a model that is read block by block.
     """
-    losses: list[float] = []
+    found: list[tuple[float, Tensor]] = []
     mine = processes.share(ids)
     for batch, logits in window_logits(model, mine, batch_size, blocks):
         for window, row in zip(batch, logits):
-            chunks = position_chunks(row, window)
-            total = sum(negative_log_likelihood(given.float().log_softmax(-1), targets) for given, targets in chunks)
-            losses.append(total / (len(window) - 1))
+            chunks = ((given.float().log_softmax(-1), targets) for given, targets in position_chunks(row, window))
+            parts = [(negative_log_likelihood(*chunk), reliability(*chunk)) for chunk in chunks]
+            total, bins = (sum(each) for each in zip(*parts))
+            found.append((total / (len(window) - 1), bins))
         if progress is not None:
-            progress(len(losses), len(mine))
-    return Perplexity.of(processes.gathered(losses), predicted_tokens(ids))
+            progress(len(found), len(mine))
+    losses, bins = zip(*processes.gathered(found))
+    return Perplexity.of(losses, bins, predicted_tokens(ids))
 
 
 def predicted_tokens(ids: Tensor) -> int:

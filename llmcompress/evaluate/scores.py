@@ -33,14 +33,15 @@ class Evaluation:
     distance: Distance | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return perplexity, tokens, tasks {name: {metric: value}}, kl and top1_agreement, with standard errors; as
-        "tasks_failed" a sentence where tasks did not come to an end."""
+        """Return perplexity, tokens, calibration_error, tasks {name: {metric: value}}, kl and top1_agreement, with
+        standard errors but for the third; as "tasks_failed" a sentence where tasks did not come to an end."""
         far = self.distance
         return {
             **({} if self.tasks.failure is None else {"tasks_failed": self.tasks.failure}),
             "perplexity": self.perplexity.value,
             "perplexity_stderr": self.perplexity.stderr,
             "tokens": self.perplexity.tokens,
+            "calibration_error": self.perplexity.calibration_error,
             "tasks": self.tasks.scores,
             "kl": None if far is None else far.kl,
             "kl_stderr": None if far is None else far.kl_stderr,

@@ -30,11 +30,14 @@ def comparison_cells(found: Row) -> tuple[list[str], list[list[str]], list[str]]
     """Return (headings, one row of cells per model, notes on the marks) of a comparison."""
     models, first = found["models"], found["models"][0]["model"]
     columns = [(task, metric) for task, entry in models[0]["tasks"].items() for metric, _, _ in metrics(entry)]
-    headings = ["model", "bytes", "bpw", "model_bpw", "KL", "top-1 agreement", "perplexity"]
+    headings = ["model", "bytes", "bpw", "model_bpw", "ECE", "KL", "top-1 agreement", "perplexity"]
     headings += [f"{task}: {metric}" for task, metric in columns]
     rows = [_comparison_row(row, columns) for row in models]
-    marks = {cell[-1] for row in rows for cell in row[6:]}
-    notes = [f"± standard error · KL in nats/token and top-1 agreement are distances from {first}"]
+    marks = {cell[-1] for row in rows for cell in row[7:]}
+    notes = [
+        f"± standard error · KL in nats/token and top-1 agreement are distances from {first}",
+        "ECE: expected calibration error, how far a model's confidence is from how often it is right",
+    ]
     if "*" in marks:
         notes.append(f"* differs from {first} beyond noise: paired, item by item, at 95 %")
     if "?" in marks:
@@ -45,6 +48,7 @@ def comparison_cells(found: Row) -> tuple[list[str], list[list[str]], list[str]]
 def _comparison_row(row: Row, columns: Sequence[tuple[str, str]]) -> list[str]:
     """Return the cells of one model, with its scores in the tasks and metrics of `columns`."""
     cells = [row["model"], f"{row['bytes']:,}", number(row["bpw"]), number(row["model_bpw"])]
+    cells.append(f"{row['calibration_error']:.4f}")
     cells += [measured(row[name], row[f"{name}_stderr"]) for name in ("kl", "top1_agreement")]
     changes = row["differences"] or {"nll": None, "tasks": {}}
     scores = [(measured(row["perplexity"], row["perplexity_stderr"], 3), changes["nll"])]

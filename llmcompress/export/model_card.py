@@ -141,6 +141,9 @@ def _table(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
     yield f"| KL to the dense model, nats/token | 0 | {measured(compressed['kl'], compressed.get('kl_stderr'))} |"
     agreement = measured(compressed["top1_agreement"], compressed.get("top1_agreement_stderr"))
     yield f"| top-1 agreement with the dense model | 1 | {agreement} |"
+    if "calibration_error" in compressed:  # folders that were scored before it was measured have none
+        sure = [f"{one['calibration_error']:.4f}" for one in (dense, compressed)]
+        yield f"| calibration error: how far confidence is from being right | {' | '.join(sure)} |"
     for task, entry in compressed["tasks"].items():
         for (metric, before, error), (_, after, new_error) in zip(metrics(dense["tasks"][task]), metrics(entry)):
             yield f"| {plain(task)}: {plain(metric)} | {measured(before, error)} | {measured(after, new_error)} |"

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from llmcompress.evaluate.perplexity import Perplexity, negative_log_likelihood, text_windows
+from llmcompress.evaluate.reliability import reliability
 from llmcompress.models.dense import load_model
 from llmcompress.models.kv_cache import cache, held_bytes
 from llmcompress.models.locate import locate
@@ -108,7 +109,7 @@ def measured(model: PreTrainedModel, ids: Tensor, arm: Record, options: argparse
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, ids: Tensor, past: Any, chunk: int) -> Perplexity:
     """Return the perplexity of windows [n, length] read together, chunk by chunk, through a cache."""
-    sums = [0.0] * len(ids)
+    sums, bins = [0.0] * len(ids), []
     targets = torch.cat([ids[:, 1:], ids[:, :1]], 1)  # the last one's is not counted
     for first in range(0, ids.shape[1], chunk):
         last = min(first + chunk, ids.shape[1])
@@ -116,8 +117,10 @@ def perplexity(model: PreTrainedModel, ids: Tensor, past: Any, chunk: int) -> Pe
         counted = min(last, ids.shape[1] - 1) - first
         for window in range(len(ids)):
             likely = logits[window, :counted].float().log_softmax(-1)
-            sums[window] += negative_log_likelihood(likely, targets[window, first : first + counted])
-    return Perplexity.of([total / (ids.shape[1] - 1) for total in sums], ids.shape[0] * (ids.shape[1] - 1))
+            following = targets[window, first : first + counted]
+            sums[window] += negative_log_likelihood(likely, following)
+            bins.append(reliability(likely, following))
+    return Perplexity.of([total / (ids.shape[1] - 1) for total in sums], bins, ids.shape[0] * (ids.shape[1] - 1))
 
 
 def line(record: Record) -> str:

@@ -46,7 +46,7 @@ rules:
 COMPRESS_KEYS = {"bytes", "bpw", "model_bpw", "seconds", "peak_memory_bytes", "calibration", "layers"}
 LAYER_KEYS = {"name", "shape", "steps", "bpw", "error", "error_heldout", "fallback"}
 EVAL_KEYS = {"perplexity", "tokens", "tasks", "kl", "top1_agreement", "bytes", "bpw", "model_bpw", "protocol"}
-EVAL_KEYS |= {"perplexity_stderr", "kl_stderr", "top1_agreement_stderr"}
+EVAL_KEYS |= {"calibration_error", "perplexity_stderr", "kl_stderr", "top1_agreement_stderr"}
 LAYERS = [f"model.layers.{block}.mlp.{name}" for block in range(3) for name in ("up_proj", "down_proj")]
 REPORT = Report(
     model="tiny",
@@ -82,6 +82,7 @@ SCORES = {
     "perplexity": 24.0061,
     "perplexity_stderr": 0.5,
     "tokens": 32736,
+    "calibration_error": 0.05,
     "tasks": {"arc_easy": {"acc": 0.5, "acc_stderr": 0.05, "samples": 100}},
     "kl": 0.1,
     "kl_stderr": None,
@@ -293,7 +294,7 @@ def test_a_comparison_is_one_table_with_marks(calls: Calls) -> None:
     scores, changes = (
         [line for line in part.splitlines() if line[:1] == "|"] for part in written.split("\n- versions")
     )
-    assert {line.count("|") for line in scores} == {9} and len(scores) == 5
+    assert {line.count("|") for line in scores} == {10} and len(scores) == 5
     assert {line.count("|") for line in changes} == {6} and len(changes) == 5
     assert changes[-2] == "| small | arc_easy: acc | 0.0100 ± 0.0100 | 32 | no |"
     assert "log perplexity" in run("compare", "dense", "small", "-v").stdout and "log perplexity" not in shown

@@ -39,11 +39,17 @@ SCORES: dict[str, Any] = {
     "text": "Python's documentation",
     "limit": None,
     "seed": 0,
-    "dense": {"perplexity": 20.0, "perplexity_stderr": 0.5, "tasks": {"pairs": {"acc": 0.9, "acc_stderr": 0.03}}},
+    "dense": {
+        "perplexity": 20.0,
+        "perplexity_stderr": 0.5,
+        "calibration_error": 0.02,
+        "tasks": {"pairs": {"acc": 0.9, "acc_stderr": 0.03}},
+    },
     "compressed": {
         "perplexity": 25.0,
         "perplexity_stderr": 0.6,
         "tokens": 4092,
+        "calibration_error": 0.05,
         "tasks": {"pairs": {"acc": 0.85, "acc_stderr": 0.04, "samples": 100}},
         "kl": 0.1234,
         "kl_stderr": 0.002,

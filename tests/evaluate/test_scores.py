@@ -125,7 +125,7 @@ def test_evaluate_has_the_promised_keys(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     alone = evaluate(reader(), tiny_tokenizer(), Protocol(path, windows=2, length=32)).to_json()
-    assert set(alone) == {"tokens", "tasks"} | {
+    assert set(alone) == {"tokens", "tasks", "calibration_error"} | {
         name + error for name in ("perplexity", "kl", "top1_agreement") for error in ("", "_stderr")
     }
     assert (alone["tokens"], alone["tasks"], alone["kl"], alone["top1_agreement"]) == (62, {}, None, None)

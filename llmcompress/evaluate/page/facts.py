@@ -131,6 +131,10 @@ def _quality(scores: Facts) -> Facts:
         ("KL to the dense model, nats per token", "0", kl, ""),
         ("top-1 agreement with the dense model", "1", agreement, ""),
     ]
+    if "calibration_error" in small:  # folders that were scored before it was measured have none
+        sure = [one["calibration_error"] for one in (dense, small)]
+        both = [f"{one:.4f}" for one in (*sure, sure[1] - sure[0])]
+        rows.append(("calibration error: how far confidence is from being right", *both))
     for task, entry in small["tasks"].items():
         before = {metric: (value, error) for metric, value, error in metrics(dense["tasks"][task])}
         for metric, value, error in metrics(entry):
