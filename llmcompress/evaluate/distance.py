@@ -32,13 +32,14 @@ _Window = tuple[float, float, float, Tensor, float, Tensor]
 class Distance:
     """kl: KL(teacher || student) in nats per token. top1_agreement: share of tokens with the same likeliest token.
 
-    Standard errors take windows as independent; they are None for one window.
+    Standard errors take windows as independent; they are None for one window. kl_windows: the mean KL of each.
     """
 
     kl: float
     kl_stderr: float | None
     top1_agreement: float
     top1_agreement_stderr: float | None
+    kl_windows: tuple[float, ...]
     teacher: Perplexity
     student: Perplexity
 
@@ -46,7 +47,7 @@ class Distance:
     def to_itself(model: Perplexity) -> Distance:
         """Return the distance of a model from itself."""
         zero = None if model.stderr is None else 0.0
-        return Distance(0.0, zero, 1.0, zero, teacher=model, student=model)
+        return Distance(0.0, zero, 1.0, zero, (0.0,) * len(model.windows), teacher=model, student=model)
 
 
 def distance(
@@ -83,6 +84,7 @@ def distance(
         stderr(divergence),
         mean(same),
         stderr(same),
+        divergence,
         teacher=Perplexity.of(of_teacher, in_teacher, predicted_tokens(ids)),
         student=Perplexity.of(of_student, in_student, predicted_tokens(ids)),
     )

@@ -1,112 +1,187 @@
-"""Compare losses and mixtures with plain forward KL at equal tokens, in a table over several seeds.
+"""Compare what students learn by and from, at equal tokens or in equal minutes, over several seeds.
 
-python scripts/bench/lessons.py STUDENT --text OTHER [--steps 20] [--seeds 0 1] [--arms forward_kl taid ...] --out OUT
+    python scripts/bench/lessons.py STUDENT... --data DATA --out OUT [--arms FILE] [--only NAME...] [--steps 40]
+        [--seeds 0] [--minutes]
 
-Every arm trains scales, norms and low-rank terms of rank 16 on Python's documentation, `ddk` and its control `mixed` on
-half of it and half of the first part of OTHER, `self` on what the teacher writes, `cached` of a teacher of which the 64
-likeliest tokens are kept; scored on documentation that no training saw and on the end of OTHER.
+Arms are declared in a file (lessons.yaml). DATA holds `wikitext2-valid.txt`, `wikitext2-test.raw` and, for minimal
+pairs, the folder `blimp`: the first 25 pairs of each of its files are asked. Every student learns by every arm; what
+OUT holds already is not run again, so the table grows from run to run. Scored on Python's documentation and WikiText-2
+test, whose kinds were trained on, and on the source code of IDLE, whose kind was not: 8x512 tokens of each. With
+--minutes an arm that takes over 5 % more or less time than forward KL is run once more with as many steps as fit into
+forward KL's time.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
+import json
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
-import llmcompress as lc
+import yaml
+
 from llmcompress.distill.run import distill
-from llmcompress.recipe.distillation import Distillation
+from llmcompress.evaluate.logits import opened
+from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.scores import evaluate
+from llmcompress.evaluate.uncertainty import mean, paired
+from llmcompress.models.checkpoint import read_json
+from llmcompress.models.dense import load_model
+from llmcompress.models.locate import locate
+from llmcompress.models.own_sizes import is_dense
+from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.runtime.precision import fast_float32
 
 TEACHER = "smollm2"
-DOCS: dict[str, Any] = {"dataset": "stdlib", "length": 256, "held_out": 8}
-BATCH = 8
-KL = {"of": {"loss": "forward_kl"}}
-LOSSES: dict[str, list[dict[str, Any]]] = {
-    "forward_kl": [KL],
-    "reverse_kl": [{"of": {"loss": "reverse_kl"}}],
-    "js": [{"of": {"loss": "js", "beta": 0.5}}],
-    "taid": [{"of": {"loss": "taid"}}],
-    "dad": [{"of": {"loss": "dad"}}],
-    "bdkd": [{"of": {"loss": "bdkd"}}],
-    "cross_entropy": [{"of": {"loss": "cross_entropy"}}],
-    "hidden": [KL, {"of": {"loss": "hidden"}, "weight": 0.5}],
-}
-MIXTURES = ("mixed", "ddk")
-SELF, CACHED = "self", "cached"
+CONTROL = "forward_kl"
+PAIRS = 25  # of each file
+COLUMNS = ("arm", "tokens", "minutes", "KL, docs", "KL, WikiText", "KL, code", "less than forward KL", "ECE", "pairs")
+
+Row = dict[str, Any]
 
 
-def recipe(arm: str, steps: int, seed: int, other: Path) -> Distillation:
-    """Return the recipe of an arm."""
-    samples = steps * BATCH + DOCS["held_out"]
-    data: Any = DOCS | {"samples": samples}
-    if arm == SELF:
-        data = {**data, "dataset": "self"}
-    if arm in MIXTURES:
-        part = {"length": 256, "held_out": 8, "samples": samples}
-        data = [{"name": "docs", "dataset": "stdlib", **part}, {"name": "other", "dataset": str(other), **part}]
-    more: dict[str, Any] = {"mixture": {"reweight": "ddk", "every": 5}} if arm == "ddk" else {}
-    if arm == CACHED:
-        more = {"teacher": {"kind": "cached", "k": 64}}
-    asked = {
-        "seed": seed,
-        "data": data,
-        "losses": LOSSES.get(arm, [KL]),
-        "rates": {"scales": 3e-3, "norms": 3e-3, "factors": 3e-3},
-        "adapt": {"rank": 16},
-        "batch": BATCH,
-        "micro_batch": 4,
-        "steps": steps,
-        "evaluate_every": steps,
-    }
-    return Distillation.model_validate(asked | more)
+@dataclass(frozen=True)
+class Arena:
+    """What all arms have in common: the file of arms, texts to learn from, texts to score, the folder of rows."""
 
+    asked: Row
+    training: dict[str, Path]
+    scored: tuple[Protocol, ...]
+    out: Path
 
-def scored(model: str | Path, texts: list[str | None]) -> list[tuple[float, float]]:
-    """(KL to the teacher, perplexity) on each text; None is documentation."""
-    found = [lc.score(model, lc.Protocol(text, windows=8, length=512), against=TEACHER) for text in texts]
-    return [(one["kl"], one["perplexity"]) for one in found]
+    @property
+    def rows(self) -> Path:
+        """The file of all rows so far."""
+        return self.out / "rows.jsonl"
+
+    def known(self) -> list[Row]:
+        """Return the rows so far."""
+        return [json.loads(line) for line in self.rows.read_text().splitlines()] if self.rows.exists() else []
 
 
 def main() -> None:
-    """Prints a row for each arm: the shares of KL and gap that are gone, on both texts; means and half the spread."""
-    arms = [*LOSSES, *MIXTURES, SELF, CACHED]
+    """Run what is missing, and print a table for each student."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("student")
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--arms", nargs="+", default=arms, choices=arms)
-    parser.add_argument("--out", type=Path, required=True, help="where students and texts are kept")
+    parser.add_argument("students", nargs="+", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="where texts, rows and unfinished runs are kept")
+    parser.add_argument("--arms", type=Path, default=Path(__file__).with_suffix(".yaml"))
+    parser.add_argument("--only", nargs="+", help="names of arms; controls are run all the same")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--minutes", action="store_true", help="also in equal time")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    whole = options.text.read_text(encoding="utf-8")
-    other = options.out / "other.txt"
-    other.write_text(whole[: len(whole) * 3 // 4], encoding="utf-8")
-    texts = [None, whole[len(whole) * 3 // 4 :]]
-    dense = [perplexity for _, perplexity in scored(TEACHER, texts)]
-    before = scored(options.student, texts)
-    print("| arm | KL, docs | gap, docs | KL, other | gap, other |\n|---|---|---|---|---|", flush=True)
-    for arm in options.arms:
-        rows = []
+    arena = prepared(options.data, options.arms, options.out)
+    arms = arena.asked["controls"] | arena.asked["arms"]
+    if unknown := set(options.only or ()) - set(arms):
+        raise SystemExit(f"no such arm: {', '.join(sorted(unknown))}; those of {options.arms}: {', '.join(arms)}")
+    wanted = [name for name in arms if options.only is None or name in options.only or name in arena.asked["controls"]]
+    for student in options.students:
+        before = once(arena, student, "before", {}, 0, 0)
         for seed in options.seeds:
-            folder = options.out / f"{arm}-{seed}"
-            if not folder.is_dir():
-                distill(options.student, TEACHER, recipe(arm, options.steps, seed, other), folder)
-            rows.append(recovered(scored(folder, texts), before, dense))
-        cells = [f"{statistics.mean(each):.1%} ± {(max(each) - min(each)) / 2:.1%}" for each in zip(*rows)]
-        print(f"| {arm} | {' | '.join(cells)} |", flush=True)
+            control = once(arena, student, CONTROL, arms[CONTROL], options.steps, seed)
+            for name in wanted:
+                row = once(arena, student, name, arms[name], options.steps, seed)
+                share = control["seconds"] / row["seconds"]
+                if options.minutes and abs(1 - share) > 0.05:
+                    once(arena, student, name, arms[name], round(options.steps * share), seed)
+        print("\n".join(table(arena.known(), student.name, before)), flush=True)
 
 
-def recovered(
-    after: list[tuple[float, float]], before: list[tuple[float, float]], dense: list[float]
-) -> tuple[float, ...]:
-    """The shares of KL and gap that are gone, on each text."""
-    shares = []
-    for (kl, perplexity), (first_kl, first_perplexity), best in zip(after, before, dense, strict=True):
-        shares += [1 - kl / first_kl, 1 - math.log(perplexity / best) / math.log(first_perplexity / best)]
-    return tuple(shares)
+def prepared(data: Path, arms: Path, out: Path) -> Arena:
+    """Return the arena for an arms' file; writes the texts and pairs that it needs to `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    wiki, words, pairs = data / "wikitext2-valid.txt", out / "random-words.txt", out / "pairs.jsonl"
+    drawn = wiki.read_text(encoding="utf-8").split()
+    Random(0).shuffle(drawn)
+    words.write_text(" ".join(drawn), encoding="utf-8")
+    files = sorted((data / "blimp").glob("*.jsonl"))
+    lines = chain.from_iterable(islice(file.read_text(encoding="utf-8").splitlines(), PAIRS) for file in files)
+    pairs.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    modules = sorted(Path(sysconfig.get_path("stdlib"), "idlelib").glob("*.py"))
+    code = "\n\n".join(module.read_text(encoding="utf-8") for module in modules[10:30])
+    text = (data / "wikitext2-test.raw").read_text(encoding="utf-8")
+    size: Row = {"windows": 8, "length": 512}
+    scored = (Protocol(tasks=(str(pairs),), **size), Protocol(text, **size), Protocol(code, **size))
+    return Arena(yaml.safe_load(arms.read_text()), {"wiki": wiki, "random": words}, scored, out)
+
+
+def once(arena: Arena, student: Path, arm: str, changes: Row, steps: int, seed: int) -> Row:
+    """Return the row of an arm, which is run if there is none; 0 steps: of the student as it is."""
+    key = {"student": student.name, "arm": arm, "steps": steps, "seed": seed}
+    for row in arena.known():
+        if row.items() >= key.items():
+            return row
+    row = key | {"tokens": 0, "seconds": 0.0}
+    folder = arena.out / "unfinished"
+    if steps:
+        done = distill(student, TEACHER, recipe(arena, student, changes, steps, seed), folder)
+        row |= {"tokens": done.tokens, "seconds": done.seconds}
+    row |= scores(folder if steps else student, arena.scored)
+    with arena.rows.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    return row
+
+
+def recipe(arena: Arena, student: Path, changes: Row, steps: int, seed: int) -> Row:
+    """Return the distillation of an arm, with as many samples of each text as its steps may read."""
+    asked = arena.asked["common"] | changes
+    kind = "dense" if is_dense(read_json(student / "config.json")) else "compressed"
+    samples = steps * asked["batch"] + 8
+    data = [
+        part | {"samples": samples, "dataset": part["dataset"].format_map(arena.training)} for part in asked["data"]
+    ]
+    own = {"data": data, "seed": seed, "steps": steps, "evaluate_every": steps}
+    return {"rates": arena.asked["rates"][kind]} | asked | own
+
+
+@fast_float32()
+def scores(model: Path, texts: tuple[Protocol, ...]) -> Row:
+    """Return of each text the KL of every window and the calibration error; and the share of right pairs."""
+    teacher, student = load_model(locate(TEACHER)), opened(locate(str(model)), "cpu", whole=True)
+    tokenizer = load_tokenizer(locate(TEACHER).folder)
+    found = [evaluate(student, tokenizer, protocol, against=teacher) for protocol in texts]
+    [pairs] = found[0].tasks.scores.values()
+    return {
+        "kl": [list(one.distance.kl_windows) for one in found if one.distance is not None],
+        "ece": [one.perplexity.calibration_error for one in found],
+        "pairs": pairs["acc,none"] if "acc,none" in pairs else pairs["acc"],
+    }
+
+
+def table(rows: list[Row], student: str, before: Row) -> Iterator[str]:
+    """Yield the lines of a student's table: means over seeds; differences from forward KL are those of windows."""
+    yield f"\n{student}\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
+    yield line("before", [before], None)
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        if row["student"] == student and row["steps"]:
+            groups.setdefault((row["arm"], row["steps"]), []).append(row)
+    controls = {row["seed"]: row for (arm, _), members in groups.items() for row in members if arm == CONTROL}
+    for (arm, _), members in groups.items():
+        yield line(arm, members, None if arm == CONTROL else controls)
+
+
+def line(arm: str, rows: list[Row], controls: dict[int, Row] | None) -> str:
+    """Return the line of an arm."""
+    kls = [mean([mean(row["kl"][text]) for row in rows]) for text in range(3)]
+    less = ""
+    if controls is not None:
+        pairs = [(list(chain(*controls[row["seed"]]["kl"])), list(chain(*row["kl"]))) for row in rows]
+        known, given = ([mean(each) for each in zip(*side)] for side in zip(*pairs))
+        change = paired(given, known)
+        less = f"{change.value:.4f} ± {change.stderr or 0:.4f}"
+    middle = {key: mean([row[key] for row in rows]) for key in ("tokens", "seconds", "pairs")}
+    ece = mean([mean(row["ece"]) for row in rows])
+    cells = [f"{middle['tokens']:,.0f}", f"{middle['seconds'] / 60:.1f}", *(f"{kl:.4f}" for kl in kls), less]
+    return f"| {' | '.join([arm, *cells, f'{ece:.4f}'])} | {middle['pairs']:.3f} |"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""What `scripts/bench/lessons.py` declares is a recipe, and what its table says follows from its rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lessons
+import pytest
+import yaml
+
+from llmcompress.recipe.distillation import Distillation
+
+BENCH = Path(__file__).parents[2] / "scripts" / "bench"
+COMPRESSED = '{"quantization_config": {"quant_method": "llmcompress"}}'
+ARMS = yaml.safe_load((BENCH / "lessons.yaml").read_text())
+
+
+@pytest.mark.parametrize("arm", [*ARMS["controls"], *ARMS["arms"]])
+@pytest.mark.parametrize(("config", "trains"), [("{}", "weights"), (COMPRESSED, "scales")])
+def test_every_arm_is_a_recipe(tmp_path: Path, arm: str, config: str, trains: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    texts = {"wiki": tmp_path / "wiki.txt", "random": tmp_path / "random.txt"}
+    arena = lessons.Arena(ARMS, texts, (), tmp_path)
+    changes = (ARMS["controls"] | ARMS["arms"])[arm]
+    asked = Distillation.model_validate(lessons.recipe(arena, tmp_path, changes, 7, 3))
+    assert (asked.steps, asked.seed) == (7, 3) and set(asked.rates) == {trains, "norms"}
+
+
+def row(arm: str, seed: int, kl: float) -> dict[str, Any]:
+    return {
+        "student": "small",
+        "arm": arm,
+        "steps": 4,
+        "seed": seed,
+        "tokens": 1020,
+        "seconds": 60.0,
+        "kl": [[kl, kl + 0.2]] * 3,
+        "ece": [0.05] * 3,
+        "pairs": 0.7,
+    }
+
+
+def test_differences_are_those_of_the_same_seed_and_window() -> None:
+    rows = [row("forward_kl", 0, 1.0), row("forward_kl", 1, 1.2), row("js", 0, 0.9), row("js", 1, 1.1)]
+    *_, control, js = lessons.table(rows, "small", row("before", 0, 2.0))
+    assert control == "| forward_kl | 1,020 | 1.0 | 1.2000 | 1.2000 | 1.2000 |  | 0.0500 | 0.700 |"
+    assert js.split(" | ")[6] == "0.1000 ± 0.0000"  # window by window, so that what windows share is no noise
+
+
+def test_a_row_that_is_there_is_not_run_again(tmp_path: Path) -> None:
+    arena = lessons.Arena(ARMS, {}, (), tmp_path)
+    arena.rows.write_text('{"student": "small", "arm": "js", "steps": 4, "seed": 0, "seconds": 1.5}\n')
+    assert lessons.once(arena, Path("small"), "js", {}, 4, 0)["seconds"] == 1.5
