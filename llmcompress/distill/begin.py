@@ -17,6 +17,7 @@ from llmcompress.data.distillation import Data
 from llmcompress.distill.context import Report, TrainContext
 from llmcompress.distill.metrics import Metrics
 from llmcompress.distill.objective.heads import check_boundaries, check_head
+from llmcompress.distill.on_policy import check_on_policy
 from llmcompress.distill.parallel.launch import check_enough, is_given, loading_device
 from llmcompress.distill.phases import Learned, learn
 from llmcompress.distill.resume import METRICS
@@ -61,7 +62,7 @@ class DistillationJob:
         dtype = product_dtype(recipe.compute, accelerator.device)
         teacher.requires_grad_(False)
         check_enough(len(self.data.sequences), recipe)
-        return TrainContext(
+        run = TrainContext(
             recipe,
             Student(student, {}, {}),
             teacher,
@@ -75,6 +76,8 @@ class DistillationJob:
             partial(products, accelerator.device, dtype, attention=not recipe.checkpointing),
             self.ranks,
         )
+        check_on_policy(run)
+        return run
 
 
 def _teaching(teacher: PreTrainedModel, recipe: Distillation) -> Teaching:

@@ -50,7 +50,7 @@ def _measured(job: DistillationJob, name: Control, progress: Report | None) -> d
 
 
 def control_recipe(recipe: Distillation, name: Control) -> Distillation:
-    """Return the recipe of a control: all is as in `recipe` but the losses, and that nobody's predictions are cached or
-    quantized where no loss reads them."""
-    changes: dict[str, Any] = {"losses": CONTROLS[name], "balance": False, "controls": ()}
+    """Return the recipe of a control: all is as in `recipe` but the losses, that all text is the data's, and that
+    nobody's predictions are cached or quantized where no loss reads them."""
+    changes: dict[str, Any] = {"losses": CONTROLS[name], "balance": False, "controls": (), "on_policy": None}
     return recipe.model_copy(update=changes | ({"teacher": Teacher()} if name == "no_teacher" else {}))

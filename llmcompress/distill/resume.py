@@ -20,7 +20,7 @@ class Progress:
     """The part of a training that is done. `targets`: tokens predicted so far; `losses`: the state of each loss that
     has one; `shares` and `cursors`: of each domain, its part of a step and how many of its sequences were read;
     `history`: the measurements; `frozen`: the number of frozen codes, where those that oscillate are frozen; `factors`:
-    of the losses' weights, where these are balanced."""
+    of the losses' weights, where these are balanced; `written`: sequences of the student's own, by name."""
 
     step: int = 0
     targets: int = 0
@@ -31,6 +31,7 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     frozen: int | None = None
     factors: list[float] = field(default_factory=list)
+    written: dict[str, list[int]] = field(default_factory=dict)
 
 
 def save_state(store: Store, progress: Progress, tensors: Mapping[str, Tensor]) -> None:

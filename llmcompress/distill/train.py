@@ -32,6 +32,7 @@ from llmcompress.distill.held_out import evaluate_held_out, held_out_distances
 from llmcompress.distill.metrics import term_names
 from llmcompress.distill.objective.hidden_states import StateMatching
 from llmcompress.distill.objective.module import Objective
+from llmcompress.distill.on_policy import own_words, window
 from llmcompress.distill.optimizers import optimizer_of
 from llmcompress.distill.parallel.engine import Engine, held_decoded
 from llmcompress.distill.parallel.launch import is_given
@@ -139,11 +140,24 @@ def _next(run: TrainContext, engine: Engine, progress: Progress, step: int) -> B
         gaps = engine.within(lambda: [held_out_distances(run, held_out[:few]).means() for held_out in data.held_out])
         perplexities = ([gap[key] for gap in gaps] for key in ("perplexity", "teacher_perplexity"))
         progress.shares = _agreed(run.accelerator, reweighted(progress.shares, *perplexities))
-    counts = quotas(progress.shares, recipe.batch, step, recipe.seed)
-    chosen = draw(progress.cursors, counts, data.sizes, recipe.seed)
-    progress.cursors = [cursor + count for cursor, count in zip(progress.cursors, counts, strict=True)]
-    numbers = torch.tensor(chosen)
-    return replace(data.sequences[numbers], numbers=numbers)
+    before = progress.cursors
+    batch, progress.cursors = _drawn(run, progress.shares, before, step)
+    if recipe.on_policy is None:
+        return batch
+    ahead: list[Batch] = []
+    for coming in window(recipe.on_policy, step, run.steps):
+        found, before = _drawn(run, progress.shares, before, coming)
+        ahead.append(found)
+    return own_words(run, recipe.on_policy, progress, step, ahead)
+
+
+def _drawn(run: TrainContext, shares: list[float], cursors: list[int], step: int) -> tuple[Batch, list[int]]:
+    """Return the sequences that a step reads where the domains have these shares, and the cursors behind them."""
+    recipe, data = run.recipe, run.data
+    counts = quotas(shares, recipe.batch, step, recipe.seed)
+    numbers = torch.tensor(draw(cursors, counts, data.sizes, recipe.seed))
+    batch = replace(data.sequences[numbers], numbers=numbers)
+    return batch, [cursor + count for cursor, count in zip(cursors, counts, strict=True)]
 
 
 def _agreed(accelerator: Accelerator, values: list[float]) -> list[float]:

@@ -13,6 +13,11 @@ class CrossEntropy(LossConfig):
 
     loss: Literal["cross_entropy"] = "cross_entropy"
 
+    @property
+    def reads_truth(self) -> bool:
+        """See `LossConfig.reads_truth`."""
+        return True
+
     def reads(self) -> Reads:
         """See `LossConfig.reads`."""
         return "nothing"

@@ -56,6 +56,11 @@ class LossConfig(BaseModel):
         """True if a loss on hidden states requires teacher and student to have the same width."""
         return False
 
+    @property
+    def reads_truth(self) -> bool:
+        """True if a loss on predictions takes the data's next token for the truth."""
+        return False
+
     def reads(self) -> Reads:
         """The part of the teacher that it reads: whole predictions, those with classes merged into one, or nothing."""
         return "whole"

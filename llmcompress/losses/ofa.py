@@ -21,6 +21,11 @@ class OFA(LossConfig):
     gamma: float = Field(1.5, ge=1, le=4, description="1 leaves the teacher's prediction as it is")
     examples = ({}, {"gamma": 1.0})
 
+    @property
+    def reads_truth(self) -> bool:
+        """See `LossConfig.reads_truth`."""
+        return True
+
 
 @loss("ofa", OFA)
 def ofa(predictions: Predictions, config: OFA, state: LossState | None) -> SumAndCount:

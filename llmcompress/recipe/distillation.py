@@ -13,6 +13,7 @@ from llmcompress.losses.loss import LossConfig
 from llmcompress.recipe.adaptation import Adaptation
 from llmcompress.recipe.data import Mixture, Texts, TextSource
 from llmcompress.recipe.freezing import Freezing
+from llmcompress.recipe.on_policy import OnPolicy
 from llmcompress.recipe.regrowth import Regrowth
 
 Kind = Literal["codes", "scales", "values", "factors", "norms", "weights", "projections", "masks"]
@@ -190,6 +191,9 @@ class Distillation(BaseModel):
         description="the text to learn from, or a list",
     )
     mixture: Mixture = Field(default=Mixture(), description="how several texts share the steps")
+    on_policy: OnPolicy | None = Field(
+        default=None, description="sequences that the student goes on with itself; null: all text is that of the data"
+    )
     losses: tuple[Term, ...] = Field(
         default=(Term(of={"loss": "forward_kl"}),), min_length=1, description="terms of the objective, which are added"
     )
@@ -295,6 +299,7 @@ class Distillation(BaseModel):
         if self.balance and len(self.losses) == 1:
             raise ValueError("balance is between several losses, and there is one; leave it out")
         self._check_controls()
+        self._check_on_policy()
         if self.teacher.kind == "cached":
             self._check_cached()
         return self
@@ -305,8 +310,25 @@ class Distillation(BaseModel):
             raise ValueError("controls: each of them runs once; name no_teacher and vanilla once")
         if self.controls and all(kind == "blockwise" for kind, _ in self.stages()):
             raise ValueError("controls differ in their losses, which blockwise phases do not have; leave them out")
-        if same := [name for name in self.controls if CONTROLS[name] == self.losses]:
+        own = None if self.on_policy else self.losses
+        if same := [name for name in self.controls if CONTROLS[name] == own]:
             raise ValueError(f"controls: {same[0]} has the losses that the recipe has itself; leave it out")
+
+    def _check_on_policy(self) -> None:
+        """Raises ValueError for what cannot learn from the student's own words."""
+        if self.on_policy is None:
+            return
+        if truth := sorted({term.of.loss for term in self.losses if term.of.reads_truth}):
+            raise ValueError(
+                f"on_policy: {' and '.join(truth)} takes the next token for the truth, and the student wrote it; use "
+                f"losses between predictions, such as forward_kl"
+            )
+        if self.teacher.kind == "cached":
+            raise ValueError("on_policy: what the student will write cannot be cached; use `teacher: {kind: online}`")
+        if self.checkpointing:
+            raise ValueError("on_policy: a student that recomputes activations cannot write; set checkpointing: false")
+        if all(kind == "blockwise" for kind, _ in self.stages()):
+            raise ValueError("on_policy: blockwise phases read no predictions; leave it out, or add an end_to_end one")
 
     def _check_regrow(self, kind: PhaseKind) -> None:
         """Raises ValueError for masks that would not move as asked for."""

@@ -48,7 +48,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Arena:
-    """What all arms have in common: the file of arms, texts to learn from, texts to score, the folder of rows."""
+    """The common part of all arms: their file, texts to learn from, texts to score, the folder of rows."""
 
     asked: Row
     training: dict[str, Path]

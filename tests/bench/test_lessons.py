@@ -1,4 +1,4 @@
-"""What `scripts/bench/lessons.py` declares is a recipe, and what its table says follows from its rows."""
+"""Arms of `scripts/bench/lessons.py` are recipes, and its table follows from its rows."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ RULES = [
 ]
 ALL = {"codes": 1e-2, "scales": 5e-3, "factors": 5e-3, "values": 2e-3, "norms": 2e-3}
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="an extra")
-COMMON = ("narrow", "short", "whole", "phased", "median", "controlled", "cached", "second-hand")
+COMMON = ("narrow", "short", "whole", "phased", "median", "controlled", "cached", "second-hand", "own")
 launches = pytest.mark.slow  # two processes that have to import everything
 CONFIGS = ROOT / "configs" / "accelerate"
 ENGINES = {"ddp": "cpu-ddp.yaml", "fsdp2": "fsdp2.yaml", "deepspeed": "deepspeed.yaml"}
@@ -115,6 +115,7 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
         "phased": job("phased", phases=[two | {"rates": {"norms": 1e-2}}, two]),
         "median": job("median", **medians) | {"student": str(place / "ternary")},
         "controlled": job("controlled", losses=[{"of": {"loss": "reverse_kl"}}], controls=["no_teacher", "vanilla"]),
+        "own": job("own", losses=[{"of": {"loss": "reverse_kl"}}], on_policy={"prompt": 4, "every": 3}),
         "cached": job("cached", teacher={"kind": "cached", "k": 16}, losses=[{"of": {"loss": "taid"}}]),
         "coarse": job("coarse", teacher={"bits": 4}, losses=[*between["losses"][:1], {"of": {"loss": "hidden"}}]),
         "unlike": job("unlike") | {"student": [str(place / name) for name in ("tied-small", "tied-2")]},
@@ -189,6 +190,7 @@ def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: An
         "cached": "a single process caches a teacher",
         "coarse": "{bits: 4} requires a whole teacher",
         "phased": "give each phase a recipe of its own",
+        "own": "a student that is sharded cannot write",
         "median": "scales: median requires whole groups of latents",
     }
     if name in refused and together[0].name == "fsdp2":

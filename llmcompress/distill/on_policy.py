@@ -1,0 +1,151 @@
+"""Sequences that the student goes on with itself (on-policy distillation: GKD, arXiv 2306.13649).
+
+A student that reads nothing but text never meets what follows from its own mistakes. So of some sequences it keeps the
+beginning, samples the rest, and learns from what the teacher predicts at every word of it. Writing goes token by token,
+so that many sequences are written side by side: those of the next `every` steps at once, by the student of that moment,
+which is a little older than the one that learns from them.
+
+No gradient passes the sampling. What was written is kept with a run's state, so that a resumed run reads the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from llmcompress.data.batch import Batch
+from llmcompress.data.generate_text import token_chances
+from llmcompress.distill.context import TrainContext
+from llmcompress.distill.parallel.launch import sharded
+from llmcompress.distill.resume import Progress
+from llmcompress.errors import RecipeError
+from llmcompress.recipe.on_policy import OnPolicy
+from llmcompress.runtime.seeding import generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NOTHING = -1  # behind the end of a sequence, in what was written
+
+
+def check_on_policy(run: TrainContext) -> None:
+    """Raise RecipeError where the student cannot write: sharded, or documents apart in one sequence."""
+    if run.recipe.on_policy is None:
+        return
+    if sharded(run.accelerator):
+        raise RecipeError("on_policy: a student that is sharded cannot write; run it under ddp, or leave on_policy out")
+    if run.data.sequences.documents is not None:
+        raise RecipeError(
+            "on_policy: sequences of several documents have no end to go on from; set packing: false, or boundaries: "
+            "false"
+        )
+
+
+def own_words(run: TrainContext, asked: OnPolicy, progress: Progress, step: int, ahead: Sequence[Batch]) -> Batch:
+    """Return the batch of `step` with some of its sequences written by the student.
+
+    `ahead`: the batches of this step and of those after it that are written at the same time. `progress` keeps what
+    was written.
+    """
+    [batch, *_] = ahead
+    rows = own_rows(asked.share, len(batch))
+    if any(name not in progress.written for name in _names(asked, step, batch, rows)):
+        progress.written = dict(_written(run, asked, step, ahead))
+    texts = [progress.written[name] for name in _names(asked, step, batch, rows)]
+    return rewritten(batch, rows, texts, prompts(batch, asked.prompt))
+
+
+def window(asked: OnPolicy, step: int, steps: int) -> range:
+    """Return the steps from `step` on, of `steps`, whose sequences are written at the same time."""
+    return range(step, min(steps, (step // asked.every + 1) * asked.every))
+
+
+def _names(asked: OnPolicy, step: int, batch: Batch, rows: Iterable[int]) -> list[str]:
+    """Return what sequences of a step are kept under: the time of writing, and which of the data they are."""
+    numbers = cast(Tensor, batch.numbers)  # as all have that a step reads
+    return [f"{step // asked.every}/{int(numbers[row])}" for row in rows]
+
+
+def _written(run: TrainContext, asked: OnPolicy, step: int, ahead: Sequence[Batch]) -> Iterable[tuple[str, list[int]]]:
+    """Yield by name the sequences of `step` and those after it; every process writes its share of them."""
+    model, parts, names = run.student.model, [], []
+    for batch in ahead:
+        rows = own_rows(asked.share, len(batch))
+        parts.append(batch[torch.tensor(rows, dtype=torch.int64)])
+        names += _names(asked, step, batch, rows)
+    whole = Batch.joined(parts)
+    kept, order = prompts(whole, asked.prompt), torch.arange(len(whole))
+    mine = run.ranks.share(order)
+    todo = mine if len(mine) else order[:1]  # of more processes than sequences, some write for nothing
+    seeds = [f"{run.recipe.seed}/on-policy/{step}/{names[row]}" for row in todo]
+    with run.autocast():
+        texts = written(model, whole[todo], kept[todo], end_tokens(model), asked.temperature, seeds)
+    return zip(names, run.ranks.gathered(texts[: len(mine)].tolist()), strict=True)
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Return the tokens that end a text of `model`."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return {token for token in listed if token is not None}
+
+
+def own_rows(share: float, batch: int) -> list[int]:
+    """Return the places in a batch of the sequences that the student writes: a `share` of them, spread evenly."""
+    return [row for row in range(batch) if int((row + 1) * share + 1e-9) > int(row * share + 1e-9)]
+
+
+def prompts(batch: Batch, least: int) -> Tensor:
+    """Return how many tokens of each sequence stay, int64 [sequences]: `least`, or up to its first target if that is
+    more, and never all of them."""
+    first = batch.counted.int().argmax(1)
+    return first.clamp(min=least).clamp(max=batch.ids.shape[1] - 1)
+
+
+@torch.no_grad()
+def written(
+    model: PreTrainedModel, batch: Batch, kept: Tensor, ends: set[int], temperature: float, seeds: Sequence[str]
+) -> Tensor:
+    """Let `model` go on with sequences -> int64 [sequences, length], NOTHING behind a token that ends one.
+
+    `kept`: how many tokens of each stay, [sequences]. Each has its generator, seeded by its name in `seeds`, so that
+    neighbours change nothing but the rounding of logits.
+    """
+    ids, length = batch.ids.clone(), batch.ids.shape[1]
+    drawing, ended = [generator(seed) for seed in seeds], torch.zeros(len(ids), dtype=torch.bool)
+    cache, begin = None, 0
+    for place in range(int(kept.min()), length):
+        output = model(input_ids=ids[:, begin:place].to(model.device), past_key_values=cache, use_cache=True)
+        cache, begin = output.past_key_values, place
+        chances = token_chances(output.logits[:, -1], temperature, 1.0)
+        for row in (~ended & (kept <= place)).nonzero().flatten().tolist():
+            ids[row, place] = torch.multinomial(chances[row], 1, generator=drawing[row])
+        own = (kept <= place) & ~ended
+        ended |= own & torch.tensor([int(token) in ends for token in ids[:, place]])
+        if bool(ended.all()):
+            break
+    return _cut(ids, kept, ends)
+
+
+def _cut(ids: Tensor, kept: Tensor, ends: set[int]) -> Tensor:
+    """Put NOTHING behind the first ending token of what was written in each row."""
+    places = torch.arange(ids.shape[1])
+    closing = torch.isin(ids, torch.tensor(sorted(ends), dtype=torch.int64)) & (places >= kept[:, None])
+    behind = closing.int().cumsum(1) - closing.int() > 0
+    return ids.masked_fill(behind, NOTHING)
+
+
+def rewritten(batch: Batch, rows: Sequence[int], texts: Sequence[Sequence[int]], kept: Tensor) -> Batch:
+    """Return `batch` with the sequences at `rows` replaced by what was written; its own tokens count in them."""
+    ids, counted = batch.ids.clone(), batch.counted.clone()
+    places = torch.arange(ids.shape[1])
+    for row, text in zip(rows, texts, strict=True):
+        found = torch.tensor(text)
+        there = found != NOTHING
+        ids[row] = found.where(there, 0)
+        counted[row] = there & (places >= kept[row])
+    return replace(batch, ids=ids, counted=counted)
