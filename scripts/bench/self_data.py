@@ -70,24 +70,24 @@ def _documented(module: str) -> Iterator[tuple[str, str]]:
                 yield f"{module}.{path}", text
 
 
-def recipe(arm: str, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
-    """Return the distillation of an arm. An eleventh of the chats is held out."""
+def lesson(chats: Path, count: int, steps: int, seed: int, rates: dict[str, float]) -> dict[str, Any]:
+    """Return the distillation that reads a file of `count` chats, an eleventh of which is held out."""
     return {
         "version": 1,
         "seed": seed,
         "data": {
-            "dataset": str(asked.out / f"{ARMS[arm]}.jsonl"),
+            "dataset": str(chats),
             "packing": False,
-            "samples": asked.chats,
+            "samples": count,
             "length": LENGTH,
-            "held_out": asked.chats // 11,
+            "held_out": count // 11,
         },
         "losses": [{"of": {"loss": "cross_entropy"}}],
-        "rates": {"weights": 1e-3, "norms": 1e-3},
+        "rates": rates,
         "batch": BATCH,
         "micro_batch": 4,
-        "steps": asked.steps,
-        "evaluate_every": asked.steps,
+        "steps": steps,
+        "evaluate_every": steps,
     }
 
 
@@ -126,7 +126,8 @@ def main() -> None:
             for seed in options.seeds:
                 folder = options.out / f"{student.name}-{arm}-{seed}"
                 if not folder.is_dir():
-                    distill(student, TEACHER, recipe(arm, seed, options), folder)
+                    chats, rates = options.out / f"{ARMS[arm]}.jsonl", {"weights": 1e-3, "norms": 1e-3}
+                    distill(student, TEACHER, lesson(chats, options.chats, options.steps, seed, rates), folder)
                 rows.append((student.name, arm, seed, folder))
     for name, arm, seed, folder in rows:
         cells = " | ".join(f"{value:.4f}" for value in scores(folder, text, options.tasks))
