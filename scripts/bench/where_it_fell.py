@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import ast
-import inspect
 import json
 import re
 import sysconfig
+import textwrap
 from importlib import import_module
 from pathlib import Path
 from random import Random
@@ -62,7 +62,7 @@ def functions() -> list[Chat]:
             said = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
             if not said or not isinstance(node, ast.FunctionDef):
                 continue
-            text = inspect.cleandoc("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+            text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
             if len(text.split()) in WORDS:
                 asked = f"{node.name}({ast.unparse(node.args)})"
                 found.append(chat(f"Write the Python function `{asked}`: {said.splitlines()[0]}", text))
