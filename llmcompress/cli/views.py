@@ -94,8 +94,10 @@ def _stored(rows: Sequence[Row]) -> str:
 def _reached(allocation: Row) -> str:
     """Return the line on a target: predicted and measured KL, and the time it took."""
     kl = f"KL predicted {allocation['predicted_kl']:.4f}, measured {allocation['measured_kl']:.4f}"
-    wanted = aim(allocation["target"])
-    return f"target  {wanted} · {kl} on {allocation['probing_tokens']} tokens · {duration(allocation['seconds'])}"
+    others = [f"{value:.4f} for a {name} plan" for name, value in allocation.get("baselines", {}).items()]
+    kl += f" on {allocation['probing_tokens']} tokens"
+    beside = f" · {' and '.join(others)} of that size, predicted" if others else ""
+    return f"target  {aim(allocation['target'])} · {kl}{beside} · {duration(allocation['seconds'])}"
 
 
 def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
@@ -311,6 +313,7 @@ def pushed_view(found: Row, every: bool) -> Iterator[RenderableType]:
     for name, size in found["files"].items():
         table.add_row(name, f"{size:,}")
     yield table
+    yield from (f"lacks   {name}" for name in found["unmeasured"])
     total = byte_count(sum(found["files"].values()))
     yield f"commit  {found['commit']} · {total}" if found["commit"] else f"nothing was sent · {total} would be"
 

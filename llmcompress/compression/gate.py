@@ -16,7 +16,8 @@ from time import monotonic
 
 from torch import Tensor
 
-from llmcompress.compression.allocate.plan import Allocation, choose, damage
+from llmcompress.compression.allocate.plan import Allocation, choose
+from llmcompress.compression.allocate.prices import damage
 from llmcompress.compression.memory_estimate import gate_bytes
 from llmcompress.compression.plan import Job, unmeasured
 from llmcompress.errors import GateError, InputError, MemoryLimitError, RecipeError

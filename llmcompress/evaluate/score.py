@@ -110,7 +110,7 @@ def save_scores(folder: Path, protocol: Protocol, dense: Evaluation, found: Eval
 
     Raises DiskError where that cannot be.
     """
-    both = {"dense": dense.to_json(), "compressed": found.to_json()}
+    both = {"dense": dense.to_json(), "compressed": found.to_json(), "differences": found.differences(dense)}
     entries = protocol.to_json() | {"versions": versions()} | both
     add_file(folder, file_names.SCORES, json.dumps(entries, indent=2))
 

@@ -15,6 +15,7 @@ from llmcompress.errors import GateError, HubError, InputError, RecipeError, lis
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.plots import layers_png
 from llmcompress.evaluate.verify import verify
+from llmcompress.export.evidence import Evidence, evidence
 from llmcompress.export.model_card import Taught, card
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import CARD, MANIFEST, PLOT, README, manifest, manifest_text, read_json
@@ -30,11 +31,13 @@ LOGIN = "log in with `hf auth login` or set HF_TOKEN to a token that may write"
 
 @dataclass(frozen=True)
 class Pushed:
-    """Files that went, or with `dry_run` would go, to the Hub. `commit`: its address, None where nothing was sent."""
+    """Files that went, or with `dry_run` would go, to the Hub. `commit`: its address, None where nothing was sent;
+    `unmeasured`: what the evidence for its quality lacks, see `evidence`."""
 
     repository: str
     files: dict[str, int]  # name -> bytes
     commit: str | None
+    unmeasured: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""
@@ -84,15 +87,17 @@ def push(
         raise InputError(f"{folder} has no {MANIFEST}, report and recipe for a card; push a folder that compress wrote")
     belonging = _belonging(folder, trust_remote_code)
     _check_gates(folder)
-    made = _card(folder, repository) | _manifest_without_strangers(folder, belonging)
+    made, lacking = _card(folder, repository), _proof(folder).missing
+    made |= _manifest_without_strangers(folder, belonging)
     names = sorted({*belonging, MANIFEST} - CARD - made.keys())
     sizes = {name: len(content) for name, content in made.items()}
     files = sizes | {name: (folder / name).stat().st_size for name in names}
     if dry_run:
-        return Pushed(repository, files, None)
+        return Pushed(repository, files, None, lacking)
     if announce is not None:
         announce(files)
-    return Pushed(repository, files, _upload(folder, repository, names, made, private, revision))
+    commit = _upload(folder, repository, names, made, private, revision)
+    return Pushed(repository, files, commit, lacking)
 
 
 def _check_gates(folder: Path) -> None:
@@ -107,13 +112,23 @@ def _check_gates(folder: Path) -> None:
         raise GateError(f"{folder} is not pushed, since {gates.unmeasured}; run the same compress command again")
 
 
+def _scores(folder: Path) -> dict[str, Any] | None:
+    """The scores that `score` saved in a checkpoint; None where nobody asked."""
+    return read_json(folder / file_names.SCORES) if (folder / file_names.SCORES).is_file() else None
+
+
+def _proof(folder: Path) -> Evidence:
+    """The evidence for the quality of a checkpoint."""
+    return evidence(_scores(folder), reports.read_allocation(folder), reports.read_distillation(folder))
+
+
 def _card(folder: Path, repository: str) -> dict[str, bytes]:
     """The files of the card: its text, and its plot if matplotlib is there; the text says so if not."""
     recipe = (folder / file_names.RECIPE).read_text(encoding="utf-8")
-    scores = read_json(folder / file_names.SCORES) if (folder / file_names.SCORES).is_file() else None
     report = reports.read(folder)
     plots = {PLOT: layers_png(report)} if find_spec("matplotlib") else {}
-    text = card(report, repository, recipe, scores, PLOT if plots else None, _taught(folder))
+    plot, taught = PLOT if plots else None, _taught(folder)
+    text = card(report, repository, recipe, _scores(folder), plot, taught, _proof(folder))
     return {README: text.encode(), **plots}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from llmcompress.evaluate.markdown import code, fenced, plain
 from llmcompress.evaluate.report import Report
 from llmcompress.evaluate.tables import grouped, measured, metrics
+from llmcompress.export.evidence import Evidence
 from llmcompress.models.file_names import DISTILLATION_PLOT
 
 LOAD = """\
@@ -56,11 +57,13 @@ def card(
     scores: dict[str, Any] | None = None,
     plot: str | None = None,
     taught: Taught | None = None,
+    proof: Evidence | None = None,
 ) -> str:
     """Return the README.md of the Hub repository `name`, with metadata that the Hub reads.
 
     `recipe` is the YAML text; `scores` what `score` saved of dense and compressed, None if nobody asked; `plot` the
-    picture of the layers beside it, None if there is none; `taught` the distillation that followed, if one did.
+    picture of the layers beside it, None if there is none; `taught` the distillation that followed, if one did;
+    `proof` the evidence for its quality.
     """
     from huggingface_hub import ModelCardData
 
@@ -92,6 +95,7 @@ def card(
         f"\n![Output error and bits per weight of every layer]({plot})" if plot else NO_PLOT,
         f"\nRecipe:\n\n{fenced(recipe, 'yaml')}\n",
         *(() if taught is None else _distillation(taught)),
+        *(() if proof is None else _evidence(proof)),
         "## Limits\n",
         *_limits(report, scores),
     ]
@@ -179,6 +183,14 @@ def _distillation(taught: Taught) -> Iterator[str]:
     yield from _gains(before, after, done.get("controls", {}))
     yield f"\n![Held-out KL and perplexity by tokens]({DISTILLATION_PLOT})" if done["plot"] else NO_CURVE
     yield f"\nRecipe:\n\n{fenced(taught.recipe, 'yaml')}\n"
+
+
+def _evidence(proof: Evidence) -> Iterator[str]:
+    """Yield what stands beside the scores, and what was not measured."""
+    yield "## Evidence\n"
+    yield from (f"- {plain(sentence)}." for sentence in proof.found)
+    yield from (f"- Not measured: {plain(name)}." for name in proof.missing)
+    yield ""
 
 
 def _gains(before: dict[str, Any], after: dict[str, Any], controls: dict[str, dict[str, Any]]) -> Iterator[str]:

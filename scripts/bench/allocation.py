@@ -27,13 +27,14 @@ from random import Random
 from typing import Any
 
 import yaml
-from baselines import er_plan, random_plan, uniform_plan
 from rows import calibration
 from scipy.stats import spearmanr
 
 from llmcompress.compression import run
-from llmcompress.compression.allocate.plan import Allocation, allocate, damage, target_of
+from llmcompress.compression.allocate.baselines import er_plan, random_plan, uniform_plan
+from llmcompress.compression.allocate.plan import Allocation, allocate, target_of
 from llmcompress.compression.allocate.price_file import allocate_by
+from llmcompress.compression.allocate.prices import damage
 from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts
 from llmcompress.compression.plan import prepare
 from llmcompress.errors import RecipeError

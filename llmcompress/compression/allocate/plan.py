@@ -18,10 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
+from llmcompress.compression.allocate.baselines import predicted_baselines
 from llmcompress.compression.allocate.choices import Choices, Steps, choices
 from llmcompress.compression.allocate.cost import pricing_bytes
 from llmcompress.compression.allocate.distortion import families
-from llmcompress.compression.allocate.prices import Priced, Progress, prices
+from llmcompress.compression.allocate.prices import Priced, Progress, damage, prices
 from llmcompress.compression.allocate.sensitivity import DensePredictions, Probe, in_parts, probe_windows
 from llmcompress.compression.allocate.solve import monotone, solve
 from llmcompress.compression.plan import Job
@@ -78,6 +79,7 @@ class Allocation:
             "target": None if target is None else target.model_dump(mode="json", exclude_none=True),
             "predicted_kl": damage(self.prices, self.chosen),
             "measured_kl": measured_kl,
+            "baselines": predicted_baselines(self.choices, self.prices, target_of(self.job), self.chosen),
             "predicted_bytes": self.choices.size(self.chosen),
             "measured_bytes": size,
             "bpw": self.choices.bpw(self.chosen),
@@ -115,11 +117,6 @@ class PriceList:
         job = replace(self.job, recipe=self.job.recipe.model_copy(update={"target": target}))
         seconds = self.seconds + time.monotonic() - started
         return Allocation(job, self.choices, self.prices, chosen, self.dense, seconds)
-
-
-def damage(price_list: Sequence[Priced], chosen: Sequence[int]) -> float:
-    """Return the predicted KL of a plan: the sum over its options."""
-    return sum(one.offers[option].damage for one, option in zip(price_list, chosen, strict=True))
 
 
 def allocate(job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Allocation:

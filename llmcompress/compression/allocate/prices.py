@@ -96,6 +96,11 @@ class Priced:
         return Priced(**{**entries, "shape": tuple(entries["shape"]), "offers": offers})
 
 
+def damage(price_list: Sequence[Priced], chosen: Sequence[int]) -> float:
+    """Return the predicted KL of a plan: the sum over its options."""
+    return sum(one.offers[option].damage for one, option in zip(price_list, chosen, strict=True))
+
+
 @dataclass(frozen=True)
 class _Run:
     """The measurements of one matrix, by option: the error of each option that was run; and of those that were probed,

@@ -177,10 +177,12 @@ def _protocol(scores: Facts) -> str:
 
 def _target(allocation: Facts) -> list[tuple[str, str]]:
     """The target, and predicted beside measured numbers."""
+    others = allocation.get("baselines", {})  # older folders have none
     return [
         ("target", aim(allocation["target"])),
         ("size", f"predicted {allocation['predicted_bytes']:,}, got {allocation['measured_bytes']:,} bytes"),
         ("KL", f"predicted {allocation['predicted_kl']:.4f}, measured {allocation['measured_kl']:.4f} nats per token"),
+        *((f"KL of a {name} plan of that size", f"predicted {kl:.4f}") for name, kl in others.items()),
         ("measured on", f"{allocation['probing_tokens']:,} tokens"),
         ("time to choose", duration(allocation["seconds"])),
     ]

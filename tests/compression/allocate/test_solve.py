@@ -8,8 +8,8 @@ from itertools import product
 from random import Random
 
 import pytest
-from baselines import random_plan, uniform_plan
 
+from llmcompress.compression.allocate.baselines import random_plan, uniform_plan
 from llmcompress.compression.allocate.solve import monotone, solve
 from llmcompress.methods.engines.sparsity import kept_of
 

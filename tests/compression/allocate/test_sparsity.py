@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from baselines import er_plan, uniform_plan
 from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.compression import run
+from llmcompress.compression.allocate.baselines import er_plan, uniform_plan
 from llmcompress.compression.allocate.distortion import NOISE, families, noisy
 from llmcompress.compression.allocate.plan import Allocation, allocate, damage
 from llmcompress.compression.plan import prepare

@@ -12,15 +12,15 @@ from statistics import median
 from typing import Any
 
 import pytest
-from baselines import random_plan, uniform_plan
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.compression import run
-from llmcompress.compression.allocate.plan import Allocation, allocate, choose, damage
-from llmcompress.compression.allocate.prices import Priced
+from llmcompress.compression.allocate.baselines import random_plan, uniform_plan
+from llmcompress.compression.allocate.plan import Allocation, allocate, choose
+from llmcompress.compression.allocate.prices import Priced, damage
 from llmcompress.compression.plan import prepare
 from llmcompress.errors import LLMCompressError, MemoryLimitError, RecipeError
 from llmcompress.evaluate.report import read_allocation
@@ -112,6 +112,21 @@ def test_by_kl_an_option_costs_what_a_model_with_it_alone_loses(place: Path, pla
         assert priced.offers[option].damage == pytest.approx(probed.measured(folder), rel=0.05)
     with pytest.raises(RecipeError, match="damage: it says how options are judged, and there is no target"):
         read_recipe({"version": 1, "damage": "kl", "rules": [{"match": "*", "steps": [{"method": "rtn"}]}]})
+
+
+@pytest.mark.parametrize("target", [{"bytes": SIZE}, {"bpw": 3.5}, {"kl": 0.05}])
+def test_plans_of_no_thought_stand_beside_the_chosen_one(place: Path, plan: Allocation, target: dict[str, Any]) -> None:
+    """Of the same size, by the same prices."""
+    aimed = Target.model_validate(target)
+    job = plan.job.with_recipe(plan.job.recipe.model_copy(update={"target": aimed}))
+    found = dataclasses.replace(plan, job=job, chosen=choose(plan.choices, plan.prices, aimed))
+    summary = found.summary(0.0, 0)
+    costs = [one.counted(aimed) for one in plan.choices.matrices]
+    limit = sum(row[option] for row, option in zip(costs, found.chosen, strict=True))
+    uniform = uniform_plan(costs, limit)
+    assert uniform is not None
+    assert summary["baselines"]["uniform"] == damage(plan.prices, uniform) >= summary["predicted_kl"]
+    assert summary["baselines"]["random"] > summary["predicted_kl"] - 1e-12  # which may be the best of everything
 
 
 @pytest.mark.slow

@@ -5,7 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
+from llmcompress.compression.allocate.choices import Choices
+from llmcompress.compression.allocate.prices import Priced, damage
+from llmcompress.recipe.target import Target
+
 Costs = Sequence[Sequence[float]]  # by matrix, then by option
+RANDOM = 8  # plans whose mean is told
+
+
+def predicted_baselines(
+    found: Choices, priced: Sequence[Priced], target: Target, chosen: Sequence[int]
+) -> dict[str, float]:
+    """Return the KL that prices predict for plans of the size of `chosen`: "uniform", the same option for every matrix
+    as far as that fits, and "random", the mean of several. Without the one that nothing of this size is."""
+    costs = [one.counted(target) for one in found.matrices]
+    limit = _total(costs, chosen)
+    uniform = uniform_plan(costs, limit)
+    drawn = [random_plan(costs, limit, Random(seed)) for seed in range(RANDOM)]
+    random = [damage(priced, plan) for plan in drawn if plan is not None]
+    return {
+        **({} if uniform is None else {"uniform": damage(priced, uniform)}),
+        **({"random": sum(random) / len(random)} if random else {}),
+    }
 
 
 def uniform_plan(costs: Costs, limit: float) -> tuple[int, ...] | None:
