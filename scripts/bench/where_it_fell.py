@@ -1,4 +1,4 @@
-"""What the teacher should write more of: as many chats of every kind, or more of the kind where compression hurt most.
+"""Chats of each kind in equal numbers, beside more chats of the kind where compression hurt most.
 
     python scripts/bench/where_it_fell.py STUDENT --data DATA --out OUT [--chats 120] [--steps 24] [--seeds 0 1]
 
