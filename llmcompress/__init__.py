@@ -7,7 +7,7 @@
 Make a model smaller: `plan`, `compress`, `drop_blocks` (and `least_damage`, `alike_blocks`), `narrow`, `distill`; of a
 mixture's experts: `prune_experts`, `merge_experts`, `condense_experts`, `replace_experts`.
 Look at the result: `read` its report, `verify` its files, `score` it, `compare` it, see its `drift`
-block by block, `bench` its speed.
+block by block, `bench` its speed, and tell by a `passport` what the dense model's adapters are worth on it.
 Run it: transformers loads it after this import; `accelerate`, `decoded` and `cache` trade memory for speed.
 Train on top of it: `plain_head`, `fold`.
 Hand it on: `export`, `push`.
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.errors import LLMCompressError as LLMCompressError
     from llmcompress.evaluate.compare import compare as compare
     from llmcompress.evaluate.drift import drift as drift
+    from llmcompress.evaluate.passport import passport as passport
     from llmcompress.evaluate.protocol import Protocol as Protocol
     from llmcompress.evaluate.report import Report as Report
     from llmcompress.evaluate.report import read as read
@@ -82,6 +83,7 @@ _HOMES = {
     "least_damage": "compression.depth.damage",
     "merge_experts": "compression.experts.merge",
     "narrow": "compression.width.narrow",
+    "passport": "evaluate.passport",
     "plain_head": "models.lora",
     "plan": "compression.pipeline",
     "prune_experts": "compression.experts.prune",

@@ -53,6 +53,7 @@ from llmcompress.cli.options import (
     seeded,
     target_of,
 )
+from llmcompress.cli.passport import passport
 from llmcompress.cli.publish import export, push, verify
 from llmcompress.cli.recipe import recipe as recipe_commands
 from llmcompress.cli.recipes import recipes
@@ -247,6 +248,7 @@ def evaluate(
 
 
 app.command()(drift)
+app.command()(passport)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from llmcompress.evaluate.tables import (
     measured,
     metrics,
     number,
+    passport_cells,
 )
 
 if TYPE_CHECKING:
@@ -188,6 +189,15 @@ def drift_view(found: Row, every: bool) -> Iterator[RenderableType]:
     if known:
         least = min(known, key=lambda row: row["cka"])
         yield f"least   {least['cka']:.4f} at block {least['block']}; the last row is what leaves the last block"
+
+
+def passport_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the gain of every adapter on both models, the share that is kept, and how alike the two are with it."""
+    table = new_table(("adapter", "gain, dense", "gain", "kept", "KL", "alike", "distinct pairs"), right=range(1, 7))
+    for row in found["adapters"]:
+        table.add_row(*passport_cells(row))
+    yield table
+    yield "gain    in nats per token; alike: of gains over tokens; distinct pairs: dense, compressed, handed over"
 
 
 def narrowed_view(found: Row, every: bool) -> Iterator[RenderableType]:

@@ -8,7 +8,7 @@ while the other rows go on sampling. So rows never pad, every sequence is full, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Literal
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from llmcompress.data.chat_template import rendered
 from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.runtime.seeding import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+NOTHING = -1  # behind the end of a sequence that a model went on with
 ROWS = 16  # sequences written side by side; part of what the seed means
 
 PROMPTS = (
@@ -173,7 +175,7 @@ def token_chances(logits_BV: Tensor, temperature: float, top_p: float) -> Tensor
     """
     logits = logits_BV.to("cpu", torch.float32)
     if not bool(logits.isfinite().all()):
-        raise NumericsError("the dense model's logits are NaN or infinite while it writes text; check its weights")
+        raise NumericsError("the model's logits are NaN or infinite while it writes text; check its weights")
     chances = (logits / temperature).softmax(-1)
     if top_p < 1:
         ordered, index = chances.sort(-1, descending=True)
@@ -187,3 +189,36 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
+
+
+@torch.no_grad()
+def continued(
+    model: PreTrainedModel, ids: Tensor, kept: Tensor, ends: set[int], temperature: float, seeds: Sequence[str]
+) -> Tensor:
+    """Let `model` go on with sequences `ids` -> int64 [sequences, length], NOTHING behind a token that ends one.
+
+    `kept`: how many tokens of each stay, [sequences]. Each has its generator, seeded by its name in `seeds`, so that
+    neighbours change nothing but the rounding of logits.
+    """
+    ids, length = ids.clone(), ids.shape[1]
+    drawing, ended = [generator(seed) for seed in seeds], torch.zeros(len(ids), dtype=torch.bool)
+    cache, begin = None, 0
+    for place in range(int(kept.min()), length):
+        output = model(input_ids=ids[:, begin:place].to(model.device), past_key_values=cache, use_cache=True)
+        cache, begin = output.past_key_values, place
+        chances = token_chances(output.logits[:, -1], temperature, 1.0)
+        for row in (~ended & (kept <= place)).nonzero().flatten().tolist():
+            ids[row, place] = torch.multinomial(chances[row], 1, generator=drawing[row])
+        own = (kept <= place) & ~ended
+        ended |= own & torch.tensor([int(token) in ends for token in ids[:, place]])
+        if bool(ended.all()):
+            break
+    return _cut(ids, kept, ends)
+
+
+def _cut(ids: Tensor, kept: Tensor, ends: set[int]) -> Tensor:
+    """Put NOTHING behind the first ending token of what was written in each row."""
+    places = torch.arange(ids.shape[1])
+    closing = torch.isin(ids, torch.tensor(sorted(ends), dtype=torch.int64)) & (places >= kept[:, None])
+    behind = closing.int().cumsum(1) - closing.int() > 0
+    return ids.masked_fill(behind, NOTHING)

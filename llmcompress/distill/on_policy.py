@@ -18,18 +18,15 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.batch import Batch
-from llmcompress.data.generate_text import token_chances
+from llmcompress.data.generate_text import NOTHING, continued
 from llmcompress.distill.context import TrainContext
 from llmcompress.distill.parallel.launch import sharded
 from llmcompress.distill.resume import Progress
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.on_policy import OnPolicy
-from llmcompress.runtime.seeding import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NOTHING = -1  # behind the end of a sequence, in what was written
 
 
 def check_on_policy(run: TrainContext) -> None:
@@ -83,7 +80,7 @@ def _written(run: TrainContext, asked: OnPolicy, step: int, ahead: Sequence[Batc
     todo = mine if len(mine) else order[:1]  # of more processes than sequences, some write for nothing
     seeds = [f"{run.recipe.seed}/on-policy/{step}/{names[row]}" for row in todo]
     with run.autocast():
-        texts = written(model, whole[todo], kept[todo], end_tokens(model), asked.temperature, seeds)
+        texts = continued(model, whole.ids[todo], kept[todo], end_tokens(model), asked.temperature, seeds)
     return zip(names, run.ranks.gathered(texts[: len(mine)].tolist()), strict=True)
 
 
@@ -104,39 +101,6 @@ def prompts(batch: Batch, least: int) -> Tensor:
     more, and never all of them."""
     first = batch.counted.int().argmax(1)
     return first.clamp(min=least).clamp(max=batch.ids.shape[1] - 1)
-
-
-@torch.no_grad()
-def written(
-    model: PreTrainedModel, batch: Batch, kept: Tensor, ends: set[int], temperature: float, seeds: Sequence[str]
-) -> Tensor:
-    """Let `model` go on with sequences -> int64 [sequences, length], NOTHING behind a token that ends one.
-
-    `kept`: how many tokens of each stay, [sequences]. Each has its generator, seeded by its name in `seeds`, so that
-    neighbours change nothing but the rounding of logits.
-    """
-    ids, length = batch.ids.clone(), batch.ids.shape[1]
-    drawing, ended = [generator(seed) for seed in seeds], torch.zeros(len(ids), dtype=torch.bool)
-    cache, begin = None, 0
-    for place in range(int(kept.min()), length):
-        output = model(input_ids=ids[:, begin:place].to(model.device), past_key_values=cache, use_cache=True)
-        cache, begin = output.past_key_values, place
-        chances = token_chances(output.logits[:, -1], temperature, 1.0)
-        for row in (~ended & (kept <= place)).nonzero().flatten().tolist():
-            ids[row, place] = torch.multinomial(chances[row], 1, generator=drawing[row])
-        own = (kept <= place) & ~ended
-        ended |= own & torch.tensor([int(token) in ends for token in ids[:, place]])
-        if bool(ended.all()):
-            break
-    return _cut(ids, kept, ends)
-
-
-def _cut(ids: Tensor, kept: Tensor, ends: set[int]) -> Tensor:
-    """Put NOTHING behind the first ending token of what was written in each row."""
-    places = torch.arange(ids.shape[1])
-    closing = torch.isin(ids, torch.tensor(sorted(ends), dtype=torch.int64)) & (places >= kept[:, None])
-    behind = closing.int().cumsum(1) - closing.int() > 0
-    return ids.masked_fill(behind, NOTHING)
 
 
 def rewritten(batch: Batch, rows: Sequence[int], texts: Sequence[Sequence[int]], kept: Tensor) -> Batch:

@@ -72,6 +72,14 @@ def change_cells(found: Row) -> Iterator[list[str]]:
             yield [row["model"], name, value, str(change["items"]), verdict]
 
 
+def passport_cells(row: Row) -> list[str]:
+    """Return the cells of one adapter of a passport: gains, the share that is kept, KL, likeness, distinct pairs."""
+    kept = "no gain to keep" if row["kept"] is None else f"{row['kept']:.0%} ± {row['kept_stderr']:.0%}"
+    pairs = ", ".join(f"{row['distinct'][name]:.2f}" for name in ("dense", "compressed", "handed_over"))
+    numbers = (f"{row[key]:.4f}" for key in ("gain_dense", "gain"))
+    return [row["adapter"], *numbers, kept, f"{row['kl']:.4f}", f"{row['alike']:.3f}", pairs]
+
+
 def frontier_markdown(found: Row) -> str:
     """Return the table of a frontier as Markdown."""
     headings, rows, notes = frontier_cells(found)

@@ -112,14 +112,16 @@ def _check_gates(folder: Path) -> None:
         raise GateError(f"{folder} is not pushed, since {gates.unmeasured}; run the same compress command again")
 
 
-def _scores(folder: Path) -> dict[str, Any] | None:
-    """The scores that `score` saved in a checkpoint; None where nobody asked."""
-    return read_json(folder / file_names.SCORES) if (folder / file_names.SCORES).is_file() else None
+def _saved(folder: Path, name: str) -> dict[str, Any] | None:
+    """The findings that a measurement saved under a file's name; None where nobody asked."""
+    return read_json(folder / name) if (folder / name).is_file() else None
 
 
 def _proof(folder: Path) -> Evidence:
     """The evidence for the quality of a checkpoint."""
-    return evidence(_scores(folder), reports.read_allocation(folder), reports.read_distillation(folder))
+    return evidence(
+        _saved(folder, file_names.SCORES), reports.read_allocation(folder), reports.read_distillation(folder)
+    )
 
 
 def _card(folder: Path, repository: str) -> dict[str, bytes]:
@@ -128,7 +130,8 @@ def _card(folder: Path, repository: str) -> dict[str, bytes]:
     report = reports.read(folder)
     plots = {PLOT: layers_png(report)} if find_spec("matplotlib") else {}
     plot, taught = PLOT if plots else None, _taught(folder)
-    text = card(report, repository, recipe, _scores(folder), plot, taught, _proof(folder))
+    scores, passport = (_saved(folder, name) for name in (file_names.SCORES, file_names.PASSPORT))
+    text = card(report, repository, recipe, scores, plot, taught, _proof(folder), passport)
     return {README: text.encode(), **plots}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmcompress.evaluate.markdown import code, fenced, plain
 from llmcompress.evaluate.report import Report
-from llmcompress.evaluate.tables import grouped, measured, metrics
+from llmcompress.evaluate.tables import grouped, measured, metrics, passport_cells
 from llmcompress.export.evidence import Evidence
 from llmcompress.models.file_names import DISTILLATION_PLOT
 
@@ -58,12 +58,13 @@ def card(
     plot: str | None = None,
     taught: Taught | None = None,
     proof: Evidence | None = None,
+    passport: dict[str, Any] | None = None,
 ) -> str:
     """Return the README.md of the Hub repository `name`, with metadata that the Hub reads.
 
     `recipe` is the YAML text; `scores` what `score` saved of dense and compressed, None if nobody asked; `plot` the
     picture of the layers beside it, None if there is none; `taught` the distillation that followed, if one did;
-    `proof` the evidence for its quality.
+    `proof` the evidence for its quality; `passport` what `passport --save` kept of adapters.
     """
     from huggingface_hub import ModelCardData
 
@@ -95,6 +96,7 @@ def card(
         f"\n![Output error and bits per weight of every layer]({plot})" if plot else NO_PLOT,
         f"\nRecipe:\n\n{fenced(recipe, 'yaml')}\n",
         *(() if taught is None else _distillation(taught)),
+        *(() if passport is None else _adapters(passport)),
         *(() if proof is None else _evidence(proof)),
         "## Limits\n",
         *_limits(report, scores),
@@ -183,6 +185,16 @@ def _distillation(taught: Taught) -> Iterator[str]:
     yield from _gains(before, after, done.get("controls", {}))
     yield f"\n![Held-out KL and perplexity by tokens]({DISTILLATION_PLOT})" if done["plot"] else NO_CURVE
     yield f"\nRecipe:\n\n{fenced(taught.recipe, 'yaml')}\n"
+
+
+def _adapters(passport: dict[str, Any]) -> Iterator[str]:
+    """Yield what LoRA adapters of the dense model are worth on this one."""
+    yield "## Adapters of the dense model\n"
+    yield f"Gains in nats per token of {plain(passport['protocol']['text'])}.\n"
+    headings = ("adapter", "gain, dense", "gain here", "kept", "KL between both", "alike", "distinct pairs")
+    yield f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|"
+    yield from (f"| {' | '.join(map(plain, passport_cells(row)))} |" for row in passport["adapters"])
+    yield ""
 
 
 def _evidence(proof: Evidence) -> Iterator[str]:

@@ -222,6 +222,7 @@ OURS = CARD | {
     file_names.DISTILLATION,
     file_names.DISTILLATION_RECIPE,
     file_names.DISTILLATION_PLOT,
+    file_names.PASSPORT,
     file_names.GENERATIONS,
     file_names.METRICS,
 }

@@ -20,6 +20,7 @@ DISTILLATION = "distillation.json"  # result of `distill`, its recipe, and its c
 DISTILLATION_RECIPE = "distillation.yaml"
 DISTILLATION_PLOT = "distillation.png"
 GENERATIONS = "generations.json"  # {prompt: {model: continuation}}, which a report shows side by side
+PASSPORT = "passport.json"  # what adapters of the dense model are worth on the compressed one
 METRICS = "metrics.jsonl"  # of a distillation, step by step
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmcompress.data.batch import Batch
+from llmcompress.data.generate_text import NOTHING, continued
 from llmcompress.distill.controls import control_recipe
-from llmcompress.distill.on_policy import NOTHING, end_tokens, own_rows, prompts, rewritten, window, written
+from llmcompress.distill.on_policy import end_tokens, own_rows, prompts, rewritten, window
 from llmcompress.distill.run import distill
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.distillation import Distillation
@@ -57,7 +58,7 @@ def slowly(model: PreTrainedModel, row: Tensor, kept: int, ends: set[int], tempe
 @pytest.mark.parametrize("ends", [set(), set(range(100))])
 def test_what_is_written_is_what_one_reads_token_by_token(temperature: float, ends: set[int]) -> None:
     model, batch, kept = tiny("llama").eval(), text(), torch.tensor([5, 9, 5, 23])
-    found = written(model, batch, kept, ends, temperature, seeds(4))
+    found = continued(model, batch.ids, kept, ends, temperature, seeds(4))
     for row in range(4):
         wanted = slowly(model, batch.ids[row], int(kept[row]), ends, temperature, f"row {row}")
         assert found[row].tolist() == wanted + [NOTHING] * (24 - len(wanted))
@@ -65,9 +66,9 @@ def test_what_is_written_is_what_one_reads_token_by_token(temperature: float, en
 
 def test_neighbours_change_nothing() -> None:
     model, batch, kept = tiny("llama").eval(), text(), torch.full((4,), 6)
-    whole = written(model, batch, kept, set(), 1.0, seeds(4))
+    whole = continued(model, batch.ids, kept, set(), 1.0, seeds(4))
     order = torch.tensor([2, 0])
-    some = written(model, batch[order], kept[order], set(), 1.0, ["row 2", "row 0"])
+    some = continued(model, batch.ids[order], kept[order], set(), 1.0, ["row 2", "row 0"])
     assert torch.equal(some, whole[order])
 
 
@@ -106,7 +107,9 @@ def test_ends_are_those_of_the_generation_config() -> None:
         assert end_tokens(model) == wanted
 
 
-@pytest.mark.parametrize("calls", [1, 2, 4])  # in the middle of a window, and at the end of one
+@pytest.mark.parametrize(  # in the middle of a window, and at the end of one
+    "calls", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_ends_as_a_whole_one(folders: Path, tmp_path: Path, calls: int) -> None:
     settings = recipe(folders, **OWN, save_every=1)
     cut_short(folders, settings, tmp_path / "cut", calls)

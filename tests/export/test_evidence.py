@@ -61,6 +61,7 @@ def test_what_nobody_measured_is_missed_by_name(
     assert all(part in name for part, name in zip(missed, found, strict=True))
 
 
+@pytest.mark.slow
 def test_a_push_says_what_is_missing_until_it_is_measured(tmp_path: Path) -> None:
     dense = save_tiny("llama", tmp_path / "dense")
     steps = [{"method": "rtn", "bits": 3, "group_size": 16}]
