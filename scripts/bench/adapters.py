@@ -57,7 +57,7 @@ def train(folder: Path, steps: int, rank: int) -> None:
         optimizer.zero_grad()
         if step % 10 == 0:
             print(f"step {step}: {loss.item():.4f}", flush=True)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
 
 
 def main() -> None:
