@@ -17,12 +17,13 @@ from llmcompress.data.distillation import Data
 from llmcompress.distill.context import Report, TrainContext
 from llmcompress.distill.metrics import Metrics
 from llmcompress.distill.objective.heads import check_boundaries, check_head
+from llmcompress.distill.objective.hidden_states import last_read
 from llmcompress.distill.on_policy import check_on_policy
-from llmcompress.distill.parallel.launch import check_enough, is_given, loading_device
+from llmcompress.distill.parallel.launch import check_enough, is_given, loading_device, sharded
 from llmcompress.distill.phases import Learned, learn
 from llmcompress.distill.resume import METRICS
 from llmcompress.distill.student.model import Student
-from llmcompress.distill.teacher.predictions import ReadsAlong, Teaching, Unheard
+from llmcompress.distill.teacher.predictions import ReadsAlong, ReadsBeginning, Teaching, Unheard
 from llmcompress.distill.teacher.quantized import taught_by_quantized
 from llmcompress.distill.teacher.remembered import measured_bias, remembered, taught_from_cache
 from llmcompress.losses.features import reads_states
@@ -32,7 +33,7 @@ from llmcompress.models.fits import check_fits
 from llmcompress.models.headers import stored_dtype
 from llmcompress.models.locate import Place
 from llmcompress.models.store import Store
-from llmcompress.recipe.distillation import Distillation, Teacher
+from llmcompress.recipe.distillation import Distillation, Teacher, Term
 from llmcompress.runtime.precision import product_dtype, products
 from llmcompress.runtime.ranks import Ranks
 
@@ -67,7 +68,7 @@ class DistillationJob:
             Student(student, {}, {}),
             teacher,
             lambda: teacher,
-            _teaching(teacher, recipe),
+            _teaching(pair, recipe, accelerator),
             self.data,
             self.store,
             accelerator,
@@ -80,11 +81,21 @@ class DistillationJob:
         return run
 
 
-def _teaching(teacher: PreTrainedModel, recipe: Distillation) -> Teaching:
-    heard = any(reads_states(term.of) or term.of.reads() != "nothing" for term in recipe.losses)
-    if heard or recipe.teacher != Teacher():  # one that is cached or quantized reads along for that
+def _teaching(pair: Pair, recipe: Distillation, accelerator: Accelerator) -> Teaching:
+    """Return the teacher as far as it has to run: a cached or quantized one reads along to begin with."""
+    student, teacher = pair
+    if recipe.teacher != Teacher() or any(term.of.reads() != "nothing" for term in _on_predictions(recipe)):
         return ReadsAlong(teacher)
-    return Unheard(teacher.get_input_embeddings().get_parameter("weight").shape[0])
+    classes = teacher.get_input_embeddings().get_parameter("weight").shape[0]
+    last = last_read(student, teacher, recipe.losses)
+    if last is None:
+        return Unheard(classes)
+    # what is sharded is gathered block by block, in an order that has to come to its end
+    return ReadsAlong(teacher) if sharded(accelerator) else ReadsBeginning(teacher, last, classes)
+
+
+def _on_predictions(recipe: Distillation) -> list[Term]:
+    return [term for term in recipe.losses if not reads_states(term.of)]
 
 
 def load_pair(pupil: Place, teacher: Place, recipe: Distillation, accelerator: Accelerator) -> Pair:

@@ -54,6 +54,27 @@ def states_between(model: PreTrainedModel, numbers: Iterable[int]) -> Iterator[d
             handle.remove()
 
 
+class _Reached(Exception):
+    """The block is there that a forward was to run until."""
+
+
+def run_until(model: PreTrainedModel, number: int, forward: Callable[[], object]) -> None:
+    """Run `forward`, one of `model`, up to the input of block `number`, which hooks before still see; no block from
+    there on runs."""
+
+    def stop(*_: object) -> None:
+        raise _Reached
+
+    block = list(model.get_submodule(block_stack(model.config, model)).children())[number]
+    handle = block.register_forward_pre_hook(stop)
+    try:
+        forward()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
 def _input(found: dict[int, Tensor], number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def seen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found[number] = args[0] if args else kwargs["hidden_states"]

@@ -13,11 +13,13 @@ from torch import Tensor
 
 import llmcompress as lc
 from llmcompress.data.batch import Batch
+from llmcompress.distill import begin
 from llmcompress.distill.objective.hidden_states import StateMatching
 from llmcompress.distill.objective.module import Objective
 from llmcompress.distill.run import distill
 from llmcompress.distill.student.low_rank import teachers_weights
 from llmcompress.distill.student.model import relaxed_student
+from llmcompress.distill.teacher.predictions import ReadsAlong
 from llmcompress.errors import RecipeError
 from llmcompress.models.kept_blocks import KEPT, matched_blocks
 from llmcompress.recipe.distillation import Distillation, Schedule, Term
@@ -112,6 +114,29 @@ def test_activations_that_are_computed_again_change_nothing() -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
     handle.remove()
     assert len(again) == 2
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 1], [[2, 1]]])
+def test_a_teacher_of_early_states_alone_runs_no_further(layers: Any, place: Path, tmp_path: Path) -> None:
+    """Not one of its blocks from the last compared state on, and the student learns what it learns otherwise."""
+    early = {"of": {"loss": "hidden"}, "layers": layers}
+    recipe = asked(place, losses=[{"of": {"loss": "cross_entropy"}}, early], steps=3)
+    chosen, found = begin._teaching, {}
+    for name, teaching in {"short": chosen, "whole": lambda pair, *_: ReadsAlong(pair[1])}.items():
+        ran: list[int] = []
+
+        def counted(pair: Any, *more: Any, teaching: Any = teaching, ran: list[int] = ran) -> Any:
+            for number, block in enumerate(pair[1].model.layers):
+                block.register_forward_hook(lambda *_, number=number: ran.append(number))
+            return teaching(pair, *more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(begin, "_teaching", counted)
+            done = distill(place / "short", place / "dense", recipe, tmp_path / name)
+        found[name] = [row["kl"] for row in done.history], [ran.count(block) for block in range(4)]
+    [kls, counts], [same, all_of_it] = found["short"], found["whole"]
+    assert kls == same and len(set(all_of_it)) == 1
+    assert counts[0] == all_of_it[0] > counts[1] == counts[2] == counts[3]  # which looks at held-out text run
 
 
 def test_a_teacher_gets_no_gradient() -> None:

@@ -85,6 +85,15 @@ class StateMatching:
         return measure_features(Features(given, wanted.detach(), keep), loss)
 
 
+def last_read(student: PreTrainedModel, teacher: PreTrainedModel, losses: Sequence[Term]) -> int | None:
+    """Return the last of the teacher's blocks whose input a loss compares; None where no loss reads hidden states.
+
+    Raises RecipeError if the blocks do not match.
+    """
+    layers = [term.layers for term in losses if reads_states(term.of)]
+    return max((theirs for each in layers for _, theirs in _pairs(student, teacher, each)), default=None)
+
+
 def _projections(matching: StateMatching, states: tuple[States, States], seed: int) -> nn.ModuleDict:
     """Return linears for the pairs of unequal widths that a loss compares at one width."""
     numbers = [number for number in matching.pairs if matching.losses[number].of.needs_one_width]

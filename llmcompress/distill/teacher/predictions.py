@@ -1,4 +1,5 @@
-"""The sources of the teacher's predictions of a step: the teacher itself, reading along, a cache, or none."""
+"""The sources of the teacher's predictions of a step: the teacher itself, reading along as far as losses compare
+anything, a cache, or none."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from llmcompress.distill.objective.heads import head_of, hidden_states
 from llmcompress.distill.teacher.cache import Cache
 from llmcompress.distill.teacher.top_k import Likeliest
 from llmcompress.losses.loss import Predictions, Reads
+from llmcompress.models.hidden_states import run_until
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +52,22 @@ class ReadBack:
         if batch.numbers is None:
             raise ValueError("predictions are kept by the numbers of sequences, and these have none")
         return self.cache.of(batch.numbers.tolist(), batch.ids.device)
+
+
+@dataclass(frozen=True, eq=False)
+class ReadsBeginning:
+    """The teacher reads along up to the input of `block`, behind which no loss compares anything, and predicts none of
+    `classes` tokens (DMAE, arXiv 2208.12256: early features for a part of the teacher's time)."""
+
+    model: PreTrainedModel
+    block: int
+    classes: int
+
+    @torch.no_grad()
+    def predictions(self, batch: Batch) -> NoLogits:
+        """See `Teaching.predictions`."""
+        run_until(self.model, self.block, lambda: hidden_states(self.model, batch))
+        return NoLogits(batch.targets, self.classes)
 
 
 @dataclass(frozen=True, eq=False)
