@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import count
 from typing import TYPE_CHECKING, Literal
 
@@ -203,8 +204,9 @@ def continued(
     ids, length = ids.clone(), ids.shape[1]
     drawing, ended = [generator(seed) for seed in seeds], torch.zeros(len(ids), dtype=torch.bool)
     cache, begin = None, 0
+    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     for place in range(int(kept.min()), length):
-        output = model(input_ids=ids[:, begin:place].to(model.device), past_key_values=cache, use_cache=True)
+        output = model(input_ids=ids[:, begin:place].to(model.device), past_key_values=cache, use_cache=True, **last)
         cache, begin = output.past_key_values, place
         chances = token_chances(output.logits[:, -1], temperature, 1.0)
         for row in (~ended & (kept <= place)).nonzero().flatten().tolist():

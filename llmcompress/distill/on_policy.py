@@ -29,10 +29,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+SIDE_BY_SIDE = 64  # sequences that are written at once; changes no result, but for the rounding of logits
+
+
 def check_on_policy(run: TrainContext) -> None:
-    """Raise RecipeError where the student cannot write: sharded, or documents apart in one sequence."""
-    if run.recipe.on_policy is None:
+    """Raise RecipeError where the student cannot write: sharded, documents apart in one sequence, or no room."""
+    asked, length = run.recipe.on_policy, run.data.sequences.ids.shape[1]
+    if asked is None:
         return
+    if asked.prompt >= length:
+        raise RecipeError(f"on_policy: a prompt of {asked.prompt} leaves nothing of {length} tokens; set it lower")
     if sharded(run.accelerator):
         raise RecipeError("on_policy: a student that is sharded cannot write; run it under ddp, or leave on_policy out")
     if run.data.sequences.documents is not None:
@@ -49,7 +55,7 @@ def own_words(run: TrainContext, asked: OnPolicy, progress: Progress, step: int,
     was written.
     """
     [batch, *_] = ahead
-    rows = own_rows(asked.share, len(batch))
+    rows = asked.rows(len(batch))
     if any(name not in progress.written for name in _names(asked, step, batch, rows)):
         progress.written = dict(_written(run, asked, step, ahead))
     texts = [progress.written[name] for name in _names(asked, step, batch, rows)]
@@ -71,17 +77,20 @@ def _written(run: TrainContext, asked: OnPolicy, step: int, ahead: Sequence[Batc
     """Yield by name the sequences of `step` and those after it; every process writes its share of them."""
     model, parts, names = run.student.model, [], []
     for batch in ahead:
-        rows = own_rows(asked.share, len(batch))
+        rows = asked.rows(len(batch))
         parts.append(batch[torch.tensor(rows, dtype=torch.int64)])
         names += _names(asked, step, batch, rows)
     whole = Batch.joined(parts)
     kept, order = prompts(whole, asked.prompt), torch.arange(len(whole))
     mine = run.ranks.share(order)
     todo = mine if len(mine) else order[:1]  # of more processes than sequences, some write for nothing
-    seeds = [f"{run.recipe.seed}/on-policy/{step}/{names[row]}" for row in todo]
-    with run.autocast():
-        texts = continued(model, whole.ids[todo], kept[todo], end_tokens(model), asked.temperature, seeds)
-    return zip(names, run.ranks.gathered(texts[: len(mine)].tolist()), strict=True)
+    texts: list[list[int]] = []
+    for part in todo.split(SIDE_BY_SIDE):
+        seeds = [f"{run.recipe.seed}/on-policy/{step}/{names[row]}" for row in part]
+        with run.autocast():
+            found = continued(model, whole.ids[part], kept[part], end_tokens(model), asked.temperature, seeds)
+        texts += found.tolist()
+    return zip(names, run.ranks.gathered(texts[: len(mine)]), strict=True)
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
@@ -89,11 +98,6 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return {token for token in listed if token is not None}
-
-
-def own_rows(share: float, batch: int) -> list[int]:
-    """Return the places in a batch of the sequences that the student writes: a `share` of them, spread evenly."""
-    return [row for row in range(batch) if int((row + 1) * share + 1e-9) > int(row * share + 1e-9)]
 
 
 def prompts(batch: Batch, least: int) -> Tensor:

@@ -17,3 +17,8 @@ class OnPolicy(BaseModel):
     )
     every: int = Field(default=8, ge=1, description="steps between times of writing, for the sequences of all of them")
     temperature: float = Field(default=1.0, gt=0, le=10, description="that it samples with")
+
+    def rows(self, batch: int) -> list[int]:
+        """Return the places in a batch of the sequences that the student writes, spread evenly."""
+        ends = [int((row + 1) * self.share + 1e-9) for row in range(batch)]
+        return [row for row, (before, end) in enumerate(zip([0, *ends], ends)) if end > before]

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from llmcompress.data.batch import Batch
 from llmcompress.data.generate_text import NOTHING, continued
+from llmcompress.distill import on_policy
 from llmcompress.distill.controls import control_recipe
-from llmcompress.distill.on_policy import end_tokens, own_rows, prompts, rewritten, window
+from llmcompress.distill.on_policy import end_tokens, prompts, rewritten, window
 from llmcompress.distill.run import distill
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.distillation import Distillation
@@ -64,6 +65,16 @@ def test_what_is_written_is_what_one_reads_token_by_token(temperature: float, en
         assert found[row].tolist() == wanted + [NOTHING] * (24 - len(wanted))
 
 
+def test_many_sequences_are_written_in_parts(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part at a time, with the same words."""
+    settings = recipe(folders, on_policy={"share": 1.0, "prompt": 5, "every": 2}, steps=2)
+    whole = distill(folders / "small", folders / "dense", settings, tmp_path / "whole")
+    monkeypatch.setattr(on_policy, "SIDE_BY_SIDE", 3)
+    parts = distill(folders / "small", folders / "dense", settings, tmp_path / "parts")
+    assert whole.tokens == parts.tokens
+    assert whole.history[-1]["kl"] == pytest.approx(parts.history[-1]["kl"], rel=1e-5)
+
+
 def test_neighbours_change_nothing() -> None:
     model, batch, kept = tiny("llama").eval(), text(), torch.full((4,), 6)
     whole = continued(model, batch.ids, kept, set(), 1.0, seeds(4))
@@ -92,7 +103,7 @@ def test_prompts_are_as_long_as_asked_for_and_reach_to_the_answer() -> None:
 
 @pytest.mark.parametrize(("share", "rows"), [(0.5, [1, 3]), (0.25, [3]), (1.0, [0, 1, 2, 3]), (0.75, [1, 2, 3])])
 def test_the_share_is_spread_evenly(share: float, rows: list[int]) -> None:
-    assert own_rows(share, 4) == rows
+    assert OnPolicy(share=share).rows(4) == rows
 
 
 def test_windows_meet_and_end_with_the_run() -> None:
@@ -146,6 +157,7 @@ def test_controls_read_the_data(folders: Path) -> None:
     [
         ({"losses": [{"of": {"loss": "cross_entropy"}}]}, "cross_entropy takes the next token for the truth"),
         ({"losses": [{"of": {"loss": "forward_kl"}}, {"of": {"loss": "ofa"}, "exits": [1]}]}, "ofa takes the next"),
+        ({"on_policy": {"share": 0.2}}, "a share of 0.2 is no sequence of a batch of 4"),
         ({"teacher": {"kind": "cached"}}, "cannot be cached"),
         ({"checkpointing": True}, "set checkpointing: false"),
         ({"phases": [{"kind": "blockwise", "steps": 2}]}, "blockwise phases read no predictions"),
@@ -154,6 +166,12 @@ def test_controls_read_the_data(folders: Path) -> None:
 def test_what_cannot_learn_from_it_is_refused(folders: Path, more: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         read_as(Distillation, recipe(folders, **OWN) | more)
+
+
+def test_a_prompt_of_all_tokens_is_refused(folders: Path, tmp_path: Path) -> None:
+    asked = recipe(folders, on_policy={"prompt": 32})
+    with pytest.raises(RecipeError, match="a prompt of 32 leaves nothing of 32 tokens"):
+        distill(folders / "small", folders / "dense", asked, tmp_path / "out")
 
 
 def test_documents_apart_are_refused(folders: Path, tmp_path: Path) -> None:
