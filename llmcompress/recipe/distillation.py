@@ -318,11 +318,10 @@ class Distillation(BaseModel):
         """Raises ValueError for what cannot learn from the student's own words."""
         if self.on_policy is None:
             return
-        for _, stage in self.stages():
-            if not self.on_policy.rows(stage.batch):
-                raise ValueError(
-                    f"on_policy: a share of {self.on_policy.share:g} is no sequence of a batch of {stage.batch}; raise it"
-                )
+        share = self.on_policy.share
+        for batch in (stage.batch for kind, stage in self.stages() if kind == "end_to_end"):
+            if not self.on_policy.rows(batch):
+                raise ValueError(f"on_policy: a share of {share:g} is no sequence of a batch of {batch}; raise it")
         if truth := sorted({term.of.loss for term in self.losses if term.of.reads_truth}):
             raise ValueError(
                 f"on_policy: {' and '.join(truth)} takes the next token for the truth, and the student wrote it; use "
