@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="where texts, rows and unfinished runs are kept")
     parser.add_argument("--arms", type=Path, default=Path(__file__).with_suffix(".yaml"))
-    parser.add_argument("--only", nargs="+", help="names of arms; controls are run all the same")
+    parser.add_argument("--only", nargs="+", help="names of arms; forward KL is run all the same")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", action="store_true", help="also in equal time")
@@ -81,7 +81,7 @@ def main() -> None:
     arms = arena.asked["controls"] | arena.asked["arms"]
     if unknown := set(options.only or ()) - set(arms):
         raise SystemExit(f"no such arm: {', '.join(sorted(unknown))}; those of {options.arms}: {', '.join(arms)}")
-    wanted = [name for name in arms if options.only is None or name in options.only or name in arena.asked["controls"]]
+    wanted = [name for name in arms if options.only is None or name in options.only]
     for student in options.students:
         before = once(arena, student, "before", {}, 0, 0)
         for seed in options.seeds:

@@ -108,7 +108,7 @@ TABLES: dict[str, Columns] = {
         "BLiMP": "{blimp:.3f} ± {blimp_stderr:.3f}",
         "minutes": "{minutes:.0f}",
     },
-    "minutes": {"calibration": "{arm}", "minutes": "{minutes:.0f}", **BOTH_TEXTS},
+    **dict.fromkeys(("minutes", "equal-minutes"), {"": "{arm}", "minutes": "{minutes:.0f}", **BOTH_TEXTS}),
     "blocks-that-learn": {
         "": "{recipe}",
         "bpw": "{bpw:.3f}",
@@ -217,6 +217,7 @@ TABLES: dict[str, Columns] = {
             "distilled-narrow",
             "distilled-order",
             "distilled-pruned",
+            "distilled-low-rank-50",
         ),
         LEARNED,
     ),
