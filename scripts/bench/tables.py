@@ -45,6 +45,7 @@ BOTH_TEXTS: Columns = {
     "gap there": "{gap_there:.3f}",
     "KL there": "{kl_docs:.3f} ± {kl_docs_stderr:.3f}",
 }
+MINUTES: Columns = {"": "{arm}", "minutes": "{minutes:.0f}", **BOTH_TEXTS}
 KINDS: Columns = {
     "text": "{arm}",
     "dense": "{perplexity_dense:.2f}",
@@ -108,7 +109,7 @@ TABLES: dict[str, Columns] = {
         "BLiMP": "{blimp:.3f} ± {blimp_stderr:.3f}",
         "minutes": "{minutes:.0f}",
     },
-    **dict.fromkeys(("minutes", "equal-minutes"), {"": "{arm}", "minutes": "{minutes:.0f}", **BOTH_TEXTS}),
+    **dict.fromkeys(("minutes", "equal-minutes"), MINUTES),
     "blocks-that-learn": {
         "": "{recipe}",
         "bpw": "{bpw:.3f}",
