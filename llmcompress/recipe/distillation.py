@@ -225,7 +225,8 @@ class Distillation(BaseModel):
     estimator: Literal["plain", "reste", "biper"] = Field(default="plain", description="gradient through rounding")
     latents: Literal["codes", "teacher"] = Field(
         default="codes",
-        description="where latent codes start: at the codes, or at the teacher's weights within the codes' cells",
+        description="where latent codes start: at the codes, or at the teacher's weights where these are in the codes' "
+        "cells",
     )
     scales: Literal["learned", "median"] = Field(
         default="learned",

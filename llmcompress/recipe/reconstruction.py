@@ -52,8 +52,9 @@ class Reconstruction(BaseModel):
     )
     latents: Literal["codes", "weights", "divided"] = Field(
         default="codes",
-        description="where latent codes start: at the codes, or at the weights within the codes' cells; divided: at "
-        "the weights, and what each of them, and each row, is divided by learns (FlexRound, arXiv 2306.00317)",
+        description="where latent codes start: at the codes, or at the weights within the codes' cells; "
+        "divided: at the weights, and what each of them, and each row, is divided by learns (FlexRound, arXiv "
+        "2306.00317)",
     )
     offsets: LowRankOffsets | None = Field(
         default=None, description="latents move by a product of two factors of this rank; null: each by itself"

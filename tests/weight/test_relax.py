@@ -36,6 +36,7 @@ from llmcompress.weight.nodes import (
     Zero,
     shape,
 )
+from llmcompress.weight.trainable.masters import Outside
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, Relaxed, RelaxedLinear, relax
 from llmcompress.weight.trainable.straight_through import (
     ESTIMATORS,
@@ -515,16 +516,24 @@ def test_values_stay_what_their_dtype_can_hold() -> None:
         assert torch.equal(module.weight(), dense(module.freeze()))
 
 
-def test_latents_start_at_the_target_within_the_cells() -> None:
+@pytest.mark.parametrize("outside", ["code", "edge"])
+def test_latents_start_at_the_target_where_it_is_in_the_cell_of_its_code(outside: Outside) -> None:
+    """Beyond the range of the codes they start at its edge, in another code's cell at their own code or its edge."""
     w, target = grid((5, 33), 8, 16, 1, symmetric=False), torch.randn(5, 33, generator=seeded(3))
-    module = relax(w, Relaxation(frozenset({"codes"})), target)
-    latent = module.get_parameter("codes").detach().reshape(5, 33)
+    module = relax(w, Relaxation(frozenset({"codes"}), outside=outside), target)
+    codes, latent = w.codes.float(), module.get_parameter("codes").detach().reshape(5, 33)
     spread = [column // 16 for column in range(33)]
     units = target / w.scale[:, spread].float() + w.zero[:, spread].float()
-    near = (units - w.codes.float()).abs() < 0.49
-    assert bool(near.any()) and torch.allclose(latent[near], units[near], atol=1e-4)
-    assert bool(((latent - w.codes.float()).abs() < 0.5).all())
-    assert torch.equal((latent > w.codes.float()), units > w.codes.float())
+    near, far = (units - codes).abs() < 0.49, (units - codes).abs() > 0.51
+    beyond = far & ((codes == 0) & (units < 0) | (codes == 7) & (units > 7))
+    for some in (near, beyond, far & ~beyond):
+        assert bool(some.any())
+    torch.testing.assert_close(latent[near], units[near], rtol=0, atol=1e-4)
+    edge = codes + 0.498 * (units - codes).sign()
+    torch.testing.assert_close(latent[beyond], edge[beyond], rtol=0, atol=1e-3)
+    start = codes if outside == "code" else edge
+    torch.testing.assert_close(latent[far & ~beyond], start[far & ~beyond], rtol=0, atol=1e-3)
+    assert_same_bits(module.freeze(), w)
 
 
 def test_latents_see_the_target_through_rotation_and_beside_other_parts() -> None:

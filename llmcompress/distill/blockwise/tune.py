@@ -80,7 +80,8 @@ def _tuned(
         raise InputError("reconstruct: the calibration text is too short to hold any of it out; give more text")
     target = None if recipe.latents == "codes" else weights.__getitem__
     inside = tuple(f"{each.path}." for each in blocks)
-    part = relaxed_student(block.model, recipe.rates, recipe.estimator, target, inside, form=_form(recipe))
+    how: dict[str, Any] = {"form": _form(recipe), "outside": "edge"}  # a block's loss turns those that should
+    part = relaxed_student(block.model, recipe.rates, recipe.estimator, target, inside, **how)
     _leave_dense(part, weights)
     counted = torch.ones(block.hidden.shape[:2], dtype=torch.bool, device=block.hidden.device)
     own = len(ranks.share(torch.arange(held_out)))

@@ -20,6 +20,7 @@ from llmcompress.recipe.distillation import Distillation, Kind, Scales
 from llmcompress.weight.modules import Multiplying, compressed_linears, multiplying, put
 from llmcompress.weight.tied import tie, ties_of
 from llmcompress.weight.trainable.latents.form import Form, ValuesForm
+from llmcompress.weight.trainable.masters import Outside
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedModule, relaxed_module
 
 if TYPE_CHECKING:
@@ -118,22 +119,24 @@ def relaxed_student(
     form: Form | None = None,
     values: Mapping[str, ValuesForm] = MappingProxyType({}),
     shrunk: Callable[[nn.Module], None] | None = None,
+    outside: Outside = "code",
 ) -> Student:
     """Replace the compressed linears of `model` (float32) by relaxed ones; head and token table stay as they are.
 
     `rates` names the kinds that train, as far as the student has them. Latent codes start at the codes, or if `target`
-    gives the dense weights, `[out, in]` by name, at these, clamped to the codes' cells. `inside`: starts of names of
-    the blocks that train; everything else stays as it is. `scales`: "median" for scales that follow their latents, if
-    they can; other scales train as `rates` says. `form`: of latents, `values`: of values, by the names of the
-    linears, as in `Relaxation`. `shrunk`: takes the numbers out of a relaxed layer, in a process that another one gives
-    them to.
+    gives the dense weights, `[out, in]` by name, at these where they are in the codes' cells. `inside`: starts of names
+    of the blocks that train; everything else stays as it is. `scales`: "median" for scales that follow their latents,
+    if they can; other scales train as `rates` says. `form`: of latents, `values`: of values, by the names of the
+    linears, and `outside`, as in `Relaxation`; latents that medians are taken of are weights, as near as they can be.
+    `shrunk`: takes the numbers out of a relaxed layer, in a process that another one gives them to.
 
     Raises RecipeError, unless only some blocks train, if there is nothing to train, or if only norms of a dense model
     would train although other kinds were asked for.
     """
     kinds = frozenset(rates) & frozenset(KINDS)
     masters = kinds | ({"scales"} if scales == "median" else set())
-    relaxation = Relaxation(masters, estimator, form=form)  # type: ignore[arg-type]  # checked by the recipe
+    start: Outside = "edge" if scales == "median" else outside
+    relaxation = Relaxation(masters, estimator, form=form, outside=start)  # type: ignore[arg-type]  # of the recipe
     model.requires_grad_(False)
     head = model.get_output_embeddings()
     relaxed: dict[str, RelaxedModule] = {}

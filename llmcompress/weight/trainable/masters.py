@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from llmcompress.weight.nodes import (
     stored,
 )
 
+Outside = Literal["code", "edge"]  # start of a latent whose target is in another code's cell: the code, or the edge
+
 MARGIN = 2.0**-9  # codes: how far inside its code's cell a latent starts; float32 resolves it at 255
 
 
@@ -40,7 +43,9 @@ class Leaf:
 
 
 @torch.no_grad()
-def masters(w: Weight, trains: frozenset[str], target: Tensor | None) -> Iterator[tuple[str, str, Tensor, int]]:
+def masters(
+    w: Weight, trains: frozenset[str], target: Tensor | None, outside: Outside
+) -> Iterator[tuple[str, str, Tensor, int]]:
     """(name, kind, master, levels) of all that trains; masters flat float32, memory of their own."""
     for leaf in leaves(w, "", None, None if target is None else target.float(), False):
         kind = "factors" if leaf.factor else "values"
@@ -50,7 +55,7 @@ def masters(w: Weight, trains: frozenset[str], target: Tensor | None) -> Iterato
                     yield leaf.path + "values", kind, _stored(values, leaf.shown).float().clone(), 0
             case Grid(scale=scale, levels=levels):
                 if "codes" in trains:
-                    yield leaf.path + "codes", "codes", _latents(leaf.node, leaf.target, leaf.shown), levels
+                    yield leaf.path + "codes", "codes", _latents(leaf.node, leaf.target, leaf.shown, outside), levels
                 if "scales" in trains:
                     yield leaf.path + "scale", "scales", scale.flatten().float(), levels
             case TrellisCoded(scale=scale) | Codebook(scale=scale):
@@ -88,14 +93,22 @@ def _part_of(target: Tensor, w: Weight, child: Weight) -> Tensor | None:
     return target
 
 
-def _latents(grid: Grid, target: Tensor | None, shown: Tensor | None) -> Tensor:
-    """Return the first latents of stored codes, flat float32: at the target, but inside the codes' own cells."""
-    codes = _stored(grid.codes, shown).float()
+def _latents(grid: Grid, target: Tensor | None, shown: Tensor | None, outside: Outside) -> Tensor:
+    """Return the first latents of stored codes, flat float32: at the target where that is in its code's cell, or beyond
+    the range that the codes have, kept to its edge; elsewhere as `outside` says.
+
+    Feedback from its neighbours put a code where its weight is not. Of latents at the edge of their cells, small steps
+    turn very many at once.
+    """
+    codes, most = _stored(grid.codes, shown).float(), 0.5 - MARGIN
     if target is None:
         return codes
     steps = dense(replace(grid, codes=torch.ones_like(grid.codes), zero=torch.zeros_like(grid.scale)))
-    away = torch.where(steps == 0, 0.0, (target - dense(grid)) / steps)  # in code units
-    return codes + _stored(away, shown).clamp(MARGIN - 0.5, 0.5 - MARGIN)
+    away = _stored(torch.where(steps == 0, 0.0, (target - dense(grid)) / steps), shown)  # in code units
+    if outside == "code":
+        beyond = ((codes == 0) & (away < 0)) | ((codes == grid.levels - 1) & (away > 0))
+        away = torch.where((away.abs() <= most) | beyond, away, 0.0)
+    return codes + away.clamp(-most, most)
 
 
 def _stored(leaf: Tensor, shown: Tensor | None) -> Tensor:

@@ -36,7 +36,7 @@ from llmcompress.weight.nodes import Dense, Weight, Zero, shape
 from llmcompress.weight.packing import pack
 from llmcompress.weight.tied import base_of
 from llmcompress.weight.trainable.latents.form import Form, Formed, ValuesForm, cells
-from llmcompress.weight.trainable.masters import masters
+from llmcompress.weight.trainable.masters import Outside, masters
 from llmcompress.weight.trainable.matmul import by_rows, centred, filled, product
 from llmcompress.weight.trainable.straight_through import ESTIMATORS, Estimator, straight_cast, straight_codes
 
@@ -54,6 +54,7 @@ class Relaxation:
     power: float = 3.0  # of ReSTE, at least 1; its authors raise it from 1 to 3 while they train
     form: Form | None = None  # of latents; None: each is a number that trains
     values: ValuesForm | None = None  # of the values of a matrix that is nothing else
+    outside: Outside = "code"  # where latents start whose target is in another code's cell
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.trains) - set(KINDS))
@@ -68,9 +69,9 @@ class Relaxation:
 def relax(w: Weight, relaxation: Relaxation, target: Tensor | None = None) -> Relaxed:
     """The module that trains `w`; until a step, its `freeze` encodes to the same bits as `w`.
 
-    `target` `[out, in]`: the dense teacher's weight in the model's own basis. Latents then start where it is, inside
-    the cells of the stored codes; without it, and in low-rank terms, they start at the codes. Raises ValueError for a
-    target of another shape.
+    `target` `[out, in]`: the dense teacher's weight in the model's own basis. Latents then start where it is, if that
+    is inside the cells of the stored codes (otherwise see `Relaxation`); without it, and in low-rank terms, they start
+    at the codes. Raises ValueError for a target of another shape.
     """
     if target is not None and tuple(target.shape) != shape(w):
         raise ValueError(f"the target is {tuple(target.shape)}, the weight {shape(w)}")
@@ -96,7 +97,7 @@ class Relaxed(nn.Module):
         self.kind_of: dict[str, str] = {}
         self.formed = nn.Module()  # holds forms by the names of what is stored; a ModuleDict has no name `values` left
         forms = {} if relaxation.form is None else cells(w)
-        for name, kind, master, levels in masters(w, relaxation.trains, target):
+        for name, kind, master, levels in masters(w, relaxation.trains, target, relaxation.outside):
             if master.numel():
                 self.kind_of[name] = kind
                 if kind == "codes":
