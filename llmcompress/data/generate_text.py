@@ -185,11 +185,12 @@ def token_chances(logits_BV: Tensor, temperature: float, top_p: float) -> Tensor
     return chances
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token that ends a document: those of the generation config, and the tokenizer's EOS."""
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> set[int]:
+    """Every token that ends a document: those of the generation config, and a tokenizer's EOS."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
+    own = None if tokenizer is None else tokenizer.eos_token_id
+    return {token for token in (*listed, own) if token is not None}
 
 
 @torch.no_grad()

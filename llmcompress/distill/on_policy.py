@@ -12,22 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from llmcompress.data.batch import Batch
-from llmcompress.data.generate_text import NOTHING, continued
+from llmcompress.data.generate_text import NOTHING, continued, end_tokens
 from llmcompress.distill.context import TrainContext
 from llmcompress.distill.parallel.launch import sharded
 from llmcompress.distill.resume import Progress
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.on_policy import OnPolicy
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 SIDE_BY_SIDE = 64  # sequences that are written at once; changes no result, but for the rounding of logits
 
@@ -91,13 +87,6 @@ def _written(run: TrainContext, asked: OnPolicy, step: int, ahead: Sequence[Batc
             found = continued(model, whole.ids[part], kept[part], end_tokens(model), asked.temperature, seeds)
         texts += found.tolist()
     return zip(names, run.ranks.gathered(texts[: len(mine)]), strict=True)
-
-
-def end_tokens(model: PreTrainedModel) -> set[int]:
-    """Return the tokens that end a text of `model`."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return {token for token in listed if token is not None}
 
 
 def prompts(batch: Batch, least: int) -> Tensor:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -25,6 +24,7 @@ from random import Random
 from typing import Any
 
 import yaml
+from idle import idle_source
 
 from llmcompress.distill.run import distill
 from llmcompress.evaluate.logits import opened
@@ -104,11 +104,9 @@ def prepared(data: Path, arms: Path, out: Path) -> Arena:
     files = sorted((data / "blimp").glob("*.jsonl"))
     lines = chain.from_iterable(islice(file.read_text(encoding="utf-8").splitlines(), PAIRS) for file in files)
     pairs.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    modules = sorted(Path(sysconfig.get_path("stdlib"), "idlelib").glob("*.py"))
-    code = "\n\n".join(module.read_text(encoding="utf-8") for module in modules[10:30])
     text = (data / "wikitext2-test.raw").read_text(encoding="utf-8")
     size: Row = {"windows": 8, "length": 512}
-    scored = (Protocol(tasks=(str(pairs),), **size), Protocol(text, **size), Protocol(code, **size))
+    scored = (Protocol(tasks=(str(pairs),), **size), Protocol(text, **size), Protocol(idle_source(), **size))
     return Arena(yaml.safe_load(arms.read_text()), {"wiki": wiki, "random": words}, scored, out)
 
 

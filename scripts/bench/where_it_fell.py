@@ -15,13 +15,13 @@ import argparse
 import ast
 import json
 import re
-import sysconfig
 import textwrap
 from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from idle import idle_source
 from self_data import MODULES, TEACHER, WORDS, lesson, references
 
 import llmcompress as lc
@@ -97,11 +97,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    idle = sorted(Path(sysconfig.get_path("stdlib"), "idlelib").glob("*.py"))[10:30]
     texts: dict[str, str | None] = {
         "library": None,  # Python's documentation
         "articles": (options.data / "wikitext2-test.raw").read_text(encoding="utf-8"),
-        "functions": "\n\n".join(path.read_text(encoding="utf-8") for path in idle),
+        "functions": idle_source(),
     }
     dense = [found["perplexity"] for found in scores(TEACHER, texts, None).values()]
     before = scores(options.student, texts)

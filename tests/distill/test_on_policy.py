@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmcompress.data.batch import Batch
-from llmcompress.data.generate_text import NOTHING, continued
+from llmcompress.data.generate_text import NOTHING, continued, end_tokens
 from llmcompress.distill import on_policy
 from llmcompress.distill.controls import control_recipe
-from llmcompress.distill.on_policy import end_tokens, prompts, rewritten, window
+from llmcompress.distill.on_policy import prompts, rewritten, window
 from llmcompress.distill.run import distill
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.distillation import Distillation
