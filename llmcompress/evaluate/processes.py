@@ -41,7 +41,8 @@ def launched(device: str) -> Iterator[Processes]:
     patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))  # as lm-eval: some shares take hours longer
     accelerator = Accelerator(cpu=place.type == "cpu", kwargs_handlers=[patience])
     check_each(accelerator.num_processes, count, device)
+    device = "cpu" if place.type == "cpu" else str(accelerator.device)  # accelerate numbers CPUs, torch.load knows none
     try:
-        yield Processes(str(accelerator.device), accelerator.process_index, count, accelerator=accelerator)
+        yield Processes(device, accelerator.process_index, count, accelerator=accelerator)
     finally:
         PartialState().destroy_process_group()
