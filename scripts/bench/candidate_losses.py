@@ -1,0 +1,118 @@
+"""Losses that the arena (lessons.py) tries before the package offers them.
+
+What wins there moves to `llmcompress/losses`. Each is our reading of an idea for classifiers or vision models.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from llmcompress.losses.divergence import kl, log_probabilities, over_tokens, wide
+from llmcompress.losses.features import Features, feature_loss
+from llmcompress.losses.loss import LossConfig, LossState, Predictions, SumAndCount, loss
+
+
+class Reliable(LossConfig):
+    """Arguments of `reliable`."""
+
+    loss: Literal["reliable"] = "reliable"
+    least: float = Field(0.01, ge=0, lt=1, description="probability of the truth below which a teacher is not believed")
+    smoothing: float = Field(0.1, ge=0, lt=1, description="share of such a label that the teacher's distribution keeps")
+
+    @property
+    def reads_truth(self) -> bool:
+        """See `LossConfig.reads_truth`."""
+        return True
+
+
+@loss("reliable", Reliable)
+def reliable(predictions: Predictions, config: Reliable, state: LossState | None) -> SumAndCount:
+    """Forward KL, but cross-entropy with a softened truth where the teacher finds that unlikely (FerKD, 2305.00070)."""
+    log_q, log_p = log_probabilities(predictions)
+    truth = log_p.gather(-1, predictions.targets[:, None])[:, 0].exp() < config.least
+    known = nn.functional.nll_loss(log_q, predictions.targets, reduction="none")
+    softened = (1 - config.smoothing) * known - config.smoothing * (log_p.exp() * log_q).sum(-1)
+    return over_tokens(softened.where(truth, kl(log_p, log_q)))
+
+
+class Drifted(LossConfig):
+    """Arguments of `drifted`."""
+
+    loss: Literal["drifted"] = "drifted"
+    gamma: float = Field(0.5, ge=-2, le=2, description="0 weighs all tokens the same")
+
+    @property
+    def counts_tokens(self) -> bool:
+        """False: the count is the sum of the tokens' weights."""
+        return False
+
+
+@loss("drifted", Drifted)
+def drifted(predictions: Predictions, config: Drifted, state: LossState | None) -> SumAndCount:
+    """Sum of w KL(p || q) and of w = KL^gamma, without gradient: the more a token has drifted, the more it weighs."""
+    each = kl(*reversed(log_probabilities(predictions)))
+    weights = each.detach().clamp_min(1e-4) ** config.gamma
+    return (weights * each).sum(), weights.sum()
+
+
+class MutualInformation(LossConfig):
+    """Arguments of `mutual_information`."""
+
+    loss: Literal["mutual_information"] = "mutual_information"
+    temperature: float = Field(0.1, gt=0, description="cosines are divided by it")
+
+    @property
+    def needs_one_width(self) -> bool:
+        """See `LossConfig.needs_one_width`."""
+        return True
+
+
+@feature_loss("mutual_information", MutualInformation)
+def mutual_information(features: Features, config: MutualInformation) -> SumAndCount:
+    """InfoNCE between states [sequences, length, width]: which of its sequence's positions a student's state is of.
+
+    It is the bound on mutual information of Distiller (2109.11105) at alpha 1, with cosines as the critic.
+    """
+    keep = _kept(features)
+    student, teacher = (
+        nn.functional.normalize(wide(states), dim=-1).where(keep[..., None], 0)
+        for states in (features.student, features.teacher.detach())
+    )
+    alike = student @ teacher.transpose(-1, -2) / config.temperature  # [sequences, length, length]
+    others = alike.masked_fill(~keep[:, None, :], -1e30).log_softmax(-1)
+    own = -others.diagonal(dim1=-2, dim2=-1)
+    return own.where(keep, 0).sum(), keep.sum().to(own)
+
+
+class Across(LossConfig):
+    """Arguments of `across`: none."""
+
+    loss: Literal["across"] = "across"
+
+
+@feature_loss("across", Across)
+def across(features: Features, config: Across) -> SumAndCount:
+    """Squared differences of cosines between equal positions of the sequences that are read together.
+
+    It is the relation between samples of fine-grained manifold distillation (2107.01378). It depends on which
+    sequences share a micro-batch, which no loss of the package does.
+    """
+    keep = _kept(features)
+    alike = [
+        nn.functional.normalize(wide(states), dim=-1).transpose(0, 1)
+        for states in (features.student, features.teacher.detach())
+    ]
+    mine, theirs = (states @ states.transpose(-1, -2) for states in alike)  # [length, sequences, sequences]
+    counted = keep.T[:, :, None] & keep.T[:, None, :]
+    each = (mine - theirs).square().where(counted, 0).sum(-1)
+    return each.sum(), keep.sum().to(each)
+
+
+def _kept(features: Features) -> Tensor:
+    if features.keep is not None:
+        return features.keep
+    return torch.ones(features.student.shape[:2], dtype=torch.bool, device=features.student.device)

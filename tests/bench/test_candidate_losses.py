@@ -1,0 +1,91 @@
+"""Losses that only the arena knows, against loops over tokens in float64."""
+
+from __future__ import annotations
+
+import math
+
+import candidate_losses
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmcompress.losses.features import Features, measure_features
+from llmcompress.losses.loss import Predictions, measure
+
+
+def predictions() -> Predictions:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(6, 5, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
+    return Predictions(student.requires_grad_(), teacher, torch.tensor([0, 1, 2, 3, 4, 0]))
+
+
+def divergences(given: Predictions) -> list[float]:
+    """KL of every token."""
+    p, q = given.teacher.softmax(-1), given.student.detach().softmax(-1)
+    return [sum(float(a * (a / b).log()) for a, b in zip(*rows)) for rows in zip(p, q)]
+
+
+def test_truth_is_read_where_the_teacher_finds_it_unlikely() -> None:
+    given = predictions()
+    p, q = given.teacher.softmax(-1), given.student.detach().softmax(-1)
+    wanted, softened = 0.0, 0
+    for token, (target, divergence) in enumerate(zip(given.targets.tolist(), divergences(given))):
+        if p[token, target] >= 0.05:
+            wanted += divergence
+            continue
+        label = 0.3 * p[token] + 0.7 * nn.functional.one_hot(torch.tensor(target), 5)
+        wanted -= float((label * q[token].log()).sum())
+        softened += 1
+    assert 0 < softened < 6
+    total, count = measure(given, candidate_losses.Reliable(least=0.05, smoothing=0.3))
+    assert total.item() == pytest.approx(wanted) and float(count) == 6
+
+
+@pytest.mark.parametrize("gamma", [-0.5, 0.0, 1.0])
+def test_what_drifted_weighs_by_its_divergence(gamma: float) -> None:
+    given = predictions()
+    each = divergences(given)
+    total, count = measure(given, candidate_losses.Drifted(gamma=gamma))
+    assert total.item() == pytest.approx(sum(one ** (1 + gamma) for one in each))
+    assert float(count) == pytest.approx(sum(one**gamma for one in each))
+    [slope] = torch.autograd.grad(total, given.student)
+    q, p = given.student.detach().softmax(-1), given.teacher.softmax(-1)
+    torch.testing.assert_close(slope, (q - p) * torch.tensor(each, dtype=torch.float64)[:, None] ** gamma)
+
+
+@pytest.fixture
+def features() -> Features:
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(3, 4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    return Features(student, teacher, torch.tensor([[True] * 4, [True, True, False, False], [True, False, True, True]]))
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(a @ b / a.norm() / b.norm())
+
+
+def test_a_position_is_told_from_the_others_of_its_sequence(features: Features) -> None:
+    wanted, counted = 0.0, 0
+    for student, teacher, keep in zip(features.student, features.teacher, features.keep):
+        for position in keep.nonzero()[:, 0]:
+            others = [cosine(student[position], teacher[other]) / 0.5 for other in keep.nonzero()[:, 0]]
+            own = cosine(student[position], teacher[position]) / 0.5
+            wanted += math.log(sum(math.exp(other) for other in others)) - own
+            counted += 1
+    total, count = measure_features(features, candidate_losses.MutualInformation(temperature=0.5))
+    assert total.item() == pytest.approx(wanted) and float(count) == counted == 9
+
+
+def test_sequences_are_related_position_by_position(features: Features) -> None:
+    wanted = 0.0
+    for position in range(4):
+        there = features.keep[:, position].nonzero()[:, 0]
+        for one in there:
+            for other in there:
+                mine, theirs = (
+                    cosine(states[one, position], states[other, position])
+                    for states in (features.student, features.teacher)
+                )
+                wanted += (mine - theirs) ** 2
+    total, count = measure_features(features, candidate_losses.Across())
+    assert total.item() == pytest.approx(wanted) and float(count) == 9
