@@ -87,17 +87,18 @@ def push(
         raise InputError(f"{folder} has no {MANIFEST}, report and recipe for a card; push a folder that compress wrote")
     belonging = _belonging(folder, trust_remote_code)
     _check_gates(folder)
-    made, lacking = _card(folder, repository), _proof(folder).missing
+    proof = _proof(folder)
+    made = _card(folder, repository, proof)
     made |= _manifest_without_strangers(folder, belonging)
     names = sorted({*belonging, MANIFEST} - CARD - made.keys())
     sizes = {name: len(content) for name, content in made.items()}
     files = sizes | {name: (folder / name).stat().st_size for name in names}
     if dry_run:
-        return Pushed(repository, files, None, lacking)
+        return Pushed(repository, files, None, proof.missing)
     if announce is not None:
         announce(files)
     commit = _upload(folder, repository, names, made, private, revision)
-    return Pushed(repository, files, commit, lacking)
+    return Pushed(repository, files, commit, proof.missing)
 
 
 def _check_gates(folder: Path) -> None:
@@ -124,14 +125,14 @@ def _proof(folder: Path) -> Evidence:
     )
 
 
-def _card(folder: Path, repository: str) -> dict[str, bytes]:
+def _card(folder: Path, repository: str, proof: Evidence) -> dict[str, bytes]:
     """The files of the card: its text, and its plot if matplotlib is there; the text says so if not."""
     recipe = (folder / file_names.RECIPE).read_text(encoding="utf-8")
     report = reports.read(folder)
     plots = {PLOT: layers_png(report)} if find_spec("matplotlib") else {}
     plot, taught = PLOT if plots else None, _taught(folder)
     scores, passport = (_saved(folder, name) for name in (file_names.SCORES, file_names.PASSPORT))
-    text = card(report, repository, recipe, scores, plot, taught, _proof(folder), passport)
+    text = card(report, repository, recipe, scores, plot, taught, proof, passport)
     return {README: text.encode(), **plots}
 
 

@@ -27,7 +27,7 @@ from llmcompress.errors import GateError
 from llmcompress.evaluate.gates import GateReport
 from llmcompress.evaluate.report import read
 from llmcompress.evaluate.verify import verify
-from llmcompress.export.hub import _card, push
+from llmcompress.export.hub import _card, _proof, push
 from llmcompress.models.dense import resolve
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Target
@@ -90,7 +90,7 @@ def test_a_ruined_model_is_no_success_and_stays_as_evidence(missed: tuple[Path, 
     assert AutoModelForCausalLM.from_pretrained(folder) is not None
     shown = invoke("inspect", folder).stdout
     assert re.search(r"^gates   missed: KL \d\S+ nats per token \(at most 2.5\), perplexity ", shown, re.MULTILINE)
-    assert "Gates of its recipe missed: KL" in _card(folder, "me/small")["README.md"].decode()
+    assert "Gates of its recipe missed: KL" in _card(folder, "me/small", _proof(folder))["README.md"].decode()
     assert invoke("report", folder, "-o", folder.parent / "page.html").exit_code == 0
     assert "Held against the gates of the recipe" in (folder.parent / "page.html").read_text()
 

@@ -20,7 +20,7 @@ from llmcompress.compression.plan import prepare
 from llmcompress.distill.run import distill
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate.verify import verify
-from llmcompress.export.hub import _card
+from llmcompress.export.hub import _card, _proof
 from llmcompress.models.dense import resolve
 from llmcompress.models.locate import Place
 from llmcompress.recipe.read import dump, parse_recipe, read_recipe
@@ -145,7 +145,7 @@ def test_a_hub_model_is_resolved_once_and_is_the_teacher(
     assert asked[0] == "main" and set(asked[1:]) == {commit}, "a branch may move while a model is compressed"
     assert result.report.revision == commit and result.report.base_model == "org/dense"
     assert result.distillation["teacher_id"] == "org/dense"
-    text = _card(tmp_path / "out", "me/small")["README.md"].decode()
+    text = _card(tmp_path / "out", "me/small", _proof(tmp_path / "out"))["README.md"].decode()
     assert "Taught by [org/dense](https://huggingface.co/org/dense) in " in text
 
 

@@ -19,7 +19,7 @@ from llmcompress.cli.app import app
 from llmcompress.distill.run import distill
 from llmcompress.evaluate import report as reports
 from llmcompress.export.formats import export
-from llmcompress.export.hub import _card, push
+from llmcompress.export.hub import _card, _proof, push
 from llmcompress.export.model_card import card
 from llmcompress.models.checkpoint import add_file, check_manifest
 from tests.compression.test_run import TEXT
@@ -82,7 +82,7 @@ def test_checkpoints_and_cards_tell_nothing(made: Path, place: Path, tmp_path: P
     for name in ("plain", "target", "distilled"):
         found = shutil.copytree(made / name, tmp_path / name)
         assert (found / "recipe.yaml").is_file() and "text.txt" in (found / "recipe.yaml").read_text()
-        for file, content in _card(found, "me/small").items():
+        for file, content in _card(found, "me/small", _proof(found)).items():
             (found / file).write_bytes(content)
     assert len(list(tmp_path.rglob("README.md"))) == 3
     assert not list(markers(tmp_path, place))
