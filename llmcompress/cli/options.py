@@ -52,6 +52,9 @@ Settings = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Override the recipe's seed.")]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text for perplexity; by default documentation of Python.")]
+Domains = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Of .txt files, one kind of text each, to read besides.")
+]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of text.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks or task files, separated by commas.")]

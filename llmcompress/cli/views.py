@@ -112,12 +112,25 @@ def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
         kl = measured(scores["kl"], scores["kl_stderr"])
         agreement = measured(scores["top1_agreement"], scores["top1_agreement_stderr"])
         yield f"dense   KL {kl} nats/token · top-1 agreement {agreement}"
+    if scores.get("domains"):
+        yield _by_kind(scores["domains"])
     if scores["tasks"]:
         table = new_table(("task", "metric", "value", "items"), right=(2, 3))
         for task, entry in scores["tasks"].items():
             for metric, value, error in metrics(entry):
                 table.add_row(task, metric, measured(value, error), f"{entry.get('samples', '')}")
         yield table
+
+
+def _by_kind(domains: Row) -> Table:
+    """Return the scores on each kind of text, the worst first where there is a dense model."""
+    headings = ("kind of text", "perplexity", "KL", "top-1 agreement", "calibration error")
+    table = new_table(headings, right=range(1, len(headings)))
+    for name, one in sorted(domains.items(), key=lambda entry: -(entry[1]["kl"] or 0)):
+        far = ["" if one[key] is None else measured(one[key], one[f"{key}_stderr"]) for key in ("kl", "top1_agreement")]
+        perplexity = measured(one["perplexity"], one["perplexity_stderr"], 3)
+        table.add_row(name, perplexity, *far, f"{one['calibration_error']:.4f}")
+    return table
 
 
 def comparison_view(found: Row, every: bool) -> Iterator[RenderableType]:

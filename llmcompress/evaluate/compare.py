@@ -15,7 +15,7 @@ from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate.lm_eval import find_tasks
 from llmcompress.evaluate.logits import opened
 from llmcompress.evaluate.output_file import check_new_file, write_new_file
-from llmcompress.evaluate.perplexity import evaluation_windows
+from llmcompress.evaluate.perplexity import windows_by_text
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.score import size_of
@@ -48,7 +48,7 @@ def compare(
 
     Args:
         models: folders, Hub ids or `smollm2`; the first is the reference.
-        protocol: the text and the tasks.
+        protocol: the texts and the tasks.
         output: a new file for the table (.md) or for all numbers (.json); None for neither.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         processes: which share the work; the first of them writes and knows the scores of tasks.
@@ -95,9 +95,9 @@ def compare(
 
 
 def _check_tokens(places: Sequence[Place], protocol: Protocol) -> None:
-    """Raise InputError unless all models know the same tokens and read the protocol's text as the same ones."""
+    """Raise InputError unless all models know the same tokens and read the protocol's texts as the same ones."""
     tokenizers = [load_tokenizer(place.folder, place.trust_remote_code) for place in places]
-    windows = [evaluation_windows(tokenizer, protocol) for tokenizer in tokenizers]
+    windows = [torch.cat([*windows_by_text(tokenizer, protocol).values()]) for tokenizer in tokenizers]
     for place, tokenizer, ids in zip(places, tokenizers, windows):
         if tokenizer.get_vocab() != tokenizers[0].get_vocab() or not torch.equal(ids, windows[0]):
             raise InputError(

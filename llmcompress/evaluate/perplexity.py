@@ -69,6 +69,16 @@ def evaluation_windows(tokenizer: PreTrainedTokenizerBase, protocol: Protocol, *
     return text_windows(tokenizer, text, protocol.windows, protocol.length, *readers)
 
 
+def windows_by_text(
+    tokenizer: PreTrainedTokenizerBase, protocol: Protocol, *readers: PreTrainedConfig
+) -> dict[str | None, Tensor]:
+    """Return the windows of every kind of text by its name, and first, under None, those of the protocol's text."""
+    found: dict[str | None, Tensor] = {None: evaluation_windows(tokenizer, protocol, *readers)}
+    for name, one in protocol.by_domain().items():
+        found[name] = evaluation_windows(tokenizer, one, *readers)
+    return found
+
+
 def text_windows(
     tokenizer: PreTrainedTokenizerBase,
     text: str,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from llmcompress.errors import InputError
 
 STANDARD_TEXT = "Python's documentation"
 
@@ -22,9 +24,10 @@ class Protocol:
     batch_size: int = 8  # of tasks; moves their scores a little
     chat_template: bool = False  # true: prompts of tasks are written as chats
     seed: int = 0  # of few-shot examples and samples
+    domains: Path | None = None  # a folder of .txt files, one kind of text each, that are read beside the text
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields; of the text, where it came from."""
+        """Return plain values, keys as in the fields; of the text, where it came from, of kinds of text their names."""
         match self.text:
             case None:
                 source = STANDARD_TEXT
@@ -33,7 +36,20 @@ class Protocol:
             case _:
                 source = f"a text of {len(self.text):,} characters"
         tasks = [Path(task).name if Path(task).expanduser().exists() else task for task in self.tasks]
-        return asdict(self) | {"text": source, "tasks": tasks}
+        values = asdict(self) | {"text": source, "tasks": tasks, "domains": list(self.by_domain())}
+        return {name: value for name, value in values.items() if name != "domains" or value}
+
+    def by_domain(self) -> dict[str, Protocol]:
+        """Return, by name, the protocol of each kind of text alone; none where there is no folder of them.
+
+        Raises InputError for a folder without .txt files.
+        """
+        if self.domains is None:
+            return {}
+        files = sorted(self.domains.glob("*.txt"))
+        if not files:
+            raise InputError(f"{self.domains} is no folder with .txt files; put one kind of text into each")
+        return {file.stem: replace(self, text=file, domains=None, tasks=()) for file in files}
 
 
 STANDARD = Protocol()

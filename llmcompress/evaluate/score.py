@@ -15,7 +15,7 @@ from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.lm_eval import find_tasks
 from llmcompress.evaluate.logits import opened
-from llmcompress.evaluate.perplexity import evaluation_windows
+from llmcompress.evaluate.perplexity import windows_by_text
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.scores import Evaluation, Scoring, evaluate, evaluate_all
@@ -62,7 +62,7 @@ def score(
 
     Args:
         model: a folder, a Hub id or `smollm2`; dense, compressed, or quantized by a tool that transformers knows.
-        protocol: the text and the tasks.
+        protocol: the texts and the tasks.
         revision: a branch, tag or commit of a Hub model.
         against: the dense model that KL (nats per token) and top-1 agreement are measured from; None for neither.
         save: True to score `against` too, and to keep both results in the compressed folder for its card.
@@ -89,7 +89,7 @@ def score(
         check_output(output, 0)
     reference = None if against is None else locate(against, trust_remote_code=trust_remote_code)
     size, tokenizer = size_of(place), load_tokenizer(place.folder, trust_remote_code)
-    evaluation_windows(tokenizer, protocol)  # text and tasks are missed before models are loaded
+    windows_by_text(tokenizer, protocol)  # texts and tasks are missed before models are loaded
     how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": find_tasks(tokenizer, protocol)}
     places = [place] if reference is None else [place, reference]
     whole = places[: 1 + save] if protocol.tasks else []  # tasks are not read block by block

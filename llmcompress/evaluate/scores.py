@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.evaluate.distance import Distance, distance
 from llmcompress.evaluate.lm_eval import FoundTasks, Items, TaskScores, find_tasks, run_tasks
 from llmcompress.evaluate.logits import Counting, OnDisk, Readable
-from llmcompress.evaluate.perplexity import Perplexity, evaluation_windows, perplexity
+from llmcompress.evaluate.perplexity import Perplexity, perplexity, windows_by_text
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import STANDARD, Protocol
 from llmcompress.evaluate.uncertainty import paired
@@ -25,28 +25,62 @@ Scoring = Callable[[str, int, int], None]  # (what is counted, done, in all); in
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Scores of one model. `distance`: to the teacher, None without one."""
+class OnText:
+    """Scores of one model on one text. `distance`: to the teacher, None without one."""
 
     perplexity: Perplexity
-    tasks: TaskScores
     distance: Distance | None
 
+    @staticmethod
+    def of(far: Distance) -> OnText:
+        """Return the scores of the student of a distance."""
+        return OnText(far.student, far)
+
     def to_json(self) -> dict[str, Any]:
-        """Return perplexity, tokens, calibration_error, tasks {name: {metric: value}}, kl and top1_agreement, with
-        standard errors but for the third; as "tasks_failed" a sentence where tasks did not come to an end."""
+        """Return perplexity, tokens, calibration_error, kl and top1_agreement, with standard errors but for the
+        second and the third."""
         far = self.distance
         return {
-            **({} if self.tasks.failure is None else {"tasks_failed": self.tasks.failure}),
             "perplexity": self.perplexity.value,
             "perplexity_stderr": self.perplexity.stderr,
             "tokens": self.perplexity.tokens,
             "calibration_error": self.perplexity.calibration_error,
-            "tasks": self.tasks.scores,
             "kl": None if far is None else far.kl,
             "kl_stderr": None if far is None else far.kl_stderr,
             "top1_agreement": None if far is None else far.top1_agreement,
             "top1_agreement_stderr": None if far is None else far.top1_agreement_stderr,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one model: on tasks, and on texts, by kind; under None those on the protocol's own text."""
+
+    tasks: TaskScores
+    texts: Mapping[str | None, OnText]
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """The perplexity on the protocol's text."""
+        return self.texts[None].perplexity
+
+    @property
+    def distance(self) -> Distance | None:
+        """The distance to the teacher on the protocol's text; None without a teacher."""
+        return self.texts[None].distance
+
+    def distances(self) -> dict[str | None, Distance]:
+        """Return the distances to the teacher by kind of text; none without a teacher."""
+        return {name: one.distance for name, one in self.texts.items() if one.distance is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scores on the text as `OnText` does, tasks {name: {metric: value}}, domains {name: scores on it},
+        and as "tasks_failed" a sentence where tasks did not come to an end."""
+        return {
+            **({} if self.tasks.failure is None else {"tasks_failed": self.tasks.failure}),
+            **self.texts[None].to_json(),
+            "tasks": self.tasks.scores,
+            "domains": {name: one.to_json() for name, one in self.texts.items() if name is not None},
         }
 
     def differences(self, reference: Evaluation) -> dict[str, Any]:
@@ -80,7 +114,7 @@ def evaluate(
     progress: Scoring | None = None,
     tasks: FoundTasks | None = None,
 ) -> Evaluation:
-    """Score `model` on the text and the tasks of `protocol`, and measure its distance to the teacher `against`.
+    """Score `model` on the texts and the tasks of `protocol`, and measure its distance to the teacher `against`.
 
     Text is read block by block: see `window_logits`. For tasks the whole model is in memory, decoded. `processes` share
     the work; every one of them has to call this. `progress` receives ("block", blocks passed, blocks), ("window",
@@ -89,12 +123,13 @@ def evaluate(
     """
     tasks = find_tasks(tokenizer, protocol) if tasks is None else tasks
     if against is not None:
-        return _beside(against, model, tokenizer, protocol, processes, progress, tasks)[1]
-    ids = evaluation_windows(tokenizer, protocol, model.config)
+        return _beside(against, model, tokenizer, protocol, processes, progress, tasks)
+    texts = windows_by_text(tokenizer, protocol, model.config)
     with _ready(model, protocol) as model:
-        score = perplexity(model, ids, 1, processes, _counting(progress, "window"), _counting(progress, "block"))
-        with _told(score, None):
-            return Evaluation(score, _on_tasks(model, tokenizer, protocol, processes, progress, tasks), None)
+        counting = _counting(progress, "window"), _counting(progress, "block")
+        found = {name: OnText(perplexity(model, ids, 1, processes, *counting), None) for name, ids in texts.items()}
+        with _told(found[None]):
+            return Evaluation(_on_tasks(model, tokenizer, protocol, processes, progress, tasks), found)
 
 
 def evaluate_all(
@@ -114,10 +149,10 @@ def evaluate_all(
     """
     tasks = find_tasks(tokenizer, protocol) if tasks is None else tasks
     found = [_beside(reference, load(), tokenizer, protocol, processes, progress, tasks) for load in others]
-    own, _ = found[0]
     with _ready(reference, protocol) as reference:
         scores = _on_tasks(reference, tokenizer, protocol, processes, progress, tasks)
-    return [Evaluation(own, scores, Distance.to_itself(own)), *(other for _, other in found)]
+    own = {name: OnText.of(Distance.to_itself(one.teacher)) for name, one in found[0].distances().items()}
+    return [Evaluation(scores, own), *found]
 
 
 def _beside(
@@ -128,15 +163,16 @@ def _beside(
     processes: Processes,
     progress: Scoring | None,
     tasks: FoundTasks | None,
-) -> tuple[Perplexity, Evaluation]:
-    """Return the teacher's perplexity and the student's evaluation."""
-    ids = evaluation_windows(tokenizer, protocol, teacher.config, student.config)
+) -> Evaluation:
+    """Return the student's evaluation."""
+    texts = windows_by_text(tokenizer, protocol, teacher.config, student.config)
     with _ready(student, protocol) as student:
         counting = _counting(progress, "window"), _counting(progress, "block")
-        far = distance(teacher, student, ids, 1, processes, *counting)
-        with _told(far.student, far):
-            scores = _on_tasks(student, tokenizer, protocol, processes, progress, tasks)
-        return far.teacher, Evaluation(far.student, scores, far)
+        found = {
+            name: OnText.of(distance(teacher, student, ids, 1, processes, *counting)) for name, ids in texts.items()
+        }
+        with _told(found[None]):
+            return Evaluation(_on_tasks(student, tokenizer, protocol, processes, progress, tasks), found)
 
 
 @contextmanager
@@ -167,10 +203,11 @@ def _on_tasks(
 
 
 @contextmanager
-def _told(score: Perplexity, far: Distance | None) -> Iterator[None]:
+def _told(found: OnText) -> Iterator[None]:
     """Tell what was measured already to whoever stops the tasks."""
+    far = "" if found.distance is None else f" and KL {found.distance.kl:.5f}"
     with ExitStack() as stack:
-        stack.push(partial(_note, f"perplexity {score.value:.4f}" + ("" if far is None else f" and KL {far.kl:.5f}")))
+        stack.push(partial(_note, f"perplexity {found.perplexity.value:.4f}{far}"))
         yield
 
 

@@ -30,10 +30,13 @@ def comparison_cells(found: Row) -> tuple[list[str], list[list[str]], list[str]]
     """Return (headings, one row of cells per model, notes on the marks) of a comparison."""
     models, first = found["models"], found["models"][0]["model"]
     columns = [(task, metric) for task, entry in models[0]["tasks"].items() for metric, _, _ in metrics(entry)]
-    headings = ["model", "bytes", "bpw", "model_bpw", "ECE", "KL", "top-1 agreement", "perplexity"]
+    kinds = len(models[0].get("domains", {}))
+    headings = ["model", "bytes", "bpw", "model_bpw", "ECE", "KL", "top-1 agreement"]
+    headings += [f"worst KL of {kinds} kinds"] * bool(kinds) + ["perplexity"]
+    scored = len(headings) - 1
     headings += [f"{task}: {metric}" for task, metric in columns]
     rows = [_comparison_row(row, columns) for row in models]
-    marks = {cell[-1] for row in rows for cell in row[7:]}
+    marks = {cell[-1] for row in rows for cell in row[scored:]}
     notes = [
         f"± standard error · KL in nats/token and top-1 agreement are distances from {first}",
         "ECE: expected calibration error, how far a model's confidence is from how often it is right",
@@ -50,6 +53,9 @@ def _comparison_row(row: Row, columns: Sequence[tuple[str, str]]) -> list[str]:
     cells = [row["model"], f"{row['bytes']:,}", number(row["bpw"]), number(row["model_bpw"])]
     cells.append(f"{row['calibration_error']:.4f}")
     cells += [measured(row[name], row[f"{name}_stderr"]) for name in ("kl", "top1_agreement")]
+    if domains := row.get("domains"):
+        worst = worst_domain(domains)
+        cells.append(f"{measured(domains[worst]['kl'], domains[worst]['kl_stderr'])} {worst}")
     changes = row["differences"] or {"nll": None, "tasks": {}}
     scores = [(measured(row["perplexity"], row["perplexity_stderr"], 3), changes["nll"])]
     for task, metric in columns:
@@ -58,6 +64,11 @@ def _comparison_row(row: Row, columns: Sequence[tuple[str, str]]) -> list[str]:
     if row["differences"] is None:  # the reference
         return cells + [score for score, _ in scores]
     return cells + [score + MARKS[change and change["beyond_noise"]] for score, change in scores]
+
+
+def worst_domain(domains: dict[str, Row]) -> str:
+    """Return the kind of text on which a model is farthest from the dense one, by KL."""
+    return max(domains, key=lambda name: float(domains[name]["kl"]))
 
 
 def change_cells(found: Row) -> Iterator[list[str]]:

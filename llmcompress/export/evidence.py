@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmcompress.errors import listed
+from llmcompress.evaluate.tables import worst_domain
 
 Facts = dict[str, Any]
 
@@ -27,7 +28,8 @@ class Evidence:
 def evidence(scores: Facts | None, allocation: Facts | None, distillation: Facts | None) -> Evidence:
     """Return the evidence in a checkpoint's files: its scores, its plan for a target and its distillation, each None
     where there is none."""
-    rows = [*_of_scores(scores), *_of_plan(allocation), *_of_distillation(distillation)]
+    rows = [*_of_scores(scores), *_of_plan(allocation), *_of_kinds(scores, distillation)]
+    rows += _of_controls(distillation)
     return Evidence(tuple(text for there, text in rows if there), tuple(text for there, text in rows if not there))
 
 
@@ -65,13 +67,18 @@ def _of_plan(allocation: Facts | None) -> Iterator[tuple[bool, str]]:
     yield True, f"Predicted KL at this size: {allocation['predicted_kl']:.4f} for the plan that was chosen, {others}"
 
 
-def _of_distillation(distillation: Facts | None) -> Iterator[tuple[bool, str]]:
+def _of_kinds(scores: Facts | None, distillation: Facts | None) -> Iterator[tuple[bool, str]]:
     last = distillation["history"][-1] if distillation else {}
-    if domains := last.get("domains"):
-        worst = max(domains, key=lambda name: float(domains[name]["kl"]))
-        yield True, f"Of {len(domains)} kinds of held-out text it is worst on {worst}: KL {domains[worst]['kl']:.4f}"
-    else:
-        yield False, "quality by kinds of text"
+    scored = scores["compressed"].get("domains") if scores else None
+    for domains, kinds in ((scored, "kinds of text"), (last.get("domains"), "kinds of held-out text")):
+        if domains:
+            worst = worst_domain(domains)
+            yield True, f"Of {len(domains)} {kinds} it is worst on {worst}: KL {domains[worst]['kl']:.4f}"
+    if not scored and not last.get("domains"):
+        yield False, "quality by kinds of text (llmcompress eval FOLDER --against DENSE --domains TEXTS --save)"
+
+
+def _of_controls(distillation: Facts | None) -> Iterator[tuple[bool, str]]:
     if distillation is None:
         return
     if distillation.get("controls"):

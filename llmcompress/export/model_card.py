@@ -150,6 +150,8 @@ def _table(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
     if "calibration_error" in compressed:  # folders that were scored before it was measured have none
         sure = [f"{one['calibration_error']:.4f}" for one in (dense, compressed)]
         yield f"| calibration error: how far confidence is from being right | {' | '.join(sure)} |"
+    for name, one in compressed.get("domains", {}).items():
+        yield f"| KL to the dense model on {plain(name)} | 0 | {measured(one['kl'], one['kl_stderr'])} |"
     for task, entry in compressed["tasks"].items():
         for (metric, before, error), (_, after, new_error) in zip(metrics(dense["tasks"][task]), metrics(entry)):
             yield f"| {plain(task)}: {plain(metric)} | {measured(before, error)} | {measured(after, new_error)} |"

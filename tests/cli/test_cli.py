@@ -46,7 +46,7 @@ rules:
 COMPRESS_KEYS = {"bytes", "bpw", "model_bpw", "seconds", "peak_memory_bytes", "calibration", "layers"}
 LAYER_KEYS = {"name", "shape", "steps", "bpw", "error", "error_heldout", "fallback"}
 EVAL_KEYS = {"perplexity", "tokens", "tasks", "kl", "top1_agreement", "bytes", "bpw", "model_bpw", "protocol"}
-EVAL_KEYS |= {"calibration_error", "perplexity_stderr", "kl_stderr", "top1_agreement_stderr"}
+EVAL_KEYS |= {"domains", "calibration_error", "perplexity_stderr", "kl_stderr", "top1_agreement_stderr"}
 LAYERS = [f"model.layers.{block}.mlp.{name}" for block in range(3) for name in ("up_proj", "down_proj")]
 REPORT = Report(
     model="tiny",
@@ -78,12 +78,15 @@ PLAN = Plan(
     timed=lambda: 3.0,
     warnings=("pattern '*.foo' matches no linear layer", *(f"model.layers.{i}.q stays dense" for i in range(3))),
 )
+KIND = {"perplexity": 30.5, "perplexity_stderr": 1.5, "calibration_error": 0.06, "tokens": 64}
+KIND |= {"top1_agreement": 0.8, "top1_agreement_stderr": 0.02}
 SCORES = {
     "perplexity": 24.0061,
     "perplexity_stderr": 0.5,
     "tokens": 32736,
     "calibration_error": 0.05,
     "tasks": {"arc_easy": {"acc": 0.5, "acc_stderr": 0.05, "samples": 100}},
+    "domains": {"law": KIND | {"kl": 0.3, "kl_stderr": 0.01}, "code": KIND | {"kl": 0.45, "kl_stderr": 0.02}},
     "kl": 0.1,
     "kl_stderr": None,
     "top1_agreement": 0.9,
@@ -280,6 +283,8 @@ def test_scores_are_shown(calls: Calls) -> None:
         "agreement 0.9000 ± 0.0100",
     ):
         assert part in shown
+    kinds = [line.split()[0] for line in shown.splitlines() if "0.0600" in line]
+    assert kinds == ["code", "law"], "the worst comes first"
     assert shown.splitlines()[-1].split() == ["arc_easy", "acc", "0.5000", "±", "0.0500", "100"]
 
 
@@ -294,7 +299,8 @@ def test_a_comparison_is_one_table_with_marks(calls: Calls) -> None:
     scores, changes = (
         [line for line in part.splitlines() if line[:1] == "|"] for part in written.split("\n- versions")
     )
-    assert {line.count("|") for line in scores} == {10} and len(scores) == 5
+    assert "0.4500 ± 0.0200 code" in rows["small"] and "worst KL of 2 kinds" in shown
+    assert {line.count("|") for line in scores} == {11} and len(scores) == 5
     assert {line.count("|") for line in changes} == {6} and len(changes) == 5
     assert changes[-2] == "| small | arc_easy: acc | 0.0100 ± 0.0100 | 32 | no |"
     assert "log perplexity" in run("compare", "dense", "small", "-v").stdout and "log perplexity" not in shown

@@ -55,6 +55,7 @@ SCORES: dict[str, Any] = {
         "kl_stderr": 0.002,
         "top1_agreement": 0.81,
         "top1_agreement_stderr": 0.01,
+        "domains": {"law": {"kl": 0.4321, "kl_stderr": 0.02}},
     },
 }
 DISTILLATION: dict[str, Any] = {
@@ -170,6 +171,7 @@ def test_a_page_says_what_the_files_say(tmp_path: Path) -> None:
         "4.0 times smaller",
         "25.000 ± 0.600 ×1.250",
         "0.1234 ± 0.0020",
+        "0.4321 ± 0.0200",
         "0.8500 ± 0.0400 -0.0500",  # the task, and the change
         "model.layers.2.mlp.up_proj 1 rule 1 of the recipe keeps it dense",
         "lm_head 1 it is in no block, and the recipe has no steps for it",

@@ -125,7 +125,7 @@ def test_evaluate_has_the_promised_keys(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     alone = evaluate(reader(), tiny_tokenizer(), Protocol(path, windows=2, length=32)).to_json()
-    assert set(alone) == {"tokens", "tasks", "calibration_error"} | {
+    assert set(alone) == {"tokens", "tasks", "calibration_error", "domains"} | {
         name + error for name in ("perplexity", "kl", "top1_agreement") for error in ("", "_stderr")
     }
     assert (alone["tokens"], alone["tasks"], alone["kl"], alone["top1_agreement"]) == (62, {}, None, None)
@@ -140,6 +140,28 @@ def test_both_ways_to_compare_agree_and_read_the_standard_library_by_default() -
     text = evaluate(dense, tokenizer, Protocol(stdlib_text("test"), windows=2, length=48))
     assert both[0]["perplexity"] == text.perplexity.value
     assert json.loads(json.dumps(both)) == both
+
+
+def test_each_kind_of_text_is_scored_as_alone(tmp_path: Path) -> None:
+    dense, other, tokenizer = reader(0), reader(1), tiny_tokenizer()
+    for name, text in (("letters", TEXT[::-1]), ("numbers", "0123456789 " * 40)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    protocol = Protocol(TEXT, windows=2, length=32, domains=tmp_path)
+    assert protocol.to_json()["domains"] == ["letters", "numbers"]
+    own, found = (one.to_json() for one in evaluate_all(dense, [lambda: other], tokenizer, protocol))
+    assert found == evaluate(other, tokenizer, protocol, against=dense).to_json()
+    for name, scores in found["domains"].items():
+        alone = Protocol(tmp_path / f"{name}.txt", windows=2, length=32)
+        assert scores == evaluate(other, tokenizer, alone, against=dense).texts[None].to_json()
+        assert own["domains"][name] == evaluate(dense, tokenizer, alone, against=dense).texts[None].to_json()
+        without = evaluate(other, tokenizer, protocol).to_json()["domains"][name]
+        assert without == scores | dict.fromkeys(("kl", "kl_stderr", "top1_agreement", "top1_agreement_stderr"))
+    assert set(found["domains"]) == {"letters", "numbers"} and found["kl"] not in (0, found["domains"]["letters"]["kl"])
+
+
+def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no folder with .txt files; put one kind of text into each"):
+        evaluate(reader(), tiny_tokenizer(), Protocol(TEXT, windows=1, length=32, domains=tmp_path))
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------

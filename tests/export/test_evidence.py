@@ -12,7 +12,7 @@ from llmcompress.cli.views import pushed_view
 from llmcompress.evaluate.protocol import Protocol
 from llmcompress.evaluate.score import score
 from llmcompress.export.evidence import evidence
-from llmcompress.export.hub import push
+from llmcompress.export.hub import _card, _proof, push
 from tests.tiny import save_tiny
 
 NLL = {"value": 0.1, "stderr": 0.01, "items": 8, "beyond_noise": True}
@@ -22,6 +22,7 @@ SCORES: dict[str, Any] = {
     "differences": {"nll": NLL, "tasks": {"arc": {"acc": NLL | {"beyond_noise": False}}}},
 }
 ALLOCATION = {"predicted_kl": 0.3, "baselines": {"uniform": 0.4, "random": 0.9}}
+KINDS = {"compressed": SCORES["compressed"] | {"domains": {"law": {"kl": 0.7}, "code": {"kl": 0.6}}}}
 DISTILLATION: dict[str, Any] = {
     "history": [{"kl": 0.5}, {"domains": {"wiki": {"kl": 0.2}, "docs": {"kl": 0.45}}}],
     "controls": {"vanilla": {"kl": 0.3}},
@@ -49,6 +50,7 @@ def test_all_of_it_is_told() -> None:
         (SCORES, {"predicted_kl": 0.3}, DISTILLATION, ["plans of equal size"]),
         (SCORES, None, DISTILLATION | {"controls": {}}, ["controls of the distillation"]),
         (SCORES, None, DISTILLATION | {"history": [{"kl": 0.1}]}, ["quality by kinds of text"]),
+        (SCORES | KINDS, None, DISTILLATION | {"history": [{"kl": 0.1}]}, []),
         (SCORES | {"compressed": {"tasks": {}}}, None, DISTILLATION, ["tasks", "the calibration error"]),
         ({**SCORES, "differences": None}, None, DISTILLATION, ["beyond noise"]),
     ],
@@ -61,6 +63,12 @@ def test_what_nobody_measured_is_missed_by_name(
     assert all(part in name for part, name in zip(missed, found, strict=True))
 
 
+def test_the_worst_kind_of_text_is_told() -> None:
+    said = "\n".join(evidence(SCORES | KINDS, None, DISTILLATION).found)
+    assert "Of 2 kinds of text it is worst on law: KL 0.7000" in said
+    assert "Of 2 kinds of held-out text it is worst on docs: KL 0.4500" in said
+
+
 @pytest.mark.slow
 def test_a_push_says_what_is_missing_until_it_is_measured(tmp_path: Path) -> None:
     dense = save_tiny("llama", tmp_path / "dense")
@@ -70,7 +78,11 @@ def test_a_push_says_what_is_missing_until_it_is_measured(tmp_path: Path) -> Non
     assert "perplexity, KL and tasks" in before.unmeasured[0]
     shown = [line for line in pushed_view(before.to_json(), False) if isinstance(line, str)]
     assert shown[0].startswith("lacks   perplexity, KL and tasks")
-    score(out, Protocol("The mill by the river grinds the corn of forty farms. " * 80, 4, 32), against=dense, save=True)
+    text = "The mill by the river grinds the corn of forty farms. " * 80
+    (tmp_path / "kinds").mkdir()
+    (tmp_path / "kinds" / "mills.txt").write_text(text[::-1])
+    score(out, Protocol(text, 4, 32, domains=tmp_path / "kinds"), against=dense, save=True)
     after = push(out, "me/small", dry_run=True)
-    assert after.unmeasured == ("tasks", "quality by kinds of text")
+    assert after.unmeasured == ("tasks",)
+    assert "it is worst on mills" in _card(out, "me/small", _proof(out))["README.md"].decode()
     assert after.files["README.md"] != before.files["README.md"]

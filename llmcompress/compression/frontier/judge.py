@@ -22,7 +22,7 @@ from llmcompress.evaluate.lm_eval import find_tasks
 from llmcompress.evaluate.logits import OnDisk
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.scores import Evaluation, evaluate
+from llmcompress.evaluate.scores import Evaluation, OnText, evaluate
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import add_file, holds, read_json
 from llmcompress.models.dense import DenseModel, load_model
@@ -63,7 +63,8 @@ class Judge:
                 scores: dict[str, Any] = entries["dense"]
                 return scores
         found = _complete(evaluate(OnDisk(self.dense, self.device), self.dense.tokenizer(), self.protocol))
-        return Evaluation(found.perplexity, found.tasks, Distance.to_itself(found.perplexity)).to_json()
+        own = {name: OnText.of(Distance.to_itself(one.perplexity)) for name, one in found.texts.items()}
+        return Evaluation(found.tasks, own).to_json()
 
     def scores(self, folder: Path, dense: dict[str, Any]) -> dict[str, Any]:
         """Return the scores of the checkpoint in `folder`, and keep them there. `dense`: the dense model's scores.

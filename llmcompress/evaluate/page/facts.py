@@ -135,6 +135,9 @@ def _quality(scores: Facts) -> Facts:
         sure = [one["calibration_error"] for one in (dense, small)]
         both = [f"{one:.4f}" for one in (*sure, sure[1] - sure[0])]
         rows.append(("calibration error: how far confidence is from being right", *both))
+    for name, one in small.get("domains", {}).items():
+        far = measured(one["kl"], one["kl_stderr"])
+        rows.append((f"KL to the dense model on {public(name)}", "0", far, ""))
     for task, entry in small["tasks"].items():
         before = {metric: (value, error) for metric, value, error in metrics(dense["tasks"][task])}
         for metric, value, error in metrics(entry):
