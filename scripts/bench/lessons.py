@@ -26,6 +26,7 @@ from typing import Any
 import candidate_losses  # noqa: F401 (importing registers them)
 import yaml
 from idle import idle_source
+from prototypes import oddness, pieces_of
 
 from llmcompress.distill.run import distill
 from llmcompress.evaluate.logits import opened
@@ -42,6 +43,7 @@ from llmcompress.runtime.precision import fast_float32
 TEACHER = "smollm2"
 CONTROL = "forward_kl"
 PAIRS = 25  # of each file
+HELD = 8  # sequences of each text, at least as many as are held out
 COLUMNS = ("arm", "tokens", "minutes", "KL, docs", "KL, WikiText", "KL, code", "less than forward KL", "ECE", "pairs")
 
 Row = dict[str, Any]
@@ -83,6 +85,8 @@ def main() -> None:
     if unknown := set(options.only or ()) - set(arms):
         raise SystemExit(f"no such arm: {', '.join(sorted(unknown))}; those of {options.arms}: {', '.join(arms)}")
     wanted = [name for name in arms if options.only is None or name in options.only]
+    if any("{odd}" in str(arms[name]) or "{typical}" in str(arms[name]) for name in wanted):
+        write_halves(arena, options.steps * arena.asked["common"]["batch"] + HELD)
     for student in options.students:
         before = once(arena, student, "before", {}, 0, 0)
         for seed in options.seeds:
@@ -108,7 +112,22 @@ def prepared(data: Path, arms: Path, out: Path) -> Arena:
     text = (data / "wikitext2-test.raw").read_text(encoding="utf-8")
     size: Row = {"windows": 8, "length": 512}
     scored = (Protocol(tasks=(str(pairs),), **size), Protocol(text, **size), Protocol(idle_source(), **size))
-    return Arena(yaml.safe_load(arms.read_text()), {"wiki": wiki, "random": words}, scored, out)
+    texts = {"wiki": wiki, "random": words, "odd": out / "odd.jsonl", "typical": out / "typical.jsonl"}
+    return Arena(yaml.safe_load(arms.read_text()), texts, scored, out)
+
+
+def write_halves(arena: Arena, samples: int) -> None:
+    """Write the halves of WikiText's first pieces that are farthest from and nearest to their kind, if need be."""
+    odd, typical = arena.training["odd"], arena.training["typical"]
+    if odd.exists():
+        return
+    place = locate(TEACHER)
+    tokenizer = load_tokenizer(place.folder)
+    text = arena.training["wiki"].read_text(encoding="utf-8")
+    pieces = pieces_of(text, tokenizer, 2 * samples + samples // 8, 256)
+    order = oddness(pieces, load_model(place), tokenizer).argsort()
+    for file, half in ((typical, order[: len(order) // 2]), (odd, order[len(order) // 2 :])):
+        file.write_text("".join(json.dumps({"text": pieces[number]}) + "\n" for number in sorted(half)))
 
 
 def once(arena: Arena, student: Path, arm: str, changes: Row, steps: int, seed: int) -> Row:
@@ -130,10 +149,12 @@ def once(arena: Arena, student: Path, arm: str, changes: Row, steps: int, seed: 
 
 
 def recipe(arena: Arena, student: Path, changes: Row, steps: int, seed: int) -> Row:
-    """Return the distillation of an arm, with as many samples of each text as its steps may read."""
+    """Return the distillation of an arm: samples of each text are as many as its steps may read, or with `epochs` as
+    many as they read that often."""
     asked = arena.asked["common"] | changes
     kind = "dense" if is_dense(read_json(student / "config.json")) else "compressed"
-    samples = steps * asked["batch"] + 8
+    read = steps * asked["batch"]
+    samples = HELD + (read // (asked.pop("epochs") * len(asked["data"])) if "epochs" in asked else read)
     data = [
         part | {"samples": samples, "dataset": part["dataset"].format_map(arena.training)} for part in asked["data"]
     ]

@@ -20,7 +20,7 @@ ARMS = yaml.safe_load((BENCH / "lessons.yaml").read_text())
 @pytest.mark.parametrize(("config", "trains"), [("{}", "weights"), (COMPRESSED, "scales")])
 def test_every_arm_is_a_recipe(tmp_path: Path, arm: str, config: str, trains: str) -> None:
     (tmp_path / "config.json").write_text(config)
-    texts = {"wiki": tmp_path / "wiki.txt", "random": tmp_path / "random.txt"}
+    texts = {name: tmp_path / f"{name}.txt" for name in ("wiki", "random", "odd", "typical")}
     arena = lessons.Arena(ARMS, texts, (), tmp_path)
     changes = (ARMS["controls"] | ARMS["arms"])[arm]
     asked = Distillation.model_validate(lessons.recipe(arena, tmp_path, changes, 7, 3))
@@ -52,3 +52,12 @@ def test_a_row_that_is_there_is_not_run_again(tmp_path: Path) -> None:
     arena = lessons.Arena(ARMS, {}, (), tmp_path)
     arena.rows.write_text('{"student": "small", "arm": "js", "steps": 4, "seed": 0, "seconds": 1.5}\n')
     assert lessons.once(arena, Path("small"), "js", {}, 4, 0)["seconds"] == 1.5
+
+
+def test_samples_are_those_that_the_epochs_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    arena = lessons.Arena(ARMS, dict.fromkeys(("wiki",), tmp_path / "wiki.txt"), (), tmp_path)
+    steps, batch = 40, ARMS["common"]["batch"]
+    for changes, samples in (({}, steps * batch), ({"epochs": 4}, steps * batch // 8)):
+        data = lessons.recipe(arena, tmp_path, changes, steps, 0)["data"]
+        assert [part["samples"] - lessons.HELD for part in data] == [samples] * 2
