@@ -3,12 +3,12 @@
     python scripts/bench/lessons.py STUDENT... --data DATA --out OUT [--arms FILE] [--only NAME...] [--steps 40]
         [--seeds 0] [--minutes]
 
-Arms are declared in a file (lessons.yaml); their losses are those of the package and of candidate_losses.py. DATA
-holds `wikitext2-valid.txt`, `wikitext2-test.raw` and, for minimal pairs, the folder `blimp`: the first 25 pairs of each
-of its files are asked. Every student learns by every arm; what OUT holds already is not run again, so the table grows
-from run to run. Scored on Python's documentation and WikiText-2 test, whose kinds were trained on, and on the source
-code of IDLE, whose kind was not: 8x512 tokens of each. With --minutes an arm that takes over 5 % more or less time than
-forward KL is run once more with as many steps as fit into forward KL's time.
+Arms are declared in a file (lessons.yaml, or codes.yaml for a student of grids); their losses are those of the package
+and of candidate_losses.py. DATA holds `wikitext2-valid.txt`, `wikitext2-test.raw` and, for minimal pairs, the folder
+`blimp`: the first 25 pairs of each of its files are asked. Every student learns by every arm; what OUT holds already is
+not run again, so the table grows from run to run. Scored on Python's documentation and WikiText-2 test, whose kinds
+were trained on, and on the source code of IDLE, whose kind was not: 8x512 tokens of each. With --minutes an arm that
+takes over 5 % more or less time than forward KL is run once more with as many steps as fit into forward KL's time.
 """
 
 from __future__ import annotations

@@ -16,15 +16,25 @@ COMPRESSED = '{"quantization_config": {"quant_method": "llmcompress"}}'
 ARMS = yaml.safe_load((BENCH / "lessons.yaml").read_text())
 
 
-@pytest.mark.parametrize("arm", [*ARMS["controls"], *ARMS["arms"]])
-@pytest.mark.parametrize(("config", "trains"), [("{}", "weights"), (COMPRESSED, "scales")])
-def test_every_arm_is_a_recipe(tmp_path: Path, arm: str, config: str, trains: str) -> None:
-    (tmp_path / "config.json").write_text(config)
+ARENAS = {"lessons.yaml": ARMS, "codes.yaml": yaml.safe_load((BENCH / "codes.yaml").read_text())}
+RUNS = [
+    (file, arm, kind)
+    for file, asked in ARENAS.items()
+    for arm in (*asked["controls"], *asked["arms"])
+    for kind in asked["rates"]
+]
+
+
+@pytest.mark.parametrize(("file", "arm", "kind"), RUNS)
+def test_every_arm_is_a_recipe(tmp_path: Path, file: str, arm: str, kind: str) -> None:
+    (tmp_path / "config.json").write_text(COMPRESSED if kind == "compressed" else "{}")
+    asked = ARENAS[file]
     texts = {name: tmp_path / f"{name}.txt" for name in ("wiki", "random", "odd", "typical")}
-    arena = lessons.Arena(ARMS, texts, (), tmp_path)
-    changes = (ARMS["controls"] | ARMS["arms"])[arm]
-    asked = Distillation.model_validate(lessons.recipe(arena, tmp_path, changes, 7, 3))
-    assert (asked.steps, asked.seed) == (7, 3) and set(asked.rates) == {trains, "norms"}
+    changes = (asked["controls"] | asked["arms"])[arm]
+    made = lessons.recipe(lessons.Arena(asked, texts, (), tmp_path), tmp_path, changes, 7, 3)
+    found = Distillation.model_validate(made)
+    assert (found.steps, found.seed) == (7, 3)
+    assert found.rates == changes.get("rates", asked["rates"][kind])
 
 
 def row(arm: str, seed: int, kl: float) -> dict[str, Any]:
