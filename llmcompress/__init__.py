@@ -4,8 +4,8 @@
     result = lc.compress("smollm2", "recipe.yaml")
     result.save("out")
 
-Make a model smaller: `plan`, `compress`, `drop_blocks` (and `least_damage`, `alike_blocks`), `narrow`, `distill`; of a
-mixture's experts: `prune_experts`, `merge_experts`, `condense_experts`, `replace_experts`.
+Make a model smaller: `plan`, `compress`, `drop_blocks` (and `least_damage`, `alike_blocks`), `narrow`, `distill`,
+`shrink`; of a mixture's experts: `prune_experts`, `merge_experts`, `condense_experts`, `replace_experts`.
 Look at the result: `read` its report, `verify` its files, `score` it, `compare` it, see its `drift`
 block by block, `bench` its speed, and tell by a `passport` what the dense model's adapters are worth on it.
 Run it: transformers loads it after this import; `accelerate`, `decoded` and `cache` trade memory for speed.
@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.compression.pipeline import compress as compress
     from llmcompress.compression.pipeline import plan as plan
     from llmcompress.compression.result import Result as Result
+    from llmcompress.compression.shrink import shrink as shrink
     from llmcompress.compression.width.narrow import narrow as narrow
     from llmcompress.distill.run import distill as distill
     from llmcompress.errors import LLMCompressError as LLMCompressError
@@ -91,6 +92,7 @@ _HOMES = {
     "read": "evaluate.report",
     "replace_experts": "compression.experts.replace",
     "score": "evaluate.score",
+    "shrink": "compression.shrink",
     "verify": "evaluate.verify",
 }
 __all__ = sorted(_HOMES)

@@ -48,6 +48,7 @@ from llmcompress.cli.recipe import recipe as recipe_commands
 from llmcompress.cli.recipes import recipes
 from llmcompress.cli.report import report
 from llmcompress.cli.scores import compare, evaluate
+from llmcompress.cli.shrink import shrink
 from llmcompress.cli.streams import guarded
 from llmcompress.cli.terminal import Terminal
 from llmcompress.cli.views import (
@@ -233,6 +234,8 @@ def distill(
 app.command()(drop)
 
 app.command()(narrow)
+
+app.command()(shrink)
 
 app.add_typer(experts_commands, name="experts")
 

@@ -191,6 +191,13 @@ def dropped_view(found: Row, every: bool) -> Iterator[RenderableType]:
     yield f"sizes   {_before_after(found)} of weights in {found['output']}"
 
 
+def shrunk_view(found: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the terms that lost components, and the sizes before and after."""
+    yield f"terms   {found['terms']} of more than rank {found['rank']} were cut to it"
+    yield f"sizes   {_before_after(found)} of weights in {found['output']}"
+    yield f"bits    {found['bpw_before']:.3f} -> {found['bpw_after']:.3f} bpw"
+
+
 def drift_view(found: Row, every: bool) -> Iterator[RenderableType]:
     """Yield how far the states that enter each block are from the dense model's, then where they are farthest."""
     table = new_table(("block", f"of {found['against']}", "CKA", "relative error"), right=range(4))

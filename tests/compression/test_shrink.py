@@ -1,0 +1,122 @@
+"""Smaller sizes of one checkpoint: the first components of its low-rank terms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import llmcompress as lc
+from llmcompress.cli.app import app
+from llmcompress.compression.shrink import leading, shrink
+from llmcompress.errors import RecipeError
+from llmcompress.evaluate.gates import PENDING
+from llmcompress.export.hub import push
+from llmcompress.models.compressed import Opened
+from llmcompress.weight.expression import bits, dense
+from llmcompress.weight.nodes import Dense, Grid, LowRank, Rotated, Sum, Weight
+from tests.tiny import save_tiny
+
+
+def factors(bits_: int) -> tuple[LowRank, torch.Tensor, torch.Tensor]:
+    """A term of rank 6, stored in 16 bits or in a grid, and its two matrices."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(8, 6, generator=generator), torch.randn(6, 10, generator=generator)
+    if bits_ == 16:
+        return LowRank(Dense(left), Dense(right)), left, right
+    codes = torch.randint(0, 16, (8, 6), generator=generator, dtype=torch.uint8)
+    other = torch.randint(0, 16, (6, 10), generator=generator, dtype=torch.uint8)
+    scale, zero = torch.rand(8, 3, generator=generator).half(), torch.full((8, 3), 7, dtype=torch.uint8)
+    one, rows = torch.rand(1, 1, generator=generator).half(), torch.rand(6, 1, generator=generator).half()
+    grid = Grid(codes, scale, zero, 16, 2) if bits_ == 4 else Grid(codes, one, None, 16, 6)
+    term = LowRank(grid, Grid(other, rows, None, 16, 10))
+    return term, dense(term.left), dense(term.right)
+
+
+@pytest.mark.parametrize("kind", [16, 4, 1], ids=["values", "groups", "one scale"])
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_the_first_components_are_left(kind: int, rank: int) -> None:
+    term, left, right = factors(kind)
+    base = Dense(torch.arange(80.0).reshape(8, 10))
+    found = leading(Rotated(Sum((base, term)), torch.ones(10, dtype=torch.bool), 2), rank)
+    assert isinstance(found, Rotated) and isinstance(found.inner, Sum)
+    assert found.inner.parts[0] is base
+    torch.testing.assert_close(dense(found.inner.parts[1]), left[:, :rank] @ right[:rank])
+    assert bits(found.inner.parts[1]) < bits(term)
+
+
+def test_nothing_is_taken_where_there_is_no_more() -> None:
+    term, _, _ = factors(16)
+    base: Weight = Dense(torch.zeros(8, 10))
+    for whole in (term, Sum((base, term)), base):
+        assert leading(whole, 6) is whole
+    assert leading(Sum((base, term)), 0) is base
+    assert isinstance(leading(Sum((base, base, term)), 0), Sum)
+    with pytest.raises(RecipeError, match="rank 0 leaves nothing of a matrix that is two factors"):
+        leading(term, 0)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shrink")
+    steps = [{"method": "rotate"}, {"method": "rtn", "bits": 2}, {"method": "eora", "rank": 6, "factor_bits": 4}]
+    recipe = {"version": 1, "calibration": {"samples": 4, "length": 32}, "rules": [{"match": "*", "steps": steps}]}
+    return lc.compress(save_tiny("llama", folder / "dense"), recipe, folder / "large").folder
+
+
+def logits(folder: Path) -> torch.Tensor:
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+
+
+def test_a_smaller_size_loads_and_is_counted(large: Path, tmp_path: Path) -> None:
+    done = shrink(large, 2, tmp_path / "small")
+    opened, before = Opened(tmp_path / "small"), Opened(large)
+    assert done.terms == len(opened.layouts) and done.bytes_after == opened.bytes < done.bytes_before
+    for name in opened.layouts:
+        torch.testing.assert_close(dense(opened.expression(name)), dense(leading(before.expression(name), 2)))
+    report = lc.read(tmp_path / "small")
+    stored = sum(bits(opened.expression(name)) for name in opened.layouts)
+    weights = sum(row.shape[0] * row.shape[1] for row in report.layers)
+    assert report.bpw == done.bpw_after == pytest.approx(stored / weights)
+    assert report.gates is None or report.gates.unmeasured not in (None, PENDING)
+    assert push(tmp_path / "small", "me/small", dry_run=True).commit is None
+    again = shrink(tmp_path / "small", 0, tmp_path / "bare")
+    assert again.bytes_after < done.bytes_after
+    whole, small, bare = (logits(folder) for folder in (large, tmp_path / "small", tmp_path / "bare"))
+    assert 0 < (whole - small).norm() < (whole - bare).norm()
+
+
+def test_first_components_are_nearly_the_best_term_of_their_rank(large: Path, tmp_path: Path) -> None:
+    steps = [{"method": "rotate"}, {"method": "rtn", "bits": 2}, {"method": "eora", "rank": 2, "factor_bits": 4}]
+    recipe = {"version": 1, "calibration": {"samples": 4, "length": 32}, "rules": [{"match": "*", "steps": steps}]}
+    own = Opened(lc.compress(large.parent / "dense", recipe, tmp_path / "own").folder)
+    first = Opened(large)
+    exact = dict(AutoModelForCausalLM.from_pretrained(large.parent / "dense").named_parameters())
+    for name in first.layouts:
+        weight = exact[f"{name}.weight"].detach().float()
+        cut, best, without = (
+            float((dense(one) - weight).norm())
+            for one in (leading(first.expression(name), 2), own.expression(name), leading(first.expression(name), 0))
+        )
+        assert cut < without and cut < 1.1 * best
+
+
+def test_what_cannot_be_shrunk_is_refused(large: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="has no low-rank term of more than rank 6, so there is nothing to take away"):
+        shrink(large, 6, tmp_path / "out")
+    rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 4}]}]
+    tied = {"version": 1, "calibration": {"samples": 4, "length": 32}, "tie": {"blocks": 2}, "rules": rules}
+    dense_folder = save_tiny("llama", tmp_path / "dense", num_hidden_layers=4)
+    with pytest.raises(RecipeError, match="has matrices in common, whose terms are not taken apart"):
+        shrink(lc.compress(dense_folder, tied, tmp_path / "tied").folder, 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_it_did(large: Path, tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["shrink", str(large), "--rank", "1", "-o", str(tmp_path / "out")])
+    assert found.exit_code == 0 and "of more than rank 1 were cut to it" in found.stdout
