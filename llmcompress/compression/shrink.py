@@ -1,9 +1,4 @@
-"""Smaller sizes of one compressed checkpoint: its low-rank terms keep their first components alone.
-
-The components of a term that a method of this package fits come by what they are worth, so the first k of them are
-nearly the best term of rank k: a checkpoint with generous terms holds all the sizes below it, which need no calibration
-to be had. After a distillation the order is that of the start.
-"""
+"""Smaller sizes of one compressed checkpoint: its low-rank terms keep their first components alone."""
 
 from __future__ import annotations
 
@@ -25,8 +20,9 @@ from llmcompress.models.companions import companions
 from llmcompress.models.compressed import Opened
 from llmcompress.models.written import check_written
 from llmcompress.weight.expression import bits, describe
+from llmcompress.weight.leading import leading
 from llmcompress.weight.modules import CompressedLinear
-from llmcompress.weight.nodes import Dense, Grid, LowRank, Sum, Weight, rebuild, shape
+from llmcompress.weight.nodes import Weight
 
 Change = tuple[Weight, Weight]  # before, after
 
@@ -88,64 +84,6 @@ def shrink(folder: str | Path, rank: int, output: str | Path, *, trust_remote_co
         writer.write(file_names.RECIPE, (source / file_names.RECIPE).read_text(encoding="utf-8"))
         check_written(writer.folder, bool(beside.code))
     return Shrunk(str(target), rank, len(changed), opened.bytes, size, before.bpw, after.bpw)
-
-
-def leading(w: Weight, rank: int) -> Weight:
-    """Return a weight whose low-rank terms have their first `rank` components; `w` itself where none has more.
-
-    Raises RecipeError where nothing would be left, or for factors that are stored in a form that has no columns.
-    """
-    if isinstance(w, LowRank):
-        return _cut(w, rank) if shape(w.left)[1] > rank else w
-    if isinstance(w, Sum):
-        parts = [leading(part, rank) for part in w.parts if rank or not isinstance(part, LowRank)]
-        if all(new is old for new, old in zip(parts, w.parts)) and len(parts) == len(w.parts):
-            return w
-        return parts[0] if len(parts) == 1 else Sum(tuple(parts))
-    changed = False
-
-    def inside(path: str, node: Weight, shown: object) -> Weight:
-        nonlocal changed
-        found = leading(node, rank)
-        changed |= found is not node
-        return found
-
-    found = rebuild(w, inside)
-    return found if changed else w
-
-
-def _cut(term: LowRank, rank: int) -> LowRank:
-    if rank == 0:
-        raise RecipeError("rank 0 leaves nothing of a matrix that is two factors; keep 1 component or more")
-    return LowRank(_columns(term.left, rank), _rows(term.right, rank))
-
-
-def _columns(w: Weight, count: int) -> Weight:
-    """Return the first columns of a factor [out, rank]."""
-    match w:
-        case Dense(values):
-            return Dense(values[:, :count].contiguous())
-        case Grid(codes, scale, zero, levels, group_size):
-            groups = -(-count // group_size)
-            scale, zero = scale[:, :groups].contiguous(), None if zero is None else zero[:, :groups].contiguous()
-            return Grid(codes[:, :count].contiguous(), scale, zero, levels, min(group_size, count))
-    raise _unknown(w)
-
-
-def _rows(w: Weight, count: int) -> Weight:
-    """Return the first rows of a factor [rank, in]."""
-    match w:
-        case Dense(values):
-            return Dense(values[:count].contiguous())
-        case Grid(codes, scale, zero, levels, group_size):
-            if len(scale) > 1:  # else one row of them is that of all rows
-                scale, zero = scale[:count].contiguous(), None if zero is None else zero[:count].contiguous()
-            return Grid(codes[:count].contiguous(), scale, zero, levels, group_size)
-    raise _unknown(w)
-
-
-def _unknown(w: Weight) -> RecipeError:
-    return RecipeError(f"a factor that is stored as {describe(w)} cannot be cut; shrink terms of 16 bits, or of grids")
 
 
 def _recounted(before: reports.Report, changed: Mapping[str, Change], rank: int, size: int) -> reports.Report:

@@ -28,6 +28,7 @@ from llmcompress.models.dequantize import dequantized, skeleton
 from llmcompress.models.experts import unfuse
 from llmcompress.models.integrity import MENDING, Expected, check, digests
 from llmcompress.models.skeleton import check_buffers, check_numbers
+from llmcompress.weight.leading import leading
 from llmcompress.weight.modules import (
     Compressed,
     CompressedEmbedding,
@@ -56,7 +57,8 @@ class LLMCompressConfig(QuantizationConfigMixin):
     `layers` maps each compressed module to its index in `layouts`. `sizes` has the `[out, in]` of dense linears whose
     size differs from the rest of config.json. `ties` maps each linear that has a matrix in common with others to the
     name of that matrix, which is one of `layers` but no module of the dense model. Every layout is listed once, since
-    transformers copies its configs dozens of times while it loads.
+    transformers copies its configs dozens of times while it loads. `rank`, which whoever loads it may set, is how many
+    components of each low-rank term are kept; None: all.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
         layouts: list[dict[str, Any]] | None = None,
         sizes: dict[str, list[int]] | None = None,
         ties: dict[str, str] | None = None,
+        rank: int | None = None,
         format_version: int = FORMAT_VERSION,
         **more: Any,
     ) -> None:
@@ -86,6 +89,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
             if not _is_size(size):
                 raise InputError(f"config.json gives {name} the size {str(size)[:50]}, which is none; {MENDING}")
         self.versions = more.get("versions", {})
+        self.rank = rank
 
     def table(self) -> dict[str, Layout]:
         """Return the layout of every compressed module by name. Raises InputError for an unreadable entry."""
@@ -171,12 +175,14 @@ class LLMCompressQuantizer(HfQuantizer):
             check_binding(files)
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from llmcompress.kernels.accelerate import accelerate_loaded  # a compiler is for those who run a model
 
         for name, layer in compressed_modules(model).items():
             layer.requires_grad_(False)  # transformers asks for gradients of every float it loads
             _check_payload(name, layer)
+        if self.quantization_config.rank is not None:
+            self.quantization_config = model.config.quantization_config = cut(model, self.quantization_config)
         accelerate_loaded(model)
         return model
 
@@ -247,6 +253,26 @@ def _expected(value: Tensor, layout: Layout | None) -> Expected:
         return Expected(tuple(value.shape), None if value.is_floating_point() else STORED[value.dtype])
     floats = tuple(place for place in layout.places().values() if place[0].is_floating_point)
     return Expected(tuple(value.shape), STORED[value.dtype], floats, layout.text)
+
+
+def cut(model: nn.Module, config: LLMCompressConfig) -> LLMCompressConfig:
+    """Leave the first `config.rank` components of each low-rank term of a loaded model; return its config.
+
+    Raises InputError for weights that are not in memory, for matrices in common, and as `leading` does.
+    """
+    rank, modules = config.rank, compressed_modules(model)
+    if config.ties or any(module.get_parameter("weight").is_meta for module in modules.values()):
+        raise InputError("rank: terms of matrices in common, or offloaded ones, cannot be cut while a model is loaded")
+    if type(rank) is not int or rank < 0:
+        raise InputError(f"rank: {str(rank)[:50]} is no number of components; give 0 or more")
+    table = config.table()
+    for name, layer in modules.items():
+        whole = layer.expression() if isinstance(layer, CompressedLinear) else None
+        if whole is not None and (first := leading(whole, rank)) is not whole:
+            smaller = CompressedLinear.of(first, dict(layer.named_parameters()).get("bias"))
+            put(model, name, smaller.to(layer.get_parameter("weight").device).requires_grad_(False))
+            table[name] = smaller.layout
+    return LLMCompressConfig(**table_entry(table, config.sizes), versions=config.versions)
 
 
 def tie_head(model: PreTrainedModel) -> None:

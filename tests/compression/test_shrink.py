@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.cli.app import app
-from llmcompress.compression.shrink import leading, shrink
-from llmcompress.errors import RecipeError
+from llmcompress.compression.shrink import shrink
+from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluate.gates import PENDING
 from llmcompress.export.hub import push
 from llmcompress.models.compressed import Opened
 from llmcompress.weight.expression import bits, dense
+from llmcompress.weight.leading import leading
 from llmcompress.weight.nodes import Dense, Grid, LowRank, Rotated, Sum, Weight
 from tests.tiny import save_tiny
 
@@ -67,10 +69,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return lc.compress(save_tiny("llama", folder / "dense"), recipe, folder / "large").folder
 
 
-def logits(folder: Path) -> torch.Tensor:
-    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+@torch.no_grad()
+def logits(folder: Path, config: Any = None) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    found: torch.Tensor = model(torch.arange(24)[None]).logits
+    return found
 
 
 def test_a_smaller_size_loads_and_is_counted(large: Path, tmp_path: Path) -> None:
@@ -89,6 +92,20 @@ def test_a_smaller_size_loads_and_is_counted(large: Path, tmp_path: Path) -> Non
     assert again.bytes_after < done.bytes_after
     whole, small, bare = (logits(folder) for folder in (large, tmp_path / "small", tmp_path / "bare"))
     assert 0 < (whole - small).norm() < (whole - bare).norm()
+
+
+def test_a_model_is_loaded_at_a_smaller_size(large: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(large)
+    config.quantization_config["rank"] = 2
+    shrink(large, 2, tmp_path / "small")
+    assert torch.equal(logits(large, config), logits(tmp_path / "small"))
+    AutoModelForCausalLM.from_pretrained(large, config=config).save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(tmp_path / "saved"), logits(tmp_path / "small"))
+    assert Opened(tmp_path / "saved").bytes == pytest.approx(Opened(tmp_path / "small").bytes, rel=0.02)
+    for rank, said in ((-1, "no number of components"), (True, "no number of components")):
+        config.quantization_config["rank"] = rank
+        with pytest.raises(InputError, match=said):
+            AutoModelForCausalLM.from_pretrained(large, config=config)
 
 
 def test_first_components_are_nearly_the_best_term_of_their_rank(large: Path, tmp_path: Path) -> None:
