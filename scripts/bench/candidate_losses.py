@@ -1,6 +1,7 @@
 """Losses that the arena (lessons.py) tries before the package offers them.
 
-What wins there moves to `llmcompress/losses`. Each is our reading of an idea for classifiers or vision models.
+They are known to recipes after `register`. What wins moves to `llmcompress/losses`. Each is our reading of an idea for
+classifiers or vision models.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ class Reliable(LossConfig):
         return True
 
 
-@loss("reliable", Reliable)
 def reliable(predictions: Predictions, config: Reliable, state: LossState | None) -> SumAndCount:
     """Forward KL, but cross-entropy with a softened truth where the teacher finds that unlikely (FerKD, 2305.00070)."""
     log_q, log_p = log_probabilities(predictions)
@@ -51,7 +51,6 @@ class Drifted(LossConfig):
         return False
 
 
-@loss("drifted", Drifted)
 def drifted(predictions: Predictions, config: Drifted, state: LossState | None) -> SumAndCount:
     """Sum of w KL(p || q) and of w = KL^gamma, without gradient: the more a token has drifted, the more it weighs."""
     each = kl(*reversed(log_probabilities(predictions)))
@@ -71,7 +70,6 @@ class MutualInformation(LossConfig):
         return True
 
 
-@feature_loss("mutual_information", MutualInformation)
 def mutual_information(features: Features, config: MutualInformation) -> SumAndCount:
     """InfoNCE between states [sequences, length, width]: which of its sequence's positions a student's state is of.
 
@@ -94,7 +92,6 @@ class Across(LossConfig):
     loss: Literal["across"] = "across"
 
 
-@feature_loss("across", Across)
 def across(features: Features, config: Across) -> SumAndCount:
     """Squared differences of cosines between equal positions of the sequences that are read together.
 
@@ -110,6 +107,14 @@ def across(features: Features, config: Across) -> SumAndCount:
     counted = keep.T[:, :, None] & keep.T[:, None, :]
     each = (mine - theirs).square().where(counted, 0).sum(-1)
     return each.sum(), keep.sum().to(each)
+
+
+def register() -> None:
+    """Let recipes in this process name them."""
+    loss("reliable", Reliable)(reliable)
+    loss("drifted", Drifted)(drifted)
+    feature_loss("mutual_information", MutualInformation)(mutual_information)
+    feature_loss("across", Across)(across)
 
 
 def _kept(features: Features) -> Tensor:

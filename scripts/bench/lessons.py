@@ -23,7 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import candidate_losses  # noqa: F401 (importing registers them)
+import candidate_losses
 import yaml
 from idle import idle_source
 from prototypes import oddness, pieces_of
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", action="store_true", help="also in equal time")
     options = parser.parse_args()
+    candidate_losses.register()
     arena = prepared(options.data, options.arms, options.out)
     arms = arena.asked["controls"] | arena.asked["arms"]
     if unknown := set(options.only or ()) - set(arms):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmcompress.losses.features import Features, measure_features
-from llmcompress.losses.loss import Predictions, measure
+from llmcompress.losses.features import Features
+from llmcompress.losses.loss import Predictions
 
 
 def predictions() -> Predictions:
@@ -37,7 +37,7 @@ def test_truth_is_read_where_the_teacher_finds_it_unlikely() -> None:
         wanted -= float((label * q[token].log()).sum())
         softened += 1
     assert 0 < softened < 6
-    total, count = measure(given, candidate_losses.Reliable(least=0.05, smoothing=0.3))
+    total, count = candidate_losses.reliable(given, candidate_losses.Reliable(least=0.05, smoothing=0.3), None)
     assert total.item() == pytest.approx(wanted) and float(count) == 6
 
 
@@ -45,7 +45,7 @@ def test_truth_is_read_where_the_teacher_finds_it_unlikely() -> None:
 def test_what_drifted_weighs_by_its_divergence(gamma: float) -> None:
     given = predictions()
     each = divergences(given)
-    total, count = measure(given, candidate_losses.Drifted(gamma=gamma))
+    total, count = candidate_losses.drifted(given, candidate_losses.Drifted(gamma=gamma), None)
     assert total.item() == pytest.approx(sum(one ** (1 + gamma) for one in each))
     assert float(count) == pytest.approx(sum(one**gamma for one in each))
     [slope] = torch.autograd.grad(total, given.student)
@@ -72,7 +72,7 @@ def test_a_position_is_told_from_the_others_of_its_sequence(features: Features) 
             own = cosine(student[position], teacher[position]) / 0.5
             wanted += math.log(sum(math.exp(other) for other in others)) - own
             counted += 1
-    total, count = measure_features(features, candidate_losses.MutualInformation(temperature=0.5))
+    total, count = candidate_losses.mutual_information(features, candidate_losses.MutualInformation(temperature=0.5))
     assert total.item() == pytest.approx(wanted) and float(count) == counted == 9
 
 
@@ -87,5 +87,5 @@ def test_sequences_are_related_position_by_position(features: Features) -> None:
                     for states in (features.student, features.teacher)
                 )
                 wanted += (mine - theirs) ** 2
-    total, count = measure_features(features, candidate_losses.Across())
+    total, count = candidate_losses.across(features, candidate_losses.Across())
     assert total.item() == pytest.approx(wanted) and float(count) == 9

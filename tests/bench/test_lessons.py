@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import candidate_losses
 import lessons
 import pytest
 import yaml
 
+from llmcompress.losses import features, loss
 from llmcompress.recipe.distillation import Distillation
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
@@ -25,6 +27,15 @@ RUNS = [
 ]
 
 
+@pytest.fixture
+def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses that only the arena knows, until the test ends."""
+    monkeypatch.setattr(loss, "_LOSSES", loss.losses())
+    monkeypatch.setattr(features, "_FEATURE_LOSSES", features.feature_losses())
+    candidate_losses.register()
+
+
+@pytest.mark.usefixtures("candidates")
 @pytest.mark.parametrize(("file", "arm", "kind"), RUNS)
 def test_every_arm_is_a_recipe(tmp_path: Path, file: str, arm: str, kind: str) -> None:
     (tmp_path / "config.json").write_text(COMPRESSED if kind == "compressed" else "{}")
