@@ -108,6 +108,7 @@ def test_a_model_is_loaded_at_a_smaller_size(large: Path, tmp_path: Path) -> Non
             AutoModelForCausalLM.from_pretrained(large, config=config)
 
 
+@pytest.mark.slow
 def test_first_components_are_nearly_the_best_term_of_their_rank(large: Path, tmp_path: Path) -> None:
     steps = [{"method": "rotate"}, {"method": "rtn", "bits": 2}, {"method": "eora", "rank": 2, "factor_bits": 4}]
     recipe = {"version": 1, "calibration": {"samples": 4, "length": 32}, "rules": [{"match": "*", "steps": steps}]}
