@@ -239,7 +239,7 @@ def within(model: PreTrainedModel, config: LLMCompressConfig) -> LLMCompressConf
     table = {name.removeprefix(own): layout for name, layout in config.table().items() if name.startswith(start)}
     sizes = {name.removeprefix(own): size for name, size in config.sizes.items() if name.startswith(start)}
     ties = {name.removeprefix(own): base.removeprefix(own) for name, base in config.ties.items()}
-    return LLMCompressConfig(**table_entry(table, sizes, ties), versions=config.versions)
+    return LLMCompressConfig(**table_entry(table, sizes, ties), rank=config.rank, versions=config.versions)
 
 
 def expected(model: nn.Module) -> dict[str, Expected]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llmcompress.errors import RecipeError
 from llmcompress.weight.expression import describe
-from llmcompress.weight.nodes import Dense, Grid, LowRank, Sum, Weight, rebuild, shape
+from llmcompress.weight.nodes import Dense, Grid, LowRank, Sum, Weight, children, rebuild, shape
 
 
 def leading(w: Weight, rank: int) -> Weight:
@@ -19,21 +19,13 @@ def leading(w: Weight, rank: int) -> Weight:
     """
     if isinstance(w, LowRank):
         return _cut(w, rank) if shape(w.left)[1] > rank else w
-    if isinstance(w, Sum):
-        parts = [leading(part, rank) for part in w.parts if rank or not isinstance(part, LowRank)]
-        if all(new is old for new, old in zip(parts, w.parts)) and len(parts) == len(w.parts):
-            return w
-        return parts[0] if len(parts) == 1 else Sum(tuple(parts))
-    changed = False
-
-    def inside(path: str, node: Weight, shown: object) -> Weight:
-        nonlocal changed
-        found = leading(node, rank)
-        changed |= found is not node
-        return found
-
-    found = rebuild(w, inside)
-    return found if changed else w
+    if rank == 0 and isinstance(w, Sum):
+        others = tuple(part for part in w.parts if not isinstance(part, LowRank))
+        if 0 < len(others) < len(w.parts):
+            return leading(others[0] if len(others) == 1 else Sum(others), rank)
+    found = rebuild(w, lambda path, node, shown: leading(node, rank))
+    same = all(new is old for (_, new, _), (_, old, _) in zip(children(found), children(w)))
+    return w if same else found
 
 
 def _cut(term: LowRank, rank: int) -> LowRank:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 import llmcompress as lc
@@ -57,8 +57,9 @@ def test_nothing_is_taken_where_there_is_no_more() -> None:
         assert leading(whole, 6) is whole
     assert leading(Sum((base, term)), 0) is base
     assert isinstance(leading(Sum((base, base, term)), 0), Sum)
-    with pytest.raises(RecipeError, match="rank 0 leaves nothing of a matrix that is two factors"):
-        leading(term, 0)
+    for nothing_else in (term, Sum((term, term))):
+        with pytest.raises(RecipeError, match="rank 0 leaves nothing of a matrix that is two factors"):
+            leading(nothing_else, 0)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,9 @@ def test_a_model_is_loaded_at_a_smaller_size(large: Path, tmp_path: Path) -> Non
     AutoModelForCausalLM.from_pretrained(large, config=config).save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(tmp_path / "saved"), logits(tmp_path / "small"))
     assert Opened(tmp_path / "saved").bytes == pytest.approx(Opened(tmp_path / "small").bytes, rel=0.02)
+    headed = AutoModelForSequenceClassification.from_pretrained(large, config=config)
+    up = headed.model.layers[0].mlp.up_proj.expression()
+    torch.testing.assert_close(dense(up), dense(Opened(tmp_path / "small").expression("model.layers.0.mlp.up_proj")))
     for rank, said in ((-1, "no number of components"), (True, "no number of components")):
         config.quantization_config["rank"] = rank
         with pytest.raises(InputError, match=said):
