@@ -96,12 +96,5 @@ def _recounted(before: reports.Report, changed: Mapping[str, Change], rank: int,
         rows.append(row)
     counted = [row for row in rows if reports.BLOCK.search(row.name)]  # a token table is in no block
     said = f"low-rank terms have {rank} components at most; errors of layers are those before that"
-    return replace(
-        before,
-        bytes=size,
-        bpw=sum(row.bpw * prod(row.shape) for row in counted) / sum(prod(row.shape) for row in counted),
-        model_bpw=size * 8 / before.parameters,
-        layers=tuple(rows),
-        warnings=(*before.warnings, said),
-        gates=None if before.gates is None else pending(before.gates.limits, f"its terms were cut to rank {rank}"),
-    )
+    gates = None if before.gates is None else pending(before.gates.limits, f"its terms were cut to rank {rank}")
+    return before.recounted(rows, counted, size, (said,), gates)

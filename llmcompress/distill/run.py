@@ -270,15 +270,8 @@ def _recounted(
     stored = _counted(linears)
     rows = [replace(row, **stored[row.name]) if row.name in stored else row for row in before.layers]
     counted = [row for row in rows if row.name in stored]
-    return replace(
-        before,
-        bytes=size,
-        bpw=sum(row.bpw * prod(row.shape) for row in counted) / sum(prod(row.shape) for row in counted),
-        model_bpw=size * 8 / before.parameters,
-        layers=tuple(rows),
-        warnings=(*before.warnings, warning, *done.warnings),
-        gates=None if before.gates is None else _measured(done).judged(before.gates.limits),
-    )
+    gates = None if before.gates is None else _measured(done).judged(before.gates.limits)
+    return before.recounted(rows, counted, size, (warning, *done.warnings), gates)
 
 
 def _counted(linears: Mapping[str, Multiplying]) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,26 @@ class Report:
     auto_class: str = "AutoModelForCausalLM"  # of transformers, which loads it
     trust_remote_code: bool = False  # the model's own code was run, and is needed to load it
     gates: GateReport | None = None  # its quality beside the recipe's limits; None where these are switched off
+
+    def recounted(
+        self,
+        layers: Sequence[LayerReport],
+        counted: Sequence[LayerReport],
+        size: int,
+        warnings: Iterable[str],
+        gates: GateReport | None,
+    ) -> Report:
+        """Return the report of what is stored now, in files of `size` bytes, with further warnings. `counted`: those of
+        its `layers` whose bits are bits per weight."""
+        return replace(
+            self,
+            bytes=size,
+            bpw=sum(row.bpw * prod(row.shape) for row in counted) / sum(prod(row.shape) for row in counted),
+            model_bpw=size * 8 / self.parameters,
+            layers=tuple(layers),
+            warnings=(*self.warnings, *warnings),
+            gates=gates,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""
