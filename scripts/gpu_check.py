@@ -1,6 +1,7 @@
 """Everything that only a GPU can show, in stages, within 25 minutes: one file of records.
 
-    scripts/gpu_check [--json FILE] [--stages search,kernels] [--data DATA] [--tokens 1,4,16] [--forms PART] [--sweep]
+    scripts/gpu_check [--json FILE] [--stages search,kernels] [--seconds 1500] [--data DATA] [--tokens 1,4,16]
+        [--forms PART] [--sweep]
     scripts/gpu_check --device cpu --small
 
 A stage has a process and a time of its own; one that fails or runs out of time is recorded with its sentence, and the
@@ -32,6 +33,7 @@ from scripts.gpu.given import LATE, Given
 from scripts.gpu.stages import MOST, STAGES, Stage
 
 RESULTS = ROOT / "out" / "gpu_check.jsonl"
+LINES = 25  # of the log of a stage that failed
 DONE, FAILED, OUT_OF_TIME = "done", "failed", "out of time"
 
 
@@ -47,13 +49,13 @@ def main() -> int:
         return _swept(options)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text("")
-    facts, ends = provenance(), time.monotonic() + MOST
+    facts, ends = provenance(), time.monotonic() + options.seconds
     facts["machine"] |= device_facts(device)
     print(f"{facts['machine']['device']}, torch {torch.__version__}; records go to {options.json}", flush=True)
     failed = 0
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
         for stage in options.stages:
-            left = MOST if options.small else min(stage.seconds, ends - time.monotonic())
+            left = options.seconds if options.small else min(stage.seconds, ends - time.monotonic())
             task = Given(stage.name, str(device), options.small, Path(folder), left)
             given = replace(task, data=options.data, tokens=options.tokens, forms=options.forms)
             outcome, said, seconds = ended(stage, given)
@@ -68,7 +70,7 @@ def ended(stage: Stage, given: Given) -> tuple[str, str | None, float]:
     """Run a stage in a process; return its outcome, the sentence of one that failed, and its seconds."""
     started, log = time.monotonic(), given.work / f"{stage.name}.log"
     if given.seconds <= 0:
-        return OUT_OF_TIME, f"the stages before it took all of the {MOST // 60} minutes", 0.0
+        return OUT_OF_TIME, "the stages before it took all of the time", 0.0
     command = [sys.executable, "-m", "scripts.gpu.worker", stage.name, given.to_json()]
     with log.open("wb") as file:
         try:
@@ -82,6 +84,7 @@ def ended(stage: Stage, given: Given) -> tuple[str, str | None, float]:
         return DONE, None, seconds
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     said = lines[-1] if code > 0 and lines else f"it was ended by signal {-code}"
+    print(*lines[-LINES:], sep="\n", file=sys.stderr)
     return OUT_OF_TIME if code == LATE else FAILED, said, seconds
 
 
@@ -131,6 +134,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="try every stage on tiny models")
     parser.add_argument("--stages", type=_stages, default=STAGES, metavar="NAMES", help="only these; all by default")
+    parser.add_argument("--seconds", type=float, default=MOST, help="of all stages together, 25 minutes by default")
     parser.add_argument("--data", type=Path, help="folder with the two WikiText-2 files")
     parser.add_argument("--tokens", default="1,4,16", help="of the kernels' inputs")
     parser.add_argument("--forms", default="", metavar="PART", help="only kernels of forms whose names have this part")

@@ -1,14 +1,15 @@
 """Compare what students learn by and from, at equal tokens or in equal minutes, over several seeds.
 
     python scripts/bench/lessons.py STUDENT... --data DATA --out OUT [--arms FILE] [--only NAME...] [--steps 40]
-        [--seeds 0] [--minutes]
+        [--seeds 0] [--minutes] [--device cuda]
 
 Arms are declared in a file (lessons.yaml, or codes.yaml for a student of grids); their losses are those of the package
 and of candidate_losses.py. DATA holds `wikitext2-valid.txt`, `wikitext2-test.raw` and, for minimal pairs, the folder
 `blimp`: the first 25 pairs of each of its files are asked. Every student learns by every arm; what OUT holds already is
-not run again, so the table grows from run to run. Scored on Python's documentation and WikiText-2 test, whose kinds
-were trained on, and on the source code of IDLE, whose kind was not: 8x512 tokens of each. With --minutes an arm that
-takes over 5 % more or less time than forward KL is run once more with as many steps as fit into forward KL's time.
+not run again, so the table grows from run to run, and several processes may fill one OUT. Scored on Python's
+documentation and WikiText-2 test, whose kinds were trained on, and on the source code of IDLE, whose kind was not:
+8x512 tokens of each. With --minutes an arm that takes over 5 % more or less time than forward KL is run once more with
+as many steps as fit into forward KL's time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
@@ -25,6 +27,7 @@ from typing import Any
 
 import candidate_losses
 import yaml
+from filelock import FileLock, Timeout
 from idle import idle_source
 from prototypes import oddness, pieces_of
 
@@ -51,12 +54,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Arena:
-    """The common part of all arms: their file, texts to learn from, texts to score, the folder of rows."""
+    """The common part of all arms: their file, texts to learn from, texts to score, the folder of rows, the device."""
 
     asked: Row
     training: dict[str, Path]
     scored: tuple[Protocol, ...]
     out: Path
+    device: str = "cpu"
 
     @property
     def rows(self) -> Path:
@@ -79,28 +83,32 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", action="store_true", help="also in equal time")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     candidate_losses.register()
-    arena = prepared(options.data, options.arms, options.out)
+    arena = prepared(options.data, options.arms, options.out, options.device)
     arms = arena.asked["controls"] | arena.asked["arms"]
     if unknown := set(options.only or ()) - set(arms):
         raise SystemExit(f"no such arm: {', '.join(sorted(unknown))}; those of {options.arms}: {', '.join(arms)}")
-    wanted = [name for name in arms if options.only is None or name in options.only]
+    wanted = [name for name in arms if options.only is None or name in (CONTROL, *options.only)]
     if any("{odd}" in str(arms[name]) or "{typical}" in str(arms[name]) for name in wanted):
-        write_halves(arena, options.steps * arena.asked["common"]["batch"] + HELD)
+        with FileLock(options.out / "halves.lock"):
+            write_halves(arena, options.steps * arena.asked["common"]["batch"] + HELD)
+    runs = [(student, name, seed) for seed in options.seeds for student in options.students for name in wanted]
     for student in options.students:
-        before = once(arena, student, "before", {}, 0, 0)
-        for seed in options.seeds:
-            control = once(arena, student, CONTROL, arms[CONTROL], options.steps, seed)
-            for name in wanted:
-                row = once(arena, student, name, arms[name], options.steps, seed)
-                share = control["seconds"] / row["seconds"]
-                if options.minutes and abs(1 - share) > 0.05:
-                    once(arena, student, name, arms[name], round(options.steps * share), seed)
-        print("\n".join(table(arena.known(), student.name, before)), flush=True)
+        once(arena, student, "before", {}, 0, 0)
+    for student, name, seed in runs:
+        once(arena, student, name, arms[name], options.steps, seed)
+    for student, name, seed in runs if options.minutes else ():
+        control, row = (found(arena, student, arm, options.steps, seed) for arm in (CONTROL, name))
+        share = 1.0 if control is None or row is None else control["seconds"] / row["seconds"]
+        if abs(1 - share) > 0.05:
+            once(arena, student, name, arms[name], round(options.steps * share), seed)
+    for student in options.students:
+        print("\n".join(table(arena.known(), student.name)), flush=True)
 
 
-def prepared(data: Path, arms: Path, out: Path) -> Arena:
+def prepared(data: Path, arms: Path, out: Path, device: str) -> Arena:
     """Return the arena for an arms' file; writes the texts and pairs that it needs to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     wiki, words, pairs = data / "wikitext2-valid.txt", out / "random-words.txt", out / "pairs.jsonl"
@@ -114,7 +122,7 @@ def prepared(data: Path, arms: Path, out: Path) -> Arena:
     size: Row = {"windows": 8, "length": 512}
     scored = (Protocol(tasks=(str(pairs),), **size), Protocol(text, **size), Protocol(idle_source(), **size))
     texts = {"wiki": wiki, "random": words, "odd": out / "odd.jsonl", "typical": out / "typical.jsonl"}
-    return Arena(yaml.safe_load(arms.read_text()), texts, scored, out)
+    return Arena(yaml.safe_load(arms.read_text()), texts, scored, out, device)
 
 
 def write_halves(arena: Arena, samples: int) -> None:
@@ -126,27 +134,43 @@ def write_halves(arena: Arena, samples: int) -> None:
     tokenizer = load_tokenizer(place.folder)
     text = arena.training["wiki"].read_text(encoding="utf-8")
     pieces = pieces_of(text, tokenizer, 2 * samples + samples // 8, 256)
-    order = oddness(pieces, load_model(place), tokenizer).argsort()
+    order = oddness(pieces, load_model(place, arena.device), tokenizer).argsort()
     for file, half in ((typical, order[: len(order) // 2]), (odd, order[len(order) // 2 :])):
         file.write_text("".join(json.dumps({"text": pieces[number]}) + "\n" for number in sorted(half)))
 
 
-def once(arena: Arena, student: Path, arm: str, changes: Row, steps: int, seed: int) -> Row:
-    """Return the row of an arm, which is run if there is none; 0 steps: of the student as it is."""
-    key = {"student": student.name, "arm": arm, "steps": steps, "seed": seed}
-    for row in arena.known():
-        if row.items() >= key.items():
-            return row
-    row = key | {"tokens": 0, "seconds": 0.0}
-    folder = arena.out / "unfinished"
-    if steps:
-        done = distill(student, TEACHER, recipe(arena, student, changes, steps, seed), folder)
-        row |= {"tokens": done.tokens, "seconds": done.seconds}
-    row |= scores(folder if steps else student, arena.scored)
-    with arena.rows.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    return row
+def found(arena: Arena, student: Path, arm: str, steps: int, seed: int) -> Row | None:
+    """Return the row of an arm; None if there is none so far."""
+    key = _key(student, arm, steps, seed)
+    return next((row for row in arena.known() if row.items() >= key.items()), None)
+
+
+def once(arena: Arena, student: Path, arm: str, changes: Row, steps: int, seed: int) -> None:
+    """Add the row of an arm, if there is none and no other process is at it; 0 steps: of the student as it is."""
+    key = _key(student, arm, steps, seed)
+    folder = arena.out / "unfinished" / sha256(json.dumps(key).encode()).hexdigest()[:16]
+    folder.parent.mkdir(exist_ok=True)
+    try:
+        with FileLock(folder.with_suffix(".lock"), timeout=0):
+            if found(arena, student, arm, steps, seed) is None:
+                row = key | _run(arena, student, changes, steps, seed, folder)
+                with arena.rows.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                shutil.rmtree(folder, ignore_errors=True)
+                print(f"{student.name}, {arm}, seed {seed}: {row['seconds']:.0f} s", flush=True)
+    except Timeout:
+        return
+
+
+def _key(student: Path, arm: str, steps: int, seed: int) -> Row:
+    return {"student": student.name, "arm": arm, "steps": steps, "seed": seed}
+
+
+def _run(arena: Arena, student: Path, changes: Row, steps: int, seed: int, folder: Path) -> Row:
+    if not steps:
+        return {"tokens": 0, "seconds": 0.0} | scores(student, arena.scored, arena.device)
+    done = distill(student, TEACHER, recipe(arena, student, changes, steps, seed), folder, device=arena.device)
+    return {"tokens": done.tokens, "seconds": done.seconds} | scores(folder, arena.scored, arena.device)
 
 
 def recipe(arena: Arena, student: Path, changes: Row, steps: int, seed: int) -> Row:
@@ -164,9 +188,9 @@ def recipe(arena: Arena, student: Path, changes: Row, steps: int, seed: int) -> 
 
 
 @fast_float32()
-def scores(model: Path, texts: tuple[Protocol, ...]) -> Row:
+def scores(model: Path, texts: tuple[Protocol, ...], device: str) -> Row:
     """Return of each text the KL of every window and the calibration error; and the share of right pairs."""
-    teacher, student = load_model(locate(TEACHER)), opened(locate(str(model)), "cpu", whole=True)
+    teacher, student = load_model(locate(TEACHER), device), opened(locate(str(model)), device, whole=True)
     tokenizer = load_tokenizer(locate(TEACHER).folder)
     found = [evaluate(student, tokenizer, protocol, against=teacher) for protocol in texts]
     [pairs] = found[0].tasks.scores.values()
@@ -177,17 +201,19 @@ def scores(model: Path, texts: tuple[Protocol, ...]) -> Row:
     }
 
 
-def table(rows: list[Row], student: str, before: Row) -> Iterator[str]:
-    """Yield the lines of a student's table: means over seeds; differences from forward KL are those of windows."""
+def table(rows: list[Row], student: str) -> Iterator[str]:
+    """Yield the lines of a student's table: means over seeds; differences from forward KL are those of windows.
+
+    Seeds that forward KL has not run are left out.
+    """
     yield f"\n{student}\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
-    yield line("before", [before], None)
     groups: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        if row["student"] == student and row["steps"]:
+    controls = {row["seed"]: row for row in rows if row["student"] == student and row["arm"] == CONTROL}
+    for row in sorted(rows, key=lambda row: (row["steps"] > 0, row["arm"] != CONTROL)):
+        if row["student"] == student and row["seed"] in controls:
             groups.setdefault((row["arm"], row["steps"]), []).append(row)
-    controls = {row["seed"]: row for (arm, _), members in groups.items() for row in members if arm == CONTROL}
-    for (arm, _), members in groups.items():
-        yield line(arm, members, None if arm == CONTROL else controls)
+    for (arm, steps), members in groups.items():
+        yield line(arm, members, controls if steps and arm != CONTROL else None)
 
 
 def line(arm: str, rows: list[Row], controls: dict[int, Row] | None) -> str:

@@ -29,8 +29,9 @@ def oddness(pieces: Sequence[str], model: PreTrainedModel, tokenizer: PreTrained
     """Return how far each piece is from the middle of its group, as a cosine distance, float64 [pieces]."""
     rows = []
     for piece in pieces:
-        ids = torch.tensor([tokenizer(piece, add_special_tokens=False).input_ids])
-        rows.append(body(model)(input_ids=ids, use_cache=False).last_hidden_state[0].double().mean(0).numpy())
+        ids = torch.tensor([tokenizer(piece, add_special_tokens=False).input_ids], device=model.device)
+        states = body(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        rows.append(states.double().mean(0).cpu().numpy())
     return distances(np.stack(rows), GROUPS)
 
 

@@ -63,8 +63,10 @@ def row(arm: str, seed: int, kl: float) -> dict[str, Any]:
 
 
 def test_differences_are_those_of_the_same_seed_and_window() -> None:
-    rows = [row("forward_kl", 0, 1.0), row("forward_kl", 1, 1.2), row("js", 0, 0.9), row("js", 1, 1.1)]
-    *_, control, js = lessons.table(rows, "small", row("before", 0, 2.0))
+    rows = [row("js", 0, 0.9), row("js", 1, 1.1), row("forward_kl", 0, 1.0), row("forward_kl", 1, 1.2)]
+    rows += [row("js", 2, 0.1), row("before", 0, 2.0) | {"steps": 0}]  # the control of seed 2 is missing
+    *_, before, control, js = lessons.table(rows, "small")
+    assert before.startswith("| before | 1,020 | 1.0 | 2.1000 ")
     assert control == "| forward_kl | 1,020 | 1.0 | 1.2000 | 1.2000 | 1.2000 |  | 0.0500 | 0.700 |"
     assert js.split(" | ")[6] == "0.1000 ± 0.0000"  # window by window, so that what windows share is no noise
 
@@ -72,7 +74,24 @@ def test_differences_are_those_of_the_same_seed_and_window() -> None:
 def test_a_row_that_is_there_is_not_run_again(tmp_path: Path) -> None:
     arena = lessons.Arena(ARMS, {}, (), tmp_path)
     arena.rows.write_text('{"student": "small", "arm": "js", "steps": 4, "seed": 0, "seconds": 1.5}\n')
-    assert lessons.once(arena, Path("small"), "js", {}, 4, 0)["seconds"] == 1.5
+    lessons.once(arena, Path("small"), "js", {}, 4, 0)  # would fail, having no such student
+    found = lessons.found(arena, Path("small"), "js", 4, 0)
+    assert found is not None and found["seconds"] == 1.5
+
+
+def test_what_another_process_runs_is_left_to_it(tmp_path: Path) -> None:
+    arena = lessons.Arena(ARMS, {}, (), tmp_path)
+    running: list[str] = []
+
+    def run(_: Any, student: Path, *rest: Any) -> dict[str, Any]:
+        running.append(student.name)
+        lessons.once(arena, student, "js", {}, 4, 0)  # as another process would meanwhile
+        return {"seconds": 1.0}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lessons, "_run", run)
+        lessons.once(arena, Path("small"), "js", {}, 4, 0)
+    assert running == ["small"] and len(arena.known()) == 1
 
 
 def test_samples_are_those_that_the_epochs_read(tmp_path: Path) -> None:
