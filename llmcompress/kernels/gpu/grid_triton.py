@@ -37,11 +37,16 @@ def grid_words(planes, row, word, there, count, WIDTHS: tl.constexpr):
     """Load words `[rows, words]` of all planes. A narrower plane's is moved so that its fields begin at bit 0."""
     found = (tl.load(planes[0] + row[:, None] * count + word[None, :], mask=there, other=0),)
     for plane in tl.static_range(1, len(WIDTHS)):
-        SHARE: tl.constexpr = WIDTHS[0] // WIDTHS[plane]
-        place = row[:, None] * (count // SHARE) + word[None, :] // SHARE
-        held = tl.load(planes[plane] + place, mask=there, other=0)
-        found = found + (held >> (word[None, :] % SHARE * (32 // SHARE)),)
+        found = found + (shared_words(planes[plane], row, word, there, count, WIDTHS[0] // WIDTHS[plane]),)
     return found
+
+
+@triton.jit
+def shared_words(plane, row, word, there, count, SHARE: tl.constexpr):
+    """Load the words of a narrower plane, each of which is shared by `SHARE` words of the widest."""
+    place = row[:, None] * (count // SHARE) + word[None, :] // SHARE
+    held = tl.load(plane + place, mask=there, other=0)
+    return held >> (word[None, :] % SHARE * (32 // SHARE))
 
 
 @triton.jit

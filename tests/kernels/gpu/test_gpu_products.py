@@ -244,7 +244,7 @@ def _type(value: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("tokens", [1, 16])
-@pytest.mark.parametrize("form", ["4 bits", "3 bits, zero points, low rank", "signs and salient weights"])
+@pytest.mark.parametrize("form", ["4 bits", "7 bits", "3 bits, zero points, low rank", "signs and salient weights"])
 def test_grids_compile_for_a_chip(
     form: str, tokens: int, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,7 +252,7 @@ def test_grids_compile_for_a_chip(
     from llmcompress.kernels.gpu.launches import grid_constants
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    levels = {"4 bits": 16, "signs and salient weights": 2}.get(form, 8)
+    levels = {"4 bits": 16, "7 bits": 128, "signs and salient weights": 2}.get(form, 8)
     packed, salient = grid_rows(grid((8, 2048), levels, 128, 1, "zero" not in form)), None
     if levels == 2:
         inside = Bitmap(torch.rand(8, 2048, generator=seeded(0)) < 0.1)
