@@ -3,8 +3,8 @@
     python scripts/bench/lessons.py STUDENT... --data DATA --out OUT [--arms FILE] [--only NAME...] [--steps 40]
         [--seeds 0] [--minutes] [--device cuda]
 
-Arms are declared in a file (lessons.yaml, or codes.yaml for a student of grids); their losses are those of the package
-and of candidate_losses.py. DATA holds `wikitext2-valid.txt`, `wikitext2-test.raw` and, for minimal pairs, the folder
+Arms are declared in a file (lessons.yaml, codes.yaml or terms.yaml); their losses are those of the package and of
+candidate_losses.py. DATA holds `wikitext2-valid.txt`, `wikitext2-test.raw` and, for minimal pairs, the folder
 `blimp`: the first 25 pairs of each of its files are asked. Every student learns by every arm; what OUT holds already is
 not run again, so the table grows from run to run, and several processes may fill one OUT. Scored on Python's
 documentation and WikiText-2 test, whose kinds were trained on, and on the source code of IDLE, whose kind was not:
@@ -31,6 +31,8 @@ from filelock import FileLock, Timeout
 from idle import idle_source
 from prototypes import oddness, pieces_of
 
+import llmcompress as lc
+from llmcompress.compression.depth.drop import drop_blocks
 from llmcompress.distill.run import distill
 from llmcompress.evaluate.logits import opened
 from llmcompress.evaluate.protocol import Protocol
@@ -112,12 +114,14 @@ def prepared(data: Path, arms: Path, out: Path, device: str) -> Arena:
     """Return the arena for an arms' file; writes the texts and pairs that it needs to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     wiki, words, pairs = data / "wikitext2-valid.txt", out / "random-words.txt", out / "pairs.jsonl"
-    drawn = wiki.read_text(encoding="utf-8").split()
-    Random(0).shuffle(drawn)
-    words.write_text(" ".join(drawn), encoding="utf-8")
-    files = sorted((data / "blimp").glob("*.jsonl"))
-    lines = chain.from_iterable(islice(file.read_text(encoding="utf-8").splitlines(), PAIRS) for file in files)
-    pairs.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    with FileLock(out / "texts.lock"):
+        if not pairs.exists():
+            drawn = wiki.read_text(encoding="utf-8").split()
+            Random(0).shuffle(drawn)
+            words.write_text(" ".join(drawn), encoding="utf-8")
+            files = sorted((data / "blimp").glob("*.jsonl"))
+            lines = chain.from_iterable(islice(file.read_text(encoding="utf-8").splitlines(), PAIRS) for file in files)
+            pairs.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     text = (data / "wikitext2-test.raw").read_text(encoding="utf-8")
     size: Row = {"windows": 8, "length": 512}
     scored = (Protocol(tasks=(str(pairs),), **size), Protocol(text, **size), Protocol(idle_source(), **size))
@@ -156,7 +160,8 @@ def once(arena: Arena, student: Path, arm: str, changes: Row, steps: int, seed: 
                 row = key | _run(arena, student, changes, steps, seed, folder)
                 with arena.rows.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                shutil.rmtree(folder, ignore_errors=True)
+                for each in folder.parent.glob(f"{folder.name}*[!k]"):  # all but the lock
+                    shutil.rmtree(each)
                 print(f"{student.name}, {arm}, seed {seed}: {row['seconds']:.0f} s", flush=True)
     except Timeout:
         return
@@ -169,8 +174,26 @@ def _key(student: Path, arm: str, steps: int, seed: int) -> Row:
 def _run(arena: Arena, student: Path, changes: Row, steps: int, seed: int, folder: Path) -> Row:
     if not steps:
         return {"tokens": 0, "seconds": 0.0} | scores(student, arena.scored, arena.device)
-    done = distill(student, TEACHER, recipe(arena, student, changes, steps, seed), folder, device=arena.device)
-    return {"tokens": done.tokens, "seconds": done.seconds} | scores(folder, arena.scored, arena.device)
+    left, asked, teacher, found = steps, dict(changes), TEACHER, {"tokens": 0, "seconds": 0.0}
+    if "assistant" in asked:
+        left = steps - steps // 2
+        start, teacher = folder.with_suffix(".start"), str(folder.with_suffix(".assistant"))
+        make_assistant(asked.pop("assistant"), start, arena.device)
+        hop = recipe(arena, start, {}, steps // 2, seed)
+        done = distill(start, TEACHER, hop, teacher, device=arena.device)
+        found = {"tokens": done.tokens, "seconds": done.seconds}
+    done = distill(student, teacher, recipe(arena, student, asked, left, seed), folder, device=arena.device)
+    found = {"tokens": found["tokens"] + done.tokens, "seconds": found["seconds"] + done.seconds}
+    return found | scores(folder, arena.scored, arena.device)
+
+
+def make_assistant(asked: Row, folder: Path, device: str) -> None:
+    """Write the model that learns from the teacher first and then teaches: without `blocks`, or by a `recipe`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if "blocks" in asked:
+        drop_blocks(TEACHER, asked["blocks"], folder)
+    else:
+        lc.compress(TEACHER, asked["recipe"], folder, device=device)
 
 
 def recipe(arena: Arena, student: Path, changes: Row, steps: int, seed: int) -> Row:

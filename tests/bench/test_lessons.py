@@ -18,7 +18,7 @@ COMPRESSED = '{"quantization_config": {"quant_method": "llmcompress"}}'
 ARMS = yaml.safe_load((BENCH / "lessons.yaml").read_text())
 
 
-ARENAS = {"lessons.yaml": ARMS, "codes.yaml": yaml.safe_load((BENCH / "codes.yaml").read_text())}
+ARENAS = {name: yaml.safe_load((BENCH / name).read_text()) for name in ("lessons.yaml", "codes.yaml", "terms.yaml")}
 RUNS = [
     (file, arm, kind)
     for file, asked in ARENAS.items()
@@ -41,7 +41,7 @@ def test_every_arm_is_a_recipe(tmp_path: Path, file: str, arm: str, kind: str) -
     (tmp_path / "config.json").write_text(COMPRESSED if kind == "compressed" else "{}")
     asked = ARENAS[file]
     texts = {name: tmp_path / f"{name}.txt" for name in ("wiki", "random", "odd", "typical")}
-    changes = (asked["controls"] | asked["arms"])[arm]
+    changes = {name: value for name, value in (asked["controls"] | asked["arms"])[arm].items() if name != "assistant"}
     made = lessons.recipe(lessons.Arena(asked, texts, (), tmp_path), tmp_path, changes, 7, 3)
     found = Distillation.model_validate(made)
     assert (found.steps, found.seed) == (7, 3)
