@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -150,21 +152,28 @@ def found(arena: Arena, student: Path, arm: str, steps: int, seed: int) -> Row |
 
 
 def once(arena: Arena, student: Path, arm: str, changes: Row, steps: int, seed: int) -> None:
-    """Add the row of an arm, if there is none and no other process is at it; 0 steps: of the student as it is."""
+    """Add the row of an arm, if there is none and no other process is at it; 0 steps: of the student as it is.
+
+    What went wrong with an arm is kept in a file, and it is not tried again while that is there.
+    """
     key = _key(student, arm, steps, seed)
     folder = arena.out / "unfinished" / sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder.parent.mkdir(exist_ok=True)
+    failed = folder.with_suffix(".failed")
     try:
         with FileLock(folder.with_suffix(".lock"), timeout=0):
-            if found(arena, student, arm, steps, seed) is None:
+            if found(arena, student, arm, steps, seed) is None and not failed.exists():
                 row = key | _run(arena, student, changes, steps, seed, folder)
                 with arena.rows.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                for each in folder.parent.glob(f"{folder.name}*[!k]"):  # all but the lock
-                    shutil.rmtree(each)
+                for each in (folder, folder.with_suffix(".start"), folder.with_suffix(".assistant")):
+                    shutil.rmtree(each, ignore_errors=True)
                 print(f"{student.name}, {arm}, seed {seed}: {row['seconds']:.0f} s", flush=True)
     except Timeout:
         return
+    except Exception as error:  # noqa: BLE001 (the other arms go on, whatever it is)
+        failed.write_text(f"{key}\n{traceback.format_exc()}")
+        print(f"{student.name}, {arm}, seed {seed}: failed, see {failed}: {error}", file=sys.stderr, flush=True)
 
 
 def _key(student: Path, arm: str, steps: int, seed: int) -> Row:

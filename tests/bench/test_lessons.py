@@ -101,3 +101,21 @@ def test_samples_are_those_that_the_epochs_read(tmp_path: Path) -> None:
     for changes, samples in (({}, steps * batch), ({"epochs": 4}, steps * batch // 8)):
         data = lessons.recipe(arena, tmp_path, changes, steps, 0)["data"]
         assert [part["samples"] - lessons.HELD for part in data] == [samples] * 2
+
+
+def test_an_arm_that_fails_is_told_and_tried_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def run(*_: Any) -> dict[str, Any]:
+        tried.append("js")
+        raise RuntimeError("it does not fit")
+
+    monkeypatch.setattr(lessons, "_run", run)
+    arena = lessons.Arena(ARMS, {}, (), tmp_path)
+    for _ in range(2):
+        lessons.once(arena, Path("small"), "js", {}, 4, 0)
+    assert tried == ["js"] and not arena.known()
+    assert "small, js, seed 0: failed" in capsys.readouterr().err
+    assert "it does not fit" in next((tmp_path / "unfinished").glob("*.failed")).read_text()
