@@ -33,7 +33,7 @@ from scripts.gpu.given import LATE, Given
 from scripts.gpu.stages import MOST, STAGES, Stage
 
 RESULTS = ROOT / "out" / "gpu_check.jsonl"
-LINES = 25  # of the log of a stage that failed
+LINES = 25  # of the log of a stage that did not end well
 DONE, FAILED, OUT_OF_TIME = "done", "failed", "out of time"
 
 
@@ -78,13 +78,13 @@ def ended(stage: Stage, given: Given) -> tuple[str, str | None, float]:
         except subprocess.TimeoutExpired:
             code = None
     seconds = time.monotonic() - started
-    if code is None:
-        return OUT_OF_TIME, f"it was stopped after {seconds:.0f} seconds", seconds
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     if code == 0:
         return DONE, None, seconds
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = lines[-1] if code > 0 and lines else f"it was ended by signal {-code}"
     print(*lines[-LINES:], sep="\n", file=sys.stderr)
+    if code is None:
+        return OUT_OF_TIME, f"it was stopped after {seconds:.0f} seconds", seconds
+    said = lines[-1] if code > 0 and lines else f"it was ended by signal {-code}"
     return OUT_OF_TIME if code == LATE else FAILED, said, seconds
 
 
@@ -94,7 +94,7 @@ def records(stage: Stage, given: Given, outcome: str, said: str | None, seconds:
     place = {
         "table": "gpu",
         "stage": stage.name,
-        "command": f"scripts/gpu_check --stages {stage.name}{' --small' if given.small else ''}",
+        "command": f"./scripts/gpu_check --stages {stage.name}{' --small' if given.small else ''}",
         "model": "a tiny random Llama" if given.small else "smollm2",
         "text": None,
         "calibration": None,

@@ -171,6 +171,16 @@ TABLES: dict[str, Columns] = {
         "on the probing tokens": "{kl_probing:.3f}",
         "on WikiText-2 test": "{kl:.3f}",
     },
+    "gpu": {"": "{arm}", "agree": "{agree} of {of}", "seconds": "{seconds:.1f}", "MB of the GPU": "{megabytes_gpu:.0f}"},
+    "gpu-search": {
+        "trellis": "{arm}",
+        "576 rows: CPU": "{cpu_ms_576:.2f}",
+        "GPU": "{gpu_ms_576:.2f}",
+        "4,096 rows: CPU": "{cpu_ms_4096:.2f}",
+        "GPU ": "{gpu_ms_4096:.2f}",
+        "14,336 rows: CPU": "{cpu_ms_14336:.2f}",
+        "GPU  ": "{gpu_ms_14336:.2f}",
+    },
     "float_types": {
         "format, filled by": "{arm}",
         "bytes": "{bytes:,}",

@@ -215,7 +215,7 @@ def recipe(arena: Arena, student: Path, changes: Row, steps: int, seed: int) -> 
     data = [
         part | {"samples": samples, "dataset": part["dataset"].format_map(arena.training)} for part in asked["data"]
     ]
-    own = {"data": data, "seed": seed, "steps": steps, "evaluate_every": steps}
+    own = {"data": data, "seed": seed, "steps": steps, "evaluate_every": steps, "save_every": steps}
     return {"rates": arena.asked["rates"][kind]} | asked | own
 
 

@@ -57,7 +57,7 @@ def test_every_recipe_has_a_record() -> None:
 @pytest.mark.parametrize("record", RECORDS, ids=_name)
 def test_record_says_how_it_was_made(record: dict[str, Any]) -> None:
     assert record.keys() >= KEYS
-    assert record["command"].split()[0] in {"python", "llmcompress", "./scripts/demo"}
+    assert record["command"].split()[0] in {"python", "llmcompress", "./scripts/demo", "./scripts/gpu_check"}
     if record.get("source") == "transcribed":
         assert len(record["recorded_at"]) == 40, "the commit whose page had the row"
     else:
