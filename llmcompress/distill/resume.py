@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +12,12 @@ from torch import Tensor
 
 from llmcompress.models import file_names
 from llmcompress.models.store import Store
+from llmcompress.recipe.distillation import Distillation
 
 STATE = "state"  # the record
 METRICS = file_names.METRICS  # grows beside the state
+SHARE = 0.05  # of the time that states may take to write, where a recipe does not say how often
+SOONEST = 10.0  # seconds between states then
 
 
 @dataclass
@@ -32,6 +37,34 @@ class Progress:
     frozen: int | None = None
     factors: list[float] = field(default_factory=list)
     written: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass
+class Saving:
+    """The rhythm of states: `at`, the time of the last one or of the start; `took`, the seconds that it took to write."""
+
+    recipe: Distillation
+    at: float = field(default_factory=time.monotonic)
+    took: float = 0.0
+
+    def is_due(self, step: int) -> bool:
+        """True if a state is due after so many steps."""
+        return self.recipe.save_every is not None and step % self.recipe.save_every == 0
+
+    def is_late(self) -> bool:
+        """True if a state is due by the clock."""
+        wait = 60 * self.recipe.save_minutes
+        if self.recipe.save_every is None:
+            wait = min(wait, max(SOONEST, self.took * (1 / SHARE - 1)))
+        return time.monotonic() - self.at >= wait
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Time the writing of a state in the context."""
+        began = time.monotonic()
+        yield
+        self.at = time.monotonic()
+        self.took = self.at - began
 
 
 def save_state(store: Store, progress: Progress, tensors: Mapping[str, Tensor]) -> None:

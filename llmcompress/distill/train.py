@@ -36,7 +36,7 @@ from llmcompress.distill.on_policy import own_words, window
 from llmcompress.distill.optimizers import optimizer_of
 from llmcompress.distill.parallel.engine import Engine, held_decoded
 from llmcompress.distill.parallel.launch import is_given
-from llmcompress.distill.resume import Progress
+from llmcompress.distill.resume import Progress, Saving
 from llmcompress.errors import NumericsError, Terminated
 from llmcompress.runtime.signals import stop_requests
 
@@ -61,7 +61,7 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
         stopping = stack.enter_context(stop_requests())
         engine = Engine.of(accelerator, run.student, run.teacher, objective, optimizer, recipe.freezing)
         progress = _begun(run, engine, states)
-        started, saved_at = time.monotonic() - progress.seconds, time.monotonic()
+        started, saving = time.monotonic() - progress.seconds, Saving(recipe)
         run.metrics.start(progress.step, begun=bool(progress.history))
         if not progress.history:
             progress.history.append(_seen(run, engine, progress))
@@ -88,10 +88,10 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
                 seen = {**_seen(run, engine, progress), "seconds": progress.seconds}
                 progress.history.append({**seen, "loss": loss})
                 run.metrics.add(seen)
-            asked, late = _decided(accelerator, stopping, time.monotonic() - saved_at >= 60 * recipe.save_minutes)
-            if last or asked or late or progress.step % recipe.save_every == 0:
-                engine.save(run.store, progress)
-                saved_at = time.monotonic()
+            asked, late = _decided(accelerator, stopping, saving.is_late())
+            if last or asked or late or saving.is_due(progress.step):
+                with saving.timed():
+                    engine.save(run.store, progress)
             if report is not None:
                 read = progress.step * recipe.batch * run.data.sequences.ids.shape[1]
                 report(progress.step, run.steps, loss, read / progress.seconds, progress.history[-1]["kl"])

@@ -257,7 +257,12 @@ class Distillation(BaseModel):
         default=(), description="where accelerate sends the metrics too, such as tensorboard; they are always in a file"
     )
     evaluate_every: int = Field(default=25, ge=1, description="steps between looks at the held-out sequences")
-    save_every: int = Field(default=25, ge=1, description="steps between states that a run can resume from")
+    save_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps between states that a run can resume from; null: as often as writing them takes a twentieth "
+        "of the time",
+    )
     save_minutes: float = Field(default=10, gt=0, allow_inf_nan=False, description="and minutes between them at most")
 
     def texts(self) -> tuple[TextSource, ...]:

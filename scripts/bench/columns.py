@@ -171,7 +171,12 @@ TABLES: dict[str, Columns] = {
         "on the probing tokens": "{kl_probing:.3f}",
         "on WikiText-2 test": "{kl:.3f}",
     },
-    "gpu": {"": "{arm}", "agree": "{agree} of {of}", "seconds": "{seconds:.1f}", "MB of the GPU": "{megabytes_gpu:.0f}"},
+    "gpu": {
+        "": "{arm}",
+        "agree": "{agree} of {of}",
+        "seconds": "{seconds:.1f}",
+        "MB of the GPU": "{megabytes_gpu:.0f}",
+    },
     "gpu-search": {
         "trellis": "{arm}",
         "576 rows: CPU": "{cpu_ms_576:.2f}",

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import llmcompress as lc
 from llmcompress.data.schedule import rate, rows
 from llmcompress.distill import train
 from llmcompress.distill.context import TrainContext
+from llmcompress.distill.resume import Saving
 from llmcompress.distill.run import distill
 from llmcompress.errors import InputError, NumericsError, RecipeError, Terminated
 from llmcompress.evaluate.report import read
@@ -173,6 +175,15 @@ def test_states_are_kept_every_so_many_minutes(minutes: float, kept: int | None,
     with pytest.raises(Cut):
         distill(folders / "small", folders / "dense", asked, tmp_path / "out", progress=cut)
     assert kept_step(tmp_path / "out.training") == kept
+
+
+@pytest.mark.parametrize(
+    "more, saving, wait",
+    [({}, 0.1, 10), ({}, 2, 38), ({}, 100, 600), ({"save_minutes": 1}, 100, 60), ({"save_every": 5}, 2, 600)],
+)
+def test_states_that_take_long_to_write_are_kept_less_often(more: dict[str, Any], saving: float, wait: float) -> None:
+    for since, late in ((wait - 1, False), (wait + 1, True)):
+        assert Saving(Distillation(**more), at=time.monotonic() - since, took=saving).is_late() == late
 
 
 def test_the_gradient_does_not_depend_on_micro_batches(folders: Path, tmp_path: Path) -> None:
