@@ -68,14 +68,14 @@ def fewer(records: list[Record]) -> dict[str, Any]:
     methods = {record["recipe"]: record["numbers"] for record in current("methods", records)}
     lines: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (DROPPED, *FEWER.values())}
     for table, kind in FEWER.items():
-        student = ""
+        student: Record = {}
         for record in current(table, records):
             if record["text"] == TEXT and record["student"]:
-                student = record["arm"]
+                student = record
             elif record["text"] == TEXT and record["arm"] == "then distilled":
                 size, perplexity = _megabytes(student, methods), record["numbers"]["perplexity"]
                 if size is not None:
-                    lines[DROPPED if DROPPED in student else kind].append(_sized(size, perplexity))
+                    lines[DROPPED if DROPPED in student["arm"] else kind].append(_sized(size, perplexity))
     lines[BITS] = [_sized(_size(methods[name]), methods[name]["perplexity"]) for name in RECIPES]
     return {
         "axis": "bytes",
@@ -85,11 +85,14 @@ def fewer(records: list[Record]) -> dict[str, Any]:
     }
 
 
-def _megabytes(student: str, methods: dict[str, dict[str, Any]]) -> float | None:
-    """Return the size of a student: its name has it, or has its recipe's; None for a control of another's size."""
-    if found := re.search(r"([\d.]+) MB", student):
+def _megabytes(student: Record, methods: dict[str, dict[str, Any]]) -> float | None:
+    """Return the size of a student: its record or name has it, or its name has its recipe's; None for a control of
+    another's size."""
+    if "megabytes" in student["numbers"]:
+        return _size(student["numbers"])
+    if found := re.search(r"([\d.]+) MB", student["arm"]):
         return float(found[1])
-    recipe = re.search(r"`(.+?)`", student)
+    recipe = re.search(r"`(.+?)`", student["arm"])
     return _size(methods[recipe[1]]) if recipe else None
 
 
