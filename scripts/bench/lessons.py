@@ -183,17 +183,15 @@ def _key(student: Path, arm: str, steps: int, seed: int) -> Row:
 def _run(arena: Arena, student: Path, changes: Row, steps: int, seed: int, folder: Path) -> Row:
     if not steps:
         return {"tokens": 0, "seconds": 0.0} | scores(student, arena.scored, arena.device)
-    left, asked, teacher, found = steps, dict(changes), TEACHER, {"tokens": 0, "seconds": 0.0}
+    asked, teacher, own, hops = dict(changes), TEACHER, steps, []
     if "assistant" in asked:
-        left = steps - steps // 2
-        start, teacher = folder.with_suffix(".start"), str(folder.with_suffix(".assistant"))
+        start, teacher, own = folder.with_suffix(".start"), str(folder.with_suffix(".assistant")), steps - steps // 2
         make_assistant(asked.pop("assistant"), start, arena.device)
         hop = recipe(arena, start, {}, steps // 2, seed)
-        done = distill(start, TEACHER, hop, teacher, device=arena.device)
-        found = {"tokens": done.tokens, "seconds": done.seconds}
-    done = distill(student, teacher, recipe(arena, student, asked, left, seed), folder, device=arena.device)
-    found = {"tokens": found["tokens"] + done.tokens, "seconds": found["seconds"] + done.seconds}
-    return found | scores(folder, arena.scored, arena.device)
+        hops.append(distill(start, TEACHER, hop, teacher, device=arena.device))
+    hops.append(distill(student, teacher, recipe(arena, student, asked, own, seed), folder, device=arena.device))
+    spent = {"tokens": sum(hop.tokens for hop in hops), "seconds": sum(hop.seconds for hop in hops)}
+    return spent | scores(folder, arena.scored, arena.device)
 
 
 def make_assistant(asked: Row, folder: Path, device: str) -> None:
