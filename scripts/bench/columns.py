@@ -36,6 +36,15 @@ KINDS: Columns = {
     "gap ": "{gap_gradient:.3f}",
     "KL ": "{kl_gradient:.3f} ± {kl_gradient_stderr:.3f}",
 }
+ZEROS: Columns = {
+    "plan": "{arm}",
+    "share of zeros": "{sparsity:.3f}",
+    "bpw": "{bpw:.3f}",
+    "MB": "{megabytes:.1f}",
+    "KL predicted": "{kl_predicted:.3f}",
+    "on the probing tokens": "{kl_probing:.3f}",
+    "on WikiText-2 test": "{kl:.3f}",
+}
 PREDICTED = "{kl_predicted:.3f}, {kl_probing:.3f}"
 MAIN_JOB: Columns = {
     "": "{arm}",
@@ -162,14 +171,15 @@ TABLES: dict[str, Columns] = {
         "llama.cpp ": "{perplexity_llama:.2f}",
         "with importance ": "{perplexity_llama_importance:.2f}",
     },
-    "sparsity": {
-        "plan": "{arm}",
-        "share of zeros": "{sparsity:.3f}",
-        "bpw": "{bpw:.3f}",
-        "MB": "{megabytes:.1f}",
-        "KL predicted": "{kl_predicted:.3f}",
-        "on the probing tokens": "{kl_probing:.3f}",
-        "on WikiText-2 test": "{kl:.3f}",
+    "sparsity": ZEROS,
+    "sparsity-wanda": ZEROS,
+    "sparsity-ranks": {
+        "plans": "{arm}",
+        "zeros": "{sparsity_least:.2f} to {sparsity_most:.2f}",
+        "KL on WikiText-2 test": "{kl_least:.2f} to {kl_most:.2f}",
+        "rank correlation of predicted and probed": "{rank_probing:.2f}",
+        "of predicted and text": "{rank_text:.2f}",
+        "of size and text": "{rank_size:.2f}",
     },
     "gpu": {
         "": "{arm}",
