@@ -224,6 +224,7 @@ TABLES: dict[str, Columns] = {
             "distilled-order",
             "distilled-pruned",
             "distilled-low-rank-50",
+            "distilled-another-family",
         ),
         LEARNED,
     ),
