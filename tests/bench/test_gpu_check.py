@@ -57,6 +57,7 @@ def test_givens_survive_the_way_to_a_process(tmp_path: Path) -> None:
     assert again.to_json() == given.to_json() and again.data == given.data and again.left <= 60.0
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_is_a_sentence(tmp_path: Path) -> None:
     """One that is not there fails as any other does: by the last line that its process writes."""
     stage, given = Stage("nothing", "", 60, ""), given_for(tmp_path, "nothing")

@@ -258,6 +258,7 @@ def test_a_distillation_comes_before(place: Path, tmp_path: Path) -> None:
     assert after.sentence().endswith("on text held out of the distillation")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", tiered([2, 5], lambda count: count == 5))
 def test_processes_share_the_windows_where_all_see_the_model(count: int, place: Path, tmp_path: Path) -> None:
     """Elsewhere the first one measures. One of five has no window of the four."""

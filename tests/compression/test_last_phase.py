@@ -211,6 +211,7 @@ def test_what_cannot_load_is_no_success(place: Path, tmp_path: Path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_target_run_goes_on_behind_its_rename(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint is there and its plan is not: the same command measures the plan, and compresses nothing."""
     options = [[{"method": "rtn", "bits": bits, "group_size": 8}] for bits in (2, 4)]
@@ -279,6 +280,7 @@ def test_one_training_at_a_time(place: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "out.training") == kept
 
 
+@pytest.mark.slow
 def test_a_bit_of_a_kept_training_that_flips(place: Path, tmp_path: Path) -> None:
     """In any part of the state: numbers, steps taken, history."""
     stopped(place, tmp_path, place / "dense")

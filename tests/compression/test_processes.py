@@ -132,6 +132,7 @@ LEARNING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiered(LEARNING, lambda name: name == "weights"))
 def test_blocks_learn_in_threads_what_they_learn_in_one(name: str, place: Path, tmp_path: Path) -> None:
     """With fewer held-out sequences than processes."""
@@ -224,6 +225,7 @@ def line_of(place: Path, **more: Any) -> list[Recipe]:
     return [read_recipe(recipe(place, rules=[], target={"bpw": 4}, options=options, **more))]
 
 
+@pytest.mark.slow
 def test_threads_sweep_what_one_sweeps(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prices number for number, and so the same plans; what is finished is not repeated."""
     recipes, sizes, protocol = line_of(place), budgets("4.5", None), Protocol(place / "text.txt", 4, 32)

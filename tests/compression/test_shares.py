@@ -147,6 +147,7 @@ def test_weights_are_those_of_one_layer_after_the_other(name: str, models: Calla
         assert torch.get_num_threads() == threads and ONEDNN.matmul.fp32_precision == switch
 
 
+@pytest.mark.slow
 def test_experts_are_side_by_side_in_a_run(
     models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,6 +200,7 @@ def test_adapters_of_peft_take_the_linears(quantized: Path) -> None:
     torch.testing.assert_close(folded, moved, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_is_in_common_trains_once(place: Path, quantized: Path, tmp_path: Path) -> None:
     data = {"dataset": str(place / "text.txt"), "samples": 12, "length": 32, "held_out": 4}
     asked = {"data": data, "batch": 4, "steps": 8, "evaluate_every": 8, "compute": "float32"}

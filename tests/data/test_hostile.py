@@ -233,6 +233,7 @@ CHATS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @FAST
 @given(
     data=st.lists((ROWS | CHATS).map(json.dumps), max_size=4).map("\n".join).map(str.encode) | st.binary(max_size=99)

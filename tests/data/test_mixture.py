@@ -125,6 +125,7 @@ def cut_after(step: int) -> Callable[..., None]:
     return cut
 
 
+@pytest.mark.slow
 def test_a_mixture_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
     asked = recipe(folders, steps=7, save_every=3, mixture={"reweight": "ddk", "every": 2, "sequences": 2})
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")

@@ -35,6 +35,7 @@ def steps_of(folders: Path, output: Path, *losses: dict[str, Any], **more: Any) 
     return [row for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 def test_shares_are_those_of_runs_with_one_loss(folders: Path, tmp_path: Path) -> None:
     """And balanced weights are those that make the norms equal, whatever the micro-batches are."""
     alone = [steps_of(folders, tmp_path / name, loss)[0] for name, loss in (("kl", KL), ("mse", MSE))]

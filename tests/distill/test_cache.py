@@ -238,6 +238,7 @@ def recipe(folders: Path, **more: Any) -> dict[str, Any]:
     return {"version": 1, "data": data, "rates": {"scales": 5e-3, "norms": 5e-3}, **exact} | more
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_recovers_what_an_online_one_does(folders: Path, tmp_path: Path) -> None:
     def distilled(name: str, **teacher: Any) -> Any:
         return distill(folders / "small", folders / "dense", recipe(folders, teacher=teacher), tmp_path / name)

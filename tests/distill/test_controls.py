@@ -74,6 +74,7 @@ def test_a_run_that_was_cut_anywhere_ends_as_a_whole_one(calls: int, folders: Pa
     assert not (tmp_path / "cut.training").exists()
 
 
+@pytest.mark.slow
 def test_a_control_that_diverges_is_told_and_the_rest_stays(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_control_that_diverges_is_told_and_the_rest_stays(
     assert "control no teacher · step 2: the loss is nan" in distilled_view(done.to_json(), False)
 
 
+@pytest.mark.slow
 def test_controls_share_a_cached_teacher(folders: Path, tmp_path: Path) -> None:
     cached = {"kind": "cached", "k": 16}
     asked = settings(folders, losses=[{"of": {"loss": "forward_kl"}}], controls=["no_teacher"], teacher=cached)

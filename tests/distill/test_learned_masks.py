@@ -121,6 +121,7 @@ def test_masks_may_learn_while_values_stay(folders: Path, tmp_path: Path) -> Non
     assert set(found.trained) == {"masks"} and found.phases[0]["regrown"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_while_masks_learned_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
     settings = recipe(folders, rates={**RATES, "masks": 5e-2}, regrow=LEARNED, steps=4, save_every=1)
     distill(folders / "small", folders / "dense", settings, tmp_path / "whole")

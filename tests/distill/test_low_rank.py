@@ -162,6 +162,7 @@ class Cut(Exception):
     """An interruption of a run."""
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
     terms = {"match": ["*.q_proj", "re:.*down_proj"], "rank": 2, "factor_bits": 8}
     asked = recipe(folders, steps=4, save_every=2, rates={"factors": 1e-2}, adapt=terms)

@@ -248,6 +248,7 @@ class Cut(Exception):
     """An interruption of a run."""
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
     """With frozen codes, too, which stay codes while their scales move."""
     freezing = {"momentum": 0.4, "threshold": 0.3, "final_threshold": 0.3}

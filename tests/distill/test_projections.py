@@ -130,6 +130,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_a_narrower_student_learns_and_a_cut_run_ends_as_a_whole_one(place: Path, tmp_path: Path) -> None:
     """The linears are in the run's state, with their moments, and not in the folder."""
     recipe = asked(place, steps=12, losses=[FORWARD, HIDDEN, EXITS], rates=RATES, save_every=5)

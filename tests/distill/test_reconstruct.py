@@ -124,6 +124,7 @@ def test_weights_still_to_be_compressed_make_up_for_the_others(place: Path, tmp_
     assert means[1] < means[0]
 
 
+@pytest.mark.slow
 def test_what_learns_nothing_changes_nothing(place: Path, tmp_path: Path) -> None:
     """At rates too small for float16, the files are those of a run without reconstruction, in batches as large."""
     found = [

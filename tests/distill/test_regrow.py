@@ -141,6 +141,7 @@ def test_a_phase_changes_its_own_masks_alone_and_no_byte(start: str, folders: Pa
         assert found.history[-1]["kl"] < found.history[0]["kl"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_after_it_pruned_again_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
     phases = [{"kind": "end_to_end", "steps": 2, "regrow": {"match": "*.mlp.*"}}, {"kind": "end_to_end", "steps": 2}]
     settings = recipe(folders, rates=RATES, phases=phases, save_every=1)

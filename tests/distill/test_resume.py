@@ -52,6 +52,7 @@ def cut(folder: Path, step: int, after: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 4])
 def test_a_save_that_is_cut_anywhere_leaves_the_old_state_or_the_new_one(before: int, tmp_path: Path) -> None:
     seen, calls = [], 0

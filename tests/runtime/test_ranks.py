@@ -108,6 +108,7 @@ def test_processes_that_no_launcher_started_are_told_how(monkeypatch: pytest.Mon
         launched("cpu").__enter__()
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_in_vain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "GATHERING", timedelta(seconds=1))
     own = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

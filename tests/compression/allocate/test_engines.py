@@ -67,6 +67,7 @@ def test_default_options_are_those_that_fit_the_shape_and_leave_tables_alone(pla
     assert odd == rows, "52 columns are one group of 128, and no smaller one divides them"
 
 
+@pytest.mark.slow
 def test_what_is_chosen_is_exported_whole_and_the_report_names_the_engine(place: Path, tmp_path: Path) -> None:
     dense = resolve(str(place / "dense"))
     job = prepare(dense, read_recipe(recipe(place, {"bpw": 5.5, "engine": "vllm"})))

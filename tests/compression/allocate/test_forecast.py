@@ -45,6 +45,7 @@ def test_a_forecast_spends_what_the_target_gives(place: Path, target: dict[str, 
     assert max(widths) - min(widths) <= 1, "evenly"
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_target_has_the_size_of_its_run(place: Path, tmp_path: Path) -> None:
     asked = recipe(place, {"bpw": 3.3})
     planned = lc.plan(place / "dense", asked)

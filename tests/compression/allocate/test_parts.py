@@ -45,6 +45,7 @@ def matrices(folder: Path) -> Any:
     return json.loads((folder / "allocation.json").read_text())["matrices"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", tiered([1, 3, 4], lambda count: count == 3))
 def test_parts_together_are_the_prices_of_one_run(count: int, place: Path, tmp_path: Path) -> None:
     for number in reversed(range(1, count + 1)):
@@ -108,6 +109,7 @@ def test_a_part_is_for_one_process(place: Path, tmp_path: Path, monkeypatch: pyt
         measure(place, tmp_path / "out", "1/2")
 
 
+@pytest.mark.slow
 def test_the_command_line_measures_a_part(place: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(place)))
     words = ["compress", str(place / "dense"), str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")]

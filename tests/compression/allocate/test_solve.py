@@ -63,6 +63,7 @@ def test_larger_problems_are_solved_as_by_dynamic_programming(seed: int) -> None
     assert total(damage, found) == pytest.approx(least_by_dynamic_programming(damage, cost, limit), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_costs_that_are_nearly_multiples_end_near_the_bound() -> None:
     """Kept weights of 210 matrices of a few sizes at nine sparsities: an exact proof takes hours."""
     random = Random(0)

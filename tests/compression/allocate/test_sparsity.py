@@ -85,6 +85,7 @@ def test_chosen_shares_lose_less_than_equal_ones(by: str, place: Path, tmp_path:
     assert mine < theirs
 
 
+@pytest.mark.slow
 def test_a_model_outside_of_its_gates_is_told_the_share_that_holds(place: Path, tmp_path: Path) -> None:
     options = [[{"method": "wanda", "sparsity": share / 10}] for share in (0, 3, 9)]
     asked = recipe(place, {"sparsity": 0.85}, options=options, gates={"kl": 1e-3, "perplexity_ratio": None})
@@ -122,6 +123,7 @@ def test_er_plans_keep_more_of_small_matrices() -> None:
     assert er_plan(costs, shapes, total // 20) is None
 
 
+@pytest.mark.slow
 def test_a_plan_and_the_command_line_know_it(place: Path) -> None:
     text = f"calibration={{dataset: {place / 'text.txt'}, samples: 16, length: 48}}"
     words = ["plan", str(place / "dense"), "--sparsity", "0.6", "--set", text]

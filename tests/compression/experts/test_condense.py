@@ -80,6 +80,7 @@ def test_the_dense_layer_is_the_sum_of_constant_experts(family: str, tmp_path: P
     assert report.bytes_after == sum(4 * value.numel() for value in out.state_dict().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_constant_routing_is_condensed_exactly(family: str, tmp_path: Path) -> None:
     """Routers that weigh all experts alike, which every token is given, leave nothing to lose."""

@@ -143,6 +143,7 @@ def test_memory_is_a_model_too(same_threads: None) -> None:
 EMPTY: dict[str, Any] = {"prompt": [], "tokens": 0}
 
 
+@pytest.mark.slow
 def test_an_error_is_the_last_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny("llama", tmp_path / "dense")
     (folder / "model.safetensors").write_bytes(b"\0" * 100)

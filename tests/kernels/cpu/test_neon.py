@@ -67,6 +67,7 @@ def here(w: Weight, x: Tensor, mode: run.Mode) -> Tensor:
     return run.product(prepare(w), x.clone(), mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", tiered([(name, mode) for name in FORMS for mode in MODES], FAST.__contains__))
 def test_neon_gives_what_this_machine_gives(case: tuple[str, run.Mode], by_neon: Callable[..., Tensor]) -> None:
     name, mode = case
