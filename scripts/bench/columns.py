@@ -244,6 +244,13 @@ TABLES: dict[str, Columns] = {
         "perplexity there ": "{perplexity:.2f} ± {perplexity_spread:.2f}",
         "BLiMP": "{blimp:.3f} ± {blimp_spread:.3f}",
     },
+    "where-it-fell": {
+        "": "{arm}",
+        "KL, documentation": "{kl_library:.4f}",
+        "WikiText-2 test": "{kl_articles:.4f}",
+        "functions": "{kl_functions:.4f}",
+        "worst": "{kl_worst:.4f}",
+    },
     "peers": {
         "tool": "{tool}",
         "arm": "{arm}",
