@@ -41,7 +41,7 @@ class Progress:
 
 @dataclass
 class Saving:
-    """The rhythm of states: `at`, the time of the last one or of the start; `took`, the seconds that writing it took."""
+    """The rhythm of states. `at`: the time of the last one, or of the start; `took`: the seconds to write it."""
 
     recipe: Distillation
     at: float = field(default_factory=time.monotonic)
