@@ -6,6 +6,7 @@ classifiers or vision models.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -109,12 +110,45 @@ def across(features: Features, config: Across) -> SumAndCount:
     return each.sum(), keep.sum().to(each)
 
 
+class Between(LossConfig):
+    """Arguments of `between`: none."""
+
+    loss: Literal["between"] = "between"
+
+
+def between() -> Callable[[Features, Between], SumAndCount]:
+    """Return a loss: squared differences of the cosines between a layer's states and those of the layer before.
+
+    It is the relation across layers of SKT (2010.15547), which layers of any two widths have. The loss is called once
+    for each layer, in order, and remembers the last one; the first of a forward pass has none before it.
+    """
+    last: list[Features] = []
+
+    def between(features: Features, config: Between) -> SumAndCount:
+        keep, before = _kept(features), last.pop() if last else None
+        last.append(features)
+        count = keep.sum().to(wide(features.student))
+        if before is None or before.keep is not features.keep:  # of another pass
+            return torch.zeros_like(count), count
+        mine, theirs = (
+            nn.functional.cosine_similarity(wide(one), wide(other), dim=-1)
+            for one, other in (
+                (before.student, features.student),
+                (before.teacher.detach(), features.teacher.detach()),
+            )
+        )
+        return (mine - theirs).square().where(keep, 0).sum(), count
+
+    return between
+
+
 def register() -> None:
     """Let recipes in this process name them."""
     loss("reliable", Reliable)(reliable)
     loss("drifted", Drifted)(drifted)
     feature_loss("mutual_information", MutualInformation)(mutual_information)
     feature_loss("across", Across)(across)
+    feature_loss("between", Between)(between())
 
 
 def _kept(features: Features) -> Tensor:

@@ -3,13 +3,13 @@
     python scripts/bench/lessons.py STUDENT... --data DATA --out OUT [--arms FILE] [--only NAME...] [--steps 40]
         [--seeds 0] [--minutes] [--device cuda]
 
-Arms are declared in a file (lessons.yaml, codes.yaml or terms.yaml); their losses are those of the package and of
-candidate_losses.py. DATA holds `wikitext2-valid.txt`, `wikitext2-test.raw` and, for minimal pairs, the folder
-`blimp`: the first 25 pairs of each of its files are asked. Every student learns by every arm; what OUT holds already is
-not run again, so the table grows from run to run, and several processes may fill one OUT. Scored on Python's
-documentation and WikiText-2 test, whose kinds were trained on, and on the source code of IDLE, whose kind was not:
-8x512 tokens of each. With --minutes an arm that takes over 5 % more or less time than forward KL is run once more with
-as many steps as fit into forward KL's time.
+Arms are declared in a file (lessons.yaml, codes.yaml or terms.yaml). Beside the package's losses and teachers they know
+those of candidate_losses.py and candidate_teachers.py. DATA holds `wikitext2-valid.txt`, `wikitext2-test.raw` and, for
+minimal pairs, the folder `blimp`: the first 25 pairs of each of its files are asked. Every student learns by every arm;
+what OUT holds already is not run again, so the table grows from run to run, and several processes may fill one OUT.
+Scored on Python's documentation and WikiText-2 test, whose kinds were trained on, and on the source code of IDLE, whose
+kind was not: 8x512 tokens of each. With --minutes an arm that takes over 5 % more or less time than forward KL is run
+once more with as many steps as fit into forward KL's time.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from random import Random
 from typing import Any
 
 import candidate_losses
+import candidate_teachers
 import yaml
 from filelock import FileLock, Timeout
 from idle import idle_source
@@ -185,17 +186,29 @@ def _run(arena: Arena, student: Path, changes: Row, steps: int, seed: int, folde
         return {"tokens": 0, "seconds": 0.0} | scores(student, arena.scored, arena.device)
     asked, teacher, own, hops = dict(changes), TEACHER, steps, []
     if "assistant" in asked:
-        start, teacher, own = folder.with_suffix(".start"), str(folder.with_suffix(".assistant")), steps - steps // 2
-        make_assistant(asked.pop("assistant"), start, arena.device)
+        made, teacher, own = asked.pop("assistant"), str(folder.with_suffix(".assistant")), steps - steps // 2
+        start = student if made == "itself" else folder.with_suffix(".start")
+        if start != student:
+            make_assistant(made, start, arena.device)
         hop = recipe(arena, start, {}, steps // 2, seed)
         hops.append(distill(start, TEACHER, hop, teacher, device=arena.device))
-    hops.append(distill(student, teacher, recipe(arena, student, asked, own, seed), folder, device=arena.device))
+    with candidate_teachers.beside(_second(asked.pop("second", None), folder, arena.device), arena.device):
+        hops.append(distill(student, teacher, recipe(arena, student, asked, own, seed), folder, device=arena.device))
     spent = {"tokens": sum(hop.tokens for hop in hops), "seconds": sum(hop.seconds for hop in hops)}
     return spent | scores(folder, arena.scored, arena.device)
 
 
+def _second(asked: Row | str | None, folder: Path, device: str) -> str | Path | None:
+    """Return what an arm learns from beside the teacher; a model is made first, as assistants are."""
+    if not isinstance(asked, dict):
+        return asked
+    made = folder.with_suffix(".assistant")
+    make_assistant(asked, made, device)
+    return made
+
+
 def make_assistant(asked: Row, folder: Path, device: str) -> None:
-    """Write the model that learns from the teacher first and then teaches: without `blocks`, or by a `recipe`."""
+    """Write a model that teaches too: the dense one without `blocks`, or compressed by a `recipe`."""
     shutil.rmtree(folder, ignore_errors=True)
     if "blocks" in asked:
         drop_blocks(TEACHER, asked["blocks"], folder)

@@ -89,3 +89,20 @@ def test_sequences_are_related_position_by_position(features: Features) -> None:
                 wanted += (mine - theirs) ** 2
     total, count = candidate_losses.across(features, candidate_losses.Across())
     assert total.item() == pytest.approx(wanted) and float(count) == 9
+
+
+def test_layers_are_related_to_the_one_before(features: Features) -> None:
+    later = Features(features.student.flip(-1), features.teacher.roll(1, -1), features.keep)
+    run = candidate_losses.between()
+    assert [float(value) for value in run(features, candidate_losses.Between())] == [0, 9]  # has none before it
+    wanted = 0.0
+    for sequence, position in features.keep.nonzero().tolist():
+        mine, theirs = (
+            cosine(one[sequence, position], other[sequence, position])
+            for one, other in ((features.student, later.student), (features.teacher, later.teacher))
+        )
+        wanted += (mine - theirs) ** 2
+    total, count = run(later, candidate_losses.Between())
+    assert total.item() == pytest.approx(wanted) and float(count) == 9
+    another = Features(features.student, features.teacher, features.keep.clone())
+    assert float(run(another, candidate_losses.Between())[0]) == 0  # of another forward pass

@@ -41,7 +41,8 @@ def test_every_arm_is_a_recipe(tmp_path: Path, file: str, arm: str, kind: str) -
     (tmp_path / "config.json").write_text(COMPRESSED if kind == "compressed" else "{}")
     asked = ARENAS[file]
     texts = {name: tmp_path / f"{name}.txt" for name in ("wiki", "random", "odd", "typical")}
-    changes = {name: value for name, value in (asked["controls"] | asked["arms"])[arm].items() if name != "assistant"}
+    known = (asked["controls"] | asked["arms"])[arm]
+    changes = {name: value for name, value in known.items() if name not in ("assistant", "second")}
     made = lessons.recipe(lessons.Arena(asked, texts, (), tmp_path), tmp_path, changes, 7, 3)
     found = Distillation.model_validate(made)
     assert (found.steps, found.seed) == (7, 3)
