@@ -12,7 +12,7 @@ from hashlib import sha256
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -39,7 +39,6 @@ from llmcompress.models import file_names
 from llmcompress.models.binding import binding
 from llmcompress.models.checkpoint import making
 from llmcompress.models.companions import Companions, companions
-from llmcompress.models.dense import load_model
 from llmcompress.models.digest import content_digest, teacher_digest, tokenizer_digest
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.remote_code import code_files
@@ -58,6 +57,9 @@ from llmcompress.runtime.versions import versions
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.modules import CompressedLinear, Layout, Multiplying, compressed_modules
 from llmcompress.weight.tied import base_of, described
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TRAINING = ".training"  # follows the name of the output folder: the state of an interrupted run
 COMPRESSED_TEACHER = "the teacher is compressed too, so what it lost the student does not learn"
@@ -165,7 +167,7 @@ def _distilled(
         pair = load_pair(pupil, place, asked, accelerator)
         check_pair(*pair, [tokenizer.get_vocab(), theirs.get_vocab()])
         check_teacher(pair[1], asked.teacher.bits)
-    data = ranks.first(partial(read_data, asked.data, tokenizer, partial(load_model, place), pair[1].config))
+    data = _read(asked, tokenizer, pair[1], ranks)
     training = target.with_name(target.name + TRAINING)
     identity = _identity(asked, data, opened, place)
     ranks.compare(identity)
@@ -194,6 +196,11 @@ def _distilled(
         if asked.teacher.kind == "cached":
             remove_cache(asked.teacher, target)
     return done
+
+
+def _read(recipe: Distillation, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel, ranks: Ranks) -> Data:
+    """Return the data; text that the teacher has to write is written on its device."""
+    return ranks.first(partial(read_data, recipe.data, tokenizer, lambda: teacher, teacher.config))
 
 
 def _identity(recipe: Distillation, data: Data, opened: StudentFolder, teacher: Place) -> dict[str, Any]:

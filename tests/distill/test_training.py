@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
+from llmcompress.data import calibration
+from llmcompress.data.generate_text import Written, teacher_sequences
 from llmcompress.data.schedule import rate, rows
 from llmcompress.distill import train
 from llmcompress.distill.context import TrainContext
@@ -104,6 +106,21 @@ def test_what_trains_is_recovered_at_the_same_bytes(folders: Path, tmp_path: Pat
     assert not (tmp_path / "out.training").exists()
     assert verify(tmp_path / "out", text=folders / "text.txt", length=16).layers == 16
     assert read(tmp_path / "out").bytes == sizes[1]
+
+
+def test_the_teacher_that_is_loaded_writes_the_text(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers = []
+
+    def written(model: PreTrainedModel, *rest: Any, **more: Any) -> Written:
+        writers.append((model.dtype, model.config.name_or_path))
+        return teacher_sequences(model, *rest, **more)
+
+    monkeypatch.setattr(calibration, "teacher_sequences", written)
+    own = {"dataset": "self", "samples": 6, "length": 16, "held_out": 2}
+    distill(folders / "small", folders / "dense", recipe(folders, data=own, compute="bfloat16"), tmp_path / "out")
+    assert writers == [(torch.bfloat16, str(folders / "dense"))]  # as it teaches, not as a copy in float32
 
 
 def test_codes_that_start_at_the_teacher_are_recovered(folders: Path, tmp_path: Path) -> None:
