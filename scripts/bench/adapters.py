@@ -22,6 +22,7 @@ from llmcompress.evaluate.tables import passport_cells
 from llmcompress.models.dense import load_model
 from llmcompress.models.locate import locate
 from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.runtime.precision import product_dtype, products
 
 DENSE = "smollm2"
 LENGTH, BATCH = 256, 4
@@ -47,9 +48,10 @@ def train(folder: Path, steps: int, rank: int) -> None:
     adapted = get_peft_model(model, lora)
     ids = text_windows(tokenizer, source(idle=False), steps * BATCH, LENGTH)
     numbers = [value for value in adapted.parameters() if value.requires_grad]
+    cpu = torch.device("cpu")
     optimizer = torch.optim.AdamW(numbers, lr=5e-4, weight_decay=0.0)
     for step, batch in enumerate(ids.split(BATCH), start=1):
-        with torch.autocast("cpu", torch.bfloat16):
+        with products(cpu, product_dtype("auto", cpu)):
             loss = adapted(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(numbers, 1.0)
