@@ -270,6 +270,18 @@ TABLES: dict[str, Columns] = {
         "KL, WikiText": "{kl_wikitext:.1f} % ± {kl_wikitext_spread:.1f}",
         "gap, WikiText": "{gap_wikitext:.1f} % ± {gap_wikitext_spread:.1f}",
     },
+    "arena": {
+        "student": "{text}",
+        "arm": "{arm}",
+        "tokens": "{training_tokens:,.0f}",
+        "minutes": "{minutes:.1f}",
+        "KL, docs": "{kl_docs:.4f}",
+        "KL, WikiText": "{kl:.4f}",
+        "KL, code": "{kl_code:.4f}",
+        "less than forward KL": "{less:.4f} ± {less_stderr:.4f}",
+        "ECE": "{calibration_error:.4f}",
+        "pairs": "{pairs:.3f}",
+    },
     "allocation": {
         "bpw": "{bpw:.3f}",
         "plan": "{plan}",

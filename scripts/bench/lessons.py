@@ -1,7 +1,7 @@
 """Compare what students learn by and from, at equal tokens or in equal minutes, over several seeds.
 
     python scripts/bench/lessons.py STUDENT... --data DATA --out OUT [--arms FILE] [--only NAME...] [--steps 40]
-        [--seeds 0] [--minutes] [--device cuda]
+        [--seeds 0] [--minutes] [--device cuda] [--records FILE]
 
 Arms are declared in a file (lessons.yaml, codes.yaml or terms.yaml). Beside the package's losses and teachers they know
 those of candidate_losses.py and candidate_teachers.py. DATA holds `wikitext2-valid.txt`, `wikitext2-test.raw` and, for
@@ -9,7 +9,7 @@ minimal pairs, the folder `blimp`: the first 25 pairs of each of its files are a
 what OUT holds already is not run again, so the table grows from run to run, and several processes may fill one OUT.
 Scored on Python's documentation and WikiText-2 test, whose kinds were trained on, and on the source code of IDLE, whose
 kind was not: 8x512 tokens of each. With --minutes an arm that takes over 5 % more or less time than forward KL is run
-once more with as many steps as fit into forward KL's time.
+once more with as many steps as fit into forward KL's time. --records adds each row to a file of docs/results.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ from typing import Any
 import candidate_losses
 import candidate_teachers
 import yaml
+from columns import TABLES
 from filelock import FileLock, Timeout
 from idle import idle_source
 from prototypes import oddness, pieces_of
+from records import Record, append, provenance
+from tables import cell
 
 import llmcompress as lc
 from llmcompress.compression.depth.drop import drop_blocks
@@ -52,7 +55,8 @@ TEACHER = "smollm2"
 CONTROL = "forward_kl"
 PAIRS = 25  # of each file
 HELD = 8  # sequences of each text, at least as many as are held out
-COLUMNS = ("arm", "tokens", "minutes", "KL, docs", "KL, WikiText", "KL, code", "less than forward KL", "ECE", "pairs")
+ARENA = {heading: form for heading, form in TABLES["arena"].items() if heading not in ("student", "arm")}
+COLUMNS = ("arm", *ARENA)
 
 Row = dict[str, Any]
 
@@ -89,6 +93,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", action="store_true", help="also in equal time")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--records", type=Path, help="a file that gets a record of each row")
     options = parser.parse_args()
     candidate_losses.register()
     arena = prepared(options.data, options.arms, options.out, options.device)
@@ -111,6 +116,8 @@ def main() -> None:
             once(arena, student, name, arms[name], round(options.steps * share), seed)
     for student in options.students:
         print("\n".join(table(arena.known(), student.name)), flush=True)
+        for record in records(arena.known(), student.name) if options.records else ():
+            append(options.records, record)
 
 
 def prepared(data: Path, arms: Path, out: Path, device: str) -> Arena:
@@ -245,33 +252,52 @@ def scores(model: Path, texts: tuple[Protocol, ...], device: str) -> Row:
 
 
 def table(rows: list[Row], student: str) -> Iterator[str]:
-    """Yield the lines of a student's table: means over seeds; differences from forward KL are those of windows.
+    """Yield the lines of a student's table."""
+    yield f"\n{student}\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
+    for arm, numbers in summary(rows, student):
+        yield f"| {' | '.join([arm, *(cell(form, numbers) for form in ARENA.values())])} |"
+
+
+def records(rows: list[Row], student: str) -> Iterator[Record]:
+    """Yield a record for each line of a student's table."""
+    command = "python scripts/bench/lessons.py STUDENT --data DATA --out OUT"
+    common = {"table": "arena", "text": student, "command": command, "model": TEACHER, "calibration": None}
+    for arm, numbers in summary(rows, student):
+        yield common | {"arm": arm, **provenance(), "numbers": numbers}
+
+
+def summary(rows: list[Row], student: str) -> Iterator[tuple[str, Row]]:
+    """Yield the arms of a student and their numbers: means over seeds; differences from forward KL are those of
+    windows.
 
     Seeds that forward KL has not run are left out.
     """
-    yield f"\n{student}\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
     groups: dict[tuple[str, int], list[Row]] = {}
     controls = {row["seed"]: row for row in rows if row["student"] == student and row["arm"] == CONTROL}
     for row in sorted(rows, key=lambda row: (row["steps"] > 0, row["arm"] != CONTROL)):
         if row["student"] == student and row["seed"] in controls:
             groups.setdefault((row["arm"], row["steps"]), []).append(row)
     for (arm, steps), members in groups.items():
-        yield line(arm, members, controls if steps and arm != CONTROL else None)
+        yield arm, _numbers(members, controls if steps and arm != CONTROL else None)
 
 
-def line(arm: str, rows: list[Row], controls: dict[int, Row] | None) -> str:
-    """Return the line of an arm."""
+def _numbers(rows: list[Row], controls: dict[int, Row] | None) -> Row:
+    """Return the numbers of an arm."""
     kls = [mean([mean(row["kl"][text]) for row in rows]) for text in range(3)]
-    less = ""
+    found: Row = dict(zip(("kl_docs", "kl", "kl_code"), kls, strict=True))
     if controls is not None:
         pairs = [(list(chain(*controls[row["seed"]]["kl"])), list(chain(*row["kl"]))) for row in rows]
         known, given = ([mean(each) for each in zip(*side)] for side in zip(*pairs))
         change = paired(given, known)
-        less = f"{change.value:.4f} ± {change.stderr or 0:.4f}"
-    middle = {key: mean([row[key] for row in rows]) for key in ("tokens", "seconds", "pairs")}
-    ece = mean([mean(row["ece"]) for row in rows])
-    cells = [f"{middle['tokens']:,.0f}", f"{middle['seconds'] / 60:.1f}", *(f"{kl:.4f}" for kl in kls), less]
-    return f"| {' | '.join([arm, *cells, f'{ece:.4f}'])} | {middle['pairs']:.3f} |"
+        found |= {"less": change.value, "less_stderr": change.stderr or 0.0}
+    found |= {
+        "training_tokens": mean([row["tokens"] for row in rows]),
+        "minutes": mean([row["seconds"] for row in rows]) / 60,
+        "calibration_error": mean([mean(row["ece"]) for row in rows]),
+        "pairs": mean([row["pairs"] for row in rows]),
+        "seeds": len(rows),
+    }
+    return found
 
 
 if __name__ == "__main__":

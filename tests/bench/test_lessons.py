@@ -70,6 +70,11 @@ def test_differences_are_those_of_the_same_seed_and_window() -> None:
     assert before.startswith("| before | 1,020 | 1.0 | 2.1000 ")
     assert control == "| forward_kl | 1,020 | 1.0 | 1.2000 | 1.2000 | 1.2000 |  | 0.0500 | 0.700 |"
     assert js.split(" | ")[6] == "0.1000 ± 0.0000"  # window by window, so that what windows share is no noise
+    made = list(lessons.records(rows, "small"))
+    assert [record["arm"] for record in made] == ["before", "forward_kl", "js"]
+    numbers = made[-1]["numbers"]
+    assert (numbers["less"], numbers["kl_docs"], numbers["seeds"]) == (pytest.approx(0.1), pytest.approx(1.1), 2)
+    assert {"less", "less_stderr"}.isdisjoint(made[1]["numbers"])
 
 
 def test_a_row_that_is_there_is_not_run_again(tmp_path: Path) -> None:
