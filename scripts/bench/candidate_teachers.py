@@ -68,8 +68,10 @@ class BesideAnother:
 
 @dataclass(eq=False)
 class BesideItsPast:
-    """The teacher reads along, and the moving average of the student's weights over some 1 / (1 - `decay`) steps of one
-    micro-batch."""
+    """The teacher reads along, and so does the student as it was: the moving average of its weights.
+
+    Each micro-batch counts once: with `decay` 0.9 the average is over some ten of them.
+    """
 
     teacher: PreTrainedModel
     student: PreTrainedModel
