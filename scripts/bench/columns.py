@@ -25,6 +25,14 @@ BOTH_TEXTS: Columns = {
     "gap there": "{gap_there:.3f}",
     "KL there": "{kl_docs:.3f} ± {kl_docs_stderr:.3f}",
 }
+ON_TWO_TEXTS: Columns = {
+    "": "{arm}",
+    **SIZE,
+    "WikiText-2": "{perplexity:.2f}",
+    "KL": "{kl:.3f} ± {kl_stderr:.3f}",
+    "documentation": "{perplexity_docs:.2f}",
+    "KL there": "{kl_docs:.3f} ± {kl_docs_stderr:.3f}",
+}
 MINUTES: Columns = {"": "{arm}", "minutes": "{minutes:.0f}", **BOTH_TEXTS}
 KINDS: Columns = {
     "text": "{arm}",
@@ -244,15 +252,8 @@ TABLES: dict[str, Columns] = {
         "perplexity there ": "{perplexity:.2f} ± {perplexity_spread:.2f}",
         "BLiMP": "{blimp:.3f} ± {blimp_spread:.3f}",
     },
-    "sizes": {
-        "": "{arm}",
-        "bpw": "{bpw:.3f}",
-        "MB": "{megabytes:.1f}",
-        "WikiText-2": "{perplexity:.2f}",
-        "KL": "{kl:.3f} ± {kl_stderr:.3f}",
-        "documentation": "{perplexity_docs:.2f}",
-        "KL there": "{kl_docs:.3f} ± {kl_docs_stderr:.3f}",
-    },
+    "sizes": ON_TWO_TEXTS,
+    "default-codes": ON_TWO_TEXTS,
     "passport": {
         "model": "{arm}",
         "gain, dense": "{gain_dense:.4f}",
