@@ -262,8 +262,9 @@ def records(rows: list[Row], student: str) -> Iterator[Record]:
     """Yield a record for each line of a student's table."""
     command = "python scripts/bench/lessons.py STUDENT --data DATA --out OUT"
     common = {"table": "arena", "text": student, "command": command, "model": TEACHER, "calibration": None}
+    common |= provenance()
     for arm, numbers in summary(rows, student):
-        yield common | {"arm": arm, **provenance(), "numbers": numbers}
+        yield common | {"arm": arm, "numbers": numbers}
 
 
 def summary(rows: list[Row], student: str) -> Iterator[tuple[str, Row]]:
