@@ -1,11 +1,11 @@
 """Compare what students learn by and from, at equal tokens or in equal minutes, over several seeds.
 
-    python scripts/bench/lessons.py STUDENT... --data DATA --out OUT [--arms FILE] [--only NAME...] [--steps 40]
+    python scripts/bench/lessons.py STUDENT... --data DATA --out OUT [--arms FILE] [--only NAME...] [--steps 24]
         [--seeds 0] [--minutes] [--device cuda] [--records FILE]
 
 Arms are declared in a file (lessons.yaml, codes.yaml or terms.yaml). Beside the package's losses and teachers they know
 those of candidate_losses.py and candidate_teachers.py. DATA holds `wikitext2-valid.txt`, `wikitext2-test.raw` and, for
-minimal pairs, the folder `blimp`: the first 25 pairs of each of its files are asked. Every student learns by every arm;
+minimal pairs, the folder `blimp`: the first 10 pairs of each of its files are asked. Every student learns by every arm;
 what OUT holds already is not run again, so the table grows from run to run, and several processes may fill one OUT.
 Scored on Python's documentation and WikiText-2 test, whose kinds were trained on, and on the source code of IDLE, whose
 kind was not: 8x512 tokens of each. With --minutes an arm that takes over 5 % more or less time than forward KL is run
@@ -21,11 +21,12 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import candidate_losses
 import candidate_teachers
@@ -51,9 +52,13 @@ from llmcompress.models.own_sizes import is_dense
 from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.precision import fast_float32
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
 TEACHER = "smollm2"
 CONTROL = "forward_kl"
-PAIRS = 25  # of each file
+PAIRS = 10  # of each file
 HELD = 8  # sequences of each text, at least as many as are held out
 ARENA = {heading: form for heading, form in TABLES["arena"].items() if heading not in ("student", "arm")}
 COLUMNS = ("arm", *ARENA)
@@ -89,7 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where texts, rows and unfinished runs are kept")
     parser.add_argument("--arms", type=Path, default=Path(__file__).with_suffix(".yaml"))
     parser.add_argument("--only", nargs="+", help="names of arms; forward KL is run all the same")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", action="store_true", help="also in equal time")
     parser.add_argument("--device", default="cpu")
@@ -174,7 +179,7 @@ def once(arena: Arena, student: Path, arm: str, changes: Row, steps: int, seed: 
                 row = key | _run(arena, student, changes, steps, seed, folder)
                 with arena.rows.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                for each in (folder, folder.with_suffix(".start"), folder.with_suffix(".assistant")):
+                for each in (folder, folder.with_suffix(".assistant")):
                     shutil.rmtree(each, ignore_errors=True)
                 print(f"{student.name}, {arm}, seed {seed}: {row['seconds']:.0f} s", flush=True)
     except Timeout:
@@ -193,34 +198,27 @@ def _run(arena: Arena, student: Path, changes: Row, steps: int, seed: int, folde
         return {"tokens": 0, "seconds": 0.0} | scores(student, arena.scored, arena.device)
     asked, teacher, own, hops = dict(changes), TEACHER, steps, []
     if "assistant" in asked:
-        made, teacher, own = asked.pop("assistant"), str(folder.with_suffix(".assistant")), steps - steps // 2
-        start = student if made == "itself" else folder.with_suffix(".start")
-        if start != student:
-            make_assistant(made, start, arena.device)
+        wanted, teacher, own = asked.pop("assistant"), str(folder.with_suffix(".assistant")), steps - steps // 2
+        start = student if wanted == "itself" else made(arena, wanted)
         hop = recipe(arena, start, {}, steps // 2, seed)
         hops.append(distill(start, TEACHER, hop, teacher, device=arena.device))
-    with candidate_teachers.beside(_second(asked.pop("second", None), folder, arena.device), arena.device):
+    second = asked.pop("second", None)
+    with candidate_teachers.beside(made(arena, second) if isinstance(second, dict) else second, arena.device):
         hops.append(distill(student, teacher, recipe(arena, student, asked, own, seed), folder, device=arena.device))
     spent = {"tokens": sum(hop.tokens for hop in hops), "seconds": sum(hop.seconds for hop in hops)}
     return spent | scores(folder, arena.scored, arena.device)
 
 
-def _second(asked: Row | str | None, folder: Path, device: str) -> str | Path | None:
-    """Return what an arm learns from beside the teacher; a model is made first, as assistants are."""
-    if not isinstance(asked, dict):
-        return asked
-    made = folder.with_suffix(".assistant")
-    make_assistant(asked, made, device)
-    return made
-
-
-def make_assistant(asked: Row, folder: Path, device: str) -> None:
-    """Write a model that teaches too: the dense one without `blocks`, or compressed by a `recipe`."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if "blocks" in asked:
-        drop_blocks(TEACHER, asked["blocks"], folder)
-    else:
-        lc.compress(TEACHER, asked["recipe"], folder, device=device)
+def made(arena: Arena, asked: Row) -> Path:
+    """Return a model that teaches too, made once: the dense one without `blocks`, or compressed by a `recipe`."""
+    folder = arena.out / "made" / sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists() and "blocks" in asked:
+            drop_blocks(TEACHER, asked["blocks"], folder)
+        elif not folder.exists():
+            lc.compress(TEACHER, asked["recipe"], folder, device=arena.device)
+    return folder
 
 
 def recipe(arena: Arena, student: Path, changes: Row, steps: int, seed: int) -> Row:
@@ -240,15 +238,31 @@ def recipe(arena: Arena, student: Path, changes: Row, steps: int, seed: int) -> 
 @fast_float32()
 def scores(model: Path, texts: tuple[Protocol, ...], device: str) -> Row:
     """Return of each text the KL of every window and the calibration error; and the share of right pairs."""
-    teacher, student = load_model(locate(TEACHER), device), opened(locate(str(model)), device, whole=True)
-    tokenizer = load_tokenizer(locate(TEACHER).folder)
-    found = [evaluate(student, tokenizer, protocol, against=teacher) for protocol in texts]
+    student, tokenizer = opened(locate(str(model)), device, whole=True), load_tokenizer(locate(TEACHER).folder)
+    found = [evaluate(student, tokenizer, protocol, against=remembering(device)) for protocol in texts]
     [pairs] = found[0].tasks.scores.values()
     return {
         "kl": [list(one.distance.kl_windows) for one in found if one.distance is not None],
         "ece": [one.perplexity.calibration_error for one in found],
         "pairs": pairs["acc,none"] if "acc,none" in pairs else pairs["acc"],
     }
+
+
+@cache
+def remembering(device: str) -> PreTrainedModel:
+    """Return the teacher, which keeps the logits of what it has read: 2.4 GB, the same in every arm."""
+    teacher = load_model(locate(TEACHER), device)
+    known: dict[bytes, Any] = {}
+    read = teacher.forward
+
+    def forward(input_ids: Tensor, **options: Any) -> Any:
+        key = input_ids.cpu().numpy().tobytes()
+        if key not in known:
+            known[key] = read(input_ids, **options)
+        return known[key]
+
+    teacher.forward = forward
+    return teacher
 
 
 def table(rows: list[Row], student: str) -> Iterator[str]:
