@@ -239,7 +239,7 @@ def recipe(arena: Arena, student: Path, changes: Row, steps: int, seed: int) -> 
 def scores(model: Path, texts: tuple[Protocol, ...], device: str) -> Row:
     """Return of each text the KL of every window and the calibration error; and the share of right pairs."""
     student, tokenizer = opened(locate(str(model)), device, whole=True), load_tokenizer(locate(TEACHER).folder)
-    found = [evaluate(student, tokenizer, protocol, against=remembering(device)) for protocol in texts]
+    found = [evaluate(student, tokenizer, protocol, against=scoring_teacher(device)) for protocol in texts]
     [pairs] = found[0].tasks.scores.values()
     return {
         "kl": [list(one.distance.kl_windows) for one in found if one.distance is not None],
@@ -249,11 +249,15 @@ def scores(model: Path, texts: tuple[Protocol, ...], device: str) -> Row:
 
 
 @cache
-def remembering(device: str) -> PreTrainedModel:
-    """Return the teacher, which keeps the logits of what it has read: 2.4 GB, the same in every arm."""
-    teacher = load_model(locate(TEACHER), device)
+def scoring_teacher(device: str) -> PreTrainedModel:
+    """Return the teacher; it reads a text once for all arms of a process, whose logits take 2.4 GB."""
+    return remembering(load_model(locate(TEACHER), device))
+
+
+def remembering(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a model keep its logits of whatever it reads, and return it."""
     known: dict[bytes, Any] = {}
-    read = teacher.forward
+    read = model.forward
 
     def forward(input_ids: Tensor, **options: Any) -> Any:
         key = input_ids.cpu().numpy().tobytes()
@@ -261,8 +265,8 @@ def remembering(device: str) -> PreTrainedModel:
             known[key] = read(input_ids, **options)
         return known[key]
 
-    teacher.forward = forward
-    return teacher
+    model.forward = forward
+    return model
 
 
 def table(rows: list[Row], student: str) -> Iterator[str]:

@@ -8,10 +8,12 @@ from typing import Any
 import candidate_losses
 import lessons
 import pytest
+import torch
 import yaml
 
 from llmcompress.losses import features, loss
 from llmcompress.recipe.distillation import Distillation
+from tests.tiny import tiny
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 COMPRESSED = '{"quantization_config": {"quant_method": "llmcompress"}}'
@@ -125,3 +127,23 @@ def test_an_arm_that_fails_is_told_and_tried_once(
     assert tried == ["js"] and not arena.known()
     assert "small, js, seed 0: failed" in capsys.readouterr().err
     assert "it does not fit" in next((tmp_path / "unfinished").glob("*.failed")).read_text()
+
+
+def test_a_second_teacher_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = lessons.Arena(ARMS, {}, (), tmp_path)
+    monkeypatch.setattr(lessons.lc, "compress", lambda _, recipe, folder, device: folder.mkdir())
+    monkeypatch.setattr(lessons, "drop_blocks", lambda _, blocks, folder: folder.mkdir())  # fails where there is one
+    asked = ({"recipe": "gptq-3-g64"}, {"blocks": [1]}, {"recipe": "gptq-3-g64"}, {"blocks": [1]})
+    made = [lessons.made(arena, each) for each in asked]
+    assert made[:2] == made[2:] and made[0] != made[1]
+
+
+def test_a_text_is_read_once_by_the_teacher_that_scores() -> None:
+    model = tiny("llama")
+    texts = torch.arange(8).reshape(2, 1, 4)
+    wanted = [model(input_ids=ids, use_cache=False).logits for ids in texts]
+    lessons.remembering(model)
+    given = [model(input_ids=ids, use_cache=False).logits for ids in texts]
+    model.lm_head.weight.data.zero_()  # whatever reads again finds nothing
+    given += [model(input_ids=ids, use_cache=False).logits for ids in texts]
+    assert all(torch.equal(one, other) for one, other in zip(given, wanted * 2, strict=True))
