@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
 TEACHER = "smollm2"
 CONTROL = "forward_kl"
+ARMS = Path(__file__).with_suffix(".yaml")
 PAIRS = 10  # of each file
 HELD = 8  # sequences of each text, at least as many as are held out
 ARENA = {heading: form for heading, form in TABLES["arena"].items() if heading not in ("student", "arm")}
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("students", nargs="+", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="where texts, rows and unfinished runs are kept")
-    parser.add_argument("--arms", type=Path, default=Path(__file__).with_suffix(".yaml"))
+    parser.add_argument("--arms", type=Path, default=ARMS)
     parser.add_argument("--only", nargs="+", help="names of arms; forward KL is run all the same")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -141,7 +142,13 @@ def prepared(data: Path, arms: Path, out: Path, device: str) -> Arena:
     size: Row = {"windows": 8, "length": 512}
     scored = (Protocol(tasks=(str(pairs),), **size), Protocol(text, **size), Protocol(idle_source(), **size))
     texts = {"wiki": wiki, "random": words, "odd": out / "odd.jsonl", "typical": out / "typical.jsonl"}
-    return Arena(yaml.safe_load(arms.read_text()), texts, scored, out, device)
+    return Arena(declared(arms), texts, scored, out, device)
+
+
+def declared(arms: Path) -> Row:
+    """Return what an arms' file says, its common part on top of that of lessons.yaml."""
+    asked, first = (yaml.safe_load(file.read_text()) for file in (arms, ARMS))
+    return {**asked, "common": first["common"] | asked.get("common", {})}
 
 
 def write_halves(arena: Arena, samples: int) -> None:

@@ -9,7 +9,6 @@ import candidate_losses
 import lessons
 import pytest
 import torch
-import yaml
 
 from llmcompress.losses import features, loss
 from llmcompress.recipe.distillation import Distillation
@@ -17,10 +16,8 @@ from tests.tiny import tiny
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 COMPRESSED = '{"quantization_config": {"quant_method": "llmcompress"}}'
-ARMS = yaml.safe_load((BENCH / "lessons.yaml").read_text())
-
-
-ARENAS = {name: yaml.safe_load((BENCH / name).read_text()) for name in ("lessons.yaml", "codes.yaml", "terms.yaml")}
+ARMS = lessons.declared(BENCH / "lessons.yaml")
+ARENAS = {name: lessons.declared(BENCH / name) for name in ("lessons.yaml", "codes.yaml", "terms.yaml")}
 RUNS = [
     (file, arm, kind)
     for file, asked in ARENAS.items()
