@@ -39,18 +39,15 @@ BATCH = 8
 ARMS = {"references": "references", "self-data": "rewritten"}  # and the file that each reads
 
 
+def chat(question: str, text: str) -> dict[str, Any]:
+    """Return a question and its reference answer."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": text}]}
+
+
 def references(count: int) -> list[dict[str, Any]]:
     """Return `count` chats: a question on a member of a module, and its docstring, in an order drawn once."""
     found = {text: name for module in MODULES.split() for name, text in _documented(module)}
-    chats = [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is `{name}` of Python's library for?"},
-                {"role": "assistant", "content": text},
-            ]
-        }
-        for text, name in found.items()
-    ]
+    chats = [chat(f"What is `{name}` of Python's library for?", text) for text, name in found.items()]
     Random(0).shuffle(chats)
     return chats[:count]
 

@@ -22,7 +22,7 @@ from random import Random
 from typing import Any
 
 from idle import idle_source
-from self_data import MODULES, TEACHER, WORDS, lesson, references
+from self_data import MODULES, TEACHER, WORDS, chat, lesson, references
 
 import llmcompress as lc
 from llmcompress.data.mixture import reweighted
@@ -31,11 +31,6 @@ from llmcompress.distill.run import distill
 
 Chat = dict[str, Any]
 RATES = {"scales": 1e-3, "norms": 1e-3}
-
-
-def chat(question: str, text: str) -> Chat:
-    """Return a question and its reference answer."""
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": text}]}
 
 
 def articles(text: str) -> list[Chat]:
