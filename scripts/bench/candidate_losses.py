@@ -59,6 +59,50 @@ def drifted(predictions: Predictions, config: Drifted, state: LossState | None) 
     return (weights * each).sum(), weights.sum()
 
 
+class Unsure(LossConfig):
+    """Arguments of `unsure`: none."""
+
+    loss: Literal["unsure"] = "unsure"
+
+    @property
+    def reads_truth(self) -> bool:
+        """See `LossConfig.reads_truth`."""
+        return True
+
+    @property
+    def counts_tokens(self) -> bool:
+        """False: the count is the sum of the tokens' weights."""
+        return False
+
+
+def unsure(predictions: Predictions, config: Unsure, state: LossState | None) -> SumAndCount:
+    """Sum of w KL(p || q) and of w = -log p(truth), what the teacher loses on a token (TSLD, 2308.06744)."""
+    log_q, log_p = log_probabilities(predictions)
+    weights = nn.functional.nll_loss(log_p, predictions.targets, reduction="none")
+    return (weights * kl(log_p, log_q)).sum(), weights.sum()
+
+
+class Confident(LossConfig):
+    """Arguments of `confident`: none."""
+
+    loss: Literal["confident"] = "confident"
+
+    @property
+    def reads_truth(self) -> bool:
+        """See `LossConfig.reads_truth`."""
+        return True
+
+
+def confident(predictions: Predictions, config: Confident, state: LossState | None) -> SumAndCount:
+    """Reverse KL and forward KL, shared out by the teacher's probability of the truth (BitDistiller, 2402.10631).
+
+    In the paper that is a mean over the whole text, found beforehand; here it is one over the tokens of a chunk.
+    """
+    log_q, log_p = log_probabilities(predictions)
+    sure = log_p.gather(-1, predictions.targets[:, None]).exp().mean()
+    return over_tokens(sure * kl(log_q, log_p) + (1 - sure) * kl(log_p, log_q))
+
+
 class MutualInformation(LossConfig):
     """Arguments of `mutual_information`."""
 
@@ -146,6 +190,8 @@ def register() -> None:
     """Let recipes in this process name them."""
     loss("reliable", Reliable)(reliable)
     loss("drifted", Drifted)(drifted)
+    loss("unsure", Unsure)(unsure)
+    loss("confident", Confident)(confident)
     feature_loss("mutual_information", MutualInformation)(mutual_information)
     feature_loss("across", Across)(across)
     feature_loss("between", Between)(between())

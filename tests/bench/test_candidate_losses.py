@@ -53,6 +53,24 @@ def test_what_drifted_weighs_by_its_divergence(gamma: float) -> None:
     torch.testing.assert_close(slope, (q - p) * torch.tensor(each, dtype=torch.float64)[:, None] ** gamma)
 
 
+def test_tokens_weigh_by_what_the_teacher_loses_on_them() -> None:
+    given = predictions()
+    rows = zip(divergences(given), given.teacher.softmax(-1), given.targets)
+    pairs = [(each, -float(p[target].log())) for each, p, target in rows]
+    total, count = candidate_losses.unsure(given, candidate_losses.Unsure(), None)
+    assert total.item() == pytest.approx(sum(each * weight for each, weight in pairs))
+    assert float(count) == pytest.approx(sum(weight for _, weight in pairs))
+
+
+def test_a_sure_teacher_is_followed_from_the_student_s_side() -> None:
+    given = predictions()
+    swapped = Predictions(given.teacher, given.student.detach(), given.targets)
+    sure = sum(float(p[target]) for p, target in zip(given.teacher.softmax(-1), given.targets)) / 6
+    wanted = (1 - sure) * sum(divergences(given)) + sure * sum(divergences(swapped))
+    total, count = candidate_losses.confident(given, candidate_losses.Confident(), None)
+    assert total.item() == pytest.approx(wanted) and float(count) == 6
+
+
 @pytest.fixture
 def features() -> Features:
     generator = torch.Generator().manual_seed(1)
