@@ -76,6 +76,15 @@ def test_differences_are_those_of_the_same_seed_and_window() -> None:
     assert {"less", "less_stderr"}.isdisjoint(made[1]["numbers"])
 
 
+def test_time_is_made_equal_where_that_can_tell_anything() -> None:
+    control = row("forward_kl", 0, 1.0)
+    quicker, slower = ({"seconds": seconds} for seconds in (40.0, 80.0))
+    assert lessons.fitting(control, row("js", 0, 1.1) | quicker) == 6
+    assert lessons.fitting(control, row("js", 0, 0.9) | slower) == 3
+    assert lessons.fitting(control, row("js", 0, 1.1) | slower) == 0  # as long it is behind, in less time all the more
+    assert lessons.fitting(control, row("js", 0, 0.9) | {"seconds": 61.0}) == 0
+
+
 def test_a_row_that_is_there_is_not_run_again(tmp_path: Path) -> None:
     arena = lessons.Arena(ARMS, {}, (), tmp_path)
     arena.rows.write_text('{"student": "small", "arm": "js", "steps": 4, "seed": 0, "seconds": 1.5}\n')
