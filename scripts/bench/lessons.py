@@ -300,19 +300,24 @@ def records(rows: list[Row], student: str) -> Iterator[Record]:
         yield common | {"arm": arm, "numbers": numbers}
 
 
-def summary(rows: list[Row], student: str) -> Iterator[tuple[str, Row]]:
-    """Yield the arms of a student and their numbers: means over seeds; differences from forward KL are those of
+def summary(rows: list[Row], student: str) -> list[tuple[str, Row]]:
+    """Return the arms of a student and their numbers: means over seeds; differences from forward KL are those of
     windows.
 
-    Seeds that forward KL has not run are left out.
+    The student as it is comes first, then forward KL, then what is nearest to the teacher. Seeds that forward KL has
+    not run are left out.
     """
     groups: dict[tuple[str, int], list[Row]] = {}
     controls = {row["seed"]: row for row in rows if row["student"] == student and row["arm"] == CONTROL}
-    for row in sorted(rows, key=lambda row: (row["steps"] > 0, row["arm"] != CONTROL)):
+    for row in rows:
         if row["student"] == student and row["seed"] in controls:
             groups.setdefault((row["arm"], row["steps"]), []).append(row)
-    for (arm, steps), members in groups.items():
-        yield arm, _numbers(members, controls if steps and arm != CONTROL else None)
+    found = [
+        (arm, steps, _numbers(members, controls if steps and arm != CONTROL else None))
+        for (arm, steps), members in groups.items()
+    ]
+    found.sort(key=lambda each: (each[1] > 0, each[0] != CONTROL, -each[2].get("less", 0.0)))
+    return [(arm, numbers) for arm, _, numbers in found]
 
 
 def _numbers(rows: list[Row], controls: dict[int, Row] | None) -> Row:

@@ -76,6 +76,11 @@ def test_differences_are_those_of_the_same_seed_and_window() -> None:
     assert {"less", "less_stderr"}.isdisjoint(made[1]["numbers"])
 
 
+def test_the_nearest_to_the_teacher_comes_first() -> None:
+    rows = [row("worse", 0, 1.5), row("js", 0, 0.9), row("forward_kl", 0, 1.0), row("before", 0, 0.8) | {"steps": 0}]
+    assert [arm for arm, _ in lessons.summary(rows, "small")] == ["before", "forward_kl", "js", "worse"]
+
+
 def test_time_is_made_equal_where_that_can_tell_anything() -> None:
     control = row("forward_kl", 0, 1.0)
     quicker, slower = ({"seconds": seconds} for seconds in (40.0, 80.0))
