@@ -302,6 +302,7 @@ TABLES: dict[str, Columns] = {
         "less than forward KL": "{less:.4f} ± {less_stderr:.4f}",
         "ECE": "{calibration_error:.4f}",
         "pairs": "{pairs:.3f}",
+        "seeds": "{seeds}",
     },
     "allocation": {
         "bpw": "{bpw:.3f}",

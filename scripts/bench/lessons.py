@@ -307,16 +307,17 @@ def summary(rows: list[Row], student: str) -> list[tuple[str, Row]]:
     The student as it is comes first, then forward KL, then what is nearest to the teacher. Seeds that forward KL has
     not run are left out.
     """
-    groups: dict[tuple[str, int], list[Row]] = {}
+    groups: dict[tuple[str, bool], list[Row]] = {}
     controls = {row["seed"]: row for row in rows if row["student"] == student and row["arm"] == CONTROL}
     for row in rows:
         if row["student"] == student and row["seed"] in controls:
-            groups.setdefault((row["arm"], row["steps"]), []).append(row)
+            timed = row["steps"] not in (0, controls[row["seed"]]["steps"])
+            groups.setdefault((row["arm"] + ", in as many minutes" * timed, row["steps"] > 0), []).append(row)
     found = [
-        (arm, steps, _numbers(members, controls if steps and arm != CONTROL else None))
-        for (arm, steps), members in groups.items()
+        (arm, learns, _numbers(members, controls if learns and arm != CONTROL else None))
+        for (arm, learns), members in groups.items()
     ]
-    found.sort(key=lambda each: (each[1] > 0, each[0] != CONTROL, -each[2].get("less", 0.0)))
+    found.sort(key=lambda each: (each[1], each[0] != CONTROL, -each[2].get("less", 0.0)))
     return [(arm, numbers) for arm, _, numbers in found]
 
 

@@ -67,7 +67,7 @@ def test_differences_are_those_of_the_same_seed_and_window() -> None:
     rows += [row("js", 2, 0.1), row("before", 0, 2.0) | {"steps": 0}]  # the control of seed 2 is missing
     *_, before, control, js = lessons.table(rows, "small")
     assert before.startswith("| before | 1,020 | 1.0 | 2.1000 ")
-    assert control == "| forward_kl | 1,020 | 1.0 | 1.2000 | 1.2000 | 1.2000 |  | 0.0500 | 0.700 |"
+    assert control == "| forward_kl | 1,020 | 1.0 | 1.2000 | 1.2000 | 1.2000 |  | 0.0500 | 0.700 | 2 |"
     assert js.split(" | ")[6] == "0.1000 ± 0.0000"  # window by window, so that what windows share is no noise
     made = list(lessons.records(rows, "small"))
     assert [record["arm"] for record in made] == ["before", "forward_kl", "js"]
@@ -79,6 +79,14 @@ def test_differences_are_those_of_the_same_seed_and_window() -> None:
 def test_the_nearest_to_the_teacher_comes_first() -> None:
     rows = [row("worse", 0, 1.5), row("js", 0, 0.9), row("forward_kl", 0, 1.0), row("before", 0, 0.8) | {"steps": 0}]
     assert [arm for arm, _ in lessons.summary(rows, "small")] == ["before", "forward_kl", "js", "worse"]
+
+
+def test_as_many_minutes_are_an_arm_of_their_own() -> None:
+    rows = [row("js", 0, 0.9), row("js", 0, 0.8) | {"steps": 6}, row("forward_kl", 0, 1.0), row("forward_kl", 1, 1.0)]
+    rows.append(row("js", 1, 0.8) | {"steps": 5})  # what fits into a control's time differs from seed to seed
+    found = dict(lessons.summary(rows, "small"))
+    assert list(found) == ["forward_kl", "js, in as many minutes", "js"]
+    assert [numbers["seeds"] for numbers in found.values()] == [2, 2, 1]
 
 
 def test_time_is_made_equal_where_that_can_tell_anything() -> None:
