@@ -103,6 +103,26 @@ def confident(predictions: Predictions, config: Confident, state: LossState | No
     return over_tokens(sure * kl(log_q, log_p) + (1 - sure) * kl(log_p, log_q))
 
 
+class Explicit(LossConfig):
+    """Arguments of `explicit`."""
+
+    loss: Literal["explicit"] = "explicit"
+    k: int = Field(10, ge=1, description="number of the teacher's likeliest classes")
+
+
+def explicit(predictions: Predictions, config: Explicit, state: LossState | None) -> SumAndCount:
+    """Reverse KL over the teacher's likeliest classes, its explicit knowledge, and forward KL over the others.
+
+    Parts have no mass of 1, so each counts what its masses differ by, and none is below zero. TopKLD balances these two
+    kinds of knowledge, by an abstract whose paper we could not read; that the directions differ is our reading.
+    """
+    log_q, log_p = log_probabilities(predictions)
+    index = log_p.topk(min(config.k, log_p.shape[-1])).indices
+    likely = torch.zeros_like(log_p, dtype=torch.bool).scatter_(-1, index, True)
+    p, q, gap = log_p.exp(), log_q.exp(), log_p - log_q
+    return over_tokens(torch.where(likely, p - q - q * gap, q - p + p * gap).sum(-1))
+
+
 class MutualInformation(LossConfig):
     """Arguments of `mutual_information`."""
 
@@ -192,6 +212,7 @@ def register() -> None:
     loss("drifted", Drifted)(drifted)
     loss("unsure", Unsure)(unsure)
     loss("confident", Confident)(confident)
+    loss("explicit", Explicit)(explicit)
     feature_loss("mutual_information", MutualInformation)(mutual_information)
     feature_loss("across", Across)(across)
     feature_loss("between", Between)(between())

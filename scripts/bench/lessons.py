@@ -20,7 +20,7 @@ import json
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -33,14 +33,16 @@ import candidate_losses
 import candidate_teachers
 import yaml
 from columns import TABLES
+from extracted import chats, nearness
 from filelock import FileLock, Timeout
 from idle import idle_source
-from prototypes import oddness, pieces_of
+from prototypes import embeddings, oddness, pieces_of
 from records import Record, append, provenance
 from tables import cell
 
 import llmcompress as lc
 from llmcompress.compression.depth.drop import drop_blocks
+from llmcompress.data.builtin import stdlib_text
 from llmcompress.distill.run import distill
 from llmcompress.evaluate.logits import opened
 from llmcompress.evaluate.protocol import Protocol
@@ -61,6 +63,7 @@ TEACHER = "smollm2"
 CONTROL = "forward_kl"
 ARMS = Path(__file__).with_suffix(".yaml")
 PAIRS = 10  # of each file
+READ = 32  # pieces of each text that chats are compared with
 HELD = 8  # sequences of each text, at least as many as are held out
 ARENA = {heading: form for heading, form in TABLES["arena"].items() if heading not in ("student", "arm")}
 COLUMNS = ("arm", *ARENA)
@@ -108,9 +111,11 @@ def main() -> None:
     if unknown := set(options.only or ()) - set(arms):
         raise SystemExit(f"no such arm: {', '.join(sorted(unknown))}; those of {options.arms}: {', '.join(arms)}")
     wanted = [name for name in arms if options.only is None or name in (CONTROL, *options.only)]
-    if any("{odd}" in str(arms[name]) or "{typical}" in str(arms[name]) for name in wanted):
-        with FileLock(options.out / "halves.lock"):
-            write_halves(arena, options.steps * arena.asked["common"]["batch"] + HELD)
+    samples = options.steps * arena.asked["common"]["batch"] + HELD
+    for write, texts in ((write_halves, ("{odd}", "{typical}")), (write_chats, ("{chats}", "{near}"))):
+        if any(text in str(arms[name]) for name in wanted for text in texts):
+            with FileLock(options.out / f"{write.__name__}.lock"):
+                write(arena, samples)
     runs = [(student, name, seed) for seed in options.seeds for student in options.students for name in wanted]
     for student in options.students:
         once(arena, student, "before", {}, 0, 0)
@@ -142,7 +147,8 @@ def prepared(data: Path, arms: Path, out: Path, device: str) -> Arena:
     text = (data / "wikitext2-test.raw").read_text(encoding="utf-8")
     size: Row = {"windows": 8, "length": 512}
     scored = (Protocol(tasks=(str(pairs),), **size), Protocol(text, **size), Protocol(idle_source(), **size))
-    texts = {"wiki": wiki, "random": words, "odd": out / "odd.jsonl", "typical": out / "typical.jsonl"}
+    texts = {"wiki": wiki, "random": words}
+    texts |= {name: out / f"{name}.jsonl" for name in ("odd", "typical", "chats", "near")}
     return Arena(declared(arms), texts, scored, out, device)
 
 
@@ -163,7 +169,27 @@ def write_halves(arena: Arena, samples: int) -> None:
     pieces = pieces_of(text, tokenizer, 2 * samples + samples // 8, 256)
     order = oddness(pieces, load_model(place, arena.device), tokenizer).argsort()
     for file, half in ((typical, order[: len(order) // 2]), (odd, order[len(order) // 2 :])):
-        file.write_text("".join(json.dumps({"text": pieces[number]}) + "\n" for number in sorted(half)))
+        _write_pieces(file, [pieces[number] for number in sorted(half)])
+
+
+def write_chats(arena: Arena, samples: int) -> None:
+    """Write chats of the teacher, and the half that is nearest to pieces of the texts that arms learn from, if need
+    be."""
+    every, near = arena.training["chats"], arena.training["near"]
+    if every.exists():
+        return
+    place = locate(TEACHER)
+    tokenizer, model = load_tokenizer(place.folder), load_model(place, arena.device)
+    texts = arena.training["wiki"].read_text(encoding="utf-8"), stdlib_text("train")
+    read = [piece for text in texts for piece in pieces_of(text, tokenizer, READ, 256)]
+    written = chats(model, tokenizer, 2 * samples, 256)
+    alike = nearness(embeddings(written, model, tokenizer), embeddings(read, model, tokenizer))
+    _write_pieces(near, [written[number] for number in sorted(alike.argsort()[samples:])])
+    _write_pieces(every, written[:samples])
+
+
+def _write_pieces(file: Path, pieces: Sequence[str]) -> None:
+    file.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
 
 
 def found(arena: Arena, student: Path, arm: str, steps: int, seed: int) -> Row | None:

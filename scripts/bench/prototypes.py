@@ -24,20 +24,25 @@ def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase, count: int, length:
     return [str(tokenizer.decode(ids[start : start + length])) for start in range(0, len(ids), length)]
 
 
-@torch.no_grad()
 def oddness(pieces: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Return how far each piece is from the middle of its group, as a cosine distance, float64 [pieces]."""
+    return distances(embeddings(pieces, model, tokenizer), GROUPS)
+
+
+@torch.no_grad()
+def embeddings(pieces: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Return the mean of each piece's states behind the last block, float64 [pieces, width]."""
     rows = []
     for piece in pieces:
         ids = torch.tensor([tokenizer(piece, add_special_tokens=False).input_ids], device=model.device)
         states = body(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
         rows.append(states.double().mean(0).cpu().numpy())
-    return distances(np.stack(rows), GROUPS)
+    return np.stack(rows)
 
 
-def distances(embeddings: np.ndarray, groups: int) -> np.ndarray:
+def distances(rows: np.ndarray, groups: int) -> np.ndarray:
     """Return the cosine distance of each row [rows, width] from the middle of its group of `groups`, [rows]."""
-    whole = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    whole = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     middles, member = kmeans2(whole, groups, minit="++", seed=0)
     own = middles[member]
     return 1 - (whole * own).sum(1) / np.linalg.norm(own, axis=1)

@@ -71,6 +71,22 @@ def test_a_sure_teacher_is_followed_from_the_student_s_side() -> None:
     assert total.item() == pytest.approx(wanted) and float(count) == 6
 
 
+def test_what_is_likely_is_followed_from_the_student_s_side() -> None:
+    given = predictions()
+    wanted = 0.0
+    for p, q in zip(given.teacher.softmax(-1), given.student.detach().softmax(-1)):
+        likely = p.argsort(descending=True)[:2].tolist()
+        for one, (theirs, mine) in enumerate(zip(p.tolist(), q.tolist())):
+            wanted += theirs - mine + mine * math.log(mine / theirs) if one in likely else mine - theirs
+            wanted += 0.0 if one in likely else theirs * math.log(theirs / mine)
+    total, count = candidate_losses.explicit(given, candidate_losses.Explicit(k=2), None)
+    assert total.item() == pytest.approx(wanted) and float(count) == 6
+    student = given.student.detach()
+    for k, same in ((10, Predictions(given.teacher, student, given.targets)), (0, given)):
+        total, _ = candidate_losses.explicit(given, candidate_losses.Explicit.model_construct(k=k), None)
+        assert total.item() == pytest.approx(sum(divergences(same)))
+
+
 @pytest.fixture
 def features() -> Features:
     generator = torch.Generator().manual_seed(1)

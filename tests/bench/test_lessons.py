@@ -39,7 +39,7 @@ def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_arm_is_a_recipe(tmp_path: Path, file: str, arm: str, kind: str) -> None:
     (tmp_path / "config.json").write_text(COMPRESSED if kind == "compressed" else "{}")
     asked = ARENAS[file]
-    texts = {name: tmp_path / f"{name}.txt" for name in ("wiki", "random", "odd", "typical")}
+    texts = {name: tmp_path / f"{name}.txt" for name in ("wiki", "random", "odd", "typical", "chats", "near")}
     known = (asked["controls"] | asked["arms"])[arm]
     changes = {name: value for name, value in known.items() if name not in ("assistant", "second")}
     made = lessons.recipe(lessons.Arena(asked, texts, (), tmp_path), tmp_path, changes, 7, 3)

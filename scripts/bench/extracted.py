@@ -1,0 +1,34 @@
+"""Chats that an instruct model writes when it is given the head of a user's message alone, as if from what it was tuned
+on (2510.18554), and the nearest of them to given texts."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmcompress.data.chat_template import rendered
+from llmcompress.data.generate_text import continued
+
+ROWS = 16  # chats written side by side
+MARK = "MESSAGE"
+
+
+def chats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> list[str]:
+    """Return `count` chats of `length` tokens, from the user's message on; ends of turns do not end them."""
+    head = rendered([{"role": "user", "content": MARK}], tokenizer).split(MARK)[0]
+    given = tokenizer(head, add_special_tokens=False, return_tensors="pt").input_ids
+    start, found = given.shape[1], []
+    for first in range(0, count, ROWS):
+        rows = min(ROWS, count - first)
+        ids = torch.cat((given.expand(rows, start), torch.zeros(rows, length, dtype=torch.int64)), 1)
+        seeds = [f"chat {first + row}" for row in range(rows)]
+        written = continued(model, ids, torch.full((rows,), start), set(), 1.0, seeds)
+        found += [str(tokenizer.decode(row)) for row in written[:, start:]]
+    return found
+
+
+def nearness(pieces: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the cosine of each row [rows, width] and the nearest row of `wanted` [texts, width], [rows]."""
+    whole, others = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (pieces, wanted))
+    return np.asarray((whole @ others.T).max(1))
