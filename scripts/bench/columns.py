@@ -33,6 +33,19 @@ ON_TWO_TEXTS: Columns = {
     "documentation": "{perplexity_docs:.2f}",
     "KL there": "{kl_docs:.3f} ± {kl_docs_stderr:.3f}",
 }
+ARENA: Columns = {
+    "student": "{text}",
+    "arm": "{arm}",
+    "tokens": "{training_tokens:,.0f}",
+    "minutes": "{minutes:.1f}",
+    "KL, docs": "{kl_docs:.4f}",
+    "KL, WikiText": "{kl:.4f}",
+    "KL, code": "{kl_code:.4f}",
+    "less than forward KL": "{less:.4f} ± {less_stderr:.4f}",
+    "ECE": "{calibration_error:.4f}",
+    "pairs": "{pairs:.3f}",
+    "seeds": "{seeds}",
+}
 MINUTES: Columns = {"": "{arm}", "minutes": "{minutes:.0f}", **BOTH_TEXTS}
 KINDS: Columns = {
     "text": "{arm}",
@@ -291,19 +304,8 @@ TABLES: dict[str, Columns] = {
         "KL, WikiText": "{kl_wikitext:.1f} % ± {kl_wikitext_spread:.1f}",
         "gap, WikiText": "{gap_wikitext:.1f} % ± {gap_wikitext_spread:.1f}",
     },
-    "arena": {
-        "student": "{text}",
-        "arm": "{arm}",
-        "tokens": "{training_tokens:,.0f}",
-        "minutes": "{minutes:.1f}",
-        "KL, docs": "{kl_docs:.4f}",
-        "KL, WikiText": "{kl:.4f}",
-        "KL, code": "{kl_code:.4f}",
-        "less than forward KL": "{less:.4f} ± {less_stderr:.4f}",
-        "ECE": "{calibration_error:.4f}",
-        "pairs": "{pairs:.3f}",
-        "seeds": "{seeds}",
-    },
+    "arena": ARENA,
+    "arena-codes": ARENA,
     "allocation": {
         "bpw": "{bpw:.3f}",
         "plan": "{plan}",

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import candidate_losses
 import candidate_teachers
 import yaml
-from columns import TABLES
+from columns import ARENA
 from extracted import chats, nearness
 from filelock import FileLock, Timeout
 from idle import idle_source
@@ -65,8 +65,8 @@ ARMS = Path(__file__).with_suffix(".yaml")
 PAIRS = 10  # of each file
 READ = 32  # pieces of each text that chats are compared with
 HELD = 8  # sequences of each text, at least as many as are held out
-ARENA = {heading: form for heading, form in TABLES["arena"].items() if heading not in ("student", "arm")}
-COLUMNS = ("arm", *ARENA)
+NUMBERS = {heading: form for heading, form in ARENA.items() if heading not in ("student", "arm")}
+COLUMNS = ("arm", *NUMBERS)
 
 Row = dict[str, Any]
 
@@ -314,7 +314,7 @@ def table(rows: list[Row], student: str) -> Iterator[str]:
     """Yield the lines of a student's table."""
     yield f"\n{student}\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
     for arm, numbers in summary(rows, student):
-        yield f"| {' | '.join([arm, *(cell(form, numbers) for form in ARENA.values())])} |"
+        yield f"| {' | '.join([arm, *(cell(form, numbers) for form in NUMBERS.values())])} |"
 
 
 def records(rows: list[Row], student: str) -> Iterator[Record]:
