@@ -180,7 +180,7 @@ def _distilled(
         if not is_given(accelerator):  # in such a process it has another precision
             check_outputs(pair, data)
         Exits.of(pair[0], asked.losses)  # refuses a missing exit before a teacher is cached
-    warnings = () if not compressed_modules(pair[1]) else (COMPRESSED_TEACHER,)
+    warnings: tuple[str, ...] = () if not compressed_modules(pair[1]) else (COMPRESSED_TEACHER,)
     start_trackers(asked, accelerator)
     with memory_advice(asked), without_remarks(), keeping_freed_memory():
         run, cost = taught(run, place, target)
@@ -189,6 +189,8 @@ def _distilled(
         done, metrics = _result(run, learned, target, place, opened.layouts), run.metrics.path
         del run
         controls = measured_controls(job, progress)
+    if missing := [kind for kind, count in done.trained.items() if not count]:
+        warnings = (*warnings, f"rates: the student has no {' and no '.join(missing)} to train; the rest learned alone")
     done = replace(done, warnings=warnings, cache_bias=bias, quantized_teacher=cost, controls=controls)
     if accelerator.is_main_process:
         _write(opened, beside, learned, recipe_text, done, target, metrics)

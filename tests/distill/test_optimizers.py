@@ -204,6 +204,13 @@ def test_a_teacher_that_is_itself_compressed_teaches_and_it_is_said(folders: Pat
     assert done.history[0]["kl"] < 1e-6 and "the teacher is compressed too" in done.warnings[0]
 
 
+def test_what_a_student_lacks_of_the_rates_is_said(folders: Path, tmp_path: Path) -> None:
+    asked = recipe(folders, steps=1, rates={"scales": 1e-3, "factors": 1e-3, "weights": 1e-3})
+    done = distill(folders / "small", folders / "dense", asked, tmp_path / "out")
+    assert done.warnings == ("rates: the student has no factors and no weights to train; the rest learned alone",)
+    assert done.trained["scales"] > 0
+
+
 def test_another_tokenizer_is_refused(folders: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
