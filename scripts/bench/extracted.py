@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.spatial.distance import cdist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.data.chat_template import rendered
@@ -30,5 +31,4 @@ def chats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int
 
 def nearness(pieces: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Return the cosine of each row [rows, width] and the nearest row of `wanted` [texts, width], [rows]."""
-    whole, others = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (pieces, wanted))
-    return np.asarray((whole @ others.T).max(1))
+    return np.asarray(1 - cdist(pieces, wanted, "cosine").min(1))
