@@ -88,7 +88,8 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
     text = {"dataset": str(place / "text.txt"), "samples": 10, "length": 32, "held_out": 2}
     domains = [text | {"name": "one"}, text | {"name": "other", "length": 24}]
     mixed = {"data": domains, "mixture": {"reweight": "ddk", "every": 2, "sequences": 1}}
-    compressed_teacher = job("second-hand", losses=[{"of": {"loss": "dad"}}], checkpointing=True, **mixed)
+    plain = {"rates": {kind: ALL[kind] for kind in ("codes", "scales", "norms")}}  # its student has no more kinds
+    compressed_teacher = job("second-hand", losses=[{"of": {"loss": "dad"}}], checkpointing=True, **plain, **mixed)
     hidden = {"of": {"loss": "hidden"}, "weight": {"from": 1.0, "to": 0.1}, "layers": [0, 2]}
     two = {"kind": "end_to_end", "steps": 2}
     between = {"losses": [{"of": {"loss": "forward_kl"}}, hidden], "checkpointing": True}
