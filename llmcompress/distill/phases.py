@@ -6,6 +6,7 @@ run resumes in the phase that was under way, after its last state or block.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +28,8 @@ from llmcompress.errors import RecipeError
 from llmcompress.recipe.regrowth import RANK
 from llmcompress.weight.modules import CompressedLinear, Multiplying, decoded, put
 from llmcompress.weight.trainable.latents.form import ValuesForm
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -95,6 +98,13 @@ def learn(run: TrainContext, report: Report | None = None) -> Learned:
     return learned
 
 
+def lacking(trained: Mapping[Any, object]) -> tuple[str, ...]:
+    """Return a warning of the kinds in `rates` of which a student has none; `trained`: what it has of each, or how
+    many."""
+    missing = [kind for kind, found in trained.items() if not found]
+    return (f"rates: the student has no {' and no '.join(missing)} to train; the rest learns alone",) if missing else ()
+
+
 def _learning(run: TrainContext, masks: Masks) -> dict[str, ValuesForm]:
     """Return the forms in which grown linears train whose masks learn, by name."""
     asked = run.recipe.regrow
@@ -115,6 +125,8 @@ def _end_to_end(run: TrainContext, learned: Learned, report: Report | None, valu
     student = relaxed_student(
         run.student.model, recipe.rates, recipe.estimator, latents, scales=recipe.scales, values=values, shrunk=shrunk
     )
+    for warning in lacking(student.trained):
+        LOG.warning(warning)
     measured = train(replace(run, student=student), report)
     numbers: dict[str, int] = {
         kind: sum(value.numel() for value in values.values()) for kind, values in student.trained.items()

@@ -26,7 +26,7 @@ from llmcompress.distill.metrics import start_trackers, term_names
 from llmcompress.distill.objective.early_exits import Exits
 from llmcompress.distill.objective.heads import check_pair
 from llmcompress.distill.parallel.launch import is_given, launched_accelerator
-from llmcompress.distill.phases import Learned
+from llmcompress.distill.phases import Learned, lacking
 from llmcompress.distill.ready import memory_advice
 from llmcompress.distill.resume import METRICS
 from llmcompress.distill.student.folder import StudentFolder, open_folder
@@ -189,8 +189,7 @@ def _distilled(
         done, metrics = _result(run, learned, target, place, opened.layouts), run.metrics.path
         del run
         controls = measured_controls(job, progress)
-    if missing := [kind for kind, count in done.trained.items() if not count]:
-        warnings = (*warnings, f"rates: the student has no {' and no '.join(missing)} to train; the rest learned alone")
+    warnings += lacking(done.trained)
     done = replace(done, warnings=warnings, cache_bias=bias, quantized_teacher=cost, controls=controls)
     if accelerator.is_main_process:
         _write(opened, beside, learned, recipe_text, done, target, metrics)

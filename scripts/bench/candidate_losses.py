@@ -206,6 +206,31 @@ def between() -> Callable[[Features, Between], SumAndCount]:
     return between
 
 
+class Principal(LossConfig):
+    """Arguments of `principal`."""
+
+    loss: Literal["principal"] = "principal"
+    share: float = Field(0.25, gt=0, le=1, description="dimensions that are compared, as a share of the width")
+
+    @property
+    def needs_one_width(self) -> bool:
+        """See `LossConfig.needs_one_width`."""
+        return True
+
+
+def principal(features: Features, config: Principal) -> SumAndCount:
+    """`hidden` in the principal directions of the teacher's states (low-rank mimicry of BinaryDM, 2404.05662).
+
+    The directions are those of the states at hand, about their mean.
+    """
+    keep = _kept(features)
+    student, teacher = wide(features.student)[keep], wide(features.teacher.detach())[keep]
+    directions = torch.linalg.eigh((teacher - teacher.mean(0)).T.cov()).eigenvectors
+    basis = directions[:, -max(1, round(config.share * teacher.shape[-1])) :]  # [width, dimensions]
+    error, energy = ((student - teacher) @ basis).square().sum(-1), (teacher @ basis).square().sum(-1)
+    return (error / energy).sum(), keep.sum().to(error)
+
+
 def register() -> None:
     """Let recipes in this process name them."""
     loss("reliable", Reliable)(reliable)
@@ -216,6 +241,7 @@ def register() -> None:
     feature_loss("mutual_information", MutualInformation)(mutual_information)
     feature_loss("across", Across)(across)
     feature_loss("between", Between)(between())
+    feature_loss("principal", Principal)(principal)
 
 
 def _kept(features: Features) -> Tensor:

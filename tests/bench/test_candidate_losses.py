@@ -125,6 +125,20 @@ def test_sequences_are_related_position_by_position(features: Features) -> None:
     assert total.item() == pytest.approx(wanted) and float(count) == 9
 
 
+def test_states_are_compared_in_the_teachers_principal_directions(features: Features) -> None:
+    seen = features.teacher[features.keep]
+    directions = torch.linalg.svd(seen - seen.mean(0)).Vh[:2]  # of largest variance first
+    wanted = 0.0
+    for mine, theirs in zip(features.student[features.keep], seen):
+        wanted += float((directions @ (mine - theirs)).square().sum() / (directions @ theirs).square().sum())
+    total, count = candidate_losses.principal(features, candidate_losses.Principal(share=0.4))
+    assert total.item() == pytest.approx(wanted) and float(count) == 9
+    other = Features(features.student, features.teacher, None)
+    whole, _ = candidate_losses.principal(other, candidate_losses.Principal(share=1.0))
+    relative = (features.student - features.teacher).square().sum(-1) / features.teacher.square().sum(-1)
+    assert whole.item() == pytest.approx(float(relative.sum()))
+
+
 def test_layers_are_related_to_the_one_before(features: Features) -> None:
     later = Features(features.student.flip(-1), features.teacher.roll(1, -1), features.keep)
     run = candidate_losses.between()

@@ -204,10 +204,18 @@ def test_a_teacher_that_is_itself_compressed_teaches_and_it_is_said(folders: Pat
     assert done.history[0]["kl"] < 1e-6 and "the teacher is compressed too" in done.warnings[0]
 
 
-def test_what_a_student_lacks_of_the_rates_is_said(folders: Path, tmp_path: Path) -> None:
+def test_what_a_student_lacks_of_the_rates_is_said_at_once_and_in_the_report(
+    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said: list[str] = []
+
+    def progress(*_: object) -> None:
+        said.extend(caplog.messages)
+
     asked = recipe(folders, steps=1, rates={"scales": 1e-3, "factors": 1e-3, "weights": 1e-3})
-    done = distill(folders / "small", folders / "dense", asked, tmp_path / "out")
-    assert done.warnings == ("rates: the student has no factors and no weights to train; the rest learned alone",)
+    done = distill(folders / "small", folders / "dense", asked, tmp_path / "out", progress=progress)
+    wanted = "rates: the student has no factors and no weights to train; the rest learns alone"
+    assert done.warnings == (wanted,) and wanted in said
     assert done.trained["scales"] > 0
 
 
