@@ -225,7 +225,7 @@ def principal(features: Features, config: Principal) -> SumAndCount:
     """
     keep = _kept(features)
     student, teacher = wide(features.student)[keep], wide(features.teacher.detach())[keep]
-    directions = torch.linalg.eigh((teacher - teacher.mean(0)).T.cov()).eigenvectors
+    directions = torch.linalg.eigh(teacher.T.cov()).eigenvectors
     basis = directions[:, -max(1, round(config.share * teacher.shape[-1])) :]  # [width, dimensions]
     error, energy = ((student - teacher) @ basis).square().sum(-1), (teacher @ basis).square().sum(-1)
     return (error / energy).sum(), keep.sum().to(error)
