@@ -7,6 +7,7 @@ import itertools
 import platform
 import sys
 import sysconfig
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,11 +112,16 @@ def _docstrings() -> Iterator[tuple[str, str]]:
             if not path.is_file() or {"test", "tests"} & set(inner.parts):
                 continue
             tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
-            found = (_docstring(node) for node in ast.walk(tree))
+            found = map(ast.get_docstring, _documented(tree))
             yield inner.as_posix(), "\n\n".join(text for text in found if text)
 
 
-def _docstring(node: ast.AST) -> str | None:
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        return ast.get_docstring(node)
-    return None
+def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Statements that may have a docstring, in the order of `ast.walk`. Expressions are passed over, for speed."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, part, ()))

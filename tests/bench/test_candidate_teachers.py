@@ -13,6 +13,7 @@ from llmcompress.data.batch import Batch
 from llmcompress.distill.objective.chunked_loss import Online
 from llmcompress.distill.run import distill
 from tests.distill.miniature import make, recipe
+from tests.tiers import tiered
 from tests.tiny import tiny
 
 
@@ -46,7 +47,7 @@ def test_the_past_is_a_moving_average() -> None:
     assert student.lm_head.weight.requires_grad and not both.second.head.weight.requires_grad
 
 
-@pytest.mark.parametrize("second", ["past", "small", None])
+@pytest.mark.parametrize("second", tiered(["past", "small", None], lambda second: second is None))
 def test_students_learn_from_both(place: Path, tmp_path: Path, second: str | None) -> None:
     folder = place / second if second == "small" else second
     with candidate_teachers.beside(folder):

@@ -204,6 +204,7 @@ def test_equal_rows_change_nothing() -> None:
     assert torch.equal(alike.project(0, wanted), ones.project(0, wanted))
 
 
+@pytest.mark.slow
 def test_a_recipe_compresses_by_it(tmp_path: Path) -> None:
     place = save_tiny("llama", tmp_path / "model")
     text = {"dataset": str(text_for_calibration(tmp_path)), "samples": 4, "length": 24, "held_out": 1}

@@ -230,6 +230,7 @@ def test_weighed_moments_add(by: Literal["attention", "norm"], opened: Opened) -
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_a_recipe_weighs_up_loses_less(tmp_path: Path) -> None:
     """Each of three compressions is the best of all at the error that its own tokens count, which its report says."""
     folder = save_tiny("llama", tmp_path / "dense")

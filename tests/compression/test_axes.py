@@ -41,7 +41,10 @@ def compressed(source: Path, tmp_path: Path, steps: list[dict[str, Any]], **more
     return lc.compress(source, recipe(text, steps, **more), tmp_path / "out")
 
 
-@pytest.mark.parametrize("steps, node", [(COLUMNS, Scaled), (AXES, Transposed)], ids=["columns", "axes"])
+@pytest.mark.parametrize(
+    "steps, node",
+    [pytest.param(COLUMNS, Scaled, id="columns", marks=pytest.mark.slow), pytest.param(AXES, Transposed, id="axes")],
+)
 def test_a_checkpoint_holds_them_and_its_report_says_which(
     source: Path, tmp_path: Path, steps: list[dict[str, Any]], node: type
 ) -> None:

@@ -55,7 +55,7 @@ def written(folder: Path) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
+@pytest.mark.parametrize("family", tiered(sorted(FAMILY_CONFIGS), {"llama", "phi3", "gpt2"}.__contains__))
 def test_what_is_left_passes_the_dropped_blocks_over(family: str, tmp_path: Path) -> None:
     save_tiny(family, tmp_path / "whole", **four(family))
     lc.drop_blocks(tmp_path / "whole", [1], tmp_path / "short")
@@ -232,11 +232,13 @@ def test_a_search_takes_runs_greedy_sets_and_what_swaps_make_of_them() -> None:
     assert runs_of(2, 4) == [{0, 1}, {1, 2}, {2, 3}]
 
 
+@pytest.mark.slow
 def test_a_search_is_never_worse_than_the_best_run(tmp_path: Path) -> None:
     found = lc.least_damage(with_idle_blocks(tmp_path / "model"), 3, text=str(written(tmp_path)))
     assert len(found.runs) == 3 and found.damage <= min(found.runs) and {1, 3} <= set(found.blocks)
 
 
+@pytest.mark.slow
 def test_the_command_measures_what_it_drops(tmp_path: Path) -> None:
     model, text = with_idle_blocks(tmp_path / "model"), str(written(tmp_path))
     words = ["drop", str(model), "--count", "2", "--text", text, "--json", "-o"]

@@ -116,6 +116,7 @@ def test_its_card_names_class_and_task(classifier: Path) -> None:
     assert "pipeline_tag: text-classification" in text
 
 
+@pytest.mark.slow
 def test_blocks_learn_while_they_are_compressed(classifier: Path, tmp_path: Path) -> None:
     tuned = lc.compress(classifier / "dense", recipe(tmp_path, reconstruct={"steps": 4}), tmp_path / "small")
     assert tuned.report.blocks

@@ -163,14 +163,8 @@ def dying(act: Callable[..., Any], calls: int) -> Callable[..., Any]:
     return mortal
 
 
-@pytest.mark.parametrize(
-    "name, calls",
-    [
-        pytest.param("compress_job", 0, marks=pytest.mark.slow),
-        ("record", 1),
-        pytest.param("_publish", 1, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, calls", [("compress_job", 0), ("record", 1), ("_publish", 1)])
 def test_a_sweep_that_was_cut_goes_on(
     name: str, calls: int, place: Path, tmp_path: Path, curve: tuple[Path, Found], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,7 @@ def test_asked_again_it_says_the_same_and_other_gates_judge_it_anew(
     assert push(folder, "me/small", dry_run=True).commit is None
 
 
+@pytest.mark.slow
 def test_null_switches_it_off(place: Path, tmp_path: Path) -> None:
     report = lc.compress(place / "dense", recipe(place, gates=OFF), tmp_path / "out").report
     assert report.gates is None and not any("gates" in warning for warning in report.warnings)
@@ -197,6 +198,7 @@ def test_a_run_to_a_target_tells_the_bytes_that_hold_and_they_do(kind: str, plac
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_while_it_measures_measures_when_it_is_asked_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +237,7 @@ def test_processes_end_alike(place: Path, tmp_path: Path) -> None:
     assert {(rank, other) for _, rank, other in told} == {(0, False), (1, True)}, "the first one says it"
 
 
+@pytest.mark.slow
 def test_a_distillation_comes_before(place: Path, tmp_path: Path) -> None:
     data = {"dataset": str(place / "text.txt"), "samples": 28, "length": 32, "held_out": 4}
     section = {
@@ -300,8 +303,16 @@ def test_what_one_process_cannot_read_all_leave_unmeasured(place: Path, tmp_path
     "more, reason",
     [
         ({"calibration": None}, "the recipe has no calibration text"),
-        ({"calibration": {"samples": 8, "length": 32, "held_out": 0}}, "none of the calibration text is held out"),
-        ({"calibration": {"samples": 1, "length": 32}}, "the calibration text is one sequence, and none is held out"),
+        pytest.param(
+            {"calibration": {"samples": 8, "length": 32, "held_out": 0}},
+            "none of the calibration text is held out",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"calibration": {"samples": 1, "length": 32}},
+            "the calibration text is one sequence, and none is held out",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_said(more: dict[str, Any], reason: str, place: Path, tmp_path: Path) -> None:

@@ -70,9 +70,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-FAST = {"dense stream", "tables"}
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `dense` model of four blocks, and a text."""
@@ -126,7 +123,7 @@ def told(report: Report) -> dict[str, Any]:
     return {name: value for name, value in report.to_json().items() if name not in cuts}
 
 
-@pytest.mark.parametrize("name", tiered(SETTINGS, lambda name: name in FAST))
+@pytest.mark.parametrize("name", tiered(SETTINGS, lambda name: name == "tables"))
 def test_a_run_that_was_cut_ends_with_the_same_files(
     name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,6 +349,7 @@ def test_prices_are_kept_until_the_model_is_there(place: Path, tmp_path: Path, m
     assert not list(tmp_path.glob("out.*"))
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_keeps(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And resumes, or starts over."""
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(place)))

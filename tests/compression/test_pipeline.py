@@ -101,6 +101,7 @@ def test_a_cut_run_goes_on_and_does_not_compress_again(
     assert not (tmp_path / "out.compressed").exists()
 
 
+@pytest.mark.slow
 def test_asked_to_a_run_begins_anew(place: Path, tmp_path: Path) -> None:
     """Finished blocks, a compressed model or a state of training that another recipe left are no hindrance then."""
     asked, out = recipe(place, save_every=2), tmp_path / "out"

@@ -116,7 +116,8 @@ def test_experts_that_no_process_sees_alone(place: Path, tmp_path: Path) -> None
 OTHERS: dict[str, dict[str, Any]] = {"awq": {"fuse": {"awq": True}}, "without data": {"calibration": None}}
 
 
-@pytest.mark.parametrize("name", tiered(OTHERS, lambda name: name == "without data"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_recipes_too(name: str, place: Path, tmp_path: Path) -> None:
     asked = OTHERS[name]
     rtn = {"rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 8}]}]}

@@ -47,7 +47,7 @@ def logits(path: Path) -> torch.Tensor:
     return model(torch.arange(20)[None] % 200).logits
 
 
-@pytest.mark.parametrize("family", tiered(FAMILY_CONFIGS, {"llama", "phi3", "opt", "gpt2"}.__contains__))
+@pytest.mark.parametrize("family", tiered(FAMILY_CONFIGS, {"llama", "gpt2"}.__contains__))
 def test_every_family_compresses_saves_and_loads(family: str, tmp_path: Path, text: Path) -> None:
     source = save_tiny(family, tmp_path / "dense")
     result = lc.compress(source, recipe(text), tmp_path / "out")

@@ -22,6 +22,7 @@ from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.tie import Tie
 from llmcompress.weight.modules import TiedMatrix, compressed_linears, multiplying
 from llmcompress.weight.tied import ties_of
+from tests.tiers import tiered
 from tests.tiny import save_tiny, tiny
 
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
@@ -75,7 +76,7 @@ def test_groups(tie: Tie, wanted: tuple[tuple[int, ...], ...]) -> None:
     assert groups_of(tie, 7) == wanted
 
 
-@pytest.mark.parametrize("start", ["average", "first", "stepwise"])
+@pytest.mark.parametrize("start", tiered(["average", "first", "stepwise"], "stepwise".__eq__))
 @pytest.mark.parametrize("pattern", ["neighbours", "loop"])
 def test_terms_of_full_rank_give_the_dense_model(place: Path, tmp_path: Path, start: str, pattern: str) -> None:
     asked = recipe(place, start=start, pattern=pattern, term=dict(FULL, rank=32))
@@ -252,7 +253,7 @@ def test_the_gradient_is_the_sum_over_the_depths() -> None:
     torch.testing.assert_close(found.reshape(8, 8), both[0].grad + both[1].grad)
 
 
-@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("text", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_cut_run_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bool) -> None:
     rules = RULES if text else [{"match": "*", "steps": [{"method": "rtn", "bits": 3}]}]
     term = TERM if text else {"method": "svd", "rank": 4}

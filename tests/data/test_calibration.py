@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import pydoc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from llmcompress.data.builtin import builtin_documents, stdlib_documents, stdlib_text
+from llmcompress.data.builtin import _documented, builtin_documents, stdlib_documents, stdlib_text
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, given_tokens, held_out_count
 from llmcompress.data.text import read_documents, shuffled
 from llmcompress.errors import InputError, NumericsError, RecipeError
@@ -134,6 +137,16 @@ def test_standard_library_is_deterministic_and_its_test_part_is_disjoint() -> No
     assert found.held_out == 2
     with pytest.raises(RecipeError, match="no split 'valid'"):
         read(dataset="stdlib", split="valid")
+
+
+def test_documented_statements_come_in_the_order_of_a_walk_of_the_tree() -> None:
+    try_all = "try:\n def a(): 0\nexcept:\n def b(): 0\nelse:\n def c(): 0\nfinally:\n async def d(): 0\n"
+    matched = "match 1:\n case 1:\n  class e: 0\nfor _ in []:\n def f(): 0\nelse:\n with g:\n  def h(): 0\n"
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for source in (try_all + matched, *(Path(module.__file__).read_text() for module in (ast, inspect, pydoc))):
+        tree = ast.parse(source)
+        found = list(_documented(tree))
+        assert found == [node for node in ast.walk(tree) if isinstance(node, kinds)] and len(found) >= 8
 
 
 def test_builtin_text_is_of_many_kinds_half_of_it_documentation_and_none_of_it_evaluation_text() -> None:

@@ -43,7 +43,10 @@ def calls(student: Path, place: Path, recipe: dict[str, Any], output: Path) -> i
 @pytest.mark.parametrize("compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "student, rates",
-    [("small", {"codes": 1e-2, "scales": 1e-2, "norms": 1e-2}), ("dense", {"weights": 1e-2})],
+    [
+        ("small", {"codes": 1e-2, "scales": 1e-2, "norms": 1e-2}),
+        pytest.param("dense", {"weights": 1e-2}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_training_runs_every_block_once_more(
     student: str, rates: dict[str, float], compute: str, place: Path, tmp_path: Path

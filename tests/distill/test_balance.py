@@ -51,6 +51,7 @@ def test_shares_are_those_of_runs_with_one_loss(folders: Path, tmp_path: Path) -
         assert factor == pytest.approx(norms[0] / norms[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_losses_on_hidden_states_are_balanced_too(folders: Path, tmp_path: Path) -> None:
     rows = steps_of(folders, tmp_path / "out", KL, HIDDEN, balance=True, evaluate_every=1)
     assert all(0 < row["gradient_shares"]["hidden"] < 1 for row in rows)
@@ -65,6 +66,7 @@ def test_a_loss_without_a_gradient_keeps_its_weight() -> None:
     assert balanced([1.0, 1e-30])[1] == 1e6
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_between_looks_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
     asked = settings(folders, KL, HIDDEN, balance=True, steps=4, evaluate_every=3, save_every=1)
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")

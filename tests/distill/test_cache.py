@@ -328,6 +328,7 @@ def test_losses_that_need_no_teacher_or_symbols_are_allowed(folders: Path) -> No
     assert asked.teacher.k == 64 and asked.teacher.folder is None
 
 
+@pytest.mark.slow
 def test_phases_that_need_the_teachers_weights_load_it_again(folders: Path, tmp_path: Path) -> None:
     phases = [
         {"kind": "blockwise", "steps": 1, "rates": {"scales": 5e-3}},

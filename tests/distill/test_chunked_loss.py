@@ -215,7 +215,9 @@ def test_tied_embeddings_get_both_gradients() -> None:
     assert_close(gradient(True), gradient(False), **EXACT)
 
 
-@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+@pytest.mark.parametrize(
+    "dtype, error", [(torch.bfloat16, 0.02), pytest.param(torch.float16, 0.003, marks=pytest.mark.slow)]
+)
 def test_half_precision_sums_in_float32(dtype: torch.dtype, error: float) -> None:
     half = models(tokens=2000, dtype=dtype)
     double = models(tokens=2000)

@@ -57,9 +57,8 @@ def test_controls_are_runs_of_their_own_and_change_nothing(folders: Path, tmp_pa
     assert any(line.startswith("control no teacher · KL") for line in shown)
 
 
-@pytest.mark.parametrize(  # within the distillation itself, and within either control
-    "calls", [pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(8, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [2, 5, 8])  # within the distillation itself, and within either control
 def test_a_run_that_was_cut_anywhere_ends_as_a_whole_one(calls: int, folders: Path, tmp_path: Path) -> None:
     asked = settings(folders, save_every=1)
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")

@@ -20,9 +20,8 @@ DIVIDED = {"latents": "divided"}
 CBQ = OFFSETS | {"window": 2}
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param(DIVIDED, id="divided"), pytest.param(CBQ, id="cbq", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [DIVIDED, CBQ], ids=["divided", "cbq"])
 def test_codes_learn_on_text_that_they_do_not_see(form: dict[str, Any], place: Path, tmp_path: Path) -> None:
     plain = lc.compress(place / "dense", recipe(place, None, rules=RULES), tmp_path / "plain")
     asked = recipe(place, {"rates": {"codes": 2e-2}} | form, rules=RULES)

@@ -101,7 +101,7 @@ def test_scores_of_a_real_matrix_are_few() -> None:
         assert learning < (0.02 if out >= 576 and width >= 576 else 0.035) * out * width
 
 
-@pytest.mark.parametrize("more", [LEARNED, {**LEARNED, "rank": 1}])
+@pytest.mark.parametrize("more", [LEARNED, pytest.param({**LEARNED, "rank": 1}, marks=pytest.mark.slow)])
 def test_masks_change_and_no_byte_is_added(more: dict[str, Any], folders: Path, tmp_path: Path) -> None:
     settings = recipe(folders, rates={**RATES, "masks": 5e-2}, regrow=more, steps=6)
     found = distill(folders / "small", folders / "dense", settings, tmp_path / "out")

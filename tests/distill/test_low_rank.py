@@ -111,7 +111,7 @@ def test_a_term_that_learned_nothing_is_rounded_to_nothing(folders: Path) -> Non
         assert float(dense(term_of(layer)).abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("factor_bits", [16, 8])
+@pytest.mark.parametrize("factor_bits", [pytest.param(16, marks=pytest.mark.slow), 8])
 def test_the_checkpoint_grows_by_the_bits_of_its_terms(factor_bits: int, folders: Path, tmp_path: Path) -> None:
     terms = {"rank": 4, "factor_bits": factor_bits}
     asked = recipe(folders, steps=6, rates={"factors": 1e-2}, adapt=terms)

@@ -214,6 +214,7 @@ def run(folders: Path, output: Path, **more: Any) -> Any:
     return distill(folders / "small", folders / "dense", recipe(folders, **MEDIAN | more), output)
 
 
+@pytest.mark.slow
 def test_a_student_with_median_scales_learns(folders: Path, tmp_path: Path) -> None:
     done = run(folders, tmp_path / "out", steps=10)
     distances = [row["kl"] for row in done.history]

@@ -65,6 +65,7 @@ def test_what_is_written_is_what_one_reads_token_by_token(temperature: float, en
         assert found[row].tolist() == wanted + [NOTHING] * (24 - len(wanted))
 
 
+@pytest.mark.slow
 def test_many_sequences_are_written_in_parts(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part at a time, with the same words."""
     settings = recipe(folders, on_policy={"share": 1.0, "prompt": 5, "every": 2}, steps=2)
@@ -118,9 +119,8 @@ def test_ends_are_those_of_the_generation_config() -> None:
         assert end_tokens(model) == wanted
 
 
-@pytest.mark.parametrize(  # in the middle of a window, and at the end of one
-    "calls", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [1, 2, 4])  # in the middle of a window, and at the end of one
 def test_an_interrupted_run_ends_as_a_whole_one(folders: Path, tmp_path: Path, calls: int) -> None:
     settings = recipe(folders, **OWN, save_every=1)
     cut_short(folders, settings, tmp_path / "cut", calls)

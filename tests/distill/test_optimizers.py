@@ -88,6 +88,7 @@ def test_moments_that_were_put_back_go_on_to_the_bit(asked: Distillation) -> Non
         assert state.keys() == same.keys() and all(torch.as_tensor(state[key] == same[key]).all() for key in state)
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_a_cut_run_with_eight_bits_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
     asked = recipe(folders, optimizer="adamw_8bit", save_every=3)

@@ -141,6 +141,7 @@ def test_the_walk_recovers_every_block(folders: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, after[name]) for name, value in payloads(again).items())
 
 
+@pytest.mark.slow
 def test_blocks_that_are_done_are_not_done_again(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +189,8 @@ def test_phases_follow_each_other(folders: Path, tmp_path: Path) -> None:
     assert math.isclose(second.history[-1]["kl"], distances[-1], rel_tol=1e-3)
 
 
-@pytest.mark.parametrize("calls", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [1, 4])
 def test_a_run_that_was_cut_in_a_phase_ends_as_a_whole_one(calls: int, folders: Path, tmp_path: Path) -> None:
     """After the first of two blocks, and after the second of three steps."""
     phases = [{"kind": "blockwise", "steps": 2}, {"kind": "end_to_end", "steps": 3}]

@@ -189,6 +189,7 @@ def test_the_dense_one_is_gone_while_the_student_learns(
     assert list(loaded) == ["small", "dense", "dense in 4 bits"] and alive == [names] * 2
 
 
+@pytest.mark.slow
 def test_its_weights_are_asked_of_the_dense_one(place: Path, tmp_path: Path) -> None:
     """Blocks are recovered towards the dense teacher's, and latents start at its weights."""
     phases = [{"kind": "blockwise", "steps": 2, "rates": {"codes": 1e-2}, "latents": "teacher"}]
@@ -205,6 +206,7 @@ def test_its_weights_are_asked_of_the_dense_one(place: Path, tmp_path: Path) -> 
     assert one == other and one[-1]["kl"] != one[0]["kl"]
 
 
+@pytest.mark.slow
 def test_a_cache_of_other_bits_is_refused(place: Path, tmp_path: Path) -> None:
     def cached(bits: int | None, folder: str, output: str) -> Any:
         teacher = {"kind": "cached", "k": 16, "bits": bits, "folder": str(tmp_path / folder)}

@@ -82,13 +82,14 @@ def block_errors(place: Path, folder: Path) -> list[float]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rules", "rates"),
     [
         pytest.param(RULES, SCALES, id="grids"),
-        pytest.param(TRELLIS, SCALES, id="trellis", marks=pytest.mark.slow),
-        pytest.param(RULES, SCALES | {"weights": 1e-2}, id="weights", marks=pytest.mark.slow),
-        pytest.param(RULES, SCALES | {"codes": 2e-2}, id="codes", marks=pytest.mark.slow),
+        pytest.param(TRELLIS, SCALES, id="trellis"),
+        pytest.param(RULES, SCALES | {"weights": 1e-2}, id="weights"),
+        pytest.param(RULES, SCALES | {"codes": 2e-2}, id="codes"),
     ],
 )
 def test_the_report_says_what_the_checkpoint_holds(
@@ -171,7 +172,7 @@ def test_a_signed_step_is_the_rate_in_the_direction_of_the_gradient(tmp_path: Pa
         assert torch.allclose(value - before[name], -step * gradients[name].sign(), atol=1e-3 * step), name
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("batch", tiered([1, 2, 3], lambda batch: batch == 3))
 def test_a_block_learns_in_processes_what_it_learns_in_one(batch: int, tmp_path: Path) -> None:
     """Of three processes one has nothing held out; in a step of one sequence two have nothing to do."""
     make(tmp_path, [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}])
@@ -255,6 +256,7 @@ def test_the_plan_says_that_blocks_will_learn(place: Path, tmp_path: Path) -> No
     assert done.exit_code == 0 and "learns  every block, 24 steps each time: norms at 0.01" in done.output
 
 
+@pytest.mark.slow
 def test_tuning_is_one_word_on_the_command_line(place: Path, tmp_path: Path) -> None:
     """And a section that a recipe has stays what it is."""
     for name, section in (("none", None), ("some", {"rates": SCALES, "steps": 2})):

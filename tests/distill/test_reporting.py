@@ -250,6 +250,7 @@ def test_json_of_distill_keeps_its_contract(folders: Path, tmp_path: Path) -> No
     assert "step 1/1 · loss " in done.stderr and "\nstep" not in done.stdout
 
 
+@pytest.mark.slow
 def test_phases_share_one_file_and_one_curve(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Cut(Exception):
         pass

@@ -123,6 +123,7 @@ def test_the_teacher_that_is_loaded_writes_the_text(
     assert writers == [(torch.bfloat16, str(folders / "dense"))]  # as it teaches, not as a copy in float32
 
 
+@pytest.mark.slow
 def test_codes_that_start_at_the_teacher_are_recovered(folders: Path, tmp_path: Path) -> None:
     """Of a student that was rounded to nearest."""
     asked = recipe(folders, steps=24, rates={"codes": 1e-2}, latents="teacher")
@@ -130,6 +131,7 @@ def test_codes_that_start_at_the_teacher_are_recovered(folders: Path, tmp_path: 
     assert done.history[-1]["kl"] < 0.5 * done.history[0]["kl"] and set(done.trained) == {"codes"}
 
 
+@pytest.mark.slow
 def test_latents_that_start_at_the_codes_take_time_to_change_them(folders: Path, tmp_path: Path) -> None:
     asked = recipe(folders, steps=24, evaluate_every=1, rates={"codes": 4e-2}, latents="codes")
     done = distill(folders / "small", folders / "dense", asked, tmp_path / "out")

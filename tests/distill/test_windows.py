@@ -124,6 +124,7 @@ def test_a_block_learns_again_for_the_next_one(place: Path, tmp_path: Path) -> N
     assert block_errors(place, two.folder)[1] < block_errors(place, one.folder)[1]
 
 
+@pytest.mark.slow
 def test_what_learns_nothing_changes_nothing(place: Path, tmp_path: Path) -> None:
     """At rates too small for float16, windows of two leave the files that blocks alone leave."""
     asked = [{"rates": {"scales": 1e-12}, "window": size, "steps": 2} for size in (1, 2)]

@@ -16,6 +16,7 @@ from llmcompress.evaluate.drift import cka
 from llmcompress.evaluate.perplexity import evaluation_windows
 from llmcompress.models.tokenizer import load_tokenizer
 from tests.distill.miniature import make
+from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny
 
 RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}]
@@ -75,7 +76,7 @@ def test_states_that_are_all_alike_have_none() -> None:
     assert cka(torch.ones(1, 8, 4), states(5, 4, 8)[:1]) is None
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("family", tiered(FAMILY_CONFIGS, {"llama", "phi3", "gpt2"}.__contains__))
 def test_a_model_has_none_from_itself(family: str, folders: Path, tmp_path: Path) -> None:
     dense = save_tiny(family, tmp_path / "dense")
     text = folders / "text.txt"

@@ -281,6 +281,7 @@ def test_results_are_read_with_care() -> None:
     }
 
 
+@pytest.mark.slow
 def test_importing_evaluation_imports_nothing_large() -> None:
     program = (
         "import sys, llmcompress.evaluate, llmcompress.data.calibration\n"

@@ -51,7 +51,7 @@ def payloads(model: torch.nn.Module) -> list[torch.Tensor]:
     return [module.get_parameter("weight").clone() for module in compressed_modules(model).values()]
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_changes_the_adapter_alone(dora: bool, folder: Path, tmp_path: Path) -> None:
     """Through transformers' own Trainer; what it saves loads on top of the checkpoint."""
     lora = LoraConfig(r=2, use_dora=dora, target_modules=TARGETS, task_type="CAUSAL_LM")

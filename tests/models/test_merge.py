@@ -72,7 +72,7 @@ def test_shards_hold_every_tensor(size: int, files: int, tmp_path: Path, monkeyp
             assert sum(wanted[name].nbytes for name in names) <= size
 
 
-@pytest.mark.parametrize("size", [10**9, 200])
+@pytest.mark.parametrize("size", [10**9, pytest.param(200, marks=pytest.mark.slow)])
 def test_an_interrupted_merge_is_resumed(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At every call that changes the disk: while headers are made, within a copy, between a copy and the removal."""
     monkeypatch.setattr(merge, "SHARD", size)

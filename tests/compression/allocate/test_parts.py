@@ -62,6 +62,7 @@ def never(done: int, blocks: int, rate: float) -> None:
     pytest.fail("what was measured is measured again")
 
 
+@pytest.mark.slow
 def test_a_missing_part_is_named(place: Path, tmp_path: Path) -> None:
     for number in (1, 3):
         measure(place, tmp_path / "out", f"{number}/4")

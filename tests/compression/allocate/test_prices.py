@@ -141,7 +141,7 @@ def probed(source: DenseModel, windows: Tensor, share: float) -> dict[str, float
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", tiered(["llama", "gemma2", "gpt2", "opt"], {"llama", "gpt2"}.__contains__))
+@pytest.mark.parametrize("family", tiered(["llama", "gemma2", "gpt2", "opt"], "gpt2".__eq__))
 def test_the_dense_weight_changes_nothing_and_another_what_a_whole_forward_says(
     family: str, tied: bool, tmp_path: Path
 ) -> None:

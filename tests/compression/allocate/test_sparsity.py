@@ -28,6 +28,7 @@ from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear
 from tests.builders import correlated, gaussian, layer, moments
 from tests.compression.allocate.aimed import make, recipe
+from tests.tiers import tiered
 
 OPTIONS = [[{"method": "wanda", "sparsity": share}] for share in (0.25, 0.5, 0.75)]
 
@@ -49,7 +50,9 @@ def zeros(folder: Path) -> tuple[int, int]:
     return sum(int((one == 0).sum()) for one in weights), sum(one.numel() for one in weights)
 
 
-@pytest.mark.parametrize("more", [{}, {"options": None}], ids=["options", "default"])
+@pytest.mark.parametrize(
+    "more", [pytest.param({}, id="options", marks=pytest.mark.slow), pytest.param({"options": None}, id="default")]
+)
 def test_a_model_has_the_share_of_zeros_that_was_asked_for(more: dict[str, Any], place: Path, tmp_path: Path) -> None:
     asked = recipe(place, {"sparsity": 0.6}, **{"options": OPTIONS} | more)
     done = lc.compress(place / "dense", asked, tmp_path / "out")
@@ -71,7 +74,7 @@ def test_zeros_of_rules_count(place: Path) -> None:
         allocated(place, 0.7, rules=rules)
 
 
-@pytest.mark.parametrize("by", ["distortion", "noise", "kl"])
+@pytest.mark.parametrize("by", tiered(["distortion", "noise", "kl"], lambda by: by == "noise"))
 def test_chosen_shares_lose_less_than_equal_ones(by: str, place: Path, tmp_path: Path) -> None:
     plan = allocated(place, 0.6, damage=by)
     costs = [one.kept for one in plan.choices.matrices]

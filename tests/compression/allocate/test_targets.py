@@ -78,6 +78,7 @@ def test_bits_per_weight_are_those_that_the_report_counts(place: Path, tmp_path:
     assert fixed.steps == ("rtn",)
 
 
+@pytest.mark.slow
 def test_less_damage_takes_more_bytes_and_is_predicted_to_be_kept(plan: Allocation) -> None:
     least = damage(plan.prices, [len(OPTIONS) - 1] * 21 + [4])
     sizes = []
@@ -196,6 +197,7 @@ def test_prices_and_plan_travel_with_the_model(
         assert path.read_bytes() == (again.folder / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_command_line_aims_and_says_how_well(place: Path, tmp_path: Path, result: run.Result) -> None:
     asked = recipe(place, {"kl": 1.0})
     (tmp_path / "aimed.yaml").write_text(dump(read_recipe(asked)))

@@ -19,7 +19,7 @@ from tests.tiers import tiered
 from tests.zoo import COUNT, save_zoo, text_for_calibration
 
 STORABLE = ("qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "glm4_moe", "dots1")
-FAMILIES = tiered(STORABLE, {"qwen2_moe", "qwen3_moe", "deepseek_v3"}.__contains__)
+FAMILIES = tiered(STORABLE, {"qwen3_moe", "deepseek_v3"}.__contains__)
 
 
 def loaded(folder: Path) -> Any:

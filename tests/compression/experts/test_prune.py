@@ -29,7 +29,7 @@ from tests.tiers import tiered
 from tests.tiny import save_tiny
 from tests.zoo import COUNT, MIXTURES, save_zoo, text_for_calibration
 
-FAMILIES = tiered(MIXTURES, {"mixtral", "qwen3_moe", "olmoe", "deepseek_v3"}.__contains__)
+FAMILIES = tiered(MIXTURES, {"mixtral", "deepseek_v3"}.__contains__)
 KEEP = 3
 GROUPED = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "norm_topk_prob": True}
 
@@ -216,6 +216,7 @@ def test_the_predicted_damage_is_that_of_the_written_block(tmp_path: Path) -> No
     assert report.blocks[0].damage == pytest.approx(float(shares.mean()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_random_is_a_control_that_a_seed_repeats(tmp_path: Path) -> None:
     save_zoo("olmoe", tmp_path / "dense", num_experts=8)
     text = str(text_for_calibration(tmp_path))

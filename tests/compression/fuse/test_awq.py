@@ -68,8 +68,8 @@ def logits(model: PreTrainedModel) -> Tensor:
     ("family", "changes"),
     [
         *(pytest.param(name, {}, marks=() if name == "llama" else pytest.mark.slow) for name in FUSIBLE),
-        ("llama", BIASES),
-        ("llama", {"num_key_value_heads": 1, "head_dim": 4}),
+        pytest.param("llama", BIASES, marks=pytest.mark.slow),
+        pytest.param("llama", {"num_key_value_heads": 1, "head_dim": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_logits_stay(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -83,6 +83,7 @@ def test_logits_stay(family: str, changes: dict[str, Any], tmp_path: Path) -> No
     torch.testing.assert_close(logits(model) / scale, expected / scale, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_logits_stay_of_a_rotated_model(tmp_path: Path) -> None:
     source = rotated_source(with_outliers("llama", tmp_path), seed=0, untie=False)
     model = source.skeleton()
@@ -136,6 +137,7 @@ def test_producer_rows_are_those_that_attention_repeats() -> None:
     assert torch.equal(producer_rows(5, 5, head_dim=3), torch.arange(5))
 
 
+@pytest.mark.slow
 def test_exponents_are_the_best_and_never_harm(tmp_path: Path) -> None:
     """Each group again, one exponent after the other, by the method itself and the inputs' moments before scaling."""
     source = with_outliers("llama", tmp_path)
@@ -205,7 +207,13 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("fuse", [{"awq": True}, {"awq": True, "rotation": True}], ids=["awq", "both"])
+@pytest.mark.parametrize(
+    "fuse",
+    [
+        pytest.param({"awq": True}, id="awq", marks=pytest.mark.slow),
+        pytest.param({"awq": True, "rotation": True}, id="both"),
+    ],
+)
 def test_a_checkpoint_loads_and_computes_like_the_dense_model(fuse: dict[str, Any], tmp_path: Path, text: Path) -> None:
     """With biases, and with a linear that stays dense."""
     with_outliers("llama", tmp_path / "dense", **BIASES)
@@ -232,6 +240,7 @@ def test_layers_are_compressed_for_the_scaled_inputs(tmp_path: Path, text: Path)
         assert errors[name] == pytest.approx(float(notes[name].rpartition(" then ")[2]), rel=2e-3)
 
 
+@pytest.mark.slow
 def test_layers_lose_less(tmp_path: Path, text: Path) -> None:
     with_outliers("llama", tmp_path / "dense")
     plain = lc.compress(tmp_path / "dense", recipe(text, GRID), tmp_path / "plain").report

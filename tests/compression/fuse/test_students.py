@@ -32,6 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_rotated_student_learns_and_keeps_its_own_head(place: Path, tmp_path: Path) -> None:
     done = distill(place / "rotation", place / "dense", recipe(place, steps=8), tmp_path / "out")
     assert done.history[-1]["kl"] < done.history[0]["kl"]

@@ -23,6 +23,7 @@ from llmcompress.models.dense import open_source
 from llmcompress.models.families import architecture
 from llmcompress.models.locate import locate
 from tests.compression.width.test_narrow import IDS, logits
+from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer
 
 UNABLE = ("gpt2", "opt")
@@ -68,7 +69,7 @@ def test_idle_neurons_of_one_block_go_without_a_trace(family: str, tmp_path: Pat
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", tiered(["llama", "qwen2", "qwen3"], "qwen3".__eq__))
 def test_idle_heads_of_one_block_go_without_a_trace(family: str, tmp_path: Path, text: str) -> None:
     """The key-value head of one block that nobody reads; it generates with a cache, and zeros fill it up again."""
     model = tiny(family)
@@ -219,7 +220,7 @@ def test_what_would_lose_its_widths_is_refused(slim: Path, tmp_path: Path, text:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
+@pytest.mark.parametrize("family", tiered(sorted(FAMILY_CONFIGS), {"llama", "phi3", "gpt2"}.__contains__))
 def test_a_family_can_or_says_that_it_cannot(
     family: str, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from llmcompress.models import file_names
 from llmcompress.models.dense import open_source
 from llmcompress.models.families import FAMILIES, LLAMA, architecture
 from llmcompress.models.locate import locate
+from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer
 
 IDS = torch.arange(24)[None] * 7 % 256
@@ -62,7 +63,7 @@ def with_idle(family: str, folder: Path, *parts: Part) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
+@pytest.mark.parametrize("family", tiered(sorted(FAMILY_CONFIGS), {"llama", "phi3", "gpt2"}.__contains__))
 def test_idle_neurons_go_without_a_trace(family: str, tmp_path: Path, text: str) -> None:
     whole = with_idle(family, tmp_path / "whole", "neurons")
     done = lc.narrow(whole, tmp_path / "slim", neurons=45, text=text, samples=8)
@@ -73,7 +74,7 @@ def test_idle_neurons_go_without_a_trace(family: str, tmp_path: Path, text: str)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", WITH_HEADS)
+@pytest.mark.parametrize("family", tiered(WITH_HEADS, {"llama", "qwen3"}.__contains__))
 def test_idle_heads_go_without_a_trace(family: str, tmp_path: Path, text: str) -> None:
     whole = with_idle(family, tmp_path / "whole", "kv_heads", "neurons")
     done = lc.narrow(whole, tmp_path / "slim", neurons=45, kv_heads=1, text=text, samples=8)
