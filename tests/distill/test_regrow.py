@@ -136,6 +136,8 @@ def test_a_phase_changes_its_own_masks_alone_and_no_byte(start: str, folders: Pa
     rows = [(row["phase"], row["step"]) for row in found.history]
     assert rows == [(1, 0), (1, 6), (1, 6), (2, 0), (2, 2)]
     assert found.history[2]["kl"] != found.history[1]["kl"]  # pruned again
+    if start == "teacher":  # what came back was worth something
+        assert found.history[2]["kl"] > found.history[1]["kl"]
     assert found.history[3]["kl"] == pytest.approx(found.history[2]["kl"], rel=1e-4)
     if start == "zero":  # what comes back by itself and goes again is a detour for a tiny model
         assert found.history[2]["kl"] < found.history[0]["kl"]
