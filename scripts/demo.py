@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmcompress as lc
 from llmcompress.cli.stages import Stages
-from llmcompress.distill.run import Distilled, distill
+from llmcompress.distill.run import distill
 from llmcompress.evaluate.lm_eval import PAIRS
 from llmcompress.evaluate.page.files import add_generations
 from llmcompress.evaluate.page.write import write_page
+from llmcompress.evaluate.report import read
 from llmcompress.evaluate.score import save_scores
 from llmcompress.evaluate.scores import Evaluation, evaluate_all
 from llmcompress.models.dense import load_model
+from llmcompress.models.file_names import DISTILLATION, REPORT
 from llmcompress.models.locate import locate
 from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.recipe.distillation import Distillation
@@ -73,18 +76,16 @@ def main() -> None:
     options = parser.parse_args()
     job, output, stages, started = FULL if options.full else QUICK, options.output, Stages(), time.monotonic()
     recovered, page = output.with_name(f"{output.name}-distilled"), output.with_suffix(".html")
-    for left in (output, recovered, recovered.with_name(f"{recovered.name}.training")):
-        shutil.rmtree(left, ignore_errors=True)
-    page.unlink(missing_ok=True)
+    unfinished = begin(output, recovered, {"version": lc.__version__} | vars(options))
     with stages("unpack the model"):  # once; in a process of its own, as it takes more memory than compressing
         subprocess.run([sys.executable, "-c", LOCATE, options.model], check=True)
-    with stages("compress, block") as stage:
-        small = lc.compress(options.model, options.recipe or job.recipe, output, progress=stage.progress)
-    with stages("distil, step") as stage:
-        steps = job.settings if options.steps is None else (f"steps={options.steps}",)
-        lesson = distill(
-            output, options.model, read_as(Distillation, job.lesson, steps), recovered, progress=stage.progress
-        )
+    if not (output / REPORT).is_file():
+        with stages("compress, block") as stage:
+            lc.compress(options.model, options.recipe or job.recipe, output, progress=stage.progress)
+    if not (recovered / DISTILLATION).is_file():
+        with stages("distil, step") as stage:
+            steps = job.settings if options.steps is None else (f"steps={options.steps}",)
+            distill(output, options.model, read_as(Distillation, job.lesson, steps), recovered, progress=stage.progress)
     models = [load_model(locate(str(place))) for place in (options.model, output, recovered)]
     tokenizer = load_tokenizer(output)
     with stages("score"):
@@ -94,7 +95,8 @@ def main() -> None:
         sentences = [written(model, tokenizer) for model in models]
     with stages("load again in a new process"):
         again = reloaded(recovered)
-    numbers = gathered(small.report, lesson, scores) | {
+    lesson = json.loads((recovered / DISTILLATION).read_text(encoding="utf-8"))
+    numbers = gathered(read(output), lesson, scores) | {
         "same_tokens_after_reload": again == sentences[-1][0],
         "seconds": time.monotonic() - started,
     }
@@ -105,6 +107,7 @@ def main() -> None:
     save_scores(recovered, protocol, scores[0], scores[2])
     add_generations(recovered, side_by_side(texts))
     write_page(recovered, page)
+    unfinished.unlink()
     show(numbers, Console())
     print(f"report  {page}\nnumbers {output.with_suffix('.json')}\n\nNext:")
     print(f"  .venv/bin/llmcompress inspect {recovered}")
@@ -114,7 +117,26 @@ def main() -> None:
         sys.exit("the checkpoint does not generate the same tokens when it is loaded again")
 
 
-def gathered(report: lc.Report, lesson: Distilled, scores: list[Evaluation]) -> dict[str, Any]:
+def begin(output: Path, recovered: Path, asked: Mapping[str, Any]) -> Path:
+    """Remove what earlier demos left, but not what an interrupted one has finished if the same was `asked` of it.
+
+    Returns the file that says what was asked; it is there until the demo is finished.
+    """
+    unfinished, words = output.with_suffix(".unfinished.json"), json.dumps(asked, default=str)
+    if unfinished.is_file() and unfinished.read_text(encoding="utf-8") == words:
+        done = [str(folder) for folder in (output, recovered) if folder.is_dir()]
+        print(f"an interrupted demo goes on{', from ' * bool(done)}{' and '.join(done)}")
+        return unfinished
+    for made in (output, recovered):
+        for left in (made, made.with_name(f"{made.name}.partial"), made.with_name(f"{made.name}.training")):
+            shutil.rmtree(left, ignore_errors=True)
+    output.with_suffix(".html").unlink(missing_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.write_text(words, encoding="utf-8")
+    return unfinished
+
+
+def gathered(report: lc.Report, lesson: Mapping[str, Any], scores: list[Evaluation]) -> dict[str, Any]:
     """Return the numbers of all sides, and the cost of each step."""
     sizes = {"bytes": report.bytes, "bpw": report.bpw, "model_bpw": report.model_bpw}
     numbers: dict[str, Any] = {
@@ -124,7 +146,11 @@ def gathered(report: lc.Report, lesson: Distilled, scores: list[Evaluation]) -> 
     ratios = {
         f"{side}_perplexity_ratio": numbers[side]["perplexity"] / numbers["dense"]["perplexity"] for side in SIDES[1:]
     }
-    cost = {"compress_seconds": report.seconds, "distill_seconds": lesson.seconds, "distill_tokens": lesson.tokens}
+    cost = {
+        "compress_seconds": report.seconds,
+        "distill_seconds": lesson["seconds"],
+        "distill_tokens": lesson["tokens"],
+    }
     return numbers | ratios | cost | {"peak_memory_bytes": report.peak_memory_bytes}
 
 

@@ -125,8 +125,9 @@ def _end_to_end(run: TrainContext, learned: Learned, report: Report | None, valu
     student = relaxed_student(
         run.student.model, recipe.rates, recipe.estimator, latents, scales=recipe.scales, values=values, shrunk=shrunk
     )
-    for warning in lacking(student.trained):
-        LOG.warning(warning)
+    if run.ranks.rank == 0 and run.metrics.tracked:  # a control has the same rates
+        for warning in lacking(student.trained):
+            LOG.warning(warning)
     measured = train(replace(run, student=student), report)
     numbers: dict[str, int] = {
         kind: sum(value.numel() for value in values.values()) for kind, values in student.trained.items()

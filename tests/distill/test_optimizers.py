@@ -213,10 +213,12 @@ def test_what_a_student_lacks_of_the_rates_is_said_at_once_and_in_the_report(
     def progress(*_: object) -> None:
         said.extend(caplog.messages)
 
-    asked = recipe(folders, steps=1, rates={"scales": 1e-3, "factors": 1e-3, "weights": 1e-3})
+    rates = {"scales": 1e-3, "factors": 1e-3, "weights": 1e-3}
+    asked = recipe(folders, steps=1, rates=rates, controls=["no_teacher"])
     done = distill(folders / "small", folders / "dense", asked, tmp_path / "out", progress=progress)
     wanted = "rates: the student has no factors and no weights to train; the rest learns alone"
     assert done.warnings == (wanted,) and wanted in said
+    assert caplog.messages.count(wanted) == 1, "a control repeats nothing"
     assert done.trained["scales"] > 0
 
 

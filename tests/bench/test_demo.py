@@ -1,0 +1,40 @@
+"""The demo keeps what an interrupted one has finished, and nothing of any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts.demo import begin
+
+MADE = ("demo/report.json", "demo.partial/blocks", "demo-distilled/model", "demo-distilled.training/state", "demo.html")
+
+
+def interrupted(folder: Path, asked: dict[str, str]) -> Path:
+    """A demo that has begun, and has made all that one can make."""
+    marker = begin(folder / "demo", folder / "demo-distilled", asked)
+    for name in MADE:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    return marker
+
+
+def left(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_demo_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    marker = interrupted(tmp_path, {"model": "one"})
+    assert begin(tmp_path / "demo", tmp_path / "demo-distilled", {"model": "one"}) == marker
+    assert left(tmp_path) == {*MADE, marker.name}
+    assert str(tmp_path / "demo") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("finished, model", [(False, "another"), (True, "one"), (True, "another")])
+def test_any_other_starts_over(finished: bool, model: str, tmp_path: Path) -> None:
+    marker = interrupted(tmp_path, {"model": "one"})
+    if finished:
+        marker.unlink()
+    assert begin(tmp_path / "demo", tmp_path / "demo-distilled", {"model": model}) == marker
+    assert left(tmp_path) == {marker.name}
