@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from llmcompress.recipe.distillation import Distillation
 from llmcompress.runtime.devices import device_of, is_at, kind_of
 from llmcompress.weight.expression import decoded, dense, device, matmul
 from llmcompress.weight.nodes import Dense, LowRank, Rotated, Sum, Transposed, Weight, Zero
-from tests.devices.scenarios import scenarios
+from tests.devices.scenarios import kind_of_scenario, scenarios
 from tests.devices.stand_in import build
 from tests.tiny import save_tiny
 
@@ -117,20 +119,31 @@ def test_what_has_no_tensor_is_where_it_is_needed() -> None:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
-    """Return what was wrong on the stand-in for a GPU, by scenario."""
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in for a GPU."""
     if COMPILER is None:
         pytest.skip("needs a C++ compiler for the stand-in for a GPU")
-    folder = tmp_path_factory.mktemp("stand_in")
-    script = str(ROOT / "tests/devices/scenarios.py")
-    command = [sys.executable, script, str(build(COMPILER, folder)), str(folder), str(folder / "answers.json")]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, str | None] = json.loads((folder / "answers.json").read_text())
-    return found
+    return build(COMPILER, tmp_path_factory.mktemp("stand_in"))
+
+
+@pytest.fixture(scope="module")
+def answers(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str | None]]:
+    """Tells what was wrong on the stand-in, by scenario; in a process for each kind, which workers may share out."""
+
+    @cache
+    def of_kind(kind: str) -> dict[str, str | None]:
+        folder, script = tmp_path_factory.mktemp(kind), str(ROOT / "tests/devices/scenarios.py")
+        command = [sys.executable, script, str(library), str(folder), str(folder / "answers.json"), kind]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, str | None] = json.loads((folder / "answers.json").read_text())
+        return found
+
+    return of_kind
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, *_ in scenarios(Path())])
-def test_on_a_second_device_as_on_the_cpu(name: str, answers: dict[str, str | None]) -> None:
-    assert answers[name] is None, answers[name]
+def test_on_a_second_device_as_on_the_cpu(name: str, answers: Callable[[str], dict[str, str | None]]) -> None:
+    wrong = answers(kind_of_scenario(name))[name]
+    assert wrong is None, wrong

@@ -27,6 +27,8 @@ from llmcompress.kernels.cpu.product import Decoding, Product
 from llmcompress.kernels.cpu.tiers import TIERS, Instructions, host_tier
 from llmcompress.weight.linear_code import linear_code
 
+KEPT = build.cache_folder()  # with the kernels of all other tests
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork here")
 
 
@@ -287,6 +289,6 @@ for w in FORMS:
 @pytest.mark.skipif(sys.platform != "linux", reason="maps memory as Linux does")
 def test_kernels_load_where_free_memory_lies_far_apart() -> None:
     """A page here and the rest gigabytes below: parts of one kernel must not be put into both."""
-    own = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    own = {"PYTHONPATH": os.pathsep.join(sys.path), "LLMCOMPRESS_KERNELS": str(KEPT)}
     done = subprocess.run([sys.executable, "-c", FAR_APART], env=os.environ | own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
