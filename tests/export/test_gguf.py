@@ -583,7 +583,13 @@ def same_continuations(folder: Path, out: Path, most: float) -> None:
     assert max(differences) < most
 
 
-MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+MIXTURE = {
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
 BITS = {"*.experts.2.up_proj": BYTE, "*.experts.1.up_proj": GRID | {"bits": 2}, "*": GRID}
 UNLIKE = {"*.experts.3.down_proj": SVD} | BITS
 
