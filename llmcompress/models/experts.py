@@ -157,13 +157,16 @@ def unfuse(model: nn.Module) -> None:
 
     Raises InputError for experts of a form that is not known, and for more of them than any model has.
     """
+    from transformers.initialization import no_init_weights
+
     found = _fused_modules(model)
     count = sum(int(module.get_parameter(DOWN).shape[0]) for module, _ in found.values())
     if count > MOST:
         raise InputError(f"config.json describes {count} experts, which no model has; correct it")
-    for name, (module, form) in found.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, _unfused(module, form))
+    with no_init_weights():
+        for name, (module, form) in found.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _unfused(module, form))
 
 
 def fused(experts: Experts, read: Callable[[str], Tensor]) -> dict[str, Tensor]:

@@ -78,6 +78,7 @@ def dense_skeleton(
 
     with init_empty_weights(include_buffers=False):
         model = _built(config, folder, trust_remote_code)
+        _fill_buffers(model)
     if unfused:
         unfuse(model)
     return model
@@ -109,17 +110,29 @@ def check_buffers(model: nn.Module, place: str, disk: int) -> None:
 
 
 def _built(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """Return a new model, whose weights nobody has drawn: there are none on meta, and to draw them takes longest."""
+    from transformers.initialization import no_init_weights
+
     trusted = model_code(folder, trust_remote_code)
     try:
-        model: PreTrainedModel = auto_class(config).from_config(
-            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trusted
-        )
+        with no_init_weights():
+            model: PreTrainedModel = auto_class(config).from_config(
+                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trusted
+            )
+        model.tie_weights(recompute_mapping=False)  # as it does where it draws them
     except config_errors() as error:
         raise InputError(
             f"{folder / 'config.json'} does not describe a {config.model_type} model that can be built "
             f"({reason(error)}); correct it"
         ) from error
     return model.eval()
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Let the model compute those buffers that it fills with its weights."""
+    for module in model.modules():
+        vars(module)["_is_hf_initialized"] = next(module.buffers(recurse=False), None) is None
+    model.initialize_weights()
 
 
 @contextmanager

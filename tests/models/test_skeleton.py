@@ -1,0 +1,51 @@
+"""Models without weights are what transformers makes of their configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+from llmcompress.models.auto_class import auto_class
+from llmcompress.models.skeleton import dense_skeleton
+from tests.tiers import tiered
+from tests.tiny import tiny
+from tests.zoo import EVERY, ZOO, zoo
+
+FAST = {"gemma3_text", "gpt2", "opt", "mixtral", "deepseek_v3", "bert", "mamba2"}
+
+
+@pytest.mark.parametrize("family", tiered(EVERY, lambda family: family in FAST))
+def test_all_but_the_weights_is_there(family: str, tmp_path: Path) -> None:
+    config = (zoo if family in ZOO else tiny)(family).config
+    drawn: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
+    skeleton = dense_skeleton(config, tmp_path, unfused=False)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    for kind in ("named_parameters", "named_buffers"):
+        here, there = (dict(getattr(model, kind)(remove_duplicate=False)) for model in (skeleton, drawn))
+        kinds = [{name: (value.shape, value.dtype) for name, value in each.items()} for each in (here, there)]
+        assert kinds[0] == kinds[1]
+    for name, buffer in skeleton.named_buffers():
+        torch.testing.assert_close(buffer, drawn.get_buffer(name), rtol=0, atol=0, msg=name)
+    assert set(skeleton.state_dict()) == set(drawn.state_dict())
+    assert skeleton.all_tied_weights_keys == drawn.all_tied_weights_keys and not skeleton.training
+
+
+def test_a_buffer_that_is_filled_with_the_weights_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[str] = []
+
+    def fill(model: PreTrainedModel, module: nn.Module) -> None:
+        filled.append(type(module).__name__)
+        for buffer in module.buffers(recurse=False):
+            buffer.fill_(3)
+
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", fill)
+    config = tiny("llama").config
+    filled.clear()
+    skeleton = dense_skeleton(config, tmp_path)
+    assert all(torch.equal(buffer, torch.full_like(buffer, 3)) for buffer in skeleton.buffers())
+    assert filled == ["LlamaRotaryEmbedding"], "nothing else is asked, of which meta keeps nothing"
