@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import llmcompress as lc
 from llmcompress.cli.stages import Stages
 from llmcompress.distill.run import distill
+from llmcompress.errors import LLMCompressError, Terminated
 from llmcompress.evaluate.lm_eval import PAIRS
 from llmcompress.evaluate.page.files import add_generations
 from llmcompress.evaluate.page.write import write_page
@@ -205,10 +206,23 @@ def show(numbers: dict[str, Any], console: Console) -> None:
     console.print(
         f"perplexity {ratios} · compressed in {numbers['compress_seconds']:.0f} s with "
         f"{numbers['peak_memory_bytes'] / 1e6:.0f} MB at the peak, distilled on {tokens} tokens in "
-        f"{numbers['distill_seconds']:.0f} s · {numbers['seconds']:.0f} s in all",
+        f"{numbers['distill_seconds']:.0f} s · {numbers['seconds']:.0f} s in this run",
         soft_wrap=True,
     )
 
 
+def told() -> int:
+    """Run the demo, and return its exit code; what a user can act on is told in one sentence."""
+    try:
+        main()
+    except (KeyboardInterrupt, Terminated) as error:
+        print("stopped; the same command goes on after what is finished", file=sys.stderr)
+        return 143 if isinstance(error, Terminated) else 130
+    except LLMCompressError as error:
+        print(f"[{error.exit_code}] {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(told())

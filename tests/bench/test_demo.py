@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llmcompress.errors import InputError, Terminated
+from scripts import demo
 from scripts.demo import begin
 
 MADE = ("demo/report.json", "demo.partial/blocks", "demo-distilled/model", "demo-distilled.training/state", "demo.html")
@@ -38,3 +40,21 @@ def test_any_other_starts_over(finished: bool, model: str, tmp_path: Path) -> No
         marker.unlink()
     assert begin(tmp_path / "demo", tmp_path / "demo-distilled", {"model": model}) == marker
     assert left(tmp_path) == {marker.name}
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (KeyboardInterrupt(), 130, "stopped; the same command goes on after what is finished\n"),
+        (Terminated(), 143, "stopped; the same command goes on after what is finished\n"),
+        (InputError("there is no model"), InputError.exit_code, f"[{InputError.exit_code}] there is no model\n"),
+    ],
+)
+def test_it_ends_in_one_sentence(
+    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setattr(demo, "main", fails)
+    assert demo.told() == code and capsys.readouterr().err == said
