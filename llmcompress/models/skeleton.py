@@ -78,7 +78,6 @@ def dense_skeleton(
 
     with init_empty_weights(include_buffers=False):
         model = _built(config, folder, trust_remote_code)
-        _fill_buffers(model)
     if unfused:
         unfuse(model)
     return model
@@ -119,7 +118,9 @@ def _built(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> P
             model: PreTrainedModel = auto_class(config).from_config(
                 copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trusted
             )
-        model.tie_weights(recompute_mapping=False)  # as it does where it draws them
+        model.tie_weights(recompute_mapping=False)  # which is left out with the drawing
+        if torch.get_default_device().type != "meta":
+            _fill_buffers(model)
     except config_errors() as error:
         raise InputError(
             f"{folder / 'config.json'} does not describe a {config.model_type} model that can be built "

@@ -1,7 +1,7 @@
 """Scenarios that `test_devices.py` runs on the CPU and on the stand-in for a GPU, in a process of its own; and
 `scripts/gpu_check` on the CPU and on a GPU.
 
-    python tests/devices/scenarios.py LIBRARY FOLDER ANSWERS
+    python tests/devices/scenarios.py LIBRARY FOLDER ANSWERS KIND
 
 A scenario takes a device and an empty folder and returns what came out, in numbers, texts and tensors. ANSWERS becomes
 {scenario: what is wrong on the stand-in, or null}.

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
+from llmcompress.errors import InputError
 from llmcompress.models.auto_class import auto_class
 from llmcompress.models.skeleton import dense_skeleton
 from tests.tiers import tiered
@@ -49,3 +50,13 @@ def test_a_buffer_that_is_filled_with_the_weights_is_filled(tmp_path: Path, monk
     skeleton = dense_skeleton(config, tmp_path)
     assert all(torch.equal(buffer, torch.full_like(buffer, 3)) for buffer in skeleton.buffers())
     assert filled == ["LlamaRotaryEmbedding"], "nothing else is asked, of which meta keeps nothing"
+
+
+def test_a_model_that_cannot_fill_its_buffers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: PreTrainedModel, module: nn.Module) -> None:
+        raise ValueError("no such rope")
+
+    config = tiny("llama").config
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", fail)
+    with pytest.raises(InputError, match=r"does not describe a llama model that can be built \(no such rope\)"):
+        dense_skeleton(config, tmp_path)
