@@ -218,9 +218,9 @@ def save_zoo(family: str, path: Path, **changes: Any) -> Path:
     return path
 
 
-def save_any(family: str, path: Path) -> Path:
+def save_any(family: str, path: Path, **changes: Any) -> Path:
     """Write the tiny model of a family of EVERY, with a tokenizer that merges, to `path`, and return `path`."""
-    (save_tiny if family in FAMILY_CONFIGS else save_zoo)(family, path)
+    (save_tiny if family in FAMILY_CONFIGS else save_zoo)(family, path, **changes)
     merging_tokenizer().save_pretrained(path)
     return path
 

@@ -15,7 +15,7 @@ from llmcompress.calibrate.blocks import BlockForward, RowBatch, for_products
 from llmcompress.calibrate.gradients import Importance
 from llmcompress.calibrate.ranks import added
 from llmcompress.calibrate.starved import lacking, read_all, routed
-from llmcompress.calibrate.token_weights import token_weights
+from llmcompress.calibrate.token_weights import AttentionUnknownError, token_weights
 from llmcompress.methods.moments import Moments, RunningMoments, capped_weights
 from llmcompress.models.families import BlockLayout
 from llmcompress.recipe.calibration import TokenWeights
@@ -35,7 +35,8 @@ class InputGroup:
 
     `inputs`: over the calibration sequences; `held_out`: over the others, None if there are none. `starved`: the tokens
     that were routed to an expert where its `inputs` were filled up with others; else None. `rows`: what the rows of
-    each linear count, `[out]` by name, where they do not count alike.
+    each linear count, `[out]` by name, where they do not count alike. `unweighed`: True if tokens count alike
+    against the recipe, since the block does not tell their weights.
     """
 
     names: tuple[str, ...]
@@ -43,6 +44,7 @@ class InputGroup:
     held_out: Moments | None
     starved: int | None = None
     rows: Mapping[str, Tensor] = field(default_factory=dict)
+    unweighed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +142,8 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
     to_experts = routed(run, tuple(readers))
     sums = _Sums({first: wanted[names] for first, names in readers.items()}, streams.cap)
     sums.counts.update(dict.fromkeys(to_experts, 0))
-    weigh = _weighing(run, readers, streams)
+    unweighed: list[AttentionUnknownError] = []
+    weigh = _weighing(run, readers, streams, unweighed)
     outputs = torch.empty_like(hidden) if streams.keep_outputs and to_experts else hidden
     last: str | None = None  # the linear that the block calls last: known, and all calls counted, after the first batch
     with streams.ranks.agreed(), for_products(run):
@@ -184,21 +187,36 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
             found.get((first, True)),
             sums.counts[first] if first in starved else None,
             _row_weights(names, streams),
+            bool(unweighed),
         )
         for first, names in readers.items()
     )
 
 
 def _weighing(
-    run: BlockForward, readers: Mapping[str, tuple[str, ...]], streams: HiddenStreams
+    run: BlockForward,
+    readers: Mapping[str, tuple[str, ...]],
+    streams: HiddenStreams,
+    unweighed: list[AttentionUnknownError],
 ) -> Callable[[slice], Mapping[str, Tensor]]:
     """Return the function from some rows of all sequences to the weights of their tokens, `[rows, length]` for each
-    linear that stands for its group; to nothing where all count alike."""
+    linear that stands for its group; to nothing where all count alike. `unweighed` receives the reason why weights that
+    were asked for cannot be had."""
     config, known = streams.weights, streams.importance
     if config is None:
         return lambda rows: {}
     if known is None:
-        return lambda rows: dict.fromkeys(readers, token_weights(run, streams.hidden[rows], rows, config))
+
+        def weigh(rows: slice) -> Mapping[str, Tensor]:
+            if unweighed:
+                return {}
+            try:
+                return dict.fromkeys(readers, token_weights(run, streams.hidden[rows], rows, config))
+            except AttentionUnknownError as error:
+                unweighed.append(error)
+                return {}
+
+        return weigh
     device = streams.hidden.device
     found = {first: known.token_weights(names, config.minimum).to(device) for first, names in readers.items()}
     return lambda rows: {first: weights[rows] for first, weights in found.items()}

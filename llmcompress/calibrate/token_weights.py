@@ -27,12 +27,16 @@ QUERIES = 32  # at a time, as in `attention`
 INTERFACE = "llmcompress_received_attention"  # the name transformers knows `_receive` by
 
 
+class AttentionUnknownError(InputError):
+    """A block does not tell how much attention its tokens receive."""
+
+
 @torch.no_grad()
 def token_weights(run: BlockForward, hidden: Tensor, rows: slice, config: TokenWeights) -> Tensor:
     """The weights `[sequences, length]`, float32, of a block's inputs `hidden [sequences, length, width]`, the `rows`
     of all sequences.
 
-    Raises InputError when the block does not tell how much attention its tokens receive.
+    Raises AttentionUnknownError where a block does not tell how much attention its tokens receive.
     """
     if config.by == "norm":
         measure = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
@@ -53,7 +57,7 @@ def received_attention(run: BlockForward, hidden: Tensor, rows: slice) -> Tensor
     """The attention probability that each token of `hidden [sequences, length, width]` receives in the block, summed
     over heads and queries: float32 `[sequences, length]`, `heads * length` in all unless sinks take some.
 
-    Raises InputError for a block whose attention does not go through transformers' interface.
+    Raises AttentionUnknownError for a block whose attention does not go through transformers' interface.
     """
     call = run.calls.of(run.index, len(hidden), rows)
     try:
@@ -61,7 +65,7 @@ def received_attention(run: BlockForward, hidden: Tensor, rows: slice) -> Tensor
             run.module(hidden, *call.args, **call.kwargs)
     except _Received as found:
         return found.attention
-    raise InputError(
+    raise AttentionUnknownError(
         f"{run.path} does not tell how much attention its tokens receive, since it goes past transformers' attention "
         f"interface; set token_weights.by to norm, or leave token_weights out"
     )
@@ -102,7 +106,7 @@ def _receive(
         sys.modules[type(module).__module__], "eager_attention_forward", None
     )
     if eager is None:
-        raise InputError(
+        raise AttentionUnknownError(
             f"{type(module).__name__} has no eager attention, which tells how much attention tokens receive; "
             f"set token_weights.by to norm, or leave token_weights out"
         )
@@ -117,7 +121,7 @@ def _receive(
             hidden = _hidden(query, run) if causal else _added(attention_mask, run)
             _, shares = eager(module, query[:, :, run], key[:, :, :seen], one[:, :, :seen], hidden, **others)
             if shares is None:
-                raise InputError(
+                raise AttentionUnknownError(
                     f"the eager attention of {type(module).__name__} does not return its probabilities; "
                     f"set token_weights.by to norm, or leave token_weights out"
                 )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DEFAULT: dict[str, Any] = {  # the recipe of a target without one
     "version": 1,
     "name": "target",
-    "calibration": {"dataset": "builtin", "samples": 66, "length": 1024, "held_out": 2},
+    "calibration": {"dataset": "builtin", "samples": 66, "held_out": 2},
     "token_weights": {"by": "gradient", "rows": True},
     "asymmetric": 0.25,
 }

@@ -131,7 +131,8 @@ def compress_block(run: CompressionState, block: Block) -> BlockResult:
     named = [name for group in groups for name in group.names if name in run.steps]
     here = OpenBlock(block, balanced, {} if tune is None else {name: block.weight(name) for name in named})
     run.open.append(here)
-    entry = Entry(fused=list(balanced.notes))
+    unweighed = [block.path] if any(group.unweighed for group in block.groups) else []
+    entry = Entry(fused=list(balanced.notes), unweighed=unweighed)
     together, workers = _together(run, groups)
     for number, at_once in enumerate(together):
         if number and tune is not None and tune.between and block.gather is not None:

@@ -60,17 +60,20 @@ def run_name(identity: Mapping[str, Any]) -> str:
 @dataclass(eq=False)
 class Entry:
     """The report of a finished block. `rows`: of its layers; `layouts`: of what was stored since the entry before;
-    `learned`, by path, and `fused`: as in the report; `seconds`: of the whole run up to here."""
+    `learned`, by path, and `fused`: as in the report; `unweighed`: paths of blocks whose tokens count alike against the
+    recipe; `seconds`: of the whole run up to here."""
 
     rows: list[LayerReport] = field(default_factory=list)
     layouts: dict[str, Layout] = field(default_factory=dict)
     learned: dict[str, dict[str, Any]] = field(default_factory=dict)
     fused: list[str] = field(default_factory=list)
+    unweighed: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""
-        plain = {"rows": [asdict(row) for row in self.rows], "learned": self.learned, "fused": self.fused}
+        plain = {"rows": [asdict(row) for row in self.rows], "learned": self.learned}
+        plain |= {"fused": self.fused, "unweighed": self.unweighed}
         layouts = {name: layout.to_json() for name, layout in self.layouts.items()}
         return plain | {"layouts": layouts, "seconds": self.seconds}
 
@@ -79,7 +82,8 @@ class Entry:
         """Return the inverse of `to_json`. Raises KeyError, TypeError or ValueError for entries of another form."""
         layouts = {name: Layout.from_json(one) for name, one in entry["layouts"].items()}
         rows = [LayerReport.from_json(row) for row in entry["rows"]]
-        return Entry(rows, layouts, entry["learned"], entry["fused"], float(entry["seconds"]))
+        notes = entry["fused"], entry["unweighed"]
+        return Entry(rows, layouts, entry["learned"], *notes, float(entry["seconds"]))
 
 
 @dataclass(eq=False)

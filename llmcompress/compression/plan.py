@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import takewhile
 from math import prod
 from typing import Any
 
@@ -19,8 +18,9 @@ from llmcompress.calibrate.rehearsal import rehearsed
 from llmcompress.compression.fuse.awq import check_awq
 from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.compression.memory_estimate import peak_bytes
+from llmcompress.compression.plan_warnings import mostly_dense, warnings
 from llmcompress.compression.ties import Tied, ties_of
-from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length
+from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length, context_length
 from llmcompress.distill.check_fused import check_fused
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.methods.layer import StepConfig, methods, sketch
@@ -111,9 +111,25 @@ class Job:
 
     @cached_property
     def tables(self) -> dict[str, tuple[StepConfig, ...]]:
-        """The steps of the token table and of the output head, as far as they will be compressed."""
-        found = {self.arch.embedding: self.recipe.embeddings, self.arch.head: self.recipe.head}
-        return {name: steps for name, steps in found.items() if steps}
+        """The steps of the token table and of the output head, as far as they will be compressed.
+
+        A table that is only looked up has steps that need no inputs.
+        """
+        arch, recipe = self.arch, self.recipe
+        if arch.tied:
+            return {arch.embedding: recipe.embeddings} if recipe.embeddings else {}
+        blind = tuple(step for each in recipe.embeddings if (step := each.without_inputs()) is not None)
+        steps = {arch.embedding: blind, arch.head: self._head_steps}
+        return {name: each for name, each in steps.items() if each}
+
+    @property
+    def _head_steps(self) -> tuple[StepConfig, ...]:
+        """The steps of a head that is not tied: its own, or those of `embeddings:` unless a rule keeps it dense."""
+        head, recipe = self.arch.head, self.recipe
+        if recipe.head is not None:
+            return recipe.head
+        stays = f"{head}.weight" not in self.source.tensors or recipe.keeps_dense(head)
+        return () if stays else recipe.embeddings
 
     @cached_property
     def plan(self) -> Plan:
@@ -169,12 +185,22 @@ def prepare(source: DenseModel, recipe: Recipe) -> Job:
     """Lay a recipe over a model. Raises InputError for a model of unknown structure, and RecipeError for a recipe
     that does not suit the model or whose methods require calibration that it lacks."""
     _check_task(source, recipe)
+    recipe = _within_context(recipe, source)
     if recipe.fuse is not None and recipe.fuse.rotation:
         source = rotated_source(source, recipe.seed, recipe.fuse.untie)
     arch = architecture(source.config, source.skeleton())
     if arch.family is None:
         arch = rehearsed(source, arch, recipe.calibration is not None)
     return _laid(source, arch, recipe)
+
+
+def _within_context(recipe: Recipe, source: DenseModel) -> Recipe:
+    """Return the recipe with calibration sequences as long as the model's context, where it names no length and the
+    context is shorter than the default."""
+    text, context = recipe.calibration, context_length(source.config)
+    if text is None or context is None or "length" in text.model_fields_set or text.length <= context:
+        return recipe
+    return recipe.model_copy(update={"calibration": text.model_copy(update={"length": context})})
 
 
 def _check_task(source: DenseModel, recipe: Recipe) -> None:
@@ -200,7 +226,7 @@ def _laid(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:
     _check_calibration(recipe)
     _check_tables(recipe, arch, source)
     others = [linear.name for linear in arch.outside] + [name.rpartition(".")[0] for name in source.tensors]
-    job = Job(source, arch, recipe, assign(recipe, list(arch.linears()), others))
+    job = Job(source, arch, recipe, assign(recipe, list(arch.linears().values()), others))
     _ = job.ties  # refuses blocks that differ
     if recipe.fuse is not None and recipe.fuse.awq:
         check_awq(arch, job.steps)
@@ -211,7 +237,7 @@ def _check_calibration(recipe: Recipe) -> None:
     """Raise RecipeError if a method requires data and the recipe has none."""
     if recipe.calibration is not None:
         return
-    lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head)
+    lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head or ())
     hungry = sorted({name for steps in lists for name in _hungry(steps)})
     others = {"asymmetric": recipe.asymmetric, "fuse: awq": recipe.fuse is not None and recipe.fuse.awq}
     for name in (name for name, asked in others.items() if asked and not hungry):
@@ -245,11 +271,11 @@ def _check_tables(recipe: Recipe, arch: Architecture, source: DenseModel) -> Non
         row_scale(source.skeleton().get_input_embeddings())
     except TypeError as error:
         raise RecipeError(f"embeddings: {error}; leave embeddings: out") from error
-    hungry = list(_hungry(recipe.embeddings))
+    hungry = [step.method for step in recipe.embeddings if step.without_inputs() is None]
     if hungry and not arch.tied:
         raise RecipeError(
-            f"embeddings: {hungry[0]} learns from a layer's inputs, and a table that is only looked up has none; "
-            f"use rtn"
+            f"embeddings: {hungry[0]} learns from a layer's inputs, and the token table of {source.name}, which is not "
+            f"its output head, has none; give {hungry[0]} as head:, and steps such as rtn as embeddings:"
         )
 
 
@@ -296,7 +322,7 @@ def _plan(job: Job) -> Plan:
         bpw=stored_bits / weights,
         model_bpw=total * 8 / job.source.parameters,
         peak_memory_bytes=peak_bytes(job.source, job.arch, job.recipe, list(job.tables), job.needs(), used),
-        warnings=warnings(job),
+        warnings=(*warnings(job), *mostly_dense(job, kept, total)),
         reconstruction=_values(job.recipe.reconstruct),
         distillation=_values(job.recipe.distill),
     )
@@ -309,79 +335,6 @@ def _values(section: BaseModel | None) -> dict[str, Any] | None:
 def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored: Weight, text: str) -> LayerPlan:
     count = bits(stored)
     return LayerPlan(name, size, tuple(s.method for s in steps), count, count / prod(size), text)
-
-
-def warnings(job: Job) -> tuple[str, ...]:
-    """Return warnings before a run: patterns that match nothing, and linears that stay dense."""
-    shadowed = [f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed]
-    dense = [name for name in job.assignment.steps if name not in job.steps]
-    outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
-    left = [f"{name} stays dense" for name in (*dense, *_parts(outside, job.arch.stack), *job.arch.other)]
-    return (
-        *job.source.notes,
-        *job.assignment.complaints,
-        *shadowed,
-        *left,
-        *_ragged(job),
-        *_without_data(job),
-        *_ungated(job),
-    )
-
-
-def _ungated(job: Job) -> tuple[str, ...]:
-    """Return a sentence if the recipe has gates of quality that cannot be measured."""
-    if not job.recipe.gates.of_quality or job.ungated is None:
-        return ()
-    return (unmeasured(job.ungated),)
-
-
-def unmeasured(reason: str) -> str:
-    """Return the warning for a model whose quality nobody has measured."""
-    return f"gates: nobody measures how far the model is from the dense one, since {reason}"
-
-
-def _parts(names: Sequence[str], stack: str) -> Iterator[str]:
-    """Yield the parts of a model that linears outside of its blocks are in, as the tower for images, with their count.
-
-    `stack`: the module path of the blocks.
-    """
-    parts: dict[str, int] = {}
-    for name in names:
-        shared = takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), stack.split("."), strict=False))
-        part = ".".join(name.split(".")[: len(list(shared)) + 1])
-        parts[part] = parts.get(part, 0) + 1
-    for part, count in parts.items():
-        yield f"{part} ({count} linears)" if count > 1 else part
-
-
-def _ragged(job: Job) -> Iterator[str]:
-    """Yield a sentence for each matrix whose width is no multiple of its group size."""
-    widths = {name: linear.shape[1] for name, linear in job.arch.linears().items()}
-    widths |= {name: job.source.tensors[f"{name}.weight"].shape[1] for name in job.tables}
-    for name, steps in (job.steps | job.tables).items():
-        sizes = {getattr(step, "group_size", None) or widths[name] for step in steps}
-        for size in sorted(size for size in sizes if widths[name] % size):
-            stored = (
-                f"the last of its groups has {widths[name] % size}" if size < widths[name] else "a row is one group"
-            )
-            yield (
-                f"{name}: group_size {size} does not divide its width {widths[name]}, so {stored}, which few other "
-                f"engines read; {max(one for one in range(1, size + 1) if widths[name] % one == 0)} divides it"
-            )
-
-
-def _without_data(job: Job) -> tuple[str, ...]:
-    """Return a sentence if methods that can learn from data have none."""
-    used = {step.method for steps in (job.steps | job.tables).values() for step in steps}
-    able = sorted(name for name in used if methods()[name].needs)
-    if job.recipe.calibration is not None or not able:
-        return ()
-    return (f"without calibration, {', '.join(able)} can use only the weights, not the inputs of layers",)
-
-
-def _is_compressed(job: Job, name: str) -> bool:
-    """True if the linear `name`, which is outside the blocks, is or shares a table that is compressed."""
-    return name in job.tables or (job.arch.tied and name == job.arch.head and job.arch.embedding in job.tables)
 
 
 def check_memory(planned: Plan, device: str, processes: int = 1) -> None:

@@ -20,11 +20,11 @@ from llmcompress.calibrate.walk import Block, Progress, walk
 from llmcompress.compression.block import CompressionState, common_of, compress_block, restore
 from llmcompress.compression.books import Books, identity_of
 from llmcompress.compression.importance import importance_of
-from llmcompress.compression.plan import Job, check_memory, warnings
+from llmcompress.compression.plan import Job, check_memory
 from llmcompress.compression.result import Result
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.distill.blockwise.tune import tuner
-from llmcompress.errors import NumericsError, RecipeError
+from llmcompress.errors import NumericsError, RecipeError, listed
 from llmcompress.evaluate.gates import pending
 from llmcompress.evaluate.report import Report
 from llmcompress.methods.engines.stream_search import searched_there
@@ -182,8 +182,9 @@ def _report(run: CompressionState, tokens: CalibrationTokens | None, before: int
         calibration=None if tokens is None else tokens.report() | _shared(run.ranks),
         layers=tuple(rows),
         warnings=(
-            *warnings(job),
+            *job.plan.warnings,
             *_notes(tokens),
+            *_unweighed(run),
             *_starved(run),
             *_searched_elsewhere(run),
             *_from_before(before, len(run.entries)),
@@ -206,6 +207,17 @@ def _shared(ranks: Ranks) -> dict[str, int]:
 
 def _notes(tokens: CalibrationTokens | None) -> tuple[str, ...]:
     return () if tokens is None else tokens.notes
+
+
+def _unweighed(run: CompressionState) -> tuple[str, ...]:
+    """Return a sentence if the tokens of some blocks could not be weighed as the recipe asks."""
+    paths = [path for entry in run.entries for path in entry.unweighed]
+    if not paths:
+        return ()
+    return (
+        f"token_weights: {listed(paths)} of {len(run.job.arch.blocks)} blocks do not tell how much attention tokens "
+        f"receive, so all tokens count alike there",
+    )
 
 
 def _starved(run: CompressionState) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ from llmcompress.methods.engines.grid import GridConfig, GridFormat
 from llmcompress.methods.engines.hessian import channel_energy, inverse_factor
 from llmcompress.methods.engines.projection import quantized
 from llmcompress.methods.layer import Layer, base_target, method, support, with_base
-from llmcompress.methods.rtn import base_sketch, within_support
+from llmcompress.methods.mxfp import MXFP
+from llmcompress.methods.rtn import RTN, base_sketch, within_support
 from llmcompress.weight.nodes import Weight
 
 
@@ -59,6 +60,12 @@ class GPTQ(GridConfig):
     def rowwise(self) -> bool:
         """See `StepConfig.rowwise`."""
         return self.format is None or LAYOUTS[self.format].rowwise
+
+    def without_inputs(self) -> RTN | MXFP:
+        """See `StepConfig.without_inputs`."""
+        if self.format is not None:
+            return MXFP(format=self.format)
+        return RTN(**{name: getattr(self, name) for name in GridConfig.model_fields if name != "method"})
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""

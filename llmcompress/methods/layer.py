@@ -72,6 +72,10 @@ class StepConfig(BaseModel):
         """Return the expression this step will leave, on meta tensors, for `plan` to count its bits."""
         raise NotImplementedError(f"{type(self).__name__} needs a sketch")
 
+    def without_inputs(self) -> StepConfig | None:
+        """Return the step that stores the same and needs no statistics of inputs; None if there is none."""
+        return self if _METHODS[self.method].data_free else None
+
     def rough(self) -> StepConfig | None:
         """Return a faster step whose error is a nearly constant multiple of this one's on every layer.
 

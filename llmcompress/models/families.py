@@ -15,9 +15,12 @@ from torch import nn
 
 from llmcompress.errors import InputError, listed
 from llmcompress.models.experts import GATE, UP, Experts, experts_of
+from llmcompress.models.roles import roles_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from llmcompress.recipe.compression import Role
 
 T = TypeVar("T")
 Groups = tuple[tuple[T, ...], ...]
@@ -89,6 +92,11 @@ class Linear:
     transposed: bool = False
     bias: bool = False
 
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """What the linear does in its block; several roles where it is fused, none where that is unknown."""
+        return roles_of(self.name)
+
 
 @dataclass(frozen=True)
 class BlockLayout:
@@ -96,6 +104,10 @@ class BlockLayout:
 
     path: str
     groups: Groups[Linear]
+
+    def having(self, *roles: Role) -> tuple[Linear, ...]:
+        """Return the linears that have any of the roles, in the order of the groups."""
+        return tuple(linear for group in self.groups for linear in group if set(linear.roles) & set(roles))
 
 
 @dataclass(frozen=True)

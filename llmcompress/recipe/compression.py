@@ -6,6 +6,8 @@
     rules:                                   # the first rule that matches a layer wins
       - match: ['*.mlp.down_proj']           # globs on module paths; 're:' starts a regular expression
         steps: [{method: gptq, bits: 3, group_size: 64}]
+      - role: value                          # or what a linear does, whatever its family calls it
+        steps: [{method: gptq, bits: 6}]
       - match: '*'
         steps: []                            # stays dense, said on purpose
     distill: {steps: 100}                    # then the dense model teaches it
@@ -24,15 +26,17 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from llmcompress.recipe.calibration import Calibration, TokenWeights
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.fuse import Fuse
-from llmcompress.recipe.patterns import Matching
+from llmcompress.recipe.patterns import Matching, matches
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.recipe.step import Step
 from llmcompress.recipe.target import Target
@@ -44,12 +48,46 @@ VERSION = 1
 
 Option = Annotated[tuple[Step, ...], Field(min_length=1)]
 Damage = Literal["distortion", "noise", "kl"]
+Role = Literal["query", "key", "value", "output", "gate", "up", "down"]
 
 
 class Rule(Matching):
-    """The steps for the layers that match one of the patterns. No steps: these layers stay dense."""
+    """The steps for the layers that match one of the patterns or have one of the roles. No steps: these stay dense.
 
+    A fused layer has several roles; see `matching.assign`.
+    """
+
+    match: tuple[str, ...] = Field(
+        default=(),
+        min_length=1,
+        description="globs on module paths, or regular expressions as 're:…'; in the place of role",
+    )
+    role: tuple[Role, ...] = Field(
+        default=(),
+        min_length=1,
+        description="what layers do in their block, whatever the family calls them; in the place of match",
+    )
     steps: tuple[Step, ...] = Field(description="methods in their order; none: the layers stay dense")
+
+    @field_validator("role", mode="before", json_schema_input_type=Role | tuple[Role, ...])
+    @classmethod
+    def _one_role_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _match_or_role(self) -> Rule:
+        if bool(self.match) == bool(self.role):
+            raise ValueError("give either match or role")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = "role" if self.match else "match"
+        return {key: value for key, value in plain(self).items() if key != unused}
+
+    def covers(self, name: str, role: Role | None = None) -> bool:
+        """True if the rule is about the layer `name`, or about its part that has `role`."""
+        return role in self.role or any(matches(pattern, name) for pattern in self.match)
 
 
 class Gates(BaseModel):
@@ -135,9 +173,13 @@ class Recipe(BaseModel):
     )
     rules: tuple[Rule, ...] = Field(default=(), description="may be left out where there is a target")
     embeddings: tuple[Step, ...] = Field(
-        default=(), description="steps for the token table, and for the output head where it is tied to it"
+        default=(),
+        description="steps for the token table and the output head; a table that is not the head has those that store "
+        "the same without statistics of inputs, such as rtn for gptq",
     )
-    head: tuple[Step, ...] = Field(default=(), description="steps for an output head that is not tied")
+    head: tuple[Step, ...] | None = Field(
+        default=None, description="steps for an output head that is not tied; null: those of embeddings, none: dense"
+    )
     gates: Gates = Field(default=Gates(), description="what the run must reach to count as done")
     reconstruct: Reconstruction | None = Field(
         default=None, description="how every block learns once its layers are set; null: it does not"
@@ -150,6 +192,10 @@ class Recipe(BaseModel):
     def at(self, path: Path) -> str:
         """Return the place of the entry at `path` such as "recipe.yaml:14: ", or "" for a recipe without places."""
         return at(path, self._origin.places) if self._origin.places else ""
+
+    def keeps_dense(self, table: str) -> bool:
+        """True if a rule without steps names the token table or the output head."""
+        return any(rule.covers(table) for rule in self.rules if not rule.steps)
 
     @field_validator("reconstruct", "distill", mode="before")
     @classmethod

@@ -195,7 +195,8 @@ def _kinds(annotation: Any) -> Iterator[str]:
     elif origin is Literal:
         yield from (shown(option) for option in get_args(annotation))
     elif origin in (tuple, list):
-        yield "a list"
+        inner = get_args(annotation)[0]
+        yield f"a list of {' or '.join(_kinds(inner))}" if get_origin(inner) is Literal else "a list"
     elif origin is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         yield "a map of keys"
     else:

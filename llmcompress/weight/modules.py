@@ -260,6 +260,15 @@ def row_scale(table: nn.Module) -> float | None:
     return scale
 
 
+def is_plain_table(table: nn.Module) -> bool:
+    """True if an embedding only looks up rows and scales them, so that a compressed one can take its place."""
+    try:
+        row_scale(table)
+    except TypeError:
+        return False
+    return True
+
+
 class CompressedEmbedding(Compressed, nn.Embedding):
     """Rows of a compressed table `[vocabulary, width]`; those looked up are decoded, never the whole table."""
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 import llmcompress as lc
 from llmcompress.calibrate.blocks import BlockForward, in_batches, load
 from llmcompress.calibrate.recording import embed
-from llmcompress.calibrate.token_weights import QUERIES, received_attention, scaled
-from llmcompress.calibrate.walk import InputGroup, walk
+from llmcompress.calibrate.token_weights import QUERIES, AttentionUnknownError, received_attention, scaled
+from llmcompress.calibrate.walk import Block, InputGroup, walk
 from llmcompress.data.calibration import calibration_tokens
-from llmcompress.errors import InputError, RecipeError
+from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.moments import STATISTICS, capped_weights
 from llmcompress.models.dense import DenseModel, resolve
@@ -145,12 +145,22 @@ def test_a_block_is_as_before_when_it_was_asked(opened: Opened) -> None:
             assert torch.equal(run(hidden), before)
 
 
-def test_attention_past_the_interface_is_refused(opened: Opened) -> None:
+def test_attention_past_the_interface_leaves_tokens_alike(opened: Opened) -> None:
     source, arch = opened("bloom")
-    sentence = r"^transformer\.h\.0 does not tell how much attention its tokens receive.*set token_weights\.by to norm"
-    with pytest.raises(InputError, match=sentence):
-        next(walk(source, arch, sequences(), needs=EVERYTHING, weights=TokenWeights(by="attention")))
-    next(walk(source, arch, sequences(), needs=EVERYTHING, weights=TokenWeights(by="norm")))
+    [(run, hidden), *_] = runs(source, arch, sequences())
+    with pytest.raises(AttentionUnknownError, match=r"^transformer\.h\.0 does not tell how much attention its tokens"):
+        received_attention(run, hidden, slice(None))
+
+    def first(weights: TokenWeights | None) -> Block:
+        return next(walk(source, arch, sequences(), needs=EVERYTHING, weights=weights))
+
+    asked, alike, by_norm = (
+        first(weights) for weights in (TokenWeights(by="attention"), None, TokenWeights(by="norm"))
+    )
+    assert [group.unweighed for block in (asked, alike, by_norm) for group in block.groups[:1]] == [True, False, False]
+    for one, other, third in zip(asked.groups, alike.groups, by_norm.groups, strict=True):
+        assert torch.equal(one.inputs.outer, other.inputs.outer)
+        assert not torch.equal(one.inputs.outer, third.inputs.outer)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import architecture
+from llmcompress.recipe.read import read_recipe
 from llmcompress.weight import modules
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear
@@ -145,6 +146,62 @@ def test_calibration_lowers_the_error_of_the_logits(tmp_path: Path, text: Path) 
     assert errors["gptq"] < errors["rtn"]
 
 
+def rows_of(report: Any) -> dict[str, tuple[tuple[str, ...], float]]:
+    """Return the steps and bits of the token table and of the output head, as far as they were compressed."""
+    names = ("model.embed_tokens", "lm_head")
+    return {row.name: (row.steps, row.bpw) for row in report.layers if row.name in names}
+
+
+def test_embeddings_serve_a_head_of_its_own_and_a_table_without_inputs(tmp_path: Path, text: Path) -> None:
+    """The table is what the same recipe by rtn gives, the head what it gives as the head's own steps."""
+    source = save_tiny("llama", tmp_path / "dense")
+    blind = [GPTQ[0], {"method": "rtn", "bits": 3}]
+    asked = recipe(text, embeddings=GPTQ)
+    both = lc.compress(source, asked, tmp_path / "both")
+    apart = lc.compress(source, recipe(text, embeddings=blind, head=GPTQ), tmp_path / "apart")
+    assert rows_of(both.report) == rows_of(apart.report) == rows_of(lc.plan(source, asked))
+    steps = {name: steps for name, (steps, _) in rows_of(both.report).items()}
+    assert steps == {"model.embed_tokens": ("rotate", "rtn"), "lm_head": ("rotate", "gptq")}
+    assert len({bpw for _, bpw in rows_of(both.report).values()}) == 1
+    assert torch.equal(logits(both.model), logits(apart.model))
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "fp8"])
+def test_floats_have_a_sibling_that_needs_no_inputs(format: str, tmp_path: Path, text: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense")
+    found = rows_of(lc.plan(source, recipe(text, embeddings=[{"method": "gptq", "format": format}])))
+    assert found["model.embed_tokens"] == (("mxfp",), found["lm_head"][1])
+
+
+def test_the_head_has_the_last_word(tmp_path: Path, text: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense")
+    kept = recipe(text, embeddings=GPTQ)
+    kept["rules"] = [{"match": "lm_head", "steps": []}, *kept["rules"]]
+    for asked in (kept, recipe(text, embeddings=GPTQ, head=[])):
+        assert rows_of(lc.plan(source, asked)).keys() == {"model.embed_tokens"}
+    other = recipe(text, embeddings=GPTQ, head=RTN)
+    assert rows_of(lc.plan(source, other))["lm_head"][0] == ("rtn",)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_stays_dense_is_said_with_the_setting_that_helps(tied: bool, tmp_path: Path, text: Path) -> None:
+    """The setting is tried, and nothing is said after it."""
+    source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=tied, hidden_size=64, intermediate_size=96)
+    asked = recipe(text) | {"rules": [{"match": "*", "steps": RTN}]}
+    for said in (lc.plan(source, asked).warnings, lc.compress(source, asked, tmp_path / "out").report.warnings):
+        [line] = [warning for warning in said if "MB stay dense" in warning]
+        assert ("model.embed_tokens, lm_head" in line) is not tied
+        setting = line.split("--set '")[1].split("'")[0]
+    assert not any("MB stay dense" in warning for warning in lc.plan(source, read_recipe(asked, [setting])).warnings)
+
+
+def test_layers_that_stay_dense_are_said(tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense", hidden_size=64, intermediate_size=384)
+    asked = {"version": 1, "rules": [{"match": "*.k_proj", "steps": RTN}]}
+    [line] = [warning for warning in lc.plan(source, asked).warnings if "MB stay dense" in warning]
+    assert "model.layers.0.self_attn.q_proj" in line and line.endswith("; a rule that matches them compresses them")
+
+
 def test_the_plan_counts_tables(tmp_path: Path, text: Path) -> None:
     source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=True)
     asked = recipe(text, embeddings=GPTQ)
@@ -161,7 +218,12 @@ def test_the_plan_counts_tables(tmp_path: Path, text: Path) -> None:
     "family, changes, tables, sentence",
     [
         ("llama", {"tie_word_embeddings": True}, {"head": RTN}, "is its token table; give its steps as embeddings"),
-        ("llama", {}, {"embeddings": GPTQ}, "a table that is only looked up has none; use rtn"),
+        (
+            "llama",
+            {},
+            {"embeddings": [PRUNED | {"method": "wanda"}]},
+            "which is not its output head, has none; give wand",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmcompress.errors import RecipeError
+from llmcompress.models.families import Linear
 from llmcompress.recipe import user_file
 from llmcompress.recipe.calibration import is_file
 from llmcompress.recipe.matching import assign
@@ -22,6 +23,7 @@ HEX, DIGITS = "0x" + "f" * 6000, "1" + "0" * 5000
 RULE = "rules: [{match: '*', steps: [{method: rtn, bits: 4}]}]\n"
 RECIPE = f"version: 1\n{RULE}"
 NAMES = [f"model.layers.{block}.self_attn.{name}_proj" for block in range(30) for name in "qkvo"]
+LINEARS = [Linear(name, (32, 32)) for name in NAMES]
 FAST = settings(
     derandomize=True, deadline=None, max_examples=60, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -50,7 +52,7 @@ KEYS = ("version", "name", "seed", "calibration", "cap", "target", "rules", "opt
 def refused(text: str, *settings: str) -> str:
     """Return the sentence about a recipe; an empty one where it is read."""
     try:
-        assign(parse_recipe(text, settings=settings), NAMES)
+        assign(parse_recipe(text, settings=settings), LINEARS)
     except RecipeError as error:
         said = str(error)
         assert said.encode() and "\n" not in said and len(said) < 2000
@@ -160,7 +162,7 @@ def test_expressions_mean_what_they_mean_in_python(pattern: str, count: int) -> 
 
 def test_many_patterns_without_a_layer_are_told_soon() -> None:
     many = ",".join(f"x{number}" for number in range(2000))
-    laid = assign(parse_recipe(f"version: 1\nrules: [{{match: [{many}], steps: []}}]\n"), NAMES)
+    laid = assign(parse_recipe(f"version: 1\nrules: [{{match: [{many}], steps: []}}]\n"), LINEARS)
     assert len(laid.unmatched) == len(laid.complaints) == 2000
     assert "the nearest name is" in laid.complaints[0]
     assert laid.complaints[-1].endswith('matches no layer of the model ("x1999")')
@@ -205,7 +207,7 @@ def judge(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(data)
     try:
-        assign(read_recipe(path), NAMES)
+        assign(read_recipe(path), LINEARS)
     except RecipeError as error:
         assert str(error).encode()
 

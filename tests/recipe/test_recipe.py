@@ -10,6 +10,7 @@ import yaml
 
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import methods, step
+from llmcompress.models.families import Linear
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Gates, Recipe, Rule
 from llmcompress.recipe.distillation import Distillation
@@ -27,6 +28,7 @@ NAMES = [
     for block in range(3)
     for linear in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 ]
+LINEARS = [Linear(name, (32, 32)) for name in NAMES]
 RECIPE = """\
 version: 1
 name: pb
@@ -144,7 +146,7 @@ def test_the_first_rule_that_matches_wins() -> None:
         "- {match: '*.down_proj', steps: []}\n"
         "- {match: '*', steps: [{method: rtn, bits: 2}]}\n"
     )
-    laid = assign(recipe, NAMES)
+    laid = assign(recipe, LINEARS)
     bits = {name: [s.model_dump()["bits"] for s in steps] for name, steps in laid.steps.items()}
     assert list(bits) == NAMES
     assert bits["model.layers.1.mlp.down_proj"] == [8]
@@ -154,7 +156,7 @@ def test_the_first_rule_that_matches_wins() -> None:
 
 
 def test_what_no_rule_speaks_about_stays_dense_and_is_listed() -> None:
-    laid = assign(parse_recipe(RECIPE.replace("  - match: '*'\n    steps: []\n", "")), NAMES)
+    laid = assign(parse_recipe(RECIPE.replace("  - match: '*'\n    steps: []\n", "")), LINEARS)
     dense = tuple(name for name in NAMES if name.endswith("q_proj"))
     assert laid.unruled == dense
     assert all(laid.steps[name] == () for name in dense)
@@ -162,7 +164,7 @@ def test_what_no_rule_speaks_about_stays_dense_and_is_listed() -> None:
 
 def test_patterns_that_match_nothing_are_listed_with_the_nearest_name() -> None:
     text = RECIPE.replace("'*.v_proj', ", "'*.v_proj',\n            '*.mlp.dwn_proj', ")
-    laid = assign(parse_recipe(text, "pb.yaml"), NAMES)
+    laid = assign(parse_recipe(text, "pb.yaml"), LINEARS)
     assert laid.unmatched == ("*.mlp.dwn_proj",)
     assert laid.complaint() == (
         'pb.yaml:6: rule 1 matches no layer of the model ("*.mlp.dwn_proj"); '
@@ -171,18 +173,79 @@ def test_patterns_that_match_nothing_are_listed_with_the_nearest_name() -> None:
 
 
 def test_rules_that_come_too_late_are_listed() -> None:
-    laid = assign(parse_recipe(rules("{method: rtn}") + "  - {match: '*.down_proj', steps: []}\n"), NAMES)
+    laid = assign(parse_recipe(rules("{method: rtn}") + "  - {match: '*.down_proj', steps: []}\n"), LINEARS)
     assert laid.shadowed == ("*.down_proj",)
 
 
 def test_modules_that_are_never_compressed_may_be_named_only_to_leave_them() -> None:
     recipe = parse_recipe("version: 1\nrules:\n- {match: lm_head, steps: []}\n- {match: '*', steps: []}\n")
-    assert assign(recipe, NAMES, others=["lm_head"]).unmatched == ()
+    assert assign(recipe, LINEARS, others=["lm_head"]).unmatched == ()
     recipe = parse_recipe("version: 1\nrules:\n- {match: lm_head, steps: [{method: rtn}]}\n")
-    assert assign(recipe, NAMES, others=["lm_head"]).complaint() == (
+    assert assign(recipe, LINEARS, others=["lm_head"]).complaint() == (
         'recipe.yaml:3: rule 1 has steps for lm_head ("lm_head"), which is in no block; '
         "give them as embeddings: or head: if it is that, else drop the rule"
     )
+
+
+ROLES = """\
+version: 1
+rules:
+  - {role: value, steps: [{method: rtn, bits: 4}]}
+  - {role: [key, down], steps: [{method: rtn, bits: 3}]}
+  - {role: query, steps: [{method: rtn, bits: 2}]}
+  - {match: '*', steps: [{method: rtn, bits: 1}]}
+"""
+
+
+def bits_by_leaf(text: str, *names: str) -> dict[str, list[int]]:
+    """Return the bits that a recipe of grids gives to linears of `names`."""
+    laid = assign(parse_recipe(text), [Linear(name, (32, 32)) for name in names])
+    return {name: [step.model_dump()["bits"] for step in steps] for name, steps in laid.steps.items()}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("h.0.attn.q_proj", "h.0.attn.k_proj", "h.0.attn.v_proj", "h.0.mlp.down_proj", "h.0.mlp.up_proj"),
+        ("0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj", "0.fc2", "0.fc1"),
+        ("0.attention.self.query", "0.attention.self.key", "0.attention.self.value", "0.output.dense", "0.fc1"),
+    ],
+)
+def test_roles_are_what_linears_do_whatever_they_are_called(names: tuple[str, ...]) -> None:
+    assert list(bits_by_leaf(ROLES, *names).values()) == [[2], [3], [4], [3], [1]]
+
+
+def test_a_fused_linear_has_the_most_careful_steps_of_its_parts() -> None:
+    given = bits_by_leaf(ROLES, "0.self_attn.qkv_proj", "0.attn.c_attn", "0.self_attn.kv_b_proj", "0.mlp.gate_up_proj")
+    assert list(given.values()) == [[4], [4], [4], [1]]
+    kept = ROLES.replace("{role: query, steps: [{method: rtn, bits: 2}]}", "{role: query, steps: []}")
+    assert bits_by_leaf(kept, "0.self_attn.qkv_proj") == {"0.self_attn.qkv_proj": []}
+    laid = assign(parse_recipe(ROLES), [Linear("0.attn.c_attn", (96, 32)), Linear("0.mlp.c_proj", (32, 64))])
+    assert laid.notes == ("0.attn.c_attn is query, key and value in one; it has the steps of value",)
+
+
+def test_parts_without_a_rule_do_not_count() -> None:
+    only = "version: 1\nrules:\n  - {role: key, steps: [{method: rtn, bits: 5}]}\n"
+    laid = assign(parse_recipe(only), [Linear("0.attn.c_attn", (96, 32)), Linear("0.attn.c_proj", (32, 32))])
+    assert [[step.model_dump()["bits"] for step in steps] for steps in laid.steps.values()] == [[5], []]
+    assert laid.unruled == ("0.attn.c_proj",)
+
+
+def test_a_role_that_a_model_lacks_is_left_out_with_a_line() -> None:
+    laid = assign(parse_recipe(ROLES), [Linear("0.mixer.in_proj", (32, 32)), Linear("0.q_proj", (32, 32))])
+    assert (laid.unmatched, laid.complaints) == ((), ())
+    assert laid.notes == (
+        "recipe.yaml:3: rule 1 leaves out value: the model has no such linear",
+        "recipe.yaml:4: rule 2 leaves out key and down: the model has no such linear",
+    )
+
+
+def test_a_rule_by_role_survives_a_round_trip() -> None:
+    recipe = parse_recipe(ROLES)
+    assert parse_recipe(dump(recipe)) == recipe
+    assert [set(rule) for rule in recipe.model_dump(mode="json")["rules"]] == [{"role", "steps"}] * 3 + [
+        {"match", "steps"}
+    ]
 
 
 # --- overrides --------------------------------------------------------------------------------------------------
@@ -316,7 +379,8 @@ WRONG = [
     (with_line("calibration: {sampels: 9}"), 'recipe.yaml:2: unknown key "sampels" in calibration; did you mean "sa'),
     (with_line("<<: {seed: 1}"), 'recipe.yaml:2: unknown key "<<" in the recipe; known: version, name, seed,'),
     ("version: 1\nseed: 2", 'recipe.yaml:1: the key "rules" is missing'),
-    ("version: 1\nrules:\n- match: a\n- steps: []", 'recipe.yaml:3: rule 1: the key "steps" is missing'),
+    ("version: 1\nrules:\n- match: a\n- steps: []", "recipe.yaml:4: rule 2: give either match or role"),
+    ("version: 1\nrules:\n- match: a", 'recipe.yaml:3: rule 1: the key "steps" is missing'),
     ("version: 1\nrules:\n- {match: a, stepz: []}", 'recipe.yaml:3: unknown key "stepz" in rule 1; did you mean "st'),
     (
         rules("\n  {method: pb_llm,\n  grupsize: 64}"),
@@ -349,6 +413,12 @@ WRONG = [
     ("version: 1\nrules: [5]", "recipe.yaml:2: item 1 of rules is 5; it must be a map of keys"),
     ("version: 1\nrules: [{match: [], steps: []}]", "recipe.yaml:2: rule 1: match is []; it must not be empty"),
     ("version: 1\nrules: [{match: [a, 3], steps: []}]", "recipe.yaml:2: rule 1: item 2 of match is 3; it must be text"),
+    ("version: 1\nrules: [{steps: []}]", "recipe.yaml:2: rule 1: give either match or role"),
+    ("version: 1\nrules: [{match: '*', role: key, steps: []}]", "recipe.yaml:2: rule 1: give either match or role"),
+    (
+        "version: 1\nrules: [{role: keys, steps: []}]",
+        'recipe.yaml:2: rule 1: role is "keys"; it must be a list of "query" or',
+    ),
     ("version: 1\nrules: [{match: ' ', steps: []}]", "recipe.yaml:2: rule 1: match has the empty pattern ' '; write"),
     ("version: 1\nrules: [{match: 're:(', steps: []}]", "recipe.yaml:2: rule 1: match has 're:(', which is no regular"),
     ("version: 1\nrules: [{match: '*', steps: null}]", "recipe.yaml:2: rule 1: steps is null; it must be a list"),

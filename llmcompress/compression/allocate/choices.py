@@ -21,11 +21,9 @@ from llmcompress.compression.plan import Job
 from llmcompress.errors import RecipeError
 from llmcompress.methods.engines.sparsity import kept_of
 from llmcompress.methods.layer import sketch, step
-from llmcompress.recipe.compression import Recipe
-from llmcompress.recipe.patterns import matches
 from llmcompress.recipe.target import Target
 from llmcompress.weight.expression import bits, not_zero
-from llmcompress.weight.modules import row_scale
+from llmcompress.weight.modules import is_plain_table
 from llmcompress.weight.rows import check_rows
 
 RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: the default options of linears
@@ -204,29 +202,15 @@ def _tables(job: Job) -> list[Matrix]:
     plain = {"method": "rtn", "group_size": TABLE_GROUP, "symmetric": False}
     only_looked_up = tuple((step(plain | {"bits": width}),) for width in WIDTHS)
     found = {}
-    if not recipe.embeddings and _can_be_compressed(job):
+    if not recipe.embeddings and is_plain_table(job.source.skeleton().get_input_embeddings()):
         found[arch.embedding] = grids if arch.tied else only_looked_up
-    if not recipe.head and not arch.tied and f"{arch.head}.weight" in job.source.tensors:
+    if recipe.head is None and not arch.tied and f"{arch.head}.weight" in job.source.tensors:
         found[arch.head] = grids
     return [
         _matrix(name, _shape(job, name), options, is_table=True)
         for name, options in found.items()
-        if not _stays_dense(recipe, name)
+        if name not in job.tables and not recipe.keeps_dense(name)
     ]
-
-
-def _can_be_compressed(job: Job) -> bool:
-    """True if the token table only looks up rows and scales them."""
-    try:
-        row_scale(job.source.skeleton().get_input_embeddings())
-    except TypeError:
-        return False
-    return True
-
-
-def _stays_dense(recipe: Recipe, name: str) -> bool:
-    """True if a rule without steps names the table."""
-    return any(matches(pattern, name) for rule in recipe.rules if not rule.steps for pattern in rule.match)
 
 
 def _shape(job: Job, name: str) -> tuple[int, int]:

@@ -119,7 +119,7 @@ def narrowing(
         before["kv_heads"], after["kv_heads"] = _heads(source, arch), kv_heads
         _check_count(source, "key-value heads", kv_heads, before["kv_heads"])
     if neurons is not None:
-        before["neurons"] = first.groups[-1][0].shape[1]
+        before["neurons"] = first.having("down")[0].shape[1]
         after["neurons"] = _count(neurons, before["neurons"])
         _check_count(source, "neurons", after["neurons"], before["neurons"])
     changes = _changes(source.config, arch, after)
@@ -152,7 +152,7 @@ def _changes(config: Any, arch: Architecture, counts: Mapping[Part, int]) -> dic
     """Return what a config tells of so many units of each kind in every block."""
     found: dict[str, Any] = {}
     if (heads := counts.get("kv_heads")) is not None:
-        query, width = config.num_attention_heads, arch.blocks[0].groups[1][0].shape[1]
+        query, width = config.num_attention_heads, arch.blocks[0].having("output")[0].shape[1]
         each = query // config.num_key_value_heads
         found |= {"num_key_value_heads": heads, "num_attention_heads": each * heads, "head_dim": width // query}
     if (neurons := counts.get("neurons")) is not None:
@@ -162,8 +162,8 @@ def _changes(config: Any, arch: Architecture, counts: Mapping[Part, int]) -> dic
 
 def _cuts(block: BlockLayout, before: Mapping[Part, int], after: Mapping[Part, int]) -> tuple[Cut, ...]:
     places: dict[Part, tuple[Linear, tuple[Linear, ...]]] = {
-        "kv_heads": (block.groups[1][0], block.groups[0]),
-        "neurons": (block.groups[-1][0], block.groups[-2]),
+        "kv_heads": (block.having("output")[0], block.having("query", "key", "value")),
+        "neurons": (block.having("down")[0], block.having("gate", "up")),
     }
     return tuple(Cut(part, *places[part], before[part], after[part]) for part in before)
 

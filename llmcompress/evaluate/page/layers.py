@@ -12,6 +12,7 @@ from llmcompress.evaluate.page.charts import HeatMap, heat_map
 from llmcompress.evaluate.report import BLOCK, LayerReport, Report, by_kind
 from llmcompress.evaluate.tables import grouped, starred, summarized
 from llmcompress.models import file_names
+from llmcompress.models.roles import roles_of
 
 if TYPE_CHECKING:
     from llmcompress.recipe.compression import Recipe
@@ -92,12 +93,10 @@ def _dense(names: list[str], recipe: str | None) -> Iterator[tuple[str, int, str
 
 def _reason(name: str, recipe: Recipe | None) -> str:
     """The rule of the recipe that leaves a matrix dense, or the lack of one."""
-    from llmcompress.recipe.patterns import matches
-
     if recipe is None:
         return f"unknown: there is no {file_names.RECIPE} of this version"
     for number, rule in enumerate(recipe.rules, start=1):
-        if any(matches(pattern, name) for pattern in rule.match):
+        if any(rule.covers(name, role) for role in roles_of(name) or (None,)):
             return "it is no linear layer of a block" if rule.steps else f"rule {number} of the recipe keeps it dense"
     if BLOCK.search(name) is None:
         return "it is in no block, and the recipe has no steps for it"
