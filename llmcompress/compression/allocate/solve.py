@@ -32,13 +32,14 @@ def solve(value: Table, cost: Table, limit: float) -> tuple[int, ...] | None:
     least = _total(cost, cheapest)
     if least > limit:
         return None
-    bound = float(limit)
+    bound, step = float(limit), ROUNDING * limit
     while least < bound:
         chosen = _milp(value, cost, bound)
         excess = _total(cost, chosen) - limit
         if excess <= 0:
             return chosen
-        bound -= max(excess, ROUNDING * limit)  # the solver may exceed its bound by a rounding error
+        step = max(excess, 2 * step)  # the solver may exceed its bound by a rounding error, many times as large as this
+        bound -= step
     return cheapest
 
 

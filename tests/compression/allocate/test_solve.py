@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 
+from llmcompress.compression.allocate import solve as room
 from llmcompress.compression.allocate.baselines import random_plan, uniform_plan
 from llmcompress.compression.allocate.solve import monotone, solve
 from llmcompress.methods.engines.sparsity import kept_of
@@ -104,6 +105,25 @@ def test_large_whole_costs_never_exceed_the_limit() -> None:
     limit = float(int(0.5 * sum(map(max, large))))
     plan = solve(damage, large, limit)
     assert plan is not None and 0.99 * limit < total(large, plan) <= limit
+
+
+def test_a_limit_just_below_a_whole_cost_is_kept_within_few_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The solver takes what exceeds the limit by a rounding error for allowed, however often it is asked."""
+    damage, cost = problem(7, 14, 6)
+    best = solve(damage, cost, 0.5 * sum(map(max, cost)))
+    assert best is not None
+    searches: list[float] = []
+    search = room._milp
+
+    def counted(value: Rows, costs: Rows, limit: float) -> tuple[int, ...]:
+        searches.append(limit)
+        assert len(searches) < 60
+        return search(value, costs, limit)
+
+    monkeypatch.setattr(room, "_milp", counted)
+    below = total(cost, best) * (1 - 1e-15)
+    found = solve(damage, cost, below)
+    assert found is not None and total(cost, found) <= below
 
 
 def test_geometric_damages_give_reverse_water_filling() -> None:
