@@ -59,9 +59,9 @@ def bench(
     """
     as_json = numbers == STANDARD_OUTPUT
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.evaluate.speed.machine import usable_cores
         from llmcompress.evaluate.speed.measure import bench as run
         from llmcompress.evaluate.speed.protocol import SpeedProtocol, parse_threads
+        from llmcompress.runtime.load import usable_cores
 
         counts = parse_threads(threads, usable_cores())
         found = run(

@@ -71,7 +71,7 @@ class Plan:
 
     @cached_property
     def seconds(self) -> float | None:
-        """The time of the run on this machine as it is now, from trials that take a second or more; None in a run."""
+        """The time of the run on this machine when it is quiet, from trials that take seconds; None in a run."""
         return None if self.timed is None else self.timed()
 
     def to_json(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Each block is written as soon as it is finished, so memory holds one block, what
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,10 +31,13 @@ from llmcompress.evaluate.report import Report
 from llmcompress.methods.engines.stream_search import searched_there
 from llmcompress.models.auto_class import auto_name
 from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.load import SlowBlocks
 from llmcompress.runtime.memory import peak_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.runtime.versions import versions
+
+LOG = logging.getLogger("llmcompress")
 
 
 @fast_float32()
@@ -106,6 +110,7 @@ def _compress_blocks(
             run.common |= common_of(run, books.tensors(index))
     if finished == len(run.job.arch.blocks) + len(run.job.tables):
         return  # their files may be merged already
+    slow = SlowBlocks()
     for block in _blocks(run, tokens, books, finished, progress):
         if block.index < finished:
             tensors = run.ranks.first(partial(books.tensors, block.index))
@@ -114,6 +119,9 @@ def _compress_blocks(
         result = compress_block(run, block)
         run.entries.append(replace(result.entry, seconds=time.monotonic() - started))
         run.ranks.first(partial(books.add, result, run.entries[-1]))
+        note = slow.ended(tuple(row.shape for row in result.entry.rows))
+        if note is not None and run.ranks.count == 1:  # other processes of the run are no other work
+            LOG.warning(note)
 
 
 def _blocks(

@@ -1,12 +1,13 @@
 """Estimate of a run's time on this machine: steps by trials of parts of matrices, what surrounds them by its products.
 
-Products are counted at the speed of this moment: on a busy machine everything takes longer.
+Products are counted at the speed that they have on this machine when it is quiet.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import logging
 import math
 import re
 import time
@@ -18,12 +19,13 @@ import torch
 from llmcompress.compression.fuse.awq import EXPONENTS
 from llmcompress.compression.memory_estimate import by_gradient, gate_tokens
 from llmcompress.compression.plan import Job
-from llmcompress.compression.trials import Steps, Trial, paces, speed
+from llmcompress.compression.trials import Steps, Trial, busy, paces, speed
 from llmcompress.methods.layer import MANY, SAMPLED
 from llmcompress.models.families import BlockLayout
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.precision import fast_float32, product_dtype
 
+LOG = logging.getLogger("llmcompress")
 FORWARD_SHARE = 2.0  # time of a calibration pass over the time of its linears: attention, norms and other work
 FACTOR = 2.1  # products of a cube that a factor of H takes as long as
 START, READ = 0.2, 1e-8  # seconds that every run takes; and to read a weight, and to write what becomes of it
@@ -38,8 +40,10 @@ EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", 
 
 @fast_float32()
 def seconds(job: Job) -> float:
-    """Return the time of a run, from reading the text to the finished checkpoint."""
+    """Return the time of a run, from reading the text to the finished checkpoint. Warns on a busy machine."""
     recipe = job.recipe
+    if (note := busy()) is not None:
+        LOG.warning(note)
     total = START + READ * job.source.parameters
     total += of_steps(job, {name: [Trial(each, *_size(job, name))] for name, each in (job.steps | job.tables).items()})
     if recipe.calibration is None:

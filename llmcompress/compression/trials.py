@@ -4,8 +4,9 @@ A method's time has three terms: for each column, depending on the number of row
 width, since a column changes later ones; and for the cube of the width, a factor that layers with one input share. The
 first is tried on as many rows and few columns, the others on few rows and more columns.
 
-Trials of many steps take seconds, so what they found is kept in a file: beside the speed of products at that moment,
-which is measured again at each forecast. On a busy machine products take longer, and by that ratio steps do as well.
+Trials of many steps take seconds, so what they found is kept in a file, beside the speed of products at that moment,
+which is measured again at each forecast: where products take longer, steps do by that ratio. Beside other work nothing
+that is measured is kept, and products have the speed of the last quiet moment.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import date
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -26,6 +29,7 @@ from llmcompress.methods.moments import STATISTICS, Moments
 from llmcompress.models.smollm2 import cache_folder
 from llmcompress.models.store import Store
 from llmcompress.runtime.facts import torch_facts
+from llmcompress.runtime.load import busy_note
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import packed
@@ -37,6 +41,7 @@ TRIALS, BRIEF = 5, 0.1  # of a matrix, or of products, as long as they take fewe
 PACKAGE = Path(__file__).parents[1]
 FOLDER = "speeds"  # in the cache, with a file for each machine and version
 CODE = ("methods", "kernels", "weight")  # rooms whose code decides how fast steps are
+LOOK = 30  # seconds that a look at the load holds
 
 T = TypeVar("T")
 Steps = tuple[StepConfig, ...]
@@ -110,48 +115,53 @@ def paces(asked: Mapping[Steps, Iterable[tuple[int, int]]], data: bool) -> dict[
 
     What was tried on this machine before is read from its file, and what was not is tried and added.
     """
-    now, store = speed(torch.float32), _store()
-    kept, new, found = _kept(store), dict[str, Any](), dict[Steps, Pace]()
+    now, store, is_quiet = speed(torch.float32), _store(), busy() is None
+    kept, new, found = _kept(store, "paces"), dict[str, Any](), dict[Steps, Pace]()
     for steps, shapes in asked.items():
         sizes = Sizes.of(shapes)
         key = sha256(repr((steps, sizes, data)).encode()).hexdigest()[:32]
         if (pace := _read(kept.get(key), now)) is None:
             pace = measured(steps, sizes, data)
             new[key] = asdict(pace) | {"speed": now}
+            if not is_quiet:
+                pace = pace.times(product_speed(torch.float32) / now)
         found[steps] = pace
-    if new:
-        _keep(store, kept | new)
+    if new and is_quiet:
+        _keep(store, "paces", kept | new)
     return found
 
 
 def _store() -> Store:
     """Return the store of the paces on this machine with this code, which has one record."""
-    facts = torch_facts()
     code = sha256()
     for path in sorted(path for room in CODE for path in (PACKAGE / room).rglob("*.py")):
         code.update(path.read_bytes())
-    machine = {"cpu": facts.cpu, "threads": facts.threads, "versions": versions(), "code": code.hexdigest()}
-    return Store(cache_folder() / FOLDER, machine)
+    return Store(cache_folder() / FOLDER, _machine() | {"versions": versions(), "code": code.hexdigest()})
+
+
+def _machine() -> dict[str, Any]:
+    facts = torch_facts()
+    return {"cpu": facts.cpu, "threads": facts.threads, "torch": torch.__version__}
 
 
 def _name(store: Store) -> str:
     return sha256(repr(sorted(store.identity.items())).encode()).hexdigest()[:16]
 
 
-def _kept(store: Store) -> dict[str, Any]:
+def _kept(store: Store, what: str) -> dict[str, Any]:
     """Return what a file has of earlier trials; nothing where it is missing or damaged, since they can be repeated."""
     try:
         record = store.get(_name(store))
     except InputError:
         return {}
-    found = None if record is None else record.entry.get("paces")
+    found = None if record is None else record.entry.get(what)
     return found if isinstance(found, dict) else {}
 
 
-def _keep(store: Store, paces: Mapping[str, Any]) -> None:
+def _keep(store: Store, what: str, entry: Mapping[str, Any]) -> None:
     """Write the file; warn where that is impossible."""
     try:
-        store.put(_name(store), {"paces": paces})
+        store.put(_name(store), {what: entry})
     except DiskError as error:
         warnings.warn(
             f"{store.folder}: speeds of this machine cannot be kept there ({first_line(error)}), so every plan tries "
@@ -204,7 +214,39 @@ def tried(steps: Steps, rows: int, width: int, data: bool) -> tuple[float, float
 
 
 def speed(dtype: torch.dtype) -> float:
-    """Measure the floating-point operations per second of a product, at its best of a few times."""
+    """Return the floating-point operations per second of a product on this machine when it is quiet.
+
+    Measured now, or beside other work that of the last quiet moment, as far as one is kept.
+    """
+    store, name = Store(cache_folder() / FOLDER, _machine()), str(dtype)
+    kept = _kept(store, "products")
+    if busy() is not None:
+        last = kept.get(name)
+        return product_speed(dtype) if last is None else float(last["speed"])
+    now, today = product_speed(dtype), date.today().isoformat()
+    if name not in kept or kept[name]["date"] != today:
+        _keep(store, "products", kept | {name: {"speed": now, "date": today}})
+    return now
+
+
+def busy() -> str | None:
+    """Return the remark on times that are told on a busy machine; None on a quiet one. A look holds LOOK seconds."""
+    note = _looked(int(time.monotonic() / LOOK))
+    if note is None:
+        return None
+    days = [entry["date"] for entry in _kept(Store(cache_folder() / FOLDER, _machine()), "products").values()]
+    if not days:
+        return f"{note}, and how fast it is when quiet is not known yet: times may be far too long"
+    return f"{note}: times are for a quiet one, as measured on {max(days)}"
+
+
+@lru_cache(maxsize=1)
+def _looked(_moment: int) -> str | None:
+    return busy_note()
+
+
+def product_speed(dtype: torch.dtype) -> float:
+    """Measure the floating-point operations per second of a product at this moment, at its best of a few times."""
     a = torch.ones(1024, 1024, dtype=dtype)
     a @ a
     first, times = time.perf_counter(), list[float]()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llmcompress.compression import trials
 from llmcompress.compression.trials import COLUMNS, FEW, ROWS, WIDE, Sizes, Timed, measured, paces, tried
@@ -73,8 +75,14 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, 
 
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(trials, "tried", one)
-    monkeypatch.setattr(trials, "speed", lambda dtype: 1e9)
+    monkeypatch.setattr(trials, "product_speed", lambda dtype: 1e9)
+    set_load(monkeypatch, None)
     return made
+
+
+def set_load(monkeypatch: pytest.MonkeyPatch, note: str | None) -> None:
+    """Make every look at the load find this."""
+    monkeypatch.setattr(trials, "_looked", lambda moment: note)
 
 
 def test_steps_are_tried_once_on_a_machine(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,16 +104,48 @@ def test_steps_are_tried_once_on_a_machine(counted: list[Any], monkeypatch: pyte
 
 
 def test_kept_speeds_follow_those_of_products(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = paces({STEPS: [(64, 64)]}, True)[STEPS]
+    monkeypatch.setattr(trials, "product_speed", lambda dtype: 5e8)
+    slow = paces({STEPS: [(64, 64)]}, True)[STEPS]
+    assert slow.seconds(64, 64) == pytest.approx(2 * fast.seconds(64, 64))
+
+
+def test_beside_other_work_the_last_quiet_speeds_hold(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = paces({STEPS: [(64, 64)]}, True)[STEPS]
-    monkeypatch.setattr(trials, "speed", lambda dtype: 5e8)
+    assert trials.busy() is None and trials.speed(torch.float32) == 1e9
+    set_load(monkeypatch, "this machine is busy")
+    monkeypatch.setattr(trials, "product_speed", lambda dtype: 2.5e7)
+    counted.clear()
+    assert trials.speed(torch.float32) == 1e9 and trials.speed(torch.bfloat16) == 2.5e7
+    assert paces({STEPS: [(64, 64)]}, True)[STEPS] == quiet and not counted
+    said = f"this machine is busy: times are for a quiet one, as measured on {date.today().isoformat()}"
+    assert trials.busy() == said
+
+
+def test_trials_beside_other_work_are_scaled_and_not_kept(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    trials.speed(torch.float32)
+    set_load(monkeypatch, "this machine is busy")
+    monkeypatch.setattr(trials, "product_speed", lambda dtype: 2.5e7)
     busy = paces({STEPS: [(64, 64)]}, True)[STEPS]
-    assert busy.seconds(64, 64) == pytest.approx(2 * quiet.seconds(64, 64))
+    set_load(monkeypatch, None)
+    monkeypatch.setattr(trials, "product_speed", lambda dtype: 1e9)
+    counted.clear()
+    quiet = paces({STEPS: [(64, 64)]}, True)[STEPS]
+    assert counted and quiet.seconds(64, 64) == pytest.approx(40 * busy.seconds(64, 64))
+
+
+def test_a_machine_that_was_never_quiet_is_told_of(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_load(monkeypatch, "this machine is busy")
+    assert trials.busy() == (
+        "this machine is busy, and how fast it is when quiet is not known yet: times may be far too long"
+    )
+    assert trials.speed(torch.float32) == 1e9
 
 
 @pytest.mark.parametrize("content", ["", "{}", "nonsense", None])
 def test_a_damaged_file_is_made_again(counted: list[Any], tmp_path: Path, content: str | None) -> None:
     paces({STEPS: [(64, 64)]}, True)
-    [file] = (tmp_path / "cache").rglob("*.json")
+    [file] = (path for path in (tmp_path / "cache").rglob("*.json") if '"paces"' in path.read_text())
     whole = file.read_text()
     file.write_text(whole.replace("1.0", "1.5") if content is None else content)
     counted.clear()

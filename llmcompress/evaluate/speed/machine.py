@@ -1,4 +1,4 @@
-"""The machine that a speed was measured on: cores, caches, and what else keeps it busy."""
+"""The machine that a speed was measured on: cores, caches, load."""
 
 from __future__ import annotations
 
@@ -11,16 +11,10 @@ from typing import Any
 import psutil
 
 from llmcompress.runtime.cgroup import cgroup_limits
+from llmcompress.runtime.load import usable_cores
 
 CPU_TREE = Path("/sys/devices/system/cpu")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-BUSY = 0.25  # of the cores, by load average: above, numbers are worth little
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use, by affinity and control group."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, int(cgroup_limits().cores or cores)))
 
 
 def last_level_cache(tree: Path = CPU_TREE) -> int | None:
@@ -60,10 +54,3 @@ def machine_facts() -> dict[str, Any]:
         "cache_bytes": last_level_cache(),
         "load_average": os.getloadavg()[0],
     }
-
-
-def busy_note(load: float, cores: int) -> str | None:
-    """Return the remark on a machine that had other work at the start; None for an idle one."""
-    if load <= BUSY * cores:
-        return None
-    return f"the machine may have had other work: its load average at the start was {load:.1f} on {cores} cores"

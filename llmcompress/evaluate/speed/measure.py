@@ -19,12 +19,13 @@ from llmcompress.evaluate.output_file import check_new_file, write_new_file
 from llmcompress.evaluate.scores import Scoring
 from llmcompress.evaluate.speed.bandwidth import buffer_bytes
 from llmcompress.evaluate.speed.candidate import Candidate, candidates, prompt_of
-from llmcompress.evaluate.speed.machine import busy_note, machine_facts
+from llmcompress.evaluate.speed.machine import machine_facts
 from llmcompress.evaluate.speed.plot import check_plots, speed_png
 from llmcompress.evaluate.speed.process import FAST, Worker
 from llmcompress.evaluate.speed.protocol import SEED, WARM_UP, SpeedProtocol
 from llmcompress.evaluate.speed.summary import summary
 from llmcompress.evaluate.speed.table import speed_markdown
+from llmcompress.runtime.load import busy_note
 from llmcompress.runtime.versions import versions
 
 MEMORY = "memory"  # the engine, and the name, of what reads a buffer
@@ -80,7 +81,7 @@ def bench(
     """
     _check_outputs(table, numbers, plot)
     found = candidates(map(str, models), ggufs, protocol, against, trust_remote_code)
-    machine = machine_facts()
+    machine, load = machine_facts(), busy_note()
     with ExitStack() as stack:
         seats, loaded, size = _seated(stack, found, protocol, machine, progress)
         turns = list(take_turns(seats, protocol, prompt_of(found, protocol.prompt, SEED), progress))
@@ -90,6 +91,7 @@ def bench(
         | summary(found, turns, memory, against, machine["cache_bytes"], size)
         | {"turns": turns}
     )
+    result["notes"] += [] if load is None else [f"{load}: measure again on a quiet one"]
     result["notes"] += _notes(found, protocol, machine)
     if table is not None:
         write_new_file(table, speed_markdown(result))
@@ -172,7 +174,7 @@ def _notes(found: Sequence[Candidate], protocol: SpeedProtocol, machine: Mapping
     """Return what to know about the models' places, and about this machine at the moment."""
     cores, most = machine["cores"], max(protocol.threads)
     notes = [note for one in found for note in one.notes]
-    notes += filter(None, (busy_note(machine["load_average"], cores), buffer_bytes(*_room(machine))[1]))
+    notes += filter(None, (buffer_bytes(*_room(machine))[1],))
     if most > cores:
         notes.append(f"{most} threads are more than the {cores} cores that this process may use")
     return notes

@@ -17,7 +17,6 @@ from llmcompress.errors import InputError, LLMCompressError, MemoryLimitError, R
 from llmcompress.evaluate.speed.candidate import Candidate
 from llmcompress.evaluate.speed.engine import _llama_turn
 from llmcompress.evaluate.speed.generation import generate
-from llmcompress.evaluate.speed.machine import busy_note
 from llmcompress.evaluate.speed.measure import Seat, take_turns
 from llmcompress.evaluate.speed.process import Worker
 from llmcompress.evaluate.speed.protocol import WARM_UP, SpeedProtocol, parse_threads
@@ -275,8 +274,3 @@ def test_threads() -> None:
 def test_protocols_that_cannot_be(changes: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         SpeedProtocol(**({"threads": (1,)} | changes))
-
-
-def test_a_busy_machine_is_told_of() -> None:
-    assert busy_note(0.4, 2) is None
-    assert "was 1.7 on 2 cores" in (busy_note(1.7, 2) or "")
