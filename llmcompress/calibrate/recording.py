@@ -207,11 +207,22 @@ def head_inputs(
         for batch in batches:
             answers = [_Replay(block, hidden=hidden[batch.rows], extra=extra) for block in stack.children()]
             nothing = hidden.new_zeros(batch.size, hidden.shape[1], width)
-            with _standing_in(stack, answers):
-                output = below(inputs_embeds=nothing, use_cache=False)[0]
+            ids = torch.zeros(nothing.shape[:2], dtype=torch.long, device=hidden.device)
+            with _standing_in(stack, answers), _looking_up(table, nothing):
+                output = below(input_ids=ids, use_cache=False)[0]  # some models refuse embeddings without tokens
             yield batch, output
     finally:
         drop(below, skip=(stack, table))
+
+
+@contextmanager
+def _looking_up(table: nn.Module, rows: Tensor) -> Iterator[None]:
+    """Make a token table return `rows`, whatever tokens it is given, while the context lasts."""
+    table.forward = lambda *_, **__: rows
+    try:
+        yield
+    finally:
+        del table.forward
 
 
 @contextmanager

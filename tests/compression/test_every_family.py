@@ -26,6 +26,7 @@ SIXTEEN = (
 )
 WIDER: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}  # ranks of the recipes fit
 WIDER_BY_FAMILY: dict[str, dict[str, Any]] = {
+    **{family: {"num_key_value_heads": 4} for family in ("deepseek_v2", "deepseek_v3")},  # else they generate nothing
     "gpt2": {"n_embd": 64, "n_inner": 96},
     "opt": {"hidden_size": 64, "ffn_dim": 96},
     **dict.fromkeys(("gemma2", "gemma3_text", "qwen3"), WIDER | {"head_dim": 16}),
@@ -45,7 +46,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
     def get(family: str) -> Path:
         if family not in made:
-            changes = WIDER_BY_FAMILY.get(family, WIDER) if family in FAMILY_CONFIGS else {}
+            changes = WIDER_BY_FAMILY.get(family, WIDER if family in FAMILY_CONFIGS else {})
             made[family] = save_any(family, tmp_path_factory.mktemp(family), **changes)
         return made[family]
 

@@ -9,7 +9,7 @@ tables.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,7 +18,7 @@ from llmcompress.compression.allocate.distortion import Steps
 from llmcompress.compression.allocate.engines import check_rules, options_for
 from llmcompress.compression.allocate.sizes import bytes_around, payload_bytes
 from llmcompress.compression.plan import Job
-from llmcompress.errors import RecipeError
+from llmcompress.errors import RecipeError, listed
 from llmcompress.methods.engines.sparsity import kept_of
 from llmcompress.methods.layer import sketch, step
 from llmcompress.recipe.target import Target
@@ -60,7 +60,7 @@ class Choices:
     """All matrices with options, and the sizes that no choice changes.
 
     `fixed_bits`, `fixed_weights`, `fixed_kept`: of the linears that a rule compresses; `fixed_bytes`: of the weight
-    files without the payloads of the matrices.
+    files without the payloads of the matrices. `notes`: about options that do not suit a matrix.
     """
 
     matrices: tuple[Matrix, ...]
@@ -68,6 +68,7 @@ class Choices:
     fixed_weights: int
     fixed_kept: int
     fixed_bytes: int
+    notes: tuple[str, ...] = ()
 
     def size(self, chosen: Sequence[int]) -> int:
         """Return the bytes of the weight files with the option `chosen` of each matrix, at most a few too many."""
@@ -108,7 +109,7 @@ class Choices:
 def choices(job: Job) -> Choices:
     """Return what the job's recipe leaves to choose.
 
-    Raises RecipeError if its rules leave nothing, or if an option does not suit a matrix.
+    Raises RecipeError if its rules leave nothing, or if no option suits a matrix.
     """
     return _laid(job, _options(job))
 
@@ -155,8 +156,10 @@ def _laid(job: Job, options: Sequence[Steps]) -> Choices:
     """Return the options laid over the matrices that no rule covers. Raises RecipeError as `choices`."""
     recipe, linears = job.recipe, job.arch.linears()
     engine = None if recipe.target is None else recipe.target.engine
+    notes: tuple[str, ...] = ()
     if engine is None:
-        matrices = [_matrix(name, linears[name].shape, options) for name in job.assignment.unruled]
+        suited, notes = _suited({name: linears[name].shape for name in job.assignment.unruled}, options)
+        matrices = [_matrix(name, linears[name].shape, suited[name]) for name in suited]
         matrices += _tables(job) if recipe.target is not None and recipe.target.with_tables else []
     else:
         check_rules(job, engine)
@@ -176,7 +179,24 @@ def _laid(job: Job, options: Sequence[Steps]) -> Choices:
         sum(prod(linears[name].shape) for name in fixed),
         sum(map(not_zero, fixed.values())),
         bytes_around(job, compressed) + sum(map(payload_bytes, (*fixed.values(), *tables.values()))),
+        notes,
     )
+
+
+def _suited(
+    shapes: Mapping[str, tuple[int, int]], options: Sequence[Steps]
+) -> tuple[dict[str, list[Steps]], tuple[str, ...]]:
+    """Return the options that can store each matrix, by its name, and a note where that is not all of them.
+
+    Raises RecipeError for a matrix that none suits.
+    """
+    by_shape = {shape: [steps for steps in options if _suits(shape, steps)] for shape in set(shapes.values())}
+    for name, shape in shapes.items():
+        if not by_shape[shape]:
+            sketch(name, shape, options[0])  # raises what is wrong with the first
+    fewer = [name for name, shape in shapes.items() if len(by_shape[shape]) < len(options)]
+    note = f"options: {listed(fewer)} cannot be stored by all of them, and have only those that suit their shape"
+    return {name: by_shape[shape] for name, shape in shapes.items()}, (note,) if fewer else ()
 
 
 def _default_options() -> tuple[Steps, ...]:

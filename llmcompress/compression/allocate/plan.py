@@ -9,6 +9,7 @@ Prices do not depend on the size of the target, so one list serves many. The pri
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,8 @@ from llmcompress.recipe.compression import Recipe, Rule
 from llmcompress.recipe.target import Target
 from llmcompress.runtime.memory import total_memory
 from llmcompress.runtime.ranks import ALONE, Ranks
+
+LOG = logging.getLogger("llmcompress")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Allocation:
             "sparsity": self.choices.sparsity(self.chosen),
             "probing_tokens": self.dense().tokens,
             "seconds": self.seconds,
+            "notes": list(self.choices.notes),
         }
 
     def keep(self, folder: Path, summary: dict[str, Any]) -> None:
@@ -151,6 +155,8 @@ def reachable(job: Job, targets: Sequence[Target]) -> Choices:
     """
     job.check_rules()
     found = choices(job)
+    for note in found.notes:
+        LOG.warning(note)
     for target in targets:
         _check_reachable(found, target)
     return found

@@ -19,7 +19,7 @@ import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.compression import run
 from llmcompress.compression.allocate.baselines import random_plan, uniform_plan
-from llmcompress.compression.allocate.plan import Allocation, allocate, choose
+from llmcompress.compression.allocate.plan import Allocation, allocate, choose, reachable
 from llmcompress.compression.allocate.prices import Priced, damage
 from llmcompress.compression.plan import prepare
 from llmcompress.errors import LLMCompressError, MemoryLimitError, RecipeError
@@ -53,6 +53,23 @@ def plan(place: Path) -> Allocation:
 def result(place: Path, tmp_path_factory: pytest.TempPathFactory) -> run.Result:
     out = tmp_path_factory.mktemp("result") / "out"
     return lc.compress(place / "dense", recipe(place, {"bytes": f"{SIZE // 1000}kB"}), out)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_options_that_do_not_suit_a_shape_are_left_out_for_it(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Keys and values have 32 rows, fewer than the rank of one option."""
+    wide = [{"method": "gptq", "bits": 4}, {"method": "eora", "rank": 40}]
+    job = prepare(resolve(str(place / "dense")), read_recipe(recipe(place, {"bpw": 6}, options=[*OPTIONS, wide])))
+    counts = {one.name: len(one.options) for one in reachable(job, ()).matrices}
+    narrow = {name for name, count in counts.items() if count == len(OPTIONS)}
+    assert narrow == {name for name in counts if name.endswith(("k_proj", "v_proj"))}
+    assert set(counts.values()) == {len(OPTIONS), len(OPTIONS) + 1}
+    [note] = [record.message for record in caplog.records if "have only those that suit" in record.message]
+    assert "model.layers.0.self_attn.k_proj" in note and "and 3 more" in note
+    with pytest.raises(RecipeError, match=r"k_proj: eora: rank 40 is larger than the matrix \[32, 64\]"):
+        reachable(prepare(job.source, read_recipe(recipe(place, {"bpw": 6}, options=[wide]))), ())
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
