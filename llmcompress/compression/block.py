@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llmcompress.calibrate.walk import Block, InputGroup
 from llmcompress.compression.fuse.awq import Balanced, balance
+from llmcompress.compression.job import Job
 from llmcompress.compression.journal import Entry
-from llmcompress.compression.plan import Job
 from llmcompress.compression.shares import solved
 from llmcompress.compression.tied_layer import tied_layers
 from llmcompress.distill.blockwise.tune import Tune

@@ -18,8 +18,9 @@ from typing import Any, Self, TypeVar
 from torch import Tensor
 
 from llmcompress.compression.block import BlockResult
+from llmcompress.compression.job import Job
 from llmcompress.compression.journal import Entry, Journal, open_journal, run_identity, run_name
-from llmcompress.compression.plan import Job
+from llmcompress.compression.plan import plan_of
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import DiskError, InputError
 from llmcompress.evaluate import report as reports
@@ -66,7 +67,7 @@ class Books:
         if self.resume and is_ours(staging) and is_complete(self.output, self.job, self.device):
             remove(staging)
             return reports.read(self.output)
-        planned = self.job.plan
+        planned = plan_of(self.job)
         check_output(self.output, planned.bytes + planned.bytes // 20)
         _check_rest(self.job)
         self._beside = companions(self.job.source.folder, self.job.source.trust_remote_code)

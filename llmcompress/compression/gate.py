@@ -18,9 +18,9 @@ from torch import Tensor
 
 from llmcompress.compression.allocate.plan import Allocation, choose
 from llmcompress.compression.allocate.prices import damage
+from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import gate_bytes
-from llmcompress.compression.plan import Job
-from llmcompress.compression.plan_warnings import unmeasured
+from llmcompress.compression.plan import unmeasured
 from llmcompress.errors import GateError, InputError, MemoryLimitError, RecipeError
 from llmcompress.evaluate import report as reports
 from llmcompress.evaluate.distance import distance

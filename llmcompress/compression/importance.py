@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.calibrate.gradients import Importance, importance
-from llmcompress.compression.plan import Job
+from llmcompress.compression.job import Job
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.ranks import ALONE, Ranks
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.calibrate.walk import Block, InputGroup
-from llmcompress.compression.plan import Job
+from llmcompress.compression.job import Job
 from llmcompress.errors import NumericsError
 from llmcompress.evaluate.report import LayerReport
 from llmcompress.methods.engines.hessian import inverse_factor, outer_of

@@ -25,7 +25,8 @@ from llmcompress.compression.allocate.plan import Allocation, allocate
 from llmcompress.compression.allocate.price_file import allocate_by, discard_prices, measure_part
 from llmcompress.compression.books import is_complete
 from llmcompress.compression.gate import check, is_unsettled, judge
-from llmcompress.compression.plan import Job, Plan, prepare
+from llmcompress.compression.job import Job, prepare
+from llmcompress.compression.plan import Plan, plan_of
 from llmcompress.compression.result import Result
 from llmcompress.compression.run import Progress
 from llmcompress.compression.time_estimate import seconds
@@ -72,7 +73,7 @@ def plan(
         RecipeError: for whatever is wrong with the recipe, and for a `target:` that no choice of options reaches.
     """
     job = _opened(model, recipe, revision, trust_remote_code)
-    return replace(job.plan, timed=partial(seconds, job)) if job.recipe.target is None else forecast(job)
+    return replace(plan_of(job), timed=partial(seconds, job)) if job.recipe.target is None else forecast(job)
 
 
 @fast_float32()
@@ -289,7 +290,7 @@ def compress_job(
     if there and (done_before := completed(target, job, device)) is not None:  # the end came just before this one
         _discard(staged, target.with_name(target.name + TRAINING))
         return done_before
-    check_output(target, 2 * first.plan.bytes)
+    check_output(target, 2 * plan_of(first).bytes)
     if not resume:
         _discard(staged, target.with_name(target.name + TRAINING))
     if completed(staged, first, device) is None:

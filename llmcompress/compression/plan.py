@@ -1,7 +1,7 @@
-"""A recipe laid over an opened model, and the plan of its run: from config and tensor headers alone.
+"""The plan of a job, from config and tensor headers alone, and what a user is warned of before a run.
 
-Every compression starts from the same `Job` and checks itself by its `plan`, so a run does exactly what `plan` prints.
-Bits are counted on the expression that each step announces for the layer's shape.
+A run checks itself by its plan, so it does exactly what `plan` prints. Bits are counted on the expression that each
+step announces for the layer's shape.
 """
 
 from __future__ import annotations
@@ -9,33 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from math import prod
 from typing import Any
 
 from pydantic import BaseModel
 
-from llmcompress.calibrate.rehearsal import rehearsed
-from llmcompress.compression.fuse.awq import check_awq
-from llmcompress.compression.fuse.rotation import rotated_source
+from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import peak_bytes
-from llmcompress.compression.plan_warnings import mostly_dense, warnings
-from llmcompress.compression.ties import Tied, ties_of
-from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length, context_length
-from llmcompress.distill.check_fused import check_fused
-from llmcompress.errors import MemoryLimitError, RecipeError
+from llmcompress.errors import MemoryLimitError, RecipeError, listed
 from llmcompress.methods.layer import StepConfig, methods, sketch
-from llmcompress.models.auto_class import architectures, check_causal, is_causal
-from llmcompress.models.dense import DenseModel
-from llmcompress.models.families import Architecture, architecture
-from llmcompress.recipe.compression import Recipe
-from llmcompress.recipe.matching import Assignment, assign
+from llmcompress.models.auto_class import is_causal
 from llmcompress.runtime.memory import total_memory
 from llmcompress.weight.expression import bits, describe
-from llmcompress.weight.modules import row_scale
+from llmcompress.weight.modules import is_plain_table
 from llmcompress.weight.nodes import Weight
 from llmcompress.weight.rows import check_rows
 
-ALONE = {"distill": None}  # of a recipe
+DENSE_SHARE = 0.25  # of the weight files: more than that is worth a line
 
 
 @dataclass(frozen=True)
@@ -81,206 +72,11 @@ class Plan:
         return values | {"seconds": self.seconds}
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """A recipe laid over an opened model: planning, allocating and compressing all start from it."""
+def plan_of(job: Job) -> Plan:
+    """Plan the job; `allocate` must choose the steps of a target first.
 
-    source: DenseModel
-    arch: Architecture
-    recipe: Recipe
-    assignment: Assignment
-
-    @cached_property
-    def steps(self) -> dict[str, tuple[StepConfig, ...]]:
-        """The steps of every linear that will be compressed; none for one that is all of a matrix of others."""
-        ruled, ties = self.assignment.steps, self.ties
-        return {
-            name: ties[name].steps_of(name) if name in ties else steps
-            for name, steps in ruled.items()
-            if steps or name in ties
-        }
-
-    @cached_property
-    def ties(self) -> dict[str, Tied]:
-        """The matrix that each linear has in common with others; empty for blocks that are not tied."""
-        found, tie = self.assignment, self.recipe.tie
-        if tie is None:
-            return {}
-        dense = [name for name, steps in found.steps.items() if not steps and name not in found.unruled]
-        return ties_of(tie, self.arch, found.steps, dense)
-
-    @cached_property
-    def tables(self) -> dict[str, tuple[StepConfig, ...]]:
-        """The steps of the token table and of the output head, as far as they will be compressed.
-
-        A table that is only looked up has steps that need no inputs.
-        """
-        arch, recipe = self.arch, self.recipe
-        if arch.tied:
-            return {arch.embedding: recipe.embeddings} if recipe.embeddings else {}
-        blind = tuple(step for each in recipe.embeddings if (step := each.without_inputs()) is not None)
-        steps = {arch.embedding: blind, arch.head: self._head_steps}
-        return {name: each for name, each in steps.items() if each}
-
-    @property
-    def _head_steps(self) -> tuple[StepConfig, ...]:
-        """The steps of a head that is not tied: its own, or those of `embeddings:` unless a rule keeps it dense."""
-        head, recipe = self.arch.head, self.recipe
-        if recipe.head is not None:
-            return recipe.head
-        stays = f"{head}.weight" not in self.source.tensors or recipe.keeps_dense(head)
-        return () if stays else recipe.embeddings
-
-    @cached_property
-    def plan(self) -> Plan:
-        """The plan of the run. Raises RecipeError if a step cannot work on a layer's shape, and for a target."""
-        return _plan(self)
-
-    @cached_property
-    def undistilled(self) -> Job:
-        """The job without its distillation."""
-        return self if self.recipe.distill is None else replace(self, recipe=self.recipe.model_copy(update=ALONE))
-
-    @cached_property
-    def tokens(self) -> CalibrationTokens | None:
-        """The calibration tokens, read once; None for a recipe without calibration. Raises what reading text does."""
-        config, source = self.recipe.calibration, self.source
-        if config is None or self.recipe.distill is not None:
-            return None if config is None else self.undistilled.tokens
-        return calibration_tokens(config, source.tokenizer(), source.load, source.config)
-
-    @property
-    def ungated(self) -> str | None:
-        """The reason why the finished model's quality cannot be measured; None if it can."""
-        text, config = self.recipe.calibration, self.source.config
-        if text is None:
-            return "the recipe has no calibration text"
-        if not text.held_out:
-            return "none of the calibration text is held out"
-        if not is_causal(config):
-            return f"a {architectures(config)[0]} does not predict the next token"
-        return None
-
-    def with_recipe(self, recipe: Recipe) -> Job:
-        """Return the job of another recipe for the same model. Raises RecipeError as `prepare` does."""
-        return _laid(self.source, self.arch, recipe)
-
-    def check_rules(self) -> None:
-        """Raise RecipeError for a pattern that matches no layer of the model."""
-        if self.assignment.unmatched:
-            raise RecipeError(self.assignment.complaint())
-
-    def needs(self) -> dict[str, frozenset[str]]:
-        """Return the statistics that each compressed matrix's methods read, and those that its error needs."""
-        known = methods()
-        extra = {"outer", "cross"} if self.recipe.asymmetric else {"outer"}
-        needs = {
-            name: frozenset(extra).union(*(known[s.method].needs for s in steps)) for name, steps in self.steps.items()
-        }
-        only_looked_up = None if self.arch.tied else self.arch.embedding
-        return needs | {name: frozenset({"outer"} if name != only_looked_up else ()) for name in self.tables}
-
-
-def prepare(source: DenseModel, recipe: Recipe) -> Job:
-    """Lay a recipe over a model. Raises InputError for a model of unknown structure, and RecipeError for a recipe
-    that does not suit the model or whose methods require calibration that it lacks."""
-    _check_task(source, recipe)
-    recipe = _within_context(recipe, source)
-    if recipe.fuse is not None and recipe.fuse.rotation:
-        source = rotated_source(source, recipe.seed, recipe.fuse.untie)
-    arch = architecture(source.config, source.skeleton())
-    if arch.family is None:
-        arch = rehearsed(source, arch, recipe.calibration is not None)
-    return _laid(source, arch, recipe)
-
-
-def _within_context(recipe: Recipe, source: DenseModel) -> Recipe:
-    """Return the recipe with calibration sequences as long as the model's context, where it names no length and the
-    context is shorter than the default."""
-    text, context = recipe.calibration, context_length(source.config)
-    if text is None or context is None or "length" in text.model_fields_set or text.length <= context:
-        return recipe
-    return recipe.model_copy(update={"calibration": text.model_copy(update={"length": context})})
-
-
-def _check_task(source: DenseModel, recipe: Recipe) -> None:
-    """Raise InputError for what a recipe asks of a model that does not predict the next token."""
-    asked = {
-        "target:": recipe.target,
-        "distill:": recipe.distill,
-        "fuse:": recipe.fuse,
-        "embeddings:": recipe.embeddings,
-        "head:": recipe.head,
-        "calibration by dataset: self": recipe.calibration is not None and recipe.calibration.dataset == "self",
-    }
-    for name in (name for name, value in asked.items() if value):
-        check_causal(source.config, name)
-
-
-def _laid(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:
-    """Check the recipe against the model, and return the job."""
-    if recipe.distill is not None:
-        check_fused(recipe.fuse, recipe.distill)
-        for text in recipe.distill.texts():
-            check_length(text.length, source.config)
-    _check_calibration(recipe)
-    _check_tables(recipe, arch, source)
-    others = [linear.name for linear in arch.outside] + [name.rpartition(".")[0] for name in source.tensors]
-    job = Job(source, arch, recipe, assign(recipe, list(arch.linears().values()), others))
-    _ = job.ties  # refuses blocks that differ
-    if recipe.fuse is not None and recipe.fuse.awq:
-        check_awq(arch, job.steps)
-    return job
-
-
-def _check_calibration(recipe: Recipe) -> None:
-    """Raise RecipeError if a method requires data and the recipe has none."""
-    if recipe.calibration is not None:
-        return
-    lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head or ())
-    hungry = sorted({name for steps in lists for name in _hungry(steps)})
-    others = {"asymmetric": recipe.asymmetric, "fuse: awq": recipe.fuse is not None and recipe.fuse.awq}
-    for name in (name for name, asked in others.items() if asked and not hungry):
-        raise RecipeError(f"{name} requires calibration; add it to the recipe, or leave {name.split(':')[0]} out")
-    if hungry:
-        frugal = ", ".join(name for name, one in sorted(methods().items()) if one.data_free)
-        raise RecipeError(
-            f"{', '.join(hungry)} requires calibration; add it to the recipe, such as calibration: {{dataset: stdlib}} "
-            f"(or self: the model writes the text), or use methods that need none: {frugal}"
-        )
-
-
-def _hungry(steps: Sequence[StepConfig]) -> Iterator[str]:
-    """Yield the methods of these steps that require calibration."""
-    for step in steps:
-        if step.presumes:
-            return
-        if not methods()[step.method].data_free:
-            yield step.method
-
-
-def _check_tables(recipe: Recipe, arch: Architecture, source: DenseModel) -> None:
-    """Raise RecipeError for steps that the token table or the output head of this model cannot have."""
-    if recipe.head and arch.tied:
-        raise RecipeError(f"head: the output head of {source.name} is its token table; give its steps as embeddings:")
-    if recipe.head and (not arch.head or f"{arch.head}.weight" not in source.tensors):
-        raise RecipeError(f"head: {source.name} has no output head of its own; leave head: out")
-    if not recipe.embeddings:
-        return
-    try:
-        row_scale(source.skeleton().get_input_embeddings())
-    except TypeError as error:
-        raise RecipeError(f"embeddings: {error}; leave embeddings: out") from error
-    hungry = [step.method for step in recipe.embeddings if step.without_inputs() is None]
-    if hungry and not arch.tied:
-        raise RecipeError(
-            f"embeddings: {hungry[0]} learns from a layer's inputs, and the token table of {source.name}, which is not "
-            f"its output head, has none; give {hungry[0]} as head:, and steps such as rtn as embeddings:"
-        )
-
-
-def _plan(job: Job) -> Plan:
-    """Plan the job, as `Job.plan` says; `allocate` must choose the steps of a target first."""
+    Raises RecipeError if a step cannot work on a layer's shape, and for a target.
+    """
     if job.recipe.target is not None:
         raise RecipeError(
             "the steps for a target are chosen first; choose them, or take the recipe that compress leaves"
@@ -335,6 +131,111 @@ def _values(section: BaseModel | None) -> dict[str, Any] | None:
 def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored: Weight, text: str) -> LayerPlan:
     count = bits(stored)
     return LayerPlan(name, size, tuple(s.method for s in steps), count, count / prod(size), text)
+
+
+def warnings(job: Job) -> tuple[str, ...]:
+    """Return warnings before a run: patterns that match nothing, and linears that stay dense."""
+    shadowed = [f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed]
+    dense = [name for name in job.assignment.steps if name not in job.steps]
+    outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
+    left = [f"{name} stays dense" for name in (*dense, *_parts(outside, job.arch.stack), *job.arch.other)]
+    return (
+        *job.source.notes,
+        *job.assignment.complaints,
+        *job.assignment.notes,
+        *shadowed,
+        *left,
+        *_ragged(job),
+        *_without_data(job),
+        *_ungated(job),
+    )
+
+
+def mostly_dense(job: Job, kept: int, total: int) -> tuple[str, ...]:
+    """Return a sentence if `kept` of the `total` bytes stay dense and that is much: what they are, and which setting
+    compresses them."""
+    if kept <= DENSE_SHARE * total:
+        return ()
+    source, arch, recipe = job.source, job.arch, job.recipe
+    tables = [name for name in (arch.embedding, arch.head) if _could_be_compressed(job, name)]
+    linears = [name for name in arch.linears() if name not in job.steps]
+    said = f"{kept / 1e6:.1f} of {total / 1e6:.1f} MB stay dense"
+    by_size = max((tables, linears), key=lambda names: sum(source.tensors[f"{name}.weight"].bytes for name in names))
+    if not by_size:
+        return (f"{said}; nothing of it can be compressed",)
+    size = sum(source.tensors[f"{name}.weight"].bytes for name in by_size)
+    said = f"{said}, {size / 1e6:.1f} of it in {listed(by_size)}"
+    if by_size is linears:
+        return (f"{said}; a rule that matches them compresses them",)
+    steps = "{method: rtn, bits: 4, group_size: 64}"
+    if recipe.calibration is not None:
+        steps = "{method: rotate}, {method: gptq, bits: 4}"
+    key = "head" if arch.embedding in job.tables else "embeddings"
+    more = ", and a target of bytes (--size) chooses for them too" if recipe.target is not None else ""
+    return (f"{said}; --set '{key}=[{steps}]' compresses them{more}",)
+
+
+def _could_be_compressed(job: Job, name: str) -> bool:
+    """True if the token table or the output head `name` stays dense and need not."""
+    if name in job.tables or f"{name}.weight" not in job.source.tensors or not is_causal(job.source.config):
+        return False
+    return name != job.arch.embedding or is_plain_table(job.source.skeleton().get_input_embeddings())
+
+
+def _ungated(job: Job) -> tuple[str, ...]:
+    """Return a sentence if the recipe has gates of quality that cannot be measured."""
+    if not job.recipe.gates.of_quality or job.ungated is None:
+        return ()
+    return (unmeasured(job.ungated),)
+
+
+def unmeasured(reason: str) -> str:
+    """Return the warning for a model whose quality nobody has measured."""
+    return f"gates: nobody measures how far the model is from the dense one, since {reason}"
+
+
+def _parts(names: Sequence[str], stack: str) -> Iterator[str]:
+    """Yield the parts of a model that linears outside of its blocks are in, as the tower for images, with their count.
+
+    `stack`: the module path of the blocks.
+    """
+    parts: dict[str, int] = {}
+    for name in names:
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), stack.split("."), strict=False))
+        part = ".".join(name.split(".")[: len(list(shared)) + 1])
+        parts[part] = parts.get(part, 0) + 1
+    for part, count in parts.items():
+        yield f"{part} ({count} linears)" if count > 1 else part
+
+
+def _ragged(job: Job) -> Iterator[str]:
+    """Yield a sentence for each matrix whose width is no multiple of its group size."""
+    widths = {name: linear.shape[1] for name, linear in job.arch.linears().items()}
+    widths |= {name: job.source.tensors[f"{name}.weight"].shape[1] for name in job.tables}
+    for name, steps in (job.steps | job.tables).items():
+        sizes = {getattr(step, "group_size", None) or widths[name] for step in steps}
+        for size in sorted(size for size in sizes if widths[name] % size):
+            stored = (
+                f"the last of its groups has {widths[name] % size}" if size < widths[name] else "a row is one group"
+            )
+            yield (
+                f"{name}: group_size {size} does not divide its width {widths[name]}, so {stored}, which few other "
+                f"engines read; {max(one for one in range(1, size + 1) if widths[name] % one == 0)} divides it"
+            )
+
+
+def _without_data(job: Job) -> tuple[str, ...]:
+    """Return a sentence if methods that can learn from data have none."""
+    used = {step.method for steps in (job.steps | job.tables).values() for step in steps}
+    able = sorted(name for name in used if methods()[name].needs)
+    if job.recipe.calibration is not None or not able:
+        return ()
+    return (f"without calibration, {', '.join(able)} can use only the weights, not the inputs of layers",)
+
+
+def _is_compressed(job: Job, name: str) -> bool:
+    """True if the linear `name`, which is outside the blocks, is or shares a table that is compressed."""
+    return name in job.tables or (job.arch.tied and name == job.arch.head and job.arch.embedding in job.tables)
 
 
 def check_memory(planned: Plan, device: str, processes: int = 1) -> None:

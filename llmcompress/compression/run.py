@@ -21,7 +21,8 @@ from llmcompress.calibrate.walk import Block, Progress, walk
 from llmcompress.compression.block import CompressionState, common_of, compress_block, restore
 from llmcompress.compression.books import Books, identity_of
 from llmcompress.compression.importance import importance_of
-from llmcompress.compression.plan import Job, check_memory
+from llmcompress.compression.job import Job
+from llmcompress.compression.plan import check_memory, plan_of
 from llmcompress.compression.result import Result
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.distill.blockwise.tune import tuner
@@ -57,7 +58,7 @@ def compress(
     each computes on its own `device`, and the first one reads and writes files beside the model's.
     """
     started = time.monotonic()
-    place, planned = device_of(device), job.plan
+    place, planned = device_of(device), plan_of(job)
     with ranks.agreed():
         job.check_rules()
         check_ranks(job, ranks, output)
@@ -190,7 +191,7 @@ def _report(run: CompressionState, tokens: CalibrationTokens | None, before: int
         calibration=None if tokens is None else tokens.report() | _shared(run.ranks),
         layers=tuple(rows),
         warnings=(
-            *job.plan.warnings,
+            *plan_of(job).warnings,
             *_notes(tokens),
             *_unweighed(run),
             *_starved(run),

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from llmcompress.calibrate.walk import Block, InputGroup
+from llmcompress.compression.job import Job
 from llmcompress.compression.layer import finished, layer_of
 from llmcompress.compression.memory_estimate import SEARCHED
-from llmcompress.compression.plan import Job
 from llmcompress.evaluate.report import LayerReport
 from llmcompress.methods.layer import Layer
 from llmcompress.methods.row_chunks import Outcome, apply_to, runs, together

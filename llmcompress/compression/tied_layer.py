@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.calibrate.walk import Block, InputGroup
+from llmcompress.compression.job import Job
 from llmcompress.compression.layer import layer_of, row_of
-from llmcompress.compression.plan import Job
 from llmcompress.compression.ties import Tied
 from llmcompress.evaluate.report import LayerReport
 from llmcompress.methods.layer import Layer, apply, split

@@ -17,8 +17,8 @@ from math import prod
 import torch
 
 from llmcompress.compression.fuse.awq import EXPONENTS
+from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import by_gradient, gate_tokens
-from llmcompress.compression.plan import Job
 from llmcompress.compression.trials import Steps, Trial, busy, paces, speed
 from llmcompress.methods.layer import MANY, SAMPLED
 from llmcompress.models.families import BlockLayout

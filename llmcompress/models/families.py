@@ -20,8 +20,6 @@ from llmcompress.models.roles import roles_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from llmcompress.recipe.compression import Role
-
 T = TypeVar("T")
 Groups = tuple[tuple[T, ...], ...]
 
@@ -93,8 +91,8 @@ class Linear:
     bias: bool = False
 
     @property
-    def roles(self) -> tuple[Role, ...]:
-        """What the linear does in its block; several roles where it is fused, none where that is unknown."""
+    def roles(self) -> tuple[str, ...]:
+        """The work of the linear in its block: several roles where it is fused, none where that is unknown."""
         return roles_of(self.name)
 
 
@@ -105,7 +103,7 @@ class BlockLayout:
     path: str
     groups: Groups[Linear]
 
-    def having(self, *roles: Role) -> tuple[Linear, ...]:
+    def having(self, *roles: str) -> tuple[Linear, ...]:
         """Return the linears that have any of the roles, in the order of the groups."""
         return tuple(linear for group in self.groups for linear in group if set(linear.roles) & set(roles))
 

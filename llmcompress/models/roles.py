@@ -1,4 +1,4 @@
-"""The roles of a block's linears, by the last parts of their module paths.
+"""The roles of a block's linears, by the last parts of their module paths: those that a rule of a recipe may name.
 
 A fused linear has the roles of all its parts. A linear that is named here in no way has none: a layer of a state space
 model, a router, an adapter.
@@ -6,9 +6,7 @@ model, a router, an adapter.
 
 from __future__ import annotations
 
-from llmcompress.recipe.compression import Role
-
-_PLACES: dict[tuple[Role, ...], tuple[str, ...]] = {
+_PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("query",): ("q_proj", "q_lin", "query", "query_proj", "q_a_proj", "q_b_proj", "attn.q", "mlstm_layer.q"),
     ("key",): ("k_proj", "k_lin", "key", "key_proj", "attn.k", "mlstm_layer.k"),
     ("value",): ("v_proj", "v_lin", "value", "value_proj", "attn.v", "mlstm_layer.v"),
@@ -33,7 +31,7 @@ _PLACES: dict[tuple[Role, ...], tuple[str, ...]] = {
 _ROLES = {place: roles for roles, places in _PLACES.items() for place in places}
 
 
-def roles_of(name: str) -> tuple[Role, ...]:
+def roles_of(name: str) -> tuple[str, ...]:
     """Return the roles of the linear at a module path; the longest known ending of the path decides."""
     parts = name.split(".")
     endings = (".".join(parts[-count:]) for count in (3, 2, 1))

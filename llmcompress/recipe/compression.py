@@ -85,7 +85,7 @@ class Rule(Matching):
         unused = "role" if self.match else "match"
         return {key: value for key, value in plain(self).items() if key != unused}
 
-    def covers(self, name: str, role: Role | None = None) -> bool:
+    def covers(self, name: str, role: str | None = None) -> bool:
         """True if the rule is about the layer `name`, or about its part that has `role`."""
         return role in self.role or any(matches(pattern, name) for pattern in self.match)
 

@@ -8,22 +8,27 @@ from difflib import SequenceMatcher
 from typing import Protocol
 
 from llmcompress.methods.layer import StepConfig, sketch
-from llmcompress.recipe.compression import Recipe, Role
+from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.patterns import REGEX, matches
 from llmcompress.weight.expression import bits
 
 NEAREST = 20  # patterns without a layer that are told the nearest name; to look for it takes long
 
 
-class Part(Protocol):
-    """A linear as rules see it: its module path, its shape `(out, in)`, and what it does in its block."""
+class Ruled(Protocol):
+    """A linear as rules see it."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its module path."""
+
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """Its shape `(out, in)`."""
+
     @property
-    def roles(self) -> tuple[Role, ...]: ...
+    def roles(self) -> tuple[str, ...]:
+        """Its roles in its block, as rules name them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Assignment:
         return self.complaints[0]
 
 
-def assign(recipe: Recipe, linears: Sequence[Part], others: Sequence[str] = ()) -> Assignment:
+def assign(recipe: Recipe, linears: Sequence[Ruled], others: Sequence[str] = ()) -> Assignment:
     """Return the steps for each linear: those of the first rule that covers it.
 
     A fused linear gets the most careful steps of its parts: those that store most bits. Parts without a rule do not

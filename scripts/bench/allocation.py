@@ -36,7 +36,7 @@ from llmcompress.compression.allocate.plan import Allocation, allocate, target_o
 from llmcompress.compression.allocate.price_file import allocate_by
 from llmcompress.compression.allocate.prices import damage
 from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.perplexity import text_windows
 from llmcompress.models.dense import DenseModel, load_model, resolve

@@ -33,7 +33,7 @@ RUN = """
 import json, sys
 import llmcompress as lc
 from llmcompress.compression.allocate.plan import allocate
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.job import prepare
 from llmcompress.models.dense import resolve
 from llmcompress.recipe.read import read_recipe
 model, recipe = sys.argv[1], json.loads(sys.argv[2])

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from llmcompress.calibrate.ahead import Ahead, reading_ahead
 from llmcompress.calibrate.walk import walk
+from llmcompress.compression.job import prepare
 from llmcompress.compression.memory_estimate import LIBRARIES
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.plan import plan_of
 from llmcompress.errors import InputError
 from llmcompress.models.dense import DenseModel, resolve
 from llmcompress.models.families import Architecture, architecture
@@ -105,4 +106,4 @@ def test_the_estimate_holds_the_block_that_is_ahead(opened: tuple[DenseModel, Ar
     steps = [{"method": "rtn", "bits": 4}]
     job = prepare(source, read_recipe({"version": 1, "rules": [{"match": "*", "steps": steps}]}))
     block = sum(header.bytes for name, header in source.tensors.items() if name.startswith(f"{arch.blocks[0].path}."))
-    assert LIBRARIES + block <= job.plan.peak_memory_bytes
+    assert LIBRARIES + block <= plan_of(job).peak_memory_bytes

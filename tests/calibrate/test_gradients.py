@@ -15,7 +15,7 @@ from llmcompress.calibrate import gradients
 from llmcompress.calibrate.gather import InputGroup
 from llmcompress.calibrate.gradients import Importance, drawn, importance
 from llmcompress.calibrate.walk import walk
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.job import prepare
 from llmcompress.errors import InputError
 from llmcompress.methods.engines.streams import TrellisStreams
 from llmcompress.methods.layer import Layer, apply, step

@@ -64,6 +64,7 @@ def compressed(source: Path, recipe: str, output: Path) -> lc.Result:
 def check(source: Path, recipe: str, output: Path) -> None:
     """Assert that the result of a recipe loads, generates, and is at a finite distance from the dense model."""
     compressed(source, recipe, output)
+    ours: Any
     ours, theirs = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (output, source))
     with torch.no_grad():
         near, true = (model(IDS).logits.log_softmax(-1).flatten(0, 1) for model in (ours, theirs))

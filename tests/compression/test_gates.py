@@ -19,8 +19,9 @@ import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.compression import gate, pipeline, run
 from llmcompress.compression.allocate.plan import allocate, choose, damage
+from llmcompress.compression.job import prepare
 from llmcompress.compression.memory_estimate import gate_bytes
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.plan import plan_of
 from llmcompress.compression.time_estimate import seconds
 from llmcompress.distill.run import distill
 from llmcompress.errors import GateError
@@ -335,5 +336,5 @@ def test_too_little_memory_leaves_it_unmeasured(place: Path, tmp_path: Path, mon
 def test_it_is_in_the_plan_s_memory_and_time(place: Path) -> None:
     jobs = [prepare(resolve(str(place / "dense")), read_recipe(recipe(place, gates=gates))) for gates in ({}, OFF)]
     sizes = [gate_bytes(job.source, job.arch, job.recipe) for job in jobs]
-    assert sizes[0] > sizes[1] == 0 and jobs[0].plan.peak_memory_bytes >= sizes[0]
+    assert sizes[0] > sizes[1] == 0 and plan_of(jobs[0]).peak_memory_bytes >= sizes[0]
     assert all(seconds(job) > 0 for job in jobs)

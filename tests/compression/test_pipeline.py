@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.compression import run
+from llmcompress.compression.job import prepare
 from llmcompress.compression.pipeline import compress_job
-from llmcompress.compression.plan import prepare
 from llmcompress.distill.run import distill
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate.verify import verify

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.compression import plan
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.job import prepare
+from llmcompress.compression.plan import plan_of
 from llmcompress.methods.layer import sketch
 from llmcompress.models.dense import resolve
 from llmcompress.recipe.read import read_recipe
@@ -35,7 +36,7 @@ def test_each_shape_is_sketched_once_for_the_same_steps(tmp_path: Path, monkeypa
         return sketch(name, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(plan, "sketch", counted)
-    assert {row.name: row.bits for row in job.plan.layers} == separate
+    assert {row.name: row.bits for row in plan_of(job).layers} == separate
     assert len(sketched) == len({(linears[name].shape, steps) for name, steps in job.steps.items()}) < len(separate)
 
 

@@ -24,8 +24,8 @@ import llmcompress as lc
 from llmcompress.compression import run
 from llmcompress.compression.frontier.budgets import budgets
 from llmcompress.compression.frontier.sweep import PRICES, frontier, sweep
+from llmcompress.compression.job import prepare
 from llmcompress.compression.journal import FINISHED
-from llmcompress.compression.plan import prepare
 from llmcompress.compression.result import Result
 from llmcompress.errors import LLMCompressError, RecipeError
 from llmcompress.evaluate.protocol import Protocol

@@ -14,7 +14,7 @@ import torch
 
 import llmcompress as lc
 from llmcompress.calibrate.walk import Block, InputGroup, walk
-from llmcompress.compression.plan import Job, prepare
+from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.shares import Share, placed, solved
 from llmcompress.errors import NumericsError
 from llmcompress.evaluate.report import LayerReport

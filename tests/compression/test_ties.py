@@ -14,7 +14,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.compression import run as compression_run
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.job import prepare
+from llmcompress.compression.plan import plan_of
 from llmcompress.compression.ties import groups_of
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense import resolve
@@ -81,7 +82,7 @@ def test_groups(tie: Tie, wanted: tuple[tuple[int, ...], ...]) -> None:
 def test_terms_of_full_rank_give_the_dense_model(place: Path, tmp_path: Path, start: str, pattern: str) -> None:
     asked = recipe(place, start=start, pattern=pattern, term=dict(FULL, rank=32))
     with pytest.raises(RecipeError, match=r"rank 32 is larger than the matrix \[16, 32\]"):
-        prepare(resolve(place / "dense"), read_recipe(asked)).plan  # noqa: B018
+        plan_of(prepare(resolve(place / "dense"), read_recipe(asked)))
     dense = loaded(place / "dense")
     for name, module in dense.named_modules():  # full for k and v, of sixteen rows; the others are made as thin
         if isinstance(module, torch.nn.Linear) and name.startswith("model.layers"):
@@ -145,7 +146,7 @@ def quantized(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_plan_is_what_is_stored(place: Path, quantized: Path) -> None:
     asked = read_recipe(recipe(place, True, RULES, term=TERM))
-    planned, report = prepare(resolve(place / "dense"), asked).plan, lc.read(quantized)
+    planned, report = plan_of(prepare(resolve(place / "dense"), asked)), lc.read(quantized)
     assert planned.bpw == report.bpw
     assert {row.name: row.bpw for row in planned.layers} == {row.name: row.bpw for row in report.layers}
     assert [row.description for row in planned.layers] == [row.stored for row in report.layers]

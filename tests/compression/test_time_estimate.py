@@ -11,7 +11,7 @@ import pytest
 
 import llmcompress as lc
 from llmcompress.compression import time_estimate
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.job import prepare
 from llmcompress.compression.time_estimate import token_shares
 from llmcompress.compression.trials import Pace
 from llmcompress.models.dense import resolve

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import methods, step
+from llmcompress.models import roles as roles_room
 from llmcompress.models.families import Linear
 from llmcompress.recipe.calibration import Calibration
-from llmcompress.recipe.compression import Gates, Recipe, Rule
+from llmcompress.recipe.compression import Gates, Recipe, Role, Rule
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.matching import assign
 from llmcompress.recipe.overrides import Change, overrides
@@ -213,6 +214,10 @@ def bits_by_leaf(text: str, *names: str) -> dict[str, list[int]]:
 )
 def test_roles_are_what_linears_do_whatever_they_are_called(names: tuple[str, ...]) -> None:
     assert list(bits_by_leaf(ROLES, *names).values()) == [[2], [3], [4], [3], [1]]
+
+
+def test_rules_name_the_roles_that_linears_have() -> None:
+    assert {role for roles in roles_room._PLACES for role in roles} == set(get_args(Role))
 
 
 def test_a_fused_linear_has_the_most_careful_steps_of_its_parts() -> None:

@@ -15,7 +15,7 @@ ROOMS: dict[str, set[str]] = {
     "methods": {"kernels", "weight", "runtime"},
     "kernels": {"weight", "runtime"},
     "losses": set(),
-    "recipe": {"methods", "losses"},
+    "recipe": {"methods", "losses", "weight"},
     "models": {"kernels", "weight", "runtime"},
     "data": {"models", "recipe", "runtime"},
     "calibrate": {"models", "recipe", "methods", "weight", "runtime"},
@@ -28,7 +28,7 @@ ROOMS["cli"] = set(ROOMS)
 ROOMS["__main__"] = {"cli"}
 # A method shares code with others through the files of methods/ that register none. The exceptions:
 SIBLINGS = {
-    "llmcompress.methods.gptq": {"llmcompress.methods.rtn"},  # rtn with feedback
+    "llmcompress.methods.gptq": {"llmcompress.methods.rtn", "llmcompress.methods.mxfp"},  # these with feedback
     "llmcompress.methods.hqq": {"llmcompress.methods.rtn"},  # rtn whose grids are solved for again
 }
 NOUNS_MISSING = {"utils", "util", "common", "base", "manager", "helpers", "misc"}

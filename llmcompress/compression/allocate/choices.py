@@ -17,7 +17,7 @@ from typing import Any
 from llmcompress.compression.allocate.distortion import Steps
 from llmcompress.compression.allocate.engines import check_rules, options_for
 from llmcompress.compression.allocate.sizes import bytes_around, payload_bytes
-from llmcompress.compression.plan import Job
+from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError, listed
 from llmcompress.methods.engines.sparsity import kept_of
 from llmcompress.methods.layer import sketch, step

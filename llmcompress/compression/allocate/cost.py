@@ -15,8 +15,8 @@ from llmcompress.compression.allocate.choices import Choices, Matrix
 from llmcompress.compression.allocate.distortion import ROWS, rough
 from llmcompress.compression.allocate.prices import middle_of, needs_of, run_on, sequences_of, smallest_of
 from llmcompress.compression.allocate.sensitivity import WINDOW, WINDOWS
+from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import peak_bytes, width_of
-from llmcompress.compression.plan import Job
 from llmcompress.compression.time_estimate import (
     FORWARD_SHARE,
     READ,

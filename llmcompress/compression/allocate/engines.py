@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmcompress.compression.allocate.distortion import Steps
-from llmcompress.compression.plan import Job
+from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import sketch, step
 from llmcompress.models.families import Linear

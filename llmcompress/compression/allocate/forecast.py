@@ -15,7 +15,8 @@ from math import prod
 from llmcompress.compression.allocate.choices import Choices, Matrix
 from llmcompress.compression.allocate.cost import pricing_bytes, pricing_seconds, probing_tokens
 from llmcompress.compression.allocate.plan import reachable, target_of, text_of, with_steps
-from llmcompress.compression.plan import Job, Plan
+from llmcompress.compression.job import Job
+from llmcompress.compression.plan import Plan, plan_of
 from llmcompress.compression.time_estimate import seconds
 from llmcompress.recipe.target import Target
 
@@ -25,7 +26,7 @@ def forecast(job: Job) -> Plan:
     target, text = target_of(job), text_of(job)
     found = reachable(job, (target,))
     settled = job.with_recipe(with_steps(job, found, evenly(found, target)))
-    planned, pricing = settled.plan, pricing_bytes(job, found, probing_tokens(text))
+    planned, pricing = plan_of(settled), pricing_bytes(job, found, probing_tokens(text))
     return replace(
         planned,
         peak_memory_bytes=max(planned.peak_memory_bytes, pricing),

@@ -26,7 +26,7 @@ from llmcompress.compression.allocate.distortion import families
 from llmcompress.compression.allocate.prices import Priced, Progress, damage, prices
 from llmcompress.compression.allocate.sensitivity import DensePredictions, Probe, in_parts, probe_windows
 from llmcompress.compression.allocate.solve import monotone, solve
-from llmcompress.compression.plan import Job
+from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
 from llmcompress.methods.engines.sparsity import kept_of

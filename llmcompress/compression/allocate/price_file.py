@@ -26,7 +26,7 @@ from llmcompress.compression.allocate.plan import (
 )
 from llmcompress.compression.allocate.prices import Measurements, Priced, listed, measured
 from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts, probe_windows
-from llmcompress.compression.plan import Job
+from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import DiskError, RecipeError, first_line
 from llmcompress.evaluate.logits import OnDisk

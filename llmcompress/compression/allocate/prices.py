@@ -37,7 +37,7 @@ from llmcompress.compression.allocate.distortion import (
 )
 from llmcompress.compression.allocate.sensitivity import Probe
 from llmcompress.compression.importance import importance_of
-from llmcompress.compression.plan import Job
+from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import NumericsError
 from llmcompress.methods.layer import Layer, methods, step

@@ -11,7 +11,7 @@ from hashlib import sha256
 
 import torch
 
-from llmcompress.compression.plan import Job
+from llmcompress.compression.job import Job
 from llmcompress.models.headers import Header
 from llmcompress.models.integrity import BINDING, DIGESTS, digest
 from llmcompress.models.merge import SHARD

@@ -37,7 +37,8 @@ from llmcompress.compression.experts.report import (
 )
 from llmcompress.compression.experts.usage import Visit, check_by, damage, outputs, usage, visits
 from llmcompress.compression.gate import judge
-from llmcompress.compression.plan import Job, prepare
+from llmcompress.compression.job import Job, prepare
+from llmcompress.compression.plan import plan_of
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer
@@ -128,7 +129,7 @@ def _report(
     output: str | Path | None,
 ) -> ExpertsReport:
     """Return the report as it is before anything is written."""
-    notes = (*job.plan.warnings, *tokens.notes, *unused(rows))
+    notes = (*plan_of(job).warnings, *tokens.notes, *unused(rows))
     return ExpertsReport(
         model=mixture.source.public_name,
         output=None if output is None else str(output),
@@ -137,7 +138,7 @@ def _report(
         experts_before=mixture.experts,
         experts_after=mixture.experts,
         bytes_before=mixture.source.bytes,
-        bytes_after=job.plan.bytes,
+        bytes_after=plan_of(job).bytes,
         calibration=tokens.report(),
         blocks=tuple(rows),
         warnings=tuple(dict.fromkeys(notes)),

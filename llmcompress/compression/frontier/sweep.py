@@ -28,8 +28,8 @@ from llmcompress.compression.allocate.price_file import check_prices, price_list
 from llmcompress.compression.frontier.budgets import Budget
 from llmcompress.compression.frontier.judge import Judge
 from llmcompress.compression.frontier.peers import Peer
+from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.pipeline import completed, compress_job, record
-from llmcompress.compression.plan import Job, prepare
 from llmcompress.compression.run import check_ranks
 from llmcompress.errors import DiskError, RecipeError, Terminated
 from llmcompress.evaluate import report as reports

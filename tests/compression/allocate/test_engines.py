@@ -12,7 +12,7 @@ import torch
 import llmcompress as lc
 from llmcompress.compression.allocate.choices import choices
 from llmcompress.compression.allocate.engines import default_options, options_for
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
 from llmcompress.evaluate.formatting import aim
 from llmcompress.export.formats import export

@@ -18,7 +18,7 @@ from llmcompress.compression.allocate.distortion import error, families
 from llmcompress.compression.allocate.plan import PriceList, choose, damage, price, priced_tokens, reachable
 from llmcompress.compression.allocate.prices import Offer, Priced
 from llmcompress.compression.allocate.sizes import payload_bytes
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.job import prepare
 from llmcompress.evaluate.verify import verify
 from llmcompress.methods.layer import StepConfig, sketch, step
 from llmcompress.models.dense import resolve

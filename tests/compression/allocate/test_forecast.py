@@ -15,7 +15,7 @@ from llmcompress.compression import time_estimate
 from llmcompress.compression.allocate import cost
 from llmcompress.compression.allocate.choices import choices
 from llmcompress.compression.allocate.forecast import evenly
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.job import prepare
 from llmcompress.compression.trials import Pace
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense import DenseModel, resolve

@@ -15,7 +15,7 @@ from llmcompress.compression.allocate.distortion import changed, error, families
 from llmcompress.compression.allocate.plan import reachable
 from llmcompress.compression.allocate.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, probe_windows
 from llmcompress.compression.allocate.sizes import payload_bytes
-from llmcompress.compression.plan import Job, prepare
+from llmcompress.compression.job import Job, prepare
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, StepConfig, methods, sketch, step
 from llmcompress.methods.moments import Moments

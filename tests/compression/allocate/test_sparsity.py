@@ -18,7 +18,7 @@ from llmcompress.compression import run
 from llmcompress.compression.allocate.baselines import er_plan, uniform_plan
 from llmcompress.compression.allocate.distortion import NOISE, families, noisy
 from llmcompress.compression.allocate.plan import Allocation, allocate, damage
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.job import prepare
 from llmcompress.errors import GateError, RecipeError
 from llmcompress.methods.layer import relative_error, step
 from llmcompress.models.dense import load_model, resolve

@@ -21,7 +21,7 @@ from llmcompress.compression import run
 from llmcompress.compression.allocate.baselines import random_plan, uniform_plan
 from llmcompress.compression.allocate.plan import Allocation, allocate, choose, reachable
 from llmcompress.compression.allocate.prices import Priced, damage
-from llmcompress.compression.plan import prepare
+from llmcompress.compression.job import prepare
 from llmcompress.errors import LLMCompressError, MemoryLimitError, RecipeError
 from llmcompress.evaluate.report import read_allocation
 from llmcompress.evaluate.verify import verify
