@@ -58,10 +58,12 @@ def _variables(error: BaseException) -> dict[tuple[str, str], Any]:
 
 
 def _task(known: Mapping[tuple[str, str], Any]) -> Any:
-    """Return the task that lm-eval was at; None where it was at none, as while a model reads all prompts."""
+    """Return the task that lm-eval was at; None where it was at none, as while a model reads all prompts, or before it
+    has read what it is."""
     from lm_eval.api.task import Task
 
-    return next((one for (_, name), one in known.items() if name == "self" and isinstance(one, Task)), None)
+    there = (one for (_, name), one in known.items() if name == "self" and isinstance(one, Task))
+    return next((task for task in there if getattr(task, "config", None) is not None), None)
 
 
 def _item(known: Mapping[tuple[str, str], Any]) -> int | None:

@@ -155,13 +155,18 @@ def test_failures_of_items_name_the_item(write: Write, tmp_path: Path) -> None:
         "empty": write("empty", [("", "Bad."), FINE]),
         "template": write("template", [("Zero.", "Bad.")], doc_to_text=zero),
         "code": write("code", [FINE], doc_to_choice="!function mine.choices"),
+        "key": write("key", [FINE], doc_to_texts="a"),
+        "nameless": write("nameless", [FINE], task=None),
     }
+    first = " at item 0, counted from 0"
     for name, cause in (
-        ("empty", r"\(IndexError: string index out of range\)"),
-        ("template", r"\(ZeroDivisionError: division by zero\)"),
-        ("code", rf"\({code}:2: KeyError: 'none'\)"),
+        ("empty", rf"{first} \(IndexError: string index out of range\)"),
+        ("template", rf"{first} \(ZeroDivisionError: division by zero\)"),
+        ("code", rf"{first} \({code}:2: KeyError: 'none'\)"),
+        ("key", r" \(TypeError: .*unexpected keyword argument 'doc_to_texts'\)"),
+        ("nameless", r" \(ValueError: Unknown config shape: .*\)"),
     ):
-        with pytest.raises(InputError, match=f"{name}.yaml cannot be loaded at item 0, counted from 0 {cause}$"):
+        with pytest.raises(InputError, match=f"{name}.yaml cannot be loaded{cause}$"):
             find_tasks(tiny_tokenizer(), Protocol(tasks=(PAIRS, early[name])))
     late = {
         "template": write("template", LATE, doc_to_text=zero),
