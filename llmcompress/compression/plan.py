@@ -19,19 +19,19 @@ from llmcompress.calibrate.rehearsal import rehearsed
 from llmcompress.compression.fuse.awq import check_awq
 from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.compression.memory_estimate import peak_bytes
+from llmcompress.compression.recipe_checks import check_calibration, check_tables, check_task
 from llmcompress.compression.ties import Tied, ties_of
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length
 from llmcompress.distill.check_fused import check_fused
 from llmcompress.errors import MemoryLimitError, RecipeError
 from llmcompress.methods.layer import StepConfig, methods, sketch
-from llmcompress.models.auto_class import architectures, check_causal, is_causal
+from llmcompress.models.auto_class import architectures, is_causal
 from llmcompress.models.dense import DenseModel
 from llmcompress.models.families import Architecture, architecture
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
 from llmcompress.runtime.memory import total_memory
 from llmcompress.weight.expression import bits, describe
-from llmcompress.weight.modules import row_scale
 from llmcompress.weight.nodes import Weight
 from llmcompress.weight.rows import check_rows
 
@@ -168,7 +168,7 @@ class Job:
 def prepare(source: DenseModel, recipe: Recipe) -> Job:
     """Lay a recipe over a model. Raises InputError for a model of unknown structure, and RecipeError for a recipe
     that does not suit the model or whose methods require calibration that it lacks."""
-    _check_task(source, recipe)
+    check_task(source, recipe)
     if recipe.fuse is not None and recipe.fuse.rotation:
         source = rotated_source(source, recipe.seed, recipe.fuse.untie)
     arch = architecture(source.config, source.skeleton())
@@ -177,80 +177,20 @@ def prepare(source: DenseModel, recipe: Recipe) -> Job:
     return _laid(source, arch, recipe)
 
 
-def _check_task(source: DenseModel, recipe: Recipe) -> None:
-    """Raise InputError for what a recipe asks of a model that does not predict the next token."""
-    asked = {
-        "target:": recipe.target,
-        "distill:": recipe.distill,
-        "fuse:": recipe.fuse,
-        "embeddings:": recipe.embeddings,
-        "head:": recipe.head,
-        "calibration by dataset: self": recipe.calibration is not None and recipe.calibration.dataset == "self",
-    }
-    for name in (name for name, value in asked.items() if value):
-        check_causal(source.config, name)
-
-
 def _laid(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:
     """Check the recipe against the model, and return the job."""
     if recipe.distill is not None:
         check_fused(recipe.fuse, recipe.distill)
         for text in recipe.distill.texts():
             check_length(text.length, source.config)
-    _check_calibration(recipe)
-    _check_tables(recipe, arch, source)
+    check_calibration(recipe)
+    check_tables(recipe, arch, source)
     others = [linear.name for linear in arch.outside] + [name.rpartition(".")[0] for name in source.tensors]
     job = Job(source, arch, recipe, assign(recipe, list(arch.linears()), others))
     _ = job.ties  # refuses blocks that differ
     if recipe.fuse is not None and recipe.fuse.awq:
         check_awq(arch, job.steps)
     return job
-
-
-def _check_calibration(recipe: Recipe) -> None:
-    """Raise RecipeError if a method requires data and the recipe has none."""
-    if recipe.calibration is not None:
-        return
-    lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head)
-    hungry = sorted({name for steps in lists for name in _hungry(steps)})
-    others = {"asymmetric": recipe.asymmetric, "fuse: awq": recipe.fuse is not None and recipe.fuse.awq}
-    for name in (name for name, asked in others.items() if asked and not hungry):
-        raise RecipeError(f"{name} requires calibration; add it to the recipe, or leave {name.split(':')[0]} out")
-    if hungry:
-        frugal = ", ".join(name for name, one in sorted(methods().items()) if one.data_free)
-        raise RecipeError(
-            f"{', '.join(hungry)} requires calibration; add it to the recipe, such as calibration: {{dataset: stdlib}} "
-            f"(or self: the model writes the text), or use methods that need none: {frugal}"
-        )
-
-
-def _hungry(steps: Sequence[StepConfig]) -> Iterator[str]:
-    """Yield the methods of these steps that require calibration."""
-    for step in steps:
-        if step.presumes:
-            return
-        if not methods()[step.method].data_free:
-            yield step.method
-
-
-def _check_tables(recipe: Recipe, arch: Architecture, source: DenseModel) -> None:
-    """Raise RecipeError for steps that the token table or the output head of this model cannot have."""
-    if recipe.head and arch.tied:
-        raise RecipeError(f"head: the output head of {source.name} is its token table; give its steps as embeddings:")
-    if recipe.head and (not arch.head or f"{arch.head}.weight" not in source.tensors):
-        raise RecipeError(f"head: {source.name} has no output head of its own; leave head: out")
-    if not recipe.embeddings:
-        return
-    try:
-        row_scale(source.skeleton().get_input_embeddings())
-    except TypeError as error:
-        raise RecipeError(f"embeddings: {error}; leave embeddings: out") from error
-    hungry = list(_hungry(recipe.embeddings))
-    if hungry and not arch.tied:
-        raise RecipeError(
-            f"embeddings: {hungry[0]} learns from a layer's inputs, and a table that is only looked up has none; "
-            f"use rtn"
-        )
 
 
 def _plan(job: Job) -> Plan:
@@ -296,7 +236,7 @@ def _plan(job: Job) -> Plan:
         bpw=stored_bits / weights,
         model_bpw=total * 8 / job.source.parameters,
         peak_memory_bytes=peak_bytes(job.source, job.arch, job.recipe, list(job.tables), job.needs(), used),
-        warnings=warnings(job),
+        warnings=(*_warnings(job), *_larger(job, rows)),
         reconstruction=_values(job.recipe.reconstruct),
         distillation=_values(job.recipe.distill),
     )
@@ -311,7 +251,7 @@ def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored
     return LayerPlan(name, size, tuple(s.method for s in steps), count, count / prod(size), text)
 
 
-def warnings(job: Job) -> tuple[str, ...]:
+def _warnings(job: Job) -> tuple[str, ...]:
     """Return warnings before a run: patterns that match nothing, and linears that stay dense."""
     shadowed = [f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed]
     dense = [name for name in job.assignment.steps if name not in job.steps]
@@ -368,6 +308,17 @@ def _ragged(job: Job) -> Iterator[str]:
                 f"{name}: group_size {size} does not divide its width {widths[name]}, so {stored}, which few other "
                 f"engines read; {max(one for one in range(1, size + 1) if widths[name] % one == 0)} divides it"
             )
+
+
+def _larger(job: Job, rows: Sequence[LayerPlan]) -> Iterator[str]:
+    """Yield a sentence for each matrix that nothing is pruned of, and for each that becomes larger."""
+    for row in rows:
+        before = 8 * job.source.tensors[f"{row.name}.weight"].bytes / prod(row.shape)
+        if any(getattr(step, "sparsity", None) == 0 for step in (job.steps | job.tables)[row.name]):
+            mask = f"its mask takes a bit per weight: {row.bpw:g} for {before:g}"
+            yield f"{row.name}: sparsity 0 prunes nothing, and {mask}"
+        elif row.bpw > before:
+            yield f"{row.name}: its {row.bpw:.3f} bits per weight are more than the {before:g} of the dense model"
 
 
 def _without_data(job: Job) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from llmcompress.calibrate.walk import Block, Progress, walk
 from llmcompress.compression.block import CompressionState, common_of, compress_block, restore
 from llmcompress.compression.books import Books, identity_of
 from llmcompress.compression.importance import importance_of
-from llmcompress.compression.plan import Job, check_memory, warnings
+from llmcompress.compression.plan import Job, check_memory
 from llmcompress.compression.result import Result
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.distill.blockwise.tune import tuner
@@ -182,7 +182,7 @@ def _report(run: CompressionState, tokens: CalibrationTokens | None, before: int
         calibration=None if tokens is None else tokens.report() | _shared(run.ranks),
         layers=tuple(rows),
         warnings=(
-            *warnings(job),
+            *job.plan.warnings,
             *_notes(tokens),
             *_starved(run),
             *_searched_elsewhere(run),
