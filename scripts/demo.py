@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 import llmcompress as lc
 from llmcompress.cli.stages import Stages
@@ -213,6 +215,9 @@ def show(numbers: dict[str, Any], console: Console) -> None:
 
 def told() -> int:
     """Run the demo, and return its exit code; what a user can act on is told in one sentence."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # in the processes that it starts
     try:
         main()
     except (KeyboardInterrupt, Terminated) as error:

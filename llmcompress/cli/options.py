@@ -132,7 +132,7 @@ def protocol_of(
 ) -> Protocol:
     """The options of `eval` and `compare`, in the order of its fields."""
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
-    items = int(limit) if limit is not None and limit >= 1 else limit
+    items = int(limit) if limit is not None and limit >= 1 and limit.is_integer() else limit
     return Protocol(text, windows, length, names, items, *others)
 
 

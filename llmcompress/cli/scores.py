@@ -83,6 +83,7 @@ def evaluate(
                 progress=terminal.scoring,
                 trust_remote_code=trust_remote_code,
             )
+        terminal.warn(found.get("warnings", ()))
         terminal.show(found, score_view)
         refuse_failed([found])
 

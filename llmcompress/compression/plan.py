@@ -118,7 +118,7 @@ def plan_of(job: Job) -> Plan:
         bpw=stored_bits / weights,
         model_bpw=total * 8 / job.source.parameters,
         peak_memory_bytes=peak_bytes(job.source, job.arch, job.recipe, list(job.tables), job.needs(), used),
-        warnings=(*warnings(job), *mostly_dense(job, kept, total)),
+        warnings=(*_warnings(job), *_larger(job, rows), *_mostly_dense(job, kept, total)),
         reconstruction=_values(job.recipe.reconstruct),
         distillation=_values(job.recipe.distill),
     )
@@ -133,7 +133,7 @@ def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored
     return LayerPlan(name, size, tuple(s.method for s in steps), count, count / prod(size), text)
 
 
-def warnings(job: Job) -> tuple[str, ...]:
+def _warnings(job: Job) -> tuple[str, ...]:
     """Return warnings before a run: patterns that match nothing, and linears that stay dense."""
     shadowed = [f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed]
     dense = [name for name in job.assignment.steps if name not in job.steps]
@@ -151,7 +151,7 @@ def warnings(job: Job) -> tuple[str, ...]:
     )
 
 
-def mostly_dense(job: Job, kept: int, total: int) -> tuple[str, ...]:
+def _mostly_dense(job: Job, kept: int, total: int) -> tuple[str, ...]:
     """Return a sentence if `kept` of the `total` bytes stay dense and that is much: what they are, and which setting
     compresses them."""
     if kept <= DENSE_SHARE * total:
@@ -222,6 +222,17 @@ def _ragged(job: Job) -> Iterator[str]:
                 f"{name}: group_size {size} does not divide its width {widths[name]}, so {stored}, which few other "
                 f"engines read; {max(one for one in range(1, size + 1) if widths[name] % one == 0)} divides it"
             )
+
+
+def _larger(job: Job, rows: Sequence[LayerPlan]) -> Iterator[str]:
+    """Yield a sentence for each matrix that nothing is pruned of, and for each that becomes larger."""
+    for row in rows:
+        before = 8 * job.source.tensors[f"{row.name}.weight"].bytes / prod(row.shape)
+        if any(getattr(step, "sparsity", None) == 0 for step in (job.steps | job.tables)[row.name]):
+            mask = f"its mask takes a bit per weight: {row.bpw:g} for {before:g}"
+            yield f"{row.name}: sparsity 0 prunes nothing, and {mask}"
+        elif row.bpw > before:
+            yield f"{row.name}: its {row.bpw:.3f} bits per weight are more than the {before:g} of the dense model"
 
 
 def _without_data(job: Job) -> tuple[str, ...]:

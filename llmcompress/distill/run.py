@@ -24,7 +24,6 @@ from llmcompress.distill.context import Report, TrainContext
 from llmcompress.distill.controls import measured_controls
 from llmcompress.distill.metrics import start_trackers, term_names
 from llmcompress.distill.objective.early_exits import Exits
-from llmcompress.distill.objective.heads import check_pair
 from llmcompress.distill.parallel.launch import is_given, launched_accelerator
 from llmcompress.distill.phases import Learned, lacking
 from llmcompress.distill.ready import memory_advice
@@ -45,6 +44,7 @@ from llmcompress.models.remote_code import code_files
 from llmcompress.models.staging import check_output, claim, locked
 from llmcompress.models.store import Store
 from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.models.vocabulary import check_vocabularies
 from llmcompress.models.written import check_written
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.published import published
@@ -163,9 +163,9 @@ def _distilled(
         opened, beside = open_folder(pupil), companions(folder, pupil.trust_remote_code)
         recipe_text = dump(published(asked))
         check_output(target, opened.bytes)
-        tokenizer, theirs = (load_tokenizer(each.folder, each.trust_remote_code) for each in (pupil, place))
+        check_vocabularies((pupil, place))
+        tokenizer = load_tokenizer(folder, pupil.trust_remote_code)
         pair = load_pair(pupil, place, asked, accelerator)
-        check_pair(*pair, [tokenizer.get_vocab(), theirs.get_vocab()])
         check_teacher(pair[1], asked.teacher.bits)
     data = _read(asked, tokenizer, pair[1], ranks)
     training = target.with_name(target.name + TRAINING)

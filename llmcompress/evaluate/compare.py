@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llmcompress.errors import InputError, RecipeError
+from llmcompress.errors import RecipeError
 from llmcompress.evaluate.lm_eval import find_tasks
 from llmcompress.evaluate.logits import opened
 from llmcompress.evaluate.output_file import check_new_file, write_new_file
@@ -22,8 +20,9 @@ from llmcompress.evaluate.score import size_of
 from llmcompress.evaluate.scores import Scoring, evaluate_all
 from llmcompress.evaluate.tables import comparison_markdown
 from llmcompress.models.fits import check_fits
-from llmcompress.models.locate import Place, locate
+from llmcompress.models.locate import locate
 from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.models.vocabulary import check_vocabularies
 from llmcompress.runtime.notebook import named
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
@@ -61,7 +60,7 @@ def compare(
 
     Raises:
         RecipeError: for fewer than two models.
-        InputError: for models that cannot be loaded, or that read text differently.
+        InputError: for models that cannot be loaded, or that have different vocabularies.
         MemoryLimitError: for models that do not fit into this machine, two at a time.
         DiskError: for an output that cannot be written.
     """
@@ -72,19 +71,18 @@ def compare(
         check_new_file(output, KINDS, "a comparison")
     places = [locate(model, trust_remote_code=trust_remote_code) for model in models]
     sizes = [size_of(place) for place in places]
-    _check_tokens(places, protocol)
+    check_vocabularies(places)
     tokenizer = load_tokenizer(places[0].folder, trust_remote_code)
+    windows_by_text(tokenizer, protocol)  # texts and tasks are missed before models are loaded
     tasks = find_tasks(tokenizer, protocol)
     whole = bool(protocol.tasks)
     for pair in ([places[0], place] for place in places[1:]):
         check_fits(device, "comparing", pair if whole else [], [] if whole else pair)
-    reference, *others = (partial(opened, place, device, whole) for place in places)
-    how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": tasks}
-    found = evaluate_all(reference(), others, tokenizer, protocol, **how)
-    first = found[0]
+    first, *others = (partial(opened, place, device, whole) for place in places)
+    found = evaluate_all(first(), others, tokenizer, protocol, processes=processes, progress=progress, tasks=tasks)
     rows = [
         {"model": place.name, **asdict(size), **one.to_json()}
-        | {"differences": None if one is first else one.differences(first)}
+        | {"differences": None if one is found[0] else one.differences(found[0])}
         for place, size, one in zip(places, sizes, found)
     ]
     result = {"protocol": protocol.to_json(), "versions": versions(), "models": rows}
@@ -92,15 +90,3 @@ def compare(
         text = comparison_markdown(result) if output.suffix == ".md" else json.dumps(result, indent=2) + "\n"
         write_new_file(output, text)
     return result
-
-
-def _check_tokens(places: Sequence[Place], protocol: Protocol) -> None:
-    """Raise InputError unless all models know the same tokens and read the protocol's texts as the same ones."""
-    tokenizers = [load_tokenizer(place.folder, place.trust_remote_code) for place in places]
-    windows = [torch.cat([*windows_by_text(tokenizer, protocol).values()]) for tokenizer in tokenizers]
-    for place, tokenizer, ids in zip(places, tokenizers, windows):
-        if tokenizer.get_vocab() != tokenizers[0].get_vocab() or not torch.equal(ids, windows[0]):
-            raise InputError(
-                f"{places[0].name} and {place.name} cannot be compared: they have different tokenizers; "
-                f"compare models that were made from one"
-            )

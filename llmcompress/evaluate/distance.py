@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmcompress.errors import InputError
 from llmcompress.evaluate.logits import Counting, Readable, window_logits
 from llmcompress.evaluate.perplexity import (
     Perplexity,
@@ -62,7 +61,6 @@ def distance(
     """Compare both models on windows `ids` [n, length], over the positions that perplexity counts.
 
     Log-probabilities are float32, sums float64. `progress` and `blocks`: as for `perplexity`, `blocks` for each model.
-    Raises InputError when the vocabularies differ.
     """
     mine = processes.share(ids)
     rows: list[_Window] = []
@@ -70,11 +68,6 @@ def distance(
         for (batch, wanted), (_, given) in zip(
             window_logits(teacher, mine, batch_size, blocks), window_logits(student, mine, batch_size, blocks)
         ):
-            if wanted.shape != given.shape:
-                raise InputError(
-                    f"the models cannot be compared: one has a vocabulary of {wanted.shape[-1]}, the other of "
-                    f"{given.shape[-1]} tokens; compare a model with the one it was made from"
-                )
             rows += [_in_window(*one) for one in zip(wanted, given.to(wanted.device), batch)]
             if progress is not None:
                 progress(len(rows), len(mine))

@@ -29,6 +29,7 @@ from llmcompress.models.fits import check_fits
 from llmcompress.models.kept_blocks import matched_blocks
 from llmcompress.models.locate import locate
 from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.models.vocabulary import check_vocabularies
 from llmcompress.runtime.precision import fast_float32
 
 BRIEF = Protocol(windows=8, length=512)
@@ -90,13 +91,15 @@ def drift(
         The alignment and the relative error at the input of every block, and behind the last one.
 
     Raises:
-        InputError: for a model that cannot be loaded or read block by block, and for a text that is too short.
+        InputError: for a model that cannot be loaded or read block by block, for two that have different vocabularies,
+            and for a text that is too short.
         RecipeError: for models whose blocks have no known counterparts.
         NumericsError: for hidden states that are NaN or infinite.
     """
     if protocol.length < FEWEST:
         raise InputError(f"windows of {protocol.length} tokens tell nothing; set length to {FEWEST} or more")
     places = [locate(model, revision, trust_remote_code), locate(against, trust_remote_code=trust_remote_code)]
+    check_vocabularies(places, predictions=False)
     tokenizer = load_tokenizer(places[0].folder, trust_remote_code)
     evaluation_windows(tokenizer, protocol)  # a text is missed before models are loaded
     check_fits(device, "reading it", [], places)

@@ -25,29 +25,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from jinja2 import TemplateError
 
 from llmcompress.data.chat_template import rendered
 from llmcompress.data.files import read_text
 from llmcompress.errors import DiskError, InputError, RecipeError, first_line
+from llmcompress.evaluate.cut_prompts import cut_prompts
 from llmcompress.evaluate.processes import ALONE, Processes
 from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluate.task_failures import FAILURES, check_examples, failure, yaml_faults
 from llmcompress.evaluate.uncertainty import mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FAILURES = (  # of tasks: they are other people's templates, code and data
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    TemplateError,
-)
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # transformers' name of its warning
 PAIRS = "llmcompress_pairs"
 PAIRS_FILE = Path(__file__).with_name("minimal_pairs.jsonl")
 Scores = dict[str, dict[str, float]]
@@ -63,6 +54,7 @@ class TaskScores:
     results: dict[str, Any] = field(default_factory=dict)  # lm-eval's own, with its samples
     tracker: Any = None  # lm-eval's EvaluationTracker
     failure: str | None = None  # a sentence where tasks were found and began, but did not come to an end
+    warnings: tuple[str, ...] = ()  # on prompts that were cut
 
     def save(self, folder: Path, name: str) -> None:
         """Write what lm-eval's command with `--output_path FOLDER --log_samples` would write for the model `name`.
@@ -115,7 +107,7 @@ def find_tasks(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> FoundT
     if protocol.chat_template:
         rendered([{"role": "user", "content": "?"}], tokenizer)  # lm-eval would wait for one that never ends
     with _contained():
-        return _found(_lm_eval()[1], protocol.tasks)
+        return _found(_lm_eval()[1], protocol)
 
 
 def run_tasks(
@@ -136,8 +128,8 @@ def run_tasks(
     try:
         return _run(model, tokenizer, protocol, processes, found)
     except FAILURES as error:
-        failure = f"the tasks {', '.join(protocol.tasks)} failed ({type(error).__name__}: {first_line(error)})"
-        return TaskScores(failure=f"{failure}; what was scored besides them stands")
+        said = failure(error, protocol.tasks, "failed")
+        return TaskScores(failure=f"{said}; what was scored besides stands")
 
 
 def _run(
@@ -152,7 +144,10 @@ def _run(
         stack.callback(model.train, training)
         stack.enter_context(_contained())
         evaluator, _, model_class, tracker_class = _lm_eval()
-        wrapped = model_class(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=protocol.batch_size)
+        stack.enter_context(_without_git(evaluator))
+        own = copy.deepcopy(tokenizer)
+        own.deprecation_warnings[TOO_LONG] = True  # said already: lm-eval cuts prompts, which `cut_prompts` counts
+        wrapped = model_class(pretrained=model, tokenizer=own, batch_size=protocol.batch_size)
         if processes.accelerator is not None:
             # What HFLM sets itself when it loads the model by name. For one in memory it leaves this to its caller
             # ("custom distributed integration"): no argument, so the attributes that LM has for it.
@@ -174,9 +169,10 @@ def _run(
             torch_random_seed=protocol.seed,
             fewshot_random_seed=protocol.seed,
         )
-    if results is None:  # not the first process
-        return TaskScores()
-    return TaskScores(_scores(results), _items(results), results, tracker)
+        if results is None:  # not the first process
+            return TaskScores()
+        cut = tuple(cut_prompts(results["samples"], wrapped))
+    return TaskScores(_scores(results), _items(results), results, tracker, warnings=cut)
 
 
 def minimal_pairs_task(path: Path, name: str | None = None) -> dict[str, Any]:
@@ -218,6 +214,8 @@ def _read_pairs(path: Path) -> list[dict[str, str]]:
             raise InputError(
                 f"{path}, line {number} is no minimal pair; it has to be an object with sentence_good and sentence_bad"
             ) from error
+        if "" in pairs[-1].values():
+            raise InputError(f"{path}, line {number} is no minimal pair; both sentences have to have text")
     if not pairs:
         raise InputError(f"{path} has no minimal pairs; write one object with sentence_good and sentence_bad per line")
     return pairs
@@ -235,17 +233,20 @@ def _lm_eval() -> tuple[Any, Any, Any, Any]:
     return evaluator, TaskManager, HFLM, EvaluationTracker
 
 
-def _found(manager_class: Any, tasks: Sequence[str]) -> FoundTasks:
+def _found(manager_class: Any, protocol: Protocol) -> FoundTasks:
     """Return what lm-eval takes as tasks, with the task manager that knows them; loaded once, to see that they can."""
     from datasets.exceptions import DatasetsError
 
+    tasks = protocol.tasks
     local = [_local(task) for task in tasks]
     folders = [one for one in local if isinstance(one, Path)]
+    for wrong in (one for folder in folders for one in yaml_faults(folder)):
+        raise InputError(wrong)
     try:
         # Scanning lm-eval's own thousands of tasks takes seconds: only when one of them is asked for.
         manager = manager_class(include_path=[str(folder) for folder in folders], include_defaults=None in local)
         inside = {folder: manager_class(include_path=str(folder), include_defaults=False) for folder in folders}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"the task files cannot be read ({first_line(error)})") from error
     specs: list[Any] = []
     for task, found in zip(tasks, local):
@@ -261,9 +262,9 @@ def _found(manager_class: Any, tasks: Sequence[str]) -> FoundTasks:
             specs.append(task if found is None else found)
     there = FoundTasks(specs, manager)
     try:
-        there.load()
+        check_examples(manager.load(specs)["tasks"].values(), protocol.num_fewshot)
     except (*FAILURES, yaml.YAMLError, DatasetsError) as error:
-        raise InputError(f"the tasks {', '.join(tasks)} cannot be loaded ({first_line(error)})") from error
+        raise InputError(failure(error, tasks, "cannot be loaded")) from error
     return there
 
 
@@ -344,6 +345,19 @@ def _contained() -> Iterator[None]:
             for name in os.environ.keys() - environment.keys():
                 del os.environ[name]
             os.environ.update(environment)
+
+
+@contextlib.contextmanager
+def _without_git(evaluator: Any) -> Iterator[None]:
+    """Let lm-eval read the commit of the working folder from its files; git would complain of a folder without one."""
+    from lm_eval.loggers.utils import get_commit_from_path
+
+    own = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: get_commit_from_path(os.getcwd())
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = own
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from llmcompress.models.dense import load_model
 from llmcompress.models.fits import check_fits
 from llmcompress.models.locate import locate, public_name
 from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.models.vocabulary import check_vocabularies
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.weight.modules import decoded
 
@@ -117,13 +118,15 @@ def passport(
 
     Raises:
         RecipeError: without adapters, or where PEFT is not installed.
-        InputError: for a model or an adapter that cannot be loaded, and for a text that is too short.
+        InputError: for a model or an adapter that cannot be loaded, for models that have different vocabularies, and
+            for a text that is too short.
         MemoryLimitError: for models that do not fit into this machine together.
     """
     _check_peft()
     if not adapters:
         raise RecipeError("a passport is about adapters; give one or more folders or Hub ids of them")
     places = [locate(one, trust_remote_code=trust_remote_code) for one in (against, model)]
+    check_vocabularies(places)
     tokenizer = load_tokenizer(places[0].folder, trust_remote_code)
     evaluation_windows(tokenizer, protocol)  # a text is missed before models are loaded
     check_fits(device, "comparing", places, [])

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, RecipeError
 
 STANDARD_TEXT = "Python's documentation"
 
@@ -25,6 +25,14 @@ class Protocol:
     chat_template: bool = False  # true: prompts of tasks are written as chats
     seed: int = 0  # of few-shot examples and samples
     domains: Path | None = None  # a folder of .txt files, one kind of text each, that are read beside the text
+
+    def __post_init__(self) -> None:
+        """Raise RecipeError for a limit that is neither a number of items nor a share of them."""
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())):
+            raise RecipeError(
+                f"limit {self.limit} is neither a number of items nor a share of them; give a whole number, 1 or more, "
+                f"or a share below 1"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields; of the text, where it came from, of kinds of text their names."""

@@ -30,6 +30,7 @@ from llmcompress.models.own_sizes import is_dense
 from llmcompress.models.skeleton import described
 from llmcompress.models.staging import check_output
 from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.models.vocabulary import check_vocabularies
 from llmcompress.runtime.notebook import named
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.versions import versions
@@ -76,7 +77,7 @@ def score(
         The scores with their standard errors, `bytes`, `bpw` and `model_bpw` (bits per weight), and the protocol.
 
     Raises:
-        InputError: for a model that cannot be loaded.
+        InputError: for a model that cannot be loaded, and for two that have different vocabularies.
         MemoryLimitError: for models that do not fit into this machine together.
         RecipeError: for `save` without `against`, or for a folder that compress did not write.
         DiskError: for an output that cannot be written.
@@ -88,10 +89,11 @@ def score(
     if output is not None:
         check_output(output, 0)
     reference = None if against is None else locate(against, trust_remote_code=trust_remote_code)
+    places = [place] if reference is None else [place, reference]
     size, tokenizer = size_of(place), load_tokenizer(place.folder, trust_remote_code)
+    check_vocabularies(places)
     windows_by_text(tokenizer, protocol)  # texts and tasks are missed before models are loaded
     how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": find_tasks(tokenizer, protocol)}
-    places = [place] if reference is None else [place, reference]
     whole = places[: 1 + save] if protocol.tasks else []  # tasks are not read block by block
     check_fits(device, "scoring", whole, [one for one in places if one not in whole])
     loaded, *teachers = [opened(one, device, one in whole) for one in places]

@@ -75,9 +75,10 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return the scores on the text as `OnText` does, tasks {name: {metric: value}}, domains {name: scores on it},
-        and as "tasks_failed" a sentence where tasks did not come to an end."""
+        as "tasks_failed" a sentence where tasks did not come to an end, and as "warnings" those on cut prompts."""
         return {
             **({} if self.tasks.failure is None else {"tasks_failed": self.tasks.failure}),
+            **({"warnings": list(self.tasks.warnings)} if self.tasks.warnings else {}),
             **self.texts[None].to_json(),
             "tasks": self.tasks.scores,
             "domains": {name: one.to_json() for name, one in self.texts.items() if name is not None},

@@ -45,6 +45,7 @@ def comparison_cells(found: Row) -> tuple[list[str], list[list[str]], list[str]]
         notes.append(f"* differs from {first} beyond noise: paired, item by item, at 95 %")
     if "?" in marks:
         notes.append("? cannot be told from noise: fewer than two items, or no mean over items")
+    notes += [f"{row['model']}: {warning}" for row in models for warning in row.get("warnings", ())]
     return headings, rows, notes
 
 

@@ -23,12 +23,15 @@ from llmcompress.models.integrity import weight_files
 from llmcompress.models.kind import check_kind
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.models.vocabulary import check_vocabularies
 from llmcompress.runtime.notebook import named
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.weight.modules import compressed_modules, decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+UNCHECKED = f"there is no {MANIFEST}, so only the weights could be checked, not the files beside them"
 
 
 @dataclass(frozen=True)
@@ -76,24 +79,24 @@ def verify(
         Counts of files and layers, bytes, perplexity, and the distance to `against`.
 
     Raises:
-        InputError: for whatever is damaged, missing or too much.
+        InputError: for whatever is damaged, missing or too much, and for an `against` with another vocabulary.
         MemoryLimitError: for models that do not fit into this machine together.
         NumericsError: for a model that computes NaN.
     """
     progress = progress or named()
     folder = Path(folder)
     check_kind(folder)
-    unchecked = f"there is no {MANIFEST}, so only the weights could be checked, not the files beside them"
-    notes = () if check_manifest(folder) else (unchecked,)
-    place = Place(str(folder), folder, trust_remote_code=trust_remote_code)
-    reference = None if against is None else locate(against, trust_remote_code=trust_remote_code)
+    notes = () if check_manifest(folder) else (UNCHECKED,)
+    references = [] if against is None else [locate(against, trust_remote_code=trust_remote_code)]
+    places = [Place(str(folder), folder, trust_remote_code=trust_remote_code), *references]
     tokenizer = load_tokenizer(folder, trust_remote_code)
+    check_vocabularies(places)
     evaluation_windows(tokenizer, Protocol(text, windows, 2))  # a text that cannot be read, before models are loaded
-    check_fits(device, "reading text with it", passing=[place] if reference is None else [place, reference])
-    model = load_model(place, device)
-    if reference is not None:
+    check_fits(device, "reading text with it", passing=places)
+    model = load_model(places[0], device)
+    if references:
         check_causal(model.config, "measuring a distance to another model")
-    teacher = None if reference is None else opened(reference, device)
+    teacher = opened(references[0], device) if references else None
     length = min(length, context_length(model.config) or length)
     protocol, files, found = Protocol(text, windows, length), weight_files(folder), None
     if is_causal(model.config):

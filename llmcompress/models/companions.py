@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llmcompress.errors import InputError, first_line, listed
 from llmcompress.models import file_names
 from llmcompress.models.checkpoint import CARD, MANIFEST
+from llmcompress.models.digest import tokenizer_files
 from llmcompress.models.integrity import INDEX
 from llmcompress.models.public_entries import public_entries
 from llmcompress.models.remote_code import MODEL, PROCESSORS, code_files, needs_code
@@ -42,7 +44,6 @@ CONFIGS = {"tokenizer_config.json", GENERATION, *PROCESSORS}
 VOCABULARY = re.compile(r"tokenizer\.model(\.v\d+)?|tiktoken\.model|tekken\.json|tokenizer\.\d[\d.]*\.json")
 LICENCE = re.compile(r"(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)([-_.][A-Za-z0-9.-]*)?", re.IGNORECASE)
 TEXT = {"", ".txt", ".md", ".rst", ".pdf"}  # ends of a licence's name
-KINDS = {".json", ".jinja", ".model", ".tiktoken", ".txt", ".py"}  # worth a word when they stay behind
 BLOB = re.compile(r"(\.\./){2,3}blobs/[0-9a-f]{40,64}")  # a link in the snapshots of the Hub's cache
 
 
@@ -72,14 +73,19 @@ class Companions:
         if self._private(MODEL, entries):  # which whoever writes config.json leaves out
             stripped.append(MODEL)
         if self.left:
-            LOG.warning(
-                "left behind in %s: %s; only the tokenizer, the generation and processor configs, chat templates and "
-                "the licence go with a model",
-                self.folder,
-                listed(self.left, 10),
-            )
+            LOG.warning("left behind in %s: %s", self.folder, "; ".join(self._reasons()))
         if stripped:
             LOG.warning("%s goes along without the names of code and of local files in it", listed(stripped))
+
+    def _reasons(self) -> Iterator[str]:
+        """Yield clauses on the files that stay behind, and on why."""
+        forms = {path.name for path in tokenizer_files(self.folder)}
+        unread = [name for name in self.left if name in forms]
+        others = [name for name in self.left if name not in forms]
+        if unread:
+            yield f"{listed(unread, 10)} (its tokenizer is read from other files)"
+        if others:
+            yield f"{listed(others, 10)} (no part of the model)"
 
     def _private(self, name: str, entries: dict[str, Any]) -> bool:
         """True if a config has entries that do not go along."""
@@ -118,7 +124,8 @@ def companions(folder: Path, trust_remote_code: bool = False) -> Companions:
     _check_templates(tokenizer, folder)
     licences = {name for name in there if LICENCE.fullmatch(name) and Path(name).suffix.lower() in TEXT}
     wanted |= {name for name in licences if not leads_out(there[name], folder) and _fits(there[name])}
-    left = {name for name in there.keys() - wanted - OURS if name in licences or Path(name).suffix in KINDS}
+    others = there.keys() - wanted - OURS
+    left = {name for name in others if not (name.startswith(".") or Path(name).suffix == ".safetensors")}
     return Companions(folder, tuple(sorted(wanted)), tuple(sorted(left)), code)
 
 

@@ -26,7 +26,7 @@ from llmcompress.models.locate import Place, locate, public_name
 from llmcompress.models.own_sizes import is_dense, own_sizes, with_sizes
 from llmcompress.models.public_entries import public_entries
 from llmcompress.models.remote_code import AUTO_MAP, MODEL, code_files, load_config, model_code, needs_code
-from llmcompress.models.skeleton import check_numbers, config_errors, dense_skeleton, outline, reason
+from llmcompress.models.skeleton import check_numbers, config_errors, dense_skeleton, outline, reason, valid_config
 from llmcompress.models.stored_names import renamed
 from llmcompress.models.tokenizer import load_tokenizer
 from llmcompress.runtime.devices import device_of
@@ -188,10 +188,7 @@ def check_outline(found: Place) -> tuple[bool, PreTrainedModel | None]:
     if not any(folder.glob("*.safetensors*")):
         return is_dense(entries), None
     stored = read_headers(folder)
-    try:
-        config = load_config(folder, found.trust_remote_code)
-    except config_errors() as error:
-        raise InputError(f"{place} is not a valid config ({reason(error)}); correct it") from error
+    config = valid_config(folder, found.trust_remote_code)
     model = outline(config, folder, len(stored), _disk(stored), found.trust_remote_code)
     with_sizes(model, own_sizes(entries))
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -276,10 +273,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
             f"install a newer transformers or choose another model"
         )
     check_numbers(entries.get, str(folder / "config.json"))
-    try:
-        config = load_config(folder, trust_remote_code)
-    except config_errors() as error:
-        raise InputError(f"{folder / 'config.json'} is not a valid config ({reason(error)}); correct it") from error
+    config = valid_config(folder, trust_remote_code)
     _refuse_other_tasks(config, folder)
     if sizes:
         del config.quantization_config  # which says no more than the sizes

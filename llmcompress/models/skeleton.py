@@ -51,6 +51,14 @@ def reason(error: Exception, most: int = 200) -> str:
     return (text if len(text) <= most else f"{text[:most]}...").rstrip(".")
 
 
+def valid_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the config of the model in `folder`. Raises InputError for one that transformers cannot read."""
+    try:
+        return load_config(folder, trust_remote_code)
+    except config_errors() as error:
+        raise InputError(f"{folder / 'config.json'} is not a valid config ({reason(error)}); correct it") from error
+
+
 def check_numbers(number_of: Callable[[str], Any], place: str) -> None:
     """Raise InputError for sizes that no model has, before a config or a model is made of them.
 

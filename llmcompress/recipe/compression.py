@@ -129,7 +129,7 @@ class Origin:
 
 
 class Recipe(BaseModel):
-    """A compression run. `read_recipe` makes one from a file or from plain values."""
+    """A compression run; `compress` and `plan` read one from a file or from plain values, too."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     version: Literal[1] = Field(default=1, description="of the format of recipes")

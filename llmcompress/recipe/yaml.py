@@ -32,17 +32,22 @@ def parse(text: str, name: str) -> tuple[Any, Places]:
         node = loader.get_single_node()
         places: Places = {}
         value = None if node is None else _Reader(loader, name, places).value(node, ())
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = name if mark is None else f"{name}:{mark.line + 1}"
-        raise RecipeError(f"{where}: this is not YAML ({shortened(error.problem or error.context, 200)})") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: this is not YAML ({str(error).splitlines()[0]})") from error
+        raise RecipeError(fault(error, name)) from error
     except (ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF"
         raise RecipeError(f"{name}: this is not YAML (an escape stands for no character)") from error
     except RecursionError as error:
         raise RecipeError(f"{name}: entries are nested too deeply; a recipe needs at most {DEEPEST} levels") from error
     return value, places
+
+
+def fault(error: yaml.YAMLError, name: str | None = None) -> str:
+    """Return the sentence on a text that is no YAML; `name`: what to call it, None for the name of its file."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f"{name or getattr(error, 'name', 'a file')}: this is not YAML ({str(error).splitlines()[0]})"
+    mark = error.problem_mark or error.context_mark
+    where = name or "a file" if mark is None else f"{name or mark.name}:{mark.line + 1}"
+    return f"{where}: this is not YAML ({shortened(error.problem or error.context, 200)})"
 
 
 class _Reader:

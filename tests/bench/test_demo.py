@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 from llmcompress.errors import InputError, Terminated
 from scripts import demo
 from scripts.demo import begin
 
+BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 MADE = ("demo/report.json", "demo.partial/blocks", "demo-distilled/model", "demo-distilled.training/state", "demo.html")
 
 
@@ -58,3 +62,16 @@ def test_it_ends_in_one_sentence(
 
     monkeypatch.setattr(demo, "main", fails)
     assert demo.told() == code and capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_of_transformers_are_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(demo, "main", lambda: seen.append((logging.is_progress_bar_enabled(), BARS in os.environ)))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != BARS})
+    logging.enable_progress_bar()
+    try:
+        assert demo.told() == 0 and seen == [(terminal, not terminal)]
+    finally:
+        logging.enable_progress_bar()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import llmcompress as lc
 from llmcompress.compression import plan
 from llmcompress.compression.job import prepare
 from llmcompress.compression.plan import plan_of
@@ -16,7 +17,7 @@ from llmcompress.models.dense import resolve
 from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.expression import bits
 from llmcompress.weight.nodes import shown_count
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny, tiny_tokenizer
 
 PRUNED = {"method": "magnitude", "sparsity": 0.5}
 GRID = {"method": "rtn", "bits": 3, "group_size": 16}
@@ -43,3 +44,17 @@ def test_each_shape_is_sketched_once_for_the_same_steps(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("shown", [torch.arange(7) % 3 == 0, torch.arange(35).view(5, 7) % 4 == 0])
 def test_stored_elements_are_counted_as_a_sum_counts_them(shown: Tensor) -> None:
     assert shown_count(shown, (5, 7)) == int(shown.expand(5, 7).sum())
+
+
+def test_what_becomes_larger_is_told_by_plan_and_report(tmp_path: Path) -> None:
+    tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    shares = {"*.q_proj": 0.0, "*.k_proj": 0.01, "*.v_proj": 0.5, "*.o_proj": 1 / 16}
+    rules = [{"match": name, "steps": [PRUNED | {"sparsity": share}]} for name, share in shares.items()]
+    asked = {"version": 1, "rules": [*rules, {"match": "*", "steps": [GRID]}]}
+    zero = "self_attn.q_proj: sparsity 0 prunes nothing, and its mask takes a bit per weight: 17 for 16"
+    few = "self_attn.k_proj: its 16.844 bits per weight are more than the 16 of the dense model"
+    expected = {f"model.layers.{block}.{sentence}" for block in (0, 1) for sentence in (zero, few)}
+    planned, report = lc.plan(tmp_path / "dense", asked), lc.compress(tmp_path / "dense", asked).report
+    for warnings in (planned.warnings, report.warnings):
+        assert {one for one in warnings if "sparsity" in one or "bits" in one} == expected

@@ -216,7 +216,7 @@ def test_comparisons_that_cannot_be_made(folders: Path, tmp_path: Path, monkeypa
     (tmp_path / "there.md").touch()
     for models, output, kind, message in (
         (["dense"], None, RecipeError, "two models or more"),
-        (["dense", "other"], None, InputError, "^dense and other cannot be compared: they have different tokenizers"),
+        (["dense", "other"], None, InputError, "^dense and other have different vocabularies: token 258"),
         (["dense", "small"], "table.txt", RecipeError, "as .md or .json, not as table.txt"),
         (["dense", "small"], "there.md", DiskError, "exists already"),
         (["dense", "small"], "none/table.md", DiskError, "there is no folder"),

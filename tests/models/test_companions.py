@@ -129,6 +129,27 @@ def test_a_folder_without_a_tokenizer_has_no_fault(tmp_path: Path) -> None:
     assert found.names == ("generation_config.json",) and found.left == ("vocab.txt",)
 
 
+def test_what_stays_behind_is_named_with_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A tokenizer's older form stays behind where its newer one is read, and is not called anything else."""
+    folder = save_tiny("gpt2", tmp_path / "dense")
+    for name in (
+        "merges.txt",
+        "vocab.json",
+        "notes.txt",
+        "key.pem",
+        "pytorch_model.bin",
+        ".gitattributes",
+        "README.md",
+    ):
+        (folder / name).write_text("{}")
+    assert "merges.txt" not in copied(folder, tmp_path / "out")
+    [told] = [record.getMessage() for record in caplog.records]
+    assert told == (
+        f"left behind in {folder}: merges.txt, vocab.json (its tokenizer is read from other files); "
+        f"key.pem, notes.txt, pytorch_model.bin (no part of the model)"
+    )
+
+
 def test_code_and_paths_in_configs_stay_behind(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "dense")
     path = folder / "tokenizer_config.json"

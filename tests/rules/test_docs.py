@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+import llmcompress as lc
 from llmcompress.recipe.library import find_recipe
 from llmcompress.recipe.read import dump, parse_recipe, read_recipe
 from llmcompress.weight.nodes import Weight
@@ -83,8 +84,6 @@ def test_recipes_are_valid(document: str) -> None:
 @pytest.mark.parametrize("document", PROGRAMS)
 def test_programs_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's programs, one after the other in one namespace, beside a model and what was made from it."""
-    import llmcompress as lc
-
     monkeypatch.chdir(tmp_path)
     text = next(text for text in blocks("yaml", "docs/quickstart.md") if "version" in text)
     (tmp_path / "recipe.yaml").write_text(dump(parse_recipe(text, settings=SHORT)))
@@ -139,6 +138,14 @@ def test_generated_pages_are_current() -> None:
     from scripts.reference.pages import stale
 
     assert not stale(), f"{stale()} in docs/reference/ are not what the code says; run ./scripts/docs generate"
+
+
+def test_the_page_of_recipes_names_only_keys_and_what_the_package_offers() -> None:
+    lines = (ROOT / "docs" / "reference" / "recipe.md").read_text(encoding="utf-8").splitlines()
+    keys = {found[1] for line in lines if (found := re.match(r"\| `(\w+)` \|", line))}
+    prose = [line for line in lines if not line.startswith(("|", "#"))]
+    absent = {name for line in prose for name in re.findall(r"`(\w+)`", line)} - keys - set(lc.__all__)
+    assert keys and not absent, f"docs/reference/recipe.md names {sorted(absent)}; name what a reader can write"
 
 
 def test_every_page_is_in_the_menu() -> None:

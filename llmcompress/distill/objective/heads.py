@@ -120,13 +120,3 @@ def check_boundaries(model: PreTrainedModel, ids: Tensor) -> None:
     if (found - alone).norm() > APART * alone.norm():
         kind = type(model).__name__
         raise InputError(f"documents in one sequence see each other in a {kind}; set boundaries: false in its data")
-
-
-def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, tokenizers: Sequence[dict[str, int]]) -> None:
-    """Raise InputError unless both models have the same tokens."""
-    sizes = [model.get_input_embeddings().num_embeddings for model in (student, teacher)]
-    if sizes[0] != sizes[1] or tokenizers[0] != tokenizers[1]:
-        raise InputError(
-            f"student and teacher must have the same tokens (theirs: {sizes[0]} and {sizes[1]}); distil from the "
-            f"model that the student was made from"
-        )

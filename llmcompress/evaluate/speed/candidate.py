@@ -26,6 +26,7 @@ from llmcompress.models.integrity import MENDING
 from llmcompress.models.locate import Place, locate
 from llmcompress.models.own_sizes import is_dense
 from llmcompress.models.skeleton import described
+from llmcompress.models.vocabulary import check_vocabularies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,8 +68,8 @@ def candidates(
 ) -> list[Candidate]:
     """Return the models, `against` first unless it is among them, and last the GGUF files.
 
-    Raises InputError for one that is missing or cannot be read, RecipeError for one named twice, for a turn longer than
-    a model's context, and for GGUF files without the package that runs them.
+    Raises InputError for one that is missing or cannot be read, or has another vocabulary than `against`; RecipeError
+    for one named twice, for a turn longer than a model's context, and for GGUF files without their package.
     """
     names = list(models)
     if against is not None and against not in names:
@@ -80,6 +81,9 @@ def candidates(
     if twice := [name for name in given if given.count(name) > 1]:
         raise RecipeError(f"{twice[0]} is named twice; name every model once")
     places = [locate(name, trust_remote_code=trust_remote_code) for name in names]
+    if against is not None:
+        reference = places[names.index(against)]
+        check_vocabularies([reference, *(place for place in places if place is not reference)], predictions=False)
     found = [_of_folder(place, protocol.dtype) for place in places] + [_of_file(path) for path in files]
     for one in found:
         if one.context is not None and protocol.context > one.context:

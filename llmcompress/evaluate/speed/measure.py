@@ -74,7 +74,8 @@ def bench(
         bandwidth, each as median, lowest and highest of the rounds.
 
     Raises:
-        InputError: for a model or a file that is missing or cannot be loaded.
+        InputError: for a model or a file that is missing or cannot be loaded, and for a model that has another
+            vocabulary than `against`.
         RecipeError: for a protocol that a model cannot follow, or a package that is missing.
         DiskError: for an output that cannot be written.
         MemoryLimitError: where memory runs out.
