@@ -171,8 +171,7 @@ def _mostly_dense(job: Job, kept: int, total: int) -> tuple[str, ...]:
     if recipe.calibration is not None:
         steps = "{method: rotate}, {method: gptq, bits: 4}"
     key = "head" if arch.embedding in job.tables else "embeddings"
-    more = ", and a target of bytes (--size) chooses for them too" if recipe.target is not None else ""
-    return (f"{said}; --set '{key}=[{steps}]' compresses them{more}",)
+    return (f"{said}; --set '{key}=[{steps}]' compresses them",)
 
 
 def _could_be_compressed(job: Job, name: str) -> bool:

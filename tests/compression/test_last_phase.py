@@ -92,7 +92,7 @@ def test_the_last_phase_loses_nothing(
     if end != "behind the rename":
         assert not (tmp_path / "out").exists()
         kept = (
-            f"{DEPTH + 1} finished blocks are kept in {tmp_path / 'out.partial'}, from where the same command resumes"
+            f"{DEPTH + 2} finished blocks are kept in {tmp_path / 'out.partial'}, from where the same command resumes"
         )
         assert kept in raised.value.__notes__
     compressed = begun(monkeypatch)

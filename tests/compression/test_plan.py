@@ -57,4 +57,4 @@ def test_what_becomes_larger_is_told_by_plan_and_report(tmp_path: Path) -> None:
     expected = {f"model.layers.{block}.{sentence}" for block in (0, 1) for sentence in (zero, few)}
     planned, report = lc.plan(tmp_path / "dense", asked), lc.compress(tmp_path / "dense", asked).report
     for warnings in (planned.warnings, report.warnings):
-        assert {one for one in warnings if "sparsity" in one or "bits" in one} == expected
+        assert {one for one in warnings if "sparsity" in one or "bits per weight" in one} == expected

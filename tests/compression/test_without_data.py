@@ -45,7 +45,7 @@ def test_no_text_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: Any) -> None:
         raise AssertionError("text was read")
 
-    monkeypatch.setattr("llmcompress.compression.plan.calibration_tokens", refuse)
+    monkeypatch.setattr("llmcompress.compression.job.calibration_tokens", refuse)
     source = save_tiny("llama", tmp_path / "dense", tokenizer=False)
     for steps in ([{"method": "hqq", "bits": 3, "group_size": 16}], [{"method": "dimap", "sparsity": 0.5}]):
         lc.compress(source, recipe(*steps), tmp_path / steps[0]["method"])
