@@ -165,7 +165,7 @@ def planned(opened: Opened, model: GGUFModel, fallbacks: Fallbacks) -> FilePlan:
     """The type of every tensor. Raises InputError for what GGUF cannot hold, unless it may be rounded."""
     plan = FilePlan()
     transposed = transposed_linears(opened.folder)
-    for name, factors in model.rope_factors().items():
+    for name, factors in model.rotary.divisors().items():
         plan.place(name, Dense(factors), partial(Dense, factors))
     stacks = stacked(opened)
     inside = {layer for layers in stacks.values() for layer in layers}

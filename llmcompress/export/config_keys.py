@@ -1,0 +1,91 @@
+"""Entries of config.json that an engine does not read: where one changes what a model computes, its export is refused.
+
+An export lists, for a family, the entries that it writes or that the engine reads, and those that the engine takes for
+granted. Any other must have its default; one that transformers' class does not have, nor this file, must be empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+INERT = {  # entries of transformers' classes that change no prediction, or only by way of others
+    # training
+    *("attention_dropout", "attn_pdrop", "classifier_dropout", "embd_pdrop", "embedding_dropout", "hidden_dropout"),
+    *("initializer_range", "resid_pdrop", "residual_dropout", "router_aux_loss_coef", "router_jitter_noise"),
+    # tokens and text, which a tokenizer tells
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    # how transformers runs a model, and what it returns
+    *("chunk_size_feed_forward", "dtype", "is_decoder", "is_encoder_decoder", "output_attentions"),
+    *("output_hidden_states", "output_router_logits", "pretraining_tp", "reorder_and_upcast_attn", "return_dict"),
+    *("use_cache",),
+    # heads of classifiers, which no engine here has
+    *("id2label", "label2id", "problem_type", "summary_activation", "summary_first_dropout"),
+    *("summary_proj_to_labels", "summary_type", "summary_use_proj"),
+    # the origin of a model
+    *("_name_or_path", "architectures", "model_type", "transformers_version"),
+    # what transformers derives `layer_types`, `sliding_window` and `no_rope_layers` from
+    *("_sliding_window_pattern", "max_window_layers", "no_rope_layer_interval", "sliding_window_pattern"),
+    *("use_sliding_window",),
+}
+UNREAD = {  # entries of other programs that stand in configs on the Hub; transformers reads none of them
+    *("attention_softmax_in_fp32", "auto_map", "cache_implementation", "gradient_checkpointing", "is_llama_config"),
+    *("layer_norm_bias", "mlp_type", "model_max_length", "n_ctx", "norm_type", "order_of_interleaved_layers"),
+    *("position_embedding_type", "rope_interleaved", "rotary_pct", "scale_attention_softmax_in_fp32"),
+    *("task_specific_params", "tokenizer_class", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
+    *("use_embedding_sharing", "use_gated_activation", "use_parallel_block", "use_parallel_embedding"),
+}
+ROTARY = {  # parameters of rotary positions that transformers reads, and three that it does not
+    *("rope_theta", "rope_type", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
+    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor"),
+    *("high_freq_factor", "short_factor", "long_factor", "type", "finetuned", "mrope_section"),
+}
+EVERYWHERE: dict[str, Any] = {"is_causal": True}  # which transformers reads in every family, whatever its class
+
+
+def overlooked(config: PreTrainedConfig, read: Collection[str], fixed: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the entries, with their values, that change what a model computes without an engine's knowing.
+
+    It reads the entries `read` and takes for granted those of `fixed`: the value that is right, or a tuple of several.
+    """
+    plain, other_names = type(config)(), {real: name for name, real in config.attribute_map.items()}
+    fixed = {**EVERYWHERE, **fixed}
+    for entry, value in config.to_dict().items():
+        names = {entry, other_names.get(entry, entry)}
+        if entry in fixed:
+            right = value in (fixed[entry] if isinstance(fixed[entry], tuple) else (fixed[entry],))
+        elif names & (INERT | UNREAD | set(read)):
+            continue
+        elif names & entries_of(type(config)):
+            right = value == getattr(plain, entry)
+        else:
+            right = value is False or value in (None, "", [], {})
+            entry = f"the unknown entry {entry}"
+        if not right:
+            yield f"{entry} {value!r}"
+
+
+def entries_of(kind: type[PreTrainedConfig]) -> set[str]:
+    """Return the entries that a class of configs has."""
+    return {entry.name for entry in fields(kind)}
+
+
+def unknown_rotary(rotary: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the parameters of rotary positions, with their values, that nobody here knows."""
+    for entry, value in rotary.items():
+        if entry not in ROTARY and value is not None:
+            yield f"the unknown parameter {entry} {value!r} of rotary positions"
+
+
+def refuse(folder: Path, obstacles: Iterator[str], engine: str) -> None:
+    """Raise InputError for the first obstacle."""
+    obstacle = next(obstacles, None)
+    if obstacle is not None:
+        raise InputError(f"{folder} has {obstacle}, which cannot go to {engine} here; export to dense instead")
