@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.export.exported import Exported
+from llmcompress.export.exported import ALLOW_DENSE, Exported
 from llmcompress.export.half import as_half
 from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
@@ -45,7 +45,7 @@ def to_exl3(opened: Opened, output: Path, allow_dense: bool = False) -> Exported
                     tensors |= {f"{layer}.{key}": value for key, value in converted(weight).items()}
                     continue
                 if not allow_dense:
-                    raise InputError(f"{layer} does not fit EXL3 ({describe(weight)}, no tiles); allow dense layers")
+                    raise InputError(f"{layer} does not fit EXL3 ({describe(weight)}, no tiles); {ALLOW_DENSE}")
                 plain.append(layer)
                 value = as_half(dense(weight), layer)
                 tensors[f"{layer}.weight"] = value.T.contiguous() if layer in turned else value

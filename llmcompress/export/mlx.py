@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.export.exported import Exported
+from llmcompress.export.exported import ALLOW_DENSE, Exported
 from llmcompress.export.half import as_half
 from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
@@ -66,7 +66,7 @@ def to_mlx(opened: Opened, output: Path, allow_dense: bool = False) -> Exported:
                     moved = max(moved, error)
                     continue
                 if not allow_dense:
-                    raise InputError(f"{layer} does not fit MLX ({why}); allow dense layers")
+                    raise InputError(f"{layer} does not fit MLX ({why}); {ALLOW_DENSE}")
                 plain.append(layer)
                 value = as_half(dense(weight), layer)
                 tensors[f"{layer}.weight"] = value.T.contiguous() if layer in turned else value

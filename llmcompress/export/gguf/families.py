@@ -31,6 +31,7 @@ class GGUFFamily:
     fused: Literal["by head", "by group"] | None = None  # how the rows of a joint q, k and v lie in transformers
     full_every: int | None = None  # of so many layers the last attends to all tokens, the others to a window
     no_rope_every: int | None = None  # of so many layers the last has no rotary positions
+    window_layers: int | None = None  # at that depth, layers have a window
     wide_layers: int | None = None  # at that depth, scores are divided by sqrt(width / heads), not by sqrt(head_dim)
     whole_heads: bool = True  # the heads of the queries together are as wide as the model
     own_keys: bool = False  # each head of the queries has a head of keys and values of its own
@@ -105,7 +106,7 @@ FAMILIES: Mapping[str, GGUFFamily] = {
         "SEED_OSS", RMS, {"attention_out_bias": False, "mlp_bias": False}, ("attention_bias",), whole_heads=False
     ),
     "ernie4_5": GGUFFamily("ERNIE4_5", RMS, {"use_bias": False}, whole_heads=False),
-    "exaone4": GGUFFamily("EXAONE4", RMS, {"sliding_window": None}, divisors=True),
+    "exaone4": GGUFFamily("EXAONE4", RMS, {"sliding_window": None}, window_layers=64, divisors=True),
     "gemma": GGUFFamily("GEMMA", RMS, GEMMA, (), GELU, offset_norms=True, whole_heads=False, tied=True),
     "gemma2": GGUFFamily(
         "GEMMA2",

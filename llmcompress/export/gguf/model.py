@@ -138,6 +138,8 @@ class GGUFModel:
         tied = bool(getattr(config, "tie_word_embeddings", False))
         if family.tied not in (None, tied):
             yield "a head that is the token table" if tied else "a head beside the token table"
+        if config.num_hidden_layers == family.window_layers:
+            yield f"{family.window_layers} layers, at which llama.cpp takes attention windows for granted"
         if family.whole_heads and self.heads * self.head_dim != config.hidden_size:
             yield f"{self.heads} heads of {self.head_dim} numbers, not of {config.hidden_size} in all"
         if family.own_keys and self.key_heads != self.heads:

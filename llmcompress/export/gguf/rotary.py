@@ -113,6 +113,12 @@ class RotaryPositions:
         if (attention := self.attention_factor()) != 1:
             writer.add_rope_scaling_attn_factors(attention)
 
+    def notes(self) -> Iterator[str]:
+        """Yield sentences on what llama.cpp does otherwise."""
+        if self.kind == "longrope":
+            first = self.full["original_max_position_embeddings"]
+            yield f"llama.cpp takes the long factors of positions where its context, not the text, exceeds {first} tokens"
+
     def obstacles(self) -> Iterator[str]:
         """Yield what a GGUF file cannot say of them, or not to llama.cpp."""
         full, family, kind = self.full, self.family, self.kind
