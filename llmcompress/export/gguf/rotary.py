@@ -117,7 +117,7 @@ class RotaryPositions:
         """Yield sentences on what llama.cpp does otherwise."""
         if self.kind == "longrope":
             first = self.full["original_max_position_embeddings"]
-            yield f"llama.cpp takes the long factors of positions where its context, not the text, exceeds {first} tokens"
+            yield f"llama.cpp takes the long factors of positions where its context, not a text, exceeds {first}"
 
     def obstacles(self) -> Iterator[str]:
         """Yield what a GGUF file cannot say of them, or not to llama.cpp."""
