@@ -1,8 +1,8 @@
 """What MLX and ExLlamaV3 read of a model's config.json: a row for each family, in their own notation.
 
 Both read rotary positions as configs had them before transformers 5, and have other defaults than transformers. So an
-export writes every entry that the engine reads, and refuses a model whose other entries are not those that the engine
-takes for granted. Facts from mlx-lm 0.32 and ExLlamaV3 1.4.1.
+export writes every entry that the engine reads or takes for granted, and refuses a model with others that matter. Facts
+from mlx-lm 0.32 and ExLlamaV3 1.4.1.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class ReadConfig:
         entries = {"rope_theta": theta, "rope_scaling": scaling, "partial_rotary_factor": 1.0 if part is None else part}
         if self.nested:
             entries["rope_local_base_freq"] = self.window_rotary.get("rope_theta")
-        if hasattr(self.config, "sliding_window"):
+        if getattr(self.config, "sliding_window", None) is not None:
             entries |= {"sliding_window_pattern": self.period, "sliding_window_size": self.config.sliding_window}
         return entries
 
@@ -139,7 +139,7 @@ class ReadConfig:
         if {"layer_types", "sliding_window"} <= read:
             return
         if "sliding_window_pattern" in read:
-            if self.period is None:
+            if window is None or self.period is None:
                 yield "attention windows in layers that follow no period"
         elif every:
             if any(self.windows) and self.period != every:
@@ -193,7 +193,8 @@ def readable_entries(
     read = ReadConfig(config, readers[kind])
     refuse(folder, read.obstacles(), engine)
     values = config.to_dict() | {"head_dim": read.head_dim} | read.older()
-    return {entry: values[entry] for entry in sorted(readers[kind].entries) if entry in values}
+    written = readers[kind].entries | set(readers[kind].fixed)
+    return {entry: values[entry] for entry in sorted(written) if entry in values}
 
 
 # --- families -------------------------------------------------------------------------------------------------------
@@ -220,9 +221,7 @@ MLX: Mapping[str, Reader] = {
     "qwen3": Reader(f"rms_norm_eps head_dim {ROPE}", SILU | {"attention_bias": False}),
     "seed_oss": Reader(f"{LLAMA} attention_out_bias", SILU),
     "ernie4_5": Reader("rms_norm_eps head_dim use_bias rope_theta", SILU, ()),
-    "exaone4": Reader(
-        f"rms_norm_eps head_dim sliding_window sliding_window_pattern {ROPE}", SILU | {"sliding_window": None}
-    ),
+    "exaone4": Reader(f"rms_norm_eps head_dim {ROPE}", SILU | {"sliding_window": None, "sliding_window_pattern": 0}),
     "gemma": Reader("rms_norm_eps head_dim rope_theta", TIED | GEMMA | {"hidden_act": (GELU, "gelu")}, ()),
     "gemma2": Reader(f"rms_norm_eps head_dim {GEMMA2} rope_theta", TIED | GEMMA | {"hidden_activation": GELU}, ()),
     "gemma3_text": Reader(

@@ -226,7 +226,7 @@ def changed_facts(family: str) -> dict[str, Any]:
             case int() as value:
                 changes[entry] = value + 1
             case float() as value:
-                changes[entry] = value * 1.5
+                changes[entry] = 0.1 if "eps" in entry else value * 1.5
     return CASES[family][0] | changes
 
 
