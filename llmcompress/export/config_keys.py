@@ -42,12 +42,7 @@ UNREAD = {  # entries of other programs that stand in configs on the Hub; transf
     *("task_specific_params", "tokenizer_class", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
     *("use_embedding_sharing", "use_gated_activation", "use_parallel_block", "use_parallel_embedding"),
 }
-ROTARY = {  # parameters of rotary positions that transformers reads, and three that it does not
-    *("rope_theta", "rope_type", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
-    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor"),
-    *("high_freq_factor", "short_factor", "long_factor", "type", "finetuned", "mrope_section"),
-}
-EVERYWHERE: dict[str, Any] = {"is_causal": True}  # which transformers reads in every family, whatever its class
+ALWAYS: dict[str, Any] = {"is_causal": True}  # which transformers reads in every family, whatever its class
 
 
 def overlooked(config: PreTrainedConfig, read: Collection[str], fixed: Mapping[str, Any]) -> Iterator[str]:
@@ -56,7 +51,7 @@ def overlooked(config: PreTrainedConfig, read: Collection[str], fixed: Mapping[s
     It reads the entries `read` and takes for granted those of `fixed`: the value that is right, or a tuple of several.
     """
     plain, other_names = type(config)(), {real: name for name, real in config.attribute_map.items()}
-    fixed = {**EVERYWHERE, **fixed}
+    fixed = {**ALWAYS, **fixed}
     for entry, value in config.to_dict().items():
         names = {entry, other_names.get(entry, entry)}
         if entry in fixed:
@@ -75,13 +70,6 @@ def overlooked(config: PreTrainedConfig, read: Collection[str], fixed: Mapping[s
 def entries_of(kind: type[PreTrainedConfig]) -> set[str]:
     """Return the entries that a class of configs has."""
     return {entry.name for entry in fields(kind)}
-
-
-def unknown_rotary(rotary: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the parameters of rotary positions, with their values, that nobody here knows."""
-    for entry, value in rotary.items():
-        if entry not in ROTARY and value is not None:
-            yield f"the unknown parameter {entry} {value!r} of rotary positions"
 
 
 def refuse(folder: Path, obstacles: Iterator[str], engine: str) -> None:

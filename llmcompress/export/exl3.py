@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
+from llmcompress.export.engine_configs import EXL3, readable_entries
 from llmcompress.export.exported import ALLOW_DENSE, Exported
 from llmcompress.export.half import as_half
-from llmcompress.export.readers import EXL3, readable_entries
 from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
+from llmcompress.export.engine_configs import MLX, readable_entries
 from llmcompress.export.exported import ALLOW_DENSE, Exported
 from llmcompress.export.half import as_half
-from llmcompress.export.readers import MLX, readable_entries
 from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened

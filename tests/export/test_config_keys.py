@@ -16,11 +16,12 @@ from transformers.modeling_rope_utils import RopeParameters
 
 import llmcompress as lc
 from llmcompress.errors import InputError
-from llmcompress.export.config_keys import INERT, ROTARY, UNREAD, entries_of, overlooked
+from llmcompress.export.config_keys import INERT, UNREAD, entries_of, overlooked
+from llmcompress.export.engine_configs import CHECKED, EXL3, MLX, EngineFamily, readable_entries
 from llmcompress.export.formats import export
 from llmcompress.export.gguf.families import FAMILIES
 from llmcompress.export.gguf.model import READ, gguf_model
-from llmcompress.export.readers import CHECKED, EXL3, MLX, Reader, readable_entries
+from llmcompress.export.rotary import PARAMETERS
 from tests.export.test_gguf_families import CASES, LINEAR, PLAIN, SIZES, YARN, every
 from tests.tiny import save_tiny, tiny
 
@@ -113,10 +114,10 @@ def test_transformers_reads_no_entry_that_is_said_to_be_unread() -> None:
 
 
 def test_every_parameter_of_rotary_positions_is_known() -> None:
-    assert set(RopeParameters.__annotations__) <= ROTARY
+    assert set(RopeParameters.__annotations__) <= PARAMETERS
 
 
-REFUSED: list[tuple[str, Mapping[str, Reader], str, dict[str, Any], str]] = [
+REFUSED: list[tuple[str, Mapping[str, EngineFamily], str, dict[str, Any], str]] = [
     ("MLX", MLX, "falcon", CASES["falcon"][0], "a falcon model, of which nobody here knows what MLX reads"),
     ("MLX", MLX, "mistral", SIZES | {"sliding_window": 8}, "attention to the last 8 tokens only"),
     ("MLX", MLX, "qwen2", SIZES | {"head_dim": 32}, "4 heads of 32 numbers, not of 64 in all"),
@@ -146,13 +147,13 @@ REFUSED: list[tuple[str, Mapping[str, Reader], str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("engine, readers, family, sizes, reason", REFUSED, ids=[f"{r[2]} {r[-1]}" for r in REFUSED])
+@pytest.mark.parametrize("engine, families, family, sizes, reason", REFUSED, ids=[f"{r[2]} {r[-1]}" for r in REFUSED])
 def test_what_an_engine_would_compute_otherwise_is_refused(
-    engine: str, readers: Mapping[str, Reader], family: str, sizes: dict[str, Any], reason: str, tmp_path: Path
+    engine: str, families: Mapping[str, EngineFamily], family: str, sizes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     config = AutoConfig.for_model(family, **sizes).to_dict()
     with pytest.raises(InputError, match=reason + ".*; export to dense instead"):
-        readable_entries(tmp_path, config, readers, engine)
+        readable_entries(tmp_path, config, families, engine)
 
 
 def test_entries_are_written_in_older_notation(tmp_path: Path) -> None:

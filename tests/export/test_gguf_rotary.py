@@ -218,7 +218,8 @@ def test_llama_cpp_takes_phis_attention_factor(tmp_path: Path) -> None:
 def changed_facts(family: str) -> dict[str, Any]:
     """Sizes of a family with other values of all that its row writes or that tensors show."""
     config = AutoConfig.for_model(family, **CASES[family][0])
-    row, changes = FAMILIES[family], {}
+    row = FAMILIES[family]
+    changes: dict[str, Any] = {}
     for entry in row.read - {"no_rope_layers", "num_kv_heads"}:
         match getattr(config, entry):
             case bool() as value:

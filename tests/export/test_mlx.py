@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError
+from llmcompress.export.engine_configs import MLX
 from llmcompress.export.formats import export
-from llmcompress.export.readers import MLX
 from llmcompress.models.compressed import Opened
 from llmcompress.weight.expression import dense
 from tests.export.test_gguf_families import CASES, GEMMA, LINEAR, PLAIN, YARN, every

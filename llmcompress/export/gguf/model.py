@@ -13,7 +13,7 @@ from torch import Tensor
 from llmcompress.errors import InputError
 from llmcompress.export.config_keys import entries_of, overlooked, refuse
 from llmcompress.export.gguf.families import FAMILIES, GGUFFamily
-from llmcompress.export.gguf.rotary import RotaryPositions
+from llmcompress.export.gguf.rotary import GGUFRotary
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -64,9 +64,9 @@ class GGUFModel:
         return int(_first(self.config, "head_dim") or self.config.hidden_size // self.heads)
 
     @property
-    def rotary(self) -> RotaryPositions:
+    def rotary(self) -> GGUFRotary:
         """Rotary positions."""
-        return RotaryPositions(self.config, self.family, self.head_dim)
+        return GGUFRotary(self.config, self.family, self.head_dim)
 
     @property
     def layer_types(self) -> list[str]:

@@ -10,60 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from llmcompress.export.config_keys import unknown_rotary
 from llmcompress.export.gguf.families import GGUFFamily
+from llmcompress.export.rotary import RotaryPositions
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-    from transformers import PreTrainedConfig
-
-FULL, WINDOW = "full_attention", "sliding_attention"  # types of layers, which may have parameters of their own
 
 
 @dataclass(frozen=True)
-class RotaryPositions:
+class GGUFRotary(RotaryPositions):
     """Rotary positions of a model with heads of `head_dim` numbers."""
 
-    config: PreTrainedConfig
     family: GGUFFamily
     head_dim: int
 
     @property
-    def nested(self) -> bool:
-        """True if layers with a window have parameters of their own."""
-        return FULL in (getattr(self.config, "rope_parameters", None) or {})
-
-    @property
-    def full(self) -> dict[str, Any]:
-        """Parameters in layers that attend to all tokens; empty where there are none."""
-        rotary = getattr(self.config, "rope_parameters", None) or {}
-        return dict((rotary[FULL] or {}) if self.nested else rotary)
-
-    @property
-    def window(self) -> dict[str, Any]:
-        """Parameters in layers with a window, where these are others."""
-        return dict(self.config.rope_parameters.get(WINDOW) or {}) if self.nested else {}
-
-    @property
-    def kind(self) -> str:
-        """Their type in transformers."""
-        return str(self.full.get("rope_type", "default"))
-
-    @property
     def width(self) -> int:
         """Numbers of a head that are rotated."""
-        return int(self.head_dim * self.full.get("partial_rotary_factor", 1))
-
-    @property
-    def factor(self) -> float:
-        """How much longer texts may be."""
-        full = self.full
-        return full["factor"] or self.config.max_position_embeddings / full["original_max_position_embeddings"]
+        return int(self.head_dim * self.part)
 
     @property
     def by_name(self) -> bool:
@@ -71,13 +40,6 @@ class RotaryPositions:
         full = self.full
         plain_yarn = (full.get("beta_fast") or 32, full.get("beta_slow") or 1) == (32, 1) and full.get("truncate", True)
         return self.kind == "linear" or (self.kind == "yarn" and bool(plain_yarn))
-
-    def scaled(self) -> tuple[Tensor, float]:
-        """Return transformers' frequencies, float32 `[width / 2]`, and attention factor, of types but the default."""
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-        layer = FULL if self.nested else None
-        return ROPE_INIT_FUNCTIONS[self.kind](self.config, torch.device("cpu"), layer_type=layer)
 
     def attention_factor(self) -> float:
         """Return the attention factor that llama.cpp has to be told: beside that of YaRN where it knows it by name."""
@@ -122,13 +84,11 @@ class RotaryPositions:
     def obstacles(self) -> Iterator[str]:
         """Yield what a GGUF file cannot say of them, or not to llama.cpp."""
         full, family, kind = self.full, self.family, self.kind
-        if self.nested and not (full and self.window):
-            yield "rotary positions in layers of one type only"
+        if not getattr(self.config, "rope_parameters", None):
             return
         if kind not in ("default", "linear", "llama3", "yarn", "longrope"):
             yield f"rotary positions of type {kind!r}"
-            return
-        yield from unknown_rotary(full)
+        yield from self.unknown()
         if (kind == "longrope") != family.long_rope and kind != "default":
             yield f"rotary positions of type {kind!r}"
         if kind in ("llama3", "yarn") and not self.by_name and not family.divisors:
@@ -143,7 +103,6 @@ class RotaryPositions:
     def _window_obstacles(self) -> Iterator[str]:
         """Yield what is unusual in the positions of layers with a window."""
         full, window = self.full, self.window
-        yield from unknown_rotary(window)
         if window.get("rope_type") != "default":
             yield f"rotary positions of type {window.get('rope_type')!r} in layers with a window"
         for entry in ("rope_theta", "partial_rotary_factor"):

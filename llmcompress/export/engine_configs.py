@@ -1,4 +1,4 @@
-"""What MLX and ExLlamaV3 read of a model's config.json: a row for each family, in their own notation.
+"""Entries of config.json that MLX and ExLlamaV3 read: a row for each family, in the notation of the engine.
 
 Both read rotary positions as configs had them before transformers 5, and have other defaults than transformers. So an
 export writes every entry that the engine reads or takes for granted, and refuses a model with others that matter. Facts
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
-from llmcompress.export.config_keys import overlooked, refuse, unknown_rotary
+from llmcompress.export.config_keys import overlooked, refuse
+from llmcompress.export.rotary import WINDOW, RotaryPositions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,12 +25,11 @@ SIZES = {  # entries that both read in every family, or that the tensors show
     *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"),
 }
 CHECKED = {"rope_parameters", "layer_types", "sliding_window", "head_dim", "original_max_position_embeddings"}
-FULL, WINDOW = "full_attention", "sliding_attention"  # types of layers
 
 
 @dataclass(frozen=True)
-class Reader:
-    """An engine as it reads the config of a family.
+class EngineFamily:
+    """A family as an engine reads its config.
 
     `read`: entries, beside `SIZES`. `fixed`: what it takes for granted, a value or a tuple of several. `scaling`: types
     of rotary positions that it computes, beside the default. `every`: of so many layers the last has no window, where
@@ -51,11 +51,11 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class ReadConfig:
+class EngineConfig:
     """A config as an engine reads it."""
 
     config: PreTrainedConfig
-    reader: Reader
+    family: EngineFamily
 
     @property
     def head_dim(self) -> int:
@@ -63,20 +63,9 @@ class ReadConfig:
         return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
 
     @property
-    def nested(self) -> bool:
-        """True if layers with a window have rotary positions of their own."""
-        return FULL in self.config.rope_parameters
-
-    @property
-    def rotary(self) -> dict[str, Any]:
-        """Parameters of rotary positions in layers that attend to all tokens."""
-        rotary = self.config.rope_parameters
-        return dict((rotary[FULL] or {}) if self.nested else rotary)
-
-    @property
-    def window_rotary(self) -> dict[str, Any]:
-        """Those in layers with a window; empty where there are none, or the same."""
-        return dict(self.config.rope_parameters.get(WINDOW) or {}) if self.nested else {}
+    def rotary(self) -> RotaryPositions:
+        """Rotary positions."""
+        return RotaryPositions(self.config)
 
     @property
     def windows(self) -> list[bool]:
@@ -96,38 +85,28 @@ class ReadConfig:
 
         An attention factor stands there as such and as the `mscale` that makes it.
         """
-        rotary = self.rotary
-        kind, theta, part = (rotary.pop(key, None) for key in ("rope_type", "rope_theta", "partial_rotary_factor"))
-        scaling = None
-        if kind not in (None, "default"):
-            scaling = {"type": kind, "rope_type": kind} | {key: v for key, v in rotary.items() if v is not None}
-        if scaling and kind == "yarn":
-            factor, attention = self._yarn()
+        rotary, scaling = self.rotary, None
+        if rotary.kind != "default":
+            scaling = {key: value for key, value in rotary.full.items() if value is not None} | {"type": rotary.kind}
+        if scaling and rotary.kind == "yarn":
+            factor, (_, attention) = rotary.factor, rotary.scaled()
             mscale = (attention - 1) / (0.1 * math.log(factor)) if factor > 1 else 1.0
             scaling |= {"factor": factor, "attention_factor": attention, "mscale": mscale, "mscale_all_dim": 0}
-        entries = {"rope_theta": theta, "rope_scaling": scaling, "partial_rotary_factor": 1.0 if part is None else part}
-        if self.nested:
-            entries["rope_local_base_freq"] = self.window_rotary.get("rope_theta")
+        entries = {
+            "rope_theta": rotary.full["rope_theta"],
+            "rope_scaling": scaling,
+            "partial_rotary_factor": rotary.part,
+        }
+        if rotary.nested:
+            entries["rope_local_base_freq"] = rotary.window["rope_theta"]
         if getattr(self.config, "sliding_window", None) is not None:
             entries |= {"sliding_window_pattern": self.period, "sliding_window_size": self.config.sliding_window}
         return entries
 
-    def _yarn(self) -> tuple[float, float]:
-        """Return the factor of YaRN and its attention factor."""
-        import torch
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-        layer = FULL if self.nested else None
-        _, attention = ROPE_INIT_FUNCTIONS["yarn"](self.config, torch.device("cpu"), layer_type=layer)
-        return self.rotary["factor"] or self._ratio(), attention
-
-    def _ratio(self) -> float:
-        return float(self.config.max_position_embeddings / self.rotary["original_max_position_embeddings"])
-
     def obstacles(self) -> Iterator[str]:
         """Yield the properties of the model that the engine does not read."""
-        config, entries = self.config, self.reader.entries
-        yield from overlooked(config, entries | CHECKED, self.reader.fixed)
+        config, entries = self.config, self.family.entries
+        yield from overlooked(config, entries | CHECKED, self.family.fixed)
         if "head_dim" not in entries and config.num_attention_heads * self.head_dim != config.hidden_size:
             yield f"{config.num_attention_heads} heads of {self.head_dim} numbers, not of {config.hidden_size} in all"
         yield from self._window_obstacles()
@@ -135,7 +114,7 @@ class ReadConfig:
 
     def _window_obstacles(self) -> Iterator[str]:
         """Yield what is unusual in attention windows."""
-        window, read, every = getattr(self.config, "sliding_window", None), self.reader.entries, self.reader.every
+        window, read, every = getattr(self.config, "sliding_window", None), self.family.entries, self.family.every
         if {"layer_types", "sliding_window"} <= read:
             return
         if "sliding_window_pattern" in read:
@@ -149,51 +128,48 @@ class ReadConfig:
 
     def _rotary_obstacles(self) -> Iterator[str]:
         """Yield what is unusual in rotary positions."""
-        reader, rotary, older = self.reader, self.rotary, self.older() if self.rotary else {}
-        if not rotary or (self.nested and not self.window_rotary):
-            yield "no rotary positions in some layers"
-            return
-        kind = rotary.get("rope_type", "default")
-        if kind not in ("default", *reader.scaling):
-            yield f"rotary positions of type {kind!r}"
-        yield from unknown_rotary(rotary)
-        yield from unknown_rotary(self.window_rotary)
-        if kind == "yarn":
+        rotary, family = self.rotary, self.family
+        if rotary.kind not in ("default", *family.scaling):
+            yield f"rotary positions of type {rotary.kind!r}"
+        yield from rotary.unknown()
+        if rotary.kind == "yarn":
             yield from self._yarn_obstacles()
-        if "partial_rotary_factor" not in reader.entries and older["partial_rotary_factor"] != 1:
-            yield f"partial_rotary_factor {older['partial_rotary_factor']}"
-        if self.nested:
-            theta, window = older["rope_local_base_freq"], self.window_rotary
-            expected = theta if "rope_local_base_freq" in reader.entries else reader.window_theta or older["rope_theta"]
-            if window.get("rope_type") != "default" or theta != expected:
-                yield f"rotary positions of type {window.get('rope_type')!r} and base {theta} in layers with a window"
+        if "partial_rotary_factor" not in family.entries and rotary.part != 1:
+            yield f"partial_rotary_factor {rotary.part}"
+        if rotary.nested:
+            kind, theta = rotary.window.get("rope_type"), rotary.window["rope_theta"]
+            expected = family.window_theta or rotary.full["rope_theta"]
+            if kind != "default" or ("rope_local_base_freq" not in family.entries and theta != expected):
+                yield f"rotary positions of type {kind!r} and base {theta} in layers with a window"
 
     def _yarn_obstacles(self) -> Iterator[str]:
         """Yield what is unusual in YaRN."""
-        factor, attention = self._yarn()
-        if self.reader.by_length and factor != self._ratio():
-            yield f"a factor of {factor:g} of rotary positions for texts that are {self._ratio():g} times as long"
-        if not self.reader.by_length and (self.rotary.get("truncate") is False or (factor <= 1 and attention != 1)):
-            yield f"rotary positions of type 'yarn' with {'truncate False' if factor > 1 else 'an attention factor'}"
+        rotary = self.rotary
+        if self.family.by_length and rotary.factor != rotary.ratio:
+            yield f"a factor of {rotary.factor:g} of rotary positions for texts that are {rotary.ratio:g} times as long"
+        if not self.family.by_length and rotary.full.get("truncate") is False:
+            yield "rotary positions of type 'yarn' with truncate False"
+        if not self.family.by_length and rotary.factor <= 1 and rotary.scaled()[1] != 1:
+            yield f"rotary positions of type 'yarn' with attention_factor {rotary.scaled()[1]:g} and factor 1"
 
 
 def readable_entries(
-    folder: Path, entries: dict[str, Any], readers: Mapping[str, Reader], engine: str
+    folder: Path, entries: dict[str, Any], families: Mapping[str, EngineFamily], engine: str
 ) -> dict[str, Any]:
     """Return the entries of config.json that an engine reads. Raises InputError for what it would compute otherwise."""
     from transformers import AutoConfig
 
     kind = str(entries.get("model_type"))
-    if kind not in readers:
+    if kind not in families:
         raise InputError(
-            f"{folder} is a {kind} model, of which nobody here knows what {engine} reads ({', '.join(sorted(readers))} "
-            f"are known); export to dense instead"
+            f"{folder} is a {kind} model, of which nobody here knows what {engine} reads (known are "
+            f"{', '.join(sorted(families))}); export to dense instead"
         )
     config = AutoConfig.for_model(**entries)
-    read = ReadConfig(config, readers[kind])
+    read = EngineConfig(config, families[kind])
     refuse(folder, read.obstacles(), engine)
     values = config.to_dict() | {"head_dim": read.head_dim} | read.older()
-    written = readers[kind].entries | set(readers[kind].fixed)
+    written = families[kind].entries | set(families[kind].fixed)
     return {entry: values[entry] for entry in sorted(written) if entry in values}
 
 
@@ -210,84 +186,90 @@ GEMMA3 = {"attn_logit_softcapping": None, "hidden_activation": GELU} | GEMMA
 GRANITE = "embedding_multiplier residual_multiplier attention_multiplier logits_scaling"
 COHERE = "layer_norm_eps logit_scale attention_bias"
 
-MLX: Mapping[str, Reader] = {
-    "llama": Reader(LLAMA, SILU),
-    "mistral": Reader(f"rms_norm_eps head_dim {ROPE}", SILU),
-    "smollm3": Reader(f"{LLAMA} layer_types sliding_window no_rope_layers", SILU),
-    "granite": Reader(f"rms_norm_eps attention_bias mlp_bias {GRANITE} {ROPE}", SILU),
-    "olmo2": Reader(f"rms_norm_eps head_dim attention_bias {ROPE}", SILU),
-    "olmo3": Reader(f"rms_norm_eps head_dim attention_bias layer_types sliding_window {ROPE}", SILU),
-    "qwen2": Reader(f"rms_norm_eps {ROPE}", SILU),
-    "qwen3": Reader(f"rms_norm_eps head_dim {ROPE}", SILU | {"attention_bias": False}),
-    "seed_oss": Reader(f"{LLAMA} attention_out_bias", SILU),
-    "ernie4_5": Reader("rms_norm_eps head_dim use_bias rope_theta", SILU, ()),
-    "exaone4": Reader(f"rms_norm_eps head_dim {ROPE}", SILU | {"sliding_window": None, "sliding_window_pattern": 0}),
-    "gemma": Reader("rms_norm_eps head_dim rope_theta", TIED | GEMMA | {"hidden_act": (GELU, "gelu")}, ()),
-    "gemma2": Reader(f"rms_norm_eps head_dim {GEMMA2} rope_theta", TIED | GEMMA | {"hidden_activation": GELU}, ()),
-    "gemma3_text": Reader(
+MLX: Mapping[str, EngineFamily] = {
+    "llama": EngineFamily(LLAMA, SILU),
+    "mistral": EngineFamily(f"rms_norm_eps head_dim {ROPE}", SILU),
+    "smollm3": EngineFamily(f"{LLAMA} layer_types sliding_window no_rope_layers", SILU),
+    "granite": EngineFamily(f"rms_norm_eps attention_bias mlp_bias {GRANITE} {ROPE}", SILU),
+    "olmo2": EngineFamily(f"rms_norm_eps head_dim attention_bias {ROPE}", SILU),
+    "olmo3": EngineFamily(f"rms_norm_eps head_dim attention_bias layer_types sliding_window {ROPE}", SILU),
+    "qwen2": EngineFamily(f"rms_norm_eps {ROPE}", SILU),
+    "qwen3": EngineFamily(f"rms_norm_eps head_dim {ROPE}", SILU | {"attention_bias": False}),
+    "seed_oss": EngineFamily(f"{LLAMA} attention_out_bias", SILU),
+    "ernie4_5": EngineFamily("rms_norm_eps head_dim use_bias rope_theta", SILU, ()),
+    "exaone4": EngineFamily(
+        f"rms_norm_eps head_dim {ROPE}", SILU | {"sliding_window": None, "sliding_window_pattern": 0}
+    ),
+    "gemma": EngineFamily("rms_norm_eps head_dim rope_theta", TIED | GEMMA | {"hidden_act": (GELU, "gelu")}, ()),
+    "gemma2": EngineFamily(
+        f"rms_norm_eps head_dim {GEMMA2} rope_theta", TIED | GEMMA | {"hidden_activation": GELU}, ()
+    ),
+    "gemma3_text": EngineFamily(
         "rms_norm_eps head_dim query_pre_attn_scalar sliding_window sliding_window_pattern rope_local_base_freq "
         + ROPE,
         GEMMA3 | {"final_logit_softcapping": None},
     ),
-    "phi": Reader(
+    "phi": EngineFamily(
         "layer_norm_eps partial_rotary_factor rope_theta",
         UNTIED | {"hidden_act": "gelu_new", "qk_layernorm": False},
         (),
     ),
-    "phi3": Reader("rms_norm_eps partial_rotary_factor rope_theta", SILU, ()),
-    "glm4": Reader("rms_norm_eps head_dim attention_bias partial_rotary_factor rope_theta", SILU | UNTIED, ()),
-    "starcoder2": Reader("norm_epsilon rope_theta", {"use_bias": True, "hidden_act": (GELU, "gelu")}, ()),
-    "stablelm": Reader(
+    "phi3": EngineFamily("rms_norm_eps partial_rotary_factor rope_theta", SILU, ()),
+    "glm4": EngineFamily("rms_norm_eps head_dim attention_bias partial_rotary_factor rope_theta", SILU | UNTIED, ()),
+    "starcoder2": EngineFamily("norm_epsilon rope_theta", {"use_bias": True, "hidden_act": (GELU, "gelu")}, ()),
+    "stablelm": EngineFamily(
         "layer_norm_eps use_qkv_bias qk_layernorm use_parallel_residual partial_rotary_factor rope_theta",
         SILU | UNTIED,
         (),
     ),
-    "cohere": Reader(f"{COHERE} use_qk_norm rope_theta", SILU | TIED, ()),
-    "cohere2": Reader(f"{COHERE} head_dim sliding_window sliding_window_pattern rope_theta", SILU | TIED, ()),
-    "nemotron": Reader(
+    "cohere": EngineFamily(f"{COHERE} use_qk_norm rope_theta", SILU | TIED, ()),
+    "cohere2": EngineFamily(f"{COHERE} head_dim sliding_window sliding_window_pattern rope_theta", SILU | TIED, ()),
+    "nemotron": EngineFamily(
         f"norm_eps head_dim attention_bias mlp_bias partial_rotary_factor {ROPE}", {"hidden_act": "relu2"}, ("linear",)
     ),
 }
 
 EXL3_LLAMA = "rms_norm_eps head_dim partial_rotary_factor rope_theta rope_scaling"
-EXL3: Mapping[str, Reader] = {
-    "llama": Reader(f"{EXL3_LLAMA} attention_bias", SILU | {"mlp_bias": False}, by_length=True),
-    "mistral": Reader(EXL3_LLAMA, SILU, by_length=True),
-    "qwen2": Reader(EXL3_LLAMA, SILU, by_length=True),
-    "qwen3": Reader(EXL3_LLAMA, SILU | {"attention_bias": False}, by_length=True),
-    "smollm3": Reader(
+EXL3: Mapping[str, EngineFamily] = {
+    "llama": EngineFamily(f"{EXL3_LLAMA} attention_bias", SILU | {"mlp_bias": False}, by_length=True),
+    "mistral": EngineFamily(EXL3_LLAMA, SILU, by_length=True),
+    "qwen2": EngineFamily(EXL3_LLAMA, SILU, by_length=True),
+    "qwen3": EngineFamily(EXL3_LLAMA, SILU | {"attention_bias": False}, by_length=True),
+    "smollm3": EngineFamily(
         f"{EXL3_LLAMA} no_rope_layers", SILU | {"attention_bias": False, "mlp_bias": False}, by_length=True
     ),
-    "arcee": Reader(EXL3_LLAMA, {"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False}, by_length=True),
-    "seed_oss": Reader(
+    "arcee": EngineFamily(
+        EXL3_LLAMA, {"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False}, by_length=True
+    ),
+    "seed_oss": EngineFamily(
         f"{EXL3_LLAMA} attention_bias", SILU | {"attention_out_bias": False, "mlp_bias": False}, by_length=True
     ),
-    "ernie4_5": Reader(EXL3_LLAMA, SILU | {"use_bias": False}, by_length=True),
-    "phi3": Reader(EXL3_LLAMA, SILU, ()),
-    "glm4": Reader(f"{EXL3_LLAMA} attention_bias", SILU, by_length=True),
-    "olmo3": Reader(
+    "ernie4_5": EngineFamily(EXL3_LLAMA, SILU | {"use_bias": False}, by_length=True),
+    "phi3": EngineFamily(EXL3_LLAMA, SILU, ()),
+    "glm4": EngineFamily(f"{EXL3_LLAMA} attention_bias", SILU, by_length=True),
+    "olmo3": EngineFamily(
         f"{EXL3_LLAMA} layer_types sliding_window",  # the second for a length of 4,096 alone
         SILU | {"attention_bias": False, "sliding_window": 4096},
         by_length=True,
     ),
-    "gemma2": Reader(
+    "gemma2": EngineFamily(
         f"{EXL3_LLAMA} {GEMMA2} sliding_window_size",
         GEMMA | {"hidden_activation": GELU},
         by_length=True,
         every=2,
     ),
-    "gemma3_text": Reader(
+    "gemma3_text": EngineFamily(
         f"{EXL3_LLAMA} query_pre_attn_scalar final_logit_softcapping layer_types sliding_window",
         GEMMA3,
         by_length=True,
         window_theta=1e4,
     ),
-    "cohere": Reader(
+    "cohere": EngineFamily(
         "layer_norm_eps logit_scale use_qk_norm head_dim partial_rotary_factor rope_theta rope_scaling",
         SILU | {"attention_bias": False},
         by_length=True,
     ),
-    "cohere2": Reader(
+    "cohere2": EngineFamily(
         "layer_norm_eps logit_scale head_dim layer_types sliding_window partial_rotary_factor rope_theta rope_scaling",
         SILU | {"attention_bias": False},
         by_length=True,
