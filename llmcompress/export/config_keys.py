@@ -1,13 +1,18 @@
 """Entries of config.json that an engine does not read: where one changes what a model computes, its export is refused.
 
 An export lists, for a family, the entries that it writes or that the engine reads, and those that the engine takes for
-granted. Any other must have its default; one that transformers' class does not have, nor this file, must be empty.
+granted. Any other must have its default; one that transformers' class does not have must be one that its code does not
+read either, as entries of other programs are not.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
+from functools import cache
+from importlib import import_module
+from inspect import getsource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +30,7 @@ INERT = {  # entries of transformers' classes that change no prediction, or only
     # how transformers runs a model, and what it returns
     *("chunk_size_feed_forward", "dtype", "is_decoder", "is_encoder_decoder", "output_attentions"),
     *("output_hidden_states", "output_router_logits", "pretraining_tp", "reorder_and_upcast_attn", "return_dict"),
-    *("use_cache",),
+    *("use_cache", "gradient_checkpointing"),
     # heads of classifiers, which no engine here has
     *("id2label", "label2id", "problem_type", "summary_activation", "summary_first_dropout"),
     *("summary_proj_to_labels", "summary_type", "summary_use_proj"),
@@ -35,14 +40,8 @@ INERT = {  # entries of transformers' classes that change no prediction, or only
     *("_sliding_window_pattern", "max_window_layers", "no_rope_layer_interval", "sliding_window_pattern"),
     *("use_sliding_window",),
 }
-UNREAD = {  # entries of other programs that stand in configs on the Hub; transformers reads none of them
-    *("attention_softmax_in_fp32", "auto_map", "cache_implementation", "gradient_checkpointing", "is_llama_config"),
-    *("layer_norm_bias", "mlp_type", "model_max_length", "n_ctx", "norm_type", "order_of_interleaved_layers"),
-    *("position_embedding_type", "rope_interleaved", "rotary_pct", "scale_attention_softmax_in_fp32"),
-    *("task_specific_params", "tokenizer_class", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
-    *("use_embedding_sharing", "use_gated_activation", "use_parallel_block", "use_parallel_embedding"),
-}
-ALWAYS: dict[str, Any] = {"is_causal": True}  # which transformers reads in every family, whatever its class
+SHARED = ("masking_utils", "modeling_rope_utils", "modeling_utils", "modeling_layers", "cache_utils")  # of all families
+ALWAYS: dict[str, Any] = {"is_causal": True}  # entries that no class has, and transformers reads in every family
 
 
 def overlooked(config: PreTrainedConfig, read: Collection[str], fixed: Mapping[str, Any]) -> Iterator[str]:
@@ -56,12 +55,12 @@ def overlooked(config: PreTrainedConfig, read: Collection[str], fixed: Mapping[s
         names = {entry, other_names.get(entry, entry)}
         if entry in fixed:
             right = value in (fixed[entry] if isinstance(fixed[entry], tuple) else (fixed[entry],))
-        elif names & (INERT | UNREAD | set(read)):
+        elif names & (INERT | set(read)):
             continue
         elif names & entries_of(type(config)):
             right = value == getattr(plain, entry)
         else:
-            right = value is False or value in (None, "", [], {})
+            right = value is None or entry not in entries_read(type(config))
             entry = f"the unknown entry {entry}"
         if not right:
             yield f"{entry} {value!r}"
@@ -70,6 +69,21 @@ def overlooked(config: PreTrainedConfig, read: Collection[str], fixed: Mapping[s
 def entries_of(kind: type[PreTrainedConfig]) -> set[str]:
     """Return the entries that a class of configs has."""
     return {entry.name for entry in fields(kind)}
+
+
+def entries_read(kind: type[PreTrainedConfig]) -> set[str]:
+    """Return the names that transformers' code reads of a config, in its family or in all of them."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    modules = MODEL_FOR_CAUSAL_LM_MAPPING[kind].__module__, *(f"transformers.{name}" for name in SHARED)
+    return set().union(*map(_names_read, modules))
+
+
+@cache
+def _names_read(module: str) -> set[str]:
+    """Return the names that a module reads of something that it calls a config."""
+    found = re.findall(r'config\.(\w+)|config, "(\w+)"', getsource(import_module(module)))
+    return {name for pair in found for name in pair}
 
 
 def refuse(folder: Path, obstacles: Iterator[str], engine: str) -> None:

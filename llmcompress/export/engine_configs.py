@@ -26,6 +26,12 @@ SIZES = {  # entries that both read in every family, or that the tensors show
 }
 CHECKED = {"rope_parameters", "layer_types", "sliding_window", "head_dim", "original_max_position_embeddings"}
 
+OWN: dict[str, Any] = {
+    "rope_traditional": False,
+    "layer_norm_bias": False,
+    "rotary_dim": None,
+}  # transformers reads none
+
 
 @dataclass(frozen=True)
 class EngineFamily:
@@ -92,7 +98,7 @@ class EngineConfig:
             factor, (_, attention) = rotary.factor, rotary.scaled()
             mscale = (attention - 1) / (0.1 * math.log(factor)) if factor > 1 else 1.0
             scaling |= {"factor": factor, "attention_factor": attention, "mscale": mscale, "mscale_all_dim": 0}
-        entries = {
+        entries: dict[str, Any] = {
             "rope_theta": rotary.full["rope_theta"],
             "rope_scaling": scaling,
             "partial_rotary_factor": rotary.part,
@@ -106,7 +112,7 @@ class EngineConfig:
     def obstacles(self) -> Iterator[str]:
         """Yield the properties of the model that the engine does not read."""
         config, entries = self.config, self.family.entries
-        yield from overlooked(config, entries | CHECKED, self.family.fixed)
+        yield from overlooked(config, entries | CHECKED, OWN | dict(self.family.fixed))
         if "head_dim" not in entries and config.num_attention_heads * self.head_dim != config.hidden_size:
             yield f"{config.num_attention_heads} heads of {self.head_dim} numbers, not of {config.hidden_size} in all"
         yield from self._window_obstacles()
