@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.export.exported import Exported
+from llmcompress.export.exported import ALLOW_DENSE, Exported
 from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
 from llmcompress.models.compressed import Opened
@@ -76,7 +76,7 @@ def to_compressed_tensors(opened: Opened, output: Path, allow_dense: bool = Fals
                     tensors |= {f"{layer}.{key}": value for key, value in stored.items()}
                     continue
                 if not allow_dense:
-                    raise InputError(f"{layer} does not fit compressed-tensors ({why}); allow dense layers")
+                    raise InputError(f"{layer} does not fit compressed-tensors ({why}); {ALLOW_DENSE}")
                 plain.append(layer)
                 value = dense(weight).to(torch.bfloat16)
                 tensors[f"{layer}.weight"] = value.T.contiguous() if layer in turned else value

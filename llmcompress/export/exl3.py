@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.export.exported import Exported
+from llmcompress.export.engine_configs import EXL3, readable_entries
+from llmcompress.export.exported import ALLOW_DENSE, Exported
 from llmcompress.export.half import as_half
 from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
@@ -31,6 +32,7 @@ WORD = 16  # bits
 
 def to_exl3(opened: Opened, output: Path, allow_dense: bool = False) -> Exported:
     """Write tiles as they are; other expressions raise InputError, or become float16 with `allow_dense`."""
+    read = readable_entries(opened.folder, opened.config, EXL3, "EXL3")
     turned = transposed_linears(opened.folder, opened.trust_remote_code)
     stored: list[Tiles] = []
     plain: list[str] = []
@@ -45,7 +47,7 @@ def to_exl3(opened: Opened, output: Path, allow_dense: bool = False) -> Exported
                     tensors |= {f"{layer}.{key}": value for key, value in converted(weight).items()}
                     continue
                 if not allow_dense:
-                    raise InputError(f"{layer} does not fit EXL3 ({describe(weight)}, no tiles); allow dense layers")
+                    raise InputError(f"{layer} does not fit EXL3 ({describe(weight)}, no tiles); {ALLOW_DENSE}")
                 plain.append(layer)
                 value = as_half(dense(weight), layer)
                 tensors[f"{layer}.weight"] = value.T.contiguous() if layer in turned else value
@@ -53,7 +55,7 @@ def to_exl3(opened: Opened, output: Path, allow_dense: bool = False) -> Exported
         size = writer.close()
         if not stored:
             raise InputError(f"{opened.folder} has nothing that the method exl3 made; choose another format")
-        entries = opened.config | {"dtype": "float16", "quantization_config": _config(stored)}
+        entries = opened.config | read | {"dtype": "float16", "quantization_config": _config(stored)}
         writer.write("config.json", json.dumps(entries, indent=1))
     return Exported(
         to="exl3",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+ALLOW_DENSE = "allow dense layers (--allow-dense, or allow_dense=True), which hold it in 16-bit floats"
+
 
 @dataclass(frozen=True)
 class Exported:

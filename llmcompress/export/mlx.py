@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.export.exported import Exported
+from llmcompress.export.engine_configs import MLX, readable_entries
+from llmcompress.export.exported import ALLOW_DENSE, Exported
 from llmcompress.export.half import as_half
 from llmcompress.models.checkpoint import writing
 from llmcompress.models.companions import copy_companions
@@ -49,6 +50,7 @@ class Quantization:
 
 def to_mlx(opened: Opened, output: Path, allow_dense: bool = False) -> Exported:
     """Write what MLX can hold packed; other expressions raise InputError, or become float16 with `allow_dense`."""
+    read = readable_entries(opened.folder, opened.config, MLX, "MLX")
     turned = transposed_linears(opened.folder, opened.trust_remote_code)
     forms: dict[str, Quantization] = {}
     plain: list[str] = []
@@ -66,14 +68,14 @@ def to_mlx(opened: Opened, output: Path, allow_dense: bool = False) -> Exported:
                     moved = max(moved, error)
                     continue
                 if not allow_dense:
-                    raise InputError(f"{layer} does not fit MLX ({why}); allow dense layers")
+                    raise InputError(f"{layer} does not fit MLX ({why}); {ALLOW_DENSE}")
                 plain.append(layer)
                 value = as_half(dense(weight), layer)
                 tensors[f"{layer}.weight"] = value.T.contiguous() if layer in turned else value
             writer.add(tensors)
         size = writer.close()
         entry = {"quantization": _config(forms)} if forms else {}
-        writer.write("config.json", json.dumps(opened.config | {"dtype": "float16"} | entry, indent=1))
+        writer.write("config.json", json.dumps(opened.config | read | {"dtype": "float16"} | entry, indent=1))
     biases = f"biases of groups were rounded to float16, which moves a matrix by at most {moved:.1e} of its size"
     return Exported(
         to="mlx",

@@ -36,7 +36,8 @@ def compressed_tensors_obstacle(w: Weight) -> str | None:
     match w:
         case Grid(codes, group_size=group_size):
             if integer_bits(w) > 8:
-                return f"{describe(w)} would need {integer_bits(w)} bits"
+                narrow = "narrow_range: true" if w.zero is None else "symmetric: true and narrow_range: true"
+                return f"{describe(w)} would need {integer_bits(w)} bits, and 8 when it is compressed with {narrow}"
         case Minifloat(codes, group_size=group_size):
             if float_format(w) is None:
                 return f"it has no {describe(w)}"

@@ -91,6 +91,18 @@ def test_what_it_has_no_form_for_is_said() -> None:
     assert "not exact under the factor" in str(obstacle(odd, odd.tensor_scale))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_eight_bits_are_told_how_to_fit(symmetric: bool, tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense")
+    step = {"method": "rtn", "bits": 8, "symmetric": symmetric}
+    rules = [{"match": "*", "steps": [step]}]
+    folder = lc.compress(source, {"version": 1, "rules": rules}, tmp_path / "out").folder
+    narrow = "narrow_range: true" if symmetric else "symmetric: true and narrow_range: true"
+    wanted = rf"would need 9 bits, and 8 when it is compressed with {narrow}\); allow dense layers \(--allow-dense,"
+    with pytest.raises(InputError, match=wanted):
+        export(folder, tmp_path / "packed", "compressed-tensors")
+
+
 RULES = [
     {"match": "*.q_proj", "steps": [{"method": "gptq", "format": "nvfp4"}]},
     {"match": "*.[kv]_proj", "steps": [{"method": "mxfp", "format": "nvfp4"}]},

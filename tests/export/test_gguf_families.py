@@ -65,6 +65,7 @@ def every(period: int, layers: int) -> dict[str, Any]:
 
 FULL = {"layer_types": ["full_attention"] * 2, "sliding_window": None}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "pad_token_id": None}
+OLMOE = {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None}
 GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0}
 TWO_ROPES = {"rope_parameters": {"sliding_attention": PLAIN | {"rope_theta": 100.0}, "full_attention": LINEAR}}
 
@@ -81,7 +82,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "qwen3": [HEADS, HEADS | UNTIED],
     "qwen3_moe": [HEADS | EXPERTS | {"norm_topk_prob": True}, HEADS | EXPERTS | TIED | {"norm_topk_prob": True}],
     "qwen2_moe": [SIZES | EXPERTS | {"shared_expert_intermediate_size": 96}],
-    "olmoe": [OLDER | EXPERTS],
+    "olmoe": [OLDER | OLMOE],
     "mixtral": [SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}],
     "seed_oss": [HEADS, HEADS | TIED],
     "ernie4_5": [HEADS, HEADS | UNTIED],
@@ -162,9 +163,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("olmo2", SIZES | TIED, "a head that is the token table"),
     ("cohere", SIZES | UNTIED, "a head beside the token table"),
     ("smollm3", SIZES, "rotary positions left out in other layers than the last of every 4"),
-    ("llama", SIZES | HALF, "rotary positions on part of each head"),
+    ("llama", SIZES | HALF, "rotary positions on 8 of 16 numbers of each head"),
     ("falcon", FALCON | {"alibi": True}, "alibi True"),
-    ("olmoe", SIZES | EXPERTS, "4 heads of queries for 2 of keys"),
+    ("olmoe", SIZES | OLMOE, "4 heads of queries for 2 of keys"),
     ("qwen3_moe", HEADS | EXPERTS | {"norm_topk_prob": False}, "norm_topk_prob False"),
     ("qwen3_moe", HEADS | EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [0]}, r"mlp_only_layers \[0\]"),
 ]
@@ -175,7 +176,7 @@ def test_what_llama_cpp_would_run_otherwise_is_refused(
     family: str, sizes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     config = tiny(family, **sizes).config.to_dict()
-    with pytest.raises(InputError, match=f"has {reason}, which cannot go to GGUF here; export to another format"):
+    with pytest.raises(InputError, match=f"has {reason}, which cannot go to GGUF here; export to dense instead"):
         gguf_model(tmp_path, config)
 
 

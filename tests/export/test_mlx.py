@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError
+from llmcompress.export.engine_configs import MLX
 from llmcompress.export.formats import export
 from llmcompress.models.compressed import Opened
 from llmcompress.weight.expression import dense
+from tests.export.test_gguf_families import CASES, GEMMA, LINEAR, PLAIN, YARN, every
 from tests.tiny import save_tiny
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "dtype": torch.bfloat16}
@@ -129,3 +131,61 @@ def test_mlx_computes_our_logits(family: str, tied: bool, tmp_path: Path) -> Non
     with torch.no_grad():
         ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits.numpy()
     assert np.linalg.norm(found - ours) < 5e-3 * np.linalg.norm(ours)
+
+
+# --- configs --------------------------------------------------------------------------------------------------------
+
+WINDOWS = {"sliding_attention": PLAIN | {"rope_theta": 100.0}, "full_attention": PLAIN}
+FAMILY_SIZES: dict[str, dict[str, Any]] = {family: CASES[family][0] for family in MLX} | {
+    "gemma2": GEMMA | every(2, 2) | {"sliding_window": 64},
+    "gemma3_text": GEMMA | every(6, 6) | {"rope_parameters": WINDOWS},
+    "smollm3": CASES["smollm3"][0] | every(4, 4) | {"no_rope_layers": [1, 0, 1, 1]},
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROTARY: dict[str, dict[str, Any]] = {  # by type
+    "default": {"rope_type": "default"},
+    "linear": LINEAR,
+    "llama3": LLAMA3 | {"original_max_position_embeddings": 16},
+    "yarn": YARN | {"beta_fast": 4, "beta_slow": 0.5, "attention_factor": 1.5},
+}
+
+
+def changed_config(family: str, kind: str) -> dict[str, Any]:
+    """Sizes of a family with other values of all that MLX reads, and rotary positions of a type."""
+    sizes, row = FAMILY_SIZES[family], MLX[family]
+    config, changes = AutoConfig.for_model(family, **sizes), dict(sizes)
+    for entry in row.read.split():
+        value = getattr(config, entry, None)
+        if isinstance(value, bool):
+            changes[entry] = not value
+        elif isinstance(value, float):
+            changes[entry] = 0.1 if "eps" in entry else value * 1.5
+    plain = type(config)().rope_parameters
+    rotary = ROTARY[kind] | {"rope_theta": 300.0}
+    if "partial_rotary_factor" in row.entries:
+        rotary |= {"partial_rotary_factor": 0.75}
+    if "full_attention" in plain:
+        theta = 100.0 if "rope_local_base_freq" in row.entries else 300.0
+        rotary = {"full_attention": rotary, "sliding_attention": PLAIN | {"rope_theta": theta}}
+    return changes | {"rope_parameters": rotary}
+
+
+READ = [(family, kind) for family, row in MLX.items() for kind in ("default", *row.scaling)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, kind", READ, ids=[f"{family} {kind}" for family, kind in READ])
+def test_mlx_reads_every_entry_that_it_is_said_to(family: str, kind: str, tmp_path: Path) -> None:
+    """Each has another value than its default."""
+    mx = pytest.importorskip("mlx.core")
+    load_model = pytest.importorskip("mlx_lm.utils").load_model
+    source = save_tiny(family, tmp_path / "dense", **changed_config(family, kind))
+    rules = [{"match": "*.0.*", "steps": [{"method": "rtn", "bits": 8, "group_size": 32}]}]
+    export(lc.compress(source, {"version": 1, "rules": rules}, tmp_path / "out").folder, tmp_path / "mlx", "mlx")
+    model, _ = load_model(tmp_path / "mlx")
+    found = np.array(model(mx.array(IDS.numpy())).astype(mx.float32))
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(IDS).logits.numpy()
+    assert np.linalg.norm(found - ours) < 4e-2 * np.linalg.norm(ours), "float16 moves them by 2 % at most"
+    again, before = (AutoConfig.from_pretrained(tmp_path / place).rope_parameters for place in ("mlx", "out"))
+    assert before.items() <= again.items() or "full_attention" in before

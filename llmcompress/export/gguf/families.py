@@ -17,22 +17,33 @@ class GGUFFamily:
 
     `architecture`: its name in gguf's MODEL_ARCH. `facts`: methods `add_*` of GGUFWriter, each with the entry of the
     config (or the number) that it writes. `fixed`: entries of the config that must have these values, as llama.cpp
-    does not read them.
+    does not read them. `shown`: entries that llama.cpp sees in the tensors, or that are checked by themselves. Entries
+    in none of these, nor in `model.READ` or `config_keys.INERT`, must have their defaults.
     """
 
     architecture: str
     facts: Mapping[str, str | float] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    shown: tuple[str, ...] = ()
     activation: str = "silu"
     interleaved: bool = False  # llama.cpp rotates neighbours in a head where transformers rotates its halves
     offset_norms: bool = False  # weights of norms are stored less 1
     fused: Literal["by head", "by group"] | None = None  # how the rows of a joint q, k and v lie in transformers
     full_every: int | None = None  # of so many layers the last attends to all tokens, the others to a window
     no_rope_every: int | None = None  # of so many layers the last has no rotary positions
+    window_layers: int | None = None  # at that depth, layers have a window
     wide_layers: int | None = None  # at that depth, scores are divided by sqrt(width / heads), not by sqrt(head_dim)
-    whole_heads: bool = False  # the heads of the queries together are as wide as the model
+    whole_heads: bool = True  # the heads of the queries together are as wide as the model
     own_keys: bool = False  # each head of the queries has a head of keys and values of its own
+    divisors: bool = False  # llama.cpp takes a divisor for each frequency of rotary positions
+    long_rope: bool = False  # and two lists of them, for short and for long contexts
+    two_thetas: bool = False  # layers with a window have rotary positions of another base
     tied: bool | None = None  # whether the head must be the token table (true) or must not (false)
+
+    @property
+    def read(self) -> set[str]:
+        """Entries of the config that a file says."""
+        return {entry for entry in self.facts.values() if isinstance(entry, str)} | set(self.shown)
 
 
 RMS = {"layer_norm_rms_eps": "rms_norm_eps"}
@@ -44,6 +55,8 @@ EXPERTS = RMS | {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
+BIASES = ("attention_bias", "mlp_bias")
+UNBIASED = dict.fromkeys(BIASES, False)
 EVERYWHERE = {"decoder_sparse_step": 1, "mlp_only_layers": (None, [])}  # experts in all blocks
 GRANITE = {
     "embedding_scale": "embedding_multiplier",
@@ -53,23 +66,28 @@ GRANITE = {
 }
 
 FAMILIES: Mapping[str, GGUFFamily] = {
-    "llama": GGUFFamily("LLAMA", RMS, interleaved=True),
-    "mistral": GGUFFamily("LLAMA", RMS, interleaved=True),
-    "smollm3": GGUFFamily("SMOLLM3", RMS, {"mlp_bias": False}, interleaved=True, no_rope_every=4),
-    "granite": GGUFFamily("GRANITE", RMS | GRANITE, interleaved=True),
-    "arcee": GGUFFamily("ARCEE", RMS, {"attention_bias": False, "mlp_bias": False}, "relu2", interleaved=True),
+    "llama": GGUFFamily("LLAMA", RMS, shown=BIASES, interleaved=True, whole_heads=False, divisors=True),
+    "mistral": GGUFFamily("LLAMA", RMS, interleaved=True, whole_heads=False, divisors=True),
+    "smollm3": GGUFFamily(
+        "SMOLLM3", RMS, UNBIASED, ("no_rope_layers",), interleaved=True, whole_heads=False, no_rope_every=4
+    ),
+    "granite": GGUFFamily("GRANITE", RMS | GRANITE, shown=BIASES, interleaved=True, whole_heads=False, divisors=True),
+    "arcee": GGUFFamily("ARCEE", RMS, UNBIASED, activation="relu2", interleaved=True, whole_heads=False, divisors=True),
     "olmo": GGUFFamily(
         "OLMO", {"layer_norm_eps": 1e-5, "clamp_kqv": "clip_qkv"}, {"attention_bias": False}, interleaved=True
     ),
     "olmo2": GGUFFamily("OLMO2", RMS, {"attention_bias": False}, tied=False),
     "olmo3": GGUFFamily("OLMO2", RMS, {"attention_bias": False}, full_every=4, tied=False),
     "qwen2": GGUFFamily("QWEN2", RMS),
-    "qwen3": GGUFFamily("QWEN3", RMS, {"attention_bias": False}),
-    "qwen3_moe": GGUFFamily("QWEN3MOE", EXPERTS, EVERYWHERE | {"attention_bias": False, "norm_topk_prob": True}),
+    "qwen3": GGUFFamily("QWEN3", RMS, {"attention_bias": False}, whole_heads=False),
+    "qwen3_moe": GGUFFamily(
+        "QWEN3MOE", EXPERTS, EVERYWHERE | {"attention_bias": False, "norm_topk_prob": True}, whole_heads=False
+    ),
     "qwen2_moe": GGUFFamily(
         "QWEN2MOE",
         EXPERTS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
         EVERYWHERE | {"norm_topk_prob": False},
+        ("qkv_bias",),
     ),
     "olmoe": GGUFFamily(
         "OLMOE",
@@ -81,32 +99,49 @@ FAMILIES: Mapping[str, GGUFFamily] = {
         "LLAMA",
         RMS | {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
         interleaved=True,
+        whole_heads=False,
+        divisors=True,
     ),
-    "seed_oss": GGUFFamily("SEED_OSS", RMS, {"attention_out_bias": False, "mlp_bias": False}),
-    "ernie4_5": GGUFFamily("ERNIE4_5", RMS, {"use_bias": False}),
-    "exaone4": GGUFFamily("EXAONE4", RMS),
-    "gemma": GGUFFamily("GEMMA", RMS, GEMMA, GELU, offset_norms=True, tied=True),
+    "seed_oss": GGUFFamily(
+        "SEED_OSS", RMS, {"attention_out_bias": False, "mlp_bias": False}, ("attention_bias",), whole_heads=False
+    ),
+    "ernie4_5": GGUFFamily("ERNIE4_5", RMS, {"use_bias": False}, whole_heads=False),
+    "exaone4": GGUFFamily("EXAONE4", RMS, {"sliding_window": None}, window_layers=64, divisors=True),
+    "gemma": GGUFFamily("GEMMA", RMS, GEMMA, (), GELU, offset_norms=True, whole_heads=False, tied=True),
     "gemma2": GGUFFamily(
-        "GEMMA2", RMS | SOFT_CAPS, GEMMA, GELU, offset_norms=True, full_every=2, wide_layers=46, tied=True
+        "GEMMA2",
+        RMS | SOFT_CAPS,
+        GEMMA,
+        activation=GELU,
+        offset_norms=True,
+        whole_heads=False,
+        full_every=2,
+        wide_layers=46,
+        tied=True,
     ),
     "gemma3_text": GGUFFamily(
         "GEMMA3",
         RMS | {"final_logit_softcapping": "final_logit_softcapping"},
         GEMMA | {"attn_logit_softcapping": None},
-        GELU,
+        activation=GELU,
         offset_norms=True,
+        whole_heads=False,
         full_every=6,
         wide_layers=62,
+        two_thetas=True,
     ),
-    "phi": GGUFFamily("PHI2", {"layer_norm_eps": "layer_norm_eps"}, {"qk_layernorm": False}, "gelu_new", tied=False),
-    "phi3": GGUFFamily("PHI3", RMS),
-    "glm": GGUFFamily("CHATGLM", RMS, whole_heads=True),
-    "glm4": GGUFFamily("GLM4", RMS),
-    "starcoder2": GGUFFamily("STARCODER2", {"layer_norm_eps": "norm_epsilon"}, {"use_bias": True}, GELU),
+    "phi": GGUFFamily(
+        "PHI2", {"layer_norm_eps": "layer_norm_eps"}, {"qk_layernorm": False}, activation="gelu_new", tied=False
+    ),
+    "phi3": GGUFFamily("PHI3", RMS, long_rope=True),
+    "glm": GGUFFamily("CHATGLM", RMS, shown=("attention_bias",)),
+    "glm4": GGUFFamily("GLM4", RMS, shown=("attention_bias",), whole_heads=False),
+    "starcoder2": GGUFFamily("STARCODER2", {"layer_norm_eps": "norm_epsilon"}, {"use_bias": True}, activation=GELU),
     "stablelm": GGUFFamily(
         "STABLELM",
         {"layer_norm_eps": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
         {"qk_layernorm": False},
+        ("use_qkv_bias",),
         tied=False,
     ),
     "cohere": GGUFFamily(
@@ -120,29 +155,28 @@ FAMILIES: Mapping[str, GGUFFamily] = {
         {"layer_norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
         {"attention_bias": False},
         full_every=4,
-        whole_heads=True,
         tied=True,
     ),
     "nemotron": GGUFFamily(
         "NEMOTRON",
         {"layer_norm_eps": "norm_eps"},
         {"mlp_bias": False},
+        ("attention_bias",),
         "relu2",
         offset_norms=True,
-        whole_heads=True,
         tied=False,
     ),
     "gpt2": GGUFFamily(
         "GPT2",
         {"layer_norm_eps": "layer_norm_epsilon"},
         {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-        "gelu_new",
+        activation="gelu_new",
     ),
     "gpt_neox": GGUFFamily(
         "GPTNEOX",
         {"layer_norm_eps": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
         {"attention_bias": True},
-        "gelu",
+        activation="gelu",
         fused="by head",
         tied=False,
     ),
@@ -150,6 +184,7 @@ FAMILIES: Mapping[str, GGUFFamily] = {
         "FALCON",
         {"layer_norm_eps": "layer_norm_epsilon"},
         {"alibi": False, "bias": False, "parallel_attn": True, "num_ln_in_parallel_attn": (None, 2)},
+        ("multi_query", "new_decoder_architecture", "num_kv_heads"),
         "gelu",
         fused="by group",
     ),

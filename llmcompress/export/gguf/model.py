@@ -11,15 +11,23 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
+from llmcompress.export.config_keys import entries_of, overlooked, refuse
 from llmcompress.export.gguf.families import FAMILIES, GGUFFamily
+from llmcompress.export.gguf.rotary import GGUFRotary
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PreTrainedConfig
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 INNER = ("intermediate_size", "ffn_hidden_size", "n_inner")  # names of the width of MLPs in configs
 ACTIVATION = ("hidden_act", "hidden_activation", "activation_function", "activation")
+READ = {  # entries of configs that this file looks at, in every family
+    *INNER,
+    *ACTIVATION,
+    *("vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "max_position_embeddings", "n_positions"),
+    *("num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "query_pre_attn_scalar"),
+    *("rope_parameters", "original_max_position_embeddings", "sliding_window", "layer_types", "tie_word_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,9 @@ class GGUFModel:
         return int(_first(self.config, "head_dim") or self.config.hidden_size // self.heads)
 
     @property
-    def rope(self) -> dict[str, Any] | None:
-        """Parameters of rotary positions in layers that attend to all tokens; None where there are none."""
-        rope: dict[str, Any] | None = getattr(self.config, "rope_parameters", None)
-        return rope.get("full_attention", rope) if rope else None
+    def rotary(self) -> GGUFRotary:
+        """Rotary positions."""
+        return GGUFRotary(self.config, self.family, self.head_dim)
 
     @property
     def layer_types(self) -> list[str]:
@@ -99,20 +106,6 @@ class GGUFModel:
         offset = self.family.offset_norms and name.endswith("norm.weight")
         return values.float() + 1 if offset else values.float()
 
-    def rope_factors(self) -> dict[str, Tensor]:
-        """Return llama.cpp's divisors of the frequencies by their tensors' names, float32 `[head_dim / 2]` or less."""
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-        rope = self.rope or {"rope_type": "default"}
-        if rope["rope_type"] == "longrope":
-            return {f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"]) for kind in ("long", "short")}
-        if rope["rope_type"] != "llama3":
-            return {}
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](self.config, torch.device("cpu"))
-        turned = 2 * len(scaled)
-        plain = rope["rope_theta"] ** -(torch.arange(0, turned, 2, dtype=torch.float64) / turned)
-        return {"rope_freqs.weight": (plain / scaled).float()}
-
     def describe(self, writer: GGUFWriter, vocabulary: int) -> None:
         """Write the sizes of a model with `vocabulary` tokens."""
         config = self.config
@@ -131,45 +124,22 @@ class GGUFModel:
                 getattr(writer, f"add_{method}")(value)
         if "sliding_attention" in self.layer_types:
             writer.add_sliding_window(config.sliding_window)
-        self._describe_rope(writer)
-
-    def _describe_rope(self, writer: GGUFWriter) -> None:
-        """Write the parameters of rotary positions."""
-        from gguf import RopeScalingType
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-        rope = self.rope
-        if rope is None:
-            return
-        writer.add_rope_dimension_count(int(self.head_dim * rope.get("partial_rotary_factor", 1)))
-        writer.add_rope_freq_base(rope["rope_theta"])
-        windowed = self.config.rope_parameters.get("sliding_attention")
-        if windowed:
-            writer.add_rope_freq_base_swa(windowed["rope_theta"])
-        if rope["rope_type"] in ("linear", "yarn"):
-            writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
-            writer.add_rope_scaling_factor(rope["factor"])
-        if rope["rope_type"] in ("yarn", "longrope"):
-            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        if rope["rope_type"] == "longrope":
-            _, factor = ROPE_INIT_FUNCTIONS["longrope"](self.config, torch.device("cpu"))
-            writer.add_rope_scaling_attn_factors(factor)
+        self.rotary.describe(writer)
 
     # --- what llama.cpp would run otherwise ---------------------------------------------------------------------------
 
     def obstacles(self) -> Iterator[str]:
         """Yield the properties of the model that a GGUF file cannot say, or not to llama.cpp."""
         config, family = self.config, self.family
-        activation = _first(config, *ACTIVATION)
+        yield from overlooked(config, READ | family.read, family.fixed)
+        activation = _first(config, *(entry for entry in ACTIVATION if entry in entries_of(type(config))))
         if activation != family.activation:
             yield f"the activation {activation!r}"
-        for entry, allowed in family.fixed.items():
-            value = getattr(config, entry, None)
-            if value not in (allowed if isinstance(allowed, tuple) else (allowed,)):
-                yield f"{entry} {value!r}"
         tied = bool(getattr(config, "tie_word_embeddings", False))
         if family.tied not in (None, tied):
             yield "a head that is the token table" if tied else "a head beside the token table"
+        if config.num_hidden_layers == family.window_layers:
+            yield f"{family.window_layers} layers, at which llama.cpp takes attention windows for granted"
         if family.whole_heads and self.heads * self.head_dim != config.hidden_size:
             yield f"{self.heads} heads of {self.head_dim} numbers, not of {config.hidden_size} in all"
         if family.own_keys and self.key_heads != self.heads:
@@ -181,11 +151,8 @@ class GGUFModel:
 
     def _positions(self) -> Iterator[str]:
         """Yield what is unusual in rotary positions and attention windows."""
-        config, family, rope = self.config, self.family, self.rope or {"rope_type": "default"}
-        if rope.get("rope_type") not in ROPE_TYPES:
-            yield f"rotary positions of type {rope.get('rope_type')!r}"
-        if family.interleaved and rope.get("partial_rotary_factor", 1) != 1:
-            yield "rotary positions on part of each head"
+        config, family = self.config, self.family
+        yield from self.rotary.obstacles()
         layers = range(1, config.num_hidden_layers + 1)
         if family.no_rope_every:
             expected = [int(layer % family.no_rope_every != 0) for layer in layers]
@@ -213,9 +180,7 @@ def gguf_model(folder: Path, entries: dict[str, Any]) -> GGUFModel:
     config, family = AutoConfig.for_model(**entries), FAMILIES[kind]
     names = get_tensor_name_map(MODEL_ARCH[family.architecture], config.num_hidden_layers)
     model = GGUFModel(config, family, names.get_name)
-    obstacle = next(model.obstacles(), None)
-    if obstacle is not None:
-        raise InputError(f"{folder} has {obstacle}, which cannot go to GGUF here; export to another format")
+    refuse(folder, model.obstacles(), "GGUF")
     return model
 
 

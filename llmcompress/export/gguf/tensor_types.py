@@ -223,9 +223,10 @@ class Grouped:
         """Return why no type holds the matrix, after its name."""
         if not bool((self.scale.half().float() == self.scale).all()):
             return "has scales that float16 cannot hold once they are halved"
-        low, high, _ = self.ends
+        low, high, odd = self.ends
         if low < -128 or high > 127:
-            return f"has integers from {low} to {high}, more than the 8 bits of Q8_0"
+            narrow = ", and fits when it is compressed with narrow_range: true" if odd else ""
+            return f"has integers from {low} to {high}, more than the 8 bits of Q8_0{narrow}"
         if self.offset is not None:
             return "has an offset for each group, which only types with as many columns in a group have"
         return f"of width {self.k.shape[1]} does not fill blocks of 32 columns with one scale each"

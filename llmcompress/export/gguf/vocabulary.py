@@ -143,8 +143,16 @@ def _tokens(path: Path, entries: dict[str, Any], size: int) -> tuple[list[str], 
             types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     if max(texts) >= size:
         raise InputError(f"{path} has tokens up to {max(texts)}, but the model has {size}; they do not belong together")
-    numbers = range(size)
-    return [texts.get(number, f"[PAD{number}]") for number in numbers], [types.get(n, UNUSED) for n in numbers]
+    taken, numbers = set(texts.values()), range(size)
+    return [texts.get(n) or _filler(n, taken) for n in numbers], [types.get(n, UNUSED) for n in numbers]
+
+
+def _filler(number: int, taken: set[str]) -> str:
+    """Return a name for an id without a token, which no token has: llama.cpp loads no file that has a name twice."""
+    name = f"[PAD{number}]"
+    while name in taken:
+        name = f"[{name}]"
+    return name
 
 
 def _special(tokenizer: Any, config: dict[str, Any], key: str) -> int | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluate import report
-from llmcompress.export.exported import Exported
+from llmcompress.export.exported import ALLOW_DENSE, Exported
 from llmcompress.export.gguf.model import GGUFModel, gguf_model
 from llmcompress.export.gguf.tensor_types import (
     FLOATS,
@@ -120,7 +120,7 @@ def to_gguf(opened: Opened, output: Path, allow_dense: bool = False, round_to: s
             *_kept(plan),
             f"the vocabulary of {len(vocabulary.tokens)} tokens, as {vocabulary.model} ({vocabulary.pre})",
         ),
-        changed=(*_changes(plan, output), *vocabulary.notes),
+        changed=(*_changes(plan, output), *model.rotary.notes(), *vocabulary.notes),
     )
 
 
@@ -157,7 +157,7 @@ class Fallbacks:
             except Inexact as error:
                 why = error
         if not self.allow_dense:
-            raise InputError(f"{layer} does not fit GGUF ({why}); allow dense layers") from why
+            raise InputError(f"{layer} does not fit GGUF ({why}); {ALLOW_DENSE}") from why
         return Dense(values.to(torch.bfloat16)), FLOATS["BF16"], "bfloat16"
 
 
@@ -165,7 +165,7 @@ def planned(opened: Opened, model: GGUFModel, fallbacks: Fallbacks) -> FilePlan:
     """The type of every tensor. Raises InputError for what GGUF cannot hold, unless it may be rounded."""
     plan = FilePlan()
     transposed = transposed_linears(opened.folder)
-    for name, factors in model.rope_factors().items():
+    for name, factors in model.rotary.divisors().items():
         plan.place(name, Dense(factors), partial(Dense, factors))
     stacks = stacked(opened)
     inside = {layer for layers in stacks.values() for layer in layers}
