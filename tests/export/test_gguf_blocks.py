@@ -226,7 +226,7 @@ def test_what_no_type_holds_is_rounded_where_that_is_asked_for(tmp_path: Any) ->
     table = [{"method": "gguf", "type": "Q8_0"}]
     small = checkpoint(tmp_path / "dense", tmp_path / "small", ("*", steps), embeddings=table)
     done = export(small, tmp_path / "out", "gguf", round_to="Q8_0")
-    assert done.kept[0] == "1 matrices, value for value (1 as Q8_0)"
+    assert done.kept[0] == "2 matrices, value for value (2 as Q8_0)", "the token table and the output head"
     assert done.changed[0].startswith("14 matrices became Q8_0, model.layers.0.mlp.down_proj first, rounded by at")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
     tensor, layer = tensors["blk.1.ffn_down.weight"], "model.layers.1.mlp.down_proj"
