@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from llmcompress.losses.divergence import FLOOR
 from llmcompress.losses.loss import LossConfig, Predictions, loss_config, losses, measure
 from tests.losses.cases import BY_TRUTH, CROSS_ENTROPIES, every_loss, random_predictions, solved, value
-from tests.rules.source_tree import MODULES
+from tests.rules.source_tree import modules
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 NEVER = [float("-inf"), torch.finfo(torch.bfloat16).min, 10 * FLOOR]
@@ -185,7 +185,7 @@ def test_a_config_survives_being_written(config: LossConfig) -> None:
 
 
 def test_every_loss_is_registered_by_its_file() -> None:
-    [index] = [module for module in MODULES if module.name == "llmcompress.losses"]
-    declared = {m.name for m in MODULES if "\n@loss(" in m.text or "\n@feature_loss(" in m.text}
+    [index] = [module for module in modules() if module.name == "llmcompress.losses"]
+    declared = {m.name for m in modules() if "\n@loss(" in m.text or "\n@feature_loss(" in m.text}
     assert declared <= index.local_imports(), "losses/__init__.py does not import all of them"
     assert {f"llmcompress.losses.{name}" for name in losses()} <= declared, "a loss's file has its name"

@@ -7,7 +7,7 @@ import sys
 import tomllib
 from importlib import metadata
 
-from tests.rules.source_tree import MODULES, ROOT, Module
+from tests.rules.source_tree import ROOT, Module, modules
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LATE = {  # read only when what they are about is there: kernels in Triton, changes to PEFT, vLLM
@@ -46,20 +46,20 @@ def _others(module: Module) -> dict[str, bool]:
 
 
 def test_imports_are_declared() -> None:
-    undeclared = {str(m): sorted(_others(m).keys() - CORE - EXTRAS) for m in MODULES}
+    undeclared = {str(m): sorted(_others(m).keys() - CORE - EXTRAS) for m in modules()}
     undeclared = {module: names for module, names in undeclared.items() if names}
     assert not undeclared, f"declare in pyproject.toml, core or an extra: {undeclared}"
 
 
 def test_extras_are_imported_when_used() -> None:
-    modules = [m for m in MODULES if m.name not in LATE]
-    eager = {str(m): sorted(n for n, at_top in _others(m).items() if at_top and n not in CORE) for m in modules}
+    early = [m for m in modules() if m.name not in LATE]
+    eager = {str(m): sorted(n for n, at_top in _others(m).items() if at_top and n not in CORE) for m in early}
     eager = {module: names for module, names in eager.items() if names}
     assert not eager, f"these come with an extra, so import them inside the function that needs them: {eager}"
 
 
 def test_late_files_are_imported_when_used() -> None:
-    others = [m for m in MODULES if m.name not in LATE]
+    others = [m for m in modules() if m.name not in LATE]
     eager = [f"{m}: {name}" for m in others for name, at_top in m.imports() if at_top and _in_a_late_file(name)]
     assert not eager, f"these need an extra, so import them inside the function that needs them: {eager}"
 
@@ -69,5 +69,5 @@ def _in_a_late_file(dotted: str) -> bool:
 
 
 def test_core_is_lean() -> None:
-    unused = CORE - {name for module in MODULES for name in _others(module)}
+    unused = CORE - {name for module in modules() for name in _others(module)}
     assert not unused, f"nothing in llmcompress/ imports {sorted(unused)}; take them out of pyproject.toml's core"

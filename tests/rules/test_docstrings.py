@@ -7,7 +7,7 @@ import inspect
 import re
 
 import llmcompress as lc
-from tests.rules.source_tree import MODULES, ROOT, read
+from tests.rules.source_tree import ROOT, modules, read
 
 CLAUSE = re.compile(r"(What|Which|Whether|Where|How|Who|When|Why)\b")
 FUNCTIONS = [name for name in lc.__all__ if inspect.isroutine(getattr(lc, name))]
@@ -17,7 +17,7 @@ PLACES = ("scripts", "tests", "examples")
 def test_no_docstring_begins_with_a_clause() -> None:
     files = [read(path) for place in PLACES for path in sorted((ROOT / place).rglob("*.py"))]
     wrong = []
-    for module in (*MODULES, *files):
+    for module in (*modules(), *files):
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = ast.get_docstring(node) or ""

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 import tables
 from records import recipe_path, recipe_sha256
 from rows import calibration
@@ -19,6 +18,7 @@ RECIPES = {path.stem for path in (ROOT / "configs").glob("*/*.yaml") if path.par
 RECORDS = [record for record in tables.all_records() if "numbers" in record]
 OF_RECIPES = [record for record in RECORDS if record.get("recipe", "dense") != "dense"]
 KEYS = {"table", "command", "date", "commit", "model", "text", "calibration", "machine", "versions", "numbers"}
+COMMANDS = {"python", "llmcompress", "./scripts/demo", "./scripts/gpu_check"}
 PENDING = {  # recipes that nobody has measured yet; only ever to be shortened
     "exl3",  # no side of the embedded model's linears is a multiple of 128
     "gptq-2-g64-flexround",
@@ -54,42 +54,53 @@ def test_every_recipe_has_a_record() -> None:
     assert RECIPES - measured == PENDING, "measure a new recipe by scripts/bench/rows.py; take measured ones out"
 
 
-@pytest.mark.parametrize("record", RECORDS, ids=_name)
-def test_record_says_how_it_was_made(record: dict[str, Any]) -> None:
-    assert record.keys() >= KEYS
-    assert record["command"].split()[0] in {"python", "llmcompress", "./scripts/demo", "./scripts/gpu_check"}
+def test_records_say_how_they_were_made() -> None:
+    incomplete = [_name(record) for record in RECORDS if not _says_how(record)]
+    assert not incomplete, f"{incomplete} lack a key, a command of ours, or the commit, machine and versions"
+
+
+def _says_how(record: dict[str, Any]) -> bool:
+    if not record.keys() >= KEYS or record["command"].split()[0] not in COMMANDS:
+        return False
     if record.get("source") == "transcribed":
-        assert len(record["recorded_at"]) == 40, "the commit whose page had the row"
-    else:
-        assert record["commit"][:40].isalnum() and record["machine"]["cpu"] and record["machine"]["threads"]
-        assert record["versions"]["torch"]
+        return len(record["recorded_at"]) == 40  # the commit whose page had the row
+    machine = record["machine"]
+    return bool(
+        record["commit"][:40].isalnum() and machine["cpu"] and machine["threads"] and record["versions"]["torch"]
+    )
 
 
-@pytest.mark.parametrize(
-    "record", [record for record in RECORDS if record.get("recipe", "dense") != "dense"], ids=_name
-)
-def test_recipe_of_a_record_is_that_of_today(record: dict[str, Any]) -> None:
-    today = recipe_sha256(recipe_path(record["recipe"]).read_text(encoding="utf-8"))
-    same = record["recipe_sha256"] == today
-    assert same != record.get("recipe_changed", False), "a record says so, by recipe_changed, where its recipe changed"
+def test_records_say_whether_their_recipe_has_changed() -> None:
+    today = {name: recipe_sha256(recipe_path(name).read_text(encoding="utf-8")) for name in RECIPES}
+    wrong = [
+        _name(record)
+        for record in OF_RECIPES
+        if (record["recipe_sha256"] == today[record["recipe"]]) == record.get("recipe_changed", False)
+    ]
+    assert not wrong, f"{wrong}: a record says by recipe_changed that its recipe has changed"
 
 
-@pytest.mark.parametrize("record", [record for record in RECORDS if record["table"] == "methods"], ids=_name)
-def test_calibration_of_a_record_is_that_of_its_recipe(record: dict[str, Any]) -> None:
+def test_records_of_methods_are_calibrated_as_their_recipe_asks() -> None:
     """The command gives every recipe one text, but for those that ask for none; a run without has no held-out error."""
-    assert record["command"].startswith("python scripts/bench/rows.py --data DATA --windows 8 "), "as all rows"
-    assert record["command"].endswith(f" {record['recipe']}")
-    name = record["recipe"]
+    wrong = [_name(record) for record in RECORDS if record["table"] == "methods" and not _is_calibrated_alike(record)]
+    assert not wrong, f"{wrong}: measure them by scripts/bench/rows.py as the others"
+
+
+def _is_calibrated_alike(record: dict[str, Any]) -> bool:
+    name, command = record["recipe"], record["command"]
     asks = name != "dense" and read_recipe(recipe_path(name)).calibration is not None
-    assert record["calibration"] == (calibration(Path()) if asks else None)
-    assert (record["numbers"].get("error_heldout") is not None) == asks
+    as_all = command.startswith("python scripts/bench/rows.py --data DATA --windows 8 ") and command.endswith(
+        f" {name}"
+    )
+    text = record["calibration"] == (calibration(Path()) if asks else None)
+    return as_all is not None and text and (record["numbers"].get("error_heldout") is not None) == asks
 
 
-@pytest.mark.parametrize("record", [record for record in RECORDS if record.get("recipe") in DISTILLATIONS], ids=_name)
-def test_distilled_rows_stand_below_their_students(record: dict[str, Any]) -> None:
-    rows = tables.current(record["table"], RECORDS)
-    above = rows[: rows.index(record)]
-    assert any(row["student"] and row["text"] == record["text"] for row in above)
+def test_distilled_rows_stand_below_their_students() -> None:
+    for record in (record for record in RECORDS if record.get("recipe") in DISTILLATIONS):
+        rows = tables.current(record["table"], RECORDS)
+        above = rows[: rows.index(record)]
+        assert any(row["student"] and row["text"] == record["text"] for row in above), _name(record)
 
 
 def test_verdicts_name_rows_that_exist_or_are_waited_for() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from graphlib import TopologicalSorter
 
-from tests.rules.source_tree import MODULES, ROOT, repository_files
+from tests.rules.source_tree import ROOT, Module, modules, repository_files
 
 # The rooms, and what each may import besides its own files and `errors`.
 ROOMS: dict[str, set[str]] = {
@@ -33,19 +33,26 @@ SIBLINGS = {
 }
 NOUNS_MISSING = {"utils", "util", "common", "base", "manager", "helpers", "misc"}
 
-ROOM_MODULES = [module for module in MODULES if module.room]
-METHODS = {module.name for module in MODULES if "\n@method(" in module.text}
+
+def room_modules() -> list[Module]:
+    """Return every module that is in a room."""
+    return [module for module in modules() if module.room]
+
+
+def method_modules() -> set[str]:
+    """Return the names of the modules that register a method."""
+    return {module.name for module in modules() if "\n@method(" in module.text}
 
 
 def test_every_file_has_a_room() -> None:
-    homeless = sorted(str(module) for module in ROOM_MODULES if module.room not in ROOMS)
+    homeless = sorted(str(module) for module in room_modules() if module.room not in ROOMS)
     assert not homeless, f"{homeless} are in no room; put each into the one whose subject it shares"
 
 
 def test_imports_go_down() -> None:
     wrong = [
         f"{module} imports {name}"
-        for module in ROOM_MODULES
+        for module in room_modules()
         for name in sorted(module.local_imports())
         if _room(name) not in {module.room, "errors", "", *ROOMS.get(module.room, ())}
     ]
@@ -53,15 +60,15 @@ def test_imports_go_down() -> None:
 
 
 def test_imports_have_no_circle() -> None:
-    TopologicalSorter({module.name: module.local_imports() - {module.name} for module in MODULES}).prepare()
+    TopologicalSorter({module.name: module.local_imports() - {module.name} for module in modules()}).prepare()
 
 
 def test_methods_do_not_import_methods() -> None:
     wrong = [
         f"{module} imports {name}"
-        for module in ROOM_MODULES
+        for module in room_modules()
         if module.room == "methods" and module.name != "llmcompress.methods"
-        for name in sorted(module.local_imports() & METHODS - {module.name} - SIBLINGS.get(module.name, set()))
+        for name in sorted(module.local_imports() & method_modules() - {module.name} - SIBLINGS.get(module.name, set()))
     ]
     assert not wrong, f"{wrong}: move the shared part to a file without @method"
 
@@ -71,8 +78,8 @@ def _room(name: str) -> str:
 
 
 def test_every_method_is_registered() -> None:
-    [index] = [module for module in MODULES if module.name == "llmcompress.methods"]
-    absent = METHODS - index.local_imports()
+    [index] = [module for module in modules() if module.name == "llmcompress.methods"]
+    absent = method_modules() - index.local_imports()
     assert not absent, f"methods/__init__.py does not import {sorted(absent)}"
 
 
@@ -83,7 +90,7 @@ def test_no_file_is_named_after_nothing() -> None:
 
 def test_no_two_public_classes_share_a_name() -> None:
     homes: dict[str, list[str]] = {}
-    for module in MODULES:
+    for module in modules():
         for node in module.tree.body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(str(module))
