@@ -280,13 +280,20 @@ class CompressedEmbedding(Compressed, nn.Embedding):
         """
         like = self.get_parameter(LIKE)
         found = None if self.fast is None else self.fast(self, input)
-        if found is None:
-            chosen, places = input.unique(return_inverse=True)
-            if not torch.compiler.is_compiling():
-                self._check(chosen)
-            found = expression.dense(rows(self.layout.header, self.payload(), chosen))[places]
-        found = found.to(like.dtype)
+        found = (self._rows(input) if found is None else found).to(like.dtype)
         return found if self.scale is None else found * like.new_tensor(self.scale)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Return rows, float32 `[..., width]`, decoding each token once. A program that is traced decodes every place:
+        how many tokens differ, and so its shapes, would be known only when it runs."""
+        if torch.compiler.is_compiling():
+            is_known = ((ids >= 0) & (ids < self.num_embeddings)).all()
+            torch._assert_async(is_known, f"a token is not in a table of {self.num_embeddings}")
+            found = expression.dense(rows(self.layout.header, self.payload(), ids.flatten()))
+            return found.view(*ids.shape, self.embedding_dim)
+        chosen, places = ids.unique(return_inverse=True)
+        self._check(chosen)
+        return expression.dense(rows(self.layout.header, self.payload(), chosen))[places]
 
     def _check(self, chosen: Tensor) -> None:
         """Raise IndexError for tokens outside of the table; `chosen` is sorted."""
