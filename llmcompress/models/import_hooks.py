@@ -14,8 +14,8 @@ from types import ModuleType
 
 HABITS = "llmcompress.models.transformers_habits"
 AWAITED = {  # their module -> ours, which registers itself on import, or module:function
-    "transformers.modeling_utils": f"{HABITS}:count_in_transformers",
-    "transformers.trainer": f"{HABITS}:evaluate_in_trainer",
+    "transformers.modeling_utils": f"{HABITS}:mend_models",
+    "transformers.trainer": f"{HABITS}:mend_trainer",
     "peft.peft_model": f"{HABITS}:count_in_peft",
     "transformers.quantizers.auto": "llmcompress.models.hf_quantizer",
     "peft.tuners.tuners_utils": "llmcompress.models.peft_merge",

@@ -5,6 +5,8 @@ They are replaced once their modules are there (`import_hooks.py`), since neithe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from torch import nn
 from llmcompress.weight.modules import TiedMatrix, compressed_modules
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
 
 def uncounted_weights(model: nn.Module, exclude_embeddings: bool = False) -> int:
@@ -30,6 +32,19 @@ def uncounted_weights(model: nn.Module, exclude_embeddings: bool = False) -> int
     )
 
 
+def mend_models() -> None:
+    """Let the methods of transformers' models know payloads."""
+    count_in_transformers()
+    save_what_loads()
+    resize_tables()
+
+
+def mend_trainer() -> None:
+    """Let `Trainer`, and the trainers of TRL, know payloads."""
+    evaluate_in_trainer()
+    show_heads_to_trl()
+
+
 def count_in_transformers() -> None:
     """Let `model.num_parameters()` count weights."""
     from transformers.modeling_utils import PreTrainedModel
@@ -42,6 +57,47 @@ def count_in_transformers() -> None:
         return found if only_trainable else found + uncounted_weights(self, exclude_embeddings)
 
     PreTrainedModel.num_parameters = num_parameters  # type: ignore[method-assign]
+
+
+def save_what_loads() -> None:
+    """Let `save_pretrained` refuse a compressed model that a load would not give back, before it writes anything."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    save = PreTrainedModel.save_pretrained
+
+    @wraps(save)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        is_quantized = _is_ours(self) or vars(self).get("hf_quantizer") is not None
+        if not is_quantized or self._hf_peft_config_loaded:  # of one with adapters these alone are saved
+            return save(self, *args, **kwargs)
+        from llmcompress.models.saving import saving  # dense models are saved without it
+
+        with saving(self):
+            return save(self, *args, **kwargs)
+
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def resize_tables() -> None:
+    """Let `model.resize_token_embeddings` leave compressed tables alone, or make them dense to resize them."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    resize = PreTrainedModel.resize_token_embeddings
+
+    @wraps(resize)
+    def resize_token_embeddings(
+        self: PreTrainedModel,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Any:
+        from llmcompress.models.token_tables import ready_to_resize
+
+        if _is_ours(self) and not ready_to_resize(self, new_num_tokens, pad_to_multiple_of):
+            return self.get_input_embeddings()
+        return resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    PreTrainedModel.resize_token_embeddings = resize_token_embeddings  # type: ignore[method-assign]
 
 
 def count_in_peft() -> None:
@@ -79,6 +135,37 @@ def evaluate_in_trainer() -> None:
 
     trainer.validate_quantization_for_training = validate_later
     trainer.Trainer.train = train_validated  # type: ignore[method-assign]
+
+
+def show_heads_to_trl() -> None:
+    """Let trainers of TRL, which multiply by the head's matrix themselves, run with plain heads."""
+    from transformers.trainer import Trainer
+
+    for name in ("train", "evaluate", "predict"):
+        setattr(Trainer, name, _with_plain_heads(getattr(Trainer, name)))
+
+
+def _with_plain_heads(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def run(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        with _plain_heads(self):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _plain_heads(trainer: Trainer) -> Iterator[None]:
+    """Give the models of a trainer plain heads inside the context, if it is one of TRL's."""
+    with ExitStack() as plain:
+        if any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
+            from llmcompress.models.lora import plain_head
+
+            held: Iterable[Any] = (vars(trainer).get(name) for name in ("model", "ref_model", "teacher_model"))
+            for model in held:
+                if _is_ours(model) and hasattr(model, "get_output_embeddings"):
+                    plain.enter_context(plain_head(model))
+        yield
 
 
 def _is_ours(model: Any) -> bool:

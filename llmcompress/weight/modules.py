@@ -263,11 +263,23 @@ def row_scale(table: nn.Module) -> float | None:
 class CompressedEmbedding(Compressed, nn.Embedding):
     """Rows of a compressed table `[vocabulary, width]`; those looked up are decoded, never the whole table."""
 
-    def __init__(self, layout: Layout, payload: Tensor, dtype: torch.dtype, scale: float | None = None) -> None:
+    max_norm = None  # these four as adapters read them, which look up rows of their own
+    norm_type = 2.0
+    scale_grad_by_freq = False
+    sparse = False
+
+    def __init__(
+        self,
+        layout: Layout,
+        payload: Tensor,
+        dtype: torch.dtype,
+        scale: float | None = None,
+        padding_idx: int | None = None,
+    ) -> None:
         nn.Module.__init__(self)  # nn.Embedding's own would allocate the dense table
         self.num_embeddings, self.embedding_dim = layout.size
         self.scale = scale  # rows are multiplied by it, in some models
-        self.padding_idx = None  # matters to gradients of the table only, which has none
+        self.padding_idx = padding_idx  # matters to gradients of adapters, since the table has none
         like = torch.empty(0, dtype=dtype, device=payload.device)
         self.register_parameter(LIKE, nn.Parameter(like, requires_grad=False))
         self.hold(layout, payload)
@@ -281,7 +293,14 @@ class CompressedEmbedding(Compressed, nn.Embedding):
         like = self.get_parameter(LIKE)
         found = None if self.fast is None else self.fast(self, input)
         found = (self._rows(input) if found is None else found).to(like.dtype)
-        return found if self.scale is None else found * like.new_tensor(self.scale)
+        return found if self.scale is None else found * self.embed_scale
+
+    @property
+    def embed_scale(self) -> Tensor:
+        """By this name PEFT knows what rows are multiplied by. Raises AttributeError where they are not."""
+        if self.scale is None:
+            raise AttributeError("rows are not scaled")
+        return self.get_parameter(LIKE).new_tensor(self.scale)
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Return rows, float32 `[..., width]`, decoding each token once. A program that is traced decodes every place:

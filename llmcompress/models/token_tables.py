@@ -1,0 +1,56 @@
+"""Token tables and heads of a loaded model that are made dense to be given another number of rows."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from accelerate.hooks import add_hook_to_module
+from torch import nn
+
+from llmcompress.errors import InputError, listed
+from llmcompress.models.dequantize import dense_module, skeleton
+from llmcompress.weight.modules import Compressed, CompressedEmbedding, put
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def ready_to_resize(model: PreTrainedModel, tokens: int | None, multiple: int | None) -> bool:
+    """Make a compressed table and head dense if they are to have another number of rows; False if there is nothing to
+    do. New rows are trained or at least drawn, which codes cannot be.
+
+    `tokens`, `multiple`: as for `model.resize_token_embeddings`. Raises InputError for weights that are not in memory.
+    """
+    both = {"table": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    packed = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Compressed) and any(module is one for one in both.values())
+    }
+    if not packed or (tokens is None and multiple is None):
+        return not packed
+    rows = {_rows(module) for module in both.values() if module is not None}
+    wanted = _rows(both["table"]) if tokens is None else tokens
+    if multiple is not None:
+        wanted = -(-wanted // multiple) * multiple
+    if rows == {wanted}:
+        return False
+    if any(module.get_parameter("weight").is_meta for module in packed.values()):
+        raise InputError("a compressed token table cannot be resized while it is offloaded; load the model in memory")
+    plain = skeleton(type(model), model.config)
+    dtype = model.dtype
+    for name, module in packed.items():
+        dense = dense_module(module, plain.get_submodule(name), dtype)
+        if hasattr(module, "_hf_hook"):
+            add_hook_to_module(dense, module._hf_hook)
+        put(model, name, dense)
+    model.tie_weights()
+    warnings.warn(f"{listed(packed)} are dense from now on, in {dtype}, to have {wanted} rows", stacklevel=3)
+    return True
+
+
+def _rows(module: nn.Module) -> int:
+    if isinstance(module, CompressedEmbedding):
+        return module.num_embeddings
+    return module.layout.size[0] if isinstance(module, Compressed) else len(module.get_parameter("weight"))
