@@ -198,8 +198,7 @@ class LLMCompressQuantizer(HfQuantizer):
         tensors: Mapping[str, Tensor] = written
         if any(tensor.is_meta for tensor in tensors.values()):
             tensors = get_state_dict_offloaded_model(model)
-        layouts = {name: module.layout for name, module in compressed_modules(model).items()}
-        known = digests(tensors, payload_texts(layouts))
+        known = digests(tensors, payload_texts(layouts_of(model)))
         return written, known | saved_binding(model.config, known)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -330,6 +329,12 @@ def _check_flow(model: PreTrainedModel) -> None:
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"config.json gives layers sizes that do not fit each other ({reason}); {MENDING}") from error
+
+
+def layouts_of(model: nn.Module) -> dict[str, Layout]:
+    """Return the layout of every compressed module by name, by each of its names if it has several."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module.layout for name, module in modules if isinstance(module, Compressed)}
 
 
 def separate(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,13 +7,15 @@ that a load would build from that config is built without weights, and compared 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import InputError
 from llmcompress.models.dequantize import skeleton
@@ -23,16 +25,22 @@ from llmcompress.models.hf_quantizer import (
     LLMCompressConfig,
     LLMCompressQuantizer,
     expected,
+    layouts_of,
     prepare,
     table_entry,
 )
-from llmcompress.models.integrity import EXPONENTS, all_finite
+from llmcompress.models.integrity import EXPONENTS, MENDING, all_finite
 from llmcompress.models.skeleton import config_errors, reason
-from llmcompress.weight.modules import Compressed, CompressedEmbedding, compressed_modules
+from llmcompress.weight.modules import Compressed, CompressedEmbedding, CompressedLinear, compressed_modules
 from llmcompress.weight.tied import ties_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+PLAIN: dict[type, tuple[type, ...]] = {  # the modules that compressed ones stand for
+    CompressedLinear: (nn.Linear, Conv1D),
+    CompressedEmbedding: (nn.Embedding,),
+}
 
 
 @contextmanager
@@ -60,7 +68,7 @@ def saving(model: PreTrainedModel) -> Iterator[None]:
 def described(model: PreTrainedModel) -> LLMCompressConfig:
     """Return the `quantization_config` for the modules that a model has. Raises InputError for one that is none of its
     config's."""
-    return _described(model, _plain(model), model.state_dict(keep_vars=True))
+    return _described(model, _plain(model))
 
 
 def _checked(model: PreTrainedModel) -> LLMCompressConfig:
@@ -73,12 +81,13 @@ def _checked(model: PreTrainedModel) -> LLMCompressConfig:
                 f"{alias} is no longer {origin}, to which its config ties it; set model.config.tie_word_embeddings "
                 "to False, and both are saved"
             )
-    config = _described(model, plain, tensors)
+    ties = _ties(model)
+    _check_modules(model, plain, set(ties.values()))
+    config = _described(model, plain)
     try:
         prepare(plain, config)
     except InputError as error:
-        raise _refusal(f"{error}") from error
-    _check_modules(model, plain)
+        raise _refusal(f"{str(error).removesuffix(MENDING)}put back what was there") from error
     _check_tensors(model, plain, tensors)
     return config
 
@@ -93,24 +102,24 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _described(model: PreTrainedModel, plain: PreTrainedModel, tensors: Mapping[str, Tensor]) -> LLMCompressConfig:
+def _described(model: PreTrainedModel, plain: PreTrainedModel) -> LLMCompressConfig:
     """Return the config for the modules of `model`. A head that is tied to a table has no entry of its own."""
     tied = plain.all_tied_weights_keys
-    modules = compressed_modules(model)
-    table = {name: module.layout for name, module in modules.items() if f"{name}.weight" not in tied}
-    dense = dict(plain.named_modules())
-    sizes = {
+    table = {name: layout for name, layout in layouts_of(model).items() if f"{name}.weight" not in tied}
+    held = getattr(model.config, "quantization_config", None)
+    known = held if isinstance(held, LLMCompressConfig) else LLMCompressConfig()
+    linears = {
         name: list(module.weight.shape)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, Compressed) and _other_size(module, dense.get(name))
+        if isinstance(module, nn.Linear) and not isinstance(module, Compressed)
     }
-    known = getattr(model.config, "quantization_config", None)
-    versions = known.versions if isinstance(known, LLMCompressConfig) else {}
-    return LLMCompressConfig(**table_entry(table, sizes, _ties(model)), versions=versions)
-
-
-def _other_size(linear: nn.Linear, plain: nn.Module | None) -> bool:
-    return isinstance(plain, nn.Linear) and plain.weight.shape != linear.weight.shape
+    dense = {name: list(module.weight.shape) for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
+    sizes = {
+        name: size
+        for name, size in linears.items()
+        if name in known.sizes or dense.get(name, size) != size  # the others have the size that the config gives
+    }
+    return LLMCompressConfig(**table_entry(table, sizes, _ties(model)), versions=known.versions)
 
 
 def _ties(model: PreTrainedModel) -> dict[str, str]:
@@ -126,21 +135,23 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() or torch.equal(one.cpu(), other.cpu())
 
 
-def _check_modules(model: nn.Module, plain: nn.Module) -> None:
-    """Raise InputError unless a model consists of modules of the same kinds as the one that would be loaded."""
+def _check_modules(model: nn.Module, plain: nn.Module, bases: Iterable[str]) -> None:
+    """Raise InputError unless a model consists of modules of the same kinds as the one that would be loaded, but for
+    what is compressed, and for `bases`, the matrices that several linears have in common."""
     mine = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
     theirs = {name: type(module) for name, module in plain.named_modules(remove_duplicate=False)}
-    for name in (*mine, *theirs):
+    added = {place for name in bases for place in accumulate(name.split("."), "{}.{}".format)} - theirs.keys()
+    for name in dict.fromkeys((*mine, *theirs)):
         here, there = mine.get(name), theirs.get(name)
-        if here is there:
+        if name in added or here is there or (here and there and issubclass(there, PLAIN.get(here, ()))):
             continue
         if here is not None and here.__module__.startswith("peft."):
             raise _refusal(
                 f"{name} holds an adapter of PEFT; make it part of the model by llmcompress.fold, or save it alone by "
                 "save_pretrained of the PEFT model"
             )
-        is_, was = ("missing" if kind is None else f"a {kind.__name__}" for kind in (here, there))
-        raise _refusal(f"{name} is {is_} where a load would make it {was}; put back what was there, or describe it")
+        is_now, would_be = ("missing" if kind is None else f"a {kind.__name__}" for kind in (here, there))
+        raise _refusal(f"{name} is {is_now} where a load would make it {would_be}; put back what was there")
 
 
 def _check_tensors(model: PreTrainedModel, plain: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
