@@ -16,7 +16,7 @@ HABITS = "llmcompress.models.transformers_habits"
 AWAITED = {  # their module -> ours, which registers itself on import, or module:function
     "transformers.modeling_utils": f"{HABITS}:mend_models",
     "transformers.trainer": f"{HABITS}:mend_trainer",
-    "peft.peft_model": f"{HABITS}:count_in_peft",
+    "peft.peft_model": f"{HABITS}:mend_peft_models",
     "transformers.quantizers.auto": "llmcompress.models.hf_quantizer",
     "peft.tuners.tuners_utils": "llmcompress.models.peft_merge",
 }

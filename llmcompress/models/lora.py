@@ -2,9 +2,8 @@
 
 Folding is exact, unlike a merge into codes.
 
-with lc.plain_head(model):
-    trainer = SFTTrainer(model, peft_config=LoraConfig(...), ...)
-    trainer.train()
+trainer = SFTTrainer(model, peft_config=LoraConfig(...), ...)
+trainer.train()
 model = lc.fold(trainer.model)
 model.save_pretrained("folded")
 """

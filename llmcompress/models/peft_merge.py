@@ -83,8 +83,8 @@ def _check_whole_modules(model: nn.Module, config: Any) -> None:
         for name, module in model.named_modules():
             if name.endswith(tuple(ends)) and compressed_modules(module):
                 raise InputError(
-                    f"{key}: {name} is compressed, and codes cannot be trained; adapt it by LoRA (target_modules), or "
-                    "make the model dense by model.dequantize() first"
+                    f"{key}: {name} has compressed weights, and codes cannot be trained; adapt it by LoRA "
+                    "(target_modules), or make the model dense by model.dequantize() first"
                 )
 
 

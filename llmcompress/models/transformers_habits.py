@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llmcompress.weight.modules import TiedMatrix, compressed_modules
+from llmcompress.weight.modules import CompressedEmbedding, TiedMatrix, compressed_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
+
+BERTS_TABLE = "embeddings.word_embeddings"
 
 
 def uncounted_weights(model: nn.Module, exclude_embeddings: bool = False) -> int:
@@ -43,6 +45,12 @@ def mend_trainer() -> None:
     """Let `Trainer`, and the trainers of TRL, know payloads."""
     evaluate_in_trainer()
     show_heads_to_trl()
+
+
+def mend_peft_models() -> None:
+    """Let PEFT's models know payloads."""
+    count_in_peft()
+    prompts_beside_tables()
 
 
 def count_in_transformers() -> None:
@@ -112,6 +120,28 @@ def count_in_peft() -> None:
         return trainable, everything + uncounted_weights(self)
 
     PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters  # type: ignore[method-assign]
+
+
+def prompts_beside_tables() -> None:
+    """Let PEFT, which looks for the token table by the shape of its weight, find a compressed one for its prompts."""
+    from peft.peft_model import PeftModel
+
+    setup = PeftModel._setup_prompt_encoder
+
+    @wraps(setup)
+    def setup_prompt_encoder(self: PeftModel, adapter_name: str) -> None:
+        base: Any = self.base_model
+        table = base.get_input_embeddings() if _is_ours(base) else None
+        if not isinstance(table, CompressedEmbedding):
+            return setup(self, adapter_name)
+        find = base.get_submodule
+        vars(base)["get_submodule"] = lambda name: table if name == BERTS_TABLE else find(name)  # asked for first
+        try:
+            return setup(self, adapter_name)
+        finally:
+            del vars(base)["get_submodule"]
+
+    PeftModel._setup_prompt_encoder = setup_prompt_encoder  # type: ignore[method-assign]
 
 
 def evaluate_in_trainer() -> None:
