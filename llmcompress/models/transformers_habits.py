@@ -75,10 +75,10 @@ def save_what_loads() -> None:
 
     @wraps(save)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        is_quantized = _is_ours(self) or vars(self).get("hf_quantizer") is not None
-        if not is_quantized or self._hf_peft_config_loaded:  # of one with adapters these alone are saved
+        by_ours = type(vars(self).get("hf_quantizer")).__module__.startswith("llmcompress.")
+        if not (by_ours or _is_ours(self)) or self._hf_peft_config_loaded:  # of one with adapters these alone are saved
             return save(self, *args, **kwargs)
-        from llmcompress.models.saving import saving  # dense models are saved without it
+        from llmcompress.models.saving import saving  # other models are saved without it
 
         with saving(self):
             return save(self, *args, **kwargs)

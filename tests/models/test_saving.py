@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,8 +261,12 @@ def test_a_matrix_in_common_must_be_there(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "again")
 
 
-def test_a_dense_model_is_saved_as_ever(folder: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder.parent / "dense")
+def test_other_models_are_saved_as_ever(folder: Path, tmp_path: Path) -> None:
+    """Dense ones, and those of other quantizers."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder.parent / "dense")
     model.model.norm.weight.data[3] = torch.nan
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="another"))
+    with pytest.raises(ValueError, match="quantized with another and is not serializable"):
+        model.save_pretrained(tmp_path)
