@@ -47,12 +47,12 @@ def dequantized(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrained
     return model
 
 
-def skeleton(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
-    """Return the dense model of a class, on meta, for the config of a compressed one."""
+def skeleton(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Return the dense model of a class, on meta, for the config of a compressed one; `dtype`: instead of its own."""
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
     with torch.device("meta"):
-        found: PreTrainedModel = kind._from_config(config)
+        found: PreTrainedModel = kind._from_config(config, **({} if dtype is None else {"dtype": dtype}))
     return found
 
 

@@ -81,8 +81,8 @@ def _checked(model: PreTrainedModel) -> LLMCompressConfig:
                 f"{alias} is no longer {origin}, to which its config ties it; set model.config.tie_word_embeddings "
                 "to False, and both are saved"
             )
-    ties = _ties(model)
-    _check_modules(model, plain, set(ties.values()))
+    _check_modules(model, plain, set(_ties(model).values()))
+    _check_types(model, plain)
     config = _described(model, plain)
     try:
         prepare(plain, config)
@@ -95,7 +95,7 @@ def _checked(model: PreTrainedModel) -> LLMCompressConfig:
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
     """Return the dense model, on meta, that the config of a model describes."""
     try:
-        plain = skeleton(type(model), model.config)
+        plain = skeleton(type(model), model.config, model.dtype)
         unfuse(plain)
     except config_errors() as error:
         raise _refusal(f"its config describes no model ({reason(error)}); undo what was changed in it") from error
@@ -154,10 +154,23 @@ def _check_modules(model: nn.Module, plain: nn.Module, bases: Iterable[str]) -> 
         raise _refusal(f"{name} is {is_now} where a load would make it {would_be}; put back what was there")
 
 
-def _check_tensors(model: PreTrainedModel, plain: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+def _check_types(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    """Raise InputError for weights in another type than a load gives them: that of the model, or of the class."""
+    kept = [re.escape(name).replace(r"\*", ".*") for name in model._get_dtype_plan(model.dtype)]  # in float32
+    made = {name: value.dtype for name, value in plain.named_parameters(remove_duplicate=False)}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        is_kept = any(re.search(pattern, name) for pattern in kept)
+        given = torch.float32 if is_kept else made.get(name, model.dtype)
+        if value.is_floating_point() and value.dtype != given:
+            raise _refusal(
+                f"{name} is {value.dtype}, and a load gives it {given} beside the other weights; choose one type by "
+                "model.to(dtype)"
+            )
+
+
+def _check_tensors(model: nn.Module, plain: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raise InputError unless the tensors of a model are those that the loaded one would be filled with."""
-    wanted, kept = expected(plain), model._get_dtype_plan(model.dtype)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted = expected(plain)
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors or name not in wanted:
             place = "is missing" if name in wanted else "has no place in the model that is loaded"
@@ -171,12 +184,6 @@ def _check_tensors(model: PreTrainedModel, plain: PreTrainedModel, tensors: Mapp
             )
         if not all_finite(tensor, want):
             raise _refusal(f"{name} holds NaN or Inf; go back to the state before")
-        is_kept = any(re.search(pattern, name) for pattern in kept)
-        if name in parameters and tensor.is_floating_point() and tensor.dtype != model.dtype and not is_kept:
-            raise _refusal(
-                f"{name} is {tensor.dtype} beside weights in {model.dtype}, and a load gives all one type; choose it "
-                "by model.to(dtype)"
-            )
     for name, module in compressed_modules(model).items():
         _check_payload(name, module, plain.get_submodule(name), tensors[f"{name}.weight"])
 

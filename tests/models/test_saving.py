@@ -17,7 +17,9 @@ import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.weight.modules import CompressedLinear
 from llmcompress.weight.nodes import Dense
-from tests.tiny import save_tiny
+from tests.tiers import tiered
+from tests.tiny import FAMILY_CONFIGS, save_tiny
+from tests.zoo import HYBRIDS, MIXTURES, PLAIN, save_any
 
 RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 3, "group_size": 16}]}]
 IDS = torch.arange(30)[None] * 7 % 256
@@ -34,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    found: torch.Tensor = model(IDS).logits
+    found: torch.Tensor = model.eval()(IDS).logits
     return found
 
 
@@ -136,6 +138,21 @@ def test_what_is_saved_loads_to_the_same_bits(change: Change, folder: Path, tmp_
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "twice")), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "family", tiered([*FAMILY_CONFIGS, *MIXTURES, *HYBRIDS, *PLAIN], {"gpt2", "mixtral", "olmo_hybrid"}.__contains__)
+)
+def test_every_family_is_saved_in_the_type_it_has(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also where a class keeps some weights in float32."""
+    compressed = lc.compress(save_any(family, tmp_path / "dense"), {"version": 1, "rules": RULES}, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(compressed.folder, dtype=dtype)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.dtype == dtype
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_part_of_a_model_is_saved(folder: Path, tmp_path: Path) -> None:
     """The blocks alone; the whole model is saved as before."""
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -230,7 +247,7 @@ REFUSED: dict[Change, str] = {
     cut_payload: r"up_proj\.weight is torch\.uint8 \[\d+\] where a load asks for U8 \[\d+\]",
     not_a_number: r"model\.norm\.weight holds NaN or Inf",
     not_a_number_in_payload: r"up_proj\.weight holds NaN or Inf",
-    two_types: r"model\.norm\.weight is torch\.bfloat16 beside weights in torch\.float32.*model\.to\(dtype\)",
+    two_types: r"model\.norm\.weight is torch\.bfloat16, and a load gives it torch\.float32 .*model\.to\(dtype\)",
     rows_scaled: r"embed_tokens multiplies rows by 3\.0, not as its config says",
     adapted: r"q_proj holds an adapter of PEFT; make it part of the model by llmcompress\.fold",
 }
