@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.hooks import add_hook_to_module
 from torch import nn
@@ -18,26 +18,33 @@ if TYPE_CHECKING:
 
 def ready_to_resize(model: PreTrainedModel, tokens: int | None, multiple: int | None) -> bool:
     """Make a compressed table and head dense if they are to have another number of rows; False if there is nothing to
-    do. New rows are trained or at least drawn, which codes cannot be.
+    do. New rows are drawn and trained, which codes cannot be.
 
-    `tokens`, `multiple`: as for `model.resize_token_embeddings`. Raises InputError for weights that are not in memory.
+    `tokens`, `multiple`: as for `model.resize_token_embeddings`. Raises InputError for weights that are not in memory,
+    and for those that have an adapter.
     """
-    both = {"table": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    packed = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Compressed) and any(module is one for one in both.values())
-    }
-    if not packed or (tokens is None and multiple is None):
-        return not packed
-    rows = {_rows(module) for module in both.values() if module is not None}
-    wanted = _rows(both["table"]) if tokens is None else tokens
+    if tokens is None and multiple is None:
+        return False
+    outer: list[Any] = [
+        module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None
+    ]
+    both: list[Any] = [module.get_base_layer() if hasattr(module, "get_base_layer") else module for module in outer]
+    if not any(isinstance(module, Compressed) for module in both):
+        return True
+    wanted = _rows(both[0]) if tokens is None else tokens
     if multiple is not None:
         wanted = -(-wanted // multiple) * multiple
-    if rows == {wanted}:
+    if {_rows(module) for module in both} == {wanted}:
         return False
+    packed = {
+        name: module for name, module in model.named_modules() if isinstance(module, Compressed) and module in both
+    }
     if any(module.get_parameter("weight").is_meta for module in packed.values()):
         raise InputError("a compressed token table cannot be resized while it is offloaded; load the model in memory")
+    if not set(packed.values()) <= set(outer):
+        raise InputError(
+            f"{listed(packed)} cannot be resized with an adapter; do so before it is made, or after llmcompress.fold"
+        )
     plain = skeleton(type(model), model.config)
     dtype = model.dtype
     for name, module in packed.items():

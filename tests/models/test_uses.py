@@ -20,7 +20,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import llmcompress as lc
 from llmcompress.errors import InputError
@@ -240,6 +240,10 @@ def tables_are_resized(folder: Path, place: Path) -> None:
         assert logits(model).shape[-1] == rows and isinstance(model.model.layers[0].mlp.up_proj, CompressedLinear)
         model.save_pretrained(place / str(rows))
         assert torch.equal(logits(compressed(place / str(rows))), logits(model))
+    model = by_peft(compressed(folder), LoraConfig(r=2, target_modules=["embed_tokens"]))
+    model.resize_token_embeddings(264)
+    with pytest.raises(InputError, match="cannot be resized with an adapter; do so before it is made"):
+        model.resize_token_embeddings(300)
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------
@@ -413,7 +417,7 @@ def merges_are_refused(folder: Path, place: Path) -> None:
 # --- trainers -------------------------------------------------------------------------------------------------------
 
 
-def settings(kind: Any, place: Path) -> Any:
+def settings(kind: Any, place: Path, **more: Any) -> Any:
     return kind(
         str(place),
         max_steps=2,
@@ -423,6 +427,7 @@ def settings(kind: Any, place: Path) -> Any:
         bf16=False,
         save_strategy="no",
         disable_tqdm=True,
+        **more,
     )
 
 
@@ -464,6 +469,33 @@ def trl_trains(folder: Path, place: Path) -> None:
     near(logits(model), logits(dense))
 
 
+@use("`DPOTrainer(...)`, `GRPOTrainer(...)` of TRL", "the same")
+def trl_trains_by_preferences(folder: Path, place: Path) -> None:
+    pairs = Dataset.from_list([{"prompt": "The mill", "chosen": " grinds", "rejected": " is a goose"}] * 4)
+    prompts = Dataset.from_list([{"prompt": "The mill"}] * 4)
+    reward = {"reward_funcs": lambda completions, **_: [float(len(set(text))) for text in completions]}
+    asked = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4, "beta": 0.1}
+    for trainer, kind, more, how, rows in (
+        (DPOTrainer, DPOConfig, {}, {}, pairs),
+        (GRPOTrainer, GRPOConfig, reward, asked, prompts),
+    ):
+        trained = []
+        for model in both(folder):
+            torch.manual_seed(0)
+            run = trainer(
+                model,
+                args=settings(kind, place, **how),
+                train_dataset=rows,
+                peft_config=LoraConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM"),
+                processing_class=load_tokenizer(folder),
+                **more,
+            )
+            run.train()
+            trained.append(logits(run.model))
+        near(*trained)
+        assert not torch.allclose(trained[0], logits(compressed(folder)), atol=1e-3)
+
+
 @use("`prepare_model_for_kbit_training(model)`, `model.gradient_checkpointing_enable()`", "as on the dense model")
 def gradients_are_checkpointed(folder: Path, place: Path) -> None:
     found = []
@@ -474,6 +506,7 @@ def gradients_are_checkpointed(folder: Path, place: Path) -> None:
 
 
 SCALED = {"lora_trains", "tables_are_resized", "adapters_are_folded"}  # where the scale of rows matters
+SLOW = {"trl_trains_by_preferences"}
 
 
 def cases() -> list[Any]:
@@ -481,9 +514,10 @@ def cases() -> list[Any]:
     found = []
     for family in FAMILIES:
         for case in USES:
-            is_slow = family != FAMILIES[0] and case.shown.__name__ not in SCALED
+            name = case.shown.__name__
+            is_slow = name in SLOW or (family != FAMILIES[0] and name not in SCALED)
             marks = pytest.mark.slow if is_slow else ()
-            found.append(pytest.param(case, family, id=f"{case.shown.__name__}-{family}", marks=marks))
+            found.append(pytest.param(case, family, id=f"{name}-{family}", marks=marks))
     return found
 
 
