@@ -77,7 +77,7 @@ class Lookup:
     def __call__(self, table: CompressedEmbedding, ids: Tensor) -> Tensor | None:
         """Return rows `[..., width]` of a few tokens; None of many, and before the head was first used."""
         payload, kept = table._parameters["weight"], self.head.kept
-        if kept is None or payload is None or not kept.holds(payload) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or kept is None or payload is None or not kept.holds(payload):
             return None
         term, places = kept.prepared.plain, ids.flatten().tolist() if 0 < ids.numel() <= FEW else []
         if term is None or not places or min(places) < 0 or max(places) >= table.num_embeddings:

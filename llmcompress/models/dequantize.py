@@ -37,7 +37,7 @@ def dequantized(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrained
     ties = ties_of(model)
     for name, module in compressed_modules(model).items():
         if not isinstance(module, TiedMatrix):
-            put(model, name, _dense(module, unfused.get_submodule(name), dtype))
+            put(model, name, dense_module(module, unfused.get_submodule(name), dtype))
     untie(model, ties)
     for name, experts in experts_of(model).items():
         put(model, name, _fused(experts, plain.get_submodule(name)))
@@ -47,12 +47,12 @@ def dequantized(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrained
     return model
 
 
-def skeleton(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
-    """Return the dense model of a class, on meta, for the config of a compressed one."""
+def skeleton(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Return the dense model of a class, on meta, for the config of a compressed one; `dtype`: instead of its own."""
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
     with torch.device("meta"):
-        found: PreTrainedModel = kind._from_config(config)
+        found: PreTrainedModel = kind._from_config(config, **({} if dtype is None else {"dtype": dtype}))
     return found
 
 
@@ -63,7 +63,7 @@ def _fused(experts: Experts, plain: nn.Module) -> nn.Module:
     return plain.train(experts.training)
 
 
-def _dense(module: Compressed, plain: Any, dtype: torch.dtype) -> nn.Module:
+def dense_module(module: Compressed, plain: Any, dtype: torch.dtype) -> nn.Module:
     """Return `plain`, a module on meta, with the decoded weight; another size if the model was edited."""
     whole = module.whole() if isinstance(module, CompressedLinear) else module.expression()
     weight = expression.dense(whole).to(dtype)

@@ -164,10 +164,10 @@ class LLMCompressQuantizer(HfQuantizer):
         config, whole = self.quantization_config, model
         if (kind := _causal(model)) is not None:  # the files hold a model with another head, or with one
             whole = skeleton(kind, model.config)
-            _prepare(whole, config)
+            prepare(whole, config)
             config = within(model, config)
             self.quantization_config = model.config.quantization_config = config
-        _prepare(model, config)
+        prepare(model, config)
         if files := [Path(name) for name in kwargs.get("checkpoint_files") or ()]:  # none where tensors were passed
             check_buffers(model, "config.json", sum(path.stat().st_size for path in files))
             check(files, expected(whole), whole.all_tied_weights_keys)
@@ -190,14 +190,16 @@ class LLMCompressQuantizer(HfQuantizer):
         """True: `save_pretrained` writes the payload unchanged."""
         return True
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Return no tensors other than the model's own, and their digests for the header, to `save_pretrained`."""
-        tensors = model.state_dict()
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Return the tensors that `save_pretrained` is to write, and their digests for the header."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # an adapter is written, without the model
+            return None, {}
+        written = separate(model, model.state_dict())
+        tensors: Mapping[str, Tensor] = written
         if any(tensor.is_meta for tensor in tensors.values()):
             tensors = get_state_dict_offloaded_model(model)
-        layouts = {name: module.layout for name, module in compressed_modules(model).items()}
-        known = digests(tensors, payload_texts(layouts))
-        return None, known | saved_binding(model.config, known)
+        known = digests(tensors, payload_texts(layouts_of(model)))
+        return written, known | saved_binding(model.config, known)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # transformers passes its config's, which `save_pretrained` makes a word
@@ -210,7 +212,7 @@ class LLMCompressQuantizer(HfQuantizer):
         return True
 
 
-def _prepare(model: PreTrainedModel, config: LLMCompressConfig) -> None:
+def prepare(model: PreTrainedModel, config: LLMCompressConfig) -> None:
     """Put empty compressed modules into a model on meta, one for each matrix of its experts."""
     unfuse(model)
     table, bases = config.table(), set(config.ties.values())
@@ -329,12 +331,31 @@ def _check_flow(model: PreTrainedModel) -> None:
         raise InputError(f"config.json gives layers sizes that do not fit each other ({reason}); {MENDING}") from error
 
 
+def layouts_of(model: nn.Module) -> dict[str, Layout]:
+    """Return the layout of every compressed module by name, by each of its names if it has several."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module.layout for name, module in modules if isinstance(module, Compressed)}
+
+
+def separate(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a model, copies of those that share memory though config.json does not tie them."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    seen: dict[int, str] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        first = seen.setdefault(tensor.data_ptr(), name) if tensor.numel() and not tensor.is_meta else name
+        is_copy = first == name or tied.get(name, name) == tied.get(first, first)
+        found[name] = tensor if is_copy else tensor.clone()
+    return found
+
+
 def _empty(name: str, dense: nn.Module, layout: Layout) -> CompressedLinear | CompressedEmbedding:
     """Return the compressed module, on meta, that replaces a dense one. Raises InputError for a table without rows."""
     if isinstance(dense, nn.Embedding):
         if not has_rows(layout.header):
             raise InputError(f"config.json describes {name} in a form whose rows cannot be looked up; {MENDING}")
-        return CompressedEmbedding(layout, _bytes(layout), torch.get_default_dtype(), row_scale(dense))
+        dtype = torch.get_default_dtype()
+        return CompressedEmbedding(layout, _bytes(layout), dtype, row_scale(dense), dense.padding_idx)
     return CompressedLinear(layout, _bytes(layout), getattr(dense, "bias", None))
 
 

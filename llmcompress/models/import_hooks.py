@@ -14,9 +14,9 @@ from types import ModuleType
 
 HABITS = "llmcompress.models.transformers_habits"
 AWAITED = {  # their module -> ours, which registers itself on import, or module:function
-    "transformers.modeling_utils": f"{HABITS}:count_in_transformers",
-    "transformers.trainer": f"{HABITS}:evaluate_in_trainer",
-    "peft.peft_model": f"{HABITS}:count_in_peft",
+    "transformers.modeling_utils": f"{HABITS}:mend_models",
+    "transformers.trainer": f"{HABITS}:mend_trainer",
+    "peft.peft_model": f"{HABITS}:mend_peft_models",
     "transformers.quantizers.auto": "llmcompress.models.hf_quantizer",
     "peft.tuners.tuners_utils": "llmcompress.models.peft_merge",
 }

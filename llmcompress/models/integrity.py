@@ -81,6 +81,16 @@ def _finite(stored: NDArray[np.uint8], places: Iterable[tuple[torch.dtype, int, 
     return True
 
 
+def all_finite(tensor: Tensor, wanted: Expected) -> bool:
+    """True if no float of a tensor, or in a payload, is infinite or NaN."""
+    return _all_finite(_bytes(tensor), tensor, wanted)
+
+
+def _all_finite(stored: NDArray[np.uint8], tensor: Tensor, wanted: Expected) -> bool:
+    whole = [(tensor.dtype, 0, len(stored))] if tensor.is_floating_point() else []
+    return _finite(stored, wanted.floats or whole)
+
+
 def digests(tensors: Mapping[str, Tensor], layouts: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata of a safetensors file with `tensors`; `layouts` has the layouts of payloads by name."""
     found = {name: digest(tensor, layouts.get(name, "")) for name, tensor in tensors.items()}
@@ -149,8 +159,7 @@ def _check_file(path: Path, expected: Mapping[str, Expected]) -> set[str]:
                 stored = _bytes(tensor)
                 if _digest(stored, tensor, wanted.layout) != written.get(name):
                     raise InputError(f"{path}: {name} is not as it was written, so the file is damaged; {MENDING}")
-                whole = [(tensor.dtype, 0, len(stored))] if tensor.is_floating_point() else []
-                if not _finite(stored, wanted.floats or whole):
+                if not _all_finite(stored, tensor, wanted):
                     raise InputError(f"{path}: {name} holds NaN or Inf; compress or train the model again")
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import save_and_load
 from torch import nn
 
 from llmcompress.errors import InputError, first_line, is_out_of_memory
-from llmcompress.weight.modules import Compressed, CompressedLinear, compressed_linears, put
+from llmcompress.weight.modules import Compressed, CompressedEmbedding, CompressedLinear, compressed_modules, put
 
 FROM_WEIGHTS = ("pissa", "olora", "corda", "loftq")  # beginnings of `init_lora_weights` that factor the dense weight
 UNSUITED = (AttributeError, IndexError, RuntimeError, TypeError)  # of a layer whose weight is no matrix
@@ -45,9 +46,10 @@ def trying_layers(inject: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(inject)
     def checked(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if not compressed_linears(model):
+        if not compressed_modules(model):
             return inject(tuner, model, adapter_name, *args, **kwargs)
         config = tuner.peft_config[adapter_name]
+        _check_whole_modules(model, config)
         start = str(getattr(config, "init_lora_weights", ""))
         if start.startswith(FROM_WEIGHTS):
             raise InputError(_refusal(f"LoRA that starts from the weights ({start})", "they are codes"))
@@ -68,6 +70,24 @@ def trying_layers(inject: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
+def _check_whole_modules(model: nn.Module, config: Any) -> None:
+    """Raise InputError for a config that trains whole modules, or single tokens, where there are codes."""
+    tokens = getattr(config, "trainable_token_indices", None)
+    asked = {"modules_to_save": list(getattr(config, "modules_to_save", None) or ())}
+    if isinstance(tokens, dict):
+        asked["trainable_token_indices"] = list(tokens)
+    elif tokens is not None:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+        asked["trainable_token_indices"] = [name for name, module in model.named_modules() if module is table]
+    for key, ends in asked.items():
+        for name, module in model.named_modules():
+            if name.endswith(tuple(ends)) and compressed_modules(module):
+                raise InputError(
+                    f"{key}: {name} has compressed weights, and codes cannot be trained; adapt it by LoRA "
+                    "(target_modules), or make the model dense by model.dequantize() first"
+                )
+
+
 def _refusal(what: str, reason: str) -> str:
     return (
         f"PEFT cannot put {what} on compressed layers ({reason}); train plain LoRA, or make the model dense by "
@@ -77,11 +97,11 @@ def _refusal(what: str, reason: str) -> str:
 
 @torch.no_grad()
 def _try(model: nn.Module, frozen: bool) -> None:
-    """Run one adapted compressed linear of each kind on one token, unless parts of it are on meta."""
+    """Run one adapted compressed layer of each kind on one token, unless parts of it are on meta."""
     tried: set[type[nn.Module]] = set()
     for layer in model.modules():
         base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
-        if not isinstance(base, CompressedLinear) or type(layer) in tried:
+        if not isinstance(base, (CompressedLinear, CompressedEmbedding)) or type(layer) in tried:
             continue
         tried.add(type(layer))
         values = list(layer.parameters())
@@ -92,9 +112,26 @@ def _try(model: nn.Module, frozen: bool) -> None:
         dtype = next((value.dtype for value in values if value.is_floating_point()), torch.float32)
         training = layer.training
         layer.eval()  # without dropout, which would draw random numbers
-        layer(torch.zeros(1, 1, base.in_features, dtype=dtype, device=base.W_q.device))
+        device = base.get_parameter("weight").device
+        if isinstance(base, CompressedEmbedding):
+            layer(torch.zeros(1, 1, dtype=torch.long, device=device))
+        else:
+            layer(torch.zeros(1, 1, base.in_features, dtype=dtype, device=device))
         layer.train(training)
 
 
+def without_payloads(name_of: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Return PEFT's name of a table that it would save beside an adapter, None for one that the adapter left alone
+    because it is compressed."""
+
+    @wraps(name_of)
+    def name(model: nn.Module, layer: nn.Module, is_adapted: bool) -> str | None:
+        is_payload = isinstance(getattr(layer, "base_layer", layer), Compressed)
+        return None if is_payload else name_of(model, layer, is_adapted)
+
+    return name
+
+
+save_and_load.get_embedding_layer_name = without_payloads(save_and_load.get_embedding_layer_name)
 BaseTuner.inject_adapter = trying_layers(BaseTuner.inject_adapter)  # type: ignore[method-assign]
 BaseTuner._check_merge_allowed = knowing_codes(BaseTuner._check_merge_allowed)  # type: ignore[method-assign]

@@ -6,12 +6,12 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmcompress.weight.constants import constant
 from llmcompress.weight.nodes import (
     Bitmap,
     Codebook,
@@ -40,7 +40,7 @@ from llmcompress.weight.nodes import (
     stored,
     unknown,
 )
-from llmcompress.weight.packing import pack, unpack
+from llmcompress.weight.packing import codes_in_bytes, pack, unpack
 from llmcompress.weight.tiles import SIDE, STEPS
 from llmcompress.weight.trellis import Code, Trellis
 
@@ -202,9 +202,16 @@ class Reader:
         """Return a tensor `[out, in]` of which only the elements that show are stored; zeros stand for the others."""
         numbers, (rows, width) = self.own(name), self.size(header)
         if levels is not None and not numbers.is_floating_point():
-            count = rows * width if self.shown is None else shown_count(self.shown, (rows, width))
-            numbers = unpack(numbers, levels, count)
+            numbers = unpack(numbers, levels, self._count(numbers, levels, (rows, width)))
         return expand(numbers, (rows, width), self.shown)
+
+    def _count(self, packed: Tensor, levels: int, size: tuple[int, int]) -> int:
+        """Return how many codes are stored; those that could be where a program is traced, which knows no values."""
+        if self.shown is None:
+            return math.prod(size)
+        if torch.compiler.is_compiling():
+            return codes_in_bytes(levels, len(packed))[1]
+        return shown_count(self.shown, size)
 
     def rows(self, name: str, size: Sequence[int], levels: int | None = None) -> Tensor:
         """Return a tensor of that size that has a row for each row of the matrix, or one for all."""
@@ -241,7 +248,7 @@ def decode_index(header: dict[str, Any], size: list[int], packed: Tensor) -> Ind
     raise TypeError(f"no index is called {header['kind']!r}")
 
 
-@lru_cache(maxsize=16)
+@constant
 def pattern_tables(kept: int, group: int) -> tuple[Tensor, Tensor]:
     """(rank of every `group`-bit number with `kept` ones, uint8 [2^group]; the patterns by rank, bool [C, group])."""
     if math.comb(group, kept) > 256:
@@ -259,6 +266,10 @@ def expand(numbers: Tensor, size: tuple[int, int], shown: Tensor | None) -> Tens
     """Return stored elements at their places; zeros where nothing is shown."""
     if shown is None:
         return numbers.reshape(size)
+    shown = shown.expand(size)
+    if torch.compiler.is_compiling():  # which knows no values, so neither how many are shown
+        places = (shown.flatten().cumsum(0) - 1).clamp_min(0).view(size)
+        return numbers[places].where(shown, 0) if len(numbers) else numbers.new_zeros(size)
     full = torch.zeros(size, dtype=numbers.dtype, device=numbers.device)
-    full[shown.expand(size)] = numbers
+    full[shown] = numbers
     return full

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache, reduce
+from functools import reduce
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from llmcompress.weight.constants import constant
 from llmcompress.weight.hadamard import rotate, unrotate
 from llmcompress.weight.nodes import (
     Codebook,
@@ -99,7 +100,7 @@ def float_steps(w: Minifloat) -> Tensor:
     return known if w.tensor_scale is None else known * w.tensor_scale
 
 
-@lru_cache(maxsize=8)
+@constant
 def float_values(form: FloatFormat) -> Tensor:
     """Return the numbers of a format by code, float32 `[codes]`, as in the OCP Microscaling specification 1.0.
 

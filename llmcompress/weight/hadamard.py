@@ -26,7 +26,8 @@ def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
 
 def unrotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     """`x [..., in] @ R.T`, by adding and subtracting: stored weights are the same numbers on every machine."""
-    if x.ndim == 2 and len(x) > ROWS and not x.requires_grad:
+    is_long = not torch.compiler.is_compiling() and x.ndim == 2 and len(x) > ROWS  # a traced length has no value
+    if is_long and not x.requires_grad:
         turned = torch.empty_like(x)
         for part, place in zip(x.split(ROWS), turned.split(ROWS), strict=True):
             place.copy_(unrotate(part, signs, block))

@@ -272,11 +272,23 @@ def is_plain_table(table: nn.Module) -> bool:
 class CompressedEmbedding(Compressed, nn.Embedding):
     """Rows of a compressed table `[vocabulary, width]`; those looked up are decoded, never the whole table."""
 
-    def __init__(self, layout: Layout, payload: Tensor, dtype: torch.dtype, scale: float | None = None) -> None:
+    max_norm = None  # these four as adapters read them, which look up rows of their own
+    norm_type = 2.0
+    scale_grad_by_freq = False
+    sparse = False
+
+    def __init__(
+        self,
+        layout: Layout,
+        payload: Tensor,
+        dtype: torch.dtype,
+        scale: float | None = None,
+        padding_idx: int | None = None,
+    ) -> None:
         nn.Module.__init__(self)  # nn.Embedding's own would allocate the dense table
         self.num_embeddings, self.embedding_dim = layout.size
         self.scale = scale  # rows are multiplied by it, in some models
-        self.padding_idx = None  # matters to gradients of the table only, which has none
+        self.padding_idx = padding_idx  # matters to gradients of adapters, since the table has none
         like = torch.empty(0, dtype=dtype, device=payload.device)
         self.register_parameter(LIKE, nn.Parameter(like, requires_grad=False))
         self.hold(layout, payload)
@@ -289,13 +301,27 @@ class CompressedEmbedding(Compressed, nn.Embedding):
         """
         like = self.get_parameter(LIKE)
         found = None if self.fast is None else self.fast(self, input)
-        if found is None:
-            chosen, places = input.unique(return_inverse=True)
-            if not torch.compiler.is_compiling():
-                self._check(chosen)
-            found = expression.dense(rows(self.layout.header, self.payload(), chosen))[places]
-        found = found.to(like.dtype)
-        return found if self.scale is None else found * like.new_tensor(self.scale)
+        found = (self._rows(input) if found is None else found).to(like.dtype)
+        return found if self.scale is None else found * self.embed_scale
+
+    @property
+    def embed_scale(self) -> Tensor:
+        """By this name PEFT knows what rows are multiplied by. Raises AttributeError where they are not."""
+        if self.scale is None:
+            raise AttributeError("rows are not scaled")
+        return self.get_parameter(LIKE).new_tensor(self.scale)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Return rows, float32 `[..., width]`, decoding each token once. A program that is traced decodes every place:
+        how many tokens differ, and so its shapes, would be known only when it runs."""
+        if torch.compiler.is_compiling():
+            is_known = ((ids >= 0) & (ids < self.num_embeddings)).all()
+            torch._assert_async(is_known, f"a token is not in a table of {self.num_embeddings}")
+            found = expression.dense(rows(self.layout.header, self.payload(), ids.flatten()))
+            return found.view(*ids.shape, self.embedding_dim)
+        chosen, places = ids.unique(return_inverse=True)
+        self._check(chosen)
+        return expression.dense(rows(self.layout.header, self.payload(), chosen))[places]
 
     def _check(self, chosen: Tensor) -> None:
         """Raise IndexError for tokens outside of the table; `chosen` is sorted."""

@@ -91,6 +91,9 @@ def _unpack(packed: Tensor, levels: int) -> Tensor:
 
 def unpack_rows(packed: Tensor, levels: int, width: int, rows: Tensor) -> Tensor:
     """Rows `rows [n]` of a packed matrix of `width` columns, as uint8 `[n, width]`; only their bytes are read."""
+    if torch.compiler.is_compiling():  # what follows is for memory, and takes `n` for a number
+        places = rows[:, None] * width + torch.arange(width, device=rows.device)
+        return unpack_at(packed, levels, places.flatten()).view(-1, width)
     codes = digits_per_byte(levels) or 8  # that a run of whole bytes holds
     octets = 1 if digits_per_byte(levels) else stream_bits(levels)
     first, inside = rows * width // codes, rows * width % codes

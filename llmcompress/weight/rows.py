@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.weight.encoding import Reader, expand, pattern_tables, trellis_of
+from llmcompress.weight.encoding import Reader, pattern_tables, trellis_of
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Bitmap, Dense, LowRank, Tiles, Transposed, Weight, Where, children
 from llmcompress.weight.packing import ones_before, unpack, unpack_at, unpack_rows
@@ -94,7 +94,7 @@ class _RowReader(Reader):
         return super().node(header)
 
     def size(self, header: dict[str, Any]) -> tuple[int, int]:
-        return len(self.chosen), header["shape"][1]
+        return self.chosen.shape[0], header["shape"][1]
 
     def elements(self, name: str, header: dict[str, Any], levels: int | None = None) -> Tensor:
         stored, size = self.own(name), self.size(header)
@@ -102,8 +102,11 @@ class _RowReader(Reader):
             if levels is None:
                 return stored.reshape(header["shape"])[self.chosen]
             return unpack_rows(stored, levels, size[1], self.chosen)
-        places = (self.first[:, None] + self.shown.cumsum(1) - 1)[self.shown]
-        return expand(stored[places] if levels is None else unpack_at(stored, levels, places), size, self.shown)
+        if not len(stored):  # nothing of the matrix is shown
+            return stored.new_zeros(size)
+        places = (self.first[:, None] + self.shown.cumsum(1) - 1).clamp_min(0).flatten()  # also of what is hidden
+        numbers = stored[places] if levels is None else unpack_at(stored, levels, places)
+        return numbers.view(self.shown.shape).where(self.shown, 0)
 
     def rows(self, name: str, size: Sequence[int], levels: int | None = None) -> Tensor:
         stored, mine = self.own(name), self.chosen.clamp_max(size[0] - 1)  # one row may serve all
@@ -115,14 +118,14 @@ def _selected(index: dict[str, Any], width: int, packed: Tensor, chosen: Tensor)
     match index["kind"]:
         case "columns":
             inside = unpack(packed, 2, width).bool()
-            return inside.expand(len(chosen), width), chosen * inside.sum()
+            return inside.expand(chosen.shape[0], width), chosen * inside.sum()
         case "bitmap":
             return unpack_rows(packed, 2, width, chosen).bool(), ones_before(packed, chosen * width)
         case "pattern":
             kept, group = index["kept"], index["group"]
             numbers = unpack_rows(packed, math.comb(group, kept), width // group, chosen)
             patterns = pattern_tables(kept, group)[1].to(packed.device)
-            return patterns[numbers.long()].reshape(len(chosen), width), chosen * (width // group * kept)
+            return patterns[numbers.long()].reshape(chosen.shape[0], width), chosen * (width // group * kept)
     raise TypeError(f"no index is called {index['kind']!r}")
 
 

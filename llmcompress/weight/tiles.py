@@ -11,11 +11,10 @@ outputs, and factors with signs for each input and output.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from llmcompress.weight.constants import constant
 from llmcompress.weight.hadamard import SYLVESTER
 
 SIDE = 16  # of a tile
@@ -26,7 +25,7 @@ MULTIPLIER = 0x83DCD12D
 FACTOR, OFFSET = 0x1EEE, 0xC931  # bits of float16 numbers, about 1 / 147.8 and -10.38
 
 
-@lru_cache(maxsize=1)
+@constant
 def numbers() -> Tensor:
     """Return the numbers of every state, float32 `[2^16]`, each one that float16 can hold: mean 0, spread 1."""
     product = (torch.arange(1 << MEMORY) * MULTIPLIER) & 0xFFFFFFFF
@@ -35,7 +34,7 @@ def numbers() -> Tensor:
     return (total.float() * factor + offset).half().float()  # exact before it is rounded to float16
 
 
-@lru_cache(maxsize=1)
+@constant
 def order() -> Tensor:
     """Return the place `16 * input + output` in a tile of each step, int64 `[256]`.
 

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from llmcompress.weight.constants import constant
 from llmcompress.weight.hashing import scrambled
 from llmcompress.weight.linear_code import linear_code
 
@@ -51,9 +51,14 @@ class Trellis:
         return self.bits / self.values
 
 
-@lru_cache(maxsize=16)
 def table(trellis: Trellis) -> Tensor:
     """The numbers of every state, float32 `[2^memory, values]`, each one that bfloat16 can hold."""
+    return _table(trellis.bits, trellis.values, trellis.memory, trellis.code)
+
+
+@constant
+def _table(bits: int, values: int, memory: int, code: Code) -> Tensor:
+    trellis = Trellis(bits, values, memory, code)
     states = torch.arange(1 << trellis.memory)
     if trellis.code == "linear":
         return linear_code(trellis.bits, trellis.values, trellis.memory).table(states)

@@ -39,6 +39,12 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(IDS).logits
 
 
+@torch.no_grad()
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return found
+
+
 @pytest.mark.parametrize("where", ["auto", "disk"])
 def test_placed_by_accelerate(where: str, folder: Path, tmp_path: Path) -> None:
     """A block on disk is read when it is its turn; the tied head then, too."""
@@ -67,6 +73,18 @@ def test_compiles_without_a_graph_break(folder: Path) -> None:
     linear = model.model.layers[0].mlp.up_proj
     x = torch.randn(2, 32)
     torch.testing.assert_close(torch.compile(linear, backend="eager", fullgraph=True)(x), linear(x))
+
+
+@pytest.mark.slow
+def test_a_whole_model_compiles_without_a_graph_break(folder: Path) -> None:
+    """Its compressed table too, also after it ran otherwise."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = {length: logits_of(model, IDS[:, :length]) for length in (30, 7, 1)}
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for length in (30, 7):
+        torch.testing.assert_close(logits_of(found, IDS[:, :length]), expected[length], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(model, IDS[:, :1]), expected[1], rtol=0.0, atol=0.0)
 
 
 def test_a_pipeline_generates(folder: Path) -> None:

@@ -181,6 +181,58 @@ def test_an_adapter_is_folded_exactly(rank: int, folder: Path, tmp_path: Path) -
     assert torch.equal(logits(compressed(tmp_path / "folded")), logits(folded))
 
 
+def drawn(model: Any) -> Any:
+    """A model whose adapters have random weights."""
+    random = torch.Generator().manual_seed(0)
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            value.data = 0.1 * torch.randn(value.shape, generator=random)
+    return model
+
+
+def test_several_active_adapters_are_folded(folder: Path) -> None:
+    adapted = get_peft_model(compressed(folder), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    adapted.add_adapter("second", LoraConfig(r=3, lora_alpha=2, target_modules=["v_proj", "down_proj"]))
+    adapted.add_adapter("third", LoraConfig(r=3, target_modules=["o_proj"]))
+    adapted.base_model.set_adapter(["default", "second"])
+    expected = logits(drawn(adapted).eval())
+    torch.testing.assert_close(logits(lc.fold(adapted)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_of_dense_layers_are_merged(tmp_path: Path) -> None:
+    """A head that is tied to a dense table, beside compressed linears: the table stays, the head goes its own way."""
+    source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=True)
+    model = lc.compress(source, {"version": 1, "rules": RULES}, tmp_path / "out").model
+    table = model.get_input_embeddings().weight.clone()
+    adapted = drawn(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))).eval()
+    expected = logits(adapted)
+    folded = lc.fold(adapted)
+    torch.testing.assert_close(logits(folded), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(folded.get_input_embeddings().weight, table)
+    folded.save_pretrained(tmp_path / "folded")
+    assert torch.equal(logits(compressed(tmp_path / "folded")), logits(folded))
+
+
+def test_what_linears_have_in_common_stays_when_one_is_adapted(tmp_path: Path) -> None:
+    recipe = {"version": 1, "tie": {"blocks": 1}, "rules": RULES}
+    model = lc.compress(save_tiny("llama", tmp_path / "dense"), recipe, tmp_path / "out").model
+    adapted = drawn(get_peft_model(model, LoraConfig(r=2, target_modules=r".*\.0\..*q_proj"))).eval()
+    expected = logits(adapted)
+    folded = lc.fold(adapted)
+    torch.testing.assert_close(logits(folded), expected, rtol=1e-4, atol=1e-5)
+    folded.save_pretrained(tmp_path / "folded")
+    assert torch.equal(logits(compressed(tmp_path / "folded")), logits(folded))
+
+
+def test_a_model_without_adapters_is_not_folded(folder: Path) -> None:
+    with pytest.raises(InputError, match="the model has no adapter; fold the one"):
+        lc.fold(compressed(folder))
+    adapted = get_peft_model(compressed(folder), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.base_model.set_adapter([])
+    with pytest.raises(InputError, match="touches no layer of the model"):
+        lc.fold(adapted)
+
+
 def test_only_plain_lora_is_folded(folder: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder.parent / "dense")
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))

@@ -1,0 +1,33 @@
+"""Tables of numbers that never change, made once, for real, also while a program is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import lru_cache, wraps
+from typing import TypeVar, TypeVarTuple
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+Words = TypeVarTuple("Words")
+T = TypeVar("T")
+
+
+def constant(make: Callable[[*Words], T]) -> Callable[[*Words], T]:
+    """Return `make`, a function of numbers and words to tensors, with its results kept.
+
+    `torch.compile` would trace it into every program, and `torch.export` leave its own placeholders as results that
+    are kept for all who come later. They find real tensors instead.
+    """
+
+    @lru_cache(maxsize=16)
+    def kept(*words: Hashable) -> T:
+        with _disable_current_modes(), torch.device("cpu"):
+            return make(*words)  # type: ignore[arg-type]  # as they came
+
+    @wraps(make)
+    def table(*words: *Words) -> T:
+        return kept(*words)
+
+    found: Callable[[*Words], T] = torch.compiler.assume_constant_result(table)
+    return found

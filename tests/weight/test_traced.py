@@ -1,0 +1,85 @@
+"""Programs that torch traces from compressed modules give what the modules give, and leave no trace behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmcompress.errors import RecipeError
+from llmcompress.weight.expression import dense
+from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, packed
+from llmcompress.weight.nodes import Dense, TrellisCoded, Weight, shape
+from llmcompress.weight.rows import check_rows
+from llmcompress.weight.trellis import Trellis
+from tests.builders import grid, streams
+from tests.tiers import expressions
+
+CASES = expressions(seed=7, count=40)
+IDS = torch.tensor([[0, 2, 1, 0]])
+
+
+def exported(module: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+    """Export with any number of tokens."""
+    dims = ({1: torch.export.Dim("tokens", min=2, max=64)},)
+    return torch.export.export(module, (example,), dynamic_shapes=dims).module()
+
+
+def compiled(module: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(module, backend="eager", fullgraph=True)
+
+
+TRACES = [exported, pytest.param(compiled, marks=pytest.mark.slow)]
+
+
+def table_of(w: Weight) -> CompressedEmbedding:
+    return CompressedEmbedding(*packed(w), torch.float32)
+
+
+@pytest.mark.parametrize("trace", TRACES)
+@pytest.mark.parametrize("w", CASES)
+def test_tables_are_looked_up(w: Weight, trace: Callable[..., Callable[[Tensor], Tensor]]) -> None:
+    """By every form that has rows; in an exported program, for other numbers of tokens too."""
+    try:
+        check_rows(w)
+    except RecipeError:
+        pytest.skip("has no rows")
+    found = trace(table_of(w), IDS.clamp_max(shape(w)[0] - 1))
+    ids = torch.arange(12).view(2, 6)[:1] % shape(w)[0]
+    assert torch.equal(found(ids), table_of(w)(ids))
+    torch.testing.assert_close(found(ids), dense(w)[ids], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trace", TRACES)
+@pytest.mark.parametrize("w", CASES)
+def test_linears_multiply(w: Weight, trace: Callable[..., Callable[[Tensor], Tensor]]) -> None:
+    """Without a kernel, as on other devices and with gradients."""
+    x = torch.randn(1, 6, shape(w)[1], generator=torch.Generator().manual_seed(0))
+    found = trace(CompressedLinear.of(w), x[:, :3])(x)
+    torch.testing.assert_close(found, x @ dense(w).T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("trace", [exported, compiled])
+def test_numbers_that_never_change_are_no_part_of_a_program(trace: Callable[..., Callable[[Tensor], Tensor]]) -> None:
+    """The table of a trellis is made outside, even where nobody has wanted it before, and is a real one afterwards."""
+    trellis = Trellis(6, 1, 12 if trace is exported else 13)  # sizes of this test alone
+    w = streams(trellis, 7, 24, 22)
+    assert isinstance(w, TrellisCoded)
+    found = trace(table_of(w), IDS)
+    expected = dense(w)[IDS]
+    assert torch.equal(found(IDS), expected) and torch.equal(table_of(w)(IDS), expected)
+    if trace is exported:
+        assert "sort" not in str(found.graph)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("trace", [exported, compiled])
+@pytest.mark.parametrize("token", [-1, 7])
+@pytest.mark.parametrize("w", [Dense(torch.zeros(7, 24)), grid((7, 24), 8, 24, 0, symmetric=True)])
+def test_tokens_outside_of_a_table_end_a_program(
+    w: Weight, token: int, trace: Callable[..., Callable[[Tensor], Tensor]]
+) -> None:
+    with pytest.raises(RuntimeError, match="a token is not in a table of 7"):
+        trace(table_of(w), IDS)(torch.tensor([[1, token, 2]]))
