@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 
 import llmcompress as lc
-from llmcompress.methods.engines.hessian import channel_energy
 from llmcompress.methods.layer import Layer, StepConfig, base_target, method, with_base
+from llmcompress.methods.solvers.hessian import channel_energy
 from llmcompress.weight.nodes import Dense, LowRank, Weight, shape
 
 

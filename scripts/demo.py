@@ -22,26 +22,26 @@ from transformers.utils.logging import disable_progress_bar
 
 import llmcompress as lc
 from llmcompress.cli.stages import Stages
-from llmcompress.distill.run import distill
+from llmcompress.distillation.run import distill
 from llmcompress.errors import LLMCompressError, Terminated
-from llmcompress.evaluate.lm_eval import PAIRS
-from llmcompress.evaluate.page.files import add_generations
-from llmcompress.evaluate.page.write import write_page
-from llmcompress.evaluate.report import read
-from llmcompress.evaluate.score import save_scores
-from llmcompress.evaluate.scores import Evaluation, evaluate_all
-from llmcompress.models.dense import load_model
-from llmcompress.models.file_names import DISTILLATION, REPORT
-from llmcompress.models.locate import locate
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.evaluation.lm_eval import PAIRS
+from llmcompress.evaluation.score import save_scores
+from llmcompress.evaluation.scores import Evaluation, evaluate_all
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import load_model
+from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.models.files.file_names import DISTILLATION, REPORT
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
+from llmcompress.reporting.html.files import add_generations
+from llmcompress.reporting.html.write import write_page
+from llmcompress.reporting.report import read
 
 ROOT = Path(__file__).parent.parent
 SIDES = ("dense", "compressed", "distilled")
 PROMPTS = ("The capital of France is", "Water boils when", "To learn to play the piano, one should")
 NEW_TOKENS = 24
-LOCATE = "import sys; from llmcompress.models.locate import locate; locate(sys.argv[1])"
+LOCATE = "import sys; from llmcompress.models.dense.locate import locate; locate(sys.argv[1])"
 RELOAD = """
 import json, sys, torch, llmcompress
 from transformers import AutoModelForCausalLM, AutoTokenizer

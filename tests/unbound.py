@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llmcompress.models import merge
-from llmcompress.models.integrity import BINDING
+from llmcompress.models.files import merge
+from llmcompress.models.files.integrity import BINDING
 
 
 def unbound(folder: Path) -> Path:

@@ -58,8 +58,8 @@ from llmcompress.cli.views import (
     priced_view,
     report_view,
 )
-from llmcompress.evaluate.tables import summarized
-from llmcompress.models import file_names
+from llmcompress.models.files import file_names
+from llmcompress.reporting.tables import summarized
 
 app = typer.Typer(
     cls=Commands,
@@ -105,10 +105,10 @@ def compress(
     Example: llmcompress compress smollm2 --size 40MB -o small
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression import pipeline
-        from llmcompress.compression.allocate.parts import Part
+        from llmcompress.allocation.parts import Part
         from llmcompress.errors import GateError
-        from llmcompress.evaluate.report import gathered
+        from llmcompress.pipeline import compress as pipeline
+        from llmcompress.reporting.report import gathered
 
         asked = asked_recipe(recipe, settings, seed, target_of(bpw, size, kl, sparsity), tune)
         how: dict[str, Any] = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
@@ -152,7 +152,7 @@ def plan(
     Example: llmcompress plan smollm2 recipe.yaml
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.pipeline import plan as run
+        from llmcompress.pipeline.compress import plan as run
 
         asked = asked_recipe(recipe, settings, None, target_of(bpw, size, kl, sparsity), tune)
         found = run(model, asked, revision, trust_remote_code)
@@ -172,8 +172,8 @@ def inspect(
     Example: llmcompress inspect small -v
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.evaluate import report
         from llmcompress.recipe.read import dump, read_recipe
+        from llmcompress.reporting import report
 
         values, recipe = report.gathered(folder), read_recipe(folder / file_names.RECIPE)
         terminal.warn(summarized(values["warnings"]))
@@ -220,7 +220,7 @@ def distill(
     Example: llmcompress distill small distil.yaml --teacher smollm2 -o recovered
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.distill.run import distill as run
+        from llmcompress.distillation.run import distill as run
         from llmcompress.recipe.distillation import Distillation
         from llmcompress.recipe.read import read_as
 

@@ -13,7 +13,7 @@ import typer
 from llmcompress.cli.options import Quiet, TrustRemoteCode, Verbose
 from llmcompress.cli.terminal import Terminal
 from llmcompress.cli.views import new_table
-from llmcompress.evaluate.tables import Row
+from llmcompress.reporting.tables import Row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -59,8 +59,8 @@ def bench(
     """
     as_json = numbers == STANDARD_OUTPUT
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.evaluate.speed.measure import bench as run
-        from llmcompress.evaluate.speed.protocol import SpeedProtocol, parse_threads
+        from llmcompress.benchmark.measure import bench as run
+        from llmcompress.benchmark.protocol import SpeedProtocol, parse_threads
         from llmcompress.runtime.load import usable_cores
 
         counts = parse_threads(threads, usable_cores())
@@ -87,7 +87,7 @@ def _typed() -> str | None:
 
 def speed_view(found: Row, _every: bool) -> Iterator[RenderableType]:
     """Yield speeds by threads and model, sizes and memory, and what the numbers mean."""
-    from llmcompress.evaluate.speed.table import size_cells, speed_cells, speed_notes
+    from llmcompress.benchmark.table import size_cells, speed_cells, speed_notes
 
     for names, cells in (speed_cells(found), size_cells(found)):
         table = new_table(names, right=[place for place, name in enumerate(names) if name not in ("model", "engine")])

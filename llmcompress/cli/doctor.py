@@ -28,7 +28,7 @@ def doctor(as_json: AsJson = False, quiet: Quiet = False) -> None:
     with Terminal(as_json, quiet=quiet) as terminal:
         from huggingface_hub import constants
 
-        from llmcompress.models.smollm2 import cache_folder
+        from llmcompress.models.dense.smollm2 import cache_folder
         from llmcompress.runtime.doctor import OPTIONAL, checks
         from llmcompress.runtime.facts import gather
 

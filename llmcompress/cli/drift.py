@@ -30,8 +30,8 @@ def drift(
     Example: llmcompress drift small --against smollm2
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.evaluate.drift import drift as run
-        from llmcompress.evaluate.protocol import Protocol
+        from llmcompress.evaluation.drift import drift as run
+        from llmcompress.evaluation.protocol import Protocol
 
         found = run(
             model,

@@ -42,9 +42,9 @@ def drop(
     Example: llmcompress drop smollm2 --count 6 -o short
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.depth.choose import chosen_blocks
-        from llmcompress.compression.depth.drop import drop_blocks
-        from llmcompress.models.staging import check_output
+        from llmcompress.models.files.staging import check_output
+        from llmcompress.surgery.depth.choose import chosen_blocks
+        from llmcompress.surgery.depth.drop import drop_blocks
 
         check_output(output, 0)
         how: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

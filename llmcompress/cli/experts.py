@@ -10,10 +10,10 @@ import typer
 from llmcompress.cli.options import AsJson, Device, Model, Quiet, Revision, Verbose, planned_output
 from llmcompress.cli.terminal import Terminal
 from llmcompress.cli.views import experts_view
-from llmcompress.evaluate.tables import summarized
+from llmcompress.reporting.tables import summarized
 
 if TYPE_CHECKING:
-    from llmcompress.compression.experts.report import ExpertsReport
+    from llmcompress.surgery.experts.report import ExpertsReport
 
 Out = Annotated[Path | None, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")]
 DryRun = Annotated[
@@ -54,7 +54,7 @@ def prune(
     Example: llmcompress experts prune Qwen/Qwen3-30B-A3B --keep 96 -o fewer
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.experts.prune import prune_experts
+        from llmcompress.surgery.experts.prune import prune_experts
 
         how = _how(terminal, output, dry_run, text, samples, revision, device)
         _show(terminal, prune_experts(model, keep=keep, by=by, seed=seed, **how))
@@ -79,7 +79,7 @@ def merge(
     Example: llmcompress experts merge Qwen/Qwen3-30B-A3B --keep 96 -o merged
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.experts.merge import merge_experts
+        from llmcompress.surgery.experts.merge import merge_experts
 
         _show(
             terminal,
@@ -113,8 +113,8 @@ def condense(
     Example: llmcompress experts condense Qwen/Qwen3-30B-A3B --count 6 -o condensed
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.depth.choose import block_numbers
-        from llmcompress.compression.experts.condense import condense_experts
+        from llmcompress.surgery.depth.choose import block_numbers
+        from llmcompress.surgery.experts.condense import condense_experts
 
         how = _how(terminal, output, dry_run, text, samples, revision, device)
         some = None if blocks is None else block_numbers(blocks)
@@ -146,7 +146,7 @@ def replace(
     Example: llmcompress experts replace Qwen/Qwen3-30B-A3B --count 0.5 -o lighter
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.experts.replace import replace_experts
+        from llmcompress.surgery.experts.replace import replace_experts
 
         how = _how(terminal, output, dry_run, text, samples, revision, device)
         _show(terminal, replace_experts(model, count=count, share=share, rank=rank, by=by, seed=seed, **how))

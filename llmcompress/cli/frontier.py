@@ -29,7 +29,7 @@ from llmcompress.cli.options import (
 )
 from llmcompress.cli.terminal import Terminal
 from llmcompress.cli.views import frontier_view
-from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluation.protocol import Protocol
 
 
 def frontier(
@@ -70,10 +70,10 @@ def frontier(
     Example: llmcompress frontier smollm2 --bpw 1.25,1.6,2,2.5,3 -o curve
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.frontier.budgets import budgets
-        from llmcompress.compression.frontier.peers import read_peers
-        from llmcompress.compression.frontier.sweep import SweepCallbacks
-        from llmcompress.compression.frontier.sweep import frontier as run
+        from llmcompress.pipeline.frontier.budgets import budgets
+        from llmcompress.pipeline.frontier.peers import read_peers
+        from llmcompress.pipeline.frontier.sweep import SweepCallbacks
+        from llmcompress.pipeline.frontier.sweep import frontier as run
         from llmcompress.recipe.overrides import Change
 
         wanted = budgets(bpw, sizes)

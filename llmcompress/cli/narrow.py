@@ -10,7 +10,7 @@ import typer
 from llmcompress.cli.options import AsJson, Device, Model, Quiet, Revision, TrustRemoteCode, Verbose, planned_output
 from llmcompress.cli.terminal import Terminal
 from llmcompress.cli.views import narrowed_view
-from llmcompress.evaluate.tables import summarized
+from llmcompress.reporting.tables import summarized
 
 
 def narrow(
@@ -51,7 +51,7 @@ def narrow(
     Example: llmcompress narrow smollm2 --neurons 0.75 -o slim
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.width.narrow import narrow as run
+        from llmcompress.surgery.width.narrow import narrow as run
 
         report = run(
             model,

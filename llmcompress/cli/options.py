@@ -10,7 +10,7 @@ import typer
 
 from llmcompress import __version__
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluation.protocol import Protocol
 
 if TYPE_CHECKING:
     from llmcompress.recipe.compression import Recipe

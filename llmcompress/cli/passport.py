@@ -32,9 +32,9 @@ def passport(
     Example: llmcompress passport small my-lora --against smollm2 --text mine.txt
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.evaluate.passport import passport as run
-        from llmcompress.evaluate.passport import save_passport
-        from llmcompress.evaluate.protocol import Protocol
+        from llmcompress.evaluation.passport import passport as run
+        from llmcompress.evaluation.passport import save_passport
+        from llmcompress.evaluation.protocol import Protocol
 
         found = run(
             model,

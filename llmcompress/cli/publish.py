@@ -32,7 +32,7 @@ def verify(
     Example: llmcompress verify small --against smollm2
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.evaluate.verify import verify as run
+        from llmcompress.evaluation.verify import verify as run
 
         found = run(folder, against, text, windows, length, device, terminal.scoring, trust_remote_code)
         terminal.warn(found.notes)
@@ -63,7 +63,7 @@ def export(
     Example: llmcompress export small --to dense -o small-dense
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.export.formats import export as run
+        from llmcompress.formats.formats import export as run
 
         terminal.scoring(f"export to {to}", 0, 0)
         found = run(folder, output, to, allow_dense, round_to, trust_remote_code)
@@ -86,7 +86,7 @@ def push(
     Example: llmcompress push small me/small --dry-run
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.export.hub import push as run
+        from llmcompress.formats.hub import push as run
 
         terminal.scoring("verify" if dry_run else "verify and upload", 0, 0)
 

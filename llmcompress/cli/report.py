@@ -10,7 +10,7 @@ import typer
 
 from llmcompress.cli.options import AsJson, Quiet, Verbose
 from llmcompress.cli.terminal import Terminal
-from llmcompress.evaluate.tables import Row
+from llmcompress.reporting.tables import Row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,8 +34,8 @@ def report(
     Example: llmcompress report small -o small.html
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.evaluate.page.files import read_generations
-        from llmcompress.evaluate.page.write import write_page
+        from llmcompress.reporting.html.files import read_generations
+        from llmcompress.reporting.html.write import write_page
 
         texts = None if generations is None else read_generations(generations)
         terminal.show(write_page(folder, output, texts).to_json(), page_view)

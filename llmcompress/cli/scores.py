@@ -30,7 +30,7 @@ from llmcompress.cli.options import (
 )
 from llmcompress.cli.terminal import Terminal
 from llmcompress.cli.views import comparison_view, score_view
-from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluation.protocol import Protocol
 
 
 def evaluate(
@@ -65,8 +65,8 @@ def evaluate(
     Example: llmcompress eval small --against smollm2 --tasks arc_easy --limit 100
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.evaluate.processes import launched
-        from llmcompress.evaluate.score import score
+        from llmcompress.evaluation.processes import launched
+        from llmcompress.evaluation.score import score
 
         others = num_fewshot, batch_size, chat_template, seed, domains
         protocol = protocol_of(text, windows, length, tasks, limit, *others)
@@ -117,8 +117,8 @@ def compare(
     Example: llmcompress compare smollm2 small smaller --tasks llmcompress_pairs -o table.md
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.evaluate.compare import compare as run
-        from llmcompress.evaluate.processes import launched
+        from llmcompress.evaluation.compare import compare as run
+        from llmcompress.evaluation.processes import launched
 
         others = num_fewshot, batch_size, chat_template, seed, domains
         protocol = protocol_of(text, windows, length, tasks, limit, *others)

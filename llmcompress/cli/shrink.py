@@ -26,7 +26,7 @@ def shrink(
     Example: llmcompress shrink small --rank 16 -o smaller
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.compression.shrink import shrink as run
+        from llmcompress.surgery.shrink import shrink as run
 
         found = run(folder, rank, output, trust_remote_code=trust_remote_code)
         terminal.show(found.to_json(), shrunk_view)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from llmcompress.evaluate.formatting import duration
+from llmcompress.reporting.formatting import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress

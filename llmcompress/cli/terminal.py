@@ -29,7 +29,7 @@ from llmcompress.errors import (
     first_line,
     is_out_of_memory,
 )
-from llmcompress.evaluate.formatting import finite
+from llmcompress.reporting.formatting import finite
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

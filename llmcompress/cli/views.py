@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from llmcompress.evaluate.formatting import aim, byte_count, duration
-from llmcompress.evaluate.gates import GateReport
-from llmcompress.evaluate.tables import (
+from llmcompress.reporting.formatting import aim, byte_count, duration
+from llmcompress.reporting.gates import GateReport
+from llmcompress.reporting.tables import (
     CHANGE_HEADINGS,
     Row,
     change_cells,

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.walk import Block, InputGroup
+from llmcompress.calibration.walk import Block, InputGroup
 from llmcompress.compression.fuse.awq import Balanced, balance
 from llmcompress.compression.job import Job
 from llmcompress.compression.journal import Entry
 from llmcompress.compression.shares import solved
 from llmcompress.compression.tied_layer import tied_layers
-from llmcompress.distill.blockwise.tune import Tune
-from llmcompress.evaluate.report import LayerReport
+from llmcompress.distillation.blockwise.tune import Tune
 from llmcompress.methods.layer import StepConfig
+from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.runtime.side_by_side import workers_on

@@ -23,17 +23,17 @@ from llmcompress.compression.journal import Entry, Journal, open_journal, run_id
 from llmcompress.compression.plan import plan_of
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import DiskError, InputError
-from llmcompress.evaluate import report as reports
-from llmcompress.evaluate.report import Report
-from llmcompress.models import file_names
-from llmcompress.models.binding import binding
-from llmcompress.models.checkpoint import Writer, publishing
-from llmcompress.models.companions import Companions, companions
-from llmcompress.models.hf_quantizer import table_entry
-from llmcompress.models.staging import check_output, is_ours, locked, remove
-from llmcompress.models.written import check_written
+from llmcompress.models.dense.companions import Companions, companions
+from llmcompress.models.files import file_names
+from llmcompress.models.files.binding import binding
+from llmcompress.models.files.checkpoint import Writer, publishing
+from llmcompress.models.files.staging import check_output, is_ours, locked, remove
+from llmcompress.models.files.written import check_written
+from llmcompress.models.transformers.hf_quantizer import table_entry
 from llmcompress.recipe.published import published
 from llmcompress.recipe.read import dump
+from llmcompress.reporting import report as reports
+from llmcompress.reporting.report import Report
 from llmcompress.runtime.precision import finite
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.modules import Layout, payload_texts

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.blocks import BlockForward, RowBatch
+from llmcompress.calibration.blocks import BlockForward, RowBatch
 from llmcompress.data.calibration import context_length
 from llmcompress.errors import RecipeError
-from llmcompress.models.dense import DenseModel
+from llmcompress.models.dense.model import DenseModel
 from llmcompress.recipe.calibration import Calibration
 
 LENGTH = 512  # of a sequence

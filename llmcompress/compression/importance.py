@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.gradients import Importance, importance
+from llmcompress.calibration.gradients import Importance, importance
 from llmcompress.compression.job import Job
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.ranks import ALONE, Ranks

@@ -6,17 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from llmcompress.calibrate.rehearsal import rehearsed
+from llmcompress.calibration.rehearsal import rehearsed
 from llmcompress.compression.fuse.awq import check_awq
 from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.compression.ties import Tied, ties_of
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length, context_length
-from llmcompress.distill.check_fused import check_fused
+from llmcompress.distillation.check_fused import check_fused
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import StepConfig, methods
-from llmcompress.models.auto_class import architectures, check_causal, is_causal
-from llmcompress.models.dense import DenseModel
-from llmcompress.models.families import Architecture, architecture
+from llmcompress.models.dense.auto_class import architectures, check_causal, is_causal
+from llmcompress.models.dense.families import Architecture, architecture
+from llmcompress.models.dense.model import DenseModel
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
 from llmcompress.weight.modules import row_scale

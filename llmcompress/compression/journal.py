@@ -23,13 +23,13 @@ from typing import Any
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError
-from llmcompress.evaluate.report import LayerReport
-from llmcompress.models.checkpoint import CHECKPOINT, read_tensors
-from llmcompress.models.dense import DenseModel
-from llmcompress.models.merge import part_file
-from llmcompress.models.staging import claim, clear, merge_mark, remove
-from llmcompress.models.store import Store
+from llmcompress.models.dense.model import DenseModel
+from llmcompress.models.files.checkpoint import CHECKPOINT, read_tensors
+from llmcompress.models.files.merge import part_file
+from llmcompress.models.files.staging import claim, clear, merge_mark, remove
+from llmcompress.models.files.store import Store
 from llmcompress.recipe.compression import Recipe
+from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.modules import Layout, payload_texts
 

@@ -8,14 +8,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.walk import Block, InputGroup
+from llmcompress.calibration.walk import Block, InputGroup
 from llmcompress.compression.job import Job
 from llmcompress.errors import NumericsError
-from llmcompress.evaluate.report import LayerReport
-from llmcompress.methods.engines.hessian import inverse_factor, outer_of
 from llmcompress.methods.layer import Layer, relative_error, sampled_error
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.row_chunks import Outcome
+from llmcompress.methods.solvers.hessian import inverse_factor, outer_of
+from llmcompress.reporting.report import LayerReport
 from llmcompress.weight.expression import bits, dense, describe
 from llmcompress.weight.modules import PackedWeight, packed
 from llmcompress.weight.nodes import Dense

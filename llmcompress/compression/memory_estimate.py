@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from math import prod
 
-from llmcompress.calibrate.blocks import TOKENS_PER_BATCH
-from llmcompress.calibrate.gradients import TOKENS
-from llmcompress.evaluate.gates import TOKENS as GATE_TOKENS
-from llmcompress.evaluate.gates import WINDOW
-from llmcompress.models.dense import DenseModel
-from llmcompress.models.families import Architecture, BlockLayout
+from llmcompress.calibration.blocks import TOKENS_PER_BATCH
+from llmcompress.calibration.gradients import TOKENS
+from llmcompress.models.dense.families import Architecture, BlockLayout
+from llmcompress.models.dense.model import DenseModel
 from llmcompress.recipe.compression import Recipe
+from llmcompress.reporting.gates import TOKENS as GATE_TOKENS
+from llmcompress.reporting.gates import WINDOW
 from llmcompress.runtime.memory import total_memory
 
 LIBRARIES = 560_000_000  # bytes that torch and transformers take before any work

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.evaluate.report import Report
-from llmcompress.models.checkpoint import copy_folder
+from llmcompress.models.files.checkpoint import copy_folder
+from llmcompress.reporting.report import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

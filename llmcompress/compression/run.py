@@ -16,8 +16,8 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-from llmcompress.calibrate.ranks import own_share
-from llmcompress.calibrate.walk import Block, Progress, walk
+from llmcompress.calibration.ranks import own_share
+from llmcompress.calibration.walk import Block, Progress, walk
 from llmcompress.compression.block import CompressionState, common_of, compress_block, restore
 from llmcompress.compression.books import Books, identity_of
 from llmcompress.compression.importance import importance_of
@@ -25,12 +25,12 @@ from llmcompress.compression.job import Job
 from llmcompress.compression.plan import check_memory, plan_of
 from llmcompress.compression.result import Result
 from llmcompress.data.calibration import CalibrationTokens
-from llmcompress.distill.blockwise.tune import tuner
+from llmcompress.distillation.blockwise.tune import tuner
 from llmcompress.errors import NumericsError, RecipeError, listed
-from llmcompress.evaluate.gates import pending
-from llmcompress.evaluate.report import Report
-from llmcompress.methods.engines.stream_search import searched_there
-from llmcompress.models.auto_class import auto_name
+from llmcompress.methods.solvers.stream_search import searched_there
+from llmcompress.models.dense.auto_class import auto_name
+from llmcompress.reporting.gates import pending
+from llmcompress.reporting.report import Report
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.load import SlowBlocks
 from llmcompress.runtime.memory import peak_memory

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from llmcompress.calibrate.walk import Block, InputGroup
+from llmcompress.calibration.walk import Block, InputGroup
 from llmcompress.compression.job import Job
 from llmcompress.compression.layer import finished, layer_of
 from llmcompress.compression.memory_estimate import SEARCHED
-from llmcompress.evaluate.report import LayerReport
 from llmcompress.methods.layer import Layer
 from llmcompress.methods.row_chunks import Outcome, apply_to, runs, together
+from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.ranks import Ranks
 from llmcompress.runtime.side_by_side import side_by_side
 from llmcompress.weight.modules import PackedWeight

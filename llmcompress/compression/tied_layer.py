@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmcompress.calibrate.walk import Block, InputGroup
+from llmcompress.calibration.walk import Block, InputGroup
 from llmcompress.compression.job import Job
 from llmcompress.compression.layer import layer_of, row_of
 from llmcompress.compression.ties import Tied
-from llmcompress.evaluate.report import LayerReport
 from llmcompress.methods.layer import Layer, apply, split
 from llmcompress.methods.row_chunks import apply_in_runs
+from llmcompress.reporting.report import LayerReport
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.modules import PackedWeight, packed

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.engines.low_rank import LowRankConfig
 from llmcompress.methods.layer import StepConfig, sketch
-from llmcompress.models.families import Architecture
+from llmcompress.methods.solvers.low_rank import LowRankConfig
+from llmcompress.models.dense.families import Architecture
 from llmcompress.recipe.tie import Tie
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Weight, Zero

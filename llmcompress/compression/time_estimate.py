@@ -21,7 +21,7 @@ from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import by_gradient, gate_tokens
 from llmcompress.compression.trials import Steps, Trial, busy, paces, speed
 from llmcompress.methods.layer import MANY, SAMPLED
-from llmcompress.models.families import BlockLayout
+from llmcompress.models.dense.families import BlockLayout
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.precision import fast_float32, product_dtype
 

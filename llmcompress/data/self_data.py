@@ -26,15 +26,15 @@ from torch import nn
 from llmcompress.data.generate_answers import Answer, Answerer, AnswerSampling
 from llmcompress.data.text import Document, Message, read_documents
 from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
-from llmcompress.models.auto_class import check_causal
-from llmcompress.models.dense import load_model
-from llmcompress.models.digest import teacher_digest
-from llmcompress.models.file_names import check_name
-from llmcompress.models.locate import Place, locate
-from llmcompress.models.replace import sync
-from llmcompress.models.staging import locked
-from llmcompress.models.store import Store
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.models.dense.auto_class import check_causal
+from llmcompress.models.dense.digest import teacher_digest
+from llmcompress.models.dense.locate import Place, locate
+from llmcompress.models.dense.model import load_model
+from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.models.files.file_names import check_name
+from llmcompress.models.files.replace import sync
+from llmcompress.models.files.staging import locked
+from llmcompress.models.files.store import Store
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.signals import stop_requests
 from llmcompress.runtime.versions import versions

@@ -1,37 +1,12 @@
-"""Layer -> Layer, one file each. Importing this package registers them all."""
+"""Layer -> Layer, one file each, by what they store. Importing this package registers them all."""
 
-from llmcompress.methods import (
-    adadim,
-    alternate,
-    billm,
-    binary_low_rank,
-    dimap,
-    eora,
-    exl3,
-    fdb,
-    gguf,
-    gptq,
-    hqq,
-    kmeans,
-    low_rank,
-    lqer,
-    magnitude,
-    mxfp,
-    pb_llm,
-    planes,
-    presume,
-    pv,
-    random_mask,
-    refine,
-    relevance,
-    rotate,
-    rtn,
-    sparsegpt,
-    svd,
-    trellis,
-    vq,
-    wanda,
-)
+from llmcompress.methods import presume, refine, rotate
+from llmcompress.methods.binary import billm, binary_low_rank, fdb, pb_llm, planes
+from llmcompress.methods.codebooks import kmeans, pv, vq
+from llmcompress.methods.grids import adadim, gguf, gptq, hqq, mxfp, rtn
+from llmcompress.methods.low_rank import alternate, eora, factors, lqer, svd
+from llmcompress.methods.pruning import dimap, magnitude, random_mask, relevance, sparsegpt, wanda
+from llmcompress.methods.trellises import exl3, trellis
 
 __all__ = [
     "adadim",
@@ -41,12 +16,12 @@ __all__ = [
     "dimap",
     "eora",
     "exl3",
+    "factors",
     "fdb",
     "gguf",
     "gptq",
     "hqq",
     "kmeans",
-    "low_rank",
     "lqer",
     "magnitude",
     "mxfp",

@@ -19,17 +19,17 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.engines.bitplanes import Planes, planes_of
-from llmcompress.methods.engines.column_scales import without
-from llmcompress.methods.engines.feedback import few_threads
-from llmcompress.methods.engines.grid import grid_of, round_to, spread
-from llmcompress.methods.engines.hessian import metric
-from llmcompress.methods.engines.moves import moved, visited
-from llmcompress.methods.engines.projection import Floats, Kept, Pruned, Quantized
-from llmcompress.methods.engines.scales import rescaled
-from llmcompress.methods.engines.streams import TrellisStreams
-from llmcompress.methods.engines.vectors import books_of
 from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
+from llmcompress.methods.solvers.bitplanes import Planes, planes_of
+from llmcompress.methods.solvers.column_scales import without
+from llmcompress.methods.solvers.feedback import few_threads
+from llmcompress.methods.solvers.grid import grid_of, round_to, spread
+from llmcompress.methods.solvers.hessian import metric
+from llmcompress.methods.solvers.moves import moved, visited
+from llmcompress.methods.solvers.projection import Floats, Kept, Pruned, Quantized
+from llmcompress.methods.solvers.scales import rescaled
+from llmcompress.methods.solvers.streams import TrellisStreams
+from llmcompress.methods.solvers.vectors import books_of
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.nodes import (
     Codebook,

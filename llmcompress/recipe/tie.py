@@ -12,8 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from llmcompress.methods.engines.low_rank import LowRankConfig
 from llmcompress.methods.layer import StepConfig
+from llmcompress.methods.solvers.low_rank import LowRankConfig
 from llmcompress.recipe.step import Step
 
 

@@ -17,11 +17,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import llmcompress as lc
-from llmcompress.evaluate.perplexity import text_windows
-from llmcompress.evaluate.tables import passport_cells
-from llmcompress.models.dense import load_model
-from llmcompress.models.locate import locate
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.evaluation.perplexity import text_windows
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import load_model
+from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.reporting.tables import passport_cells
 from llmcompress.runtime.precision import product_dtype, products
 
 DENSE = "smollm2"

@@ -30,18 +30,18 @@ import yaml
 from rows import calibration
 from scipy.stats import spearmanr
 
+from llmcompress.allocation.baselines import er_plan, random_plan, uniform_plan
+from llmcompress.allocation.plan import Allocation, allocate, target_of
+from llmcompress.allocation.price_file import allocate_by
+from llmcompress.allocation.prices import damage
+from llmcompress.allocation.sensitivity import DensePredictions, in_parts
 from llmcompress.compression import run
-from llmcompress.compression.allocate.baselines import er_plan, random_plan, uniform_plan
-from llmcompress.compression.allocate.plan import Allocation, allocate, target_of
-from llmcompress.compression.allocate.price_file import allocate_by
-from llmcompress.compression.allocate.prices import damage
-from llmcompress.compression.allocate.sensitivity import DensePredictions, in_parts
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
-from llmcompress.evaluate.perplexity import text_windows
-from llmcompress.models.dense import DenseModel, load_model, resolve
-from llmcompress.models.locate import Place
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.evaluation.perplexity import text_windows
+from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.model import DenseModel, load_model, resolve
+from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.recipe.read import dump, read_recipe
 from llmcompress.weight.modules import decoded
 

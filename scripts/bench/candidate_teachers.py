@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.batch import Batch
-from llmcompress.distill import begin
-from llmcompress.distill.objective.chunked_loss import Online
-from llmcompress.distill.teacher.predictions import ReadsAlong
+from llmcompress.distillation import begin
+from llmcompress.distillation.objective.chunked_loss import Online
+from llmcompress.distillation.teacher.predictions import ReadsAlong
 from llmcompress.losses.loss import Predictions, Reads
-from llmcompress.models.dense import load_model
-from llmcompress.models.locate import locate
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -32,9 +32,9 @@ ARMS: dict[str, dict[str, Any]] = {
 RUN = """
 import json, sys
 import llmcompress as lc
-from llmcompress.compression.allocate.plan import allocate
+from llmcompress.allocation.plan import allocate
 from llmcompress.compression.job import prepare
-from llmcompress.models.dense import resolve
+from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import read_recipe
 model, recipe = sys.argv[1], json.loads(sys.argv[2])
 if "target" in recipe:

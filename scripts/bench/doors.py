@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError
-from llmcompress.evaluate.perplexity import evaluation_windows
-from llmcompress.export.formats import DOORS, export
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.evaluation.perplexity import evaluation_windows
+from llmcompress.formats.formats import DOORS, export
+from llmcompress.models.dense.tokenizer import load_tokenizer
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmcompress.evaluate.distance import kl_divergence
-from llmcompress.evaluate.perplexity import evaluation_windows
-from llmcompress.evaluate.protocol import Protocol
+from llmcompress.evaluation.distance import kl_divergence
+from llmcompress.evaluation.perplexity import evaluation_windows
+from llmcompress.evaluation.protocol import Protocol
 from llmcompress.losses.divergence import entropy
-from llmcompress.models.dense import load_model
-from llmcompress.models.locate import locate
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import load_model
+from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.runtime.precision import fast_float32
 
 

@@ -20,10 +20,10 @@ from random import Random
 from records import Record, append, provenance
 
 import llmcompress as lc
-from llmcompress.compression.depth.choose import chosen_blocks
-from llmcompress.compression.depth.drop import blocks_of
-from llmcompress.evaluate.score import score
-from llmcompress.models.dense import resolve
+from llmcompress.evaluation.score import score
+from llmcompress.models.dense.model import resolve
+from llmcompress.surgery.depth.choose import chosen_blocks
+from llmcompress.surgery.depth.drop import blocks_of
 
 COLUMNS = ("arm", "blocks", "perplexity", "KL", "top-1 agreement")
 

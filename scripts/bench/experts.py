@@ -24,7 +24,7 @@ from torch import Tensor
 import llmcompress as lc
 
 sys.path.insert(0, str(ROOT))
-from tests.compression.experts.trained import BLOCKS, distance, loaded, predictions, train
+from tests.surgery.experts.trained import BLOCKS, distance, loaded, predictions, train
 
 RANDOM = 3  # controls
 

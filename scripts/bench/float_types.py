@@ -30,12 +30,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
-from llmcompress.evaluate.distance import distance
-from llmcompress.evaluate.perplexity import evaluation_windows
-from llmcompress.export.compressed_tensors import converted
+from llmcompress.evaluation.distance import distance
+from llmcompress.evaluation.perplexity import evaluation_windows
+from llmcompress.formats.compressed_tensors import converted
 from llmcompress.methods.layer import Layer, apply, relative_error, step
 from llmcompress.methods.moments import Moments
-from llmcompress.models.locate import locate
+from llmcompress.models.dense.locate import locate
 from llmcompress.weight.nodes import Dense
 
 PRESETS = {"fp8": "FP8_DYNAMIC", "mxfp4": "MXFP4A16", "nvfp4": "NVFP4A16"}

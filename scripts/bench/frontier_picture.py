@@ -14,7 +14,7 @@ from typing import Any
 from records import RESULTS, Record
 from tables import all_records, current
 
-from llmcompress.evaluate.plots import frontier_pictures
+from llmcompress.reporting.plots import frontier_pictures
 
 PICTURES = RESULTS.parent / "pictures"
 WORST = 10_000  # of perplexities

@@ -29,9 +29,9 @@ from reliability_inputs import _changed
 from trials import tried
 
 from llmcompress.errors import LLMCompressError
-from llmcompress.models.headers import read_headers
-from llmcompress.models.hf_quantizer import LLMCompressConfig
-from llmcompress.models.integrity import INDEX
+from llmcompress.models.dense.headers import read_headers
+from llmcompress.models.files.integrity import INDEX
+from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig
 from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.modules import Layout
 

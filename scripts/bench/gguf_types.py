@@ -38,12 +38,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
-from llmcompress.evaluate.distance import Distance, distance
-from llmcompress.evaluate.perplexity import evaluation_windows
-from llmcompress.export.formats import export
-from llmcompress.export.gguf.model import gguf_model
-from llmcompress.methods.gguf import FORMS, fitting
-from llmcompress.models.locate import locate
+from llmcompress.evaluation.distance import Distance, distance
+from llmcompress.evaluation.perplexity import evaluation_windows
+from llmcompress.formats.formats import export
+from llmcompress.formats.gguf.model import gguf_model
+from llmcompress.methods.grids.gguf import FORMS, fitting
+from llmcompress.models.dense.locate import locate
 from llmcompress.runtime.precision import fast_float32
 
 INPUTS = {  # linears of a block that read one input, and what is before it

@@ -19,12 +19,12 @@ from records import Record, append, provenance, read_records
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from llmcompress.evaluate.perplexity import Perplexity, negative_log_likelihood, text_windows
-from llmcompress.evaluate.reliability import reliability
-from llmcompress.models.dense import load_model
-from llmcompress.models.kv_cache import cache, held_bytes
-from llmcompress.models.locate import locate
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.evaluation.perplexity import Perplexity, negative_log_likelihood, text_windows
+from llmcompress.evaluation.reliability import reliability
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import load_model
+from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.models.transformers.kv_cache import cache, held_bytes
 
 DENSE = 16
 

@@ -41,19 +41,19 @@ from records import Record, append, provenance
 from tables import cell
 
 import llmcompress as lc
-from llmcompress.compression.depth.drop import drop_blocks
 from llmcompress.data.builtin import stdlib_text
-from llmcompress.distill.run import distill
-from llmcompress.evaluate.logits import opened
-from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.scores import evaluate
-from llmcompress.evaluate.uncertainty import mean, paired
-from llmcompress.models.checkpoint import read_json
-from llmcompress.models.dense import load_model
-from llmcompress.models.locate import locate
-from llmcompress.models.own_sizes import is_dense
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.distillation.run import distill
+from llmcompress.evaluation.logits import opened
+from llmcompress.evaluation.protocol import Protocol
+from llmcompress.evaluation.scores import evaluate
+from llmcompress.evaluation.uncertainty import mean, paired
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import load_model
+from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.models.files.checkpoint import read_json
+from llmcompress.models.files.own_sizes import is_dense
 from llmcompress.runtime.precision import fast_float32
+from llmcompress.surgery.depth.drop import drop_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -121,7 +121,7 @@ import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
-from llmcompress.models.locate import locate
+from llmcompress.models.dense.locate import locate
 folder, blocks = Path(sys.argv[1]), int(sys.argv[2])
 tokenizer = AutoTokenizer.from_pretrained(locate("smollm2").folder)
 tokenizer.save_pretrained(folder)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 import llmcompress.methods  # noqa: F401 (registers them)
-from llmcompress.calibrate.walk import walk
+from llmcompress.calibration.walk import walk
 from llmcompress.data.calibration import given_tokens
 from llmcompress.data.files import read_text
 from llmcompress.methods.layer import Layer, apply, relative_error, step
-from llmcompress.models.dense import resolve
-from llmcompress.models.families import architecture
+from llmcompress.models.dense.families import architecture
+from llmcompress.models.dense.model import resolve
 from llmcompress.weight.expression import bits
 from llmcompress.weight.nodes import Dense
 

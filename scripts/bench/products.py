@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import llmcompress as lc
-from llmcompress.evaluate.perplexity import evaluation_windows, perplexity
-from llmcompress.models.dense import load_model, resolve
-from llmcompress.models.locate import Place
+from llmcompress.evaluation.perplexity import evaluation_windows, perplexity
+from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.model import load_model, resolve
 from llmcompress.runtime.precision import by_onednn, fast_float32, product_dtype, products
 
 CPU = torch.device("cpu")

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trials import BAD, tried
 
 import llmcompress as lc
-from llmcompress.models import merge
+from llmcompress.models.files import merge
 
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
 RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 8}]}]

@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress  # noqa: F401 (registers the format)
-from llmcompress.distill.student.low_rank import teachers_weights
-from llmcompress.distill.student.regrow import pruned_linears
-from llmcompress.models.dense import load_model
-from llmcompress.models.locate import locate
+from llmcompress.distillation.student.low_rank import teachers_weights
+from llmcompress.distillation.student.regrow import pruned_linears
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import load_model
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
 from llmcompress.weight.nodes import Dense, Where, Zero, shape
 

@@ -70,7 +70,7 @@ def in_own_process(recipe: str, options: argparse.Namespace) -> Record:
 def measured(recipe: str, options: argparse.Namespace) -> Record:
     """Compress and score; `dense` is the model as it is."""
     import llmcompress as lc
-    from llmcompress.evaluate.score import score
+    from llmcompress.evaluation.score import score
 
     protocol = lc.Protocol(text=options.data / "wikitext2-test.raw", windows=options.windows)
     said = {
@@ -91,7 +91,7 @@ def measured(recipe: str, options: argparse.Namespace) -> Record:
 def compressed(recipe: str, options: argparse.Namespace, protocol: Any) -> Record:
     """Return what a record says of a recipe: its digest, its calibration, and the numbers of a run of it."""
     import llmcompress as lc
-    from llmcompress.evaluate.score import score
+    from llmcompress.evaluation.score import score
     from llmcompress.recipe.read import read_recipe
 
     path = recipe_path(recipe)

@@ -21,7 +21,7 @@ from typing import Any
 
 import llmcompress as lc
 from llmcompress.data.self_data import Answering, answer
-from llmcompress.distill.run import distill
+from llmcompress.distillation.run import distill
 
 TEACHER = "smollm2"
 MODULES = """

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import llmcompress as lc
-from llmcompress.models.locate import locate
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.weight.hadamard import SYLVESTER
 from llmcompress.weight.modules import CompressedLinear, put
 from llmcompress.weight.nodes import Columns, Grid, Rotated, TrellisCoded, Weight, Where

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from llmcompress.distill.run import distill
-from llmcompress.distill.student.model import relaxed_student
-from llmcompress.models.dense import load_model
-from llmcompress.models.locate import locate
+from llmcompress.distillation.run import distill
+from llmcompress.distillation.student.model import relaxed_student
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import load_model
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.weight.modules import decoded
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmcompress.methods.engines import viterbi
+from llmcompress.methods.solvers import viterbi
 from llmcompress.weight.linear_code import linear_code
 from llmcompress.weight.trellis import Trellis, table
 

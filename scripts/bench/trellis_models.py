@@ -18,7 +18,7 @@ from records import Record, append, provenance, read_records
 from rows import calibration
 
 import llmcompress as lc
-from llmcompress.evaluate.score import score
+from llmcompress.evaluation.score import score
 from llmcompress.recipe.read import read_recipe
 
 CODES = ("table", "linear")

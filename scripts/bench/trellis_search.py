@@ -13,8 +13,8 @@ import time
 
 import torch
 
-from llmcompress.methods.engines.stream_search import searched_there
-from llmcompress.methods.engines.streams import TrellisStreams
+from llmcompress.methods.solvers.stream_search import searched_there
+from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.trellis import Trellis
 
 RUN = 768  # rows of a stream

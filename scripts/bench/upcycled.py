@@ -20,7 +20,7 @@ from records import append, provenance
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import llmcompress as lc
-from llmcompress.models.locate import locate
+from llmcompress.models.dense.locate import locate
 
 METHODS = ("gptq", "rtn")
 SHARED = (

@@ -27,7 +27,7 @@ from self_data import MODULES, TEACHER, WORDS, chat, lesson, references
 import llmcompress as lc
 from llmcompress.data.mixture import reweighted
 from llmcompress.data.self_data import Answering, answer
-from llmcompress.distill.run import distill
+from llmcompress.distillation.run import distill
 
 Chat = dict[str, Any]
 RATES = {"scales": 1e-3, "norms": 1e-3}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from trellis_search import timed
 
-from llmcompress.methods.engines.stream_search import searched_there
+from llmcompress.methods.solvers.stream_search import searched_there
 from llmcompress.weight.trellis import Trellis
 from scripts.gpu.given import Given
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import llmcompress as lc
-from llmcompress.compression.depth.choose import chosen_blocks
-from llmcompress.compression.depth.drop import drop_blocks
-from llmcompress.distill.run import distill
+from llmcompress.distillation.run import distill
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
+from llmcompress.surgery.depth.choose import chosen_blocks
+from llmcompress.surgery.depth.drop import drop_blocks
 from scripts.gpu.compression import figure, measured
 from scripts.gpu.given import Given, OutOfTimeError, peaks, restart_peak, wait
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 import llmcompress as lc
-from llmcompress.evaluate.speed.generation import generate
-from llmcompress.models.dense import load_model
-from llmcompress.models.locate import locate
+from llmcompress.benchmark.generation import generate
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import load_model
 from scripts.gpu.given import Given, peaks, restart_peak
 
 PROMPT, TOKENS, ROUNDS = 512, 64, 5

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from llmcompress.data.batch import Batch
-from llmcompress.distill.objective.chunked_loss import Online
-from llmcompress.distill.run import distill
-from tests.distill.miniature import make, recipe
+from llmcompress.distillation.objective.chunked_loss import Online
+from llmcompress.distillation.run import distill
+from tests.distillation.miniature import make, recipe
 from tests.tiers import tiered
 from tests.tiny import tiny
 

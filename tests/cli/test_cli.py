@@ -18,21 +18,21 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import llmcompress.compression.pipeline
-import llmcompress.evaluate.compare
-import llmcompress.evaluate.score
+import llmcompress.evaluation.compare
+import llmcompress.evaluation.score
+import llmcompress.pipeline.compress
 from llmcompress import errors
 from llmcompress.cli.app import app
 from llmcompress.cli.terminal import Terminal, verdict
 from llmcompress.cli.views import report_view
 from llmcompress.compression.plan import LayerPlan, Plan
-from llmcompress.evaluate.formatting import duration
-from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.report import LayerReport, Report
-from llmcompress.evaluate.tables import comparison_markdown, grouped, summarized
-from llmcompress.models.file_names import RECIPE
-from llmcompress.models.file_names import REPORT as REPORT_FILE
+from llmcompress.evaluation.protocol import Protocol
+from llmcompress.models.files.file_names import RECIPE
+from llmcompress.models.files.file_names import REPORT as REPORT_FILE
 from llmcompress.recipe.read import dump, parse_recipe
+from llmcompress.reporting.formatting import duration
+from llmcompress.reporting.report import LayerReport, Report
+from llmcompress.reporting.tables import comparison_markdown, grouped, summarized
 from tests.tiny import save_tiny
 
 TEXT = """\
@@ -140,16 +140,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return fake
 
     result = SimpleNamespace(report=REPORT, distillation=None, allocation=None)
-    monkeypatch.setattr(llmcompress.compression.pipeline, "compress", returning(result))
-    monkeypatch.setattr(llmcompress.compression.pipeline, "plan", returning(PLAN))
-    monkeypatch.setattr(llmcompress.evaluate.score, "score", returning(SCORES))
-    monkeypatch.setattr(llmcompress.evaluate.compare, "compare", returning(COMPARED))
+    monkeypatch.setattr(llmcompress.pipeline.compress, "compress", returning(result))
+    monkeypatch.setattr(llmcompress.pipeline.compress, "plan", returning(PLAN))
+    monkeypatch.setattr(llmcompress.evaluation.score, "score", returning(SCORES))
+    monkeypatch.setattr(llmcompress.evaluation.compare, "compare", returning(COMPARED))
     return made
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
     """Makes `plan` do this."""
-    monkeypatch.setattr(llmcompress.compression.pipeline, "plan", lambda *given, **named: act())
+    monkeypatch.setattr(llmcompress.pipeline.compress, "plan", lambda *given, **named: act())
 
 
 def raising(error: BaseException) -> Callable[[], Any]:
@@ -242,7 +242,7 @@ def test_json_of_plan_has_every_layer_and_the_warnings(recipe: Path, calls: Call
 
 
 def test_json_has_null_for_numbers_that_json_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmcompress.evaluate.score, "score", lambda *a, **k: SCORES | {"perplexity": float("inf")})
+    monkeypatch.setattr(llmcompress.evaluation.score, "score", lambda *a, **k: SCORES | {"perplexity": float("inf")})
     assert json.loads(run("eval", "small", "--json").stdout)["perplexity"] is None
 
 

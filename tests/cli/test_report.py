@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from llmcompress.cli.app import app
-from llmcompress.compression.pipeline import compress
-from llmcompress.models.checkpoint import check_manifest
+from llmcompress.models.files.checkpoint import check_manifest
+from llmcompress.pipeline.compress import compress
 from tests.tiny import save_tiny
 
 RULES = [{"match": "*.mlp.*", "steps": [{"method": "rtn", "bits": 3}]}]

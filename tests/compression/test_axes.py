@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.export.compressed_tensors import to_compressed_tensors
-from llmcompress.models.compressed import Opened
+from llmcompress.formats.compressed_tensors import to_compressed_tensors
+from llmcompress.models.files.compressed import Opened
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.modules import compressed_linears
 from llmcompress.weight.nodes import Scaled, Transposed

@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.calibrate.streaming import in_memory
+from llmcompress.calibration.streaming import in_memory
 from llmcompress.cli.app import app
-from llmcompress.compression.depth.choose import chosen_blocks
-from llmcompress.compression.depth.damage import damages, runs_of, searched
-from llmcompress.compression.depth.similarity import run_cosines
 from llmcompress.errors import DiskError, InputError, RecipeError
-from llmcompress.models.dense import load_model
-from llmcompress.models.kept_blocks import KEPT
-from llmcompress.models.locate import locate
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import load_model
+from llmcompress.models.files.kept_blocks import KEPT
+from llmcompress.surgery.depth.choose import chosen_blocks
+from llmcompress.surgery.depth.damage import damages, runs_of, searched
+from llmcompress.surgery.depth.similarity import run_cosines
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer
 

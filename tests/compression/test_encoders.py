@@ -11,12 +11,12 @@ import transformers
 from torch import Tensor
 
 import llmcompress as lc
-from llmcompress.calibrate.walk import walk
+from llmcompress.calibration.walk import walk
 from llmcompress.errors import InputError
-from llmcompress.export.model_card import card
-from llmcompress.models.dense import load_model, resolve
-from llmcompress.models.families import architecture
-from llmcompress.models.locate import locate
+from llmcompress.formats.model_card import card
+from llmcompress.models.dense.families import architecture
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import load_model, resolve
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import compressed_linears
 from tests.tiers import tiered

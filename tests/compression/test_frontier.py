@@ -15,22 +15,22 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.cli.app import app
-from llmcompress.compression.frontier import sweep
-from llmcompress.compression.frontier.budgets import budgets
-from llmcompress.compression.frontier.peers import read_peers
-from llmcompress.compression.frontier.sweep import PRICES, SILENT, SweepCallbacks, frontier
 from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeError
-from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.scores import evaluate
-from llmcompress.evaluate.tables import frontier_markdown
-from llmcompress.evaluate.verify import verify
-from llmcompress.models.checkpoint import MANIFEST, check_manifest
-from llmcompress.models.dense import DenseModel, load_model
-from llmcompress.models.file_names import ALLOCATION, DISTILLATION, RECIPE, SCORES
-from llmcompress.models.locate import locate
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.evaluation.protocol import Protocol
+from llmcompress.evaluation.scores import evaluate
+from llmcompress.evaluation.verify import verify
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import DenseModel, load_model
+from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.models.files.checkpoint import MANIFEST, check_manifest
+from llmcompress.models.files.file_names import ALLOCATION, DISTILLATION, RECIPE, SCORES
+from llmcompress.pipeline.frontier import sweep
+from llmcompress.pipeline.frontier.budgets import budgets
+from llmcompress.pipeline.frontier.peers import read_peers
+from llmcompress.pipeline.frontier.sweep import PRICES, SILENT, SweepCallbacks, frontier
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import dump, read_recipe
+from llmcompress.reporting.tables import frontier_markdown
 from tests.tiny import save_tiny
 
 TEXT = "The quick brown fox jumps over the lazy dog, and 42 grey geese fly past the old mill by the river. "
@@ -196,7 +196,7 @@ def test_what_is_finished_is_read_and_more_budgets_are_added(
     with monkeypatch.context() as context:
         for module, name in ((sweep, "compress_job"), (sweep, "record")):
             context.setattr(module, name, never)
-        context.setattr("llmcompress.compression.frontier.judge.load_model", never)
+        context.setattr("llmcompress.pipeline.frontier.judge.load_model", never)
         context.setattr(DenseModel, "load", never)
         sizes, recipe = budgets(BPW, None), read_recipe(values(place))
         again = frontier(place / "dense", [recipe], sizes, tmp_path / "out", protocol(place, tasks))
@@ -285,7 +285,7 @@ def test_the_table_holds_the_figures(curve: tuple[Path, Found]) -> None:
 
 
 def test_the_plot_shows_lines_peers_and_the_dense_model(curve: tuple[Path, Found]) -> None:
-    from llmcompress.evaluate.plots import frontier_pictures
+    from llmcompress.reporting.plots import frontier_pictures
 
     out, found = curve
     svg = (out / "frontier.svg").read_text()

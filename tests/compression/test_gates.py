@@ -16,22 +16,24 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
+from llmcompress.allocation.plan import allocate, choose, damage
 from llmcompress.cli.app import app
-from llmcompress.compression import gate, pipeline, run
-from llmcompress.compression.allocate.plan import allocate, choose, damage
+from llmcompress.compression import run
 from llmcompress.compression.job import prepare
 from llmcompress.compression.memory_estimate import gate_bytes
 from llmcompress.compression.plan import plan_of
 from llmcompress.compression.time_estimate import seconds
-from llmcompress.distill.run import distill
+from llmcompress.distillation.run import distill
 from llmcompress.errors import GateError
-from llmcompress.evaluate.gates import GateReport
-from llmcompress.evaluate.report import read
-from llmcompress.evaluate.verify import verify
-from llmcompress.export.hub import _card, _proof, push
-from llmcompress.models.dense import resolve
+from llmcompress.evaluation.verify import verify
+from llmcompress.formats.hub import _card, _proof, push
+from llmcompress.models.dense.model import resolve
+from llmcompress.pipeline import compress as pipeline
+from llmcompress.pipeline import quality_check as gate
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Target
+from llmcompress.reporting.gates import GateReport
+from llmcompress.reporting.report import read
 from llmcompress.runtime.ranks import Ranks
 from tests.lockstep import in_lockstep
 from tests.tiers import tiered

@@ -19,16 +19,16 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.calibrate.walk import Block
+from llmcompress.calibration.walk import Block
 from llmcompress.cli.app import app
 from llmcompress.cli.terminal import verdict
 from llmcompress.compression import block
 from llmcompress.compression.block import BlockResult
 from llmcompress.compression.journal import FINISHED
 from llmcompress.errors import DiskError, NumericsError
-from llmcompress.evaluate.report import LayerReport, Report
-from llmcompress.evaluate.verify import verify
-from llmcompress.models.store import Store
+from llmcompress.evaluation.verify import verify
+from llmcompress.models.files.store import Store
+from llmcompress.reporting.report import LayerReport, Report
 from tests.compression.test_run import TEXT
 from tests.tiers import tiered
 from tests.tiny import save_tiny
@@ -340,7 +340,7 @@ def test_prices_are_kept_until_the_model_is_there(place: Path, tmp_path: Path, m
         raise AssertionError("priced again")
 
     with monkeypatch.context() as context:
-        context.setattr("llmcompress.compression.allocate.price_file.price", never)
+        context.setattr("llmcompress.allocation.price_file.price", never)
         again = lc.compress(place / "dense", asked, tmp_path / "out")
         with pytest.raises(AssertionError, match="priced again"):
             lc.compress(place / "dense", asked, tmp_path / "other")

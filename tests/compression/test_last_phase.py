@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 import llmcompress as lc
 from llmcompress.cli.terminal import verdict
 from llmcompress.compression import books, journal, run
-from llmcompress.distill import run as distilling
-from llmcompress.distill.run import distill
+from llmcompress.distillation import run as distilling
+from llmcompress.distillation.run import distill
 from llmcompress.errors import DiskError, InputError, LLMCompressError, LockedError
-from llmcompress.evaluate.verify import verify
-from llmcompress.models import checkpoint, merge
-from llmcompress.models.staging import MARK, claim, locked
+from llmcompress.evaluation.verify import verify
+from llmcompress.models.files import checkpoint, merge
+from llmcompress.models.files.staging import MARK, claim, locked
 from tests.compression.test_journal import RTN, begun, files, recipe
 from tests.compression.test_run import TEXT
 from tests.tiers import tiered
@@ -218,12 +218,12 @@ def test_a_target_run_goes_on_behind_its_rename(place: Path, tmp_path: Path, mon
     asked = recipe(place, rules=[], options=options, target={"bpw": 5.0})
     whole = lc.compress(place / "dense", asked, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("llmcompress.compression.pipeline.record", nth(0, lambda *_: None, Cut()))
+        patch.setattr("llmcompress.pipeline.compress.record", nth(0, lambda *_: None, Cut()))
         with pytest.raises(Cut) as raised:
             lc.compress(place / "dense", asked, tmp_path / "out")
     assert (tmp_path / "out").is_dir() and "prices of the options are kept" in raised.value.__notes__[-1]
     compressed = begun(monkeypatch)
-    monkeypatch.setattr("llmcompress.compression.allocate.price_file.price", nth(0, lambda *_: None, Cut()))
+    monkeypatch.setattr("llmcompress.allocation.price_file.price", nth(0, lambda *_: None, Cut()))
     again = lc.compress(place / "dense", asked, tmp_path / "out")
     assert compressed == [] and files(again.folder) == files(whole.folder) and not list(tmp_path.glob("out.*"))
     assert again.allocation is not None and whole.allocation is not None

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import llmcompress as lc
 from llmcompress.compression.plan import Plan
 from llmcompress.errors import InputError
-from llmcompress.export.formats import DOORS
-from llmcompress.models.file_names import ALLOCATION
+from llmcompress.formats.formats import DOORS
+from llmcompress.models.files.file_names import ALLOCATION
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import compressed_linears, decoded
 from tests.tiers import tiered

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmcompress.compression.pipeline import compress
 from llmcompress.data.calibration import LONG_LINE, PIECE
+from llmcompress.pipeline.compress import compress
 from tests.tiny import save_tiny
 
 

@@ -16,13 +16,13 @@ import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare
-from llmcompress.compression.pipeline import compress_job
-from llmcompress.distill.run import distill
+from llmcompress.distillation.run import distill
 from llmcompress.errors import DiskError, InputError, RecipeError
-from llmcompress.evaluate.verify import verify
-from llmcompress.export.hub import _card, _proof
-from llmcompress.models.dense import resolve
-from llmcompress.models.locate import Place
+from llmcompress.evaluation.verify import verify
+from llmcompress.formats.hub import _card, _proof
+from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.model import resolve
+from llmcompress.pipeline.compress import compress_job
 from llmcompress.recipe.read import dump, parse_recipe, read_recipe
 from llmcompress.runtime.ranks import Ranks
 from tests.lockstep import in_lockstep
@@ -141,7 +141,7 @@ def test_a_hub_model_is_resolved_once_and_is_the_teacher(
         asked.append(revision)
         return Place(name, place / "dense", revision=commit, hub_id=name)
 
-    monkeypatch.setattr("llmcompress.models.locate.download", download)
+    monkeypatch.setattr("llmcompress.models.dense.locate.download", download)
     result = lc.compress("org/dense@main", recipe(place, steps=1), tmp_path / "out")
     assert asked[0] == "main" and set(asked[1:]) == {commit}, "a branch may move while a model is compressed"
     assert result.report.revision == commit and result.report.base_model == "org/dense"

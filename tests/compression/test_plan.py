@@ -13,7 +13,7 @@ from llmcompress.compression import plan
 from llmcompress.compression.job import prepare
 from llmcompress.compression.plan import plan_of
 from llmcompress.methods.layer import sketch
-from llmcompress.models.dense import resolve
+from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.expression import bits
 from llmcompress.weight.nodes import shown_count

@@ -22,19 +22,19 @@ from safetensors.torch import load_file
 
 import llmcompress as lc
 from llmcompress.compression import run
-from llmcompress.compression.frontier.budgets import budgets
-from llmcompress.compression.frontier.sweep import PRICES, frontier, sweep
 from llmcompress.compression.job import prepare
 from llmcompress.compression.journal import FINISHED
 from llmcompress.compression.result import Result
 from llmcompress.errors import LLMCompressError, RecipeError
-from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.verify import verify
-from llmcompress.models.dense import resolve
+from llmcompress.evaluation.protocol import Protocol
+from llmcompress.evaluation.verify import verify
+from llmcompress.models.dense.model import resolve
+from llmcompress.pipeline.frontier.budgets import budgets
+from llmcompress.pipeline.frontier.sweep import PRICES, frontier, sweep
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import dump, read_recipe
 from llmcompress.runtime.ranks import Ranks
-from tests.distill.launched import free_port
+from tests.distillation.launched import free_port
 from tests.lockstep import in_lockstep
 from tests.rules.source_tree import ROOT
 from tests.tiers import tiered

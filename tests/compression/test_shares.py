@@ -13,15 +13,15 @@ import pytest
 import torch
 
 import llmcompress as lc
-from llmcompress.calibrate.walk import Block, InputGroup, walk
+from llmcompress.calibration.walk import Block, InputGroup, walk
 from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.shares import Share, placed, solved
 from llmcompress.errors import NumericsError
-from llmcompress.evaluate.report import LayerReport
 from llmcompress.methods import row_chunks
 from llmcompress.methods.moments import Moments
-from llmcompress.models.dense import resolve
+from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import read_recipe
+from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.weight.modules import PackedWeight
 from tests.lockstep import in_lockstep

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.cli.app import app
-from llmcompress.compression.shrink import shrink
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.evaluate.gates import PENDING
-from llmcompress.export.hub import push
-from llmcompress.models.compressed import Opened
+from llmcompress.formats.hub import push
+from llmcompress.models.files.compressed import Opened
+from llmcompress.reporting.gates import PENDING
+from llmcompress.surgery.shrink import shrink
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.leading import leading
 from llmcompress.weight.nodes import Dense, Grid, LowRank, Rotated, Sum, Weight

@@ -18,7 +18,7 @@ from llmcompress.compression.job import prepare
 from llmcompress.compression.plan import plan_of
 from llmcompress.compression.ties import groups_of
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.models.dense import resolve
+from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.tie import Tie
 from llmcompress.weight.modules import TiedMatrix, compressed_linears, multiplying

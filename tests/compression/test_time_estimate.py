@@ -14,7 +14,7 @@ from llmcompress.compression import time_estimate
 from llmcompress.compression.job import prepare
 from llmcompress.compression.time_estimate import token_shares
 from llmcompress.compression.trials import Pace
-from llmcompress.models.dense import resolve
+from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime import precision
 from tests.tiny import save_tiny

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
-from llmcompress.calibrate.walk import walk
+from llmcompress.calibration.walk import walk
 from llmcompress.errors import RecipeError
 from llmcompress.methods.moments import Moments
-from llmcompress.models.dense import DenseModel, resolve
-from llmcompress.models.families import architecture
+from llmcompress.models.dense.families import architecture
+from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.recipe.read import read_recipe
 from llmcompress.weight import modules
 from llmcompress.weight.expression import dense

@@ -18,8 +18,8 @@ from llmcompress.data.chat_template import rendered
 from llmcompress.data.files import file_notes, file_rows, read_text
 from llmcompress.data.text import read_documents, shuffled
 from llmcompress.errors import InputError
-from llmcompress.evaluate import perplexity
-from llmcompress.evaluate.perplexity import text_windows
+from llmcompress.evaluation import perplexity
+from llmcompress.evaluation.perplexity import text_windows
 from llmcompress.recipe.calibration import Calibration
 from tests.tiny import tiny_tokenizer
 

@@ -19,12 +19,12 @@ import torch
 import llmcompress as lc
 from llmcompress.cli.views import distilled_view
 from llmcompress.data.mixture import draw, normalized, quotas, reweighted
-from llmcompress.distill.run import distill
+from llmcompress.distillation.run import distill
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.data import Mixture
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import dump, read_as
-from tests.distill.launched import free_port
+from tests.distillation.launched import free_port
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
 

@@ -27,21 +27,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.compression.depth.similarity import alike_blocks
-from llmcompress.compression.frontier.budgets import budgets
-from llmcompress.compression.frontier.sweep import frontier
 from llmcompress.data.generate_answers import AnswerSampling
 from llmcompress.data.self_data import Answering, answer
-from llmcompress.distill import ready
-from llmcompress.distill.run import distill
-from llmcompress.distill.teacher import quantized
-from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.verify import verify
+from llmcompress.distillation import ready
+from llmcompress.distillation.run import distill
+from llmcompress.distillation.teacher import quantized
+from llmcompress.evaluation.protocol import Protocol
+from llmcompress.evaluation.verify import verify
 from llmcompress.losses.loss import loss_config, measure
 from llmcompress.methods.layer import apply, relative_error, step
-from llmcompress.models.dense import load_model
-from llmcompress.models.locate import Place
+from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.model import load_model
+from llmcompress.pipeline.frontier.budgets import budgets
+from llmcompress.pipeline.frontier.sweep import frontier
 from llmcompress.recipe.read import read_recipe
+from llmcompress.surgery.depth.similarity import alike_blocks
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import dense, matmul
 from llmcompress.weight.nodes import Weight, Zero
@@ -49,7 +49,7 @@ from tests.builders import every_node, gaussian, layer, random_nestings
 from tests.compression.test_journal import SETTINGS
 from tests.compression.test_journal import recipe as compression
 from tests.devices.stand_in import NAME, register
-from tests.distill import miniature
+from tests.distillation import miniature
 from tests.losses import cases
 from tests.methods.conformance.cases import SIZE, Step, calibration, spelled
 from tests.methods.conformance.test_row_chunks import PIPELINES

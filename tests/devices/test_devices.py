@@ -16,14 +16,14 @@ import torch
 from accelerate.state import AcceleratorState
 
 import llmcompress as lc
-from llmcompress.compression.depth.similarity import alike_blocks
-from llmcompress.distill.parallel.launch import launched_accelerator
+from llmcompress.distillation.parallel.launch import launched_accelerator
 from llmcompress.errors import RecipeError
-from llmcompress.evaluate.processes import launched
-from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.verify import verify
+from llmcompress.evaluation.processes import launched
+from llmcompress.evaluation.protocol import Protocol
+from llmcompress.evaluation.verify import verify
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.runtime.devices import device_of, is_at, kind_of
+from llmcompress.surgery.depth.similarity import alike_blocks
 from llmcompress.weight.expression import decoded, dense, device, matmul
 from llmcompress.weight.nodes import Dense, LowRank, Rotated, Sum, Transposed, Weight, Zero
 from tests.devices.scenarios import kind_of_scenario, scenarios

@@ -20,7 +20,7 @@ import llmcompress as lc
 from llmcompress.errors import RecipeError
 from llmcompress.kernels import ops
 from llmcompress.kernels.accelerate import SWITCH, Fast, accelerate, plain
-from llmcompress.models.hf_quantizer import LLMCompressConfig, table_entry
+from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig, table_entry
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, compressed_modules, put
 from llmcompress.weight.nodes import Rotated
 from llmcompress.weight.trellis import Trellis

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError
-from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.score import score
-from llmcompress.models import merge
-from llmcompress.models.binding import bound
-from llmcompress.models.checkpoint import MANIFEST
-from llmcompress.models.integrity import SINGLE
-from llmcompress.models.merge import shard_files
+from llmcompress.evaluation.protocol import Protocol
+from llmcompress.evaluation.score import score
+from llmcompress.models.files import merge
+from llmcompress.models.files.binding import bound
+from llmcompress.models.files.checkpoint import MANIFEST
+from llmcompress.models.files.integrity import SINGLE
+from llmcompress.models.files.merge import shard_files
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny
 from tests.unbound import unbound

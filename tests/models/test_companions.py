@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmcompress.errors import InputError
-from llmcompress.models.companions import companions, copy_companions
+from llmcompress.models.dense.companions import companions, copy_companions
 from tests.tiny import save_tiny
 
 SECRETS = (

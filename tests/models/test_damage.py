@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import llmcompress as lc
 from llmcompress.errors import InputError, LLMCompressError
-from llmcompress.evaluate.verify import verify
-from llmcompress.models import merge
-from llmcompress.models.dense import load_model
-from llmcompress.models.integrity import INDEX
-from llmcompress.models.locate import Place
+from llmcompress.evaluation.verify import verify
+from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.model import load_model
+from llmcompress.models.files import merge
+from llmcompress.models.files.integrity import INDEX
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 

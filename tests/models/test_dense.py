@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmcompress.errors import DiskError, InputError
-from llmcompress.models import smollm2
-from llmcompress.models.dense import resolve
-from llmcompress.models.locate import locate
+from llmcompress.models.dense import smollm2
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import resolve
 from tests.stand_in_hub import StandInHub
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny
 from tests.zoo import save_zoo, zoo
@@ -313,7 +313,7 @@ def test_embedded_model_becomes_an_ordinary_folder() -> None:
 RESOLVE = """
 import sys
 from llmcompress.errors import InputError
-from llmcompress.models.dense import resolve
+from llmcompress.models.dense.model import resolve
 for name in sys.argv[1:]:
     try:
         source = resolve(name)

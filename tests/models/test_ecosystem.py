@@ -156,7 +156,7 @@ def test_lm_eval_scores_it(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_dense_model_is_not_compressed_on_the_fly(folder: Path) -> None:
-    from llmcompress.models.hf_quantizer import LLMCompressConfig
+    from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig
 
     with pytest.raises((ValueError, InputError)):
         AutoModelForCausalLM.from_pretrained(folder.parent / "dense", quantization_config=LLMCompressConfig())

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.errors import InputError, NumericsError
-from llmcompress.models.dense import resolve
-from llmcompress.models.experts import experts_of, fused, unfuse
+from llmcompress.models.dense.experts import experts_of, fused, unfuse
+from llmcompress.models.dense.model import resolve
 from tests.tiers import tiered
 from tests.zoo import MIXTURES, expert_slices, save_zoo, zoo
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from llmcompress.errors import InputError
-from llmcompress.models.experts import experts_of, unfuse
-from llmcompress.models.families import FAMILIES, architecture
+from llmcompress.models.dense.experts import experts_of, unfuse
+from llmcompress.models.dense.families import FAMILIES, architecture
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, VOCABULARY, tiny
 from tests.zoo import COUNT, MIXTURES, zoo

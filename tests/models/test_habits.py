@@ -18,7 +18,7 @@ from transformers import (
 
 import llmcompress as lc
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.models.integrity import weight_files
+from llmcompress.models.files.integrity import weight_files
 from llmcompress.weight.modules import compressed_modules
 from tests.tiny import save_tiny
 

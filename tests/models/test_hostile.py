@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense import resolve
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.models.dense.model import resolve
+from llmcompress.models.dense.tokenizer import load_tokenizer
 from tests.tiny import save_tiny, tiny_tokenizer
 
 

@@ -23,15 +23,15 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError
-from llmcompress.models import merge
-from llmcompress.models.checkpoint import MANIFEST, manifest
-from llmcompress.models.compressed import Opened
-from llmcompress.models.dense import load_model, open_source
-from llmcompress.models.files import MOST_HEADER, MOST_JSON, open_tensors, read_object
-from llmcompress.models.headers import read_headers
-from llmcompress.models.hf_quantizer import LLMCompressConfig
-from llmcompress.models.integrity import INDEX, SINGLE, weight_files, weight_map
-from llmcompress.models.locate import Place
+from llmcompress.models.dense.headers import read_headers
+from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.model import load_model, open_source
+from llmcompress.models.files import merge
+from llmcompress.models.files.checkpoint import MANIFEST, manifest
+from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.files import MOST_HEADER, MOST_JSON, open_tensors, read_object
+from llmcompress.models.files.integrity import INDEX, SINGLE, weight_files, weight_map
+from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig
 from tests.mutations import changed, places, values
 from tests.tiny import save_tiny
 
@@ -394,9 +394,9 @@ BUDGET = """
 import resource, sys
 from pathlib import Path
 from llmcompress.errors import InputError
-from llmcompress.models.compressed import Opened
-from llmcompress.models.dense import load_model, open_source
-from llmcompress.models.locate import Place
+from llmcompress.models.files.compressed import Opened
+from llmcompress.models.dense.model import load_model, open_source
+from llmcompress.models.dense.locate import Place
 load = {"open": lambda place: open_source(place), "load": lambda place: load_model(place)}[sys.argv[1]]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 whole, *hostile = map(Path, sys.argv[2:])

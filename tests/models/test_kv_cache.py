@@ -14,7 +14,15 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llmcompress.errors import InputError, LLMCompressError, NumericsError, RecipeError
-from llmcompress.models.kv_cache import CHANNELS, TOKENS, CacheForm, Grouping, QuantizedKVLayer, cache, held_bytes
+from llmcompress.models.transformers.kv_cache import (
+    CHANNELS,
+    TOKENS,
+    CacheForm,
+    Grouping,
+    QuantizedKVLayer,
+    cache,
+    held_bytes,
+)
 from tests.tiny import FAMILY_CONFIGS, tiny
 
 SIZE = 8  # of groups, and channels of a head of the tiny models

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from llmcompress.models.checkpoint import writing
-from llmcompress.models.hf_quantizer import table_entry
+from llmcompress.models.files.checkpoint import writing
+from llmcompress.models.transformers.hf_quantizer import table_entry
 from llmcompress.weight.modules import Layout, packed, payload_texts
 from llmcompress.weight.nodes import Grid
 

@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 import llmcompress as lc
 from llmcompress.errors import InputError
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import compressed_modules
 from tests.tiny import save_tiny

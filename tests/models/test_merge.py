@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llmcompress.errors import InputError
-from llmcompress.models import merge
-from llmcompress.models.binding import bound
-from llmcompress.models.checkpoint import Writer, write_tensors
-from llmcompress.models.integrity import BINDING, DIGESTS, INDEX, SINGLE, digest
-from llmcompress.models.merge import merged, part_file, shard_files
+from llmcompress.models.files import merge
+from llmcompress.models.files.binding import bound
+from llmcompress.models.files.checkpoint import Writer, write_tensors
+from llmcompress.models.files.integrity import BINDING, DIGESTS, INDEX, SINGLE, digest
+from llmcompress.models.files.merge import merged, part_file, shard_files
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.bool, torch.float16)
 

@@ -20,14 +20,14 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.errors import InputError
-from llmcompress.evaluate import report as reports
-from llmcompress.export.model_card import card
-from llmcompress.models.companions import companions
-from llmcompress.models.dense import load_model, resolve
-from llmcompress.models.digest import teacher_digest
-from llmcompress.models.locate import Place, locate
-from llmcompress.models.remote_code import code_files
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.formats.model_card import card
+from llmcompress.models.dense.companions import companions
+from llmcompress.models.dense.digest import teacher_digest
+from llmcompress.models.dense.locate import Place, locate
+from llmcompress.models.dense.model import load_model, resolve
+from llmcompress.models.dense.remote_code import code_files
+from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.reporting import report as reports
 from tests.own_code import AUTO_MAP, FILES, MARKER, save_own
 from tests.stand_in_hub import StandInHub
 from tests.tiny import save_tiny
@@ -299,7 +299,7 @@ def test_broken_code_is_one_sentence(dense: Path) -> None:
 
 DOWNLOAD = """
 import sys
-from llmcompress.models.locate import locate
+from llmcompress.models.dense.locate import locate
 print(*(path.name for path in locate("org/own", trust_remote_code=sys.argv[1] == "yes").folder.iterdir()))
 """
 

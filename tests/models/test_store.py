@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llmcompress.errors import DiskError, InputError
-from llmcompress.models import replace
-from llmcompress.models.store import Store
+from llmcompress.models.files import replace
+from llmcompress.models.files.store import Store
 
 RUN = {"recipe": {"seed": 1, "rates": {"scales": 1e-3}}, "tokens": None, "versions": ("a", "b")}
 TENSORS = {"w": torch.arange(6.0).reshape(2, 3).bfloat16(), "count": torch.tensor(3), "none": torch.empty(0)}

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.errors import InputError
-from llmcompress.evaluate.verify import verify
-from llmcompress.models.hf_quantizer import LLMCompressConfig, table_entry
+from llmcompress.evaluation.verify import verify
+from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig, table_entry
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
 from llmcompress.weight.nodes import Grid

@@ -24,7 +24,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 import llmcompress as lc
 from llmcompress.errors import InputError
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, compressed_modules
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny

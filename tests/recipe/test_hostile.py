@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmcompress.errors import RecipeError
-from llmcompress.models.families import Linear
+from llmcompress.models.dense.families import Linear
 from llmcompress.recipe import user_file
 from llmcompress.recipe.calibration import is_file
 from llmcompress.recipe.matching import assign

@@ -10,8 +10,8 @@ import yaml
 
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import methods, step
-from llmcompress.models import roles as roles_room
-from llmcompress.models.families import Linear
+from llmcompress.models.dense import roles as roles_room
+from llmcompress.models.dense.families import Linear
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Gates, Recipe, Role, Rule
 from llmcompress.recipe.distillation import Distillation

@@ -11,13 +11,13 @@ from tests.rules.source_tree import ROOT, Module, modules
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LATE = {  # read only when what they are about is there: kernels in Triton, changes to PEFT, vLLM
-    "llmcompress.export.vllm.layers",
+    "llmcompress.formats.vllm.layers",
     "llmcompress.kernels.gpu.grid_triton",
     "llmcompress.kernels.gpu.launches",
     "llmcompress.kernels.gpu.trellis_triton",
     "llmcompress.kernels.gpu.turn_triton",
-    "llmcompress.methods.engines.viterbi_triton",
-    "llmcompress.models.peft_merge",
+    "llmcompress.methods.solvers.viterbi_triton",
+    "llmcompress.models.transformers.peft_merge",
 }
 DISTRIBUTIONS = metadata.packages_distributions() | {
     name: [distribution]  # for an environment without these extras

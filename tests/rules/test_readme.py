@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llmcompress.methods.layer
-from llmcompress.methods.engines.grid import GridFormat, grid_sketch
+from llmcompress.methods.solvers.grid import GridFormat, grid_sketch
 from llmcompress.recipe.read import dump, parse_recipe
 from llmcompress.weight.expression import bits
 from llmcompress.weight.nodes import Dense

@@ -12,24 +12,32 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "runtime": set(),
     "weight": set(),
-    "methods": {"kernels", "weight", "runtime"},
     "kernels": {"weight", "runtime"},
+    "methods": {"kernels", "weight", "runtime"},
     "losses": set(),
     "recipe": {"methods", "losses", "weight"},
     "models": {"kernels", "weight", "runtime"},
     "data": {"models", "recipe", "runtime"},
-    "calibrate": {"models", "recipe", "methods", "weight", "runtime"},
-    "evaluate": {"calibrate", "data", "models", "recipe", "kernels", "weight", "runtime"},
-    "distill": {"evaluate", "calibrate", "data", "models", "recipe", "losses", "methods", "weight", "runtime"},
-    "compression": {"distill", "evaluate", "calibrate", "data", "models", "recipe", "methods", "weight", "runtime"},
-    "export": {"evaluate", "models", "weight", "runtime"},
+    "calibration": {"models", "recipe", "methods", "weight", "runtime"},
+    "reporting": {"models", "recipe"},
 }
+ROOMS["evaluation"] = {"reporting", "calibration", "data", "models", "recipe", "kernels", "weight", "runtime"}
+ROOMS["benchmark"] = {"reporting", "evaluation", "data", "models", "runtime"}
+ROOMS["distillation"] = ROOMS["evaluation"] - {"kernels"} | {"evaluation", "losses", "methods"}
+ROOMS["compression"] = ROOMS["distillation"] - {"losses"} | {"distillation"}
+ROOMS["allocation"] = ROOMS["compression"] - {"distillation"} | {"compression"}
+ROOMS["pipeline"] = ROOMS["allocation"] | {"allocation", "distillation"}
+ROOMS["surgery"] = ROOMS["pipeline"] | {"pipeline"}
+ROOMS["formats"] = {"reporting", "evaluation", "models", "weight", "runtime"}
 ROOMS["cli"] = set(ROOMS)
 ROOMS["__main__"] = {"cli"}
 # A method shares code with others through the files of methods/ that register none. The exceptions:
 SIBLINGS = {
-    "llmcompress.methods.gptq": {"llmcompress.methods.rtn", "llmcompress.methods.mxfp"},  # these with feedback
-    "llmcompress.methods.hqq": {"llmcompress.methods.rtn"},  # rtn whose grids are solved for again
+    "llmcompress.methods.grids.gptq": {
+        "llmcompress.methods.grids.rtn",
+        "llmcompress.methods.grids.mxfp",
+    },  # these with feedback
+    "llmcompress.methods.grids.hqq": {"llmcompress.methods.grids.rtn"},  # rtn whose grids are solved for again
 }
 NOUNS_MISSING = {"utils", "util", "common", "base", "manager", "helpers", "misc"}
 

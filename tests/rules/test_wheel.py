@@ -104,7 +104,7 @@ def test_the_wheel_has_every_recipe_and_every_data_file(wheel: Path) -> None:
     tracked = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "llmcompress").rglob("*") if path.is_file()}
     expected = {f"llmcompress/{name}" for name in tracked} | {name for name in sources if "__pycache__" not in name}
-    expected -= {"llmcompress/models/autoload.py", "llmcompress/models/autoload.pth"}
+    expected -= {"llmcompress/models/transformers/autoload.py", "llmcompress/models/transformers/autoload.pth"}
     expected |= {"_llmcompress_autoload.py", "llmcompress.pth"}  # where Python reads them
     with ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}

@@ -12,7 +12,7 @@ from llmcompress.cli.terminal import Terminal
 from llmcompress.errors import EndedError, InputError, NumericsError, RecipeError
 from llmcompress.runtime import ranks
 from llmcompress.runtime.ranks import ALONE, Ranks, _own_device, launched
-from tests.distill.launched import free_port
+from tests.distillation.launched import free_port
 from tests.lockstep import in_lockstep
 
 COUNTS = [2, 3, 5]

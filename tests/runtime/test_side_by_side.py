@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.methods.engines.feedback import few_threads
 from llmcompress.methods.moments import Moments
+from llmcompress.methods.solvers.feedback import few_threads
 from llmcompress.runtime.precision import bfloat16_factors
 from llmcompress.runtime.side_by_side import alone, side_by_side, workers_on
 

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
-from llmcompress.export.compressed_tensors import obstacle
-from llmcompress.export.gguf.tensor_types import Inexact, exact_type
+from llmcompress.formats.compressed_tensors import obstacle
+from llmcompress.formats.gguf.tensor_types import Inexact, exact_type
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import bits, dense, describe, float_values
 from llmcompress.weight.nodes import Minifloat

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llmcompress.errors import RecipeError
-from llmcompress.export.compressed_tensors import obstacle
-from llmcompress.export.gguf.tensor_types import Inexact, exact_type
-from llmcompress.export.peft import without_term
+from llmcompress.formats.compressed_tensors import obstacle
+from llmcompress.formats.gguf.tensor_types import Inexact, exact_type
+from llmcompress.formats.peft import without_term
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import bits, dense, describe, matmul
 from llmcompress.weight.nodes import (

@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibrate.walk import Block, InputGroup
+from llmcompress.calibration.walk import Block, InputGroup
 from llmcompress.compression.fuse.producers import Feed, feeds
 from llmcompress.errors import RecipeError
-from llmcompress.methods.engines.grid import GridConfig, GridFormat, fit_grid, round_to
 from llmcompress.methods.layer import StepConfig
 from llmcompress.methods.moments import Moments
-from llmcompress.models.dense import DenseModel
-from llmcompress.models.families import Architecture
+from llmcompress.methods.solvers.grid import GridConfig, GridFormat, fit_grid, round_to
+from llmcompress.models.dense.families import Architecture
+from llmcompress.models.dense.model import DenseModel
 
 EXPONENTS = tuple(step / 20 for step in range(20))
 QUIETEST = 1e-4  # of the loudest channel's root mean square: a quieter channel counts as this

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmcompress.errors import RecipeError
-from llmcompress.models.families import FAMILIES, Architecture, BlockLayout
+from llmcompress.models.dense.families import FAMILIES, Architecture, BlockLayout
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from llmcompress.compression.fuse.producers import feeds
 from llmcompress.errors import RecipeError
-from llmcompress.models.dense import DenseModel
-from llmcompress.models.families import Architecture, architecture
+from llmcompress.models.dense.families import Architecture, architecture
+from llmcompress.models.dense.model import DenseModel
 from llmcompress.runtime.seeding import generator
 from llmcompress.weight.hadamard import ROWS, rotate
 

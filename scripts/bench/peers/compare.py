@@ -35,7 +35,7 @@ def windows(model: Path, text: Path, count: int, length: int) -> "Tensor":
     """The first `count` windows of `length` tokens of the whole text, tokenized once without special tokens."""
     from transformers import AutoTokenizer
 
-    from llmcompress.evaluate.perplexity import text_windows
+    from llmcompress.evaluation.perplexity import text_windows
 
     found = text_windows(AutoTokenizer.from_pretrained(model), text.read_text(encoding="utf-8"), count, length)
     if len(found) < count:
@@ -92,7 +92,7 @@ def score(pairs: list[tuple[str, str]], given: argparse.Namespace) -> tuple[floa
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from llmcompress.evaluate.perplexity import perplexity
+    from llmcompress.evaluation.perplexity import perplexity
 
     torch.set_num_threads(given.threads)
     sequences = windows(given.model, given.eval_text, given.windows, given.eval_length)

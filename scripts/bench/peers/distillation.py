@@ -69,7 +69,7 @@ def recipe(steps: int) -> Distillation:
 
 def ours(student: str, teacher: str, asked: Distillation, output: Path) -> dict[str, Any]:
     """Distils into the folder `output`; the seconds of all steps, the loss of each, how much trained and was read."""
-    from llmcompress.distill.run import distill
+    from llmcompress.distillation.run import distill
 
     done = distill(student, teacher, asked, output)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -89,10 +89,10 @@ def peer(student: str, teacher: str, asked: Distillation, output: Path) -> dict[
 
     from llmcompress.data.distillation import read_data
     from llmcompress.data.schedule import span
-    from llmcompress.models.dense import load_model
-    from llmcompress.models.locate import locate
-    from llmcompress.models.lora import fold, plain_head
-    from llmcompress.models.tokenizer import load_tokenizer
+    from llmcompress.models.dense.locate import locate
+    from llmcompress.models.dense.model import load_model
+    from llmcompress.models.dense.tokenizer import load_tokenizer
+    from llmcompress.models.transformers.lora import fold, plain_head
     from llmcompress.runtime.precision import product_dtype
     from llmcompress.weight.modules import decoded
 
@@ -126,7 +126,7 @@ def with_lora(model: PreTrainedModel, dense: PreTrainedModel, asked: Distillatio
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from llmcompress.distill.student.low_rank import adapt
+    from llmcompress.distillation.student.low_rank import adapt
     from llmcompress.weight.expression import dense as value_of
     from llmcompress.weight.modules import compressed_linears, put
     from llmcompress.weight.nodes import LowRank, Sum
@@ -163,7 +163,7 @@ def gkd(
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     from llmcompress.data.schedule import rate
-    from llmcompress.distill.optimizers import BETAS
+    from llmcompress.distillation.optimizers import BETAS
 
     moving = [value for value in adapted.parameters() if value.requires_grad]
     groups = [{"params": [value], "lr": asked.rates["factors"] * size_of(value)} for value in moving]

@@ -19,8 +19,8 @@ def compressed(
     model_folder: Path, recipe_file: Path, text: Path, sequences: int, length: int
 ) -> tuple["dict[str, Tensor]", dict[str, Any]]:
     """The one call into llmcompress: ({linear's module path: dense float32 [out, in]}, facts for the JSON line)."""
-    from llmcompress.compression.pipeline import compress
-    from llmcompress.models.dense import resolve
+    from llmcompress.models.dense.model import resolve
+    from llmcompress.pipeline.compress import compress
     from llmcompress.recipe.read import read_recipe
     from llmcompress.weight.expression import dense
     from llmcompress.weight.modules import CompressedLinear

@@ -20,7 +20,7 @@ from typing import Any
 from compare import windows
 from safetensors.torch import save_file
 
-from llmcompress.models.locate import locate
+from llmcompress.models.dense.locate import locate
 
 HERE = Path(__file__).resolve().parent
 OURS = "llama.cpp"  # needs no environment but ours

@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from llmcompress.evaluate.protocol import Protocol
-from llmcompress.evaluate.score import size_of
-from llmcompress.evaluate.scores import evaluate
-from llmcompress.models.dense import DenseModel, load_model, resolve
-from llmcompress.models.families import architecture
-from llmcompress.models.headers import Header
-from llmcompress.models.locate import locate
-from llmcompress.models.tokenizer import load_tokenizer
+from llmcompress.evaluation.protocol import Protocol
+from llmcompress.evaluation.score import size_of
+from llmcompress.evaluation.scores import evaluate
+from llmcompress.models.dense.families import architecture
+from llmcompress.models.dense.headers import Header
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import DenseModel, load_model, resolve
+from llmcompress.models.dense.tokenizer import load_tokenizer
 
 WINDOWS, OTHER_WINDOWS, PAIRS = 32, 16, 50
 DENSE, OURS = "dense", "llmcompress"
@@ -116,7 +116,7 @@ def linear_headers(source: DenseModel) -> list[Header]:
 
 
 def points(rows: list[dict[str, Any]], dense: str) -> list[dict[str, Any]]:
-    """The rows of other tools as `llmcompress.compression.frontier.peers` reads them."""
+    """The rows of other tools as `llmcompress.pipeline.frontier.peers` reads them."""
     source = resolve(dense)
     rest = source.bytes - sum(header.bytes for header in linear_headers(source))
     return [

@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import repeat_kv
 
 import llmcompress as lc
-from llmcompress.calibrate.blocks import load
-from llmcompress.calibrate.walk import Block, InputGroup, walk
+from llmcompress.calibration.blocks import load
+from llmcompress.calibration.walk import Block, InputGroup, walk
 from llmcompress.compression.fuse.awq import Balanced, balance, producer_rows, rounded
 from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.errors import RecipeError
+from llmcompress.methods.grids.rtn import RTN, rtn
 from llmcompress.methods.layer import Layer, relative_error, step
 from llmcompress.methods.moments import STATISTICS, Moments
-from llmcompress.methods.rtn import RTN, rtn
-from llmcompress.models.dense import DenseModel, resolve
-from llmcompress.models.families import FAMILIES, Architecture, architecture
+from llmcompress.models.dense.families import FAMILIES, Architecture, architecture
+from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Dense
 from tests.tiny import VOCABULARY, save_tiny

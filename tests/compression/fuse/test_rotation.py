@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.calibrate.blocks import load
+from llmcompress.calibration.blocks import load
 from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.errors import RecipeError
-from llmcompress.models.dense import DenseModel, resolve
-from llmcompress.models.families import FAMILIES
+from llmcompress.models.dense.families import FAMILIES
+from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.weight.modules import compressed_linears
 from llmcompress.weight.nodes import Rotated
 from tests.tiny import VOCABULARY, save_tiny

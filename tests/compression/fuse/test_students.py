@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
-from llmcompress.distill.run import distill
+from llmcompress.distillation.run import distill
 from llmcompress.errors import RecipeError
-from tests.distill.miniature import TEXT, recipe
+from tests.distillation.miniature import TEXT, recipe
 from tests.tiny import save_tiny
 
 RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}]

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcompress.methods.engines.streams import TrellisStreams
+from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.trellis import Trellis
 from tests.builders import TRELLISES, seeded
 
@@ -59,7 +59,7 @@ CASES += [Case(TRELLISES[4], "doubled", (0, 1, 3, 6))]
 
 def on(device: str, case: Case) -> NDArray[np.int32]:
     """The states that the kernel finds on a device: under the interpreter, the CPU."""
-    from llmcompress.methods.engines.viterbi_triton import search
+    from llmcompress.methods.solvers.viterbi_triton import search
 
     wanted, importance = (asked.to(device) for asked in case.wishes())
     starts, ends = (torch.tensor(given, dtype=torch.int32, device=device) for given in (case.starts, case.ends))
@@ -82,9 +82,9 @@ def codes(device: str) -> NDArray[np.uint8]:
 
 
 if __name__ == "__main__":
-    from llmcompress.methods.engines import viterbi_triton
+    from llmcompress.methods.solvers import viterbi_triton
 
     with mock.patch.object(viterbi_triton, "LANES", LANES):
         ways = [on("cpu", case) for case in CASES]
-        with mock.patch("llmcompress.methods.engines.streams.stream_search", viterbi_triton.search):
+        with mock.patch("llmcompress.methods.solvers.streams.stream_search", viterbi_triton.search):
             np.savez(sys.argv[1], *ways, matrix=codes("cpu"))

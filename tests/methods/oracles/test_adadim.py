@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.adadim import DownColumns
-from llmcompress.methods.engines.feedback import feedback
-from llmcompress.methods.engines.grid import GridFormat
-from llmcompress.methods.engines.hessian import inverse_factor
-from llmcompress.methods.engines.projection import Quantized
+from llmcompress.methods.grids.adadim import DownColumns
 from llmcompress.methods.layer import Layer, relative_error, sketch, step
 from llmcompress.methods.refine import descended
+from llmcompress.methods.solvers.feedback import feedback
+from llmcompress.methods.solvers.grid import GridFormat
+from llmcompress.methods.solvers.hessian import inverse_factor
+from llmcompress.methods.solvers.projection import Quantized
 from llmcompress.weight.expression import bits, dense, describe
 from llmcompress.weight.nodes import Grid, Transposed
 from llmcompress.weight.rows import check_rows

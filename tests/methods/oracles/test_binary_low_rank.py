@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.binary_low_rank import PULL, BinaryFactors, alternated, balanced, rescaled, signs
+from llmcompress.methods.binary.binary_low_rank import PULL, BinaryFactors, alternated, balanced, rescaled, signs
 from llmcompress.methods.layer import Layer, apply, relative_error, sketch, step
 from llmcompress.methods.moments import Moments
 from llmcompress.weight.expression import bits, dense

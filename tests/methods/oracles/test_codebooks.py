@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.methods.engines import centroids as engine
-from llmcompress.methods.engines.centroids import clustered, refitted
-from llmcompress.methods.engines.codebooks import fitted
-from llmcompress.methods.engines.feedback import feedback
-from llmcompress.methods.engines.hessian import inverse_factor
-from llmcompress.methods.engines.vectors import Vectors, books_of
 from llmcompress.methods.layer import relative_error
+from llmcompress.methods.solvers import centroids as engine
+from llmcompress.methods.solvers.centroids import clustered, refitted
+from llmcompress.methods.solvers.codebooks import fitted
+from llmcompress.methods.solvers.feedback import feedback
+from llmcompress.methods.solvers.hessian import inverse_factor
+from llmcompress.methods.solvers.vectors import Vectors, books_of
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Codebook, Columns, Dense, Sum, Weight, Where
 from tests.builders import codebook, compressed, correlated, gaussian, moments, seeded

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.methods.engines.bitplane_fit import PlaneFormat
-from llmcompress.methods.engines.bitplanes import Planes
-from llmcompress.methods.engines.column_scales import ColumnScaled, mirrored, rank_one, refactored
-from llmcompress.methods.engines.feedback import feedback
-from llmcompress.methods.engines.hessian import inverse_factor
-from llmcompress.methods.engines.scales import rescaled
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.refine import descended
+from llmcompress.methods.solvers.bitplane_fit import PlaneFormat
+from llmcompress.methods.solvers.bitplanes import Planes
+from llmcompress.methods.solvers.column_scales import ColumnScaled, mirrored, rank_one, refactored
+from llmcompress.methods.solvers.feedback import feedback
+from llmcompress.methods.solvers.hessian import inverse_factor
+from llmcompress.methods.solvers.scales import rescaled
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Columns, Dense, Grid, LowRank, Scaled, Sum, Weight, Where
 from tests.builders import compressed, correlated, gaussian, grid, moments, seeded

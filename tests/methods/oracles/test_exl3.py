@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.engines.hessian import inverse_factor, second_moment
-from llmcompress.methods.engines.tile_search import nearest
-from llmcompress.methods.exl3 import SPREAD, WIDE_SPREAD, tiles_with_feedback
 from llmcompress.methods.layer import relative_error
+from llmcompress.methods.solvers.hessian import inverse_factor, second_moment
+from llmcompress.methods.solvers.tile_search import nearest
+from llmcompress.methods.trellises.exl3 import SPREAD, WIDE_SPREAD, tiles_with_feedback
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Tiles
 from llmcompress.weight.tiles import STEPS, from_tiles, numbers, states, to_tiles

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.methods.engines import feedback as engine
-from llmcompress.methods.engines.grid import GridFormat
-from llmcompress.methods.engines.hessian import FLOAT32, damped, inverse_factor, inverted, second_moment
-from llmcompress.methods.engines.projection import Kept, Pruned, Quantized
 from llmcompress.methods.layer import Layer, apply, relative_error, step
+from llmcompress.methods.solvers import feedback as engine
+from llmcompress.methods.solvers.grid import GridFormat
+from llmcompress.methods.solvers.hessian import FLOAT32, damped, inverse_factor, inverted, second_moment
+from llmcompress.methods.solvers.projection import Kept, Pruned, Quantized
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Bitmap, Dense, Grid, Where
 from tests.builders import compressed, correlated, gaussian, layer, moments

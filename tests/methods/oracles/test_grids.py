@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llmcompress.errors import NumericsError
-from llmcompress.methods.engines.grid import GridFormat, fit_grid, round_to
 from llmcompress.methods.layer import relative_error
+from llmcompress.methods.solvers.grid import GridFormat, fit_grid, round_to
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Grid
 from tests.builders import compressed, correlated, gaussian, seeded

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.methods.engines.grid import GridFormat, fit_grid
-from llmcompress.methods.hqq import _fitted, solved
+from llmcompress.methods.grids.hqq import _fitted, solved
 from llmcompress.methods.layer import support
+from llmcompress.methods.solvers.grid import GridFormat, fit_grid
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Grid
 from tests.builders import compressed, correlated, gaussian, seeded

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.engines.hessian import damped, second_moment
-from llmcompress.methods.engines.low_rank import leading_directions
 from llmcompress.methods.layer import relative_error, split
+from llmcompress.methods.solvers.hessian import damped, second_moment
+from llmcompress.methods.solvers.low_rank import leading_directions
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Grid, LowRank
 from tests.builders import compressed, correlated, gaussian, moments, seeded

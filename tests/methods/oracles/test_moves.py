@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.engines import moves as engine
-from llmcompress.methods.engines.moves import changed, moved, visited
-from llmcompress.methods.engines.vectors import books_of
 from llmcompress.methods.layer import apply, relative_error, step
+from llmcompress.methods.solvers import moves as engine
+from llmcompress.methods.solvers.moves import changed, moved, visited
+from llmcompress.methods.solvers.vectors import books_of
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Codebook, Dense, Grid, Sum, Weight, Where
 from tests.builders import codebook, compressed, correlated, gaussian, layer, moments

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.methods.engines.floats import LAYOUTS, FloatLayout, nearest_floats
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.refine import descended
+from llmcompress.methods.solvers.floats import LAYOUTS, FloatLayout, nearest_floats
 from llmcompress.weight.expression import bits, dense, float_steps, float_values
 from llmcompress.weight.nodes import Minifloat, Where, Zero
 from tests.builders import compressed, correlated, gaussian, moments

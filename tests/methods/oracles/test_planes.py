@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.export.peft import without_term
-from llmcompress.methods.billm import SHARES, BiLLM, salient_columns
-from llmcompress.methods.engines.bitplane_fit import PlaneFormat, fit_planes, lost, point_table
-from llmcompress.methods.engines.bitplanes import Planes, planes_of
-from llmcompress.methods.engines.feedback import feedback
-from llmcompress.methods.engines.hessian import inverse_factor
-from llmcompress.methods.engines.scales import added_grids, rescaled
+from llmcompress.formats.peft import without_term
+from llmcompress.methods.binary.billm import SHARES, BiLLM, salient_columns
 from llmcompress.methods.layer import apply, relative_error, step
 from llmcompress.methods.refine import descended
+from llmcompress.methods.solvers.bitplane_fit import PlaneFormat, fit_planes, lost, point_table
+from llmcompress.methods.solvers.bitplanes import Planes, planes_of
+from llmcompress.methods.solvers.feedback import feedback
+from llmcompress.methods.solvers.hessian import inverse_factor
+from llmcompress.methods.solvers.scales import added_grids, rescaled
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Bitmap, Columns, Dense, Grid, LowRank, Sum, Where

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.methods.engines.projection import largest, largest_of_each
 from llmcompress.methods.layer import apply, relative_error, step
-from llmcompress.methods.relevance import relevance_of
+from llmcompress.methods.pruning.relevance import relevance_of
+from llmcompress.methods.solvers.projection import largest, largest_of_each
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Pattern, Where

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcompress.methods.engines.streams import TrellisStreams
-from llmcompress.methods.engines.viterbi import search
 from llmcompress.methods.layer import relative_error
+from llmcompress.methods.solvers.streams import TrellisStreams
+from llmcompress.methods.solvers.viterbi import search
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import dense
 from llmcompress.weight.linear_code import SEEDS, index, linear_code

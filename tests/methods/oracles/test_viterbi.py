@@ -14,8 +14,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from llmcompress.methods.engines import viterbi_numba
-from llmcompress.methods.engines.viterbi import search
+from llmcompress.methods.solvers import viterbi_numba
+from llmcompress.methods.solvers.viterbi import search
 from llmcompress.weight.trellis import Trellis, table
 from tests.builders import TRELLISES, seeded
 from tests.tiers import tiered
@@ -74,7 +74,7 @@ SEARCHES = """
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
-from llmcompress.methods.engines.viterbi import compiled, search
+from llmcompress.methods.solvers.viterbi import compiled, search
 from llmcompress.weight.trellis import Trellis
 found = hashlib.sha256()
 for kind in ((2, 1, 8), (1, 1, 8), (3, 2, 8), (5, 2, 12)):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from llmcompress.methods.engines.stream_search import searched_there
-from llmcompress.methods.engines.viterbi import search
+from llmcompress.methods.solvers.stream_search import searched_there
+from llmcompress.methods.solvers.viterbi import search
 from llmcompress.weight.trellis import Trellis
 from tests.methods.oracles.interpreted import CASES, Case, codes, on
 from tests.rules.source_tree import ROOT
@@ -67,7 +67,7 @@ def test_no_product_is_fused_with_a_sum(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from llmcompress.methods.engines.viterbi_triton import constants, launch_options, way
+    from llmcompress.methods.solvers.viterbi_triton import constants, launch_options, way
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = constants(trellis)

@@ -1,0 +1,247 @@
+"""Options for each matrix of a model, and their sizes: the options of a recipe with a target, laid over the model.
+
+The recipe's rules come first; options are for matrices that no rule covers. If the target is in bytes or a quality,
+the token table and the output head have options too, unless the recipe gives their steps. A target in bits per weight
+or in zeros counts the decoder's linears alone. A target for an engine has options that it multiplies, and none for
+tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from llmcompress.allocation.distortion import Steps
+from llmcompress.allocation.engines import check_rules, options_for
+from llmcompress.allocation.sizes import bytes_around, payload_bytes
+from llmcompress.compression.job import Job
+from llmcompress.errors import RecipeError, listed
+from llmcompress.methods.layer import sketch, step
+from llmcompress.methods.solvers.sparsity import kept_of
+from llmcompress.recipe.target import Target
+from llmcompress.weight.expression import bits, not_zero
+from llmcompress.weight.modules import is_plain_table
+from llmcompress.weight.rows import check_rows
+
+RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: the default options of linears
+LOW_RATES = (0.5, 0.65, 0.8)  # of binary factors, in bits a weight: more of them where a target is low
+LOW = 1.25  # bits a weight: a target is low below it
+WIDTHS = (3, 4, 5, 6, 8)  # of grids, in bits: the options of tables
+AROUND = (-0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2)  # a target's sparsity: that of the default options
+MOST_ZEROS = 0.98  # of a default option
+TABLE_GROUP = 64  # columns that share a scale in a table that is only looked up
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear or a table with options. `bits`: stored bits of each option; `bytes`: size of its payload; `kept`: its
+    weights that are not pruned."""
+
+    name: str
+    shape: tuple[int, int]
+    options: tuple[Steps, ...]
+    bits: tuple[int, ...]
+    bytes: tuple[int, ...]
+    kept: tuple[int, ...]
+    is_table: bool = False
+
+    def counted(self, target: Target) -> tuple[int, ...]:
+        """Return what a size or a share of zeros counts of each option: bits, kept weights or bytes."""
+        if target.bpw is not None:
+            return self.bits
+        return self.bytes if target.sparsity is None else self.kept
+
+
+@dataclass(frozen=True)
+class Choices:
+    """All matrices with options, and the sizes that no choice changes.
+
+    `fixed_bits`, `fixed_weights`, `fixed_kept`: of the linears that a rule compresses; `fixed_bytes`: of the weight
+    files without the payloads of the matrices. `notes`: about options that do not suit a matrix.
+    """
+
+    matrices: tuple[Matrix, ...]
+    fixed_bits: int
+    fixed_weights: int
+    fixed_kept: int
+    fixed_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def size(self, chosen: Sequence[int]) -> int:
+        """Return the bytes of the weight files with the option `chosen` of each matrix, at most a few too many."""
+        return self.fixed_bytes + sum(one.bytes[option] for one, option in zip(self.matrices, chosen, strict=True))
+
+    @property
+    def weights(self) -> int:
+        """The number of weights of the compressed linears."""
+        return self.fixed_weights + sum(prod(one.shape) for one in self.matrices if not one.is_table)
+
+    def bits(self, chosen: Sequence[int]) -> int:
+        """Return the stored bits of the compressed linears with the option `chosen` of each matrix."""
+        pairs = zip(self.matrices, chosen, strict=True)
+        return self.fixed_bits + sum(one.bits[option] for one, option in pairs if not one.is_table)
+
+    def bpw(self, chosen: Sequence[int]) -> float | None:
+        """Return the bits per weight of the compressed linears, as a report counts them; None if there are none."""
+        return self.bits(chosen) / self.weights if self.weights else None
+
+    def room(self, target: Target) -> float:
+        """Return how much of what is `Matrix.counted` a size or a share of zeros leaves the matrices together."""
+        if target.bpw is not None:
+            return target.bpw * self.weights - self.fixed_bits
+        if target.sparsity is not None:
+            return kept_of(self.weights, target.sparsity) - self.fixed_kept
+        return math.inf if target.bytes is None else target.bytes - self.fixed_bytes
+
+    def kept(self, chosen: Sequence[int]) -> int:
+        """Return how many weights of the compressed linears are not pruned with the option `chosen` of each matrix."""
+        pairs = zip(self.matrices, chosen, strict=True)
+        return self.fixed_kept + sum(one.kept[option] for one, option in pairs if not one.is_table)
+
+    def sparsity(self, chosen: Sequence[int]) -> float | None:
+        """Return the share of zeros in the compressed linears, as far as pruning tells; None if there are none."""
+        return 1 - self.kept(chosen) / self.weights if self.weights else None
+
+
+def choices(job: Job) -> Choices:
+    """Return what the job's recipe leaves to choose.
+
+    Raises RecipeError if its rules leave nothing, or if no option suits a matrix.
+    """
+    return _laid(job, _options(job))
+
+
+def goes_low(job: Job) -> bool:
+    """True if linears have options of less than a bit by default: where a target leaves them less than LOW bits.
+
+    A target in bytes is low that leaves less room than that above the cheapest of the other options.
+    """
+    recipe = job.recipe
+    if recipe.options is not None or recipe.target is None or recipe.target.kl is not None:
+        return False
+    if recipe.target.engine is not None or recipe.target.sparsity is not None:  # have options of their own
+        return False
+    if recipe.target.bpw is not None:
+        return recipe.target.bpw < LOW
+    found = _laid(job, _default_options())
+    least = found.size([one.bytes.index(min(one.bytes)) for one in found.matrices])
+    weights = sum(prod(one.shape) for one in found.matrices if not one.is_table)
+    return 8 * ((recipe.target.bytes or 0) - least) < (LOW - min(RATES)) * weights
+
+
+def _options(job: Job) -> Sequence[Steps]:
+    """Return the options of linears: those of the recipe, or the default ones that suit all of them."""
+    if job.recipe.options is not None:
+        return job.recipe.options
+    if job.recipe.target is not None and job.recipe.target.sparsity is not None:
+        return _sparse_options(job.recipe.target.sparsity)
+    shapes = {job.arch.linears()[name].shape for name in job.assignment.unruled}
+    low = [(step({"method": "binary_low_rank", "bits": rate}),) for rate in LOW_RATES] if goes_low(job) else []
+    return (*(steps for steps in low if all(_suits(shape, steps) for shape in shapes)), *_default_options())
+
+
+def _suits(shape: tuple[int, int], steps: Steps) -> bool:
+    """True if the steps can store a matrix of this shape."""
+    try:
+        sketch("", shape, steps)
+    except RecipeError:
+        return False
+    return True
+
+
+def _laid(job: Job, options: Sequence[Steps]) -> Choices:
+    """Return the options laid over the matrices that no rule covers. Raises RecipeError as `choices`."""
+    recipe, linears = job.recipe, job.arch.linears()
+    engine = None if recipe.target is None else recipe.target.engine
+    notes: tuple[str, ...] = ()
+    if engine is None:
+        suited, notes = _suited({name: linears[name].shape for name in job.assignment.unruled}, options)
+        matrices = [_matrix(name, linears[name].shape, suited[name]) for name in suited]
+        matrices += _tables(job) if recipe.target is not None and recipe.target.with_tables else []
+    else:
+        check_rules(job, engine)
+        found = [(linears[name], options_for(engine, linears[name], recipe.options)) for name in job.assignment.unruled]
+        matrices = [_matrix(linear.name, linear.shape, suited) for linear, suited in found]
+    if not matrices:
+        raise RecipeError(
+            f"the rules of recipe {recipe.name!r} cover every layer of {job.source.name}, so none is left to choose "
+            f"steps for; drop the target, or the rule that matches all"
+        )
+    fixed = {name: sketch(name, linears[name].shape, steps) for name, steps in job.steps.items()}
+    tables = {name: sketch(name, _shape(job, name), steps) for name, steps in job.tables.items()}
+    compressed = {*fixed, *tables, *(one.name for one in matrices)}
+    return Choices(
+        tuple(matrices),
+        sum(map(bits, fixed.values())),
+        sum(prod(linears[name].shape) for name in fixed),
+        sum(map(not_zero, fixed.values())),
+        bytes_around(job, compressed) + sum(map(payload_bytes, (*fixed.values(), *tables.values()))),
+        notes,
+    )
+
+
+def _suited(
+    shapes: Mapping[str, tuple[int, int]], options: Sequence[Steps]
+) -> tuple[dict[str, list[Steps]], tuple[str, ...]]:
+    """Return the options that can store each matrix, by its name, and a note where that is not all of them.
+
+    Raises RecipeError for a matrix that none suits.
+    """
+    by_shape = {shape: [steps for steps in options if _suits(shape, steps)] for shape in set(shapes.values())}
+    for name, shape in shapes.items():
+        if not by_shape[shape]:
+            sketch(name, shape, options[0])  # raises what is wrong with the first
+    fewer = [name for name, shape in shapes.items() if len(by_shape[shape]) < len(options)]
+    note = f"options: {listed(fewer)} cannot be stored by all of them, and have only those that suit their shape"
+    return {name: by_shape[shape] for name, shape in shapes.items()}, (note,) if fewer else ()
+
+
+def _default_options() -> tuple[Steps, ...]:
+    """Return the default options of linears of every target: trellises in a rotated basis, with one `refine`."""
+    return tuple(_steps({"method": "trellis", "bits": rate}, {"method": "refine", "passes": 1}) for rate in RATES)
+
+
+def _sparse_options(sparsity: float) -> tuple[Steps, ...]:
+    """Return the default options for a share of zeros: SparseGPT around it, with one `refine` of what is kept."""
+    shares = sorted({min(max(round(sparsity + more, 4), 0.0), max(sparsity, MOST_ZEROS)) for more in AROUND})
+    each = ({"method": "sparsegpt", "sparsity": share} for share in shares)
+    return tuple((step(one), step({"method": "refine", "passes": 1})) for one in each)
+
+
+def _steps(*arguments: dict[str, Any]) -> Steps:
+    return tuple(step(one) for one in ({"method": "rotate"}, *arguments))
+
+
+def _tables(job: Job) -> list[Matrix]:
+    """Return the token table and an untied output head, as far as the recipe gives no steps for them."""
+    arch, recipe = job.arch, job.recipe
+    grids = tuple(_steps({"method": "gptq", "bits": width}) for width in WIDTHS)
+    plain = {"method": "rtn", "group_size": TABLE_GROUP, "symmetric": False}
+    only_looked_up = tuple((step(plain | {"bits": width}),) for width in WIDTHS)
+    found = {}
+    if not recipe.embeddings and is_plain_table(job.source.skeleton().get_input_embeddings()):
+        found[arch.embedding] = grids if arch.tied else only_looked_up
+    if recipe.head is None and not arch.tied and f"{arch.head}.weight" in job.source.tensors:
+        found[arch.head] = grids
+    return [
+        _matrix(name, _shape(job, name), options, is_table=True)
+        for name, options in found.items()
+        if name not in job.tables and not recipe.keeps_dense(name)
+    ]
+
+
+def _shape(job: Job, name: str) -> tuple[int, int]:
+    rows, width = job.source.tensors[f"{name}.weight"].shape
+    return rows, width
+
+
+def _matrix(name: str, shape: tuple[int, int], options: Sequence[Steps], is_table: bool = False) -> Matrix:
+    stored = [sketch(name, shape, steps) for steps in options]
+    if is_table:
+        for one in stored:
+            check_rows(one)
+    sizes = tuple(map(bits, stored)), tuple(map(payload_bytes, stored)), tuple(map(not_zero, stored))
+    return Matrix(name, shape, tuple(options), *sizes, is_table)

@@ -1,0 +1,64 @@
+"""The plan of a recipe with a target, before anything is measured: as if all weights mattered alike.
+
+    job with a target -> choices -> the options that spend its bits evenly -> plan of that job, and the cost of prices
+
+Prices move bits between matrices, not the size of all; so sizes, memory and time are those of a run, and the options of
+single matrices are not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from math import prod
+
+from llmcompress.allocation.choices import Choices, Matrix
+from llmcompress.allocation.cost import pricing_bytes, pricing_seconds, probing_tokens
+from llmcompress.allocation.plan import reachable, target_of, text_of, with_steps
+from llmcompress.compression.job import Job
+from llmcompress.compression.plan import Plan, plan_of
+from llmcompress.compression.time_estimate import seconds
+from llmcompress.recipe.target import Target
+
+
+def forecast(job: Job) -> Plan:
+    """Return the plan of a job with a target. Raises RecipeError for one that no choice reaches."""
+    target, text = target_of(job), text_of(job)
+    found = reachable(job, (target,))
+    settled = job.with_recipe(with_steps(job, found, evenly(found, target)))
+    planned, pricing = plan_of(settled), pricing_bytes(job, found, probing_tokens(text))
+    return replace(
+        planned,
+        peak_memory_bytes=max(planned.peak_memory_bytes, pricing),
+        target=target.model_dump(mode="json", exclude_none=True),
+        timed=lambda: seconds(settled) + pricing_seconds(job, found, text),
+    )
+
+
+def evenly(found: Choices, target: Target) -> tuple[int, ...]:
+    """Return an option for each matrix, so that all have about as many bits a weight and meet the target.
+
+    For a quality, whose size nobody knows beforehand, every matrix has a middle option.
+    """
+    ladders = [_ladder(one) for one in found.matrices]
+    if target.kl is not None:
+        return tuple(ladder[len(ladder) // 2] for ladder in ladders)
+    chosen = [ladder[0] for ladder in ladders]
+    sizes = [one.counted(target) for one in found.matrices]
+    room = found.room(target) - sum(row[option] for row, option in zip(sizes, chosen, strict=True))
+    rungs = [
+        (one.bits[before] / prod(one.shape), place, before, after)
+        for place, (one, ladder) in enumerate(zip(found.matrices, ladders, strict=True))
+        for before, after in pairwise(ladder)
+    ]
+    for _, place, before, after in sorted(rungs):
+        cost = sizes[place][after] - sizes[place][before]
+        if chosen[place] == before and cost <= room:
+            chosen[place], room = after, room - cost
+    return tuple(chosen)
+
+
+def _ladder(one: Matrix) -> list[int]:
+    """Return a matrix's options from least to most bits, one of each size."""
+    by_bits = {count: number for number, count in reversed([*enumerate(one.bits)])}
+    return [by_bits[count] for count in sorted(by_bits)]

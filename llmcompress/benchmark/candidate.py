@@ -1,0 +1,184 @@
+"""The models of a measurement before any is loaded: place, sizes, limits, and the bytes that a token reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llmcompress.benchmark.gguf_file import read_gguf
+from llmcompress.benchmark.protocol import SpeedProtocol
+from llmcompress.data.calibration import context_length
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.evaluation.score import size_of
+from llmcompress.models.dense.auto_class import check_causal
+from llmcompress.models.dense.headers import FLOATS, Header, read_headers
+from llmcompress.models.dense.locate import Place, locate
+from llmcompress.models.dense.model import open_source
+from llmcompress.models.dense.skeleton import described
+from llmcompress.models.dense.vocabulary import check_vocabularies
+from llmcompress.models.files import file_names
+from llmcompress.models.files.checkpoint import read_json
+from llmcompress.models.files.integrity import MENDING
+from llmcompress.models.files.own_sizes import is_dense
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NO_ENGINE = "GGUF files run in llama.cpp, by the package xllamacpp; run `pip install xllamacpp`"
+SCORES = ("perplexity", "kl", "top1_agreement")  # that are taken over from what `eval --save` kept
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model to measure. `kind`: dense, compressed or gguf; `token_bytes`: of weights, read for each token."""
+
+    name: str
+    kind: str
+    path: Path
+    bytes: int
+    bpw: float | None
+    model_bpw: float | None
+    token_bytes: int
+    vocabulary: int
+    context: int | None
+    dtype: str | None = None  # to load it in; None: the model's own
+    scores: dict[str, Any] | None = None  # and the protocol that they hold for
+    notes: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+
+    @property
+    def engine(self) -> str:
+        """The program that runs it."""
+        return "llama.cpp" if self.kind == "gguf" else "transformers"
+
+
+def candidates(
+    models: Iterable[str],
+    ggufs: Iterable[Path],
+    protocol: SpeedProtocol,
+    against: str | None,
+    trust_remote_code: bool = False,
+) -> list[Candidate]:
+    """Return the models, `against` first unless it is among them, and last the GGUF files.
+
+    Raises InputError for one that is missing or cannot be read, or has another vocabulary than `against`; RecipeError
+    for one named twice, for a turn longer than a model's context, and for GGUF files without their package.
+    """
+    names = list(models)
+    if against is not None and against not in names:
+        names.insert(0, against)
+    files = list(ggufs)
+    if files and find_spec("xllamacpp") is None:
+        raise RecipeError(NO_ENGINE)
+    given = [*names, *map(str, files)]
+    if twice := [name for name in given if given.count(name) > 1]:
+        raise RecipeError(f"{twice[0]} is named twice; name every model once")
+    places = [locate(name, trust_remote_code=trust_remote_code) for name in names]
+    if against is not None:
+        reference = places[names.index(against)]
+        check_vocabularies([reference, *(place for place in places if place is not reference)], predictions=False)
+    found = [_of_folder(place, protocol.dtype) for place in places] + [_of_file(path) for path in files]
+    for one in found:
+        if one.context is not None and protocol.context > one.context:
+            raise RecipeError(
+                f"{one.name} reads {one.context} tokens at most, not {protocol.context}: a prompt of {protocol.prompt} "
+                f"and {protocol.tokens + 1} more; give a lower --prompt or --tokens"
+            )
+    return found
+
+
+def _of_folder(place: Place, dtype: str) -> Candidate:
+    try:
+        entries = read_json(place.folder / "config.json")
+    except (OSError, ValueError):
+        entries = {}
+    if dense := is_dense(entries):
+        source = open_source(place)  # which says what is wrong with a folder
+        skeleton, stored = source.skeleton(), source.tensors
+    else:
+        skeleton = described(place.folder, trust_remote_code=place.trust_remote_code)
+        stored = read_headers(place.folder)
+    check_causal(skeleton.config, "measuring how fast text is generated")
+    size = size_of(place)
+    return Candidate(
+        name=place.name,
+        kind="dense" if dense else "compressed",
+        path=place.folder,
+        bytes=size.bytes,
+        bpw=size.bpw,
+        model_bpw=size.model_bpw,
+        token_bytes=token_bytes(skeleton, stored, getattr(torch, dtype) if dense else None),
+        vocabulary=len(skeleton.get_input_embeddings().get_parameter("weight")),
+        context=context_length(skeleton.config),
+        dtype=dtype if dense else None,
+        scores=_scores(place.folder),
+        notes=place.notes,
+        trust_remote_code=place.trust_remote_code,
+    )
+
+
+def _of_file(path: Path) -> Candidate:
+    header = read_gguf(path)
+    return Candidate(
+        name=path.name,
+        kind="gguf",
+        path=path,
+        bytes=header.bytes,
+        bpw=None,
+        model_bpw=None,
+        token_bytes=header.token_bytes,
+        vocabulary=header.vocabulary,
+        context=header.context,
+    )
+
+
+def token_bytes(skeleton: PreTrainedModel, stored: Mapping[str, Header], dtype: torch.dtype | None) -> int:
+    """Return the bytes of weights that are read for each token: all but the rows of tables that are not looked up.
+
+    A table that the output head is tied to is read whole. `stored`: headers by the skeleton's names. `dtype`: of floats
+    in memory, None for that on disk.
+    """
+    sizes = {name: _bytes(header, dtype) for name, header in stored.items()}
+    ties = skeleton.all_tied_weights_keys
+    tied = {*ties, *ties.values()}
+    for name, module in skeleton.named_modules():
+        table = f"{name}.weight"
+        if isinstance(module, nn.Embedding) and table in sizes and table not in tied:
+            sizes[table] = -(-sizes[table] // module.num_embeddings)
+    return sum(sizes.values())
+
+
+def _bytes(header: Header, dtype: torch.dtype | None) -> int:
+    return header.bytes if dtype is None or header.dtype not in FLOATS else prod(header.shape) * dtype.itemsize
+
+
+def _scores(folder: Path) -> dict[str, Any] | None:
+    """Return the scores that `eval --save` kept of a compressed model, with their protocol; None where it did not.
+
+    Raises InputError for a damaged file.
+    """
+    path = folder / file_names.SCORES
+    if not path.is_file():
+        return None
+    try:
+        entries = read_json(path)
+        found = {name: entries["compressed"][name] for name in SCORES}
+        rest = {name: value for name, value in entries.items() if name not in ("dense", "compressed", "versions")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
+    return found | {"protocol": rest}
+
+
+def prompt_of(found: Sequence[Candidate], length: int, seed: int) -> list[int]:
+    """Return the tokens of the prompt: `length` numbers that are tokens of every model, drawn from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    least = min(one.vocabulary for one in found)
+    drawn: list[int] = torch.randint(least, (length,), generator=generator).tolist()
+    return drawn

@@ -1,0 +1,1 @@
+"""Distillation: the dense teacher teaches a student, whose format and size stay."""

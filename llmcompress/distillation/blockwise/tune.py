@@ -1,0 +1,109 @@
+"""Block-wise reconstruction while a model is compressed: later blocks read the outputs of the reconstructed ones.
+
+BRECQ (arXiv 2102.05426) and related methods. The targets are the dense block's outputs in the dense model, the inputs
+are the outputs of the compressed blocks before it. So a block also learns to undo their errors.
+
+With windows of two, the cross-block dependency of CBQ (arXiv 2312.07950), block b learns together with b - 1, which has
+learned with b - 2 before:
+
+    inputs of b - 1, as the compressed model has them -> b - 1, b -> towards the dense model's states after b
+
+So every block learns twice, for itself and for the one after it, and is stored after the second time. Only the first
+block learns by itself at first. Unlike in CBQ, the error is that of `block`, without a divergence of distributions, and
+the layers of block b are compressed before it learns, on the outputs of the compressed blocks before it. Memory: one
+more block that learns, and its input states, 4 bytes x tokens x width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.calibration.walk import Block
+from llmcompress.distillation.blockwise.block import Activations, recover_block
+from llmcompress.distillation.student.model import WEIGHTS, Student, relaxed_student
+from llmcompress.errors import InputError
+from llmcompress.recipe.reconstruction import Reconstruction
+from llmcompress.runtime.ranks import ALONE, Ranks
+from llmcompress.weight.modules import Multiplying
+from llmcompress.weight.trainable.latents.flexround import Divided
+from llmcompress.weight.trainable.latents.form import Form
+from llmcompress.weight.trainable.latents.lora_rounding import Offsets
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """The result of blocks that learned: their compressed linears and other parameters by name, and in `found` the
+    errors `before` and `after`."""
+
+    linears: dict[str, Multiplying]
+    dense: dict[str, Tensor]
+    found: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tune:
+    """The learning of blocks once their layers are set, in place: `learn(blocks, dense weights by name, number of
+    held-out sequences)`, with blocks that follow each other: `window` of them, 1 or 2, in the end; with `between`, also
+    one alone after each group of its layers with a common input. `batch_size`: of a forward."""
+
+    learn: Callable[[tuple[Block, ...], Mapping[str, Tensor], int], Tuned]
+    between: bool
+    batch_size: int
+    window: int
+
+
+def tuner(recipe: Reconstruction, ranks: Ranks = ALONE) -> Tune:
+    """Return the function that a run calls after layers of a block are compressed; `ranks` have sequences of their own.
+
+    That function raises InputError if no sequences are held out.
+    """
+
+    def tune(blocks: tuple[Block, ...], weights: Mapping[str, Tensor], held_out: int) -> Tuned:
+        return _tuned(blocks, weights, recipe, held_out, ranks)
+
+    return Tune(tune, between=recipe.between, batch_size=recipe.micro_batch, window=recipe.window)
+
+
+def _tuned(
+    blocks: tuple[Block, ...], weights: Mapping[str, Tensor], recipe: Reconstruction, held_out: int, ranks: Ranks
+) -> Tuned:
+    block, runs = blocks[-1], [each.run for each in blocks if each.run is not None]
+    if len(runs) < len(blocks) or block.wanted is None:
+        raise ValueError("the walk must carry the dense model's hidden states; ask it for outputs")
+    if not held_out:
+        raise InputError("reconstruct: the calibration text is too short to hold any of it out; give more text")
+    target = None if recipe.latents == "codes" else weights.__getitem__
+    inside = tuple(f"{each.path}." for each in blocks)
+    how: dict[str, Any] = {"form": _form(recipe), "outside": "edge"}  # a block's loss turns those that should
+    part = relaxed_student(block.model, recipe.rates, recipe.estimator, target, inside, **how)
+    _leave_dense(part, weights)
+    counted = torch.ones(block.hidden.shape[:2], dtype=torch.bool, device=block.hidden.device)
+    own = len(ranks.share(torch.arange(held_out)))
+    data, first = Activations(blocks[0].hidden, block.wanted, counted), len(block.hidden) - own
+
+    def window(hidden: Tensor) -> Tensor:
+        return reduce(lambda states, run: run(states), runs, hidden)
+
+    found = recover_block(window, part, data[:first], data[first:], recipe, block.path, ranks)
+    beside = {name: value for name, value in part.dense().items() if name.removesuffix(".weight") not in weights}
+    return Tuned(part.freeze_into_model(), beside, found.to_json() | {"window": [each.path for each in blocks]})
+
+
+def _form(recipe: Reconstruction) -> Form | None:
+    """Return the form of latents; None where each is a number of its own."""
+    if recipe.offsets is not None:
+        return partial(Offsets, rank=recipe.offsets.rank)
+    return Divided if recipe.latents == "divided" else None
+
+
+def _leave_dense(part: Student, weights: Mapping[str, Tensor]) -> None:
+    """Keep layers that are never compressed from learning, since the recipe leaves their weights as they are."""
+    trained = part.trained.get(WEIGHTS, {})
+    for name in [name for name in trained if name.removesuffix(".weight") not in weights]:
+        trained.pop(name).requires_grad_(False)

@@ -1,0 +1,146 @@
+"""Losses on early predictions of a student: hidden states after some of its blocks, read as if they were the last (the
+logit exits of OFA-KD, arXiv 2310.19444).
+
+The modules after the last block, a norm and the output head, turn such states into logits. Any loss on predictions
+compares these with the teacher's final predictions. No block of the teacher is matched, so layouts may differ in width
+and in depth. Norm and head are those of the student, and an exit's gradient reaches only what is before them, so that
+the end is not pulled to the middle. In the paper, every exit has a branch that trains; where a recipe asks for that, it
+is a square matrix between the states and the norm, which starts as the identity and is dropped after the run. Logits of
+an exit exist a chunk of tokens at a time, like those of the last states; both models' heads run once more for each
+exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.distillation.objective.chunked_loss import TeacherLogits, chunked_loss
+from llmcompress.distillation.objective.heads import head_of
+from llmcompress.distillation.objective.projections import started_linear
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.losses.divergence import wide
+from llmcompress.losses.loss import LossState, SumAndCount
+from llmcompress.models.dense.families import block_stack
+from llmcompress.models.dense.hidden_states import body, depth, states_between
+from llmcompress.recipe.distillation import Term
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+States = Mapping[int, Tensor]  # by how many blocks have run: [sequences, length, width]
+
+
+@dataclass(frozen=True)
+class Exits:
+    """The losses of a recipe that are taken at exits. `numbers`: by the number of the loss in the recipe, its exits,
+    each as the number of blocks before it; `ending`: the student's modules between its last block and its head;
+    `branches`: linears of exits that have one, by `branch_name`."""
+
+    student: PreTrainedModel
+    numbers: dict[int, tuple[int, ...]]
+    ending: tuple[nn.Module, ...]
+    branches: nn.ModuleDict
+
+    @staticmethod
+    def of(student: PreTrainedModel, losses: Sequence[Term]) -> Exits:
+        """Find the ending by letting the student read two tokens. Raises RecipeError for an exit that it does not have,
+        InputError for a model whose ending is unknown."""
+        numbers = {number: term.exits for number, term in enumerate(losses) if term.exits is not None}
+        blocks = depth(student) if numbers else 0
+        for number in (each for exits in numbers.values() for each in exits):
+            if number > blocks:
+                raise RecipeError(f"exits: there is none after block {number}; the student has {blocks} blocks")
+        branches = nn.ModuleDict()
+        width = student.config.get_text_config(decoder=True).hidden_size if numbers else 0
+        shape = (width, width, next(student.parameters()))
+        for number, exits in numbers.items():
+            if losses[number].branch:
+                branches.update({branch_name(number, each): started_linear(*shape, nn.init.eye_) for each in exits})
+        return Exits(student, numbers, ending(student) if numbers else (), branches)
+
+    @contextmanager
+    def watched(self) -> Iterator[States]:
+        """Record the student's states at exits within the context."""
+        if not self.numbers:
+            yield {}
+            return
+        with states_between(self.student, {each for exits in self.numbers.values() for each in exits}) as states:
+            yield states
+
+    def measured(
+        self,
+        number: int,
+        loss: tuple[Term, LossState | None],
+        states: States,
+        rows: Tensor,
+        teacher: TeacherLogits,
+        targets: Tensor,
+    ) -> SumAndCount:
+        """Measure loss `number`, the mean over its exits, at the positions `rows`, bool `[sequences, length]`.
+
+        For each of them, `teacher` has a prediction and `targets` the next token.
+        """
+        exits, head = self.numbers[number], head_of(self.student)
+        (term, state), weight = loss, 1 / len(exits)
+
+        def logits(hidden: Tensor) -> Tensor:
+            return head(_through(self.ending, hidden))
+
+        found = [
+            # no parameters: the modules after the exit stay as they are
+            chunked_loss(given, logits, teacher, targets, [(term.of, state, weight)], parameters=())
+            for given in (self._branched(number, each, states[each][rows]) for each in exits)
+        ]
+        return torch.stack([each.total for each in found]).sum(), torch.stack(
+            [each.terms[0][1] for each in found]
+        ).mean()
+
+    def _branched(self, number: int, each: int, states: Tensor) -> Tensor:
+        """Return the states of an exit `[tokens, width]` behind its branch, if it has one."""
+        name = branch_name(number, each)
+        if name not in self.branches:
+            return states
+        with torch.autocast(states.device.type, enabled=False):
+            found: Tensor = self.branches[name](wide(states))
+        return found.to(states.dtype)
+
+
+def branch_name(number: int, each: int) -> str:
+    """Return the name that the branch of an exit has in a run's state; `number`: of the loss in the recipe."""
+    return f"branch_{number}_behind_{each}"
+
+
+@torch.no_grad()
+def ending(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """Return the modules that lead, one after the other, from the last block's output to the head's input: a norm, in
+    some families also a projection. Raises InputError for a model that does anything else there."""
+    stack = block_stack(model.config, model)
+    holder, last = model.get_submodule(stack.rpartition(".")[0]), list(model.get_submodule(stack).children())[-1]
+    called: list[nn.Module] = []
+    handles = [last.register_forward_hook(lambda *_: called.clear())]
+    handles += [each.register_forward_pre_hook(lambda module, _: called.append(module)) for each in holder.children()]
+    blocks = depth(model)
+    try:
+        with states_between(model, [blocks]) as states:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+            read: Tensor = body(model)(input_ids=ids, use_cache=False)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = _through(called, states[blocks])
+    if found.shape != read.shape or not torch.allclose(found, read):
+        kind = type(model).__name__
+        raise InputError(f"the path of a {kind} from its last block to its head is unknown; leave exits out of losses")
+    return tuple(called)
+
+
+def _through(modules: Sequence[nn.Module], states: Tensor) -> Tensor:
+    for module in modules:
+        states = module(states)
+    return states

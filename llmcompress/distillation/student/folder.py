@@ -1,0 +1,110 @@
+"""A student's folder: its identity, and the same folder written with learned weights in place of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.model import DenseModel, open_source
+from llmcompress.models.dense.remote_code import MODEL, needs_code
+from llmcompress.models.files.checkpoint import PART, Writer, read_json
+from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.integrity import digest
+from llmcompress.models.files.merge import shards
+from llmcompress.models.files.own_sizes import own_sizes
+from llmcompress.models.files.public_entries import public_entries
+from llmcompress.models.transformers.hf_quantizer import NAME, table_entry
+from llmcompress.runtime.versions import versions
+from llmcompress.weight.modules import Layout, Multiplying, payload_texts
+
+Linears = Mapping[str, Multiplying]
+
+
+class StudentFolder(Protocol):
+    """A student's folder as a run sees it. `bytes`: of its weights; `digests`: of its tensors, equal for equal
+    students."""
+
+    @property
+    def folder(self) -> Path:
+        """The path of the folder."""
+
+    @property
+    def bytes(self) -> int:
+        """The size of its weights on disk."""
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digests by file or by tensor."""
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """The layouts of its compressed modules, by name."""
+
+    def store(self, linears: Linears, dense: Mapping[str, Tensor], writer: Writer) -> None:
+        """Write weights and config.json, with the learned `linears`, which are compressed, and `dense` tensors."""
+
+
+def open_folder(place: Place) -> StudentFolder:
+    """Open the folder of a compressed model of ours, or of a dense one. Raises InputError for any other."""
+    try:
+        entries = read_json(place.folder / "config.json")
+        kind = (entries.get("quantization_config") or {}).get("quant_method")
+    except (OSError, ValueError, AttributeError):  # `open_source` reports the fault
+        kind = None
+    if kind != NAME or own_sizes(entries):
+        return Plain(open_source(place))
+    return CompressedStudent(Opened(place.folder, place.trust_remote_code))
+
+
+class CompressedStudent:
+    """A checkpoint that `compress` wrote: `store` writes the same expressions at the same bytes."""
+
+    def __init__(self, opened: Opened) -> None:
+        self.opened, self.folder, self.bytes = opened, opened.folder, opened.bytes
+        self.digests, self.layouts = opened.digests, opened.stored_layouts
+
+    def store(self, linears: Linears, dense: Mapping[str, Tensor], writer: Writer) -> None:
+        """Writes weights and config.json."""
+        opened = self.opened
+        layouts = self.layouts | {name: layer.layout for name, layer in linears.items()}
+        in_common: list[tuple[list[str], list[str]]] = [(list(opened.tied), [])] if opened.tied else []
+        for layers, others in (*opened.parts(), *in_common):
+            tensors: dict[str, Tensor] = {name: opened.read(name) for name in others}
+            tensors |= {name: dense[name].to(tensors[name].dtype) for name in others if name in dense}
+            for name in layers:
+                learned = linears.get(name)
+                stored = opened.read(f"{name}.weight") if learned is None else learned.get_parameter("weight").detach()
+                tensors[f"{name}.weight"] = stored
+            writer.add(tensors, payload_texts(layouts))
+        entry = {"quantization_config": table_entry(layouts, opened.sizes, opened.ties) | {"versions": versions()}}
+        writer.write("config.json", json.dumps(opened.config | entry, indent=1))
+
+
+class Plain:
+    """A dense checkpoint: `store` writes the same tensors in their dtypes, under the names in the files."""
+
+    def __init__(self, source: DenseModel) -> None:
+        self.source, self.folder, self.bytes = source, source.folder, source.bytes
+        self.layouts: dict[str, Layout] = {}
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """The digests by tensor; reads all tensors."""
+        return {name: digest(self.source.read(name)) for name in sorted(self.source.tensors)}
+
+    def store(self, linears: Linears, dense: Mapping[str, Tensor], writer: Writer) -> None:
+        """Writes weights and config.json."""
+        for names in shards({name: header.bytes for name, header in self.source.tensors.items()}, PART):
+            stored = {name: self.source.read(name) for name in names}
+            learned = {name: dense[name].to(stored[name].dtype) for name in names if name in dense}
+            writer.add({self.source.tensors[name].key: tensor for name, tensor in (stored | learned).items()})
+        text = (self.folder / "config.json").read_text(encoding="utf-8")
+        entries = json.loads(text)
+        published = public_entries(entries, needs_code(self.folder, MODEL))
+        writer.write("config.json", text if published == entries else json.dumps(published, indent=1))

@@ -1,0 +1,132 @@
+"""Low-rank terms that are trained in: LoRA (arXiv 2106.09685) as a part of the compressed weight, not beside it.
+
+`adapt` adds `B A` to the expression of every linear that the recipe names, `B [out, rank]` and `A [rank, in]` in
+bfloat16. They train like any low-rank factors, and the checkpoint holds them: it grows by the bits of the terms.
+Factors of fewer bits are rounded after training (`rounded`), to the grids of methods/low_rank.py. A is rounded per
+component, and B is then solved for the rounded A.
+
+A term starts at `zero`, as in LoRA, with A random and B zero, so that nothing changes before the first step; or at
+`residual`, the truncated SVD of the compressed weight's error (as in LoftQ, arXiv 2310.08659). The size of A's numbers
+is chosen so that B's first step, `rate` in every element, changes the product by `rate` times the size of the weight's
+own numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.errors import RecipeError, listed
+from llmcompress.methods.layer import Layer, split
+from llmcompress.methods.low_rank.svd import SVD, svd
+from llmcompress.methods.moments import Moments
+from llmcompress.models.files.kept_blocks import matched_blocks, original_name
+from llmcompress.recipe.adaptation import Adaptation
+from llmcompress.recipe.patterns import matches
+from llmcompress.runtime.seeding import generator
+from llmcompress.weight.expression import dense
+from llmcompress.weight.modules import CompressedLinear, Multiplying, compressed_linears, put
+from llmcompress.weight.nodes import Dense, LowRank, Sum
+from llmcompress.weight.sums import plus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def adapt(model: PreTrainedModel, asked: Adaptation, teacher: PreTrainedModel, seed: int) -> tuple[str, ...]:
+    """Add a term to each compressed linear of `model` that `asked` matches, except the head; return their names.
+
+    `teacher`: the dense model, for terms that start at the residual. Raises RecipeError for a pattern that matches
+    nothing, and for a rank that is larger than a matrix.
+    """
+    head = model.get_output_embeddings()
+    layers = {name: layer for name, layer in compressed_linears(model).items() if layer is not head}
+    for pattern in asked.match:
+        if not any(matches(pattern, name) for name in layers):
+            raise RecipeError(
+                f'adapt matches no compressed linear of the student ("{pattern}"); it has {listed(layers)}'
+            )
+    chosen = [name for name in layers if any(matches(pattern, name) for pattern in asked.match)]
+    targets = teachers_weights(model, teacher) if asked.start == "residual" else None
+    for name in chosen:
+        layer, target = layers[name], None if targets is None else targets(name)
+        term = _starting_term(name, layer.dequantize(), asked.rank, target, seed)
+        put(model, name, CompressedLinear.of(plus(layer.expression(), term), layer.bias))
+    return tuple(chosen)
+
+
+@torch.no_grad()
+def rounded(
+    layers: Mapping[str, Multiplying], adapted: Iterable[str], asked: Adaptation
+) -> dict[str, CompressedLinear]:
+    """Return the layers named `adapted` with the factors of their last term rounded to the bits of `asked`; nothing
+    for bfloat16."""
+    if asked.factor_bits == 16:
+        return {}
+    found = {}
+    for name in adapted:
+        layer = layers[name]
+        match layer, layer.expression():
+            case CompressedLinear(), Sum((*parts, LowRank() as term)):
+                stored = _best_term(name, dense(term), asked.rank, asked.factor_bits)
+                found[name] = CompressedLinear.of(Sum((*parts, stored)), layer.bias)
+            case CompressedLinear(), LowRank() as term:  # beside a matrix in common with others
+                found[name] = CompressedLinear.of(
+                    _best_term(name, dense(term), asked.rank, asked.factor_bits), layer.bias
+                )
+            case _, other:
+                raise TypeError(f"{name} has no low-rank term to round, it is a {type(other).__name__}")
+    return found
+
+
+def dense_weight(model: PreTrainedModel, name: str) -> Tensor:
+    """Return the matrix `[out, in]`, float32, of the linear `name` of a model, which may be compressed."""
+    module = model.get_submodule(name)
+    if isinstance(module, CompressedLinear):
+        return module.dequantize()
+    weight = module.get_parameter("weight").detach().float()
+    return weight if isinstance(module, nn.Linear) else weight.T
+
+
+def teachers_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> Callable[[str], Tensor]:
+    """Return a function from the name of a student's compressed linear to the teacher's matrix `[out, in]`, float32.
+
+    Raises RecipeError if the models' blocks do not match; the function raises it for a matrix of another shape.
+    """
+    blocks = matched_blocks(student, teacher)
+    layers = compressed_linears(student)
+
+    def weight(name: str) -> Tensor:
+        found, layer = dense_weight(teacher, original_name(student, name, blocks)), layers[name]
+        if tuple(found.shape) != (layer.out_features, layer.in_features):
+            raise RecipeError(f"{name} is not as large as the teacher's; start its latents at codes, its terms at zero")
+        return found
+
+    return weight
+
+
+def _starting_term(name: str, value: Tensor, rank: int, target: Tensor | None, seed: int) -> LowRank:
+    """Return the term that a linear of the weight `value [out, in]` starts with."""
+    out, width = value.shape
+    if rank > min(out, width):
+        raise RecipeError(f"adapt: rank {rank} is larger than the matrix [{out}, {width}] of {name}; lower it")
+    if target is not None:
+        return _best_term(name, target.to(value.device) - value, rank, 16)
+    size = (float(value.square().mean().sqrt()) or 1.0) / math.sqrt(rank)
+    right = torch.randn(rank, width, generator=generator(seed, "adapt", name)) * size
+    left = torch.zeros(out, rank, dtype=torch.bfloat16)
+    return LowRank(Dense(left.to(value.device)), Dense(right.to(value.device, torch.bfloat16)))
+
+
+def _best_term(name: str, matrix: Tensor, rank: int, factor_bits: Literal[4, 8, 16]) -> LowRank:
+    """Return the truncated SVD of a matrix `[out, in]`, as stored factors."""
+    nothing = Layer(name, matrix, Dense(torch.zeros_like(matrix)), Moments(0.0))
+    term = split(svd(nothing, SVD(rank=rank, factor_bits=factor_bits)).approx)[1]
+    if term is None:
+        raise TypeError(f"{name}: svd gave no low-rank term")
+    return term

@@ -1,0 +1,101 @@
+"""A teacher that takes less memory while it teaches: the linears of its blocks in 8 or 4 bits, by bitsandbytes.
+
+8 bits are LLM.int8() (arXiv 2208.07339). Products are in integers: weights are rounded by rows, inputs by tokens,
+except input columns with values above 6. So predictions depend a little on which sequences are read together. 4 bits
+are NF4 in blocks of 64, with scales rounded again (arXiv 2305.14314), and decoded for every product. Token table, norms
+and output head stay as they are.
+
+The student learns from this model, so the cost of quantizing it is measured once. The dense model serves everything
+else: it reads the held-out sequences beforehand, in the host's memory, and every look measures the distance to it. If
+its weights are asked for, it is loaded again for a while.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from llmcompress.distillation.context import TrainContext
+from llmcompress.distillation.held_out import Distances, distances
+from llmcompress.distillation.teacher.predictions import ReadsAlong
+from llmcompress.errors import InputError, NumericsError
+from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.model import load_model
+from llmcompress.runtime.precision import product_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Bits = Literal[8, 4]
+
+
+def check_teacher(teacher: PreTrainedModel, bits: Bits | None) -> None:
+    """Raise InputError for a teacher stored as bitsandbytes quantized it, since its weights are gone, and for any
+    compressed teacher if `bits` are given."""
+    method = getattr(teacher, "quantization_method", None)
+    if method == "bitsandbytes":
+        raise InputError(
+            "the teacher is stored as bitsandbytes quantized it; give the model that it was made from, and "
+            "`teacher: {bits: 4}` or 8 in the recipe"
+        )
+    if bits is not None and method is not None:
+        raise InputError(f"the teacher is compressed already, so it cannot be quantized to {bits} bits; leave bits out")
+
+
+def taught_by_quantized(run: TrainContext, bits: Bits, place: Place) -> tuple[TrainContext, dict[str, float]]:
+    """Return `run` with the model at `place` reading along in `bits` bits, and the cost on the held-out sequences.
+
+    The cost is {bits, kl, perplexity}, with KL(run.teacher || quantized) in nats per token. Raises NumericsError if the
+    quantized model's predictions are not finite, InputError as `load_model` does.
+    """
+    device = run.accelerator.device
+    model = load_quantized(place, bits, device, product_dtype(run.recipe.compute, device))
+    with run.autocast():
+        found = sum((distances(run.teacher, model, part, device) for part in run.data.held_out), start=Distances())
+    if not math.isfinite(found.kl):
+        other = 4 if bits == 8 else 8
+        raise NumericsError(
+            f"with {bits} bits the teacher's predictions are NaN or infinite; set bits to {other}, or leave them out"
+        )
+    means = found.means()
+    cost = {"bits": bits, "kl": means["kl"], "perplexity": means["perplexity"]}
+    return replace(run, teaching=ReadsAlong(model)), cost
+
+
+def load_quantized(place: Place, bits: Bits, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the dense model at `place`, frozen, the linears of its blocks in `bits` bits, everything else in `dtype`.
+
+    Raises InputError when it cannot be loaded.
+    """
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+
+    integers = BitsAndBytesConfig(load_in_8bit=True)
+    floats = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = load_model(place, str(device), dtype, integers if bits == 8 else floats)
+    frozen: nn.Module = model
+    for module in frozen.requires_grad_(False).modules():
+        if isinstance(module, Linear4bit):  # a CPU would pack it again, which rounds scales to bfloat16 and
+            module.support_avx512bf16_for_cpu = False  # fails unless rows are a multiple of 32 and columns of 64
+    return model
+
+
+@contextmanager
+def without_remarks() -> Iterator[None]:
+    """Silence the remark of bitsandbytes at every product in 8 bits that inputs are rounded, which is intended."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,103 @@
+"""Distance of a compressed model from its teacher, token by token: KL divergence and agreement on the likeliest token.
+
+Perplexity can stay while answers change; these two cannot (arXiv 2407.09141). Both models read the same windows, and
+one pass of each also gives both perplexities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.evaluation.logits import Counting, Readable, window_logits
+from llmcompress.evaluation.perplexity import (
+    Perplexity,
+    negative_log_likelihood,
+    position_chunks,
+    predicted_tokens,
+)
+from llmcompress.evaluation.reliability import BINS, reliability
+from llmcompress.evaluation.uncertainty import mean, stderr
+from llmcompress.runtime.ranks import ALONE, Ranks
+
+# Means over the predicted tokens of a window: KL, agreement, and of teacher and student each the negative
+# log-probability, with their predictions in bins of confidence (see `reliability`).
+_Window = tuple[float, float, float, Tensor, float, Tensor]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """kl: KL(teacher || student) in nats per token. top1_agreement: share of tokens with the same likeliest token.
+
+    Standard errors take windows as independent; they are None for one window. kl_windows: the mean KL of each.
+    """
+
+    kl: float
+    kl_stderr: float | None
+    top1_agreement: float
+    top1_agreement_stderr: float | None
+    kl_windows: tuple[float, ...]
+    teacher: Perplexity
+    student: Perplexity
+
+    @staticmethod
+    def to_itself(model: Perplexity) -> Distance:
+        """Return the distance of a model from itself."""
+        zero = None if model.stderr is None else 0.0
+        return Distance(0.0, zero, 1.0, zero, (0.0,) * len(model.windows), teacher=model, student=model)
+
+
+def distance(
+    teacher: Readable,
+    student: Readable,
+    ids: Tensor,
+    batch_size: int = 1,
+    processes: Ranks = ALONE,
+    progress: Counting | None = None,
+    blocks: Counting | None = None,
+) -> Distance:
+    """Compare both models on windows `ids` [n, length], over the positions that perplexity counts.
+
+    Log-probabilities are float32, sums float64. `progress` and `blocks`: as for `perplexity`, `blocks` for each model.
+    """
+    mine = processes.share(ids)
+    rows: list[_Window] = []
+    with processes.agreed():
+        for (batch, wanted), (_, given) in zip(
+            window_logits(teacher, mine, batch_size, blocks), window_logits(student, mine, batch_size, blocks)
+        ):
+            rows += [_in_window(*one) for one in zip(wanted, given.to(wanted.device), batch)]
+            if progress is not None:
+                progress(len(rows), len(mine))
+    divergence, same, of_teacher, in_teacher, of_student, in_student = zip(*processes.gathered(rows))
+    return Distance(
+        mean(divergence),
+        stderr(divergence),
+        mean(same),
+        stderr(same),
+        divergence,
+        teacher=Perplexity.of(of_teacher, in_teacher, predicted_tokens(ids)),
+        student=Perplexity.of(of_student, in_student, predicted_tokens(ids)),
+    )
+
+
+def _in_window(wanted: Tensor, given: Tensor, window: Tensor) -> _Window:
+    """Return what is told of a window, from the teacher's and the student's logits [length, vocabulary]."""
+    divergence, same = 0.0, 0
+    losses, bins = [0.0, 0.0], [torch.zeros(3, BINS, dtype=torch.float64) for _ in range(2)]
+    for (teacher, targets), (student, _) in zip(position_chunks(wanted, window), position_chunks(given, window)):
+        p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+        divergence += float(kl_divergence(p, q).double().sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        for at, one in enumerate((p, q)):
+            losses[at] += negative_log_likelihood(one, targets)
+            bins[at] += reliability(one, targets).cpu()
+    count = len(window) - 1
+    return divergence / count, same / count, losses[0] / count, bins[0], losses[1] / count, bins[1]
+
+
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Return KL(p || q) of log-probabilities [positions, vocabulary] -> [positions], in nats."""
+    return nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)

@@ -1,0 +1,117 @@
+"""Logits of windows of tokens, of a model in memory or of one on disk.
+
+A dense model on disk passes block by block, for all windows at once, so it is never in memory as a whole; so does a
+compressed one in memory, whose linears are decoded on the way. Numbers are those of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from llmcompress.calibration.streaming import States, Streamed, from_disk, in_memory
+from llmcompress.errors import InputError
+from llmcompress.models.dense.auto_class import check_causal
+from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.model import DenseModel, check_outline, load_model, open_source
+from llmcompress.models.files.fits import check_fits
+from llmcompress.runtime.devices import device_of
+from llmcompress.weight.modules import compressed_linears, decoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Counting = Callable[[int, int], None]  # (done, in all)
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A dense model that is read while it is scored, and the device that computes it."""
+
+    source: DenseModel
+    device: str
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's config."""
+        return self.source.config
+
+    def load(self) -> PreTrainedModel:
+        """Return the whole model, in float32.
+
+        Raises MemoryLimitError if it does not fit, and what `load_model` raises.
+        """
+        check_fits(self.device, "reading it whole", [self.source.place])
+        return self.source.load(self.device)
+
+
+Readable: TypeAlias = "PreTrainedModel | OnDisk"
+
+
+def opened(place: Place, device: str, whole: bool = False) -> Readable:
+    """Return the model of a place, to be scored: a dense one stays on disk, unless it is wanted as a `whole`.
+
+    Raises InputError for a model that cannot be loaded.
+    """
+    is_dense, outline = check_outline(place)
+    if outline is not None:
+        check_causal(outline.config, "scoring")
+    if not whole and is_dense:
+        device_of(device)
+        return OnDisk(open_source(place), device)
+    return load_model(place, device)
+
+
+@torch.no_grad()
+def window_logits(
+    model: Readable, ids: Tensor, batch_size: int = 1, blocks: Counting | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (windows [batch, length], logits [batch, length, vocabulary]), on the device of the model; none for no
+    window.
+
+    `blocks` receives (blocks, blocks in all) of a model that is read block by block. A model whose blocks cannot be run
+    one by one is read whole.
+    """
+    found = _passed(model, ids, batch_size, blocks) if len(ids) else None
+    if found is not None:
+        streamed, states = found
+        with closing(streamed.logits(states)) as logits:
+            for batch, given in zip(states.batches, logits):
+                yield ids[batch.rows].to(streamed.device), given
+    elif len(ids):
+        whole = model.load() if isinstance(model, OnDisk) else model
+        with decoded(whole):
+            for here in ids.to(whole.device).split(batch_size):
+                yield here, whole(input_ids=here, use_cache=False).logits
+
+
+def _passed(model: Readable, ids: Tensor, batch_size: int, blocks: Counting | None) -> tuple[Streamed, States] | None:
+    """Let windows pass the blocks; None for a model that has to be, or already is, whole in memory."""
+    if not isinstance(model, OnDisk) and not _streams(model):
+        return None
+    try:
+        streamed = by_blocks(model)
+        states = streamed.embedded(ids, batch_size)
+        for index in range(streamed.depth):
+            streamed.advance(states, index)
+            if blocks is not None:
+                blocks(index + 1, streamed.depth)
+    except InputError:
+        return None  # what else is wrong is found again by whatever reads it whole
+    return streamed, states
+
+
+def by_blocks(model: Readable) -> Streamed:
+    """Return a model as one whose blocks are held one at a time. Raises InputError if they cannot be told apart."""
+    return from_disk(model.source, device_of(model.device)) if isinstance(model, OnDisk) else in_memory(model)
+
+
+def _streams(model: PreTrainedModel) -> bool:
+    """True if a model in memory has linears to decode."""
+    linears = compressed_linears(model).values()
+    return model.dtype == torch.float32 and any(linear.ready is None for linear in linears)

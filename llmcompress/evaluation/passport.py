@@ -1,0 +1,246 @@
+"""The passport of a compressed model: what LoRA adapters that were trained on the dense model are still worth on it.
+
+An adapter gains some nats per token on its kind of text. Of that gain the compressed model keeps a share: the gain on
+it by the gain on the dense one. Beside it stand the KL between both adapted models; whether the same tokens gain (the
+correlation of gains over tokens); and the diversity of what they write, as the share of pairs of tokens that are
+different (distinct-n, arXiv 1510.03055): the dense model, the compressed one, and the compressed one going on from the
+dense one's first tokens, which hand its style over (after arXiv 2503.10637).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from llmcompress.data.generate_text import NOTHING, continued, end_tokens
+from llmcompress.errors import InputError, RecipeError, first_line
+from llmcompress.evaluation.distance import kl_divergence
+from llmcompress.evaluation.logits import Counting
+from llmcompress.evaluation.perplexity import evaluation_windows, position_chunks
+from llmcompress.evaluation.protocol import Protocol
+from llmcompress.evaluation.uncertainty import mean, paired
+from llmcompress.models.dense.locate import locate, public_name
+from llmcompress.models.dense.model import load_model
+from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.models.dense.vocabulary import check_vocabularies
+from llmcompress.models.files import file_names
+from llmcompress.models.files.checkpoint import add_file
+from llmcompress.models.files.fits import check_fits
+from llmcompress.runtime.precision import fast_float32
+from llmcompress.weight.modules import decoded
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BRIEF = Protocol(windows=8, length=256)
+PROMPT, OVER, LENGTH = 16, 8, 64  # tokens of a text that are given, that the dense model writes first, and in all
+REFUSED = (KeyError, OSError, RuntimeError, TypeError, ValueError)  # by PEFT, of an adapter that does not fit
+
+
+@dataclass(frozen=True)
+class AdapterKept:
+    """The worth of an adapter. `gain_dense`, `gain`: nats per token that it takes off the text, on the dense model and
+    on the compressed one; `kept`: the share that is left with its standard error, None where the dense model gains
+    nothing beyond noise; `kl`: between both with it; `alike`: the correlation of gains over tokens; `distinct`: of word
+    pairs that each writes: {dense, compressed, handed_over}."""
+
+    adapter: str
+    gain_dense: float
+    gain: float
+    kept: float | None
+    kept_stderr: float | None
+    kl: float
+    alike: float
+    distinct: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Passport:
+    """The adapters of a passport, and the text that they were judged on."""
+
+    model: str
+    against: str
+    protocol: dict[str, Any]
+    adapters: tuple[AdapterKept, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, keys as in the fields."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """Log-probabilities of the next tokens by window, `[length - 1]` each, without the adapter and with it."""
+
+    plain: list[Tensor]
+    adapted: list[Tensor]
+
+    def gains(self) -> list[Tensor]:
+        """Return what each token gains, by window."""
+        return [after - before for before, after in zip(self.plain, self.adapted, strict=True)]
+
+
+@fast_float32()
+@torch.no_grad()
+def passport(
+    model: str | Path,
+    adapters: Sequence[str | Path],
+    against: str | Path,
+    protocol: Protocol = BRIEF,
+    *,
+    device: str = "cpu",
+    progress: Counting | None = None,
+    trust_remote_code: bool = False,
+) -> Passport:
+    """Measure what adapters that were trained on `against` are worth on `model`, which was compressed from it.
+
+    Args:
+        model: a folder that compress wrote, or a Hub id.
+        adapters: folders or Hub ids of PEFT adapters, one or more.
+        against: the dense model that they were trained on.
+        protocol: the text, which should be of the kind that the adapters are for; tasks are left aside.
+        device: where to compute: `cpu`, `cuda` or `cuda:1`.
+        progress: receives (adapters that are done, adapters).
+        trust_remote_code: True to run the Python code that models bring along, if transformers lacks their class.
+
+    Returns:
+        The share of its gain that each adapter keeps, and how alike both models are with it.
+
+    Raises:
+        RecipeError: without adapters, or where PEFT is not installed.
+        InputError: for a model or an adapter that cannot be loaded, for models that have different vocabularies, and
+            for a text that is too short.
+        MemoryLimitError: for models that do not fit into this machine together.
+    """
+    _check_peft()
+    if not adapters:
+        raise RecipeError("a passport is about adapters; give one or more folders or Hub ids of them")
+    places = [locate(one, trust_remote_code=trust_remote_code) for one in (against, model)]
+    check_vocabularies(places)
+    tokenizer = load_tokenizer(places[0].folder, trust_remote_code)
+    evaluation_windows(tokenizer, protocol)  # a text is missed before models are loaded
+    check_fits(device, "comparing", places, [])
+    dense, small = (load_model(place, device) for place in places)
+    ids = evaluation_windows(tokenizer, protocol, dense.config, small.config)
+    found = []
+    for number, adapter in enumerate(adapters, start=1):
+        found.append(_kept(str(adapter), dense, small, tokenizer, ids))
+        if progress is not None:
+            progress(number, len(adapters))
+    return Passport(places[1].public_name, places[0].public_name, protocol.to_json(), tuple(found))
+
+
+def _check_peft() -> None:
+    if find_spec("peft") is None:
+        raise RecipeError("adapters need the package peft; install llmcompress[distill]")
+
+
+def _kept(
+    adapter: str, dense: PreTrainedModel, small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor
+) -> AdapterKept:
+    """Return what one adapter is worth; both models are as they were afterwards."""
+    with decoded(small), _adapted(dense, adapter) as first, _adapted(small, adapter) as second:
+        reads, kls = _read(first, second, ids)
+        texts = _written(first, second, ids, end_tokens(dense, tokenizer))
+    before, after = ([float(gain.mean()) for gain in read.gains()] for read in reads)
+    kept, error = kept_share(before, after)
+    tokens = [torch.cat(read.gains()) for read in reads]
+    return AdapterKept(
+        public_name(adapter, None if Path(adapter).is_dir() else adapter),
+        mean(before),
+        mean(after),
+        kept,
+        error,
+        mean(kls),
+        float(torch.corrcoef(torch.stack(tokens))[0, 1]),
+        {name: distinct(rows, 2) for name, rows in texts.items()},
+    )
+
+
+def kept_share(dense: Sequence[float], small: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the share of a gain that is kept, from the gains of windows, and its standard error (that of a ratio of
+    means, by linearization); None where the dense model gains nothing beyond noise."""
+    if not paired([0.0] * len(dense), dense).beyond_noise or mean(dense) <= 0:
+        return None, None
+    share = mean(small) / mean(dense)
+    left = [one - share * other for one, other in zip(small, dense, strict=True)]
+    count = len(left)
+    return share, math.sqrt(math.fsum(value**2 for value in left) / (count * (count - 1))) / mean(dense)
+
+
+@contextmanager
+def _adapted(model: PreTrainedModel, adapter: str) -> Iterator[PeftModel]:
+    """Give a model with an adapter, which is taken off again. Raises InputError for one that does not fit."""
+    from peft import PeftModel
+
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter).eval()
+    except REFUSED as error:
+        raise InputError(f"the adapter {adapter} does not fit {model.name_or_path}: {first_line(error)}") from error
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+
+
+def _read(dense: PeftModel, small: PeftModel, ids: Tensor) -> tuple[tuple[_Read, _Read], list[float]]:
+    """Let both models read windows `ids` [n, length], with and without the adapter; also return the KL of each."""
+    reads, kls = (_Read([], []), _Read([], [])), []
+    for window in ids:
+        with dense.disable_adapter(), small.disable_adapter():
+            for model, read in zip((dense, small), reads, strict=True):
+                read.plain.append(_of_targets(_logits(model, window), window))
+        first, second = _logits(dense, window), _logits(small, window)
+        for logits, read in zip((first, second), reads, strict=True):
+            read.adapted.append(_of_targets(logits, window))
+        chunks = zip(position_chunks(first, window), position_chunks(second, window))
+        parts = [kl_divergence(p.log_softmax(-1), q.log_softmax(-1)) for (p, _), (q, _) in chunks]
+        kls.append(float(torch.cat(parts).double().mean()))
+    return reads, kls
+
+
+def _logits(model: PeftModel, window: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=window[None].to(model.device), use_cache=False).logits[0].float().cpu()
+    return logits
+
+
+def _of_targets(logits: Tensor, window: Tensor) -> Tensor:
+    """Return the log-probability of each next token, `[length - 1]`."""
+    found = [given.log_softmax(-1).gather(-1, next_[:, None])[:, 0] for given, next_ in position_chunks(logits, window)]
+    return torch.cat(found).double()
+
+
+def _written(dense: PeftModel, small: PeftModel, ids: Tensor, ends: set[int]) -> dict[str, list[list[int]]]:
+    """Return what both models write with the adapter after the first tokens of each window, and what the compressed
+    one writes after the dense one's first tokens."""
+    width = min(LENGTH, ids.shape[1])
+    begun, kept = ids[:, :width], torch.full((len(ids),), min(PROMPT, width - 1))
+    how: dict[str, Any] = {"ends": ends, "temperature": 1.0, "seeds": [f"passport/{row}" for row in range(len(ids))]}
+    first, second = (cast("PreTrainedModel", model) for model in (dense, small))  # which they stand for
+    by_dense, by_small = (continued(model, begun, kept, **how) for model in (first, second))
+    over = (kept + OVER).clamp(max=width - 1)
+    handed = continued(second, by_dense.where(by_dense != NOTHING, begun), over, **how)
+    texts = {"dense": by_dense, "compressed": by_small, "handed_over": handed}
+    return {name: [row[int(kept[0]) :].tolist() for row in rows] for name, rows in texts.items()}
+
+
+def distinct(rows: Sequence[Sequence[int]], n: int) -> float:
+    """Return the share of different ones among all runs of `n` tokens in texts; 0 without any."""
+    texts = [[token for token in row if token != NOTHING] for row in rows]
+    runs = [tuple(text[at : at + n]) for text in texts for at in range(len(text) - n + 1)]
+    return len(set(runs)) / len(runs) if runs else 0.0
+
+
+def save_passport(folder: Path, found: Passport) -> None:
+    """Keep a passport in the compressed checkpoint, for its card. Raises DiskError where that cannot be."""
+    add_file(folder, file_names.PASSPORT, json.dumps(found.to_json(), indent=2))

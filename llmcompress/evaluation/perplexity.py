@@ -1,0 +1,153 @@
+"""Perplexity: the exponential of the mean negative log-probability of the next token.
+
+The text is tokenized once, without special tokens, and cut into non-overlapping windows. Every window is read on its
+own, so its first token is predicted by nothing and does not count: `windows * (length - 1)` tokens do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmcompress.data.builtin import stdlib_text
+from llmcompress.data.calibration import context_length
+from llmcompress.data.files import read_text
+from llmcompress.errors import InputError, NumericsError, RecipeError
+from llmcompress.evaluation.logits import Counting, Readable, window_logits
+from llmcompress.evaluation.processes import ALONE, Processes
+from llmcompress.evaluation.protocol import Protocol
+from llmcompress.evaluation.reliability import calibration_error, reliability
+from llmcompress.evaluation.uncertainty import mean, stderr
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+AT_ONCE = 1 << 24  # characters of a text that are tokenized at once, as far as windows need them
+POSITIONS = 32  # whose log-probabilities are in memory at once: 32 * 49152 * 4 bytes = 6 MB, which caches hold
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """value = exp(nll); nll in nats per token, the mean over `tokens` predicted tokens, and over `windows`."""
+
+    value: float
+    stderr: float | None  # of `value`, windows being independent; None for one window
+    tokens: int
+    nll: float
+    windows: tuple[float, ...]  # the mean of each
+    calibration_error: float  # of the same predictions, see `reliability`
+
+    @staticmethod
+    def of(windows: Sequence[float], bins: Sequence[Tensor], tokens: int) -> Perplexity:
+        """Return the perplexity of windows with these mean negative log-probabilities, and with predictions in `bins`.
+
+        Raises NumericsError if one is NaN or infinite.
+        """
+        if not all(map(math.isfinite, windows)):
+            raise NumericsError("the model's log-probabilities on the evaluation text are NaN or infinite")
+        nll, error = mean(windows), stderr(windows)
+        value = math.exp(nll) if nll < 700 else math.inf
+        spread = None if error is None else value * error
+        return Perplexity(value, spread, tokens, nll, tuple(windows), calibration_error(bins))
+
+
+def evaluation_windows(tokenizer: PreTrainedTokenizerBase, protocol: Protocol, *readers: PreTrainedConfig) -> Tensor:
+    """Return the windows [n, length] of the protocol's text for models of these configs, see `text_windows`."""
+    match protocol.text:
+        case None:
+            text = stdlib_text("test")
+        case Path():
+            text = read_text(protocol.text)
+        case _:
+            text = protocol.text
+    return text_windows(tokenizer, text, protocol.windows, protocol.length, *readers)
+
+
+def windows_by_text(
+    tokenizer: PreTrainedTokenizerBase, protocol: Protocol, *readers: PreTrainedConfig
+) -> dict[str | None, Tensor]:
+    """Return the windows of every kind of text by its name, and first, under None, those of the protocol's text."""
+    found: dict[str | None, Tensor] = {None: evaluation_windows(tokenizer, protocol, *readers)}
+    for name, one in protocol.by_domain().items():
+        found[name] = evaluation_windows(tokenizer, one, *readers)
+    return found
+
+
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    windows: int,
+    length: int,
+    *readers: PreTrainedConfig,
+) -> Tensor:
+    """The first `windows` windows of `text` -> int64 [at most windows, length], for models of the configs `readers`.
+
+    Raises InputError when the text is too short for one window, RecipeError for a length that a model cannot read.
+    """
+    if windows < 1 or length < 2:
+        raise RecipeError(f"perplexity needs at least one window of two tokens, not windows {windows}, length {length}")
+    for context in map(context_length, readers):
+        if context is not None and length > context:
+            raise RecipeError(
+                f"evaluation length {length} is more than the model's context of {context}; use at most that"
+            )
+    ids: list[int] = []
+    for start in range(0, len(text), AT_ONCE):
+        ids += tokenizer(text[start : start + AT_ONCE], add_special_tokens=False, verbose=False).input_ids
+        if len(ids) >= windows * length:
+            break
+    count = min(windows, len(ids) // length)
+    if count == 0:
+        raise InputError(
+            f"the evaluation text has {len(ids)} tokens, less than one window of {length}; "
+            "give more text or a lower length"
+        )
+    return torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)
+
+
+def perplexity(
+    model: Readable,
+    ids: Tensor,
+    batch_size: int = 1,
+    processes: Processes = ALONE,
+    progress: Counting | None = None,
+    blocks: Counting | None = None,
+) -> Perplexity:
+    """Return the perplexity of `model`, in the dtype it has, on windows `ids` [n, length].
+
+    Holds logits of `batch_size` windows. `progress` receives (windows read, windows) of this process's share; before,
+    `blocks` receives (blocks, blocks in all) of a model that is read block by block.
+    """
+    found: list[tuple[float, Tensor]] = []
+    mine = processes.share(ids)
+    for batch, logits in window_logits(model, mine, batch_size, blocks):
+        for window, row in zip(batch, logits):
+            chunks = ((given.float().log_softmax(-1), targets) for given, targets in position_chunks(row, window))
+            parts = [(negative_log_likelihood(*chunk), reliability(*chunk)) for chunk in chunks]
+            total, bins = (sum(each) for each in zip(*parts))
+            found.append((total / (len(window) - 1), bins))
+        if progress is not None:
+            progress(len(found), len(mine))
+    losses, bins = zip(*processes.gathered(found))
+    return Perplexity.of(losses, bins, predicted_tokens(ids))
+
+
+def predicted_tokens(ids: Tensor) -> int:
+    """Return the number of tokens predicted in windows [n, length]."""
+    return ids.shape[0] * (ids.shape[1] - 1)
+
+
+def position_chunks(logits: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits [positions, vocabulary], next tokens [positions]) of all that is predicted in a window, bit by bit."""
+    return zip(logits[:-1].split(POSITIONS), window[1:].split(POSITIONS))
+
+
+def negative_log_likelihood(log_probabilities: Tensor, targets: Tensor) -> float:
+    """Sum over positions: [positions, vocabulary] float32, [positions] -> nats, added up in float64."""
+    return -float(log_probabilities.gather(-1, targets[:, None]).double().sum())

@@ -1,0 +1,179 @@
+"""A model by its name, scored: quality beside size, for `llmcompress eval`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.evaluation.lm_eval import find_tasks
+from llmcompress.evaluation.logits import opened
+from llmcompress.evaluation.perplexity import windows_by_text
+from llmcompress.evaluation.processes import ALONE, Processes
+from llmcompress.evaluation.protocol import STANDARD, Protocol
+from llmcompress.evaluation.scores import Evaluation, Scoring, evaluate, evaluate_all
+from llmcompress.models.dense.families import Linear, architecture
+from llmcompress.models.dense.headers import read_headers
+from llmcompress.models.dense.locate import Place, locate
+from llmcompress.models.dense.model import DenseModel, open_source
+from llmcompress.models.dense.skeleton import described
+from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.models.dense.vocabulary import check_vocabularies
+from llmcompress.models.files import file_names
+from llmcompress.models.files.checkpoint import add_file, read_json, writing
+from llmcompress.models.files.fits import check_fits
+from llmcompress.models.files.own_sizes import is_dense
+from llmcompress.models.files.staging import check_output
+from llmcompress.reporting import report as reports
+from llmcompress.runtime.notebook import named
+from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.versions import versions
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of a model. `bpw`: bits per weight of the decoder's linears, None where they cannot be told apart."""
+
+    bytes: int
+    bpw: float | None
+    model_bpw: float
+
+
+@fast_float32()
+def score(
+    model: str | Path,
+    protocol: Protocol = STANDARD,
+    *,
+    revision: str | None = None,
+    against: str | None = None,
+    save: bool = False,
+    output: Path | None = None,
+    device: str = "cpu",
+    processes: Processes = ALONE,
+    progress: Scoring | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Score a model in float32: perplexity, tasks and, beside a dense model, KL and top-1 agreement.
+
+    Args:
+        model: a folder, a Hub id or `smollm2`; dense, compressed, or quantized by a tool that transformers knows.
+        protocol: the texts and the tasks.
+        revision: a branch, tag or commit of a Hub model.
+        against: the dense model that KL (nats per token) and top-1 agreement are measured from; None for neither.
+        save: True to score `against` too, and to keep both results in the compressed folder for its card.
+        output: a new folder for the result as `eval.json` and for lm-eval's own files; None for none.
+        device: where to compute: `cpu`, `cuda` or `cuda:1`.
+        processes: which share the work; the first of them writes and knows the scores of tasks.
+        progress: receives what is being scored, how much is done, and how much there is; None for a line in a notebook.
+        trust_remote_code: True to run the Python code that models bring along, if transformers lacks their class.
+
+    Returns:
+        The scores with their standard errors, `bytes`, `bpw` and `model_bpw` (bits per weight), and the protocol.
+
+    Raises:
+        InputError: for a model that cannot be loaded, and for two that have different vocabularies.
+        MemoryLimitError: for models that do not fit into this machine together.
+        RecipeError: for `save` without `against`, or for a folder that compress did not write.
+        DiskError: for an output that cannot be written.
+    """
+    progress = progress or named()
+    place = locate(model, revision, trust_remote_code)
+    if save and (against is None or not (place.folder / file_names.REPORT).is_file()):
+        raise RecipeError("saving scores needs a folder that compress wrote, and the dense model to compare it with")
+    if output is not None:
+        check_output(output, 0)
+    reference = None if against is None else locate(against, trust_remote_code=trust_remote_code)
+    places = [place] if reference is None else [place, reference]
+    size, tokenizer = size_of(place), load_tokenizer(place.folder, trust_remote_code)
+    check_vocabularies(places)
+    windows_by_text(tokenizer, protocol)  # texts and tasks are missed before models are loaded
+    how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": find_tasks(tokenizer, protocol)}
+    whole = places[: 1 + save] if protocol.tasks else []  # tasks are not read block by block
+    check_fits(device, "scoring", whole, [one for one in places if one not in whole])
+    loaded, *teachers = [opened(one, device, one in whole) for one in places]
+    teacher = teachers[0] if teachers else None
+    if save and teacher is not None:
+        dense, found = evaluate_all(teacher, [lambda: loaded], tokenizer, protocol, **how)
+        if processes.rank == 0:
+            save_scores(place.folder, protocol, dense, found)
+    else:
+        found = evaluate(loaded, tokenizer, protocol, against=teacher, **how)
+    return _kept(found, size, protocol, place, output if processes.rank == 0 else None)
+
+
+def save_scores(folder: Path, protocol: Protocol, dense: Evaluation, found: Evaluation) -> None:
+    """Keep the scores of a compressed checkpoint and of its dense model in the checkpoint, for its card and its page.
+
+    Raises DiskError where that cannot be.
+    """
+    both = {"dense": dense.to_json(), "compressed": found.to_json(), "differences": found.differences(dense)}
+    entries = protocol.to_json() | {"versions": versions()} | both
+    add_file(folder, file_names.SCORES, json.dumps(entries, indent=2))
+
+
+def _kept(found: Evaluation, size: Size, protocol: Protocol, place: Place, output: Path | None) -> dict[str, Any]:
+    """Return what `score` returns, and write it to a folder if one is given."""
+    values = found.to_json() | asdict(size) | {"protocol": protocol.to_json()}
+    if output is not None:
+        _write(output, place, found, values)
+    return values
+
+
+def _write(output: Path, place: Place, found: Evaluation, values: dict[str, Any]) -> None:
+    with writing(output) as writer:
+        writer.write(file_names.SCORES, json.dumps(values, indent=2))
+        if found.tasks.scores:
+            found.tasks.save(writer.folder, place.name if place.name.strip("./") else str(place.folder.resolve()))
+
+
+def size_of(place: Place) -> Size:
+    """Return the size of a model: from our report, from another tool's headers, or from dense headers, checked here."""
+    if (place.folder / file_names.REPORT).is_file():
+        report = reports.read(place.folder)
+        return Size(report.bytes, report.bpw, report.model_bpw)
+    if not is_dense(_config(place.folder)):
+        return _quantized_size(place)
+    source = open_source(place)
+    return Size(source.bytes, _dense_bpw(source), source.bytes * 8 / source.parameters)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Return the content of config.json; nothing if it cannot be read, which `open_source` reports."""
+    try:
+        return read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return {}
+
+
+def _quantized_size(place: Place) -> Size:
+    """Return the size of a model of another tool: all that is stored under a linear's name counts as its bits."""
+    dense = described(place.folder, trust_remote_code=place.trust_remote_code)
+    stored = read_headers(place.folder)
+    total = sum(path.stat().st_size for path in {header.file for header in stored.values()})
+    own = {name: value.numel() for name, value in dense.named_parameters() if name not in dense.all_tied_weights_keys}
+    linears = architecture(dense.config, dense).linears()
+    packed = {name: header for name, header in stored.items() if not name.endswith(".bias")}
+    held = sum(header.bytes for name, header in packed.items() if _owner(name, linears))
+    return Size(total, held * 8 / sum(prod(linear.shape) for linear in linears.values()), total * 8 / sum(own.values()))
+
+
+def _owner(name: str, linears: Mapping[str, Linear]) -> str | None:
+    """The linear that the stored tensor `name` belongs to: `a.b` for `a.b.weight.absmax`."""
+    parts = name.split(".")
+    return next((path for stop in range(len(parts)) if (path := ".".join(parts[:stop])) in linears), None)
+
+
+def _dense_bpw(source: DenseModel) -> float | None:
+    try:
+        linears = architecture(source.config, source.skeleton()).linears()
+    except InputError:  # it can be scored all the same
+        return None
+    headers = [source.tensors[f"{name}.weight"] for name in linears]
+    values = sum(torch.Size(header.shape).numel() for header in headers)
+    return sum(header.bytes for header in headers) * 8 / values

@@ -1,0 +1,1 @@
+"""Doors out: other formats, the model card, and the Hub."""

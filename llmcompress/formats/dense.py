@@ -1,0 +1,63 @@
+"""To plain bfloat16, which every engine reads: the quality of the compressed model at the size of the dense one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from llmcompress.formats.exported import Exported
+from llmcompress.models.dense.companions import copy_companions
+from llmcompress.models.dense.experts import experts_of
+from llmcompress.models.dense.skeleton import described
+from llmcompress.models.dense.stored_names import hub_names
+from llmcompress.models.files.checkpoint import writing
+from llmcompress.models.files.compressed import Opened, rounded
+from llmcompress.weight.expression import dense
+
+
+def to_dense(opened: Opened, output: Path) -> Exported:
+    """Write every compressed matrix decoded and rounded to bfloat16; all else as it is stored.
+
+    Blocks that have widths of their own are filled up with zeros to the widest, which changes no prediction.
+    """
+    folder, trusted = opened.folder, opened.trust_remote_code
+    model, plain = (described(folder, unfused, trusted) for unfused in (True, False))
+    experts = experts_of(model)
+    turned = {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
+    shapes = {name: value.shape for name, value in model.state_dict().items()} if opened.sizes else {}
+    rounding = 0.0
+    with writing(output, opened.dense_bytes) as writer:
+        copy_companions(folder, writer.folder, trusted)
+        for layers, others in opened.parts(apart=experts):
+            tensors = opened.read_plain(others)
+            for layer in layers:
+                stored, moved = rounded(dense(opened.expression(layer)))
+                rounding = max(rounding, moved)
+                tensors[f"{layer}.weight"] = stored.T.contiguous() if layer in turned else stored
+            narrower = [name for name, value in tensors.items() if shapes.get(name, value.shape) != value.shape]
+            tensors |= {name: _filled(tensors[name], shapes[name]) for name in narrower}
+            if tensors:
+                writer.add(hub_names(plain, experts, tensors))
+        size = writer.close()
+        writer.write("config.json", json.dumps(opened.config | {"dtype": "bfloat16"}, indent=1))
+    return Exported(
+        to="dense",
+        output=str(output),
+        bytes_before=opened.bytes,
+        bytes_after=size,
+        kept=("everything that was not compressed, and the files beside the weights",),
+        changed=(
+            f"{len(opened.layouts)} matrices rounded to bfloat16, by at most {rounding:.1e} of their size",
+            *([f"{len(opened.sizes)} matrices of narrower blocks filled up with zeros"] if opened.sizes else []),
+        ),
+    )
+
+
+def _filled(value: Tensor, shape: torch.Size) -> Tensor:
+    """Return a tensor with zeros behind its entries, so many that it has the shape."""
+    missing = [wanted - there for there, wanted in zip(value.shape, shape, strict=True)]
+    return torch.nn.functional.pad(value, [part for each in reversed(missing) for part in (0, each)])

@@ -1,0 +1,88 @@
+"""Doors out: checkpoints of ours in the formats of other engines, one file each.
+
+`export(folder, output, to)` writes; what it gives back says what was kept and what was changed.
+"""
+
+from pathlib import Path
+
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.formats.compressed_tensors import to_compressed_tensors
+from llmcompress.formats.dense import to_dense
+from llmcompress.formats.exl3 import to_exl3
+from llmcompress.formats.exported import Exported
+from llmcompress.formats.gguf.write import to_gguf
+from llmcompress.formats.mlx import to_mlx
+from llmcompress.formats.peft import to_peft
+from llmcompress.models.dense.auto_class import check_causal
+from llmcompress.models.dense.experts import experts_of
+from llmcompress.models.dense.skeleton import described
+from llmcompress.models.files.compressed import Opened
+
+DOORS = ("dense", "compressed-tensors", "peft", "gguf", "mlx", "exl3")
+
+
+def export(
+    folder: str | Path,
+    output: str | Path,
+    to: str,
+    allow_dense: bool = False,
+    round_to: str | None = None,
+    trust_remote_code: bool = False,
+) -> Exported:
+    """Write a compressed checkpoint in a format that other engines read.
+
+    Args:
+        folder: what compress wrote.
+        output: a new or empty folder.
+        to: dense, compressed-tensors, peft, gguf, mlx or exl3.
+        allow_dense: True to turn what compressed-tensors, GGUF, MLX or EXL3 cannot hold into 16-bit floats.
+        round_to: a type of GGUF to which that is rounded instead, where it fits: Q8_0, Q5_0 or Q4_0.
+        trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
+
+    Returns:
+        The sizes, and sentences on what was kept and what was changed.
+
+    Raises:
+        RecipeError: for an unknown format or type, or a format whose package is missing.
+        InputError: for a damaged checkpoint, or one that the format cannot hold.
+        DiskError: for an output that cannot be written.
+    """
+    if round_to is not None and to != "gguf":
+        raise RecipeError(f"only the export to gguf rounds to a type, not that to {to}; leave round_to out")
+    if to not in DOORS:
+        raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")
+    opened, target = Opened(Path(folder), trust_remote_code), Path(output)
+    if to != "dense":
+        _check_form(opened, to)
+    match to:
+        case "compressed-tensors":
+            return to_compressed_tensors(opened, target, allow_dense)
+        case "peft":
+            return to_peft(opened, target)
+        case "gguf":
+            return to_gguf(opened, target, allow_dense, round_to)
+        case "mlx":
+            return to_mlx(opened, target, allow_dense)
+        case "exl3":
+            return to_exl3(opened, target, allow_dense)
+    return to_dense(opened, target)
+
+
+def _check_form(opened: Opened, to: str) -> None:
+    """Raise InputError for what predicts no next token, which no reader of these formats here can check, for blocks
+    with widths of their own, and for mixtures of experts but to GGUF: other readers would draw random numbers for
+    experts that are stored otherwise.
+    """
+    if opened.sizes:
+        raise InputError(
+            f"blocks of {opened.folder} have widths of their own, which {to} has no place for; export it to dense, "
+            f"which fills them up, or load it with transformers as it is"
+        )
+    model = described(opened.folder, trust_remote_code=opened.trust_remote_code)
+    check_causal(model.config, f"the export to {to}")
+    experts = {} if to == "gguf" else experts_of(model)
+    if experts:
+        raise InputError(
+            f"{opened.folder} is a mixture of experts ({next(iter(experts))}), which cannot go to {to} yet; export "
+            f"it to dense, or load it with transformers as it is"
+        )

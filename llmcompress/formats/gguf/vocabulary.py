@@ -1,0 +1,270 @@
+"""A tokenizer as the entries of a GGUF file, so that llama.cpp cuts text into the same tokens.
+
+llama.cpp has its own tokenizers. For byte-level BPE it knows how text is cut before merging by a name only, and a wrong
+name goes unnoticed; so the definition in tokenizer.json must be one that is known here. That file counts, also where
+transformers cuts otherwise: as its GPT2Tokenizer does, which is the class of SmolLM2's tokenizer.
+
+SentencePiece's BPE has no list of merges there: any two neighbours that together are a token may merge, the best score
+first. That is the same only where tokenizer.json lists all of those merges, those that make the same token together;
+this is checked.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.errors import InputError
+from llmcompress.models.dense.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types
+FILE = "tokenizer.json"
+BYTES = tuple(f"<0x{value:02X}>" for value in range(256))  # tokens for what has no other, in SentencePiece
+SPACE = "▁"  # what SentencePiece writes for a space
+
+SPACE_NOTES = {  # what llama.cpp does otherwise: where a pre-tokenizer puts the space, or it is put before special
+    # tokens are looked for ("late")
+    "never": (),
+    "late": ("llama.cpp puts a space after special tokens, too",),
+    "always": ("llama.cpp puts a space before text that begins with one, too",),
+    "first": ("llama.cpp puts a space before text that begins with one, and after special tokens, too",),
+}
+
+Steps = tuple[str, ...]  # a pre-tokenizer: "digits", "words" (GPT-2's expression), or an expression
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_MARKS = r"\p{Lm}\p{Lo}\p{M}]"
+_LOWER = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{_MARKS}*[\p{{Ll}}{_MARKS}+"  # words that end in small letters
+_UPPER = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{_MARKS}+[\p{{Ll}}{_MARKS}*"
+_LATER_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {  # with: whole words that are tokens are not merged
+    (("words",), False): "gpt-2",
+    (("digits", "words"), False): "smollm",
+    ((_ENDINGS + r"\p{N}{1,3}" + _SPACES,), True): "llama-bpe",
+    ((_ENDINGS + r"\p{N}{1,3}" + _SPACES,), False): "smaug-bpe",
+    ((_ENDINGS + r"\p{N}" + _SPACES,), False): "qwen2",
+    ((f"{_LOWER}{_SUFFIX}|{_UPPER}{_SUFFIX}|" + r"\p{N}{1,3}" + _LATER_SPACES,), False): "gpt-4o",
+    ((f"{_LOWER}|{_UPPER}|" + r"\p{N}" + _LATER_SPACES,), True): "tekken",
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokenizer entries of a GGUF file. `special`: ids by `bos`, `eos`, `unk`, `pad`; `notes`: what is lost."""
+
+    model: str  # "gpt2" (byte-level BPE) or "llama" (SentencePiece's BPE)
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    special: dict[str, int]
+    add_bos: bool
+    add_eos: bool
+    merges: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    add_space_prefix: bool = False
+    chat_template: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def describe(self, writer: GGUFWriter) -> None:
+        """Write the entries."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        writer.add_token_merges(self.merges)
+        writer.add_token_scores(self.scores)
+        for add, key in (
+            (writer.add_bos_token_id, "bos"),
+            (writer.add_eos_token_id, "eos"),
+            (writer.add_unk_token_id, "unk"),
+            (writer.add_pad_token_id, "pad"),
+        ):
+            if key in self.special:
+                add(self.special[key])
+        writer.add_add_bos_token(self.add_bos)
+        writer.add_add_eos_token(self.add_eos)
+        writer.add_add_space_prefix(self.add_space_prefix)
+        if self.chat_template:
+            writer.add_chat_template(self.chat_template)
+
+
+def read_vocabulary(folder: Path, size: int, config: dict[str, Any]) -> Vocabulary:
+    """Read the tokenizer in `folder` for a model of `size` tokens; `config` names special tokens where it does not.
+
+    Raises InputError for one that llama.cpp would read otherwise, as far as can be known.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"{folder} has no {FILE}, which a GGUF file needs; save the tokenizer with transformers first")
+    tokenizer, entries = load_tokenizer(folder), _definition(path)
+    model = entries["model"]
+    if model.get("type") != "BPE":
+        raise InputError(f"{path} holds a {model.get('type')} tokenizer, of which only BPE can go to GGUF")
+    tokens, types = _tokens(path, entries, size)
+    special = {key: _special(tokenizer, config, key) for key in ("bos", "eos", "unk", "pad")}
+    known = {key: value for key, value in special.items() if value is not None}
+    if "eos" not in known:
+        raise InputError(f"{folder} names no token that ends a text; name one (eos_token) in tokenizer_config.json")
+    add_bos, add_eos = _added(path, tokenizer, known)
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        template = (template or {}).get("default")  # some have several, by name
+    found = Vocabulary("", "", tokens, types, known, add_bos, add_eos, chat_template=template)
+    found = replace(found, notes=_notes(entries, tokenizer))
+    return (_sentence_piece if model.get("byte_fallback") else _byte_level)(path, entries, found)
+
+
+def _definition(path: Path) -> dict[str, Any]:
+    """Return the content of tokenizer.json in today's notation."""
+    from transformers import PreTrainedTokenizerFast
+
+    entries: dict[str, Any] = json.loads(PreTrainedTokenizerFast(tokenizer_file=str(path)).backend_tokenizer.to_str())
+    return entries
+
+
+def _tokens(path: Path, entries: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Every token by its id, and its type; ids without one, up to the model's, are unused."""
+    model = entries["model"]
+    texts = {number: text for text, number in model["vocab"].items()}
+    fallback = bool(model.get("byte_fallback"))
+    types = {number: BYTE if fallback and text in BYTES else NORMAL for number, text in texts.items()}
+    if fallback and model.get("unk_token") in model["vocab"]:
+        types[model["vocab"][model["unk_token"]]] = UNKNOWN
+    for token in entries.get("added_tokens") or ():
+        texts[token["id"]] = token["content"]
+        if types.get(token["id"]) != UNKNOWN:
+            types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    if max(texts) >= size:
+        raise InputError(f"{path} has tokens up to {max(texts)}, but the model has {size}; they do not belong together")
+    taken, numbers = set(texts.values()), range(size)
+    return [texts.get(n) or _filler(n, taken) for n in numbers], [types.get(n, UNUSED) for n in numbers]
+
+
+def _filler(number: int, taken: set[str]) -> str:
+    """Return a name for an id without a token, which no token has: llama.cpp loads no file that has a name twice."""
+    name = f"[PAD{number}]"
+    while name in taken:
+        name = f"[{name}]"
+    return name
+
+
+def _special(tokenizer: Any, config: dict[str, Any], key: str) -> int | None:
+    """The id of a special token; a config may list several, of which the first counts."""
+    found = getattr(tokenizer, f"{key}_token_id")
+    found = config.get(f"{key}_token_id") if found is None else found
+    return found[0] if isinstance(found, list) else found
+
+
+def _added(path: Path, tokenizer: Any, special: dict[str, int]) -> tuple[bool, bool]:
+    """Return (true if every text begins with the BOS token, true if it ends with the EOS token)."""
+    plain, whole = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+    for before in ([], [special.get("bos")]):
+        for after in ([], [special["eos"]]):
+            if before + plain + after == whole:
+                return bool(before), bool(after)
+    raise InputError(f"{path} puts tokens around a text that are not its BOS and EOS, which GGUF cannot say")
+
+
+def _notes(entries: dict[str, Any], tokenizer: Any) -> tuple[str, ...]:
+    """Return sentences on what llama.cpp, and transformers' own reading of tokenizer.json, leave out."""
+    greedy = [t["content"] for t in entries.get("added_tokens") or () if t["lstrip"] or t["rstrip"] or t["single_word"]]
+    notes = [f"the token {greedy[0]} no longer takes the spaces beside it"] if greedy else []
+    if (entries.get("normalizer") or {}).get("type") == "NFC":
+        notes.append("text is no longer brought into Unicode's form NFC before it is cut into tokens")
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # few are not made from tokenizer.json
+    loaded = json.loads(backend.to_str()) if backend else {}
+    if any(loaded.get(part) != entries.get(part) for part in ("normalizer", "pre_tokenizer")):
+        notes.append(f"text is cut as {FILE} says, which transformers' {type(tokenizer).__name__} does not follow")
+    return tuple(notes)
+
+
+# --- byte-level BPE -------------------------------------------------------------------------------------------------
+
+
+def _byte_level(path: Path, entries: dict[str, Any], found: Vocabulary) -> Vocabulary:
+    merges = [" ".join(pair) for pair in entries["model"]["merges"]]
+    if not merges:
+        raise InputError(f"{path} merges nothing, which llama.cpp does not load; export to another format")
+    return replace(found, model="gpt2", pre=_pre_tokenizer(path, entries), merges=merges)
+
+
+def _pre_tokenizer(path: Path, entries: dict[str, Any]) -> str:
+    """llama.cpp's name for how text is cut before merging. Raises InputError for a definition that is not known."""
+    model, normalizer = entries["model"], entries.get("normalizer")
+    steps = _steps(entries.get("pre_tokenizer") or {})
+    found = PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges")))) if steps else None
+    parts = [model.get("continuing_subword_prefix"), model.get("end_of_word_suffix"), model.get("dropout")]
+    if found is None or any(parts) or (normalizer or {"type": "NFC"})["type"] != "NFC":
+        raise InputError(
+            f"{path} cuts text in a way for which no name in llama.cpp is known here, and a wrong one would go "
+            f"unnoticed; export to another format"
+        )
+    return found
+
+
+def _steps(definition: dict[str, Any]) -> Steps | None:
+    """A pre-tokenizer in short, None where it is of another kind."""
+    match definition:
+        case {"type": "Sequence", "pretokenizers": parts}:
+            short = [_steps(part) for part in parts]
+            return None if None in short else tuple(step for part in short for step in part or ())
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use}:
+            return ("words",) if use else ()
+        case {"type": "Digits", "individual_digits": True}:
+            return ("digits",)
+        case {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}:
+            return (expression,)
+    return None
+
+
+# --- SentencePiece's BPE --------------------------------------------------------------------------------------------
+
+
+def _sentence_piece(path: Path, entries: dict[str, Any], found: Vocabulary) -> Vocabulary:
+    prefix, notes = _space_prefix(path, entries)
+    scores = _scores(path, entries["model"], found.tokens, found.types)
+    notes = (*found.notes, *notes)
+    return replace(found, model="llama", pre="default", scores=scores, add_space_prefix=prefix, notes=notes)
+
+
+def _space_prefix(path: Path, entries: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
+    """Return (true if a space is put before a text, notes on what llama.cpp does otherwise)."""
+    match entries.get("normalizer"), entries.get("pre_tokenizer"):
+        case {"type": "Sequence", "normalizers": [first, second]}, None:
+            replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+            if first == {"type": "Prepend", "prepend": SPACE} and second == replaces:
+                late = any(token["normalized"] for token in entries.get("added_tokens") or ())
+                return True, SPACE_NOTES["late"] if late else ()
+        case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, before:
+            if before is None or (before["type"] == "Split" and before["pattern"] == {"String": " "}):  # finds none
+                return False, ()
+        case None, {"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}:
+            return scheme != "never", SPACE_NOTES[scheme]
+    raise InputError(f"{path} prepares text in a way that llama.cpp's SentencePiece does not; export to another format")
+
+
+def _scores(path: Path, model: dict[str, Any], tokens: list[str], types: list[int]) -> list[float]:
+    """The later a token is merged, the lower. Raises InputError where that is not merging by the list of merges."""
+    vocabulary = {text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    merges = [(left, right) for left, right in model["merges"]]
+    made = [token for token, _ in groupby(left + right for left, right in merges)]
+    possible = {
+        (text[:cut], text[cut:])
+        for text in vocabulary
+        for cut in range(1, len(text))
+        if text[:cut] in vocabulary and text[cut:] in vocabulary
+    }
+    if len(made) > len(set(made)) or not possible <= set(merges) or not set(BYTES) <= set(tokens):
+        raise InputError(
+            f"{path} merges tokens in an order that cannot be told by one score for each, which is all that llama.cpp "
+            f"reads; export to another format"
+        )
+    scores = {token: -float(place) for place, token in enumerate(made)}
+    return [scores.get(token, -float(len(made))) for token in tokens]

@@ -1,0 +1,202 @@
+"""Linears and token tables of vLLM whose weight is the payload that a checkpoint of ours stores.
+
+vLLM asks a `QuantizationConfig` for the method of every layer by its name; the method gives the layer its parameters,
+loads them, and multiplies. Layers that vLLM fuses (q, k and v; gate and up) hold their payloads one after the other,
+each with a layout of its own; a part that was not compressed is held as the payload of a dense weight. Products are
+those of `CompressedLinear`: weights are decoded at every call, which saves memory, not time.
+
+Payloads are not cut into shards, so tensor parallelism is refused. `torch.compile` does not see through decoding:
+start vLLM with `enforce_eager`.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+from llmcompress.errors import InputError
+from llmcompress.models.files.integrity import MENDING
+from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig
+from llmcompress.weight.modules import LIKE, NAMES, CompressedEmbedding, CompressedLinear, Layout
+
+TABLES = ("embed_tokens", "wte", "embed_in")  # names of token tables, which some of vLLM's models do not pass on
+SHARDS: dict[str | None, int] = {
+    None: 0,
+    "q": 0,
+    "k": 1,
+    "v": 2,
+}  # as vLLM calls the parts of a fused layer; it numbers others
+
+
+class PayloadConfig(QuantizationConfig):
+    """`quantization_config` of a compressed checkpoint: the layout of every compressed module by name."""
+
+    def __init__(self, layouts: dict[str, Layout]) -> None:
+        super().__init__()
+        self.layouts = layouts
+
+    def get_name(self) -> str:
+        """Return the name of the method."""
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Return the dtypes of activations."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the oldest GPU: any, since all is done in PyTorch."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return no files: everything is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PayloadConfig:
+        """Return the config of a checkpoint. Raises InputError for what vLLM does not read, such as tied blocks."""
+        found = LLMCompressConfig(**config)
+        if found.ties:
+            raise InputError("vLLM does not read blocks that have matrices in common; export to dense instead")
+        return cls(found.table())
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Rename layers as vLLM's model does."""
+        self.layouts = hf_to_vllm_mapper.apply_dict(self.layouts)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """Return the method of a layer; None for vLLM's own. Raises InputError for experts, which are not read."""
+        layouts = self._layouts_of(prefix or self._table())
+        if isinstance(layer, LinearBase):
+            return PayloadMethod(prefix, layouts) if any(layouts) else UnquantizedLinearMethod()
+        if isinstance(layer, VocabParallelEmbedding):
+            if any(layouts):
+                return PayloadMethod(prefix, layouts)
+            return HeadMethod() if isinstance(layer, ParallelLMHead) else None
+        if prefix and (inside := next((name for name in self.layouts if name.startswith(f"{prefix}.")), None)):
+            raise InputError(f"vLLM fuses {inside} into {prefix}, which is not supported; export to dense instead")
+        return None
+
+    def _table(self) -> str:
+        """Return the name of the compressed token table; empty if there is none."""
+        return next((name for name in self.layouts if name.rpartition(".")[2] in TABLES), "")
+
+    def _layouts_of(self, prefix: str) -> list[Layout | None]:
+        """Return the layouts of a layer's parts, in vLLM's order; None for a part that was not compressed."""
+        if prefix in self.layouts:
+            return [self.layouts[prefix]]
+        parent, _, leaf = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(leaf, [leaf])
+        return [self.layouts.get(f"{parent}.{part}" if parent else part) for part in parts]
+
+
+class PayloadMethod(LinearMethodBase):
+    """The weight of one layer: payloads one after the other, uint8, in one parameter."""
+
+    def __init__(self, prefix: str, layouts: list[Layout | None]) -> None:
+        super().__init__()
+        self.prefix, self.given = prefix, layouts
+        self.layouts: list[Layout] = []
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the payload, and what vLLM needs to load it.
+
+        Raises InputError under tensor parallelism, and for sizes other than the checkpoint's.
+        """
+        if input_size_per_partition != input_size or sum(output_partition_sizes) != output_size:
+            raise InputError(f"{self.prefix} is one payload, which is not cut; set tensor_parallel_size to 1")
+        sizes = [(rows, input_size) for rows in output_partition_sizes]
+        if len(self.given) == 1:
+            sizes = [(output_size, input_size)]  # stored fused already
+        dense = [_dense(size, params_dtype) for size in sizes]
+        self.layouts = [layout or plain for layout, plain in zip(self.given, dense, strict=True)]
+        table = isinstance(layer, VocabParallelEmbedding)  # whose rows vLLM fills up to a round number
+        for layout, (rows, width) in zip(self.layouts, sizes, strict=True):
+            if layout.size[1] != width or not (layout.size[0] == rows or (table and layout.size[0] < rows)):
+                raise InputError(f"{self.prefix} is {layout.size} in config.json, {(rows, width)} in vLLM's model")
+        total = sum(layout.bytes() for layout in self.layouts)
+        _add(layer, "weight", torch.empty(total, dtype=torch.uint8), self.load)
+        if table and not isinstance(layer, ParallelLMHead):
+            _add(layer, LIKE, torch.empty(0, dtype=params_dtype), lambda parameter, loaded: None)
+
+    def load(self, parameter: nn.Parameter, loaded: Tensor, shard: str | int | None = None) -> None:
+        """Copy a part of the checkpoint to its place. Raises InputError for one of another size."""
+        number = shard if isinstance(shard, int) else SHARDS[shard]
+        start, stop = self._places()[number]
+        values = loaded
+        if self.given[number] is None:
+            [(dtype, _, length)] = self.layouts[number].places().values()
+            stop = start + length  # without what fills it up to the next payload
+            values = loaded.to(dtype).contiguous().reshape(-1).view(torch.uint8)
+        if values.dtype != torch.uint8 or values.shape != (stop - start,):
+            raise InputError(
+                f"part {number} of {self.prefix} is {values.dtype} {list(values.shape)} in the file, not the "
+                f"{stop - start} bytes that config.json says; {MENDING}"
+            )
+        parameter.data[start:stop].copy_(values)
+
+    def _places(self) -> list[tuple[int, int]]:
+        return list(pairwise(accumulate((layout.bytes() for layout in self.layouts), initial=0)))
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Let layers of ours read the payload where it lies now."""
+        weight: Tensor = layer.get_parameter("weight").data
+        parts = [weight[start:stop] for start, stop in self._places()]
+        made = [CompressedLinear(layout, part) for layout, part in zip(self.layouts, parts, strict=True)]
+        like = getattr(layer, LIKE, None)
+        table = None if like is None else CompressedEmbedding(self.layouts[0], parts[0], like.dtype)
+        object.__setattr__(layer, "decoders", (made, table))  # not as submodules: these have no parameters of their own
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x [..., in]` to `[..., out]`, in the dtype of `x`."""
+        found = [part(x) for part in layer.decoders[0]]
+        output = found[0] if len(found) == 1 else torch.cat(found, -1)
+        return output if bias is None else output + bias
+
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
+        """Token ids `[...]` to rows `[..., width]`."""
+        rows: Tensor = layer.decoders[1](input_)
+        return rows
+
+
+class HeadMethod(UnquantizedEmbeddingMethod):
+    """A head that was not compressed itself, but may be tied to a table that was."""
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        """Share the table's weight, and its method if that is a payload."""
+        if isinstance(embed_tokens.quant_method, PayloadMethod):
+            layer.quant_method = embed_tokens.quant_method
+        layer.weight = embed_tokens.weight
+        return layer
+
+
+def _dense(size: tuple[int, int], dtype: torch.dtype) -> Layout:
+    """Return the layout of a weight that is not compressed."""
+    header = {"node": "dense", "shape": list(size)}
+    return Layout(size, header, {"values": (NAMES[dtype], size[0] * size[1])})
+
+
+def _add(layer: nn.Module, name: str, value: Tensor, loader: Any) -> None:
+    parameter: Any = nn.Parameter(value, requires_grad=False)
+    parameter.weight_loader = loader
+    layer.register_parameter(name, parameter)

@@ -1,0 +1,1 @@
+"""Methods that store indices into tables of values."""

@@ -1,0 +1,1 @@
+"""Methods that store integers or floats of few bits."""

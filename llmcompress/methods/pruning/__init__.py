@@ -1,0 +1,1 @@
+"""Methods that set weights to zero."""

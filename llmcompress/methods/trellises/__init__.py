@@ -1,0 +1,1 @@
+"""Methods that store streams of bits, read through a sliding window."""

@@ -1,0 +1,1 @@
+"""A dense model: found, opened, its structure understood, one tensor at a time."""

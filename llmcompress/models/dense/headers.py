@@ -1,0 +1,179 @@
+"""The headers of a dense model's tensors on disk, and one tensor at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from llmcompress.errors import InputError, listed
+from llmcompress.models.dense.skeleton import reason
+from llmcompress.models.files.files import open_tensors, read_object
+from llmcompress.models.files.integrity import INDEX
+
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of dense dtypes, bytes per value
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that models are loaded in
+PACKED = {"I8": 1, "I16": 2, "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1}  # dtypes that other tools pack weights in
+BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persistent buffers
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A matrix or bias inside a stored tensor.
+
+    `expert`: its place in the first dimension of a tensor of all experts; None for rows of any other tensor. `rows`:
+    those of the matrix `[out, in]`, None for all; `transposed`: the matrix is stored as `[in, out]`. `scales`: the file
+    and the key of the scales of a matrix that is stored as MXFP4.
+    """
+
+    expert: int | None
+    rows: slice | None = None
+    transposed: bool = False
+    scales: tuple[Path, str] | None = None
+
+    def of(self, stored: Any) -> Tensor:
+        """Return a copy of the piece of a slice of safetensors, of which nothing else is read."""
+        if self.expert is None:
+            rows: Tensor = stored[self.rows]
+            return rows
+        matrix = stored[self.expert]
+        if self.scales is not None:
+            file, key = self.scales
+            with open_tensors(file) as opened:
+                matrix = _from_mxfp4(matrix, opened.get_slice(key)[self.expert])
+        turned = matrix.T if self.transposed else matrix
+        return (turned if self.rows is None else turned[self.rows]).clone(memory_format=torch.contiguous_format)
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the piece of a tensor of this shape, once it is unpacked."""
+        each = stored if self.expert is None else stored[1:]
+        matrix = each[::-1] if self.transposed else each
+        return matrix if self.rows is None else (len(range(matrix[0])[self.rows]), *matrix[1:])
+
+
+@dataclass(frozen=True)
+class Header:
+    """One stored tensor: its shape, its dtype by safetensors' name, its file, and its key there.
+
+    With `piece`, shape and dtype are those of that part of it; with `parts`, those of the rows of all these tensors.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    key: str
+    piece: Piece | None = None
+    parts: tuple[Header, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of all stored tensors that it is read from."""
+        if self.parts:
+            return tuple(part.key for part in self.parts)
+        scales = None if self.piece is None else self.piece.scales
+        return (self.key,) if scales is None else (self.key, scales[1])
+
+    @property
+    def bytes(self) -> int:
+        """Size of the values on disk."""
+        if self.piece is not None and self.piece.scales is not None:
+            return prod(self.shape) * 17 // 32  # 4 bits each, and 8 for 32 of them
+        return prod(self.shape) * {**FLOATS, **BUFFERS, **PACKED}[self.dtype]
+
+
+def _from_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return the matrix `[out, in]`, bfloat16, of codes `[out, in / 32, 16]` and scales `[out, in / 32]`."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    unpacked: Tensor = convert_moe_packed_tensors(codes[None], scales[None])[0]
+    return unpacked.T
+
+
+def read_headers(folder: Path) -> dict[str, Header]:
+    """Return the header of every tensor in the folder's safetensors files, by the names in the files."""
+    stored: dict[str, Header] = {}
+    for path in _weight_files(folder):
+        try:
+            with open_tensors(path) as file:
+                for key in file.keys():  # noqa: SIM118 - an open file is not a mapping
+                    piece = file.get_slice(key)
+                    if key in stored:
+                        raise InputError(
+                            f"tensor {key} is stored twice, in {stored[key].file.name} and {path.name} of {folder}; "
+                            f"remove the file that is not part of the model"
+                        )
+                    stored[key] = Header(tuple(piece.get_shape()), piece.get_dtype(), path, key)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is damaged ({reason(error)}); download or copy it again") from error
+    return stored
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that make up the model, chosen as transformers chooses them."""
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if (folder / INDEX).is_file():
+        names = read_entries(folder / INDEX, folder).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise InputError(f"{folder / INDEX} has no weight_map; download the model again")
+        files = sorted({str(name) for name in names.values()})
+        outside = [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]
+        if outside:
+            raise InputError(
+                f"{folder / INDEX} names {outside[0]!r}, which is no safetensors file of the folder; correct it"
+            )
+        absent = [name for name in files if not (folder / name).is_file()]
+        if absent:
+            raise InputError(f"{folder} lacks {listed(absent)}, which {INDEX} names; download the model again")
+        return [folder / name for name in files]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise InputError(
+            f"{folder} has its weights only as pickle files, which can run code; save them as safetensors first"
+        )
+    raise InputError(f"{folder} has no model.safetensors and no {INDEX}; give a folder with the model's weights")
+
+
+def read_tensor(header: Header) -> Tensor:
+    """Return a copy of one tensor; its file is closed again."""
+    if header.parts:
+        return torch.cat([read_tensor(part) for part in header.parts])
+    try:
+        with open_tensors(header.file) as file:
+            if header.piece is not None:
+                return header.piece.of(file.get_slice(header.key))
+            return file.get_tensor(header.key).clone()  # the original is a window into the mapped file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{header.file} is damaged ({reason(error)}); download or copy it again") from error
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype in which most floats of the folder's safetensors files are stored; float32 without any.
+
+    A model that is loaded in it is a window into these files, which all processes of a machine share.
+    """
+    counts = dict.fromkeys(DTYPES, 0)
+    for header in read_headers(folder).values() if any(folder.glob("*.safetensors")) else ():
+        if header.dtype in counts:
+            counts[header.dtype] += prod(header.shape)
+    return DTYPES[max(counts, key=lambda name: counts[name])]
+
+
+def read_entries(path: Path, folder: Path) -> dict[str, Any]:
+    """Return the entries of a JSON file of the model in `folder`. Raises InputError where it has none to read."""
+    if not path.is_file():
+        empty = not any(folder.iterdir())
+        raise InputError(
+            f"the folder {folder} is empty; give a model folder"
+            if empty
+            else f"{folder} has no {path.name}; give a folder with a Hugging Face model"
+        )
+    try:
+        return read_object(path)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not readable JSON ({reason(error)}); download it again") from error

@@ -1,0 +1,1 @@
+"""Files of a checkpoint: written, locked, resumed and checked."""

@@ -1,0 +1,107 @@
+"""A checkpoint is one thing: every weight file says which others, which config and which tokenizer it belongs to.
+
+The entry BINDING of a safetensors header is JSON: `id`, a digest of all tensors, equal in all files of a checkpoint;
+`config`, of what config.json says about the numbers; `tokenizer`, of the tokenizer's files. So neither a file of a
+sibling run nor an edited config loads. Checkpoints of earlier versions have no such entry, and load as before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from llmcompress.errors import InputError
+from llmcompress.models.dense.digest import tokenizer_digest
+from llmcompress.models.files.integrity import BINDING, MENDING
+from llmcompress.models.files.merge import shard_files
+
+SILENT = {  # entries of a config that change no number that the model computes
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "quantization_config",  # digests of the tensors bind it
+    "return_dict",
+    "task_specific_params",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def binding(folder: Path) -> dict[str, str]:
+    """Return the digests of config and tokenizer in a folder that is being written, for the headers of its weights."""
+    entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {"config": config_digest(entries), "tokenizer": tokenizer_digest(folder)}
+
+
+def saved_binding(config: Any, digests: Mapping[str, str]) -> dict[str, str]:
+    """Return the header's entry for a model that transformers saves, with the `digests` of its tensors.
+
+    The tokenizer is saved apart, so nothing is said of it.
+    """
+    entries = json.loads(config.to_json_string(use_diff=True))
+    root = sha256(json.dumps(dict(digests), sort_keys=True).encode()).hexdigest()
+    return {BINDING: json.dumps({"id": root, "config": config_digest(entries)}, sort_keys=True)}
+
+
+def config_digest(entries: Mapping[str, Any]) -> str:
+    """Return a digest of the entries of a config.json that change the numbers of a model."""
+    return sha256(json.dumps(_loud(entries), sort_keys=True).encode()).hexdigest()
+
+
+def _loud(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _loud(value) if isinstance(value, dict) else value
+        for key, value in entries.items()
+        if key not in SILENT and not key.startswith("_") and value is not None
+    }
+
+
+def check_binding(files: Sequence[Path]) -> None:
+    """Raise InputError unless weight files of one folder belong together, and to the config.json beside them."""
+    first, *others = ((path, bound(path)) for path in files)
+    for path, entry in others:
+        if entry != first[1]:
+            raise InputError(f"{path} belongs to another checkpoint than {first[0].name}; {MENDING}")
+    config = files[0].parent / "config.json"
+    if "config" not in first[1] or not config.is_file():
+        return
+    try:
+        found = config_digest(json.loads(config.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{config} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
+    if found != first[1]["config"]:
+        raise InputError(f"{config} is not the one that its weights were written with; {MENDING}")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise InputError if a checkpoint's tokenizer files are not those that its weights were written with."""
+    for path in shard_files(folder)[:1]:
+        entry = bound(path)
+        if "tokenizer" in entry and entry["tokenizer"] != tokenizer_digest(folder):
+            raise InputError(f"the tokenizer in {folder} is not the one that its weights were written with; {MENDING}")
+
+
+def bound(path: Path) -> dict[str, str]:
+    """Return the entry of a weight file; empty for one that has none. Raises InputError for a damaged one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(BINDING, "{}")
+        return {str(key): str(value) for key, value in json.loads(text).items()}
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({' '.join(str(error).split())}); {MENDING}") from error

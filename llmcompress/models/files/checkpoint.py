@@ -1,0 +1,297 @@
+"""Writing a checkpoint so that it is either complete or not there.
+
+Everything goes to `OUT.partial/checkpoint`, one safetensors file per part as soon as that part is done (so memory never
+holds the whole model). At the end the parts are merged into shards, everything is fsynced, hashed into a manifest, and
+renamed to OUT. A lock beside it keeps two runs from writing the same output, and a mark in `OUT.partial` keeps
+somebody else's folder of that name from being removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmcompress.errors import DiskError, InputError
+from llmcompress.models.files.files import check_regular, open_tensors, read_object
+from llmcompress.models.files.integrity import DIGESTS, INDEX, MENDING, digest, digests
+from llmcompress.models.files.merge import data_bytes, merged, part_file
+from llmcompress.models.files.replace import replace_bytes, replace_text, replacing, sync
+from llmcompress.models.files.staging import check_output, claim, clear, locked, merge_mark, remove, staging_of
+
+FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor
+MANIFEST = "manifest.json"
+README = "README.md"
+PLOT = "layers.png"
+CARD = {README, PLOT}  # what a push adds beside the checkpoint
+CHECKPOINT = "checkpoint"  # the folder of unfinished work that becomes the output
+PART = 2**28  # bytes that are written at a time
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
+
+
+class Writer:
+    """The files of a checkpoint, collected in a folder. `count`: the number of parts that are written."""
+
+    def __init__(self, folder: Path, count: int = 0) -> None:
+        self.folder = folder
+        self.count = count
+        self.mark = merge_mark(folder.parent)
+
+    def add(self, tensors: dict[str, Tensor], layouts: Mapping[str, str] | None = None) -> None:
+        """Write the tensors of one part of the model, with the `layouts` of those that are payloads. Raises DiskError
+        when the disk is full."""
+        write_tensors(part_file(self.folder, self.count), tensors, layouts or {})
+        self.count += 1
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file. Raises DiskError when the disk is full."""
+        path = self.folder / name
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
+
+    def close(self, binding: Mapping[str, Any] | None = None) -> int:
+        """Merge all parts into files as Hugging Face loaders expect them; return the weights' bytes. With `binding`,
+        each of the files says that it belongs to the others, and to what that names."""
+        try:
+            files = merged(self.folder, self.mark, binding)
+        except OSError as error:
+            raise DiskError(f"{self.folder} cannot be written ({error}); free some space and start again") from error
+        if len(files) > 1:
+            self._index(files)
+        return sum(path.stat().st_size for path in files)
+
+    def _index(self, files: Sequence[Path]) -> None:
+        places: dict[str, str] = {}
+        total = 0
+        for path in files:
+            with open_tensors(path) as file:
+                places |= dict.fromkeys(file.keys(), path.name)
+            total += data_bytes(path)
+        listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        self.write(INDEX, json.dumps(listing, indent=2))
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    layouts: Mapping[str, str] | None = None,
+    header: Mapping[str, str] | None = None,
+) -> None:
+    """Write a weight file with the digests of its tensors: the old file or the whole new one is there, on the disk.
+
+    `layouts`: of those that are payloads; `header`: further entries. Raises DiskError when the disk is full.
+    """
+    entries = {"format": "pt", **(header or {})}
+    contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    try:
+        with replacing(path) as staged:
+            save_file(contiguous, staged, metadata=entries | digests(contiguous, layouts or {}))
+            _sort_header(staged)
+    except (OSError, SafetensorError) as error:
+        raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
+
+
+def read_tensors(path: Path, layouts: Mapping[str, str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors that `write_tensors` wrote, and the header. Raises InputError for a file that has changed."""
+    try:
+        with open_tensors(path) as file:
+            header = file.metadata() or {}
+            written = json.loads(header[DIGESTS])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if {name: digest(tensor, (layouts or {}).get(name, "")) for name, tensor in tensors.items()} != written:
+        raise InputError(f"{path} is not as it was written")
+    return tensors, header
+
+
+def _sort_header(path: Path) -> None:
+    """Brings a safetensors header into one order: the library writes metadata in another at every run."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+@contextmanager
+def writing(output: Path, needed: int = 0) -> Iterator[Writer]:
+    """A `Writer` whose files become the folder `output` when the context ends well, and vanish when it does not.
+
+    Raises LockedError while another process writes there, and DiskError as `check_output` does with `needed`, for a
+    folder that cannot be made or filled, and for an output that appeared meanwhile.
+    """
+    with locked(output, "output folder"):
+        check_output(output, needed)
+        with making(output) as writer:
+            yield writer
+
+
+@contextmanager
+def making(output: Path) -> Iterator[Writer]:
+    """See `writing`, for a caller that holds the lock and has checked the output."""
+    staging = staging_of(output)
+    claim(staging)
+    try:
+        clear(staging)
+        with publishing(staging, output) as writer:
+            yield writer
+    finally:
+        remove(staging)
+
+
+@contextmanager
+def publishing(staging: Path, output: Path, count: int = 0) -> Iterator[Writer]:
+    """A `Writer` in `staging`, which has `count` parts; its folder becomes `output` when the context ends well."""
+    folder = staging / CHECKPOINT
+    try:
+        folder.mkdir(exist_ok=True)
+        yield Writer(folder, count)
+        seal(folder)
+        _publish(folder, output)
+    except OSError as error:
+        if error.errno in DISK_FAULTS:
+            raise DiskError(
+                f"{output} cannot be written ({error.strerror}); free some space and start again"
+            ) from error
+        raise
+
+
+def _publish(folder: Path, output: Path) -> None:
+    """Rename the complete `folder` to `output`. Raises DiskError for an output that appeared since it was checked."""
+    try:
+        folder.rename(output)  # an empty folder is replaced
+    except OSError as error:
+        if error.errno in TAKEN:
+            raise DiskError(
+                f"{output} has appeared while it was made; move it away, or choose another output folder"
+            ) from error
+        raise
+    sync(output.parent)
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of what a folder holds, and wait until all of it is on the disk."""
+    hashes = {name: _digest(folder / name) for name in files_of(folder) if name != MANIFEST}
+    if hashes:
+        (folder / MANIFEST).write_text(manifest_text(hashes), encoding="utf-8")
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def manifest_text(hashes: Mapping[str, str]) -> str:
+    """Return the manifest of files with these SHA-256 by name."""
+    return json.dumps({"format_version": FORMAT_VERSION, "sha256": dict(hashes)}, indent=2)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the names of the files in a folder and in the folders inside it, in order."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def add_file(folder: Path, name: str, text: str) -> None:
+    """Put a text file into a finished checkpoint, and into its manifest. Raises DiskError if it cannot be written."""
+    hashes = (manifest(folder) or {}) | {name: sha256(text.encode()).hexdigest()}
+    entries = {MANIFEST: manifest_text(hashes), name: text}
+    try:
+        for target, content in reversed(entries.items()):
+            replace_text(folder / target, content)
+    except OSError as error:
+        raise DiskError(f"{folder / name} cannot be written ({error.strerror}); make the folder writable") from error
+
+
+def holds(folder: Path, name: str) -> bool:
+    """True if a finished checkpoint has the file `name`, as its manifest says; not if `add_file` was interrupted."""
+    return (folder / name).is_file() and (manifest(folder) or {}).get(name) == _digest(folder / name)
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write the files, by name, into `folder`, which is made if need be. Raises DiskError where that cannot be."""
+    for name, content in contents.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_bytes(folder / name, content)
+        except OSError as error:
+            raise DiskError(
+                f"{folder / name} cannot be written ({error.strerror}); free some space and start again"
+            ) from error
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a finished checkpoint to `target`, all or nothing. Raises DiskError as `check_output` does."""
+    names = files_of(source)
+    with writing(target, sum((source / name).stat().st_size for name in names)) as writer:
+        for name in names:
+            if name != MANIFEST:
+                (writer.folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / name, writer.folder / name)
+
+
+def check_manifest(folder: Path) -> bool:
+    """Raise InputError unless the folder holds exactly the files that were written, as they were written.
+
+    The files of a card may have come. False where there is no manifest to go by.
+    """
+    written = manifest(folder)
+    if written is None:
+        return False
+    empty = {path.name for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())}
+    there = {*files_of(folder), *empty} - {MANIFEST} - CARD
+    for name in sorted(written.keys() - CARD | there):
+        if name not in written:
+            raise InputError(f"{folder / name} is not part of the checkpoint; remove it")
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} lacks {name}, which {MANIFEST} lists; {MENDING}")
+        if _digest(folder / name) != written[name]:
+            raise InputError(f"{folder / name} is not as it was written; {MENDING}")
+    return True
+
+
+def check_config(folder: Path) -> None:
+    """Raise InputError where config.json was changed beside the weights it was written for.
+
+    A folder that others than llmcompress have filled since has no say.
+    """
+    written = manifest(folder) or {}
+    complete = all((folder / name).is_file() for name in written if name.endswith(".safetensors"))
+    if complete and "config.json" in written and _digest(folder / "config.json") != written["config.json"]:
+        raise InputError(f"{folder / 'config.json'} is not as it was written beside its weights; {MENDING}")
+
+
+def manifest(folder: Path) -> dict[str, str] | None:
+    """File name to SHA-256, from the folder's manifest; None without one. Raises InputError if it cannot be read."""
+    path = folder / MANIFEST
+    check_regular(path)
+    if not path.is_file():
+        return None
+    try:
+        return {str(name): str(value) for name, value in read_json(path)["sha256"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of ours. Raises OSError or ValueError where there is none."""
+    return read_object(path)
+
+
+def _digest(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,191 @@
+"""Checks of a compressed checkpoint before every load: damage is an error, never a model that looks fine.
+
+The header of every safetensors file has the digest of each of its tensors. A flipped bit, a swapped file or an edited
+header is found wherever the file went: through `save_pretrained`, a copy, or the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor
+
+from llmcompress.errors import InputError, listed
+from llmcompress.models.files.files import open_tensors, read_object
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DIGESTS = "llmcompress_xxh3"  # the entry of a safetensors header: JSON, tensor name -> digest
+BINDING = "llmcompress_checkpoint"  # another entry: JSON, digests of what the file belongs to
+FLOATS = {"F64", "F32", "F16", "BF16"}
+EXPONENTS = {
+    torch.float16: (np.uint16, 0x7C00),
+    torch.bfloat16: (np.uint16, 0x7F80),
+    torch.float32: (np.uint32, 0x7F800000),
+    torch.float64: (np.uint64, 0x7FF0000000000000),
+}
+MENDING = "download or write it again"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The requirements of a model on one stored tensor. `dtype` is safetensors' name; None allows any float.
+
+    A payload also has `floats`, the places of numbers in it as (dtype, first byte, byte after the last), and `layout`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    floats: tuple[tuple[torch.dtype, int, int], ...] = ()
+    layout: str = ""
+
+
+def digest(tensor: Tensor, layout: str = "") -> str:
+    """Return the digest of a tensor's dtype, shape, bytes, and the layout that gives the bytes a meaning.
+
+    It protects against damage, not against forgery. It is fast, since every load takes it of every tensor.
+    """
+    return _digest(_bytes(tensor), tensor, layout)
+
+
+def _digest(stored: NDArray[np.uint8], tensor: Tensor, layout: str) -> str:
+    found = xxhash.xxh3_64(f"{tensor.dtype} {list(tensor.shape)} {layout} ".encode())
+    found.update(stored.data)
+    return found.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    found: NDArray[np.uint8] = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return found
+
+
+def _finite(stored: NDArray[np.uint8], places: Iterable[tuple[torch.dtype, int, int]]) -> bool:
+    """True if no number in these places (dtype, first byte, byte after the last) is infinite or NaN.
+
+    Such numbers have all bits of their exponent set. numpy checks that in a fraction of torch's time.
+    """
+    for dtype, start, stop in places:
+        kind, exponent = EXPONENTS[dtype]
+        if ((stored[start:stop].view(kind) & exponent) == exponent).any():
+            return False
+    return True
+
+
+def all_finite(tensor: Tensor, wanted: Expected) -> bool:
+    """True if no float of a tensor, or in a payload, is infinite or NaN."""
+    return _all_finite(_bytes(tensor), tensor, wanted)
+
+
+def _all_finite(stored: NDArray[np.uint8], tensor: Tensor, wanted: Expected) -> bool:
+    whole = [(tensor.dtype, 0, len(stored))] if tensor.is_floating_point() else []
+    return _finite(stored, wanted.floats or whole)
+
+
+def digests(tensors: Mapping[str, Tensor], layouts: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of a safetensors file with `tensors`; `layouts` has the layouts of payloads by name."""
+    found = {name: digest(tensor, layouts.get(name, "")) for name, tensor in tensors.items()}
+    return {DIGESTS: json.dumps(found, sort_keys=True)}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint's weights. Raises InputError if there are none or two sets."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        raise InputError(f"{folder} has both {SINGLE} and {INDEX}; remove the one that is not part of the checkpoint")
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}; {MENDING}")
+    return [folder / name for name in sorted(set(weight_map(index).values()))]
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Return the file name of each tensor in an index. Raises InputError for names that lead out of its folder."""
+    try:
+        found = read_object(index)["weight_map"]
+        names = {str(tensor): str(file) for tensor, file in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
+    for name in names.values():
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise InputError(f"{index} names the file {name!r}, which is no safetensors file beside it; {MENDING}")
+    return names
+
+
+def check(files: Sequence[Path], expected: Mapping[str, Expected], optional: Iterable[str] = ()) -> None:
+    """Raise InputError unless `files` hold exactly the `expected` tensors, undamaged. `optional` ones may be missing.
+
+    `files` belong to one checkpoint in one folder. Symbolic links are followed, since the Hub's cache consists of them.
+    """
+    folders = {path.parent for path in files}
+    if len(folders) != 1 or any(path.suffix != ".safetensors" for path in files):
+        raise InputError(
+            f"the weights {listed(sorted(map(str, files)))} are not safetensors files of one folder; {MENDING}"
+        )
+    index = folders.pop() / INDEX
+    placed = weight_map(index) if files[0].name != SINGLE and index.is_file() else None
+    missing = set(expected).difference(optional)
+    for path in files:
+        names = _check_file(path, expected)
+        strangers = names if placed is None else {name for name in names if placed.pop(name, None) != path.name}
+        if placed is not None and strangers:
+            raise InputError(f"{path} holds {listed(sorted(strangers))}, which {index.name} has elsewhere; {MENDING}")
+        missing -= names
+    if placed:
+        raise InputError(f"{index} lists {listed(sorted(placed))}, which its files do not hold; {MENDING}")
+    if missing:
+        raise InputError(f"{files[0].parent} lacks the tensors {listed(sorted(missing))}; {MENDING}")
+
+
+def _check_file(path: Path, expected: Mapping[str, Expected]) -> set[str]:
+    """Return the names of the tensors in one file. Raises InputError unless each is expected and undamaged."""
+    try:
+        with open_tensors(path) as file:
+            written = _written(path, file.metadata())
+            names = set(file.keys())
+            for name in sorted(names):
+                wanted = _wanted(path, name, file.get_slice(name), expected)
+                tensor = file.get_tensor(name)
+                stored = _bytes(tensor)
+                if _digest(stored, tensor, wanted.layout) != written.get(name):
+                    raise InputError(f"{path}: {name} is not as it was written, so the file is damaged; {MENDING}")
+                if not _all_finite(stored, tensor, wanted):
+                    raise InputError(f"{path}: {name} holds NaN or Inf; compress or train the model again")
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is damaged ({reason}); {MENDING}") from error
+    return names
+
+
+def _written(path: Path, metadata: dict[str, str] | None) -> dict[str, str]:
+    """Return the digests in a file's header."""
+    try:
+        found = json.loads((metadata or {})[DIGESTS])
+        return {str(name): str(value) for name, value in found.items()}
+    except (KeyError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path} does not carry the digests that llmcompress writes, so it cannot be checked; {MENDING}"
+        ) from error
+
+
+def _wanted(path: Path, name: str, piece: Any, expected: Mapping[str, Expected]) -> Expected:
+    """Return the requirements on a tensor. Raises InputError unless its header meets them."""
+    if name not in expected:
+        raise InputError(f"{path}: {name} is not part of the model that config.json describes; {MENDING}")
+    wanted = expected[name]
+    shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
+    fits = dtype in FLOATS if wanted.dtype is None else dtype == wanted.dtype
+    if shape != wanted.shape or not fits:
+        asked = f"{wanted.dtype or 'a float type'} {list(wanted.shape)}"
+        raise InputError(f"{path}: {name} is {dtype} {list(shape)} where config.json requires {asked}; {MENDING}")
+    return wanted

@@ -1,0 +1,378 @@
+"""The transformers plug-in: `AutoModelForCausalLM.from_pretrained` loads compressed checkpoints.
+
+It works once llmcompress was imported. A checkpoint's config lists every compressed linear with the layout of its
+payload. Before the weights are read, `CompressedLinear`s replace those modules on the meta device, so the dense model
+never exists in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmcompress.errors import InputError
+from llmcompress.models.dense.experts import unfuse
+from llmcompress.models.dense.skeleton import check_buffers, check_numbers
+from llmcompress.models.files.binding import check_binding, saved_binding
+from llmcompress.models.files.checkpoint import FORMAT_VERSION, check_config
+from llmcompress.models.files.integrity import MENDING, Expected, check, digests
+from llmcompress.models.transformers.dequantize import dequantized, skeleton
+from llmcompress.weight.leading import leading
+from llmcompress.weight.modules import (
+    Compressed,
+    CompressedEmbedding,
+    CompressedLinear,
+    Layout,
+    TiedMatrix,
+    compressed_modules,
+    payload_texts,
+    put,
+    row_scale,
+)
+from llmcompress.weight.rows import has_rows
+from llmcompress.weight.schema import LARGEST
+from llmcompress.weight.tied import add, tie
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+STORED = {torch.uint8: "U8", torch.bool: "BOOL", torch.int32: "I32", torch.int64: "I64"}  # the last two: buffers
+NAME = "llmcompress"
+
+
+class LLMCompressConfig(QuantizationConfigMixin):
+    """`quantization_config` of a checkpoint.
+
+    `layers` maps each compressed module to its index in `layouts`. `sizes` has the `[out, in]` of dense linears whose
+    size differs from the rest of config.json. `ties` maps each linear that has a matrix in common with others to the
+    name of that matrix, which is one of `layers` but no module of the dense model. Every layout is listed once, since
+    transformers copies its configs dozens of times while it loads. `rank`, which whoever loads it may set, is how many
+    components of each low-rank term are kept; None: all.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, int] | None = None,
+        layouts: list[dict[str, Any]] | None = None,
+        sizes: dict[str, list[int]] | None = None,
+        ties: dict[str, str] | None = None,
+        rank: int | None = None,
+        format_version: int = FORMAT_VERSION,
+        **more: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise InputError(
+                f"this checkpoint has format version {format_version}, this llmcompress reads {FORMAT_VERSION}; "
+                f"install the version of llmcompress that wrote it"
+            )
+        self.quant_method = NAME  # type: ignore[assignment]  # an enum of the built-in methods; a string works
+        self.format_version = format_version
+        self.layers: dict[str, int] = _checked("layers", layers, dict)
+        self.sizes: dict[str, list[int]] = _checked("sizes", sizes, dict)
+        self.layouts: list[dict[str, Any]] = _checked("layouts", layouts, list)
+        self.ties: dict[str, str] = _checked("ties", ties, dict)
+        for name, base in self.ties.items():
+            if name not in self.layers or not isinstance(base, str) or base not in self.layers or base in self.ties:
+                raise InputError(f"config.json ties {name} to {str(base)[:50]}, which is no matrix of it; {MENDING}")
+        for name, size in self.sizes.items():
+            if not _is_size(size):
+                raise InputError(f"config.json gives {name} the size {str(size)[:50]}, which is none; {MENDING}")
+        self.versions = more.get("versions", {})
+        self.rank = rank
+
+    def table(self) -> dict[str, Layout]:
+        """Return the layout of every compressed module by name. Raises InputError for an unreadable entry."""
+        known: dict[int, Layout] = {}
+        for name, number in self.layers.items():
+            try:
+                if type(number) is not int or not 0 <= number < len(self.layouts):
+                    raise ValueError(f"it has the layout {str(number)[:50]} of {len(self.layouts)}")
+                if number not in known:
+                    known[number] = Layout.from_json(self.layouts[number])
+            except ValueError as error:
+                raise InputError(
+                    f"config.json describes {name} in a way that cannot be read ({error}); {MENDING}"
+                ) from error
+        table = {name: known[number] for name, number in self.layers.items()}
+        for name, base in self.ties.items():
+            if table[name].size != table[base].size:
+                raise InputError(f"config.json ties {name} to {base}, which has another size; {MENDING}")
+        return table
+
+
+def _checked(name: str, found: Any, kind: type) -> Any:
+    """Return a copy of an entry of the config. Raises InputError if it is of another kind than it should be."""
+    if found is not None and not isinstance(found, kind):
+        raise InputError(f"config.json has no {kind.__name__} of {name} in its quantization_config; {MENDING}")
+    return kind(found or ())
+
+
+def _is_size(found: Any) -> bool:
+    is_pair = isinstance(found, list) and len(found) == 2
+    return is_pair and all(type(count) is int and 0 < count <= LARGEST for count in found)
+
+
+def table_entry(
+    table: Mapping[str, Layout],
+    sizes: Mapping[str, Sequence[int]] | None = None,
+    ties: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint with these layouts by module name; the rest as in the class."""
+    numbers: dict[str, int] = {}
+    layouts: list[dict[str, Any]] = []
+    layers = {}
+    for name, layout in table.items():
+        entry = layout.to_json()
+        key = json.dumps(entry)
+        if key not in numbers:
+            numbers[key] = len(layouts)
+            layouts.append(entry)
+        layers[name] = numbers[key]
+    entry = {"quant_method": NAME, "format_version": FORMAT_VERSION, "layouts": layouts, "layers": layers}
+    entry |= {"ties": dict(ties)} if ties else {}
+    return entry | ({"sizes": {name: list(size) for name, size in sizes.items()}} if sizes else {})
+
+
+class LLMCompressQuantizer(HfQuantizer):
+    """Put compressed linears into a model that transformers is about to load."""
+
+    quantization_config: LLMCompressConfig
+    requires_calibration = True  # refuses from_pretrained(dense, quantization_config=...): compress first
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Refuse sizes that no model has: transformers calls this before it builds one of a config."""
+        entries = config.to_dict()  # a config with a number for each layer refuses to be asked for one
+        check_numbers(lambda key: entries.get(config.attribute_map.get(key, key)), "config.json")
+        return config
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Return no conversions: our files have the model's own names, and a tensor for each matrix of its experts."""
+        return []
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config, whole = self.quantization_config, model
+        if (kind := _causal(model)) is not None:  # the files hold a model with another head, or with one
+            whole = skeleton(kind, model.config)
+            prepare(whole, config)
+            config = within(model, config)
+            self.quantization_config = model.config.quantization_config = config
+        prepare(model, config)
+        if files := [Path(name) for name in kwargs.get("checkpoint_files") or ()]:  # none where tensors were passed
+            check_buffers(model, "config.json", sum(path.stat().st_size for path in files))
+            check(files, expected(whole), whole.all_tied_weights_keys)
+            check_config(files[0].parent)
+            check_binding(files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from llmcompress.kernels.accelerate import accelerate_loaded  # a compiler is for those who run a model
+
+        for name, layer in compressed_modules(model).items():
+            layer.requires_grad_(False)  # transformers asks for gradients of every float it loads
+            _check_payload(name, layer)
+        if self.quantization_config.rank is not None:
+            self.quantization_config = model.config.quantization_config = cut(model, self.quantization_config)
+        accelerate_loaded(model)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """True: `save_pretrained` writes the payload unchanged."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Return the tensors that `save_pretrained` is to write, and their digests for the header."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # an adapter is written, without the model
+            return None, {}
+        written = separate(model, model.state_dict())
+        tensors: Mapping[str, Tensor] = written
+        if any(tensor.is_meta for tensor in tensors.values()):
+            tensors = get_state_dict_offloaded_model(model)
+        known = digests(tensors, payload_texts(layouts_of(model)))
+        return written, known | saved_binding(model.config, known)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # transformers passes its config's, which `save_pretrained` makes a word
+        found: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return dequantized(model, found)
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: adapters can be trained on top."""
+        return True
+
+
+def prepare(model: PreTrainedModel, config: LLMCompressConfig) -> None:
+    """Put empty compressed modules into a model on meta, one for each matrix of its experts."""
+    unfuse(model)
+    table, bases = config.table(), set(config.ties.values())
+    resize(model, config.sizes | {name: list(layout.size) for name, layout in table.items() if name not in bases})
+    for name, layout in table.items():
+        if name in bases:
+            add(model, name, TiedMatrix(layout, _bytes(layout)))
+        else:
+            put(model, name, _empty(name, model.get_submodule(name), layout))
+    tie(model, config.ties)
+    tie_head(model)
+
+
+def _causal(model: PreTrainedModel) -> type[PreTrainedModel] | None:
+    """Return the class of the causal language model in the files, if `model` is another class on top of its blocks."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    kind = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(model.config), None) if kind is None else kind
+    written = model.config.architectures or []
+    return None if kind is None or isinstance(model, kind) or type(model).__name__ in written else kind
+
+
+def within(model: PreTrainedModel, config: LLMCompressConfig) -> LLMCompressConfig:
+    """Return the config for the part that `model` shares with its causal language model, by the names it has there."""
+    start = f"{model.base_model_prefix}."
+    own = "" if hasattr(model, model.base_model_prefix) else start  # of the blocks alone, names begin below
+    table = {name.removeprefix(own): layout for name, layout in config.table().items() if name.startswith(start)}
+    sizes = {name.removeprefix(own): size for name, size in config.sizes.items() if name.startswith(start)}
+    ties = {name.removeprefix(own): base.removeprefix(own) for name, base in config.ties.items()}
+    return LLMCompressConfig(**table_entry(table, sizes, ties), rank=config.rank, versions=config.versions)
+
+
+def expected(model: nn.Module) -> dict[str, Expected]:
+    """Return the tensors that a prepared model requires, by name: payloads are bytes, dense floats of any type."""
+    layouts = {f"{name}.weight": module.layout for name, module in compressed_modules(model).items()}
+    return {name: _expected(value, layouts.get(name)) for name, value in model.state_dict().items()}
+
+
+def _expected(value: Tensor, layout: Layout | None) -> Expected:
+    if layout is None:
+        return Expected(tuple(value.shape), None if value.is_floating_point() else STORED[value.dtype])
+    floats = tuple(place for place in layout.places().values() if place[0].is_floating_point)
+    return Expected(tuple(value.shape), STORED[value.dtype], floats, layout.text)
+
+
+def cut(model: nn.Module, config: LLMCompressConfig) -> LLMCompressConfig:
+    """Leave the first `config.rank` components of each low-rank term of a loaded model; return its config.
+
+    Raises InputError for weights that are not in memory, for matrices in common, and as `leading` does.
+    """
+    rank, modules = config.rank, compressed_modules(model)
+    if config.ties or any(module.get_parameter("weight").is_meta for module in modules.values()):
+        raise InputError("rank: terms of matrices in common, or offloaded ones, cannot be cut while a model is loaded")
+    if type(rank) is not int or rank < 0:
+        raise InputError(f"rank: {str(rank)[:50]} is no number of components; give 0 or more")
+    table = config.table()
+    for name, layer in modules.items():
+        whole = layer.expression() if isinstance(layer, CompressedLinear) else None
+        if whole is not None and (first := leading(whole, rank)) is not whole:
+            smaller = CompressedLinear.of(first, dict(layer.named_parameters()).get("bias"))
+            put(model, name, smaller.to(layer.get_parameter("weight").device).requires_grad_(False))
+            table[name] = smaller.layout
+    return LLMCompressConfig(**table_entry(table, config.sizes), versions=config.versions)
+
+
+def tie_head(model: PreTrainedModel) -> None:
+    """Make the output head read the payload of the compressed embedding that it is tied to, if any."""
+    modules = compressed_modules(model)
+    for alias, origin in model.all_tied_weights_keys.items():
+        head, table = alias.rpartition(".")[0], modules.get(origin.rpartition(".")[0])
+        if isinstance(table, CompressedEmbedding):
+            put(model, head, CompressedLinear(table.layout, _bytes(table.layout)))
+
+
+def resize(model: PreTrainedModel, sizes: Mapping[str, Sequence[int]]) -> None:
+    """Resize linears of a model on meta, by name, to the `[out, in]` that they have after their structure was edited.
+
+    Raises InputError for a linear that the model lacks, and for sizes that do not fit each other.
+    """
+    edited = False
+    for name, size in sizes.items():
+        dense = _matrix(model, name)
+        stored = dense.get_parameter("weight").shape
+        if list(reversed(stored) if isinstance(dense, Conv1D) else stored) == list(size):
+            continue
+        if not isinstance(dense, nn.Linear):
+            raise InputError(f"config.json gives {name} the size {list(size)}, which it does not have; {MENDING}")
+        put(model, name, nn.Linear(size[1], size[0], dense.bias is not None, device="meta", dtype=dense.weight.dtype))
+        edited = True
+    if not edited:
+        return
+    attention: Any
+    for attention in model.modules():
+        if hasattr(attention, "num_key_value_groups") and hasattr(attention, "k_proj"):
+            attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+    _check_flow(model)
+
+
+def _matrix(model: nn.Module, name: str) -> nn.Module:
+    try:
+        dense = model.get_submodule(name)
+        dense.get_parameter("weight")
+    except AttributeError as error:
+        kind = type(model).__name__
+        raise InputError(f"config.json lists {name}, which is no matrix of a {kind}; {MENDING}") from error
+    return dense
+
+
+def _check_flow(model: PreTrainedModel) -> None:
+    """Run a model on meta on two tokens. Raises InputError if a layer refuses the output of the one before."""
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            mask = torch.zeros(1, 1, 2, 2)  # otherwise models read values to make one
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long), attention_mask=mask, use_cache=False)
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config.json gives layers sizes that do not fit each other ({reason}); {MENDING}") from error
+
+
+def layouts_of(model: nn.Module) -> dict[str, Layout]:
+    """Return the layout of every compressed module by name, by each of its names if it has several."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module.layout for name, module in modules if isinstance(module, Compressed)}
+
+
+def separate(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a model, copies of those that share memory though config.json does not tie them."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    seen: dict[int, str] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        first = seen.setdefault(tensor.data_ptr(), name) if tensor.numel() and not tensor.is_meta else name
+        is_copy = first == name or tied.get(name, name) == tied.get(first, first)
+        found[name] = tensor if is_copy else tensor.clone()
+    return found
+
+
+def _empty(name: str, dense: nn.Module, layout: Layout) -> CompressedLinear | CompressedEmbedding:
+    """Return the compressed module, on meta, that replaces a dense one. Raises InputError for a table without rows."""
+    if isinstance(dense, nn.Embedding):
+        if not has_rows(layout.header):
+            raise InputError(f"config.json describes {name} in a form whose rows cannot be looked up; {MENDING}")
+        dtype = torch.get_default_dtype()
+        return CompressedEmbedding(layout, _bytes(layout), dtype, row_scale(dense), dense.padding_idx)
+    return CompressedLinear(layout, _bytes(layout), getattr(dense, "bias", None))
+
+
+def _check_payload(name: str, module: Compressed) -> None:
+    """Raise InputError unless a payload, where it is in memory, can be decoded."""
+    payload = module.get_parameter("weight")
+    if payload.is_meta:
+        return
+    try:
+        module.layout.check(payload.detach())
+    except ValueError as error:
+        raise InputError(f"the payload of {name} is damaged ({error}); {MENDING}") from error
+
+
+def _bytes(layout: Layout) -> Tensor:
+    return torch.empty(layout.bytes(), dtype=torch.uint8, device="meta")
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = LLMCompressConfig  # in the place that `autoload` keeps
+AUTO_QUANTIZER_MAPPING[NAME] = LLMCompressQuantizer

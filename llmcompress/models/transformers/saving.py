@@ -1,0 +1,201 @@
+"""`save_pretrained` of a compressed model writes what a load gives back, or nothing.
+
+Whatever was done to the model since it was loaded: its config is made to describe the modules that are there, the model
+that a load would build from that config is built without weights, and compared with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llmcompress.errors import InputError
+from llmcompress.models.dense.experts import unfuse
+from llmcompress.models.dense.skeleton import config_errors, reason
+from llmcompress.models.files.integrity import EXPONENTS, MENDING, all_finite
+from llmcompress.models.transformers.dequantize import skeleton
+from llmcompress.models.transformers.hf_quantizer import (
+    STORED,
+    LLMCompressConfig,
+    LLMCompressQuantizer,
+    expected,
+    layouts_of,
+    prepare,
+    table_entry,
+)
+from llmcompress.weight.modules import Compressed, CompressedEmbedding, CompressedLinear, compressed_modules
+from llmcompress.weight.tied import ties_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PLAIN: dict[type, tuple[type, ...]] = {  # the modules that compressed ones stand for
+    CompressedLinear: (nn.Linear, Conv1D),
+    CompressedEmbedding: (nn.Embedding,),
+}
+
+
+@contextmanager
+def saving(model: PreTrainedModel) -> Iterator[None]:
+    """Let the config of a compressed model describe it, and its quantizer save it, while the context lasts.
+
+    Raises InputError for a model that a load would not give back.
+    """
+    config = _checked(model)
+    held = vars(model).get("hf_quantizer")
+    known = getattr(model.config, "quantization_config", None)
+    model.config.quantization_config = config
+    if held is not None:  # the whole model, which goes on with what it is now
+        held.quantization_config = config
+        yield
+        return
+    vars(model)["hf_quantizer"] = LLMCompressQuantizer(config)  # a part of one, as `model.base_model`
+    try:
+        yield
+    finally:
+        del vars(model)["hf_quantizer"]
+        model.config.quantization_config = known
+
+
+def described(model: PreTrainedModel) -> LLMCompressConfig:
+    """Return the `quantization_config` for the modules that a model has. Raises InputError for one that is none of its
+    config's."""
+    return _described(model, _plain(model))
+
+
+def _checked(model: PreTrainedModel) -> LLMCompressConfig:
+    plain, tensors = _plain(model), dict(model.state_dict())
+    if any(tensor.is_meta for tensor in tensors.values()):
+        tensors = get_state_dict_offloaded_model(model)
+    for alias, origin in plain.all_tied_weights_keys.items():
+        if alias in tensors and origin in tensors and not _same(tensors[alias], tensors[origin]):
+            raise _refusal(
+                f"{alias} is no longer {origin}, to which its config ties it; set model.config.tie_word_embeddings "
+                "to False, and both are saved"
+            )
+    _check_modules(model, plain, set(_ties(model).values()))
+    _check_types(model, plain)
+    config = _described(model, plain)
+    try:
+        prepare(plain, config)
+    except InputError as error:
+        raise _refusal(f"{str(error).removesuffix(MENDING)}put back what was there") from error
+    _check_tensors(model, plain, tensors)
+    return config
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the dense model, on meta, that the config of a model describes."""
+    try:
+        plain = skeleton(type(model), model.config, model.dtype)
+        unfuse(plain)
+    except config_errors() as error:
+        raise _refusal(f"its config describes no model ({reason(error)}); undo what was changed in it") from error
+    return plain
+
+
+def _described(model: PreTrainedModel, plain: PreTrainedModel) -> LLMCompressConfig:
+    """Return the config for the modules of `model`. A head that is tied to a table has no entry of its own."""
+    tied = plain.all_tied_weights_keys
+    table = {name: layout for name, layout in layouts_of(model).items() if f"{name}.weight" not in tied}
+    held = getattr(model.config, "quantization_config", None)
+    known = held if isinstance(held, LLMCompressConfig) else LLMCompressConfig()
+    linears = {
+        name: list(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, Compressed)
+    }
+    dense = {name: list(module.weight.shape) for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
+    sizes = {
+        name: size
+        for name, size in linears.items()
+        if name in known.sizes or dense.get(name, size) != size  # the others have the size that the config gives
+    }
+    return LLMCompressConfig(**table_entry(table, sizes, _ties(model)), versions=known.versions)
+
+
+def _ties(model: PreTrainedModel) -> dict[str, str]:
+    try:
+        return ties_of(model)
+    except KeyError as error:
+        raise _refusal("a matrix that several linears have in common was taken off; load the model again") from error
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return one.data_ptr() == other.data_ptr() or torch.equal(one.cpu(), other.cpu())
+
+
+def _check_modules(model: nn.Module, plain: nn.Module, bases: Iterable[str]) -> None:
+    """Raise InputError unless a model consists of modules of the same kinds as the one that would be loaded, but for
+    what is compressed, and for `bases`, the matrices that several linears have in common."""
+    mine = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+    theirs = {name: type(module) for name, module in plain.named_modules(remove_duplicate=False)}
+    added = {place for name in bases for place in accumulate(name.split("."), "{}.{}".format)} - theirs.keys()
+    for name in dict.fromkeys((*mine, *theirs)):
+        here, there = mine.get(name), theirs.get(name)
+        if name in added or here is there or (here and there and issubclass(there, PLAIN.get(here, ()))):
+            continue
+        if here is not None and here.__module__.startswith("peft."):
+            raise _refusal(
+                f"{name} holds an adapter of PEFT; make it part of the model by llmcompress.fold, or save it alone by "
+                "save_pretrained of the PEFT model"
+            )
+        is_now, would_be = ("missing" if kind is None else f"a {kind.__name__}" for kind in (here, there))
+        raise _refusal(f"{name} is {is_now} where a load would make it {would_be}; put back what was there")
+
+
+def _check_types(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    """Raise InputError for weights in another type than a load gives them: that of the model, or of the class."""
+    kept = [re.escape(name).replace(r"\*", ".*") for name in model._get_dtype_plan(model.dtype)]  # in float32
+    made = {name: value.dtype for name, value in plain.named_parameters(remove_duplicate=False)}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        is_kept = any(re.search(pattern, name) for pattern in kept)
+        given = torch.float32 if is_kept else made.get(name, model.dtype)
+        if value.is_floating_point() and value.dtype != given:
+            raise _refusal(
+                f"{name} is {value.dtype}, and a load gives it {given} beside the other weights; choose one type by "
+                "model.to(dtype)"
+            )
+
+
+def _check_tensors(model: nn.Module, plain: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise InputError unless the tensors of a model are those that the loaded one would be filled with."""
+    wanted = expected(plain)
+    for name in sorted(wanted.keys() | tensors.keys()):
+        if name not in tensors or name not in wanted:
+            place = "is missing" if name in wanted else "has no place in the model that is loaded"
+            raise _refusal(f"{name} {place}; put back what was there")
+        tensor, want = tensors[name], wanted[name]
+        fits = tensor.dtype in EXPONENTS if want.dtype is None else STORED.get(tensor.dtype) == want.dtype
+        if tuple(tensor.shape) != want.shape or not fits:
+            raise _refusal(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} where a load asks for {want.dtype or 'floats'} "
+                f"{list(want.shape)}; put back what was there"
+            )
+        if not all_finite(tensor, want):
+            raise _refusal(f"{name} holds NaN or Inf; go back to the state before")
+    for name, module in compressed_modules(model).items():
+        _check_payload(name, module, plain.get_submodule(name), tensors[f"{name}.weight"])
+
+
+def _check_payload(name: str, module: Compressed, plain: nn.Module, payload: Tensor) -> None:
+    try:
+        module.layout.check(payload.detach())
+    except ValueError as error:
+        raise _refusal(f"the payload of {name} is damaged ({error}); load the model again") from error
+    if isinstance(module, CompressedEmbedding) and module.scale != getattr(plain, "scale", None):
+        raise _refusal(f"{name} multiplies rows by {module.scale}, not as its config says; put back what was there")
+
+
+def _refusal(what: str) -> InputError:
+    return InputError(f"the model is not saved, as a load would not give it back: {what}")

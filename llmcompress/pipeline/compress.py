@@ -1,0 +1,331 @@
+"""Choose, compress, distil: everything a recipe asks for, from the name of a model to the finished checkpoint.
+
+    model, recipe -> job -> steps for its target -> OUT.compressed -> trained towards the same model -> OUT
+
+`compress` and `plan` are the entry points: they open the model and read the recipe once, and everything below takes the
+job. Any fault in a section or its text is found before compression starts. OUT.compressed is removed when OUT is
+complete; if a run is interrupted, the next one finds it and resumes with the distillation.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llmcompress.allocation.forecast import forecast
+from llmcompress.allocation.parts import Part
+from llmcompress.allocation.plan import Allocation, allocate
+from llmcompress.allocation.price_file import allocate_by, discard_prices, measure_part
+from llmcompress.compression import run
+from llmcompress.compression.books import is_complete
+from llmcompress.compression.job import Job, prepare
+from llmcompress.compression.plan import Plan, plan_of
+from llmcompress.compression.result import Result
+from llmcompress.compression.run import Progress
+from llmcompress.compression.time_estimate import seconds
+from llmcompress.errors import DiskError, RecipeError
+from llmcompress.models.dense.companions import companions
+from llmcompress.models.dense.model import resolve
+from llmcompress.models.files import file_names
+from llmcompress.models.files.kind import check_kind
+from llmcompress.models.files.staging import check_output, is_ours, locked, remove
+from llmcompress.pipeline.quality_check import check, is_unsettled, judge
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.published import published
+from llmcompress.recipe.read import read_as, read_recipe
+from llmcompress.reporting import report as reports
+from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.notebook import counted
+from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.ranks import ALONE, Ranks, launched, launched_count
+
+STAGED, PRICES = ".compressed", ".prices.json"  # follow the name of the output folder
+Training = Callable[[int, int, float, float, float], None]  # as `distill` reports
+
+
+def plan(
+    model: str | Path,
+    recipe: Recipe | str | Path | dict[str, Any],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Return what `compress` would do, from tensor headers alone.
+
+    Args:
+        model: a folder, a Hub id (`org/name` or `org/name@revision`) or `smollm2`.
+        recipe: a `Recipe`, the path of a YAML file, or plain values.
+        revision: a branch, tag or commit of a Hub model.
+        trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
+
+    Returns:
+        The steps, bits and sizes of every layer, and estimates for this machine: peak memory, and time once asked. For
+        a recipe with a `target:`, whose steps `compress` chooses by measuring, steps that spend its bits evenly.
+
+    Raises:
+        InputError: for a model that cannot be compressed.
+        RecipeError: for whatever is wrong with the recipe, and for a `target:` that no choice of options reaches.
+    """
+    job = _opened(model, recipe, revision, trust_remote_code)
+    return replace(plan_of(job), timed=partial(seconds, job)) if job.recipe.target is None else forecast(job)
+
+
+@fast_float32()
+def compress(
+    model: str | Path,
+    recipe: Recipe | str | Path | dict[str, Any],
+    output: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    pricing: Progress | None = None,
+    training: Training | None = None,
+    judging: Callable[[int, int], None] | None = None,
+    resume: bool = True,
+    trust_remote_code: bool = False,
+) -> Result:
+    """Compress a dense causal language model according to a recipe.
+
+    If the recipe has a `target:`, steps for the layers without a rule are chosen first. If it has a `distill:` section,
+    the output is the distilled model. Processes that a launcher started share the work; every one has to call this.
+
+    Args:
+        model: a folder, a Hub id (`org/name` or `org/name@revision`) or `smollm2`.
+        recipe: a `Recipe`, the path of a YAML file, or plain values.
+        output: a new or empty folder; None for a temporary one, see `Result.save`.
+        revision: a branch, tag or commit of a Hub model.
+        device: where to compute: `cpu`, `cuda` or `cuda:1`.
+        progress: receives (blocks compressed, blocks, tokens per second). Where it or one of the next three is None, a
+            notebook shows a line, and nothing else does.
+        pricing: receives the same while options are priced for a target.
+        training: receives (step, steps, loss, tokens per second, held-out KL) of a distillation.
+        judging: receives (blocks read, blocks in both models) while the result is held against the recipe's gates.
+        resume: False to start over instead of resuming an interrupted run.
+        trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
+
+    Returns:
+        The finished checkpoint and its report.
+
+    Raises:
+        GateError: for a result outside of the recipe's gates. It is complete in `output`, and its report says so.
+        LLMCompressError: in one sentence, for whatever is wrong. What is left behind then is only what the same call
+            resumes from: finished blocks in `<output>.partial`, prices in `<output>.prices.json`, a compressed model in
+            `<output>.compressed` and the state of its training in `<output>.training`.
+    """
+    device_of(device)  # before a model is looked at
+    progress = progress or counted("block", "tokens/s")
+    pricing = pricing or counted("priced block", "tokens/s")
+    training = training or counted("step", "loss", "tokens/s", "held-out KL")
+    judging = judging or counted("block read for the gates")
+    with launched(device) as ranks:
+        with ranks.agreed():
+            job = _opened(model, recipe, revision, trust_remote_code)
+        finish = partial(
+            compress_job, device=ranks.device, progress=progress, training=training, resume=resume, ranks=ranks
+        )
+        way, place = _Way(finish, judging, resume, ranks), None if output is None else Path(output)
+        if job.recipe.target is None:
+            return _gated(_finished(job, place, way), job, way)
+        return _to_target(job, place, pricing, way)
+
+
+def _opened(
+    model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revision: str | None, trust_remote_code: bool
+) -> Job:
+    """Read the recipe and lay it over the opened model."""
+    asked = read_recipe(recipe)
+    source = resolve(model, revision, trust_remote_code)
+    companions(source.folder, trust_remote_code)  # raises any fault in them before work starts
+    return prepare(source, asked)
+
+
+def price_part(
+    model: str | Path,
+    recipe: Recipe | str | Path | dict[str, Any],
+    output: Path,
+    part: Part,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    pricing: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Measure a part of the prices that `compress` would measure for its target, and return the file beside `output`.
+
+    Once all parts are there, `compress` puts them together. Raises what `compress` raises.
+    """
+    device_of(device)
+    if (count := launched_count()) > 1:
+        raise RecipeError(f"a part of the prices is measured by one process, and there are {count}; start one for it")
+    job = _opened(model, recipe, revision, trust_remote_code)
+    check_output(output, 0)
+    with fast_float32():
+        return measure_part(output.with_name(output.name + PRICES), part, job, device=device, progress=pricing)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The way to do a job without a target: `finish` makes its checkpoint, `judging` hears how far its gates are."""
+
+    finish: Callable[[Job, Path | None], Result]
+    judging: Callable[[int, int], None] | None
+    resume: bool
+    ranks: Ranks
+
+
+def _finished(job: Job, output: Path | None, way: _Way) -> Result:
+    """Return the job's checkpoint: that of an earlier run where this did not come past its gates, else a new one."""
+    there = way.ranks.first(lambda: way.resume and output is not None and _is_left(output))
+    if there and output is not None:
+        done = way.ranks.first(lambda: completed(output, job, way.ranks.asked))
+        if done is not None:
+            return done
+    return way.finish(job, output)
+
+
+def _is_left(output: Path) -> bool:
+    """True if a run has completed `output`, but for its gates."""
+    return not output.with_name(output.name + STAGED).is_dir() and is_unsettled(output)
+
+
+def _gated(result: Result, job: Job, way: _Way, plan: Allocation | None = None) -> Result:
+    """Hold a finished checkpoint against the recipe's gates, and return it with its new report.
+
+    Raises GateError in all processes where it is outside.
+    """
+    ranks, stays = way.ranks, result.is_kept
+    with ExitStack() as stack:
+        if stays:
+            stack.push(partial(_note, f"{result.folder} is complete, and the same command measures its gates"))
+        report = judge(job, result.folder, ranks.device, way.judging, plan, ranks)
+    with ranks.agreed():
+        check(report, result.folder, plan, stays)
+    return replace(result, report=report)
+
+
+def _to_target(job: Job, output: Path | None, pricing: Progress | None, way: _Way) -> Result:
+    """Choose steps for the job's target, and do the resulting job. Its prices and its plan lie beside the report."""
+    ranks = way.ranks
+    device = ranks.device
+    with ranks.agreed():
+        run.check_ranks(job, ranks, output)
+    if output is None:
+        plan = allocate(job, device=device, progress=pricing)
+        result = way.finish(plan.settled, None)
+        return _gated(replace(result, allocation=record(plan, result.folder, device)), plan.settled, way, plan)
+    kept = output.with_name(output.name + PRICES)
+    with ExitStack() as stack:
+        ranks.first(lambda: _begin_pricing(stack, kept, output, way.resume))
+        plan = allocate_by(kept, job, device=device, progress=pricing, ranks=ranks)
+    settled = plan.settled
+    with ExitStack() as stack:
+        stack.push(partial(_note, f"the prices of the options are kept in {kept}"))
+        done = ranks.first(lambda: completed(output, settled, ranks.asked))
+        result = done or way.finish(settled, output)
+        allocation = ranks.first(lambda: record(plan, result.folder, device))
+        result = _gated(replace(result, allocation=allocation), settled, way, plan)
+    ranks.first(kept.unlink)
+    return result
+
+
+def _begin_pricing(held: ExitStack, kept: Path, output: Path, resume: bool) -> None:
+    """Check and lock the output; discard prices in `kept` unless this is to `resume`."""
+    if not (resume and kept.is_file() and (output / file_names.REPORT).is_file()):  # else all but the plan may be there
+        check_output(output, 0)
+    held.enter_context(locked(output, "output folder"))
+    if not resume:
+        discard_prices(kept)
+
+
+def _note(sentence: str, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    """Attach `sentence` as a note to an exception that leaves the context."""
+    if error is not None:
+        error.add_note(sentence)
+
+
+def record(plan: Allocation, folder: Path, device: str = "cpu") -> dict[str, Any]:
+    """Measure the finished checkpoint in `folder` against its plan, and keep both there. Raises DiskError if the folder
+    cannot be written to."""
+    found = plan.summary(plan.measured(folder, device), reports.read(folder).bytes)
+    plan.keep(folder, found)
+    return found
+
+
+def compress_job(
+    job: Job,
+    output: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    training: Training | None = None,
+    resume: bool = True,
+    ranks: Ranks = ALONE,
+) -> Result:
+    """Compress an opened job without a target, and distil the result if the recipe says so."""
+    wanted, source = job.recipe.distill, job.source
+    if wanted is None:
+        return run.compress(job, output, device=device, progress=progress, resume=resume, ranks=ranks)
+    with ranks.agreed():
+        run.check_ranks(job, ranks, output)
+    from llmcompress.data.distillation import read_data
+    from llmcompress.distillation.ready import check_ready
+    from llmcompress.distillation.run import TRAINING, distill
+
+    check_ready(wanted, device)
+    temporary = None
+    if output is None:
+        temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")
+        output = Path(temporary.name) / "model"
+    target = Path(output)
+    first = job.undistilled
+    staged = target.with_name(target.name + STAGED)
+    there = resume and staged.is_dir() and (target / file_names.REPORT).is_file()
+    if there and (done_before := completed(target, job, device)) is not None:  # the end came just before this one
+        _discard(staged, target.with_name(target.name + TRAINING))
+        return done_before
+    check_output(target, 2 * plan_of(first).bytes)
+    if not resume:
+        _discard(staged, target.with_name(target.name + TRAINING))
+    if completed(staged, first, device) is None:
+        if all(text.dataset != "self" for text in wanted.texts()):  # the model would have to write that text first
+            read_data(wanted.data, source.tokenizer(), source.load, source.config)  # raises any fault in the data
+        run.compress(first, staged, device=device, progress=progress, resume=resume)
+    teacher = source.name if source.revision is None else f"{source.name}@{source.revision}"
+    how: dict[str, Any] = {"device": device, "trust_remote_code": source.trust_remote_code}
+    done = distill(staged, teacher, wanted, target, progress=training, **how)
+    shutil.rmtree(staged)
+    return Result(target, reports.read(target), temporary, done.to_json())
+
+
+def completed(output: Path, job: Job, device: str) -> Result | None:
+    """Return the result of this job if an earlier run has completed it in `output`, None if nothing is there.
+
+    Raises DiskError for what another job made, InputError for what none made, or for damage.
+    """
+    if not is_complete(output, job, device):
+        return None
+    path = output / file_names.DISTILLATION_RECIPE
+    taught = read_as(Distillation, path) if path.is_file() else None
+    wanted = None if job.recipe.distill is None else published(job.recipe.distill)
+    if taught != wanted:
+        raise DiskError(f"{output} was distilled with another recipe; remove it, or choose another output folder")
+    with locked(output, "output folder") as staging:  # the end may have come just before this was removed
+        if is_ours(staging):
+            remove(staging)
+    return Result(output, reports.read(output), distillation=reports.read_distillation(output))
+
+
+def _discard(staged: Path, training: Path) -> None:
+    """Remove what an earlier run left. Raises DiskError for folders that are not ours."""
+    if staged.is_dir():
+        check_kind(staged)
+        shutil.rmtree(staged)
+    if is_ours(training):
+        remove(training)

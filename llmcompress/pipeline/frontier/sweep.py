@@ -1,0 +1,279 @@
+"""A sweep over budgets: prices once, then for every budget a plan, a checkpoint and its scores; a table and a plot.
+
+    OUT/prices.json                   the cost of every option, measured once for all budgets
+    OUT/bpw-1.25, OUT/bpw-2, ...      ordinary checkpoints, each with its plan and its scores
+    OUT/frontier.json, .md, .png, .svg
+
+With several recipes, prices and checkpoints lie in OUT/<name of the recipe>. If a sweep is interrupted, finished parts
+stay, and the next sweep with the same recipe, model, text and versions does not repeat them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from llmcompress.allocation.choices import Choices
+from llmcompress.allocation.plan import Allocation, PriceList, reachable
+from llmcompress.allocation.price_file import check_prices, price_list
+from llmcompress.compression.job import Job, prepare
+from llmcompress.compression.run import check_ranks
+from llmcompress.errors import DiskError, RecipeError, Terminated
+from llmcompress.evaluation.protocol import STANDARD, Protocol
+from llmcompress.evaluation.score import size_of
+from llmcompress.models.dense.companions import companions
+from llmcompress.models.dense.model import DenseModel, resolve
+from llmcompress.models.files import file_names
+from llmcompress.models.files.checkpoint import holds, write_files
+from llmcompress.models.files.staging import locked
+from llmcompress.pipeline import quality_check as gate
+from llmcompress.pipeline.compress import completed, compress_job, record
+from llmcompress.pipeline.frontier.budgets import Budget
+from llmcompress.pipeline.frontier.judge import Judge
+from llmcompress.pipeline.frontier.peers import Peer
+from llmcompress.recipe.compression import Recipe
+from llmcompress.reporting import report as reports
+from llmcompress.reporting.formatting import finite
+from llmcompress.reporting.plots import MISSING, frontier_pictures, main_metric
+from llmcompress.reporting.tables import frontier_markdown
+from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.ranks import ALONE, Ranks, launched
+from llmcompress.runtime.versions import versions
+
+FILE = "frontier.json"
+TABLE = "frontier.md"
+PRICES = "prices.json"
+PICTURE = "frontier"  # .png and .svg
+FOLDER_NAME = re.compile(r"[\w][\w.+-]*")
+
+
+@dataclass(frozen=True)
+class SweepCallbacks:
+    """Functions that a sweep reports to: `stage(sentence)` learns the next stage, the others as in `compress`."""
+
+    stage: Callable[[str], None] | None = None
+    pricing: Callable[[int, int, float], None] | None = None
+    progress: Callable[[int, int, float], None] | None = None
+    training: Callable[[int, int, float, float, float], None] | None = None
+
+    def next(self, sentence: str) -> None:
+        """Report the next stage."""
+        if self.stage is not None:
+            self.stage(sentence)
+
+
+SILENT = SweepCallbacks()
+
+
+@dataclass(frozen=True)
+class Line:
+    """One recipe of a sweep, laid over the model, and the folder of its checkpoints."""
+
+    job: Job
+    choices: Choices
+    folder: Path
+
+
+@fast_float32()
+def frontier(
+    model: str | Path,
+    recipes: Sequence[Recipe],
+    sizes: Sequence[Budget],
+    output: Path,
+    protocol: Protocol = STANDARD,
+    *,
+    peers: Sequence[Peer] = (),
+    revision: str | None = None,
+    device: str = "cpu",
+    told: SweepCallbacks = SILENT,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Compress `model` by each recipe to each size, and score every checkpoint by `protocol`.
+
+    A recipe's own target is ignored. `output` is a new folder or that of an earlier sweep. Returns the contents of its
+    frontier.json. Raises an LLMCompressError, in one sentence, for whatever is wrong; sizes that cannot be reached are
+    found from headers alone. Finished parts stay. `trust_remote_code`: as in `compress`. Processes that a launcher
+    started share pricing and compressing; every one has to call this, and the first one scores and writes.
+    """
+    device_of(device)  # before a model is looked at
+    with launched(device) as ranks:
+        with ranks.agreed():
+            dense = resolve(model, revision, trust_remote_code)
+            _check(recipes)
+            companions(dense.folder, trust_remote_code)  # raises any fault in them before work starts
+        return sweep(dense, recipes, sizes, output, protocol, peers, told, ranks)
+
+
+def sweep(
+    dense: DenseModel,
+    recipes: Sequence[Recipe],
+    sizes: Sequence[Budget],
+    output: Path,
+    protocol: Protocol = STANDARD,
+    peers: Sequence[Peer] = (),
+    told: SweepCallbacks = SILENT,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """Run `frontier` on an opened model, in each of the processes `ranks`."""
+    ranks.first(partial(_check_output, output))
+    folders = [output if len(recipes) == 1 else output / recipe.name for recipe in recipes]
+    with ranks.agreed():
+        lines = [_line(dense, recipe, sizes, folder) for recipe, folder in zip(recipes, folders, strict=True)]
+        for line in lines:
+            check_ranks(line.job, ranks, output)
+        judge = Judge.of(dense, protocol, ranks.device)
+    ranks.compare(_identity(judge, recipes, sizes))
+    for line in lines:
+        ranks.first(partial(check_prices, line.folder / PRICES, line.job))
+    with ExitStack() as held:
+        ranks.first(lambda: held.enter_context(locked(output, "output folder")))
+        try:
+            return _swept(lines, sizes, output, judge, peers, told, ranks)
+        except (KeyboardInterrupt, Terminated) as stop:
+            if ranks.rank > 0:
+                raise
+            raise type(stop)(f"{output} keeps what is finished, and the same command resumes from there") from stop
+
+
+def _check(recipes: Sequence[Recipe]) -> None:
+    """Raise RecipeError if lines cannot be told apart or drawn."""
+    if find_spec("matplotlib") is None:
+        raise RecipeError(MISSING)
+    names = [recipe.name for recipe in recipes]
+    for name in names if len(names) > 1 else ():
+        if names.count(name) > 1:
+            raise RecipeError(f"two recipes are named {name!r}; give each a name of its own")
+        if not FOLDER_NAME.fullmatch(name):
+            raise RecipeError(f"the recipe's name {name!r} cannot name a folder; use letters, digits and . + - _")
+
+
+def _check_output(output: Path) -> None:
+    """Raise DiskError for a folder with other contents."""
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / FILE).is_file())):
+        raise DiskError(f"{output} exists and is not an earlier sweep; remove it or choose another output folder")
+
+
+def _identity(judge: Judge, recipes: Sequence[Recipe], sizes: Sequence[Budget]) -> dict[str, Any]:
+    """Return what has to be equal in all processes, in the words of their difference."""
+    protocol = {key: value for key, value in judge.asked.items() if key != "versions"}
+    return {
+        "recipes": [recipe.model_dump(mode="json") for recipe in recipes],
+        "budgets": [budget.name for budget in sizes],
+        "text or tasks": protocol,
+        "versions": versions(),
+        **judge.dense.content(),
+    }
+
+
+def _line(dense: DenseModel, recipe: Recipe, sizes: Sequence[Budget], folder: Path) -> Line:
+    """Lay a recipe over the model. Raises RecipeError for any fault in recipe or sizes."""
+    try:
+        engine = None if recipe.target is None else recipe.target.engine
+        job = prepare(dense, recipe.model_copy(update={"target": sizes[0].target.for_engine(engine)}))
+        found = reachable(job, [budget.target for budget in sizes])
+    except RecipeError as error:
+        raise RecipeError(f"{recipe.name}: {error}") from error
+    return Line(job, found, folder)
+
+
+def _swept(
+    lines: Sequence[Line],
+    sizes: Sequence[Budget],
+    output: Path,
+    judge: Judge,
+    peers: Sequence[Peer],
+    told: SweepCallbacks,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Return the result of the sweep, which is rewritten after every point."""
+    source = judge.dense
+    told.next(f"scoring {source.name}")
+    dense = ranks.first(lambda: judge.of_dense(line.folder / budget.name for line in lines for budget in sizes))
+    found: dict[str, Any] = {
+        "model": source.public_name,
+        "revision": source.revision,
+        "axis": "bytes" if sizes[0].target.bpw is None else "bpw",
+        "protocol": judge.protocol.to_json(),
+        "versions": versions(),
+        "dense": dense | asdict(size_of(source.place)),
+        "series": [],
+        "peers": [_beside(_as_point(peer, dense), dense) for peer in peers],
+    }
+    ranks.first(lambda: None if (output / FILE).is_file() else write_files(output, {FILE: _numbers(found)}))
+    for line in lines:
+        recipe = line.job.recipe.name
+        told.next(f"{recipe}: prices for {len(sizes)} budgets")
+        prices = price_list(line.folder / PRICES, line.job, line.choices, ranks.device, told.pricing, ranks)
+        seconds = ranks.first(lambda: prices.seconds)  # noqa: B023 - called at once
+        series: dict[str, Any] = {"recipe": recipe, "pricing_seconds": seconds, "points": []}
+        found["series"].append(series)
+        for number, budget in enumerate(sizes, start=1):
+            told.next(f"{recipe}: {budget.name}, {number} of {len(sizes)}")
+            folder = line.folder / budget.name
+            plan = _compressed(folder, budget, prices, told, ranks)
+            series["points"].append(ranks.first(partial(_point, folder, budget, plan, judge, dense, told)))
+            ranks.first(partial(_publish, output, found))
+    return found
+
+
+def _compressed(folder: Path, budget: Budget, prices: PriceList, told: SweepCallbacks, ranks: Ranks) -> Allocation:
+    """Return a budget's plan; compress its checkpoint unless it is there."""
+    with ranks.agreed():
+        plan = prices.reaching(budget.target)
+    job = plan.settled
+    if ranks.first(lambda: completed(folder, job, ranks.asked) is None):
+        compress_job(job, folder, device=ranks.device, progress=told.progress, training=told.training, ranks=ranks)
+    return plan
+
+
+def _point(
+    folder: Path, budget: Budget, plan: Allocation, judge: Judge, dense: dict[str, Any], told: SweepCallbacks
+) -> dict[str, Any]:
+    """Return a budget's point: its checkpoint's sizes and scores, which are measured unless the checkpoint has them."""
+    found = reports.read_allocation(folder) if holds(folder, file_names.ALLOCATION) else None
+    aimed = record(plan, folder, judge.device) if found is None else found
+    gate.judge(plan.settled, folder, judge.device, plan=plan)
+    told.next(f"scoring {folder.name}")
+    report, taught = reports.read(folder), reports.read_distillation(folder)
+    place = {
+        "budget": budget.name,
+        "folder": folder.name,
+        "bytes": report.bytes,
+        "bpw": report.bpw,
+        "model_bpw": report.model_bpw,
+        "predicted_kl": aimed["predicted_kl"],
+        "measured_kl": aimed["measured_kl"],
+        "seconds": report.seconds + (0.0 if taught is None else taught["seconds"]),
+    }
+    return _beside(place | judge.scores(folder, dense), dense)
+
+
+def _beside(point: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """Return the point with `ratio`, its perplexity over the dense model's, and `gap`, the logarithm of that."""
+    ratio = point["perplexity"] / dense["perplexity"]
+    return point | {"ratio": ratio, "gap": math.log(ratio)}
+
+
+def _as_point(peer: Peer, dense: dict[str, Any]) -> dict[str, Any]:
+    """Return a peer in the form of a sweep's points; its score in a task counts as the metric that is drawn."""
+    tasks = {task: {main_metric(dense["tasks"].get(task, {})) or "score": value} for task, value in peer.tasks.items()}
+    return peer.model_dump(mode="json") | {"tasks": tasks}
+
+
+def _publish(output: Path, found: dict[str, Any]) -> None:
+    """Write numbers, table and pictures."""
+    pictures = {f"{PICTURE}.{kind}": picture for kind, picture in frontier_pictures(found).items()}
+    write_files(output, {FILE: _numbers(found), TABLE: frontier_markdown(found).encode()} | pictures)
+
+
+def _numbers(found: dict[str, Any]) -> bytes:
+    return json.dumps(finite(found), indent=2).encode()

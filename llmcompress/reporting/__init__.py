@@ -1,0 +1,1 @@
+"""Results for people: tables, Markdown, plots, one HTML page."""

@@ -1,0 +1,169 @@
+"""Reports as pictures: errors and bits of layers by depth, distillations by tokens, quality of models by size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.errors import RecipeError
+from llmcompress.reporting.report import Report, by_kind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
+
+MISSING = 'plots need matplotlib; run pip install "llmcompress[report]"'
+
+
+def layers_png(report: Report) -> bytes:
+    """Errors (held out, where they were measured) and bits per weight of the decoder's linears, one line for each kind.
+
+    Raises RecipeError where matplotlib is missing.
+    """
+    figure = new_figure()
+    above, below = figure.subplots(2, sharex=True)
+    for kind, rows in by_kind(report).items():
+        depths = [depth for depth, _ in rows]
+        above.plot(depths, [row.shown_error for _, row in rows], marker=".", label=kind)
+        below.plot(depths, [row.bpw for _, row in rows], marker=".", label=kind)
+    _describe(above, "relative output error", "log")
+    _describe(below, "bits per weight", "linear")
+    below.set_ylim(bottom=0)
+    below.set_xlabel("decoder block")
+    figure.legend(*above.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    return png_bytes(figure)
+
+
+def distillation_png(history: Sequence[dict[str, Any]]) -> bytes:
+    """KL to the teacher and perplexity on held-out text, over the tokens trained on; a line where the teacher is.
+
+    `history`: maps with tokens, kl, perplexity and teacher_perplexity. Raises RecipeError where matplotlib is missing.
+    """
+    figure = new_figure()
+    from matplotlib.ticker import LogFormatter
+
+    above, below = figure.subplots(2, sharex=True)
+    tokens = list(running_count(row["tokens"] for row in history))
+    above.plot(tokens, [row["kl"] for row in history], marker=".")
+    below.plot(tokens, [row["perplexity"] for row in history], marker=".", label="student")
+    below.axhline(history[-1]["teacher_perplexity"], linestyle="--", color="gray", label="teacher")
+    _describe(above, "held-out KL, nats/token", "linear")
+    _describe(below, "held-out perplexity", "log")
+    above.set_ylim(bottom=0)
+    below.yaxis.set_major_formatter(LogFormatter())  # 20 and 30, not 2 and 3 times 10 to the 1
+    below.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    below.set_xlabel("tokens trained on")
+    below.legend(fontsize="small")
+    return png_bytes(figure)
+
+
+def frontier_pictures(found: dict[str, Any]) -> dict[str, bytes]:
+    """{"png", "svg"}: perplexity, and the score in each task, over the size; a line for each recipe, a cross for each
+    peer, and a dashed line where the dense model is.
+
+    `found`: what `llmcompress.pipeline.frontier` finds. Raises RecipeError where matplotlib is missing.
+    """
+    figure = new_figure()
+    import matplotlib
+    from matplotlib.ticker import LogFormatter
+
+    tasks = [task for task, entry in found["dense"]["tasks"].items() if main_metric(entry) is not None]
+    figure.set_size_inches(8, 1.5 + 3.5 * (1 + len(tasks)))
+    above, *others = figure.subplots(1 + len(tasks), sharex=True, squeeze=False)[:, 0]
+    _draw_frontier(above, found, lambda one: one["perplexity"], "perplexity", "log")
+    above.yaxis.set_major_formatter(LogFormatter())
+    above.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(4, 1)))
+    for axes, task in zip(others, tasks, strict=True):
+        label = f"{task}: {main_metric(found['dense']['tasks'][task])}"
+        _draw_frontier(axes, found, partial(_task_score, task=task), label, "linear")
+    last = [above, *others][-1]
+    last.set_xlabel("bits per weight of the decoder's linears" if found["axis"] == "bpw" else "weight files, MB")
+    above.legend(fontsize="small")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "frontier"}):
+        drawing = BytesIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
+    return {"png": png_bytes(figure), "svg": drawing.getvalue()}
+
+
+def main_metric(entry: dict[str, float]) -> str | None:
+    """The metric of a task that a plot shows: accuracy, else the first; None where there is none."""
+    names = [name for name in entry if name != "samples" and not name.partition(",")[0].endswith("_stderr")]
+    return next((name for name in ("acc", *names) if name in names), None)
+
+
+def _task_score(one: dict[str, Any], task: str) -> float | None:
+    entry = one["tasks"].get(task, {})
+    metric = main_metric(entry)
+    return None if metric is None else float(entry[metric])
+
+
+def _draw_frontier(
+    axes: Axes, found: dict[str, Any], value: Callable[[dict[str, Any]], float | None], label: str, scale: str
+) -> None:
+    """One quantity of all points: lines by size, peers with their names, the dense model."""
+
+    def place(one: dict[str, Any]) -> float:
+        return float(one["bpw"] if found["axis"] == "bpw" else one["bytes"] / 1e6)
+
+    for series in found["series"]:
+        points = sorted((place(one), y) for one in series["points"] if (y := value(one)) is not None)
+        axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=series["recipe"])
+    peers = sorted((place(peer), y, peer["name"]) for peer in found["peers"] if (y := value(peer)) is not None)
+    crosses = axes.plot([x for x, *_ in peers], [y for _, y, _ in peers], marker="x", linestyle="", color="black")
+    axes.axhline(value(found["dense"]) or 0.0, linestyle="--", color="gray", label="dense")
+    _describe(axes, label, scale)
+    from matplotlib.transforms import Bbox
+
+    corners = axes.transData.transform(crosses[0].get_xydata())
+    covered = [Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in corners]
+    for x, y, name in peers:
+        covered.append(write_name(axes, (x, y), name, covered))
+
+
+def write_name(axes: Axes, point: tuple[float, float], name: str, covered: list[Bbox]) -> Bbox:
+    """Write a name on that side of a point where it covers least and is not cut off; the place it takes."""
+    texts = [
+        axes.annotate(name, point, (right, up), textcoords="offset points", fontsize="x-small", ha=side)
+        for up in (4, -10)
+        for side, right in (("left", 4), ("right", -4))
+    ]
+    boxes = [text.get_window_extent() for text in texts]
+    inside = [axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 for box in boxes]
+    best = min(range(len(texts)), key=lambda number: (not inside[number], boxes[number].count_overlaps(covered)))
+    for text in (*texts[:best], *texts[best + 1 :]):
+        text.remove()
+    return boxes[best]
+
+
+def running_count(tokens: Iterable[int]) -> Iterator[int]:
+    """Yield token counts that restart with every phase as one running count."""
+    before = last = 0
+    for count in tokens:
+        before += last if count < last else 0
+        last = count
+        yield before + count
+
+
+def new_figure() -> Figure:
+    """Return an empty figure. Raises RecipeError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RecipeError(MISSING) from error
+    return Figure(figsize=(8, 6), layout="constrained")
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """Return a figure as a PNG file that does not say what wrote it."""
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
+    return picture.getvalue()
+
+
+def _describe(axes: Axes, label: str, scale: str) -> None:
+    axes.set_ylabel(label)
+    axes.set_yscale(scale)
+    axes.grid(alpha=0.3)

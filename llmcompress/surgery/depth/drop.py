@@ -1,0 +1,148 @@
+"""Fewer decoder blocks: the others close the gap, and their numbers and the config's lists follow.
+
+No weight changes. config.json then lists under `KEPT` which of the original model's blocks are left, so that a
+distillation can match the hidden states of teacher and student.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.errors import InputError, RecipeError, listed
+from llmcompress.models.dense.auto_class import check_causal
+from llmcompress.models.dense.companions import companions
+from llmcompress.models.dense.families import FAMILIES
+from llmcompress.models.dense.model import DenseModel, resolve
+from llmcompress.models.files.checkpoint import PART, writing
+from llmcompress.models.files.kept_blocks import KEPT, kept_blocks
+from llmcompress.models.files.merge import shards
+from llmcompress.surgery.edited_model import check_equal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+PER_BLOCK = ("layer_types", "no_rope_layers")  # lists of a config that have an entry for every block
+BY_NUMBER = "scale_attn_by_inverse_layer_idx"  # GPT-2's: a block's result depends on its number
+
+
+@dataclass(frozen=True)
+class Shortening:
+    """The plan of a drop. `kept`: numbers of the blocks that stay; `stored`: the model's name of each tensor that stays
+    -> its name in the new files; `changes`: entries of the new config."""
+
+    kept: tuple[int, ...]
+    stored: dict[str, str]
+    changes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """The checkpoint that was written. Blocks are numbered from 0 as in `model`; bytes count the weights."""
+
+    model: str
+    output: str
+    dropped: tuple[int, ...]
+    kept: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, keys as in the fields."""
+        return asdict(self)
+
+
+def drop_blocks(
+    model: str | Path,
+    blocks: Iterable[int],
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Dropped:
+    """Write a dense causal language model without some of its decoder blocks, one weight file's worth at a time.
+
+    Args:
+        model: a folder, a Hub id (`org/name` or `org/name@revision`) or `smollm2`.
+        blocks: numbers of the blocks that go, counted from 0.
+        output: a new or empty folder.
+        revision: a branch, tag or commit of a Hub model.
+        trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
+
+    Returns:
+        The folder, and the blocks and bytes before and after.
+
+    Raises:
+        RecipeError: for blocks that cannot go.
+        InputError: for a model whose blocks cannot be told apart.
+        DiskError: for an output that cannot be written; then nothing is left behind.
+    """
+    source, target = resolve(model, revision, trust_remote_code), Path(output)
+    plan, beside = shortening(source, blocks), companions(source.folder, trust_remote_code)
+    sizes = {name: source.tensors[name].bytes for name in plan.stored}
+    with writing(target, sum(sizes.values())) as writer:
+        beside.copy(writer.folder)
+        for names in shards(sizes, PART):
+            writer.add({plan.stored[name]: source.read(name) for name in names})
+        size = writer.close()
+        entries = source.config_entries() | plan.changes
+        writer.write("config.json", json.dumps(entries, indent=1))
+    dropped = tuple(sorted(set(blocks_of(source)) - set(plan.kept)))
+    return Dropped(source.name, str(target), dropped, plan.kept, source.bytes, size)
+
+
+def shortening(source: DenseModel, blocks: Iterable[int]) -> Shortening:
+    """Return the plan for dropping `blocks`, from headers alone. Raises as `drop_blocks` does."""
+    check_equal(source)
+    there, going = blocks_of(source), set(blocks)
+    if absent := sorted(going.difference(there)):
+        raise RecipeError(
+            f"{source.name} has no block {listed(map(str, absent))}; its blocks are 0 to {len(there) - 1}"
+        )
+    kept = tuple(number for number in there if number not in going)
+    if not going or not kept:
+        raise RecipeError(
+            f"{len(going)} of the {len(there)} blocks of {source.name} cannot be dropped; name at least one, not all"
+        )
+    config = source.config
+    if getattr(config, BY_NUMBER, False):
+        raise InputError(
+            f"{source.name} scales each block's attention by the block's number ({BY_NUMBER}), so no block can take "
+            f"another's place; choose a model without it"
+        )
+    numbers = {old: new for new, old in enumerate(kept)}
+    stack = FAMILIES[config.model_type].blocks
+    stored = {}
+    for name, header in source.tensors.items():
+        inside = name.removeprefix(f"{stack}.")
+        if inside == name:
+            stored[name] = header.key
+            continue
+        number, _, rest = inside.partition(".")
+        if int(number) in numbers:  # the file may have another prefix before the same end
+            stored[name] = f"{header.key.removesuffix(inside)}{numbers[int(number)]}.{rest}"
+    return Shortening(kept, stored, _changes(config, kept))
+
+
+def blocks_of(source: DenseModel) -> range:
+    """Return the numbers of a model's blocks. Raises InputError for a family that is not in the table."""
+    config = source.config
+    check_causal(config, "dropping blocks")
+    if config.model_type not in FAMILIES:
+        raise InputError(
+            f"model type {config.model_type!r} is not in the table of families, so it is unknown what else depends on "
+            f"the number of its blocks; choose one of {', '.join(FAMILIES)}"
+        )
+    return range(config.num_hidden_layers)
+
+
+def _changes(config: PreTrainedConfig, kept: tuple[int, ...]) -> dict[str, Any]:
+    """Return the changed entries of the shortened model's config; a pattern is written as the list it stands for."""
+    before = kept_blocks(config) or range(config.num_hidden_layers)
+    length = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    lists = {name: getattr(config, name, None) for name in PER_BLOCK}
+    sliced = {name: [entries[number] for number in kept] for name, entries in lists.items() if entries}
+    return {length: len(kept), KEPT: [before[number] for number in kept], **sliced}

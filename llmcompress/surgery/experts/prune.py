@@ -1,0 +1,183 @@
+"""Experts pruned: every block keeps the same number, and routers choose among those that stay.
+
+An expert is worth the mean over its tokens of the router's weight times the norm of its output (REAP, arXiv
+2510.13999). Router rows and biases of the others go with them; nothing else changes, and experts that stay keep their
+order. Where routers choose groups first, each group keeps as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmcompress.calibration.walk import Progress
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.models.files.staging import check_output
+from llmcompress.runtime.devices import device_of
+from llmcompress.surgery.edited_model import ChangedConfig, Made, changed
+from llmcompress.surgery.experts.finish import finished
+from llmcompress.surgery.experts.mixture import COUNTS, ExpertMixture, number_of, open_mixture
+from llmcompress.surgery.experts.report import (
+    SAMPLES,
+    BlockFate,
+    ExpertsReport,
+    Fate,
+    calibration_for,
+    fates,
+    text_for,
+)
+from llmcompress.surgery.experts.usage import check_by, damage_of, usage, visits
+
+GROUP_LEAST = 2  # a group is chosen by its two best experts (DeepSeek-V3)
+
+
+def prune_experts(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    keep: float,
+    by: str = "reap",
+    text: str = "stdlib",
+    samples: int = SAMPLES,
+    seed: int = 0,
+    revision: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> ExpertsReport:
+    """Write a mixture of experts with fewer experts in every block, one block at a time; stock transformers loads it.
+
+    Args:
+        model: a folder or a Hub id (`org/name` or `org/name@revision`).
+        output: a new or empty folder; None to look at the plan and write nothing.
+        keep: experts that stay in each block, or their share below 1.
+        by: `reap`, `frequency`, or `random` as a control; see `Usage.scores`.
+        text: what is read, as `dataset` of a recipe's calibration.
+        samples: sequences of 512 tokens that are read, a fifth of them to judge on.
+        seed: of `random`.
+        revision: a branch, tag or commit of a Hub model.
+        device: where to compute: `cpu`, `cuda` or `cuda:1`.
+        progress: receives (blocks walked, blocks, tokens per second).
+
+    Returns:
+        The fate of every expert, the predicted damage to each block, and the bytes before and after.
+
+    Raises:
+        RecipeError: for a number of experts that cannot stay.
+        InputError: for a model that is no mixture or is damaged, and for text that cannot serve.
+        DiskError: for an output that cannot be written; then nothing is left behind.
+    """
+    place = device_of(device)
+    check_by(by)
+    if output is not None:
+        check_output(Path(output), 0)
+    mixture = open_mixture(model, revision)
+    plan = smaller(mixture, number_of(keep, mixture.experts, "keep"))
+    tokens = text_for(mixture, calibration_for(mixture, text, samples))
+    blocks: list[BlockFate] = []
+    made: dict[str, Made] = {}
+    for visit in visits(mixture, tokens, place, progress):
+        used = usage(visit)
+        scores = used.scores(by, seed, visit.path)
+        kept = _best(scores, plan.keep, mixture.groups)
+        mine = plan.made(visit.path, kept)
+        cost = damage_of(visit, plan.change.model(mine), plan.change.skeleton)
+        fate: dict[int, Fate] = {number: "kept" if number in kept else "dropped" for number in range(mixture.experts)}
+        becomes = {old: new for new, old in enumerate(kept)}
+        blocks.append(BlockFate(visit.block.index, visit.path, cost, fates(used, fate, scores, becomes=becomes)))
+        made |= mine
+    settings = {"keep": plan.keep, "by": by, "seed": seed}
+    return finished("prune", mixture, plan.change, made, tokens, blocks, settings, plan.keep, output)
+
+
+@dataclass(frozen=True, eq=False)
+class Smaller:
+    """The mixture with `keep` experts in each block. `axes`: the dimension that numbers experts of each tensor outside
+    them that has one."""
+
+    mixture: ExpertMixture
+    keep: int
+    change: ChangedConfig
+    axes: dict[str, int]
+
+    def made(self, path: str, kept: tuple[int, ...]) -> dict[str, Made]:
+        """Return the tensors of the block whose experts at `path` are to be the `kept` ones."""
+        source, block = self.mixture.source, self._block(path)
+        made = {}
+        for name in source.tensors:
+            if name.startswith(f"{path}."):
+                number, _, leaf = name.removeprefix(f"{path}.").partition(".")
+                if int(number) in kept:
+                    new = f"{path}.{kept.index(int(number))}.{leaf}"
+                    made[new] = Made(name, partial(source.read, name))
+            elif name in self.axes and name.startswith(block):
+                made[name] = Made(name, partial(_picked, source.read, name, self.axes[name], kept))
+        return made
+
+    def _block(self, path: str) -> str:
+        return next(f"{block.path}." for block in self.mixture.arch.blocks if path.startswith(f"{block.path}."))
+
+
+def _picked(read: Callable[[str], Tensor], name: str, axis: int, kept: tuple[int, ...]) -> Tensor:
+    """Return the entries of the kept experts of a router's tensor."""
+    return read(name).index_select(axis, torch.tensor(kept))
+
+
+def smaller(mixture: ExpertMixture, keep: int) -> Smaller:
+    """Return the mixture with fewer experts. Raises RecipeError where its routers could not choose from so few."""
+    _check_count(mixture, keep)
+    source, settings = mixture.source, mixture.settings
+    changes = {key: keep for key in COUNTS if getattr(settings, key, None) == mixture.experts}
+    change = changed(source, changes)
+    before = {name: tuple(value.shape) for name, value in source.skeleton().state_dict().items()}
+    after = {name: tuple(value.shape) for name, value in change.skeleton.state_dict().items()}
+    axes = {}
+    for name in before.keys() & after.keys():
+        pairs = list(zip(before[name], after[name], strict=True))
+        other = [axis for axis, (old, size) in enumerate(pairs) if old != size]
+        if not other or any(name.startswith(f"{path}.") for path in mixture.layers.values()):
+            continue
+        if len(other) > 1 or pairs[other[0]] != (mixture.experts, keep):
+            raise InputError(
+                f"{name} of {source.name} would become {list(after[name])} with {keep} experts, and it is not known "
+                f"how; choose another model"
+            )
+        axes[name] = other[0]
+    for path in mixture.layers.values():
+        parent = path.rpartition(".")[0]
+        if not any(name.startswith(f"{parent}.") for name in axes):
+            raise InputError(
+                f"{parent} of {source.name} has no router with an entry for each of its {mixture.experts} experts; "
+                f"choose another model"
+            )
+    return Smaller(mixture, keep, change, axes)
+
+
+def _check_count(mixture: ExpertMixture, keep: int) -> None:
+    """Raise RecipeError where a token could not be given its experts any more."""
+    name, groups = mixture.source.name, mixture.groups
+    if keep < mixture.chosen:
+        raise RecipeError(
+            f"each token of {name} goes to {mixture.chosen} experts, so {keep} are too few; keep at least "
+            f"{mixture.chosen}"
+        )
+    if groups > 1:
+        each, used = keep // groups, getattr(mixture.settings, "topk_group", None) or groups
+        if keep % groups or each < GROUP_LEAST or used * each < mixture.chosen:
+            least = max(GROUP_LEAST, -(-mixture.chosen // used))
+            raise RecipeError(
+                f"routers of {name} choose {used} of {groups} groups before they choose {mixture.chosen} experts, so "
+                f"{keep} experts do not do; keep a multiple of {groups}, at least {groups * least}"
+            )
+
+
+def _best(scores: Tensor, keep: int, groups: int) -> tuple[int, ...]:
+    """Return the numbers of the experts with the best scores, as many in each group, ascending; the first of equals."""
+    size = len(scores) // groups
+    order = scores.reshape(groups, size).argsort(descending=True, stable=True)[:, : keep // groups]
+    chosen = order + size * torch.arange(groups)[:, None]
+    return tuple(sorted(chosen.flatten().tolist()))

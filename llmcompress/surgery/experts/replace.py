@@ -1,0 +1,205 @@
+"""Rarely used experts replaced by factors of low rank; routers and the number of experts stay.
+
+After LightMoE (arXiv 2603.12645), which replaces experts of little use by a base that several share plus a low-rank
+part of their own. A weight of the checkpoint format stores all that it needs, so a base would be stored once for every
+expert that shares it, and nothing would be saved: an expert is stored as factors alone. There is no annealing, since
+the factors come from a truncated SVD on the expert's own inputs; `distill` mends what they lose.
+
+The result is what `compress` writes: a recipe with one rule for the experts that go, the step `low_rank`, and another
+that leaves everything else dense.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmcompress.calibration.gather import HiddenStreams, gather, wanted_of
+from llmcompress.calibration.walk import Progress
+from llmcompress.compression import run
+from llmcompress.compression.block import swap
+from llmcompress.compression.job import Job, prepare
+from llmcompress.compression.plan import plan_of
+from llmcompress.data.calibration import CalibrationTokens
+from llmcompress.errors import RecipeError
+from llmcompress.methods.layer import Layer
+from llmcompress.methods.low_rank.factors import Factors
+from llmcompress.methods.row_chunks import apply_in_runs
+from llmcompress.models.dense.experts import DOWN
+from llmcompress.models.files import file_names
+from llmcompress.models.files.checkpoint import add_file
+from llmcompress.models.files.staging import check_output
+from llmcompress.pipeline.quality_check import judge
+from llmcompress.recipe.calibration import Calibration
+from llmcompress.recipe.compression import Recipe, Rule
+from llmcompress.runtime.devices import device_of
+from llmcompress.surgery.experts.mixture import ExpertMixture, number_of, open_mixture
+from llmcompress.surgery.experts.report import (
+    SAMPLES,
+    BlockFate,
+    ExpertsReport,
+    Fate,
+    calibration_for,
+    fates,
+    text_for,
+    unused,
+)
+from llmcompress.surgery.experts.usage import Visit, check_by, damage, outputs, usage, visits
+from llmcompress.weight.modules import packed
+from llmcompress.weight.nodes import Dense
+
+SHARE = 0.25  # of its dense size that a replaced expert takes
+LONGEST = 40  # experts in one pattern of a recipe
+
+
+def replace_experts(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    count: float,
+    share: float | None = None,
+    rank: int | None = None,
+    by: str = "reap",
+    text: str = "stdlib",
+    samples: int = SAMPLES,
+    seed: int = 0,
+    revision: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> ExpertsReport:
+    """Write a mixture whose least useful experts are stored as factors of low rank: a compressed checkpoint.
+
+    Args:
+        model: a folder or a Hub id (`org/name` or `org/name@revision`).
+        output: a new or empty folder; None to look at the plan and write nothing.
+        count: experts that are replaced in each block, or their share below 1.
+        share: of their size in bfloat16 that they take then, 0.25 by default; or
+        rank: of the factors.
+        by: `reap`, `frequency`, or `random` as a control; see `Usage.scores`. The experts that score least go.
+        text: what is read, as `dataset` of a recipe's calibration.
+        samples: sequences of 512 tokens that are read, a fifth of them to judge on.
+        seed: of `random`.
+        revision: a branch, tag or commit of a Hub model.
+        device: where to compute: `cpu`, `cuda` or `cuda:1`.
+        progress: receives (blocks walked, blocks, tokens per second), of the look and of the compression.
+
+    Returns:
+        The fate of every expert, the predicted damage to each block, and the bytes before and after.
+
+    Raises:
+        RecipeError: for a number of experts that there are not, or a rank that their matrices do not have.
+        InputError: for a model that is no mixture or is damaged, and for text that cannot serve.
+        DiskError: for an output that cannot be written; then nothing is left behind but finished blocks, which the same
+            call resumes after.
+    """
+    place = device_of(device)
+    check_by(by)
+    if output is not None:
+        check_output(Path(output), 0)
+    mixture = open_mixture(model, revision)
+    going = number_of(count, mixture.experts, "count")
+    asked = calibration_for(mixture, text, samples)
+    step = _step(mixture, share, rank)
+    tokens = text_for(mixture, asked)
+    rows = [_looked_at(mixture, visit, step, going, by, seed) for visit in visits(mixture, tokens, place, progress)]
+    job = prepare(mixture.source, _recipe(rows, step, asked))
+    settings = {"count": going, "rank": _rank(mixture, step), "by": by, "seed": seed}
+    report = _report(mixture, job, tokens, rows, settings, output)
+    if output is not None:
+        done = run.compress(job, output, device=device, progress=progress)
+        judged = judge(job, done.folder, device)
+        missed = () if judged.gates is None or judged.gates.held is not False else (f"gates {judged.gates.sentence()}",)
+        report = replace(report, warnings=(*judged.warnings, *missed, *unused(rows)))
+        add_file(Path(output), file_names.EXPERTS, json.dumps(report.to_json() | {"output": None}, indent=1))
+    return report
+
+
+def _report(
+    mixture: ExpertMixture,
+    job: Job,
+    tokens: CalibrationTokens,
+    rows: Sequence[BlockFate],
+    settings: dict[str, Any],
+    output: str | Path | None,
+) -> ExpertsReport:
+    """Return the report as it is before anything is written."""
+    notes = (*plan_of(job).warnings, *tokens.notes, *unused(rows))
+    return ExpertsReport(
+        model=mixture.source.public_name,
+        output=None if output is None else str(output),
+        way="replace",
+        settings=settings,
+        experts_before=mixture.experts,
+        experts_after=mixture.experts,
+        bytes_before=mixture.source.bytes,
+        bytes_after=plan_of(job).bytes,
+        calibration=tokens.report(),
+        blocks=tuple(rows),
+        warnings=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _step(mixture: ExpertMixture, share: float | None, rank: int | None) -> Factors:
+    """Return the step for experts. Raises RecipeError for a share or rank that no factors have."""
+    if share is not None and rank is not None:
+        raise RecipeError("share and rank say the same of factors; give one of them")
+    if share is not None and not 0 < share < 1:
+        raise RecipeError(f"share is {share:g}; give more than 0 and less than 1 of the size of an expert")
+    if rank is not None and rank < 1:
+        raise RecipeError(f"rank is {rank}; give at least 1")
+    step = Factors(rank=rank) if rank is not None else Factors(share=SHARE if share is None else share)
+    _rank(mixture, step)
+    return step
+
+
+def _rank(mixture: ExpertMixture, step: Factors) -> int:
+    """Return the rank of an expert's factors. Raises RecipeError for one that is too large."""
+    path = next(iter(mixture.layers.values()))
+    size = mixture.source.tensors[f"{path}.0.{DOWN}.weight"].shape
+    return step.rank_for(Dense(torch.empty(size, dtype=torch.bfloat16, device="meta")))
+
+
+def _recipe(rows: Sequence[BlockFate], step: Factors, calibration: Calibration) -> Recipe:
+    """Return the recipe that replaces the experts whose fate that is."""
+    patterns = []
+    for block in rows:
+        numbers = [str(row.number) for row in block.experts if row.fate == "replaced"]
+        for start in range(0, len(numbers), LONGEST):
+            some = "|".join(numbers[start : start + LONGEST])
+            patterns.append(f"re:{re.escape(block.path)}\\.(?:{some})\\..*")
+    rules = (Rule(match=tuple(patterns), steps=(step,)), Rule(match=("*",), steps=()))
+    return Recipe(name="replaced experts", calibration=calibration, rules=rules)
+
+
+def _looked_at(mixture: ExpertMixture, visit: Visit, step: Factors, going: int, by: str, seed: int) -> BlockFate:
+    """Choose the experts of a block that are replaced, and return their fate."""
+    used = usage(visit)
+    scores = used.scores(by, seed, visit.path)
+    chosen = tuple(sorted(scores.argsort(stable=True)[:going].tolist()))
+    fate: dict[int, Fate] = {one: "replaced" if one in chosen else "kept" for one in range(mixture.experts)}
+    ranks, numbers = dict.fromkeys(chosen, _rank(mixture, step)), {one: one for one in fate}
+    cost = _damage(mixture, visit, chosen, step)
+    return BlockFate(visit.block.index, visit.path, cost, fates(used, fate, scores, becomes=numbers, rank=ranks))
+
+
+@torch.no_grad()
+def _damage(mixture: ExpertMixture, visit: Visit, chosen: tuple[int, ...], step: Factors) -> float:
+    """Replace experts of a loaded block, which the walk goes on with, and return the damage to its outputs."""
+    layout, block = mixture.arch.blocks[visit.block.index], visit.block
+    inside = tuple(f"{visit.path}.{number}." for number in chosen)
+    names = [linear.name for group in layout.groups for linear in group if linear.name.startswith(inside)]
+    streams = HiddenStreams(visit.batches, block.hidden, None, None, Recipe.model_fields["cap"].default, None, False)
+    groups = gather(visit.run, wanted_of(layout, dict.fromkeys(names, frozenset({"outer"}))), streams)
+    before = outputs(visit)
+    for group in groups:
+        for name in group.names:
+            weight = block.weight(name)
+            layer = Layer(name, weight, Dense(weight.to(torch.bfloat16)), group.inputs)
+            swap(block, {name: packed(apply_in_runs(layer, (step,)).weight)})
+    return damage(visit, block.module, before)

@@ -1,0 +1,100 @@
+"""Smaller sizes of one compressed checkpoint: its low-rank terms keep their first components alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from llmcompress.distillation.student.folder import CompressedStudent
+from llmcompress.errors import RecipeError
+from llmcompress.models.dense.companions import companions
+from llmcompress.models.files import file_names
+from llmcompress.models.files.binding import binding
+from llmcompress.models.files.checkpoint import writing
+from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.written import check_written
+from llmcompress.reporting import report as reports
+from llmcompress.reporting.gates import pending
+from llmcompress.weight.expression import bits, describe
+from llmcompress.weight.leading import leading
+from llmcompress.weight.modules import CompressedLinear
+from llmcompress.weight.nodes import Weight
+
+Change = tuple[Weight, Weight]  # before, after
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """The checkpoint that was written. `terms`: low-rank terms that lost components; bytes count the weights."""
+
+    output: str
+    rank: int
+    terms: int
+    bytes_before: int
+    bytes_after: int
+    bpw_before: float
+    bpw_after: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, keys as in the fields."""
+        return asdict(self)
+
+
+def shrink(folder: str | Path, rank: int, output: str | Path, *, trust_remote_code: bool = False) -> Shrunk:
+    """Write a compressed checkpoint with at most `rank` components of each of its low-rank terms.
+
+    Scores, a distillation and an allocation that lie beside the checkpoint are of another size, and stay behind.
+
+    Args:
+        folder: what compress or distill wrote.
+        rank: components that stay in each term, 0 or more; 0 leaves the terms out.
+        output: a new or empty folder.
+        trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
+
+    Returns:
+        The folder, and the bytes and bits per weight before and after.
+
+    Raises:
+        InputError: for a folder that compress did not write.
+        RecipeError: for a rank that leaves nothing of a matrix, or takes nothing away; for tied blocks.
+        DiskError: for an output that cannot be written; then nothing is left behind.
+    """
+    source, target = Path(folder), Path(output)
+    before, opened = reports.read(source), Opened(source, trust_remote_code)
+    if opened.ties:
+        raise RecipeError(f"{source} has matrices in common, whose terms are not taken apart; shrink an untied model")
+    if rank < 0:
+        raise RecipeError(f"a rank of {rank} is none; give 0, which leaves low-rank terms out, or more")
+    weights = ((name, opened.expression(name)) for name in opened.layouts)
+    changed = {name: (old, new) for name, old in weights if (new := leading(old, rank)) is not old}
+    if not changed:
+        raise RecipeError(f"{source} has no low-rank term of more than rank {rank}, so there is nothing to take away")
+    beside = companions(source, trust_remote_code)
+    with writing(target, opened.bytes) as writer:
+        beside.copy(writer.folder)
+        linears = {name: CompressedLinear.of(new) for name, (_, new) in changed.items()}
+        CompressedStudent(opened).store(linears, {}, writer)
+        size = writer.close(binding(writer.folder))
+        after = _recounted(before, changed, rank, size)
+        writer.write(file_names.REPORT, json.dumps(after.to_json(), indent=2))
+        writer.write(file_names.RECIPE, (source / file_names.RECIPE).read_text(encoding="utf-8"))
+        check_written(writer.folder, bool(beside.code))
+    return Shrunk(str(target), rank, len(changed), opened.bytes, size, before.bpw, after.bpw)
+
+
+def _recounted(before: reports.Report, changed: Mapping[str, Change], rank: int, size: int) -> reports.Report:
+    """Return the report, updated to what is stored now, in files of `size` bytes."""
+    rows = []
+    for row in before.layers:
+        if row.name in changed:
+            old, new = changed[row.name]
+            row = replace(row, bpw=row.bpw - (bits(old) - bits(new)) / prod(row.shape), stored=describe(new))
+        rows.append(row)
+    counted = [row for row in rows if reports.BLOCK.search(row.name)]  # a token table is in no block
+    said = f"low-rank terms have {rank} components at most; errors of layers are those before that"
+    gates = None if before.gates is None else pending(before.gates.limits, f"its terms were cut to rank {rank}")
+    return before.recounted(rows, counted, size, (said,), gates)

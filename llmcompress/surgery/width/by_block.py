@@ -1,0 +1,104 @@
+"""Neurons and heads of each block in the bytes of equal ones: more where predictions lose more by their absence.
+
+Each block is narrowed alone to a few widths, its layer refitted, and the KL of the dense model's predictions to those
+of the changed model is measured by forward passes. Widths with as many weights in all as equal ones are then chosen so
+that the sum of these damages is least; between neurons and heads weights move too. CHEX (arXiv 2203.15794) moves its
+budget across layers as well, by gradients; here damage is measured, as for every budget of this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import isfinite
+
+import torch
+
+from llmcompress.allocation.sensitivity import Probe, probe_windows
+from llmcompress.allocation.solve import monotone, solve
+from llmcompress.calibration.walk import Progress, walk
+from llmcompress.data.calibration import CalibrationTokens
+from llmcompress.errors import NumericsError
+from llmcompress.methods.solvers.hessian import damped, second_moment
+from llmcompress.models.dense.families import Architecture
+from llmcompress.models.dense.model import DenseModel
+from llmcompress.surgery.width.plan import Cut, Part
+from llmcompress.surgery.width.select import DAMPING, chosen_subset
+
+TRIED = (11 / 12, 5 / 6, 3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 6)  # of a block's units
+
+
+@dataclass(frozen=True, eq=False)
+class WidthPrices:
+    """The damage of narrower blocks, each alone. `widths`: units of each kind that were tried, all of them first;
+    `weights`: of one such unit; `damages[block][part]`: KL in nats per token at each width."""
+
+    widths: Mapping[Part, tuple[int, ...]]
+    weights: Mapping[Part, int]
+    damages: tuple[Mapping[Part, tuple[float, ...]], ...]
+
+    def chosen(self, means: Mapping[Part, int]) -> tuple[tuple[dict[Part, int], ...], float]:
+        """Return the widths of all blocks with the least sum of damages, and that sum. They have at most the weights of
+        blocks that all have `means`, which are among the widths."""
+        places = [(block, part) for block in range(len(self.damages)) for part in self.widths]
+        values = [monotone(self.damages[block][part], self.widths[part]) for block, part in places]
+        costs = [[width * self.weights[part] for width in self.widths[part]] for _, part in places]
+        equal = tuple(self.widths[part].index(means[part]) for _, part in places)
+        options = solve(values, costs, sum(row[option] for row, option in zip(costs, equal, strict=True))) or equal
+        found: list[dict[Part, int]] = [{} for _ in self.damages]
+        for (block, part), option in zip(places, options, strict=True):
+            found[block][part] = self.widths[part][option]
+        return tuple(found), sum(row[option] for row, option in zip(values, options, strict=True))
+
+
+def tried_widths(total: int, mean: int, step: int) -> tuple[int, ...]:
+    """Return the numbers of units to try of `total`, multiples of `step`, all of them and `mean` among these."""
+    found = {max(step, round(share * total / step) * step) for share in TRIED}
+    return tuple(sorted(found | {mean, total}, reverse=True))
+
+
+def width_prices(
+    source: DenseModel,
+    arch: Architecture,
+    tokens: CalibrationTokens,
+    cuts: Sequence[Sequence[Cut]],
+    widths: Mapping[Part, tuple[int, ...]],
+    *,
+    by: str,
+    seed: int,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> WidthPrices:
+    """Measure the damage of every block at every one of `widths`, the first of which is that of the dense model.
+
+    `cuts`: what can go in each block, by how much does not matter. `by`, `seed`: see `chosen_subset`. Layers are
+    refitted on the text to choose by, damage is measured on the text to judge on. Raises NumericsError for a damage
+    that is not finite.
+    """
+    probe = Probe(source, arch, probe_windows(tokens.sequences[len(tokens.sequences) - tokens.held_out :]), str(device))
+    walked = walk(
+        source,
+        arch,
+        tokens.sequences,
+        held_out=tokens.held_out,
+        needs={cut.consumer.name: frozenset({"outer"}) for parts in cuts for cut in parts},
+        prefix="dense",
+        device=device,
+        progress=progress,
+    )
+    for block in walked:
+        for cut in cuts[block.index]:
+            name = cut.consumer.name
+            inputs = next(group.inputs for group in block.groups if name in group.names)
+            weight, hessian = block.weight(name), damped(second_moment(inputs), DAMPING)
+            for width in widths[cut.part][1:]:
+                kept = chosen_subset(weight, hessian, width, cut.size, by=by, seed=seed)
+                probe.exchange(block, name, kept.weight)
+        probe.leave(block)
+    found = probe.divergences()
+    if not all(map(isfinite, found)):
+        raise NumericsError(f"{source.name}: predictions hold NaN or Inf; use an undamaged checkpoint")
+    measured = (max(value, 0.0) for value in found)
+    rows = [{cut.part: (0.0, *islice(measured, len(widths[cut.part]) - 1)) for cut in parts} for parts in cuts]
+    return WidthPrices(widths, {cut.part: cut.weights for cut in cuts[0]}, tuple(rows))

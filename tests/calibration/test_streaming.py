@@ -1,0 +1,103 @@
+"""Streamed predictions: those of the whole model, from one block in memory at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import llmcompress as lc
+from llmcompress.calibration.streaming import Streamed, from_disk, in_memory
+from llmcompress.errors import InputError
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import load_model, resolve
+from llmcompress.weight.modules import compressed_linears, decoded
+from tests.tiers import tiered
+from tests.tiny import save_tiny
+from tests.zoo import ENCODERS, EVERY, save_any, text_for_calibration
+
+CPU = torch.device("cpu")
+REFUSED = {"jetmoe", "rwkv", "gemma3n_text"}
+FAST = {"llama", "mixtral", "gpt2"}
+RTN = {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 16}]}]}
+
+
+def windows() -> Tensor:
+    return torch.randint(3, 250, (3, 24), generator=torch.Generator().manual_seed(1))
+
+
+def predicted(model: Streamed, size: int = 1) -> Tensor:
+    states = model.embedded(windows(), size)
+    for index in range(model.depth):
+        model.advance(states, index)
+    return torch.cat(list(model.logits(states)))
+
+
+@pytest.mark.parametrize(
+    "family", tiered([one for one in EVERY if one not in REFUSED.union(ENCODERS)], FAST.__contains__)
+)
+def test_a_model_on_disk_predicts_what_it_does_in_memory(family: str, tmp_path: Path) -> None:
+    place = save_any(family, tmp_path / "model")
+    source, whole = resolve(place), load_model(locate(str(place)))
+    streamed = from_disk(source, CPU)
+    with torch.no_grad():
+        wanted = torch.cat([whole(input_ids=one[None], use_cache=False).logits for one in windows()])
+    found = predicted(streamed)
+    if any(name.endswith("experts") for name, _ in whole.named_modules()):  # summed up in another order
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(found, wanted)
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
+
+
+@pytest.mark.parametrize("tables", [{}, {"embeddings": [{"method": "rtn", "bits": 8, "group_size": 16}]}])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_compressed_model_predicts_what_it_does_when_decoded(
+    family: str, tables: dict[str, object], tmp_path: Path
+) -> None:
+    place = save_tiny(family, tmp_path / "dense")
+    model = load_model(locate(str(lc.compress(place, RTN | tables, tmp_path / "small").folder)))
+    with torch.no_grad(), decoded(model):
+        wanted = torch.cat([model(input_ids=one[None], use_cache=False).logits for one in windows()])
+    assert torch.equal(predicted(in_memory(model)), wanted)
+    assert all(layer.ready is None for layer in compressed_linears(model).values())
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED))
+def test_other_models_are_refused(family: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="one by one|cannot"):
+        predicted(from_disk(resolve(save_any(family, tmp_path)), CPU))
+
+
+def test_a_block_that_changes_the_shape_is_refused(tmp_path: Path) -> None:
+    streamed = from_disk(resolve(save_tiny("llama", tmp_path)), CPU)
+    states = streamed.embedded(windows(), 3)
+
+    class Half(nn.Module):
+        def forward(self, hidden: Tensor, **_: object) -> Tensor:
+            return hidden[..., ::2]
+
+    streamed.model.get_submodule(streamed.stack)[0] = Half()  # type: ignore[operator]
+    with pytest.raises(InputError, match="block 0 turns hidden states .* into"):
+        streamed.advance(states, 0)
+
+
+@pytest.mark.parametrize("family", ["zamba2", "gemma4_text"])
+def test_arguments_that_depend_on_tokens_stay_with_their_tokens(family: str, tmp_path: Path) -> None:
+    """Blocks of these read the tokens themselves: no block can learn from rows that are drawn."""
+    source = resolve(save_any(family, tmp_path / "model"))
+    for size in (1, 3):  # several batches of one size, and a single batch
+        states = from_disk(source, CPU).embedded(windows(), size)
+        assert set(states.calls.own) == {batch.rows.start for batch in states.batches}
+        with pytest.raises(
+            InputError, match="depend on the tokens, so they cannot learn one by one; leave reconstruct"
+        ):
+            states.calls.of(0, size, None)
+    asked = RTN | {
+        "calibration": {"dataset": str(text_for_calibration(tmp_path)), "samples": 3, "length": 32, "held_out": 1},
+        "reconstruct": {"steps": 1},
+    }
+    with pytest.raises(InputError, match="leave reconstruct: and blockwise: out"):
+        lc.compress(source.folder, asked, tmp_path / "small")

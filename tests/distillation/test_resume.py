@@ -1,0 +1,94 @@
+"""The state that an interrupted run leaves: at every moment the state before or the one after, whole."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from llmcompress.distillation.resume import Progress, last_state, save_state
+from llmcompress.errors import DiskError, InputError
+from llmcompress.models.files.store import Store
+
+RUN = {"recipe": {"seed": 1}, "data": "a"}
+CALLS = {"mkdir", "open", "write", "close", "fsync", "rename", "unlink", "remove", "rmdir", "serialize_file"}
+
+
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    return {"value.a": torch.full((1000,), float(step)), "exp_avg.a": torch.full((1000,), step / 7)}
+
+
+def is_whole(folder: Path, steps: set[int]) -> int:
+    """The step of the state in a folder, which is one of these, 0 for none, with its own tensors."""
+    progress, found = last_state(Store(folder, RUN))
+    assert progress.step in steps
+    if progress.step:
+        assert all(torch.equal(found[name], value) for name, value in tensors(progress.step).items())
+    return progress.step
+
+
+def cut(folder: Path, step: int, after: int) -> bool:
+    """Saves in a process that dies, without any cleaning up, before call number `after` of the system; did it die?"""
+    child = os.fork()
+    if child == 0:
+        left = after
+
+        def watch(frame: FrameType, event: str, called: Any) -> None:
+            nonlocal left
+            if event == "c_call" and called.__name__ in CALLS:
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+
+        sys.setprofile(watch)
+        save_state(Store(folder, RUN), Progress(step=step), tensors(step))
+        sys.setprofile(None)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [0, 4])
+def test_a_save_that_is_cut_anywhere_leaves_the_old_state_or_the_new_one(before: int, tmp_path: Path) -> None:
+    seen, calls = [], 0
+    while True:
+        folder = tmp_path / str(calls)
+        if before:
+            save_state(Store(folder, RUN), Progress(step=before), tensors(before))
+        died = cut(folder, 5, calls)
+        seen.append(is_whole(folder, {before, 5}))
+        if not died:
+            break
+        save_state(Store(folder, RUN), Progress(step=6), tensors(6))  # and the run resumes
+        assert is_whole(folder, {6}) == 6 and len(list(folder.iterdir())) == 1
+        calls += 1
+    assert seen == sorted(seen) and seen[0] == before and seen[-1] == 5 and calls >= 8
+
+
+def test_a_state_is_one_file(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state", RUN)
+    for step in range(1, 5):
+        save_state(store, Progress(step=step, history=[{"kl": 0.5}]), tensors(step))
+        assert is_whole(store.folder, {step}) == step and len(list(store.folder.iterdir())) == 1
+    assert last_state(store)[0].history == [{"kl": 0.5}]
+    store.clear()
+    assert not store.folder.exists() and last_state(store)[0] == Progress()
+
+
+def test_damage_and_other_runs_are_told(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state", RUN)
+    save_state(store, Progress(step=1), tensors(1))
+    with pytest.raises(InputError, match=r"was left by a different run \(data changed\); remove it, or choose another"):
+        last_state(Store(store.folder, RUN | {"data": "b"}))
+    store.put("state", {"steps": 1}, {})
+    with pytest.raises(InputError, match=r"cannot be read .*steps.* remove .* to start over"):
+        last_state(store)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(DiskError, match="cannot be written"):
+        save_state(Store(blocked / "state", RUN), Progress(step=1), tensors(1))

@@ -1,0 +1,203 @@
+"""Floats in compressed-tensors: its own library, which vLLM reads with, must find exactly what we store."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import llmcompress as lc
+from llmcompress.errors import InputError
+from llmcompress.formats.compressed_tensors import converted, obstacle, shared_factors
+from llmcompress.formats.formats import export
+from llmcompress.methods.solvers.floats import LAYOUTS, nearest_floats
+from llmcompress.models.files.checkpoint import read_json
+from llmcompress.models.files.compressed import Opened
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Minifloat
+from tests.builders import compressed, correlated, gaussian, minifloat
+from tests.tiny import save_tiny
+
+compressors = pytest.importorskip("compressed_tensors.compressors")
+HELD = ("fp8", "fp8_tensor", "mxfp4", "nvfp4")
+IDS = torch.arange(30)[None] * 7 % 256
+STOCK = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+assert "llmcompress" not in sys.modules
+torch.save(model(torch.arange(30)[None] * 7 % 256).logits, sys.argv[2])
+"""
+
+
+def decompressed(tensors: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+    """Return the matrix that the library makes of the tensors of a linear, as a group of a config describes it."""
+    from compressed_tensors.quantization import QuantizationScheme
+
+    found = compressors.BaseCompressor.get_value_from_registry(group["format"])
+    scheme = QuantizationScheme.model_validate(group)
+    assert set(tensors) == set(found.compression_param_names(scheme)), "it would look for others"
+    value: Tensor = found.decompress(tensors, scheme)["weight"]
+    return value
+
+
+def as_group(w: Minifloat) -> Tensor:
+    scheme, tensors = converted(w)
+    return decompressed(tensors, {"targets": ["x"], "weights": scheme.to_json(), "format": scheme.format})
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_the_library_decompresses_every_value(name: str) -> None:
+    layout = LAYOUTS[name]  # type: ignore[index]
+    fed = compressed(gaussian(24, 96), correlated(900, 96), {"method": "gptq", "format": name}).approx
+    drawn = [minifloat((6, 64), layout.form, layout.scales, layout.group(64), seed, layout.of_all) for seed in range(3)]
+    drawn = [w if w.tensor_scale is None else replace(w, tensor_scale=torch.tensor([2.0**-9])) for w in drawn]
+    for w in (fed, *drawn, nearest_floats(torch.zeros(4, 32), layout)):
+        assert isinstance(w, Minifloat) and obstacle(w) is None
+        assert torch.equal(as_group(w), dense(w).bfloat16())
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_packed_as_the_library_itself_packs(name: str) -> None:
+    """Its compressor, given our values and scales, stores the bytes that we store."""
+    from compressed_tensors.quantization import QuantizationScheme
+
+    w = nearest_floats(gaussian(8, 64), LAYOUTS[name])  # type: ignore[index]
+    scheme, ours = converted(w)
+    scales = {key: value.float() for key, value in ours.items() if "scale" in key}
+    if name == "mxfp4":
+        scales["weight_scale"] = 2.0 ** (scales["weight_scale"] - 127)
+    asked = QuantizationScheme(targets=["x"], weights=scheme.to_json())
+    compressor = compressors.BaseCompressor.get_value_from_registry(scheme.format)
+    theirs = compressor.compress({"weight": dense(w), **scales}, asked)
+    for key in {"weight", "weight_packed"} & set(ours) | ({"weight_scale"} if "fp4" in name else set()):
+        assert theirs[key].dtype == ours[key].dtype
+        assert torch.equal(theirs[key].view(torch.uint8), ours[key].view(torch.uint8))
+
+
+def test_what_it_has_no_form_for_is_said() -> None:
+    assert obstacle(minifloat((4, 64), "e2m3", "e8m0", 32, 0)) == "it has no e2m3 floats g32, scales e8m0"
+    assert obstacle(minifloat((4, 40), "e2m1", "e8m0", 32, 0)) == "groups of 32 do not divide the width 40"
+    assert obstacle(minifloat((4, 64), "e4m3", "bfloat16", 32, 0)) == "it has no e4m3 floats g32, scales bfloat16"
+    odd = minifloat((4, 64), "e2m1", "e4m3", 16, 0)  # under a factor of 0.3
+    assert "not exact under the factor" in str(obstacle(odd, odd.tensor_scale))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_eight_bits_are_told_how_to_fit(symmetric: bool, tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense")
+    step = {"method": "rtn", "bits": 8, "symmetric": symmetric}
+    rules = [{"match": "*", "steps": [step]}]
+    folder = lc.compress(source, {"version": 1, "rules": rules}, tmp_path / "out").folder
+    narrow = "narrow_range: true" if symmetric else "symmetric: true and narrow_range: true"
+    wanted = rf"would need 9 bits, and 8 when it is compressed with {narrow}\); allow dense layers \(--allow-dense,"
+    with pytest.raises(InputError, match=wanted):
+        export(folder, tmp_path / "packed", "compressed-tensors")
+
+
+RULES = [
+    {"match": "*.q_proj", "steps": [{"method": "gptq", "format": "nvfp4"}]},
+    {"match": "*.[kv]_proj", "steps": [{"method": "mxfp", "format": "nvfp4"}]},
+    {"match": "*.o_proj", "steps": [{"method": "mxfp", "format": "fp8_tensor"}]},
+    {"match": "*.gate_proj", "steps": [{"method": "mxfp", "format": "mxfp4"}]},
+    {"match": "*.up_proj", "steps": [{"method": "rtn", "bits": 4, "group_size": 16}]},
+    {"match": "*", "steps": [{"method": "gptq", "format": "fp8"}]},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a format for each of its linears; queries are so small that their factor is another."""
+    place = tmp_path_factory.mktemp("model")
+    source = save_tiny("llama", place / "dense", dtype=torch.bfloat16, intermediate_size=64)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for block in model.model.layers:
+        block.self_attn.q_proj.weight.data *= 0.1
+    model.save_pretrained(source)
+    text = place / "text.txt"
+    text.write_text("".join(f"{i}. The miller counts every sack of corn. " for i in range(80)))
+    data = {"dataset": str(text), "samples": 8, "length": 32, "held_out": 2}
+    return lc.compress(source, {"version": 1, "rules": RULES, "calibration": data}, place / "out").folder
+
+
+def test_an_exported_model_has_every_value(folder: Path, tmp_path: Path) -> None:
+    done = export(folder, tmp_path / "out", "compressed-tensors")
+    assert sorted(done.kept) == ["12 matrices of floats, value for value", "2 grids, value for value"]
+    assert done.changed == ()
+    config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    opened, checked = Opened(folder), 0
+    for group in config["config_groups"].values():
+        for name in group["targets"]:
+            tensors = {key.removeprefix(f"{name}."): v for key, v in stored.items() if key.startswith(f"{name}.")}
+            if group["format"] != "pack-quantized":
+                assert torch.equal(decompressed(tensors, group), dense(opened.expression(name)).bfloat16()), name
+                checked += 1
+    assert checked == 12
+
+
+def test_matrices_that_read_the_same_input_have_one_factor(folder: Path, tmp_path: Path) -> None:
+    """As vLLM multiplies them as one, by the inverse of the largest number that is stored for them."""
+    own = {float(w.tensor_scale) for part in "qkv" if (w := projection(folder, part)).tensor_scale is not None}
+    assert len(own) > 1, "they had one factor before"
+    export(folder, tmp_path / "out", "compressed-tensors")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    shared = {float(stored[f"model.layers.0.self_attn.{part}_proj.weight_global_scale"]) for part in "qkv"}
+    assert shared == {1 / max(own)}
+
+
+def projection(folder: Path, part: str) -> Minifloat:
+    w = Opened(folder).expression(f"model.layers.0.self_attn.{part}_proj")
+    assert isinstance(w, Minifloat)
+    return w
+
+
+def test_factors_too_far_apart_are_refused_or_dense(folder: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    w, factor = projection(folder, "q"), shared_factors(Opened(folder))[name]
+    assert obstacle(w, factor) is None
+    assert obstacle(w, factor * 2.0**14) is not None, "scales of e4m3 do not go down that far"
+
+
+def test_widths_that_no_group_divides_are_refused_or_dense(tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    steps = [{"method": "mxfp", "format": "mxfp4"}]
+    folder = lc.compress(source, {"version": 1, "rules": [{"match": "*", "steps": steps}]}, tmp_path / "out").folder
+    with pytest.raises(InputError, match=r"down_proj does not fit .* \(groups of 32 do not divide the width 48\)"):
+        export(folder, tmp_path / "packed", "compressed-tensors")
+    done = export(folder, tmp_path / "packed", "compressed-tensors", allow_dense=True)
+    assert done.kept == ("12 matrices of floats, value for value",)
+    assert done.changed == ("2 matrices became bfloat16, model.layers.0.mlp.down_proj first",)
+    assert read_json(tmp_path / "packed" / "config.json")["quantization_config"]["format"] == "mxfp4-pack-quantized"
+
+
+def test_a_compressed_head_is_refused_or_dense(tmp_path: Path) -> None:
+    """The readers ignore it, and would make up another."""
+    source = save_tiny("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    steps = [{"method": "mxfp", "format": "fp8"}]
+    recipe = {"version": 1, "rules": [{"match": "*", "steps": steps}], "head": steps}
+    folder = lc.compress(source, recipe, tmp_path / "out").folder
+    with pytest.raises(InputError, match=r"lm_head does not fit compressed-tensors \(it is no plain linear layer\)"):
+        export(folder, tmp_path / "packed", "compressed-tensors")
+    done = export(folder, tmp_path / "packed", "compressed-tensors", allow_dense=True)
+    assert done.changed == ("1 matrices became bfloat16, lm_head first",)
+    assert "lm_head.weight" in load_file(tmp_path / "packed" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_stock_transformers_computes_our_logits(folder: Path, tmp_path: Path) -> None:
+    export(folder, tmp_path / "out", "compressed-tensors")
+    subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "out"), str(tmp_path / "logits")], check=True)
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(IDS).logits
+    found = torch.load(tmp_path / "logits")
+    assert (found - ours).float().norm() < 0.01 * ours.float().norm()

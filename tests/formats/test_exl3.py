@@ -1,0 +1,90 @@
+"""Exports to EXL3, read once more from their bits, in float64, and what cannot go there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+import llmcompress as lc
+from llmcompress.errors import InputError
+from llmcompress.formats.exl3 import packed_words
+from llmcompress.formats.formats import export
+from llmcompress.models.files.compressed import Opened
+from llmcompress.weight.expression import dense
+from tests.builders import seeded
+from tests.tiny import save_tiny
+from tests.weight.test_tiles import read
+
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4, "num_hidden_layers": 1}
+GRID = {"method": "rtn", "bits": 4}
+IDS = torch.arange(30)[None] * 7 % 256
+
+
+def codes_of(words: np.ndarray) -> np.ndarray:
+    """The codes `[..., 256]` of a tensor `trellis`, as the kernels of ExLlamaV3 read it.
+
+    Two words of 16 bits are one of 32, in little endian; of these, the highest bit is the first of the stream.
+    """
+    tiles, bits = words.shape[:2], words.shape[2] // 16
+    pairs = words.view("<u4").reshape(*tiles, -1)
+    found = np.empty((*tiles, 256), np.uint8)
+    for place in np.ndindex(*tiles):
+        stream = "".join(f"{word:032b}" for word in pairs[place].tolist())
+        found[place] = [int(stream[at : at + bits], 2) for at in range(0, len(stream), bits)]
+    return found
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_words_hold_codes_from_the_highest_bit_on(bits: int) -> None:
+    codes = torch.randint(1 << bits, (2, 3, 256), generator=seeded(bits), dtype=torch.uint8)
+    words = packed_words(codes, bits)
+    assert words.dtype == torch.int16 and words.shape == (2, 3, 16 * bits)
+    assert np.array_equal(codes_of(words.numpy()), codes.numpy())
+
+
+@pytest.mark.slow
+def test_a_file_decodes_to_our_weights_and_logits(tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense", **SIZES)
+    rules = [
+        {"match": "*.q_proj", "steps": [GRID]},
+        {"match": "*.v_proj", "steps": [{"method": "exl3", "bits": 3}]},
+        {"match": "*", "steps": [{"method": "exl3"}]},
+    ]
+    folder = lc.compress(source, {"version": 1, "rules": rules}, tmp_path / "out").folder
+    with pytest.raises(InputError, match="q_proj does not fit EXL3 .*, no tiles.; allow dense layers"):
+        export(folder, tmp_path / "exl3", "exl3")
+    done = export(folder, tmp_path / "exl3", "exl3", allow_dense=True)
+    assert done.kept == ("6 matrices, value for value",) and "q_proj first" in done.changed[0]
+    entry = json.loads((tmp_path / "exl3" / "config.json").read_text())["quantization_config"]
+    assert entry == {"quant_method": "exl3", "bits": 2.17, "head_bits": 16, "codebook": "mul1"}
+    tensors: dict[str, np.ndarray] = {}
+    for path in (tmp_path / "exl3").glob("*.safetensors"):
+        tensors |= load_file(path)
+    opened = Opened(folder)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if f"{name}.trellis" in tensors:
+            assert tensors[f"{name}.mul1"].view(np.uint32) == 0x83DCD12D and tensors[f"{name}.mul1"].shape == ()
+            words, bits = tensors[f"{name}.trellis"], 3 if name.endswith("v_proj") else 2
+            found = read(codes_of(words), bits, *(tensors[f"{name}.{key}"].astype(float) for key in ("suh", "svh")))
+            np.testing.assert_allclose(found, dense(opened.expression(name)).numpy(), rtol=1e-5, atol=1e-6)
+            module.weight.data = torch.from_numpy(found).float()
+        elif f"{name}.weight" in tensors:
+            module.weight.data = torch.from_numpy(tensors[f"{name}.weight"]).float()
+    with torch.no_grad():
+        found, expected = (m(IDS).logits for m in (model, AutoModelForCausalLM.from_pretrained(folder)))
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_a_checkpoint_without_tiles_is_refused(tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense")
+    folder = lc.compress(source, {"version": 1, "rules": [{"match": "*", "steps": [GRID]}]}, tmp_path / "out").folder
+    with pytest.raises(InputError, match="has nothing that the method exl3 made; choose another"):
+        export(folder, tmp_path / "exl3", "exl3", allow_dense=True)

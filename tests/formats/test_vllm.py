@@ -1,0 +1,141 @@
+"""The plug-in for vLLM: against a stand-in for its interfaces, and in its own Llama model where it is installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import llmcompress as lc
+from llmcompress.errors import InputError
+from llmcompress.formats.vllm.plugin import register
+from llmcompress.models.files.compressed import Opened
+from llmcompress.weight.expression import dense
+from tests.formats import vllm_stand_in as vllm
+from tests.rules.source_tree import ROOT
+from tests.tiny import save_tiny
+
+LATE = "llmcompress.formats.vllm.layers"
+GRID = {"method": "rtn", "bits": 4, "group_size": 16}
+RULES = [
+    {"match": "*.0.*.k_proj", "steps": []},
+    {"match": "*.up_proj", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2}]},
+    {"match": "*", "steps": [GRID, {"method": "svd", "rank": 3, "factor_bits": 16}]},
+]
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compressed model in which one part of a fused layer is dense; where head and table are tied, these are not."""
+    place = tmp_path_factory.mktemp("model")
+    source = save_tiny("llama", place / "dense", tie_word_embeddings=request.param)
+    recipe: dict[str, Any] = {"version": 1, "rules": RULES, "embeddings": [GRID] if request.param else []}
+    return lc.compress(source, recipe, place / "out").folder
+
+
+@pytest.fixture
+def config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The config that vLLM's loader would make of the model's config.json."""
+    monkeypatch.delitem(sys.modules, LATE, raising=False)
+    registered = vllm.install(monkeypatch)
+    register()
+    register()  # vLLM may do so in some processes
+    entries = Opened(folder)
+    assert list(registered) == ["llmcompress"]
+    made = registered["llmcompress"](entries.layouts)
+    made.packed_modules_mapping = FUSED
+    yield made
+    del sys.modules[LATE]
+
+
+def test_config_json_is_read(folder: Path, config: Any) -> None:
+    from llmcompress.models.files.checkpoint import read_json
+
+    entries = read_json(folder / "config.json")["quantization_config"]
+    read = type(config).from_config(entries)
+    assert read.layouts == config.layouts and read.get_name() == "llmcompress"
+    with pytest.raises(InputError, match="format version 999"):
+        type(config).from_config(entries | {"format_version": 999})
+    with pytest.raises(InputError, match="vLLM does not read blocks that have matrices in common"):
+        type(config).from_config(entries | {"ties": {"model.layers.0.mlp.up_proj": "model.layers.0.mlp.gate_proj"}})
+
+
+def test_fused_linears_multiply_as_their_parts(folder: Path, config: Any) -> None:
+    opened = Opened(folder)
+    x = torch.randn(5, 32)
+    for parent, fused, sizes in (("self_attn", "qkv_proj", [32, 16, 16]), ("mlp", "gate_up_proj", [48, 48])):
+        layer = vllm.LinearBase(32, sizes, config, f"model.layers.0.{parent}.{fused}")
+        parts = []
+        for number, part in enumerate(FUSED[fused]):
+            name = f"model.layers.0.{parent}.{part}"
+            stored = opened.read(f"{name}.weight")
+            vllm.load(layer, "weight", stored, number if parent == "mlp" else part[0])
+            parts.append(dense(opened.expression(name)) if name in opened.layouts else stored.float())
+        vllm.finish(layer)
+        torch.testing.assert_close(layer(x), x @ torch.cat(parts).T)
+        assert layer.get_parameter("weight").dtype == torch.uint8 and len(list(layer.parameters())) == 1
+
+
+def test_a_linear_that_is_not_compressed_is_left_to_vllm(config: Any) -> None:
+    layer = vllm.LinearBase(32, [16], config, "model.layers.0.self_attn.k_proj")
+    assert type(layer.quant_method) is vllm.UnquantizedLinearMethod
+    assert config.get_quant_method(torch.nn.Identity(), "model.layers.0.self_attn.attn") is None
+
+
+@pytest.mark.parametrize("prefix", ["model.embed_tokens", ""])  # some of vLLM's models give no name
+def test_tables_look_up_rows_and_serve_a_tied_head(folder: Path, config: Any, prefix: str) -> None:
+    opened = Opened(folder)
+    table, head = vllm.VocabParallelEmbedding(264, 32, config, prefix), vllm.ParallelLMHead(264, 32, config, "lm_head")
+    if "model.embed_tokens" not in opened.layouts:
+        assert {type(table.quant_method).__name__, type(head.quant_method).__name__} == {
+            "UnquantizedEmbeddingMethod",
+            "HeadMethod",
+        }
+        return
+    head = head.tie_weights(table)
+    for name in ("weight", "like"):
+        vllm.load(table, name, opened.read(f"model.embed_tokens.{name}"))
+    vllm.finish(table)
+    vllm.finish(head)
+    expected, x = dense(opened.expression("model.embed_tokens")), torch.randn(3, 32)
+    ids = torch.tensor([5, 263, 5, 0])
+    torch.testing.assert_close(table(ids), expected[ids])
+    torch.testing.assert_close(head.quant_method.apply(head, x), x @ expected.T)
+
+
+def test_what_cannot_be_loaded_is_said(folder: Path, config: Any) -> None:
+    name = "model.layers.0.self_attn.o_proj"
+    with pytest.raises(InputError, match="o_proj is one payload, which is not cut; set tensor_parallel_size to 1"):
+        vllm.LinearBase(32, [32], config, name, ranks=2)
+    with pytest.raises(InputError, match=r"o_proj is \(32, 32\) in config.json, \(64, 32\) in vLLM's model"):
+        vllm.LinearBase(32, [64], config, name)
+    with pytest.raises(InputError, match="vLLM fuses model.layers.0.mlp.gate_proj into model.layers.0.mlp, which"):
+        config.get_quant_method(torch.nn.Identity(), "model.layers.0.mlp")
+    layer = vllm.LinearBase(32, [32], config, name)
+    stored = Opened(folder).read(f"{name}.weight")
+    with pytest.raises(InputError, match="part 0 of .*o_proj is torch.uint8 .* in the file, not the"):
+        vllm.load(layer, "weight", stored[:-8])
+    with pytest.raises(InputError, match="part 0 of .*o_proj is torch.float32"):
+        vllm.load(layer, "weight", torch.zeros(32, 32))
+
+
+@pytest.mark.slow
+def test_vllms_llama_computes_our_logits(folder: Path, tmp_path: Path) -> None:
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    script = Path(__file__).with_name("vllm_llama.py")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), str(folder), str(tmp_path / "logits")]
+    subprocess.run(command, check=True, env=environment)
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.arange(30)[None] * 7 % 256)
+    torch.testing.assert_close(torch.load(tmp_path / "logits")[:, :264], ours.logits[0], rtol=1e-4, atol=1e-4)

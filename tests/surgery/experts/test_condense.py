@@ -1,0 +1,195 @@
+"""Condensed blocks: one dense layer that computes the sum of its experts, each times its constant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import llmcompress as lc
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.surgery.experts.condense import fitted
+from llmcompress.surgery.experts.mixture import open_mixture
+from llmcompress.surgery.experts.report import BlockFate, calibration_for, text_for
+from tests.tiers import tiered
+from tests.zoo import COUNT, save_zoo, text_for_calibration
+
+STORABLE = ("qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "glm4_moe", "dots1")
+FAMILIES = tiered(STORABLE, {"qwen3_moe", "deepseek_v3"}.__contains__)
+
+
+def loaded(folder: Path) -> Any:
+    """The model, and nothing missing in its files or left over there."""
+    found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = found
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    ids = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(1))
+    found: Tensor = model(input_ids=ids).logits
+    return found
+
+
+class Constant(nn.Module):
+    """The experts of a block with constant weights, in float64: the slow form of a condensed block."""
+
+    def __init__(self, block: Any, fate: BlockFate) -> None:
+        super().__init__()
+        self.experts = block.experts
+        self.weights = {row.number: row.weight for row in fate.experts if row.fate == "folded"}
+        shared = [
+            child for name, child in block.named_children() if name.startswith("shared_expert") and "gate" not in name
+        ]
+        self.shared = list(zip(shared, fate.shared_weights, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros_like(x, dtype=torch.float64)
+        for number, weight in self.weights.items():
+            gate, up = (x.double() @ self.experts.gate_up_proj[number].double().T).chunk(2, -1)
+            assert weight is not None
+            total += weight * (nn.functional.silu(gate) * up) @ self.experts.down_proj[number].double().T
+        for module, weight in self.shared:
+            gate, up = (x.double() @ linear.weight.double().T for linear in (module.gate_proj, module.up_proj))
+            total += weight * (nn.functional.silu(gate) * up) @ module.down_proj.weight.double().T
+        return total.to(x.dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_dense_layer_is_the_sum_of_constant_experts(family: str, tmp_path: Path) -> None:
+    save_zoo(family, tmp_path / "dense")
+    text = str(text_for_calibration(tmp_path))
+    report = lc.condense_experts(tmp_path / "dense", tmp_path / "out", count=1, experts=3, text=text, samples=4)
+    dense, out = loaded(tmp_path / "dense"), loaded(tmp_path / "out")
+    [fate] = [block for block in report.blocks if block.block in report.settings["blocks"]]
+    assert len([row for row in fate.experts if row.fate == "folded"]) == 3
+    layer, block = out.model.layers[fate.block].mlp, dense.model.layers[fate.block]
+    assert not hasattr(layer, "experts")
+    slow = Constant(block.mlp, fate)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(layer(x), slow(x), rtol=1e-5, atol=1e-6)
+    block.mlp = slow
+    torch.testing.assert_close(logits(out), logits(dense), rtol=1e-4, atol=1e-4)
+    assert report.bytes_after == sum(4 * value.numel() for value in out.state_dict().values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_constant_routing_is_condensed_exactly(family: str, tmp_path: Path) -> None:
+    """Routers that weigh all experts alike, which every token is given, leave nothing to lose."""
+    save_zoo(family, tmp_path / "dense", num_experts_per_tok=COUNT)
+    model = loaded(tmp_path / "dense")
+    for name, value in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            value.data.zero_()
+    model.save_pretrained(tmp_path / "dense")
+    text = str(text_for_calibration(tmp_path))
+    report = lc.condense_experts(tmp_path / "dense", tmp_path / "out", count=1, text=text, samples=6)
+    [fate] = [block for block in report.blocks if block.block in report.settings["blocks"]]
+    assert fate.damage < 1e-9
+    torch.testing.assert_close(logits(loaded(tmp_path / "out")), logits(model), rtol=1e-3, atol=1e-4)
+
+
+def test_weights_are_those_of_least_squares() -> None:
+    outputs = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    target = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    together = torch.cat([outputs, target[None]])
+    weights, error = fitted(together @ together.T, [0, 3, 4])
+    slow = torch.linalg.lstsq(outputs[[0, 3, 4]].T, target[:, None]).solution[:, 0]
+    torch.testing.assert_close(weights, slow)
+    torch.testing.assert_close(error, (target - outputs[[0, 3, 4]].T @ slow).square().sum())
+
+
+@torch.no_grad()
+def test_the_first_expert_is_the_best_of_all_single_ones(tmp_path: Path) -> None:
+    """By trying each on all tokens, in float64; and its weight is the best one."""
+    save_zoo("qwen3_moe", tmp_path / "dense")
+    text = str(text_for_calibration(tmp_path))
+    report = lc.condense_experts(tmp_path / "dense", blocks=[0], experts=1, text=text, samples=4)
+    tokens = text_for(open_mixture(tmp_path / "dense"), calibration_for(open_mixture(tmp_path / "dense"), text, 4))
+    model = loaded(tmp_path / "dense")
+    block, seen = model.model.layers[0], []
+    block.mlp.register_forward_hook(lambda _module, args, output: seen.append((args[0][0], output[0])))
+    sizes = []
+    for sequence in tokens.sequences[: -tokens.held_out]:
+        sizes.append(model(input_ids=sequence[None], output_hidden_states=True).hidden_states[1][0].norm(dim=-1))
+    size = torch.cat(sizes).double()[:, None]
+    x, y = (torch.cat(parts).double() for parts in zip(*seen, strict=True))
+    errors, weights = [], []
+    for number in range(COUNT):
+        gate, up = (x @ block.mlp.experts.gate_up_proj[number].double().T).chunk(2, -1)
+        f = (nn.functional.silu(gate) * up) @ block.mlp.experts.down_proj[number].double().T
+        weights.append(float((f * y / size**2).sum() / (f / size).square().sum()))
+        errors.append(float(((y - weights[-1] * f) / size).square().sum()))
+    best = min(range(COUNT), key=errors.__getitem__)
+    [row] = [row for row in report.blocks[0].experts if row.fate == "folded"]
+    assert row.number == best and row.weight == pytest.approx(weights[best], rel=1e-4)
+
+
+def test_the_blocks_that_it_harms_least_are_condensed(tmp_path: Path) -> None:
+    save_zoo("qwen3_moe", tmp_path / "dense", num_hidden_layers=4)
+    text = str(text_for_calibration(tmp_path))
+    report = lc.condense_experts(tmp_path / "dense", tmp_path / "out", count=2, text=text, samples=4)
+    harm = {block.block: block.considered for block in report.blocks}
+    assert None not in harm.values()
+    assert report.settings["blocks"] == sorted(sorted(harm, key=lambda one: harm[one] or 0.0)[:2])
+    out = loaded(tmp_path / "out")
+    assert out.config.mlp_only_layers == report.settings["blocks"]
+    for block in report.blocks:
+        is_chosen = block.block in report.settings["blocks"]
+        assert block.damage == (block.considered if is_chosen else 0.0)
+        assert hasattr(out.model.layers[block.block].mlp, "experts") == (not is_chosen)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_dense_blocks_that_were_there_compute_the_same(tmp_path: Path) -> None:
+    """They become as wide as the condensed ones, by neurons of zero; or these become as wide as they are."""
+    text = str(text_for_calibration(tmp_path))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    for width, wide in ((48, 96), (200, 200)):
+        place = tmp_path / str(width)
+        more = {"num_hidden_layers": 3, "mlp_only_layers": [1], "intermediate_size": width}
+        save_zoo("qwen3_moe", place / "dense", **more)
+        lc.condense_experts(place / "dense", place / "out", blocks=[2], experts=3, text=text, samples=2)
+        dense, out = loaded(place / "dense"), loaded(place / "out")
+        assert out.config.mlp_only_layers == [1, 2] and out.config.intermediate_size == wide
+        torch.testing.assert_close(out.model.layers[1].mlp(x), dense.model.layers[1].mlp(x))
+        assert out.model.layers[2].mlp.up_proj.weight[96:].eq(0).all()
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "gpt_oss", "granitemoe"])
+def test_types_without_dense_blocks_are_refused(family: str, tmp_path: Path) -> None:
+    save_zoo(family, tmp_path / "dense")
+    with pytest.raises(InputError, match=f"model type '{family}' cannot say .*; prune or replace its experts instead"):
+        lc.condense_experts(tmp_path / "dense", tmp_path / "out", count=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "asked, sentence",
+    [
+        ({}, "exactly one of them"),
+        ({"blocks": [1], "count": 1}, "exactly one of them"),
+        ({"count": 4}, "4 of the 3 blocks with experts cannot be condensed"),
+        ({"count": 0}, "0 of the 3 blocks"),
+        ({"blocks": [0]}, "block 0 of .* has no experts; those with some are 1, 2, 3"),
+        ({"blocks": []}, "block none of .* has no experts"),
+        ({"blocks": [2]}, r"only the first blocks .* can be dense \(first_k_dense_replace\); condense 1 instead"),
+        ({"count": 1, "experts": 5}, "experts is 5, where a block has 4; give a number from 1 to 4"),
+    ],
+)
+def test_impossible_blocks_are_refused(asked: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    save_zoo("deepseek_v3", tmp_path / "dense", num_hidden_layers=4)
+    with pytest.raises(RecipeError, match=sentence):
+        lc.condense_experts(tmp_path / "dense", **asked)

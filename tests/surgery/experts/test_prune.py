@@ -1,0 +1,308 @@
+"""Experts pruned: what stays is, bit for bit, what a hand cuts out of transformers' parameters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
+
+import llmcompress as lc
+from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.models.files.checkpoint import writing
+from llmcompress.models.files.file_names import EXPERTS
+from llmcompress.surgery.edited_model import Made, write
+from llmcompress.surgery.experts.mixture import open_mixture
+from llmcompress.surgery.experts.prune import smaller
+from llmcompress.surgery.experts.report import ExpertsReport, calibration_for, text_for
+from tests.compression.test_towers import saved
+from tests.models.test_experts import DAMAGES
+from tests.tiers import tiered
+from tests.tiny import save_tiny
+from tests.zoo import COUNT, MIXTURES, save_zoo, text_for_calibration
+
+FAMILIES = tiered(MIXTURES, {"mixtral", "deepseek_v3"}.__contains__)
+KEEP = 3
+GROUPED = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "norm_topk_prob": True}
+
+
+def ids(count: int = 24) -> Tensor:
+    return torch.randint(3, 250, (2, count), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: Tensor | None = None) -> Tensor:
+    found: Tensor = model(input_ids=ids() if tokens is None else tokens).logits
+    return found
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
+
+
+def kept(report: ExpertsReport) -> dict[str, list[int]]:
+    """The experts that stay, by the path of a block's."""
+    return {block.path: [row.number for row in block.experts if row.fate == "kept"] for block in report.blocks}
+
+
+def cut_by_hand(dense: PreTrainedModel, small: PreTrainedModel, stay: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Return the parameters that the small model must have: of the dense ones, the entries of the experts that stay."""
+    found = {}
+    for name, value in dense.state_dict().items():
+        wanted = small.state_dict()[name].shape
+        path = next((path for path in stay if name.startswith(f"{path.rpartition('.')[0]}.")), "")
+        for axis in [axis for axis, size in enumerate(value.shape) if size != wanted[axis]]:
+            value = value.index_select(axis, torch.tensor(stay[path]))
+        found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_checkpoint_is_what_a_hand_cuts_out(family: str, tmp_path: Path) -> None:
+    save_zoo(family, tmp_path / "dense")
+    text = str(text_for_calibration(tmp_path))
+    report = lc.prune_experts(tmp_path / "dense", tmp_path / "out", keep=KEEP, text=text, samples=4)
+    loading: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    small, info = loading
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    stay = kept(report)
+    assert stay and all(len(numbers) == KEEP for numbers in stay.values())
+    by_hand = cut_by_hand(loaded(tmp_path / "dense"), small, stay)
+    assert by_hand.keys() == small.state_dict().keys()
+    assert all(torch.equal(value, by_hand[name]) for name, value in small.state_dict().items())
+    assert logits(small).isfinite().all()
+    assert KEEP in vars(small.config).values() and COUNT not in [vars(small.config).get(key) for key in COUNTS]
+    before, after = (set(load_file(tmp_path / place / "model.safetensors")) for place in ("dense", "out"))
+    assert after <= before  # names as on the Hub
+    written = json.loads((tmp_path / "out" / EXPERTS).read_text())
+    assert written == report.to_json() | {"output": None} | {"warnings": list(report.warnings)} | {
+        "blocks": json.loads(json.dumps(report.to_json()["blocks"]))
+    }
+
+
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"])
+def test_a_fresh_process_loads_it_without_llmcompress(family: str, tmp_path: Path) -> None:
+    save_zoo(family, tmp_path / "dense")
+    text = str(text_for_calibration(tmp_path))
+    report = lc.prune_experts(tmp_path / "dense", tmp_path / "out", keep=0.75, text=text, samples=4)
+    dense, config = loaded(tmp_path / "dense"), AutoConfig.from_pretrained(tmp_path / "out")
+    by_hand: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    by_hand.load_state_dict(cut_by_hand(dense, by_hand, kept(report)))
+    torch.save(ids(), tmp_path / "ids")
+    program = (
+        "import sys, torch, transformers as t\n"
+        f"model = t.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}, dtype=torch.float32)\n"
+        f"with torch.no_grad(): found = model(input_ids=torch.load({str(tmp_path / 'ids')!r})).logits\n"
+        f"torch.save(found, {str(tmp_path / 'logits')!r})\n"
+        "assert not [name for name in sys.modules if name.startswith('llmcompress.models.dense.model')]\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert torch.equal(torch.load(tmp_path / "logits"), logits(by_hand))
+
+
+def chosen_by(model: PreTrainedModel, tokens: Tensor, layers: dict[int, str]) -> dict[str, set[int]]:
+    """The experts that routers choose for any of the tokens, by the path of a block's, in transformers' own forward."""
+    found: dict[str, set[int]] = {path: set() for path in layers.values()}
+
+    def seen(path: str) -> Callable[..., None]:
+        return lambda _module, args: found[path].update(args[1].flatten().tolist())
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(seen(path)) for path in found]
+    logits(model, tokens)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    "family, more",
+    [
+        ("mixtral", {"num_local_experts": 8}),
+        ("qwen3_moe", {"num_experts": 8, "norm_topk_prob": True}),
+        ("deepseek_v3", GROUPED | {"n_group": 1}),
+        ("deepseek_v3", GROUPED),
+    ],
+    ids=["mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v3 in groups"],
+)
+def test_an_expert_that_no_token_reached_is_not_missed(family: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """Routers that normalise the weights of the chosen do not notice its absence."""
+    save_zoo(family, tmp_path / "dense", **more)
+    mixture, dense = open_mixture(tmp_path / "dense"), loaded(tmp_path / "dense")
+    tokens = ids(3)[:1]
+    used = chosen_by(dense, tokens, mixture.layers)
+    plan, made = smaller(mixture, 6), dict[str, Made]()
+    for path, numbers in used.items():
+        halves = [range(4), range(4, 8)]
+        stay = {number for half in halves for number in sorted(half, key=lambda one: one not in numbers)[:3]}
+        assert numbers <= stay and len(numbers) < 8
+        made |= plan.made(path, tuple(sorted(stay)))
+    with writing(tmp_path / "out") as writer:
+        write(plan.change.complete(made), plan.change.skeleton, mixture.arch, writer)
+    assert loaded(tmp_path / "out").config.num_experts_per_tok == dense.config.num_experts_per_tok
+    torch.testing.assert_close(logits(loaded(tmp_path / "out"), tokens), logits(dense, tokens), rtol=1e-5, atol=1e-5)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def by_one_token(model: Any, tokens: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, mean router weight and REAP's score of each expert, from one token and one expert at a time, float64."""
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+    module = model.get_submodule(path)
+    handle = module.register_forward_pre_hook(lambda _module, args: calls.append(args))
+    for sequence in tokens:
+        model(input_ids=sequence[None])
+    handle.remove()
+    counts, weights, norms = (torch.zeros(len(module.gate_up_proj), dtype=torch.float64) for _ in range(3))
+    for x, index, weight in calls:
+        for token in range(len(x)):
+            for expert, share in zip(index[token].tolist(), weight[token].double().tolist(), strict=True):
+                gate, up = (module.gate_up_proj[expert].double() @ x[token].double()).chunk(2)
+                output = module.down_proj[expert].double() @ (torch.nn.functional.silu(gate) * up)
+                counts[expert] += 1
+                weights[expert] += share
+                norms[expert] += share * output.norm()
+    return counts, weights / counts.clamp_min(1), norms / counts.clamp_min(1)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_scores_are_those_of_one_token_at_a_time(family: str, tmp_path: Path) -> None:
+    save_zoo(family, tmp_path / "dense")
+    text = str(text_for_calibration(tmp_path))
+    report = lc.prune_experts(tmp_path / "dense", keep=KEEP, text=text, samples=3)
+    mixture = open_mixture(tmp_path / "dense")
+    tokens = text_for(mixture, calibration_for(mixture, text, 3))
+    assert tokens.held_out == 1
+    model = loaded(tmp_path / "dense")
+    for block in report.blocks:
+        counts, weights, scores = by_one_token(model, tokens.sequences[:-1], block.path)
+        assert [row.tokens for row in block.experts] == counts.tolist()
+        for row, weight, score in zip(block.experts, weights.tolist(), scores.tolist(), strict=True):
+            assert row.router_weight == pytest.approx(weight, rel=1e-4) and row.score == pytest.approx(score, rel=1e-4)
+        best = sorted(range(COUNT), key=lambda number: -scores[number])[:KEEP]
+        assert kept(report)[block.path] == sorted(best)
+        often = lc.prune_experts(tmp_path / "dense", keep=KEEP, text=text, samples=3, by="frequency")
+        most = sorted(range(COUNT), key=lambda number: -counts[number])[:KEEP]
+        assert kept(often)[block.path] == sorted(most)
+
+
+@torch.no_grad()
+def test_the_predicted_damage_is_that_of_the_written_block(tmp_path: Path) -> None:
+    """Of the first one, which no other change reaches."""
+    save_zoo("qwen3_moe", tmp_path / "dense")
+    text = str(text_for_calibration(tmp_path))
+    report = lc.prune_experts(tmp_path / "dense", tmp_path / "out", keep=2, text=text, samples=10)
+    mixture = open_mixture(tmp_path / "dense")
+    tokens = text_for(mixture, calibration_for(mixture, text, 10)).sequences[-2:]
+    states = []
+    for place in ("dense", "out"):
+        states.append(loaded(tmp_path / place)(input_ids=tokens, output_hidden_states=True).hidden_states[1].double())
+    shares = (states[1] - states[0]).square().sum(-1) / states[0].square().sum(-1)
+    assert report.blocks[0].damage == pytest.approx(float(shares.mean()), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_random_is_a_control_that_a_seed_repeats(tmp_path: Path) -> None:
+    save_zoo("olmoe", tmp_path / "dense", num_experts=8)
+    text = str(text_for_calibration(tmp_path))
+    found = [
+        kept(lc.prune_experts(tmp_path / "dense", keep=4, text=text, samples=2, by="random", seed=seed))
+        for seed in (0, 0, 1)
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+# --- forms of storage -------------------------------------------------------------------------------------------------
+
+
+def test_groups_keep_as_many(tmp_path: Path) -> None:
+    save_zoo("deepseek_v3", tmp_path / "dense", **GROUPED)
+    text = str(text_for_calibration(tmp_path))
+    report = lc.prune_experts(tmp_path / "dense", tmp_path / "out", keep=4, text=text, samples=2)
+    for numbers in kept(report).values():
+        assert len([number for number in numbers if number < 4]) == 2 and len(numbers) == 4
+    assert loaded(tmp_path / "out").config.n_group == 2 and logits(loaded(tmp_path / "out")).isfinite().all()
+
+
+def test_stored_types_stay(tmp_path: Path) -> None:
+    save_zoo("qwen3_moe", tmp_path / "dense")
+    loaded(tmp_path / "dense").bfloat16().save_pretrained(tmp_path / "dense")
+    text = str(text_for_calibration(tmp_path))
+    report = lc.prune_experts(tmp_path / "dense", tmp_path / "out", keep=KEEP, text=text, samples=2)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
+    assert report.bytes_after == sum(2 * value.numel() for value in tensors.values())
+
+
+@pytest.mark.slow
+def test_the_tower_of_a_model_with_images_is_pruned(tmp_path: Path) -> None:
+    dense = saved("qwen3_vl_moe", tmp_path / "dense")
+    report = lc.prune_experts(tmp_path / "dense", tmp_path / "out", keep=3, text="builtin", samples=2)
+    small = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(small) is type(dense)
+    by_hand = cut_by_hand(dense, small, kept(report))
+    assert all(torch.equal(value, by_hand[name]) for name, value in small.state_dict().items())
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "asked, sentence",
+    [
+        ({"keep": 4}, "keep is 4, where a block has 4 experts; give a share below 1, or a whole number from 1 to 3"),
+        ({"keep": 9}, "keep is 9, where a block has 4 experts"),
+        ({"keep": 0}, "keep is 0, where a block has 4 experts"),
+        ({"keep": 2.5}, r"keep is 2\.5, where a block has 4 experts"),
+        ({"keep": 1}, "each token of .* goes to 2 experts, so 1 are too few; keep at least 2"),
+        ({"keep": 3, "by": "luck"}, "by is 'luck'; choose one of reap, frequency, random"),
+        ({"keep": 3, "samples": 1}, "1 samples of text leave none to judge on; ask for at least 2"),
+    ],
+)
+def test_impossible_numbers_are_refused(asked: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    save_zoo("mixtral", tmp_path / "dense")
+    with pytest.raises(RecipeError, match=sentence):
+        lc.prune_experts(tmp_path / "dense", tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("keep", [5, 2])
+def test_groups_that_would_be_unequal_or_too_small_are_refused(keep: int, tmp_path: Path) -> None:
+    save_zoo("deepseek_v3", tmp_path / "dense", **GROUPED)
+    with pytest.raises(RecipeError, match="choose 1 of 2 groups .* keep a multiple of 2, at least 4"):
+        lc.prune_experts(tmp_path / "dense", keep=keep)
+
+
+@pytest.mark.parametrize(
+    "damage", ["fewer experts announced", "more experts announced", "an expert of another width", "no router"]
+)
+def test_damaged_mixtures_are_refused(damage: str, tmp_path: Path) -> None:
+    folder = save_zoo("mixtral", tmp_path / "model")
+    change, sentence = DAMAGES[damage]
+    change(folder)
+    with pytest.raises(InputError, match=sentence):
+        lc.prune_experts(folder, tmp_path / "out", keep=3)
+
+
+def test_models_without_experts_and_full_folders_are_refused(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "llama")
+    with pytest.raises(InputError, match=r"is no mixture of experts \(model type 'llama'\).*; choose a mixture"):
+        lc.prune_experts(tmp_path / "llama", keep=3)
+    save_zoo("mixtral", tmp_path / "mixtral")
+    with pytest.raises(DiskError, match="exists already"):
+        lc.prune_experts(tmp_path / "mixtral", tmp_path / "llama", keep=3)
