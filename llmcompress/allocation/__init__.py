@@ -1,1 +1,5 @@
-"""A size or a quality -> steps for every layer: the section `target:` of a recipe."""
+"""The choice of steps for a size or a quality: the section `target:` of a recipe.
+
+In: a job with a target. Out: a job with steps for every layer, and the prices behind the choice. Open `plan.py`
+first.
+"""

@@ -23,8 +23,7 @@ from llmcompress.methods.layer import sketch, step
 from llmcompress.methods.solvers.sparsity import kept_of
 from llmcompress.recipe.target import Target
 from llmcompress.weight.expression import bits, not_zero
-from llmcompress.weight.modules import is_plain_table
-from llmcompress.weight.rows import check_rows
+from llmcompress.weight.rows import check_rows, is_plain_table
 
 RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: the default options of linears
 LOW_RATES = (0.5, 0.65, 0.8)  # of binary factors, in bits a weight: more of them where a target is low

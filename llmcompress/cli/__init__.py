@@ -1,4 +1,7 @@
-"""The command line: commands, their options, and how they speak and end."""
+"""Commands, their options, and how they speak and end.
+
+In: words of a command line. Out: text or JSON, and an exit code. Open `app.py` first.
+"""
 
 
 def main() -> None:

@@ -1,1 +1,5 @@
-"""The job: plan, fuse, choose steps for a target, compress block by block, resume, drop blocks, sweep sizes."""
+"""A recipe laid over a model, its plan, and its run block by block.
+
+In: a recipe with steps, a dense model. Out: a compressed checkpoint and its report; an interrupted run resumes. Open
+`job.py` first, then `run.py`.
+"""

@@ -19,7 +19,7 @@ from llmcompress.models.dense.families import Architecture, architecture
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
-from llmcompress.weight.modules import row_scale
+from llmcompress.weight.rows import row_scale
 
 ALONE = {"distill": None}  # of a recipe
 

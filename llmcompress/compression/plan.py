@@ -22,9 +22,8 @@ from llmcompress.methods.layer import StepConfig, methods, sketch
 from llmcompress.models.dense.auto_class import is_causal
 from llmcompress.runtime.memory import total_memory
 from llmcompress.weight.expression import bits, describe
-from llmcompress.weight.modules import is_plain_table
 from llmcompress.weight.nodes import Weight
-from llmcompress.weight.rows import check_rows
+from llmcompress.weight.rows import check_rows, is_plain_table
 
 DENSE_SHARE = 0.25  # of the weight files: more than that is worth a line
 

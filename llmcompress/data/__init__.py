@@ -1,1 +1,4 @@
-"""Text to tokens to batches: calibration and distillation data, and text that a model writes."""
+"""Text to tokens to batches, and text that a model writes.
+
+In: files, data sets, a tokenizer. Out: token sequences, some of them held out. Open `calibration.py` first.
+"""

@@ -1,1 +1,4 @@
-"""The cost of compression: perplexity, tasks and distance to the dense model; reports, tables and plots of it."""
+"""The cost of compression: perplexity, distance to the dense model, tasks.
+
+In: models and text. Out: scores with their noise. Open `score.py` first.
+"""

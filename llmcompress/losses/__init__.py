@@ -1,4 +1,7 @@
-"""Losses of distillation, one file each. Importing this package registers them all."""
+"""Losses of distillation, one file each. Importing this package registers them all.
+
+In: logits or hidden states of student and teacher. Out: a sum and a count. Open `forward_kl.py` first.
+"""
 
 from llmcompress.losses import (
     bdkd,

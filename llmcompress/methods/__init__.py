@@ -1,4 +1,8 @@
-"""Layer -> Layer, one file each, by what they store. Importing this package registers them all."""
+"""Layer -> Layer, one file each, by what they store. Importing this package registers them all.
+
+In: a layer with its dense weight and the moments of its inputs. Out: the layer with an expression in its place. Open
+`layer.py` first, then `grids/gptq.py`.
+"""
 
 from llmcompress.methods import presume, refine, rotate
 from llmcompress.methods.binary import billm, binary_low_rank, fdb, pb_llm, planes

@@ -1,1 +1,5 @@
-"""Dense and compressed models on disk: found, opened, checked, written, and loaded by transformers and PEFT."""
+"""Dense and compressed models on disk, and how transformers and PEFT load them.
+
+In: a folder, a Hub id. Out: an opened dense model (`dense/`), a checkpoint of ours (`files/`), a model that runs
+(`transformers/`). Open `dense/model.py` first.
+"""

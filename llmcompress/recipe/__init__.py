@@ -1,1 +1,5 @@
-"""Every key that a user may write: schemas, their YAML, and what is wrong with it in words."""
+"""Every key that a recipe may have.
+
+In: YAML or plain values. Out: a checked recipe, or one sentence with the line of what is wrong. Open `compression.py`
+first.
+"""

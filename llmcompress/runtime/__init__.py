@@ -1,1 +1,4 @@
-"""The machine that a run has: device, precision, memory, random numbers, signals, versions of libraries."""
+"""The machine that a run has: device, precision, memory, load, random numbers, signals.
+
+In: nothing. Out: facts about the machine, and limits. Open `memory.py` first.
+"""

@@ -1,1 +1,5 @@
-"""Changes of a model's structure: blocks dropped, neurons and heads removed, experts pruned, merged or replaced."""
+"""Changes of a model's structure: fewer blocks, narrower layers, fewer experts.
+
+In: a model on disk, and what should go. Out: a smaller checkpoint. Open `edited_model.py` first: what every change
+writes.
+"""

@@ -247,28 +247,6 @@ class CompressedLinear(Multiplying, nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def row_scale(table: nn.Module) -> float | None:
-    """Return the factor of an embedding's rows; None if it only looks them up.
-
-    Raises TypeError for an embedding that does something else.
-    """
-    if type(table) is nn.Embedding:
-        return None
-    scale = getattr(table, "scalar_embed_scale", None)  # of Gemma and its kin
-    if not isinstance(table, nn.Embedding) or not isinstance(scale, float):
-        raise TypeError(f"a {type(table).__name__} does more than look up rows and scale them")
-    return scale
-
-
-def is_plain_table(table: nn.Module) -> bool:
-    """True if an embedding only looks up rows and scales them, so that a compressed one can take its place."""
-    try:
-        row_scale(table)
-    except TypeError:
-        return False
-    return True
-
-
 class CompressedEmbedding(Compressed, nn.Embedding):
     """Rows of a compressed table `[vocabulary, width]`; those looked up are decoded, never the whole table."""
 

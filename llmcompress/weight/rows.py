@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.errors import RecipeError
 from llmcompress.weight.encoding import Reader, pattern_tables, trellis_of
@@ -147,3 +147,25 @@ def _trellis_rows(header: dict[str, Any], stored: Tensor, chosen: Tensor) -> Ten
         state |= torch.where(wanted >= stream[:, None], held, 0)  # before a stream begins, all is 0
     numbers = table(trellis).to(chosen.device)[state & ((1 << trellis.memory) - 1)]  # [n, in, values]
     return numbers.gather(2, (chosen % trellis.values)[:, None, None].expand(-1, width, 1))[..., 0]
+
+
+def row_scale(table: nn.Module) -> float | None:
+    """Return the factor of an embedding's rows; None if it only looks them up.
+
+    Raises TypeError for an embedding that does something else.
+    """
+    if type(table) is nn.Embedding:
+        return None
+    scale = getattr(table, "scalar_embed_scale", None)  # of Gemma and its kin
+    if not isinstance(table, nn.Embedding) or not isinstance(scale, float):
+        raise TypeError(f"a {type(table).__name__} does more than look up rows and scale them")
+    return scale
+
+
+def is_plain_table(table: nn.Module) -> bool:
+    """True if an embedding only looks up rows and scales them, so that a compressed one can take its place."""
+    try:
+        row_scale(table)
+    except TypeError:
+        return False
+    return True

@@ -100,7 +100,7 @@ def papers() -> list[Paper]:
 
 
 def _place(path: Path) -> str:
-    """Return what a file is to a reader: "method gptq", "loss taid", or "module distill/run.py"."""
+    """Return what a file is to a reader: "method gptq", "loss taid", or "module distillation/run.py"."""
     parts = path.relative_to(PACKAGE).parts
     if path.stem == "__init__":
         return ""

@@ -50,12 +50,12 @@ def rename(vocabulary: dict[str, int], old: str, new: str) -> None:
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is loaded, and no process started."""
     for module, doors in {
-        "evaluate.score": ["opened"],
-        "evaluate.compare": ["opened"],
-        "evaluate.drift": ["opened"],
-        "evaluate.verify": ["opened", "load_model"],
-        "evaluate.passport": ["load_model"],
-        "evaluate.speed.measure": ["Worker"],
+        "evaluation.score": ["opened"],
+        "evaluation.compare": ["opened"],
+        "evaluation.drift": ["opened"],
+        "evaluation.verify": ["opened", "load_model"],
+        "evaluation.passport": ["load_model"],
+        "benchmark.measure": ["Worker"],
         "distill.run": ["load_pair"],
     }.items():
         for door in doors:

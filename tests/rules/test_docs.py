@@ -124,16 +124,6 @@ def test_every_node_is_explained() -> None:
     assert not [node.__name__ for node in get_args(Weight) if f"| `{node.__name__}` |" not in concepts]
 
 
-def test_moved_modules_are_there() -> None:
-    rows = re.findall(
-        r"^\| `[^|]+` \| (.+) \|$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
-    named = {name for row in rows for name in re.findall(r"`([\w.]+)(?:\.\*)?`", row)}
-    paths = {name: ROOT / "llmcompress" / Path(*name.split(".")) for name in named}
-    absent = sorted(name for name, path in paths.items() if not (path.is_dir() or path.with_suffix(".py").is_file()))
-    assert len(rows) > 50 and not absent, f"CHANGELOG.md says that modules moved to {absent}, which are not there"
-
-
 def test_generated_pages_are_current() -> None:
     from scripts.reference.pages import stale
 

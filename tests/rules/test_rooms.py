@@ -57,6 +57,19 @@ def test_every_file_has_a_room() -> None:
     assert not homeless, f"{homeless} are in no room; put each into the one whose subject it shares"
 
 
+def test_every_room_says_what_it_holds_and_contributing_lists_it() -> None:
+    """The table is made of the rooms' docstrings, from the top of the house to its foot."""
+    rows = []
+    for room in [room for room in reversed(ROOMS) if (ROOT / "llmcompress" / room).is_dir()]:
+        text = ast.get_docstring(ast.parse((ROOT / "llmcompress" / room / "__init__.py").read_text(encoding="utf-8")))
+        assert text and len(text.splitlines()) <= 10 and ".py` first" in " ".join(text.split()), (
+            f"{room}/__init__.py says what comes in, what goes out, and which file to open first, in ten lines"
+        )
+        rows.append(f"| `{room}/` | {text.splitlines()[0].rstrip('.')} |")
+    table = "\n".join(rows)
+    assert table in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), f"put this into CONTRIBUTING.md:\n{table}"
+
+
 def test_imports_go_down() -> None:
     wrong = [
         f"{module} imports {name}"

@@ -2,8 +2,8 @@
 
 `adapt` adds `B A` to the expression of every linear that the recipe names, `B [out, rank]` and `A [rank, in]` in
 bfloat16. They train like any low-rank factors, and the checkpoint holds them: it grows by the bits of the terms.
-Factors of fewer bits are rounded after training (`rounded`), to the grids of methods/low_rank.py. A is rounded per
-component, and B is then solved for the rounded A.
+Factors of fewer bits are rounded after training (`rounded`), to the grids of methods/solvers/low_rank.py. A is rounded
+per component, and B is then solved for the rounded A.
 
 A term starts at `zero`, as in LoRA, with A random and B zero, so that nothing changes before the first step; or at
 `residual`, the truncated SVD of the compressed weight's error (as in LoftQ, arXiv 2310.08659). The size of A's numbers

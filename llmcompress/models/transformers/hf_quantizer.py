@@ -38,9 +38,8 @@ from llmcompress.weight.modules import (
     compressed_modules,
     payload_texts,
     put,
-    row_scale,
 )
-from llmcompress.weight.rows import has_rows
+from llmcompress.weight.rows import has_rows, row_scale
 from llmcompress.weight.schema import LARGEST
 from llmcompress.weight.tied import add, tie
 
