@@ -56,7 +56,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
         "evaluation.verify": ["opened", "load_model"],
         "evaluation.passport": ["load_model"],
         "benchmark.measure": ["Worker"],
-        "distill.run": ["load_pair"],
+        "distillation.run": ["load_pair"],
     }.items():
         for door in doors:
             monkeypatch.setattr(
