@@ -22,7 +22,7 @@ import llmcompress.evaluation.compare
 import llmcompress.evaluation.score
 import llmcompress.pipeline.compress
 from llmcompress import errors
-from llmcompress.cli.app import app
+from llmcompress.cli.app import PANELS, app
 from llmcompress.cli.terminal import Terminal, verdict
 from llmcompress.cli.views import report_view
 from llmcompress.compression.plan import LayerPlan, Plan
@@ -508,6 +508,14 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
     shown = run(command, "--help").stdout
     assert f"Example: llmcompress {command} " in " ".join(shown.split())
     assert "--json" in shown
+
+
+def test_help_groups_commands_by_what_people_want() -> None:
+    shown = run("--help").stdout
+    places = [shown.index(f"─ {panel} ─") for panel in PANELS]
+    assert places == sorted(places) and "─ Commands ─" not in shown
+    assert {name for commands in PANELS.values() for name in commands} >= {"compress", "eval", "distill", "export"}
+    assert shown.index(" compress ") < shown.index(" plan ") < shown.index(" eval ") < shown.index(" distill ")
 
 
 def test_help_imports_nothing_heavy() -> None:
