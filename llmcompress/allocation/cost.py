@@ -2,7 +2,7 @@
 
 Terms of the time, for t probing tokens, c calibration tokens and L matrices: a pass of c, its moments, and the backward
 pass of a recipe that weighs tokens by gradient; a few rough options of every matrix; L half passes of t, and L times
-the logits of t. They were fitted to runs (`scripts/bench/estimates.py`).
+the logits of t. They were fitted to runs (`research/estimates.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Estimate of a run's peak memory, from shapes alone.
 
 The terms of the memory are those of the largest moment of a block: its weights, the moments of what its linears read,
-and the factors of the widest of them; they were fitted to measured peaks (`scripts/bench/estimates.py`).
+and the factors of the widest of them; they were fitted to measured peaks (`research/estimates.py`).
 
 On a GPU all that is in the GPU's memory. The host holds one block as it is stored, which was read ahead, where a run on
 the CPU holds the block itself.

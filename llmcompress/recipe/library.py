@@ -29,7 +29,7 @@ PROTOCOL = (
     "bpw, size and perplexity are those of SmolLM2-135M-Instruct on 8x1024 tokens of WikiText-2, after calibration on "
     "16x1024 other tokens of it for recipes that calibrate"
 )
-MEASURED = Path(__file__).with_name("measured.json")  # written by scripts/bench/measured.py
+MEASURED = Path(__file__).with_name("measured.json")  # written by research/measured.py
 
 
 @dataclass(frozen=True)

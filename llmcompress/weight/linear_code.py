@@ -8,7 +8,7 @@ The numbers are quantiles of a Gaussian, the wider the more bits there are. The 
 the equally likely parts of the Gaussian the number lies; each is the sum of a bit of the newest code, one of the oldest
 and some between. So the states that follow a state, and those that it follows, have a number in each part. All other
 sums are drawn by a hash of a seed; `SEEDS` has the best of 64 for each size, of 12 for a memory over 12
-(`scripts/bench/trellis_codes.py --find`), by the squared error on 24,000 numbers of a Gaussian. On 48,000 others it is,
+(`research/trellis_codes.py --find`), by the squared error on 24,000 numbers of a Gaussian. On 48,000 others it is,
 with a memory of 12, at 1, 1.5, 2, 2.5, 3 and 4 bits 2.5, 1.2, 0.6, 2.3, 1.4 and 1.4 % below that of as many numbers as
 there are states; with a memory of 14 it is from 1.3 % below to 1.9 % above it.
 """

@@ -1,4 +1,4 @@
-"""A small share of `scripts/bench/reliability.py`: kills, faults, damage and hostile input, from other seeds."""
+"""A small share of `research/reliability.py`: kills, faults, damage and hostile input, from other seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.rules.source_tree import ROOT
 @pytest.mark.skipif(sys.platform != "linux", reason="trials are forks")
 def test_nothing_is_lost_mixed_or_let_in() -> None:
     counts = ["--kills", "10", "--faults", "6", "--mutations", "30", "--inputs", "20", "--seed", "7000"]
-    words = [sys.executable, str(ROOT / "scripts" / "bench" / "reliability.py"), *counts]
+    words = [sys.executable, str(ROOT / "research" / "reliability.py"), *counts]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"
     assert "| killed |" in done.stdout and "| hostile |" in done.stdout
@@ -23,7 +23,7 @@ def test_nothing_is_lost_mixed_or_let_in() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="its limit of memory is that of Linux")
 def test_readers_take_whatever_they_are_fed() -> None:
-    words = [sys.executable, str(ROOT / "scripts" / "bench" / "fuzz.py"), "--inputs", "2000", "--seed", "900000"]
+    words = [sys.executable, str(ROOT / "research" / "fuzz.py"), "--inputs", "2000", "--seed", "900000"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"
     assert done.stdout.count("refused") == 5

@@ -15,7 +15,7 @@ RECORDS = {record["arm"]: record["numbers"] for record in tables.current("suppor
 
 
 def test_every_family_has_a_row() -> None:
-    assert set(RECORDS) == set(EVERY), "run scripts/bench/families.py FAMILY --jsonl docs/results/support.jsonl"
+    assert set(RECORDS) == set(EVERY), "run research/families.py FAMILY --jsonl docs/results/support.jsonl"
     assert set(FAMILIES) | set(MIXTURES) <= set(EVERY)
 
 

@@ -108,7 +108,7 @@ def test_the_list_says_what_was_measured_and_what_was_not() -> None:
 
 def test_measured_numbers_are_those_of_the_records() -> None:
     found = measured.content(read_records(measured.RECORDS))
-    assert room.MEASURED.read_text(encoding="utf-8") == found, "run scripts/bench/measured.py"
+    assert room.MEASURED.read_text(encoding="utf-8") == found, "run research/measured.py"
 
 
 def test_only_what_was_measured_alike_counts_and_the_later_run() -> None:

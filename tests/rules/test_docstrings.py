@@ -11,7 +11,7 @@ from tests.rules.source_tree import ROOT, modules, read
 
 CLAUSE = re.compile(r"(What|Which|Whether|Where|How|Who|When|Why)\b")
 FUNCTIONS = [name for name in lc.__all__ if inspect.isroutine(getattr(lc, name))]
-PLACES = ("scripts", "tests", "examples")
+PLACES = ("scripts", "research", "tests", "examples")
 
 
 def test_no_docstring_begins_with_a_clause() -> None:

@@ -35,7 +35,7 @@ def _document() -> str:
 
 def test_tables_are_those_of_the_records() -> None:
     text = _document()
-    assert tables.rewritten(text, tables.all_records()) == text, "run scripts/bench/tables.py"
+    assert tables.rewritten(text, tables.all_records()) == text, "run research/tables.py"
 
 
 def test_every_record_is_shown() -> None:
@@ -51,7 +51,7 @@ def test_no_table_is_written_by_hand() -> None:
 
 def test_every_recipe_has_a_record() -> None:
     measured = {record.get("recipe") for record in RECORDS}
-    assert RECIPES - measured == PENDING, "measure a new recipe by scripts/bench/rows.py; take measured ones out"
+    assert RECIPES - measured == PENDING, "measure a new recipe by research/rows.py; take measured ones out"
 
 
 def test_records_say_how_they_were_made() -> None:
@@ -83,15 +83,13 @@ def test_records_say_whether_their_recipe_has_changed() -> None:
 def test_records_of_methods_are_calibrated_as_their_recipe_asks() -> None:
     """The command gives every recipe one text, but for those that ask for none; a run without has no held-out error."""
     wrong = [_name(record) for record in RECORDS if record["table"] == "methods" and not _is_calibrated_alike(record)]
-    assert not wrong, f"{wrong}: measure them by scripts/bench/rows.py as the others"
+    assert not wrong, f"{wrong}: measure them by research/rows.py as the others"
 
 
 def _is_calibrated_alike(record: dict[str, Any]) -> bool:
     name, command = record["recipe"], record["command"]
     asks = name != "dense" and read_recipe(recipe_path(name)).calibration is not None
-    as_all = command.startswith("python scripts/bench/rows.py --data DATA --windows 8 ") and command.endswith(
-        f" {name}"
-    )
+    as_all = command.startswith("python research/rows.py --data DATA --windows 8 ") and command.endswith(f" {name}")
     text = record["calibration"] == (calibration(Path()) if asks else None)
     return as_all is not None and text and (record["numbers"].get("error_heldout") is not None) == asks
 

@@ -1,6 +1,6 @@
 """A mixture that has learned something: which ways of saving experts keep what it knows, on text it has not seen.
 
-Only orders that are far from the noise between seeds are held on to; `scripts/bench/experts.py` has the numbers.
+Only orders that are far from the noise between seeds are held on to; `research/experts.py` has the numbers.
 """
 
 from __future__ import annotations
