@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.compression.result import Result as Result
     from llmcompress.distillation.run import distill as distill
     from llmcompress.errors import LLMCompressError as LLMCompressError
+    from llmcompress.evaluation.adapter_transfer import passport as passport
     from llmcompress.evaluation.compare import compare as compare
     from llmcompress.evaluation.drift import drift as drift
-    from llmcompress.evaluation.passport import passport as passport
     from llmcompress.evaluation.protocol import Protocol as Protocol
     from llmcompress.evaluation.score import score as score
     from llmcompress.evaluation.verify import verify as verify
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.recipe.compression import Rule as Rule
     from llmcompress.reporting.report import Report as Report
     from llmcompress.reporting.report import read as read
-    from llmcompress.surgery.depth.damage import least_damage as least_damage
+    from llmcompress.surgery.depth.block_search import least_damage as least_damage
     from llmcompress.surgery.depth.drop import drop_blocks as drop_blocks
     from llmcompress.surgery.depth.similarity import alike_blocks as alike_blocks
     from llmcompress.surgery.experts.condense import condense_experts as condense_experts
@@ -81,10 +81,10 @@ _HOMES = {
     "drop_blocks": "surgery.depth.drop",
     "export": "formats.formats",
     "fold": "models.transformers.lora",
-    "least_damage": "surgery.depth.damage",
+    "least_damage": "surgery.depth.block_search",
     "merge_experts": "surgery.experts.merge",
     "narrow": "surgery.width.narrow",
-    "passport": "evaluation.passport",
+    "passport": "evaluation.adapter_transfer",
     "plain_head": "models.transformers.lora",
     "plan": "pipeline.compress",
     "prune_experts": "surgery.experts.prune",

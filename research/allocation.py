@@ -30,8 +30,8 @@ import yaml
 from rows import calibration
 from scipy.stats import spearmanr
 
+from llmcompress.allocation.allocate import Allocation, allocate, target_of
 from llmcompress.allocation.baselines import er_plan, random_plan, uniform_plan
-from llmcompress.allocation.plan import Allocation, allocate, target_of
 from llmcompress.allocation.price_file import allocate_by
 from llmcompress.allocation.prices import damage
 from llmcompress.allocation.sensitivity import DensePredictions, in_parts

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.batch import Batch
-from llmcompress.distillation import begin
+from llmcompress.distillation import setup
 from llmcompress.distillation.objective.chunked_loss import Online
 from llmcompress.distillation.teacher.predictions import ReadsAlong
 from llmcompress.losses.loss import Predictions, Reads
@@ -103,5 +103,5 @@ def beside(second: str | Path | None, device: str = "cpu") -> Iterator[None]:
             return BesideItsPast(teacher, student)
         return BesideAnother((teacher, load_model(locate(second), device).requires_grad_(False)))
 
-    with mock.patch.object(begin, "_teaching", teaching):
+    with mock.patch.object(setup, "_teaching", teaching):
         yield

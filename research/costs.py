@@ -32,7 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
 RUN = """
 import json, sys
 import llmcompress as lc
-from llmcompress.allocation.plan import allocate
+from llmcompress.allocation.allocate import allocate
 from llmcompress.compression.job import prepare
 from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import read_recipe

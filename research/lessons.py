@@ -51,7 +51,7 @@ from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import load_model
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.checkpoint import read_json
-from llmcompress.models.files.own_sizes import is_dense
+from llmcompress.models.files.per_block_widths import is_dense
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.surgery.depth.drop import drop_blocks
 

@@ -15,8 +15,8 @@ from math import prod
 from typing import Any
 
 from llmcompress.allocation.distortion import Steps
-from llmcompress.allocation.engines import check_rules, options_for
 from llmcompress.allocation.sizes import bytes_around, payload_bytes
+from llmcompress.allocation.target_formats import check_rules, options_for
 from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError, listed
 from llmcompress.methods.layer import sketch, step

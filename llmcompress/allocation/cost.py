@@ -17,6 +17,7 @@ from llmcompress.allocation.prices import middle_of, needs_of, run_on, sequences
 from llmcompress.allocation.sensitivity import WINDOW, WINDOWS
 from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import peak_bytes, width_of
+from llmcompress.compression.step_timing import Trial, speed
 from llmcompress.compression.time_estimate import (
     FORWARD_SHARE,
     READ,
@@ -28,7 +29,6 @@ from llmcompress.compression.time_estimate import (
     token_shares,
     weights_of,
 )
-from llmcompress.compression.trials import Trial, speed
 from llmcompress.data.calibration import held_out_count
 from llmcompress.methods.layer import MANY, SAMPLED
 from llmcompress.recipe.calibration import Calibration

@@ -12,9 +12,9 @@ from dataclasses import replace
 from itertools import pairwise
 from math import prod
 
+from llmcompress.allocation.allocate import reachable, target_of, text_of, with_steps
 from llmcompress.allocation.choices import Choices, Matrix
 from llmcompress.allocation.cost import pricing_bytes, pricing_seconds, probing_tokens
-from llmcompress.allocation.plan import reachable, target_of, text_of, with_steps
 from llmcompress.compression.job import Job
 from llmcompress.compression.plan import Plan, plan_of
 from llmcompress.compression.time_estimate import seconds

@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-from llmcompress.allocation.choices import Choices, goes_low
-from llmcompress.allocation.parts import Part, discard_parts, part_store, read_parts
-from llmcompress.allocation.plan import (
+from llmcompress.allocation.allocate import (
     Allocation,
     PriceList,
     price,
@@ -23,6 +21,8 @@ from llmcompress.allocation.plan import (
     reachable,
     target_of,
 )
+from llmcompress.allocation.choices import Choices, goes_low
+from llmcompress.allocation.price_shards import Part, discard_parts, part_store, read_parts
 from llmcompress.allocation.prices import Measurements, Priced, listed, measured
 from llmcompress.allocation.sensitivity import DensePredictions, in_parts, probe_windows
 from llmcompress.calibration.walk import Progress

@@ -26,7 +26,7 @@ from llmcompress.models.dense.vocabulary import check_vocabularies
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import read_json
 from llmcompress.models.files.integrity import MENDING
-from llmcompress.models.files.own_sizes import is_dense
+from llmcompress.models.files.per_block_widths import is_dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llmcompress.benchmark.engine import load, prepare
 from llmcompress.benchmark.resident import resident_memory, restart_peak
+from llmcompress.benchmark.runners import load, prepare
 from llmcompress.errors import LLMCompressError, MemoryLimitError, is_out_of_memory
 from llmcompress.runtime.memory import peak_memory
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmcompress.calibration.blocks import BlockForward, RowBatch, for_products
 from llmcompress.calibration.gradients import Importance
 from llmcompress.calibration.ranks import added
-from llmcompress.calibration.starved import lacking, read_all, routed
+from llmcompress.calibration.rare_experts import lacking, read_all, routed
 from llmcompress.calibration.token_weights import AttentionUnknownError, token_weights
 from llmcompress.methods.moments import Moments, RunningMoments, capped_weights
 from llmcompress.models.dense.families import BlockLayout

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibration.ahead import reading_ahead
+from llmcompress.calibration.block_calls import embed, head_inputs
 from llmcompress.calibration.blocks import (
     TOKENS_PER_BATCH,
     BlockForward,
@@ -42,8 +42,8 @@ from llmcompress.calibration.gather import (
     wanted_of,
 )
 from llmcompress.calibration.gradients import Importance
+from llmcompress.calibration.prefetch import reading_ahead
 from llmcompress.calibration.ranks import added
-from llmcompress.calibration.recording import embed, head_inputs
 from llmcompress.errors import InputError
 from llmcompress.methods.moments import Moments, RunningMoments
 from llmcompress.models.dense.families import Architecture, Linear

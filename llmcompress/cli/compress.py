@@ -61,7 +61,7 @@ def compress(
     Example: llmcompress compress smollm2 --size 40MB -o small
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.allocation.parts import Part
+        from llmcompress.allocation.price_shards import Part
         from llmcompress.errors import GateError
         from llmcompress.pipeline import compress as pipeline
         from llmcompress.reporting.report import gathered

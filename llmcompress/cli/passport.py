@@ -32,8 +32,8 @@ def passport(
     Example: llmcompress passport small my-lora --against smollm2 --text mine.txt
     """
     with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.evaluation.passport import passport as run
-        from llmcompress.evaluation.passport import save_passport
+        from llmcompress.evaluation.adapter_transfer import passport as run
+        from llmcompress.evaluation.adapter_transfer import save_passport
         from llmcompress.evaluation.protocol import Protocol
 
         found = run(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llmcompress.reporting.formatting import aim, byte_count, duration
-from llmcompress.reporting.gates import GateReport
+from llmcompress.reporting.quality_limits import GateReport
 from llmcompress.reporting.tables import (
     CHANGE_HEADINGS,
     Row,

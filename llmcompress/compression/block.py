@@ -18,7 +18,7 @@ from llmcompress.calibration.walk import Block, InputGroup
 from llmcompress.compression.fuse.awq import Balanced, balance
 from llmcompress.compression.job import Job
 from llmcompress.compression.journal import Entry
-from llmcompress.compression.shares import solved
+from llmcompress.compression.parallel_layers import solved
 from llmcompress.compression.tied_layer import tied_layers
 from llmcompress.distillation.blockwise.tune import Tune
 from llmcompress.methods.layer import StepConfig

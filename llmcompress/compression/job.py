@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from llmcompress.calibration.rehearsal import rehearsed
+from llmcompress.calibration.dry_run import rehearsed
 from llmcompress.compression.fuse.awq import check_awq
 from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.compression.ties import Tied, ties_of

@@ -17,8 +17,8 @@ from llmcompress.calibration.gradients import TOKENS
 from llmcompress.models.dense.families import Architecture, BlockLayout
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.recipe.compression import Recipe
-from llmcompress.reporting.gates import TOKENS as GATE_TOKENS
-from llmcompress.reporting.gates import WINDOW
+from llmcompress.reporting.quality_limits import TOKENS as GATE_TOKENS
+from llmcompress.reporting.quality_limits import WINDOW
 from llmcompress.runtime.memory import total_memory
 
 LIBRARIES = 560_000_000  # bytes that torch and transformers take before any work

@@ -19,17 +19,17 @@ from pathlib import Path
 from llmcompress.calibration.ranks import own_share
 from llmcompress.calibration.walk import Block, Progress, walk
 from llmcompress.compression.block import CompressionState, common_of, compress_block, restore
-from llmcompress.compression.books import Books, identity_of
 from llmcompress.compression.importance import importance_of
 from llmcompress.compression.job import Job
 from llmcompress.compression.plan import check_memory, plan_of
 from llmcompress.compression.result import Result
+from llmcompress.compression.run_files import Books, identity_of
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.distillation.blockwise.tune import tuner
 from llmcompress.errors import NumericsError, RecipeError, listed
 from llmcompress.methods.solvers.stream_search import searched_there
 from llmcompress.models.dense.auto_class import auto_name
-from llmcompress.reporting.gates import pending
+from llmcompress.reporting.quality_limits import pending
 from llmcompress.reporting.report import Report
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.load import SlowBlocks

@@ -19,7 +19,7 @@ import torch
 from llmcompress.compression.fuse.awq import EXPONENTS
 from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import by_gradient, gate_tokens
-from llmcompress.compression.trials import Steps, Trial, busy, paces, speed
+from llmcompress.compression.step_timing import Steps, Trial, busy, paces, speed
 from llmcompress.methods.layer import MANY, SAMPLED
 from llmcompress.models.dense.families import BlockLayout
 from llmcompress.recipe.compression import Recipe

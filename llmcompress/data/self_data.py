@@ -31,8 +31,8 @@ from llmcompress.models.dense.digest import teacher_digest
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import load_model
 from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.models.files.atomic_write import sync
 from llmcompress.models.files.file_names import check_name
-from llmcompress.models.files.replace import sync
 from llmcompress.models.files.staging import locked
 from llmcompress.models.files.store import Store
 from llmcompress.runtime.precision import product_dtype

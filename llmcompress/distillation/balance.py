@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from llmcompress.data.batch import Batch
 from llmcompress.distillation.metrics import term_names
-from llmcompress.distillation.parallel.engine import Engine
+from llmcompress.distillation.parallel.strategy import Engine
 from llmcompress.recipe.distillation import Term
 
 if TYPE_CHECKING:

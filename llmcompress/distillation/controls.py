@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from llmcompress.distillation.begin import DistillationJob, learned_from, load_pair, taught
 from llmcompress.distillation.context import Report
 from llmcompress.distillation.metrics import Metrics
 from llmcompress.distillation.resume import METRICS
+from llmcompress.distillation.setup import DistillationJob, learned_from, load_pair, taught
 from llmcompress.errors import NumericsError
 from llmcompress.recipe.distillation import CONTROLS, Control, Distillation, Teacher
 

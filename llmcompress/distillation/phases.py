@@ -17,8 +17,8 @@ from llmcompress.data.batch import Batch
 from llmcompress.distillation.blockwise.walk import recover_blocks
 from llmcompress.distillation.context import Report, TrainContext
 from llmcompress.distillation.held_out import evaluate_held_out
+from llmcompress.distillation.parallel.fsdp_shards import shrink
 from llmcompress.distillation.parallel.launch import is_given
-from llmcompress.distillation.parallel.shares import shrink
 from llmcompress.distillation.student.learned_masks import learned_masks
 from llmcompress.distillation.student.low_rank import adapt, rounded, teachers_weights
 from llmcompress.distillation.student.model import check_latents, relaxed_student

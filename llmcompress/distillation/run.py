@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from llmcompress.data.distillation import Data, read_data
-from llmcompress.distillation.begin import DistillationJob, check_outputs, learned_from, load_pair, taught
 from llmcompress.distillation.check_fused import check_fused, fused_into
 from llmcompress.distillation.context import Report, TrainContext
 from llmcompress.distillation.controls import measured_controls
@@ -28,9 +27,10 @@ from llmcompress.distillation.parallel.launch import is_given, launched_accelera
 from llmcompress.distillation.phases import Learned, lacking
 from llmcompress.distillation.ready import memory_advice
 from llmcompress.distillation.resume import METRICS
+from llmcompress.distillation.setup import DistillationJob, check_outputs, learned_from, load_pair, taught
 from llmcompress.distillation.student.folder import StudentFolder, open_folder
+from llmcompress.distillation.teacher.cached import remove_cache
 from llmcompress.distillation.teacher.quantized import check_teacher, without_remarks
-from llmcompress.distillation.teacher.remembered import remove_cache
 from llmcompress.models.dense.companions import Companions, companions
 from llmcompress.models.dense.digest import content_digest, teacher_digest, tokenizer_digest
 from llmcompress.models.dense.locate import Place, locate
@@ -38,8 +38,8 @@ from llmcompress.models.dense.remote_code import code_files
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.dense.vocabulary import check_vocabularies
 from llmcompress.models.files import file_names
-from llmcompress.models.files.binding import binding
 from llmcompress.models.files.checkpoint import making
+from llmcompress.models.files.checkpoint_identity import binding
 from llmcompress.models.files.staging import check_output, claim, locked
 from llmcompress.models.files.store import Store
 from llmcompress.models.files.written import check_written
@@ -47,8 +47,8 @@ from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.published import published
 from llmcompress.recipe.read import dump, read_as
 from llmcompress.reporting import report as reports
-from llmcompress.reporting.gates import GateReport, of_numbers
 from llmcompress.reporting.plots import distillation_png
+from llmcompress.reporting.quality_limits import GateReport, of_numbers
 from llmcompress.runtime.memory import keeping_freed_memory
 from llmcompress.runtime.notebook import counted
 from llmcompress.runtime.precision import fast_float32

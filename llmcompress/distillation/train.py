@@ -34,8 +34,8 @@ from llmcompress.distillation.objective.hidden_states import StateMatching
 from llmcompress.distillation.objective.module import Objective
 from llmcompress.distillation.on_policy import own_words, window
 from llmcompress.distillation.optimizers import optimizer_of
-from llmcompress.distillation.parallel.engine import Engine, held_decoded
 from llmcompress.distillation.parallel.launch import is_given
+from llmcompress.distillation.parallel.strategy import Engine, held_decoded
 from llmcompress.distillation.resume import Progress, Saving
 from llmcompress.errors import NumericsError, Terminated
 from llmcompress.runtime.signals import stop_requests

@@ -28,7 +28,7 @@ from llmcompress.models.dense.vocabulary import check_vocabularies
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file, read_json, writing
 from llmcompress.models.files.fits import check_fits
-from llmcompress.models.files.own_sizes import is_dense
+from llmcompress.models.files.per_block_widths import is_dense
 from llmcompress.models.files.staging import check_output
 from llmcompress.reporting import report as reports
 from llmcompress.runtime.notebook import named

@@ -27,10 +27,10 @@ from llmcompress.models.dense.companions import copy_companions
 from llmcompress.models.dense.skeleton import transposed_linears
 from llmcompress.models.files.checkpoint import writing
 from llmcompress.models.files.compressed import Opened
-from llmcompress.weight.engines import compressed_tensors_obstacle, float_format, integer_bits
 from llmcompress.weight.expression import dense, float_steps
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Grid, Minifloat, Weight
+from llmcompress.weight.runtime_formats import compressed_tensors_obstacle, float_format, integer_bits
 
 HEAD = "lm_head"  # which engines do not look for in the format
 TENSOR_SCALE = "tensor_scale"  # in the payload of a layer

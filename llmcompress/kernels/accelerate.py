@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llmcompress.errors import RecipeError
 from llmcompress.kernels import ops
 from llmcompress.kernels.cpu.lookup import rows_of
-from llmcompress.kernels.cpu.run import FEW, MODES, Mode, product
+from llmcompress.kernels.cpu.matmul import FEW, MODES, Mode, product
 from llmcompress.weight.modules import CompressedEmbedding, Multiplying, multiplying
 
 SWITCH = "LLMCOMPRESS_FAST"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from llmcompress.kernels.cpu.matmul import MODES, Mode, product
 from llmcompress.kernels.cpu.prepare import Prepared, prepare, supported
-from llmcompress.kernels.cpu.run import MODES, Mode, product
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import describe

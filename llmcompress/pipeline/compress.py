@@ -18,16 +18,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmcompress.allocation.allocate import Allocation, allocate
 from llmcompress.allocation.forecast import forecast
-from llmcompress.allocation.parts import Part
-from llmcompress.allocation.plan import Allocation, allocate
 from llmcompress.allocation.price_file import allocate_by, discard_prices, measure_part
+from llmcompress.allocation.price_shards import Part
 from llmcompress.compression import run
-from llmcompress.compression.books import is_complete
 from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.plan import Plan, plan_of
 from llmcompress.compression.result import Result
 from llmcompress.compression.run import Progress
+from llmcompress.compression.run_files import is_complete
 from llmcompress.compression.time_estimate import seconds
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.models.dense.companions import companions

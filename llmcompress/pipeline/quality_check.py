@@ -16,7 +16,7 @@ from time import monotonic
 
 from torch import Tensor
 
-from llmcompress.allocation.plan import Allocation, choose
+from llmcompress.allocation.allocate import Allocation, choose
 from llmcompress.allocation.prices import damage
 from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import gate_bytes
@@ -32,7 +32,7 @@ from llmcompress.models.files.file_names import REPORT
 from llmcompress.models.files.staging import megabytes
 from llmcompress.recipe.target import Target
 from llmcompress.reporting import report as reports
-from llmcompress.reporting.gates import TOKENS, WINDOW, GateReport, of_numbers, pending
+from llmcompress.reporting.quality_limits import TOKENS, WINDOW, GateReport, of_numbers, pending
 from llmcompress.reporting.report import Report
 from llmcompress.runtime.memory import peak_memory, total_memory
 from llmcompress.runtime.ranks import ALONE, Ranks

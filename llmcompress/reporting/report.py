@@ -12,7 +12,7 @@ from typing import Any
 from llmcompress.errors import InputError
 from llmcompress.models.files.checkpoint import read_json
 from llmcompress.models.files.file_names import ALLOCATION, DISTILLATION, REPORT
-from llmcompress.reporting.gates import GateReport
+from llmcompress.reporting.quality_limits import GateReport
 
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 

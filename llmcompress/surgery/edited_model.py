@@ -24,7 +24,7 @@ from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import config_errors, dense_skeleton, reason
 from llmcompress.models.dense.stored_names import hub_names
 from llmcompress.models.files.checkpoint import PART, Writer
-from llmcompress.models.files.merge import shards
+from llmcompress.models.files.shard_writer import shards
 from llmcompress.models.transformers.hf_quantizer import resize, table_entry
 
 if TYPE_CHECKING:

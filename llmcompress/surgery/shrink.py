@@ -13,12 +13,12 @@ from llmcompress.distillation.student.folder import CompressedStudent
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.files import file_names
-from llmcompress.models.files.binding import binding
 from llmcompress.models.files.checkpoint import writing
+from llmcompress.models.files.checkpoint_identity import binding
 from llmcompress.models.files.compressed import Opened
 from llmcompress.models.files.written import check_written
 from llmcompress.reporting import report as reports
-from llmcompress.reporting.gates import pending
+from llmcompress.reporting.quality_limits import pending
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.leading import leading
 from llmcompress.weight.modules import CompressedLinear

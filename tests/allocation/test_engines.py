@@ -11,7 +11,7 @@ import torch
 
 import llmcompress as lc
 from llmcompress.allocation.choices import choices
-from llmcompress.allocation.engines import default_options, options_for
+from llmcompress.allocation.target_formats import default_options, options_for
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
 from llmcompress.formats.formats import export
@@ -23,7 +23,7 @@ from llmcompress.recipe.overrides import Change
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Engine, Target
 from llmcompress.reporting.formatting import aim
-from llmcompress.weight.engines import ENGINES, compressed_tensors_obstacle, vllm_obstacle
+from llmcompress.weight.runtime_formats import ENGINES, compressed_tensors_obstacle, vllm_obstacle
 from tests.builders import gaussian, grid, layer, minifloat
 from tests.tiny import save_tiny
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmcompress.allocation.allocate import PriceList, choose, damage, price, priced_tokens, reachable
 from llmcompress.allocation.choices import Choices, Matrix
 from llmcompress.allocation.distortion import error, families
-from llmcompress.allocation.plan import PriceList, choose, damage, price, priced_tokens, reachable
 from llmcompress.allocation.prices import Offer, Priced
 from llmcompress.allocation.sizes import payload_bytes
 from llmcompress.compression import run

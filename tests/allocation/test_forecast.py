@@ -16,7 +16,7 @@ from llmcompress.allocation.forecast import evenly
 from llmcompress.cli.app import app
 from llmcompress.compression import time_estimate
 from llmcompress.compression.job import prepare
-from llmcompress.compression.trials import Pace
+from llmcompress.compression.step_timing import Pace
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.models.files.file_names import RECIPE

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import llmcompress as lc
+from llmcompress.allocation.allocate import reachable
 from llmcompress.allocation.choices import LOW_RATES, RATES, choices, goes_low
 from llmcompress.allocation.distortion import changed, error, families, interpolated, rough, run_of, sampled
-from llmcompress.allocation.plan import reachable
 from llmcompress.allocation.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, probe_windows
 from llmcompress.allocation.sizes import payload_bytes
 from llmcompress.calibration.walk import walk

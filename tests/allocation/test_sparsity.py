@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 import llmcompress as lc
+from llmcompress.allocation.allocate import Allocation, allocate, damage
 from llmcompress.allocation.baselines import er_plan, uniform_plan
 from llmcompress.allocation.distortion import NOISE, families, noisy
-from llmcompress.allocation.plan import Allocation, allocate, damage
 from llmcompress.cli.app import app
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare

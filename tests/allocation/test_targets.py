@@ -16,8 +16,8 @@ from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 import llmcompress as lc
+from llmcompress.allocation.allocate import Allocation, allocate, choose, reachable
 from llmcompress.allocation.baselines import random_plan, uniform_plan
-from llmcompress.allocation.plan import Allocation, allocate, choose, reachable
 from llmcompress.allocation.prices import Priced, damage
 from llmcompress.cli.app import app
 from llmcompress.compression import run
@@ -336,13 +336,13 @@ def test_what_cannot_be_is_said_before_anything_is_measured(
     def never(*given: Any, **named: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("llmcompress.allocation.plan.Probe", never)
+    monkeypatch.setattr("llmcompress.allocation.allocate.Probe", never)
     with pytest.raises(LLMCompressError, match=complaint):
         act(place)
 
 
 def test_a_model_larger_than_the_machine_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmcompress.allocation.plan.total_memory", lambda: 100_000)
+    monkeypatch.setattr("llmcompress.allocation.allocate.total_memory", lambda: 100_000)
     with pytest.raises(MemoryLimitError, match=r"a target of .* takes about \d+\.\d MB, and this machine has 0.1 MB"):
         allocated(place, {"bpw": 3})
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-import llmcompress.benchmark.engine
+import llmcompress.benchmark.runners
 from llmcompress.benchmark.candidate import Candidate
-from llmcompress.benchmark.engine import _llama_turn
 from llmcompress.benchmark.generation import generate
 from llmcompress.benchmark.measure import Seat, take_turns
 from llmcompress.benchmark.process import Worker
 from llmcompress.benchmark.protocol import WARM_UP, SpeedProtocol, parse_threads
+from llmcompress.benchmark.runners import _llama_turn
 from llmcompress.benchmark.summary import NO_PEAK, summary
 from llmcompress.benchmark.worker import answers
 from llmcompress.errors import InputError, LLMCompressError, MemoryLimitError, RecipeError
@@ -153,7 +153,7 @@ def test_an_error_is_the_last_answer(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(size: int) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(llmcompress.benchmark.engine, "ReadBuffer", full)
+    monkeypatch.setattr(llmcompress.benchmark.runners, "ReadBuffer", full)
     [answer] = answers([{"engine": "memory", "name": "the buffer", "bytes": 1}])
     assert (answer["error"], answer["message"]) == ("MemoryLimitError", "there is not enough memory for the buffer")
 

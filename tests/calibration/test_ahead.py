@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.ahead import Ahead, reading_ahead
+from llmcompress.calibration.prefetch import Ahead, reading_ahead
 from llmcompress.calibration.walk import walk
 from llmcompress.compression.job import prepare
 from llmcompress.compression.memory_estimate import LIBRARIES

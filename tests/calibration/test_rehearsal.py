@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.calibration import rehearsal
-from llmcompress.calibration.rehearsal import rehearsed
+from llmcompress.calibration import dry_run as rehearsal
+from llmcompress.calibration.dry_run import rehearsed
 from llmcompress.calibration.walk import walk
 from llmcompress.errors import InputError
 from llmcompress.models.dense.families import Architecture, architecture

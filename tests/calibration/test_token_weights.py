@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import llmcompress as lc
+from llmcompress.calibration.block_calls import embed
 from llmcompress.calibration.blocks import BlockForward, in_batches, load
-from llmcompress.calibration.recording import embed
 from llmcompress.calibration.token_weights import QUERIES, AttentionUnknownError, received_attention, scaled
 from llmcompress.calibration.walk import Block, InputGroup, walk
 from llmcompress.data.calibration import calibration_tokens

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from llmcompress.calibration.block_calls import _record, _Tape, embed
 from llmcompress.calibration.blocks import BlockForward, Call, Calls, RowBatch
-from llmcompress.calibration.recording import _record, _Tape, embed
 from llmcompress.calibration.walk import Block, walk
 from llmcompress.compression.block import swap
 from llmcompress.errors import InputError, NumericsError

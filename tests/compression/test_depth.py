@@ -23,8 +23,8 @@ from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import load_model
 from llmcompress.models.files.kept_blocks import KEPT
+from llmcompress.surgery.depth.block_search import damages, runs_of, searched
 from llmcompress.surgery.depth.choose import chosen_blocks
-from llmcompress.surgery.depth.damage import damages, runs_of, searched
 from llmcompress.surgery.depth.similarity import run_cosines
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.allocation.plan import allocate, choose, damage
+from llmcompress.allocation.allocate import allocate, choose, damage
 from llmcompress.cli.app import app
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare
@@ -29,10 +29,10 @@ from llmcompress.evaluation.verify import verify
 from llmcompress.formats.hub import _card, _proof, push
 from llmcompress.models.dense.model import resolve
 from llmcompress.pipeline import compress as pipeline
-from llmcompress.pipeline import quality_check as gate
+from llmcompress.pipeline import quality_check
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Target
-from llmcompress.reporting.gates import GateReport
+from llmcompress.reporting.quality_limits import GateReport
 from llmcompress.reporting.report import read
 from llmcompress.runtime.ranks import Ranks
 from tests.lockstep import in_lockstep
@@ -111,7 +111,7 @@ def test_asked_again_it_says_the_same_and_other_gates_judge_it_anew(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("what is known is neither made nor measured again")
 
-    monkeypatch.setattr(gate, "measure", never)
+    monkeypatch.setattr(quality_check, "measure", never)
     monkeypatch.setattr(run, "compress", never)
     with pytest.raises(GateError) as again:
         lc.compress(place / "dense", recipe(place), folder)
@@ -151,7 +151,7 @@ def test_it_is_what_eval_measures_on_the_same_tokens(family: str, place: Path, t
     report = lc.compress(dense, recipe(place, rules=rules, **EDITED[family]), tmp_path / "out").report
     tokens = prepare(resolve(str(dense)), read_recipe(recipe(place))).tokens
     assert tokens is not None and report.gates is not None
-    read_there = gate.gate_windows(tokens.sequences[-tokens.held_out :])
+    read_there = quality_check.gate_windows(tokens.sequences[-tokens.held_out :])
     text = tiny_tokenizer().decode(read_there.flatten())
     found = lc.score(tmp_path / "out", lc.Protocol(text=text, windows=4, length=48), against=str(dense))
     alone = lc.score(dense, lc.Protocol(text=text, windows=4, length=48))
@@ -162,9 +162,9 @@ def test_it_is_what_eval_measures_on_the_same_tokens(family: str, place: Path, t
 
 def test_windows_are_whole_and_few() -> None:
     held_out = torch.arange(6 * 1100).reshape(6, 1100)
-    windows = gate.gate_windows(held_out)
+    windows = quality_check.gate_windows(held_out)
     assert windows.shape == (8, 256) and windows[4].tolist() == list(range(1100, 1356)), "four of each sequence"
-    assert gate.gate_windows(held_out[:, :40]).shape == (6, 40)
+    assert quality_check.gate_windows(held_out[:, :40]).shape == (6, 40)
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_processes_share_the_windows_where_all_see_the_model(count: int, place: 
     run.compress(job, tmp_path / "out")
     for name in ("again", "once"):
         shutil.copytree(tmp_path / "out", tmp_path / name)
-    alone = gate.judge(job, tmp_path / "out", "cpu").gates
+    alone = quality_check.judge(job, tmp_path / "out", "cpu").gates
     assert alone is not None and alone.kl is not None and alone.held is False
     read_by: dict[Path, list[int]] = {}
 
@@ -280,7 +280,7 @@ def test_processes_share_the_windows_where_all_see_the_model(count: int, place: 
         def told(*_: int) -> None:
             read_by.setdefault(folder, []).append(ranks.rank)
 
-        return gate.judge(job, folder, "cpu", told, ranks=ranks).gates
+        return quality_check.judge(job, folder, "cpu", told, ranks=ranks).gates
 
     shared = in_lockstep(count, lambda ranks: judged(ranks, tmp_path / "again"))
     assert shared == [alone] * count
@@ -294,7 +294,9 @@ def test_what_one_process_cannot_read_all_leave_unmeasured(place: Path, tmp_path
     run.compress(job, tmp_path / "out")
     shutil.copytree(tmp_path / "out", tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"no header")
-    found = in_lockstep(2, lambda r: gate.judge(job, tmp_path / ("damaged" if r.rank else "out"), "cpu", ranks=r).gates)
+    found = in_lockstep(
+        2, lambda r: quality_check.judge(job, tmp_path / ("damaged" if r.rank else "out"), "cpu", ranks=r).gates
+    )
     assert found[0] == found[1] and found[0] is not None
     assert found[0].held is None and str(found[0].unmeasured).startswith("that failed (")
 
@@ -329,7 +331,7 @@ def test_what_cannot_be_measured_is_said(more: dict[str, Any], reason: str, plac
 
 
 def test_too_little_memory_leaves_it_unmeasured(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "gate_bytes", lambda *_: 10**15)
+    monkeypatch.setattr(quality_check, "gate_bytes", lambda *_: 10**15)
     report = lc.compress(place / "dense", recipe(place), tmp_path / "out").report
     assert report.gates is not None and str(report.gates.unmeasured).startswith("that takes about 1000000000.0 MB")
     assert any("since that takes about" in warning for warning in report.warnings)

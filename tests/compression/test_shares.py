@@ -15,7 +15,7 @@ import torch
 import llmcompress as lc
 from llmcompress.calibration.walk import Block, InputGroup, walk
 from llmcompress.compression.job import Job, prepare
-from llmcompress.compression.shares import Share, placed, solved
+from llmcompress.compression.parallel_layers import Share, placed, solved
 from llmcompress.errors import NumericsError
 from llmcompress.methods import row_chunks
 from llmcompress.methods.moments import Moments
@@ -187,7 +187,7 @@ def test_no_layer_is_compressed_twice(models: Callable[[str], Path], monkeypatch
         return original(layer, steps, rows)
 
     monkeypatch.setattr(row_chunks, "RUN", 16)
-    monkeypatch.setattr("llmcompress.compression.shares.apply_to", counted)
+    monkeypatch.setattr("llmcompress.compression.parallel_layers.apply_to", counted)
     with standing(models("llama"), rules=[{"match": "*", "steps": [GPTQ]}]) as (job, block):
         in_lockstep(3, lambda ranks: solved(job, block, groups_of(block), ranks))
         rows = {name: linear.shape[0] for name, linear in block.linears.items() if name.startswith(f"{block.path}.")}

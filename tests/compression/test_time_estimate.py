@@ -12,8 +12,8 @@ import pytest
 import llmcompress as lc
 from llmcompress.compression import time_estimate
 from llmcompress.compression.job import prepare
+from llmcompress.compression.step_timing import Pace
 from llmcompress.compression.time_estimate import token_shares
-from llmcompress.compression.trials import Pace
 from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime import precision

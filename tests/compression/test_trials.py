@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.compression import trials
-from llmcompress.compression.trials import COLUMNS, FEW, ROWS, WIDE, Sizes, Timed, measured, paces, tried
+from llmcompress.compression import step_timing as trials
+from llmcompress.compression.step_timing import COLUMNS, FEW, ROWS, WIDE, Sizes, Timed, measured, paces, tried
 from llmcompress.methods.layer import step
 from llmcompress.methods.moments import Moments
 

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from llmcompress.distillation import train
 from llmcompress.distillation.context import TrainContext
 from llmcompress.distillation.objective import chunked_loss
-from llmcompress.distillation.parallel.engine import Engine
+from llmcompress.distillation.parallel.strategy import Engine
 from llmcompress.distillation.run import distill
 from llmcompress.distillation.student.model import Student
 from llmcompress.errors import LLMCompressError, Terminated

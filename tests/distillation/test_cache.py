@@ -22,12 +22,13 @@ from torch.testing import assert_close
 import llmcompress as lc
 from llmcompress.cli.views import distilled_view
 from llmcompress.data.batch import Batch
-from llmcompress.distillation import begin
+from llmcompress.distillation import setup
 from llmcompress.distillation.held_out import distances
 from llmcompress.distillation.run import distill
-from llmcompress.distillation.teacher import cache, remembered
+from llmcompress.distillation.teacher import cache
+from llmcompress.distillation.teacher import cached as remembered
 from llmcompress.distillation.teacher.cache import Cache, CacheOrigin, open_cache, tokens_digest, write_cache
-from llmcompress.distillation.teacher.remembered import RememberedTeacher
+from llmcompress.distillation.teacher.cached import RememberedTeacher
 from llmcompress.distillation.teacher.top_k import Likeliest
 from llmcompress.errors import (
     DiskError,
@@ -267,14 +268,14 @@ def test_the_teacher_is_gone_while_the_student_learns(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[weakref.ref[Any]] = []
-    load, forward = begin.load_model, remembered.write_cache
+    load, forward = setup.load_model, remembered.write_cache
 
     def counted(*given: Any) -> Any:
         model = load(*given)
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(begin, "load_model", counted)
+    monkeypatch.setattr(setup, "load_model", counted)
     alive: list[int] = []
     asked = recipe(folders, steps=4, teacher={"kind": "cached", "k": 8, "folder": str(tmp_path / "cache")})
     distill(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from llmcompress.distillation.parallel import launch
 from llmcompress.distillation.parallel.deepspeed import ZeroPartition
-from llmcompress.distillation.parallel.engine import Engine
 from llmcompress.distillation.parallel.launch import check_partitioning, check_sharding
+from llmcompress.distillation.parallel.strategy import Engine
 from llmcompress.distillation.run import distill
 from llmcompress.distillation.student.oscillation import Freezer
 from llmcompress.errors import RecipeError

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import llmcompress as lc
 from llmcompress.data.batch import Batch
-from llmcompress.distillation import begin
+from llmcompress.distillation import setup
 from llmcompress.distillation.objective.hidden_states import StateMatching
 from llmcompress.distillation.objective.module import Objective
 from llmcompress.distillation.run import distill
@@ -122,7 +122,7 @@ def test_a_teacher_of_early_states_alone_runs_no_further(layers: Any, place: Pat
     """Not one of its blocks from the last compared state on, and the student learns what it learns otherwise."""
     early = {"of": {"loss": "hidden"}, "layers": layers}
     recipe = asked(place, losses=[{"of": {"loss": "cross_entropy"}}, early], steps=3)
-    chosen, found = begin._teaching, {}
+    chosen, found = setup._teaching, {}
     for name, teaching in {"short": chosen, "whole": lambda pair, *_: ReadsAlong(pair[1])}.items():
         ran: list[int] = []
 
@@ -132,7 +132,7 @@ def test_a_teacher_of_early_states_alone_runs_no_further(layers: Any, place: Pat
             return teaching(pair, *more)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(begin, "_teaching", counted)
+            patch.setattr(setup, "_teaching", counted)
             done = distill(place / "short", place / "dense", recipe, tmp_path / name)
         found[name] = [row["kl"] for row in done.history], [ran.count(block) for block in range(4)]
     [kls, counts], [same, all_of_it] = found["short"], found["whole"]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import llmcompress as lc
 from llmcompress.cli.views import distilled_view
-from llmcompress.distillation import begin, packages
+from llmcompress.distillation import packages, setup
 from llmcompress.distillation.parallel.launch import check_sharding
 from llmcompress.distillation.ready import check_ready
 from llmcompress.distillation.run import distill
@@ -169,14 +169,14 @@ def test_the_dense_one_is_gone_while_the_student_learns(
     kind: str, names: list[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: dict[str, weakref.ref[Any]] = {}
-    load = begin.load_model
+    load = setup.load_model
 
     def remembering(place: Place, *more: Any) -> Any:
         model = load(place, *more)
         loaded[place.folder.name + (" in 4 bits" if len(more) > 2 else "")] = weakref.ref(model)
         return model
 
-    for module in (begin, quantized):
+    for module in (setup, quantized):
         monkeypatch.setattr(module, "load_model", remembering)
     alive: list[list[str]] = []
     distill(

@@ -18,7 +18,7 @@ from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeEr
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import check_manifest, seal
 from llmcompress.reporting.html.charts import curve, heat_map, ticks
-from llmcompress.reporting.html.facts import NO_GENERATIONS, NO_LAYERS, NO_SCORES, public
+from llmcompress.reporting.html.context import NO_GENERATIONS, NO_LAYERS, NO_SCORES, public
 from llmcompress.reporting.html.files import add_generations, read_generations
 from llmcompress.reporting.html.write import write_page
 from llmcompress.reporting.report import LayerReport, Report

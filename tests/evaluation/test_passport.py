@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.evaluation.passport import distinct, kept_share, passport
+from llmcompress.evaluation.adapter_transfer import distinct, kept_share, passport
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.formats.hub import push
 from llmcompress.models.dense.tokenizer import load_tokenizer

@@ -54,7 +54,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
         "evaluation.compare": ["opened"],
         "evaluation.drift": ["opened"],
         "evaluation.verify": ["opened", "load_model"],
-        "evaluation.passport": ["load_model"],
+        "evaluation.adapter_transfer": ["load_model"],
         "benchmark.measure": ["Worker"],
         "distillation.run": ["load_pair"],
     }.items():

@@ -26,7 +26,7 @@ from llmcompress.errors import InputError
 from llmcompress.models.dense.headers import read_headers
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import load_model, open_source
-from llmcompress.models.files import merge
+from llmcompress.models.files import shard_writer
 from llmcompress.models.files.checkpoint import MANIFEST, manifest
 from llmcompress.models.files.compressed import Opened
 from llmcompress.models.files.files import MOST_HEADER, MOST_JSON, open_tensors, read_object
@@ -49,7 +49,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def packed(dense: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge, "SHARD", 40_000)  # several files, with an index
+        patch.setattr(shard_writer, "SHARD", 40_000)  # several files, with an index
         return lc.compress(dense, RECIPE, dense.parent / "out").folder
 
 

@@ -17,7 +17,7 @@ LATE = {  # read only when what they are about is there: kernels in Triton, chan
     "llmcompress.kernels.gpu.trellis_triton",
     "llmcompress.kernels.gpu.turn_triton",
     "llmcompress.methods.solvers.viterbi_triton",
-    "llmcompress.models.transformers.peft_merge",
+    "llmcompress.models.transformers.peft_checks",
 }
 DISTRIBUTIONS = metadata.packages_distributions() | {
     name: [distribution]  # for an environment without these extras

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llmcompress.calibration.block_calls import recorded
 from llmcompress.calibration.blocks import Calls, RowBatch, hidden_of, in_batches
-from llmcompress.calibration.recording import recorded
 from llmcompress.distillation.blockwise.block import Activations, Block, Recovered, recover_block
 from llmcompress.distillation.student.low_rank import teachers_weights
 from llmcompress.distillation.student.model import relaxed_student

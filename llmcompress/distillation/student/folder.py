@@ -15,10 +15,10 @@ from llmcompress.models.dense.model import DenseModel, open_source
 from llmcompress.models.dense.remote_code import MODEL, needs_code
 from llmcompress.models.files.checkpoint import PART, Writer, read_json
 from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.config_for_publishing import public_entries
 from llmcompress.models.files.integrity import digest
-from llmcompress.models.files.merge import shards
-from llmcompress.models.files.own_sizes import own_sizes
-from llmcompress.models.files.public_entries import public_entries
+from llmcompress.models.files.per_block_widths import own_sizes
+from llmcompress.models.files.shard_writer import shards
 from llmcompress.models.transformers.hf_quantizer import NAME, table_entry
 from llmcompress.runtime.versions import versions
 from llmcompress.weight.modules import Layout, Multiplying, payload_texts

@@ -24,7 +24,7 @@ from torch import Tensor
 from llmcompress.data.batch import Batch
 from llmcompress.distillation.teacher.top_k import Likeliest
 from llmcompress.errors import DiskError, InputError, NumericsError, Terminated
-from llmcompress.models.files.replace import sync
+from llmcompress.models.files.atomic_write import sync
 from llmcompress.models.files.staging import check_output, claim, locked
 from llmcompress.models.files.store import Store
 from llmcompress.runtime.signals import stop_requests

@@ -16,8 +16,8 @@ import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from llmcompress.kernels.cpu.instruction_sets import Instructions, Tier, host_tier
 from llmcompress.kernels.cpu.product import write_parallel
-from llmcompress.kernels.cpu.tiers import Instructions, Tier, host_tier
 
 DIGEST = 32  # bytes of SHA-256 before the object in a cached file
 

@@ -18,8 +18,8 @@ from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import F32, I64, Function, Value
 from llmcompress.kernels.cpu.formats import IntegerPlanes
 from llmcompress.kernels.cpu.gather import FLOATS, LANES, entries_of
+from llmcompress.kernels.cpu.instruction_sets import Instructions
 from llmcompress.kernels.cpu.product import ADDRESS, INTEGERS, give, scales_of
-from llmcompress.kernels.cpu.tiers import Instructions
 
 TABLES = 1 << 15  # bytes of the tables at a time, but for the fewest vectors that are read at once
 TILES = 128  # of rows, whose sums wait in the stack while the tables change

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import I8, I16, Function, Value, vector
-from llmcompress.kernels.cpu.tiers import Instructions
+from llmcompress.kernels.cpu.instruction_sets import Instructions
 from llmcompress.weight.linear_code import UNIT
 
 BYTES = vector(I8, 64)

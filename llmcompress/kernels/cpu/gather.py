@@ -5,7 +5,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, Function, Value, vector
-from llmcompress.kernels.cpu.tiers import Instructions, chosen, joined
+from llmcompress.kernels.cpu.instruction_sets import Instructions, chosen, joined
 
 LANES = 16
 FLOATS = vector(F32, LANES)

@@ -19,8 +19,8 @@ from torch import Tensor
 from llmcompress.kernels.cpu import build
 from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, BFloat16, Function, Value, vector
+from llmcompress.kernels.cpu.instruction_sets import Instructions, host_tier
 from llmcompress.kernels.cpu.launch import Values, launch
-from llmcompress.kernels.cpu.tiers import Instructions, host_tier
 from llmcompress.runtime.precision import pairs_are_fast
 
 PANEL = 64  # columns

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels.cpu import build
-from llmcompress.kernels.cpu.inputs import Inputs
 from llmcompress.kernels.cpu.launch import BLOCK, Room, launch, of_inputs
-from llmcompress.kernels.cpu.many import decoded_columns
+from llmcompress.kernels.cpu.prefill import decoded_columns
 from llmcompress.kernels.cpu.prepare import Basis, KernelTerm
+from llmcompress.kernels.cpu.quantize_inputs import Inputs
 
 
 def rows_of(term: KernelTerm, places: Sequence[int]) -> Tensor:

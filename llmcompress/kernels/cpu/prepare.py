@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels.cpu.dispatch import input_block, takes_floats
-from llmcompress.kernels.cpu.inputs import Inputs
 from llmcompress.kernels.cpu.layouts import KernelMatrix, form_of, packed, packed_elements
+from llmcompress.kernels.cpu.quantize_inputs import Inputs
 from llmcompress.kernels.cpu.scattered import Lists, lists
 from llmcompress.weight.expression import dense
 from llmcompress.weight.hadamard import rotate

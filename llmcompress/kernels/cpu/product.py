@@ -10,8 +10,8 @@ from llvmlite import ir
 from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import F16, F32, I8, I16, I32, I64, Function, Value, Variable, vector
 from llmcompress.kernels.cpu.formats import FloatCodes, Format
-from llmcompress.kernels.cpu.inputs import FINER
-from llmcompress.kernels.cpu.tiers import Instructions, joined
+from llmcompress.kernels.cpu.instruction_sets import Instructions, joined
+from llmcompress.kernels.cpu.quantize_inputs import FINER
 
 LANES = 16  # sums of four products that a tile gives
 FLOATS, INTEGERS = vector(F32, LANES), vector(I32, LANES)

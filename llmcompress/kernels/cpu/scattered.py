@@ -18,8 +18,8 @@ from torch import Tensor
 from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import F16, I8, I16, I32, I64, Function, Value, Variable, vector
 from llmcompress.kernels.cpu.gather import FLOATS, LANES, gathered
+from llmcompress.kernels.cpu.instruction_sets import Instructions, chosen, is_equal
 from llmcompress.kernels.cpu.product import ADDRESS
-from llmcompress.kernels.cpu.tiers import Instructions, chosen, is_equal
 
 JUMP = 255
 HEAD = 3 * 4 * LANES  # bytes of a tile's scales, centres and rows

@@ -15,8 +15,8 @@ from llmcompress.kernels.cpu.arguments import Argument, address, read
 from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, Function, Value, vector
 from llmcompress.kernels.cpu.formats import Streams
 from llmcompress.kernels.cpu.gather import FLOATS, LANES, gathered
+from llmcompress.kernels.cpu.instruction_sets import Instructions, joined
 from llmcompress.kernels.cpu.product import ADDRESS, give, places_of_rows, scales_of, shares, tiles_of
-from llmcompress.kernels.cpu.tiers import Instructions, joined
 from llmcompress.weight.trellis import Trellis, table
 
 QUARTERS = 4  # vectors of a tile

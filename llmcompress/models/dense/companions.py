@@ -28,8 +28,8 @@ from llmcompress.models.dense.remote_code import MODEL, PROCESSORS, code_files, 
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import CARD, MANIFEST
+from llmcompress.models.files.config_for_publishing import public_entries
 from llmcompress.models.files.integrity import INDEX
-from llmcompress.models.files.public_entries import public_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -34,8 +34,8 @@ from llmcompress.models.dense.skeleton import (
 )
 from llmcompress.models.dense.stored_names import renamed
 from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.files.own_sizes import is_dense, own_sizes, with_sizes
-from llmcompress.models.files.public_entries import public_entries
+from llmcompress.models.files.config_for_publishing import public_entries
+from llmcompress.models.files.per_block_widths import is_dense, own_sizes, with_sizes
 from llmcompress.runtime.devices import device_of
 
 if TYPE_CHECKING:

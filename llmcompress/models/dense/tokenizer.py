@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llmcompress.errors import InputError
 from llmcompress.models.dense.remote_code import MODEL, load_config, needs_code, tokenizer_code
-from llmcompress.models.files.binding import check_tokenizer
+from llmcompress.models.files.checkpoint_identity import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError
+from llmcompress.models.files.atomic_write import replace_bytes, replace_text, replacing, sync
 from llmcompress.models.files.files import check_regular, open_tensors, read_object
 from llmcompress.models.files.integrity import DIGESTS, INDEX, MENDING, digest, digests
-from llmcompress.models.files.merge import data_bytes, merged, part_file
-from llmcompress.models.files.replace import replace_bytes, replace_text, replacing, sync
+from llmcompress.models.files.shard_writer import data_bytes, merged, part_file
 from llmcompress.models.files.staging import check_output, claim, clear, locked, merge_mark, remove, staging_of
 
 FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor

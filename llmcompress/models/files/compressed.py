@@ -17,11 +17,11 @@ from llmcompress.errors import InputError, listed
 from llmcompress.models.dense.remote_code import MODEL, model_code, needs_code
 from llmcompress.models.dense.skeleton import check_numbers
 from llmcompress.models.files.checkpoint import PART, check_manifest, read_json
+from llmcompress.models.files.config_for_publishing import public_entries
 from llmcompress.models.files.files import open_tensors
 from llmcompress.models.files.integrity import DIGESTS, MENDING, weight_files
 from llmcompress.models.files.kind import check_kind
-from llmcompress.models.files.merge import shards
-from llmcompress.models.files.public_entries import public_entries
+from llmcompress.models.files.shard_writer import shards
 from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.modules import LIKE

@@ -11,8 +11,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from llmcompress.errors import DiskError, LockedError
+from llmcompress.models.files.atomic_write import sync
 from llmcompress.models.files.file_names import check_output_name
-from llmcompress.models.files.replace import sync
 
 MARK = ".llmcompress"  # a file in a folder of unfinished work, which says that it is ours
 

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, LLMCompressError
+from llmcompress.models.files.atomic_write import replace_text
 from llmcompress.models.files.checkpoint import read_tensors, write_tensors
-from llmcompress.models.files.replace import replace_text
 from llmcompress.models.files.staging import MARK, remove
 
 RECORD = "record"  # the key of the JSON in a header

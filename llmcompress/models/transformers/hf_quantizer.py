@@ -24,8 +24,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmcompress.errors import InputError
 from llmcompress.models.dense.experts import unfuse
 from llmcompress.models.dense.skeleton import check_buffers, check_numbers
-from llmcompress.models.files.binding import check_binding, saved_binding
 from llmcompress.models.files.checkpoint import FORMAT_VERSION, check_config
+from llmcompress.models.files.checkpoint_identity import check_binding, saved_binding
 from llmcompress.models.files.integrity import MENDING, Expected, check, digests
 from llmcompress.models.transformers.dequantize import dequantized, skeleton
 from llmcompress.weight.leading import leading

@@ -21,8 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from llmcompress.allocation.allocate import Allocation, PriceList, reachable
 from llmcompress.allocation.choices import Choices
-from llmcompress.allocation.plan import Allocation, PriceList, reachable
 from llmcompress.allocation.price_file import check_prices, price_list
 from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.run import check_ranks
@@ -34,7 +34,7 @@ from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import holds, write_files
 from llmcompress.models.files.staging import locked
-from llmcompress.pipeline import quality_check as gate
+from llmcompress.pipeline import quality_check
 from llmcompress.pipeline.compress import completed, compress_job, record
 from llmcompress.pipeline.frontier.budgets import Budget
 from llmcompress.pipeline.frontier.judge import Judge
@@ -241,7 +241,7 @@ def _point(
     """Return a budget's point: its checkpoint's sizes and scores, which are measured unless the checkpoint has them."""
     found = reports.read_allocation(folder) if holds(folder, file_names.ALLOCATION) else None
     aimed = record(plan, folder, judge.device) if found is None else found
-    gate.judge(plan.settled, folder, judge.device, plan=plan)
+    quality_check.judge(plan.settled, folder, judge.device, plan=plan)
     told.next(f"scoring {folder.name}")
     report, taught = reports.read(folder), reports.read_distillation(folder)
     place = {

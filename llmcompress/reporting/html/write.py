@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmcompress.errors import DiskError
 from llmcompress.reporting.html import charts
-from llmcompress.reporting.html.facts import page_facts
+from llmcompress.reporting.html.context import page_facts
 from llmcompress.reporting.html.files import Generations, read_files
 from llmcompress.reporting.output_file import check_new_file, write_new_file
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmcompress.errors import RecipeError
-from llmcompress.surgery.depth.damage import Counting, least_damage
+from llmcompress.surgery.depth.block_search import Counting, least_damage
 from llmcompress.surgery.depth.similarity import alike_blocks
 
 

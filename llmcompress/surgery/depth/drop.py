@@ -19,7 +19,7 @@ from llmcompress.models.dense.families import FAMILIES
 from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.models.files.checkpoint import PART, writing
 from llmcompress.models.files.kept_blocks import KEPT, kept_blocks
-from llmcompress.models.files.merge import shards
+from llmcompress.models.files.shard_writer import shards
 from llmcompress.surgery.edited_model import check_equal
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcompress.calibration.rehearsal import rehearsed
+from llmcompress.calibration.dry_run import rehearsed
 from llmcompress.errors import InputError, RecipeError, listed
 from llmcompress.models.dense.experts import Experts, experts_of
 from llmcompress.models.dense.families import Architecture, architecture

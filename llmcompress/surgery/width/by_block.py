@@ -23,8 +23,8 @@ from llmcompress.errors import NumericsError
 from llmcompress.methods.solvers.hessian import damped, second_moment
 from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.model import DenseModel
-from llmcompress.surgery.width.plan import Cut, Part
 from llmcompress.surgery.width.select import DAMPING, chosen_subset
+from llmcompress.surgery.width.units import Cut, Part
 
 TRIED = (11 / 12, 5 / 6, 3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 6)  # of a block's units
 

@@ -34,8 +34,8 @@ from llmcompress.models.files.staging import check_output
 from llmcompress.runtime.devices import device_of
 from llmcompress.surgery.edited_model import EditedFiles, Made
 from llmcompress.surgery.width.by_block import tried_widths, width_prices
-from llmcompress.surgery.width.plan import Cut, Narrowing, Part, check_unequal, narrowing, step_of, unequal
 from llmcompress.surgery.width.select import DAMPING, Subset, check_by, chosen_subset
+from llmcompress.surgery.width.units import Cut, Narrowing, Part, check_unequal, narrowing, step_of, unequal
 
 SAMPLES, HELD_OUT = 36, 4  # of text: 16,384 tokens to choose by, 2048 to judge on
 

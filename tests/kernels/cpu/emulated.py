@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llmcompress.kernels.cpu.build import Kernel, compiled
-from llmcompress.kernels.cpu.tiers import TIERS
+from llmcompress.kernels.cpu.instruction_sets import TIERS
 
 unicorn = pytest.importorskip("unicorn")
 arm64 = pytest.importorskip("unicorn.arm64_const")

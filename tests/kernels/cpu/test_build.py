@@ -22,9 +22,9 @@ from llmcompress.kernels.cpu import build
 from llmcompress.kernels.cpu.arguments import Argument, address
 from llmcompress.kernels.cpu.emit import I8, I64, Function
 from llmcompress.kernels.cpu.formats import IntegerPlanes, Streams
-from llmcompress.kernels.cpu.inputs import Inputs
+from llmcompress.kernels.cpu.instruction_sets import TIERS, Instructions, host_tier
 from llmcompress.kernels.cpu.product import Decoding, Product
-from llmcompress.kernels.cpu.tiers import TIERS, Instructions, host_tier
+from llmcompress.kernels.cpu.quantize_inputs import Inputs
 from llmcompress.weight.linear_code import linear_code
 
 KEPT = build.cache_folder()  # with the kernels of all other tests

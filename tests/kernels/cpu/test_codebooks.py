@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmcompress.kernels.cpu import many, run
+from llmcompress.kernels.cpu import matmul
+from llmcompress.kernels.cpu import prefill as many
 from llmcompress.kernels.cpu.codebooks import TILES
 from llmcompress.kernels.cpu.gather import LANES
 from llmcompress.kernels.cpu.layouts import packed
@@ -37,7 +38,7 @@ def test_more_rows_than_sums_wait_for(entries: int) -> None:
     w = codebook((LANES * TILES + 40, 136), entries, 4, 1)
     for tokens, dtype, tolerance in ((1, torch.bfloat16, 4e-3), (2, torch.float32, 1e-5)):
         x = torch.randn(tokens, 136, generator=seeded(tokens)).to(dtype)
-        assert distance(run.product(prepare(w), x, "auto"), x.double() @ dense(w).double().T) < tolerance
+        assert distance(matmul.product(prepare(w), x, "auto"), x.double() @ dense(w).double().T) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_scales_of_floats_reach_as_far_as_float32(code: int) -> None:
     w = minifloat((20, 64), "e2m1", "e8m0", 32, 1)
     w = replace(w, scale=torch.full_like(w.scale, code))
     x = torch.full((1, 64), 0.125 if code > 127 else 64.0)
-    assert torch.equal(run.product(prepare(w), x, "exact"), (x.double() @ dense(w).double().T).float())
+    assert torch.equal(matmul.product(prepare(w), x, "exact"), (x.double() @ dense(w).double().T).float())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.cpu import build, launch, run
+from llmcompress.kernels.cpu import build, launch, matmul
 from llmcompress.kernels.cpu.arguments import Argument
 from llmcompress.kernels.cpu.prepare import prepare
 from llmcompress.weight.expression import dense
@@ -50,12 +50,12 @@ FAST |= {("vectors", "exact")}
 def by_neon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
     """`run.product` by emulated kernels."""
 
-    def product(w: Weight, x: Tensor, mode: run.Mode) -> Tensor:
+    def product(w: Weight, x: Tensor, mode: matmul.Mode) -> Tensor:
         with monkeypatch.context() as patched:
             patched.setattr(build, "loaded", emulated)
             patched.setattr(launch, "WORTH_THREADS", 1 << 60)
             before = emulated.cache_info()
-            found = run.product(prepare(w), x.clone(), mode)
+            found = matmul.product(prepare(w), x.clone(), mode)
             after = emulated.cache_info()
             assert after.hits + after.misses > before.hits + before.misses, "nothing was emulated"
             return found
@@ -63,13 +63,13 @@ def by_neon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
     yield product
 
 
-def here(w: Weight, x: Tensor, mode: run.Mode) -> Tensor:
-    return run.product(prepare(w), x.clone(), mode)
+def here(w: Weight, x: Tensor, mode: matmul.Mode) -> Tensor:
+    return matmul.product(prepare(w), x.clone(), mode)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", tiered([(name, mode) for name in FORMS for mode in MODES], FAST.__contains__))
-def test_neon_gives_what_this_machine_gives(case: tuple[str, run.Mode], by_neon: Callable[..., Tensor]) -> None:
+def test_neon_gives_what_this_machine_gives(case: tuple[str, matmul.Mode], by_neon: Callable[..., Tensor]) -> None:
     name, mode = case
     w = FORMS[name]
     for tokens, dtype in ((1, torch.float32), (1, torch.bfloat16), (3, torch.float32)):
@@ -88,7 +88,7 @@ def test_neon_gives_what_this_machine_gives(case: tuple[str, run.Mode], by_neon:
 def test_neon_decodes_as_this_machine(name: str, dtype: torch.dtype, by_neon: Callable[..., Tensor]) -> None:
     """Many tokens go through the decoded matrix."""
     x = torch.eye(shape(FORMS[name])[1], dtype=dtype)
-    assert len(x) > run.FEW
+    assert len(x) > matmul.FEW
     assert torch.equal(by_neon(FORMS[name], x, "auto"), here(FORMS[name], x, "auto"))
 
 
@@ -105,6 +105,6 @@ def test_threads_of_aarch64_share_the_rows(threads: int, monkeypatch: pytest.Mon
 
     wanted = here(w, x, "int8")
     monkeypatch.setattr(build, "loaded", emulated)
-    monkeypatch.setattr(run, "launch", team)
-    found = run.product(prepare(w), x.clone(), "int8")
+    monkeypatch.setattr(matmul, "launch", team)
+    found = matmul.product(prepare(w), x.clone(), "int8")
     assert torch.equal(found, wanted)

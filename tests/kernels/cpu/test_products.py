@@ -1,4 +1,4 @@
-"""Products by CPU kernels against the dense matrix in float64, on every tier that this machine can run."""
+"""Products by CPU kernels against the dense matrix in float64, on every tier that this machine can matmul."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.cpu import build, launch, one_token, run
+from llmcompress.kernels.cpu import build, launch, matmul
+from llmcompress.kernels.cpu import decode as one_token
 from llmcompress.kernels.cpu.build import loaded
+from llmcompress.kernels.cpu.instruction_sets import TIERS, Tier, host_tier
 from llmcompress.kernels.cpu.layouts import form_of, packed
 from llmcompress.kernels.cpu.prepare import prepare, supported
-from llmcompress.kernels.cpu.tiers import TIERS, Tier, host_tier
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import (
     Bitmap,
@@ -43,7 +44,7 @@ def signs(width: int, seed: int = 0) -> Tensor:
 
 
 def linear_streams(rows: int, width: int, bits: int, values: int, memory: int, run: int = 768) -> TrellisCoded:
-    return streams(Trellis(bits, values, memory, "linear"), rows // values, width, run)
+    return streams(Trellis(bits, values, memory, "linear"), rows // values, width, matmul)
 
 
 GRIDS = [
@@ -116,7 +117,7 @@ ELEMENTS = [
 
 
 def table_streams(rows: int, width: int, bits: int, values: int, memory: int, run: int = 768) -> TrellisCoded:
-    return streams(Trellis(bits, values, memory), rows // values, width, run)
+    return streams(Trellis(bits, values, memory), rows // values, width, matmul)
 
 
 TABLES = [
@@ -193,11 +194,11 @@ def check(w: Weight) -> None:
         (1, "auto", torch.float32, 1e-4),
         (5, "auto", torch.bfloat16, 5e-3),
         (3, "int8", torch.float32, 1.3e-2),
-        (run.FEW + 3, "auto", torch.float32, 1e-5),
-        (run.FEW + 3, "auto", torch.bfloat16, 9e-3),
+        (matmul.FEW + 3, "auto", torch.float32, 1e-5),
+        (matmul.FEW + 3, "auto", torch.bfloat16, 9e-3),
     ):
         x = torch.randn(tokens, matrix.shape[1], generator=seeded(tokens)).to(dtype)
-        found = run.product(prepared, x, mode)
+        found = matmul.product(prepared, x, mode)
         assert found.dtype == dtype and found.shape == (tokens, len(matrix))
         assert distance(found, x.double() @ matrix.T) <= tolerance, (tokens, mode, dtype)
 
@@ -209,8 +210,8 @@ def test_every_tier_rounds_and_adds_the_same_integers(on_tier: Tier) -> None:
         whole = torch.randint(-127, 128, (2, shape(w)[1]), generator=seeded(4)).float()
         whole[:, ::32] = 127.0
         ones = w.__class__(**{**vars(w), "scale": torch.ones_like(w.scale)})
-        found = run.product(prepare(ones), whole, "int8")
-        assert torch.equal(found, run.product(prepare(ones), whole, "auto"))
+        found = matmul.product(prepare(ones), whole, "int8")
+        assert torch.equal(found, matmul.product(prepare(ones), whole, "auto"))
         torch.testing.assert_close(found.double(), whole.double() @ dense(ones).double().T, rtol=1e-6, atol=1e-3)
 
 
@@ -220,30 +221,30 @@ def test_what_has_no_kernel_is_known(w: Weight) -> None:
     assert (prepared is not None) == supported(w)
     if prepared is not None:
         x = torch.randn(3, shape(w)[1], generator=seeded(1))
-        assert distance(run.product(prepared, x, "exact"), x.double() @ dense(w).double().T) < 1e-4
+        assert distance(matmul.product(prepared, x, "exact"), x.double() @ dense(w).double().T) < 1e-4
 
 
 def test_inputs_are_prepared_once_for_the_layers_that_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    prepare_inputs = run._inputs
-    monkeypatch.setattr(run, "_inputs", lambda *given: made.append(given) or prepare_inputs(*given))
+    prepare_inputs = matmul._inputs
+    monkeypatch.setattr(matmul, "_inputs", lambda *given: made.append(given) or prepare_inputs(*given))
     turned = signs(192)
     one, other = (prepare(Rotated(grid((64, 192), 16, 64, seed, True), turned, 64)) for seed in (1, 2))
     x = torch.randn(1, 192, generator=seeded(6))
-    first, second = run.product(one, x, "exact"), run.product(other, x, "exact")
+    first, second = matmul.product(one, x, "exact"), matmul.product(other, x, "exact")
     assert len(made) == 1
     x.mul_(2)
-    torch.testing.assert_close(run.product(one, x, "exact"), 2 * first)
+    torch.testing.assert_close(matmul.product(one, x, "exact"), 2 * first)
     assert len(made) == 2, "changed in place"
-    torch.testing.assert_close(run.product(other, x.clone(), "exact"), 2 * second)
+    torch.testing.assert_close(matmul.product(other, x.clone(), "exact"), 2 * second)
     assert len(made) == 3, "another tensor"
     with torch.inference_mode():
         x, made[:] = x * 1, []
-        run.product(one, x, "exact")
-        run.product(other, x, "exact")
+        matmul.product(one, x, "exact")
+        matmul.product(other, x, "exact")
         assert len(made) == 1
         x.mul_(2)
-        torch.testing.assert_close(run.product(one, x, "exact"), 4 * first)
+        torch.testing.assert_close(matmul.product(one, x, "exact"), 4 * first)
 
 
 def test_factors_as_wide_as_the_matrix_leave_its_inputs_alone() -> None:
@@ -251,8 +252,8 @@ def test_factors_as_wide_as_the_matrix_leave_its_inputs_alone() -> None:
     left, right, beside = (grid((64, 64), 16, 64, seed, symmetric=True) for seed in (1, 2, 3))
     check(Sum((LowRank(left, right), beside)))
     x = torch.randn(1, 64, generator=seeded(7))
-    run.product(prepare(LowRank(left, right)), x, "exact")
-    torch.testing.assert_close(run.product(prepare(beside), x, "exact"), x @ dense(beside).T, rtol=1e-5, atol=3e-5)
+    matmul.product(prepare(LowRank(left, right)), x, "exact")
+    torch.testing.assert_close(matmul.product(prepare(beside), x, "exact"), x @ dense(beside).T, rtol=1e-5, atol=3e-5)
 
 
 def test_layers_with_room_of_their_own_prepare_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,9 +261,9 @@ def test_layers_with_room_of_their_own_prepare_their_inputs(monkeypatch: pytest.
     w = grid((64, 64), 16, 64, 1, symmetric=True)
     one, other = prepare(w), prepare(w)
     x = torch.randn(1, 64, generator=seeded(8)).bfloat16()
-    first = run.product(one, x, "exact")
+    first = matmul.product(one, x, "exact")
     monkeypatch.setattr(one_token._KNOWN, "inputs", {})
-    assert torch.equal(run.product(other, x, "exact"), first)
+    assert torch.equal(matmul.product(other, x, "exact"), first)
 
 
 @pytest.mark.parametrize(
@@ -273,19 +274,19 @@ def test_layers_with_room_of_their_own_prepare_their_inputs(monkeypatch: pytest.
 def test_nothing_but_scales_differs_by_rows_that_pad(w: Weight) -> None:
     """A matrix of one row and one column multiplies like any other, and no tokens at all give no rows."""
     x = torch.tensor([[2.0]])
-    torch.testing.assert_close(run.product(prepare(w), x, "exact"), 2 * dense(w))
-    empty = run.product(prepare(w), torch.empty(0, 1), "exact")
+    torch.testing.assert_close(matmul.product(prepare(w), x, "exact"), 2 * dense(w))
+    empty = matmul.product(prepare(w), torch.empty(0, 1), "exact")
     assert empty.shape == (0, 1)
 
 
-@pytest.mark.parametrize("w, few", [(TABLES[0], run.FEW_FLOATS), (STREAMS[0], run.FEW), (GRIDS[0], run.FEW)])
+@pytest.mark.parametrize("w, few", [(TABLES[0], matmul.FEW_FLOATS), (STREAMS[0], matmul.FEW), (GRIDS[0], matmul.FEW)])
 def test_many_tokens_are_multiplied_by_torch(w: Weight, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    many = run.many
-    monkeypatch.setattr(run, "many", lambda w, x, turned: seen.append(len(x)) or many(w, x, turned))
+    many = matmul.many
+    monkeypatch.setattr(matmul, "many", lambda w, x, turned: seen.append(len(x)) or many(w, x, turned))
     prepared = prepare(w)
     for tokens in (few, few + 1):
-        run.product(prepared, torch.randn(tokens, shape(w)[1], generator=seeded(tokens)), "auto")
+        matmul.product(prepared, torch.randn(tokens, shape(w)[1], generator=seeded(tokens)), "auto")
     assert seen == [few + 1]
 
 
@@ -308,7 +309,7 @@ def test_small_scales_lose_nothing_where_levels_are_doubled() -> None:
     least = replace(signs_alone, scale=torch.full_like(signs_alone.scale, 2.0**-24))
     w = Where(some(SIZE, 0.5, 1), least, Zero(SIZE))
     x = torch.ones(1, 200)
-    assert torch.equal(run.product(prepare(w), x, "exact"), x @ dense(w).T)
+    assert torch.equal(matmul.product(prepare(w), x, "exact"), x @ dense(w).T)
 
 
 def test_few_elements_take_little_more_room_than_on_disk() -> None:

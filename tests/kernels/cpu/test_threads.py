@@ -16,12 +16,12 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from llmcompress.kernels.cpu import launch, run, threads
+from llmcompress.kernels.cpu import launch, matmul, threads
 from llmcompress.kernels.cpu.arguments import Argument, address
 from llmcompress.kernels.cpu.build import loaded
 from llmcompress.kernels.cpu.emit import I8, I64, Function
+from llmcompress.kernels.cpu.instruction_sets import Instructions
 from llmcompress.kernels.cpu.prepare import prepare
-from llmcompress.kernels.cpu.tiers import Instructions
 from llmcompress.weight.nodes import Rotated
 from llmcompress.weight.trellis import Trellis
 from tests.builders import grid, seeded, streams
@@ -65,7 +65,7 @@ def inputs(seed: int, tokens: int = 1) -> Tensor:
 def shares(blocks: int, weights: int) -> list[int]:
     """Run a kernel as products do; return the blocks of each thread."""
     y = torch.full((blocks,), -1)
-    values = run.Values()
+    values = matmul.Values()
     values[Argument.Y] = y.data_ptr()
     launch.launch(loaded(WritesShares()), values, blocks, weights)
     starts, counts = y.unique(return_counts=True)
@@ -107,11 +107,11 @@ def test_a_forked_process_computes_the_same(count: int) -> None:
     """As workers of a DataLoader do, also of a process whose threads are at work already: none of them is copied."""
     torch.set_num_threads(count)
     weights, x = prepared(), inputs(1)
-    wanted = [run.product(w, x, "auto") for w in weights]
+    wanted = [matmul.product(w, x, "auto") for w in weights]
     assert threads.team() is None or len(shares(8, launch.WORTH_THREADS)) == count
 
     def work() -> None:
-        same = all(torch.equal(run.product(w, x.clone(), "auto"), y) for w, y in zip(weights, wanted))
+        same = all(torch.equal(matmul.product(w, x.clone(), "auto"), y) for w, y in zip(weights, wanted))
         os._exit(0 if same and threads.team() is None else 1)
 
     child = multiprocessing.get_context("fork").Process(target=work)
@@ -139,14 +139,14 @@ def test_several_callers_do_not_disturb_each_other(count: int) -> None:
         for w in weights
         for mode in ("auto", "exact")
     ]
-    wanted = [run.product(w, x, mode) for w, x, mode in cases]
+    wanted = [matmul.product(w, x, mode) for w, x, mode in cases]
     together = threading.Barrier(4)
 
     def work(first: int) -> list[tuple[int, Tensor]]:
         torch.set_num_threads(count)  # OpenMP counts by thread
         together.wait()
         order = [(first + 3 * at) % len(cases) for at in range(len(cases))] * 5
-        return [(at, run.product(*cases[at])) for at in order]
+        return [(at, matmul.product(*cases[at])) for at in order]
 
     with ThreadPoolExecutor(4) as pool:
         found = [pair for pairs in pool.map(work, range(0, 16, 4)) for pair in pairs]

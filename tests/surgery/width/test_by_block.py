@@ -21,7 +21,7 @@ from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import open_source
 from llmcompress.surgery.width.by_block import WidthPrices, tried_widths, width_prices
-from llmcompress.surgery.width.plan import NEURONS, Part, narrowing
+from llmcompress.surgery.width.units import NEURONS, Part, narrowing
 from tests.surgery.width.test_narrow import IDS, logits
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer

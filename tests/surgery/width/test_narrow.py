@@ -19,7 +19,7 @@ from llmcompress.models.dense.families import FAMILIES, LLAMA, architecture
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import open_source
 from llmcompress.models.files import file_names
-from llmcompress.surgery.width.plan import Part, narrowing
+from llmcompress.surgery.width.units import Part, narrowing
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer
 

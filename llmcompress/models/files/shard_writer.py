@@ -17,8 +17,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llmcompress.models.files.atomic_write import replace_bytes, sync
 from llmcompress.models.files.integrity import BINDING, DIGESTS, SINGLE
-from llmcompress.models.files.replace import replace_bytes, sync
 
 SHARD = 5 * 10**9  # bytes of a weight file, as on the Hub, unless one tensor alone has more
 PIECE = 1 << 24  # bytes that are copied at a time

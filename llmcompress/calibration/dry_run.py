@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from llmcompress.calibration.block_calls import recorded
 from llmcompress.calibration.blocks import BlockForward, RowBatch
-from llmcompress.calibration.recording import recorded
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense.experts import experts_of, holder
 from llmcompress.models.dense.families import Architecture, Linear

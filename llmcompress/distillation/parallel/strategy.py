@@ -31,8 +31,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from llmcompress.data.batch import Batch
 from llmcompress.distillation.optimizers import moments, put_moments
 from llmcompress.distillation.parallel.deepspeed import ZeroPartition
+from llmcompress.distillation.parallel.fsdp_shards import share_out, taken_whole
 from llmcompress.distillation.parallel.launch import is_given, partitioned, sharded
-from llmcompress.distillation.parallel.shares import share_out, taken_whole
 from llmcompress.distillation.resume import Progress, last_state, save_state
 from llmcompress.distillation.student.model import PROJECTIONS, Student
 from llmcompress.distillation.student.oscillation import Freezer

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from llmcompress.errors import InputError
 from llmcompress.models.dense.digest import tokenizer_digest
 from llmcompress.models.files.integrity import BINDING, MENDING
-from llmcompress.models.files.merge import shard_files
+from llmcompress.models.files.shard_writer import shard_files
 
 SILENT = {  # entries of a config that change no number that the model computes
     "architectures",

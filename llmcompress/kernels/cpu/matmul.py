@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels.cpu import build
+from llmcompress.kernels.cpu.decode import one_token
 from llmcompress.kernels.cpu.dispatch import product_of
 from llmcompress.kernels.cpu.launch import BLOCK, Room, Values, launch, of_inputs, of_product
 from llmcompress.kernels.cpu.layouts import KernelMatrix
-from llmcompress.kernels.cpu.many import many
-from llmcompress.kernels.cpu.one_token import one_token
+from llmcompress.kernels.cpu.prefill import many
 from llmcompress.kernels.cpu.prepare import Basis, Chain, KernelTerm, PlainMatrix, Prepared, Scattered
 from llmcompress.kernels.cpu.scattered import LANES, ListProduct
 

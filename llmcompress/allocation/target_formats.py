@@ -10,7 +10,7 @@ from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import sketch, step
 from llmcompress.models.dense.families import Linear
-from llmcompress.weight.engines import ENGINES
+from llmcompress.weight.runtime_formats import ENGINES
 
 POLISH: dict[str, Any] = {"method": "refine", "passes": 1}
 FOUR_BITS: tuple[dict[str, Any], ...] = (

@@ -23,9 +23,9 @@ from llmcompress.distillation.parallel.launch import check_enough, is_given, loa
 from llmcompress.distillation.phases import Learned, learn
 from llmcompress.distillation.resume import METRICS
 from llmcompress.distillation.student.model import Student
+from llmcompress.distillation.teacher.cached import measured_bias, remembered, taught_from_cache
 from llmcompress.distillation.teacher.predictions import ReadsAlong, ReadsBeginning, Teaching, Unheard
 from llmcompress.distillation.teacher.quantized import taught_by_quantized
-from llmcompress.distillation.teacher.remembered import measured_bias, remembered, taught_from_cache
 from llmcompress.losses.features import reads_states
 from llmcompress.models.dense.auto_class import check_causal
 from llmcompress.models.dense.headers import stored_dtype

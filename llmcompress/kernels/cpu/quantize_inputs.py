@@ -15,7 +15,7 @@ from llvmlite import ir
 
 from llmcompress.kernels.cpu.arguments import Argument, address
 from llmcompress.kernels.cpu.emit import F32, I8, I16, I32, I64, Function, Value, vector
-from llmcompress.kernels.cpu.tiers import Instructions, joined
+from llmcompress.kernels.cpu.instruction_sets import Instructions, joined
 
 LANES = 16
 FLOATS = vector(F32, LANES)

@@ -25,8 +25,8 @@ from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import DiskError, InputError
 from llmcompress.models.dense.companions import Companions, companions
 from llmcompress.models.files import file_names
-from llmcompress.models.files.binding import binding
 from llmcompress.models.files.checkpoint import Writer, publishing
+from llmcompress.models.files.checkpoint_identity import binding
 from llmcompress.models.files.staging import check_output, is_ours, locked, remove
 from llmcompress.models.files.written import check_written
 from llmcompress.models.transformers.hf_quantizer import table_entry
