@@ -1,4 +1,4 @@
-"""Products by CPU kernels against the dense matrix in float64, on every tier that this machine can matmul."""
+"""Products by CPU kernels against the dense matrix in float64, on every tier that this machine can run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def signs(width: int, seed: int = 0) -> Tensor:
 
 
 def linear_streams(rows: int, width: int, bits: int, values: int, memory: int, run: int = 768) -> TrellisCoded:
-    return streams(Trellis(bits, values, memory, "linear"), rows // values, width, matmul)
+    return streams(Trellis(bits, values, memory, "linear"), rows // values, width, run)
 
 
 GRIDS = [
@@ -117,7 +117,7 @@ ELEMENTS = [
 
 
 def table_streams(rows: int, width: int, bits: int, values: int, memory: int, run: int = 768) -> TrellisCoded:
-    return streams(Trellis(bits, values, memory), rows // values, width, matmul)
+    return streams(Trellis(bits, values, memory), rows // values, width, run)
 
 
 TABLES = [
