@@ -140,7 +140,7 @@ def answers(engine: str, asked: list[dict[str, Any]], out: Path) -> list[list[di
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     environment = os.environ | paths | {"OMP_NUM_THREADS": "1"} | launch_environment(ENGINES[engine])
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    script = [str(ROOT / "tests" / "distill" / "launched.py"), str(out / "jobs.json"), str(out)]
+    script = [str(ROOT / "tests" / "distillation" / "launched.py"), str(out / "jobs.json"), str(out)]
     done = subprocess.run([sys.executable, *torchrun, *script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]

@@ -124,7 +124,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 @pytest.mark.slow
 def test_lm_eval_scores_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's own command, with our import before it."""
-    (tmp_path / "pairs.yaml").write_text(TASK.format(file=ROOT / "llmcompress" / "evaluate" / "minimal_pairs.jsonl"))
+    (tmp_path / "pairs.yaml").write_text(TASK.format(file=ROOT / "llmcompress" / "evaluation" / "minimal_pairs.jsonl"))
     program = "import llmcompress; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
     words = ["--model", "hf", "--model_args", f"pretrained={folder}", "--tasks", "pairs", "--limit", "4"]
     more = ["--include_path", str(tmp_path), "--device", "cpu", "--log_samples", "--output_path", f"{tmp_path}/theirs"]
