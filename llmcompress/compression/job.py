@@ -62,7 +62,7 @@ class Job:
         if arch.tied:
             return {arch.embedding: recipe.embeddings} if recipe.embeddings else {}
         blind = tuple(step for each in recipe.embeddings if (step := each.without_inputs()) is not None)
-        steps = {arch.embedding: blind, arch.head: self._head_steps}
+        steps = {arch.embedding: blind if recipe.table is None else recipe.table, arch.head: self._head_steps}
         return {name: each for name, each in steps.items() if each}
 
     @property
@@ -149,6 +149,7 @@ def _check_task(source: DenseModel, recipe: Recipe) -> None:
         "fuse:": recipe.fuse,
         "embeddings:": recipe.embeddings,
         "head:": recipe.head,
+        "table:": recipe.table,
         "calibration by dataset: self": recipe.calibration is not None and recipe.calibration.dataset == "self",
     }
     for name in (name for name, value in asked.items() if value):
@@ -175,7 +176,7 @@ def _check_calibration(recipe: Recipe) -> None:
     """Raise RecipeError if a method requires data and the recipe has none."""
     if recipe.calibration is not None:
         return
-    lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head or ())
+    lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head or (), recipe.table or ())
     hungry = sorted({name for steps in lists for name in _hungry(steps)})
     others = {"asymmetric": recipe.asymmetric, "fuse: awq": recipe.fuse is not None and recipe.fuse.awq}
     for name in (name for name, asked in others.items() if asked and not hungry):
@@ -199,19 +200,25 @@ def _hungry(steps: Sequence[StepConfig]) -> Iterator[str]:
 
 def _check_tables(recipe: Recipe, arch: Architecture, source: DenseModel) -> None:
     """Raise RecipeError for steps that the token table or the output head of this model cannot have."""
-    if recipe.head and arch.tied:
-        raise RecipeError(f"head: the output head of {source.name} is its token table; give its steps as embeddings:")
-    if recipe.head and (not arch.head or f"{arch.head}.weight" not in source.tensors):
+    alone = {"head": recipe.head, "table": recipe.table} if not recipe.embeddings else {}
+    for key in (key for key, steps in alone.items() if steps and arch.tied):
+        raise RecipeError(f"{key}: the output head of {source.name} is its token table; give its steps as embeddings:")
+    if alone.get("head") and (not arch.head or f"{arch.head}.weight" not in source.tensors):
         raise RecipeError(f"head: {source.name} has no output head of its own; leave head: out")
-    if not recipe.embeddings:
+    if not recipe.embeddings and not recipe.table:
         return
     try:
         row_scale(source.skeleton().get_input_embeddings())
     except TypeError as error:
         raise RecipeError(f"embeddings: {error}; leave embeddings: out") from error
-    hungry = [step.method for step in recipe.embeddings if step.without_inputs() is None]
-    if hungry and not arch.tied:
+    if arch.tied:
+        return
+    if recipe.table is None:
+        key, hungry = "embeddings", [step.method for step in recipe.embeddings if step.without_inputs() is None]
+    else:
+        key, hungry = "table", list(_hungry(recipe.table))
+    if hungry:
         raise RecipeError(
-            f"embeddings: {hungry[0]} learns from a layer's inputs, and the token table of {source.name}, which is not "
-            f"its output head, has none; give {hungry[0]} as head:, and steps such as rtn as embeddings:"
+            f"{key}: {hungry[0]} learns from a layer's inputs, and the token table of {source.name}, which is not its "
+            f"output head, has none; give {hungry[0]} as head:, and steps such as rtn as table:"
         )

@@ -142,12 +142,23 @@ def _warnings(job: Job) -> tuple[str, ...]:
         *job.source.notes,
         *job.assignment.complaints,
         *job.assignment.notes,
+        *_tied(job),
         *shadowed,
         *left,
         *_ragged(job),
         *_without_data(job),
         *_ungated(job),
     )
+
+
+def _tied(job: Job) -> Iterator[str]:
+    """Yield a sentence if steps for a table and a head of their own find one matrix."""
+    given = [f"{key}:" for key in ("head", "table") if getattr(job.recipe, key)]
+    if given and job.arch.tied:
+        yield (
+            f"{' and '.join(given)} left out: the output head of {job.source.name} is its token table, which has the "
+            f"steps of embeddings:"
+        )
 
 
 def _mostly_dense(job: Job, kept: int, total: int) -> tuple[str, ...]:

@@ -180,6 +180,9 @@ class Recipe(BaseModel):
     head: tuple[Step, ...] | None = Field(
         default=None, description="steps for an output head that is not tied; null: those of embeddings, none: dense"
     )
+    table: tuple[Step, ...] | None = Field(
+        default=None, description="steps for a token table that is not the head; null: as embeddings says, none: dense"
+    )
     gates: Gates = Field(default=Gates(), description="what the run must reach to count as done")
     reconstruct: Reconstruction | None = Field(
         default=None, description="how every block learns once its layers are set; null: it does not"

@@ -183,6 +183,23 @@ def test_the_head_has_the_last_word(tmp_path: Path, text: Path) -> None:
     assert rows_of(lc.plan(source, other))["lm_head"][0] == ("rtn",)
 
 
+def test_a_table_and_a_head_of_their_own_have_steps_of_their_own(tmp_path: Path, text: Path) -> None:
+    """Of one matrix they are left out with a line, and it is as without them."""
+    coarse = [{"method": "rtn", "bits": 2}]
+    asked = recipe(text, embeddings=GPTQ, table=coarse, head=RTN)
+    apart, one = (save_tiny("llama", tmp_path / str(tied), tie_word_embeddings=tied) for tied in (False, True))
+    assert {name: steps for name, (steps, _) in rows_of(lc.plan(apart, asked)).items()} == {
+        "model.embed_tokens": ("rtn",),
+        "lm_head": ("rtn",),
+    }
+    assert rows_of(lc.plan(apart, recipe(text, table=coarse))).keys() == {"model.embed_tokens"}
+    assert rows_of(lc.plan(apart, recipe(text, embeddings=GPTQ, table=[]))).keys() == {"lm_head"}
+    assert rows_of(lc.plan(one, asked)) == rows_of(lc.plan(one, recipe(text, embeddings=GPTQ)))
+    assert any(
+        warning.startswith("head: and table: left out: the output head of") for warning in lc.plan(one, asked).warnings
+    )
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_stays_dense_is_said_with_the_setting_that_helps(tied: bool, tmp_path: Path, text: Path) -> None:
     """The setting is tried, and nothing is said after it."""
@@ -218,6 +235,13 @@ def test_the_plan_counts_tables(tmp_path: Path, text: Path) -> None:
     "family, changes, tables, sentence",
     [
         ("llama", {"tie_word_embeddings": True}, {"head": RTN}, "is its token table; give its steps as embeddings"),
+        (
+            "llama",
+            {"tie_word_embeddings": True},
+            {"table": RTN},
+            "table: the output head of .* is its token table; give",
+        ),
+        ("llama", {}, {"table": GPTQ}, "table: gptq learns from a layer's inputs, .* and steps such as rtn as table:"),
         (
             "llama",
             {},
