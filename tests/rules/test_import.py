@@ -50,3 +50,10 @@ def test_import_has_no_side_effects(imported: Imported) -> None:
 def test_import_is_light(imported: Imported) -> None:
     heavy = sorted({name.split(".")[0] for name in imported.modules} & HEAVY)
     assert not heavy, f"import {imported.module} imports {heavy}; import them inside the function that needs them"
+
+
+def test_expressions_leave_the_compiler_alone() -> None:
+    """Importing it takes a second of every start, and brings Triton before a program can say how it is to run."""
+    program = "import sys, llmcompress.weight.expression\nassert 'torch._dynamo' not in sys.modules\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
