@@ -71,7 +71,31 @@ def paper_index() -> str:
         "[the results](../results.md): bits per weight and perplexity on WikiText-2. "
         "[Methods](methods.md) and [losses](losses.md) say how each differs from its paper."
     )
-    return page("Paper index", introduction, [table(["arXiv", "paper", "used by", "recipes", "row of results"], rows)])
+    index = table(["arXiv", "paper", "used by", "recipes", "row of results"], rows)
+    return page("Paper index", introduction, [index, *papers_without_part()])
+
+
+def papers_without_part() -> list[str]:
+    """Return the section on papers that neither the code nor a recipe uses."""
+    text = (
+        "Papers that were weighed for this project; neither the package nor a recipe uses them. What was tried has an "
+        "entry in the [log](../log.md): a paper's idea on a small model, mostly with one seed, "
+        "which says little of its own setting."
+    )
+    papers = yaml.safe_load((ROOT / "scripts" / "reference" / "papers_without_part.yaml").read_text(encoding="utf-8"))
+    rows = [
+        [arxiv_link(paper["arxiv"]), paper["paper"], paper["why"], log_link(paper["tried"]) if "tried" in paper else ""]
+        for paper in papers
+    ]
+    return ["## Papers without a part here", text, table(["arXiv", "paper", "why", "tried"], rows)]
+
+
+def log_link(start: str) -> str:
+    """Return the link to the entry of the log whose heading starts so."""
+    log = (ROOT / "docs" / "log.md").read_text(encoding="utf-8")
+    (heading,) = re.findall(rf"^## ({re.escape(start)}.*)$", log, flags=re.MULTILINE)
+    anchor = re.sub(r"[^\w\s-]", "", heading.lower()).replace(" ", "-")
+    return f"[{start[:10]}](../log.md#{anchor})"
 
 
 def _order(place: str) -> tuple[bool, bool]:
