@@ -32,7 +32,7 @@ class Reliable(LossConfig):
 
 
 def reliable(predictions: Predictions, config: Reliable, state: LossState | None) -> SumAndCount:
-    """Forward KL, but cross-entropy with a softened truth where the teacher finds that unlikely (FerKD, 2305.00070)."""
+    """Forward KL, but cross-entropy with a softened truth where the teacher finds that unlikely (FerKD, 2312.17473)."""
     log_q, log_p = log_probabilities(predictions)
     truth = log_p.gather(-1, predictions.targets[:, None])[:, 0].exp() < config.least
     known = nn.functional.nll_loss(log_q, predictions.targets, reduction="none")
@@ -183,7 +183,7 @@ class Between(LossConfig):
 def between() -> Callable[[Features, Between], SumAndCount]:
     """Return a loss: squared differences of the cosines between a layer's states and those of the layer before.
 
-    It is the relation across layers of SKT (2010.15547), which layers of any two widths have. The loss is called once
+    It is the relation across layers of SKT (2003.10120), which layers of any two widths have. The loss is called once
     for each layer, in order, and remembers the last one; the first of a forward pass has none before it.
     """
     last: list[Features] = []
