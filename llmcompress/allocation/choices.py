@@ -23,7 +23,7 @@ from llmcompress.methods.layer import sketch, step
 from llmcompress.methods.solvers.sparsity import kept_of
 from llmcompress.recipe.target import Target
 from llmcompress.weight.expression import bits, not_zero
-from llmcompress.weight.rows import check_rows, is_plain_table
+from llmcompress.weight.rows import check_rows
 
 RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: the default options of linears
 LOW_RATES = (0.5, 0.65, 0.8)  # of binary factors, in bits a weight: more of them where a target is low
@@ -221,7 +221,7 @@ def _tables(job: Job) -> list[Matrix]:
     plain = {"method": "rtn", "group_size": TABLE_GROUP, "symmetric": False}
     only_looked_up = tuple((step(plain | {"bits": width}),) for width in WIDTHS)
     found = {}
-    if not recipe.embeddings and is_plain_table(job.source.skeleton().get_input_embeddings()):
+    if not recipe.embeddings and job.has_plain_table:
         found[arch.embedding] = grids if arch.tied else only_looked_up
     if recipe.head is None and not arch.tied and f"{arch.head}.weight" in job.source.tensors:
         found[arch.head] = grids

@@ -72,7 +72,7 @@ def price_list(
 
 
 def measure_part(path: Path, part: Part, job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Path:
-    """Measure a part of the price list in the file `path`, and return its own file: see `parts`.
+    """Measure a part of the price list in the file `path`, and return its own file: see `price_shards`.
 
     Raises RecipeError where there is no target, or a part more than there are blocks and tables; also raises what
     `price` raises, and DiskError where nothing can be written.

@@ -1,4 +1,4 @@
-"""Decoder blocks that run on their own: loaded one at a time, called with the arguments that `recording` has found."""
+"""Decoder blocks that run on their own: loaded one at a time, called with the arguments that `block_calls` finds."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The moments of what a block's linears read, gathered over all batches of the calibration, of all processes.
 
-Linears of an expert read the tokens that are routed to it; see `starved` for one that gets few of them.
+Linears of an expert read the tokens that are routed to it; see `rare_experts` for one that gets few of them.
 """
 
 from __future__ import annotations

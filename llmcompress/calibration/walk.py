@@ -119,7 +119,7 @@ def walk(
     `Block.before`, which may change as well. `dtype`: of a block's products. `batch_size`: sequences per forward (2048
     tokens). `finished`: so many blocks come without moments, to be made what they were in an earlier walk, or not at
     all where nothing depends on them. `ranks`: processes with sequences of their own; moments are those of all of them.
-    `progress(blocks done, blocks, tokens per second)` is called after each. `read_ahead`: see `ahead`.
+    `progress(blocks done, blocks, tokens per second)` is called after each. `read_ahead`: see `prefetch`.
 
     Raises InputError for sequences or blocks that do not suit, NumericsError, naming the layer, for what is not finite.
     """

@@ -1,6 +1,6 @@
 """One block: its layers are compressed one after the other and learn if asked for; its tensors are returned.
 
-A layer is compressed once, for the model and for the disk: see `layer` and `shares`.
+A layer is compressed once, for the model and for the disk: see `layer` and `parallel_layers`.
 `CompressionState` holds everything about the current run that is not on the disk yet.
 """
 

@@ -19,7 +19,7 @@ from llmcompress.models.dense.families import Architecture, architecture
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
-from llmcompress.weight.rows import row_scale
+from llmcompress.weight.rows import is_plain_table, row_scale
 
 ALONE = {"distill": None}  # of a recipe
 
@@ -64,6 +64,11 @@ class Job:
         blind = tuple(step for each in recipe.embeddings if (step := each.without_inputs()) is not None)
         steps = {arch.embedding: blind if recipe.table is None else recipe.table, arch.head: self._head_steps}
         return {name: each for name, each in steps.items() if each}
+
+    @cached_property
+    def has_plain_table(self) -> bool:
+        """True if the token table only looks up rows and scales them, so that a compressed one can take its place."""
+        return is_plain_table(self.source.skeleton().get_input_embeddings())
 
     @property
     def _head_steps(self) -> tuple[StepConfig, ...]:

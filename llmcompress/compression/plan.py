@@ -23,7 +23,7 @@ from llmcompress.models.dense.auto_class import is_causal
 from llmcompress.runtime.memory import total_memory
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.nodes import Weight
-from llmcompress.weight.rows import check_rows, is_plain_table
+from llmcompress.weight.rows import check_rows
 
 DENSE_SHARE = 0.25  # of the weight files: more than that is worth a line
 
@@ -188,7 +188,7 @@ def _could_be_compressed(job: Job, name: str) -> bool:
     """True if the token table or the output head `name` stays dense and need not."""
     if name in job.tables or f"{name}.weight" not in job.source.tensors or not is_causal(job.source.config):
         return False
-    return name != job.arch.embedding or is_plain_table(job.source.skeleton().get_input_embeddings())
+    return name != job.arch.embedding or job.has_plain_table
 
 
 def _ungated(job: Job) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def compress(
         output = Path(temporary.name) / "model"
     output = Path(output)
     asked = device if ranks.count == 1 else ranks.asked
-    with Books(job, output, asked, resume, last=temporary is None) as books:
+    with Books(job, planned, output, asked, resume, last=temporary is None) as books:
         if (report := ranks.first(books.begin)) is not None:  # the end came just before this run
             return Result(output, report)
         tokens = ranks.first(lambda: job.tokens)
@@ -159,7 +159,8 @@ def _finish(
 ) -> Report:
     """Write everything that is no block, and return the report; an earlier run had finished `before` blocks."""
     size = books.write_rest(run.layouts, {name: tied.name for name, tied in run.job.ties.items()})
-    return books.close(_report(run, tokens, before, size, time.monotonic() - started))
+    found = _report(run, tokens, before, size, time.monotonic() - started)
+    return books.close(replace(found, warnings=(*books.planned.warnings, *found.warnings)))
 
 
 def _check_gates(run: CompressionState) -> None:
@@ -174,6 +175,7 @@ def _check_gates(run: CompressionState) -> None:
 
 
 def _report(run: CompressionState, tokens: CalibrationTokens | None, before: int, size: int, seconds: float) -> Report:
+    """Return the report of the run, without the warnings of its plan."""
     job, rows = run.job, run.rows
     linears = [row for row in rows if row.name not in job.tables]
     weights = sum(prod(row.shape) for row in linears)
@@ -191,7 +193,6 @@ def _report(run: CompressionState, tokens: CalibrationTokens | None, before: int
         calibration=None if tokens is None else tokens.report() | _shared(run.ranks),
         layers=tuple(rows),
         warnings=(
-            *plan_of(job).warnings,
             *_notes(tokens),
             *_unweighed(run),
             *_starved(run),

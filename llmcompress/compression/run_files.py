@@ -20,7 +20,7 @@ from torch import Tensor
 from llmcompress.compression.block import BlockResult
 from llmcompress.compression.job import Job
 from llmcompress.compression.journal import Entry, Journal, open_journal, run_identity, run_name
-from llmcompress.compression.plan import plan_of
+from llmcompress.compression.plan import Plan
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import DiskError, InputError
 from llmcompress.models.dense.companions import Companions, companions
@@ -47,6 +47,7 @@ class Books:
     finished blocks stay when the context ends badly."""
 
     job: Job
+    planned: Plan
     output: Path
     device: str
     resume: bool
@@ -67,8 +68,7 @@ class Books:
         if self.resume and is_ours(staging) and is_complete(self.output, self.job, self.device):
             remove(staging)
             return reports.read(self.output)
-        planned = plan_of(self.job)
-        check_output(self.output, planned.bytes + planned.bytes // 20)
+        check_output(self.output, self.planned.bytes + self.planned.bytes // 20)
         _check_rest(self.job)
         self._beside = companions(self.job.source.folder, self.job.source.trust_remote_code)
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 
 from tests.rules.source_tree import ROOT, Module, modules, repository_files
@@ -65,6 +66,8 @@ def test_every_room_says_what_it_holds_and_contributing_lists_it() -> None:
         assert text and len(text.splitlines()) <= 10 and ".py` first" in " ".join(text.split()), (
             f"{room}/__init__.py says what comes in, what goes out, and which file to open first, in ten lines"
         )
+        named = re.findall(r"`([\w/]+\.py)`", text)
+        assert named and all((ROOT / "llmcompress" / room / name).is_file() for name in named), f"{room} names {named}"
         rows.append(f"| `{room}/` | {text.splitlines()[0].rstrip('.')} |")
     table = "\n".join(rows)
     assert table in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), f"put this into CONTRIBUTING.md:\n{table}"

@@ -7,7 +7,7 @@
   last norms, heads) is gathered for the length of a forward and its backward, so that heads can be used in any way.
   Buffers are not shared out: the packed numbers of a relaxed layer that do not train are in every process, at the bits
   they are stored with, and so is a compressed head, decoded. The first process reads the models into the host's memory,
-  and the others get their shares from it (`shares`).
+  and the others get their shares from it (`fsdp_shards`).
 - partitioned (DeepSpeed): every process has whole models, and a share of the optimizer's state (`zero`).
 
 A state is one file with whole tensors, whatever the number of processes and the way they hold the models.

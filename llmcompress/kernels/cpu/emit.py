@@ -2,7 +2,7 @@
 
 `Value` is a number or a vector of numbers with Python's operators; `Function` writes a function, with loops as context
 managers and variables that LLVM turns into registers. Vectors are as long as the algorithm likes, and LLVM cuts them to
-the registers of the processor. What needs an instruction of a certain processor is in `tiers.py`.
+the registers of the processor. What needs an instruction of a certain processor is in `instruction_sets.py`.
 """
 
 from __future__ import annotations

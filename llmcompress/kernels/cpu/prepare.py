@@ -84,7 +84,7 @@ class Basis:
 
 @dataclass(frozen=True, eq=False)
 class KernelTerm:
-    """A packed matrix, and the basis that it wants inputs in; `plans` is for `one_token` to remember."""
+    """A packed matrix, and the basis that it wants inputs in; `plans` is for `decode` to remember."""
 
     basis: Basis
     packed: KernelMatrix

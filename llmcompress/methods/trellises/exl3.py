@@ -71,7 +71,7 @@ def exl3(layer: Layer, config: EXL3) -> Layer:
 
 
 def tiles_with_feedback(weight: Tensor, factor: Tensor | None, bits: int) -> Tensor:
-    """Return codes for `weight [in, out]`, a row of tiles after the other, as `engines.feedback` does with columns.
+    """Return codes for `weight [in, out]`, a row of tiles after the other, as `solvers.feedback` does with columns.
 
     `factor` is U with inverse(H) = U^T U: an error e of 16 inputs moves later ones by inverse(U_bb) U_b,later e.
     """

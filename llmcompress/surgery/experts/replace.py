@@ -129,7 +129,8 @@ def _report(
     output: str | Path | None,
 ) -> ExpertsReport:
     """Return the report as it is before anything is written."""
-    notes = (*plan_of(job).warnings, *tokens.notes, *unused(rows))
+    planned = plan_of(job)
+    notes = (*planned.warnings, *tokens.notes, *unused(rows))
     return ExpertsReport(
         model=mixture.source.public_name,
         output=None if output is None else str(output),
@@ -138,7 +139,7 @@ def _report(
         experts_before=mixture.experts,
         experts_after=mixture.experts,
         bytes_before=mixture.source.bytes,
-        bytes_after=plan_of(job).bytes,
+        bytes_after=planned.bytes,
         calibration=tokens.report(),
         blocks=tuple(rows),
         warnings=tuple(dict.fromkeys(notes)),
