@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmcompress.methods.solvers import viterbi
+from llmcompress.kernels.column_block import ColumnBlock, Numbers, whole_weights
+from llmcompress.methods.solvers.stream_search import choose_columns
 from llmcompress.weight.linear_code import linear_code
 from llmcompress.weight.trellis import Trellis, table
 
@@ -53,15 +54,22 @@ def row(trellis: Trellis, seeds: int) -> str:
 
 def error(trellis: Trellis, numbers: NDArray[np.float32], seeds: tuple[int, ...]) -> float:
     """Return the squared error of the nearest streams to Gaussian numbers, with `numbers [states, values]`."""
-    ordered = viterbi.arranged(trellis, numbers)
-    find = viterbi.compiled(replace(trellis, code="table"))
+    kinds = Numbers.on(torch.device("cpu"), trellis, torch.from_numpy(numbers))
     errors = []
     for seed in seeds:
         wanted = np.random.default_rng(seed).standard_normal((12_000 // trellis.values, trellis.values), np.float32)
-        found = numbers[find(wanted, np.ones_like(wanted), ordered, 0, -1)]
+        found = numbers[nearest(wanted, kinds)]
         scale = (wanted * found).sum() / np.square(found).sum()
         errors.append(np.square(wanted - scale * found).mean())
     return float(np.mean(errors))
+
+
+def nearest(wanted: NDArray[np.float32], numbers: Numbers) -> NDArray[np.int32]:
+    """Return the states nearest to `wanted [steps, values]`, one stream."""
+    rows = torch.from_numpy(wanted.reshape(1, -1).copy())
+    ones, ends = torch.ones(rows.numel()), torch.tensor([[0], [-1]], dtype=torch.int32)
+    block = ColumnBlock(rows, whole_weights(ones, numbers.trellis), ones, (0, len(wanted)), ends)
+    return choose_columns(block, numbers)[0][0].numpy()
 
 
 if __name__ == "__main__":

@@ -88,10 +88,11 @@ def descended(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None
     base = moved(base, target, lambda books, own, shown: visited(books, own, hessian, shown))
     if books_of(base):
         return base
-    streams = TrellisStreams.of(base, rows) if isinstance(base, TrellisCoded) else None
-    move_to = nearest(base) if streams is None else streams.project
     values = dense(base).T.clone(memory_format=torch.contiguous_format)  # [in, out], like everything below
     pull = hessian @ (target.T - values)
+    if isinstance(base, TrellisCoded):
+        return _descended_streams(TrellisStreams.of(base, rows), values, pull, hessian)
+    move_to = nearest(base)
     for start in range(0, len(values), BLOCK):
         stop = min(start + BLOCK, len(values))
         moves = torch.empty_like(values[start:stop])
@@ -103,7 +104,19 @@ def descended(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None
                 pull[column + 1 : stop].addr_(hessian[column + 1 : stop, column], move, alpha=-1)
         # rows before `stop` are not read again in this visit
         pull[stop:].addmm_(hessian[stop:, start:stop], moves, alpha=-1)
-    return with_values(base, values.T.contiguous()) if streams is None else streams.weight(values.T)
+    return with_values(base, values.T.contiguous())
+
+
+def _descended_streams(streams: TrellisStreams, values: Tensor, pull: Tensor, hessian: Tensor) -> TrellisCoded:
+    """The same for the columns of a trellis, a block at a time; `pull [in, out]`: the error times `hessian`."""
+    for start in range(0, len(values), BLOCK):
+        part, stop = slice(start, start + BLOCK), min(start + BLOCK, len(values))
+        inside = hessian[part, part]
+        wanted = values[part] + pull[part] / inside.diagonal()[:, None]
+        moves = streams.project_block(start, wanted, inside / inside.diagonal(), before=values[part])
+        values[part] = wanted  # which is what is stored now
+        pull[stop:].addmm_(hessian[stop:, part], moves, alpha=-1)
+    return streams.weight(values.T)
 
 
 def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:

@@ -258,15 +258,6 @@ def _processes(facts: MachineFacts) -> Found:
         )
 
 
-def _compiled(facts: MachineFacts) -> Found:
-    if facts.variables.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
-        yield (
-            "warning",
-            "numba",
-            "NUMBA_DISABLE_JIT is set, so the trellis search is not compiled and takes hours; unset it",
-        )
-
-
 CHECKS: tuple[Callable[[MachineFacts], Found], ...] = (
     _python,
     _packages,
@@ -277,5 +268,4 @@ CHECKS: tuple[Callable[[MachineFacts], Found], ...] = (
     _hub,
     _folders,
     _processes,
-    _compiled,
 )

@@ -199,9 +199,12 @@ def test_rows_that_count_more_have_smaller_errors(method: str) -> None:
 
 def test_equal_rows_change_nothing() -> None:
     trellis = Trellis(2, 1, 8, "table")
-    scale, wanted = torch.rand(40, 1).half() + 0.5, torch.randn(40)
+    scale, wanted = torch.rand(40, 1).half() + 0.5, torch.randn(1, 40)
     alike, ones = TrellisStreams(scale, 4, trellis, 16), TrellisStreams(scale, 4, trellis, 16, torch.ones(40))
-    assert torch.equal(alike.project(0, wanted), ones.project(0, wanted))
+    found = [wanted.clone(), wanted.clone()]
+    for streams, values in zip((alike, ones), found, strict=True):
+        streams.project_block(0, values)
+    assert torch.equal(*found) and not torch.equal(found[0], wanted)
 
 
 @pytest.mark.slow

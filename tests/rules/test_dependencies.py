@@ -12,11 +12,12 @@ from tests.rules.source_tree import ROOT, Module, modules
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LATE = {  # read only when what they are about is there: kernels in Triton, changes to PEFT, vLLM
     "llmcompress.formats.vllm.layers",
+    "llmcompress.kernels.gpu.column_search",
+    "llmcompress.kernels.gpu.column_search_triton",
     "llmcompress.kernels.gpu.grid_triton",
     "llmcompress.kernels.gpu.launches",
     "llmcompress.kernels.gpu.trellis_triton",
     "llmcompress.kernels.gpu.turn_triton",
-    "llmcompress.methods.solvers.viterbi_triton",
     "llmcompress.models.transformers.peft_checks",
 }
 DISTRIBUTIONS = metadata.packages_distributions() | {

