@@ -43,9 +43,9 @@ def main() -> None:
 def timed(values: torch.Tensor, trellis: Trellis) -> tuple[float, torch.Tensor]:
     """Milliseconds for each row of `values [columns, rows]` but the first, and all codes."""
     columns = TrellisStreams(torch.ones(values.shape[1], 1, device=values.device).half(), len(values), trellis, RUN)
-    columns.project_block(0, values[:1].clone())
+    columns.choose(0, values[:1].clone())
     started = finished(values.device)
-    columns.project_block(1, values[1:].clone())
+    columns.choose(1, values[1:].clone())
     seconds = finished(values.device) - started
     return 1e3 * seconds / (len(values) - 1), columns.weight(values.T).codes.cpu()
 

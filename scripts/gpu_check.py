@@ -33,6 +33,7 @@ from scripts.gpu.given import LATE, Given
 from scripts.gpu.stages import MOST, STAGES, Stage
 
 RESULTS = ROOT / "out" / "gpu_check.jsonl"
+LOAN = 540.0  # seconds of a loan
 LINES = 25  # of the log of a stage that did not end well
 DONE, FAILED, OUT_OF_TIME = "done", "failed", "out of time"
 
@@ -47,6 +48,8 @@ def main() -> int:
         return 2
     if options.sweep:
         return _swept(options)
+    if options.loan is not None:
+        return _borrowed(options, device)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text("")
     facts, ends = provenance(), time.monotonic() + options.seconds
@@ -139,6 +142,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", default="1,4,16", help="of the kernels' inputs")
     parser.add_argument("--forms", default="", metavar="PART", help="only kernels of forms whose names have this part")
     parser.add_argument("--sweep", action="store_true", help="only time other shares of a program")
+    parser.add_argument("--loan", type=Path, metavar="FILE", help="ten minutes in one process, most valuable first")
     return parser.parse_args()
 
 
@@ -147,6 +151,17 @@ def _stages(names: str) -> tuple[Stage, ...]:
     if unknown := [name for name in names.split(",") if name not in known]:
         raise argparse.ArgumentTypeError(f"there is no stage {unknown[0]!r}; choose among {', '.join(known)}")
     return tuple(stage for stage in STAGES if stage.name in names.split(","))
+
+
+def _borrowed(options: argparse.Namespace, device: torch.device) -> int:
+    from scripts.gpu.loan import run
+
+    options.loan.parent.mkdir(parents=True, exist_ok=True)
+    facts = provenance() | {"table": "gpu-loan", "model": "random weights", "text": None, "calibration": None}
+    facts["command"] = f"./scripts/gpu_check --loan FILE{' --small' if options.small else ''}"
+    facts["machine"] |= device_facts(device)
+    names = [] if options.stages is STAGES else options.stages
+    return run(options.loan, device, facts, min(options.seconds, LOAN), names, options.small)
 
 
 def _swept(options: argparse.Namespace) -> int:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from llmcompress.errors import RecipeError
 from llmcompress.kernels import ops
 from llmcompress.kernels.cpu.lookup import rows_of
-from llmcompress.kernels.cpu.matmul import FEW, MODES, Mode, product
+from llmcompress.kernels.cpu.matmul import FEW, MODES, Mode
+from llmcompress.kernels.cpu.prepare import Prepared
 from llmcompress.weight.modules import CompressedEmbedding, Multiplying, multiplying
 
 SWITCH = "LLMCOMPRESS_FAST"
@@ -46,20 +47,20 @@ class Fast:
     def __call__(self, layer: Multiplying, x: Tensor) -> Tensor | None:
         """Return `x @ W.T`; None on other devices, for other dtypes or widths, and where gradients are wanted."""
         payload = layer._parameters["weight"]
-        if payload is None or not (x.is_cpu and payload.is_cpu and x.dtype in DTYPES):
+        if payload is None or x.dtype not in DTYPES or x.device != payload.device or not ops.multiplies(x.device):
             return None
         if x.shape[-1] != layer.layout.size[1]:
             return None
         if x.requires_grad and torch.is_grad_enabled():
             return None
-        if torch.is_autocast_enabled("cpu"):
-            x = x.to(torch.get_autocast_dtype("cpu"))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.compiler.is_compiling():
             return ops.operator(x, payload, layer.layout, self.mode)
         kept = self.kept
-        if kept is None or not kept.holds(payload):
-            kept = self.kept = ops.keep(payload, layer.layout)
-        return product(kept.prepared, x, self.mode)
+        if kept is None or not kept.holds(payload, x.dtype):
+            kept = self.kept = ops.keep(payload, layer.layout, x.dtype)
+        return ops.multiply(kept, x, self.mode)
 
     def __deepcopy__(self, memo: object) -> Fast:
         return Fast(self.mode)
@@ -77,7 +78,9 @@ class Lookup:
     def __call__(self, table: CompressedEmbedding, ids: Tensor) -> Tensor | None:
         """Return rows `[..., width]` of a few tokens; None of many, and before the head was first used."""
         payload, kept = table._parameters["weight"], self.head.kept
-        if torch.compiler.is_compiling() or kept is None or payload is None or not kept.holds(payload):
+        if torch.compiler.is_compiling() or kept is None or payload is None or not kept.holds(payload, torch.float32):
+            return None
+        if not isinstance(kept.prepared, Prepared):
             return None
         term, places = kept.prepared.plain, ids.flatten().tolist() if 0 < ids.numel() <= FEW else []
         if term is None or not places or min(places) < 0 or max(places) >= table.num_embeddings:
@@ -86,16 +89,16 @@ class Lookup:
 
 
 def accelerate(model: nn.Module, mode: str = "auto") -> Accelerated:
-    """Let every compressed linear of a model multiply by kernels for this machine's CPU.
+    """Let every compressed linear of a model multiply by kernels for the device where it is, a CPU or an NVIDIA GPU.
 
     `from_pretrained` does it by itself, unless the environment variable LLMCOMPRESS_FAST is 0; it may name a mode, too.
     Weights are repacked when they are first used. What is stored stays as it is, so the model saves and loads as
     before.
-    Gradients, other devices and forms without a kernel are computed as they would be otherwise.
+    Gradients, other devices and forms without a kernel are computed as they would be otherwise. GPUs need Triton.
 
     Args:
         model: any module; those without compressed linears stay as they are.
-        mode: how inputs of up to 16 tokens are taken: `exact` as they are; `auto` as two int8 numbers, in blocks of 64
+        mode: how CPUs take inputs of up to 16 tokens: `exact` as they are; `auto` as two int8 numbers, in blocks of 64
             with a scale each, which loses nothing that can be measured; `int8` as one.
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import warnings
 from ctypes import CDLL, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,10 +17,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llmcompress.kernels.cpu.matmul import MODES, Mode, product
 from llmcompress.kernels.cpu.prepare import Prepared, prepare, supported
+from llmcompress.kernels.gpu import prepare as gpu
+from llmcompress.kernels.gpu.layouts import GpuWeight
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.weight.encoding import decode
-from llmcompress.weight.expression import describe
+from llmcompress.weight.expression import describe, matmul
 from llmcompress.weight.modules import Layout, Multiplying
+from llmcompress.weight.nodes import Weight
 
 PAGE_OUT = 21  # of madvise: give pages back, which are read again from their file when somebody wants them
 
@@ -34,28 +38,46 @@ class KeptWeight:
     payload: ReferenceType[Tensor]
     address: int
     version: int
-    prepared: Prepared
+    dtype: torch.dtype | None  # of the inputs that it is for; None: any
+    prepared: Prepared | GpuWeight | None  # None: no kernel of this device multiplies by it
 
-    def holds(self, payload: Tensor) -> bool:
-        """Return True if the payload is still the same."""
+    def holds(self, payload: Tensor, dtype: torch.dtype) -> bool:
+        """True if the payload is still the same, and inputs are of the kind that it was prepared for."""
         known = self.payload() is payload and self.address == payload.data_ptr()
-        return known and self.version == _version(payload)
+        return known and self.version == _version(payload) and self.dtype in (None, dtype)
+
+
+def multiplies(device: torch.device) -> bool:
+    """True if there are kernels for a device: CPUs, and NVIDIA GPUs where Triton is installed."""
+    return device.type == "cpu" or gpu.runs_on(device)
+
+
+def multiply(kept: KeptWeight, x: Tensor, mode: Mode) -> Tensor | None:
+    """Return `x [..., in] @ W.T` in the dtype of `x`; None without a kernel. Only CPUs round inputs, as `mode` says."""
+    match kept.prepared:
+        case GpuWeight() as weight:
+            return gpu.product(weight, x) if x.numel() <= gpu.FEW * weight.width else gpu.product_of_many(weight, x)
+        case None:
+            return None
+        case prepared:
+            return product(prepared, x, mode)
 
 
 def operator(x: Tensor, payload: Tensor, layout: Layout, mode: Mode) -> Tensor:
-    """Return `x [..., in] @ W.T` for a payload on the CPU, in the dtype of `x`, by the operator of torch."""
+    """Return `x [..., in] @ W.T` for a payload, in the dtype of `x`, by the operator of torch."""
     return torch.ops.llmcompress.linear(x, payload, layout.text, mode)
 
 
 _KEPT: Any = WeakIdKeyDictionary()  # by payload, for the operator
 
 
-@torch.library.custom_op("llmcompress::linear", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("llmcompress::linear", mutates_args=(), device_types=("cpu", "cuda"))
 def _operator(x: Tensor, payload: Tensor, layout: str, mode: str) -> Tensor:
     kept = _KEPT.get(payload)
-    if kept is None or not kept.holds(payload):
-        kept = _KEPT[payload] = keep(payload, _layout(layout))
-    return product(kept.prepared, x, MODES[mode])
+    if kept is None or not kept.holds(payload, x.dtype):
+        kept = _KEPT[payload] = keep(payload, _layout(layout), x.dtype)
+    y = multiply(kept, x, MODES[mode])
+    return matmul(x, _decoded(payload, _layout(layout))) if y is None else y
 
 
 @_operator.register_fake
@@ -73,22 +95,41 @@ _FORMS: dict[str, str | None] = {}  # by `Layout.text`
 
 def without_kernel(layer: Multiplying) -> str | None:
     """Return the form, in words, of a matrix that no kernel multiplies by; None if one does."""
+    if layer.weight.is_meta:
+        return "not in memory"
     if layer.layout.text not in _FORMS:
-        if layer.weight.is_meta:
-            return "not in memory"
         w = layer.expression()
         _FORMS[layer.layout.text] = None if supported(w) else describe(w)
     return _FORMS[layer.layout.text]
 
 
-def keep(payload: Tensor, layout: Layout) -> KeptWeight:
-    """Return the weight of a payload prepared. Raises TypeError for a form without kernels."""
-    found = prepare(decode(layout.header, layout.views(payload.detach())))
-    if found is None:
+def keep(payload: Tensor, layout: Layout, dtype: torch.dtype) -> KeptWeight:
+    """Return the weight of a payload prepared, for inputs of a dtype, on the device where it is.
+
+    Raises TypeError for a form that no kernel of a CPU reads; one that none of a GPU reads is a warning, once.
+    """
+    w = _decoded(payload, layout)
+    identity = ref(payload), payload.data_ptr(), _version(payload)
+    if payload.device.type != "cpu":
+        found = gpu.prepare(w, dtype)
+        if found is None:
+            _warn_once(describe(w))
+        return KeptWeight(*identity, dtype, found)
+    prepared = prepare(w)
+    if prepared is None:
         raise TypeError(f"no kernel reads {layout.header}")
     _page_out(payload.data_ptr(), payload.nbytes)
     trim_memory()
-    return KeptWeight(ref(payload), payload.data_ptr(), _version(payload), found)
+    return KeptWeight(*identity, None, prepared)
+
+
+def _decoded(payload: Tensor, layout: Layout) -> Weight:
+    return decode(layout.header, layout.views(payload.detach()))
+
+
+@lru_cache(maxsize=64)
+def _warn_once(form: str) -> None:
+    warnings.warn(f"no kernel for GPUs multiplies by {form}, so it is decoded at every call", stacklevel=2)
 
 
 def _version(payload: Tensor) -> int:

@@ -113,7 +113,7 @@ def _descended_streams(streams: TrellisStreams, values: Tensor, pull: Tensor, he
         part, stop = slice(start, start + BLOCK), min(start + BLOCK, len(values))
         inside = hessian[part, part]
         wanted = values[part] + pull[part] / inside.diagonal()[:, None]
-        moves = streams.project_block(start, wanted, inside / inside.diagonal(), before=values[part])
+        moves = streams.choose(start, wanted, inside / inside.diagonal(), before=values[part])
         values[part] = wanted  # which is what is stored now
         pull[stop:].addmm_(hessian[stop:, part], moves, alpha=-1)
     return streams.weight(values.T)

@@ -203,7 +203,7 @@ def test_equal_rows_change_nothing() -> None:
     alike, ones = TrellisStreams(scale, 4, trellis, 16), TrellisStreams(scale, 4, trellis, 16, torch.ones(40))
     found = [wanted.clone(), wanted.clone()]
     for streams, values in zip((alike, ones), found, strict=True):
-        streams.project_block(0, values)
+        streams.choose(0, values)
     assert torch.equal(*found) and not torch.equal(found[0], wanted)
 
 

@@ -14,6 +14,7 @@ LATE = {  # read only when what they are about is there: kernels in Triton, chan
     "llmcompress.formats.vllm.layers",
     "llmcompress.kernels.gpu.column_search",
     "llmcompress.kernels.gpu.column_search_triton",
+    "llmcompress.kernels.gpu.grid_columns",
     "llmcompress.kernels.gpu.grid_triton",
     "llmcompress.kernels.gpu.launches",
     "llmcompress.kernels.gpu.trellis_triton",

@@ -144,6 +144,30 @@ def word_sums(
     return total
 
 
+@triton.jit
+def grid_matrix(
+    planes, scale, zero, y, out, width: tl.constexpr, words: tl.constexpr, groups: tl.constexpr,
+    WIDTHS: tl.constexpr, BITS: tl.constexpr, CENTRE: tl.constexpr, ZERO: tl.constexpr,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Writes the rows and words of a program of the matrix `y` `[out, in]`."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    there = (row < out)[:, None] & (word < words)[None, :]
+    held = grid_words(planes, row, word, there, words, WIDTHS)
+    group, inner = word // SPAN, word % SPAN
+    place = row[:, None] * groups + group[None, :]
+    step = tl.load(scale + place, mask=there, other=0).to(tl.float32)
+    centre = tl.load(zero + place, mask=there, other=0).to(tl.float32) if ZERO else CENTRE
+    LEVELS: tl.constexpr = 1 << BITS
+    for field in tl.static_range(32 // WIDTHS[0]):
+        column = group * GROUP + field * SPAN + inner
+        known = there & ((field * SPAN + inner < GROUP) & (column < width))[None, :]
+        value = (grid_value(held, 0x3F800000, field, WIDTHS, BITS) * LEVELS - (LEVELS + centre)) * step
+        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        tl.store(y + at, value.to(y.dtype.element_ty), mask=known)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def grid_product(
     x, planes, scale, zero, salient, low_rank, onto, y,

@@ -12,9 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from llmcompress.kernels.gpu.grid_triton import grid_product
-from llmcompress.kernels.gpu.layouts import PLANES, GridRows, InputChange, SalientRows, StreamRows
-from llmcompress.kernels.gpu.trellis_triton import stream_product
+from llmcompress.kernels.gpu.grid_triton import grid_matrix, grid_product
+from llmcompress.kernels.gpu.layouts import PLANES, Branch, GridRows, InputChange, SalientRows, StreamRows
+from llmcompress.kernels.gpu.trellis_triton import stream_matrix, stream_product
 from llmcompress.kernels.gpu.turn_triton import multiply, turn
 
 MOST_SHARED = 14  # bits of a state: numbers of so many states are looked up in shared memory
@@ -187,6 +187,45 @@ def launch_streams(
         stream_product[programs](
             *given, absent if onto is None else onto, y, tokens, out, _ranks(low_rank), **constants
         )
+    return y
+
+
+# --- whole matrices -------------------------------------------------------------------------------------------------
+
+
+def launch_matrix(branch: Branch, dtype: torch.dtype) -> Tensor:
+    """Return the matrix `[out, in]` of a branch in a dtype, decoded."""
+    rows = branch.rows
+    y = torch.empty(rows.size, dtype=dtype, device=rows.scale.device)
+    out, width = rows.size
+    with torch.cuda.device_of(y):
+        if isinstance(rows, StreamRows):
+            sizes = stream_constants(rows, 0, False, TILE)
+            columns, blocks = sizes["COLUMNS"], 4
+            kept = {key: sizes[key] for key in ("width", "BITS", "VALUES", "MEMORY", "SHARED", "COLUMNS", "STAGES")}
+            programs = (len(rows.units), triton.cdiv(width, columns * blocks))
+            given = (rows.words, rows.units, rows.scale, rows.numbers, y)
+            stream_matrix[programs](*given, **kept, BLOCKS=blocks, num_warps=sizes["num_warps"])
+        else:
+            sizes = grid_constants(rows, None, 0, False, TILE)
+            names = ("width", "words", "groups", "WIDTHS", "BITS", "CENTRE", "ZERO", "GROUP", "SPAN")
+            kept, tile = {key: sizes[key] for key in names}, (8, 64)
+            programs = (triton.cdiv(out, tile[0]), triton.cdiv(sizes["words"], tile[1]))
+            zero = rows.scale if rows.zero is None else rows.zero
+            grid_matrix[programs](rows.planes, rows.scale, zero, y, out, **kept, ROWS=tile[0], WORDS=tile[1])
+    return y if branch.salient is None else _with_salient(y, branch.salient)
+
+
+def _with_salient(y: Tensor, salient: SalientRows) -> Tensor:
+    """Put single weights in the place of those of a matrix."""
+    count, out = len(salient.numbers), len(y)
+    row = torch.repeat_interleave(torch.arange(out, device=y.device), salient.starts.diff(), output_size=count)
+    column = salient.columns.long()
+    column = column.repeat(out) if salient.shared else column
+    numbers = salient.numbers.float()
+    if salient.scale is not None:
+        numbers = (numbers - (salient.levels - 1) / 2) * salient.scale[row, column // salient.group].float()
+    y[row, column] = numbers.to(y.dtype)
     return y
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from importlib.util import find_spec
 
 import torch
@@ -31,6 +32,7 @@ from llmcompress.kernels.gpu.packing import (
 from llmcompress.weight.nodes import Grid, LowRank, Rotated, Scaled, Sum, TrellisCoded, Weight, Where, Zero, shape
 
 OLDEST_GPU = (8, 0)  # compute capability: the first with bfloat16
+FEW = 16  # inputs that kernels multiply at once; a matrix is decoded once for more of them
 WIDEST_TURN = 1 << 15  # columns of a Hadamard transform, which a program holds in registers
 
 
@@ -233,12 +235,7 @@ def product(w: GpuWeight, x: Tensor) -> Tensor:
             "kernels for GPUs give no gradients; compute under torch.no_grad(), or multiply by the stored weight"
         )
     flat = x.reshape(-1, w.width).contiguous()
-    inputs = []
-    for chain in w.changes:
-        given = flat
-        for change in chain:
-            given = call_turn(given, change)
-        inputs.append(given)
+    inputs = _changed(w, flat)
     term, low = w.low_rank, None
     if term is not None:
         low = torch.nn.functional.linear(inputs[term.inputs], term.right.to(x.dtype))
@@ -248,3 +245,26 @@ def product(w: GpuWeight, x: Tensor) -> Tensor:
         own = (term, low) if place == 0 else (None, None)
         y = call_branch(inputs[branch.inputs], branch, *own, y, x.dtype if last else torch.float32)
     return flat if y is None else y.reshape(*x.shape[:-1], -1)
+
+
+def product_of_many(w: GpuWeight, x: Tensor) -> Tensor:
+    """Multiply many inputs by a weight of one matrix, which is decoded for it; else as `product`."""
+    from llmcompress.kernels.gpu.launches import launch_matrix
+
+    linear, inputs = torch.nn.functional.linear, _changed(w, x.reshape(-1, w.width).contiguous())
+    parts = [linear(inputs[branch.inputs], launch_matrix(branch, x.dtype)) for branch in w.branches]
+    if (term := w.low_rank) is not None:
+        low = linear(inputs[term.inputs], term.right.to(x.dtype))
+        parts.append(linear(low, term.left.to(x.dtype)))
+    return reduce(Tensor.add_, parts).reshape(*x.shape[:-1], -1)
+
+
+def _changed(w: GpuWeight, x: Tensor) -> list[Tensor]:
+    """Return inputs `[tokens, in]` after each of the changes that branches name by number."""
+    found = []
+    for chain in w.changes:
+        given = x
+        for change in chain:
+            given = call_turn(given, change)
+        found.append(given)
+    return found

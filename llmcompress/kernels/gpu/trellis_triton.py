@@ -48,6 +48,57 @@ def unit_numbers(
     return tl.reshape(unit, (COLUMNS, 32)).to(tl.float32)
 
 
+@triton.jit
+def unit_rows(
+    top, column, known, numbers, first_numbers, second_numbers, width: tl.constexpr, COLUMNS: tl.constexpr,
+    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Return the rows of a unit in some columns, float32 `[columns, 32 VALUES]`, but for the scales of the rows."""
+    held = ()
+    for word in tl.static_range(BITS + 1):
+        loaded = tl.load(top + word * width + column, mask=known, other=0)
+        held = held + (loaded.to(tl.uint32, bitcast=True),)
+    found = unit_numbers(held, numbers, first_numbers, 0, COLUMNS, BITS, VALUES, MEMORY, SHARED)
+    if VALUES == 2:
+        other = unit_numbers(held, numbers, second_numbers, 1, COLUMNS, BITS, VALUES, MEMORY, SHARED)
+        found = tl.reshape(tl.join(found, other), (COLUMNS, 64))
+    return found
+
+
+@triton.jit
+def shared_numbers(numbers, VALUE: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, SHARED: tl.constexpr):
+    """Return the numbers of all states where threads exchange them, else their address."""
+    found = numbers
+    if SHARED and VALUE < VALUES:
+        found = tl.load(numbers + tl.arange(0, 1 << MEMORY) * VALUES + VALUE)
+    return found
+
+
+@triton.jit
+def stream_matrix(
+    words, units, scale, numbers, y, width: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr,
+    MEMORY: tl.constexpr, SHARED: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Writes a unit of the matrix `y` `[out, in]`, in `BLOCKS` blocks of columns."""
+    ROWS: tl.constexpr = 32 * VALUES
+    unit = units + tl.program_id(0) * 3
+    top = words + (tl.load(unit) - 1).to(tl.int64) * width
+    first_numbers = shared_numbers(numbers, 0, VALUES, MEMORY, SHARED)
+    second_numbers = shared_numbers(numbers, 1, VALUES, MEMORY, SHARED)
+    inside = tl.arange(0, ROWS)
+    row = tl.load(unit + 1) + inside
+    here = inside < tl.load(unit + 2)
+    factor = tl.load(scale + row, mask=here, other=0)
+    for block in tl.range(0, BLOCKS, num_stages=STAGES):
+        column = (tl.program_id(1) * BLOCKS + block) * COLUMNS + tl.arange(0, COLUMNS)
+        known = column < width
+        found = unit_rows(
+            top, column, known, numbers, first_numbers, second_numbers, width, COLUMNS, BITS, VALUES, MEMORY, SHARED
+        )  # fmt: skip
+        found = (found * factor[None, :]).to(y.dtype.element_ty)
+        tl.store(y + row.to(tl.int64)[None, :] * width + column[:, None], found, mask=known[:, None] & here[None, :])
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def stream_product(
     x, words, units, scale, numbers, low_rank, onto, y,
@@ -66,27 +117,14 @@ def stream_product(
     first = tl.program_id(1) * TOKENS
     token = first + tl.arange(0, TOKENS)
     total = tl.zeros((COLUMNS if TOKENS == 1 else TOKENS, ROWS), tl.float32)
-    first_numbers, second_numbers = numbers, numbers
-    if SHARED:
-        state = tl.arange(0, 1 << MEMORY) * VALUES
-        first_numbers = tl.load(numbers + state)
-        if VALUES == 2:
-            second_numbers = tl.load(numbers + state + 1)
+    first_numbers = shared_numbers(numbers, 0, VALUES, MEMORY, SHARED)
+    second_numbers = shared_numbers(numbers, 1, VALUES, MEMORY, SHARED)
     for begin in tl.range(0, width, COLUMNS, num_stages=STAGES):
         column = begin + tl.arange(0, COLUMNS)
         known = column < width
-        held = ()
-        for word in tl.static_range(BITS + 1):
-            loaded = tl.load(top + word * width + column, mask=known, other=0)
-            held = held + (loaded.to(tl.uint32, bitcast=True),)
-        found = unit_numbers(
-            held, numbers, first_numbers, 0, COLUMNS, BITS, VALUES, MEMORY, SHARED
+        found = unit_rows(
+            top, column, known, numbers, first_numbers, second_numbers, width, COLUMNS, BITS, VALUES, MEMORY, SHARED
         )  # fmt: skip
-        if VALUES == 2:
-            other = unit_numbers(
-                held, numbers, second_numbers, 1, COLUMNS, BITS, VALUES, MEMORY, SHARED
-            )  # fmt: skip
-            found = tl.reshape(tl.join(found, other), (COLUMNS, 64))
         if TOKENS == 1:
             total += found * tl.load(x + first * width + column, mask=known, other=0).to(tl.float32)[:, None]
         else:

@@ -40,15 +40,15 @@ class Projection(Protocol):
 
 @runtime_checkable
 class BlockProjection(Protocol):
-    """Values that the columns of a lazy block become in one piece."""
+    """Values that the columns of a lazy block become in one piece; `strides` as of `Projection`."""
 
     strides: tuple[int, ...]
 
-    def project_block(self, start: int, current: Tensor, shares: Tensor | None = None) -> Tensor:
-        """Put the stored values of columns from `start` on in the place of those wanted, `current [columns, out]`.
+    def project_block(self, columns: slice, current: Tensor, shares: Tensor | None) -> Tensor:
+        """Put the stored values of some columns in the place of those wanted, `current [in, out]`.
 
-        An error takes `shares [columns, columns]`, of a column (first), from the later columns. Returns the errors,
-        like `current`; of no meaning without `shares`.
+        An error takes `shares [columns, columns]`, of a column (first), from the later ones of these columns. Returns
+        the errors `[columns, out]`, of no meaning without `shares`.
         """
 
     def weight(self, values: Tensor) -> Weight:
@@ -68,7 +68,7 @@ def feedback(
         shares = None if factor is None else factor[start:stop, start:] / factor.diagonal()[start:stop, None]
         inside = None if shares is None else shares[:, : stop - start].contiguous()
         if isinstance(projection, BlockProjection):
-            errors = projection.project_block(start, current[start:stop], inside)
+            errors = projection.project_block(slice(start, stop), current, inside)
         else:
             errors = _project_columns(current, slice(start, stop), projection, inside)
         if shares is not None and stop < len(current):

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llmcompress.kernels.grid_block import GridBlock
+from llmcompress.methods.solvers.column_rounding import round_columns
 from llmcompress.methods.solvers.floats import (
     FloatLayout,
     codes_of,
@@ -113,6 +115,34 @@ class Quantized:
         inverse, middle, scale = self.now[place // self.group_size]
         codes = torch.addcmul(middle, values, inverse).round_().clamp_(0, self.form.levels - 1)
         return codes.sub_(middle).mul_(scale)
+
+    def project_block(self, columns: slice, current: Tensor, shares: Tensor | None) -> Tensor:
+        """See `BlockProjection`: a call of `round_columns` for each run of columns before the next fit."""
+        block, count = current[columns], columns.stop - columns.start
+        errors = torch.empty_like(block)
+        stride = count if self.order is not None else self.group_size
+        start = 0
+        while start < count:
+            column = columns.start + start
+            self.begin(column, current)
+            stop = min(count, start + stride - column % stride) if self.order is None else count
+            part = slice(start, stop)
+            self._round(part, columns.start, block, None if shares is None else shares[start:, start:], errors)
+            start = stop
+        return errors
+
+    def _round(self, part: slice, first: int, block: Tensor, shares: Tensor | None, errors: Tensor) -> None:
+        """Round some columns of a block that starts at column `first`, and move the later ones."""
+        if self.order is None:  # they are of one group
+            parameters = [each[None] for each in self.now[-1]]
+            groups = torch.zeros(part.stop - part.start, dtype=torch.int32, device=block.device)
+        else:
+            parameters = [torch.stack(each) for each in zip(*self.now, strict=True)]
+            groups = (self.order[first + part.start : first + part.stop] // self.group_size).int()
+        inverse, middle, scale = parameters
+        rest = None if shares is None else shares.contiguous()
+        own = GridBlock(block[part.start :], (inverse, middle, scale), groups, self.form.levels, rest)
+        round_columns(own, errors[part.start :])
 
     def weight(self, values: Tensor) -> Weight:
         """The `Grid`."""

@@ -50,11 +50,15 @@ class TrellisStreams:
         found.ends[1:] = found.states[:, last_steps]
         return found
 
-    def project_block(
-        self, start: int, current: Tensor, shares: Tensor | None = None, before: Tensor | None = None
-    ) -> Tensor:
-        """See `BlockProjection`. `before`, like `current`: what was stored, and the errors are what is stored now less
-        that."""
+    def project_block(self, columns: slice, current: Tensor, shares: Tensor | None) -> Tensor:
+        """See `BlockProjection`."""
+        return self.choose(columns.start, current[columns], shares)
+
+    def choose(self, start: int, current: Tensor, shares: Tensor | None = None, before: Tensor | None = None) -> Tensor:
+        """Store columns from `start` on in the place of those wanted, `current [columns, out]`; see `BlockProjection`.
+
+        `before`, like `current`: what was stored, and the errors are what is stored now less that.
+        """
         part = slice(start, start + len(current))
         ends = self.ends[start : part.stop + 1]
         block = ColumnBlock(current, self.weights, self.factors, self.edges, ends, shares, before)

@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from llmcompress.kernels.gpu.prepare import prepare, product, stacked
+import llmcompress as lc
+from llmcompress.kernels import ops
+from llmcompress.kernels.accelerate import plain
+from llmcompress.kernels.gpu.layouts import GpuWeight
+from llmcompress.kernels.gpu.prepare import prepare, product, product_of_many, stacked
 from llmcompress.weight.expression import dense
+from llmcompress.weight.modules import compressed_linears
 from llmcompress.weight.nodes import (
     Bitmap,
     Columns,
@@ -35,6 +43,7 @@ from llmcompress.weight.nodes import (
 )
 from llmcompress.weight.trellis import Trellis
 from tests.builders import TRELLISES, factors, grid, pattern, seeded, streams
+from tests.tiny import save_tiny
 
 FLOAT32, HALF, BFLOAT16 = 5e-6, 2e-3, 1.2e-2  # the most that a product may be off, in shares of its norm
 
@@ -188,8 +197,48 @@ def composite_cases() -> Iterator[Case]:
 def answers(device: str) -> dict[str, tuple[float, float]]:
     """Return, by name, how far each product is off, and how far it may be."""
     found = {case.name: (on(device, case), case.limit()) for case in cases(device == "cuda")}
+    found |= {f"{name}, decoded": off for name, off in decoded_on(device).items()}
     found["compiled by torch"] = (compiled_on(device), FLOAT32)
+    for tokens in (1, 5, 40):
+        found[f"a model, {tokens} tokens"] = (model_on(device, tokens), 1e-4)
     return found
+
+
+def decoded_on(device: str) -> dict[str, tuple[float, float]]:
+    """Return, by name, how far products by decoded matrices are off, and how far they may be."""
+    found = {}
+    for case in cases(device == "cuda"):
+        weight = prepare(moved(case.weights[0], device), case.dtype)
+        if len(case.weights) == 1 and weight is not None:
+            x = case.inputs()
+            expected = x.double() @ dense(case.weights[0]).double().T
+            found[case.name] = (relative(product_of_many(weight, x.to(device)), expected), 2 * case.limit())
+    return found
+
+
+def model_on(device: str, tokens: int) -> float:
+    """Return how far the logits of a model whose linears multiply by these kernels are from those without kernels."""
+    rules = [
+        {"match": "*.q_proj", "steps": [{"method": "rotate"}, {"method": "trellis", "memory": 8, "code": "linear"}]},
+        {"match": "*.k_proj", "steps": [{"method": "pb_llm", "salient": 0.1}]},
+        {"match": "*.up_proj", "steps": [{"method": "rtn", "bits": 3, "group_size": 32}, {"method": "svd", "rank": 2}]},
+        {"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 32}]},
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        place = save_tiny("llama", Path(folder) / "dense", hidden_size=64, intermediate_size=96)
+        text = Path(folder) / "text.txt"
+        text.write_text("".join(f"Line {number} says {number**2}.\n" for number in range(200)))
+        calibration = {"dataset": str(text), "samples": 4, "length": 24, "held_out": 1}
+        recipe = {"version": 1, "calibration": calibration, "rules": rules, "gates": {}}
+        out = lc.compress(place, recipe, Path(folder) / "out").folder
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).to(device)
+    ids = (torch.arange(tokens, device=device)[None] * 37 + 11) % 256
+    with torch.no_grad(), mock.patch.object(ops, "prepare", lambda w: prepare(w, torch.float32)):
+        fast = model(ids).logits
+        kept = [layer.fast.kept for layer in compressed_linears(model).values()]
+        assert all(each is not None and isinstance(each.prepared, GpuWeight) for each in kept), "no kernel of a GPU"
+        with plain(model):
+            return relative(fast, model(ids).logits.double().cpu())
 
 
 def compiled_on(device: str) -> float:

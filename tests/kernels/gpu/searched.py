@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels.column_block import ColumnBlock, whole_weights
+from llmcompress.kernels.grid_block import GridBlock
 from llmcompress.weight.trellis import Trellis
 from tests.builders import TRELLISES, seeded
 from tests.methods.oracles.columns import numbers_of
@@ -73,8 +74,35 @@ def round_once() -> None:
     interpreter.InterpreterBuilder.create_fma = fma
 
 
+GRIDS = [(fed, rounded) for fed in (True, False) for rounded in (5, 3)]
+
+
+def grid_block(fed: bool, rounded: int, device: str) -> GridBlock:
+    """Return five columns of 150 rows in two groups, of which some are rounded."""
+    random = seeded(4)
+    current, scale = torch.randn(5, 150, generator=random), torch.rand(2, 150, generator=random) + 0.1
+    parameters = (1 / scale, torch.randint(8, (2, 150), generator=random).float(), scale)
+    groups, shares = torch.tensor([0, 0, 1, 1, 1], dtype=torch.int32), torch.randn(5, 5, generator=random) / 3
+    inverse, middle, scale = (each.to(device) for each in parameters)
+    own = shares.to(device) if fed else None
+    return GridBlock(current.to(device), (inverse, middle, scale), groups[:rounded].to(device), 8, own)
+
+
+def rounded_on(device: str, round_columns: Any) -> list[tuple[Tensor, Tensor]]:
+    """Return what blocks of grids have become, and their errors."""
+    answers = []
+    for fed, rounded in GRIDS:
+        block = grid_block(fed, rounded, device)
+        errors = torch.zeros_like(block.current)
+        round_columns(block, errors)
+        answers.append((block.current.cpu(), errors.cpu()))
+    return answers
+
+
 if __name__ == "__main__":
     from llmcompress.kernels.gpu.column_search import choose
+    from llmcompress.kernels.gpu.grid_columns import round_columns
 
     round_once()
-    torch.save([found(case, "cpu", choose) for case in CASES], sys.argv[1])
+    searched, grids = [found(case, "cpu", choose) for case in CASES], rounded_on("cpu", round_columns)
+    torch.save((searched, grids), sys.argv[1])

@@ -1,4 +1,6 @@
-"""The search on GPUs against that on CPUs, bit for bit: by Triton's interpreter here, on a GPU where there is one.
+"""The search and the rounding of columns on GPUs against those on CPUs, bit for bit.
+
+By Triton's interpreter here, on a GPU where there is one.
 
 And what the compiler makes of it for GPUs that are not there.
 """
@@ -19,12 +21,13 @@ from torch import Tensor
 
 from llmcompress.kernels.column_block import ColumnBlock
 from llmcompress.kernels.cpu.column_search import choose as choose_here
+from llmcompress.kernels.cpu.grid_columns import round_columns as round_here
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.stream_search import choose_columns, searched_there
 from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.trellis import Trellis
 from tests.builders import seeded
-from tests.kernels.gpu.searched import CASES, Case, found
+from tests.kernels.gpu.searched import CASES, Case, found, rounded_on
 from tests.methods.oracles.columns import numbers_of
 from tests.rules.source_tree import ROOT
 
@@ -43,22 +46,38 @@ def assert_same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
     assert not wrong, f"other {' and '.join(wrong)}"
 
 
+Answers = tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, Tensor]]]
+
+
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tensor, ...]]:
-    """The interpreter's answers, a case after the other."""
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """The interpreter's answers, a case after the other: of searches and of grids."""
     answers = tmp_path_factory.mktemp("interpreted") / "answers.pt"
     command = [sys.executable, "-m", "tests.kernels.gpu.searched", str(answers)]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    answered: list[tuple[Tensor, ...]] = torch.load(answers)
+    answered: Answers = torch.load(answers)
     return answered
 
 
 @every_case
-def test_interpreted_it_finds_the_same(case: Case, interpreted: list[tuple[Tensor, ...]]) -> None:
-    assert_same(interpreted[CASES.index(case)], found(case, "cpu", choose_here))
+def test_interpreted_it_finds_the_same(case: Case, interpreted: Answers) -> None:
+    assert_same(interpreted[0][CASES.index(case)], found(case, "cpu", choose_here))
+
+
+def test_interpreted_grids_are_rounded_alike(interpreted: Answers) -> None:
+    for one, other in zip(interpreted[1], rounded_on("cpu", round_here), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@on_a_gpu
+def test_on_a_gpu_grids_are_rounded_alike() -> None:
+    from llmcompress.kernels.gpu.grid_columns import round_columns
+
+    for one, other in zip(rounded_on("cuda", round_columns), rounded_on("cpu", round_here), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -185,14 +185,14 @@ def test_columns_chosen_again_stay_linked() -> None:
     trellis, width = Trellis(2, 1, 8), 6
     columns = TrellisStreams(torch.rand(40, 1).half() + 0.5, width, trellis, run=16)
     wanted = torch.randn(width, 40, generator=seeded(0))
-    columns.project_block(0, wanted.clone())
+    columns.choose(0, wanted.clone())
     before = columns.weight(wanted.T)
     again = TrellisStreams.of(before)
     for stream, (first, last) in enumerate(itertools.pairwise(cuts(40, 16, trellis))):
         way = states(before.codes[first * width : last * width], trellis).reshape(width, -1)
         assert torch.equal(again.ends[1:, stream], way[:, -1])
     stored = torch.randn(1, 40, generator=seeded(1))
-    again.project_block(2, stored)
+    again.choose(2, stored)
     after = dense(again.weight(wanted.T))
     assert torch.equal(after[:, 2], stored[0]) and not torch.equal(after[:, 2], dense(before)[:, 2])
     others = [column for column in range(width) if column != 2]

@@ -1,0 +1,133 @@
+"""The kernel that rounds a run of columns to grids and feeds their errors on, on CPUs: see `kernels/grid_block.py`."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from llvmlite import ir
+from torch import Tensor
+
+from llmcompress.kernels.cpu.arguments import Argument, address
+from llmcompress.kernels.cpu.build import loaded
+from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, Function, Value, vector
+from llmcompress.kernels.cpu.instruction_sets import Instructions
+from llmcompress.kernels.cpu.launch import Values, launch
+from llmcompress.kernels.grid_block import GridBlock
+
+ROWS = 64  # that a thread takes through all columns, in a copy that fits its first cache
+LANES = 16
+MOST_COLUMNS = 64
+FLOATS = vector(F32, LANES)
+ROUNDING = 12582912.0  # 1.5 * 2^23: what is added to it is rounded to whole numbers, to even
+COST = 64  # weights of a row that count as one of `launch`
+
+
+class GridPlace(IntEnum):
+    """The place of an argument; tensors are float32 unless they say otherwise."""
+
+    CURRENT = 0  # [columns, out]
+    INVERSE = 1  # [groups, out]
+    MIDDLE = 2
+    SCALE = 3
+    GROUPS = 4  # int32 [columns]
+    SHARES = 5  # [columns, columns]
+    ERRORS = 6  # [columns, out]
+    ROUNDED = 7
+    COLUMNS = 8
+    OUT = 9
+    TOP = 10  # the highest code
+
+
+Arguments = ctypes.c_int64 * len(GridPlace)
+
+
+@dataclass(frozen=True)
+class GridColumns:
+    """The kernel. `feeds`: errors move later columns."""
+
+    feeds: bool
+
+    def write(self, module: ir.Module, target: Instructions) -> None:
+        """Write `kernel(arguments, first block of rows, last block)`."""
+        f = Function(module, "kernel", [I8.as_pointer(), I64, I64], target.tier.fused)
+        given = address(f, Argument.TABLE)
+        sizes = {place: f.load(given, I64, 8 * place) for place in GridPlace}
+        tile = f.room(F32, MOST_COLUMNS * ROWS)
+        with f.loop(f.arguments[1], f.arguments[2]) as block:
+            first = block * ROWS
+            left = sizes[GridPlace.OUT] - first
+            count = f.call("llvm.smin", I64, left, f.constant(I64, ROWS), overloads=(I64,))
+            self._copy(f, sizes, tile, first, count, back=False)
+            with f.loop(0, sizes[GridPlace.ROUNDED]) as column:
+                self._column(f, sizes, tile, column, (first, count))
+            self._copy(f, sizes, tile, first, count, back=True)
+        f.finish()
+
+    def _copy(self, f: Function, sizes: Any, tile: Value, first: Value, count: Value, back: bool) -> None:
+        """Write the rows of a block into the tile, or back."""
+        current = f.address(sizes[GridPlace.CURRENT])
+        with f.loop(0, sizes[GridPlace.COLUMNS]) as column, f.loop(0, count) as row:
+            place, own = (column * sizes[GridPlace.OUT] + first + row) * 4, (column * ROWS + row) * 4
+            if back:
+                f.store(f.load(tile, F32, own), current, place)
+            else:
+                f.store(f.load(current, F32, place), tile, own)
+
+    def _column(self, f: Function, sizes: Any, tile: Value, column: Value, rows: tuple[Value, Value]) -> None:
+        """Round a column of the tile; write its errors, and move the later columns of the tile."""
+        first, count = rows
+        group = f.load(f.address(sizes[GridPlace.GROUPS]), I32, column * 4).wider(I64)
+        start = group * sizes[GridPlace.OUT] + first
+        top = Value(f, f.builder.sitofp(sizes[GridPlace.TOP].raw, F32))
+
+        def write(row: Value, lanes: int) -> None:
+            kind = vector(F32, lanes)
+            inverse, middle, scale = (
+                f.load(f.address(sizes[place]), kind, (start + row) * 4)
+                for place in (GridPlace.INVERSE, GridPlace.MIDDLE, GridPlace.SCALE)
+            )
+            own = (column * ROWS + row) * 4
+            wanted = f.load(tile, kind, own)
+            code = _clamped(wanted.fma(inverse, middle), top.splat(lanes)) + ROUNDING - ROUNDING
+            stored = (code - middle) * scale
+            f.store(stored, tile, own)
+            if not self.feeds:
+                return
+            error = wanted - stored
+            place = (column * sizes[GridPlace.OUT] + first + row) * 4
+            f.store(error, f.address(sizes[GridPlace.ERRORS]), place)
+            shares = f.behind(f.address(sizes[GridPlace.SHARES]), column * sizes[GridPlace.COLUMNS] * 4)
+            with f.loop(column + 1, sizes[GridPlace.COLUMNS]) as later:
+                share = f.constant(F32, 0.0) - f.load(shares, F32, later * 4)
+                spot = (later * ROWS + row) * 4
+                f.store(error.fma(share.splat(lanes), f.load(tile, kind, spot)), tile, spot)
+
+        whole = count - (count & (LANES - 1))
+        with f.loop(0, whole, LANES) as row:
+            write(row, LANES)
+        with f.loop(whole, count) as row:
+            write(row, 1)
+
+
+def round_columns(block: GridBlock, errors: Tensor) -> None:
+    """Round the columns of a block; see `GridBlock`."""
+    columns, out = block.current.shape
+    shares = 0 if block.shares is None else block.shares.data_ptr()
+    tensors = (block.current, *block.parameters, block.groups)
+    given = Arguments(
+        *(tensor.data_ptr() for tensor in tensors), shares, errors.data_ptr(), len(block.groups), columns, out,
+        block.levels - 1,
+    )  # fmt: skip
+    values = Values()
+    values[Argument.TABLE] = ctypes.addressof(given)
+    launch(loaded(GridColumns(block.shares is not None)), values, -(-out // ROWS), out * columns * COST)
+
+
+def _clamped(values: Value, top: Value) -> Value:
+    """Return numbers no lower than 0 and no higher than `top`."""
+    f, zero = values.function, values.function.constant(values.type, 0.0)
+    above = f.call("llvm.maxnum", values.type, values, zero, overloads=(values.type,))
+    return f.call("llvm.minnum", values.type, above, top, overloads=(values.type,))

@@ -1,0 +1,64 @@
+"""The kernel that rounds a run of columns to grids and feeds their errors on, on GPUs: see `kernels/grid_block.py`.
+
+A program carries some rows through all columns: what earlier errors take from a column, its codes, its errors. Only
+programs that round there import this file: Triton comes with torch for GPUs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmcompress.kernels.grid_block import GridBlock
+
+ROWS = 128  # of a program
+ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it is rounded to whole numbers, to even
+
+
+def round_columns(block: GridBlock, errors: Tensor) -> None:
+    """Round the columns of a block; see `GridBlock`."""
+    columns, out = block.current.shape
+    feeds = block.shares is not None
+    given = (block.current, *block.parameters, block.groups, block.current if block.shares is None else block.shares)
+    with torch.cuda.device_of(block.current):
+        grid_columns[(triton.cdiv(out, ROWS),)](
+            *given, errors, len(block.groups), columns, out, block.levels - 1,
+            FEEDS=feeds, ROWS=ROWS, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rounded", "columns", "top"])
+def grid_columns(
+    current, inverse, middle, scale, groups, shares, errors, rounded, columns, out, top,
+    FEEDS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Round the rows of a program in the first columns, and move the others."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = row < out
+    for column in range(rounded):
+        wanted = _less_errors(current, shares, errors, column, column, columns, out, row, here, FEEDS)
+        at = tl.load(groups + column) * out + row
+        centre = tl.load(middle + at, mask=here, other=0.0)
+        code = tl.fma(wanted, tl.load(inverse + at, mask=here, other=0.0), centre)
+        code = tl.minimum(tl.maximum(code, 0.0), top.to(tl.float32)) + ROUNDING - ROUNDING
+        stored = (code - centre) * tl.load(scale + at, mask=here, other=0.0)
+        if FEEDS:
+            tl.store(errors + column * out + row, wanted - stored, mask=here)
+        tl.store(current + column * out + row, stored, mask=here)
+    if FEEDS:
+        for column in range(rounded, columns):
+            wanted = _less_errors(current, shares, errors, column, rounded, columns, out, row, here, FEEDS)
+            tl.store(current + column * out + row, wanted, mask=here)
+
+
+@triton.jit
+def _less_errors(current, shares, errors, column, count, columns, out, row, here, FEEDS: tl.constexpr):
+    """Return a column less what the errors of the first `count` columns take from it; each thread wrote its own."""
+    found = tl.load(current + column * out + row, mask=here, other=0.0)
+    if FEEDS:
+        for earlier in tl.range(0, count, loop_unroll_factor=8):
+            error = tl.load(errors + earlier * out + row, mask=here, other=0.0)
+            found = tl.fma(error, 0.0 - tl.load(shares + earlier * columns + column), found)
+    return found

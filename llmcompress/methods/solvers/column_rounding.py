@@ -1,0 +1,28 @@
+"""Runs of columns rounded to grids where they are: a CPU, or a GPU that can."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmcompress.kernels.cpu import grid_columns
+from llmcompress.kernels.grid_block import GridBlock
+from llmcompress.methods.solvers.stream_search import searched_there
+
+
+def round_columns(block: GridBlock, errors: Tensor) -> None:
+    """Round the columns of a block where its tensors are, else on the CPU; write `errors [columns, out]` of them."""
+    device = block.current.device
+    if device.type == "cpu":
+        grid_columns.round_columns(block, errors)
+    elif searched_there(device):
+        from llmcompress.kernels.gpu.grid_columns import round_columns as round_on_gpu
+
+        round_on_gpu(block, errors)
+    else:
+        inverse, middle, scale = (each.cpu() for each in block.parameters)
+        shares = None if block.shares is None else block.shares.cpu()
+        here = GridBlock(block.current.cpu(), (inverse, middle, scale), block.groups.cpu(), block.levels, shares)
+        lost = errors.cpu()
+        grid_columns.round_columns(here, lost)
+        block.current.copy_(here.current)
+        errors.copy_(lost)
