@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from records import Record
 
+from llmcompress.errors import LLMCompressError
+
 
 @dataclass(frozen=True)
 class Loan:
@@ -87,8 +89,8 @@ class Part:
     find: Callable[[Loan], None]
 
 
-FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
-            TypeError, ValueError)  # fmt: skip
+FAILURES = (LLMCompressError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
+            RuntimeError, TypeError, ValueError)  # fmt: skip
 
 
 class LateError(Exception):

@@ -155,7 +155,7 @@ class LLMCompressQuantizer(HfQuantizer):
         check_numbers(lambda key: entries.get(config.attribute_map.get(key, key)), "config.json")
         return config
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel | None = None) -> list[Any]:
         """Return no conversions: our files have the model's own names, and a tensor for each matrix of its experts."""
         return []
 
