@@ -117,9 +117,6 @@ def run(file: Path, device: torch.device, facts: Record, seconds: float, names: 
     """Find out all parts, or those named, within so many seconds; return the exit code: 1 where one failed."""
     if device.type == "cpu":  # before Triton is imported
         os.environ["TRITON_INTERPRET"] = "1"
-        from tests.kernels.gpu.interpreted import on_the_cpu
-
-        on_the_cpu()
     from scripts.gpu.loan_parts import PARTS
 
     failed = 0

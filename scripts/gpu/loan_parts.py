@@ -1,4 +1,4 @@
-"""What a borrowed GPU is asked, most valuable first: see `loan.py`."""
+"""The questions to a borrowed GPU, most valuable first: see `loan.py`."""
 
 from __future__ import annotations
 
@@ -190,16 +190,19 @@ def products(loan: Loan) -> None:
         plainly = torch.randn(size, device=loan.device).bfloat16()
         for tokens in (1,) if loan.small else (1, 16, 512):
             x = torch.randn(tokens, size[1], device=loan.device).bfloat16()
-            taken = loan.milliseconds(partial(torch.nn.functional.linear, x, plainly), 20)
-            loan.say(f"dense, {shape}, {tokens} tokens: us", value=1e3 * taken)
+            timed(loan, f"dense, {shape}, {tokens} tokens", partial(torch.nn.functional.linear, x, plainly))
             for form, w in forms.items():
                 call = partial(product if tokens <= FEW else product_of_many, kernels.packed(w), x)
                 expected = x.double() @ dense(w).double().T
                 off = float((call().double() - expected).norm() / expected.norm())
-                numbers = {"replayed": 1e3 * replayed(loan, call)} if loan.device.type == "cuda" else {}
-                loan.say(
-                    f"{form}, {shape}, {tokens} tokens: us", value=1e3 * loan.milliseconds(call, 20), off=off, **numbers
-                )
+                timed(loan, f"{form}, {shape}, {tokens} tokens", call, off=off)
+
+
+def timed(loan: Loan, arm: str, call: Callable[[], Tensor], **more: float) -> None:
+    """Write the microseconds of a call, and of one that is replayed from a CUDA graph."""
+    if loan.device.type == "cuda":
+        more["replayed"] = 1e3 * replayed(loan, call)
+    loan.say(f"{arm}: us", value=1e3 * loan.milliseconds(call, 20), **more)
 
 
 def around(loan: Loan) -> None:

@@ -1,6 +1,6 @@
 """Launches of the kernels: which constants they are compiled for and how much of a matrix a program takes.
 
-The functions here work wherever Triton runs, also under its interpreter on a CPU; `ops` has them as operators of torch.
+The functions here work wherever Triton runs, also under its interpreter on a CPU.
 """
 
 from __future__ import annotations

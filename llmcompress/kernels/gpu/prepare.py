@@ -20,7 +20,6 @@ from llmcompress.kernels.gpu.layouts import (
     SalientRows,
     StreamRows,
 )
-from llmcompress.kernels.gpu.ops import call_branch, call_turn
 from llmcompress.kernels.gpu.packing import (
     grid_rows,
     low_rank_rows,
@@ -234,16 +233,21 @@ def product(w: GpuWeight, x: Tensor) -> Tensor:
         raise InputError(
             "kernels for GPUs give no gradients; compute under torch.no_grad(), or multiply by the stored weight"
         )
+    from llmcompress.kernels.gpu.launches import LowRankInputs, launch_grid, launch_streams
+
     flat = x.reshape(-1, w.width).contiguous()
     inputs = _changed(w, flat)
-    term, low = w.low_rank, None
+    term, low, y = w.low_rank, None, None
     if term is not None:
-        low = torch.nn.functional.linear(inputs[term.inputs], term.right.to(x.dtype))
-    y = None
+        given = torch.nn.functional.linear(inputs[term.inputs], term.right.to(x.dtype))
+        low = LowRankInputs(term.left, given, term.starts)
     for place, branch in enumerate(w.branches):
-        last = place == len(w.branches) - 1
-        own = (term, low) if place == 0 else (None, None)
-        y = call_branch(inputs[branch.inputs], branch, *own, y, x.dtype if last else torch.float32)
+        dtype = x.dtype if place == len(w.branches) - 1 else torch.float32
+        own, given = low if place == 0 else None, inputs[branch.inputs]
+        if isinstance(branch.rows, GridRows):
+            y = launch_grid(given, branch.rows, branch.salient, own, y, dtype)
+        else:
+            y = launch_streams(given, branch.rows, own, y, dtype)
     return flat if y is None else y.reshape(*x.shape[:-1], -1)
 
 
@@ -261,10 +265,12 @@ def product_of_many(w: GpuWeight, x: Tensor) -> Tensor:
 
 def _changed(w: GpuWeight, x: Tensor) -> list[Tensor]:
     """Return inputs `[tokens, in]` after each of the changes that branches name by number."""
+    from llmcompress.kernels.gpu.launches import launch_turn
+
     found = []
     for chain in w.changes:
         given = x
         for change in chain:
-            given = call_turn(given, change)
+            given = launch_turn(given, change)
         found.append(given)
     return found

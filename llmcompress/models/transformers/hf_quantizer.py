@@ -155,7 +155,9 @@ class LLMCompressQuantizer(HfQuantizer):
         check_numbers(lambda key: entries.get(config.attribute_map.get(key, key)), "config.json")
         return config
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel | None = None) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:  # releases before 5.18 do not give the model
         """Return no conversions: our files have the model's own names, and a tensor for each matrix of its experts."""
         return []
 

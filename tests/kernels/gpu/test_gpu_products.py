@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from llmcompress.errors import InputError
 from llmcompress.kernels.gpu.layouts import PLANES, GridRows, StreamRows
 from llmcompress.kernels.gpu.packing import grid_rows, salient_rows, stream_rows
 from llmcompress.kernels.gpu.prepare import prepare, product, runs_on, stacked
+from llmcompress.kernels.ops import operator
+from llmcompress.weight.modules import packed
 from llmcompress.weight.nodes import (
     Bitmap,
     Dense,
@@ -168,25 +169,15 @@ def test_no_gpu_is_no_place_to_run_on() -> None:
 @pytest.mark.slow
 def test_a_product_can_be_traced_without_a_device() -> None:
     """Tensors without storage stand for those of a GPU, as `torch.compile` has them."""
-    given = prepare(Rotated(TWO, torch.ones(32, dtype=torch.bool), 8), torch.bfloat16)
-    with FakeTensorMode() as mode:
-        assert given is not None
-        weight = _as_if_on_a_gpu(given, mode)
+    layout, payload = packed(Rotated(TWO, torch.ones(32, dtype=torch.bool), 8))
+    with FakeTensorMode():
+        held = torch.empty(payload.shape, dtype=torch.uint8, device="cuda")
         x = torch.empty(2, 3, 32, dtype=torch.bfloat16, device="cuda")
-        traced = make_fx(lambda x: product(weight, x))(x)
-        found = product(weight, x)
+        traced = make_fx(lambda x: operator(x, held, layout, "auto"))(x)
+        found = operator(x, held, layout, "auto")
     assert found.shape == (2, 3, 8) and found.dtype == torch.bfloat16 and found.device.type == "cuda"
     called = [str(node.target) for node in traced.graph.nodes if "llmcompress" in str(node.target)]
-    assert called == ["llmcompress.gpu_turn.default", "llmcompress.gpu_grid.default"]
-
-
-def _as_if_on_a_gpu(value: Any, mode: FakeTensorMode) -> Any:
-    """Return a layout whose tensors have no storage."""
-    if isinstance(value, torch.Tensor):
-        return torch.empty(value.shape, dtype=value.dtype, device="cuda")
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{each.name: _as_if_on_a_gpu(getattr(value, each.name), mode) for each in fields(value)})
-    return tuple(_as_if_on_a_gpu(each, mode) for each in value) if isinstance(value, tuple) else value
+    assert called == ["llmcompress.linear.default"]
 
 
 # --- products -------------------------------------------------------------------------------------------------------
