@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+import torch
 from llvmlite import ir
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from llmcompress.kernels.grid_block import GridBlock
 
 ROWS = 64  # that a thread takes through all columns, in a copy that fits its first cache
 LANES = 16
-MOST_COLUMNS = 64
 FLOATS = vector(F32, LANES)
 ROUNDING = 12582912.0  # 1.5 * 2^23: what is added to it is rounded to whole numbers, to even
 COST = 64  # weights of a row that count as one of `launch`
@@ -39,6 +39,7 @@ class GridPlace(IntEnum):
     COLUMNS = 8
     OUT = 9
     TOP = 10  # the highest code
+    ROOM = 11  # [blocks, columns, ROWS]
 
 
 Arguments = ctypes.c_int64 * len(GridPlace)
@@ -55,9 +56,9 @@ class GridColumns:
         f = Function(module, "kernel", [I8.as_pointer(), I64, I64], target.tier.fused)
         given = address(f, Argument.TABLE)
         sizes = {place: f.load(given, I64, 8 * place) for place in GridPlace}
-        tile = f.room(F32, MOST_COLUMNS * ROWS)
         with f.loop(f.arguments[1], f.arguments[2]) as block:
             first = block * ROWS
+            tile = f.behind(f.address(sizes[GridPlace.ROOM]), first * sizes[GridPlace.COLUMNS] * 4)
             left = sizes[GridPlace.OUT] - first
             count = f.call("llvm.smin", I64, left, f.constant(I64, ROWS), overloads=(I64,))
             self._copy(f, sizes, tile, first, count, back=False)
@@ -116,14 +117,14 @@ def round_columns(block: GridBlock, errors: Tensor) -> None:
     """Round the columns of a block; see `GridBlock`."""
     columns, out = block.current.shape
     shares = 0 if block.shares is None else block.shares.data_ptr()
+    blocks = -(-out // ROWS)
+    room = torch.empty(blocks * columns * ROWS)
     tensors = (block.current, *block.parameters, block.groups)
-    given = Arguments(
-        *(tensor.data_ptr() for tensor in tensors), shares, errors.data_ptr(), len(block.groups), columns, out,
-        block.levels - 1,
-    )  # fmt: skip
+    sizes = len(block.groups), columns, out, block.levels - 1
+    given = Arguments(*(tensor.data_ptr() for tensor in tensors), shares, errors.data_ptr(), *sizes, room.data_ptr())
     values = Values()
     values[Argument.TABLE] = ctypes.addressof(given)
-    launch(loaded(GridColumns(block.shares is not None)), values, -(-out // ROWS), out * columns * COST)
+    launch(loaded(GridColumns(block.shares is not None)), values, blocks, out * columns * COST)
 
 
 def _clamped(values: Value, top: Value) -> Value:

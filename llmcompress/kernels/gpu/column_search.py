@@ -74,7 +74,8 @@ def launch_options(trellis: Trellis) -> dict[str, Any]:
     """Return the options of the compiler: no products fused with sums but by `tl.fma`, and 4,096 numbers a program or
     at most 1,024 threads."""
     threads = min(1 << (trellis.memory - 4), 1 << (trellis.memory - trellis.bits), 1024)
-    return {"num_warps": max(1, threads // 32), "num_stages": 1, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": max(1, threads // 32), "num_stages": 1, "enable_fp_fusion": False}
+    return options | ({"maxnreg": 64} if threads == 1024 else {})  # all there are for each; left alone, 32 are taken
 
 
 def stored_codes(trellis: Trellis) -> tuple[torch.dtype, int]:

@@ -61,7 +61,8 @@ class TrellisStreams:
         """
         part = slice(start, start + len(current))
         ends = self.ends[start : part.stop + 1]
-        block = ColumnBlock(current, self.weights, self.factors, self.edges, ends, shares, before)
+        taken = None if shares is None else shares.contiguous()
+        block = ColumnBlock(current, self.weights, self.factors, self.edges, ends, taken, before)
         self.states[part], errors = choose_columns(block, self.numbers)
         return errors
 

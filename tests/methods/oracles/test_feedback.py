@@ -96,10 +96,10 @@ def test_the_loss_is_the_sum_of_the_fed_back_errors(levels: int, group_size: int
     seen: list[float] = []
 
     class Listening(Quantized):
-        def project(self, column: int, values: Tensor) -> Tensor:
-            stored = super().project(column, values)
-            seen.append(float(((values - stored) / factor[column, column]).double().square().sum()))
-            return stored
+        def project_block(self, columns: slice, current: Tensor, shares: Tensor | None) -> Tensor:
+            errors = super().project_block(columns, current, shares)
+            seen.extend((errors / factor.diagonal()[columns, None]).double().square().sum(1).tolist())
+            return errors
 
     projection = Listening(GridFormat(levels, group_size), WIDTH)
     error = weight.double() - dense(engine.feedback(weight, factor, projection)).double()
