@@ -26,7 +26,7 @@ from llmcompress.weight.modules import PackedWeight
 
 # Seconds of one core; only their proportions count here.
 FEEDBACK, FEEDBACK_WIDTH = 1.4e-7, 2e-11  # for each weight, and each weight and column: feedback and errors
-SEARCH = 1.2e-6  # for each weight, of a trellis search
+SEARCH = 5e-7  # for each weight, of a trellis search
 FACTOR, AIM = 6e-11, 3e-11  # for each cube of a width: a factor of H; the target at the dense model's outputs
 
 Solved = tuple[PackedWeight, LayerReport]

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmcompress.kernels.column_block import ColumnBlock, Numbers, longest_stream
 from llmcompress.kernels.cpu import column_search
 
-ROOM = 1 << 28  # bytes that streams of a launch work in, if it is more than one
+ROOM, ROOM_ON_A_GPU = 1 << 26, 1 << 30  # bytes that streams of a launch work in, if it is more than one
 OLDEST_GPU = (7, 0)  # compute capability that Triton compiles for
 
 
@@ -41,7 +41,8 @@ def choose_columns(block: ColumnBlock, numbers: Numbers) -> tuple[Tensor, Tensor
     states = torch.empty(columns, block.edges[-1], dtype=torch.int32, device=device)
     errors = torch.empty_like(block.current)
     rest = 1 << (numbers.trellis.memory - numbers.trellis.bits)
-    together = max(1, ROOM // (longest_stream(block) * rest))
+    room = ROOM if device.type == "cpu" else ROOM_ON_A_GPU
+    together = max(1, room // (longest_stream(block) * rest))
     for start in range(0, streams, together):
         choose(block, numbers, states, errors, range(start, min(start + together, streams)))
     return states, errors
