@@ -157,7 +157,7 @@ class LLMCompressQuantizer(HfQuantizer):
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None
-    ) -> list[Any]:  # releases before 5.18 do not give the model
+    ) -> list[Any]:  # 5.17 does not give the model
         """Return no conversions: our files have the model's own names, and a tensor for each matrix of its experts."""
         return []
 
