@@ -3,6 +3,7 @@
     scripts/gpu_check [--json FILE] [--stages search,kernels] [--seconds 1500] [--data DATA] [--tokens 1,4,16]
         [--forms PART] [--sweep]
     scripts/gpu_check --device cpu --small
+    scripts/gpu_check --loan FILE [--parts NAMES] [--small --device cpu]
 
 A stage has a process and a time of its own; one that fails or runs out of time is recorded with its sentence, and the
 others go on. FILE gets a record a line, as docs/results/*.jsonl: after each stage all that it found, and one that says
@@ -142,6 +143,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", default="1,4,16", help="of the kernels' inputs")
     parser.add_argument("--forms", default="", metavar="PART", help="only kernels of forms whose names have this part")
     parser.add_argument("--sweep", action="store_true", help="only time other shares of a program")
+    parser.add_argument("--parts", default="", metavar="NAMES", help="of a loan, only these")
     parser.add_argument("--loan", type=Path, metavar="FILE", help="ten minutes in one process, most valuable first")
     return parser.parse_args()
 
@@ -158,9 +160,12 @@ def _borrowed(options: argparse.Namespace, device: torch.device) -> int:
 
     options.loan.parent.mkdir(parents=True, exist_ok=True)
     facts = provenance() | {"table": "gpu-loan", "model": "random weights", "text": None, "calibration": None}
-    facts["command"] = f"./scripts/gpu_check --loan FILE{' --small' if options.small else ''}"
+    facts |= {
+        "command": f"./scripts/gpu_check --loan FILE{' --small' if options.small else ''}",
+        "small": options.small,
+    }
     facts["machine"] |= device_facts(device)
-    names = [] if options.stages is STAGES else options.stages
+    names = [name for name in options.parts.split(",") if name]
     return run(options.loan, device, facts, min(options.seconds, LOAN), names, options.small)
 
 

@@ -14,7 +14,8 @@ class GridBlock:
     `current` float32 `[columns, out]`: what is wanted, and of rounded columns afterwards what is stored. `parameters`:
     1 / scale, the code that stands for 0, and the scale, float32 `[groups, out]` each. `groups` int32 `[rounded]`: the
     group of each column that is rounded. `shares` float32 `[columns, columns]`: what an error of a column (first) takes
-    from a later one; None: nothing.
+    from a later one; None: nothing. `before`, like `current`: what was stored, and an error is what is stored now less
+    that; None: it is what is lost.
     """
 
     current: Tensor
@@ -22,3 +23,4 @@ class GridBlock:
     groups: Tensor
     levels: int
     shares: Tensor | None = None
+    before: Tensor | None = None

@@ -91,7 +91,12 @@ def descended(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None
     values = dense(base).T.clone(memory_format=torch.contiguous_format)  # [in, out], like everything below
     pull = hessian @ (target.T - values)
     if isinstance(base, TrellisCoded):
-        return _descended_streams(TrellisStreams.of(base, rows), values, pull, hessian)
+        streams = TrellisStreams.of(base, rows)
+        _descend_blocks(streams.choose, values, pull, hessian)
+        return streams.weight(values.T)
+    if isinstance(base, Grid):
+        _descend_blocks(Quantized.like(base).choose, values, pull, hessian)
+        return with_values(base, values.T.contiguous())
     move_to = nearest(base)
     for start in range(0, len(values), BLOCK):
         stop = min(start + BLOCK, len(values))
@@ -107,16 +112,21 @@ def descended(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None
     return with_values(base, values.T.contiguous())
 
 
-def _descended_streams(streams: TrellisStreams, values: Tensor, pull: Tensor, hessian: Tensor) -> TrellisCoded:
-    """The same for the columns of a trellis, a block at a time; `pull [in, out]`: the error times `hessian`."""
+def _descend_blocks(
+    choose: Callable[[int, Tensor, Tensor, Tensor], Tensor], values: Tensor, pull: Tensor, hessian: Tensor
+) -> None:
+    """Move `values [in, out]` a block of columns at a time; `pull`, alike: the error times `hessian`.
+
+    `choose(first column, wanted, shares, before)` puts what is stored in the place of what is wanted, and returns what
+    columns moved by.
+    """
     for start in range(0, len(values), BLOCK):
         part, stop = slice(start, start + BLOCK), min(start + BLOCK, len(values))
         inside = hessian[part, part]
         wanted = values[part] + pull[part] / inside.diagonal()[:, None]
-        moves = streams.choose(start, wanted, inside / inside.diagonal(), before=values[part])
+        moves = choose(start, wanted, inside / inside.diagonal(), values[part])
         values[part] = wanted  # which is what is stored now
         pull[stop:].addmm_(hessian[stop:, part], moves, alpha=-1)
-    return streams.weight(values.T)
 
 
 def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:

@@ -1,6 +1,6 @@
 """The ten minutes of a borrowed GPU: one process, the most valuable figure first, a record written and synced for each.
 
-    scripts/gpu_check --loan FILE [--seconds 540] [--stages floors,search] [--small]
+    scripts/gpu_check --loan FILE [--seconds 540] [--parts floors,search] [--small]
 
 Killed at any second, it has written what it knew. Nothing but random weights is needed. `--small` runs every part on a
 CPU, the kernels for GPUs by Triton's interpreter, to show that they run; its numbers mean nothing.

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.gpu import loan
 from scripts.gpu.compression import figure
 from scripts.gpu.given import Given
 from scripts.gpu.stages import MOST, STAGES, Stage
 from scripts.gpu_check import DONE, FAILED, OUT_OF_TIME, device_facts, ended, main, records
 from tests.rules.source_tree import ROOT
 from tests.rules.test_results import KEYS
+
+PARTS = ("floors", "search", "compression", "products", "generation", "around", "tiles", "to_a_size")
 
 
 def given_for(folder: Path, stage: str = "search", seconds: float = 60.0, **more: Any) -> Given:
@@ -121,3 +125,38 @@ def test_every_stage_runs_on_the_cpu(tmp_path: Path) -> None:
     assert all(numbers["peak_memory_bytes"] > 0 for numbers in by_stage["billion"] + by_stage["memory"])
     assert {"of_the_gap", "of_the_kl", "targets"} <= by_stage["distil"][1].keys()
     assert all(numbers["decode"] > 0 for numbers in by_stage["generate"])
+
+
+@pytest.mark.nightly
+def test_a_loan_asks_for_everything_on_the_cpu_too(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="needs triton, whose interpreter stands for a GPU's kernels")
+    found = tmp_path / "loan.jsonl"
+    asked = ["--loan", str(found), "--device", "cpu", "--small"]
+    command = [sys.executable, str(ROOT / "scripts/gpu_check.py"), *asked]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    rows = [json.loads(line) for line in found.read_text().splitlines()]
+    ended = [row["arm"] for row in rows if row["arm"].endswith(": done")]
+    assert ended == [f"{part}: done" for part in PARTS]
+    assert all(row.keys() >= KEYS and row["small"] for row in rows)
+    assert all(row["numbers"]["value"] for row in rows if row["arm"].endswith("as on the CPU"))
+
+
+def test_a_loan_keeps_what_it_knew_when_a_part_fails_or_is_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(given: loan.Loan) -> None:
+        given.say("half of it", value=1)
+        raise ValueError("no more")
+
+    parts = (
+        loan.Part("failing", 9, fail),
+        loan.Part("slow", 1, lambda given: time.sleep(9)),
+        loan.Part("last", 9, lambda given: given.say("at the end")),
+    )
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which a loan of a CPU sets, and this takes back
+    monkeypatch.setattr("scripts.gpu.loan_parts.PARTS", parts)
+    file = tmp_path / "loan.jsonl"
+    assert loan.run(file, torch.device("cpu"), {"table": "gpu-loan"}, 60.0, [], small=False) == 1
+    arms = [json.loads(line)["arm"] for line in file.read_text().splitlines()]
+    assert arms == ["half of it", "failing: ValueError: no more", "slow: out of time", "at the end", "last: done"]

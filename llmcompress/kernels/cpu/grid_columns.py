@@ -40,6 +40,7 @@ class GridPlace(IntEnum):
     OUT = 9
     TOP = 10  # the highest code
     ROOM = 11  # [blocks, columns, ROWS]
+    BEFORE = 12  # [columns, out]
 
 
 Arguments = ctypes.c_int64 * len(GridPlace)
@@ -47,9 +48,10 @@ Arguments = ctypes.c_int64 * len(GridPlace)
 
 @dataclass(frozen=True)
 class GridColumns:
-    """The kernel. `feeds`: errors move later columns."""
+    """The kernel. `feeds`: errors move later columns. `again`: an error is what a column moves by."""
 
     feeds: bool
+    again: bool
 
     def write(self, module: ir.Module, target: Instructions) -> None:
         """Write `kernel(arguments, first block of rows, last block)`."""
@@ -97,8 +99,9 @@ class GridColumns:
             f.store(stored, tile, own)
             if not self.feeds:
                 return
-            error = wanted - stored
             place = (column * sizes[GridPlace.OUT] + first + row) * 4
+            before = f.address(sizes[GridPlace.BEFORE])
+            error = stored - f.load(before, kind, place) if self.again else wanted - stored
             f.store(error, f.address(sizes[GridPlace.ERRORS]), place)
             shares = f.behind(f.address(sizes[GridPlace.SHARES]), column * sizes[GridPlace.COLUMNS] * 4)
             with f.loop(column + 1, sizes[GridPlace.COLUMNS]) as later:
@@ -115,16 +118,19 @@ class GridColumns:
 
 def round_columns(block: GridBlock, errors: Tensor) -> None:
     """Round the columns of a block; see `GridBlock`."""
-    columns, out = block.current.shape
-    shares = 0 if block.shares is None else block.shares.data_ptr()
-    blocks = -(-out // ROWS)
+    (columns, out), blocks = block.current.shape, -(-block.current.shape[1] // ROWS)
     room = torch.empty(blocks * columns * ROWS)
-    tensors = (block.current, *block.parameters, block.groups)
+    tensors = (block.current, *block.parameters, block.groups, block.shares, errors)
     sizes = len(block.groups), columns, out, block.levels - 1
-    given = Arguments(*(tensor.data_ptr() for tensor in tensors), shares, errors.data_ptr(), *sizes, room.data_ptr())
+    given = Arguments(*map(_place, tensors), *sizes, *map(_place, (room, block.before)))
     values = Values()
     values[Argument.TABLE] = ctypes.addressof(given)
-    launch(loaded(GridColumns(block.shares is not None)), values, blocks, out * columns * COST)
+    kernel = GridColumns(block.shares is not None, block.before is not None)
+    launch(loaded(kernel), values, blocks, out * columns * COST)
+
+
+def _place(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _clamped(values: Value, top: Value) -> Value:

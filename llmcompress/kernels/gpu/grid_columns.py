@@ -21,18 +21,19 @@ def round_columns(block: GridBlock, errors: Tensor) -> None:
     """Round the columns of a block; see `GridBlock`."""
     columns, out = block.current.shape
     feeds = block.shares is not None
-    given = (block.current, *block.parameters, block.groups, block.current if block.shares is None else block.shares)
+    shares, before = (block.current if each is None else each for each in (block.shares, block.before))
+    given = (block.current, *block.parameters, block.groups, shares, before)
     with torch.cuda.device_of(block.current):
         grid_columns[(triton.cdiv(out, ROWS),)](
             *given, errors, len(block.groups), columns, out, block.levels - 1,
-            FEEDS=feeds, ROWS=ROWS, num_warps=4, enable_fp_fusion=False,
+            FEEDS=feeds, AGAIN=block.before is not None, ROWS=ROWS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rounded", "columns", "top"])
 def grid_columns(
-    current, inverse, middle, scale, groups, shares, errors, rounded, columns, out, top,
-    FEEDS: tl.constexpr, ROWS: tl.constexpr,
+    current, inverse, middle, scale, groups, shares, before, errors, rounded, columns, out, top,
+    FEEDS: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Round the rows of a program in the first columns, and move the others."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -45,7 +46,8 @@ def grid_columns(
         code = tl.minimum(tl.maximum(code, 0.0), top.to(tl.float32)) + ROUNDING - ROUNDING
         stored = (code - centre) * tl.load(scale + at, mask=here, other=0.0)
         if FEEDS:
-            tl.store(errors + column * out + row, wanted - stored, mask=here)
+            error = stored - tl.load(before + column * out + row, mask=here, other=0.0) if AGAIN else wanted - stored
+            tl.store(errors + column * out + row, error, mask=here)
         tl.store(current + column * out + row, stored, mask=here)
     if FEEDS:
         for column in range(rounded, columns):

@@ -21,7 +21,9 @@ def round_columns(block: GridBlock, errors: Tensor) -> None:
     else:
         inverse, middle, scale = (each.cpu() for each in block.parameters)
         shares = None if block.shares is None else block.shares.cpu()
-        here = GridBlock(block.current.cpu(), (inverse, middle, scale), block.groups.cpu(), block.levels, shares)
+        before = None if block.before is None else block.before.cpu()
+        groups = block.groups.cpu()
+        here = GridBlock(block.current.cpu(), (inverse, middle, scale), groups, block.levels, shares, before)
         lost = errors.cpu()
         grid_columns.round_columns(here, lost)
         block.current.copy_(here.current)

@@ -131,6 +131,19 @@ class Quantized:
             start = stop
         return errors
 
+    def choose(self, start: int, current: Tensor, shares: Tensor, before: Tensor) -> Tensor:
+        """Round columns from `start` on, `current [columns, out]`, under scales that are fitted: see
+        `TrellisStreams.choose`."""
+        out, last = current.shape[1], start + len(current)
+        first, stop = start // self.group_size, -(-last // self.group_size)
+        fitted = zip(*self.now[first:stop], strict=True)
+        inverse, middle, scale = (torch.stack([each.expand(out) for each in kind]) for kind in fitted)
+        groups = torch.arange(start, last, dtype=torch.int32, device=current.device) // self.group_size - first
+        errors = torch.empty_like(current)
+        block = GridBlock(current, (inverse, middle, scale), groups, self.form.levels, shares.contiguous(), before)
+        round_columns(block, errors)
+        return errors
+
     def _round(self, part: slice, first: int, block: Tensor, shares: Tensor | None, errors: Tensor) -> None:
         """Round some columns of a block that starts at column `first`, and move the later ones."""
         if self.order is None:  # they are of one group

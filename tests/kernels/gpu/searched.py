@@ -74,18 +74,19 @@ def round_once() -> None:
     interpreter.InterpreterBuilder.create_fma = fma
 
 
-GRIDS = [(fed, rounded) for fed in (True, False) for rounded in (5, 3)]
+GRIDS = [(fed, rounded) for fed in (True, False) for rounded in (5, 4, 3)]
 
 
 def grid_block(fed: bool, rounded: int, device: str) -> GridBlock:
-    """Return five columns of 150 rows in two groups, of which some are rounded."""
+    """Return five columns of 150 rows in two groups, of which some are rounded; all five for the second time."""
     random = seeded(4)
     current, scale = torch.randn(5, 150, generator=random), torch.rand(2, 150, generator=random) + 0.1
     parameters = (1 / scale, torch.randint(8, (2, 150), generator=random).float(), scale)
     groups, shares = torch.tensor([0, 0, 1, 1, 1], dtype=torch.int32), torch.randn(5, 5, generator=random) / 3
     inverse, middle, scale = (each.to(device) for each in parameters)
     own = shares.to(device) if fed else None
-    return GridBlock(current.to(device), (inverse, middle, scale), groups[:rounded].to(device), 8, own)
+    before = torch.randn(5, 150, generator=random).to(device) if fed and rounded == 5 else None
+    return GridBlock(current.to(device), (inverse, middle, scale), groups[:rounded].to(device), 8, own, before)
 
 
 def rounded_on(device: str, round_columns: Any) -> list[tuple[Tensor, Tensor]]:
