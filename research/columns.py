@@ -1,4 +1,4 @@
-"""Columns of the tables of docs/results.md, which `tables.py` writes. A table's rows are the records of that name."""
+"""Columns of the tables of results, which `tables.py` writes. A table's rows are the records of that name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure recipes and print their rows for docs/results.md.
+"""Measure recipes and print their rows for docs/results/methods.md.
 
     python research/rows.py --data DATA [RECIPE ...]
 

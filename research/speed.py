@@ -1,4 +1,4 @@
-"""Time models beside their dense one, in turns, and keep the rows for docs/results.md.
+"""Time models beside their dense one, in turns, and keep the rows for docs/results/speed.md.
 
     python research/speed.py [--gguf FILE] [--threads 1 2] [--rounds 9] [--prompt 512] NAME=FOLDER ...
 

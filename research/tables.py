@@ -1,11 +1,11 @@
-"""Write the tables of docs/results.md from the records in docs/results/*.jsonl.
+"""Write the tables of docs/results.md and docs/results/*.md from the records in docs/results/*.jsonl.
 
     python research/tables.py [--check]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; columns.py has its columns. A verdict on a paper, in
 claims.jsonl, names the rows that it rests on: `{trellis-2}` is that row's perplexity, `{trellis-2:bpw}` its bits,
-`{budgets/2.050}` is of another table than `methods`. `--check` writes nothing and ends with 1 where the document is not
-what the records say.
+`{budgets/2.050}` is of another table than `methods`. `--check` writes nothing and ends with 1 where a page is not what
+the records say.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from columns import TABLES
 from records import RESULTS, Record, read_records
 
-DOCUMENT = RESULTS.parent / "results.md"
+PAGES = (RESULTS.parent / "results.md", *sorted(RESULTS.glob("*.md")))
 REGION = re.compile(r"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 REFERENCE = re.compile(r"\{(?:([\w-]+)/)?([\w.-]+)(?::(\w+))?\}")
 UNMEASURED = "not measured yet"
@@ -30,11 +30,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is out of date")
     options = parser.parse_args()
-    before = DOCUMENT.read_text(encoding="utf-8")
-    after = rewritten(before, all_records())
-    if options.check:
-        sys.exit(int(before != after))
-    DOCUMENT.write_text(after, encoding="utf-8")
+    records, stale = all_records(), 0
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = rewritten(before, records)
+        stale += before != after
+        if not options.check:
+            page.write_text(after, encoding="utf-8")
+    sys.exit(int(options.check and stale > 0))
 
 
 def all_records() -> list[Record]:

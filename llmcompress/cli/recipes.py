@@ -46,7 +46,7 @@ def recipes_view(values: dict[str, Any], _every: bool) -> Iterator[RenderableTyp
         yield table
         yield ""
     dense = ", ".join(map(" ".join, zip(_numbers(values["dense"]), ("bpw", "MB", "perplexity"), strict=True)))
-    yield f"{values['protocol']} (dense: {dense}). {UNMEASURED}: not measured like that; see docs/results.md."
+    yield f"{values['protocol']} (dense: {dense}). {UNMEASURED}: not measured like that; see docs/results/."
     yield "A name serves in place of a file: llmcompress compress MODEL gptq-4-g64 -o OUT"
 
 

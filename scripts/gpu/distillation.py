@@ -1,4 +1,4 @@
-"""Distillation on a device, beside the targets that docs/results.md names for twenty minutes on two cores."""
+"""Distillation on a device, beside the targets of docs/results/distillation.md for twenty minutes on two cores."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ STAGES = (
     Stage("recipe", "compressing by a recipe: time, memory, KL beside the CPU's", 240, "compression:recipe"),
     Stage("bpw", "compressing to a size: time, memory, KL beside the CPU's", 180, "compression:bpw"),
     Stage("billion", "the same for a few blocks in the shape of a billion weights", 120, "compression:billion"),
-    Stage("distil", "what is recovered, beside the targets of docs/results.md", 180, "distillation:distil"),
+    Stage("distil", "what is recovered, beside the targets of its results", 180, "distillation:distil"),
     Stage("generate", "tokens a second, dense and compressed", 90, "generation:generation"),
     Stage("memory", "peak memory follows one block, not the depth of a model", 60, "compression:memory"),
 )  # fmt: skip

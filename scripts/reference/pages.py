@@ -201,7 +201,7 @@ def methods_page() -> str:
 def _recipes(names: list[str], results: dict[str, str]) -> str:
     shown = [f"`{name}`" + (f" ({results[name]})" if name in results else "") for name in names[:6]]
     more = f", and {len(names) - 6} more" if len(names) > 6 else ""
-    about = "Recipes that use it, with bits per weight and perplexity in [the results](../results.md#methods)"
+    about = "Recipes that use it, with bits per weight and perplexity in [the results](../results/methods.md)"
     return f"{about}: {', '.join(shown)}{more}."
 
 
@@ -224,7 +224,7 @@ def losses_page() -> str:
     introduction = (
         "A distillation's `losses` are a list of these, each with a weight. Each part is the docstring of the loss's "
         "file. p is the teacher's prediction, q the student's. All are tested against their formulas, and were "
-        "measured on a real model ([results](../results.md#distillation))."
+        "measured on a real model ([results](../results/distillation.md))."
     )
     return page("Losses", introduction, parts)
 

@@ -60,7 +60,7 @@ def paper_index() -> str:
     results = rows_of_results()
     rows = []
     for paper in papers():
-        shown = [f"[{name}](../results.md#methods): {results[name]}" for name in paper.recipes if name in results][:3]
+        shown = [f"[{name}](../results/methods.md): {results[name]}" for name in paper.recipes if name in results][:3]
         used = ", ".join(f"`{name}`" for name in paper.recipes[:4]) + (", ..." if len(paper.recipes) > 4 else "")
         name = NAMES.get(paper.number) or paper.name
         rows.append(
@@ -181,7 +181,8 @@ def rows_of_results() -> dict[str, str]:
     """Return bits per weight and perplexity by recipe, from the first table of the results that lists it."""
     found: dict[str, str] = {}
     header: list[str] = []
-    for text in (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines():
+    places = (ROOT / "docs" / "results" / f"{name}.md" for name in ("methods", "budgets"))
+    for text in "\n".join(place.read_text(encoding="utf-8") for place in places).splitlines():
         cells = [cell.strip(" *`") for cell in text.strip().strip("|").split("|")] if text.startswith("|") else []
         if not cells:
             header = []

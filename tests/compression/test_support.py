@@ -1,4 +1,4 @@
-"""The matrix of families in docs/results.md, made again: it cannot say what is not so."""
+"""The matrix of families in docs/results/families.md, made again: it cannot say what is not so."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ its absence costs with all other weights of the layer free to make up for it: wi
 it are `W - W_S inverse(P_SS) P_S` (Optimal Brain Surgeon for columns, as in ZipLM, arXiv 2302.04089). Units go in a few
 portions, the cheapest first, and every portion is made up for before the next is judged. Channel exploration (CHEX,
 arXiv 2203.15794) chooses by the same objective and lets units grow back; after the refit that gains nothing here. A
-subset leaves less error in each layer, and energy the better model (docs/results.md).
+subset leaves less error in each layer, and energy the better model (docs/results/distillation.md).
 """
 
 from __future__ import annotations
