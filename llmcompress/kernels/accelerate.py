@@ -19,6 +19,7 @@ from llmcompress.weight.modules import CompressedEmbedding, Multiplying, multipl
 
 SWITCH = "LLMCOMPRESS_FAST"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of inputs that kernels take
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Fast:
     def __call__(self, layer: Multiplying, x: Tensor) -> Tensor | None:
         """Return `x @ W.T`; None on other devices, for other dtypes or widths, and where gradients are wanted."""
         payload = layer._parameters["weight"]
-        if payload is None or x.dtype not in DTYPES or x.device != payload.device or not ops.multiplies(x.device):
+        if payload is None or x.dtype not in DTYPES or x.device != payload.device or x.device.type not in DEVICES:
             return None
         if x.shape[-1] != layer.layout.size[1]:
             return None
@@ -57,6 +58,8 @@ class Fast:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.compiler.is_compiling():
             return ops.operator(x, payload, layer.layout, self.mode)
+        if not ops.multiplies(x.device):
+            return None
         kept = self.kept
         if kept is None or not kept.holds(payload, x.dtype):
             kept = self.kept = ops.keep(payload, layer.layout, x.dtype)

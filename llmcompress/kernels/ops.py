@@ -73,10 +73,12 @@ _KEPT: Any = WeakIdKeyDictionary()  # by payload, for the operator
 
 @torch.library.custom_op("llmcompress::linear", mutates_args=(), device_types=("cpu", "cuda"))
 def _operator(x: Tensor, payload: Tensor, layout: str, mode: str) -> Tensor:
-    kept = _KEPT.get(payload)
-    if kept is None or not kept.holds(payload, x.dtype):
-        kept = _KEPT[payload] = keep(payload, _layout(layout), x.dtype)
-    y = multiply(kept, x, MODES[mode])
+    y = None
+    if multiplies(x.device):
+        kept = _KEPT.get(payload)
+        if kept is None or not kept.holds(payload, x.dtype):
+            kept = _KEPT[payload] = keep(payload, _layout(layout), x.dtype)
+        y = multiply(kept, x, MODES[mode])
     return matmul(x, _decoded(payload, _layout(layout))) if y is None else y
 
 
