@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import lru_cache, reduce
 from importlib.util import find_spec
 
 import torch
@@ -35,6 +35,7 @@ FEW = 16  # inputs that kernels multiply at once; a matrix is decoded once for m
 WIDEST_TURN = 1 << 15  # columns of a Hadamard transform, which a program holds in registers
 
 
+@lru_cache(maxsize=16)
 def runs_on(device: torch.device) -> bool:
     """True if the kernels run on a device: NVIDIA GPUs from Ampere on, where Triton is installed."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
