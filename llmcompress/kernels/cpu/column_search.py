@@ -114,7 +114,7 @@ class ColumnSearch:
                 last_keys = f.behind(keys, (steps & 1) * (4 * self.rest))
                 best = self._cheapest(f, last_keys, given.load(Given.ENDS, I32, end))
                 state = self._trace(f, given, (column, first, steps), oldest, best)
-                f.store(state.narrower(I32), given.at(Given.ENDS), end * 4)
+                f.store(state, given.at(Given.ENDS), end * 4)
                 if self.feeds:
                     self._feed(f, given, column, (first * self.values, steps * self.values))
         f.finish()
@@ -246,7 +246,7 @@ class ColumnSearch:
     ) -> Value:
         """Write the states of a column, its numbers and its errors, last step first; return the last state."""
         column, first, steps = where
-        place, last = f.variable(end), f.variable(end)
+        place = f.variable(end)
         line = column * given.size(Given.STEPS)
         with f.loop(0, steps) as back:
             step = steps - 1 - back
@@ -266,9 +266,7 @@ class ColumnSearch:
                     error = stored - given.load(Given.BEFORE, F32, spot) if self.again else wanted - stored
                     f.store(error, given.at(Given.ERRORS), spot * 4)
                 f.store(stored, given.at(Given.CURRENT), spot * 4)
-        given_last = given.load(Given.STATES, I32, line + first + steps - 1)
-        last.set(given_last.wider(I64))
-        return last.get()
+        return given.load(Given.STATES, I32, line + first + steps - 1)
 
     def _feed(self, f: Function, given: _Arguments, column: Value, rows: tuple[Value, Value]) -> None:
         """Move the later columns of the block by a column's errors."""
