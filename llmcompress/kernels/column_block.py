@@ -68,7 +68,7 @@ class Numbers:
 
 
 def whole_weights(weights: Tensor, trellis: Trellis) -> Tensor:
-    """Return weights `[out]`, none below 0, in the unit of whole costs."""
+    """Return the weights `[rows]` of a stream, none below 0, in the unit of whole costs."""
     some = weights[weights > 0]
     if not len(some):
         return torch.zeros_like(weights)

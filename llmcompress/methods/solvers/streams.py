@@ -35,7 +35,8 @@ class TrellisStreams:
         self.ends[0] = 0
         self.factors = scale[:, 0].float()
         importance = self.factors.square() if rows is None else self.factors.square() * rows
-        self.weights = whole_weights(importance, trellis)
+        runs = [importance[first * trellis.values : last * trellis.values] for first, last in pairwise(self.edges)]
+        self.weights = torch.cat([whole_weights(run, trellis) for run in runs])  # streams do not share their costs
         self.numbers = _numbers(trellis, device)
 
     @staticmethod
