@@ -22,6 +22,11 @@ from torch import Tensor
 
 from llmcompress.weight.trellis import Trellis
 
+COST = 12  # the lowest bit of a key's cost; below it is the oldest code
+CAP = 1 << 30  # the most that a state's key counts
+WHOLE = 8388609.0  # 2^23 + 1: what is added to it is rounded to a whole number
+WIDEST = 10.0  # what is wanted counts as no larger
+EVERY = 16  # steps after which the lowest cost is taken off all
 WEIGHT_BITS = 12  # of the largest weight
 ABOVE = 8.0  # a weight counts as no more than so many times the median one, whose costs need bits too
 SHORT_STATES = 12  # bits of a state from above which registers of a GPU hold numbers of 16 bits

@@ -19,7 +19,16 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from llmcompress.kernels.column_block import ColumnBlock, Numbers, longest_stream
+from llmcompress.kernels.column_block import (
+    CAP,
+    COST,
+    EVERY,
+    WHOLE,
+    WIDEST,
+    ColumnBlock,
+    Numbers,
+    longest_stream,
+)
 from llmcompress.kernels.cpu.arguments import Argument, address
 from llmcompress.kernels.cpu.build import loaded
 from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, Function, Value, vector
@@ -28,11 +37,6 @@ from llmcompress.kernels.cpu.launch import Values, launch
 
 LANES = 16
 WIDE = 4  # bits of a code from which on vectors run along the newest codes
-COST = 12  # the lowest bit of a key's cost; below it is the oldest code
-CAP = 1 << 30  # the most that a state's key counts
-WHOLE = 8388609.0  # 2^23 + 1: what is added to it is rounded to a whole number
-WIDEST = 10.0  # what is wanted counts as no larger
-EVERY = 16  # steps after which the lowest cost is taken off all
 
 
 class Given(IntEnum):
@@ -133,9 +137,9 @@ class ColumnSearch:
             some = f.builder.fcmp_ordered(">", factor.raw, f.constant(kind, 0.0).raw)
             scaled = f.builder.fdiv(wanted.raw, factor.raw)
             x = Value(f, f.builder.select(some, scaled, f.constant(kind, 0.0).raw))
-            x = _least(_most(x, f.constant(kind, -WIDEST)), f.constant(kind, WIDEST))
+            x = x.larger(f.constant(kind, -WIDEST)).smaller(f.constant(kind, WIDEST))
             weight = given.load(Given.WEIGHTS, kind, first + at)
-            over = _most(_magnitude(x) - top.splat(lanes), f.constant(kind, 0.0))
+            over = (x.magnitude() - top.splat(lanes)).larger(f.constant(kind, 0.0))
             f.store(x * weight * -2.0, slopes, at * 4)
             f.store((x * x - over * over) * weight, shifts, at * 4)
 
@@ -364,18 +368,6 @@ def _fma(number: Value, factor: Value, addend: Value) -> Value:
 
 def _lower(first: Value, second: Value) -> Value:
     return first.function.call("llvm.umin", first.type, first, second, overloads=(first.type,))
-
-
-def _least(first: Value, second: Value) -> Value:
-    return first.function.call("llvm.minnum", first.type, first, second, overloads=(first.type,))
-
-
-def _most(first: Value, second: Value) -> Value:
-    return first.function.call("llvm.maxnum", first.type, first, second, overloads=(first.type,))
-
-
-def _magnitude(values: Value) -> Value:
-    return values.function.call("llvm.fabs", values.type, values, overloads=(values.type,))
 
 
 def _interleaved(parts: Sequence[Value]) -> list[Value]:

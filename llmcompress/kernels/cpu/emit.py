@@ -93,6 +93,18 @@ class Value:
             return self * factor + addend
         return self.function.call("llvm.fma", addend.type, self, factor, addend, overloads=(addend.type,))
 
+    def magnitude(self) -> Value:
+        """Floats without their signs."""
+        return self.function.call("llvm.fabs", self.type, self, overloads=(self.type,))
+
+    def larger(self, other: Value) -> Value:
+        """The larger of two floats, place by place."""
+        return self.function.call("llvm.maxnum", self.type, self, other, overloads=(self.type,))
+
+    def smaller(self, other: Value) -> Value:
+        """The smaller of two floats, place by place."""
+        return self.function.call("llvm.minnum", self.type, self, other, overloads=(self.type,))
+
     def as_type(self, wanted: Type) -> Value:
         """The same bits as another type, or an address as one of that type."""
         return Value(self.function, self.function.builder.bitcast(self.raw, wanted))

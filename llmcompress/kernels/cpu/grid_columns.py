@@ -16,12 +16,11 @@ from llmcompress.kernels.cpu.build import loaded
 from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, Function, Value, vector
 from llmcompress.kernels.cpu.instruction_sets import Instructions
 from llmcompress.kernels.cpu.launch import Values, launch
+from llmcompress.kernels.cpu.quantize_inputs import ROUNDING
 from llmcompress.kernels.grid_block import GridBlock
 
 ROWS = 64  # that a thread takes through all columns, in a copy that fits its first cache
 LANES = 16
-FLOATS = vector(F32, LANES)
-ROUNDING = 12582912.0  # 1.5 * 2^23: what is added to it is rounded to whole numbers, to even
 COST = 64  # weights of a row that count as one of `launch`
 
 
@@ -94,8 +93,8 @@ class GridColumns:
             )
             own = (column * ROWS + row) * 4
             wanted = f.load(tile, kind, own)
-            code = _clamped(wanted.fma(inverse, middle), top.splat(lanes)) + ROUNDING - ROUNDING
-            stored = (code - middle) * scale
+            code = wanted.fma(inverse, middle).larger(f.constant(kind, 0.0)).smaller(top.splat(lanes))
+            stored = (code + ROUNDING - ROUNDING - middle) * scale
             f.store(stored, tile, own)
             if not self.feeds:
                 return
@@ -131,10 +130,3 @@ def round_columns(block: GridBlock, errors: Tensor) -> None:
 
 def _place(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _clamped(values: Value, top: Value) -> Value:
-    """Return numbers no lower than 0 and no higher than `top`."""
-    f, zero = values.function, values.function.constant(values.type, 0.0)
-    above = f.call("llvm.maxnum", values.type, values, zero, overloads=(values.type,))
-    return f.call("llvm.minnum", values.type, above, top, overloads=(values.type,))

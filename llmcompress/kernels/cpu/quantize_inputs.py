@@ -119,7 +119,7 @@ class Inputs:
                 f.store(value, address(f, Argument.X), (start + LANES * number) * 4)
             f.store(_folded(reduce(Value.__add__, values), Value.__add__), address(f, Argument.X_SUM), at)
             return
-        top = _folded(reduce(_larger, map(_magnitude, values)), _larger)
+        top = _folded(reduce(Value.larger, map(Value.magnitude, values)), Value.larger)
         some = f.builder.fcmp_ordered(">", top.raw, f.constant(F32, 0.0).raw)
         inverse = f.builder.fdiv(f.constant(F32, LARGEST).raw, top.raw)
         inverse = Value(f, f.builder.select(some, inverse, f.constant(F32, 0.0).raw)).splat(LANES)
@@ -161,14 +161,6 @@ def _each(f: Function, start: int, stop: int, write: Callable[[Value, int], None
         if (stop - whole) & lanes:
             write(f.constant(I64, whole), lanes)
             whole += lanes
-
-
-def _magnitude(values: Value) -> Value:
-    return values.function.call("llvm.fabs", values.type, values, overloads=(values.type,))
-
-
-def _larger(first: Value, second: Value) -> Value:
-    return first.function.call("llvm.maxnum", first.type, first, second, overloads=(first.type,))
 
 
 def _folded(values: Value, join: Callable[[Value, Value], Value]) -> Value:

@@ -9,13 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
-from llmcompress.kernels.column_block import ColumnBlock, Numbers, longest_stream
+from llmcompress.kernels.column_block import EVERY, ColumnBlock, Numbers, longest_stream
 from llmcompress.kernels.gpu.column_search_triton import column_search
 from llmcompress.weight.trellis import Trellis
 
 CHECKED = 12  # bits of a state up to which the states at the ends of chunks fit a key
 STEPS = 64  # of a chunk
-EVERY = 16  # steps after which the lowest cost is taken off all
 REGISTERS = 4  # bits of a code up to which costs change threads without memory of their own
 
 

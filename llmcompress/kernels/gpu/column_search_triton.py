@@ -12,11 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-COST = tl.constexpr(12)  # the lowest bit of a key's cost
-HIGH = tl.constexpr((1 << 32) - (1 << 12))
-CAP = tl.constexpr(1 << 30)
-WHOLE = tl.constexpr(8388609.0)  # 2^23 + 1
-WIDEST = tl.constexpr(10.0)
+from llmcompress.kernels import column_block
+
+COST = tl.constexpr(column_block.COST)
+HIGH = tl.constexpr((1 << 32) - (1 << column_block.COST))
+CAP = tl.constexpr(column_block.CAP)
+WHOLE = tl.constexpr(column_block.WHOLE)
+WIDEST = tl.constexpr(column_block.WIDEST)
 
 
 @triton.jit

@@ -253,7 +253,7 @@ def product(w: GpuWeight, x: Tensor) -> Tensor:
 
 
 def product_of_many(w: GpuWeight, x: Tensor) -> Tensor:
-    """Multiply many inputs by a weight of one matrix, which is decoded for it; else as `product`."""
+    """Multiply as `product` does, for many inputs: a weight of one matrix, which is decoded for them."""
     from llmcompress.kernels.gpu.launches import launch_matrix
 
     linear, inputs = torch.nn.functional.linear, _changed(w, x.reshape(-1, w.width).contiguous())

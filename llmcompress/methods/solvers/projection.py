@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -90,9 +91,11 @@ class Quantized:
     def like(grid: Grid) -> "Quantized":
         """The points of a grid that is fitted already."""
         fitted = Quantized(GridFormat(grid.levels, grid.group_size, grid.zero is None), grid.codes.shape[1])
+        rows = len(grid.codes)  # of one scale, where they share it
         for group in range(grid.scale.shape[1]):
             part = slice(group, group + 1)
-            fitted._add(grid.scale[:, part], None if grid.zero is None else grid.zero[:, part])
+            zero = None if grid.zero is None else grid.zero[:, part].expand(rows, 1)
+            fitted._add(grid.scale[:, part].expand(rows, 1), zero)
         return fitted
 
     def _fit(self, current: Tensor, start: int, shown: Tensor | None) -> None:
@@ -131,30 +134,31 @@ class Quantized:
             start = stop
         return errors
 
+    @cached_property
+    def fitted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The parameters of all groups, once they are fitted: 1 / scale, centre, scale; `[groups, out]` each."""
+        inverse, middle, scale = (torch.stack(each) for each in zip(*self.now, strict=True))
+        return inverse, middle, scale
+
     def choose(self, start: int, current: Tensor, shares: Tensor, before: Tensor) -> Tensor:
-        """Round columns from `start` on, `current [columns, out]`, under scales that are fitted: see
-        `TrellisStreams.choose`."""
-        out, last = current.shape[1], start + len(current)
-        first, stop = start // self.group_size, -(-last // self.group_size)
-        fitted = zip(*self.now[first:stop], strict=True)
-        inverse, middle, scale = (torch.stack([each.expand(out) for each in kind]) for kind in fitted)
-        groups = torch.arange(start, last, dtype=torch.int32, device=current.device) // self.group_size - first
-        errors = torch.empty_like(current)
-        block = GridBlock(current, (inverse, middle, scale), groups, self.form.levels, shares.contiguous(), before)
+        """Round columns from `start` on, under scales that are fitted already; see `TrellisStreams.choose`."""
+        places = torch.arange(start, start + len(current), dtype=torch.int32, device=current.device)
+        groups, errors = places // self.group_size, torch.empty_like(current)
+        block = GridBlock(current, self.fitted, groups, self.form.levels, shares.contiguous(), before)
         round_columns(block, errors)
         return errors
 
     def _round(self, part: slice, first: int, block: Tensor, shares: Tensor | None, errors: Tensor) -> None:
         """Round some columns of a block that starts at column `first`, and move the later ones."""
-        if self.order is None:  # they are of one group
-            parameters = [each[None] for each in self.now[-1]]
+        if self.order is None:  # they are of one group, the last that was fitted
+            inverse, middle, scale = (each[None] for each in self.now[-1])
+            parameters = inverse, middle, scale
             groups = torch.zeros(part.stop - part.start, dtype=torch.int32, device=block.device)
         else:
-            parameters = [torch.stack(each) for each in zip(*self.now, strict=True)]
+            parameters = self.fitted
             groups = (self.order[first + part.start : first + part.stop] // self.group_size).int()
-        inverse, middle, scale = parameters
         rest = None if shares is None else shares.contiguous()
-        own = GridBlock(block[part.start :], (inverse, middle, scale), groups, self.form.levels, rest)
+        own = GridBlock(block[part.start :], parameters, groups, self.form.levels, rest)
         round_columns(own, errors[part.start :])
 
     def weight(self, values: Tensor) -> Weight:
