@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -156,7 +157,10 @@ def _stages(names: str) -> tuple[Stage, ...]:
 
 
 def _borrowed(options: argparse.Namespace, device: torch.device) -> int:
+    if device.type == "cpu":  # before Triton is imported
+        os.environ["TRITON_INTERPRET"] = "1"
     from scripts.gpu.loan import run
+    from scripts.gpu.loan_parts import PARTS
 
     options.loan.parent.mkdir(parents=True, exist_ok=True)
     facts = provenance() | {"table": "gpu-loan", "model": "random weights", "text": None, "calibration": None}
@@ -166,7 +170,8 @@ def _borrowed(options: argparse.Namespace, device: torch.device) -> int:
     }
     facts["machine"] |= device_facts(device)
     names = [name for name in options.parts.split(",") if name]
-    return run(options.loan, device, facts, min(options.seconds, LOAN), names, options.small)
+    parts = [part for part in PARTS if not names or part.name in names]
+    return run(options.loan, device, facts, min(options.seconds, LOAN), parts, options.small)
 
 
 def _swept(options: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,16 +113,12 @@ def limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run(file: Path, device: torch.device, facts: Record, seconds: float, names: list[str], small: bool) -> int:
-    """Find out all parts, or those named, within so many seconds; return the exit code: 1 where one failed."""
-    if device.type == "cpu":  # before Triton is imported
-        os.environ["TRITON_INTERPRET"] = "1"
-    from scripts.gpu.loan_parts import PARTS
-
+def run(file: Path, device: torch.device, facts: Record, seconds: float, parts: Sequence[Part], small: bool) -> int:
+    """Find out all parts within so many seconds; return the exit code: 1 where one failed."""
     failed = 0
     with tempfile.TemporaryDirectory(prefix="loan-") as folder:
         loan = Loan(file, device, small, facts, Path(folder))
-        for part in (part for part in PARTS if not names or part.name in names):
+        for part in parts:
             left = seconds - (time.monotonic() - loan.began)
             if left <= 1:
                 loan.say(f"{part.name}: not begun, no time was left")

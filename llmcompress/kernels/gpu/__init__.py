@@ -1,1 +1,1 @@
-"""Products with compressed weights on GPUs, by Triton: `prepare` repacks a weight once, `product` multiplies by it."""
+"""Kernels for GPUs, by Triton: `prepare` repacks a weight, `product` multiplies by it; two others choose columns."""
