@@ -1,0 +1,106 @@
+"""Rules on what texts refer to: each back-quoted name and each path in docstrings, comments and documents exists."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from tests.rules.source_tree import ROOT, repository_files
+
+QUOTED = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)")
+PATH = re.compile(
+    r"(?<![\w/.:{<*-])((?:[a-z][\w-]*/)+[\w-]+\.(?:py|md|yaml|yml|json|jsonl|toml|html)|(?:[a-z][\w-]*/){2,})(?![\w*{<])"
+)
+HISTORY = ("research/log", "docs/log.md", "CHANGELOG.md")  # these name what was there at the time
+# Names of other libraries, of formats and of mathematics that no code here spells.
+ELSEWHERE = {
+    *("IQ1", "IQ2", "IQ3", "AutoModelFor", "mma", "m16n8k16", "strtri", "absmax", "attention_type", "enforce_eager"),
+    *("load_checkpoint_and_dispatch", "print_trainable_parameters", "inner_inside_codes"),
+}
+NOT_OURS = {"methods/mine.py", "pydoc_data/topics.py", "curve/frontier.md", "budget-2/recipe.yaml", "out/demo.json"}
+
+
+def test_back_quoted_names_exist() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path, text in texts()
+        for name in sorted(set(QUOTED.findall(text)))
+        if not set(name.strip(".").split(".")) <= vocabulary() | ELSEWHERE
+    ]
+    assert not wrong, f"{wrong}: no code has this name; write the name of today, or leave the quotes out"
+
+
+def test_paths_exist() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path, text in texts()
+        for name in sorted(set(PATH.findall(text)) - NOT_OURS)
+        if not _exists(name, path)
+    ]
+    assert not wrong, f"{wrong}: no such file here; write the path of today"
+
+
+def texts() -> Iterator[tuple[Path, str]]:
+    """Docstrings and comments of every Python file, and whole documents."""
+    for path in repository_files():
+        if path.relative_to(ROOT).as_posix().startswith(HISTORY):
+            continue
+        if path.suffix == ".py":
+            yield path, _words(path)[0]
+        elif path.suffix == ".md":
+            yield path, path.read_text(encoding="utf-8")
+
+
+@cache
+def vocabulary() -> frozenset[str]:
+    """Every word of code, of strings in code, and of recipes, records and settings."""
+    words: set[str] = set()
+    for path in repository_files():
+        if path.suffix == ".py":
+            words |= _words(path)[1]
+        elif (
+            path.suffix in {".yaml", ".yml", ".toml", ".jsonl", ".json", ".html", ".css"}
+            or path.parent.name == "scripts"
+        ):
+            words |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+        words |= {path.stem, *path.parent.parts}
+    return frozenset(words)
+
+
+@cache
+def _words(path: Path) -> tuple[str, frozenset[str]]:
+    """What a Python file says to its readers, and the words of its code."""
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node)]
+    documented = {node.body[0].lineno for node in nodes}
+    said, code = [], set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and token.start[0] in documented):
+            said.append(token.string)
+        elif token.type in (
+            tokenize.NAME,
+            tokenize.STRING,
+            tokenize.FSTRING_MIDDLE if hasattr(tokenize, "FSTRING_MIDDLE") else -1,
+        ):
+            code |= set(re.findall(r"\w+", token.string))
+    return "\n".join(said), frozenset(code)
+
+
+def _exists(name: str, reader: Path) -> bool:
+    """True if a path exists from the root, beside its reader, or at the end of some file's path."""
+    if any((base / name).exists() for base in (ROOT, reader.parent, ROOT / "docs", ROOT / "llmcompress")):
+        return True
+    return any(path.as_posix().endswith("/" + name) for path in repository_files_once())
+
+
+@cache
+def repository_files_once() -> tuple[Path, ...]:
+    """`repository_files`, asked of git once."""
+    return tuple(repository_files())
