@@ -23,8 +23,8 @@ from llmcompress.benchmark.summary import summary
 from llmcompress.benchmark.table import speed_markdown
 from llmcompress.errors import RecipeError
 from llmcompress.evaluation.scores import Scoring
-from llmcompress.reporting.formatting import finite
 from llmcompress.reporting.output_file import check_new_file, write_new_file
+from llmcompress.runtime.json_values import replace_nonfinite
 from llmcompress.runtime.load import busy_note
 from llmcompress.runtime.versions import versions
 
@@ -87,7 +87,7 @@ def bench(
         seats, loaded, size = _seated(stack, found, protocol, machine, progress)
         turns = list(take_turns(seats, protocol, prompt_of(found, protocol.prompt, SEED), progress))
         memory = _memory(seats, loaded, len(found))
-    result = finite(
+    result = replace_nonfinite(
         {"command": command, "machine": machine, "versions": _versions(ggufs), "protocol": protocol.to_json()}
         | summary(found, turns, memory, against, machine["cache_bytes"], size)
         | {"turns": turns}

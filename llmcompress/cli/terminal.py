@@ -29,7 +29,7 @@ from llmcompress.errors import (
     first_line,
     is_out_of_memory,
 )
-from llmcompress.reporting.formatting import finite
+from llmcompress.runtime.json_values import replace_nonfinite
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -200,7 +200,7 @@ class Terminal:
         if not self.first:
             return
         with writing_to(self._output):
-            self._output.write(json.dumps(finite(values), indent=2) + "\n")
+            self._output.write(json.dumps(replace_nonfinite(values), indent=2) + "\n")
             self._output.flush()
 
 

@@ -35,6 +35,7 @@ from llmcompress.models.files.atomic_write import sync
 from llmcompress.models.files.file_names import check_name
 from llmcompress.models.files.staging import locked
 from llmcompress.models.files.store import Store
+from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.signals import stop_requests
 from llmcompress.runtime.versions import versions
@@ -82,7 +83,7 @@ class Answering:
 
 
 @dataclass(frozen=True)
-class Answered:
+class Answered(JsonRecord):
     """The count of written lines. `answers`: lines by the teacher; `references`: lines with the reference in its place;
     `faults`: how many answers failed, by reason; `dropped`: prompts without a line."""
 
@@ -94,10 +95,6 @@ class Answered:
     dropped: int
     faults: dict[str, int]
     generation: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, keys as in the fields."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

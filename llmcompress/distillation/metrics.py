@@ -12,7 +12,6 @@ balanced, the step after a look has {"gradient_shares": {"forward_kl": 0.8, "hid
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from llmcompress.models.files.atomic_write import replace_text
 from llmcompress.recipe.distillation import Distillation, Term
 from llmcompress.recipe.error_messages import hint
 from llmcompress.recipe.published import published
+from llmcompress.runtime.json_values import replace_nonfinite
 
 AFTERWARDS = {"rounded", "pruned"}  # marks of lines about what is done to weights once a phase has trained them
 LOGS = ".logs"  # follows the name of the output folder: the folder for files of trackers
@@ -68,7 +68,7 @@ class Metrics:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(entry)) + "\n")
+                file.write(json.dumps(replace_nonfinite(entry)) + "\n")
         except OSError as error:
             raise DiskError(f"{self.path} cannot be written ({error}); free some space and rerun") from error
 
@@ -116,9 +116,3 @@ def _scalars(entry: Mapping[str, Any]) -> list[tuple[str, float]]:
         elif key != "step":
             found.append((key, value))
     return found
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

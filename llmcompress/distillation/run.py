@@ -49,6 +49,7 @@ from llmcompress.recipe.read import dump, read_as
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.plots import distillation_png
 from llmcompress.reporting.quality_limits import GateReport, of_numbers
+from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.memory import keeping_freed_memory
 from llmcompress.runtime.notebook import counted
 from llmcompress.runtime.precision import fast_float32
@@ -66,7 +67,7 @@ COMPRESSED_TEACHER = "the teacher is compressed too, so what it lost the student
 
 
 @dataclass(frozen=True)
-class Distilled:
+class Distilled(JsonRecord):
     """The output and the measurements of a distillation.
 
     `history`: KL to the teacher and perplexities on the held-out sequences, from before the first step to after the
@@ -97,10 +98,6 @@ class Distilled:
     cache_bias: dict[str, dict[str, float]] | None = None  # before and after, see `kept.measured_bias`
     quantized_teacher: dict[str, float] | None = None
     controls: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return vars(self)
 
 
 @fast_float32()

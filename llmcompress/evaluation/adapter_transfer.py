@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -35,6 +35,7 @@ from llmcompress.models.dense.vocabulary import check_vocabularies
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file
 from llmcompress.models.files.fits import check_fits
+from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.weight.modules import decoded
 
@@ -65,17 +66,13 @@ class AdapterKept:
 
 
 @dataclass(frozen=True)
-class Passport:
+class Passport(JsonRecord):
     """The adapters of a passport, and the text that they were judged on."""
 
     model: str
     against: str
     protocol: dict[str, Any]
     adapters: tuple[AdapterKept, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ Both models pass block by block, so that one block of each is in memory at a tim
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.dense.vocabulary import check_vocabularies
 from llmcompress.models.files.fits import check_fits
 from llmcompress.models.files.kept_blocks import matched_blocks
+from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.precision import fast_float32
 
 BRIEF = Protocol(windows=8, length=512)
@@ -50,7 +51,7 @@ class BlockDrift:
 
 
 @dataclass(frozen=True)
-class Drift:
+class Drift(JsonRecord):
     """The drift of `model` from `against` at every block, on `tokens` tokens of the protocol's text."""
 
     model: str
@@ -58,10 +59,6 @@ class Drift:
     protocol: dict[str, Any]
     tokens: int
     blocks: tuple[BlockDrift, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return asdict(self)
 
 
 @fast_float32()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from llmcompress.models.files.checkpoint import MANIFEST, check_manifest, manife
 from llmcompress.models.files.fits import check_fits
 from llmcompress.models.files.integrity import weight_files
 from llmcompress.models.files.kind import check_kind
+from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.notebook import named
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.weight.modules import compressed_modules, decoded
@@ -35,7 +36,7 @@ UNCHECKED = f"there is no {MANIFEST}, so only the weights could be checked, not 
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verified(JsonRecord):
     """Findings on a valid checkpoint. `kl`, `top1_agreement`: None where no dense model was given."""
 
     files: int
@@ -46,10 +47,6 @@ class Verified:
     kl: float | None
     top1_agreement: float | None
     notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return asdict(self)
 
 
 @fast_float32()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+from llmcompress.runtime.json_values import JsonRecord
 
 ALLOW_DENSE = "allow dense layers (--allow-dense, or allow_dense=True), which hold it in 16-bit floats"
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(JsonRecord):
     """Result of an export. `kept`, `changed`: sentences; bytes are those of the weights."""
 
     to: str
@@ -18,7 +19,3 @@ class Exported:
     bytes_after: int
     kept: tuple[str, ...]
     changed: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return asdict(self)

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +20,7 @@ from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import CARD, MANIFEST, PLOT, README, manifest, manifest_text, read_json
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.plots import layers_png
+from llmcompress.runtime.json_values import JsonRecord
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -30,7 +31,7 @@ LOGIN = "log in with `hf auth login` or set HF_TOKEN to a token that may write"
 
 
 @dataclass(frozen=True)
-class Pushed:
+class Pushed(JsonRecord):
     """Files that went, or with `dry_run` would go, to the Hub. `commit`: its address, None where nothing was sent;
     `unmeasured`: what the evidence for its quality lacks, see `evidence`."""
 
@@ -38,10 +39,6 @@ class Pushed:
     files: dict[str, int]  # name -> bytes
     commit: str | None
     unmeasured: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return asdict(self)
 
 
 def push(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,12 +26,3 @@ def aim(target: Mapping[str, Any]) -> str:
 def byte_count(count: float) -> str:
     """Return bytes as "39.9 MB" or "2.69 GB"."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def finite(value: Any) -> Any:
-    """Return the same plain value with null for NaN and Inf, which JSON does not have."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value

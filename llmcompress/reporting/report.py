@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from llmcompress.errors import InputError
 from llmcompress.models.files.checkpoint import read_json
 from llmcompress.models.files.file_names import ALLOCATION, DISTILLATION, REPORT
 from llmcompress.reporting.quality_limits import GateReport
+from llmcompress.runtime.json_values import JsonRecord
 
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -45,7 +46,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(JsonRecord):
     """A run. `bpw`: stored bits of the compressed linears / their weights; `model_bpw`: file bits / all parameters."""
 
     model: str
@@ -91,10 +92,6 @@ class Report:
             warnings=(*self.warnings, *warnings),
             gates=gates,
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return asdict(self)
 
     @staticmethod
     def from_json(entries: dict[str, Any]) -> Report:

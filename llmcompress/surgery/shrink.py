@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from llmcompress.distillation.student.folder import CompressedStudent
 from llmcompress.errors import RecipeError
@@ -19,6 +18,7 @@ from llmcompress.models.files.compressed import Opened
 from llmcompress.models.files.written import check_written
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.quality_limits import pending
+from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.leading import leading
 from llmcompress.weight.modules import CompressedLinear
@@ -28,7 +28,7 @@ Change = tuple[Weight, Weight]  # before, after
 
 
 @dataclass(frozen=True)
-class Shrunk:
+class Shrunk(JsonRecord):
     """The checkpoint that was written. `terms`: low-rank terms that lost components; bytes count the weights."""
 
     output: str
@@ -38,10 +38,6 @@ class Shrunk:
     bytes_after: int
     bpw_before: float
     bpw_after: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return asdict(self)
 
 
 def shrink(folder: str | Path, rank: int, output: str | Path, *, trust_remote_code: bool = False) -> Shrunk:

@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "models": {"kernels", "weight", "runtime"},
     "data": {"models", "recipe", "runtime"},
     "calibration": {"models", "recipe", "methods", "weight", "runtime"},
-    "reporting": {"models", "recipe"},
+    "reporting": {"models", "recipe", "runtime"},
 }
 ROOMS["evaluation"] = {"reporting", "calibration", "data", "models", "recipe", "kernels", "weight", "runtime"}
 ROOMS["benchmark"] = {"reporting", "evaluation", "data", "models", "runtime"}

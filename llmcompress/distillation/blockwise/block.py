@@ -23,8 +23,7 @@ for each number that trains, beside the activations of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from llmcompress.losses.features import Features, measure_features
 from llmcompress.losses.hidden import Hidden
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.reconstruction import Reconstruction
+from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.ranks import ALONE, Ranks
 
 BETAS = (0.9, 0.95)
@@ -73,7 +73,7 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class Recovered:
+class Recovered(JsonRecord):
     """The errors of a block, `before` and `after` it learned, on the held-out sequences. `step`: the best one, 0 where
     nothing helped and the block is as it was, to the bit; `frozen`: the number of frozen codes by then."""
 
@@ -81,10 +81,6 @@ class Recovered:
     after: float
     step: int
     frozen: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return asdict(self)
 
 
 def recover_block(

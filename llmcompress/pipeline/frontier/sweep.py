@@ -41,10 +41,10 @@ from llmcompress.pipeline.frontier.judge import Judge
 from llmcompress.pipeline.frontier.peers import Peer
 from llmcompress.recipe.compression import Recipe
 from llmcompress.reporting import report as reports
-from llmcompress.reporting.formatting import finite
 from llmcompress.reporting.plots import MISSING, frontier_pictures, main_metric
 from llmcompress.reporting.tables import frontier_markdown
 from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.json_values import replace_nonfinite
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.ranks import ALONE, Ranks, launched
 from llmcompress.runtime.versions import versions
@@ -276,4 +276,4 @@ def _publish(output: Path, found: dict[str, Any]) -> None:
 
 
 def _numbers(found: dict[str, Any]) -> bytes:
-    return json.dumps(finite(found), indent=2).encode()
+    return json.dumps(replace_nonfinite(found), indent=2).encode()

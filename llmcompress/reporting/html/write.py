@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -13,22 +12,19 @@ from llmcompress.reporting.html import charts
 from llmcompress.reporting.html.context import page_facts
 from llmcompress.reporting.html.files import Generations, read_files
 from llmcompress.reporting.output_file import check_new_file, write_new_file
+from llmcompress.runtime.json_values import JsonRecord
 
 TEMPLATE = "page.html.jinja"
 KINDS = (".html",)
 
 
 @dataclass(frozen=True)
-class WrittenPage:
+class WrittenPage(JsonRecord):
     """A page on the disk. `missing`: a sentence for each section that the checkpoint has no numbers for."""
 
     output: str
     bytes: int
     missing: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return asdict(self)
 
 
 def write_page(folder: str | Path, output: str | Path, generations: Generations | None = None) -> WrittenPage:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.models.files.checkpoint import PART, writing
 from llmcompress.models.files.kept_blocks import KEPT, kept_blocks
 from llmcompress.models.files.shard_writer import shards
+from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.surgery.edited_model import check_equal
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Shortening:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class Dropped(JsonRecord):
     """The checkpoint that was written. Blocks are numbered from 0 as in `model`; bytes count the weights."""
 
     model: str
@@ -49,10 +50,6 @@ class Dropped:
     kept: tuple[int, ...]
     bytes_before: int
     bytes_after: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return asdict(self)
 
 
 def drop_blocks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from llmcompress.compression.damage import judged_calibration
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import NumericsError, listed
 from llmcompress.recipe.calibration import Calibration
+from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.surgery.experts.mixture import ExpertMixture
 from llmcompress.surgery.experts.usage import Usage
 
@@ -55,7 +56,7 @@ class BlockFate:
 
 
 @dataclass(frozen=True)
-class ExpertsReport:
+class ExpertsReport(JsonRecord):
     """The fates of a mixture's experts. `output` is None where nothing was written; bytes count the weights."""
 
     model: str
@@ -69,10 +70,6 @@ class ExpertsReport:
     calibration: dict[str, Any]
     blocks: tuple[BlockFate, ...]
     warnings: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return asdict(self)
 
 
 def calibration_for(mixture: ExpertMixture, text: str, samples: int) -> Calibration:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import writing
 from llmcompress.models.files.staging import check_output
 from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.surgery.edited_model import EditedFiles, Made
 from llmcompress.surgery.width.by_block import tried_widths, width_prices
 from llmcompress.surgery.width.select import DAMPING, Subset, check_by, chosen_subset
@@ -64,7 +65,7 @@ Walked = Iterator[tuple[dict[str, Made], NarrowedBlock]]  # narrower tensors of 
 
 
 @dataclass(frozen=True)
-class Narrowed:
+class Narrowed(JsonRecord):
     """The narrower model. `before` and `after`: units of each kind in every block, on average where `per_block`, when
     each has a width of its own; `damage`: then the KL in nats per token that blocks narrowed one by one add up to;
     `output` is None where nothing was written; bytes count the weights."""
@@ -81,10 +82,6 @@ class Narrowed:
     calibration: dict[str, Any]
     blocks: tuple[NarrowedBlock, ...]
     warnings: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields."""
-        return asdict(self)
 
 
 def narrow(
