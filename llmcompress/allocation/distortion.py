@@ -7,7 +7,7 @@ and interpolated between them along the logarithm of the reference's error.
 
 This keeps the ranking, because a coder's error on a layer is nearly a product of two factors: the error that the coder
 leaves on Gaussian weights, and how far the layer's inputs let feedback hide it. Another encoder changes the first
-factor by the same ratio in all layers, within a quarter, a sixth of a bit (`tests/allocation/test_prices.py`). More bits
+factor by the same ratio in all layers, within a quarter, a sixth of a bit (tests/allocation/test_prices.py). More bits
 change the second one slowly, hence the ratio.
 """
 

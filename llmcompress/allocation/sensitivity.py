@@ -27,7 +27,7 @@ from llmcompress.runtime.devices import device_of
 
 WINDOW = 128  # tokens
 WINDOWS = (
-    4  # docs/log.md, "how many tokens to probe with"; 84 GFLOP a layer on SmolLM2-135M, a third of it for the logits
+    4  # research/log, "how many tokens to probe with"; 84 GFLOP a layer on SmolLM2-135M, a third of it for the logits
 )
 AT_ONCE = 2  # windows whose logits are in memory together
 

@@ -28,7 +28,7 @@ def builtin_documents() -> tuple[str, ...]:
     """Text of many kinds, for who has none: articles, news, fiction, textbooks, dialogues, letters and code written
     for this package (`texts/`), and as many characters of the standard library's "train" documents.
 
-    None of it is evaluation text of any benchmark. Statistics of one kind of text suit that kind alone (docs/log.md).
+    None of it is evaluation text of any benchmark. Statistics of one kind of text suit that kind alone (research/log).
     """
     own = tuple(text for path in sorted(TEXTS.glob("*.txt")) for text in read_text(path).strip().split(BETWEEN))
     left, beside = sum(map(len, own)), []

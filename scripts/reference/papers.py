@@ -79,23 +79,23 @@ def papers_without_part() -> list[str]:
     """Return the section on papers that neither the code nor a recipe uses."""
     text = (
         "Papers that were weighed for this project; neither the package nor a recipe uses them. What was tried has an "
-        "entry in the [log](../log.md): a paper's idea on a small model, mostly with one seed, "
+        "entry in `research/log/`: a paper's idea on a small model, mostly with one seed, "
         "which says little of its own setting."
     )
     papers = yaml.safe_load((ROOT / "scripts" / "reference" / "papers_without_part.yaml").read_text(encoding="utf-8"))
     rows = [
-        [arxiv_link(paper["arxiv"]), paper["paper"], paper["why"], log_link(paper["tried"]) if "tried" in paper else ""]
-        for paper in papers
+        [arxiv_link(paper["arxiv"]), paper["paper"], paper["why"], log_title(paper.get("tried"))] for paper in papers
     ]
     return ["## Papers without a part here", text, table(["arXiv", "paper", "why", "tried"], rows)]
 
 
-def log_link(start: str) -> str:
-    """Return the link to the entry of the log whose heading starts so."""
-    log = (ROOT / "docs" / "log.md").read_text(encoding="utf-8")
+def log_title(start: str | None) -> str:
+    """Return the date and title of the entry of the log whose heading starts so; empty without a start."""
+    if start is None:
+        return ""
+    log = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "research" / "log").glob("*.md")))
     (heading,) = re.findall(rf"^## ({re.escape(start)}.*)$", log, flags=re.MULTILINE)
-    anchor = re.sub(r"[^\w\s-]", "", heading.lower()).replace(" ", "-")
-    return f"[{start[:10]}](../log.md#{anchor})"
+    return re.sub(r"\s*\([^()]*\)$", "", heading)
 
 
 def _order(place: str) -> tuple[bool, bool]:

@@ -9,7 +9,6 @@ from itertools import takewhile
 from tests.rules.source_tree import ROOT
 
 RECORDS = {  # of what was run when it was run: their commands may be of that day
-    "docs/log.md",
     "docs/results.md",
     *(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "results").glob("*.md")),
 }

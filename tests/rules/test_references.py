@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import ast
-import io
 import re
-import tokenize
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from tests.rules.source_tree import ROOT, repository_files
+from tests.rules.source_tree import ROOT, read, repository_files
 
 QUOTED = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)")
 PATH = re.compile(
     r"(?<![\w/.:{<*-])((?:[a-z][\w-]*/)+[\w-]+\.(?:py|md|yaml|yml|json|jsonl|toml|html)|(?:[a-z][\w-]*/){2,})(?![\w*{<])"
 )
-HISTORY = ("research/log", "docs/log.md", "CHANGELOG.md")  # these name what was there at the time
+COMMENT = re.compile(r"#\s(.*)")
+NAMES = ("id", "attr", "arg", "name", "asname", "module")  # of nodes of a syntax tree
+HISTORY = ("research/log", "CHANGELOG.md")  # these name what was there at the time
 # Names of other libraries, of formats and of mathematics that no code here spells.
 ELSEWHERE = {
     *("IQ1", "IQ2", "IQ3", "AutoModelFor", "mma", "m16n8k16", "strtri", "absmax", "attention_type", "enforce_eager"),
@@ -74,23 +74,18 @@ def vocabulary() -> frozenset[str]:
 
 @cache
 def _words(path: Path) -> tuple[str, frozenset[str]]:
-    """What a Python file says to its readers, and the words of its code."""
-    text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node)]
-    documented = {node.body[0].lineno for node in nodes}
-    said, code = [], set()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and token.start[0] in documented):
-            said.append(token.string)
-        elif token.type in (
-            tokenize.NAME,
-            tokenize.STRING,
-            tokenize.FSTRING_MIDDLE if hasattr(tokenize, "FSTRING_MIDDLE") else -1,
-        ):
-            code |= set(re.findall(r"\w+", token.string))
-    return "\n".join(said), frozenset(code)
+    """Return the docstrings and comments of a Python file, and the words of its code."""
+    module = read(path)
+    texts, strings, code = COMMENT.findall(module.text), [], set()
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            texts.append(node.value.value)
+            node.value.value = ""  # not a word of the code when the walk comes to it
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            strings.append(node.value)
+        else:
+            code |= {value for name in NAMES if isinstance(value := getattr(node, name, None), str)}
+    return "\n".join(texts), frozenset(code | set(re.findall(r"\w+", " ".join([*strings, *code]))))
 
 
 def _exists(name: str, reader: Path) -> bool:

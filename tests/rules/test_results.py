@@ -18,6 +18,7 @@ RECIPES = {path.stem for path in (ROOT / "configs").glob("*/*.yaml") if path.par
 RECORDS = [record for record in tables.all_records() if "numbers" in record]
 OF_RECIPES = [record for record in RECORDS if record.get("recipe", "dense") != "dense"]
 KEYS = {"table", "command", "date", "commit", "model", "text", "calibration", "machine", "versions", "numbers"}
+LONGEST_ENTRY = 12  # lines
 COMMANDS = {"python", "llmcompress", "./scripts/demo", "./scripts/gpu_check"}
 PENDING = {  # recipes that nobody has measured yet; only ever to be shortened
     "exl3",  # no side of the embedded model's linears is a multiple of 128
@@ -120,3 +121,15 @@ def test_a_number_that_changes_changes_its_table() -> None:
     lines = [new for old, new in zip(before.splitlines(), after.splitlines(), strict=True) if old != new]
     assert any("| 12.50 |" in line for line in lines), "the row itself"
     assert any(line.startswith("| QTIP") and "12.5 at" in line for line in lines), "and the verdicts that rest on it"
+
+
+def test_the_log_is_short_and_what_failed_names_its_entries() -> None:
+    log = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "research" / "log").glob("*.md")))
+    entries = [entry.rstrip().splitlines() for entry in re.split(r"^## ", log, flags=re.MULTILINE)[1:]]
+    long = {lines[0]: len(lines) - 1 for lines in entries if len(lines) - 1 > LONGEST_ENTRY}
+    assert not long, f"{long} lines (at most {LONGEST_ENTRY}); give a question its own entry"
+    titles = {re.sub(r"\s*\([^()]*\)$", "", lines[0]) for lines in entries}
+    table = (ROOT / "docs" / "what-did-not-work.md").read_text(encoding="utf-8")
+    named = {title for cell in re.findall(r"\| (2026-[^|]*) \|$", table, re.MULTILINE) for title in cell.split("; ")}
+    assert named
+    assert named <= titles, f"no entries of these titles: {named - titles}"

@@ -21,7 +21,7 @@ Step = dict[str, Any]
 
 SIZE = (48, 64)
 ROTATE: Step = {"method": "rotate"}
-POLISHES = {"refine", "pv"}  # that need a compressed base before them; see tests/methods/oracles/test_refine.py, test_moves.py
+POLISHES = {"refine", "pv"}  # that need a compressed base before them; see ../oracles/test_refine.py, test_moves.py
 WIDE = {"exl3"}  # for sides of 128 alone; see tests/methods/oracles/test_exl3.py
 STEPS: list[Step] = [
     {"method": m.name, **example}
