@@ -12,8 +12,6 @@ from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Where
 from tests.builders import every_node, random_nestings
 
-NESTINGS = 10  # that every run takes
-
 
 def tiered(cases: Iterable[Any], fast: Callable[[Any], bool], name: Callable[[Any], str] = str) -> list[ParameterSet]:
     """The values of one parameter of a test with their names; those that are not `fast` are marked slow."""
@@ -29,12 +27,12 @@ def first_of_each(cases: Iterable[Any], kind: Callable[[Any], Any]) -> Callable[
     return lambda case: id(case) in chosen
 
 
-def expressions(seed: int, count: int) -> list[ParameterSet]:
-    """Return the cases that judge a law of weights: every node, and random nestings.
+def expressions(seed: int, count: int, fast: int = 10) -> list[ParameterSet]:
+    """Return the cases that judge a law of weights: every node, and `count` random nestings.
 
-    Fast: a node of each kind, ten nestings.
+    Fast: a node of each kind, and so many nestings.
     """
     nodes, nestings = every_node(), random_nestings(seed, count)
     is_first = first_of_each(nodes, lambda w: (type(w), type(w.index) if isinstance(w, Where) else None))
-    taken = {id(w) for w in nestings[:NESTINGS]}
+    taken = {id(w) for w in nestings[:fast]}
     return tiered(nodes + nestings, lambda w: is_first(w) or id(w) in taken, lambda w: describe(w)[:60])
