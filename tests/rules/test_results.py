@@ -18,7 +18,7 @@ RECIPES = {path.stem for path in (ROOT / "configs").glob("*/*.yaml") if path.par
 RECORDS = [record for record in tables.all_records() if "numbers" in record]
 OF_RECIPES = [record for record in RECORDS if record.get("recipe", "dense") != "dense"]
 KEYS = {"table", "command", "date", "commit", "model", "text", "calibration", "machine", "versions", "numbers"}
-LONGEST_ENTRY = 12  # lines
+LONGEST_PAGE, LONGEST_ENTRY = 150, 12  # lines
 COMMANDS = {"python", "llmcompress", "./scripts/demo", "./scripts/gpu_check"}
 PENDING = {  # recipes that nobody has measured yet; only ever to be shortened
     "exl3",  # no side of the embedded model's linears is a multiple of 128
@@ -42,6 +42,14 @@ def test_tables_are_those_of_the_records() -> None:
 def test_every_record_is_shown() -> None:
     marked = {name for name, _ in tables.REGION.findall(_document())}
     assert {record["table"] for record in tables.all_records()} <= marked
+
+
+def test_a_page_has_one_question_and_is_short() -> None:
+    lines = {page.name: len(page.read_text(encoding="utf-8").splitlines()) for page in tables.PAGES}
+    long = {name: count for name, count in lines.items() if count > LONGEST_PAGE}
+    assert not long, f"{long} lines (at most {LONGEST_PAGE}); give a question its own page, and history to research/log"
+    asks = {page.name: page.read_text(encoding="utf-8").split("\n\n")[1] for page in tables.PAGES[1:]}
+    assert not {name for name, text in asks.items() if "?" not in text}, "a page of results begins with its question"
 
 
 def test_no_table_is_written_by_hand() -> None:
