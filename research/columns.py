@@ -271,6 +271,10 @@ TABLES: dict[str, Columns] = {
         "perplexity there ": "{perplexity:.2f} ± {perplexity_spread:.2f}",
         "BLiMP": "{blimp:.3f} ± {blimp_spread:.3f}",
     },
+    "taid": {"arm": "{arm}", "tokens": "{training_tokens:,}", "KL": "{kl:.4f}", "perplexity": "{perplexity:.2f}"},
+    "narrow-speed": {"": "{arm}", "times dense, 1 thread": "{one_thread:.2f}", "2 threads": "{two_threads:.2f}"},
+    "drift": {"": "{arm}", "least CKA": "{cka_least:.3f}", "error behind the last block": "{error_last:.3f}"},
+    "experts": {"": "{arm}", "bytes": "{share:.2f}", "KL": "{kl:.3f} ({kl_least:.3f} to {kl_most:.3f})"},
     "sizes": ON_TWO_TEXTS,
     "default-codes": ON_TWO_TEXTS,
     "passport": {

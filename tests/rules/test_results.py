@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tables
 from records import recipe_path, recipe_sha256
 from rows import calibration
@@ -75,8 +77,27 @@ def _says_how(record: dict[str, Any]) -> bool:
         return len(record["recorded_at"]) == 40  # the commit whose page had the row
     machine = record["machine"]
     return bool(
-        record["commit"][:40].isalnum() and machine["cpu"] and machine["threads"] and record["versions"]["torch"]
+        re.fullmatch(r"[0-9a-f]{40}", record["commit"].removesuffix("+changes"))
+        and machine["cpu"]
+        and machine["threads"]
+        and record["versions"]["torch"]
     )
+
+
+def test_records_name_commits_of_this_repository() -> None:
+    named = {record.get("recorded_at") or record["commit"].removesuffix("+changes") for record in RECORDS}
+    git = ["git", "-C", str(ROOT)]
+    if (
+        subprocess.run([*git, "rev-parse", "--is-shallow-repository"], capture_output=True, text=True).stdout
+        != "false\n"
+    ):
+        pytest.skip("a clone without history")
+    listing = "".join(f"{commit}^{{commit}}\n" for commit in sorted(named))
+    check = subprocess.run(
+        [*git, "cat-file", "--batch-check"], input=listing, capture_output=True, text=True, check=True
+    )
+    missing = [line for line in check.stdout.splitlines() if line.endswith("missing")]
+    assert not missing, f"{missing}: a record names the commit that can run it again"
 
 
 def test_records_say_whether_their_recipe_has_changed() -> None:
