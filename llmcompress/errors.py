@@ -1,34 +1,34 @@
-"""Errors that a user can meet: one type per exit code, one sentence per error (what, where, what to do)."""
+"""Errors that a user can meet: one type per exit code, one sentence per error (fault, place, way out)."""
 
 from collections.abc import Iterable
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """Return the first names for a sentence, and how many more there are; "none" for none."""
+def list_names(names: Iterable[str], most: int = 3) -> str:
+    """Return the first names for a sentence, and the number of the others; "none" without names."""
     names = list(names)
     return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what a library said, or the name of the error where it said nothing."""
+    """Return the first line of a library's message, or the name of the error if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if an error says that memory ran out; torch says it in a RuntimeError."""
+    """True if an error says that memory ran out, which torch raises as a RuntimeError."""
     words = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(known in words for known in NO_MEMORY)
+        isinstance(error, RuntimeError) and any(phrase in words for phrase in NO_MEMORY)
     )
 
 
 class LLMCompressError(Exception):
-    """The run failed. Subclasses say why; the command line exits with `exit_code`."""
+    """The run failed, for the reason of the subclass; the command line exits with `exit_code`."""
 
     exit_code = 1
-    told = False  # True if another process of the same run says it
+    reported_elsewhere = False  # True if another process of the run reports it
 
 
 class RecipeError(LLMCompressError):
@@ -79,5 +79,5 @@ class EndedError(LLMCompressError):
     """Another process of the same run has ended."""
 
 
-class Terminated(BaseException):
+class Termination(BaseException):
     """SIGTERM arrived; raised in the main thread, so that unfinished work is cleaned up."""

@@ -54,7 +54,7 @@ def recipe_sha256(text: str) -> str:
 
 def provenance() -> Record:
     """Return when, from which commit and on which machine this process measures."""
-    from llmcompress.runtime.versions import versions
+    from llmcompress.runtime.facts import versions
 
     return {
         "date": datetime.now(UTC).date().isoformat(),

@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 import llmcompress as lc
 from llmcompress.cli.stages import Stages
 from llmcompress.distillation.run import distill
-from llmcompress.errors import LLMCompressError, Terminated
+from llmcompress.errors import LLMCompressError, Termination
 from llmcompress.evaluation.lm_eval import PAIRS
 from llmcompress.evaluation.score import save_scores
 from llmcompress.evaluation.scores import Evaluation, evaluate_all
@@ -220,9 +220,9 @@ def told() -> int:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # in the processes that it starts
     try:
         main()
-    except (KeyboardInterrupt, Terminated) as error:
+    except (KeyboardInterrupt, Termination) as error:
         print("stopped; the same command goes on after what is finished", file=sys.stderr)
-        return 143 if isinstance(error, Terminated) else 130
+        return 143 if isinstance(error, Termination) else 130
     except LLMCompressError as error:
         print(f"[{error.exit_code}] {error}", file=sys.stderr)
         return error.exit_code

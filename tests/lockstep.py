@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llmcompress.runtime.ranks import Ranks, _packed
+from llmcompress.runtime.ranks import Ranks, _pack
 
 T = TypeVar("T")
 
@@ -51,15 +51,15 @@ class Lockstep(Ranks):
 
     meeting: Meeting = field(default_factory=lambda: Meeting(1), repr=False)
 
-    def everyone(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """Return what each thread has, as copies."""
-        found = self.meeting.exchange(self.rank, _packed(value))
+        found = self.meeting.exchange(self.rank, _pack(value))
         self.meeting.sent += sum(map(len, found)) if self.rank == 0 else 0
-        return [value if rank == self.rank else self._unpacked(one) for rank, one in enumerate(found)]
+        return [value if rank == self.rank else self._unpack(one) for rank, one in enumerate(found)]
 
-    def sent(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return a copy of what the first thread has."""
-        return self.everyone(value)[0]
+        return self.gather(value)[0]
 
     def add(self, sums: Tensor) -> None:
         """Put the sum over all threads into `sums`."""

@@ -178,7 +178,7 @@ def price(
     Raises MemoryLimitError if it does not fit, InputError for too little text, and what the walk and the methods raise.
     """
     started = time.monotonic()
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         probe = probe_of(job, found, tokens, device, ranks)
     priced, dense = prices(job, found, tokens, probe, device, progress, ranks), probe.dense
     return PriceList(job, found, priced, lambda: dense, time.monotonic() - started)

@@ -18,7 +18,7 @@ from llmcompress.allocation.distortion import Steps
 from llmcompress.allocation.sizes import bytes_around, payload_bytes
 from llmcompress.allocation.target_formats import check_rules, options_for
 from llmcompress.compression.job import Job
-from llmcompress.errors import RecipeError, listed
+from llmcompress.errors import RecipeError, list_names
 from llmcompress.methods.layer import sketch, step
 from llmcompress.methods.solvers.sparsity import kept_of
 from llmcompress.recipe.target import Target
@@ -194,7 +194,7 @@ def _suited(
         if not by_shape[shape]:
             sketch(name, shape, options[0])  # raises what is wrong with the first
     fewer = [name for name, shape in shapes.items() if len(by_shape[shape]) < len(options)]
-    note = f"options: {listed(fewer)} cannot be stored by all of them, and have only those that suit their shape"
+    note = f"options: {list_names(fewer)} cannot be stored by all of them, and have only those that suit their shape"
     return {name: by_shape[shape] for name, shape in shapes.items()}, (note,) if fewer else ()
 
 

@@ -32,8 +32,8 @@ from llmcompress.errors import DiskError, RecipeError, first_line
 from llmcompress.evaluation.logits import OnDisk
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.files.store import Store
+from llmcompress.runtime.facts import versions
 from llmcompress.runtime.ranks import ALONE, Ranks
-from llmcompress.runtime.versions import versions
 
 KIND = "kind of budget"  # in the identity
 TOKENS = "calibration tokens"  # in the entry: their hash
@@ -43,12 +43,12 @@ def allocate_by(
     path: Path, job: Job, *, device: str = "cpu", progress: Progress | None = None, ranks: Ranks = ALONE
 ) -> Allocation:
     """Run `allocate` with the price list in the file `path`. Also raises DiskError if that list is another job's."""
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         target = target_of(job)
         found = reachable(job, (target,))
     ranks.first(partial(check_prices, path, job))
     prices = price_list(path, job, found, device, progress, ranks)
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         return prices.reaching(target)
 
 
@@ -63,7 +63,7 @@ def price_list(
     tokens = ranks.first(partial(priced_tokens, job))
     entry = ranks.first(lambda: _kept(path, job, tokens.hash) or _put_together(path, job, found, tokens))
     if entry is not None:
-        with ranks.agreed():
+        with ranks.agree_on_errors():
             return _read(_store(path, job), entry, job, found, device)
     ranks.compare(identity_of(job) | {TOKENS: tokens.hash})
     made = price(job, found, tokens, device=device, progress=progress, ranks=ranks)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcompress.errors import DiskError, InputError, RecipeError, listed
+from llmcompress.errors import DiskError, InputError, RecipeError, list_names
 from llmcompress.models.files.store import Store
 
 
@@ -59,12 +59,13 @@ def read_parts(prices: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]
     counts = sorted({part.count for part in there})
     if len(counts) > 1:
         raise DiskError(
-            f"{prices.parent} has prices of {prices.stem} in {listed(map(str, counts))} parts; remove all but one kind"
+            f"{prices.parent} has prices of {prices.stem} in {list_names(map(str, counts))} parts; remove all but one "
+            f"kind"
         )
     count = counts[0] if counts else 0
     if missing := [str(number) for number in range(1, count + 1) if Part(number, count) not in there]:
         raise InputError(
-            f"of {count} parts of the prices beside {prices}, {listed(missing)} are missing; run their jobs "
+            f"of {count} parts of the prices beside {prices}, {list_names(missing)} are missing; run their jobs "
             f"(--price-part {missing[0]}/{count}), or remove the others to measure all of them here"
         )
     return [_entry(prices, part, identity) for part in there]

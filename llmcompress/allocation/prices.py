@@ -161,9 +161,9 @@ def prices(
     Statistics are taken from the dense model's inputs, so that no price depends on how other layers are compressed, nor
     on which of several processes measures it: each takes every so many-th block, and its changes to the end.
     """
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         mine = measured(job, found, tokens, probe, device, progress, ranks)
-    return listed(found, ranks.everyone(mine))
+    return listed(found, ranks.gather(mine))
 
 
 def measured(

@@ -10,8 +10,8 @@ from typing import Any
 
 import psutil
 
-from llmcompress.runtime.cgroup import cgroup_limits
 from llmcompress.runtime.load import usable_cores
+from llmcompress.runtime.memory import total_memory
 
 CPU_TREE = Path("/sys/devices/system/cpu")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -42,15 +42,14 @@ def machine_facts() -> dict[str, Any]:
     from llmcompress.runtime.facts import torch_facts
 
     torch = torch_facts()
-    memory = psutil.virtual_memory()
-    limit = min(memory.total, cgroup_limits().memory or memory.total)
+    total = total_memory()
     return {
         "system": platform.platform(),
         "cpu": torch.cpu or "unknown",
         "flags": list(torch.flags),
         "cores": usable_cores(),
-        "memory_bytes": limit,
-        "available_bytes": min(memory.available, limit),
+        "memory_bytes": total,
+        "available_bytes": min(psutil.virtual_memory().available, total),
         "cache_bytes": last_level_cache(),
         "load_average": os.getloadavg()[0],
     }

@@ -24,9 +24,9 @@ from llmcompress.benchmark.table import speed_markdown
 from llmcompress.errors import RecipeError
 from llmcompress.evaluation.scores import Scoring
 from llmcompress.reporting.output_file import check_new_file, write_new_file
+from llmcompress.runtime.facts import versions
 from llmcompress.runtime.json_values import replace_nonfinite
 from llmcompress.runtime.load import busy_note
-from llmcompress.runtime.versions import versions
 
 MEMORY = "memory"  # the engine, and the name, of what reads a buffer
 Ask = Callable[[dict[str, Any]], dict[str, Any]]

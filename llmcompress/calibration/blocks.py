@@ -15,7 +15,7 @@ from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense.experts import Experts, experts_of, holder
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.runtime.memory import trim_memory
-from llmcompress.runtime.precision import finite, products
+from llmcompress.runtime.precision import is_finite, products
 from llmcompress.weight.modules import decoded
 
 TOKENS_PER_BATCH = 2048
@@ -110,7 +110,7 @@ class BlockForward:
         def hook(name: str, routed: Experts | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def seen(_: nn.Module, args: tuple[Any, ...]) -> None:
                 visited.append(name)
-                if not finite(args[0]):
+                if not is_finite(args[0]):
                     raise NumericsError(_overflow(name, "its inputs"))
                 if visit is not None:
                     with torch.autocast(hidden.device.type, enabled=False):  # statistics in bfloat16 are not positive
@@ -145,7 +145,7 @@ class BlockForward:
                 f"out of the recipe or choose a model of a known family"
             )
         found = hidden_of(output, hidden, self.path)
-        if not finite(found):
+        if not is_finite(found):
             raise NumericsError(_overflow(self.path, "its outputs"))
         return found
 
@@ -202,7 +202,7 @@ def load(
     for owner, leaf, name, held in list(_tensors(module, path, skip)):
         if isinstance(held, nn.Parameter):
             value = read(name).to(device, non_blocking=True).float()  # a host that converts takes 30 times as long
-            if not finite(value):
+            if not is_finite(value):
                 raise NumericsError(f"{name} holds NaN or Inf in {source.folder}; use an undamaged checkpoint")
             setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
         else:

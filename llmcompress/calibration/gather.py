@@ -106,7 +106,7 @@ class _Sums:
 
     def over(self, ranks: Ranks, device: torch.device) -> Found:
         """Return the moments of what all processes have seen, and count it."""
-        seen = ranks.everyone(self.counts)
+        seen = ranks.gather(self.counts)
         self.counts = {name: sum(counts[name] for counts in seen) for name in self.counts}
         return added({key: sums.moments() for key, sums in self.running.items()}, ranks, device)
 
@@ -122,7 +122,7 @@ def _filled_up(
     def add(name: str, x: Tensor) -> None:
         everything.add(name, x[None], dense_inputs=x[None])
 
-    with streams.ranks.agreed():
+    with streams.ranks.agree_on_errors():
         read_all(run, missing, streams.batches, streams.hidden, add)
     filled = dict(found)
     for key, more in everything.over(streams.ranks, streams.hidden.device).items():
@@ -146,7 +146,7 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
     weigh = _weighing(run, readers, streams, unweighed)
     outputs = torch.empty_like(hidden) if streams.keep_outputs and to_experts else hidden
     last: str | None = None  # the linear that the block calls last: known, and all calls counted, after the first batch
-    with streams.ranks.agreed(), for_products(run):
+    with streams.ranks.agree_on_errors(), for_products(run):
         for batch in streams.batches:
             in_dense: dict[str, Seen] = {}
 

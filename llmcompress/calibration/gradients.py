@@ -26,7 +26,7 @@ from llmcompress.models.dense.auto_class import CAUSAL, MASKED, MULTIMODAL, auto
 from llmcompress.models.dense.experts import Experts, experts_of, holder
 from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.model import DenseModel
-from llmcompress.runtime.precision import finite, products
+from llmcompress.runtime.precision import is_finite, products
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.runtime.seeding import generator
 
@@ -98,7 +98,7 @@ def importance(
         )
     model = from_disk(source, torch.device(device))
     sums = _Sums(sequences.shape)
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         for first in range(0, len(sequences), at_once := max(1, TOKENS // sequences.shape[1])):
             chunk = slice(first, min(first + at_once, len(sequences)))
             _backward(model, source, arch, sequences[chunk], dtype, seed, sums.of(chunk))
@@ -121,7 +121,7 @@ class _Sums:
 
             def read(name: str, tokens: Tensor | None, gradient: Tensor) -> None:
                 squares = gradient.float().square().flatten(0, -2)
-                if not finite(squares):
+                if not is_finite(squares):
                     raise NumericsError(f"{name}: gradients of its outputs are NaN or Inf; check the model")
                 key = name if tokens is None else NUMBER.sub(r"\1", name)
                 found = self.tokens.setdefault(key, torch.zeros(self.size))[there].view(-1)
@@ -141,7 +141,7 @@ class _Sums:
             total = self.rows.get(name, torch.zeros(linear.shape[0]))
             ranks.add(total)
             rows[name] = total / mean if (mean := float(total.mean())) > 0 else torch.ones_like(total)
-        keys = dict.fromkeys(key for each in ranks.everyone(list(self.tokens)) for key in each)
+        keys = dict.fromkeys(key for each in ranks.gather(list(self.tokens)) for key in each)
         for key in keys:
             found = self.tokens.get(key, torch.zeros(self.size))
             total = torch.tensor([float(found.sum()), float(found.numel())], dtype=torch.float64)

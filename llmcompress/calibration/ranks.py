@@ -41,7 +41,7 @@ def added(moments: Mapping[Key, Moments], ranks: Ranks, device: torch.device) ->
     its tokens reached."""
     if ranks.count == 1:
         return dict(moments)
-    forms = ranks.everyone({key: _form(found) for key, found in moments.items()})
+    forms = ranks.gather({key: _form(found) for key, found in moments.items()})
     keys = dict.fromkeys(key for form in forms for key in form)  # in an order that is the same in every process
     return {key: _added(moments.get(key), [form[key] for form in forms if key in form], ranks, device) for key in keys}
 

@@ -212,7 +212,7 @@ def _leave(block: Block, run: BlockForward, streams: HiddenStreams, last: bool) 
     """
     block.groups, block.wanted = (), None
     before, block.before = block.before, None
-    with streams.ranks.agreed():
+    with streams.ranks.agree_on_errors():
         if before is not None and before.run is not None:
             _advance(before.run, streams.batches, before.hidden)
             block.hidden.copy_(before.hidden)

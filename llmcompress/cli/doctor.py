@@ -29,11 +29,11 @@ def doctor(as_json: AsJson = False, quiet: Quiet = False) -> None:
         from huggingface_hub import constants
 
         from llmcompress.models.dense.smollm2 import cache_folder
-        from llmcompress.runtime.doctor import OPTIONAL, checks
+        from llmcompress.runtime.doctor import OPTIONAL, find_faults
         from llmcompress.runtime.facts import gather
 
         facts = gather(cache_folder(), Path(constants.HF_HUB_CACHE), tuple(OPTIONAL))
-        findings = checks(facts)
+        findings = find_faults(facts)
         healthy = all(one.level != "error" for one in findings)
         packages = [
             {"package": name, "version": facts.packages[name], "enables": enables, "install": install}

@@ -13,9 +13,9 @@ import threading
 from types import FrameType
 from typing import Any
 
-from llmcompress.errors import Terminated
+from llmcompress.errors import Termination
 
-STOPS: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+STOPS: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Termination}
 EARLY = b"[130] stopped from the keyboard; nothing was left behind\n"
 
 

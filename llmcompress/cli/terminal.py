@@ -25,7 +25,7 @@ from llmcompress.errors import (
     DiskError,
     LLMCompressError,
     MemoryLimitError,
-    Terminated,
+    Termination,
     first_line,
     is_out_of_memory,
 )
@@ -104,7 +104,7 @@ class Terminal:
             return
         if self.verbose > 1:
             typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-        if not getattr(error, "told", False):
+        if not getattr(error, "reported_elsewhere", False):
             typer.echo(f"[{code}] {message}", err=True)
         raise typer.Exit(code) from None
 
@@ -211,7 +211,7 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
             found = error.exit_code, str(error)
         case KeyboardInterrupt():
             found = 130, f"stopped from the keyboard{_left(error)}"
-        case Terminated():
+        case Termination():
             found = 143, f"stopped by a signal{_left(error)}"
         case OSError() if error.errno in NO_SPACE:
             found = DiskError.exit_code, f"the disk is full ({error.filename or 'no file named'}); free some space"

@@ -104,7 +104,7 @@ def _balanced(run: CompressionState, block: Block) -> Balanced:
     job, fuse = run.job, run.job.recipe.fuse
     if fuse is None or not fuse.awq:
         return Balanced()
-    with run.ranks.agreed():
+    with run.ranks.agree_on_errors():
         found = balance(block, job.source, job.arch, job.steps)
     run.ranks.compare({"channel scales, as other processors find,": found.notes})
     return found

@@ -30,7 +30,7 @@ from llmcompress.models.files.staging import claim, clear, merge_mark, remove
 from llmcompress.models.files.store import Store
 from llmcompress.recipe.compression import Recipe
 from llmcompress.reporting.report import LayerReport
-from llmcompress.runtime.versions import versions
+from llmcompress.runtime.facts import versions
 from llmcompress.weight.modules import Layout, payload_texts
 
 FINISHED = "finished"  # the folder of the reports

@@ -55,18 +55,18 @@ def solved(
         homes.setdefault(share.name, []).append(owner)
     scattered = [name for name, there in homes.items() if len(set(there)) > 1]
     mine = [share for share, owner in zip(shares, owners, strict=True) if owner == ranks.rank]
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         done, pieces = _compressed(job, block, groups, mine, scattered, workers)
     if scattered:
-        everything = {place: piece for each in ranks.everyone(pieces) for place, piece in each.items()}
-        with ranks.agreed():
+        everything = {place: piece for each in ranks.gather(pieces) for place, piece in each.items()}
+        with ranks.agree_on_errors():
             for name in (name for name in scattered if homes[name][0] == ranks.rank):
                 parts = [everything[share.name, share.rows.start] for share in shares if share.name == name]
                 group = next(group for group in groups if name in group.names)
                 done[name] = finished(job, layer_of(job, block, name, group), together(parts), group)
     for group in groups:
         group.inputs.derived.clear()  # factors that only its linears could share
-    found = {name: one for each in ranks.everyone(done) for name, one in each.items()}
+    found = {name: one for each in ranks.gather(done) for name, one in each.items()}
     return {name: found[name][0] for name in homes}, [found[name][1] for name in homes]
 
 

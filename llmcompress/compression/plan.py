@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import peak_bytes
-from llmcompress.errors import MemoryLimitError, RecipeError, listed
+from llmcompress.errors import MemoryLimitError, RecipeError, list_names
 from llmcompress.methods.layer import StepConfig, methods, sketch
 from llmcompress.models.dense.auto_class import is_causal
 from llmcompress.runtime.memory import total_memory
@@ -174,7 +174,7 @@ def _mostly_dense(job: Job, kept: int, total: int) -> tuple[str, ...]:
     if not by_size:
         return (f"{said}; nothing of it can be compressed",)
     size = sum(source.tensors[f"{name}.weight"].bytes for name in by_size)
-    said = f"{said}, {size / 1e6:.1f} of it in {listed(by_size)}"
+    said = f"{said}, {size / 1e6:.1f} of it in {list_names(by_size)}"
     if by_size is linears:
         return (f"{said}; a rule that matches them compresses them",)
     steps = "{method: rtn, bits: 4, group_size: 64}"

@@ -26,17 +26,17 @@ from llmcompress.compression.result import Result
 from llmcompress.compression.run_files import Books, identity_of
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.distillation.blockwise.tune import tuner
-from llmcompress.errors import NumericsError, RecipeError, listed
+from llmcompress.errors import NumericsError, RecipeError, list_names
 from llmcompress.methods.solvers.stream_search import searched_there
 from llmcompress.models.dense.auto_class import auto_name
 from llmcompress.reporting.quality_limits import pending
 from llmcompress.reporting.report import Report
 from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.facts import versions
 from llmcompress.runtime.load import SlowBlocks
 from llmcompress.runtime.memory import peak_memory
 from llmcompress.runtime.precision import fast_float32, product_dtype
 from llmcompress.runtime.ranks import ALONE, Ranks
-from llmcompress.runtime.versions import versions
 
 LOG = logging.getLogger("llmcompress")
 
@@ -59,7 +59,7 @@ def compress(
     """
     started = time.monotonic()
     place, planned = device_of(device), plan_of(job)
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         job.check_rules()
         check_ranks(job, ranks, output)
         check_memory(planned, device, ranks.here)
@@ -68,7 +68,7 @@ def compress(
         temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")
         output = Path(temporary.name) / "model"
     output = Path(output)
-    asked = device if ranks.count == 1 else ranks.asked
+    asked = device if ranks.count == 1 else ranks.requested_device
     with Books(job, planned, output, asked, resume, last=temporary is None) as books:
         if (report := ranks.first(books.begin)) is not None:  # the end came just before this run
             return Result(output, report)
@@ -80,7 +80,7 @@ def compress(
         run = CompressionState(job, place, tune, 0 if tokens is None else tokens.held_out, list(found), ranks)
         started -= found[-1].seconds if found else 0.0
         _compress_blocks(run, tokens, books, progress, started)
-        with ranks.agreed():
+        with ranks.agree_on_errors():
             _check_gates(run)
         report = ranks.first(lambda: _finish(run, tokens, books, len(found), started))
     return Result(output, report, temporary)
@@ -120,7 +120,7 @@ def _compress_blocks(
         result = compress_block(run, block)
         run.entries.append(replace(result.entry, seconds=time.monotonic() - started))
         run.ranks.first(partial(books.add, result, run.entries[-1]))
-        note = slow.ended(tuple(row.shape for row in result.entry.rows))
+        note = slow.end_block(tuple(row.shape for row in result.entry.rows))
         if note is not None and run.ranks.count == 1:  # other processes of the run are no other work
             LOG.warning(note)
 
@@ -225,8 +225,8 @@ def _unweighed(run: CompressionState) -> tuple[str, ...]:
     if not paths:
         return ()
     return (
-        f"token_weights: {listed(paths)} of {len(run.job.arch.blocks)} blocks do not tell how much attention tokens "
-        f"receive, so all tokens count alike there",
+        f"token_weights: {list_names(paths)} of {len(run.job.arch.blocks)} blocks do not tell how much attention "
+        f"tokens receive, so all tokens count alike there",
     )
 
 

@@ -34,8 +34,8 @@ from llmcompress.recipe.published import published
 from llmcompress.recipe.read import dump
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.report import Report
-from llmcompress.runtime.precision import finite
-from llmcompress.runtime.versions import versions
+from llmcompress.runtime.facts import versions
+from llmcompress.runtime.precision import is_finite
 from llmcompress.weight.modules import Layout, payload_texts
 
 T = TypeVar("T")
@@ -165,7 +165,7 @@ def _there(part: T | None) -> T:
 def _check_rest(job: Job) -> None:
     """Raise InputError for NaN or Inf in what is not compressed: embeddings, head and last norm."""
     for name in _rest(job):
-        if not finite(job.source.read(name)):
+        if not is_finite(job.source.read(name)):
             raise InputError(f"{job.source.name}: {name} holds NaN or Inf; use an undamaged checkpoint")
 
 

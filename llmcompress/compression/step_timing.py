@@ -28,9 +28,8 @@ from llmcompress.methods.layer import Layer, StepConfig, apply
 from llmcompress.methods.moments import STATISTICS, Moments
 from llmcompress.models.dense.smollm2 import cache_folder
 from llmcompress.models.files.store import Store
-from llmcompress.runtime.facts import torch_facts
+from llmcompress.runtime.facts import torch_facts, versions
 from llmcompress.runtime.load import busy_note
-from llmcompress.runtime.versions import versions
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import packed
 from llmcompress.weight.nodes import Dense

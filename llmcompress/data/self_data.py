@@ -25,7 +25,7 @@ from torch import nn
 
 from llmcompress.data.generate_answers import Answer, Answerer, AnswerSampling
 from llmcompress.data.text import Document, Message, read_documents
-from llmcompress.errors import DiskError, InputError, RecipeError, Terminated
+from llmcompress.errors import DiskError, InputError, RecipeError, Termination
 from llmcompress.models.dense.auto_class import check_causal
 from llmcompress.models.dense.digest import teacher_digest
 from llmcompress.models.dense.locate import Place, locate
@@ -35,10 +35,10 @@ from llmcompress.models.files.atomic_write import sync
 from llmcompress.models.files.file_names import check_name
 from llmcompress.models.files.staging import locked
 from llmcompress.models.files.store import Store
+from llmcompress.runtime.facts import versions
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.signals import stop_requests
-from llmcompress.runtime.versions import versions
 
 Progress = Callable[[int], None]  # prompts done
 REWRITE = """Here is a request and a good answer to it.
@@ -215,7 +215,7 @@ def _write(
                 progress(counts["prompts"])
             if stopping:
                 kept = f"the answers to {counts['prompts']} prompts are kept in {staged}, from where the same command"
-                raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(f"{kept} resumes")
+                raise (KeyboardInterrupt if signal.SIGINT in stopping else Termination)(f"{kept} resumes")
     staged.rename(output)
     sync(output.parent)
     store.remove(record)

@@ -35,7 +35,7 @@ def _measured(job: DistillationJob, name: Control, progress: Report | None) -> d
         return kept
     job.accelerator.free_memory()  # which keeps the models that it has shared out
     alone = replace(job, recipe=control_recipe(job.recipe, name), store=store)
-    with job.ranks.agreed():
+    with job.ranks.agree_on_errors():
         run = alone.context(load_pair(job.pupil, job.teacher, alone.recipe, job.accelerator))
     run = replace(run, metrics=Metrics(store.folder / METRICS, job.accelerator, tracked=False))
     run, _ = taught(run, job.teacher, job.output)

@@ -86,7 +86,7 @@ def _written(run: TrainContext, asked: OnPolicy, step: int, ahead: Sequence[Batc
         with run.autocast():
             found = continued(model, whole.ids[part], kept[part], end_tokens(model), asked.temperature, seeds)
         texts += found.tolist()
-    return zip(names, run.ranks.gathered(texts[: len(mine)]), strict=True)
+    return zip(names, run.ranks.gather_items(texts[: len(mine)]), strict=True)
 
 
 def prompts(batch: Batch, least: int) -> Tensor:

@@ -49,12 +49,12 @@ from llmcompress.recipe.read import dump, read_as
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.plots import distillation_png
 from llmcompress.reporting.quality_limits import GateReport, of_numbers
+from llmcompress.runtime.facts import versions
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.memory import keeping_freed_memory
-from llmcompress.runtime.notebook import counted
+from llmcompress.runtime.notebook import progress_line
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.runtime.ranks import Ranks, launched
-from llmcompress.runtime.versions import versions
+from llmcompress.runtime.ranks import Ranks, join_ranks
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.modules import CompressedLinear, Layout, Multiplying, compressed_modules
 from llmcompress.weight.tied import base_of, described
@@ -132,11 +132,11 @@ def distill(
     Raises:
         LLMCompressError: in one sentence, for whatever is wrong.
     """
-    progress = progress or counted("step", "loss", "tokens/s", "held-out KL")
+    progress = progress or progress_line("step", "loss", "tokens/s", "held-out KL")
     asked, target = read_as(Distillation, recipe), Path(output)
     accelerator = launched_accelerator(device, asked, target)
-    with launched("cpu") as ranks, locked(target, "output folder") if ranks.rank == 0 else nullcontext():
-        with ranks.agreed():
+    with join_ranks("cpu") as ranks, locked(target, "output folder") if ranks.rank == 0 else nullcontext():
+        with ranks.agree_on_errors():
             pupil, place = (locate(model, trust_remote_code=trust_remote_code) for model in (student, teacher))
         done = _distilled(pupil, place, asked, target, accelerator, ranks, progress)
     accelerator.end_training()
@@ -155,7 +155,7 @@ def _distilled(
     """Distil the model at `pupil` as `distill` says, towards that at `place`, while no other process writes the
     output."""
     folder = pupil.folder
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         check_fused(fused_into(folder), asked)
         opened, beside = open_folder(pupil), companions(folder, pupil.trust_remote_code)
         recipe_text = dump(published(asked))
@@ -172,7 +172,7 @@ def _distilled(
         claim(training)
     store = Store(training, identity)
     job = DistillationJob(pupil, place, asked, target, data, store, accelerator, ranks)
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         run = job.context(pair)
         if not is_given(accelerator):  # in such a process it has another precision
             check_outputs(pair, data)

@@ -37,7 +37,7 @@ from llmcompress.distillation.optimizers import optimizer_of
 from llmcompress.distillation.parallel.launch import is_given
 from llmcompress.distillation.parallel.strategy import Engine, held_decoded
 from llmcompress.distillation.resume import Progress, Saving
-from llmcompress.errors import NumericsError, Terminated
+from llmcompress.errors import NumericsError, Termination
 from llmcompress.runtime.signals import stop_requests
 
 
@@ -55,7 +55,7 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
     optimizer = optimizer_of(recipe, _groups(run))
     again = recomputed(run.student.model, not is_given(accelerator)) if recipe.checkpointing else nullcontext()
     with ExitStack() as stack:
-        with run.ranks.agreed():
+        with run.ranks.agree_on_errors():
             stack.enter_context(again)
         stack.enter_context(held_decoded(accelerator, run.student.model, run.teacher))
         stopping = stack.enter_context(stop_requests())
@@ -97,7 +97,7 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
                 report(progress.step, run.steps, loss, read / progress.seconds, progress.history[-1]["kl"])
             if asked:
                 kept = f"step {progress.step} is kept in {run.store.folder}, from where the same command resumes"
-                raise (KeyboardInterrupt if signal.SIGINT in stopping else Terminated)(kept)
+                raise (KeyboardInterrupt if signal.SIGINT in stopping else Termination)(kept)
     engine.gather()
     return progress
 

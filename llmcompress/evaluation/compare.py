@@ -23,9 +23,9 @@ from llmcompress.models.dense.vocabulary import check_vocabularies
 from llmcompress.models.files.fits import check_fits
 from llmcompress.reporting.output_file import check_new_file, write_new_file
 from llmcompress.reporting.tables import comparison_markdown
-from llmcompress.runtime.notebook import named
+from llmcompress.runtime.facts import versions
+from llmcompress.runtime.notebook import progress_lines
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.runtime.versions import versions
 
 KINDS = (".md", ".json")  # of an output file
 
@@ -64,7 +64,7 @@ def compare(
         MemoryLimitError: for models that do not fit into this machine, two at a time.
         DiskError: for an output that cannot be written.
     """
-    progress = progress or named()
+    progress = progress or progress_lines()
     if isinstance(models, str) or len(models) < 2:
         raise RecipeError("a comparison needs two models or more; give the one that the others are compared with first")
     if output is not None:

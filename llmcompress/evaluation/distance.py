@@ -64,14 +64,14 @@ def distance(
     """
     mine = processes.share(ids)
     rows: list[_Window] = []
-    with processes.agreed():
+    with processes.agree_on_errors():
         for (batch, wanted), (_, given) in zip(
             window_logits(teacher, mine, batch_size, blocks), window_logits(student, mine, batch_size, blocks)
         ):
             rows += [_in_window(*one) for one in zip(wanted, given.to(wanted.device), batch)]
             if progress is not None:
                 progress(len(rows), len(mine))
-    divergence, same, of_teacher, in_teacher, of_student, in_student = zip(*processes.gathered(rows))
+    divergence, same, of_teacher, in_teacher, of_student, in_student = zip(*processes.gather_items(rows))
     return Distance(
         mean(divergence),
         stderr(divergence),

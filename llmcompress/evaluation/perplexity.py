@@ -134,7 +134,7 @@ def perplexity(
             found.append((total / (len(window) - 1), bins))
         if progress is not None:
             progress(len(found), len(mine))
-    losses, bins = zip(*processes.gathered(found))
+    losses, bins = zip(*processes.gather_items(found))
     return Perplexity.of(losses, bins, predicted_tokens(ids))
 
 

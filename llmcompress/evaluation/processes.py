@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from llmcompress.runtime.devices import check_each, kind_of
-from llmcompress.runtime.ranks import Ranks, launched_count
+from llmcompress.runtime.ranks import Ranks, process_count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,7 +31,7 @@ def launched(device: str) -> Iterator[Processes]:
 
     Raises RecipeError where there is no such device, or not one for each of them.
     """
-    count = launched_count()
+    count = process_count()
     if count == 1:
         yield Processes(device)
         return

@@ -31,9 +31,9 @@ from llmcompress.models.files.fits import check_fits
 from llmcompress.models.files.per_block_widths import is_dense
 from llmcompress.models.files.staging import check_output
 from llmcompress.reporting import report as reports
-from llmcompress.runtime.notebook import named
+from llmcompress.runtime.facts import versions
+from llmcompress.runtime.notebook import progress_lines
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.runtime.versions import versions
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def score(
         RecipeError: for `save` without `against`, or for a folder that compress did not write.
         DiskError: for an output that cannot be written.
     """
-    progress = progress or named()
+    progress = progress or progress_lines()
     place = locate(model, revision, trust_remote_code)
     if save and (against is None or not (place.folder / file_names.REPORT).is_file()):
         raise RecipeError("saving scores needs a folder that compress wrote, and the dense model to compare it with")

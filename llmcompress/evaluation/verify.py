@@ -25,7 +25,7 @@ from llmcompress.models.files.fits import check_fits
 from llmcompress.models.files.integrity import weight_files
 from llmcompress.models.files.kind import check_kind
 from llmcompress.runtime.json_values import JsonRecord
-from llmcompress.runtime.notebook import named
+from llmcompress.runtime.notebook import progress_lines
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.weight.modules import compressed_modules, decoded
 
@@ -80,7 +80,7 @@ def verify(
         MemoryLimitError: for models that do not fit into this machine together.
         NumericsError: for a model that computes NaN.
     """
-    progress = progress or named()
+    progress = progress or progress_lines()
     folder = Path(folder)
     check_kind(folder)
     notes = () if check_manifest(folder) else (UNCHECKED,)

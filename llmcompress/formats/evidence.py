@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llmcompress.errors import listed
+from llmcompress.errors import list_names
 from llmcompress.reporting.tables import worst_domain
 
 Facts = dict[str, Any]
@@ -47,7 +47,7 @@ def _of_scores(scores: Facts | None) -> Iterator[tuple[bool, str]]:
         beyond = ["perplexity"] if changes["nll"]["beyond_noise"] else []
         for task, entry in changes["tasks"].items():
             beyond += [f"{task} ({metric})" for metric, change in entry.items() if change["beyond_noise"]]
-        said = listed(beyond, 20) if beyond else "nothing"
+        said = list_names(beyond, 20) if beyond else "nothing"
         yield True, f"Beyond noise (paired, item by item, at 95 %) it differs from the dense model in: {said}"
     if "calibration_error" not in small:
         yield False, "the calibration error"

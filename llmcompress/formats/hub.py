@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llmcompress.errors import GateError, HubError, InputError, RecipeError, listed
+from llmcompress.errors import GateError, HubError, InputError, RecipeError, list_names
 from llmcompress.evaluation.verify import verify
 from llmcompress.formats.evidence import Evidence, evidence
 from llmcompress.formats.model_card import Taught, card
@@ -145,7 +145,7 @@ def _manifest_without_strangers(folder: Path, mine: dict[str, str]) -> dict[str,
     strangers = (manifest(folder) or {}).keys() - mine.keys()
     if not strangers:
         return {}
-    LOG.warning("%s is no part of the model and is not pushed", listed(sorted(strangers), 10))
+    LOG.warning("%s is no part of the model and is not pushed", list_names(sorted(strangers), 10))
     return {MANIFEST: manifest_text(mine).encode()}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.methods.moments import STATISTICS, TILE, Moments
-from llmcompress.runtime.precision import bfloat16_factors, finite
+from llmcompress.runtime.precision import bfloat16_factors, is_finite
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.hadamard import rotate
 from llmcompress.weight.nodes import Dense, LowRank, Rotated, Sum, Weight, Where, Zero
@@ -149,7 +149,7 @@ def apply(layer: Layer, steps: Sequence[StepConfig]) -> Layer:
 def _check_finite(layer: Layer) -> None:
     given = {"weights": layer.weight, "input statistics": layer.inputs.outer, "channel energies": layer.inputs.square}
     for what, values in given.items():
-        if values is not None and not finite(values):
+        if values is not None and not is_finite(values):
             raise NumericsError(f"{layer.name}: its {what} hold NaN or Inf; check the model and the calibration text")
 
 
@@ -209,7 +209,7 @@ def sampled_error(weight: Tensor, approx: Tensor, moments: Moments | None) -> fl
 
     The error of a large layer takes longer than its error feedback, and a share of its rows tells it to a few percent.
     """
-    if not finite(approx):
+    if not is_finite(approx):
         return float("nan")
     if len(weight) < MANY:
         return relative_error(weight, approx, moments)

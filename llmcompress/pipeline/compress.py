@@ -42,9 +42,9 @@ from llmcompress.recipe.published import published
 from llmcompress.recipe.read import read_as, read_recipe
 from llmcompress.reporting import report as reports
 from llmcompress.runtime.devices import device_of
-from llmcompress.runtime.notebook import counted
+from llmcompress.runtime.notebook import progress_line
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.runtime.ranks import ALONE, Ranks, launched, launched_count
+from llmcompress.runtime.ranks import ALONE, Ranks, join_ranks, process_count
 
 STAGED, PRICES = ".compressed", ".prices.json"  # follow the name of the output folder
 Training = Callable[[int, int, float, float, float], None]  # as `distill` reports
@@ -120,12 +120,12 @@ def compress(
             `<output>.compressed` and the state of its training in `<output>.training`.
     """
     device_of(device)  # before a model is looked at
-    progress = progress or counted("block", "tokens/s")
-    pricing = pricing or counted("priced block", "tokens/s")
-    training = training or counted("step", "loss", "tokens/s", "held-out KL")
-    judging = judging or counted("block read for the gates")
-    with launched(device) as ranks:
-        with ranks.agreed():
+    progress = progress or progress_line("block", "tokens/s")
+    pricing = pricing or progress_line("priced block", "tokens/s")
+    training = training or progress_line("step", "loss", "tokens/s", "held-out KL")
+    judging = judging or progress_line("block read for the gates")
+    with join_ranks(device) as ranks:
+        with ranks.agree_on_errors():
             job = _opened(model, recipe, revision, trust_remote_code)
         finish = partial(
             compress_job, device=ranks.device, progress=progress, training=training, resume=resume, ranks=ranks
@@ -162,7 +162,7 @@ def price_part(
     Once all parts are there, `compress` puts them together. Raises what `compress` raises.
     """
     device_of(device)
-    if (count := launched_count()) > 1:
+    if (count := process_count()) > 1:
         raise RecipeError(f"a part of the prices is measured by one process, and there are {count}; start one for it")
     job = _opened(model, recipe, revision, trust_remote_code)
     check_output(output, 0)
@@ -184,7 +184,7 @@ def _finished(job: Job, output: Path | None, way: _Way) -> Result:
     """Return the job's checkpoint: that of an earlier run where this did not come past its gates, else a new one."""
     there = way.ranks.first(lambda: way.resume and output is not None and _is_left(output))
     if there and output is not None:
-        done = way.ranks.first(lambda: completed(output, job, way.ranks.asked))
+        done = way.ranks.first(lambda: completed(output, job, way.ranks.requested_device))
         if done is not None:
             return done
     return way.finish(job, output)
@@ -205,7 +205,7 @@ def _gated(result: Result, job: Job, way: _Way, plan: Allocation | None = None) 
         if stays:
             stack.push(partial(_note, f"{result.folder} is complete, and the same command measures its gates"))
         report = judge(job, result.folder, ranks.device, way.judging, plan, ranks)
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         check(report, result.folder, plan, stays)
     return replace(result, report=report)
 
@@ -214,7 +214,7 @@ def _to_target(job: Job, output: Path | None, pricing: Progress | None, way: _Wa
     """Choose steps for the job's target, and do the resulting job. Its prices and its plan lie beside the report."""
     ranks = way.ranks
     device = ranks.device
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         run.check_ranks(job, ranks, output)
     if output is None:
         plan = allocate(job, device=device, progress=pricing)
@@ -227,7 +227,7 @@ def _to_target(job: Job, output: Path | None, pricing: Progress | None, way: _Wa
     settled = plan.settled
     with ExitStack() as stack:
         stack.push(partial(_note, f"the prices of the options are kept in {kept}"))
-        done = ranks.first(lambda: completed(output, settled, ranks.asked))
+        done = ranks.first(lambda: completed(output, settled, ranks.requested_device))
         result = done or way.finish(settled, output)
         allocation = ranks.first(lambda: record(plan, result.folder, device))
         result = _gated(replace(result, allocation=allocation), settled, way, plan)
@@ -272,7 +272,7 @@ def compress_job(
     wanted, source = job.recipe.distill, job.source
     if wanted is None:
         return run.compress(job, output, device=device, progress=progress, resume=resume, ranks=ranks)
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         run.check_ranks(job, ranks, output)
     from llmcompress.data.distillation import read_data
     from llmcompress.distillation.ready import check_ready

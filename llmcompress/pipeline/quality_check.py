@@ -124,14 +124,14 @@ def _measured(job: Job, folder: Path, device: str, progress: Counting | None, ra
     def numbers(together: Ranks) -> GateReport | None:
         """Those of the windows that `together` share."""
         try:
-            with together.agreed():
+            with together.agree_on_errors():
                 place = Place(str(folder), folder, trust_remote_code=job.source.trust_remote_code)
                 models = OnDisk(open_source(job.source.place), device), OnDisk(decoded_source(place), device)
             return measure(*models, windows, progress, together)
         except (InputError, MemoryLimitError) as error:
             return pending(job.recipe.gates.of_quality, f"that failed ({error})")
 
-    if all(ranks.everyone((folder / REPORT).is_file())):
+    if all(ranks.gather((folder / REPORT).is_file())):
         return numbers(ranks)
     return ranks.first(lambda: numbers(ALONE))
 

@@ -1,8 +1,7 @@
-"""Causal attention of bfloat16 inputs, a run of queries at a time: on a CPU faster than torch's fused kernel.
+"""Causal attention of bfloat16 inputs, a run of queries at a time: faster on a CPU than torch's fused kernel.
 
-Calibration runs every block twice on all tokens, and on a CPU a fifth of its time was attention. The scores of a few
-queries against the keys up to them are one product, and fit in the cache. Scores stay float32: rounded to bfloat16, a
-score of 20 would change its weight by 6 %. Going backward they are made again, run by run.
+The scores of a few queries against the keys up to them are one product, and fit in the cache. Scores stay float32:
+rounded to bfloat16, a score of 20 would change its weight by 6 %. The backward pass computes them again, run by run.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ QUERIES = 32  # at a time: as fast as 64, twice as fast as 128, at 1024 keys
 
 
 class FasterAttention(TorchFunctionMode):
-    """While active, plain causal calls of `scaled_dot_product_attention` are computed by `causal_attention`.
+    """Computes plain causal calls of `scaled_dot_product_attention` by `causal_attention` while it is active.
 
-    Calls with a mask, with dropout, or with fewer queries than keys go to torch as they came.
+    Calls with a mask, with dropout, or with fewer queries than keys go to torch unchanged.
     """
 
     def __torch_function__(
@@ -32,15 +31,15 @@ class FasterAttention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Intercepts one torch call."""
+        """Intercept one torch call."""
         given = kwargs or {}
-        if func is functional.scaled_dot_product_attention and len(args) == 3 and _plain(args[0], args[1], given):
+        if func is functional.scaled_dot_product_attention and len(args) == 3 and _is_plain(args[0], args[1], given):
             query, key, value = (tensor.to(torch.bfloat16) for tensor in args)
             return causal_attention(query, key, value, given.get("scale"))
         return func(*args, **given)
 
 
-def _plain(query: Tensor, key: Tensor, given: dict[str, Any]) -> bool:
+def _is_plain(query: Tensor, key: Tensor, given: dict[str, Any]) -> bool:
     return (
         bool(given.get("is_causal"))
         and given.get("attn_mask") is None
@@ -51,18 +50,17 @@ def _plain(query: Tensor, key: Tensor, given: dict[str, Any]) -> bool:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """`softmax(query key^T * scale) value`, each query seeing the keys up to its own place; differentiable once.
+    """Return `softmax(query key^T * scale) value`, where a query sees the keys up to its own place.
 
     `query [batch, heads, length, width]`; `key`, `value` `[batch, groups, length, width]`, with `heads` a multiple of
-    `groups`. `scale` is `width ** -0.5` if not given.
+    `groups`. The default `scale` is `width ** -0.5`. Differentiable once.
     """
-    found: Tensor = _Causal.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
-    return found
+    output: Tensor = _Causal.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    return output
 
 
 class _Runs:
-    """The shares that a run of queries gives to the keys up to it, run by run; heads that read the same keys are one
-    product."""
+    """The attention weights of runs of queries over the keys up to them; heads that share keys are one product."""
 
     def __init__(self, query: Tensor, key: Tensor, scale: float) -> None:
         self.batch, self.heads, self.length, _ = query.shape
@@ -75,7 +73,7 @@ class _Runs:
         self.scores, self.shares = (torch.empty(most, dtype=exact, device=query.device) for _ in range(2))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """(the queries, their shares `[batch * groups, queries of all heads, keys]`, overwritten by the next run)."""
+        """Yield the queries and their weights `[batch * groups, queries of all heads, keys]`, valid until the next."""
         for start in range(0, self.length, QUERIES):
             run = slice(start, min(start + QUERIES, self.length))
             count = run.stop - start
@@ -83,8 +81,8 @@ class _Runs:
             together = self.rows(self.query, run)
             score, share = (buffer[:size].view(*together.shape[:2], run.stop) for buffer in (self.scores, self.shares))
             torch.bmm(together, self.keys[..., : run.stop], out=score)
-            mine = score.view(self.batch, self.heads, count, run.stop)[..., start:]
-            mine.masked_fill_(self.later[:count, :count], -torch.inf)
+            diagonal = score.view(self.batch, self.heads, count, run.stop)[..., start:]
+            diagonal.masked_fill_(self.later[:count, :count], -torch.inf)
             yield run, torch.softmax(score, -1, out=share)
 
     def rows(self, tensor: Tensor, run: slice) -> Tensor:
@@ -92,7 +90,7 @@ class _Runs:
         return tensor[:, :, run].reshape(self.batch * self.groups, -1, tensor.shape[-1])
 
     def heads_of(self, rows: Tensor) -> Tensor:
-        """The inverse: `[batch, heads, queries, width]`."""
+        """Return the inverse of `rows`: `[batch, heads, queries, width]`."""
         return rows.view(self.batch, self.heads, -1, rows.shape[-1])
 
 

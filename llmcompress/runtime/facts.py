@@ -1,4 +1,4 @@
-"""Facts of this machine and this environment, as plain values, for `doctor` to judge."""
+"""Facts of this machine and this environment, as plain values: versions, and all that `doctor` judges."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from pathlib import Path
 import psutil
 
 from llmcompress.errors import first_line
-from llmcompress.runtime.cgroup import cgroup_limits
+from llmcompress.runtime.load import usable_cores
 from llmcompress.runtime.memory import total_memory
 
 NVIDIA, AMD, SHM = Path("/proc/driver/nvidia/version"), Path("/dev/kfd"), Path("/dev/shm")
 PRODUCTS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512_f", "avx2", "sve", "bf16", "neon")
+RESULT_PACKAGES = ("llmcompress", "torch", "transformers", "safetensors")  # whose versions make a result
 VARIABLES = (
     "HF_HUB_OFFLINE",
     "HF_DATASETS_OFFLINE",
@@ -52,25 +53,25 @@ class GpuFacts:
 
 @dataclass(frozen=True)
 class TorchFacts:
-    """The build of torch and what it finds. `error` says why it cannot be imported; then nothing else holds."""
+    """The build of torch and the devices it finds. With an `error`, it cannot be imported and nothing else holds."""
 
     error: str | None = None
-    gpu_build: str | None = None  # CUDA or ROCm with its version; None: it is built for CPUs alone
+    gpu_build: str | None = None  # CUDA or ROCm with its version; None: for CPUs alone
     blas: str = "unknown"
     onednn: bool = False
     capability: str = "unknown"  # of its kernels
     cpu: str = ""
-    flags: tuple[str, ...] = ()  # of PRODUCTS, those the CPU has
+    flags: tuple[str, ...] = ()  # those of PRODUCTS that the CPU has
     precise: bool = True  # float32 products are not rounded
     threads: int = 1
     architectures: tuple[str, ...] = ()  # GPUs that it has kernels for: sm_80, compute_90
     gpus: tuple[GpuFacts, ...] = ()
-    complaint: str | None = None  # what it said while it looked for GPUs
+    complaint: str | None = None  # its warning while it looked for GPUs
 
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """A folder, there already or to be made: true if it can be written, and bytes free on its disk."""
+    """A folder, existing or to be made: whether it can be written, and the free bytes of its disk."""
 
     path: str
     writable: bool
@@ -79,13 +80,13 @@ class FolderFacts:
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """All of it. Sizes are in bytes; `packages` has None for what is not installed."""
+    """The facts of a process. Sizes are in bytes; `packages` has None for missing ones."""
 
     python: tuple[int, int, int]
     system: str
-    cores: int  # that this process may use, by affinity and control group
+    cores: int  # usable ones, by affinity and control group
     physical_cores: int
-    memory: int  # that this process may use
+    memory: int  # usable bytes
     available: int
     torch: TorchFacts
     cache: FolderFacts
@@ -100,21 +101,22 @@ class MachineFacts:
 
 
 def gather(cache: Path, hub_cache: Path, others: tuple[str, ...] = ()) -> MachineFacts:
-    """Return the facts of this process. `cache` holds the embedded model, `hub_cache` downloads; `others` are packages
-    to look for beside those that llmcompress requires."""
-    limits = cgroup_limits()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = psutil.virtual_memory()
-    total = min(total_memory(), limits.memory or total_memory())
-    required = requirements()
-    names = {one.package for one in required} | set(others)
+    """Return the facts of this process.
+
+    Args:
+        cache: folder of the embedded model.
+        hub_cache: folder of downloads.
+        others: packages to look for, beside those that llmcompress requires.
+    """
+    cores, total, required = usable_cores(), total_memory(), requirements()
+    names = {requirement.package for requirement in required} | set(others)
     return MachineFacts(
         python=sys.version_info[:3],
         system=platform.platform(),
-        cores=max(1, min(cores, int(limits.cores or cores))),
+        cores=cores,
         physical_cores=psutil.cpu_count(logical=False) or cores,
         memory=total,
-        available=min(total, int(memory.available)),
+        available=min(total, int(psutil.virtual_memory().available)),
         torch=torch_facts(),
         cache=folder_facts(cache),
         hub_cache=folder_facts(hub_cache),
@@ -129,28 +131,28 @@ def gather(cache: Path, hub_cache: Path, others: tuple[str, ...] = ()) -> Machin
 
 
 def requirements() -> tuple[Requirement, ...]:
-    """Return what llmcompress requires by the metadata that it was installed with; nothing where it was not."""
+    """Return the requirements in the metadata of llmcompress; none if it is not installed."""
     try:
         lines = metadata.requires("llmcompress") or []
     except metadata.PackageNotFoundError:
         return ()
-    found = []
+    required = []
     for line in lines:
         specifier, _, marker = line.partition(";")
         name, least = re.match(r"[\w.-]+", specifier), re.search(r">=\s*([\w.]+)", specifier)
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
         if name and least and (extra is None or extra[1] != "dev"):
-            found.append(Requirement(name[0].lower(), least[1], extra[1] if extra else None))
-    return tuple(found)
+            required.append(Requirement(name[0].lower(), least[1], extra[1] if extra else None))
+    return tuple(required)
 
 
 def torch_facts() -> TorchFacts:
-    """Return how torch was built, and what it can do here."""
+    """Return how torch was built, and its abilities here."""
     try:
         import torch
 
         from llmcompress.runtime.precision import PRECISE, cpu_features, product_error
-    except (ImportError, OSError) as error:  # OSError: a library that it loads is missing
+    except (ImportError, OSError) as error:  # OSError: a library of torch is missing
         return TorchFacts(error=first_line(error))
     known = cpu_features()
     builds = (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip))
@@ -177,15 +179,15 @@ def _gpus() -> tuple[GpuFacts, ...]:
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = map(torch.cuda.get_device_properties, range(count))
-    return tuple(GpuFacts(one.name, one.total_memory, (one.major, one.minor)) for one in found)
+    gpus = map(torch.cuda.get_device_properties, range(count))
+    return tuple(GpuFacts(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)) for gpu in gpus)
 
 
 def folder_facts(folder: Path) -> FolderFacts:
-    """Return the facts of a folder, or of the nearest one around it that is there."""
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    return FolderFacts(str(folder), writable, shutil.disk_usage(there).free)
+    """Return the facts of a folder, or of the nearest existing one around it."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    return FolderFacts(str(folder), writable, shutil.disk_usage(nearest).free)
 
 
 def _driver() -> str | None:
@@ -194,6 +196,13 @@ def _driver() -> str | None:
         version = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", NVIDIA.read_text())
         return f"NVIDIA {version[0]}" if version else "NVIDIA"
     return "AMD" if AMD.exists() else None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that make a result."""
+    return {"python": platform.python_version()} | {
+        package: _version(package) or "not installed as a package" for package in RESULT_PACKAGES
+    }
 
 
 def _version(package: str) -> str | None:

@@ -1,7 +1,6 @@
-"""Progress in a notebook, where nobody passes a function for it: one line that is replaced as the work goes on.
+"""Progress in a notebook: one line that is replaced as the work goes on. Scripts and terminals stay quiet.
 
-It asks the running IPython to show text under a name and to show other text there later, which every front end can do,
-with ipywidgets or without. Scripts and terminals stay as quiet as ever.
+IPython shows a text under a name and replaces it later, which works in every front end, with ipywidgets or without.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ PAUSE = 0.2  # seconds between two versions of the line
 
 
 class ReplacedLine:
-    """The line: `show` replaces its text, but for the last one not more often than a reader can see."""
+    """A line whose text `show` replaces, not more often than a reader can see, but always the last time."""
 
     def __init__(self, display: Callable[..., Any]) -> None:
         self._display, self._shown = display, 0.0
@@ -42,31 +41,35 @@ def in_notebook() -> Callable[..., Any] | None:
     return display
 
 
-def counted(what: str, *units: str) -> Callable[..., None] | None:
-    """Return a function of (done, total, numbers...) that shows `what` is counted, and the numbers with their `units`;
-    None outside of notebooks."""
+def progress_line(name: str, *units: str) -> Callable[..., None] | None:
+    """Return a function of (done, total, numbers...) that shows these with the `units` of the numbers.
+
+    None outside of notebooks. `name`: the kind of the counted things.
+    """
     display = in_notebook()
     if display is None:
         return None
     line = ReplacedLine(display)
 
     def progress(done: int, total: int, *numbers: float) -> None:
-        parts = [f"{what} {done}/{total}", *(f"{number:,.4g} {unit}" for number, unit in zip(numbers, units))]
+        parts = [f"{name} {done}/{total}", *(f"{number:,.4g} {unit}" for number, unit in zip(numbers, units))]
         line.show(" · ".join(parts), last=done == total)
 
     return progress
 
 
-def named() -> Callable[[str, int, int], None] | None:
-    """Return `counted` for work that names what it counts, as (what, done, total), where a total of 0 is unknown; None
-    outside of notebooks."""
+def progress_lines() -> Callable[[str, int, int], None] | None:
+    """Return a function of (name, done, total) that shows a line for each name; None outside of notebooks.
+
+    A total of 0 is unknown.
+    """
     display = in_notebook()
     if display is None:
         return None
     lines: dict[str, ReplacedLine] = {}
 
-    def progress(what: str, done: int, total: int) -> None:
-        line = lines.setdefault(what, ReplacedLine(display))
-        line.show(f"{what} {done}/{total}" if total else f"{what} ...", last=done == total)
+    def progress(name: str, done: int, total: int) -> None:
+        line = lines.setdefault(name, ReplacedLine(display))
+        line.show(f"{name} {done}/{total}" if total else f"{name} ...", last=done == total)
 
     return progress

@@ -14,12 +14,12 @@ from torch import Tensor
 from llmcompress.runtime.attention import FasterAttention
 from llmcompress.runtime.side_by_side import alone
 
-ONE_THREAD = RLock()  # held by whoever compresses, distils or scores
-PRECISE = 1e-6  # relative error of a product that was computed in float32, of rounding to bfloat16 it is 2e-3
+ONE_THREAD = RLock()  # held while a thread compresses, distils or scores
+PRECISE = 1e-6  # largest relative error of a float32 product; rounding to bfloat16 gives 2e-3
 
 
 def product_dtype(compute: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of `compute`; "auto" is bfloat16 where the device multiplies it faster, else float32."""
+    """Return the dtype of `compute`; "auto" is bfloat16 if the device multiplies it faster, else float32."""
     if compute != "auto":
         return torch.bfloat16 if compute == "bfloat16" else torch.float32
     if device.type == "cuda":
@@ -31,7 +31,7 @@ def product_dtype(compute: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def products(device: torch.device, dtype: torch.dtype, attention: bool = True) -> Iterator[None]:
-    """Products in `dtype`, with the attention that is fastest at it; without `attention`, with torch's own."""
+    """Compute products in `dtype`, with its fastest attention, or torch's own without `attention`."""
     if dtype == torch.float32:
         yield
         return
@@ -42,14 +42,13 @@ def products(device: torch.device, dtype: torch.dtype, attention: bool = True) -
 
 @contextmanager
 def fast_float32() -> Iterator[None]:
-    """Float32 products by oneDNN on AMD's processors, where MKL, which torch gives them to, is half as fast, for one
-    thread at a time: others wait here.
+    """Compute float32 products by oneDNN on AMD's processors, where torch's MKL is half as fast; one thread at a time.
 
-    torch asks oneDNN only where it may round to bfloat16, so nothing changes where it would (a trial product tells).
-    Nor does anything where somebody has chosen a precision already, or on other processors, where MKL is faster.
+    torch asks oneDNN only where it may round to bfloat16. Nothing changes if it would round (a trial product tells),
+    if a precision is chosen already, or on other processors, where MKL is faster.
 
-    Threads wait since torch's switch, and the default dtype that transformers sets while it loads a model, belong to
-    the whole process: one thread would compute with what another has set.
+    Other threads wait: torch's switch, and the default dtype that transformers sets while it loads a model, belong to
+    the whole process.
     """
     with ONE_THREAD:
         wanted = _made_by_amd() and _onednn_is_precise() and _switch().fp32_precision == "none"
@@ -59,10 +58,10 @@ def fast_float32() -> Iterator[None]:
 
 @contextmanager
 def bfloat16_factors() -> Iterator[None]:
-    """Float32 products whose factors are rounded to bfloat16 where that is faster: on CPUs with matrix units, twice.
+    """Round the factors of float32 products to bfloat16 where that is faster: on CPUs with matrix units, twice as fast.
 
-    Exact for factors that were bfloat16; sums stay float32. Not where other threads compute beside this one: the
-    switch is theirs too.
+    Exact for factors that were bfloat16; sums stay float32. Does nothing while other threads compute beside this one,
+    since they share the switch.
     """
     with by_onednn() if alone() and (_matrix_units() or _made_by_amd()) else nullcontext():
         yield
@@ -70,7 +69,7 @@ def bfloat16_factors() -> Iterator[None]:
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Float32 products of a CUDA device without TF32, which keeps 10 bits of a factor, whatever the process allows."""
+    """Compute float32 products of a CUDA device without TF32, which keeps 10 bits of a factor."""
     if device.type != "cuda":
         yield
         return
@@ -85,7 +84,7 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def by_onednn() -> Iterator[None]:
-    """Float32 products by oneDNN, which rounds factors to bfloat16 where the CPU has matrix units for that."""
+    """Compute float32 products by oneDNN, which rounds factors to bfloat16 on CPUs with matrix units."""
     switch = _switch()
     before = switch.fp32_precision
     switch.fp32_precision = "bf16"
@@ -96,13 +95,13 @@ def by_onednn() -> Iterator[None]:
 
 
 def _switch() -> Any:
-    """torch's switch for oneDNN's products, which its type stubs lack."""
+    """Return torch's switch for oneDNN's products, which its type stubs lack."""
     onednn: Any = torch.backends.mkldnn
     return onednn.matmul
 
 
 def cpu_features() -> dict[str, Any]:
-    """Return what torch knows of the CPU: its name and what it can do. Not every torch from 2.10 on knows that."""
+    """Return the name and the instruction sets of the CPU, as far as this version of torch knows them."""
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return known
 
@@ -131,8 +130,8 @@ def _onednn_is_precise() -> bool:
         return product_error() < PRECISE
 
 
-def finite(x: Tensor) -> bool:
-    """True if `x` holds neither NaN nor Inf; in one pass and without temporaries, unlike `x.isfinite().all()`."""
+def is_finite(x: Tensor) -> bool:
+    """True if `x` holds neither NaN nor Inf. One pass without temporaries, unlike `x.isfinite().all()`."""
     if not x.numel():
         return True
     low, high = x.aminmax()  # NaN wins in both
@@ -140,7 +139,7 @@ def finite(x: Tensor) -> bool:
 
 
 def product_error() -> float:
-    """Return the relative error of a float32 product, as products are computed at the moment."""
+    """Return the relative error of a float32 product under the current settings."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 256, 256, generator=generator)
     expected = left.double() @ right.double()

@@ -1,8 +1,8 @@
-"""The processes that a launcher started for one command: who this one is, and what all of them agree on.
+"""The processes that a launcher started for one command: the number of this one, and exchanges between all of them.
 
-Torchrun and `accelerate launch` set the environment that says so. Processes talk through the host's memory (gloo), on
-GPUs too: what they send is small next to what they compute, and a process that ends is noticed at once, since its
-connections close. One process alone never comes near `torch.distributed`.
+Torchrun and `accelerate launch` describe them in environment variables. Processes exchange values through the host's
+memory (gloo), on GPUs too: the values are small, and the end of a process closes its connections, which is noticed at
+once. A single process never uses `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from llmcompress.errors import EndedError, LLMCompressError, RecipeError, listed
+from llmcompress.errors import EndedError, LLMCompressError, RecipeError, list_names
 from llmcompress.runtime.devices import kind_of
 
 if TYPE_CHECKING:
@@ -28,113 +28,113 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(weeks=52)  # some shares take hours longer; a process that ends is noticed without a limit
-GATHERING = timedelta(minutes=10)  # in which all processes have to come
-GRACE = 2.0  # seconds that the first process gets to tell an error, before a launcher notices that others have ended
+PATIENCE = timedelta(weeks=52)  # some shares take hours longer; the end of a process is noticed without a limit
+GATHERING = timedelta(minutes=10)  # for all processes to start
+GRACE = 2.0  # seconds for the first process to report an error, before a launcher sees that others have ended
 NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # variables that launchers set beside WORLD_SIZE
 _MEETINGS = itertools.count()  # of this process: every process has the same ones in the same order
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `count`, of which it is number `rank`, and `here` of which share its machine.
+    """Number `rank` of `count` processes, `here` of which share its machine; it computes on `device`.
 
-    `device`: where it computes. What the methods below do, every process has to do, in the same order.
+    All processes have to call the methods in the same order.
     """
 
     device: str = "cpu"
     rank: int = 0
     count: int = 1
     here: int = 1
-    group: ProcessGroup | None = field(default=None, repr=False)  # None: the one that there is
+    group: ProcessGroup | None = field(default=None, repr=False)  # None: the default group
 
     @property
-    def asked(self) -> str:
-        """The device that the command was asked for: a kind of which each of several processes has one."""
+    def requested_device(self) -> str:
+        """The device of the command: a kind, of which each of several processes has its own device."""
         return self.device if self.count == 1 else torch.device(self.device).type
 
     def share(self, items: Tensor) -> Tensor:
-        """Return the rows `[at most n, ...]` of `items [n, ...]` that are this process's to do."""
+        """Return this process's rows `[at most n, ...]` of `items [n, ...]`."""
         return items.tensor_split(self.count)[self.rank]
 
-    def everyone(self, value: T) -> list[T]:
-        """Return what each process has, by rank; tensors on the device of this one.
+    def gather(self, value: T) -> list[T]:
+        """Return the value of each process, by rank; tensors on the device of this one.
 
-        Raises EndedError where another process has ended.
+        Raises EndedError if another process has ended.
         """
         if self.count == 1:
             return [value]
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.count
-        with _noticing():
-            dist.all_gather_object(found, _packed(value), group=self.group)
-        return [value if rank == self.rank else self._unpacked(one) for rank, one in enumerate(found)]
+        packed: list[Any] = [None] * self.count
+        with _noticing_ends():
+            dist.all_gather_object(packed, _pack(value), group=self.group)
+        return [value if rank == self.rank else self._unpack(other) for rank, other in enumerate(packed)]
 
-    def gathered(self, values: list[T]) -> list[T]:
-        """Return the findings of all processes in the order of the items that were shared out."""
-        return [value for part in self.everyone(values) for value in part]
+    def gather_items(self, values: list[T]) -> list[T]:
+        """Return the values of all processes in the order of the items that `share` gave them."""
+        return [value for part in self.gather(values) for value in part]
 
     def first(self, find: Callable[[], T]) -> T:
-        """Return what `find` gives in the first process, the only one that calls it; an error there is one in all."""
+        """Return the result of `find` in the first process, the only one to call it; all raise its error."""
         if self.count == 1:
             return find()
-        with self.agreed():
+        with self.agree_on_errors():
             own = find() if self.rank == 0 else None
-        found: T = self.sent(own)
-        return found
+        result: T = self.broadcast(own)
+        return result
 
-    def sent(self, value: Any) -> Any:
-        """Return the `value` that the first process has."""
+    def broadcast(self, value: Any) -> Any:
+        """Return the `value` of the first process."""
         import torch.distributed as dist
 
-        parcel: list[Any] = [_packed(value) if self.rank == 0 else None]
-        with _noticing():
+        parcel: list[Any] = [_pack(value) if self.rank == 0 else None]
+        with _noticing_ends():
             dist.broadcast_object_list(parcel, group_src=0, group=self.group)
-        return value if self.rank == 0 else self._unpacked(parcel[0])
+        return value if self.rank == 0 else self._unpack(parcel[0])
 
     def add(self, sums: Tensor) -> None:
-        """Put the sum over all processes into `sums`, the same bits in each of them."""
+        """Replace `sums` by the sum over all processes, the same bits in each of them."""
         if self.count == 1:
             return
         import torch.distributed as dist
 
-        there = sums.cpu().contiguous()
-        with _noticing():
-            dist.all_reduce(there, group=self.group)
-        if there is not sums:
-            sums.copy_(there)
+        on_host = sums.cpu().contiguous()
+        with _noticing_ends():
+            dist.all_reduce(on_host, group=self.group)
+        if on_host is not sums:
+            sums.copy_(on_host)
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
-        """Raise in every process the error that one of them met inside, that of the first of these."""
+    def agree_on_errors(self) -> Iterator[None]:
+        """Raise in every process the first error that any of them raised inside."""
         if self.count == 1:
             yield
             return
-        met: LLMCompressError | None = None
+        own: LLMCompressError | None = None
         try:
             yield
         except EndedError:
             raise
         except LLMCompressError as error:
-            met = error
-        for found in self.everyone(met):
-            if found is not None:
-                found.told = self.rank > 0
-                raise found
+            own = error
+        for failure in self.gather(own):
+            if failure is not None:
+                failure.reported_elsewhere = self.rank > 0
+                raise failure
 
-    def compare(self, what: Mapping[str, Any]) -> None:
-        """Raise RecipeError, naming what is different, unless `what` is equal in all processes."""
-        found = self.everyone(dict(what))
-        with self.agreed():
-            for rank, other in enumerate(found):
-                if unlike := [name for name, value in found[0].items() if other.get(name) != value]:
+    def compare(self, values: Mapping[str, Any]) -> None:
+        """Raise RecipeError, naming the differences, unless `values` are equal in all processes."""
+        everyone = self.gather(dict(values))
+        with self.agree_on_errors():
+            for rank, other in enumerate(everyone):
+                if unlike := [name for name, value in everyone[0].items() if other.get(name) != value]:
                     raise RecipeError(
-                        f"process {rank} of {self.count} was started with other {listed(unlike)} than process 0; start "
-                        f"all with the same command, on copies of the same files and with the same versions"
+                        f"process {rank} of {self.count} was started with other {list_names(unlike)} than process 0; "
+                        f"start all with the same command, on copies of the same files and with the same versions"
                     )
 
-    def _unpacked(self, packed: bytes) -> Any:
+    def _unpack(self, packed: bytes) -> Any:
         # not only weights: the processes of one command trust each other, as those of every launcher do
         return torch.load(io.BytesIO(packed), map_location=self.device, weights_only=False)
 
@@ -142,55 +142,56 @@ class Ranks:
 ALONE = Ranks()
 
 
-def launched_count() -> int:
-    """Return how many processes a launcher has started for this command; 1 without one."""
+def process_count() -> int:
+    """Return the number of processes that a launcher started for this command; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
-def launched(device: str) -> Iterator[Ranks]:
-    """The processes that a launcher started, each with a device of the kind of `device`; without one, this process.
+def join_ranks(device: str) -> Iterator[Ranks]:
+    """Connect the processes that a launcher started, each with its own device of the kind of `device`.
 
-    Raises RecipeError where there is no such device, or not one for each of them, or where they do not all come.
+    Without a launcher this process is alone. Raises RecipeError if there is no such device, or not one for each
+    process, or if not all processes start.
     """
-    count = launched_count()
+    count = process_count()
     if count == 1:
         yield Ranks(device)
         return
     here, own = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _own_device(device, count)
     if missing := [name for name in NEEDED if name not in os.environ]:
         raise RecipeError(
-            f"WORLD_SIZE is {count} but {listed(missing)} is not set; start the processes by torchrun or accelerate "
-            f"launch, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {count} but {list_names(missing)} is not set; start the processes by torchrun or "
+            f"accelerate launch, or unset WORLD_SIZE"
         )
     import torch.distributed as dist
 
     rank = int(os.environ["RANK"])
-    store = _met(rank, count)
+    store = _await_all(rank, count)
     joined = dist.is_initialized()
     if joined:
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
     else:
-        with _noticing():
+        with _noticing_ends():
             dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
         group = None
     try:
         yield Ranks(own, rank, count, here, group)
     except LLMCompressError as error:
-        if error.told:
+        if error.reported_elsewhere:
             time.sleep(GRACE)
         raise
     finally:
         dist.destroy_process_group(group)
 
 
-def _met(rank: int, count: int) -> Any:
-    """Wait until every process has come, and return the store that they share. Raises RecipeError if one does not."""
+def _await_all(rank: int, count: int) -> Any:
+    """Wait until every process has started, and return their shared store. Raises RecipeError if one does not."""
     from torch.distributed import DistError, PrefixStore, rendezvous
 
     try:
-        found, _, _ = next(iter(rendezvous("env://", timeout=GATHERING)))
-        store = PrefixStore(f"llmcompress/{next(_MEETINGS)}", found)
+        shared, _, _ = next(iter(rendezvous("env://", timeout=GATHERING)))
+        store = PrefixStore(f"llmcompress/{next(_MEETINGS)}", shared)
         store.set(f"here/{rank}", "")
         store.wait([f"here/{other}" for other in range(count)], GATHERING)
     except (DistError, RuntimeError) as error:
@@ -202,22 +203,22 @@ def _met(rank: int, count: int) -> Any:
 
 
 def _own_device(name: str, count: int) -> str:
-    """Return the device of this process. Raises RecipeError where the machine does not have one for each."""
+    """Return the device of this process. Raises RecipeError if the machine does not have one for each."""
     kind, local = kind_of(name, count), int(os.environ.get("LOCAL_RANK", "0"))
     if kind.type == "cpu":
         return "cpu"
-    there = getattr(torch, kind.type).device_count()
-    if local >= there:
+    devices = getattr(torch, kind.type).device_count()
+    if local >= devices:
         raise RecipeError(
-            f"process {local} of this machine has no {kind.type} device, of which torch finds {there}; start one "
+            f"process {local} of this machine has no {kind.type} device, of which torch finds {devices}; start one "
             f"process for each"
         )
     return f"{kind.type}:{local}"
 
 
 @contextmanager
-def _noticing() -> Iterator[None]:
-    """Raise EndedError where a connection to another process fails."""
+def _noticing_ends() -> Iterator[None]:
+    """Raise EndedError if a connection to another process fails."""
     try:
         yield
     except RuntimeError as error:  # gloo has no type of its own
@@ -227,7 +228,7 @@ def _noticing() -> Iterator[None]:
         ) from error
 
 
-def _packed(value: object) -> bytes:
+def _pack(value: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

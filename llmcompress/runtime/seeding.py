@@ -1,4 +1,4 @@
-"""Random numbers: generators seeded by what they are for."""
+"""Random numbers: generators seeded by their purpose."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 
 
 def generator(*parts: object) -> torch.Generator:
-    """A generator seeded by what it is for (a recipe's seed, a layer's name): no global state, no salted hash."""
+    """Return a generator seeded by its purpose (a recipe's seed, a layer's name), without global state."""
     digest = sha256("/".join(map(str, parts)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -1,6 +1,6 @@
-"""Work done side by side by threads, on a CUDA device each with a stream of its own: one layer seldom fills a GPU.
+"""Work done side by side by threads, on a CUDA device each with its own stream: one layer seldom fills a GPU.
 
-Settings of the whole process, such as torch's number of threads, cannot be changed meanwhile: `alone` tells.
+Meanwhile settings of the whole process, such as torch's number of threads, must stay: see `alone`.
 """
 
 from __future__ import annotations
@@ -16,36 +16,38 @@ import torch
 
 T = TypeVar("T")
 
-ON_A_GPU = 4  # pieces of work at once: each takes memory of its own
-_HERE = threading.local()  # `beside`: true in a thread of `side_by_side`; `stream`: its own
+ON_A_GPU = 4  # pieces of work at once, each with its own memory
+_HERE = threading.local()  # `beside`: true in a thread of `side_by_side`; `stream`: its stream
 
 
 def workers_on(device: torch.device) -> int:
-    """Return how many pieces of work a device does side by side."""
+    """Return the number of pieces of work that a device does side by side."""
     return ON_A_GPU if device.type == "cuda" else 1
 
 
 def alone() -> bool:
-    """True if this thread may change settings of the whole process, since no other computes beside it."""
+    """True if no other thread computes beside this one, so that it may change settings of the whole process."""
     return not getattr(_HERE, "beside", False)
 
 
 def finish_here() -> None:
-    """Wait until a GPU has done what this thread asked for, so that other threads can read it."""
+    """Wait for this thread's work on a GPU, so that other threads can read its results."""
     stream = getattr(_HERE, "stream", None)
     if stream is not None:
         stream.synchronize()
 
 
 def side_by_side(tasks: Sequence[Callable[[], T]], workers: int, device: torch.device) -> Iterator[T]:
-    """Yield what each task returns, in their order, `workers` of them at once; of one, the next starts when it is asked
-    for. Raises the error of the first task that failed, in their order."""
+    """Yield the results of tasks in their order, `workers` at once; one worker starts a task when its result is wanted.
+
+    Raises the error of the first failed task, in their order.
+    """
     if workers == 1 or len(tasks) < 2:
         yield from (task() for task in tasks)
         return
     streams, gradients = _streams(device, workers), torch.is_grad_enabled()
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # what the tasks read is there
+        torch.cuda.current_stream(device).synchronize()  # the inputs of the tasks are ready
 
     def begin() -> None:
         _HERE.beside, _HERE.stream = True, free.pop()
@@ -53,9 +55,9 @@ def side_by_side(tasks: Sequence[Callable[[], T]], workers: int, device: torch.d
     def run(task: Callable[[], T]) -> T:
         stream = _HERE.stream
         with torch.set_grad_enabled(gradients), nullcontext() if stream is None else torch.cuda.stream(stream):
-            found = task()
+            result = task()
             finish_here()
-            return found
+            return result
 
     free = list(streams)
     pool = ThreadPoolExecutor(workers, initializer=begin)
@@ -63,7 +65,7 @@ def side_by_side(tasks: Sequence[Callable[[], T]], workers: int, device: torch.d
         futures = [pool.submit(run, task) for task in tasks]
         wait(futures, return_when=FIRST_EXCEPTION)
     finally:
-        pool.shutdown(cancel_futures=True)  # those that run come to their end; an earlier task has always begun earlier
+        pool.shutdown(cancel_futures=True)  # running tasks end; an earlier task has always begun earlier
     yield from (future.result() for future in futures)
 
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: held back until its state can be kept, and never lost."""
+"""Signals that ask a run to stop: held back until its state is written, and never lost."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """The signals that asked to stop, while it lasts: they wait for the end of a step, so that a state can be kept.
+    """Collect requests to stop while the context lasts, so that a run can end its step and write its state.
 
-    Who asks twice is not kept waiting. A request that came too late to be seen inside is handled at the end.
+    A second request interrupts at once. A request that nobody saw inside is handled at the end.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

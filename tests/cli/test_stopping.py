@@ -16,7 +16,7 @@ import typer
 
 from llmcompress.cli.stopping import EARLY
 from llmcompress.cli.terminal import Terminal
-from llmcompress.errors import Terminated
+from llmcompress.errors import Termination
 
 
 def ask(number: int = signal.SIGINT) -> None:
@@ -38,7 +38,7 @@ def in_a_callback(number: int) -> None:
 def as_another_error(number: int) -> None:
     try:
         ask(number)
-    except (KeyboardInterrupt, Terminated):
+    except (KeyboardInterrupt, Termination):
         raise RuntimeError("a library failed in its clean-up") from None
 
 

@@ -233,7 +233,7 @@ def test_processes_end_alike(place: Path, tmp_path: Path) -> None:
         way = pipeline._Way(partial(run.compress.__wrapped__, ranks=ranks), None, True, ranks)  # type: ignore[attr-defined]
         with pytest.raises(GateError) as error:
             pipeline._gated(pipeline._finished(job, tmp_path / "out", way), job, way)
-        told.append((str(error.value), ranks.rank, error.value.told))
+        told.append((str(error.value), ranks.rank, error.value.reported_elsewhere))
 
     in_lockstep(2, work)
     assert len({sentence for sentence, *_ in told}) == 1

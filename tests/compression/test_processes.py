@@ -291,7 +291,7 @@ def test_an_error_of_the_first_process_is_one_of_all(place: Path, tmp_path: Path
     def work(ranks: Ranks) -> None:
         with pytest.raises(LLMCompressError, match="precious|exists already|no report") as raised:
             together(job, tmp_path / "out", ranks=ranks)
-        assert raised.value.told == (ranks.rank > 0)
+        assert raised.value.reported_elsewhere == (ranks.rank > 0)
 
     in_lockstep(2, work)
 

@@ -29,7 +29,7 @@ from llmcompress.errors import (
     LockedError,
     NumericsError,
     RecipeError,
-    Terminated,
+    Termination,
 )
 from llmcompress.recipe.calibration import Calibration
 from tests.tiny import save_tiny, tiny, tiny_tokenizer
@@ -263,7 +263,7 @@ def test_a_signal_keeps_the_batches_that_are_done(place: Path) -> None:
     def terminate() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Terminated, match=r"answers to 3 prompts are kept in .*, from where the same command resumes"):
+    with pytest.raises(Termination, match=r"answers to 3 prompts are kept in .*, from where the same command resumes"):
         answer(str(place / "model"), request(place), place / "out.jsonl", progress=stop_at(3, terminate))
 
 

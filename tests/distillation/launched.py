@@ -39,7 +39,7 @@ from llmcompress.distillation.objective import chunked_loss
 from llmcompress.distillation.parallel.strategy import Engine
 from llmcompress.distillation.run import distill
 from llmcompress.distillation.student.model import Student
-from llmcompress.errors import LLMCompressError, Terminated
+from llmcompress.errors import LLMCompressError, Termination
 
 RANK = int(os.environ.get("RANK", "0"))
 CLOCK = SimpleNamespace(monotonic=lambda: time.monotonic() * 10 ** (8 * RANK))  # the second process's runs ahead
@@ -162,7 +162,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             student = job["student"] if isinstance(job["student"], str) else job["student"][RANK]
             done = distill(student, job["teacher"], job["recipe"], job["output"], progress=progress)
         found = done.to_json()
-    except (LLMCompressError, Terminated) as error:
+    except (LLMCompressError, Termination) as error:
         found = {"error": f"{type(error).__name__}: {error}"}
     if torch.distributed.is_initialized() and not PARTITIONED:
         torch.distributed.destroy_process_group()

@@ -37,7 +37,7 @@ from llmcompress.errors import (
     LockedError,
     NumericsError,
     RecipeError,
-    Terminated,
+    Termination,
 )
 from tests.tiny import save_tiny, tiny
 
@@ -131,7 +131,7 @@ def test_a_signal_ends_the_writing_after_a_run(tmp_path: Path, text: Batch) -> N
             os.kill(os.getpid(), signal.SIGTERM)
             yield from super().__call__(rows)
 
-    with pytest.raises(Terminated, match=r"2 of 7 sequences are kept in .*c\.partial, from where the same command"):
+    with pytest.raises(Termination, match=r"2 of 7 sequences are kept in .*c\.partial, from where the same command"):
         written(tmp_path / "c", text, Stopping(text))
     teacher = Predictor(text)
     written(tmp_path / "c", text, teacher)

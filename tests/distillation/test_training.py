@@ -25,7 +25,7 @@ from llmcompress.distillation import train
 from llmcompress.distillation.context import TrainContext
 from llmcompress.distillation.resume import Saving
 from llmcompress.distillation.run import distill
-from llmcompress.errors import InputError, NumericsError, RecipeError, Terminated
+from llmcompress.errors import InputError, NumericsError, RecipeError, Termination
 from llmcompress.evaluation.verify import verify
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.reporting.report import read
@@ -175,7 +175,7 @@ def test_sigterm_keeps_the_state_of_the_last_step(step: int, folders: Path, tmp_
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(
-        Terminated, match=rf"step {step + 1} is kept in .*cut\.training, from where the same command resumes"
+        Termination, match=rf"step {step + 1} is kept in .*cut\.training, from where the same command resumes"
     ):
         distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=stop)
     assert kept_step(tmp_path / "cut.training") == step + 1

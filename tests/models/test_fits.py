@@ -12,7 +12,7 @@ from llmcompress.errors import InputError, MemoryLimitError
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.files.fits import check_fits
 from llmcompress.runtime import memory
-from llmcompress.runtime.cgroup import CgroupLimits
+from llmcompress.runtime.memory import CgroupLimits
 from tests.tiny import save_tiny, tiny
 
 RECIPE = {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 8}]}]}

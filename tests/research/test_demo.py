@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
-from llmcompress.errors import InputError, Terminated
+from llmcompress.errors import InputError, Termination
 from scripts import demo
 from scripts.demo import begin
 
@@ -50,7 +50,7 @@ def test_any_other_starts_over(finished: bool, model: str, tmp_path: Path) -> No
     "error, code, said",
     [
         (KeyboardInterrupt(), 130, "stopped; the same command goes on after what is finished\n"),
-        (Terminated(), 143, "stopped; the same command goes on after what is finished\n"),
+        (Termination(), 143, "stopped; the same command goes on after what is finished\n"),
         (InputError("there is no model"), InputError.exit_code, f"[{InputError.exit_code}] there is no model\n"),
     ],
 )

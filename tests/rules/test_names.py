@@ -71,7 +71,6 @@ UNMENDED = {
     "compression",
     "data",
     "distillation",
-    "errors",
     "evaluation",
     "formats",
     "kernels",
@@ -81,7 +80,6 @@ UNMENDED = {
     "pipeline",
     "recipe",
     "reporting",
-    "runtime",
     "surgery",
     "weight",
 }

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from llmcompress.cli.app import app
 from llmcompress.runtime import facts as runtime_facts
-from llmcompress.runtime.cgroup import CgroupLimits, cgroup_limits
-from llmcompress.runtime.doctor import OPTIONAL, checks
+from llmcompress.runtime.doctor import OPTIONAL, find_faults
 from llmcompress.runtime.facts import FolderFacts, GpuFacts, MachineFacts, Requirement, TorchFacts, gather, requirements
+from llmcompress.runtime.memory import CgroupLimits, cgroup_limits
 
 FOLDER = FolderFacts("folder", True, 50 * 10**9)
 H100 = GpuFacts("H100", 80 * 10**9, (9, 0))
@@ -75,7 +75,7 @@ def small(folder: FolderFacts) -> FolderFacts:
     ids=["cpu", "gpu", "no-demo", "one-core", "off", "hidden-gpu", "ptx", "minor", "no-limits"],
 )
 def test_what_works_has_no_findings(facts: MachineFacts) -> None:
-    assert checks(facts) == []
+    assert find_faults(facts) == []
 
 
 OLD_GPU = replace(CUDA, gpus=(replace(H100, capability=(5, 2)),))
@@ -150,14 +150,14 @@ BAD: dict[str, tuple[MachineFacts, str, str, str]] = {  # facts, level, and what
 
 @pytest.mark.parametrize(("facts", "level", "wrong", "way"), BAD.values(), ids=list(BAD))
 def test_what_is_known_to_fail_is_one_sentence(facts: MachineFacts, level: str, wrong: str, way: str) -> None:
-    [finding] = checks(facts)
+    [finding] = find_faults(facts)
     assert finding.level == level and wrong in finding.sentence
     assert way in finding.sentence.partition(";")[2], f"the way out follows the semicolon: {finding.sentence}"
     assert "\n" not in finding.sentence and not finding.sentence.endswith(".")
 
 
 def test_errors_come_first() -> None:
-    found = checks(replace(GOOD, open_files=64, variables={"HF_HUB_OFFLINE": "1"}, memory=10**9))
+    found = find_faults(replace(GOOD, open_files=64, variables={"HF_HUB_OFFLINE": "1"}, memory=10**9))
     assert [one.level for one in found] == ["error", "warning", "warning"]
 
 
@@ -233,10 +233,10 @@ def test_the_command_ends_with_the_verdict(facts: MachineFacts, code: int, monke
     monkeypatch.setattr(runtime_facts, "gather", lambda *_: replace(facts, packages=packages))
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == code, done.output
-    for finding in checks(facts):
+    for finding in find_faults(facts):
         assert f"{finding.level}: {finding.sentence}" in " ".join(done.stdout.split())
     assert 'pip install "llmcompress[report]"' in done.stdout  # missing, with what it would enable
     done = CliRunner().invoke(app, ["doctor", "--json"])
     values = json.loads(done.stdout)
     assert done.exit_code == code and values["healthy"] == (code == 0)
-    assert [one["sentence"] for one in values["findings"]] == [one.sentence for one in checks(facts)]
+    assert [one["sentence"] for one in values["findings"]] == [one.sentence for one in find_faults(facts)]

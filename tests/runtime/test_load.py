@@ -31,7 +31,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monotonic=lambda: found.now, process_time=lambda: found.own, sleep=lambda seconds: found.passes(seconds)
     )
     monkeypatch.setattr(load, "time", times)
-    monkeypatch.setattr(load, "_allowed", lambda: [0, 1])
+    monkeypatch.setattr(load, "_allowed_cores", lambda: [0, 1])
     monkeypatch.setattr(load, "usable_cores", lambda: 2)
     cpu_times: Any = lambda percpu: [SimpleNamespace(idle=idle) for idle in found.idle]  # noqa: E731
     monkeypatch.setattr(load.psutil, "cpu_times", cpu_times)
@@ -43,7 +43,7 @@ def test_what_others_take_is_what_is_neither_idle_nor_ours(others: float, own: f
     watch = LoadWatch()
     for seconds in (0.25, 3.0):
         machine.passes(seconds, others, own)
-        assert watch.taken() == pytest.approx(others)
+        assert watch.cores_taken() == pytest.approx(others)
 
 
 @pytest.mark.parametrize(("others", "note"), [(0.0, None), (0.2, None), (1.0, "other work takes 1.0 of 2 cores")])
@@ -59,7 +59,7 @@ def remarks(machine: Machine, blocks: list[tuple[str, float, float]]) -> list[st
     slow, found = SlowBlocks(), []
     for kind, seconds, others in blocks:
         machine.passes(seconds, others, own=min(1.0, 2 - others))
-        found.append(slow.ended(kind))
+        found.append(slow.end_block(kind))
     return found
 
 

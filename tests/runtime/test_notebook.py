@@ -39,11 +39,11 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 def test_nothing_is_shown_outside_of_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
     for there in (None, Kernel(is_notebook=False), SimpleNamespace(get_ipython=lambda: None)):
         monkeypatch.setitem(sys.modules, "IPython", there)
-        assert notebook.counted("block", "tokens/s") is None and notebook.named() is None
+        assert notebook.progress_line("block", "tokens/s") is None and notebook.progress_lines() is None
 
 
 def test_a_line_is_replaced(kernel: Kernel) -> None:
-    progress = notebook.counted("block", "tokens/s")
+    progress = notebook.progress_line("block", "tokens/s")
     assert progress is not None
     for done in (1, 2):
         progress(done, 2, 1234.5)
@@ -51,7 +51,7 @@ def test_a_line_is_replaced(kernel: Kernel) -> None:
 
 
 def test_every_kind_of_work_has_its_line(kernel: Kernel) -> None:
-    progress = notebook.named()
+    progress = notebook.progress_lines()
     assert progress is not None
     for step in (("window", 1, 2), ("window", 2, 2), ("tasks", 0, 0)):
         progress(*step)
@@ -60,7 +60,7 @@ def test_every_kind_of_work_has_its_line(kernel: Kernel) -> None:
 
 def test_a_line_rests_between_versions_but_ends_true(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notebook, "PAUSE", 1e9)
-    progress = notebook.counted("block")
+    progress = notebook.progress_line("block")
     assert progress is not None
     for done in range(1, 6):
         progress(done, 5)

@@ -11,7 +11,7 @@ import typer
 from llmcompress.cli.terminal import Terminal
 from llmcompress.errors import EndedError, InputError, NumericsError, RecipeError
 from llmcompress.runtime import ranks
-from llmcompress.runtime.ranks import ALONE, Ranks, _own_device, launched
+from llmcompress.runtime.ranks import ALONE, Ranks, _own_device, join_ranks
 from tests.distillation.launched import free_port
 from tests.lockstep import in_lockstep
 
@@ -21,7 +21,7 @@ COUNTS = [2, 3, 5]
 @pytest.mark.parametrize("count", COUNTS)
 def test_findings_come_back_in_the_order_of_the_items(count: int) -> None:
     items = torch.arange(14).reshape(7, 2)
-    found = in_lockstep(count, lambda ranks: ranks.gathered([row.sum() for row in ranks.share(items)]))
+    found = in_lockstep(count, lambda ranks: ranks.gather_items([row.sum() for row in ranks.share(items)]))
     assert found == [[int(row.sum()) for row in items]] * count
 
 
@@ -54,12 +54,12 @@ def test_an_error_of_one_is_one_of_all_and_told_once(failing: set[int]) -> None:
 
     def work(ranks: Ranks) -> None:
         try:
-            with ranks.agreed():
+            with ranks.agree_on_errors():
                 if ranks.rank in failing:
                     raise NumericsError(f"found by {ranks.rank}")
         except NumericsError as error:
             assert str(error) == f"found by {min(failing)}"
-            met.append((ranks.rank, error.told))
+            met.append((ranks.rank, error.reported_elsewhere))
 
     in_lockstep(3, work)
     assert sorted(met) == [(0, False), (1, True), (2, True)]
@@ -90,14 +90,14 @@ def test_a_process_alone_hands_everything_on_and_needs_no_group(monkeypatch: pyt
     for name in ("init_process_group", "rendezvous", "all_gather_object", "all_reduce", "broadcast_object_list"):
         monkeypatch.setattr(torch.distributed, name, lambda *given, **named: pytest.fail("a group was asked for"))
     value = torch.ones(2)
-    with launched("cpu") as ranks:
+    with join_ranks("cpu") as ranks:
         assert ranks == ALONE
-        assert ranks.everyone(value)[0] is value and ranks.first(lambda: value) is value
+        assert ranks.gather(value)[0] is value and ranks.first(lambda: value) is value
         ranks.add(value)
         ranks.compare({"anything": object()})
-        with pytest.raises(EndedError), ranks.agreed():
+        with pytest.raises(EndedError), ranks.agree_on_errors():
             raise EndedError("as it came")
-    assert torch.equal(value, torch.ones(2)) and ranks.asked == "cpu"
+    assert torch.equal(value, torch.ones(2)) and ranks.requested_device == "cpu"
 
 
 def test_processes_that_no_launcher_started_are_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_processes_that_no_launcher_started_are_told_how(monkeypatch: pytest.Mon
     for name in ranks.NEEDED:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(RecipeError, match="WORLD_SIZE is 2 but RANK, MASTER_ADDR, MASTER_PORT is not set"):
-        launched("cpu").__enter__()
+        join_ranks("cpu").__enter__()
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_a_process_that_waits_in_vain_says_so(monkeypatch: pytest.MonkeyPatch) -
     for name, value in own.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match="not all of the 2 processes came within 1 seconds; every process that"):
-        launched("cpu").__enter__()
+        join_ranks("cpu").__enter__()
     assert not torch.distributed.is_initialized()
 
 
@@ -124,7 +124,7 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert (_own_device("cuda", 2), _own_device("cpu", 2)) == ("cuda:1", "cpu")
-    assert Ranks("cuda:1", 1, 2).asked == "cuda" and Ranks("cuda:1").asked == "cuda:1"
+    assert Ranks("cuda:1", 1, 2).requested_device == "cuda" and Ranks("cuda:1").requested_device == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(RecipeError, match="process 2 of this machine has no cuda device, of which torch finds 2"):
         _own_device("cuda", 3)
@@ -133,7 +133,7 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
 def test_an_error_that_another_process_tells_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     for told, said in ((False, "[5] the model is damaged\n"), (True, "")):
         error = InputError("the model is damaged")
-        error.told = told
+        error.reported_elsewhere = told
         with pytest.raises(typer.Exit) as ended, Terminal():
             raise error
         assert ended.value.exit_code == 5 and capsys.readouterr().err == said

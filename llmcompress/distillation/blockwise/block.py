@@ -149,13 +149,13 @@ def mean_error(block: Block, data: Activations, size: int, ranks: Ranks = ALONE)
 
 def _place(own: int, ranks: Ranks) -> tuple[int, int]:
     """Return the number of this process's first sequence among those of all, and how many they are."""
-    sizes = ranks.everyone(own)
+    sizes = ranks.gather(own)
     return sum(sizes[: ranks.rank]), sum(sizes)
 
 
 def _sum(value: float, ranks: Ranks) -> float:
     """Return the sum over all processes, the same bits in each."""
-    return sum(ranks.everyone(value))
+    return sum(ranks.gather(value))
 
 
 def _add_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.distillation.objective.projections import Pair, projection_name, projections
-from llmcompress.errors import RecipeError, listed
+from llmcompress.errors import RecipeError, list_names
 from llmcompress.losses.divergence import wide
 from llmcompress.losses.features import Features, measure_features, reads_states
 from llmcompress.losses.loss import SumAndCount
@@ -112,7 +112,8 @@ def _pairs(student: PreTrainedModel, teacher: PreTrainedModel, layers: Layers | 
     absent = [str(layer) for layer in chosen if isinstance(layer, int) and layer not in own]
     if absent or not chosen:
         raise RecipeError(
-            f"layers: the student does not have the teacher's block {listed(absent)}; it has {', '.join(map(str, own))}"
+            f"layers: the student does not have the teacher's block {list_names(absent)}; it has "
+            f"{', '.join(map(str, own))}"
         )
     return tuple((own[layer], layer) if isinstance(layer, int) else layer for layer in chosen)
 

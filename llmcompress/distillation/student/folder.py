@@ -20,7 +20,7 @@ from llmcompress.models.files.integrity import digest
 from llmcompress.models.files.per_block_widths import own_sizes
 from llmcompress.models.files.shard_writer import shards
 from llmcompress.models.transformers.hf_quantizer import NAME, table_entry
-from llmcompress.runtime.versions import versions
+from llmcompress.runtime.facts import versions
 from llmcompress.weight.modules import Layout, Multiplying, payload_texts
 
 Linears = Mapping[str, Multiplying]

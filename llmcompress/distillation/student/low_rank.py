@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from llmcompress.errors import RecipeError, listed
+from llmcompress.errors import RecipeError, list_names
 from llmcompress.methods.layer import Layer, split
 from llmcompress.methods.low_rank.svd import SVD, svd
 from llmcompress.methods.moments import Moments
@@ -49,7 +49,7 @@ def adapt(model: PreTrainedModel, asked: Adaptation, teacher: PreTrainedModel, s
     for pattern in asked.match:
         if not any(matches(pattern, name) for name in layers):
             raise RecipeError(
-                f'adapt matches no compressed linear of the student ("{pattern}"); it has {listed(layers)}'
+                f'adapt matches no compressed linear of the student ("{pattern}"); it has {list_names(layers)}'
             )
     chosen = [name for name in layers if any(matches(pattern, name) for pattern in asked.match)]
     targets = teachers_weights(model, teacher) if asked.start == "residual" else None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmcompress.data.batch import Batch
 from llmcompress.distillation.objective.heads import hidden_states
 from llmcompress.distillation.student.low_rank import teachers_weights
-from llmcompress.errors import RecipeError, listed
+from llmcompress.errors import RecipeError, list_names
 from llmcompress.methods.solvers.projection import largest, largest_of_each
 from llmcompress.recipe.patterns import matches
 from llmcompress.recipe.regrowth import Regrowth
@@ -44,7 +44,7 @@ def grow(model: PreTrainedModel, asked: Regrowth, teacher: PreTrainedModel) -> d
     layers, pruned = compressed_linears(model), pruned_linears(model)
     for each in asked.match:
         if not any(matches(each, name) for name in pruned):
-            there = f"it has {listed(pruned)}" if pruned else "it has none"
+            there = f"it has {list_names(pruned)}" if pruned else "it has none"
             raise RecipeError(f'regrow matches no matrix of values and zeros of the student ("{each}"); {there}')
     chosen = [name for name in pruned if any(matches(each, name) for each in asked.match)]
     targets = teachers_weights(model, teacher) if asked.start == "teacher" else None

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llmcompress.data.batch import Batch
 from llmcompress.distillation.teacher.top_k import Likeliest
-from llmcompress.errors import DiskError, InputError, NumericsError, Terminated
+from llmcompress.errors import DiskError, InputError, NumericsError, Termination
 from llmcompress.models.files.atomic_write import sync
 from llmcompress.models.files.staging import check_output, claim, locked
 from llmcompress.models.files.store import Store
@@ -119,7 +119,7 @@ def _write(staged: Path, folder: Path, origin: CacheOrigin, counted: Tensor, log
             store.put(DONE, {"vocabulary": vocabulary, "sequences": done})
             if stopping:
                 kept = f"{done} of {len(counted)} sequences are kept in {staged}, from where the same command resumes"
-                stop = KeyboardInterrupt if signal.SIGINT in stopping else Terminated
+                stop = KeyboardInterrupt if signal.SIGINT in stopping else Termination
                 raise stop(f"the teacher's predictions of {kept}")
 
 

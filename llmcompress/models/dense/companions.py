@@ -22,7 +22,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llmcompress.errors import InputError, first_line, listed
+from llmcompress.errors import InputError, first_line, list_names
 from llmcompress.models.dense.digest import tokenizer_files
 from llmcompress.models.dense.remote_code import MODEL, PROCESSORS, code_files, needs_code
 from llmcompress.models.dense.tokenizer import load_tokenizer
@@ -75,7 +75,7 @@ class Companions:
         if self.left:
             LOG.warning("left behind in %s: %s", self.folder, "; ".join(self._reasons()))
         if stripped:
-            LOG.warning("%s goes along without the names of code and of local files in it", listed(stripped))
+            LOG.warning("%s goes along without the names of code and of local files in it", list_names(stripped))
 
     def _reasons(self) -> Iterator[str]:
         """Yield clauses on the files that stay behind, and on why."""
@@ -83,9 +83,9 @@ class Companions:
         unread = [name for name in self.left if name in forms]
         others = [name for name in self.left if name not in forms]
         if unread:
-            yield f"{listed(unread, 10)} (its tokenizer is read from other files)"
+            yield f"{list_names(unread, 10)} (its tokenizer is read from other files)"
         if others:
-            yield f"{listed(others, 10)} (no part of the model)"
+            yield f"{list_names(others, 10)} (no part of the model)"
 
     def _private(self, name: str, entries: dict[str, Any]) -> bool:
         """True if a config has entries that do not go along."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from llmcompress.errors import InputError, listed
+from llmcompress.errors import InputError, list_names
 from llmcompress.models.dense.experts import GATE, UP, Experts, experts_of
 from llmcompress.models.dense.roles import roles_of
 
@@ -188,7 +188,7 @@ def _layout(family: Family | None, path: str, block: nn.Module) -> BlockLayout:
         more, fewer = sorted(set(linears) - expected), sorted(expected - set(linears))
         raise InputError(
             f"{path} is not the block that model type {family.model_type!r} is known to have "
-            f"(unexpected: {listed(more)}, absent: {listed(fewer)}); a table row for this variant is needed"
+            f"(unexpected: {list_names(more)}, absent: {list_names(fewer)}); a table row for this variant is needed"
         )
     return BlockLayout(path, tuple(tuple(linears[name] for name in group) for group in rows))
 
@@ -243,6 +243,6 @@ def _discover_stack(config: PreTrainedConfig, model: PreTrainedModel) -> str:
     if len(outermost) != 1:
         raise InputError(
             f"{unknown}: {len(outermost)} lists have the {count} modules that num_hidden_layers announces "
-            f"({listed(sorted(set(outermost)))}), exactly one was expected; choose a model of a known family"
+            f"({list_names(sorted(set(outermost)))}), exactly one was expected; choose a model of a known family"
         )
     return outermost[0]

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from llmcompress.errors import InputError, listed
+from llmcompress.errors import InputError, list_names
 from llmcompress.models.dense.skeleton import reason
 from llmcompress.models.files.files import open_tensors, read_object
 from llmcompress.models.files.integrity import INDEX
@@ -130,7 +130,7 @@ def _weight_files(folder: Path) -> list[Path]:
             )
         absent = [name for name in files if not (folder / name).is_file()]
         if absent:
-            raise InputError(f"{folder} lacks {listed(absent)}, which {INDEX} names; download the model again")
+            raise InputError(f"{folder} lacks {list_names(absent)}, which {INDEX} names; download the model again")
         return [folder / name for name in files]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise InputError(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from yaml import YAMLError
 
-from llmcompress.errors import InputError, is_out_of_memory, listed
+from llmcompress.errors import InputError, is_out_of_memory, list_names
 from llmcompress.models.dense.auto_class import architectures, auto_class, class_names, is_causal
 from llmcompress.models.dense.digest import content_digest, tokenizer_digest
 from llmcompress.models.dense.experts import unfuse
@@ -307,7 +307,7 @@ def _refuse_other_tasks(config: PreTrainedConfig, folder: Path) -> None:
     if not any(name in names for name in classes) and (classes or not is_causal(config)):
         found = f"holds a {classes[0]}" if classes else "names no architectures"
         raise InputError(
-            f"{folder} {found}, not a causal language model, an encoder or a classifier of text ({listed(names)}); "
+            f"{folder} {found}, not a causal language model, an encoder or a classifier of text ({list_names(names)}); "
             f"choose a checkpoint that is one"
         )
 
@@ -338,7 +338,7 @@ def _match(
 
 def _lacking(folder: Path, missing: list[str]) -> InputError:
     return InputError(
-        f"{folder} lacks weights that its config requires: {listed(missing)}; download the model again or correct "
+        f"{folder} lacks weights that its config requires: {list_names(missing)}; download the model again or correct "
         f"config.json"
     )
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from llmcompress.errors import InputError, listed
+from llmcompress.errors import InputError, list_names
 from llmcompress.models.dense.remote_code import MODEL, model_code, needs_code
 from llmcompress.models.dense.skeleton import check_numbers
 from llmcompress.models.files.checkpoint import PART, check_manifest, read_json
@@ -59,7 +59,7 @@ class Opened:
                 self.files.update(dict.fromkeys(file.keys(), path))
                 self.digests[path.name] = (file.metadata() or {}).get(DIGESTS, "")
         if lacking := [name for name in self.stored_layouts if f"{name}.weight" not in self.files]:
-            raise InputError(f"{folder} lacks the weights of {listed(lacking)}; {MENDING}")
+            raise InputError(f"{folder} lacks the weights of {list_names(lacking)}; {MENDING}")
 
     @property
     def bytes(self) -> int:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from llmcompress.errors import InputError, listed
+from llmcompress.errors import InputError, list_names
 from llmcompress.models.files.files import open_tensors, read_object
 
 INDEX = "model.safetensors.index.json"
@@ -130,7 +130,7 @@ def check(files: Sequence[Path], expected: Mapping[str, Expected], optional: Ite
     folders = {path.parent for path in files}
     if len(folders) != 1 or any(path.suffix != ".safetensors" for path in files):
         raise InputError(
-            f"the weights {listed(sorted(map(str, files)))} are not safetensors files of one folder; {MENDING}"
+            f"the weights {list_names(sorted(map(str, files)))} are not safetensors files of one folder; {MENDING}"
         )
     index = folders.pop() / INDEX
     placed = weight_map(index) if files[0].name != SINGLE and index.is_file() else None
@@ -139,12 +139,14 @@ def check(files: Sequence[Path], expected: Mapping[str, Expected], optional: Ite
         names = _check_file(path, expected)
         strangers = names if placed is None else {name for name in names if placed.pop(name, None) != path.name}
         if placed is not None and strangers:
-            raise InputError(f"{path} holds {listed(sorted(strangers))}, which {index.name} has elsewhere; {MENDING}")
+            raise InputError(
+                f"{path} holds {list_names(sorted(strangers))}, which {index.name} has elsewhere; {MENDING}"
+            )
         missing -= names
     if placed:
-        raise InputError(f"{index} lists {listed(sorted(placed))}, which its files do not hold; {MENDING}")
+        raise InputError(f"{index} lists {list_names(sorted(placed))}, which its files do not hold; {MENDING}")
     if missing:
-        raise InputError(f"{files[0].parent} lacks the tensors {listed(sorted(missing))}; {MENDING}")
+        raise InputError(f"{files[0].parent} lacks the tensors {list_names(sorted(missing))}; {MENDING}")
 
 
 def _check_file(path: Path, expected: Mapping[str, Expected]) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from llmcompress.errors import RecipeError, listed
+from llmcompress.errors import RecipeError, list_names
 from llmcompress.models.dense.families import block_stack
 from llmcompress.models.dense.hidden_states import depth
 
@@ -35,8 +35,8 @@ def matched_blocks(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[i
     strange = [str(original) for original in mine if original not in numbers]
     if len(mine) != few or strange:
         raise RecipeError(
-            f"the student's {KEPT} has {len(mine)} blocks for its {few}, of which the teacher lacks {listed(strange)}; "
-            f"distil from the model that the student was made from"
+            f"the student's {KEPT} has {len(mine)} blocks for its {few}, of which the teacher lacks "
+            f"{list_names(strange)}; distil from the model that the student was made from"
         )
     return {number: numbers[original] for number, original in enumerate(mine)}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from llmcompress.errors import InputError, NumericsError, RecipeError, listed
+from llmcompress.errors import InputError, NumericsError, RecipeError, list_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -376,7 +376,7 @@ def _check_group_size(group_size: int, width: int) -> None:
     if width % group_size:
         divisors = [str(size) for size in range(width, 1, -1) if width % size == 0 and size % 2 == 0]
         raise RecipeError(
-            f"group_size {group_size} does not divide the {width} channels of a head; give {listed(divisors)}"
+            f"group_size {group_size} does not divide the {width} channels of a head; give {list_names(divisors)}"
         )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.errors import InputError, listed
+from llmcompress.errors import InputError, list_names
 from llmcompress.models.transformers.saving import described
 from llmcompress.weight.modules import (
     LIKE,
@@ -100,7 +100,9 @@ def fold(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     }
     known = [module._get_available_adapters() for module in (*adapted.values(), *trained.values())]
     if not set(adapters) & set().union(*known):
-        raise InputError(f"the adapter {listed(adapters)} touches no layer of the model; load the one that was trained")
+        raise InputError(
+            f"the adapter {list_names(adapters)} touches no layer of the model; load the one that was trained"
+        )
     terms = {name: _terms(name, module, adapters) for name, module in adapted.items()}
     for name, module in adapted.items():
         put(base, name, module.get_base_layer())  # which knows what it has in common with others

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 
-from llmcompress.errors import InputError, listed
+from llmcompress.errors import InputError, list_names
 from llmcompress.models.transformers.dequantize import dense_module, skeleton
 from llmcompress.weight.modules import Compressed, CompressedEmbedding, put
 
@@ -43,7 +43,8 @@ def ready_to_resize(model: PreTrainedModel, tokens: int | None, multiple: int | 
         raise InputError("a compressed token table cannot be resized while it is offloaded; load the model in memory")
     if not set(packed.values()) <= set(outer):
         raise InputError(
-            f"{listed(packed)} cannot be resized with an adapter; do so before it is made, or after llmcompress.fold"
+            f"{list_names(packed)} cannot be resized with an adapter; do so before it is made, or after "
+            f"llmcompress.fold"
         )
     plain = skeleton(type(model), model.config)
     dtype = model.dtype
@@ -53,7 +54,7 @@ def ready_to_resize(model: PreTrainedModel, tokens: int | None, multiple: int | 
             add_hook_to_module(dense, module._hf_hook)
         put(model, name, dense)
     model.tie_weights()
-    warnings.warn(f"{listed(packed)} are dense from now on, in {dtype}, to have {wanted} rows", stacklevel=3)
+    warnings.warn(f"{list_names(packed)} are dense from now on, in {dtype}, to have {wanted} rows", stacklevel=3)
     return True
 
 

@@ -27,7 +27,7 @@ from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import DenseModel, load_model
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file, holds, read_json
-from llmcompress.runtime.versions import versions
+from llmcompress.runtime.facts import versions
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from llmcompress.allocation.choices import Choices
 from llmcompress.allocation.price_file import check_prices, price_list
 from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.run import check_ranks
-from llmcompress.errors import DiskError, RecipeError, Terminated
+from llmcompress.errors import DiskError, RecipeError, Termination
 from llmcompress.evaluation.protocol import STANDARD, Protocol
 from llmcompress.evaluation.score import size_of
 from llmcompress.models.dense.companions import companions
@@ -44,10 +44,10 @@ from llmcompress.reporting import report as reports
 from llmcompress.reporting.plots import MISSING, frontier_pictures, main_metric
 from llmcompress.reporting.tables import frontier_markdown
 from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.facts import versions
 from llmcompress.runtime.json_values import replace_nonfinite
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.runtime.ranks import ALONE, Ranks, launched
-from llmcompress.runtime.versions import versions
+from llmcompress.runtime.ranks import ALONE, Ranks, join_ranks
 
 FILE = "frontier.json"
 TABLE = "frontier.md"
@@ -105,8 +105,8 @@ def frontier(
     started share pricing and compressing; every one has to call this, and the first one scores and writes.
     """
     device_of(device)  # before a model is looked at
-    with launched(device) as ranks:
-        with ranks.agreed():
+    with join_ranks(device) as ranks:
+        with ranks.agree_on_errors():
             dense = resolve(model, revision, trust_remote_code)
             _check(recipes)
             companions(dense.folder, trust_remote_code)  # raises any fault in them before work starts
@@ -126,7 +126,7 @@ def sweep(
     """Run `frontier` on an opened model, in each of the processes `ranks`."""
     ranks.first(partial(_check_output, output))
     folders = [output if len(recipes) == 1 else output / recipe.name for recipe in recipes]
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         lines = [_line(dense, recipe, sizes, folder) for recipe, folder in zip(recipes, folders, strict=True)]
         for line in lines:
             check_ranks(line.job, ranks, output)
@@ -138,7 +138,7 @@ def sweep(
         ranks.first(lambda: held.enter_context(locked(output, "output folder")))
         try:
             return _swept(lines, sizes, output, judge, peers, told, ranks)
-        except (KeyboardInterrupt, Terminated) as stop:
+        except (KeyboardInterrupt, Termination) as stop:
             if ranks.rank > 0:
                 raise
             raise type(stop)(f"{output} keeps what is finished, and the same command resumes from there") from stop
@@ -227,10 +227,10 @@ def _swept(
 
 def _compressed(folder: Path, budget: Budget, prices: PriceList, told: SweepCallbacks, ranks: Ranks) -> Allocation:
     """Return a budget's plan; compress its checkpoint unless it is there."""
-    with ranks.agreed():
+    with ranks.agree_on_errors():
         plan = prices.reaching(budget.target)
     job = plan.settled
-    if ranks.first(lambda: completed(folder, job, ranks.asked) is None):
+    if ranks.first(lambda: completed(folder, job, ranks.requested_device) is None):
         compress_job(job, folder, device=ranks.device, progress=told.progress, training=told.training, ranks=ranks)
     return plan
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.errors import InputError, RecipeError, listed
+from llmcompress.errors import InputError, RecipeError, list_names
 from llmcompress.models.dense.auto_class import check_causal
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.families import FAMILIES
@@ -97,7 +97,7 @@ def shortening(source: DenseModel, blocks: Iterable[int]) -> Shortening:
     there, going = blocks_of(source), set(blocks)
     if absent := sorted(going.difference(there)):
         raise RecipeError(
-            f"{source.name} has no block {listed(map(str, absent))}; its blocks are 0 to {len(there) - 1}"
+            f"{source.name} has no block {list_names(map(str, absent))}; its blocks are 0 to {len(there) - 1}"
         )
     kept = tuple(number for number in there if number not in going)
     if not going or not kept:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.calibration.dry_run import rehearsed
-from llmcompress.errors import InputError, RecipeError, listed
+from llmcompress.errors import InputError, RecipeError, list_names
 from llmcompress.models.dense.experts import Experts, experts_of
 from llmcompress.models.dense.families import Architecture, architecture
 from llmcompress.models.dense.locate import locate
@@ -66,7 +66,9 @@ def open_mixture(model: str | Path, revision: str | None = None) -> ExpertMixtur
     settings = source.config.get_text_config(decoder=True)
     chosen = next((getattr(settings, key) for key in CHOSEN if isinstance(getattr(settings, key, None), int)), None)
     if len(counts) != 1 or chosen is None:
-        what = f"blocks of {listed(map(str, counts))} experts" if len(counts) != 1 else f"none of {', '.join(CHOSEN)}"
+        what = (
+            f"blocks of {list_names(map(str, counts))} experts" if len(counts) != 1 else f"none of {', '.join(CHOSEN)}"
+        )
         raise InputError(f"{source.folder / 'config.json'} describes {what}, which is not known; choose another model")
     if arch.family is None:
         arch = rehearsed(source, arch, True)

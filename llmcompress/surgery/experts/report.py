@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmcompress.compression.damage import judged_calibration
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
-from llmcompress.errors import NumericsError, listed
+from llmcompress.errors import NumericsError, list_names
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.surgery.experts.mixture import ExpertMixture
@@ -107,6 +107,6 @@ def unused(blocks: Sequence[BlockFate]) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"{len(names)} of {total} experts got no token of the text ({listed(names)}), so nothing is known of them; "
+        f"{len(names)} of {total} experts got no token of the text ({list_names(names)}), so nothing is known of them; "
         f"more text helps",
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from llmcompress.errors import InputError, RecipeError, listed
+from llmcompress.errors import InputError, RecipeError, list_names
 from llmcompress.models.dense.experts import GATE, Experts, Form
 from llmcompress.surgery.experts.mixture import ExpertMixture
 
@@ -58,8 +58,8 @@ def candidates(mixture: ExpertMixture, asked: Iterable[int] | None, count: int |
     absent = [number for number in wanted if number not in mixture.layers]
     if absent or not wanted:
         raise RecipeError(
-            f"block {listed(map(str, absent))} of {mixture.source.name} has no experts; those with some are "
-            f"{listed(map(str, there), 100)}"
+            f"block {list_names(map(str, absent))} of {mixture.source.name} has no experts; those with some are "
+            f"{list_names(map(str, there), 100)}"
         )
     if first_only and wanted != there[: len(wanted)]:
         raise RecipeError(
