@@ -32,9 +32,9 @@ class Stops:
             self._previous = {number: signal.signal(number, self._stop) for number in STOPS}
 
     def restore(self) -> None:
-        """Give the signals back to those who had them."""
+        """Give the signals back to those who had them; a program whose command is over ends as the command did."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if handler is stop_early else handler)
         self._previous = {}
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -57,6 +57,9 @@ class Stops:
 
 
 def stop_early(number: int, frame: FrameType | None) -> None:
-    """End a program that has not begun with its command: in one sentence, wherever its imports are."""
+    """End a program that has not begun with its command in one sentence.
+
+    At once, since an exception in the middle of an import can be dropped or be made into another one.
+    """
     os.write(2, EARLY)
-    raise SystemExit(130)
+    os._exit(130)
