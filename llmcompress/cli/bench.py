@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmcompress.cli.options import Quiet, TrustRemoteCode, Verbose
+from llmcompress.cli.tables import build_table
 from llmcompress.cli.terminal import Terminal
-from llmcompress.cli.views import new_table
 from llmcompress.reporting.tables import Row
 
 if TYPE_CHECKING:
@@ -22,22 +22,24 @@ STANDARD_OUTPUT = Path("-")
 
 
 def bench(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, Hub ids or smollm2.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, Hub ids, or smollm2.")],
     against: Annotated[
-        str | None, typer.Option(metavar="DENSE", help="Measured too; everything also as a ratio to it.")
+        str | None,
+        typer.Option(metavar="DENSE", help="Measure this model too, and show every number as a ratio to it."),
     ] = None,
     gguf: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Also this file in llama.cpp, by the package xllamacpp; repeatable."),
+        typer.Option(metavar="FILE", help="Also run this file in llama.cpp (package xllamacpp). Repeatable."),
     ] = None,
     threads: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="As in 1,2; by default one thread and all cores.")
+        str | None,
+        typer.Option(metavar="NUMBERS", help="Numbers of threads, such as 1,2; by default one, and all cores."),
     ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after the first one.")] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every model.")] = 5,
-    dtype: Annotated[str, typer.Option(help="Of dense models: bfloat16, float16 or float32.")] = "bfloat16",
-    plain: Annotated[bool, typer.Option("--plain", help="Compressed models run without kernels.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that every model is measured.")] = 5,
+    dtype: Annotated[str, typer.Option(help="Precision of dense models: bfloat16, float16 or float32.")] = "bfloat16",
+    plain: Annotated[bool, typer.Option("--plain", help="Run compressed models without fast kernels.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="A new .md file for the tables.")
     ] = None,
@@ -46,14 +48,15 @@ def bench(
         typer.Option("--json", metavar="FILE", help="A new .json file for every number; - for standard output."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A new .png file: speed over size, quality as colour.")
+        Path | None, typer.Option(metavar="FILE", help="A new .png file: speed over size, with quality as colour.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how fast models generate here, what memory they take, and how much of the memory's bandwidth they use.
-    They take turns, each in a process of its own.
+    """Measure speed and memory of models on this machine, and their use of its memory bandwidth.
+
+    The models take turns, each in its own process.
 
     Example: llmcompress bench small --against smollm2 --threads 1,2
     """
@@ -64,7 +67,7 @@ def bench(
         from llmcompress.runtime.load import usable_cores
 
         counts = parse_threads(threads, usable_cores())
-        found = run(
+        result = run(
             models,
             SpeedProtocol(counts, prompt, tokens, rounds, dtype, plain),
             against=against,
@@ -72,27 +75,25 @@ def bench(
             table=output,
             numbers=None if as_json else numbers,
             plot=plot,
-            command=_typed(),
+            command=_command_line(),
             progress=terminal.scoring,
             trust_remote_code=trust_remote_code,
         )
-        terminal.show(found, speed_view)
+        terminal.show(result, speed_view)
 
 
-def _typed() -> str | None:
-    """Return the command as it was typed; None where another program runs it."""
+def _command_line() -> str | None:
+    """Return the command as it was typed, or None if another program runs it."""
     words = sys.argv[1:]
     return shlex.join(["llmcompress", *words]) if words[:1] == ["bench"] else None
 
 
-def speed_view(found: Row, _every: bool) -> Iterator[RenderableType]:
+def speed_view(result: Row, every: bool) -> Iterator[RenderableType]:
     """Yield speeds by threads and model, sizes and memory, and what the numbers mean."""
     from llmcompress.benchmark.table import size_cells, speed_cells, speed_notes
 
-    for names, cells in (speed_cells(found), size_cells(found)):
-        table = new_table(names, right=[place for place, name in enumerate(names) if name not in ("model", "engine")])
-        for row in cells:
-            table.add_row(*row)
-        yield table
+    for headings, rows in (speed_cells(result), size_cells(result)):
+        right = [place for place, heading in enumerate(headings) if heading not in ("model", "engine")]
+        yield build_table(headings, rows, right)
         yield ""
-    yield from speed_notes(found)
+    yield from speed_notes(result)

@@ -1,39 +1,59 @@
-"""The commands that compress, and that say beforehand what would come of it."""
+"""The commands `compress` and `plan`, and the recipe that their options ask for."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcompress.cli.options import (
-    AsJson,
-    Bpw,
-    Device,
-    Kl,
-    Model,
-    Quiet,
-    RecipeOrTarget,
-    Revision,
-    Seed,
-    Settings,
-    Size,
-    Sparsity,
-    TrustRemoteCode,
-    Tune,
-    Verbose,
-    asked_recipe,
-    target_of,
-)
+from llmcompress.cli.distill import distilled_view
+from llmcompress.cli.options import Model, Out, Revision, Seed, Settings, Tune, command
+from llmcompress.cli.tables import build_table
 from llmcompress.cli.terminal import Terminal
-from llmcompress.cli.views import plan_view, priced_view, report_view
-from llmcompress.reporting.tables import summarized
+from llmcompress.errors import RecipeError
+from llmcompress.reporting.formatting import aim, byte_count, duration
+from llmcompress.reporting.quality_limits import GateReport
+from llmcompress.reporting.tables import Row, grouped, number, summarized
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from llmcompress.recipe.compression import Recipe
+    from llmcompress.recipe.overrides import Change
+
+DEFAULT: dict[str, Any] = {  # the recipe for a target that is given without one
+    "version": 1,
+    "name": "target",
+    "calibration": {"dataset": "builtin", "samples": 66, "held_out": 2},
+    "token_weights": {"by": "gradient", "rows": True},
+    "asymmetric": 0.25,
+}
+RecipeOrTarget = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or a name that `llmcompress recipes` lists. Not needed with a target: --bpw, --size, --kl "
+        "or --sparsity.",
+    ),
+]
+Bpw = Annotated[float | None, typer.Option("--bpw", help="Target: bits per weight of the decoder's linear layers.")]
+Size = Annotated[str | None, typer.Option("--size", help="Target: size of all weight files, such as 40MB.")]
+Kl = Annotated[
+    float | None,
+    typer.Option("--kl", help="Target: most predicted KL to MODEL, in nats per token; gives the smallest file."),
+]
+Sparsity = Annotated[
+    float | None, typer.Option("--sparsity", help="Target: share of zeros; layers are pruned more where it costs less.")
+]
 
 
+@command("device", "trust_remote_code")
 def compress(
+    terminal: Terminal,
     model: Model,
-    output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")],
+    output: Out,
     recipe: RecipeOrTarget = None,
     bpw: Bpw = None,
     size: Size = None,
@@ -44,49 +64,49 @@ def compress(
         bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run, or start over.")
     ] = True,
     price_part: Annotated[
-        str | None, typer.Option(metavar="K/N", help="Only measure part K of N of a target's prices, beside OUT.")
+        str | None,
+        typer.Option(metavar="K/N", help="Measure only part K of N of the prices that a target needs, and stop."),
     ] = None,
     settings: Settings = None,
     revision: Revision = None,
     seed: Seed = None,
-    device: Device = "cpu",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    **access: Any,
 ) -> None:
-    """Compress MODEL according to RECIPE and write it to OUT (created only on success). A `distill:` section also
-    distills it. With --bpw, --size, --kl or --sparsity, steps are chosen for every layer that no rule covers.
+    """Compress MODEL by RECIPE, or to a target, and write it to OUT.
+
+    With a target (--bpw, --size, --kl or --sparsity), the steps of every layer that no rule covers are chosen for you.
+    If the recipe has a `distill:` section, the compressed model is then distilled. OUT appears only on success.
 
     Example: llmcompress compress smollm2 --size 40MB -o small
     """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.allocation.price_shards import Part
-        from llmcompress.errors import GateError
-        from llmcompress.pipeline import compress as pipeline
-        from llmcompress.reporting.report import gathered
+    from llmcompress.allocation.price_shards import Part
+    from llmcompress.errors import GateError
+    from llmcompress.pipeline import compress as pipeline
+    from llmcompress.reporting.report import gathered
 
-        asked = asked_recipe(recipe, settings, seed, target_of(bpw, size, kl, sparsity), tune)
-        how: dict[str, Any] = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
-        if price_part is not None:
-            file = pipeline.price_part(model, asked, output, Part.of(price_part), pricing=terminal.pricing, **how)
-            terminal.show({"part": price_part, "file": str(file)}, priced_view)
-            return
-        shown: dict[str, Any] = {name: getattr(terminal, name) for name in ("progress", "pricing", "training")}
-        try:
-            result = pipeline.compress(model, asked, output, judging=terminal.judging, resume=resume, **how, **shown)
-        except GateError:
-            terminal.show(gathered(output), report_view)
-            raise
-        terminal.warn(summarized(result.report.warnings))
-        more = {"distillation": result.distillation, "allocation": result.allocation}
-        found = result.report.to_json() | {name: part for name, part in more.items() if part is not None}
-        terminal.show(found, report_view)
-        if not as_json and not terminal.quiet:
-            typer.echo(f"next    llmcompress eval {output} --against {model}")
+    built = build_recipe(recipe, settings, seed, target_change(bpw, size, kl, sparsity), tune)
+    access["revision"] = revision
+    if price_part is not None:
+        file = pipeline.price_part(model, built, output, Part.of(price_part), pricing=terminal.pricing, **access)
+        terminal.show({"part": price_part, "file": str(file)}, priced_view)
+        return
+    reports: dict[str, Any] = {name: getattr(terminal, name) for name in ("progress", "pricing", "training", "judging")}
+    try:
+        result = pipeline.compress(model, built, output, resume=resume, **access, **reports)
+    except GateError:
+        terminal.show(gathered(output), report_view)
+        raise
+    terminal.warn(summarized(result.report.warnings))
+    more = {"distillation": result.distillation, "allocation": result.allocation}
+    terminal.show(
+        result.report.to_json() | {name: part for name, part in more.items() if part is not None}, report_view
+    )
+    terminal.say(f"next    llmcompress eval {output} --against {model}")
 
 
+@command("revision", "trust_remote_code")
 def plan(
+    terminal: Terminal,
     model: Model,
     recipe: RecipeOrTarget = None,
     bpw: Bpw = None,
@@ -95,21 +115,144 @@ def plan(
     sparsity: Sparsity = None,
     tune: Tune = False,
     settings: Settings = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    **access: Any,
 ) -> None:
-    """Show what RECIPE, or a target, would do to MODEL: steps of each layer, sizes, time and memory. Reads headers, and
-    writes nothing but the speeds of this machine, which it keeps for the next plan.
+    """Show what RECIPE or a target would do to MODEL: steps of each layer, sizes, time and memory.
+
+    Reads only the headers of MODEL. The first plan on a machine times it, and keeps the result for later plans.
 
     Example: llmcompress plan smollm2 recipe.yaml
     """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.pipeline.compress import plan as run
+    from llmcompress.pipeline.compress import plan as run
 
-        asked = asked_recipe(recipe, settings, None, target_of(bpw, size, kl, sparsity), tune)
-        found = run(model, asked, revision, trust_remote_code)
-        terminal.warn(summarized(found.warnings))
-        terminal.show(found.to_json(), plan_view)
+    built = build_recipe(recipe, settings, None, target_change(bpw, size, kl, sparsity), tune)
+    planned = run(model, built, **access)
+    terminal.warn(summarized(planned.warnings))
+    terminal.show(planned.to_json(), plan_view)
+
+
+def build_recipe(
+    recipe: str | None, settings: list[str] | None, seed: int | None, target: Change | None, tune: bool
+) -> Recipe:
+    """Return the recipe of a command, changed as its options say. A target without a recipe gets a default one.
+
+    Raises RecipeError without both, and for whatever is wrong with the recipe or the options.
+    """
+    from llmcompress.recipe.overrides import Change
+    from llmcompress.recipe.read import read_recipe
+
+    settings = settings or []
+    if recipe is None and target is None and not any(setting.startswith("target") for setting in settings):
+        raise RecipeError("there is no RECIPE; name one, or give a target: one of --bpw, --size, --kl and --sparsity")
+    changes = [] if seed is None else [Change("seed", seed, "--seed")]
+    changes += [] if target is None else [target]
+    changes += [Change("reconstruct", {}, "--tune", keep=True)] if tune else []
+    return read_recipe(DEFAULT if recipe is None else recipe, settings, changes)
+
+
+def target_change(bpw: float | None, size: str | None, kl: float | None, sparsity: float | None) -> Change | None:
+    """Return the change of a recipe's target that these options ask for, or None. A recipe accepts one of them."""
+    from llmcompress.recipe.overrides import Change
+
+    options = {
+        "--bpw": ("bpw", bpw),
+        "--size": ("bytes", size),
+        "--kl": ("kl", kl),
+        "--sparsity": ("sparsity", sparsity),
+    }
+    given = {option: aim for option, aim in options.items() if aim[1] is not None}
+    return Change("target", dict(given.values()), " and ".join(given), stay=("engine",)) if given else None
+
+
+def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the planned steps of each layer, and the sizes. Layers that differ only in block number share a line."""
+    yield f"plan    {plan['recipe']} on {plan['model']}"
+    groups = grouped(plan["layers"], ("shape", "steps", "bits"), every)
+    cells = [(*_layer_cells(name, rows), f"{rows[0]['bpw']:.3f}", rows[0]["description"]) for name, rows in groups]
+    yield build_table(("layers", "", "shape", "steps", "bpw", "stored as"), cells, right=(1, 4))
+    if plan["target"] is not None:
+        yield f"target  {aim(plan['target'])} · compress measures what options cost, and spends where it counts"
+    yield f"sizes   {_sizes(plan)}"
+    yield f"needs   about {byte_count(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}"
+    if (blocks := plan["reconstruction"]) is not None:
+        rates = ", ".join(f"{kind} at {rate:g}" for kind, rate in blocks["rates"].items())
+        steps = "a pass over the text" if blocks["steps"] is None else f"{blocks['steps']} steps"
+        window = "" if blocks["window"] == 1 else f" in windows of {blocks['window']}"
+        yield f"learns  every block{window}, {steps} each time: {rates}"
+    if (distillation := plan["distillation"]) is not None:
+        losses = " + ".join(term["of"]["loss"] for term in distillation["losses"])
+        texts = distillation["data"] if isinstance(distillation["data"], list) else [distillation["data"]]
+        amounts = " + ".join(f"{text['samples']} x {text['length']}" for text in texts)
+        trained = f"{', '.join(distillation['rates'])} by {losses} · {amounts} tokens"
+        yield f"then    distillation {distillation['name']}: {trained}; that comes on top"
+
+
+def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the steps and errors of each layer, then sizes, calibration text and cost of a compression."""
+    from statistics import median  # here, since it takes longer to import than typer parses
+
+    yield f"recipe  {report['recipe']} on {report['model']}" + (f" at {report['revision']}" * bool(report["revision"]))
+    lines: list[tuple[str, ...]] = []
+    for name, rows in grouped(report["layers"], ("shape", "steps"), every):
+        fitted = [row["error"] for row in rows]
+        unseen = [row["error_heldout"] for row in rows if row["error_heldout"] is not None]
+        held_out, worst = (f"{median(unseen):.4f}", f"{max(unseen):.4f}") if unseen else ("", f"{max(fitted):.4f}")
+        bpw = f"{sum(row['bpw'] for row in rows) / len(rows):.3f}"
+        lines.append((*_layer_cells(name, rows), bpw, f"{median(fitted):.4f}", held_out, worst, _storage(rows)))
+    headings = ("layers", "", "shape", "steps", "bpw", "error", "held out", "worst", "stored as")
+    yield build_table(headings, lines, right=(1, 4, 5, 6, 7))
+    yield f"sizes   {_sizes(report)}"
+    if (text := report["calibration"]) is not None:
+        yield f"data    {text['source']} · {text['tokens']:,} tokens · sha256 {text['hash'][:12]}…"
+    else:
+        yield "data    none: errors are those of the weights, not of the layers' outputs"
+    yield from (f"note    {row['name']}: {row['fallback']}" for row in report["layers"] if row["fallback"])
+    if blocks := list(report["blocks"].values()):
+        error = median(block["after"] for block in blocks)
+        clauses = [f"blocks  {len(blocks)} reconstructed", f"error {error:.4f} in the median"]
+        if left := [block["left"] for block in blocks if "left" in block]:  # older reports do not have it
+            clauses.append(f"x{median(left):.3f} by learning")
+            clauses += [f"nothing helped {left.count(1)}"] if 1 in left else []
+        yield " · ".join(clauses)
+    yield f"cost    {duration(report['seconds'])} · {byte_count(report['peak_memory_bytes'])} of memory at the peak"
+    if "allocation" in report:
+        yield _target_line(report["allocation"])
+    if report["gates"] is not None:
+        yield f"gates   {GateReport.from_json(report['gates']).sentence()}"
+    if "distillation" in report:
+        yield ""
+        yield from distilled_view(report["distillation"], every)
+
+
+def priced_view(result: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the part of the prices that was measured, and the next step."""
+    yield f"priced  part {result['part']} in {result['file']}"
+    yield "next    the same command without --price-part, once all parts are done"
+
+
+def _layer_cells(name: str, rows: Sequence[Row]) -> tuple[str, str, str, str]:
+    """Return the cells that plans and reports have in common: name, number of layers, shape, steps."""
+    count = f"x{len(rows)}" if len(rows) > 1 else ""
+    return name, count, " x ".join(map(str, rows[0]["shape"])), ", ".join(rows[0]["steps"]) or "stays dense"
+
+
+def _storage(rows: Sequence[Row]) -> str:
+    """Return the form that most rows are stored in, and the number of rows stored otherwise."""
+    (form, count), *others = Counter(row["stored"] for row in rows).most_common()
+    return f"{form}, {len(rows) - count} otherwise" if others else form
+
+
+def _target_line(allocation: Row) -> str:
+    """Return the line on a target: predicted and measured KL, and the time it took."""
+    kl = f"KL predicted {allocation['predicted_kl']:.4f}, measured {allocation['measured_kl']:.4f}"
+    others = [f"{value:.4f} for a {name} plan" for name, value in allocation.get("baselines", {}).items()]
+    kl += f" on {allocation['probing_tokens']} tokens"
+    beside = f" · {' and '.join(others)} of that size, predicted" if others else ""
+    return f"target  {aim(allocation['target'])} · {kl}{beside} · {duration(allocation['seconds'])}"
+
+
+def _sizes(values: Row) -> str:
+    return (
+        f"{byte_count(values['dense_bytes'])} -> {byte_count(values['bytes'])} · "
+        f"{number(values['bpw'])} bpw · model_bpw {number(values['model_bpw'])}"
+    )

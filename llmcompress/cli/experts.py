@@ -1,165 +1,211 @@
-"""The commands on the experts of a mixture; each shows its plan, and writes it unless it is a dry run."""
+"""The commands on the experts of a mixture. Each shows its plan, and writes the result unless it is a dry run."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcompress.cli.options import AsJson, Device, Model, Quiet, Revision, Verbose, planned_output
+from llmcompress.cli.options import Model, OutOrDryRun, check_output, command
+from llmcompress.cli.tables import build_table, surgery_lines
 from llmcompress.cli.terminal import Terminal
-from llmcompress.cli.views import experts_view
-from llmcompress.reporting.tables import summarized
+from llmcompress.reporting.tables import Row, summarized
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from llmcompress.surgery.experts.report import ExpertsReport
 
-Out = Annotated[Path | None, typer.Option("--output-dir", "-o", metavar="OUT", help="A new or an empty folder.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show which experts go and the predicted damage; write nothing.")
+    bool, typer.Option("--dry-run", help="Show which experts change and the predicted damage; write nothing.")
 ]
-Judged = Annotated[
+Score = Annotated[
     str,
-    typer.Option("--by", metavar="SCORE", help="reap (router weight times output), frequency, or random as a control."),
+    typer.Option(
+        "--by",
+        metavar="SCORE",
+        help="How to score experts: reap (router weight times output), frequency, or random as a control.",
+    ),
 ]
-Read = Annotated[str, typer.Option("--text", help="What is read to judge experts: a file, a data set, or stdlib.")]
-Samples = Annotated[int, typer.Option(min=2, help="Sequences of text that are read, a fifth of them to judge on.")]
-RandomSeed = Annotated[int, typer.Option("--seed", min=0, help="Of --by random.")]
+ReadText = Annotated[str, typer.Option("--text", help="Text to judge experts on: a file, a data set, or stdlib.")]
+Samples = Annotated[
+    int, typer.Option(min=2, help="Number of sequences of text; a fifth of them is held out to judge on.")
+]
+RandomSeed = Annotated[int, typer.Option("--seed", min=0, help="Random seed for --by random.")]
 
 experts = typer.Typer(
-    help="Remove, merge, condense or replace the experts of a mixture; the router and config follow.",
-    no_args_is_help=True,
+    help="Remove, merge, condense or replace the experts of a mixture-of-experts model.", no_args_is_help=True
 )
 
 
 @experts.command()
+@command("revision", "device")
 def prune(
+    terminal: Terminal,
     model: Model,
-    keep: Annotated[float, typer.Option(help="Experts that stay in each block, or their share below 1.")],
-    output: Out = None,
-    by: Judged = "reap",
-    text: Read = "stdlib",
+    keep: Annotated[float, typer.Option(help="Experts to keep in each block: a count, or a share below 1.")],
+    output: OutOrDryRun = None,
+    by: Score = "reap",
+    text: ReadText = "stdlib",
     samples: Samples = 20,
     seed: RandomSeed = 0,
     dry_run: DryRun = False,
-    revision: Revision = None,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    **reading: Any,
 ) -> None:
-    """Keep the most useful experts of every block of MODEL. Any engine that reads MODEL reads the result.
+    """Keep the most useful experts of every block of MODEL.
+
+    Every engine that reads MODEL reads the result.
 
     Example: llmcompress experts prune Qwen/Qwen3-30B-A3B --keep 96 -o fewer
     """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.surgery.experts.prune import prune_experts
+    from llmcompress.surgery.experts.prune import prune_experts
 
-        how = _how(terminal, output, dry_run, text, samples, revision, device)
-        _show(terminal, prune_experts(model, keep=keep, by=by, seed=seed, **how))
+    reading |= {"text": text, "samples": samples, "progress": terminal.progress}
+    output = check_output(output, dry_run)
+    _show(terminal, prune_experts(model, keep=keep, by=by, seed=seed, output=output, **reading))
 
 
 @experts.command()
+@command("revision", "device")
 def merge(
+    terminal: Terminal,
     model: Model,
-    keep: Annotated[float, typer.Option(help="Experts that each block has then, or their share below 1.")],
-    output: Out = None,
-    text: Read = "stdlib",
+    keep: Annotated[float, typer.Option(help="Experts that each block has afterwards: a count, or a share below 1.")],
+    output: OutOrDryRun = None,
+    text: ReadText = "stdlib",
     samples: Samples = 20,
     dry_run: DryRun = False,
-    revision: Revision = None,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    **reading: Any,
 ) -> None:
-    """Average experts of MODEL whose outputs are alike. Any engine that reads MODEL reads the result.
+    """Average experts of MODEL that have similar outputs.
+
+    Every engine that reads MODEL reads the result.
 
     Example: llmcompress experts merge Qwen/Qwen3-30B-A3B --keep 96 -o merged
     """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.surgery.experts.merge import merge_experts
+    from llmcompress.surgery.experts.merge import merge_experts
 
-        _show(
-            terminal,
-            merge_experts(model, keep=keep, **_how(terminal, output, dry_run, text, samples, revision, device)),
-        )
+    reading |= {"text": text, "samples": samples, "progress": terminal.progress}
+    _show(terminal, merge_experts(model, keep=keep, output=check_output(output, dry_run), **reading))
 
 
 @experts.command()
+@command("revision", "device")
 def condense(
+    terminal: Terminal,
     model: Model,
-    output: Out = None,
+    output: OutOrDryRun = None,
     blocks: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="Of the blocks to condense: 13-18 or 4,7-9.")
+        str | None, typer.Option(metavar="NUMBERS", help="Numbers of the blocks to condense, from 0: 13-18 or 4,7-9.")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Condense so many blocks, those that it changes least.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Number of blocks to condense: those that it changes least.")
+    ] = None,
     number: Annotated[
         int | None,
-        typer.Option("--experts", help="Experts that stay on in each, beside shared ones; by default a token's."),
+        typer.Option(
+            "--experts",
+            help="Experts that stay on in each block, beside shared ones; by default as many as a token uses.",
+        ),
     ] = None,
-    text: Read = "stdlib",
+    text: ReadText = "stdlib",
     samples: Samples = 20,
     dry_run: DryRun = False,
-    revision: Revision = None,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    **reading: Any,
 ) -> None:
-    """Put one dense layer of a few always-on experts in the place of routers and experts in some blocks of MODEL.
+    """Replace the router and the experts in some blocks of MODEL by a few experts that are always on.
+
+    These experts form one dense layer.
 
     Example: llmcompress experts condense Qwen/Qwen3-30B-A3B --count 6 -o condensed
     """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.surgery.depth.choose import block_numbers
-        from llmcompress.surgery.experts.condense import condense_experts
+    from llmcompress.surgery.depth.choose import block_numbers
+    from llmcompress.surgery.experts.condense import condense_experts
 
-        how = _how(terminal, output, dry_run, text, samples, revision, device)
-        some = None if blocks is None else block_numbers(blocks)
-        _show(terminal, condense_experts(model, blocks=some, count=count, experts=number, **how))
+    reading |= {"text": text, "samples": samples, "progress": terminal.progress}
+    output = check_output(output, dry_run)
+    chosen = None if blocks is None else block_numbers(blocks)
+    _show(terminal, condense_experts(model, blocks=chosen, count=count, experts=number, output=output, **reading))
 
 
 @experts.command()
+@command("revision", "device")
 def replace(
+    terminal: Terminal,
     model: Model,
-    count: Annotated[float, typer.Option(help="Experts to replace in each block, or their share below 1.")],
-    output: Out = None,
+    count: Annotated[float, typer.Option(help="Experts to replace in each block: a count, or a share below 1.")],
+    output: OutOrDryRun = None,
     share: Annotated[
-        float | None, typer.Option(help="Of its bfloat16 size that a replaced expert takes; 0.25 by default.")
+        float | None,
+        typer.Option(help="Size of a replaced expert, as a share of its size in bfloat16; 0.25 by default."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the factors, instead of --share.")] = None,
-    by: Judged = "reap",
-    text: Read = "stdlib",
+    rank: Annotated[int | None, typer.Option(help="Rank of the two factors; in place of --share.")] = None,
+    by: Score = "reap",
+    text: ReadText = "stdlib",
     samples: Samples = 20,
     seed: RandomSeed = 0,
     dry_run: DryRun = False,
-    revision: Revision = None,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    **reading: Any,
 ) -> None:
-    """Store the least useful experts of every block of MODEL as low-rank factors: a checkpoint as `compress` writes it.
+    """Store the least useful experts of every block of MODEL as low-rank factors.
+
+    The result is a compressed model, as `compress` writes it.
 
     Example: llmcompress experts replace Qwen/Qwen3-30B-A3B --count 0.5 -o lighter
     """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.surgery.experts.replace import replace_experts
+    from llmcompress.surgery.experts.replace import replace_experts
 
-        how = _how(terminal, output, dry_run, text, samples, revision, device)
-        _show(terminal, replace_experts(model, count=count, share=share, rank=rank, by=by, seed=seed, **how))
-
-
-def _how(
-    terminal: Terminal, output: Path | None, dry_run: bool, text: str, samples: int, revision: str | None, device: str
-) -> dict[str, Any]:
-    """Return the arguments that all ways share. Raises RecipeError for neither an output nor a dry run."""
-    asked = {"text": text, "samples": samples, "revision": revision, "device": device}
-    return asked | {"output": planned_output(output, dry_run), "progress": terminal.progress}
+    reading |= {"text": text, "samples": samples, "progress": terminal.progress}
+    output = check_output(output, dry_run)
+    _show(
+        terminal,
+        replace_experts(model, count=count, share=share, rank=rank, by=by, seed=seed, output=output, **reading),
+    )
 
 
 def _show(terminal: Terminal, report: ExpertsReport) -> None:
     terminal.warn(summarized(report.warnings))
     terminal.show(report.to_json(), experts_view)
+
+
+def experts_view(result: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the experts of each block that change, the predicted damage, and the sizes."""
+    yield f"experts {_summary(result)}"
+    cells = []
+    for block in result["blocks"]:
+        changed = [row for row in block["experts"] if row["fate"] != "kept"]
+        total = sum(row["tokens"] for row in block["experts"])
+        share = f"{sum(row['tokens'] for row in changed) / total:.3f}" if total and changed else ""
+        damage = block["damage"] if changed else block["considered"]
+        shown = "" if damage is None else f"{damage:.4f}" + ("" if changed else " if condensed")
+        cells.append((str(block["block"]), _fates(changed, every) or "stay", share, shown))
+    yield build_table(("block", "experts", "share of tokens", "damage"), cells, right=(0, 2, 3))
+    yield from surgery_lines(result)
+
+
+def _summary(result: Row) -> str:
+    """Return what is done to a mixture in one line."""
+    settings, each = result["settings"], result["experts_before"]
+    if result["way"] == "prune":
+        return f"{settings['keep']} of {each} stay in each block, by {settings['by']}"
+    if result["way"] == "merge":
+        return f"{each} in each block become {settings['keep']}, by averages of alike ones"
+    if result["way"] == "condense":
+        return f"{settings['experts']} of {each} stay on, without a router, in {len(settings['blocks'])} blocks"
+    return f"{settings['count']} of {each} in each block become factors of rank {settings['rank']}, by {settings['by']}"
+
+
+def _fates(rows: Sequence[Row], every: bool) -> str:
+    """Return the fates of a block's experts with their numbers; with `every`, weights of those that are folded too."""
+    parts = []
+    for fate in ("dropped", "merged", "replaced", "folded"):
+        groups: dict[int | None, list[Row]] = {}
+        for row in (row for row in rows if row["fate"] == fate):
+            groups.setdefault(row["becomes"] if fate == "merged" else None, []).append(row)
+        for same in groups.values():
+            names = [
+                f"{row['number']}" + (f" x {row['weight']:.3f}" if every and row["weight"] else "") for row in same
+            ]
+            parts.append(f"{fate} {', '.join(names)}")
+    return "; ".join(parts)

@@ -1,52 +1,56 @@
-"""The command that makes a model at many sizes; `cli` lists it among the others."""
+"""The command that compresses a model to many sizes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmcompress.cli.compress import build_recipe
 from llmcompress.cli.options import (
-    AsJson,
     BatchSize,
-    Device,
     Length,
     Limit,
     Model,
-    Quiet,
     Revision,
     Seed,
     Settings,
     Tasks,
     Text,
-    TrustRemoteCode,
     Tune,
-    Verbose,
     Windows,
-    asked_recipe,
-    protocol_of,
+    command,
 )
+from llmcompress.cli.scores import build_protocol
+from llmcompress.cli.tables import build_table
 from llmcompress.cli.terminal import Terminal
-from llmcompress.cli.views import frontier_view
 from llmcompress.evaluation.protocol import Protocol
+from llmcompress.reporting.tables import Row, frontier_cells
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
+@command("device", "trust_remote_code")
 def frontier(
+    terminal: Terminal,
     model: Model,
     output: Annotated[
         Path, typer.Option("--output-dir", "-o", metavar="OUT", help="A new folder, or that of a sweep to resume.")
     ],
     recipes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="RECIPE...", help="YAML files or names, a line of the plot for each; may be left out."),
+        typer.Argument(metavar="RECIPE...", help="YAML files or names, one line in the plot each. Optional."),
     ] = None,
     bpw: Annotated[
-        str | None, typer.Option("--bpw", help="Budgets in bits per weight of the decoder's linears: 1.25,1.6,2.")
+        str | None,
+        typer.Option("--bpw", help="Budgets in bits per weight of the decoder's linear layers: 1.25,1.6,2."),
     ] = None,
-    sizes: Annotated[str | None, typer.Option("--sizes", help="Budgets in bytes of all files: 30MB,40MB.")] = None,
+    sizes: Annotated[str | None, typer.Option("--sizes", help="Budgets for all weight files: 30MB,40MB.")] = None,
     peers: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSON: what other tools reached, to draw beside.")
+        Path | None, typer.Option(metavar="FILE", help="JSON file with results of other tools, to plot beside yours.")
     ] = None,
     text: Text = None,
     windows: Windows = Protocol.windows,
@@ -58,33 +62,34 @@ def frontier(
     settings: Settings = None,
     revision: Revision = None,
     seed: Seed = None,
-    device: Device = "cpu",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    **access: Any,
 ) -> None:
-    """Compress MODEL to many sizes, score each, and plot quality over size. Options are priced once for all budgets.
-    An interrupted sweep resumes.
+    """Compress MODEL to several sizes, score each, and plot quality over size.
+
+    The options for layers are measured once for all sizes. An interrupted sweep resumes.
 
     Example: llmcompress frontier smollm2 --bpw 1.25,1.6,2,2.5,3 -o curve
     """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.pipeline.frontier.budgets import budgets
-        from llmcompress.pipeline.frontier.peers import read_peers
-        from llmcompress.pipeline.frontier.sweep import SweepCallbacks
-        from llmcompress.pipeline.frontier.sweep import frontier as run
-        from llmcompress.recipe.overrides import Change
+    from llmcompress.pipeline.frontier.budgets import budgets
+    from llmcompress.pipeline.frontier.peers import read_peers
+    from llmcompress.pipeline.frontier.sweep import SweepCallbacks
+    from llmcompress.pipeline.frontier.sweep import frontier as run
+    from llmcompress.recipe.overrides import Change
 
-        wanted = budgets(bpw, sizes)
-        first = wanted[0].target.model_dump(exclude_none=True)
-        target = Change("target", first, "--sizes" if bpw is None else "--bpw", stay=("engine",))
-        asked = [asked_recipe(one, settings, seed, target, tune) for one in recipes or (None,)]
-        others = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
-        protocol = protocol_of(text, windows, length, tasks, limit, None, batch_size)
-        told = SweepCallbacks(terminal.stage, terminal.pricing, terminal.progress, terminal.training)
-        how: dict[str, Any] = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
-        found = run(model, asked, wanted, output, protocol, peers=others, told=told, **how)
-        terminal.show(found, frontier_view)
-        if not as_json and not quiet:
-            typer.echo(f"plot    {output / 'frontier.png'} and .svg; table {output / 'frontier.md'}")
+    wanted = budgets(bpw, sizes)
+    first = wanted[0].target.model_dump(exclude_none=True)
+    target = Change("target", first, "--sizes" if bpw is None else "--bpw", stay=("engine",))
+    built = [build_recipe(recipe, settings, seed, target, tune) for recipe in recipes or (None,)]
+    results = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
+    protocol = build_protocol(text, windows, length, tasks, limit, None, batch_size)
+    callbacks = SweepCallbacks(terminal.stage, terminal.pricing, terminal.progress, terminal.training)
+    points = run(model, built, wanted, output, protocol, peers=results, told=callbacks, revision=revision, **access)
+    terminal.show(points, frontier_view)
+    terminal.say(f"plot    {output / 'frontier.png'} and .svg; table {output / 'frontier.md'}")
+
+
+def frontier_view(result: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the table of a frontier: one model at many sizes."""
+    headings, rows, notes = frontier_cells(result)
+    yield build_table(headings, rows, right=range(2, len(headings)))
+    yield from notes

@@ -1,35 +1,66 @@
-"""The command that shows what is inside a checkpoint."""
+"""The commands that show what a folder holds: `inspect` on the terminal, `report` as an HTML page."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmcompress.cli.options import AsJson, Quiet, Verbose
+from llmcompress.cli.compress import report_view
+from llmcompress.cli.options import Checkpoint, command
 from llmcompress.cli.terminal import Terminal
-from llmcompress.cli.views import report_view
 from llmcompress.models.files import file_names
-from llmcompress.reporting.tables import summarized
+from llmcompress.reporting.tables import Row, summarized
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
-def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> None:
-    """Show what is inside a compressed checkpoint: expressions, bits and errors by layer, and its recipe.
+@command()
+def inspect(terminal: Terminal, folder: Checkpoint) -> None:
+    """Show what is inside a compressed model: how layers are stored, their bits and errors, and the recipe.
 
     Example: llmcompress inspect small -v
     """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.recipe.read import dump, read_recipe
-        from llmcompress.reporting import report
+    from llmcompress.recipe.read import dump, read_recipe
+    from llmcompress.reporting.report import gathered
 
-        values, recipe = report.gathered(folder), read_recipe(folder / file_names.RECIPE)
-        terminal.warn(summarized(values["warnings"]))
-        terminal.show(values | ({"recipe": recipe.model_dump(mode="json")} if as_json else {}), report_view)
-        if not as_json and not quiet:
-            typer.echo("\n" + dump(recipe), nl=False)
+    values, recipe = gathered(folder), read_recipe(folder / file_names.RECIPE)
+    terminal.warn(summarized(values["warnings"]))
+    if terminal.as_json:
+        values["recipe"] = recipe.model_dump(mode="json")
+    terminal.show(values, report_view)
+    terminal.say("\n" + dump(recipe).rstrip())
+
+
+@command()
+def report(
+    terminal: Terminal,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that compress or distill wrote.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="A new .html file, outside of FOLDER.")
+    ],
+    generations: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="JSON", help='File of sentences to show side by side: {"prompt": {"model": "continuation"}}.'
+        ),
+    ] = None,
+) -> None:
+    """Write the report of FOLDER as one HTML page that needs no network: sizes, quality, layers, distillation, recipe.
+
+    Example: llmcompress report small -o small.html
+    """
+    from llmcompress.reporting.html.files import read_generations
+    from llmcompress.reporting.html.write import write_page
+
+    texts = None if generations is None else read_generations(generations)
+    terminal.show(write_page(folder, output, texts).to_json(), page_view)
+
+
+def page_view(result: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the path and the size of a page, and the sections that it could not fill."""
+    yield f"page    {result['output']} · {result['bytes'] / 1000:,.0f} kB"
+    yield from (f"missing {sentence}" for sentence in result["missing"])

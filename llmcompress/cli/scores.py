@@ -1,39 +1,57 @@
-"""The commands that score models; `app` lists them among the others."""
+"""The commands that measure quality: `eval`, `compare`, `drift` and `passport`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmcompress.cli.options import (
-    AsJson,
     BatchSize,
-    ChatTemplate,
     Device,
-    Domains,
     Length,
     Limit,
     Model,
-    Quiet,
     Revision,
-    Shots,
     Tasks,
-    TaskSeed,
     Text,
-    TrustRemoteCode,
-    Verbose,
     Windows,
-    protocol_of,
-    refuse_failed,
+    command,
 )
+from llmcompress.cli.tables import build_table
 from llmcompress.cli.terminal import Terminal
-from llmcompress.cli.views import comparison_view, score_view
+from llmcompress.errors import InputError
 from llmcompress.evaluation.protocol import Protocol
+from llmcompress.reporting.formatting import byte_count
+from llmcompress.reporting.tables import (
+    CHANGE_HEADINGS,
+    Row,
+    change_cells,
+    comparison_cells,
+    measured,
+    metrics,
+    number,
+    passport_cells,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+Shots = Annotated[int | None, typer.Option(min=0, help="Examples in each prompt; by default the task's own number.")]
+ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Write the prompts of tasks as chats.")]
+TaskSeed = Annotated[int, typer.Option(help="Random seed for few-shot examples and sampling.")]
+Domains = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Folder of .txt files, one kind of text each, to score as well.")
+]
 
 
+@command("trust_remote_code")
 def evaluate(
+    terminal: Terminal,
     model: Model,
     text: Text = None,
     windows: Windows = Protocol.windows,
@@ -44,53 +62,55 @@ def evaluate(
     batch_size: BatchSize = Protocol.batch_size,
     chat_template: ChatTemplate = False,
     against: Annotated[
-        str | None, typer.Option(metavar="DENSE", help="Also KL and top-1 agreement with this model.")
+        str | None, typer.Option(metavar="DENSE", help="Also measure KL and top-1 agreement with this model.")
     ] = None,
     revision: Revision = None,
     seed: TaskSeed = Protocol.seed,
     domains: Domains = None,
-    save: Annotated[bool, typer.Option("--save", help="Score DENSE too, keep both in MODEL for its card.")] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Score DENSE too, and keep both scores in MODEL for its model card.")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output-dir", "-o", metavar="OUT", help="A new folder for the scores and lm-eval's own files."),
     ] = None,
     device: Device = "cpu",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    **access: Any,
 ) -> None:
     """Score MODEL, dense or compressed: perplexity, tasks, and the distance to the dense model.
 
     Example: llmcompress eval small --against smollm2 --tasks arc_easy --limit 100
     """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.evaluation.processes import launched
-        from llmcompress.evaluation.score import score
+    from llmcompress.evaluation.processes import launched
+    from llmcompress.evaluation.score import score
 
-        others = num_fewshot, batch_size, chat_template, seed, domains
-        protocol = protocol_of(text, windows, length, tasks, limit, *others)
-        with launched(device) as processes:
-            found = score(
-                model,
-                protocol,
-                revision=revision,
-                against=against,
-                save=save,
-                output=output,
-                device=processes.device,
-                processes=processes,
-                progress=terminal.scoring,
-                trust_remote_code=trust_remote_code,
-            )
-        terminal.warn(found.get("warnings", ()))
-        terminal.show(found, score_view)
-        refuse_failed([found])
+    protocol = build_protocol(
+        text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed, domains
+    )
+    with launched(device) as processes:
+        scores = score(
+            model,
+            protocol,
+            revision=revision,
+            against=against,
+            save=save,
+            output=output,
+            device=processes.device,
+            processes=processes,
+            progress=terminal.scoring,
+            **access,
+        )
+    terminal.warn(scores.get("warnings", ()))
+    terminal.show(scores, score_view)
+    _refuse_failed_tasks([scores])
 
 
+@command("trust_remote_code")
 def compare(
+    terminal: Terminal,
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL MODEL...", help="The others are compared with the first.")
+        list[str],
+        typer.Argument(metavar="MODEL MODEL...", help="Models; the first is what the others are compared to."),
     ],
     text: Text = None,
     windows: Windows = Protocol.windows,
@@ -107,24 +127,159 @@ def compare(
         typer.Option("--output", "-o", metavar="FILE", help="A new .md file for the table, or .json for all numbers."),
     ] = None,
     device: Device = "cpu",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    **access: Any,
 ) -> None:
-    """Score models side by side, and mark which differ from the first by more than noise.
+    """Score models side by side, and mark the differences to the first that are larger than noise.
 
     Example: llmcompress compare smollm2 small smaller --tasks llmcompress_pairs -o table.md
     """
-    with Terminal(as_json, verbose, quiet) as terminal:
-        from llmcompress.evaluation.compare import compare as run
-        from llmcompress.evaluation.processes import launched
+    from llmcompress.evaluation.compare import compare as run
+    from llmcompress.evaluation.processes import launched
 
-        others = num_fewshot, batch_size, chat_template, seed, domains
-        protocol = protocol_of(text, windows, length, tasks, limit, *others)
-        with launched(device) as processes:
-            how: dict[str, Any] = {"processes": processes, "progress": terminal.scoring}
-            how["trust_remote_code"] = trust_remote_code
-            found = run(models, protocol, output=output, device=processes.device, **how)
-        terminal.show(found, comparison_view)
-        refuse_failed(found["models"])
+    protocol = build_protocol(
+        text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed, domains
+    )
+    with launched(device) as processes:
+        comparison = run(
+            models,
+            protocol,
+            output=output,
+            device=processes.device,
+            processes=processes,
+            progress=terminal.scoring,
+            **access,
+        )
+    terminal.show(comparison, comparison_view)
+    _refuse_failed_tasks(comparison["models"])
+
+
+@command("revision", "device", "trust_remote_code")
+def drift(
+    terminal: Terminal,
+    model: Model,
+    against: Annotated[str, typer.Option(metavar="DENSE", help="The dense model that MODEL came from.")],
+    text: Text = None,
+    windows: Windows = 8,
+    length: Annotated[int, typer.Option(min=4, help="Tokens in a window.")] = 512,
+    **access: Any,
+) -> None:
+    """Show block by block how far the hidden states of MODEL are from those of the dense model.
+
+    Example: llmcompress drift small --against smollm2
+    """
+    from llmcompress.evaluation.drift import drift as run
+
+    protocol = Protocol(text=text, windows=windows, length=length)
+    result = run(model, against, protocol, progress=partial(terminal.scoring, "block"), **access)
+    terminal.show(result.to_json(), drift_view)
+
+
+@command("device", "trust_remote_code")
+def passport(
+    terminal: Terminal,
+    model: Model,
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Folders or Hub ids of PEFT adapters.")],
+    against: Annotated[
+        str, typer.Option(metavar="DENSE", help="The dense model that MODEL and the adapters came from.")
+    ],
+    text: Text = None,
+    windows: Annotated[int, typer.Option(min=2, help="Number of windows of text.")] = 8,
+    length: Annotated[int, typer.Option(min=4, help="Tokens in a window.")] = 256,
+    save: Annotated[bool, typer.Option("--save", help="Keep the result in MODEL for its model card.")] = False,
+    **access: Any,
+) -> None:
+    """Show how much of its gain each LoRA adapter trained on DENSE keeps on MODEL.
+
+    Example: llmcompress passport small my-lora --against smollm2 --text mine.txt
+    """
+    from llmcompress.evaluation.adapter_transfer import passport as run
+    from llmcompress.evaluation.adapter_transfer import save_passport
+
+    protocol = Protocol(text=text, windows=windows, length=length)
+    result = run(model, adapters, against, protocol, progress=partial(terminal.scoring, "adapter"), **access)
+    if save:
+        save_passport(Path(model), result)
+    terminal.show(result.to_json(), passport_view)
+
+
+def build_protocol(
+    text: Path | None, windows: int, length: int, tasks: str | None, limit: float | None, *others: Any
+) -> Protocol:
+    """Return the protocol that options of a command ask for, in the order of its fields; `tasks` has commas."""
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    items = int(limit) if limit is not None and limit >= 1 and limit.is_integer() else limit
+    return Protocol(text, windows, length, names, items, *others)
+
+
+def _refuse_failed_tasks(scores: Iterable[Row]) -> None:
+    """Raise InputError if tasks of a model failed. To be called once all scores are shown."""
+    for row in scores:
+        if "tasks_failed" in row:
+            raise InputError(row["tasks_failed"])
+
+
+def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the size and the scores of a model."""
+    size, bpw, model_bpw = byte_count(scores["bytes"]), number(scores["bpw"]), number(scores["model_bpw"])
+    yield f"size    {size} · {bpw} bpw · model_bpw {model_bpw}"
+    perplexity = measured(scores["perplexity"], scores["perplexity_stderr"], 3)
+    sure = f"calibration error {scores['calibration_error']:.4f}"
+    yield f"text    perplexity {perplexity} over {scores['tokens']:,} tokens · {sure}"
+    if scores["kl"] is not None:
+        kl = measured(scores["kl"], scores["kl_stderr"])
+        agreement = measured(scores["top1_agreement"], scores["top1_agreement_stderr"])
+        yield f"dense   KL {kl} nats/token · top-1 agreement {agreement}"
+    if scores.get("domains"):
+        yield _domain_table(scores["domains"])
+    if scores["tasks"]:
+        cells = [
+            (task, metric, measured(value, error), f"{entry.get('samples', '')}")
+            for task, entry in scores["tasks"].items()
+            for metric, value, error in metrics(entry)
+        ]
+        yield build_table(("task", "metric", "value", "items"), cells, right=(2, 3))
+
+
+def _domain_table(domains: Row) -> Table:
+    """Return the scores on each kind of text, the farthest from the dense model first."""
+    cells = []
+    for name, scores in sorted(domains.items(), key=lambda entry: -(entry[1]["kl"] or 0)):
+        pairs = [(scores[key], scores[f"{key}_stderr"]) for key in ("kl", "top1_agreement")]
+        distances = ["" if value is None else measured(value, error) for value, error in pairs]
+        perplexity = measured(scores["perplexity"], scores["perplexity_stderr"], 3)
+        cells.append((name, perplexity, *distances, f"{scores['calibration_error']:.4f}"))
+    headings = ("kind of text", "perplexity", "KL", "top-1 agreement", "calibration error")
+    return build_table(headings, cells, right=range(1, len(headings)))
+
+
+def comparison_view(comparison: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield models as rows and scores as columns; with `every`, also every difference."""
+    headings, rows, notes = comparison_cells(comparison)
+    yield build_table(headings, rows, right=range(1, len(headings)))
+    yield from notes
+    if every:
+        yield build_table(CHANGE_HEADINGS, change_cells(comparison), right=(2, 3))
+
+
+def drift_view(result: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield how far the inputs of each block are from the dense model's, then the block where they are farthest."""
+    cells = [
+        (
+            str(row["block"]),
+            str(row["original"]),
+            *("" if row[key] is None else f"{row[key]:.4f}" for key in ("cka", "error")),
+        )
+        for row in result["blocks"]
+    ]
+    yield build_table(("block", f"of {result['against']}", "CKA", "relative error"), cells, right=range(4))
+    comparable = [row for row in result["blocks"] if row["cka"] is not None]
+    if comparable:
+        least = min(comparable, key=lambda row: row["cka"])
+        yield f"least   {least['cka']:.4f} at block {least['block']}; the last row is the output of the last block"
+
+
+def passport_view(result: Row, every: bool) -> Iterator[RenderableType]:
+    """Yield the gain of every adapter on both models, the share that is kept, and how alike the two are with it."""
+    headings = ("adapter", "gain, dense", "gain", "kept", "KL", "alike", "distinct pairs")
+    yield build_table(headings, [passport_cells(row) for row in result["adapters"]], right=range(1, 7))
+    yield "gain    in nats per token; alike: of gains over tokens; distinct pairs: dense, compressed, handed over"

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM while a command runs: never lost, and never taken for another error.
+"""Ctrl-C and SIGTERM while a command runs.
 
-A signal raises where the program happens to be. That can be in a callback of a library, which drops every exception, or
-in its clean-up, which makes another one of it. So the request is remembered: it is raised again at the next report of
-progress, and it decides how the command ends.
+A signal raises an exception wherever the program is. A callback of a library may drop it, and a clean-up may turn it
+into another error. So the request is remembered: the next report of progress raises it again, and it decides how the
+command ends.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ STOPS: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signa
 EARLY = b"[130] stopped from the keyboard; nothing was left behind\n"
 
 
-class Stops:
+class StopRequests:
     """The requests to stop that a command has received, from `install` to `restore`."""
 
     def __init__(self) -> None:
-        self._asked: type[BaseException] | None = None
+        self._request: type[BaseException] | None = None
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Take the signals, in the main thread, which alone receives them."""
+        """Handle the signals, in the main thread; no other thread receives them."""
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._stop) for number in STOPS}
 
     def restore(self) -> None:
-        """Give the signals back to those who had them; a program whose command is over ends as the command did."""
+        """Give the signals back to their handlers; `stop_early` stays off, so the command keeps its exit code."""
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if handler is stop_early else handler)
         self._previous = {}
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._asked = STOPS[number]
-        raise self._asked
+        self._request = STOPS[number]
+        raise self._request
 
     def check(self) -> None:
-        """Raise a request that something has dropped."""
-        if self._asked is not None:
-            raise self._asked
+        """Raise a request whose exception was dropped."""
+        if self._request is not None:
+            raise self._request
 
     def decide(self, error: BaseException | None) -> BaseException | None:
-        """Return what a command ends with: the request, if an error came of it; else the `error`."""
-        if error is None or self._asked is None or isinstance(error, tuple(STOPS.values())):
+        """Return the exception that a command ends with: the request if there was one and an error, else the error."""
+        if error is None or self._request is None or isinstance(error, tuple(STOPS.values())):
             return error
-        stop = self._asked()
+        stop = self._request()
         for note in getattr(error, "__notes__", ()):
             stop.add_note(note)
         return stop
 
 
 def stop_early(number: int, frame: FrameType | None) -> None:
-    """End a program that has not begun with its command in one sentence.
+    """End the program with one sentence while it still imports, before a command runs.
 
-    At once, since an exception in the middle of an import can be dropped or be made into another one.
+    At once: an exception in the middle of an import can be dropped, or turned into another one.
     """
     os.write(2, EARLY)
     os._exit(130)

@@ -1,4 +1,4 @@
-"""The surroundings of the program: standard streams that are closed, full or of another encoding, and its folder."""
+"""The standard streams of the program: closed, full, or of an encoding that lacks a character."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -15,99 +14,87 @@ from typing import TextIO
 from llmcompress.errors import DiskError, first_line
 
 QUIET = {"-q", "--quiet"}
-LIGHT = {"--help", "--version", "doctor", "inspect", "recipe", "recipes", "report"}  # need no temporary files
 
 
-def guarded(program: Callable[[], object]) -> int:
+def run_program(program: Callable[[], object]) -> int:
     """Run a program that ends by `SystemExit`, and return its exit code.
 
-    What it could not print is a sentence on standard error and code 4; closed pipes end it quietly.
+    Output that cannot be written is a sentence on standard error, and code 4. A reader that closes the pipe early is no
+    error.
     """
-    there = _opened()
-    if (wrong := _unusable()) is not None:
-        if there and "--json" in sys.argv:
-            sys.stdout.write(json.dumps({"error": {"code": DiskError.exit_code, "message": wrong}}, indent=2) + "\n")
-        return _said(wrong)
-    if not there and not QUIET & set(sys.argv):
-        return _said("standard output is closed; send it to a file, or add --quiet to a command that needs none")
+    has_output = _open_streams()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        message = "the working folder was removed; change into one that exists"
+        if has_output and "--json" in sys.argv:
+            sys.stdout.write(json.dumps({"error": {"code": DiskError.exit_code, "message": message}}, indent=2) + "\n")
+        return _print_error(message)
+    if not has_output and not QUIET & set(sys.argv):
+        return _print_error("standard output is closed; send it to a file, or add --quiet to a command that needs none")
     code: int | str | None = 0
     try:
         program()
     except SystemExit as stop:
         code = stop.code
-    except OSError as error:  # commands have sentences for theirs, so this one is about their help
-        code = _said(unwritten(error))
+    except OSError as error:  # commands handle their own; this one comes from help
+        code = _print_error(_describe(error))
     try:
         sys.stdout.flush()
     except OSError as error:
-        silence(sys.stdout)
+        _discard(sys.stdout)
         if not code:
-            code = 1 if error.errno == errno.EPIPE else _said(unwritten(error))
+            code = 1 if error.errno == errno.EPIPE else _print_error(_describe(error))
     return code if isinstance(code, int) else int(code is not None)
 
 
 @contextmanager
 def writing_to(stream: TextIO) -> Iterator[None]:
-    """Raise DiskError where standard output, `stream`, cannot be written; a closed pipe stays what it is."""
+    """Raise DiskError if `stream`, standard output, cannot be written. A closed pipe stays a BrokenPipeError."""
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        silence(stream)
-        raise DiskError(unwritten(error)) from error
+        _discard(stream)
+        raise DiskError(_describe(error)) from error
 
 
-def unwritten(error: OSError) -> str:
-    """Return the sentence on standard output that cannot be written."""
+def _describe(error: OSError) -> str:
     return f"standard output cannot be written ({error.strerror or first_line(error)}); send it to another place"
 
 
-def silence(stream: TextIO) -> None:
-    """Send what a stream still holds nowhere, so that Python does not fail on it once more at its end."""
+def _discard(stream: TextIO) -> None:
+    """Send what a stream still holds to /dev/null, since Python would fail to write it once more at exit."""
     try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
     except (OSError, io.UnsupportedOperation):
         pass
 
 
-def _unusable() -> str | None:
-    """Return what is wrong with the folders that a process has, without which torch cannot even be imported."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return "the working folder was removed; change into one that exists"
-    if sys.argv[1:2] and sys.argv[1] not in LIGHT:
-        try:
-            tempfile.gettempdir()
-        except FileNotFoundError:
-            return "there is no folder for temporary files; set TMPDIR to one that can be written to"
-    return None
+def _open_streams() -> bool:
+    """Open /dev/null for every standard stream that is closed, and let streams escape characters that they lack.
 
-
-def _opened() -> bool:
-    """Put /dev/null where a standard stream is closed, or the next file that is opened, such as one of weights, takes
-    its number and receives what is printed; False if standard output was closed.
-
-    Characters that a stream's encoding lacks are escaped.
+    Otherwise the next file that is opened, such as one of weights, would get the stream's number and receive what is
+    printed. Returns False if standard output was closed.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
-    there = sys.stdout is not None
+    has_output = sys.stdout is not None
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    return there
+    return has_output
 
 
-def _said(sentence: str) -> int:
-    """Print a sentence as a command ends with it, and return its exit code."""
+def _print_error(sentence: str) -> int:
+    """Print a sentence in the way that commands end, and return its exit code."""
     sys.stderr.write(f"[{DiskError.exit_code}] {sentence}\n")
     return DiskError.exit_code

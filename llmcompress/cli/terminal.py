@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 import typer
 
 from llmcompress.cli.stages import Stage
-from llmcompress.cli.stopping import Stops
+from llmcompress.cli.stopping import StopRequests
 from llmcompress.cli.streams import writing_to
 from llmcompress.errors import (
     DiskError,
@@ -39,8 +39,8 @@ WIDE = 160  # columns, where the output is not a terminal
 LOG = logging.getLogger("llmcompress")
 
 
-class _Warnings(logging.Handler):
-    """Messages of the library, as warnings of a command."""
+class _WarningHandler(logging.Handler):
+    """Shows messages of the library as warnings of a command."""
 
     def __init__(self, warn: Callable[[Iterable[str]], None]) -> None:
         super().__init__(logging.WARNING)
@@ -54,9 +54,9 @@ class _Warnings(logging.Handler):
 class Terminal:
     """The surroundings of one command, as a context.
 
-    Errors inside become a line on standard error, or `{"error": {"code", "message"}}` as the JSON object, and an exit
-    code. An error that no one foresaw keeps its traceback. Of several processes that a launcher started, the first one
-    speaks; of errors all do, since one may be alone with its error, unless it is one that the first one tells too.
+    An error inside becomes one line on standard error, or `{"error": {"code", "message"}}` as the JSON object, and an
+    exit code. An error that nobody foresaw keeps its traceback. Of several processes that a launcher started, the first
+    one prints. Errors are printed by all, unless the first one prints the same.
     """
 
     def __init__(self, as_json: bool = False, verbose: int = 0, quiet: bool = False) -> None:
@@ -64,11 +64,11 @@ class Terminal:
         self.as_json, self.verbose, self.quiet = as_json, verbose, quiet or not self.first
         self._output: TextIO = sys.stdout
         self._descriptor: int | None = None
-        self._warnings = _Warnings(self.warn)
-        self._stops = Stops()
+        self._warnings = _WarningHandler(self.warn)
+        self._stops = StopRequests()
         self._result: dict[str, Any] | None = None
         self._stage: Stage | None = None
-        self._since = time.monotonic()  # when the stage that is under way, or comes next, began
+        self._since = time.monotonic()  # when the current stage began, or the next one will have begun
 
     def __enter__(self) -> Self:
         self._output = sys.stdout
@@ -86,21 +86,17 @@ class Terminal:
     ) -> None:
         self._restore()
         error = self._stops.decide(error)
-        if error is None:
-            if self._result is None:
-                return
+        if error is None or isinstance(error, typer.Exit):
             try:
-                self._emit(self._result)
+                self._print_json(self._result)
                 return
             except DiskError as unwritten:
                 error = unwritten
-        if isinstance(error, typer.Exit):
-            return
-        found = verdict(error)
-        code, message = found or (1, f"{type(error).__name__}: {error}")
+        ending = verdict(error)
+        code, message = ending or (1, f"{type(error).__name__}: {error}")
         if self.as_json and not isinstance(error, BrokenPipeError):
-            self._emit((self._result or {}) | {"error": {"code": code, "message": message}})
-        if found is None:
+            self._print_json((self._result or {}) | {"error": {"code": code, "message": message}})
+        if ending is None:
             return
         if self.verbose > 1:
             typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
@@ -109,10 +105,10 @@ class Terminal:
         raise typer.Exit(code) from None
 
     def show(self, values: dict[str, Any], view: Callable[[dict[str, Any], bool], Iterable[RenderableType]]) -> None:
-        """Print a result: `values` as JSON, or for people as `view(values, every layer?)` formats them."""
+        """Print a result: `values` as JSON, or for people what `view(values, every)` yields; `every` if verbose."""
         self._end_stage()
         if self.as_json:
-            self._result = values  # written when the command has ended well, and no library can print any more
+            self._result = values  # printed at the end, when no library can print any more
         elif not self.quiet:
             from rich.console import Console
 
@@ -122,49 +118,55 @@ class Terminal:
                 for part in view(values, self.verbose > 0):
                     console.print(part)
 
+    def say(self, line: str) -> None:
+        """Print one more line below a result; not with `--json`."""
+        if not self.as_json and not self.quiet:
+            typer.echo(line)
+
     def warn(self, sentences: Iterable[str]) -> None:
         """Print warnings on standard error."""
         for sentence in () if self.quiet else sentences:
             typer.echo(f"warning: {sentence}", err=True)
 
     def progress(self, done: int, total: int, tokens_per_second: float) -> None:
-        """Report blocks done: a bar on a terminal, else a line at the end of the stage; see `stages.Stage`."""
+        """Report compressed blocks: a bar on a terminal, else a line at the end of the stage."""
         self._report("block", done, total, f"{tokens_per_second:,.0f} tokens/s")
 
     def pricing(self, done: int, total: int, tokens_per_second: float) -> None:
-        """Report blocks whose options were tried, as `progress` does."""
+        """Report blocks whose options were tried."""
         self._report("priced block", done, total, f"{tokens_per_second:,.0f} tokens/s")
 
     def training(self, done: int, total: int, loss: float, tokens_per_second: float, kl: float) -> None:
-        """Report optimizer steps done, and the last held-out KL, as `progress` does."""
-        what = f"loss {loss:.4f} · held-out KL {kl:.4f} · {tokens_per_second:,.0f} tokens/s"
-        self._report("step", done, total, what)
+        """Report optimizer steps, and the last held-out KL."""
+        note = f"loss {loss:.4f} · held-out KL {kl:.4f} · {tokens_per_second:,.0f} tokens/s"
+        self._report("step", done, total, note)
 
     def judging(self, done: int, total: int) -> None:
-        """Report blocks of both models read for the gates, as `progress` does."""
-        self._report("block read for the gates", done, total, "")
+        """Report blocks of both models that were read for the gates."""
+        self._report("block read for the gates", done, total)
+
+    def scoring(self, counted: str, done: int, total: int) -> None:
+        """Report what was scored; a `total` of 0 begins a stage that cannot be counted."""
+        self._report(counted, done, total)
 
     def choosing(self, done: int) -> None:
-        """Report how many models without some of their blocks were tried, a line each time; their total is unknown."""
-        if not self.quiet:
-            typer.echo(f"{done:,} models without some of their blocks tried", err=True)
-
-    def stage(self, sentence: str) -> None:
-        """Announce on standard error what comes next; the stage under way is over."""
-        self._end_stage()
-        if not self.quiet:
-            typer.echo(sentence, err=True)
+        """Report models without some of their blocks that were tried, a line each time; their total is unknown."""
+        self._print_line(f"{done:,} models without some of their blocks tried")
 
     def answering(self, done: int) -> None:
-        """Report prompts done, a line each time; their total is unknown."""
+        """Report answered prompts, a line each time; their total is unknown."""
+        self._print_line(f"{done:,} prompts")
+
+    def stage(self, sentence: str) -> None:
+        """End the current stage, and announce on standard error what comes next."""
+        self._end_stage()
+        self._print_line(sentence)
+
+    def _print_line(self, line: str) -> None:
         if not self.quiet:
-            typer.echo(f"{done:,} prompts", err=True)
+            typer.echo(line, err=True)
 
-    def scoring(self, what: str, done: int, total: int) -> None:
-        """Report windows of text scored, or with a `total` of 0 the beginning of `what` that cannot be counted."""
-        self._report(what, done, total, "")
-
-    def _report(self, counted: str, done: int, total: int, what: str) -> None:
+    def _report(self, counted: str, done: int, total: int, note: str = "") -> None:
         self._stops.check()
         if self.quiet:
             return
@@ -173,7 +175,7 @@ class Terminal:
         if self._stage is None:
             self._stage = Stage(counted, sys.stderr, since=self._since)
         if total:
-            self._stage.update(done, total, what)
+            self._stage.update(done, total, note)
             if done == total:
                 self._end_stage()
 
@@ -196,40 +198,41 @@ class Terminal:
             os.close(self._descriptor)
             sys.stdout = self._output
 
-    def _emit(self, values: dict[str, Any]) -> None:
-        if not self.first:
-            return
-        with writing_to(self._output):
-            self._output.write(json.dumps(replace_nonfinite(values), indent=2) + "\n")
-            self._output.flush()
+    def _print_json(self, values: dict[str, Any] | None) -> None:
+        if values is not None and self.first:
+            with writing_to(self._output):
+                self._output.write(json.dumps(replace_nonfinite(values), indent=2) + "\n")
+                self._output.flush()
 
 
 def verdict(error: BaseException) -> tuple[int, str] | None:
     """Return the exit code and the sentence of an error that a user can act on; None for any other."""
     match error:
         case LLMCompressError():
-            found = error.exit_code, str(error)
+            code, sentence = error.exit_code, str(error)
         case KeyboardInterrupt():
-            found = 130, f"stopped from the keyboard{_left(error)}"
+            code, sentence = 130, f"stopped from the keyboard{_remains(error)}"
         case Termination():
-            found = 143, f"stopped by a signal{_left(error)}"
+            code, sentence = 143, f"stopped by a signal{_remains(error)}"
         case OSError() if error.errno in NO_SPACE:
-            found = DiskError.exit_code, f"the disk is full ({error.filename or 'no file named'}); free some space"
-        case BrokenPipeError():  # whoever read the output has seen enough
+            code = DiskError.exit_code
+            sentence = f"the disk is full ({error.filename or 'no file named'}); free some space"
+        case BrokenPipeError():  # the reader of the output has seen enough
             return None
         case OSError():
+            name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
             reason = error.strerror or first_line(error)
-            named = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-            found = DiskError.exit_code, f"{named}{reason}; choose another path, or see by -vv what wanted it"
+            code, sentence = DiskError.exit_code, f"{name}{reason}; choose another path, or add -vv to see what used it"
         case _ if is_out_of_memory(error):
-            found = MemoryLimitError.exit_code, "there is not enough memory; take a smaller model or fewer samples"
+            code = MemoryLimitError.exit_code
+            sentence = "there is not enough memory; take a smaller model or fewer samples"
         case _:
             return None
-    return found[0], "; ".join((found[1], *getattr(error, "__notes__", ())))
+    return code, "; ".join((sentence, *getattr(error, "__notes__", ())))
 
 
-def _left(error: BaseException) -> str:
-    """Return the clause on what an interrupted run keeps, unless a note says it."""
+def _remains(error: BaseException) -> str:
+    """Return the clause on the work that an interrupted run keeps, unless a note says it."""
     if error.args:
         return f"; {error.args[0]}"
     return "" if getattr(error, "__notes__", ()) else "; nothing was left behind"

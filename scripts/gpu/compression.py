@@ -10,7 +10,7 @@ from memory import make
 from records import RESULTS, Record, read_records
 
 import llmcompress as lc
-from llmcompress.cli.options import asked_recipe, target_of
+from llmcompress.cli.compress import build_recipe, target_change
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import read_recipe
 from scripts.gpu.given import Given, peaks, restart_peak, wait
@@ -44,7 +44,7 @@ def bpw(given: Given) -> None:
         asked = read_recipe({"version": 1, "calibration": text, "rules": [], **TO_A_SIZE})
     else:
         settings = [] if text is None else [f"calibration={json.dumps(text)}"]
-        asked = asked_recipe(None, settings, None, target_of(BPW, None, None, None), False)
+        asked = build_recipe(None, settings, None, target_change(BPW, None, None, None), False)
     beside = figure(given, asked, BPW_WINDOWS, "budget-2", f"{BPW:.3f}")  # the same but for its name
     measured(given, f"--bpw {3.5 if given.small else BPW}", asked, BPW_WINDOWS, beside)
 

@@ -230,11 +230,11 @@ def tiles(loan: Loan) -> None:
 
 def to_a_size(loan: Loan) -> None:
     """Seconds of `--bpw 2.05` on two blocks of width 2048, prices and all."""
-    from llmcompress.cli.options import asked_recipe, target_of
+    from llmcompress.cli.compress import build_recipe, target_change
 
     calibration = str(loan.calibration()).replace("'", '"')
-    target = target_of(3.5 if loan.small else 2.05, None, None, None)
-    recipe = asked_recipe(None, [f"calibration={calibration}"], None, target, False)
+    target = target_change(3.5 if loan.small else 2.05, None, None, None)
+    recipe = build_recipe(None, [f"calibration={calibration}"], None, target, False)
     started = loan.wait()
     lc.compress(loan.model(2048, 2), recipe, loan.work / "to a size", device=str(loan.device))
     loan.say("two blocks of width 2048 to a size: seconds", value=loan.wait() - started)

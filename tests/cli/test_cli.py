@@ -23,8 +23,8 @@ import llmcompress.evaluation.score
 import llmcompress.pipeline.compress
 from llmcompress import errors
 from llmcompress.cli.app import PANELS, app
+from llmcompress.cli.compress import report_view
 from llmcompress.cli.terminal import Terminal, verdict
-from llmcompress.cli.views import report_view
 from llmcompress.compression.plan import LayerPlan, Plan
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.models.files.file_names import RECIPE

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from llmcompress import __version__
 from llmcompress.cli.app import app
-from llmcompress.cli.streams import guarded
 from tests.rules.source_tree import ROOT
 from tests.tiers import tiered
 from tests.tiny import save_tiny
@@ -52,12 +49,12 @@ def test_a_closed_output_is_refused_before_work(tmp_path: Path) -> None:
 def test_with_closed_streams_no_file_takes_their_numbers(tmp_path: Path) -> None:
     """Otherwise what is printed goes into the next file that is opened, such as one of weights."""
     program = (
-        "import sys, os; from llmcompress.cli.streams import guarded\n"
+        "import sys, os; from llmcompress.cli.streams import run_program\n"
         "def work():\n"
         "    with open('made', 'w') as file:\n"
         "        assert file.fileno() > 2, file.fileno()\n"
         "        os.write(1, b'lost')\n"
-        "sys.argv.append('--quiet'); sys.exit(guarded(work))"
+        "sys.argv.append('--quiet'); sys.exit(run_program(work))"
     )
     done = shell(f'"{sys.executable}" -c "{program}" <&- >&- 2>&-', tmp_path)
     assert done.returncode == 0 and (tmp_path / "made").read_text() == ""
@@ -81,21 +78,6 @@ def test_a_removed_folder_is_named(tmp_path: Path) -> None:
     done = shell("mkdir gone; cd gone; rmdir ../gone; llmcompress inspect small", tmp_path)
     assert done.returncode == 4
     assert done.stderr == "[4] the working folder was removed; change into one that exists\n"
-
-
-@pytest.mark.parametrize("json", [False, True])
-def test_without_a_folder_for_temporary_files(json: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["none/at/all"])
-    monkeypatch.setattr(sys, "argv", ["llmcompress", "compress", *(["--json"] if json else [])])
-    assert guarded(lambda: pytest.fail("it began")) == 4
-    done = capsys.readouterr()
-    assert (
-        done.err.startswith("[4] there is no folder for temporary files; set TMPDIR")
-        and ('"error"' in done.out) == json
-    )
-    monkeypatch.setattr(sys, "argv", ["llmcompress", "recipes"])
-    assert guarded(lambda: None) == 0
 
 
 def test_the_version_is_printed() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import llmcompress as lc
-from llmcompress.cli.views import distilled_view
+from llmcompress.cli.distill import distilled_view
 from llmcompress.data.mixture import draw, normalized, quotas, reweighted
 from llmcompress.distillation.run import distill
 from llmcompress.errors import InputError, RecipeError

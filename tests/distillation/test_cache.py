@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import llmcompress as lc
-from llmcompress.cli.views import distilled_view
+from llmcompress.cli.distill import distilled_view
 from llmcompress.data.batch import Batch
 from llmcompress.distillation import setup
 from llmcompress.distillation.held_out import distances

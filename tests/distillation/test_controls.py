@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import llmcompress.distillation.controls as controls
-from llmcompress.cli.views import distilled_view
+from llmcompress.cli.distill import distilled_view
 from llmcompress.distillation.run import distill
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.formats.model_card import Taught, _distillation

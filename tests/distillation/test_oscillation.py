@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmcompress.cli import views
+from llmcompress.cli.distill import distilled_view
 from llmcompress.distillation.run import distill
 from llmcompress.distillation.student.oscillation import Freezer, Habits, after_step
 from llmcompress.errors import RecipeError
@@ -239,7 +239,7 @@ def test_what_froze_is_told(whole: Any) -> None:
     seen = [row["codes"]["frozen"] for row in rows(Path(whole.output)) if "loss" in row]
     assert seen == sorted(seen) and 0 < seen[-1] < whole.trained["codes"] / 2
     assert whole.phases[0]["frozen"] == seen[-1]
-    assert f"frozen  {seen[-1]:,} codes that oscillated" in list(views.distilled_view(whole.to_json(), False))
+    assert f"frozen  {seen[-1]:,} codes that oscillated" in list(distilled_view(whole.to_json(), False))
 
 
 @pytest.mark.parametrize("after", tiered([3, 6], lambda after: after == 6))

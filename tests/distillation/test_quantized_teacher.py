@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.cli.views import distilled_view
+from llmcompress.cli.distill import distilled_view
 from llmcompress.distillation import packages, setup
 from llmcompress.distillation.parallel.launch import check_sharding
 from llmcompress.distillation.ready import check_ready

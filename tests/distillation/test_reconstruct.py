@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.cli.app import app
-from llmcompress.cli.views import report_view
+from llmcompress.cli.compress import report_view
 from llmcompress.data.calibration import calibration_tokens
 from llmcompress.distillation.blockwise.block import Activations, Recovered, recover_block
 from llmcompress.distillation.student.model import relaxed_student

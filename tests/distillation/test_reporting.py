@@ -14,8 +14,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 import llmcompress as lc
 from llmcompress.cli.app import app
+from llmcompress.cli.distill import distilled_view
 from llmcompress.cli.terminal import Terminal
-from llmcompress.cli.views import distilled_view
 from llmcompress.data.schedule import rate
 from llmcompress.distillation import metrics
 from llmcompress.distillation.run import Distilled, distill

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import llmcompress as lc
-from llmcompress.cli.views import pushed_view
+from llmcompress.cli.publish import pushed_view
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.score import score
 from llmcompress.formats.evidence import evidence

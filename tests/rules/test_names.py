@@ -67,7 +67,6 @@ UNMENDED = {
     "allocation",
     "benchmark",
     "calibration",
-    "cli",
     "compression",
     "data",
     "distillation",
