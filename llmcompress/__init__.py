@@ -46,15 +46,15 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.recipe.compression import Rule as Rule
     from llmcompress.reporting.report import Report as Report
     from llmcompress.reporting.report import read as read
-    from llmcompress.surgery.depth.block_search import least_damage as least_damage
-    from llmcompress.surgery.depth.drop import drop_blocks as drop_blocks
-    from llmcompress.surgery.depth.similarity import alike_blocks as alike_blocks
+    from llmcompress.surgery.block_choice import alike_blocks as alike_blocks
+    from llmcompress.surgery.block_choice import least_damage as least_damage
+    from llmcompress.surgery.drop import drop_blocks as drop_blocks
     from llmcompress.surgery.experts.condense import condense_experts as condense_experts
     from llmcompress.surgery.experts.merge import merge_experts as merge_experts
     from llmcompress.surgery.experts.prune import prune_experts as prune_experts
     from llmcompress.surgery.experts.replace import replace_experts as replace_experts
+    from llmcompress.surgery.narrow import narrow as narrow
     from llmcompress.surgery.shrink import shrink as shrink
-    from llmcompress.surgery.width.narrow import narrow as narrow
     from llmcompress.weight.modules import decoded as decoded
 
 __version__ = "0.1.0"
@@ -69,7 +69,7 @@ _HOMES = {
     "Rule": "recipe.compression",
     "SpeedProtocol": "benchmark.protocol",
     "accelerate": "kernels.accelerate",
-    "alike_blocks": "surgery.depth.similarity",
+    "alike_blocks": "surgery.block_choice",
     "bench": "benchmark.measure",
     "cache": "models.transformers.kv_cache",
     "compare": "evaluation.compare",
@@ -78,12 +78,12 @@ _HOMES = {
     "decoded": "weight.modules",
     "distill": "distillation.run",
     "drift": "evaluation.drift",
-    "drop_blocks": "surgery.depth.drop",
+    "drop_blocks": "surgery.drop",
     "export": "formats.formats",
     "fold": "models.transformers.lora",
-    "least_damage": "surgery.depth.block_search",
+    "least_damage": "surgery.block_choice",
     "merge_experts": "surgery.experts.merge",
-    "narrow": "surgery.width.narrow",
+    "narrow": "surgery.narrow",
     "passport": "evaluation.adapter_transfer",
     "plain_head": "models.transformers.lora",
     "plan": "pipeline.compress",

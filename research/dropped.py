@@ -22,8 +22,8 @@ from records import Record, append, provenance
 import llmcompress as lc
 from llmcompress.evaluation.score import score
 from llmcompress.models.dense.model import resolve
-from llmcompress.surgery.depth.choose import chosen_blocks
-from llmcompress.surgery.depth.drop import blocks_of
+from llmcompress.surgery.block_choice import choose_blocks
+from llmcompress.surgery.drop import blocks_of
 
 COLUMNS = ("arm", "blocks", "perplexity", "KL", "top-1 agreement")
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--jsonl", type=Path, help="collects a record of each arm")
     options = parser.parse_args()
     there = blocks_of(resolve(options.model))
-    chosen = {by: chosen_blocks(options.model, None, options.count, by).blocks for by in ("damage", "similarity")}
+    chosen = {by: choose_blocks(options.model, None, options.count, by).blocks for by in ("damage", "similarity")}
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for arm, blocks in arms(chosen, len(there), options.count, options.seeds):
         record = measured(arm, blocks, options)

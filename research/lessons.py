@@ -53,7 +53,7 @@ from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.checkpoint import read_json
 from llmcompress.models.files.per_block_widths import is_dense
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.surgery.depth.drop import drop_blocks
+from llmcompress.surgery.drop import drop_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor

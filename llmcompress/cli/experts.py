@@ -15,7 +15,7 @@ from llmcompress.reporting.tables import Row, summarized
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from llmcompress.surgery.experts.report import ExpertsReport
+    from llmcompress.surgery.experts.job import ExpertsReport
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show which experts change and the predicted damage; write nothing.")
@@ -120,7 +120,7 @@ def condense(
 
     Example: llmcompress experts condense Qwen/Qwen3-30B-A3B --count 6 -o condensed
     """
-    from llmcompress.surgery.depth.choose import block_numbers
+    from llmcompress.surgery.block_choice import block_numbers
     from llmcompress.surgery.experts.condense import condense_experts
 
     reading |= {"text": text, "samples": samples, "progress": terminal.progress}

@@ -46,13 +46,13 @@ def drop(
     Example: llmcompress drop smollm2 --count 6 -o short
     """
     from llmcompress.models.files import staging
-    from llmcompress.surgery.depth.choose import chosen_blocks
-    from llmcompress.surgery.depth.drop import drop_blocks
+    from llmcompress.surgery.block_choice import choose_blocks
+    from llmcompress.surgery.drop import drop_blocks
 
     staging.check_output(output, 0)
     device = access.pop("device")  # dropping itself computes nothing
     reading = {} if text is None else {"text": text}
-    chosen = chosen_blocks(model, blocks, count, by, terminal.choosing, device=device, **reading, **access)
+    chosen = choose_blocks(model, blocks, count, by, terminal.choosing, device=device, **reading, **access)
     result = drop_blocks(model, chosen.blocks, output, **access)
     terminal.show(result.to_json() | {"damage": chosen.damage}, dropped_view)
 
@@ -99,7 +99,7 @@ def narrow(
 
     Example: llmcompress narrow smollm2 --neurons 0.75 -o slim
     """
-    from llmcompress.surgery.width.narrow import narrow as run
+    from llmcompress.surgery.narrow import narrow as run
 
     report = run(
         model,

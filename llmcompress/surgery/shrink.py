@@ -1,4 +1,4 @@
-"""Smaller sizes of one compressed checkpoint: its low-rank terms keep their first components alone."""
+"""Smaller sizes of one compressed checkpoint: its low-rank terms keep their first components only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Change = tuple[Weight, Weight]  # before, after
 
 
 @dataclass(frozen=True)
-class Shrunk(JsonRecord):
+class ShrinkReport(JsonRecord):
     """The checkpoint that was written. `terms`: low-rank terms that lost components; bytes count the weights."""
 
     output: str
@@ -40,14 +40,14 @@ class Shrunk(JsonRecord):
     bpw_after: float
 
 
-def shrink(folder: str | Path, rank: int, output: str | Path, *, trust_remote_code: bool = False) -> Shrunk:
+def shrink(folder: str | Path, rank: int, output: str | Path, *, trust_remote_code: bool = False) -> ShrinkReport:
     """Write a compressed checkpoint with at most `rank` components of each of its low-rank terms.
 
-    Scores, a distillation and an allocation that lie beside the checkpoint are of another size, and stay behind.
+    Its scores, distillation and allocation are of another size and are not copied.
 
     Args:
-        folder: what compress or distill wrote.
-        rank: components that stay in each term, 0 or more; 0 leaves the terms out.
+        folder: a checkpoint of compress or distill.
+        rank: components that stay in each term; 0 leaves the terms out.
         output: a new or empty folder.
         trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
 
@@ -56,7 +56,7 @@ def shrink(folder: str | Path, rank: int, output: str | Path, *, trust_remote_co
 
     Raises:
         InputError: for a folder that compress did not write.
-        RecipeError: for a rank that leaves nothing of a matrix, or takes nothing away; for tied blocks.
+        RecipeError: for a rank that leaves nothing of a matrix, or takes nothing away, and for tied blocks.
         DiskError: for an output that cannot be written; then nothing is left behind.
     """
     source, target = Path(folder), Path(output)
@@ -75,15 +75,15 @@ def shrink(folder: str | Path, rank: int, output: str | Path, *, trust_remote_co
         linears = {name: CompressedLinear.of(new) for name, (_, new) in changed.items()}
         CompressedStudent(opened).store(linears, {}, writer)
         size = writer.close(binding(writer.folder))
-        after = _recounted(before, changed, rank, size)
+        after = _recount(before, changed, rank, size)
         writer.write(file_names.REPORT, json.dumps(after.to_json(), indent=2))
         writer.write(file_names.RECIPE, (source / file_names.RECIPE).read_text(encoding="utf-8"))
         check_written(writer.folder, bool(beside.code))
-    return Shrunk(str(target), rank, len(changed), opened.bytes, size, before.bpw, after.bpw)
+    return ShrinkReport(str(target), rank, len(changed), opened.bytes, size, before.bpw, after.bpw)
 
 
-def _recounted(before: reports.Report, changed: Mapping[str, Change], rank: int, size: int) -> reports.Report:
-    """Return the report, updated to what is stored now, in files of `size` bytes."""
+def _recount(before: reports.Report, changed: Mapping[str, Change], rank: int, size: int) -> reports.Report:
+    """Return the report with the sizes of the `changed` weights, in files of `size` bytes."""
     rows = []
     for row in before.layers:
         if row.name in changed:
@@ -91,6 +91,6 @@ def _recounted(before: reports.Report, changed: Mapping[str, Change], rank: int,
             row = replace(row, bpw=row.bpw - (bits(old) - bits(new)) / prod(row.shape), stored=describe(new))
         rows.append(row)
     counted = [row for row in rows if reports.BLOCK.search(row.name)]  # a token table is in no block
-    said = f"low-rank terms have {rank} components at most; errors of layers are those before that"
+    warning = f"low-rank terms have {rank} components at most; errors of layers are those before that"
     gates = None if before.gates is None else pending(before.gates.limits, f"its terms were cut to rank {rank}")
-    return before.recounted(rows, counted, size, (said,), gates)
+    return before.recounted(rows, counted, size, (warning,), gates)

@@ -11,8 +11,8 @@ import llmcompress as lc
 from llmcompress.distillation.run import distill
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
-from llmcompress.surgery.depth.choose import chosen_blocks
-from llmcompress.surgery.depth.drop import drop_blocks
+from llmcompress.surgery.block_choice import choose_blocks
+from llmcompress.surgery.drop import drop_blocks
 from scripts.gpu.compression import figure, measured
 from scripts.gpu.given import Given, OutOfTimeError, peaks, restart_peak, wait
 
@@ -30,7 +30,7 @@ def distil(given: Given) -> None:
         raise OutOfTimeError(f"{given.left:.0f} seconds were left, too few for a student that lost blocks")
     short, model = given.work / "short", given.model()
     blocks, count, text = ("1", None, str(given.text())) if given.small else (None, DROPPED, "stdlib")
-    drop_blocks(model, chosen_blocks(model, blocks, count, text=text, device=given.device).blocks, short)
+    drop_blocks(model, choose_blocks(model, blocks, count, text=text, device=given.device).blocks, short)
     _taught(given, "shortened", short)
 
 

@@ -41,7 +41,7 @@ from llmcompress.models.dense.model import load_model
 from llmcompress.pipeline.frontier.budgets import budgets
 from llmcompress.pipeline.frontier.sweep import frontier
 from llmcompress.recipe.read import read_recipe
-from llmcompress.surgery.depth.similarity import alike_blocks
+from llmcompress.surgery.block_choice import alike_blocks
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import dense, matmul
 from llmcompress.weight.nodes import Weight, Zero

@@ -23,7 +23,7 @@ from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.verify import verify
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.runtime.devices import device_of, is_at, kind_of
-from llmcompress.surgery.depth.similarity import alike_blocks
+from llmcompress.surgery.block_choice import alike_blocks
 from llmcompress.weight.expression import decoded, dense, device, matmul
 from llmcompress.weight.nodes import Dense, LowRank, Rotated, Sum, Transposed, Weight, Zero
 from tests.devices.scenarios import kind_of_scenario, scenarios

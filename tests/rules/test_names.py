@@ -79,7 +79,6 @@ UNMENDED = {
     "pipeline",
     "recipe",
     "reporting",
-    "surgery",
     "weight",
 }
 REGISTRIES = ("methods", "losses", "cli", "latents")  # one method, loss, command or strategy a file
@@ -129,6 +128,11 @@ def _is_property(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) ->
     return any(isinstance(name, ast.Name) and name.id.endswith("property") for name in node.decorator_list)
 
 
+def _is_json_record(node: ast.ClassDef | ast.Module) -> bool:
+    bases = node.bases if isinstance(node, ast.ClassDef) else []
+    return any(isinstance(base, ast.Name) and base.id == "JsonRecord" for base in bases)
+
+
 def _is_participle(name: str) -> bool:
     word = name.strip("_")
     if "_" in word or word in NO_PARTICIPLES or word in PUBLIC_API:
@@ -141,7 +145,7 @@ def _lasting_names(module: Module) -> Iterator[tuple[str, int]]:
     for node in ast.walk(module.tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name.strip("_"), node.lineno
-        if isinstance(node, ast.ClassDef | ast.Module):
+        if isinstance(node, ast.ClassDef | ast.Module) and not _is_json_record(node):  # whose fields are keys of files
             for statement in node.body:
                 for target in _targets(statement):
                     yield target.strip("_"), statement.lineno

@@ -13,7 +13,7 @@ kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,26 +23,27 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibration.walk import Progress
-from llmcompress.errors import RecipeError
-from llmcompress.models.dense.experts import DOWN, GATE, UP
-from llmcompress.models.files.staging import check_output
-from llmcompress.runtime.devices import device_of
-from llmcompress.surgery.edited_model import ChangedConfig, Made, changed
-from llmcompress.surgery.experts.finish import finished
-from llmcompress.surgery.experts.mixture import ExpertMixture, open_mixture
-from llmcompress.surgery.experts.report import (
+from llmcompress.errors import InputError, RecipeError, list_names
+from llmcompress.models.dense.experts import DOWN, GATE, UP, Experts, Form
+from llmcompress.models.dense.model import DenseModel
+from llmcompress.surgery.edited_model import ChangedConfig, NewTensor, change_config
+from llmcompress.surgery.experts.job import (
     SAMPLES,
     BlockFate,
+    ExpertsOutcome,
     ExpertsReport,
     Fate,
-    calibration_for,
-    fates,
-    text_for,
+    expert_fates,
+    open_job,
 )
-from llmcompress.surgery.experts.storage import candidates, check_storable, dense_changes, shared_of
-from llmcompress.surgery.experts.usage import Usage, Visit, damage_of, usage, visits
+from llmcompress.surgery.experts.mixture import ExpertMixture, Usage, measure_usage
+from llmcompress.surgery.judged_walk import Visit
 
 NUMBERS = 2**24  # of experts' outputs that are held at a time
+DENSE_LIST, DENSE_FIRST = "mlp_only_layers", "first_k_dense_replace"  # entries of configs, see `dense blocks`
+WIDTH = "intermediate_size"
+SHARED = ("shared_expert", "shared_experts")
+ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 def condense_experts(
@@ -63,12 +64,12 @@ def condense_experts(
     Args:
         model: a folder or a Hub id (`org/name` or `org/name@revision`).
         output: a new or empty folder; None to look at the plan and write nothing.
-        blocks: numbers of the blocks that are condensed; or
-        count: so many of them, those that it changes least.
+        blocks: numbers of the blocks to condense; or
+        count: number of blocks to condense, those that it changes least.
         experts: routed experts that stay in a condensed block, beside the shared ones; by default as many as a token is
             given.
-        text: what is read, as `dataset` of a recipe's calibration.
-        samples: sequences of 512 tokens that are read, a fifth of them to judge on.
+        text: the text to read, as `dataset` of a recipe's calibration.
+        samples: sequences of 512 tokens to read, a fifth of them to judge on.
         revision: a branch, tag or commit of a Hub model.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         progress: receives (blocks walked, blocks, tokens per second).
@@ -82,100 +83,111 @@ def condense_experts(
             serve.
         DiskError: for an output that cannot be written; then nothing is left behind.
     """
-    place = device_of(device)
-    if output is not None:
-        check_output(Path(output), 0)
-    mixture = open_mixture(model, revision)
+    job = open_job(model, output, text, samples, revision, device, progress)
+    mixture = job.mixture
     check_storable(mixture)
-    some = candidates(mixture, blocks, count)
-    each = _check_experts(mixture, mixture.chosen if experts is None else experts)
-    tokens = text_for(mixture, calibration_for(mixture, text, samples))
-    width = _width(mixture, each)
-    change = changed(mixture.source, dense_changes(mixture, some, width))
-    looks = [_looked_at(mixture, visit, some, each, change) for visit in visits(mixture, tokens, place, progress)]
-    costs = {look.block: look.cost for look in looks if look.cost is not None}
-    chosen = sorted(sorted(costs, key=costs.__getitem__)[: len(some) if count is None else count])
-    change = changed(mixture.source, dense_changes(mixture, chosen, width))
-    going = [look.found for look in looks if look.found is not None and look.block in chosen]
-    made = {name: part for one in going for name, part in _made(mixture, one, change).items()}
-    made |= _padded(mixture, change, made)
-    rows = [_fate(mixture, look, look.block in chosen) for look in looks]
-    settings = {"blocks": chosen, "experts": each}
-    return finished("condense", mixture, change, made, tokens, rows, settings, mixture.experts, output)
-
-
-def _check_experts(mixture: ExpertMixture, each: int) -> int:
-    """Return the number of experts that stay on. Raises RecipeError for one that a block does not have."""
+    candidates = candidate_blocks(mixture, blocks, count)
+    each = mixture.chosen if experts is None else experts
     if not 0 < each <= mixture.experts:
         raise RecipeError(
             f"experts is {each}, where a block has {mixture.experts}; give a number from 1 to {mixture.experts}"
         )
-    return each
+    width = _width(mixture, each)
+    change = change_config(mixture.source, _dense_changes(mixture, candidates, width))
+    tried = [_try_block(mixture, visit, candidates, each, change) for visit in job.visits()]
+    costs = {trial.block: trial.damage for trial in tried if trial.damage is not None}
+    chosen = sorted(sorted(costs, key=costs.__getitem__)[: len(candidates) if count is None else count])
+    change = change_config(mixture.source, _dense_changes(mixture, chosen, width))
+    new: dict[str, NewTensor] = {}
+    for trial in tried:
+        if trial.layer is not None and trial.block in chosen:
+            new |= trial.layer.new_tensors(mixture, change)
+    new |= _widen_dense_layers(mixture, change, new)
+    rows = [_block_fate(mixture, trial, trial.block in chosen) for trial in tried]
+    settings = {"blocks": chosen, "experts": each}
+    return job.write(change, new, ExpertsOutcome("condense", settings, mixture.experts, rows))
+
+
+def _width(mixture: ExpertMixture, experts: int) -> int:
+    """Return the neurons of a condensed block."""
+    path = next(iter(mixture.layers.values()))
+    parent = path.rpartition(".")[0]
+    shared = shared_experts(mixture.source.skeleton().get_submodule(parent))
+    parts = [*(f"{parent}.{name}" for name in shared), *[f"{path}.0"] * experts]
+    return sum(mixture.source.tensors[f"{part}.{UP}.weight"].shape[0] for part in parts)
 
 
 @dataclass(frozen=True, eq=False)
-class _Condensed:
-    """A block that is condensed. `path`: of its experts; `shared`: names of its shared experts; `experts`: numbers of
-    the routed ones; `weights`: of the shared ones, then of these."""
+class CondensedLayer:
+    """A dense layer for the experts at `path`. `shared`: names of its shared experts; `experts`: numbers of the routed
+    ones; `weights`: of the shared ones, then of these."""
 
     path: str
     shared: tuple[str, ...]
     experts: tuple[int, ...]
     weights: tuple[float, ...]
 
-    @property
-    def parts(self) -> list[str]:
-        """The module paths of all of them."""
+    def new_tensors(self, mixture: ExpertMixture, change: ChangedConfig) -> dict[str, NewTensor]:
+        """Return the tensors of the layer."""
         parent = self.path.rpartition(".")[0]
-        return [*(f"{parent}.{name}" for name in self.shared), *(f"{self.path}.{number}" for number in self.experts)]
+        width = change.skeleton.get_submodule(parent).get_submodule(UP).get_parameter("weight").shape[0]
+        new = {}
+        for leaf in (GATE, UP, DOWN):
+            matrix = partial(self._matrix, mixture, leaf, width)
+            new[f"{parent}.{leaf}.weight"] = NewTensor(f"{self.path}.0.{leaf}.weight", matrix)
+        return new
+
+    def _matrix(self, mixture: ExpertMixture, leaf: str, width: int) -> Tensor:
+        """Return a matrix of the layer, `width` neurons wide; neurons of no expert are zero."""
+        parent = self.path.rpartition(".")[0]
+        paths = [*(f"{parent}.{name}" for name in self.shared), *(f"{self.path}.{number}" for number in self.experts)]
+        parts = [mixture.source.read(f"{path}.{leaf}.weight") for path in paths]
+        if leaf != DOWN:
+            return _pad(torch.cat(parts), 0, width)
+        scaled = [(part.float() * weight).to(part.dtype) for part, weight in zip(parts, self.weights, strict=True)]
+        return _pad(torch.cat(scaled, 1), 1, width)
 
 
 @dataclass(frozen=True, eq=False)
-class _Look:
-    """A block with experts, and what condensing it would make of it and cost; None where it may not be."""
+class _CondensedBlock:
+    """A block with experts, the layer that condenses it, and the damage of that; None where it is no candidate."""
 
     block: int
-    used: Usage
-    found: _Condensed | None = None
-    cost: float | None = None
+    usage: Usage
+    layer: CondensedLayer | None = None
+    damage: float | None = None
 
 
-def _looked_at(mixture: ExpertMixture, visit: Visit, some: Sequence[int], each: int, change: ChangedConfig) -> _Look:
-    """Condense a loaded block, if it is among `some`, to `each` experts, and return what that costs."""
-    used = usage(visit)
-    if visit.block.index not in some:
-        return _Look(visit.block.index, used)
-    found = _condensed(visit, each)
-    cost = damage_of(visit, change.model(_made(mixture, found, change)), change.skeleton)
-    return _Look(visit.block.index, used, found, cost)
-
-
-def _width(mixture: ExpertMixture, experts: int) -> int:
-    """Return the neurons of a condensed block."""
-    path = next(iter(mixture.layers.values()))
-    parent = mixture.source.skeleton().get_submodule(path.rpartition(".")[0])
-    shared = [f"{path.rpartition('.')[0]}.{name}" for name in shared_of(parent)]
-    wide = {part: mixture.source.tensors[f"{part}.{UP}.weight"].shape[0] for part in (*shared, f"{path}.0")}
-    return sum(wide[part] for part in shared) + experts * wide[f"{path}.0"]
+def _try_block(
+    mixture: ExpertMixture, visit: Visit, candidates: Sequence[int], each: int, change: ChangedConfig
+) -> _CondensedBlock:
+    """Condense a loaded block to `each` experts, if it is a candidate, and measure the damage."""
+    block = visit.block.index
+    usage = measure_usage(visit, mixture.experts_of(visit))
+    if block not in candidates:
+        return _CondensedBlock(block, usage)
+    layer = _choose_experts(mixture, visit, each)
+    damage = visit.damage_by(change.model(layer.new_tensors(mixture, change)), change.skeleton)
+    return _CondensedBlock(block, usage, layer, damage)
 
 
 @torch.no_grad()
-def _condensed(visit: Visit, count: int) -> _Condensed:
+def _choose_experts(mixture: ExpertMixture, visit: Visit, count: int) -> CondensedLayer:
     """Choose `count` experts of a block, and the constant weights."""
-    parent = visit.path.rpartition(".")[0]
-    module = visit.block.module.get_submodule(parent.removeprefix(f"{visit.block.path}."))
-    shared = shared_of(module)
-    products = _products(visit, module, [*shared.values(), *visit.experts])
+    path = mixture.layers[visit.block.index]
+    module = visit.block.module.get_submodule(path.rpartition(".")[0].removeprefix(f"{visit.block.path}."))
+    shared = shared_experts(module)
+    products = _products(visit, module, [*shared.values(), *mixture.experts_of(visit)])
     chosen = list(range(len(shared)))
     for _ in range(count):
-        rest = [one for one in range(len(products) - 1) if one not in chosen]
-        chosen.append(min(rest, key=lambda one: float(fitted(products, [*chosen, one])[1])))
-    weights, _ = fitted(products, chosen)
-    numbers = tuple(one - len(shared) for one in chosen[len(shared) :])
-    return _Condensed(visit.path, tuple(shared), numbers, tuple(weights.tolist()))
+        rest = [number for number in range(len(products) - 1) if number not in chosen]
+        chosen.append(min(rest, key=lambda number: float(fit_weights(products, [*chosen, number])[1])))
+    weights, _ = fit_weights(products, chosen)
+    experts = tuple(number - len(shared) for number in chosen[len(shared) :])
+    return CondensedLayer(path, tuple(shared), experts, tuple(weights.tolist()))
 
 
-def fitted(products: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+def fit_weights(products: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return the weights of the `chosen` outputs whose sum comes closest to the target, and the squared distance.
 
     `products`: of all outputs with each other, float64 `[outputs + 1, outputs + 1]`, the target last.
@@ -187,17 +199,19 @@ def fitted(products: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def _products(visit: Visit, module: nn.Module, parts: Sequence[nn.Module]) -> Tensor:
-    """Return the products of the outputs that `parts` have on all tokens, and of that of the `module` that they are
-    in, with each other, as `fitted` reads them; tokens are divided by the norm of the block's output."""
+    """Return the products of the outputs of `parts` and, last, of their `module`, as `fit_weights` reads them.
+
+    They are summed over all tokens, each divided by the norm of the block's output.
+    """
     total = torch.zeros(len(parts) + 1, len(parts) + 1, dtype=torch.float64)
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def keep_call(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.append((args[0].flatten(0, -2), (output[0] if isinstance(output, tuple) else output).flatten(0, -2)))
 
-    handle = module.register_forward_hook(keep)
+    handle = module.register_forward_hook(keep_call)
     try:
-        for batch in (batch for batch in visit.batches if not batch.held_out):
+        for batch in visit.calibrating:
             output = visit.run(visit.block.hidden[batch.rows], batch.rows)
             inputs, target = seen.pop()
             norms = output.flatten(0, 1).norm(dim=-1, keepdim=True).clamp_min(1e-30)
@@ -211,56 +225,116 @@ def _products(visit: Visit, module: nn.Module, parts: Sequence[nn.Module]) -> Te
     return total
 
 
-def _made(mixture: ExpertMixture, one: _Condensed, change: ChangedConfig) -> dict[str, Made]:
-    """Return the tensors of the dense layer that stands for a block's experts."""
-    parent = one.path.rpartition(".")[0]
-    wide = change.skeleton.get_submodule(parent).get_submodule(UP).get_parameter("weight").shape[0]
-    return {
-        f"{parent}.{leaf}.weight": Made(f"{one.path}.0.{leaf}.weight", partial(_folded, mixture, one, leaf, wide))
-        for leaf in (GATE, UP, DOWN)
-    }
+def _widen_dense_layers(
+    mixture: ExpertMixture, change: ChangedConfig, new: Mapping[str, NewTensor]
+) -> dict[str, NewTensor]:
+    """Return the matrices of the model's own dense layers, as wide as the condensed ones."""
+    source, wider = mixture.source, {}
+    for name, header in change.model(new).tensors.items():
+        before = source.tensors.get(name)
+        if name in new or before is None or before.shape == header.shape:
+            continue
+        axis = next(axis for axis, size in enumerate(header.shape) if before.shape[axis] != size)
+        wider[name] = NewTensor(name, partial(_read_padded, source, name, axis, header.shape[axis]))
+    return wider
 
 
-def _folded(mixture: ExpertMixture, one: _Condensed, leaf: str, width: int) -> Tensor:
-    """Return a matrix of the dense layer, `width` neurons wide; what is left of them is zero."""
-    parts = [mixture.source.read(f"{part}.{leaf}.weight") for part in one.parts]
-    if leaf != DOWN:
-        return _wider(torch.cat(parts), 0, width)
-    scaled = [(part.float() * weight).to(part.dtype) for part, weight in zip(parts, one.weights, strict=True)]
-    return _wider(torch.cat(scaled, 1), 1, width)
+def _read_padded(source: DenseModel, name: str, axis: int, width: int) -> Tensor:
+    return _pad(source.read(name), axis, width)
 
 
-def _wider(matrix: Tensor, axis: int, width: int) -> Tensor:
+def _pad(matrix: Tensor, axis: int, width: int) -> Tensor:
     """Return a matrix with zeros appended along an axis, up to that width."""
     size = list(matrix.shape)
     size[axis] = width - size[axis]
     return torch.cat([matrix, matrix.new_zeros(size)], axis)
 
 
-def _padded(mixture: ExpertMixture, change: ChangedConfig, made: dict[str, Made]) -> dict[str, Made]:
-    """Return the matrices of dense layers that were there before, as wide as the condensed ones."""
-    found = {}
-    for name, header in change.model(made).tensors.items():
-        before = mixture.source.tensors.get(name)
-        if name in made or before is None or before.shape == header.shape:
-            continue
-        axis = next(axis for axis, size in enumerate(header.shape) if before.shape[axis] != size)
-        found[name] = Made(name, partial(_longer, mixture, name, axis, header.shape[axis]))
-    return found
-
-
-def _longer(mixture: ExpertMixture, name: str, axis: int, width: int) -> Tensor:
-    return _wider(mixture.source.read(name), axis, width)
-
-
-def _fate(mixture: ExpertMixture, look: _Look, is_chosen: bool) -> BlockFate:
+def _block_fate(mixture: ExpertMixture, trial: _CondensedBlock, is_chosen: bool) -> BlockFate:
     """Return the row of a block in the report."""
-    path, found = mixture.layers[look.block], look.found
-    if found is None or look.cost is None or not is_chosen:
-        fate: dict[int, Fate] = dict.fromkeys(range(mixture.experts), "kept")
-        numbers = {one: one for one in fate}
-        return BlockFate(look.block, path, 0.0, fates(look.used, fate, becomes=numbers), considered=look.cost)
-    shared, routed = found.weights[: len(found.shared)], found.weights[len(found.shared) :]
-    fate = {one: "folded" if one in found.experts else "dropped" for one in range(mixture.experts)}
-    weights = dict(zip(found.experts, routed, strict=True))
-    return BlockFate(look.block, path, look.cost, fates(look.used, fate, weight=weights), shared, look.cost)
+    path, layer, numbers = mixture.layers[trial.block], trial.layer, range(mixture.experts)
+    if layer is None or trial.damage is None or not is_chosen:
+        stays: dict[int, Fate] = dict.fromkeys(numbers, "kept")
+        rows = expert_fates(trial.usage, stays, becomes={number: number for number in numbers})
+        return BlockFate(trial.block, path, 0.0, rows, considered=trial.damage)
+    shared, routed = layer.weights[: len(layer.shared)], layer.weights[len(layer.shared) :]
+    fate: dict[int, Fate] = {number: "folded" if number in layer.experts else "dropped" for number in numbers}
+    rows = expert_fates(trial.usage, fate, weight=dict(zip(layer.experts, routed, strict=True)))
+    return BlockFate(trial.block, path, trial.damage, rows, shared, trial.damage)
+
+
+# --- dense blocks -----------------------------------------------------------------------------------------------------
+# A config names them by a list (`mlp_only_layers` of Qwen's mixtures), or by the number of those that come first
+# (`first_k_dense_replace` of DeepSeek's kind). All have one width.
+
+
+def check_storable(mixture: ExpertMixture) -> None:
+    """Raise InputError for a type of model that has no dense blocks, or other experts than dense layers have."""
+    settings, kind = mixture.settings, mixture.source.config.model_type
+    if not _lists_dense_blocks(mixture) and not isinstance(getattr(settings, DENSE_FIRST, None), int):
+        raise InputError(
+            f"a config of model type {kind!r} cannot say that some of its blocks have no experts, so a condensed "
+            f"model would not load; prune or replace its experts instead"
+        )
+    skeleton = mixture.source.skeleton()
+    for path in mixture.layers.values():
+        parent = skeleton.get_submodule(path.rpartition(".")[0])
+        experts = skeleton.get_submodule(path)
+        form = experts.form if isinstance(experts, Experts) else Form(gated=False)
+        known = {path.rpartition(".")[2], *SHARED, *ROUTERS}
+        others = [name for name, child in parent.named_children() if name not in known and list(child.parameters())]
+        if others or form.biased or form.sorted or not form.gated:
+            raise InputError(
+                f"{path} of {mixture.source.name} is not built of plain gated experts, so no dense layer can stand for "
+                f"it; prune or replace its experts instead"
+            )
+
+
+def candidate_blocks(mixture: ExpertMixture, blocks: Iterable[int] | None, count: int | None) -> tuple[int, ...]:
+    """Return the blocks that may be condensed: those of `blocks`, else all, or the first `count` where only the first
+    ones can be dense. Raises RecipeError for blocks that cannot."""
+    with_experts = sorted(mixture.layers)
+    if (blocks is None) == (count is None):
+        raise RecipeError("give either the blocks to condense or how many, exactly one of them")
+    first_only = not _lists_dense_blocks(mixture)
+    if count is not None:
+        if not 0 < count <= len(with_experts):
+            raise RecipeError(
+                f"{count} of the {len(with_experts)} blocks with experts cannot be condensed; name at least one"
+            )
+        return tuple(with_experts[:count] if first_only else with_experts)
+    wanted = sorted(set(blocks or ()))
+    absent = [number for number in wanted if number not in mixture.layers]
+    if absent or not wanted:
+        raise RecipeError(
+            f"block {list_names(map(str, absent))} of {mixture.source.name} has no experts; those with some are "
+            f"{list_names(map(str, with_experts), 100)}"
+        )
+    if first_only and wanted != with_experts[: len(wanted)]:
+        raise RecipeError(
+            f"only the first blocks of model type {mixture.source.config.model_type!r} can be dense ({DENSE_FIRST}); "
+            f"condense {', '.join(map(str, with_experts[: len(wanted)]))} instead, or fewer"
+        )
+    return tuple(wanted)
+
+
+def _lists_dense_blocks(mixture: ExpertMixture) -> bool:
+    """True if any block can be dense, False if only the first ones can."""
+    return isinstance(getattr(mixture.settings, DENSE_LIST, None), list)
+
+
+def _dense_changes(mixture: ExpertMixture, blocks: Sequence[int], width: int) -> dict[str, Any]:
+    """Return the entries of a config in which `blocks` are dense too, `width` wide or as wide as other dense ones."""
+    settings = mixture.settings
+    leaf = next(iter(mixture.layers.values())).rpartition(".")[0].rpartition(".")[2]
+    others = [block.path for number, block in enumerate(mixture.arch.blocks) if number not in mixture.layers]
+    if any(f"{path}.{leaf}.{GATE}.weight" in mixture.source.tensors for path in others):
+        width = max(width, getattr(settings, WIDTH))
+    if _lists_dense_blocks(mixture):
+        return {DENSE_LIST: sorted({*getattr(settings, DENSE_LIST), *blocks}), WIDTH: width}
+    return {DENSE_FIRST: max(blocks) + 1, WIDTH: width}
+
+
+def shared_experts(parent: nn.Module) -> dict[str, nn.Module]:
+    """Return the shared experts beside the routed ones, by name."""
+    return {name: child for name, child in parent.named_children() if name in SHARED}

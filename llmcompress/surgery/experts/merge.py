@@ -20,25 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibration.walk import Progress
-from llmcompress.models.dense.experts import DOWN
+from llmcompress.models.dense.experts import DOWN, Experts
 from llmcompress.models.dense.model import DenseModel
-from llmcompress.models.files.staging import check_output
-from llmcompress.runtime.devices import device_of
-from llmcompress.surgery.edited_model import Made
-from llmcompress.surgery.experts.finish import finished
-from llmcompress.surgery.experts.mixture import number_of, open_mixture
-from llmcompress.surgery.experts.prune import Smaller, smaller
-from llmcompress.surgery.experts.report import (
+from llmcompress.surgery.edited_model import NewTensor
+from llmcompress.surgery.experts.job import (
     SAMPLES,
-    BlockFate,
     ExpertFate,
+    ExpertsOutcome,
     ExpertsReport,
     Fate,
-    calibration_for,
-    fates,
-    text_for,
+    expert_fates,
+    open_job,
 )
-from llmcompress.surgery.experts.usage import Usage, Visit, damage_of, usage, visits
+from llmcompress.surgery.experts.mixture import measure_usage
+from llmcompress.surgery.experts.prune import plan_fewer_experts
+from llmcompress.surgery.judged_walk import Visit
 
 Clusters = tuple[tuple[int, ...], ...]  # of experts, the most used one first; in the order of the most used ones
 
@@ -60,8 +56,8 @@ def merge_experts(
         model: a folder or a Hub id (`org/name` or `org/name@revision`).
         output: a new or empty folder; None to look at the plan and write nothing.
         keep: experts that each block has then, or their share below 1.
-        text: what is read, as `dataset` of a recipe's calibration.
-        samples: sequences of 512 tokens that are read, a fifth of them to judge on.
+        text: the text to read, as `dataset` of a recipe's calibration.
+        samples: sequences of 512 tokens to read, a fifth of them to judge on.
         revision: a branch, tag or commit of a Hub model.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         progress: receives (blocks walked, blocks, tokens per second).
@@ -74,38 +70,41 @@ def merge_experts(
         InputError: for a model that is no mixture or is damaged, and for text that cannot serve.
         DiskError: for an output that cannot be written; then nothing is left behind.
     """
-    place = device_of(device)
-    if output is not None:
-        check_output(Path(output), 0)
-    mixture = open_mixture(model, revision)
-    plan = smaller(mixture, number_of(keep, mixture.experts, "keep"))
-    tokens = text_for(mixture, calibration_for(mixture, text, samples))
-    blocks: list[BlockFate] = []
-    made: dict[str, Made] = {}
-    for visit in visits(mixture, tokens, place, progress):
-        used = usage(visit)
-        clusters = clustered(mean_outputs(visit), used.counts, plan.keep, mixture.groups)
-        mine = _made(plan, visit, used, clusters)
-        cost = damage_of(visit, plan.change.model(mine), plan.change.skeleton)
-        blocks.append(BlockFate(visit.block.index, visit.path, cost, _fates(used, clusters)))
-        made |= mine
-    return finished("merge", mixture, plan.change, made, tokens, blocks, {"keep": plan.keep}, plan.keep, output)
+    job = open_job(model, output, text, samples, revision, device, progress)
+    mixture = job.mixture
+    plan = plan_fewer_experts(mixture, job.count_of(keep, "keep"))
+
+    def treat(visit: Visit) -> tuple[dict[str, NewTensor], tuple[ExpertFate, ...]]:
+        path, experts = mixture.layers[visit.block.index], mixture.experts_of(visit)
+        usage = measure_usage(visit, experts)
+        clusters = cluster_experts(mean_outputs(visit, experts), usage.counts, plan.keep, mixture.groups)
+        new = plan.new_tensors(path, tuple(members[0] for members in clusters))
+        for number, members in enumerate(clusters):
+            if len(members) > 1:
+                new |= _averages(mixture.source, new, f"{path}.{number}", _orders(experts, members), usage.counts)
+        fate: dict[int, Fate] = {
+            number: "merged" if len(members) > 1 else "kept" for members in clusters for number in members
+        }
+        becomes = {old: number for number, members in enumerate(clusters) for old in members}
+        return new, expert_fates(usage, fate, becomes=becomes)
+
+    new, blocks = job.change_blocks(plan.change, treat)
+    return job.write(plan.change, new, ExpertsOutcome("merge", {"keep": plan.keep}, plan.keep, blocks))
 
 
 @torch.no_grad()
-def mean_outputs(visit: Visit) -> Tensor:
+def mean_outputs(visit: Visit, experts: Experts) -> Tensor:
     """Return the mean output of each expert over all tokens of the calibration, float64 `[experts, width]`."""
-    experts = visit.experts
     seen: list[Tensor] = []
 
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = (*args, *kwargs.values())[0]
         seen.append(x.view(len(experts), -1, x.shape[-1]).sum(0) if experts.form.sorted else x)
 
-    handle = experts.register_forward_pre_hook(keep, with_kwargs=True)
+    handle = experts.register_forward_pre_hook(keep_input, with_kwargs=True)
     total, count = torch.zeros(len(experts), visit.block.hidden.shape[2], dtype=torch.float64), 0
     try:
-        for batch in (batch for batch in visit.batches if not batch.held_out):
+        for batch in visit.calibrating:
             visit.run(visit.block.hidden[batch.rows], batch.rows)
             x = seen.pop()
             total += torch.stack([expert(x).sum(0, dtype=torch.float64) for expert in experts]).cpu()
@@ -115,7 +114,7 @@ def mean_outputs(visit: Visit) -> Tensor:
     return total / count
 
 
-def clustered(features: Tensor, counts: Tensor, keep: int, groups: int) -> Clusters:
+def cluster_experts(features: Tensor, counts: Tensor, keep: int, groups: int) -> Clusters:
     """Return `keep` clusters of experts with alike `features [experts, n]`, as many in each group of the router.
 
     `counts [experts]`: tokens given to each, by which the first of a cluster is chosen.
@@ -123,51 +122,50 @@ def clustered(features: Tensor, counts: Tensor, keep: int, groups: int) -> Clust
     from scipy.cluster.hierarchy import cut_tree, linkage
 
     size = len(features) // groups
-    found: list[tuple[int, ...]] = []
+    clusters: list[tuple[int, ...]] = []
     for start in range(0, len(features), size):
         labels = cut_tree(linkage(features[start : start + size].numpy(), "average"), keep // groups)[:, 0]
         for label in sorted(set(labels.tolist())):
             members = [start + number for number in range(size) if labels[number] == label]
-            found.append(tuple(sorted(members, key=lambda number: (-int(counts[number]), number))))
-    return tuple(sorted(found))
-
-
-def _fates(used: Usage, clusters: Clusters) -> tuple[ExpertFate, ...]:
-    """Return the rows of the report."""
-    fate: dict[int, Fate] = {one: "merged" if len(each) > 1 else "kept" for each in clusters for one in each}
-    return fates(used, fate, becomes={one: new for new, each in enumerate(clusters) for one in each})
-
-
-def _made(plan: Smaller, visit: Visit, used: Usage, clusters: Clusters) -> dict[str, Made]:
-    """Return the tensors of a block whose clusters are merged."""
-    source, path = plan.mixture.source, visit.path
-    made = plan.made(path, tuple(each[0] for each in clusters))
-    for new, members in enumerate(clusters):
-        if len(members) == 1:
-            continue
-        orders = {one: _order(visit, members[0], one) for one in members}
-        counts = used.counts[list(members)].double()
-        shares = counts / counts.sum() if counts.any() else torch.full_like(counts, 1 / len(members))
-        weights = dict(zip(members, shares.tolist(), strict=True))
-        for name in [name for name in made if name.startswith(f"{path}.{new}.")]:
-            leaf = name.removeprefix(f"{path}.{new}.")
-            made[name] = Made(made[name].like, partial(_average, source, path, leaf, orders, weights))
-    return made
+            clusters.append(tuple(sorted(members, key=lambda number: (-int(counts[number]), number))))
+    return tuple(sorted(clusters))
 
 
 @torch.no_grad()
-def _order(visit: Visit, first: int, other: int) -> Tensor:
-    """Return the neurons of an expert, `[width]`, in the order in which they match those of the first one best."""
+def _orders(experts: Experts, members: tuple[int, ...]) -> dict[int, Tensor]:
+    """Return the neurons `[width]` of each member, in the order in which they match those of the first one best."""
     from scipy.optimize import linear_sum_assignment
 
-    ours, theirs = (
-        torch.cat([value.detach().T if name.startswith(DOWN) else value.detach() for name, value in weights], 1)
-        for weights in (
-            [pair for pair in visit.experts[number].named_parameters() if pair[0].endswith(".weight")]
-            for number in (first, other)
-        )
-    )
-    return torch.from_numpy(linear_sum_assignment((ours @ theirs.T).cpu().numpy(), maximize=True)[1])
+    first, orders = _neurons(experts[members[0]]), {}
+    for number in members:
+        products = (first @ _neurons(experts[number]).T).cpu().numpy()
+        orders[number] = torch.from_numpy(linear_sum_assignment(products, maximize=True)[1])
+    return orders
+
+
+def _neurons(expert: nn.Module) -> Tensor:
+    """Return the weights of each neuron, `[width, weights]`."""
+    weights = [(name, value.detach()) for name, value in expert.named_parameters() if name.endswith(".weight")]
+    return torch.cat([value.T if name.startswith(DOWN) else value for name, value in weights], 1)
+
+
+def _averages(
+    source: DenseModel, new: Mapping[str, NewTensor], path: str, orders: Mapping[int, Tensor], counts: Tensor
+) -> dict[str, NewTensor]:
+    """Return the tensors of the expert at `path`, the average of several weighed by their `counts` of tokens.
+
+    `new`: its tensors before; `orders`: the neurons of those experts.
+    """
+    shares = counts[list(orders)].double()
+    shares = shares / shares.sum() if shares.any() else torch.full_like(shares, 1 / len(orders))
+    weights = dict(zip(orders, shares.tolist(), strict=True))
+    averages = {}
+    for name, tensor in new.items():
+        if name.startswith(f"{path}."):
+            leaf = name.removeprefix(f"{path}.")
+            read = partial(_average, source, path.rpartition(".")[0], leaf, orders, weights)
+            averages[name] = NewTensor(tensor.like, read)
+    return averages
 
 
 def _average(

@@ -1,13 +1,14 @@
-"""A mixture of experts on disk: its blocks with experts, how many there are, and how many a token gets.
-
-Nothing here reads weights.
-"""
+"""A mixture of experts on disk, and the use that its routers make of experts on a text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from llmcompress.calibration.dry_run import rehearsed
 from llmcompress.errors import InputError, RecipeError, list_names
@@ -16,10 +17,13 @@ from llmcompress.models.dense.families import Architecture, architecture
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import DenseModel, open_source
 from llmcompress.models.dense.remote_code import MODEL, TOKENIZER, needs_code
+from llmcompress.runtime.seeding import generator
+from llmcompress.surgery.judged_walk import Visit
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # entries of configs
 CHOSEN = ("num_experts_per_tok", "moe_k")  # experts of a token
 GROUPS = "n_group"  # of experts: a token first chooses some of the groups
+BY = ("reap", "frequency", "random")  # scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,14 @@ class ExpertMixture:
         """The config of the part of the model that reads text."""
         return self.source.config.get_text_config(decoder=True)
 
+    def experts_of(self, visit: Visit) -> Experts:
+        """Return the experts of a loaded block."""
+        path = self.layers[visit.block.index]
+        experts = visit.block.module.get_submodule(path.removeprefix(f"{visit.block.path}."))
+        if not isinstance(experts, Experts):
+            raise InputError(f"{path} holds no experts; choose another model")
+        return experts
+
 
 def open_mixture(model: str | Path, revision: str | None = None) -> ExpertMixture:
     """Return the mixture that `model` names, checked by its config and tensor headers alone.
@@ -55,14 +67,14 @@ def open_mixture(model: str | Path, revision: str | None = None) -> ExpertMixtur
     source = open_source(place)
     skeleton = source.skeleton()
     arch = architecture(source.config, skeleton)
-    found = experts_of(skeleton)
-    layers = _by_block(found, arch, source.name)
+    experts = experts_of(skeleton)
+    layers = _by_block(experts, arch, source.name)
     if not layers:
         raise InputError(
             f"{source.name} is no mixture of experts (model type {source.config.model_type!r}), so it has none to "
             f"take away; choose a mixture, or `llmcompress drop` for its blocks"
         )
-    counts = sorted({found[path].num_experts for path in layers.values()})
+    counts = sorted({experts[path].num_experts for path in layers.values()})
     settings = source.config.get_text_config(decoder=True)
     chosen = next((getattr(settings, key) for key in CHOSEN if isinstance(getattr(settings, key, None), int)), None)
     if len(counts) != 1 or chosen is None:
@@ -75,10 +87,10 @@ def open_mixture(model: str | Path, revision: str | None = None) -> ExpertMixtur
     return ExpertMixture(source, arch, layers, counts[0], chosen, getattr(settings, GROUPS, None) or 1)
 
 
-def _by_block(found: dict[str, Experts], arch: Architecture, name: str) -> dict[int, str]:
+def _by_block(experts: dict[str, Experts], arch: Architecture, name: str) -> dict[int, str]:
     """Return the module path of the experts of each block. Raises InputError for a block with two lists of them."""
     layers: dict[int, str] = {}
-    for path in found:
+    for path in experts:
         number = next((i for i, block in enumerate(arch.blocks) if path.startswith(f"{block.path}.")), None)
         if number is None or number in layers:
             raise InputError(
@@ -89,11 +101,76 @@ def _by_block(found: dict[str, Experts], arch: Architecture, name: str) -> dict[
     return layers
 
 
-def number_of(asked: float, total: int, option: str) -> int:
-    """Return the number of experts that a share below 1, or a count, stands for. Raises RecipeError for neither."""
-    if not 0 < asked < total or (asked >= 1 and asked != int(asked)):
-        raise RecipeError(
-            f"{option} is {asked:g}, where a block has {total} experts; give a share below 1, or a whole number from 1 "
-            f"to {total - 1}"
-        )
-    return max(1, round(asked * total)) if asked < 1 else int(asked)
+# --- the use of experts -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExpertScore:
+    """The worth of experts, by which some go. Raises RecipeError for another name.
+
+    `reap`: the mean over an expert's tokens of the router's weight times the norm of its output (REAP, arXiv
+    2510.13999), 0 without tokens; `frequency`: the share of all tokens that are routed to it; `random`: the control,
+    drawn by `seed`.
+    """
+
+    by: str = "reap"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.by not in BY:
+            raise RecipeError(f"by is {self.by!r}; choose one of {', '.join(BY)}")
+
+    def values(self, usage: Usage, path: str) -> Tensor:
+        """Return the scores of the experts at `path`, float64 `[experts]`."""
+        if self.by == "random":
+            return torch.rand(len(usage.counts), dtype=torch.float64, generator=generator(self.seed, path))
+        if self.by == "frequency":
+            return usage.counts.double() / usage.tokens
+        return usage.outputs / usage.counts.clamp_min(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Usage:
+    """The use of a block's experts on the calibration text, each a tensor `[experts]`.
+
+    `counts`: tokens routed to it; `weights`: the sum of the router's weights for it; `outputs`: the sum of weight times
+    norm of its output. Where inputs are scaled by these weights (Llama 4), each weight counts as 1.
+    """
+
+    tokens: int
+    counts: Tensor
+    weights: Tensor
+    outputs: Tensor
+
+
+@torch.no_grad()
+def measure_usage(visit: Visit, experts: Experts) -> Usage:
+    """Return the use of a loaded block's experts on the calibration text."""
+    tokens = sum(batch.size for batch in visit.calibrating) * visit.block.hidden.shape[1]
+    zeros = partial(torch.zeros, experts.num_experts)
+    usage = Usage(tokens, zeros(dtype=torch.long), zeros(dtype=torch.float64), zeros(dtype=torch.float64))
+    routes: list[tuple[Any, ...]] = []  # of the call at hand: the numbers and weights of each token's experts
+
+    def see_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        routes[:] = [(*args, *kwargs.values())[1:]]
+
+    def add_output(number: int, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Add the output `[tokens, width]` of an expert on its tokens, in their order."""
+        norms = output.double().norm(dim=-1).cpu()
+        weights = torch.ones_like(norms)
+        if len(routes[0]) == 2:
+            index, given = routes[0]
+            weights = given[index == number].double().cpu()
+        usage.counts[number] += len(norms)
+        usage.weights[number] += weights.sum()
+        usage.outputs[number] += (weights * norms).sum()
+
+    handles = [experts.register_forward_pre_hook(see_call, with_kwargs=True)]
+    handles += [expert.register_forward_hook(partial(add_output, number)) for number, expert in enumerate(experts)]
+    try:
+        for batch in visit.calibrating:
+            visit.run(visit.block.hidden[batch.rows], batch.rows)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return usage

@@ -7,7 +7,6 @@ order. Where routers choose groups first, each group keeps as many.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,21 +16,18 @@ from torch import Tensor
 
 from llmcompress.calibration.walk import Progress
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.models.files.staging import check_output
-from llmcompress.runtime.devices import device_of
-from llmcompress.surgery.edited_model import ChangedConfig, Made, changed
-from llmcompress.surgery.experts.finish import finished
-from llmcompress.surgery.experts.mixture import COUNTS, ExpertMixture, number_of, open_mixture
-from llmcompress.surgery.experts.report import (
+from llmcompress.surgery.edited_model import ChangedConfig, NewTensor, change_config, select_entries
+from llmcompress.surgery.experts.job import (
     SAMPLES,
-    BlockFate,
+    ExpertFate,
+    ExpertsOutcome,
     ExpertsReport,
     Fate,
-    calibration_for,
-    fates,
-    text_for,
+    expert_fates,
+    open_job,
 )
-from llmcompress.surgery.experts.usage import check_by, damage_of, usage, visits
+from llmcompress.surgery.experts.mixture import COUNTS, ExpertMixture, ExpertScore, measure_usage
+from llmcompress.surgery.judged_walk import Visit
 
 GROUP_LEAST = 2  # a group is chosen by its two best experts (DeepSeek-V3)
 
@@ -55,10 +51,10 @@ def prune_experts(
         model: a folder or a Hub id (`org/name` or `org/name@revision`).
         output: a new or empty folder; None to look at the plan and write nothing.
         keep: experts that stay in each block, or their share below 1.
-        by: `reap`, `frequency`, or `random` as a control; see `Usage.scores`.
-        text: what is read, as `dataset` of a recipe's calibration.
-        samples: sequences of 512 tokens that are read, a fifth of them to judge on.
-        seed: of `random`.
+        by: `reap`, `frequency`, or `random` as a control; see `surgery/experts/mixture.py`.
+        text: the text to read, as `dataset` of a recipe's calibration.
+        samples: sequences of 512 tokens to read, a fifth of them to judge on.
+        seed: random seed of `by="random"`.
         revision: a branch, tag or commit of a Hub model.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         progress: receives (blocks walked, blocks, tokens per second).
@@ -71,32 +67,27 @@ def prune_experts(
         InputError: for a model that is no mixture or is damaged, and for text that cannot serve.
         DiskError: for an output that cannot be written; then nothing is left behind.
     """
-    place = device_of(device)
-    check_by(by)
-    if output is not None:
-        check_output(Path(output), 0)
-    mixture = open_mixture(model, revision)
-    plan = smaller(mixture, number_of(keep, mixture.experts, "keep"))
-    tokens = text_for(mixture, calibration_for(mixture, text, samples))
-    blocks: list[BlockFate] = []
-    made: dict[str, Made] = {}
-    for visit in visits(mixture, tokens, place, progress):
-        used = usage(visit)
-        scores = used.scores(by, seed, visit.path)
-        kept = _best(scores, plan.keep, mixture.groups)
-        mine = plan.made(visit.path, kept)
-        cost = damage_of(visit, plan.change.model(mine), plan.change.skeleton)
+    score = ExpertScore(by, seed)
+    job = open_job(model, output, text, samples, revision, device, progress)
+    mixture = job.mixture
+    plan = plan_fewer_experts(mixture, job.count_of(keep, "keep"))
+
+    def treat(visit: Visit) -> tuple[dict[str, NewTensor], tuple[ExpertFate, ...]]:
+        path, usage = mixture.layers[visit.block.index], measure_usage(visit, mixture.experts_of(visit))
+        scores = score.values(usage, path)
+        kept = _best_experts(scores, plan.keep, mixture.groups)
         fate: dict[int, Fate] = {number: "kept" if number in kept else "dropped" for number in range(mixture.experts)}
         becomes = {old: new for new, old in enumerate(kept)}
-        blocks.append(BlockFate(visit.block.index, visit.path, cost, fates(used, fate, scores, becomes=becomes)))
-        made |= mine
+        return plan.new_tensors(path, kept), expert_fates(usage, fate, scores, becomes=becomes)
+
+    new, blocks = job.change_blocks(plan.change, treat)
     settings = {"keep": plan.keep, "by": by, "seed": seed}
-    return finished("prune", mixture, plan.change, made, tokens, blocks, settings, plan.keep, output)
+    return job.write(plan.change, new, ExpertsOutcome("prune", settings, plan.keep, blocks))
 
 
 @dataclass(frozen=True, eq=False)
-class Smaller:
-    """The mixture with `keep` experts in each block. `axes`: the dimension that numbers experts of each tensor outside
+class FewerExperts:
+    """The mixture with `keep` experts in each block. `axes`: the dimension that numbers experts, of each tensor outside
     them that has one."""
 
     mixture: ExpertMixture
@@ -104,35 +95,28 @@ class Smaller:
     change: ChangedConfig
     axes: dict[str, int]
 
-    def made(self, path: str, kept: tuple[int, ...]) -> dict[str, Made]:
-        """Return the tensors of the block whose experts at `path` are to be the `kept` ones."""
-        source, block = self.mixture.source, self._block(path)
-        made = {}
+    def new_tensors(self, path: str, numbers: tuple[int, ...]) -> dict[str, NewTensor]:
+        """Return the tensors of a block that has only these of its experts at `path`."""
+        source = self.mixture.source
+        block = next(f"{block.path}." for block in self.mixture.arch.blocks if path.startswith(f"{block.path}."))
+        new = {}
         for name in source.tensors:
             if name.startswith(f"{path}."):
                 number, _, leaf = name.removeprefix(f"{path}.").partition(".")
-                if int(number) in kept:
-                    new = f"{path}.{kept.index(int(number))}.{leaf}"
-                    made[new] = Made(name, partial(source.read, name))
+                if int(number) in numbers:
+                    new[f"{path}.{numbers.index(int(number))}.{leaf}"] = NewTensor(name, partial(source.read, name))
             elif name in self.axes and name.startswith(block):
-                made[name] = Made(name, partial(_picked, source.read, name, self.axes[name], kept))
-        return made
-
-    def _block(self, path: str) -> str:
-        return next(f"{block.path}." for block in self.mixture.arch.blocks if path.startswith(f"{block.path}."))
+                rows = partial(select_entries, source, name, self.axes[name], torch.tensor(numbers))
+                new[name] = NewTensor(name, rows)
+        return new
 
 
-def _picked(read: Callable[[str], Tensor], name: str, axis: int, kept: tuple[int, ...]) -> Tensor:
-    """Return the entries of the kept experts of a router's tensor."""
-    return read(name).index_select(axis, torch.tensor(kept))
-
-
-def smaller(mixture: ExpertMixture, keep: int) -> Smaller:
-    """Return the mixture with fewer experts. Raises RecipeError where its routers could not choose from so few."""
+def plan_fewer_experts(mixture: ExpertMixture, keep: int) -> FewerExperts:
+    """Return the mixture with `keep` experts. Raises RecipeError where its routers could not choose from so few."""
     _check_count(mixture, keep)
     source, settings = mixture.source, mixture.settings
     changes = {key: keep for key in COUNTS if getattr(settings, key, None) == mixture.experts}
-    change = changed(source, changes)
+    change = change_config(source, changes)
     before = {name: tuple(value.shape) for name, value in source.skeleton().state_dict().items()}
     after = {name: tuple(value.shape) for name, value in change.skeleton.state_dict().items()}
     axes = {}
@@ -154,7 +138,7 @@ def smaller(mixture: ExpertMixture, keep: int) -> Smaller:
                 f"{parent} of {source.name} has no router with an entry for each of its {mixture.experts} experts; "
                 f"choose another model"
             )
-    return Smaller(mixture, keep, change, axes)
+    return FewerExperts(mixture, keep, change, axes)
 
 
 def _check_count(mixture: ExpertMixture, keep: int) -> None:
@@ -175,7 +159,7 @@ def _check_count(mixture: ExpertMixture, keep: int) -> None:
             )
 
 
-def _best(scores: Tensor, keep: int, groups: int) -> tuple[int, ...]:
+def _best_experts(scores: Tensor, keep: int, groups: int) -> tuple[int, ...]:
     """Return the numbers of the experts with the best scores, as many in each group, ascending; the first of equals."""
     size = len(scores) // groups
     order = scores.reshape(groups, size).argsort(descending=True, stable=True)[:, : keep // groups]

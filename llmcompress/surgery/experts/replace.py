@@ -16,7 +16,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,9 +23,8 @@ from llmcompress.calibration.gather import HiddenStreams, gather, wanted_of
 from llmcompress.calibration.walk import Progress
 from llmcompress.compression import run
 from llmcompress.compression.block import swap
-from llmcompress.compression.job import Job, prepare
+from llmcompress.compression.job import prepare
 from llmcompress.compression.plan import plan_of
-from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer
 from llmcompress.methods.low_rank.factors import Factors
@@ -34,23 +32,21 @@ from llmcompress.methods.row_chunks import apply_in_runs
 from llmcompress.models.dense.experts import DOWN
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file
-from llmcompress.models.files.staging import check_output
 from llmcompress.pipeline.quality_check import judge
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Recipe, Rule
-from llmcompress.runtime.devices import device_of
-from llmcompress.surgery.experts.mixture import ExpertMixture, number_of, open_mixture
-from llmcompress.surgery.experts.report import (
+from llmcompress.surgery.experts.job import (
     SAMPLES,
     BlockFate,
+    ExpertsOutcome,
     ExpertsReport,
     Fate,
-    calibration_for,
-    fates,
-    text_for,
-    unused,
+    expert_fates,
+    open_job,
+    unused_experts,
 )
-from llmcompress.surgery.experts.usage import Visit, check_by, damage, outputs, usage, visits
+from llmcompress.surgery.experts.mixture import ExpertMixture, ExpertScore, measure_usage
+from llmcompress.surgery.judged_walk import Visit
 from llmcompress.weight.modules import packed
 from llmcompress.weight.nodes import Dense
 
@@ -79,12 +75,13 @@ def replace_experts(
         model: a folder or a Hub id (`org/name` or `org/name@revision`).
         output: a new or empty folder; None to look at the plan and write nothing.
         count: experts that are replaced in each block, or their share below 1.
-        share: of their size in bfloat16 that they take then, 0.25 by default; or
-        rank: of the factors.
-        by: `reap`, `frequency`, or `random` as a control; see `Usage.scores`. The experts that score least go.
-        text: what is read, as `dataset` of a recipe's calibration.
-        samples: sequences of 512 tokens that are read, a fifth of them to judge on.
-        seed: of `random`.
+        share: share of their size in bfloat16 that they take then, 0.25 by default; or
+        rank: rank of the factors.
+        by: `reap`, `frequency`, or `random` as a control; see `surgery/experts/mixture.py`. The experts that score
+            least go.
+        text: the text to read, as `dataset` of a recipe's calibration.
+        samples: sequences of 512 tokens to read, a fifth of them to judge on.
+        seed: random seed of `by="random"`.
         revision: a branch, tag or commit of a Hub model.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         progress: receives (blocks walked, blocks, tokens per second), of the look and of the compression.
@@ -98,55 +95,27 @@ def replace_experts(
         DiskError: for an output that cannot be written; then nothing is left behind but finished blocks, which the same
             call resumes after.
     """
-    place = device_of(device)
-    check_by(by)
-    if output is not None:
-        check_output(Path(output), 0)
-    mixture = open_mixture(model, revision)
-    going = number_of(count, mixture.experts, "count")
-    asked = calibration_for(mixture, text, samples)
-    step = _step(mixture, share, rank)
-    tokens = text_for(mixture, asked)
-    rows = [_looked_at(mixture, visit, step, going, by, seed) for visit in visits(mixture, tokens, place, progress)]
-    job = prepare(mixture.source, _recipe(rows, step, asked))
+    score = ExpertScore(by, seed)
+    job = open_job(model, output, text, samples, revision, device, progress)
+    mixture, going = job.mixture, job.count_of(count, "count")
+    step = _factors_step(mixture, share, rank)
+    blocks = [_replace_in_block(mixture, visit, step, going, score) for visit in job.visits()]
+    compression = prepare(mixture.source, _recipe(blocks, step, job.calibration))
+    planned = plan_of(compression)
     settings = {"count": going, "rank": _rank(mixture, step), "by": by, "seed": seed}
-    report = _report(mixture, job, tokens, rows, settings, output)
+    warnings = (*planned.warnings, *job.tokens.notes, *unused_experts(blocks))
+    outcome = ExpertsOutcome("replace", settings, mixture.experts, blocks)
+    report = job.report(outcome, planned.bytes, tuple(dict.fromkeys(warnings)))
     if output is not None:
-        done = run.compress(job, output, device=device, progress=progress)
-        judged = judge(job, done.folder, device)
+        done = run.compress(compression, output, device=device, progress=progress)
+        judged = judge(compression, done.folder, device)
         missed = () if judged.gates is None or judged.gates.held is not False else (f"gates {judged.gates.sentence()}",)
-        report = replace(report, warnings=(*judged.warnings, *missed, *unused(rows)))
+        report = replace(report, warnings=(*judged.warnings, *missed, *unused_experts(blocks)))
         add_file(Path(output), file_names.EXPERTS, json.dumps(report.to_json() | {"output": None}, indent=1))
     return report
 
 
-def _report(
-    mixture: ExpertMixture,
-    job: Job,
-    tokens: CalibrationTokens,
-    rows: Sequence[BlockFate],
-    settings: dict[str, Any],
-    output: str | Path | None,
-) -> ExpertsReport:
-    """Return the report as it is before anything is written."""
-    planned = plan_of(job)
-    notes = (*planned.warnings, *tokens.notes, *unused(rows))
-    return ExpertsReport(
-        model=mixture.source.public_name,
-        output=None if output is None else str(output),
-        way="replace",
-        settings=settings,
-        experts_before=mixture.experts,
-        experts_after=mixture.experts,
-        bytes_before=mixture.source.bytes,
-        bytes_after=planned.bytes,
-        calibration=tokens.report(),
-        blocks=tuple(rows),
-        warnings=tuple(dict.fromkeys(notes)),
-    )
-
-
-def _step(mixture: ExpertMixture, share: float | None, rank: int | None) -> Factors:
+def _factors_step(mixture: ExpertMixture, share: float | None, rank: int | None) -> Factors:
     """Return the step for experts. Raises RecipeError for a share or rank that no factors have."""
     if share is not None and rank is not None:
         raise RecipeError("share and rank say the same of factors; give one of them")
@@ -178,29 +147,30 @@ def _recipe(rows: Sequence[BlockFate], step: Factors, calibration: Calibration) 
     return Recipe(name="replaced experts", calibration=calibration, rules=rules)
 
 
-def _looked_at(mixture: ExpertMixture, visit: Visit, step: Factors, going: int, by: str, seed: int) -> BlockFate:
-    """Choose the experts of a block that are replaced, and return their fate."""
-    used = usage(visit)
-    scores = used.scores(by, seed, visit.path)
+def _replace_in_block(mixture: ExpertMixture, visit: Visit, step: Factors, going: int, score: ExpertScore) -> BlockFate:
+    """Replace the experts of a loaded block that score least, with which the walk goes on; return their fate."""
+    path, usage = mixture.layers[visit.block.index], measure_usage(visit, mixture.experts_of(visit))
+    scores = score.values(usage, path)
     chosen = tuple(sorted(scores.argsort(stable=True)[:going].tolist()))
-    fate: dict[int, Fate] = {one: "replaced" if one in chosen else "kept" for one in range(mixture.experts)}
-    ranks, numbers = dict.fromkeys(chosen, _rank(mixture, step)), {one: one for one in fate}
-    cost = _damage(mixture, visit, chosen, step)
-    return BlockFate(visit.block.index, visit.path, cost, fates(used, fate, scores, becomes=numbers, rank=ranks))
+    fate: dict[int, Fate] = {number: "replaced" if number in chosen else "kept" for number in range(mixture.experts)}
+    ranks, numbers = dict.fromkeys(chosen, _rank(mixture, step)), {number: number for number in fate}
+    damage = _replace_and_judge(mixture, visit, chosen, step)
+    rows = expert_fates(usage, fate, scores, becomes=numbers, rank=ranks)
+    return BlockFate(visit.block.index, path, damage, rows)
 
 
 @torch.no_grad()
-def _damage(mixture: ExpertMixture, visit: Visit, chosen: tuple[int, ...], step: Factors) -> float:
-    """Replace experts of a loaded block, which the walk goes on with, and return the damage to its outputs."""
+def _replace_and_judge(mixture: ExpertMixture, visit: Visit, chosen: tuple[int, ...], step: Factors) -> float:
+    """Replace the `chosen` experts of a loaded block, and return the damage to its outputs."""
     layout, block = mixture.arch.blocks[visit.block.index], visit.block
-    inside = tuple(f"{visit.path}.{number}." for number in chosen)
+    inside = tuple(f"{mixture.layers[block.index]}.{number}." for number in chosen)
     names = [linear.name for group in layout.groups for linear in group if linear.name.startswith(inside)]
     streams = HiddenStreams(visit.batches, block.hidden, None, None, Recipe.model_fields["cap"].default, None, False)
     groups = gather(visit.run, wanted_of(layout, dict.fromkeys(names, frozenset({"outer"}))), streams)
-    before = outputs(visit)
+    before = visit.outputs()
     for group in groups:
         for name in group.names:
             weight = block.weight(name)
             layer = Layer(name, weight, Dense(weight.to(torch.bfloat16)), group.inputs)
             swap(block, {name: packed(apply_in_runs(layer, (step,)).weight)})
-    return damage(visit, block.module, before)
+    return visit.damage(before)

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.surgery.experts.condense import fitted
-from llmcompress.surgery.experts.mixture import open_mixture
-from llmcompress.surgery.experts.report import BlockFate, calibration_for, text_for
+from llmcompress.surgery.experts.condense import fit_weights
+from llmcompress.surgery.experts.job import BlockFate, open_job
 from tests.tiers import tiered
 from tests.zoo import COUNT, save_zoo, text_for_calibration
 
@@ -101,7 +100,7 @@ def test_weights_are_those_of_least_squares() -> None:
     outputs = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     target = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     together = torch.cat([outputs, target[None]])
-    weights, error = fitted(together @ together.T, [0, 3, 4])
+    weights, error = fit_weights(together @ together.T, [0, 3, 4])
     slow = torch.linalg.lstsq(outputs[[0, 3, 4]].T, target[:, None]).solution[:, 0]
     torch.testing.assert_close(weights, slow)
     torch.testing.assert_close(error, (target - outputs[[0, 3, 4]].T @ slow).square().sum())
@@ -113,7 +112,7 @@ def test_the_first_expert_is_the_best_of_all_single_ones(tmp_path: Path) -> None
     save_zoo("qwen3_moe", tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     report = lc.condense_experts(tmp_path / "dense", blocks=[0], experts=1, text=text, samples=4)
-    tokens = text_for(open_mixture(tmp_path / "dense"), calibration_for(open_mixture(tmp_path / "dense"), text, 4))
+    tokens = open_job(tmp_path / "dense", None, text, 4, None, "cpu", None).tokens
     model = loaded(tmp_path / "dense")
     block, seen = model.model.layers[0], []
     block.mlp.register_forward_hook(lambda _module, args, output: seen.append((args[0][0], output[0])))

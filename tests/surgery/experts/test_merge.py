@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.surgery.experts.merge import clustered
+from llmcompress.surgery.experts.merge import cluster_experts
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 from tests.zoo import COUNT, MIXTURES, save_zoo, text_for_calibration
@@ -98,14 +98,14 @@ def test_clusters_are_those_of_average_linkage_one_step_at_a_time() -> None:
             pairs = [(a, b) for a in range(len(slow)) for b in range(a)]
             a, b = min(pairs, key=lambda pair: float(distances[list(slow[pair[0]])][:, list(slow[pair[1]])].mean()))
             slow[b] |= slow.pop(a)
-        found = clustered(features, torch.arange(9), keep, 1)
+        found = cluster_experts(features, torch.arange(9), keep, 1)
         assert {frozenset(each) for each in found} == {frozenset(each) for each in slow}
         assert all(each[0] == max(each) for each in found)  # which has the most tokens
 
 
 def test_clusters_stay_within_a_group_of_the_router() -> None:
     features = torch.tensor([0.0, 9.0, 20.0, 40.0, 0.0, 9.0, 20.0, 40.0], dtype=torch.float64)[:, None]
-    found = clustered(features, torch.ones(8), 4, 2)
+    found = cluster_experts(features, torch.ones(8), 4, 2)
     assert found == ((0, 1, 2), (3,), (4, 5, 6), (7,))
 
 

@@ -17,12 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 
 import llmcompress as lc
 from llmcompress.errors import DiskError, InputError, RecipeError
-from llmcompress.models.files.checkpoint import writing
 from llmcompress.models.files.file_names import EXPERTS
-from llmcompress.surgery.edited_model import Made, write
+from llmcompress.surgery.edited_model import NewTensor, writing_model
+from llmcompress.surgery.experts.job import ExpertsReport, open_job
 from llmcompress.surgery.experts.mixture import open_mixture
-from llmcompress.surgery.experts.prune import smaller
-from llmcompress.surgery.experts.report import ExpertsReport, calibration_for, text_for
+from llmcompress.surgery.experts.prune import plan_fewer_experts
 from tests.compression.test_towers import saved
 from tests.models.test_experts import DAMAGES
 from tests.tiers import tiered
@@ -144,14 +143,14 @@ def test_an_expert_that_no_token_reached_is_not_missed(family: str, more: dict[s
     mixture, dense = open_mixture(tmp_path / "dense"), loaded(tmp_path / "dense")
     tokens = ids(3)[:1]
     used = chosen_by(dense, tokens, mixture.layers)
-    plan, made = smaller(mixture, 6), dict[str, Made]()
+    plan, new = plan_fewer_experts(mixture, 6), dict[str, NewTensor]()
     for path, numbers in used.items():
         halves = [range(4), range(4, 8)]
         stay = {number for half in halves for number in sorted(half, key=lambda one: one not in numbers)[:3]}
         assert numbers <= stay and len(numbers) < 8
-        made |= plan.made(path, tuple(sorted(stay)))
-    with writing(tmp_path / "out") as writer:
-        write(plan.change.complete(made), plan.change.skeleton, mixture.arch, writer)
+        new |= plan.new_tensors(path, tuple(sorted(stay)))
+    with writing_model(plan.change.complete(new), plan.change.skeleton, tmp_path / "out") as files:
+        files.finish()
     assert loaded(tmp_path / "out").config.num_experts_per_tok == dense.config.num_experts_per_tok
     torch.testing.assert_close(logits(loaded(tmp_path / "out"), tokens), logits(dense, tokens), rtol=1e-5, atol=1e-5)
 
@@ -185,8 +184,7 @@ def test_scores_are_those_of_one_token_at_a_time(family: str, tmp_path: Path) ->
     save_zoo(family, tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     report = lc.prune_experts(tmp_path / "dense", keep=KEEP, text=text, samples=3)
-    mixture = open_mixture(tmp_path / "dense")
-    tokens = text_for(mixture, calibration_for(mixture, text, 3))
+    tokens = open_job(tmp_path / "dense", None, text, 3, None, "cpu", None).tokens
     assert tokens.held_out == 1
     model = loaded(tmp_path / "dense")
     for block in report.blocks:
@@ -207,8 +205,7 @@ def test_the_predicted_damage_is_that_of_the_written_block(tmp_path: Path) -> No
     save_zoo("qwen3_moe", tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     report = lc.prune_experts(tmp_path / "dense", tmp_path / "out", keep=2, text=text, samples=10)
-    mixture = open_mixture(tmp_path / "dense")
-    tokens = text_for(mixture, calibration_for(mixture, text, 10)).sequences[-2:]
+    tokens = open_job(tmp_path / "dense", None, text, 10, None, "cpu", None).tokens.sequences[-2:]
     states = []
     for place in ("dense", "out"):
         states.append(loaded(tmp_path / place)(input_ids=tokens, output_hidden_states=True).hidden_states[1].double())

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.files.file_names import EXPERTS
+from llmcompress.surgery.experts.job import ExpertsReport
 from llmcompress.surgery.experts.mixture import open_mixture
-from llmcompress.surgery.experts.report import ExpertsReport
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import compressed_linears
 from llmcompress.weight.nodes import LowRank, shape

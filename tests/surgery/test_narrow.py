@@ -19,7 +19,7 @@ from llmcompress.models.dense.families import FAMILIES, LLAMA, architecture
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import open_source
 from llmcompress.models.files import file_names
-from llmcompress.surgery.width.units import Part, narrowing
+from llmcompress.surgery.units import Part, plan_narrowing
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer
 
@@ -51,7 +51,7 @@ def with_idle(family: str, folder: Path, *parts: Part) -> Path:
     source = open_source(locate(save_tiny(family, folder)))
     arch = architecture(source.config, source.skeleton())
     asked = {"neurons": {"neurons": 45}, "kv_heads": {"kv_heads": 1}}
-    plan = narrowing(source, arch, **{name: value for part in parts for name, value in asked[part].items()})
+    plan = plan_narrowing(source, arch, **{name: value for part in parts for name, value in asked[part].items()})
     for cuts in plan.cuts:
         for cut in cuts:
             weight = model.get_submodule(cut.consumer.name).get_parameter("weight")

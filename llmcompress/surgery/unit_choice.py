@@ -1,7 +1,7 @@
 """Units of a layer's inputs, neurons or heads, that it needs least, and the weights that make up for the others.
 
-By energy, a unit is worth what it alone adds to the outputs. As a subset (column subset selection), it is worth what
-its absence costs with all other weights of the layer free to make up for it: without the columns S of W that is
+By energy, a unit is worth what it alone adds to the outputs. As a subset (column subset selection), it is worth the
+cost of its absence with all other weights of the layer free to make up for it: without the columns S of W that is
 `tr(W_S inverse(P_SS) W_S^T)`, where `P = inverse(H)`; this is the exact least-squares error, and the weights that reach
 it are `W - W_S inverse(P_SS) P_S` (Optimal Brain Surgeon for columns, as in ZipLM, arXiv 2302.04089). Units go in a few
 portions, the cheapest first, and every portion is made up for before the next is judged. Channel exploration (CHEX,
@@ -24,55 +24,54 @@ DAMPING = 0.01  # of H, as a share of its mean diagonal
 PORTIONS = 32  # of the units that go, each judged once the ones before are made up for
 
 
-def check_by(by: str) -> None:
-    """Raise RecipeError for a score of no such name."""
-    if by not in BY:
-        raise RecipeError(f"by is {by!r}; choose one of {', '.join(BY)}")
+@dataclass(frozen=True)
+class UnitScore:
+    """The worth of units: `energy`, `subset` or `random`, drawn by `seed`. Raises RecipeError for another name."""
+
+    by: str = "energy"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.by not in BY:
+            raise RecipeError(f"by is {self.by!r}; choose one of {', '.join(BY)}")
 
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """Units that stay. `kept`: their numbers, ascending; `weight`: of the layer, `[out, in]`, made up for the others,
-    whose columns are zero; `error`: what it does to the outputs, as a share of their energy."""
+    """Units that stay, by their `numbers`, ascending. `weight [out, in]`: of the layer, made up for the others, whose
+    columns are zero; `error`: of the outputs, as a share of their energy."""
 
-    kept: tuple[int, ...]
+    numbers: tuple[int, ...]
     weight: Tensor
     error: float
 
 
-def chosen_subset(
-    weight: Tensor, hessian: Tensor, keep: int, size: int = 1, *, by: str = "energy", seed: int = 0
-) -> Subset:
-    """Choose the units of a layer that stay, and refit its weights to them.
+def choose_units(weight: Tensor, hessian: Tensor, keep: int, size: int = 1, score: UnitScore = UnitScore()) -> Subset:
+    """Choose `keep` units of a layer, and refit its weights to them.
 
-    Args:
-        weight: `[out, in]`.
-        hessian: the damped second moment of the layer's inputs, float64 `[in, in]`.
-        keep: units that stay.
-        size: columns of a unit; unit u has columns `u * size` to `(u + 1) * size - 1`.
-        by: `energy`, the unit's share of the output's energy alone; `subset`; or `random`. Weights are refitted by all.
-        seed: of `random`.
+    `weight`: `[out, in]`; `hessian`: the damped second moment of its inputs, float64 `[in, in]`; `size`: columns of a
+    unit, of which unit u has `u * size` to `(u + 1) * size - 1`.
     """
     exact = weight.double()
     units = weight.shape[1] // size
-    if by == "subset":
-        gone = _cheapest(exact, hessian, size, units - keep)
+    if score.by == "subset":
+        gone = _cheapest_units(exact, hessian, size, units - keep)
+    elif score.by == "random":
+        values = torch.rand(units, dtype=torch.float64, generator=generator("random units", score.seed))
+        gone = values.argsort(stable=True)[: units - keep].to(weight.device)
     else:
-        scores = _energies(exact, hessian, size)
-        if by == "random":
-            scores = torch.rand(units, dtype=torch.float64, generator=generator("random units", seed))
-        gone = scores.argsort(stable=True)[: units - keep].to(weight.device)
-    kept = sorted(set(range(units)) - set(gone.tolist()))
-    columns = _columns(torch.tensor(kept, device=weight.device), size)
+        gone = _energies(exact, hessian, size).argsort(stable=True)[: units - keep]
+    numbers = sorted(set(range(units)) - set(gone.tolist()))
+    columns = _columns(torch.tensor(numbers, device=weight.device), size)
     factor = torch.linalg.cholesky(hessian[columns][:, columns])
     left = torch.zeros_like(exact)
     left[:, columns] = torch.cholesky_solve(hessian[columns] @ exact.T, factor).T
     change = left - exact
     error = ((change @ hessian) * change).sum() / ((exact @ hessian) * exact).sum()
-    return Subset(tuple(kept), left.to(weight.dtype), float(error))
+    return Subset(tuple(numbers), left.to(weight.dtype), float(error))
 
 
-def _cheapest(weight: Tensor, hessian: Tensor, size: int, count: int) -> Tensor:
+def _cheapest_units(weight: Tensor, hessian: Tensor, size: int, count: int) -> Tensor:
     """Return the numbers of the `count` units that go: in portions, the cheapest first."""
     weight, inverse = weight.clone(), torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     gone = torch.empty(0, dtype=torch.long, device=weight.device)
@@ -80,13 +79,13 @@ def _cheapest(weight: Tensor, hessian: Tensor, size: int, count: int) -> Tensor:
         costs = _costs(weight, inverse, size)
         costs[gone] = torch.inf
         more = costs.argsort(stable=True)[: min(count - len(gone), -(-count // PORTIONS))]
-        _remove(weight, inverse, _columns(more, size))
+        _remove_columns(weight, inverse, _columns(more, size))
         gone = torch.cat([gone, more])
     return gone
 
 
 def _costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
-    """The error `[units]` that each unit's absence would add; of units that are gone, nothing to rely on."""
+    """Return the error `[units]` that each unit's absence would add; meaningless for units that are gone."""
     units = len(inverse) // size
     own = _own_blocks(inverse, units)
     lost = own.diagonal(dim1=1, dim2=2).sum(1) == 0
@@ -95,8 +94,8 @@ def _costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
     return (torch.linalg.solve(own, parts) * parts).sum((1, 2))
 
 
-def _remove(weight: Tensor, inverse: Tensor, columns: Tensor) -> None:
-    """Remove some columns from a weight and the inverse, in place: their entries become zero, others make up."""
+def _remove_columns(weight: Tensor, inverse: Tensor, columns: Tensor) -> None:
+    """Set some columns of a weight and the inverse to zero, in place, and make up for them in the others."""
     rows = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
     weight.addmm_(weight[:, columns], rows, alpha=-1)
     inverse.addmm_(inverse[:, columns], rows, alpha=-1)
@@ -106,18 +105,18 @@ def _remove(weight: Tensor, inverse: Tensor, columns: Tensor) -> None:
 
 
 def _columns(units: Tensor, size: int) -> Tensor:
-    """The numbers of the columns of units."""
+    """Return the numbers of the columns of units."""
     return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
 
 
 def _energies(weight: Tensor, hessian: Tensor, size: int) -> Tensor:
-    """The energy `[units]` of what each unit alone adds to the outputs."""
+    """Return the energy `[units]` that each unit alone adds to the outputs."""
     units = weight.shape[1] // size
     parts = weight.T.reshape(units, size, -1)
     return (_own_blocks(hessian, units) @ parts * parts).sum((1, 2))
 
 
 def _own_blocks(square: Tensor, units: int) -> Tensor:
-    """The square of each unit on the diagonal of `square [in, in]`, `[units, in / units, in / units]`."""
+    """Return the square of each unit on the diagonal of `square [in, in]`, `[units, in / units, in / units]`."""
     size = len(square) // units
     return square.reshape(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)

@@ -23,9 +23,7 @@ from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import load_model
 from llmcompress.models.files.kept_blocks import KEPT
-from llmcompress.surgery.depth.block_search import damages, runs_of, searched
-from llmcompress.surgery.depth.choose import chosen_blocks
-from llmcompress.surgery.depth.similarity import run_cosines
+from llmcompress.surgery.block_choice import choose_blocks, path_damages, run_cosines, runs_of, search_blocks
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer
 
@@ -177,7 +175,7 @@ def test_damage_is_the_kl_of_the_model_that_passes_blocks_over(family: str, tmp_
     save_tiny(family, tmp_path / "model", **four(family))
     model = load_model(locate(tmp_path / "model"))
     ids = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(0))
-    found = damages(in_memory(model), ids, [(2, 3), (0, 2), (0, 3), (0, 1, 2, 3)])
+    found = path_damages(in_memory(model), ids, [(2, 3), (0, 2), (0, 3), (0, 1, 2, 3)])
     assert float(found[3]) == pytest.approx(0, abs=1e-6)
     for place, gone in enumerate(((0, 1), (1, 3), (1, 2))):
         whole: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -225,10 +223,10 @@ def test_a_search_takes_runs_greedy_sets_and_what_swaps_make_of_them() -> None:
     def after_swaps(gone: frozenset[int]) -> float:
         return sum(10 + index for index in gone) - (40 if gone >= {0, 5} else 0) - (20 if gone >= {0, 5, 8} else 0)
 
-    assert searched(3, 10, tried_by(lambda gone: sum(9 - index for index in gone))) == {7, 8, 9}
-    assert searched(3, 10, tried_by(of_a_run)) == {6, 7, 8}
-    assert searched(3, 10, tried_by(after_swaps)) == {0, 5, 8}
-    assert searched(1, 3, tried_by(lambda gone: abs(min(gone) - 1.0))) == {1}
+    assert search_blocks(3, 10, tried_by(lambda gone: sum(9 - index for index in gone))) == {7, 8, 9}
+    assert search_blocks(3, 10, tried_by(of_a_run)) == {6, 7, 8}
+    assert search_blocks(3, 10, tried_by(after_swaps)) == {0, 5, 8}
+    assert search_blocks(1, 3, tried_by(lambda gone: abs(min(gone) - 1.0))) == {1}
     assert runs_of(2, 4) == [{0, 1}, {1, 2}, {2, 3}]
 
 
@@ -267,13 +265,13 @@ def test_blocks_that_do_nothing_are_chosen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words, numbers", [("2", (2,)), ("13-15", (13, 14, 15)), ("4, 7-8", (4, 7, 8))])
 def test_blocks_in_words(words: str, numbers: tuple[int, ...]) -> None:
-    assert chosen_blocks("unread", words, None).blocks == numbers
+    assert choose_blocks("unread", words, None).blocks == numbers
 
 
 @pytest.mark.parametrize("words, count", [("", None), ("4-2", None), ("a", None), ("1-", None), (None, None), ("1", 1)])
 def test_other_words_are_refused(words: str | None, count: int | None) -> None:
     with pytest.raises(RecipeError, match="such as 4,7-9|exactly one of them"):
-        chosen_blocks("unread", words, count)
+        choose_blocks("unread", words, count)
 
 
 def test_the_command_drops_and_says_what(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.surgery.width.select import BY, chosen_subset
+from llmcompress.surgery.unit_choice import BY, UnitScore, choose_units
 
 
 def problem(width: int, out: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -31,8 +31,8 @@ def refitted(weight: Tensor, hessian: Tensor, columns: list[int]) -> tuple[Tenso
 @pytest.mark.parametrize("size", [1, 3])
 def test_what_stays_is_refitted_by_least_squares(by: str, size: int) -> None:
     weight, hessian = problem(12)
-    found = chosen_subset(weight, hessian, 12 // size - 2, size, by=by)
-    columns = [unit * size + i for unit in found.kept for i in range(size)]
+    found = choose_units(weight, hessian, 12 // size - 2, size, UnitScore(by))
+    columns = [unit * size + i for unit in found.numbers for i in range(size)]
     expected, error = refitted(weight, hessian, columns)
     torch.testing.assert_close(found.weight, expected, rtol=1e-7, atol=1e-9)
     assert found.error == pytest.approx(error, rel=1e-7)
@@ -47,14 +47,14 @@ def test_units_go_greedily(size: int, seed: int) -> None:
     for _ in range(3):
         columns = {unit: [u * size + i for u in stays if u != unit for i in range(size)] for unit in stays}
         stays.remove(min(stays, key=lambda unit: refitted(weight, hessian, columns[unit])[1]))
-    assert chosen_subset(weight, hessian, 10 // size - 3, size, by="subset").kept == tuple(stays)
+    assert choose_units(weight, hessian, 10 // size - 3, size, UnitScore("subset")).numbers == tuple(stays)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_subset_is_better_than_the_best(seed: int) -> None:
     weight, hessian = problem(8, seed=seed)
     errors = [refitted(weight, hessian, list(kept))[1] for kept in combinations(range(8), 5)]
-    found = chosen_subset(weight, hessian, 5, by="subset")
+    found = choose_units(weight, hessian, 5, score=UnitScore("subset"))
     assert min(errors) * (1 - 1e-9) <= found.error <= sorted(errors)[len(errors) // 2]
 
 
@@ -66,13 +66,13 @@ def test_a_copy_goes_first_however_loud() -> None:
     spread[:, 8] = 5 * spread[:, 3]  # x_8 is 5 x_3, and both are loud
     hessian = spread.T @ hessian @ spread
     hessian.diagonal().add_(1e-9)
-    found = chosen_subset(weight, hessian, 8, by="subset")
-    assert not {3, 8} <= set(found.kept) and found.error < 1e-9
-    loud = chosen_subset(weight, hessian, 8, by="energy")
-    assert {3, 8} <= set(loud.kept) and loud.error > 100 * found.error
+    found = choose_units(weight, hessian, 8, score=UnitScore("subset"))
+    assert not {3, 8} <= set(found.numbers) and found.error < 1e-9
+    loud = choose_units(weight, hessian, 8, score=UnitScore("energy"))
+    assert {3, 8} <= set(loud.numbers) and loud.error > 100 * found.error
 
 
 def test_random_units_depend_on_the_seed_alone() -> None:
     weight, hessian = problem(12)
-    kept = [chosen_subset(weight, hessian, 6, by="random", seed=seed).kept for seed in (0, 0, 1)]
+    kept = [choose_units(weight, hessian, 6, score=UnitScore("random", seed)).numbers for seed in (0, 0, 1)]
     assert kept[0] == kept[1] != kept[2]

@@ -21,7 +21,7 @@ from llmcompress.models.files.checkpoint import PART, writing
 from llmcompress.models.files.kept_blocks import KEPT, kept_blocks
 from llmcompress.models.files.shard_writer import shards
 from llmcompress.runtime.json_values import JsonRecord
-from llmcompress.surgery.edited_model import check_equal
+from llmcompress.surgery.edited_model import check_equal_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -31,17 +31,7 @@ BY_NUMBER = "scale_attn_by_inverse_layer_idx"  # GPT-2's: a block's result depen
 
 
 @dataclass(frozen=True)
-class Shortening:
-    """The plan of a drop. `kept`: numbers of the blocks that stay; `stored`: the model's name of each tensor that stays
-    -> its name in the new files; `changes`: entries of the new config."""
-
-    kept: tuple[int, ...]
-    stored: dict[str, str]
-    changes: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Dropped(JsonRecord):
+class DropReport(JsonRecord):
     """The checkpoint that was written. Blocks are numbered from 0 as in `model`; bytes count the weights."""
 
     model: str
@@ -59,12 +49,12 @@ def drop_blocks(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> Dropped:
+) -> DropReport:
     """Write a dense causal language model without some of its decoder blocks, one weight file's worth at a time.
 
     Args:
         model: a folder, a Hub id (`org/name` or `org/name@revision`) or `smollm2`.
-        blocks: numbers of the blocks that go, counted from 0.
+        blocks: numbers of the blocks to drop, counted from 0.
         output: a new or empty folder.
         revision: a branch, tag or commit of a Hub model.
         trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
@@ -78,50 +68,18 @@ def drop_blocks(
         DiskError: for an output that cannot be written; then nothing is left behind.
     """
     source, target = resolve(model, revision, trust_remote_code), Path(output)
-    plan, beside = shortening(source, blocks), companions(source.folder, trust_remote_code)
-    sizes = {name: source.tensors[name].bytes for name in plan.stored}
+    stays = _staying_blocks(source, set(blocks))
+    names, beside = _stored_names(source, stays), companions(source.folder, trust_remote_code)
+    sizes = {name: source.tensors[name].bytes for name in names}
     with writing(target, sum(sizes.values())) as writer:
         beside.copy(writer.folder)
-        for names in shards(sizes, PART):
-            writer.add({plan.stored[name]: source.read(name) for name in names})
+        for part in shards(sizes, PART):
+            writer.add({names[name]: source.read(name) for name in part})
         size = writer.close()
-        entries = source.config_entries() | plan.changes
+        entries = source.config_entries() | _config_changes(source.config, stays)
         writer.write("config.json", json.dumps(entries, indent=1))
-    dropped = tuple(sorted(set(blocks_of(source)) - set(plan.kept)))
-    return Dropped(source.name, str(target), dropped, plan.kept, source.bytes, size)
-
-
-def shortening(source: DenseModel, blocks: Iterable[int]) -> Shortening:
-    """Return the plan for dropping `blocks`, from headers alone. Raises as `drop_blocks` does."""
-    check_equal(source)
-    there, going = blocks_of(source), set(blocks)
-    if absent := sorted(going.difference(there)):
-        raise RecipeError(
-            f"{source.name} has no block {list_names(map(str, absent))}; its blocks are 0 to {len(there) - 1}"
-        )
-    kept = tuple(number for number in there if number not in going)
-    if not going or not kept:
-        raise RecipeError(
-            f"{len(going)} of the {len(there)} blocks of {source.name} cannot be dropped; name at least one, not all"
-        )
-    config = source.config
-    if getattr(config, BY_NUMBER, False):
-        raise InputError(
-            f"{source.name} scales each block's attention by the block's number ({BY_NUMBER}), so no block can take "
-            f"another's place; choose a model without it"
-        )
-    numbers = {old: new for new, old in enumerate(kept)}
-    stack = FAMILIES[config.model_type].blocks
-    stored = {}
-    for name, header in source.tensors.items():
-        inside = name.removeprefix(f"{stack}.")
-        if inside == name:
-            stored[name] = header.key
-            continue
-        number, _, rest = inside.partition(".")
-        if int(number) in numbers:  # the file may have another prefix before the same end
-            stored[name] = f"{header.key.removesuffix(inside)}{numbers[int(number)]}.{rest}"
-    return Shortening(kept, stored, _changes(config, kept))
+    dropped = tuple(sorted(set(blocks_of(source)) - set(stays)))
+    return DropReport(source.name, str(target), dropped, stays, source.bytes, size)
 
 
 def blocks_of(source: DenseModel) -> range:
@@ -136,10 +94,47 @@ def blocks_of(source: DenseModel) -> range:
     return range(config.num_hidden_layers)
 
 
-def _changes(config: PreTrainedConfig, kept: tuple[int, ...]) -> dict[str, Any]:
+def _staying_blocks(source: DenseModel, dropped: set[int]) -> tuple[int, ...]:
+    """Return the numbers of the blocks that stay. Raises RecipeError or InputError where the others cannot go."""
+    check_equal_widths(source)
+    blocks = blocks_of(source)
+    if absent := sorted(dropped.difference(blocks)):
+        raise RecipeError(
+            f"{source.name} has no block {list_names(map(str, absent))}; its blocks are 0 to {len(blocks) - 1}"
+        )
+    stays = tuple(number for number in blocks if number not in dropped)
+    if not dropped or not stays:
+        raise RecipeError(
+            f"{len(dropped)} of the {len(blocks)} blocks of {source.name} cannot be dropped; name at least one, not all"
+        )
+    if getattr(source.config, BY_NUMBER, False):
+        raise InputError(
+            f"{source.name} scales each block's attention by the block's number ({BY_NUMBER}), so no block can take "
+            f"another's place; choose a model without it"
+        )
+    return stays
+
+
+def _stored_names(source: DenseModel, stays: tuple[int, ...]) -> dict[str, str]:
+    """Return the name in the new files of each tensor that stays, by the model's name of it."""
+    numbers = {old: new for new, old in enumerate(stays)}
+    stack = FAMILIES[source.config.model_type].blocks
+    names = {}
+    for name, header in source.tensors.items():
+        inside = name.removeprefix(f"{stack}.")
+        if inside == name:
+            names[name] = header.key
+            continue
+        number, _, rest = inside.partition(".")
+        if int(number) in numbers:  # the file may have another prefix before the same end
+            names[name] = f"{header.key.removesuffix(inside)}{numbers[int(number)]}.{rest}"
+    return names
+
+
+def _config_changes(config: PreTrainedConfig, stays: tuple[int, ...]) -> dict[str, Any]:
     """Return the changed entries of the shortened model's config; a pattern is written as the list it stands for."""
     before = kept_blocks(config) or range(config.num_hidden_layers)
     length = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     lists = {name: getattr(config, name, None) for name in PER_BLOCK}
-    sliced = {name: [entries[number] for number in kept] for name, entries in lists.items() if entries}
-    return {length: len(kept), KEPT: [before[number] for number in kept], **sliced}
+    sliced = {name: [entries[number] for number in stays] for name, entries in lists.items() if entries}
+    return {length: len(stays), KEPT: [before[number] for number in stays], **sliced}

@@ -20,9 +20,11 @@ from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import open_source
-from llmcompress.surgery.width.by_block import WidthPrices, tried_widths, width_prices
-from llmcompress.surgery.width.units import NEURONS, Part, narrowing
-from tests.surgery.width.test_narrow import IDS, logits
+from llmcompress.surgery.judged_walk import JudgedWalk
+from llmcompress.surgery.unit_choice import UnitScore
+from llmcompress.surgery.units import NEURONS, Part, plan_narrowing
+from llmcompress.surgery.width_prices import WidthPrices, measure_widths, widths_to_try
+from tests.surgery.test_narrow import IDS, logits
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer
 
@@ -99,9 +101,9 @@ def test_damages_are_those_of_whole_forwards(tmp_path: Path, text: str) -> None:
     arch = architecture(source.config, source.skeleton())
     asked = lc.Calibration(dataset=text, samples=9, length=64, held_out=1)
     tokens = calibration_tokens(asked, source.tokenizer(), source.load, source.config)
-    how: dict[str, Any] = {"by": "energy", "seed": 0, "device": torch.device("cpu")}
-    cuts = narrowing(source, arch, 24, 1).cuts
-    found = width_prices(source, arch, tokens, cuts, {"kv_heads": (2, 1), "neurons": (48, 24, 8)}, **how)
+    cuts = plan_narrowing(source, arch, 24, 1).cuts
+    judged = JudgedWalk(source, arch, tokens, torch.device("cpu"))
+    found = measure_widths(judged, cuts, {"kv_heads": (2, 1), "neurons": (48, 24, 8)}, UnitScore())
     damages = found.damages[1]["neurons"]
     assert found.damages[0]["neurons"][0] == found.damages[0]["kv_heads"][0] == 0.0 and damages[2] > damages[1] > 0
     window = tokens.sequences[-1:]
@@ -135,7 +137,7 @@ def test_widths_are_the_cheapest_of_all_choices() -> None:
     damages: list[dict[Part, tuple[float, ...]]] = []
     for one, other in zip(heads, neurons, strict=True):
         damages.append({"kv_heads": one, "neurons": other})
-    found, damage = WidthPrices(widths, weights, tuple(damages)).chosen({"kv_heads": 2, "neurons": 30})
+    found, damage = WidthPrices(widths, weights, tuple(damages)).choose_widths({"kv_heads": 2, "neurons": 30})
     rising = [[max(row[: place + 1]) for place in range(len(row))] for row in (*heads, *neurons)]
     costs = [[20 * each for each in widths["kv_heads"]]] * 3 + [[3 * each for each in widths["neurons"]]] * 3
     most = 3 * (2 * 20 + 30 * 3)
@@ -150,8 +152,8 @@ def test_widths_are_the_cheapest_of_all_choices() -> None:
 
 
 def test_widths_to_try_are_multiples_and_hold_the_mean() -> None:
-    assert tried_widths(1536, 1120, 32) == (1536, 1408, 1280, 1152, 1120, 1024, 768, 512, 256)
-    assert tried_widths(6, 5, 1) == (6, 5, 4, 3, 2, 1)
+    assert widths_to_try(1536, 1120, 32) == (1536, 1408, 1280, 1152, 1120, 1024, 768, 512, 256)
+    assert widths_to_try(6, 5, 1) == (6, 5, 4, 3, 2, 1)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +230,7 @@ def test_a_family_can_or_says_that_it_cannot(
     whole = with_idle(family, tmp_path / "whole")
     how: dict[str, Any] = {"neurons": 36, "per_block": True, "text": text, "samples": 8}
     if family in UNABLE:
-        monkeypatch.setattr("llmcompress.surgery.width.narrow.width_prices", None)
+        monkeypatch.setattr("llmcompress.surgery.narrow.measure_widths", None)
         with pytest.raises(InputError, match="cannot have widths of their own; narrow all blocks alike"):
             lc.narrow(whole, **how)
     else:

@@ -1,4 +1,4 @@
-"""Neurons and heads of each block in the bytes of equal ones: more where predictions lose more by their absence.
+"""Widths of each block in the bytes of equal ones: more units where predictions lose more by their absence.
 
 Each block is narrowed alone to a few widths, its layer refitted, and the KL of the dense model's predictions to those
 of the changed model is measured by forward passes. Widths with as many weights in all as equal ones are then chosen so
@@ -13,18 +13,13 @@ from dataclasses import dataclass
 from itertools import islice
 from math import isfinite
 
-import torch
-
 from llmcompress.allocation.sensitivity import Probe, probe_windows
 from llmcompress.allocation.solve import monotone, solve
-from llmcompress.calibration.walk import Progress, walk
-from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import NumericsError
 from llmcompress.methods.solvers.hessian import damped, second_moment
-from llmcompress.models.dense.families import Architecture
-from llmcompress.models.dense.model import DenseModel
-from llmcompress.surgery.width.select import DAMPING, chosen_subset
-from llmcompress.surgery.width.units import Cut, Part
+from llmcompress.surgery.judged_walk import JudgedWalk
+from llmcompress.surgery.unit_choice import DAMPING, UnitScore, choose_units
+from llmcompress.surgery.units import Part, UnitCut, Widths
 
 TRIED = (11 / 12, 5 / 6, 3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 6)  # of a block's units
 
@@ -35,70 +30,55 @@ class WidthPrices:
     `weights`: of one such unit; `damages[block][part]`: KL in nats per token at each width."""
 
     widths: Mapping[Part, tuple[int, ...]]
-    weights: Mapping[Part, int]
+    weights: Widths
     damages: tuple[Mapping[Part, tuple[float, ...]], ...]
 
-    def chosen(self, means: Mapping[Part, int]) -> tuple[tuple[dict[Part, int], ...], float]:
-        """Return the widths of all blocks with the least sum of damages, and that sum. They have at most the weights of
-        blocks that all have `means`, which are among the widths."""
+    def choose_widths(self, means: Widths) -> tuple[tuple[Widths, ...], float]:
+        """Return the widths of all blocks with the least sum of damages, and that sum.
+
+        They have at most the weights of blocks that all have `means`, which are among the widths.
+        """
         places = [(block, part) for block in range(len(self.damages)) for part in self.widths]
         values = [monotone(self.damages[block][part], self.widths[part]) for block, part in places]
         costs = [[width * self.weights[part] for width in self.widths[part]] for _, part in places]
         equal = tuple(self.widths[part].index(means[part]) for _, part in places)
         options = solve(values, costs, sum(row[option] for row, option in zip(costs, equal, strict=True))) or equal
-        found: list[dict[Part, int]] = [{} for _ in self.damages]
+        chosen: list[dict[Part, int]] = [{} for _ in self.damages]
         for (block, part), option in zip(places, options, strict=True):
-            found[block][part] = self.widths[part][option]
-        return tuple(found), sum(row[option] for row, option in zip(values, options, strict=True))
+            chosen[block][part] = self.widths[part][option]
+        return tuple(chosen), sum(row[option] for row, option in zip(values, options, strict=True))
 
 
-def tried_widths(total: int, mean: int, step: int) -> tuple[int, ...]:
+def widths_to_try(total: int, mean: int, step: int) -> tuple[int, ...]:
     """Return the numbers of units to try of `total`, multiples of `step`, all of them and `mean` among these."""
-    found = {max(step, round(share * total / step) * step) for share in TRIED}
-    return tuple(sorted(found | {mean, total}, reverse=True))
+    widths = {max(step, round(share * total / step) * step) for share in TRIED}
+    return tuple(sorted(widths | {mean, total}, reverse=True))
 
 
-def width_prices(
-    source: DenseModel,
-    arch: Architecture,
-    tokens: CalibrationTokens,
-    cuts: Sequence[Sequence[Cut]],
-    widths: Mapping[Part, tuple[int, ...]],
-    *,
-    by: str,
-    seed: int,
-    device: torch.device,
-    progress: Progress | None = None,
+def measure_widths(
+    judged: JudgedWalk, cuts: Sequence[Sequence[UnitCut]], widths: Mapping[Part, tuple[int, ...]], score: UnitScore
 ) -> WidthPrices:
     """Measure the damage of every block at every one of `widths`, the first of which is that of the dense model.
 
-    `cuts`: what can go in each block, by how much does not matter. `by`, `seed`: see `chosen_subset`. Layers are
-    refitted on the text to choose by, damage is measured on the text to judge on. Raises NumericsError for a damage
-    that is not finite.
+    `cuts`: the parts of each block, for any width. Layers are refitted on the text to choose by, damage is measured on
+    the text to judge on. Raises NumericsError for a damage that is not finite.
     """
-    probe = Probe(source, arch, probe_windows(tokens.sequences[len(tokens.sequences) - tokens.held_out :]), str(device))
-    walked = walk(
-        source,
-        arch,
-        tokens.sequences,
-        held_out=tokens.held_out,
-        needs={cut.consumer.name: frozenset({"outer"}) for parts in cuts for cut in parts},
-        prefix="dense",
-        device=device,
-        progress=progress,
-    )
-    for block in walked:
+    source, tokens = judged.source, judged.tokens
+    windows = probe_windows(tokens.sequences[len(tokens.sequences) - tokens.held_out :])
+    probe = Probe(source, judged.arch, windows, str(judged.device))
+    needs = {cut.consumer.name: frozenset({"outer"}) for parts in cuts for cut in parts}
+    for visit in judged.visits(needs, prefix="dense"):
+        block = visit.block
         for cut in cuts[block.index]:
             name = cut.consumer.name
             inputs = next(group.inputs for group in block.groups if name in group.names)
             weight, hessian = block.weight(name), damped(second_moment(inputs), DAMPING)
             for width in widths[cut.part][1:]:
-                kept = chosen_subset(weight, hessian, width, cut.size, by=by, seed=seed)
-                probe.exchange(block, name, kept.weight)
+                probe.exchange(block, name, choose_units(weight, hessian, width, cut.size, score).weight)
         probe.leave(block)
-    found = probe.divergences()
-    if not all(map(isfinite, found)):
+    damages = probe.divergences()
+    if not all(map(isfinite, damages)):
         raise NumericsError(f"{source.name}: predictions hold NaN or Inf; use an undamaged checkpoint")
-    measured = (max(value, 0.0) for value in found)
+    measured = (max(value, 0.0) for value in damages)
     rows = [{cut.part: (0.0, *islice(measured, len(widths[cut.part]) - 1)) for cut in parts} for parts in cuts]
     return WidthPrices(widths, {cut.part: cut.weights for cut in cuts[0]}, tuple(rows))
