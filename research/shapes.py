@@ -27,7 +27,7 @@ from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.weight.hadamard import SYLVESTER
 from llmcompress.weight.modules import CompressedLinear, put
-from llmcompress.weight.nodes import Columns, Grid, Rotated, TrellisCoded, Weight, Where
+from llmcompress.weight.nodes import Columns, Grid, RotatedInputs, TrellisCodes, Weight, Where
 from llmcompress.weight.trellis import Code, Trellis
 
 Make = Callable[[int, int], Weight]
@@ -119,8 +119,8 @@ def grid(rows: int, width: int, levels: int = 16) -> Grid:
 def trellis(rows: int, width: int, code: Code = "linear") -> Weight:
     """Return a rotated trellis of 2 bits."""
     scale = torch.full((rows, 1), 0.02).half()
-    coded = TrellisCoded(codes(4, rows * width), scale, Trellis(2, 1, 12, code), 256)
-    return Rotated(coded, torch.rand(width) < 0.5, len(SYLVESTER) * (width // len(SYLVESTER)))
+    coded = TrellisCodes(codes(4, rows * width), scale, Trellis(2, 1, 12, code), 256)
+    return RotatedInputs(coded, torch.rand(width) < 0.5, len(SYLVESTER) * (width // len(SYLVESTER)))
 
 
 def partial(rows: int, width: int) -> Weight:

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from llmcompress.methods.solvers.stream_search import searched_there
+from llmcompress.methods.solvers.stream_search import can_search
 from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.trellis import Trellis
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     options = parser.parse_args()
     device, trellis = torch.device(options.device), Trellis(options.bits, 1, options.memory)
-    if not searched_there(device):
+    if not can_search(device):
         parser.error(f"{device} does not search for itself; it takes an NVIDIA GPU and Triton")
     print(f"{trellis}, torch {torch.__version__}, {torch.get_num_threads()} threads; milliseconds a column")
     for rows in options.rows:

@@ -22,13 +22,13 @@ from llmcompress.weight.nodes import (
     LowRank,
     Minifloat,
     Pattern,
-    Rotated,
-    Scaled,
+    RotatedInputs,
+    ScaledInputs,
     ScaleFormat,
     Sum,
     Tiles,
-    Transposed,
-    TrellisCoded,
+    Transpose,
+    TrellisCodes,
     Weight,
     Where,
     Zero,
@@ -111,11 +111,11 @@ def grid(size: Sequence[int], levels: int, group_size: int, seed: int, symmetric
     return Grid(codes, scale, zero, levels, group_size)
 
 
-def streams(trellis: Trellis, steps: int, width: int, run: int) -> TrellisCoded:
+def streams(trellis: Trellis, steps: int, width: int, run: int) -> TrellisCodes:
     """Random streams of a trellis."""
     codes = torch.randint(1 << trellis.bits, (steps * width,), generator=seeded(steps), dtype=torch.uint8)
     scale = torch.rand(steps * trellis.values, 1, generator=seeded(width)) + 0.1
-    return TrellisCoded(codes, scale.half(), trellis, run)
+    return TrellisCodes(codes, scale.half(), trellis, run)
 
 
 def tiles(bits: int, seed: int) -> Tiles:
@@ -191,18 +191,20 @@ def every_node() -> list[Weight]:
     nodes += [
         LowRank(values(7, 2), values(2, 24)),
         LowRank(grid((7, 3), 16, 3, 1, True), grid((3, 24), 16, 8, 2, False)),
-        LowRank(grid((7, 9), 2, 9, 5, True), Scaled(grid((9, 24), 2, 24, 6, True), factors(24, 5))),
+        LowRank(grid((7, 9), 2, 9, 5, True), ScaledInputs(grid((9, 24), 2, 24, 6, True), factors(24, 5))),
     ]
-    nodes += [Rotated(values(*size), torch.rand(24, generator=random) < 0.5, block) for block in (1, 4, 8)]
-    nodes += [Scaled(inner, factors(24, 1)) for inner in (values(*size), grid(size, 2, 8, 1, True), Zero(size))]
+    nodes += [RotatedInputs(values(*size), torch.rand(24, generator=random) < 0.5, block) for block in (1, 4, 8)]
+    nodes += [ScaledInputs(inner, factors(24, 1)) for inner in (values(*size), grid(size, 2, 8, 1, True), Zero(size))]
     nodes += [
-        Scaled(grid((1, 1), 2, 1, 0, True), factors(1, 2)),
-        Scaled(streams(TRELLISES[0], 7, 24, 22), factors(24, 3)),
+        ScaledInputs(grid((1, 1), 2, 1, 0, True), factors(1, 2)),
+        ScaledInputs(streams(TRELLISES[0], 7, 24, 22), factors(24, 3)),
     ]
     nodes += [
-        Transposed(inner) for inner in (values(24, 7), grid((33, 5), 3, 2, 1, True), grid((24, 7), 8, 3, 2, False))
+        Transpose(inner) for inner in (values(24, 7), grid((33, 5), 3, 2, 1, True), grid((24, 7), 8, 3, 2, False))
     ]
-    nodes += [Where(Columns(half[0]), Scaled(values(*size), factors(24, 4)), Transposed(grid((24, 7), 4, 3, 5, True)))]
+    nodes += [
+        Where(Columns(half[0]), ScaledInputs(values(*size), factors(24, 4)), Transpose(grid((24, 7), 4, 3, 5, True)))
+    ]
     nodes += [Sum((values(*size),)), Sum((grid(size, 2, 24, 3, True), grid(size, 2, 24, 4, True), values(*size)))]
     for index in (
         Columns(half[0]),
@@ -248,11 +250,13 @@ def random_nestings(seed: int, count: int, depth: int = 4) -> list[Weight]:
                 rank = 1 + draw(3)
                 return LowRank(build((out, rank), depth - 1), build((rank, width), depth - 1))
             case 7:
-                return Rotated(build(size, depth - 1), torch.rand(width, generator=random) < 0.5, 4 if even else 1)
+                return RotatedInputs(
+                    build(size, depth - 1), torch.rand(width, generator=random) < 0.5, 4 if even else 1
+                )
             case 8:
-                return Scaled(build(size, depth - 1), factors(width, draw(10**6)))
+                return ScaledInputs(build(size, depth - 1), factors(width, draw(10**6)))
             case 9:
-                return Transposed(build((width, out), depth - 1))
+                return Transpose(build((width, out), depth - 1))
             case 10:
                 return Sum(tuple(build(size, depth - 1) for _ in range(1 + draw(3))))
             case _:

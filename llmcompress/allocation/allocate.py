@@ -29,7 +29,7 @@ from llmcompress.allocation.solve import monotone, solve
 from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
-from llmcompress.methods.solvers.sparsity import kept_of
+from llmcompress.methods.solvers.sparsity import kept_count
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import load_model
 from llmcompress.models.files.checkpoint import add_file
@@ -235,7 +235,7 @@ def _check_reachable(found: Choices, target: Target) -> None:
 def _check_zeros(found: Choices, sparsity: float) -> None:
     """Raise RecipeError for more zeros than the options give."""
     fewest = [one.kept.index(min(one.kept)) for one in found.matrices]
-    if found.kept(fewest) > kept_of(found.weights, sparsity):
+    if found.kept(fewest) > kept_count(found.weights, sparsity):
         most = math.floor((found.sparsity(fewest) or 0.0) * 1000) / 1000
         raise RecipeError(
             f"target: a sparsity of {sparsity:g} cannot be reached, {most} is the most that the options can do; lower "

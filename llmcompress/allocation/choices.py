@@ -20,7 +20,7 @@ from llmcompress.allocation.target_formats import check_rules, options_for
 from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError, list_names
 from llmcompress.methods.layer import sketch, step
-from llmcompress.methods.solvers.sparsity import kept_of
+from llmcompress.methods.solvers.sparsity import kept_count
 from llmcompress.recipe.target import Target
 from llmcompress.weight.expression import bits, not_zero
 from llmcompress.weight.rows import check_rows
@@ -92,7 +92,7 @@ class Choices:
         if target.bpw is not None:
             return target.bpw * self.weights - self.fixed_bits
         if target.sparsity is not None:
-            return kept_of(self.weights, target.sparsity) - self.fixed_kept
+            return kept_count(self.weights, target.sparsity) - self.fixed_kept
         return math.inf if target.bytes is None else target.bytes - self.fixed_bytes
 
     def kept(self, chosen: Sequence[int]) -> int:

@@ -126,7 +126,7 @@ def _filled_up(
         read_all(run, missing, streams.batches, streams.hidden, add)
     filled = dict(found)
     for key, more in everything.over(streams.ranks, streams.hidden.device).items():
-        scaled = more.scaled(missing[key[0]] / more.tokens)
+        scaled = more.times(missing[key[0]] / more.tokens)
         filled[key] = filled[key] + scaled if key in filled else scaled
     return filled
 

@@ -17,7 +17,7 @@ from llmcompress.methods.row_chunks import Outcome
 from llmcompress.methods.solvers.hessian import inverse_factor, outer_of
 from llmcompress.reporting.report import LayerReport
 from llmcompress.weight.expression import bits, dense, describe
-from llmcompress.weight.modules import PackedWeight, packed
+from llmcompress.weight.modules import PackedWeight, pack_weight
 from llmcompress.weight.nodes import Dense
 
 TARGET_DAMPING = 0.1  # of the solve that aims at the dense model's outputs
@@ -60,7 +60,7 @@ def finished(job: Job, layer: Layer, outcome: Outcome, group: InputGroup) -> tup
     """Return the packed weight of a layer, and its row of the report. Raises NumericsError for NaN or Inf in it."""
     stored = outcome.weight
     row = row_of(job, layer, dense(stored), bits(stored), describe(stored), outcome.notes, group)
-    return packed(stored), row
+    return pack_weight(stored), row
 
 
 def row_of(

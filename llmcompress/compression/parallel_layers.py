@@ -18,7 +18,7 @@ from llmcompress.compression.job import Job
 from llmcompress.compression.layer import finished, layer_of
 from llmcompress.compression.memory_estimate import SEARCHED
 from llmcompress.methods.layer import Layer
-from llmcompress.methods.row_chunks import Outcome, apply_to, runs, together
+from llmcompress.methods.row_chunks import Outcome, apply_to_run, join_runs, runs
 from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.ranks import Ranks
 from llmcompress.runtime.side_by_side import side_by_side
@@ -63,7 +63,7 @@ def solved(
             for name in (name for name in scattered if homes[name][0] == ranks.rank):
                 parts = [everything[share.name, share.rows.start] for share in shares if share.name == name]
                 group = next(group for group in groups if name in group.names)
-                done[name] = finished(job, layer_of(job, block, name, group), together(parts), group)
+                done[name] = finished(job, layer_of(job, block, name, group), join_runs(parts), group)
     for group in groups:
         group.inputs.derived.clear()  # factors that only its linears could share
     found = {name: one for each in ranks.gather(done) for name, one in each.items()}
@@ -86,7 +86,7 @@ def _compressed(
     def outcomes(name: str, group: InputGroup) -> tuple[Layer, dict[int, Outcome]]:
         """A layer, and its runs of rows."""
         layer, steps = layer_of(job, block, name, group), (job.steps | job.tables)[name]
-        return layer, {s.rows.start: apply_to(layer, steps, s.rows) for s in mine if s.name == name}
+        return layer, {s.rows.start: apply_to_run(layer, steps, s.rows) for s in mine if s.name == name}
 
     tasks = [partial(outcomes, name, groups[number]) for number, name in names]
     found = side_by_side(tasks, workers, next(block.module.parameters()).device)
@@ -95,7 +95,7 @@ def _compressed(
         if name in scattered:
             pieces |= {(name, start): part for start, part in parts.items()}
         else:
-            done[name] = finished(job, layer, together(list(parts.values())), group)
+            done[name] = finished(job, layer, join_runs(list(parts.values())), group)
         del layer, parts  # before the next one is made
         last = place == len(names) or names[place][0] != number
         if last and not set(scattered).intersection(group.names):

@@ -27,7 +27,7 @@ from llmcompress.compression.run_files import Books, identity_of
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.distillation.blockwise.tune import tuner
 from llmcompress.errors import NumericsError, RecipeError, list_names
-from llmcompress.methods.solvers.stream_search import searched_there
+from llmcompress.methods.solvers.stream_search import can_search
 from llmcompress.models.dense.auto_class import auto_name
 from llmcompress.reporting.quality_limits import pending
 from llmcompress.reporting.report import Report
@@ -244,7 +244,7 @@ def _starved(run: CompressionState) -> tuple[str, ...]:
 
 def _searched_elsewhere(run: CompressionState) -> tuple[str, ...]:
     """Return a sentence if trellises were searched on another device than the requested one."""
-    if searched_there(run.device) or not any("trellis" in row.stored for row in run.rows):
+    if can_search(run.device) or not any("trellis" in row.stored for row in run.rows):
         return ()
     return (
         f"trellises were searched on the CPU, not on {run.device}, since that takes an NVIDIA GPU and Triton; if there "

@@ -31,7 +31,7 @@ from llmcompress.models.files.store import Store
 from llmcompress.runtime.facts import torch_facts, versions
 from llmcompress.runtime.load import busy_note
 from llmcompress.weight.expression import dense
-from llmcompress.weight.modules import packed
+from llmcompress.weight.modules import pack_weight
 from llmcompress.weight.nodes import Dense
 
 COLUMNS, ROWS = 128, 2048  # tried of a matrix, at most
@@ -204,7 +204,7 @@ def tried(steps: Steps, rows: int, width: int, data: bool) -> tuple[float, float
         started = time.perf_counter()
         layer = Layer("trial", weight, Dense(weight.to(torch.bfloat16)), moments, "0")
         done = apply(layer, steps).expression()
-        packed(done)
+        pack_weight(done)
         for _ in range(2):  # for its error, and when the next block reads what it gives
             dense(done)
         shared = sum(moments.clock)

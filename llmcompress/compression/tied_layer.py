@@ -12,14 +12,14 @@ from llmcompress.calibration.walk import Block, InputGroup
 from llmcompress.compression.job import Job
 from llmcompress.compression.layer import layer_of, row_of
 from llmcompress.compression.ties import Tied
-from llmcompress.methods.layer import Layer, apply, split
+from llmcompress.methods.layer import Layer, apply, base_and_term
 from llmcompress.methods.row_chunks import apply_in_runs
 from llmcompress.reporting.report import LayerReport
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import bits, dense
-from llmcompress.weight.modules import PackedWeight, packed
+from llmcompress.weight.modules import PackedWeight, pack_weight
 from llmcompress.weight.nodes import Dense, Weight, Zero
-from llmcompress.weight.sums import added
+from llmcompress.weight.sums import add_to_base
 
 
 def tied_layers(
@@ -39,11 +39,11 @@ def tied_layers(
                 start = started(job, tied).to(layer.weight.device)
                 fitted = replace(layer, name=tied.name, weight=start, approx=Dense(start.to(torch.bfloat16)))
                 base, notes = apply_in_runs(fitted, tied.steps)
-                found[tied.name] = packed(base)
+                found[tied.name] = pack_weight(base)
             else:
                 base = decode(common[tied.name].layout.header, common[tied.name].views())
             own = _own(tied, layer, dense(base))
-            found[name] = packed(own)
+            found[name] = pack_weight(own)
             rows.append(_row(job, tied, layer, base, own, notes, group))
         group.inputs.derived.clear()
     return found, rows
@@ -64,13 +64,13 @@ def _own(tied: Tied, layer: Layer, base: Tensor) -> Weight:
         return Zero(tied.shape)
     lost = layer.weight - base
     done = apply(replace(layer, weight=lost, approx=Dense(torch.zeros_like(lost, dtype=torch.bfloat16))), [tied.term])
-    return split(done.approx)[1] or Zero(tied.shape)
+    return base_and_term(done.approx)[1] or Zero(tied.shape)
 
 
 def _row(
     job: Job, tied: Tied, layer: Layer, base: Weight, own: Weight, notes: tuple[str, ...], group: InputGroup
 ) -> LayerReport:
     """Return the row of the report: the common matrix counts in the first of its linears."""
-    whole = added(base, own)
+    whole = add_to_base(base, own)
     stored = whole if tied.is_first(layer.name) else own
     return row_of(job, layer, dense(whole), bits(stored), tied.described(layer.name, stored), notes, group)

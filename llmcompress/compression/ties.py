@@ -17,8 +17,8 @@ from llmcompress.models.dense.families import Architecture
 from llmcompress.recipe.tie import Tie
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Weight, Zero
-from llmcompress.weight.sums import added
-from llmcompress.weight.tied import described
+from llmcompress.weight.sums import add_to_base
+from llmcompress.weight.tied import describe_beside_base
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Tied:
     def sketch(self, linear: str) -> Weight:
         """Return what a linear stores, the first one with the common matrix, without values, for `plan`."""
         own = Zero(self.shape) if self.term is None else self.term.term_sketch(Zero(self.shape))
-        return added(sketch(linear, self.shape, self.steps), own) if self.is_first(linear) else own
+        return add_to_base(sketch(linear, self.shape, self.steps), own) if self.is_first(linear) else own
 
     def described(self, linear: str, stored: Weight) -> str:
         """Return in words what a linear stores, as in `sketch`."""
-        return describe(stored) if self.is_first(linear) else described(stored)
+        return describe(stored) if self.is_first(linear) else describe_beside_base(stored)
 
     def steps_of(self, linear: str) -> tuple[StepConfig, ...]:
         """Return the steps that a linear takes: the first one those of the common matrix too."""

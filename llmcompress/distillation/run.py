@@ -57,7 +57,7 @@ from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.ranks import Ranks, join_ranks
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.modules import CompressedLinear, Layout, Multiplying, compressed_modules
-from llmcompress.weight.tied import base_of, described
+from llmcompress.weight.tied import base_of, describe_beside_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -287,7 +287,7 @@ def _counted(linears: Mapping[str, Multiplying]) -> dict[str, dict[str, Any]]:
         if isinstance(layer, CompressedLinear):
             base = base_of(layer)
             own = layer.expression() if base is None or base in counted else layer.whole()
-            text = described(own) if base is not None and base in counted else describe(own)
+            text = describe_beside_base(own) if base is not None and base in counted else describe(own)
             found[name] = {"bpw": bits(own) / prod(layer.layout.size), "stored": text}
             counted.add(base)
     return found

@@ -20,8 +20,8 @@ from llmcompress.models.files.compressed import Opened
 from llmcompress.models.transformers.hf_quantizer import table_entry
 from llmcompress.weight.expression import dense
 from llmcompress.weight.hadamard import unrotate
-from llmcompress.weight.modules import Layout, packed, payload_texts
-from llmcompress.weight.nodes import LowRank, Rotated, Sum, Weight
+from llmcompress.weight.modules import Layout, pack_weight, payload_texts
+from llmcompress.weight.nodes import LowRank, RotatedInputs, Sum, Weight
 
 
 def to_peft(opened: Opened, output: Path) -> Exported:
@@ -38,7 +38,7 @@ def to_peft(opened: Opened, output: Path) -> Exported:
                 base, term = without_term(opened.expression(layer))
                 if term is not None:
                     factors[layer] = term
-                layouts[layer], tensors[f"{layer}.weight"] = packed(base)
+                layouts[layer], tensors[f"{layer}.weight"] = pack_weight(base)
             writer.add(tensors, payload_texts(layouts))
         if not factors:
             raise InputError(
@@ -68,10 +68,10 @@ def without_term(w: Weight) -> tuple[Weight, tuple[Tensor, Tensor] | None]:
             kept = (first, *(part for part in others if not isinstance(part, LowRank)))
             base = first if len(kept) == 1 else Sum(kept)
             return base, (torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], 1))
-        case Rotated(inner, signs, block):
+        case RotatedInputs(inner, signs, block):
             base, term = without_term(inner)
             turned = None if term is None else (unrotate(term[0], signs, block), term[1])
-            return Rotated(base, signs, block), turned
+            return RotatedInputs(base, signs, block), turned
         case _:
             return w, None
 

@@ -16,7 +16,7 @@ from llmcompress.methods.moments import STATISTICS, TILE, Moments
 from llmcompress.runtime.precision import bfloat16_factors, is_finite
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.hadamard import rotate
-from llmcompress.weight.nodes import Dense, LowRank, Rotated, Sum, Weight, Where, Zero
+from llmcompress.weight.nodes import Dense, LowRank, RotatedInputs, Sum, Weight, Where, Zero
 
 ROWS = 8192  # rows per chunk when measuring the error, which limits the extra copy
 TURNED = 1024  # rows that are rotated at a time
@@ -48,7 +48,7 @@ class Layer:
         """The finished weight, in the model's own basis."""
         if self.rotation is None:
             return self.approx
-        return Rotated(self.approx, self.rotation.signs, self.rotation.block)
+        return RotatedInputs(self.approx, self.rotation.signs, self.rotation.block)
 
 
 class StepConfig(BaseModel):
@@ -159,11 +159,11 @@ def sketch(name: str, size: tuple[int, int], steps: Sequence[StepConfig]) -> Wei
     Raises RecipeError where a step cannot work on this shape.
     """
     approx: Weight = Dense(torch.empty(size, dtype=torch.bfloat16, device="meta"))
-    outer: Rotated | None = None
+    outer: RotatedInputs | None = None
     for config in steps:
         try:
             after = config.sketch(approx)
-            if isinstance(after, Rotated):
+            if isinstance(after, RotatedInputs):
                 _check_untouched(approx, outer)
                 outer, after = after, after.inner
             _check_order(approx, after)
@@ -181,7 +181,7 @@ def _check_untouched(approx: Weight, rotation: object | None) -> None:
 
 def _check_order(before: Weight, after: Weight) -> None:
     """Raises RecipeError for a step that would throw away the base that an earlier step made."""
-    (old, old_term), (new, new_term) = split(before), split(after)
+    (old, old_term), (new, new_term) = base_and_term(before), base_and_term(after)
     if old_term is not None and new_term is not old_term:
         raise RecipeError(f"it would replace the low-rank term of an earlier step ({describe(old_term)}); drop one")
     kept_pruned = isinstance(old, Where) and isinstance(new, Where) and old.index is new.index
@@ -230,7 +230,7 @@ def _energy(matrix: Tensor, outer: Tensor | None) -> float:
     return total
 
 
-def split(approx: Weight) -> tuple[Weight, LowRank | None]:
+def base_and_term(approx: Weight) -> tuple[Weight, LowRank | None]:
     """The base of an approximation and its low-rank term."""
     match approx:
         case Sum((base, LowRank() as term)):
@@ -246,29 +246,29 @@ def join(base: Weight, term: LowRank | None) -> Weight:
 
 def base_target(layer: Layer) -> Tensor:
     """Return the target of the base, `[out, in]`: the weight less the low-rank term."""
-    term = split(layer.approx)[1]
+    term = base_and_term(layer.approx)[1]
     return layer.weight if term is None else layer.weight - dense(term)
 
 
 def with_base(layer: Layer, base: Weight, notes: tuple[str, ...] = ()) -> Layer:
     """The layer with another base beside its low-rank term, if it has one."""
-    return replace(layer, approx=join(base, split(layer.approx)[1]), notes=layer.notes + notes)
+    return replace(layer, approx=join(base, base_and_term(layer.approx)[1]), notes=layer.notes + notes)
 
 
 def support(approx: Weight) -> Tensor | None:
     """Return the mask of a pruned base, bool `[out, in]`, true where it may be non-zero; None if it is not pruned."""
-    match split(approx)[0]:
+    match base_and_term(approx)[0]:
         case Where(index, _, Zero()):
             return index.inside
         case _:
             return None
 
 
-def rotated(layer: Layer, rotation: Rotation) -> Layer:
+def rotate_layer(layer: Layer, rotation: Rotation) -> Layer:
     """The layer seen in another input basis; `expression()` leads back. Only before anything was compressed."""
     _check_untouched(layer.approx, layer.rotation)
 
-    def turned(matrix: Tensor) -> Tensor:
+    def rotate_rows(matrix: Tensor) -> Tensor:
         """`matrix @ R`, some rows at a time, since a transform takes a few times what it turns."""
         found = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
         for rows, place in zip(matrix.split(TURNED), found.split(TURNED), strict=True):
@@ -278,10 +278,10 @@ def rotated(layer: Layer, rotation: Rotation) -> Layer:
     def turn(moments: Moments) -> Moments:
         if moments.outer is None:
             return Moments(moments.tokens)
-        outer = turned(turned(moments.outer).T)
+        outer = rotate_rows(rotate_rows(moments.outer).T)
         return Moments(moments.tokens, square=outer.diagonal().clone(), outer=outer)
 
     key = ("rotated", rotation.block, rotation.signs.numpy(force=True).tobytes())
     inputs = layer.inputs.memo(key, lambda: turn(layer.inputs))
-    weight = turned(layer.weight)
+    weight = rotate_rows(layer.weight)
     return replace(layer, weight=weight, approx=Dense(weight.to(torch.bfloat16)), inputs=inputs, rotation=rotation)

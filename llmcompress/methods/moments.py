@@ -61,7 +61,7 @@ class Moments:
             plus(self.cross, other.cross),
         )
 
-    def scaled(self, weight: float) -> Moments:
+    def times(self, weight: float) -> Moments:
         """The moments with every token's weight multiplied by `weight`."""
         square, outer, cross = (
             None if found is None else found * weight for found in (self.square, self.outer, self.cross)

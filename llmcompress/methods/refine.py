@@ -19,15 +19,15 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
+from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, method, with_base
 from llmcompress.methods.solvers.bitplanes import Planes, planes_of
-from llmcompress.methods.solvers.column_scales import without
+from llmcompress.methods.solvers.column_scales import divide_columns
 from llmcompress.methods.solvers.feedback import few_threads
-from llmcompress.methods.solvers.grid import grid_of, round_to, spread
+from llmcompress.methods.solvers.grid import grid_of, repeat_groups, round_to
 from llmcompress.methods.solvers.hessian import metric
-from llmcompress.methods.solvers.moves import moved, visited
-from llmcompress.methods.solvers.projection import Floats, Kept, Pruned, Quantized
-from llmcompress.methods.solvers.scales import rescaled
+from llmcompress.methods.solvers.moves import move_codebooks, visit_vectors
+from llmcompress.methods.solvers.projection import FloatPoints, GridPoints, KeptValues, Zeros
+from llmcompress.methods.solvers.scales import refit_scales
 from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.methods.solvers.vectors import books_of
 from llmcompress.weight.expression import dense, describe
@@ -36,10 +36,10 @@ from llmcompress.weight.nodes import (
     Dense,
     Grid,
     Minifloat,
-    Scaled,
+    ScaledInputs,
     Sum,
-    Transposed,
-    TrellisCoded,
+    Transpose,
+    TrellisCodes,
     Weight,
     Where,
     Zero,
@@ -78,24 +78,24 @@ def refine(layer: Layer, config: Refine) -> Layer:
     base, target = _compressed_base(layer.approx), base_target(layer)
     hessian = metric(layer.inputs, target, config.damping)
     for _ in range(config.passes):
-        base = rescaled(descended(base, target, hessian, layer.rows), target, hessian)
+        base = refit_scales(descend(base, target, hessian, layer.rows), target, hessian)
     return with_base(layer, base)
 
 
-def descended(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None = None) -> Weight:
+def descend(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None = None) -> Weight:
     """One visit to every column of `target [out, in]`, left to right, under `hessian [in, in]`; `rows [out]`: what they
     count where a column is chosen as a whole."""
-    base = moved(base, target, lambda books, own, shown: visited(books, own, hessian, shown))
+    base = move_codebooks(base, target, lambda books, own, shown: visit_vectors(books, own, hessian, shown))
     if books_of(base):
         return base
     values = dense(base).T.clone(memory_format=torch.contiguous_format)  # [in, out], like everything below
     pull = hessian @ (target.T - values)
-    if isinstance(base, TrellisCoded):
+    if isinstance(base, TrellisCodes):
         streams = TrellisStreams.of(base, rows)
         _descend_blocks(streams.choose, values, pull, hessian)
         return streams.weight(values.T)
     if isinstance(base, Grid):
-        _descend_blocks(Quantized.like(base).choose, values, pull, hessian)
+        _descend_blocks(GridPoints.like(base).choose, values, pull, hessian)
         return with_values(base, values.T.contiguous())
     move_to = nearest(base)
     for start in range(0, len(values), BLOCK):
@@ -133,13 +133,13 @@ def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
     """The function `(column, wanted [out])` to the nearest values that `w` can store in that column."""
     match w:
         case Zero():
-            return Pruned().project
+            return Zeros().project
         case Dense(values):
-            return Kept(values.dtype).project
+            return KeptValues(values.dtype).project
         case Grid():
-            return Quantized.like(w).project
+            return GridPoints.like(w).project
         case Minifloat():
-            return Floats.like(w).project
+            return FloatPoints.like(w).project
         case Sum() if planes_of(w):
             return Planes.like(planes_of(w)).project
         case Codebook() | Sum() if books_of(w):
@@ -149,13 +149,13 @@ def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
             here, there = nearest(inside), nearest(outside)
             chosen = index.inside.expand(shape(w)).T.contiguous()
             return lambda column, wanted: torch.where(chosen[column], here(column, wanted), there(column, wanted))
-        case Scaled(inner, columns):
+        case ScaledInputs(inner, columns):
             bare, factors = nearest(inner), columns.float()
             divisors = torch.where(factors == 0, 1.0, factors)
             return lambda column, wanted: bare(column, wanted / divisors[column]) * factors[column]
-        case Transposed(Grid(codes, scale, zero, levels, group_size)):
-            steps = spread(scale, group_size, codes.shape[1])  # [in, out]
-            middles = [None] * len(steps) if zero is None else spread(zero, group_size, codes.shape[1])
+        case Transpose(Grid(codes, scale, zero, levels, group_size)):
+            steps = repeat_groups(scale, group_size, codes.shape[1])  # [in, out]
+            middles = [None] * len(steps) if zero is None else repeat_groups(zero, group_size, codes.shape[1])
             return lambda column, wanted: round_to(wanted, steps[column], middles[column], levels)
     raise RecipeError(f"refine cannot move the values of {describe(w)}; leave it out for this layer")
 
@@ -168,22 +168,22 @@ def with_values(w: Weight, values: Tensor) -> Weight:
         case Grid(_, scale, zero, levels, group_size):
             return grid_of(values, scale, zero, levels, group_size)
         case Minifloat():
-            return Floats.like(w).weight(values)
+            return FloatPoints.like(w).weight(values)
         case Sum() if planes_of(w):
             return Planes.like(planes_of(w)).weight(values)
         case Where():
             return rebuild(w, lambda path, node, shown: with_values(node, values))
-        case Scaled(inner, columns):
-            return Scaled(with_values(inner, without(values, columns)), columns)
-        case Transposed(inner):
-            return Transposed(with_values(inner, values.T.contiguous()))
+        case ScaledInputs(inner, columns):
+            return ScaledInputs(with_values(inner, divide_columns(values, columns)), columns)
+        case Transpose(inner):
+            return Transpose(with_values(inner, values.T.contiguous()))
         case _:
             return w
 
 
 def _compressed_base(approx: Weight) -> Weight:
-    base = split(approx)[0]
-    known = isinstance(base, Grid | Minifloat | TrellisCoded | Where | Scaled | Transposed)
+    base = base_and_term(approx)[0]
+    known = isinstance(base, Grid | Minifloat | TrellisCodes | Where | ScaledInputs | Transpose)
     if not (known or planes_of(base) or books_of(base)):
         raise RecipeError(f"there is nothing to polish in {describe(base)}; prune or quantize first")
     return base

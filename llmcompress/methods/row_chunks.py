@@ -14,7 +14,7 @@ import torch
 
 from llmcompress.methods.layer import Layer, StepConfig, apply
 from llmcompress.weight.nodes import Dense, Weight
-from llmcompress.weight.stack import joined
+from llmcompress.weight.stack import join_rows
 
 RUN = 7680  # rows: a multiple of those that a stream of a trellis goes down
 
@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
 
 def apply_in_runs(layer: Layer, steps: Sequence[StepConfig]) -> Outcome:
     """The layer's weight after every step, in order. Raises what `layer.apply` raises."""
-    return together([apply_to(layer, steps, rows) for rows in runs(len(layer.weight), steps)])
+    return join_runs([apply_to_run(layer, steps, rows) for rows in runs(len(layer.weight), steps)])
 
 
 def runs(rows: int, steps: Sequence[StepConfig]) -> list[slice]:
@@ -38,7 +38,7 @@ def runs(rows: int, steps: Sequence[StepConfig]) -> list[slice]:
     return [slice(start, min(start + RUN, rows)) for start in range(0, rows, RUN)]
 
 
-def apply_to(layer: Layer, steps: Sequence[StepConfig], rows: slice) -> Outcome:
+def apply_to_run(layer: Layer, steps: Sequence[StepConfig], rows: slice) -> Outcome:
     """One of the layer's `runs` after every step."""
     if rows != slice(0, len(layer.weight)):
         weight = layer.weight[rows]
@@ -48,8 +48,8 @@ def apply_to(layer: Layer, steps: Sequence[StepConfig], rows: slice) -> Outcome:
     return Outcome(done.expression(), done.notes)
 
 
-def together(done: Sequence[Outcome]) -> Outcome:
+def join_runs(done: Sequence[Outcome]) -> Outcome:
     """The runs of a layer below each other."""
     if len(done) == 1:
         return done[0]
-    return Outcome(joined([run.weight for run in done]), done[-1].notes)
+    return Outcome(join_rows([run.weight for run in done]), done[-1].notes)

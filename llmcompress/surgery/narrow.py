@@ -17,7 +17,7 @@ import torch
 
 from llmcompress.calibration.walk import Block, Progress
 from llmcompress.errors import NumericsError
-from llmcompress.methods.solvers.hessian import damped, second_moment
+from llmcompress.methods.solvers.hessian import add_damping, second_moment
 from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import open_source
@@ -178,7 +178,7 @@ class NarrowJob:
                 group = block.gather((name,))  # the cut before has changed its inputs
             else:
                 group = next(group for group in block.groups if name in group.names)
-            hessian = damped(second_moment(group.inputs), DAMPING)
+            hessian = add_damping(second_moment(group.inputs), DAMPING)
             subset = choose_units(block.weight(name), hessian, cut.keep, cut.size, self.score)
             parameter = block.module.get_submodule(name.removeprefix(f"{block.path}.")).get_parameter("weight")
             parameter.copy_(subset.weight.T if cut.consumer.transposed else subset.weight)

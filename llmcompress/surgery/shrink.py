@@ -20,7 +20,7 @@ from llmcompress.reporting import report as reports
 from llmcompress.reporting.quality_limits import pending
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.weight.expression import bits, describe
-from llmcompress.weight.leading import leading
+from llmcompress.weight.leading import truncate_low_rank
 from llmcompress.weight.modules import CompressedLinear
 from llmcompress.weight.nodes import Weight
 
@@ -66,7 +66,7 @@ def shrink(folder: str | Path, rank: int, output: str | Path, *, trust_remote_co
     if rank < 0:
         raise RecipeError(f"a rank of {rank} is none; give 0, which leaves low-rank terms out, or more")
     weights = ((name, opened.expression(name)) for name in opened.layouts)
-    changed = {name: (old, new) for name, old in weights if (new := leading(old, rank)) is not old}
+    changed = {name: (old, new) for name, old in weights if (new := truncate_low_rank(old, rank)) is not old}
     if not changed:
         raise RecipeError(f"{source} has no low-rank term of more than rank {rank}, so there is nothing to take away")
     beside = companions(source, trust_remote_code)

@@ -16,7 +16,7 @@ from math import isfinite
 from llmcompress.allocation.sensitivity import Probe, probe_windows
 from llmcompress.allocation.solve import monotone, solve
 from llmcompress.errors import NumericsError
-from llmcompress.methods.solvers.hessian import damped, second_moment
+from llmcompress.methods.solvers.hessian import add_damping, second_moment
 from llmcompress.surgery.judged_walk import JudgedWalk
 from llmcompress.surgery.unit_choice import DAMPING, UnitScore, choose_units
 from llmcompress.surgery.units import Part, UnitCut, Widths
@@ -72,7 +72,7 @@ def measure_widths(
         for cut in cuts[block.index]:
             name = cut.consumer.name
             inputs = next(group.inputs for group in block.groups if name in group.names)
-            weight, hessian = block.weight(name), damped(second_moment(inputs), DAMPING)
+            weight, hessian = block.weight(name), add_damping(second_moment(inputs), DAMPING)
             for width in widths[cut.part][1:]:
                 probe.exchange(block, name, choose_units(weight, hessian, width, cut.size, score).weight)
         probe.leave(block)

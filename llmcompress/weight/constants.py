@@ -21,13 +21,13 @@ def constant(make: Callable[[*Words], T]) -> Callable[[*Words], T]:
     """
 
     @lru_cache(maxsize=16)
-    def kept(*words: Hashable) -> T:
+    def make_once(*words: Hashable) -> T:
         with _disable_current_modes(), torch.device("cpu"):
             return make(*words)  # type: ignore[arg-type]  # as they came
 
     @wraps(make)
     def table(*words: *Words) -> T:
-        return kept(*words)
+        return make_once(*words)
 
     # What torch.compiler.assume_constant_result does, which imports the compiler, a second of every start.
     table._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -22,13 +22,13 @@ from llmcompress.weight.nodes import (
     LowRank,
     Minifloat,
     Pattern,
-    Rotated,
-    Scaled,
-    Stored,
+    RotatedInputs,
+    ScaledInputs,
+    StoredTensor,
     Sum,
     Tiles,
-    Transposed,
-    TrellisCoded,
+    Transpose,
+    TrellisCodes,
     Weight,
     Where,
     Zero,
@@ -37,7 +37,7 @@ from llmcompress.weight.nodes import (
     float_codes,
     shape,
     shown_count,
-    stored,
+    stored_tensors,
     unknown,
 )
 from llmcompress.weight.packing import codes_in_bytes, pack, unpack
@@ -66,8 +66,8 @@ def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) 
     header = _header(w)
     if isinstance(w, Where):
         header["index"] = _encode_index(w.index, path, out)
-    own = {path + part.name: _flat(part, shown) for part in stored(w)}
-    if not isinstance(w, Rotated):  # format 3 has the signs of a rotation behind what is rotated
+    own = {path + part.name: _flat(part, shown) for part in stored_tensors(w)}
+    if not isinstance(w, RotatedInputs):  # format 3 has the signs of a rotation behind what is rotated
         out.update(own)
     below = {place: _encode(node, here, path + place, out) for place, node, here in children(w, shown)}
     out.update(own)
@@ -76,7 +76,7 @@ def _encode(w: Weight, shown: Tensor | None, path: str, out: dict[str, Tensor]) 
     return header | {place.removesuffix("_"): part for place, part in below.items()}
 
 
-def _flat(part: Stored, shown: Tensor | None) -> Tensor:
+def _flat(part: StoredTensor, shown: Tensor | None) -> Tensor:
     numbers = part.numbers(shown)
     return numbers.contiguous() if part.levels is None else pack(numbers.to(torch.uint8), part.levels)
 
@@ -92,7 +92,7 @@ def _header(w: Weight) -> dict[str, Any]:
         case Grid(_, scale, zero, levels, group_size):
             affine = {"scale": list(scale.shape), "asymmetric": zero is not None}
             return {"node": "grid", **size, "levels": levels, "group_size": group_size, **affine}
-        case TrellisCoded(trellis=trellis, run=run):
+        case TrellisCodes(trellis=trellis, run=run):
             name = CODES[trellis.code]  # of its own, so that readers of format 3 that lack a code refuse it
             return {"node": name, **size, "run": run, **{key: getattr(trellis, key) for key in SIZES}}
         case Tiles(bits=bits):
@@ -107,11 +107,11 @@ def _header(w: Weight) -> dict[str, Any]:
             return {"node": "low_rank"}
         case Where():
             return {"node": "where", **size}
-        case Rotated(block=block):
+        case RotatedInputs(block=block):
             return {"node": "rotated", "block": block}
-        case Scaled():
+        case ScaledInputs():
             return {"node": "scaled"}
-        case Transposed():
+        case Transpose():
             return {"node": "transposed", **size}
         case Sum():
             return {"node": "sum"}
@@ -151,7 +151,7 @@ class Reader:
                 trellis = trellis_of(header)
                 rows, width = header["shape"]
                 codes = unpack(self.own("codes"), 1 << trellis.bits, rows * width // trellis.values)
-                return TrellisCoded(codes, self.rows("scale", (rows, 1)), trellis, header["run"])
+                return TrellisCodes(codes, self.rows("scale", (rows, 1)), trellis, header["run"])
             case "tiles":
                 rows, width = header["shape"]
                 codes = unpack(self.own("codes"), 1 << header["bits"], rows * width)
@@ -175,12 +175,12 @@ class Reader:
                 return Where(index, inside, self.below("outside_", header["outside"], both(self.shown, ~index.inside)))
             case "rotated":
                 inner = self.below("inner_", header["inner"])
-                return Rotated(inner, unpack(self.own("signs"), 2, shape(inner)[1]).bool(), header["block"])
+                return RotatedInputs(inner, unpack(self.own("signs"), 2, shape(inner)[1]).bool(), header["block"])
             case "scaled":
-                return Scaled(self.below("inner_", header["inner"], self.shown), self.own("columns"))
+                return ScaledInputs(self.below("inner_", header["inner"], self.shown), self.own("columns"))
             case "transposed":
                 lying = None if self.shown is None else self.shown.expand(header["shape"]).T
-                return Transposed(self.below("inner_", header["inner"], lying))
+                return Transpose(self.below("inner_", header["inner"], lying))
             case "sum":
                 parts = enumerate(header["parts"])
                 return Sum(tuple(self.below(f"{i}_", part, self.shown) for i, part in parts))

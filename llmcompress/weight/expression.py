@@ -24,12 +24,12 @@ from llmcompress.weight.nodes import (
     LowRank,
     Minifloat,
     Pattern,
-    Rotated,
-    Scaled,
+    RotatedInputs,
+    ScaledInputs,
     Sum,
     Tiles,
-    Transposed,
-    TrellisCoded,
+    Transpose,
+    TrellisCodes,
     Weight,
     Where,
     Zero,
@@ -38,7 +38,7 @@ from llmcompress.weight.nodes import (
     rebuild,
     shape,
     shown_count,
-    stored,
+    stored_tensors,
     unknown,
 )
 from llmcompress.weight.packing import packed_bits
@@ -50,7 +50,7 @@ def device(w: Weight) -> torch.device | None:
     """The device of the tensors of `w`; None if it has no tensors, as `Zero`."""
     if isinstance(w, Where):
         return w.index.inside.device
-    own = (part.tensor.device for part in stored(w))
+    own = (part.tensor.device for part in stored_tensors(w))
     below = (device(node) for _, node, _ in children(w))
     return next(filter(None, chain(own, below)), None)
 
@@ -65,29 +65,29 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
         case Dense(values):
             return values.float()
         case Grid(codes, scale, zero, levels, group_size):
-            centre = (levels - 1) / 2 if zero is None else _spread(zero.float(), group_size, codes.shape[1])
-            steps = _spread(scale.float(), group_size, codes.shape[1])
+            centre = (levels - 1) / 2 if zero is None else repeat_groups(zero.float(), group_size, codes.shape[1])
+            steps = repeat_groups(scale.float(), group_size, codes.shape[1])
             if codes.is_floating_point():
                 return (codes - centre) * steps
             return codes.float().sub_(centre).mul_(steps)
-        case TrellisCoded(codes, scale, trellis, run):
+        case TrellisCodes(codes, scale, trellis, run):
             return matrix(codes, len(scale), trellis, run) * scale.float()
         case Tiles(codes, inputs, outputs, bits):
             return tiled_matrix(codes, bits, inputs, outputs)
         case Codebook(codes, centroids, scale, width):
             return centroids.float()[codes.long()].flatten(1)[:, :width] * scale.float()
         case Minifloat(codes, form=form, group_size=group_size):
-            steps = _spread(float_steps(w), group_size, codes.shape[1])
+            steps = repeat_groups(float_steps(w), group_size, codes.shape[1])
             return float_values(form).to(codes.device)[codes.long()] * steps
         case LowRank(left, right):
             return dense(left, where) @ dense(right, where)
         case Where(index, inside, outside):
             return torch.where(index.inside, dense(inside, where), dense(outside, where))
-        case Rotated(inner, signs, block):
+        case RotatedInputs(inner, signs, block):
             return unrotate(dense(inner, where), signs, block)
-        case Scaled(inner, columns):
+        case ScaledInputs(inner, columns):
             return dense(inner, where) * columns.float()
-        case Transposed(inner):
+        case Transpose(inner):
             return dense(inner, where).T.contiguous()
         case Sum(parts):
             return reduce(torch.add, [dense(part, where) for part in parts])
@@ -135,9 +135,9 @@ def matmul(x: Tensor, w: Weight, leaf: Callable[[Tensor, Weight], Tensor] = by_d
     match w:
         case LowRank(left, right):
             return matmul(matmul(x, right, leaf), left, leaf)
-        case Rotated(inner, signs, block):
+        case RotatedInputs(inner, signs, block):
             return matmul(rotate(x, signs, block), inner, leaf)
-        case Scaled(inner, columns):
+        case ScaledInputs(inner, columns):
             return matmul((x * columns).to(x.dtype), inner, leaf)
         case Sum(parts):
             return reduce(torch.add, [matmul(x, part, leaf) for part in parts])
@@ -165,7 +165,7 @@ def tensor_bits(w: Weight, shown: Tensor | None = None) -> Iterator[int]:
     """The bits of each stored tensor of `w`, before its last byte is padded."""
     if isinstance(w, Where):
         yield _index_bits(w.index)
-    for part in stored(w):
+    for part in stored_tensors(w):
         yield part.bits(shown)
     for _, node, here in children(w, shown):
         yield from tensor_bits(node, here)
@@ -178,7 +178,7 @@ def not_zero(w: Weight) -> int:
             return 0
         case Where(index, inside, Zero()) if not isinstance(inside, Zero):
             return shown_count(index.inside, index.inside.shape)
-        case Scaled(inner) | Transposed(inner):
+        case ScaledInputs(inner) | Transpose(inner):
             return not_zero(inner)
         case _:
             return math.prod(shape(w))
@@ -195,7 +195,7 @@ def describe(w: Weight) -> str:
             name = {2: "binary", 3: "ternary"}.get(levels, f"{math.log2(levels):.3g}-bit")
             group = "row" if group_size >= codes.shape[1] else f"g{group_size}"
             return f"{name} {group}{'' if zero is None else ' asymmetric'}"
-        case TrellisCoded(trellis=trellis):
+        case TrellisCodes(trellis=trellis):
             return f"{trellis.rate:g}-bit trellis"
         case Tiles(bits=bits):
             return f"{bits}-bit tiles"
@@ -209,14 +209,14 @@ def describe(w: Weight) -> str:
         case LowRank(left, right):
             return f"rank {shape(left)[1]} ({describe(left)} | {describe(right)})"
         case Where(index, inside, outside):
-            kind = f"{index.kept}:{index.group}" if isinstance(index, Pattern) else type(index).__name__.lower()
+            kind = f"{index.keep}:{index.group}" if isinstance(index, Pattern) else type(index).__name__.lower()
             share = shown_count(index.inside, index.inside.shape) / index.inside.numel()
             return f"{share:.0%} of {kind}: {describe(inside)}, else {describe(outside)}"
-        case Rotated(inner, _, block):
+        case RotatedInputs(inner, _, block):
             return f"rotated {block} ({describe(inner)})"
-        case Scaled(inner):
+        case ScaledInputs(inner):
             return f"scaled columns ({describe(inner)})"
-        case Transposed(inner):
+        case Transpose(inner):
             return f"transposed ({describe(inner)})"
         case Sum(parts):
             return " + ".join(describe(part) for part in parts)
@@ -225,10 +225,10 @@ def describe(w: Weight) -> str:
 
 def _index_bits(index: Index) -> int:
     if isinstance(index, Pattern):
-        return packed_bits(math.comb(index.group, index.kept), index.inside.numel() // index.group)
+        return packed_bits(math.comb(index.group, index.keep), index.inside.numel() // index.group)
     return index.inside.numel()
 
 
-def _spread(groups: Tensor, group_size: int, width: int) -> Tensor:
+def repeat_groups(groups: Tensor, group_size: int, width: int) -> Tensor:
     """Per-group numbers `[rows, groups]` repeated to `[rows, width]`; broadcast where one group spans the row."""
     return groups if groups.shape[1] == 1 else groups.repeat_interleave(group_size, 1)[:, :width]

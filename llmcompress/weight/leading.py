@@ -12,29 +12,29 @@ from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Dense, Grid, LowRank, Sum, Weight, children, rebuild, shape
 
 
-def leading(w: Weight, rank: int) -> Weight:
+def truncate_low_rank(w: Weight, rank: int) -> Weight:
     """Return a weight whose low-rank terms have their first `rank` components; `w` itself where none has more.
 
     Raises RecipeError where nothing would be left, or for factors that are stored in a form that has no columns.
     """
     if isinstance(w, LowRank):
-        return _cut(w, rank) if shape(w.left)[1] > rank else w
+        return _truncate(w, rank) if shape(w.left)[1] > rank else w
     if rank == 0 and isinstance(w, Sum):
         others = tuple(part for part in w.parts if not isinstance(part, LowRank))
         if 0 < len(others) < len(w.parts):
-            return leading(others[0] if len(others) == 1 else Sum(others), rank)
-    found = rebuild(w, lambda path, node, shown: leading(node, rank))
+            return truncate_low_rank(others[0] if len(others) == 1 else Sum(others), rank)
+    found = rebuild(w, lambda path, node, shown: truncate_low_rank(node, rank))
     same = all(new is old for (_, new, _), (_, old, _) in zip(children(found), children(w)))
     return w if same else found
 
 
-def _cut(term: LowRank, rank: int) -> LowRank:
+def _truncate(term: LowRank, rank: int) -> LowRank:
     if rank == 0:
         raise RecipeError("rank 0 leaves nothing of a matrix that is two factors; keep 1 component or more")
-    return LowRank(_columns(term.left, rank), _rows(term.right, rank))
+    return LowRank(_first_columns(term.left, rank), _first_rows(term.right, rank))
 
 
-def _columns(w: Weight, count: int) -> Weight:
+def _first_columns(w: Weight, count: int) -> Weight:
     """Return the first columns of a factor [out, rank]."""
     match w:
         case Dense(values):
@@ -46,7 +46,7 @@ def _columns(w: Weight, count: int) -> Weight:
     raise _unknown(w)
 
 
-def _rows(w: Weight, count: int) -> Weight:
+def _first_rows(w: Weight, count: int) -> Weight:
     """Return the first rows of a factor [rank, in]."""
     match w:
         case Dense(values):

@@ -22,7 +22,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from llmcompress.weight.hashing import scrambled
+from llmcompress.weight.hashing import scramble
 
 UNIT = 1 / 32  # a number is an int8 in this unit, which bfloat16 holds exactly
 SEEDS = {  # by (bits, values): of memories from 8 bits on, None where there is none; 0 for longer ones
@@ -98,7 +98,7 @@ def _masks(bits: int, memory: int, width: int, own: list[int], seed: int) -> tup
 
 def _numbers_below(limit: int, seed: int) -> Iterator[int]:
     """Yield numbers that look random, the same everywhere."""
-    return (int(scrambled(torch.tensor(seed << 8 | place))) % limit for place in count(1))
+    return (int(scramble(torch.tensor(seed << 8 | place))) % limit for place in count(1))
 
 
 def _free(masks: tuple[int, ...]) -> bool:

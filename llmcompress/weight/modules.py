@@ -22,7 +22,7 @@ from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.nodes import Weight, shape
 from llmcompress.weight.rows import rows
 from llmcompress.weight.schema import check
-from llmcompress.weight.sums import added
+from llmcompress.weight.sums import add_to_base
 from llmcompress.weight.tied import BASE, base_of
 
 DTYPES = {
@@ -74,14 +74,14 @@ class Layout:
 
     def places(self) -> dict[str, tuple[torch.dtype, int, int]]:
         """Return the place of each tensor in the payload: (dtype, first byte, the byte after its last)."""
-        found = {}
+        places = {}
         stop = 0
         for path, (name, count) in self.tensors.items():
             dtype = DTYPES[name]
-            start = _aligned(stop)
+            start = _align(stop)
             stop = start + count * dtype.itemsize
-            found[path] = (dtype, start, stop)
-        return found
+            places[path] = (dtype, start, stop)
+        return places
 
     def views(self, payload: Tensor) -> dict[str, Tensor]:
         """The tensors in a payload, uint8 `[bytes]`, without copying."""
@@ -89,14 +89,14 @@ class Layout:
 
     def bytes(self) -> int:
         """Return the size of the payload in bytes."""
-        return _aligned(max((stop for _, _, stop in self.places().values()), default=0))
+        return _align(max((stop for _, _, stop in self.places().values()), default=0))
 
 
-def _aligned(count: int) -> int:
+def _align(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-class Compressed(nn.Module):
+class CompressedModule(nn.Module):
     """A module whose weight `[out, in]` is a payload: all tensors of `encoding.encode` in one frozen uint8 parameter.
 
     One, so that a checkpoint has no more tensors than the dense one; uint8, so that no cast of the model rounds scales;
@@ -136,7 +136,7 @@ class PackedWeight(NamedTuple):
     payload: Tensor
 
     @staticmethod
-    def of(module: Compressed) -> PackedWeight:
+    def of(module: CompressedModule) -> PackedWeight:
         """Return what a module holds."""
         return PackedWeight(module.layout, module.get_parameter("weight").detach())
 
@@ -157,7 +157,7 @@ class FastRows(Protocol):
     def __call__(self, table: CompressedEmbedding, ids: Tensor) -> Tensor | None: ...
 
 
-class Multiplying(Compressed):
+class Multiplying(CompressedModule):
     """A compressed matrix that inputs are multiplied by: with a kernel where there is one (`kernels.accelerate`), else
     decoded at every call unless inside `decoded(model)`."""
 
@@ -187,7 +187,7 @@ class TiedMatrix(Multiplying):
     @staticmethod
     def of(w: Weight) -> TiedMatrix:
         """The module for an expression."""
-        return TiedMatrix(*packed(w))
+        return TiedMatrix(*pack_weight(w))
 
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in]` to `[..., out]`, in the input's dtype."""
@@ -213,7 +213,7 @@ class CompressedLinear(Multiplying, nn.Linear):
     @staticmethod
     def of(w: Weight, bias: Tensor | None = None) -> CompressedLinear:
         """The layer for an expression."""
-        return CompressedLinear(*packed(w), bias)
+        return CompressedLinear(*pack_weight(w), bias)
 
     def have_in_common(self, base: nn.Module) -> None:
         """Add what `base` gives, which the model holds once for all linears that have it."""
@@ -227,7 +227,7 @@ class CompressedLinear(Multiplying, nn.Linear):
     def whole(self) -> Weight:
         """The weight of the layer: its own, and that of its base."""
         base: TiedMatrix | None = base_of(self)
-        return self.expression() if base is None else added(base.expression(), self.expression())
+        return self.expression() if base is None else add_to_base(base.expression(), self.expression())
 
     def dequantize(self) -> Tensor:
         """The dense weight `[out, in]`."""
@@ -247,7 +247,7 @@ class CompressedLinear(Multiplying, nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class CompressedEmbedding(Compressed, nn.Embedding):
+class CompressedEmbedding(CompressedModule, nn.Embedding):
     """Rows of a compressed table `[vocabulary, width]`; those looked up are decoded, never the whole table."""
 
     max_norm = None  # these four as adapters read them, which look up rows of their own
@@ -317,7 +317,7 @@ def payload_texts(layouts: Mapping[str, Layout]) -> dict[str, str]:
     return {f"{name}.weight": layout.text for name, layout in layouts.items()}
 
 
-def packed(w: Weight) -> PackedWeight:
+def pack_weight(w: Weight) -> PackedWeight:
     """Encode an expression."""
     header, tensors = encode(w)
     listed = {path: (NAMES[tensor.dtype], tensor.numel()) for path, tensor in tensors.items()}
@@ -338,9 +338,9 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def compressed_modules(model: nn.Module) -> dict[str, Compressed]:
+def compressed_modules(model: nn.Module) -> dict[str, CompressedModule]:
     """Every compressed linear and embedding of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Compressed)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedModule)}
 
 
 def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:

@@ -6,7 +6,7 @@ in `shape` and `stored` here, one in `dense` and `describe` there, and two in `e
 
 `Where` selects element by element, so both its sides have the full shape. Elements that a side does not show are not
 stored: the selection (`shown`, true = stored) goes down to the leaves. Only the codes of a `Codebook`, of a
-`TrellisCoded` and of `Tiles` are all stored.
+`TrellisCodes` and of `Tiles` are all stored.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Grid:
 
 
 @dataclass(frozen=True, eq=False)
-class TrellisCoded:
+class TrellisCodes:
     """Numbers of a trellis times a scale a row.
 
     `codes` uint8 `[out * in / trellis.values]`, flat, as `trellis.matrix` reads them; `scale` float16 `[out, 1]`.
@@ -144,10 +144,10 @@ class Bitmap:
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Selects exactly `kept` of every `group` consecutive columns of a row; stored as the number of the pattern."""
+    """Selects exactly `keep` of every `group` consecutive columns of a row; stored as the number of the pattern."""
 
     inside: Tensor
-    kept: int
+    keep: int
     group: int
 
 
@@ -164,7 +164,7 @@ class Where:
 
 
 @dataclass(frozen=True, eq=False)
-class Rotated:
+class RotatedInputs:
     """`inner` in a rotated input basis: the matrix is `inner @ R.T`, with R of `rotate(x) = x @ R`."""
 
     inner: Weight
@@ -173,7 +173,7 @@ class Rotated:
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled:
+class ScaledInputs:
     """`inner * columns`: a factor for every input column, float16 `[in]`."""
 
     inner: Weight
@@ -181,7 +181,7 @@ class Scaled:
 
 
 @dataclass(frozen=True, eq=False)
-class Transposed:
+class Transpose:
     """`inner.T`, of an inner `[in, out]`: groups of a grid in it go along the output."""
 
     inner: Weight
@@ -198,15 +198,15 @@ Weight = (
     Zero
     | Dense
     | Grid
-    | TrellisCoded
+    | TrellisCodes
     | Tiles
     | Codebook
     | Minifloat
     | LowRank
     | Where
-    | Rotated
-    | Scaled
-    | Transposed
+    | RotatedInputs
+    | ScaledInputs
+    | Transpose
     | Sum
 )
 
@@ -220,7 +220,7 @@ def shape(w: Weight) -> tuple[int, int]:
             return values.shape[0], values.shape[1]
         case Grid(codes=codes) | Minifloat(codes=codes):
             return codes.shape[0], codes.shape[1]
-        case TrellisCoded(codes, scale, trellis):
+        case TrellisCodes(codes, scale, trellis):
             return scale.shape[0], codes.numel() * trellis.values // scale.shape[0]
         case Tiles(codes):
             return SIDE * codes.shape[1], SIDE * codes.shape[0]
@@ -228,9 +228,9 @@ def shape(w: Weight) -> tuple[int, int]:
             return codes.shape[0], width
         case LowRank(left, right):
             return shape(left)[0], shape(right)[1]
-        case Where(inside=inner) | Rotated(inner) | Scaled(inner):
+        case Where(inside=inner) | RotatedInputs(inner) | ScaledInputs(inner):
             return shape(inner)
-        case Transposed(inner):
+        case Transpose(inner):
             return shape(inner)[1], shape(inner)[0]
         case Sum(parts):
             return shape(parts[0])
@@ -253,16 +253,16 @@ def children(w: Weight, shown: Tensor | None = None) -> tuple[Child, ...]:
             return ("left_", left, None), ("right_", right, None)
         case Where(index, inside, outside):
             return ("inside_", inside, both(shown, index.inside)), ("outside_", outside, both(shown, ~index.inside))
-        case Rotated(inner):
+        case RotatedInputs(inner):
             return (("inner_", inner, None),)
-        case Scaled(inner):
+        case ScaledInputs(inner):
             return (("inner_", inner, shown),)
-        case Transposed(inner):
+        case Transpose(inner):
             lying = None if shown is None else shown.expand(*reversed(shape(inner))).T
             return (("inner_", inner, lying),)
         case Sum(parts):
             return tuple((f"{i}_", part, shown) for i, part in enumerate(parts))
-        case Zero() | Dense() | Grid() | TrellisCoded() | Tiles() | Codebook() | Minifloat():
+        case Zero() | Dense() | Grid() | TrellisCodes() | Tiles() | Codebook() | Minifloat():
             return ()
     raise unknown("children", w)
 
@@ -282,7 +282,7 @@ def with_fields(w: Weight, fields: Mapping[str, Any]) -> Weight:
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class StoredTensor:
     """A tensor that a node stores, the field `name`: packed codes in [0, levels), or numbers as they are (None).
 
     `per`: "element" for `[out, in]`, of which only the elements that show are stored; "row" for `[out or 1, n]`;
@@ -313,30 +313,30 @@ def float_codes(form: FloatFormat) -> int:
     return 256 if form == "e8m0" else 2 << (int(form[1]) + int(form[3]))
 
 
-def stored(w: Weight) -> tuple[Stored, ...]:
+def stored_tensors(w: Weight) -> tuple[StoredTensor, ...]:
     """Return the tensors of `w` itself, without those of its children and without the index of a `Where`."""
     match w:
         case Dense(values):
-            return (Stored("values", values, per="element"),)
+            return (StoredTensor("values", values, per="element"),)
         case Grid(codes, scale, zero, levels):
-            zeros = () if zero is None else (Stored("zero", zero, levels),)
-            return Stored("codes", codes, levels, "element"), Stored("scale", scale), *zeros
-        case TrellisCoded(codes, scale, trellis):
-            return Stored("codes", codes, 1 << trellis.bits, "run"), Stored("scale", scale)
+            zeros = () if zero is None else (StoredTensor("zero", zero, levels),)
+            return StoredTensor("codes", codes, levels, "element"), StoredTensor("scale", scale), *zeros
+        case TrellisCodes(codes, scale, trellis):
+            return StoredTensor("codes", codes, 1 << trellis.bits, "run"), StoredTensor("scale", scale)
         case Tiles(codes, inputs, outputs, bits):
-            factors = Stored("inputs", inputs, per="node"), Stored("outputs", outputs, per="node")
-            return Stored("codes", codes, 1 << bits, "node"), *factors
+            factors = StoredTensor("inputs", inputs, per="node"), StoredTensor("outputs", outputs, per="node")
+            return StoredTensor("codes", codes, 1 << bits, "node"), *factors
         case Codebook(codes, centroids, scale):
-            table = Stored("centroids", centroids, per="node")
-            return Stored("codes", codes, len(centroids)), table, Stored("scale", scale)
+            table = StoredTensor("centroids", centroids, per="node")
+            return StoredTensor("codes", codes, len(centroids)), table, StoredTensor("scale", scale)
         case Minifloat(codes, scale, tensor_scale, form):
-            factor = () if tensor_scale is None else (Stored("tensor_scale", tensor_scale, per="node"),)
-            return Stored("codes", codes, float_codes(form), "element"), Stored("scale", scale), *factor
-        case Rotated(signs=signs):
-            return (Stored("signs", signs, 2, "node"),)
-        case Scaled(columns=columns):
-            return (Stored("columns", columns, per="node"),)
-        case Zero() | LowRank() | Where() | Transposed() | Sum():
+            factor = () if tensor_scale is None else (StoredTensor("tensor_scale", tensor_scale, per="node"),)
+            return StoredTensor("codes", codes, float_codes(form), "element"), StoredTensor("scale", scale), *factor
+        case RotatedInputs(signs=signs):
+            return (StoredTensor("signs", signs, 2, "node"),)
+        case ScaledInputs(columns=columns):
+            return (StoredTensor("columns", columns, per="node"),)
+        case Zero() | LowRank() | Where() | Transpose() | Sum():
             return ()
     raise unknown("stored", w)
 

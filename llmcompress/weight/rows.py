@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmcompress.errors import RecipeError
 from llmcompress.weight.encoding import Reader, pattern_tables, trellis_of
 from llmcompress.weight.expression import describe
-from llmcompress.weight.nodes import Bitmap, Dense, LowRank, Tiles, Transposed, Weight, Where, children
+from llmcompress.weight.nodes import Bitmap, Dense, LowRank, Tiles, Transpose, Weight, Where, children
 from llmcompress.weight.packing import ones_before, unpack, unpack_at, unpack_rows
 from llmcompress.weight.trellis import cuts, table
 
@@ -34,7 +34,7 @@ def rows(header: dict[str, Any], tensors: Mapping[str, Tensor], chosen: Tensor) 
 def check_rows(w: Weight, shown: Tensor | None = None) -> None:
     """Raise RecipeError for an expression whose rows cannot be decoded one by one; `shown` as in `children`."""
     match w:
-        case Transposed() | Tiles():
+        case Transpose() | Tiles():
             raise RecipeError(
                 f"rows of {describe(w)} cannot be looked up one by one; give embeddings groups along the input"
             )
@@ -85,7 +85,7 @@ class _RowReader(Reader):
                 return LowRank(self.below("left_", header["left"]), right)
             case "where" if self.shown is None:
                 width = header["shape"][1]
-                here, before = _selected(header["index"], width, self.own("index"), self.chosen)
+                here, before = _select_rows(header["index"], width, self.own("index"), self.chosen)
                 inside = replace(self, first=before).below("inside_", header["inside"], here)
                 rest = replace(self, first=self.chosen * width - before)
                 return Where(Bitmap(here), inside, rest.below("outside_", header["outside"], ~here))
@@ -113,7 +113,7 @@ class _RowReader(Reader):
         return stored.reshape(*size)[mine] if levels is None else unpack_rows(stored, levels, size[1], mine)
 
 
-def _selected(index: dict[str, Any], width: int, packed: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _select_rows(index: dict[str, Any], width: int, packed: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Return the selection in rows, bool `[n, in]`, and how many elements are selected before each row, int64 `[n]`."""
     match index["kind"]:
         case "columns":

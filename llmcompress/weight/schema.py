@@ -100,7 +100,7 @@ class _Bits(_Entry):
 
 class _Pattern(_Entry):
     kind: Literal["pattern"]
-    kept: Annotated[int, Field(ge=1, le=GROUP)]
+    keep: Annotated[int, Field(ge=1, le=GROUP, alias="kept")]
     group: Annotated[int, Field(ge=1, le=GROUP)]
 
 
@@ -112,18 +112,18 @@ class _Where(_Entry):
     outside: Node
 
 
-class _Rotated(_Entry):
+class _RotatedInputs(_Entry):
     node: Literal["rotated"]
     block: Dimension
     inner: Node
 
 
-class _Scaled(_Entry):
+class _ScaledInputs(_Entry):
     node: Literal["scaled"]
     inner: Node
 
 
-class _Transposed(_Entry):
+class _Transpose(_Entry):
     node: Literal["transposed"]
     shape: Size
     inner: Node
@@ -144,9 +144,9 @@ Node = Annotated[
     | _Minifloat
     | _LowRank
     | _Where
-    | _Rotated
-    | _Scaled
-    | _Transposed
+    | _RotatedInputs
+    | _ScaledInputs
+    | _Transpose
     | _Sum,
     Field(discriminator="node"),
 ]
@@ -163,7 +163,7 @@ class _Layout(_Entry):
     tensors: list[Annotated[tuple[str, Dtype, Count], BeforeValidator(_row)]]
 
 
-for _class in (_LowRank, _Where, _Rotated, _Scaled, _Transposed, _Sum, _Layout):
+for _class in (_LowRank, _Where, _RotatedInputs, _ScaledInputs, _Transpose, _Sum, _Layout):
     _class.model_rebuild()
 _LAYOUT = TypeAdapter(_Layout)
 
@@ -173,7 +173,7 @@ def check(entry: Any, payload: Mapping[str, Tensor] | None = None) -> None:
 
     `payload`: the tensors by their paths, to check those of their numbers that decide whether it can.
     """
-    layout = _parsed(entry)
+    layout = _parse(entry)
     listed: dict[str, tuple[str, int]] = {path: (dtype, count) for path, dtype, count in layout.tensors}
     _demand(len(listed) == len(layout.tensors), "", "a tensor is listed twice")
     size = _Checker(listed, payload).node(layout.header, "", None)
@@ -181,7 +181,7 @@ def check(entry: Any, payload: Mapping[str, Tensor] | None = None) -> None:
     _demand(not listed, "", f"no node stores {next(iter(listed), '')!r}")
 
 
-def _parsed(entry: Any) -> _Layout:
+def _parse(entry: Any) -> _Layout:
     try:
         return _LAYOUT.validate_python(entry)
     except ValidationError as error:
@@ -196,7 +196,7 @@ def _demand(met: bool, path: str, otherwise: str) -> None:
 
 
 @dataclass
-class _Shown:
+class _Selection:
     """The elements of a node that are stored: at least `low`, at most `high`; `mask` makes them, bool `[out, in]`."""
 
     low: int
@@ -216,7 +216,7 @@ class _Checker:
     listed: dict[str, tuple[str, int]]
     payload: Mapping[str, Tensor] | None
 
-    def node(self, node: Any, path: str, shown: _Shown | None) -> tuple[int, int]:
+    def node(self, node: Any, path: str, shown: _Selection | None) -> tuple[int, int]:
         """Check a node of which `shown` is stored (None: all); return its size."""
         _demand(path.count("_") <= DEEPEST, "", f"its nodes lie more than {DEEPEST} deep")
         match node:
@@ -226,16 +226,16 @@ class _Checker:
                 _demand(rank == same, path, f"its factors have the ranks {rank} and {same}")
             case _Where(shape=[rows, width]):
                 self._where(node, path, shown)
-            case _Rotated(block=block):
+            case _RotatedInputs(block=block):
                 rows, width = self.node(node.inner, f"{path}inner_", None)
                 fits = block & (block - 1) == 0 and width % block == 0
                 _demand(fits, path, f"{block} is no power of two that divides the width {width}")
                 self._take(f"{path}signs", CODES, packed_bytes(2, width))
-            case _Scaled():
+            case _ScaledInputs():
                 rows, width = self.node(node.inner, f"{path}inner_", shown)
                 self._take(f"{path}columns", FLOATS, width)
-            case _Transposed(shape=[rows, width]):
-                lying = shown and _Shown(shown.low, shown.high, _transposed(shown.mask))
+            case _Transpose(shape=[rows, width]):
+                lying = shown and _Selection(shown.low, shown.high, _transpose(shown.mask))
                 size = self.node(node.inner, f"{path}inner_", lying)
                 _demand(size == (width, rows), path, f"its inner matrix has the size {list(size)}")
                 if shown and lying:
@@ -246,10 +246,10 @@ class _Checker:
                 [(rows, width)] = sizes
             case _:
                 rows, width = node.shape
-                self._leaf(node, path, rows, width, _Shown(rows * width, rows * width) if shown is None else shown)
+                self._leaf(node, path, rows, width, _Selection(rows * width, rows * width) if shown is None else shown)
         return rows, width
 
-    def _leaf(self, node: Any, path: str, rows: int, width: int, shown: _Shown) -> None:
+    def _leaf(self, node: Any, path: str, rows: int, width: int, shown: _Selection) -> None:
         """Check the tensors of a node without nodes below it."""
         match node:
             case _Dense():
@@ -284,28 +284,28 @@ class _Checker:
                 if node.tensor_scale:
                     self._take(f"{path}tensor_scale", FLOATS, 1)
 
-    def _where(self, node: _Where, path: str, shown: _Shown | None) -> None:
+    def _where(self, node: _Where, path: str, shown: _Selection | None) -> None:
         """Check a selection, in the elements `shown`, and both its sides."""
         rows, width = node.shape
         size, index = (rows, width), node.index
-        all_shown = _Shown(rows * width, rows * width) if shown is None else shown
-        inside, outside = _Shown(0, all_shown.high), _Shown(0, all_shown.high)
+        all_shown = _Selection(rows * width, rows * width) if shown is None else shown
+        inside, outside = _Selection(0, all_shown.high), _Selection(0, all_shown.high)
         if isinstance(index, _Pattern):
-            _demand(index.kept < index.group, path, f"no pattern keeps {index.kept} of {index.group}")
+            _demand(index.keep < index.group, path, f"no pattern keeps {index.keep} of {index.group}")
             _demand(width % index.group == 0, path, f"groups of {index.group} do not divide the width {width}")
-            self._numbers(f"{path}index", math.comb(index.group, index.kept), rows * width // index.group)
+            self._numbers(f"{path}index", math.comb(index.group, index.keep), rows * width // index.group)
             if shown is None:
-                inside.low = inside.high = rows * width // index.group * index.kept
+                inside.low = inside.high = rows * width // index.group * index.keep
         else:
             self._take(f"{path}index", CODES, packed_bytes(2, width if index.kind == "columns" else rows * width))
         if self.payload is not None:
-            stored, header = self.payload[f"{path}index"], index.model_dump()
+            stored, header = self.payload[f"{path}index"], index.model_dump(by_alias=True)
 
-            def chosen() -> Tensor:
+            def select() -> Tensor:
                 return decode_index(header, list(size), stored).inside.expand(size)
 
-            inside.mask = chosen if shown is None else lambda: chosen() & _made(shown)
-            outside.mask = (lambda: ~chosen()) if shown is None else lambda: ~chosen() & _made(shown)
+            inside.mask = select if shown is None else lambda: select() & _mask_of(shown)
+            outside.mask = (lambda: ~select()) if shown is None else lambda: ~select() & _mask_of(shown)
             inside.low = inside.high = _count(index, size, stored) if shown is None else int(inside.mask().sum())
             outside.low = outside.high = all_shown.high - inside.high
         sides = self.node(node.inside, f"{path}inside_", inside), self.node(node.outside, f"{path}outside_", outside)
@@ -317,7 +317,7 @@ class _Checker:
         fits = scale[0] in (1, size[0]) and scale[1] == -(-size[1] // group_size)
         _demand(fits, path, f"its scales {scale} do not fit groups of {group_size} in {list(size)}")
 
-    def _elements(self, path: str, levels: int, shown: _Shown) -> None:
+    def _elements(self, path: str, levels: int, shown: _Selection) -> None:
         """Check codes of those elements that show."""
         count = self._take(f"{path}codes", CODES)
         shown.limit(path, *codes_in_bytes(levels, count))
@@ -338,11 +338,11 @@ class _Checker:
         return count
 
 
-def _transposed(mask: Callable[[], Tensor] | None) -> Callable[[], Tensor] | None:
+def _transpose(mask: Callable[[], Tensor] | None) -> Callable[[], Tensor] | None:
     return None if mask is None else lambda: mask().T
 
 
-def _made(shown: _Shown) -> Tensor:
+def _mask_of(shown: _Selection) -> Tensor:
     """Return the mask of what is shown, which there is wherever there is a payload."""
     if shown.mask is None:
         raise TypeError("a selection has no mask without a payload")
@@ -353,7 +353,7 @@ def _count(index: _Bits | _Pattern, size: tuple[int, int], stored: Tensor) -> in
     """Return how many elements of a matrix an index selects, without making them."""
     rows, width = size
     if isinstance(index, _Pattern):
-        return rows * width // index.group * index.kept
+        return rows * width // index.group * index.keep
     if index.kind == "columns":
         return rows * int(unpack(stored, 2, width).sum())
     beyond = unpack(stored[-1:], 2, 8)[rows * width % 8 or 8 :]  # what fills the last byte

@@ -13,20 +13,20 @@ from llmcompress.weight.nodes import (
     Columns,
     LowRank,
     Tiles,
-    Transposed,
+    Transpose,
     Weight,
     Where,
     Zero,
     children,
     rebuild,
     shape,
-    stored,
+    stored_tensors,
     unknown,
     with_fields,
 )
 
 
-def joined(parts: Sequence[Weight]) -> Weight:
+def join_rows(parts: Sequence[Weight]) -> Weight:
     """The parts, all of one form, below each other.
 
     Raises TypeError for a form whose rows do not lie below each other, ValueError for parts that do not share what
@@ -36,23 +36,23 @@ def joined(parts: Sequence[Weight]) -> Weight:
     match first:
         case Zero((_, width)):
             return Zero((sum(shape(part)[0] for part in parts), width))
-        case LowRank() | Transposed() | Tiles():
+        case LowRank() | Transpose() | Tiles():
             raise unknown("joined", first)
     own: dict[str, Any] = {}
-    for same in zip(*map(stored, parts), strict=True):
+    for same in zip(*map(stored_tensors, parts), strict=True):
         tensors = [part.tensor for part in same]
         shared = same[0].per == "node" or (same[0].per == "row" and len(tensors[0]) < shape(first)[0])
-        own[same[0].name] = _shared(tensors, same[0].name) if shared else torch.cat(tensors)
+        own[same[0].name] = _common_tensor(tensors, same[0].name) if shared else torch.cat(tensors)
     if isinstance(first, Where):
         insides = [part.index.inside for part in parts if isinstance(part, Where)]
-        inside = _shared(insides, "columns") if isinstance(first.index, Columns) else torch.cat(insides)
+        inside = _common_tensor(insides, "columns") if isinstance(first.index, Columns) else torch.cat(insides)
         own["index"] = replace(first.index, inside=inside)
     levels = zip(*([node for _, node, _ in children(part)] for part in parts), strict=True)
-    below = iter([joined(level) for level in levels])
+    below = iter([join_rows(level) for level in levels])
     return with_fields(rebuild(first, lambda path, node, shown: next(below)), own)
 
 
-def _shared(tensors: Sequence[Tensor], name: str) -> Tensor:
+def _common_tensor(tensors: Sequence[Tensor], name: str) -> Tensor:
     """Return the tensor that all parts have."""
     if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
         raise ValueError(f"parts with other {name} each cannot be joined; compress the matrix in one piece")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmcompress.weight.nodes import LowRank, Sum, Weight, Zero
 
 
-def added(base: Weight, own: Weight) -> Weight:
+def add_to_base(base: Weight, own: Weight) -> Weight:
     """A weight that several layers have, and what one of them adds to it."""
     match own:
         case Zero():
@@ -15,7 +15,7 @@ def added(base: Weight, own: Weight) -> Weight:
     return Sum((base, own))
 
 
-def plus(w: Weight, term: LowRank) -> Weight:
+def add_term(w: Weight, term: LowRank) -> Weight:
     """A weight and one more term, which is the last."""
     match w:
         case Zero():

@@ -17,7 +17,7 @@ from llmcompress.weight.nodes import Weight, Zero
 BASE = "base"  # the attribute of a linear
 
 
-def described(own: Weight) -> str:
+def describe_beside_base(own: Weight) -> str:
     """Return in words what a linear stores beside a matrix that another one is counted with."""
     return "tied" if isinstance(own, Zero) else f"tied + {describe(own)}"
 
@@ -49,7 +49,7 @@ def untie(model: nn.Module, ties: Mapping[str, str]) -> None:
             delattr(model.get_submodule(parent), leaf)
 
 
-def add(model: nn.Module, name: str, module: nn.Module) -> None:
+def add_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module at a path that may be new, with plain modules on the way."""
     parent, _, leaf = name.rpartition(".")
     here = model

@@ -70,7 +70,7 @@ def to_tiles(matrix: Tensor) -> Tensor:
     return places[..., order().to(matrix.device)]
 
 
-def turned(x: Tensor) -> Tensor:
+def turn_blocks(x: Tensor) -> Tensor:
     """Return `x [..., n]` after a Hadamard transform of every 128 consecutive columns; its own inverse."""
     small = SYLVESTER.to(x)
     matrix = torch.cat([torch.cat([small, small], 1), torch.cat([small, -small], 1)]) * BLOCK**-0.5
@@ -80,5 +80,5 @@ def turned(x: Tensor) -> Tensor:
 def matrix(codes: Tensor, bits: int, inputs: Tensor, outputs: Tensor) -> Tensor:
     """Decode codes, uint8 `[in / 16, out / 16, 256]`, under factors `[in]` and `[out]`, to float32 `[out, in]`."""
     found = from_tiles(numbers().to(codes.device)[states(codes, bits)])
-    found = turned(turned(found).T) * inputs.float()
+    found = turn_blocks(turn_blocks(found).T) * inputs.float()
     return found * outputs.float()[:, None]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.weight.constants import constant
-from llmcompress.weight.hashing import scrambled
+from llmcompress.weight.hashing import scramble
 from llmcompress.weight.linear_code import linear_code
 
 Code = Literal["table", "linear"]
@@ -65,8 +65,8 @@ def _table(bits: int, values: int, memory: int, code: Code) -> Tensor:
     parts = 1 << trellis.bits
     newest, oldest = states % parts, states >> (trellis.memory - trellis.bits)
     between = (states >> trellis.bits) % (1 << (trellis.memory - 2 * trellis.bits))
-    part = newest ^ oldest ^ (scrambled(between) % parts)
-    order = scrambled(states + (1 << trellis.memory)).argsort(stable=True)  # within a part, no order is best
+    part = newest ^ oldest ^ (scramble(between) % parts)
+    order = scramble(states + (1 << trellis.memory)).argsort(stable=True)  # within a part, no order is best
     order = order[part[order].argsort(stable=True)]
     found = torch.empty(len(states), trellis.values)
     found[order] = _gaussian(trellis).to(torch.bfloat16).float()

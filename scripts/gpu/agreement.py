@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from trellis_search import timed
 
-from llmcompress.methods.solvers.stream_search import searched_there
+from llmcompress.methods.solvers.stream_search import can_search
 from llmcompress.weight.trellis import Trellis
 from scripts.gpu.given import Given
 
@@ -22,7 +22,7 @@ SMALL = ("method", "nodes", "loss", "compress", "distill")  # kinds of scenario 
 def search(given: Given) -> None:
     """Compare the codes of random columns, bit for bit."""
     device = torch.device(given.device)
-    if not searched_there(device):
+    if not can_search(device):
         raise SystemExit(f"{device} does not search for itself; it takes an NVIDIA GPU and Triton")
     wrong = []
     for trellis in TRELLISES[: 1 if given.small else None]:

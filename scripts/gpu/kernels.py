@@ -26,9 +26,9 @@ from llmcompress.weight.nodes import (
     Dense,
     Grid,
     LowRank,
-    Rotated,
+    RotatedInputs,
     Sum,
-    TrellisCoded,
+    TrellisCodes,
     Weight,
     Where,
 )
@@ -58,11 +58,11 @@ def grid(size: tuple[int, int], levels: int, group: int) -> Grid:
     return Grid(codes, scale, None, levels, group)
 
 
-def coded(size: tuple[int, int], trellis: Trellis) -> TrellisCoded:
+def coded(size: tuple[int, int], trellis: Trellis) -> TrellisCodes:
     """Return random streams of a trellis."""
     steps = size[0] * size[1] // trellis.values
     codes = torch.randint(1 << trellis.bits, (steps,), dtype=torch.uint8, device=DEVICE)
-    return TrellisCoded(codes, (torch.rand(size[0], 1, device=DEVICE) + 0.1).half(), trellis, 768)
+    return TrellisCodes(codes, (torch.rand(size[0], 1, device=DEVICE) + 0.1).half(), trellis, 768)
 
 
 def low_rank(size: tuple[int, int], rank: int) -> LowRank:
@@ -71,9 +71,9 @@ def low_rank(size: tuple[int, int], rank: int) -> LowRank:
     return LowRank(Dense(left), Dense(right))
 
 
-def rotated(w: Weight, width: int) -> Rotated:
+def rotated(w: Weight, width: int) -> RotatedInputs:
     """Return a weight in a random basis."""
-    return Rotated(w, torch.rand(width, device=DEVICE) < 0.5, width & -width)
+    return RotatedInputs(w, torch.rand(width, device=DEVICE) < 0.5, width & -width)
 
 
 def packed(w: Weight) -> GpuWeight:

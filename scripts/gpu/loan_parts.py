@@ -220,11 +220,11 @@ def around(loan: Loan) -> None:
 
 def tiles(loan: Loan) -> None:
     """Thousands of tiles of ExLlamaV3's a second."""
-    from llmcompress.methods.solvers.tile_search import nearest
+    from llmcompress.methods.solvers.tile_search import nearest_tiles
 
     for bits in (2, 3):
         wanted = torch.randn(2 if loan.small else 256, 256, device=loan.device)
-        taken = loan.milliseconds(partial(nearest, wanted, bits), 3)
+        taken = loan.milliseconds(partial(nearest_tiles, wanted, bits), 3)
         loan.say(f"exl3 tiles of {bits} bits: thousands a second", value=len(wanted) / taken)
 
 

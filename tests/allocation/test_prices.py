@@ -24,7 +24,7 @@ from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Target
 from llmcompress.weight.expression import bits
-from llmcompress.weight.modules import packed
+from llmcompress.weight.modules import pack_weight
 from tests.builders import correlated, every_node, gaussian, layer, moments
 from tests.tiers import tiered
 from tests.tiny import save_tiny
@@ -175,7 +175,7 @@ def test_probing_tokens_are_held_out_ones() -> None:
 
 def test_payloads_are_as_large_as_they_are_said_to_be() -> None:
     for w in every_node():
-        actual = packed(w)[0].bytes()
+        actual = pack_weight(w)[0].bytes()
         assert actual <= payload_bytes(w) <= actual + 48
 
 

@@ -12,7 +12,7 @@ import pytest
 from llmcompress.allocation import solve as room
 from llmcompress.allocation.baselines import random_plan, uniform_plan
 from llmcompress.allocation.solve import monotone, solve
-from llmcompress.methods.solvers.sparsity import kept_of
+from llmcompress.methods.solvers.sparsity import kept_count
 
 Rows = list[list[float]]
 
@@ -70,10 +70,10 @@ def test_costs_that_are_nearly_multiples_end_near_the_bound() -> None:
     random = Random(0)
     sizes = [576 * 576] * 60 + [576 * 192] * 60 + [1536 * 576] * 90
     shares = [share / 100 for share in range(40, 85, 5)]
-    cost = [[float(kept_of(size, share)) for share in shares] for size in sizes]
+    cost = [[float(kept_count(size, share)) for share in shares] for size in sizes]
     scales = [size * math.exp(random.gauss(0, 1)) for size in sizes]
     damage = [[scale * math.exp(5 * share) for share in shares] for scale in scales]
-    limit = float(kept_of(sum(sizes), 0.6))
+    limit = float(kept_count(sum(sizes), 0.6))
     found = solve(damage, cost, limit)
     assert found is not None and total(cost, found) <= limit
 

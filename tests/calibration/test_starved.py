@@ -18,7 +18,7 @@ from llmcompress.calibration.walk import Block, walk
 from llmcompress.compression.block import swap
 from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.model import resolve
-from llmcompress.weight.modules import packed
+from llmcompress.weight.modules import pack_weight
 from llmcompress.weight.nodes import Dense
 from tests.zoo import COUNT, expert_slices, save_zoo, text_for_calibration, zoo
 
@@ -199,7 +199,7 @@ def test_the_dense_stream_is_paired_by_token(family: str, tmp_path: Path) -> Non
             torch.testing.assert_close(group.inputs.cross.double(), cross, rtol=1e-4, atol=1e-4)
         attention = [name for group in block.groups for name in group.names if ".self_attn." in name]
         halves = {name: (block.weight(name) * 0.5).bfloat16() for name in attention}
-        swap(block, {name: packed(Dense(half)) for name, half in halves.items()})
+        swap(block, {name: pack_weight(Dense(half)) for name, half in halves.items()})
         for name, half in halves.items():
             other.get_parameter(f"{name}.weight").data.copy_(half.float())
     assert elsewhere > 10

@@ -24,7 +24,7 @@ from llmcompress.methods.moments import capped_weights
 from llmcompress.models.dense.families import FAMILIES, Architecture, architecture
 from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.weight.expression import dense
-from llmcompress.weight.modules import CompressedLinear, PackedWeight, packed
+from llmcompress.weight.modules import CompressedLinear, PackedWeight, pack_weight
 from llmcompress.weight.nodes import Dense
 from tests.tiny import VOCABULARY, save_tiny, tiny
 
@@ -172,7 +172,7 @@ def test_needs_by_name(opened: Opened) -> None:
 def rounded(block: Block) -> dict[str, PackedWeight]:
     """Every linear of the block, changed a lot."""
     names = [name for group in block.groups for name in group.names]
-    return {name: packed(Dense((block.weight(name) * 0.5).bfloat16())) for name in names}
+    return {name: pack_weight(Dense((block.weight(name) * 0.5).bfloat16())) for name in names}
 
 
 def edited(family: str, arch: Architecture, blocks: range) -> PreTrainedModel:
@@ -234,7 +234,7 @@ def test_swapped_weight_is_what_runs(opened: Opened) -> None:
     name = block.groups[0].names[0]
     weight = Dense(block.weight(name).bfloat16())
     bias = block.module.get_parameter("attn.c_attn.bias")
-    swap(block, {name: packed(weight)})
+    swap(block, {name: pack_weight(weight)})
     x = torch.randn(3, weight.values.shape[1])
     torch.testing.assert_close(block.module.get_submodule("attn.c_attn")(x), x @ dense(weight).T + bias)
 

@@ -15,7 +15,7 @@ from llmcompress.formats.compressed_tensors import to_compressed_tensors
 from llmcompress.models.files.compressed import Opened
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.modules import compressed_linears
-from llmcompress.weight.nodes import Scaled, Transposed
+from llmcompress.weight.nodes import ScaledInputs, Transpose
 from tests.compression.test_run import TEXT, recipe
 from tests.tiny import save_tiny
 
@@ -43,7 +43,10 @@ def compressed(source: Path, tmp_path: Path, steps: list[dict[str, Any]], **more
 
 @pytest.mark.parametrize(
     "steps, node",
-    [pytest.param(COLUMNS, Scaled, id="columns", marks=pytest.mark.slow), pytest.param(AXES, Transposed, id="axes")],
+    [
+        pytest.param(COLUMNS, ScaledInputs, id="columns", marks=pytest.mark.slow),
+        pytest.param(AXES, Transpose, id="axes"),
+    ],
 )
 def test_a_checkpoint_holds_them_and_its_report_says_which(
     source: Path, tmp_path: Path, steps: list[dict[str, Any]], node: type
@@ -57,7 +60,7 @@ def test_a_checkpoint_holds_them_and_its_report_says_which(
         assert rows[name].stored == describe(w) and rows[name].fallback is None and rows[name].error < 0.3
         x = torch.randn(3, layer.in_features)
         torch.testing.assert_close(layer(x), x @ dense(w).T, rtol=1e-4, atol=1e-4)
-    if node is Transposed:
+    if node is Transpose:
         assert any(not isinstance(layer.expression(), node) for layer in layers.values()), "nothing was chosen"
     with pytest.raises(InputError, match="is no single grid"):
         to_compressed_tensors(Opened(tmp_path / "out"), tmp_path / "exported")

@@ -180,7 +180,7 @@ def test_experts_are_shared_out_too(models: Callable[[str], Path]) -> None:
 
 def test_no_layer_is_compressed_twice(models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[str, int]] = []
-    original = row_chunks.apply_to
+    original = row_chunks.apply_to_run
 
     def counted(layer: Any, steps: Any, rows: slice) -> Any:
         done.append((layer.name, rows.start))

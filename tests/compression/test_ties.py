@@ -233,15 +233,15 @@ def held_out_kl(place: Path, folder: Path, done: Any) -> float:
 def test_the_gradient_is_the_sum_over_the_depths() -> None:
     from llmcompress.weight.modules import CompressedLinear
     from llmcompress.weight.nodes import Dense, Zero
-    from llmcompress.weight.tied import add, tie
+    from llmcompress.weight.tied import add_module, tie
     from llmcompress.weight.trainable.relax import Relaxation, relaxed_module
 
     torch.manual_seed(0)
     value = torch.randn(8, 8)
     model = torch.nn.Module()
-    add(model, "tied.one", TiedMatrix.of(Dense(value)))
+    add_module(model, "tied.one", TiedMatrix.of(Dense(value)))
     for name in "ab":
-        add(model, f"blocks.{name}", CompressedLinear.of(Zero((8, 8))))
+        add_module(model, f"blocks.{name}", CompressedLinear.of(Zero((8, 8))))
     tie(model, {"blocks.a": "tied.one", "blocks.b": "tied.one"})
     trained: Any = relaxed_module(multiplying(model)["tied.one"], Relaxation(frozenset({"values"})))
     model.get_submodule("tied").add_module("one", trained)

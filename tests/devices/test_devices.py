@@ -25,7 +25,7 @@ from llmcompress.recipe.distillation import Distillation
 from llmcompress.runtime.devices import device_of, is_at, kind_of
 from llmcompress.surgery.block_choice import alike_blocks
 from llmcompress.weight.expression import decoded, dense, device, matmul
-from llmcompress.weight.nodes import Dense, LowRank, Rotated, Sum, Transposed, Weight, Zero
+from llmcompress.weight.nodes import Dense, LowRank, RotatedInputs, Sum, Transpose, Weight, Zero
 from tests.devices.scenarios import kind_of_scenario, scenarios
 from tests.devices.stand_in import build
 from tests.tiny import save_tiny
@@ -108,8 +108,8 @@ def test_what_has_no_tensor_is_where_it_is_needed() -> None:
     expressions: list[Weight] = [
         Sum((nothing, some)),
         LowRank(nothing, some),
-        LowRank(some, Transposed(nothing)),
-        Sum((Rotated(nothing, torch.ones(4, dtype=torch.bool, device=nowhere), 4), nothing)),
+        LowRank(some, Transpose(nothing)),
+        Sum((RotatedInputs(nothing, torch.ones(4, dtype=torch.bool, device=nowhere), 4), nothing)),
     ]
     assert device(nothing) is None and device(Sum((nothing, nothing))) is None
     for w in expressions:

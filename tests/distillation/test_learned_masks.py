@@ -43,7 +43,7 @@ def best(mask: Bitmap | Pattern, scores: Tensor) -> Tensor:
         order = scores.reshape(-1).argsort(descending=True)[: int(mask.inside.sum())]
         return torch.zeros(scores.numel(), dtype=torch.bool).index_fill(0, order, True).view(scores.shape)
     groups = scores.view(len(scores), -1, mask.group)
-    order = groups.argsort(dim=2, descending=True)[..., : mask.kept]
+    order = groups.argsort(dim=2, descending=True)[..., : mask.keep]
     return torch.zeros_like(groups, dtype=torch.bool).scatter(2, order, True).view(scores.shape)
 
 

@@ -26,8 +26,8 @@ from llmcompress.recipe.distillation import Distillation
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.modules import compressed_linears
-from llmcompress.weight.nodes import Bitmap, Dense, Grid, LowRank, Rotated, Sum, Weight, Where
-from llmcompress.weight.trainable.relax import Relaxation, Relaxed, relax
+from llmcompress.weight.nodes import Bitmap, Dense, Grid, LowRank, RotatedInputs, Sum, Weight, Where
+from llmcompress.weight.trainable.relax import Relaxation, RelaxedWeight, relax
 from tests.builders import grid, seeded
 from tests.distillation.miniature import loaded, make, recipe
 
@@ -62,7 +62,7 @@ EXPRESSIONS: dict[str, tuple[Weight, int]] = {  # and how many of its grids have
     "beside salient values": (Where(bitmap(1), plain(16, 10), plain(2, 4)), 1),
     "inside and outside": (Where(bitmap(2), plain(2, 4), plain(3, 10, seed=1)), 2),
     "groups without a code": (Where(LEFT, Dense(torch.ones(6, 10)), plain(3, 2)), 1),
-    "rotated": (Rotated(plain(3, 4), SIGNS, 2), 1),
+    "rotated": (RotatedInputs(plain(3, 4), SIGNS, 2), 1),
     "added": (Sum((plain(2, 5), plain(2, 5, seed=1))), 2),
     "four levels": (plain(4, 4), 0),
     "with zero points": (grid((6, 10), 2, 4, 0, symmetric=False), 0),
@@ -71,7 +71,7 @@ EXPRESSIONS: dict[str, tuple[Weight, int]] = {  # and how many of its grids have
 every = pytest.mark.parametrize("name", EXPRESSIONS)
 
 
-def moved(w: Weight, spread: float = 0.6, seed: int = 0) -> Relaxed:
+def moved(w: Weight, spread: float = 0.6, seed: int = 0) -> RelaxedWeight:
     """`w` under training, its latents anywhere near where they start."""
     module = relax(w, Relaxation(frozenset({"codes", "scales"})))
     for name in module.levels:
@@ -89,14 +89,14 @@ def parts(w: Weight, path: str = "", shown: Tensor | None = None) -> dict[str, t
         case Where(index, inside, outside):
             found = parts(inside, f"{path}inside_", everywhere & index.inside)
             return found | parts(outside, f"{path}outside_", everywhere & ~index.inside)
-        case Rotated(inner):
+        case RotatedInputs(inner):
             return parts(inner, f"{path}inner_")
         case Sum(added):
             return {key: each for i, part in enumerate(added) for key, each in parts(part, f"{path}{i}_").items()}
     return {}
 
 
-def weights(module: Relaxed, path: str, form: Grid, shown: Tensor) -> dict[tuple[int, int], list[float]]:
+def weights(module: RelaxedWeight, path: str, form: Grid, shown: Tensor) -> dict[tuple[int, int], list[float]]:
     """Return the values that a grid's latents stand for, in float64, by row and group."""
     scale = module.get_parameter(path + "scale").detach().double().reshape(form.scale.shape)
     latents = iter(module.get_parameter(path + "codes").double().tolist())

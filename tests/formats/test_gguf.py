@@ -28,7 +28,7 @@ from llmcompress.formats.peft import without_term
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.files.compressed import Opened
 from llmcompress.weight.expression import dense
-from llmcompress.weight.nodes import Dense, Grid, LowRank, Rotated, Sum, Weight, Zero
+from llmcompress.weight.nodes import Dense, Grid, LowRank, RotatedInputs, Sum, Weight, Zero
 from tests.builders import grid
 from tests.formats.gguf_files import (
     BYTE,
@@ -132,7 +132,7 @@ INEXACT: list[tuple[Weight, str]] = [
     (grid((3, 96), 16, 48, 0, True), "does not fill"),
     (grid((3, 64), 256, 32, 0, True), "more than the 8 bits of Q8_0, and fits when .* narrow_range: true"),
     (tiny_scale(), "scales that float16 cannot hold"),
-    (Rotated(grid((3, 64), 16, 32, 0, True), torch.ones(64, dtype=torch.bool), 64), "is no single grid"),
+    (RotatedInputs(grid((3, 64), 16, 32, 0, True), torch.ones(64, dtype=torch.bool), 64), "is no single grid"),
     (Sum((grid((3, 64), 16, 32, 0, True), grid((3, 64), 16, 32, 0, True))), "is no single grid"),
 ]
 

@@ -22,7 +22,7 @@ from llmcompress.kernels import ops
 from llmcompress.kernels.accelerate import SWITCH, Fast, accelerate, plain
 from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig, table_entry
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, compressed_modules, put
-from llmcompress.weight.nodes import Rotated
+from llmcompress.weight.nodes import RotatedInputs
 from llmcompress.weight.trellis import Trellis
 from tests.builders import seeded, streams
 from tests.tiny import save_tiny
@@ -50,7 +50,7 @@ def compressed(place: Path, seed: int) -> Path:
             w = streams(Trellis(2, 1, 12, "linear"), *layer.layout.size, 768)
             codes = torch.randint(4, w.codes.shape, generator=seeded(100 * seed + number), dtype=torch.uint8)
             signs = torch.rand(64, generator=seeded(number)) < 0.5
-            turned = Rotated(replace(w, codes=codes, scale=w.scale * 0.05), signs, 64)
+            turned = RotatedInputs(replace(w, codes=codes, scale=w.scale * 0.05), signs, 64)
             put(model, name, CompressedLinear.of(turned))
     table = {name: module.layout for name, module in compressed_modules(model).items()}
     model.config.quantization_config = LLMCompressConfig(**table_entry(table))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmcompress.models.files.checkpoint import writing
 from llmcompress.models.transformers.hf_quantizer import table_entry
-from llmcompress.weight.modules import Layout, packed, payload_texts
+from llmcompress.weight.modules import Layout, pack_weight, payload_texts
 from llmcompress.weight.nodes import Grid
 
 WIDTH, DEPTH = 1536, 18
@@ -38,7 +38,7 @@ def write_large(folder: Path) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     sizes = {name: tuple(m.weight.shape) for name, m in model.model.named_modules() if name.endswith("_proj")}
-    grids = {size: packed(grid(*size)) for size in sorted(set(sizes.values()))}  # one for all of a size
+    grids = {size: pack_weight(grid(*size)) for size in sorted(set(sizes.values()))}  # one for all of a size
     layouts: dict[str, Layout] = {}
     with writing(folder) as writer:
         for block in range(DEPTH):

@@ -74,12 +74,10 @@ UNMENDED = {
     "formats",
     "kernels",
     "losses",
-    "methods",
     "models",
     "pipeline",
     "recipe",
     "reporting",
-    "weight",
 }
 REGISTRIES = ("methods", "losses", "cli", "latents")  # one method, loss, command or strategy a file
 ENTRY_POINTS = {"__init__", "__main__", "plugin", "worker"}  # run or found by another program

@@ -18,8 +18,8 @@ from llmcompress.models.files.compressed import Opened
 from llmcompress.reporting.quality_limits import PENDING
 from llmcompress.surgery.shrink import shrink
 from llmcompress.weight.expression import bits, dense
-from llmcompress.weight.leading import leading
-from llmcompress.weight.nodes import Dense, Grid, LowRank, Rotated, Sum, Weight
+from llmcompress.weight.leading import truncate_low_rank
+from llmcompress.weight.nodes import Dense, Grid, LowRank, RotatedInputs, Sum, Weight
 from tests.tiny import save_tiny
 
 
@@ -43,8 +43,8 @@ def factors(bits_: int) -> tuple[LowRank, torch.Tensor, torch.Tensor]:
 def test_the_first_components_are_left(kind: int, rank: int) -> None:
     term, left, right = factors(kind)
     base = Dense(torch.arange(80.0).reshape(8, 10))
-    found = leading(Rotated(Sum((base, term)), torch.ones(10, dtype=torch.bool), 2), rank)
-    assert isinstance(found, Rotated) and isinstance(found.inner, Sum)
+    found = truncate_low_rank(RotatedInputs(Sum((base, term)), torch.ones(10, dtype=torch.bool), 2), rank)
+    assert isinstance(found, RotatedInputs) and isinstance(found.inner, Sum)
     assert found.inner.parts[0] is base
     torch.testing.assert_close(dense(found.inner.parts[1]), left[:, :rank] @ right[:rank])
     assert bits(found.inner.parts[1]) < bits(term)
@@ -54,12 +54,12 @@ def test_nothing_is_taken_where_there_is_no_more() -> None:
     term, _, _ = factors(16)
     base: Weight = Dense(torch.zeros(8, 10))
     for whole in (term, Sum((base, term)), base):
-        assert leading(whole, 6) is whole
-    assert leading(Sum((base, term)), 0) is base
-    assert isinstance(leading(Sum((base, base, term)), 0), Sum)
+        assert truncate_low_rank(whole, 6) is whole
+    assert truncate_low_rank(Sum((base, term)), 0) is base
+    assert isinstance(truncate_low_rank(Sum((base, base, term)), 0), Sum)
     for nothing_else in (term, Sum((term, term))):
         with pytest.raises(RecipeError, match="rank 0 leaves nothing of a matrix that is two factors"):
-            leading(nothing_else, 0)
+            truncate_low_rank(nothing_else, 0)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_smaller_size_loads_and_is_counted(large: Path, tmp_path: Path) -> Non
     opened, before = Opened(tmp_path / "small"), Opened(large)
     assert done.terms == len(opened.layouts) and done.bytes_after == opened.bytes < done.bytes_before
     for name in opened.layouts:
-        torch.testing.assert_close(dense(opened.expression(name)), dense(leading(before.expression(name), 2)))
+        torch.testing.assert_close(dense(opened.expression(name)), dense(truncate_low_rank(before.expression(name), 2)))
     report = lc.read(tmp_path / "small")
     stored = sum(bits(opened.expression(name)) for name in opened.layouts)
     weights = sum(row.shape[0] * row.shape[1] for row in report.layers)
@@ -123,7 +123,11 @@ def test_first_components_are_nearly_the_best_term_of_their_rank(large: Path, tm
         weight = exact[f"{name}.weight"].detach().float()
         cut, best, without = (
             float((dense(one) - weight).norm())
-            for one in (leading(first.expression(name), 2), own.expression(name), leading(first.expression(name), 0))
+            for one in (
+                truncate_low_rank(first.expression(name), 2),
+                own.expression(name),
+                truncate_low_rank(first.expression(name), 0),
+            )
         )
         assert cut < without and cut < 1.1 * best
 

@@ -22,8 +22,8 @@ from llmcompress.weight.nodes import (
     Dense,
     Grid,
     LowRank,
-    Rotated,
-    Scaled,
+    RotatedInputs,
+    ScaledInputs,
     Sum,
     Weight,
     Where,
@@ -74,13 +74,13 @@ def test_decode_gives_back_every_field_of_an_unselected_leaf() -> None:
                 assert torch.equal(scale, scale_) and scale_.dtype == torch.float16
                 assert (zero is None) == (zero_ is None) and (zero is None or torch.equal(zero, zero_))
                 assert (levels, size) == (levels_, size_)
-            case Scaled(columns=columns), Scaled(columns=columns_):
+            case ScaledInputs(columns=columns), ScaledInputs(columns=columns_):
                 assert torch.equal(columns, columns_) and columns_.dtype == torch.float16
             case Codebook(codes, centroids, scale, width), Codebook(codes_, centroids_, scale_, width_):
                 assert torch.equal(codes, codes_) and codes_.dtype == torch.uint8 and width == width_
                 assert torch.equal(centroids, centroids_) and centroids_.dtype == torch.float16
                 assert torch.equal(scale, scale_) and scale_.dtype == torch.float16
-            case Rotated(_, signs, block), Rotated(_, signs_, block_):
+            case RotatedInputs(_, signs, block), RotatedInputs(_, signs_, block_):
                 assert torch.equal(signs, signs_) and block == block_
             case Where(index), Where(index_):
                 assert type(index) is type(index_) and torch.equal(index.inside, index_.inside)
@@ -219,7 +219,7 @@ def test_describe_names_the_parts() -> None:
             LowRank(Dense(torch.ones(4, 2)), Dense(torch.ones(2, 8))),
         )
     )
-    text = describe(Rotated(w, torch.ones(8, dtype=torch.bool), 8))
+    text = describe(RotatedInputs(w, torch.ones(8, dtype=torch.bool), 8))
     assert all(part in text for part in ("rotated 8", "2:4", "3-bit", "zero", "rank 2")), text
 
 
@@ -299,7 +299,7 @@ def test_rotation_spreads_a_spike_over_the_whole_width() -> None:
 def test_a_rotated_weight_sees_rotated_inputs() -> None:
     signs = torch.rand(24, generator=seeded(0)) < 0.5
     matrix = torch.randn(5, 24, generator=seeded(1))
-    w = Rotated(Dense(rotate(matrix, signs, 8)), signs, 8)
+    w = RotatedInputs(Dense(rotate(matrix, signs, 8)), signs, 8)
     torch.testing.assert_close(dense(w), matrix)
     x = torch.randn(3, 24, generator=seeded(2))
     torch.testing.assert_close(matmul(x, w), x @ matrix.T)

@@ -10,35 +10,37 @@ import torch
 from torch import Tensor
 
 from llmcompress.weight.expression import dense
-from llmcompress.weight.nodes import Bitmap, Grid, LowRank, Sum, Transposed, Weight, Where, Zero, shape
-from llmcompress.weight.trainable.latents.flexround import Divided
-from llmcompress.weight.trainable.latents.form import Form, Formed, cells
+from llmcompress.weight.nodes import Bitmap, Grid, LowRank, Sum, Transpose, Weight, Where, Zero, shape
+from llmcompress.weight.trainable.latents.flexround import DividedWeights
+from llmcompress.weight.trainable.latents.form import Form, TensorForm, cells
 from llmcompress.weight.trainable.latents.lora_rounding import Offsets
 from llmcompress.weight.trainable.masters import MARGIN
-from llmcompress.weight.trainable.relax import KINDS, Relaxation, Relaxed, relax
+from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedWeight, relax
 from llmcompress.weight.trainable.straight_through import slope
 from tests.builders import every_node, grid, random_nestings, seeded
 from tests.weight.test_relax import assert_same_bits, elsewhere, layout, steps
 
-FORMS: dict[str, Form] = {"offsets": partial(Offsets, rank=3), "divided": Divided}
+FORMS: dict[str, Form] = {"offsets": partial(Offsets, rank=3), "divided": DividedWeights}
 EXPRESSIONS = every_node() + random_nestings(seed=5, count=12)
 GRIDS = {
     "asymmetric": grid((6, 20), 4, 8, 0, symmetric=False),
     "symmetric": grid((6, 20), 3, 8, 0, symmetric=True),
-    "turned": Transposed(grid((20, 6), 4, 4, 1, symmetric=False)),
+    "turned": Transpose(grid((20, 6), 4, 4, 1, symmetric=False)),
     "pruned": Where(
         Bitmap(torch.rand(6, 20, generator=seeded(4)) > 0.4), grid((6, 20), 4, 20, 2, symmetric=False), Zero((6, 20))
     ),
 }
 
 
-def relaxed(w: Weight, form: str, trains: frozenset[str] = frozenset({"codes"}), distance: float = 0.5) -> Relaxed:
+def relaxed(
+    w: Weight, form: str, trains: frozenset[str] = frozenset({"codes"}), distance: float = 0.5
+) -> RelaxedWeight:
     return relax(w, Relaxation(trains, form=FORMS[form]), elsewhere(w, distance))
 
 
-def only(module: Relaxed) -> Formed:
+def only(module: RelaxedWeight) -> TensorForm:
     [latents] = module.forms().values()
-    assert isinstance(latents, Formed)
+    assert isinstance(latents, TensorForm)
     return latents
 
 
@@ -97,7 +99,7 @@ def test_codes_of_factors_stay_numbers_of_their_own() -> None:
     assert own == {"1_left_codes", "1_right_codes"} and set(module.levels) == own | {"0_codes"}
 
 
-def gradient_of_codes(module: Relaxed, target: Tensor) -> Tensor:
+def gradient_of_codes(module: RelaxedWeight, target: Tensor) -> Tensor:
     """d loss / d latents, flat, by a plain relaxation's master that is where the latents are."""
     [name] = module.levels
     plain = relax(module.freeze(), Relaxation(frozenset({"codes"})))
@@ -121,7 +123,7 @@ def test_offsets_are_of_the_rank_that_was_asked_for(name: str) -> None:
     moved = (offsets() - start).detach()
     product = (offsets.get_parameter("left") @ offsets.get_parameter("right")).detach()
     assert torch.linalg.matrix_rank(product.double(), rtol=1e-6) == 3
-    torch.testing.assert_close(moved, here.stored(product), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(moved, here.take_stored(product), atol=1e-5, rtol=1e-4)
     assert not torch.equal(moved, torch.zeros_like(moved)) and shape(module.freeze()) == shape(w)
 
 
@@ -162,7 +164,7 @@ def test_gradients_of_divisors_grow_with_the_weights(name: str) -> None:
     expected = -(divided.get_buffer("weights")) * gradient_of_codes(module, target)
     elements, rows = (divided.get_parameter(key).grad for key in ("elements", "rows"))
     torch.testing.assert_close(elements, expected)
-    numbers = here.stored(torch.arange(here.size[0])[:, None].expand(here.size))
+    numbers = here.take_stored(torch.arange(here.size[0])[:, None].expand(here.size))
     torch.testing.assert_close(rows, torch.zeros(here.size[0]).index_add(0, numbers, expected))
 
 
@@ -173,7 +175,7 @@ def test_codes_are_flexrounds() -> None:
     scale, zero = (one.double().repeat_interleave(8, 1)[:, :20] for one in (w.scale, w.zero))
     inside = (torch.rand(6, 20, generator=seeded(2)) - 0.5) * 0.9
     target = ((w.codes + inside - zero) * scale).float()
-    module = relax(w, Relaxation(frozenset({"codes"}), form=Divided), target)
+    module = relax(w, Relaxation(frozenset({"codes"}), form=DividedWeights), target)
     element = torch.exp(0.4 * torch.randn(6, 20, generator=seeded(3)))
     row = torch.exp(0.2 * torch.randn(6, generator=seeded(4)))
     with torch.no_grad():
@@ -190,7 +192,7 @@ def test_codes_are_flexrounds() -> None:
 def test_a_weight_of_zero_stays_and_large_ones_come_back() -> None:
     """After many steps beyond the range, one step back changes latents again; a divisor does not move what is zero."""
     w = grid((4, 16), 4, 16, 0, symmetric=False)
-    module = relax(w, Relaxation(frozenset({"codes"}), form=Divided), dense(w))
+    module = relax(w, Relaxation(frozenset({"codes"}), form=DividedWeights), dense(w))
     divided, zero = only(module), dense(w).flatten() == 0
     with torch.no_grad():
         divided.get_parameter("elements").sub_(5.0)

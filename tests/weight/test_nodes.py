@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import bits, dense
-from llmcompress.weight.nodes import Bitmap, Dense, Weight, Where, Zero, children, rebuild, shape, stored
+from llmcompress.weight.nodes import Bitmap, Dense, Weight, Where, Zero, children, rebuild, shape, stored_tensors
 from tests.builders import payload_bits, seeded
 from tests.tiers import expressions
 
@@ -32,7 +32,7 @@ def test_children_lead_to_every_stored_tensor_under_its_name_and_show_what_is_st
     for path, node, shown in below(w):
         if isinstance(node, Where):
             del tensors[path + "index"]
-        for part in stored(node):
+        for part in stored_tensors(node):
             found = tensors.pop(path + part.name)
             assert 0 <= payload_bits({part.name: found}) - part.bits(shown) <= 7, f"{path}{part.name}"
             assert part.levels is not None or torch.equal(found, part.numbers(shown))
@@ -76,7 +76,7 @@ def test_what_does_not_show_does_not_matter(w: Weight) -> None:
 
         visible = torch.ones(shape(w), dtype=torch.bool) if shown is None else shown
         assert torch.equal(dense(rebuild(w, littered, shown))[visible], dense(w)[visible])
-        counted = sum(part.bits(shown) for part in stored(w)) + sum(
+        counted = sum(part.bits(shown) for part in stored_tensors(w)) + sum(
             bits(node, here) for _, node, here in children(w, shown)
         )
         index = bits(Where(w.index, Zero(shape(w)), Zero(shape(w)))) if isinstance(w, Where) else 0

@@ -26,18 +26,18 @@ from llmcompress.weight.nodes import (
     Grid,
     LowRank,
     Minifloat,
-    Rotated,
-    Scaled,
+    RotatedInputs,
+    ScaledInputs,
     Sum,
-    Transposed,
-    TrellisCoded,
+    Transpose,
+    TrellisCodes,
     Weight,
     Where,
     Zero,
     shape,
 )
 from llmcompress.weight.trainable.masters import Outside
-from llmcompress.weight.trainable.relax import KINDS, Relaxation, Relaxed, RelaxedLinear, relax
+from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedLinear, RelaxedWeight, relax
 from llmcompress.weight.trainable.straight_through import (
     ESTIMATORS,
     Estimator,
@@ -80,7 +80,7 @@ def layout(w: Weight) -> object:
     return header, {name: (tensor.dtype, tensor.numel()) for name, tensor in tensors.items()}
 
 
-def steps(module: Relaxed, target: Tensor, count: int, rate: float = 0.05, confined: bool = False) -> None:
+def steps(module: RelaxedWeight, target: Tensor, count: int, rate: float = 0.05, confined: bool = False) -> None:
     """Adam on the squared distance of the matrix to a target, with weight decay, as somebody might have it."""
     if not module.kinds():
         return
@@ -169,7 +169,7 @@ def test_each_number_has_its_kind() -> None:
     values, signs = Dense(torch.ones(size)), torch.ones(8, dtype=torch.bool)
     factors = LowRank(Dense(torch.ones(4, 2)), Sum((Dense(torch.ones(2, 8)), grid((2, 8), 4, 8, 0, True))))
     salient = Where(Bitmap(torch.eye(4, 8).bool()), values, grid(size, 2, 8, 0, False))
-    w = Sum((salient, Rotated(factors, signs, 8), Rotated(values, signs, 8)))
+    w = Sum((salient, RotatedInputs(factors, signs, 8), RotatedInputs(values, signs, 8)))
     assert relax(w, ALL).kinds() == {
         "0_inside_values": "values",
         "0_outside_codes": "codes",
@@ -299,7 +299,7 @@ def test_salient_weights_stay_where_they_are(salient_train: bool) -> None:
 # --- gradients ------------------------------------------------------------------------------------------------------
 
 
-def leaves64(module: Relaxed) -> dict[str, Tensor]:
+def leaves64(module: RelaxedWeight) -> dict[str, Tensor]:
     """Return what the module would store of its parameters, as float64 leaves."""
     tensors = encode(module.freeze())[1]
     found = {}
@@ -330,7 +330,7 @@ def formula(w: Weight, leaves: dict[str, Tensor], path: str = "", shown: Tensor 
             middle = torch.full(scale.shape, (levels - 1) / 2) if zero is None else zero
             centres = [middle[:, column // group_size].double() for column in range(width)]
             return (placed("codes", codes) - torch.stack(centres, 1)) * torch.stack(of_column, 1)
-        case TrellisCoded(codes, scale):
+        case TrellisCodes(codes, scale):
             scales = leaves[path + "scale"].reshape(scale.shape) if path + "scale" in leaves else scale.double()
             return dense(replace(w, scale=torch.ones_like(scale))).double() * scales
         case Codebook(codes, centroids, scale, width):
@@ -347,12 +347,12 @@ def formula(w: Weight, leaves: dict[str, Tensor], path: str = "", shown: Tensor 
             rest = ~here if shown is None else shown & ~here
             a = formula(inside, leaves, path + "inside_", here if shown is None else shown & here)
             return torch.where(here, a, formula(outside, leaves, path + "outside_", rest))
-        case Rotated(inner, signs, block):
-            turned = dense(Rotated(Dense(torch.eye(len(signs))), signs, block)).double()  # R.T
+        case RotatedInputs(inner, signs, block):
+            turned = dense(RotatedInputs(Dense(torch.eye(len(signs))), signs, block)).double()  # R.T
             return formula(inner, leaves, path + "inner_") @ turned
-        case Scaled(inner, columns):
+        case ScaledInputs(inner, columns):
             return formula(inner, leaves, path + "inner_", shown) * leaves.get(path + "columns", columns.double())
-        case Transposed(inner):
+        case Transpose(inner):
             lying = None if shown is None else shown.expand(shape(w)).T
             return formula(inner, leaves, path + "inner_", lying).T
         case Sum(parts):
@@ -383,7 +383,7 @@ def test_gradients_are_those_of_the_formula_in_float64(w: Weight) -> None:
 def test_codes_that_stay_are_turned_back_once(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, terms: bool) -> None:
     """No input is rotated; products and gradients of scales are those of the rotated basis, in float64."""
     stored = grid((12, 64), levels=4, group_size=64, seed=1, symmetric=False)
-    turned = Rotated(stored, torch.arange(64) % 3 == 0, 16)
+    turned = RotatedInputs(stored, torch.arange(64) % 3 == 0, 16)
     w: Weight = Sum((turned, LowRank(Dense(torch.ones(12, 1)), Dense(torch.ones(1, 64))))) if terms else turned
     module, x = relax(w, Relaxation(frozenset({"scales"}))), inputs(w).to(dtype)
     scale = stored.scale.double().clone().requires_grad_()
@@ -539,9 +539,9 @@ def test_latents_start_at_the_target_where_it_is_in_the_cell_of_its_code(outside
 def test_latents_see_the_target_through_rotation_and_beside_other_parts() -> None:
     base = grid((6, 16), 256, 16, 1, symmetric=True)
     term = LowRank(Dense(torch.randn(6, 2, generator=seeded(1))), Dense(torch.randn(2, 16, generator=seeded(2))))
-    w = Rotated(Sum((base, term)), torch.rand(16, generator=seeded(3)) < 0.5, 8)
+    w = RotatedInputs(Sum((base, term)), torch.rand(16, generator=seeded(3)) < 0.5, 8)
     nudge = 0.25 * base.scale.float() * torch.ones(6, 16)
-    target = dense(Rotated(Sum((base, term, Dense(nudge))), w.signs, 8))
+    target = dense(RotatedInputs(Sum((base, term, Dense(nudge))), w.signs, 8))
     latent = relax(w, Relaxation(frozenset({"codes"})), target).get_parameter("inner_0_codes").detach()
     torch.testing.assert_close(latent.reshape(6, 16), base.codes.float() + 0.25, rtol=0, atol=1e-3)
 

@@ -1,4 +1,4 @@
-"""Entries that `Scaled` and `Transposed` stand for, one by one, and who may not hold these."""
+"""Entries that `ScaledInputs` and `Transpose` stand for, one by one, and who may not hold these."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from llmcompress.weight.nodes import (
     Dense,
     Grid,
     LowRank,
-    Rotated,
-    Scaled,
+    RotatedInputs,
+    ScaledInputs,
     Sum,
-    Transposed,
+    Transpose,
     Weight,
     Where,
     shape,
@@ -38,7 +38,7 @@ def selection() -> torch.Tensor:
 
 def test_columns_multiply_and_cost_sixteen_bits_each() -> None:
     inner, columns = grid(SIZE, 2, 16, 0, symmetric=True), factors(16, 1)
-    w = Scaled(inner, columns)
+    w = ScaledInputs(inner, columns)
     for row in range(6):
         for column in range(16):
             expected = float(dense(inner)[row, column]) * float(columns[column])
@@ -52,15 +52,15 @@ def test_inputs_are_scaled_exactly_where_their_dtype_allows(dtype: torch.dtype) 
     """Factors are not rounded to the inputs' dtype first."""
     columns = torch.tensor([1 + 2**-10], dtype=torch.float16)  # which bfloat16 would round to 1
     x = torch.tensor([[1024.0]], dtype=dtype)
-    found = matmul(x, Scaled(Dense(torch.ones(1, 1)), columns))
+    found = matmul(x, ScaledInputs(Dense(torch.ones(1, 1)), columns))
     assert found.dtype == dtype and float(found) == float(torch.tensor(1025.0, dtype=torch.float64).to(dtype))
 
 
 @pytest.mark.parametrize("inside", [Columns(selection()[0]), Bitmap(selection())], ids=["columns", "elements"])
 def test_a_side_of_a_selection_stores_what_it_shows(inside: Columns | Bitmap) -> None:
-    plain, lying = Dense(torch.ones(SIZE)), Transposed(Dense(torch.ones(16, 6)))
+    plain, lying = Dense(torch.ones(SIZE)), Transpose(Dense(torch.ones(16, 6)))
     count = int(inside.inside.expand(SIZE).sum())
-    w = Where(inside, Scaled(plain, factors(16, 0)), lying)
+    w = Where(inside, ScaledInputs(plain, factors(16, 0)), lying)
     assert bits(w) == inside.inside.numel() + 32 * 96 + 16 * 16
     tensors = encode(w)[1]
     assert payload_bits(tensors) == -(-inside.inside.numel() // 8) * 8 + 32 * 96 + 16 * 16
@@ -69,31 +69,31 @@ def test_a_side_of_a_selection_stores_what_it_shows(inside: Columns | Bitmap) ->
 
 def test_transposed_is_the_transpose() -> None:
     inner = grid((16, 6), 8, 4, 0, symmetric=False)  # groups of four outputs, and of two
-    w = Transposed(inner)
+    w = Transpose(inner)
     assert shape(w) == SIZE and torch.equal(dense(w), dense(inner).T) and bits(w) == bits(inner)
     assert inner.scale.shape == (16, 2), "a scale for an input column and four rows"
-    assert torch.equal(dense(Transposed(w)), dense(inner))
+    assert torch.equal(dense(Transpose(w)), dense(inner))
     assert describe(w) == "transposed (3-bit g4 asymmetric)"
 
 
 def test_rows_of_a_scaled_table_are_looked_up_and_of_a_transposed_one_are_not() -> None:
-    w = Where(Bitmap(selection()), Scaled(grid(SIZE, 3, 4, 0, True), factors(16, 0)), grid(SIZE, 2, 16, 1, True))
+    w = Where(Bitmap(selection()), ScaledInputs(grid(SIZE, 3, 4, 0, True), factors(16, 0)), grid(SIZE, 2, 16, 1, True))
     chosen = torch.tensor([5, 0, 5])
     torch.testing.assert_close(dense(rows(*encode(w), chosen)), dense(w)[chosen], rtol=0, atol=0)
     with pytest.raises(RecipeError, match="groups along the input"):
-        check_rows(Transposed(w))
+        check_rows(Transpose(w))
 
 
 def test_factors_of_columns_train_as_scales_and_stay_where_they_are_not_positive() -> None:
     columns = factors(16, 0)
     columns[3] = 0
-    w = Scaled(grid(SIZE, 2, 16, 0, symmetric=True), columns)
+    w = ScaledInputs(grid(SIZE, 2, 16, 0, symmetric=True), columns)
     module = relax(w, Relaxation(frozenset({"scales"})))
     assert module.kinds() == {"inner_scale": "scales", "columns": "scales"}
     with torch.no_grad():
         module.get_parameter("columns").fill_(2.0)
     frozen = module.freeze()
-    assert isinstance(frozen, Scaled) and torch.equal(frozen.columns == 0, columns == 0)
+    assert isinstance(frozen, ScaledInputs) and torch.equal(frozen.columns == 0, columns == 0)
     assert bool((frozen.columns[columns > 0] == 2).all()) and torch.equal(module.weight(), dense(frozen))
 
 
@@ -101,7 +101,7 @@ def test_latents_see_the_target_without_factors_and_lying() -> None:
     plane = grid((16, 6), 256, 6, 1, symmetric=True)
     columns = factors(16, 2)
     columns[5] = 0
-    w = Scaled(Transposed(plane), columns)
+    w = ScaledInputs(Transpose(plane), columns)
     nudge = 0.25 * plane.scale.float().T * columns.float()
     latent = relax(w, Relaxation(frozenset({"codes"})), dense(w) + nudge).get_parameter("inner_inner_codes").detach()
     expected = plane.codes.float() + 0.25
@@ -110,14 +110,14 @@ def test_latents_see_the_target_without_factors_and_lying() -> None:
 
 
 NODES: list[Weight] = [
-    Scaled(grid((32, 64), 16, 32, 0, True), factors(64, 0)),
-    Transposed(grid((64, 32), 16, 32, 0, True)),
+    ScaledInputs(grid((32, 64), 16, 32, 0, True), factors(64, 0)),
+    Transpose(grid((64, 32), 16, 32, 0, True)),
 ]
 
 
 @pytest.mark.parametrize("w", NODES, ids=describe)
 def test_formats_for_plain_grids_refuse_them(w: Weight) -> None:
-    assert isinstance(w, Scaled | Transposed) and isinstance(w.inner, Grid)
+    assert isinstance(w, ScaledInputs | Transpose) and isinstance(w.inner, Grid)
     assert obstacle(w.inner) is None and "is no single grid" in str(obstacle(w))
     with pytest.raises(Inexact, match="is no single grid"):
         exact_type(w)
@@ -127,5 +127,5 @@ def test_formats_for_plain_grids_refuse_them(w: Weight) -> None:
 def test_an_adapter_beside_them_leaves_them_whole(w: Weight) -> None:
     term = LowRank(Dense(torch.randn(32, 2, generator=seeded(0))), Dense(torch.randn(2, 64, generator=seeded(1))))
     signs = torch.rand(64, generator=seeded(2)) < 0.5
-    base, found = without_term(Rotated(Sum((w, term)), signs, 64))
-    assert found is not None and isinstance(base, Rotated) and torch.equal(dense(base.inner), dense(w))
+    base, found = without_term(RotatedInputs(Sum((w, term)), signs, 64))
+    assert found is not None and isinstance(base, RotatedInputs) and torch.equal(dense(base.inner), dense(w))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import describe
-from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, Layout, packed
+from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, Layout, pack_weight
 from llmcompress.weight.nodes import Weight, shape
 from llmcompress.weight.rows import has_rows, rows
 from llmcompress.weight.schema import DEEPEST, check
@@ -23,12 +23,12 @@ from tests.builders import every_node, random_nestings
 from tests.mutations import REMOVED, changed, places, values
 from tests.tiers import expressions
 
-WEIGHTS = [packed(w) for w in every_node() + random_nestings(5, 60)]
+WEIGHTS = [pack_weight(w) for w in every_node() + random_nestings(5, 60)]
 
 
 @pytest.mark.parametrize("w", expressions(seed=6, count=40))
 def test_what_encode_writes_is_of_the_schema(w: Weight) -> None:
-    layout, payload = packed(w)
+    layout, payload = pack_weight(w)
     entry = json.loads(json.dumps(layout.to_json()))
     assert Layout.from_json(entry).to_json() == entry
     layout.check(payload)

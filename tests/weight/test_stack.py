@@ -10,16 +10,16 @@ from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.nodes import (
     Columns,
     LowRank,
-    Scaled,
+    ScaledInputs,
     Tiles,
-    Transposed,
-    TrellisCoded,
+    Transpose,
+    TrellisCodes,
     Weight,
     Where,
     children,
     shape,
 )
-from llmcompress.weight.stack import joined
+from llmcompress.weight.stack import join_rows
 from tests.builders import every_node, factors, random_nestings, seeded
 
 
@@ -29,7 +29,7 @@ def nodes(w: Weight) -> list[Weight]:
 
 def of_whole_runs(w: Weight) -> bool:
     """False if a stream of a trellis ends within its run of rows: what lies below would lengthen it."""
-    return all(shape(node)[0] % node.run == 0 for node in nodes(w) if isinstance(node, TrellisCoded))
+    return all(shape(node)[0] % node.run == 0 for node in nodes(w) if isinstance(node, TrellisCodes))
 
 
 CASES = [w for w in every_node() + random_nestings(seed=6, count=30) if of_whole_runs(w)]
@@ -37,21 +37,21 @@ CASES = [w for w in every_node() + random_nestings(seed=6, count=30) if of_whole
 
 @pytest.mark.parametrize("w", CASES, ids=lambda w: describe(w)[:50])
 def test_joined_is_one_below_the_other(w: Weight) -> None:
-    if any(isinstance(node, LowRank | Tiles | Transposed) for node in nodes(w)):
+    if any(isinstance(node, LowRank | Tiles | Transpose) for node in nodes(w)):
         with pytest.raises(TypeError, match="joined has no rule"):
-            joined([w, w])
+            join_rows([w, w])
         return
     for parts in ([w], [w, w, w]):
-        whole = joined(parts)
+        whole = join_rows(parts)
         assert torch.equal(dense(whole), torch.cat([dense(part) for part in parts]))
         assert torch.equal(dense(decode(*encode(whole))), dense(whole))
 
 
 def test_parts_must_share_what_belongs_to_all_rows() -> None:
-    [w] = [w for w in every_node() if isinstance(w, Scaled) and isinstance(w.inner, TrellisCoded)]
+    [w] = [w for w in every_node() if isinstance(w, ScaledInputs) and isinstance(w.inner, TrellisCodes)]
     with pytest.raises(ValueError, match="other columns each"):
-        joined([w, Scaled(w.inner, factors(24, 8))])
+        join_rows([w, ScaledInputs(w.inner, factors(24, 8))])
     inside = torch.rand(24, generator=seeded(1)) < 0.5
     one, other = Where(Columns(inside), w, w), Where(Columns(~inside), w, w)
     with pytest.raises(ValueError, match="other columns each"):
-        joined([one, other])
+        join_rows([one, other])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from llmcompress.weight.tiles import BLOCK, STEPS, from_tiles, matrix, numbers, order, states, to_tiles, turned
+from llmcompress.weight.tiles import BLOCK, STEPS, from_tiles, matrix, numbers, order, states, to_tiles, turn_blocks
 from tests.builders import seeded
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -84,5 +84,5 @@ def test_tiles_and_matrices_are_one() -> None:
 
 def test_a_transform_is_its_own_inverse_and_stays_within_its_block() -> None:
     x = torch.randn(5, 3 * BLOCK, generator=seeded(1))
-    torch.testing.assert_close(turned(turned(x)), x)
-    assert bool((turned(torch.eye(3 * BLOCK))[0, BLOCK:] == 0).all())
+    torch.testing.assert_close(turn_blocks(turn_blocks(x)), x)
+    assert bool((turn_blocks(torch.eye(3 * BLOCK))[0, BLOCK:] == 0).all())

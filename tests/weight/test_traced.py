@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from llmcompress.errors import RecipeError
 from llmcompress.weight.expression import dense
-from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, packed
-from llmcompress.weight.nodes import Dense, TrellisCoded, Weight, shape
+from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, pack_weight
+from llmcompress.weight.nodes import Dense, TrellisCodes, Weight, shape
 from llmcompress.weight.rows import check_rows
 from llmcompress.weight.trellis import Trellis
 from tests.builders import grid, streams
@@ -36,7 +36,7 @@ TRACES = [exported, pytest.param(compiled, marks=pytest.mark.slow)]
 
 
 def table_of(w: Weight) -> CompressedEmbedding:
-    return CompressedEmbedding(*packed(w), torch.float32)
+    return CompressedEmbedding(*pack_weight(w), torch.float32)
 
 
 @pytest.mark.parametrize("trace", TRACES)
@@ -67,7 +67,7 @@ def test_numbers_that_never_change_are_no_part_of_a_program(trace: Callable[...,
     """The table of a trellis is made outside, even where nobody has wanted it before, and is a real one afterwards."""
     trellis = Trellis(6, 1, 12 if trace is exported else 13)  # sizes of this test alone
     w = streams(trellis, 7, 24, 22)
-    assert isinstance(w, TrellisCoded)
+    assert isinstance(w, TrellisCodes)
     found = trace(table_of(w), IDS)
     expected = dense(w)[IDS]
     assert torch.equal(found(IDS), expected) and torch.equal(table_of(w)(IDS), expected)

@@ -31,7 +31,7 @@ from llmcompress.errors import InputError
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.weight.modules import Multiplying
-from llmcompress.weight.trainable.latents.flexround import Divided
+from llmcompress.weight.trainable.latents.flexround import DividedWeights
 from llmcompress.weight.trainable.latents.form import Form
 from llmcompress.weight.trainable.latents.lora_rounding import Offsets
 
@@ -99,7 +99,7 @@ def _form(recipe: Reconstruction) -> Form | None:
     """Return the form of latents; None where each is a number of its own."""
     if recipe.offsets is not None:
         return partial(Offsets, rank=recipe.offsets.rank)
-    return Divided if recipe.latents == "divided" else None
+    return DividedWeights if recipe.latents == "divided" else None
 
 
 def _leave_dense(part: Student, weights: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmcompress.distillation.student.regrow import Masks, mask_like
 from llmcompress.weight.nodes import Bitmap, Pattern
-from llmcompress.weight.trainable.latents.form import Formed, ValuesForm
+from llmcompress.weight.trainable.latents.form import TensorForm, ValuesForm
 
 
 def learned_masks(masks: Masks, norms: Mapping[str, Tensor], rank: int) -> dict[str, ValuesForm]:
@@ -27,7 +27,7 @@ def learned_masks(masks: Masks, norms: Mapping[str, Tensor], rank: int) -> dict[
     return {name: partial(LearnedMask, mask=mask, norms=norms[name], rank=rank) for name, mask in masks.items()}
 
 
-class LearnedMask(Formed):
+class LearnedMask(TensorForm):
     """The values of a matrix `[out, in]` under a mask with as many weights as `mask` has, by scores that learn.
 
     `norms`: squared norms of inputs `[in]`. Scores are in units of the mean of sizes times norms.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import RecipeError, list_names
-from llmcompress.methods.layer import Layer, split
+from llmcompress.methods.layer import Layer, base_and_term
 from llmcompress.methods.low_rank.svd import SVD, svd
 from llmcompress.methods.moments import Moments
 from llmcompress.models.files.kept_blocks import matched_blocks, original_name
@@ -31,7 +31,7 @@ from llmcompress.runtime.seeding import generator
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear, Multiplying, compressed_linears, put
 from llmcompress.weight.nodes import Dense, LowRank, Sum
-from llmcompress.weight.sums import plus
+from llmcompress.weight.sums import add_term
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,7 @@ def adapt(model: PreTrainedModel, asked: Adaptation, teacher: PreTrainedModel, s
     for name in chosen:
         layer, target = layers[name], None if targets is None else targets(name)
         term = _starting_term(name, layer.dequantize(), asked.rank, target, seed)
-        put(model, name, CompressedLinear.of(plus(layer.expression(), term), layer.bias))
+        put(model, name, CompressedLinear.of(add_term(layer.expression(), term), layer.bias))
     return tuple(chosen)
 
 
@@ -126,7 +126,7 @@ def _starting_term(name: str, value: Tensor, rank: int, target: Tensor | None, s
 def _best_term(name: str, matrix: Tensor, rank: int, factor_bits: Literal[4, 8, 16]) -> LowRank:
     """Return the truncated SVD of a matrix `[out, in]`, as stored factors."""
     nothing = Layer(name, matrix, Dense(torch.zeros_like(matrix)), Moments(0.0))
-    term = split(svd(nothing, SVD(rank=rank, factor_bits=factor_bits)).approx)[1]
+    term = base_and_term(svd(nothing, SVD(rank=rank, factor_bits=factor_bits)).approx)[1]
     if term is None:
         raise TypeError(f"{name}: svd gave no low-rank term")
     return term

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.methods.solvers.grid import spread
+from llmcompress.methods.solvers.grid import repeat_groups
 from llmcompress.weight.nodes import Grid, Weight
 from llmcompress.weight.trainable.masters import leaves
-from llmcompress.weight.trainable.relax import SMALLEST_SCALE, Relaxed
+from llmcompress.weight.trainable.relax import SMALLEST_SCALE, RelaxedWeight
 from llmcompress.weight.trainable.straight_through import straight_cast
 
 MOST_LEVELS = 3
@@ -40,7 +40,7 @@ class MedianScale:
     `stored` bool, broadcasts to the grid's `[out, in]`: which elements have a code; None: all. `form`: without values.
     """
 
-    relaxed: Relaxed
+    relaxed: RelaxedWeight
     path: str
     form: Grid
     stored: Tensor | None
@@ -82,11 +82,11 @@ class MedianScale:
 
     def _spread(self, parameters: Tensor) -> Tensor:
         """Repeat the number of each group for each of its latents, flat."""
-        matrix = spread(parameters, self.form.group_size, self.form.codes.shape[1]).expand(self.form.codes.shape)
+        matrix = repeat_groups(parameters, self.form.group_size, self.form.codes.shape[1]).expand(self.form.codes.shape)
         return matrix.reshape(-1) if self.stored is None else matrix[self.stored.expand(matrix.shape).to(matrix.device)]
 
 
-def median_scales(w: Weight, relaxed: Relaxed) -> tuple[MedianScale, ...]:
+def median_scales(w: Weight, relaxed: RelaxedWeight) -> tuple[MedianScale, ...]:
     """Return the scales of all symmetric grids of `w` with two or three levels whose codes `relaxed` trains.
 
     Factors are left out, since their latents start at their codes.

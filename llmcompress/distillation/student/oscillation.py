@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llmcompress.recipe.freezing import Freezing
-from llmcompress.weight.trainable.relax import Relaxed, RelaxedModule
+from llmcompress.weight.trainable.relax import RelaxedModule, RelaxedWeight
 from llmcompress.weight.trainable.straight_through import nearest_codes
 
 
@@ -89,7 +89,7 @@ class Watched:
     """The codes of one parameter of a student, `name`, which is `key` in its layer."""
 
     name: str
-    relaxed: Relaxed
+    relaxed: RelaxedWeight
     key: str
     habits: Habits
 
@@ -164,7 +164,7 @@ class Freezer:
         return sum(int(_here(each.habits.frozen).sum()) for each in self.watched)
 
 
-def _codes(relaxed: Relaxed, key: str) -> Tensor:
+def _codes(relaxed: RelaxedWeight, key: str) -> Tensor:
     """Return the codes of this process's latents, float32."""
     latents = _here(relaxed.get_parameter(key).detach())
     return nearest_codes(latents, relaxed.levels[key], relaxed.relaxation.estimator)

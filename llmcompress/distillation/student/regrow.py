@@ -127,7 +127,7 @@ def _watched(model: PreTrainedModel, names: Iterable[str], norms: dict[str, Tens
 def mask_like(mask: Bitmap | Pattern, scores: Tensor) -> Bitmap | Pattern:
     """Return the mask of the best `scores [out, in]`, as many in all or in every group as `mask` has."""
     if isinstance(mask, Pattern):
-        return Pattern(largest_of_each(scores.T, mask.kept, mask.group).T, mask.kept, mask.group)
+        return Pattern(largest_of_each(scores.T, mask.keep, mask.group).T, mask.keep, mask.group)
     return Bitmap(largest(scores, int(mask.inside.sum())))
 
 

@@ -17,7 +17,7 @@ from llmcompress.kernels.cpu.product import LANES, block_size, shares
 from llmcompress.kernels.cpu.tables import TableStreams
 from llmcompress.weight.expression import float_steps, float_values
 from llmcompress.weight.linear_code import linear_code
-from llmcompress.weight.nodes import Codebook, Grid, Minifloat, TrellisCoded, Weight, shape
+from llmcompress.weight.nodes import Codebook, Grid, Minifloat, TrellisCodes, Weight, shape
 from llmcompress.weight.trellis import cuts
 
 BEFORE = 2  # units before a block that windows may reach into
@@ -25,7 +25,7 @@ AT_ONCE = 2048  # rows that are repacked at a time, since bytes of single bits t
 SLACK = 64  # bytes that a kernel may read behind the last code
 STEPS = {"e2m1": 2, "e2m3": 8}  # of floats that are integers: how many make 1
 Bytes = NDArray[np.uint8]
-Leaf = Grid | TrellisCoded | Codebook | Minifloat
+Leaf = Grid | TrellisCodes | Codebook | Minifloat
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ def form_of(w: Leaf) -> IntegerPlanes | Streams | None:
             return BookCodes(max(1, (entries - 1).bit_length()), 0, False, 0.0, length=length)
         case Minifloat():
             return _floats(w)
-        case TrellisCoded(trellis=trellis):
+        case TrellisCodes(trellis=trellis):
             if trellis.code == "table":
                 form: Streams = TableStreams.of(trellis)
             else:
@@ -116,7 +116,7 @@ def packed(w: Weight) -> KernelMatrix | None:
             return _book(w, form)
         case Minifloat(codes), FloatCodes():
             return _grid(Grid(codes, float_steps(w).bfloat16(), None, len(form.table), w.group_size), form)
-        case TrellisCoded(), Streams():
+        case TrellisCodes(), Streams():
             return _streams(w, form)
     return None
 
@@ -180,7 +180,7 @@ def _planes(codes: Bytes, form: IntegerPlanes) -> Bytes:
     return np.concatenate(found, 2)
 
 
-def _streams(w: TrellisCoded, form: Streams) -> KernelMatrix:
+def _streams(w: TrellisCodes, form: Streams) -> KernelMatrix:
     (rows, width), trellis = shape(w), w.trellis
     padded_rows, columns = _up(rows, form.block_rows), _up(width, block_size(form))
     blocks = []

@@ -25,10 +25,10 @@ from llmcompress.weight.nodes import (
     LowRank,
     Minifloat,
     Pattern,
-    Rotated,
-    Scaled,
+    RotatedInputs,
+    ScaledInputs,
     Sum,
-    TrellisCoded,
+    TrellisCodes,
     Weight,
     Where,
     Zero,
@@ -177,15 +177,15 @@ def supported(w: Weight, turned: bool = False) -> bool:
     match w:
         case Zero() | Dense():
             return True
-        case Grid() | TrellisCoded() | Codebook() | Minifloat():
+        case Grid() | TrellisCodes() | Codebook() | Minifloat():
             return form_of(w) is not None
         case Sum():
             return all(supported(node, turned) for node in below)
         case LowRank(left, right):
             return supported(left) and supported(right, turned)
-        case Rotated(inner):
+        case RotatedInputs(inner):
             return not turned and supported(inner, True)
-        case Scaled() | Where(Columns()):
+        case ScaledInputs() | Where(Columns()):
             return not turned and all(map(supported, below))
         case Where():
             return all(_elements_supported(node, turned) for node in below)
@@ -199,7 +199,7 @@ def _elements_supported(w: Weight, turned: bool) -> bool:
             return True
         case Minifloat():
             return form_of(w) is not None
-        case Scaled(inner):
+        case ScaledInputs(inner):
             return not turned and _elements_supported(inner, turned)
         case Sum() | Where():
             return all(_elements_supported(node, turned) for _, node, _ in children(w))
@@ -220,15 +220,15 @@ def _terms(w: Weight, basis: Basis) -> Terms | None:
             if first is None or second is None:
                 return None
             return (Chain(Prepared(shape(left), second), Prepared(shape(right), first)),)
-        case Rotated(inner, signs, block) if basis.signs is None:
+        case RotatedInputs(inner, signs, block) if basis.signs is None:
             return _terms(inner, replace(basis, signs=signs, block=block))
-        case Scaled(inner, columns) if basis.signs is None:
+        case ScaledInputs(inner, columns) if basis.signs is None:
             return _terms(inner, _times(basis, columns.float()))
         case Where(Columns(chosen), inside, outside) if basis.signs is None:
             return _together([_selected(inside, chosen, basis), _terms(outside, _times(basis, ~chosen))])
         case Where(Bitmap(chosen) | Pattern(chosen), inside, outside):
             return _together([_elements(inside, chosen, basis), _elements(outside, ~chosen, basis)])
-        case Grid() | TrellisCoded() | Codebook() | Minifloat():
+        case Grid() | TrellisCodes() | Codebook() | Minifloat():
             repacked = packed(w)
             return None if repacked is None else (KernelTerm(basis, repacked),)
     return None
@@ -265,7 +265,7 @@ def _elements(w: Weight, shown: Tensor, basis: Basis) -> Terms | None:
             return (_grid_elements(w, shown, basis),)
         case Minifloat(codes):
             return _terms(replace(w, codes=codes.masked_fill(~shown, 0)), basis)
-        case Scaled(inner, columns) if basis.signs is None:
+        case ScaledInputs(inner, columns) if basis.signs is None:
             return _elements(inner, shown, _times(basis, columns.float()))
         case Zero() | Sum() | Where():
             return _together([_elements(node, both(here, shown), basis) for _, node, here in children(w)])

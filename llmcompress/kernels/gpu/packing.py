@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmcompress.kernels.gpu.layouts import PLANES, WORD, GridRows, InputChange, LowRankRows, SalientRows, StreamRows
 from llmcompress.weight.expression import dense
-from llmcompress.weight.nodes import Columns, Dense, Grid, LowRank, TrellisCoded, Weight, Where, shape
+from llmcompress.weight.nodes import Columns, Dense, Grid, LowRank, TrellisCodes, Weight, Where, shape
 from llmcompress.weight.packing import stream_bits
 from llmcompress.weight.trellis import cuts, states, table
 
@@ -75,7 +75,7 @@ def salient_rows(w: Where, dtype: torch.dtype) -> tuple[GridRows, SalientRows] |
 # --- trellises ------------------------------------------------------------------------------------------------------
 
 
-def stream_rows(w: TrellisCoded) -> StreamRows:
+def stream_rows(w: TrellisCodes) -> StreamRows:
     """Repack the streams of a trellis."""
     (rows, width), trellis = shape(w), w.trellis
     words, units, above = [], [], 0

@@ -28,7 +28,18 @@ from llmcompress.kernels.gpu.packing import (
     stream_rows,
     turned,
 )
-from llmcompress.weight.nodes import Grid, LowRank, Rotated, Scaled, Sum, TrellisCoded, Weight, Where, Zero, shape
+from llmcompress.weight.nodes import (
+    Grid,
+    LowRank,
+    RotatedInputs,
+    ScaledInputs,
+    Sum,
+    TrellisCodes,
+    Weight,
+    Where,
+    Zero,
+    shape,
+)
 
 OLDEST_GPU = (8, 0)  # compute capability: the first with bfloat16
 FEW = 16  # inputs that kernels multiply at once; a matrix is decoded once for more of them
@@ -78,15 +89,15 @@ def _parts(
         case Sum(parts):
             found = [_parts(part, turns, dtype, changes) for part in parts]
             return None if None in found else [each for part in found for each in part or ()]
-        case Rotated(inner, signs, block) if block <= WIDEST_TURN:
+        case RotatedInputs(inner, signs, block) if block <= WIDEST_TURN:
             return _parts(inner, turned(turns, sign_factors(signs, block), block), dtype, changes)
-        case Scaled(inner, columns):
+        case ScaledInputs(inner, columns):
             return _parts(inner, turned(turns, columns.float(), 1), dtype, changes)
         case LowRank():
             return [low_rank_rows(w, _number(turns, changes), dtype)]
         case Grid(codes) if not codes.is_floating_point():
             return [Branch(_number(turns, changes), grid_rows(w))]
-        case TrellisCoded():
+        case TrellisCodes():
             return [Branch(_number(turns, changes), stream_rows(w))]
         case Where():
             packed = salient_rows(w, dtype)

@@ -29,9 +29,15 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.methods.layer import Layer, method
-from llmcompress.methods.solvers.bitplane_fit import PlaneFormat, fit_planes, lost
-from llmcompress.methods.solvers.bitplanes import ColumnConfig, Planes, instead_of_dense, planes_sketch, projected
-from llmcompress.methods.solvers.projection import Selected, columns
+from llmcompress.methods.solvers.bitplane_fit import PlaneFormat, fit_planes, squared_error
+from llmcompress.methods.solvers.bitplanes import (
+    ColumnConfig,
+    Planes,
+    instead_of_dense,
+    planes_sketch,
+    quantize_to_planes,
+)
+from llmcompress.methods.solvers.projection import Selection, columns
 from llmcompress.weight.nodes import Columns, Weight, Where, shape
 
 SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of columns, tried as salient
@@ -67,23 +73,23 @@ class BiLLM(ColumnConfig):
         size = shape(approx)
         index = Columns(torch.zeros(size[1], dtype=torch.bool))  # all columns cost the same
         planes = planes_sketch(size, self.salient()), planes_sketch(size, self.others())
-        return instead_of_dense(approx, self.stored(Where(index, *planes)))
+        return instead_of_dense(approx, self.with_columns(Where(index, *planes)))
 
 
 @method("billm", BiLLM, needs={"outer"})
 def billm(layer: Layer, config: BiLLM) -> Layer:
     """Binarizes the base, salient columns in another way than the rest."""
 
-    def make(energy: Tensor, pivots: Tensor) -> Selected:
+    def make(energy: Tensor, pivots: Tensor) -> Selection:
         inside, outside = (Planes(form, len(energy), energy) for form in (config.salient(), config.others()))
 
         def choose(current: Tensor, start: int) -> Tensor:
             span = slice(start, start + len(current))
             return salient_columns(current, pivots[span], energy[span], config)[:, None].expand_as(current)
 
-        return Selected(inside, outside, choose, inside.group_size, columns)
+        return Selection(inside, outside, choose, inside.group_size, columns)
 
-    return projected(layer, config, make, config.columns)
+    return quantize_to_planes(layer, config, make, config.columns)
 
 
 def salient_columns(current: Tensor, pivots: Tensor, energy: Tensor, config: BiLLM) -> Tensor:
@@ -92,13 +98,13 @@ def salient_columns(current: Tensor, pivots: Tensor, energy: Tensor, config: BiL
     `pivots [columns]` are U_jj^2, `energy [columns]` weighs the columns' errors.
     """
     ranked = (current.square().sum(1) / pivots).argsort(descending=True, stable=True)
-    found, least = torch.zeros_like(pivots, dtype=torch.bool), float("inf")
+    salient, least = torch.zeros_like(pivots, dtype=torch.bool), float("inf")
     for count in sorted({round(share * len(current)) for share in SHARES}):
         error = 0.0
         for chosen, form in ((ranked[:count], config.salient()), (ranked[count:], config.others())):
             if len(chosen):
                 weight, importance = current[chosen].T.contiguous(), energy[chosen]
-                error += float(lost(weight, *fit_planes(weight, form, importance), importance).sum())
+                error += float(squared_error(weight, *fit_planes(weight, form, importance), importance).sum())
         if error < least:
-            least, found = error, torch.zeros_like(found).index_fill_(0, ranked[:count], True)
-    return found
+            least, salient = error, torch.zeros_like(salient).index_fill_(0, ranked[:count], True)
+    return salient

@@ -23,13 +23,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, base_target, join, method, split, with_base
+from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, join, method, with_base
 from llmcompress.methods.solvers.column_scales import rank_one
 from llmcompress.methods.solvers.grid import GridFormat, float16_scale, grid_sketch
 from llmcompress.methods.solvers.hessian import metric
 from llmcompress.runtime.seeding import generator
 from llmcompress.weight.expression import describe
-from llmcompress.weight.nodes import Dense, Grid, LowRank, Scaled, Weight, shape
+from llmcompress.weight.nodes import Dense, Grid, LowRank, ScaledInputs, Weight, shape
 
 PULL = (0.2, 1.0)  # towards signs, in shares of a factor's curvature: in the first iteration and in the last
 ROUNDS = 2  # of the rank-one fit to magnitudes, which starts again in every iteration
@@ -73,7 +73,7 @@ class BinaryLowRank(StepConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        old, term = split(approx)
+        old, term = base_and_term(approx)
         if not isinstance(old, Dense):
             raise RecipeError(
                 f"binary factors stand for the whole matrix, not for {describe(old)}; drop one of the two"
@@ -82,7 +82,7 @@ class BinaryLowRank(StepConfig):
         rank = self.rank_for((out, width))
         left, right = grid_sketch((out, rank), GridFormat(2)), grid_sketch((rank, width), GridFormat(2))
         columns = torch.empty(width, dtype=torch.float16, device="meta")
-        return join(LowRank(left, Scaled(right, columns)), term)
+        return join(LowRank(left, ScaledInputs(right, columns)), term)
 
     def rough(self) -> StepConfig:
         """With fewer iterations; see `StepConfig.rough`."""
@@ -95,10 +95,10 @@ def binary_low_rank(layer: Layer, config: BinaryLowRank) -> Layer:
     config.sketch(layer.approx)
     target = base_target(layer)
     rank = config.rank_for((target.shape[0], target.shape[1]))
-    problem, rows, columns = balanced(target, metric(layer.inputs, target, config.damping), layer.rows)
+    problem, rows, columns = balance(target, metric(layer.inputs, target, config.damping), layer.rows)
     draws = torch.randn(rank, target.shape[1], generator=generator("binary_low_rank", layer.name))
-    found = rescaled(problem, alternated(problem, draws.to(target.device), config.iterations))
-    return with_base(layer, stored(replace(found, rows=found.rows * rows, columns=found.columns * columns)))
+    found = fit_scales(problem, fit_factors(problem, draws.to(target.device), config.iterations))
+    return with_base(layer, store_factors(replace(found, rows=found.rows * rows, columns=found.columns * columns)))
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class BinaryFactors:
     columns: Tensor
 
 
-def balanced(target: Tensor, hessian: Tensor, importance: Tensor | None) -> tuple[Problem, Tensor, Tensor]:
+def balance(target: Tensor, hessian: Tensor, importance: Tensor | None) -> tuple[Problem, Tensor, Tensor]:
     """The problem with channels of one energy, rows that count alike (`importance [out]`), and weights of about one.
 
     Returns also the factors of rows `[out]` and of columns `[in]` that lead back; the scales absorb them.
@@ -138,7 +138,7 @@ def balanced(target: Tensor, hessian: Tensor, importance: Tensor | None) -> tupl
     return Problem(even, correlation, even @ correlation), size / counted, energy.reciprocal()
 
 
-def alternated(problem: Problem, draws: Tensor, iterations: int) -> BinaryFactors:
+def fit_factors(problem: Problem, draws: Tensor, iterations: int) -> BinaryFactors:
     """BinaryFactors by ADMM, from the signs of `draws [rank, in]`.
 
     Each half solves `min tr(E metric E^T) + pull |X - near + dual|^2` for a factor X, given the other factor's nearest
@@ -176,23 +176,23 @@ def magnitudes(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return sizes @ columns / columns.square().sum(), columns
 
 
-def rescaled(problem: Problem, found: BinaryFactors) -> BinaryFactors:
+def fit_scales(problem: Problem, factors: BinaryFactors) -> BinaryFactors:
     """The same signs with least-squares scales, each vector in turn, those of rows last; none is negative after."""
-    rows, middle, columns = found.rows, found.middle, found.columns
+    rows, middle, columns = factors.rows, factors.middle, factors.columns
     for _ in range(TURNS):
-        left, right = found.left * rows[:, None], found.right * columns
+        left, right = factors.left * rows[:, None], factors.right * columns
         gram = (left.T @ left) * (right @ problem.metric @ right.T)
-        middle = _solved(gram, ((left.T @ problem.pulled) * right).sum(1))
-        product = (left * middle) @ found.right
-        columns = _solved((product.T @ product) * problem.metric, (product * problem.pulled).sum(0))
-        product = (found.left * middle) @ (found.right * columns)
+        middle = _least_squares(gram, ((left.T @ problem.pulled) * right).sum(1))
+        product = (left * middle) @ factors.right
+        columns = _least_squares((product.T @ product) * problem.metric, (product * problem.pulled).sum(0))
+        product = (factors.left * middle) @ (factors.right * columns)
         seen = product @ problem.metric
         rows = (seen * problem.target).sum(1) / (seen * product).sum(1).clamp_min(TINY)
-    left, right = found.left * signs(rows)[:, None], found.right * torch.outer(signs(middle), signs(columns))
+    left, right = factors.left * signs(rows)[:, None], factors.right * torch.outer(signs(middle), signs(columns))
     return BinaryFactors(left, right, rows.abs(), middle.abs(), columns.abs())
 
 
-def _solved(gram: Tensor, pull: Tensor) -> Tensor:
+def _least_squares(gram: Tensor, pull: Tensor) -> Tensor:
     """The scales `[n]` of least squares for `gram [n, n]` and `pull [n]`; 0 for what adds nothing."""
     energy = gram.diagonal().double()
     ridge = torch.where(energy > 0, 1e-6 * energy, 1.0)
@@ -204,17 +204,17 @@ def signs(matrix: Tensor) -> Tensor:
     return torch.where(matrix < 0, -1.0, 1.0).to(matrix.dtype)
 
 
-def stored(found: BinaryFactors) -> LowRank:
+def store_factors(factors: BinaryFactors) -> LowRank:
     """The factors as they are stored: rows have the size, the other scales a mean of one. A grid is +-scale/2.
 
     Raises NumericsError for a scale of a row outside float16.
     """
-    sizes = found.middle.mean(), found.columns.mean()
+    sizes = factors.middle.mean(), factors.columns.mean()
     middle, columns = (
         (scale / size.clamp_min(TINY)).clamp_max(torch.finfo(torch.float16).max / 2).to(torch.float16)
-        for scale, size in zip((found.middle, found.columns), sizes, strict=True)
+        for scale, size in zip((factors.middle, factors.columns), sizes, strict=True)
     )
-    rows = float16_scale(2 * found.rows * sizes[0] * sizes[1])
-    left = Grid((found.left > 0).to(torch.uint8), rows[:, None], None, 2, found.left.shape[1])
-    right = Grid((found.right > 0).to(torch.uint8), 2 * middle[:, None], None, 2, found.right.shape[1])
-    return LowRank(left, Scaled(right, columns))
+    rows = float16_scale(2 * factors.rows * sizes[0] * sizes[1])
+    left = Grid((factors.left > 0).to(torch.uint8), rows[:, None], None, 2, factors.left.shape[1])
+    right = Grid((factors.right > 0).to(torch.uint8), 2 * middle[:, None], None, 2, factors.right.shape[1])
+    return LowRank(left, ScaledInputs(right, columns))

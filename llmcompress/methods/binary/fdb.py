@@ -17,7 +17,13 @@ from pydantic import Field
 
 from llmcompress.methods.layer import Layer, method
 from llmcompress.methods.solvers.bitplane_fit import PlaneFormat
-from llmcompress.methods.solvers.bitplanes import PlaneConfig, Planes, instead_of_dense, planes_sketch, projected
+from llmcompress.methods.solvers.bitplanes import (
+    PlaneConfig,
+    Planes,
+    instead_of_dense,
+    planes_sketch,
+    quantize_to_planes,
+)
 from llmcompress.weight.nodes import Weight, shape
 
 
@@ -50,4 +56,4 @@ class FDB(PlaneConfig):
 @method("fdb", FDB, needs={"outer"})
 def fdb(layer: Layer, config: FDB) -> Layer:
     """Binarizes the base in two planes of {0, 1}."""
-    return projected(layer, config, lambda energy, _: Planes(config.form(), len(energy), energy))
+    return quantize_to_planes(layer, config, lambda energy, _: Planes(config.form(), len(energy), energy))

@@ -16,14 +16,14 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, base_target, join, method, split, with_base
+from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, join, method, with_base
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.grid import GridFormat, grid_sketch
 from llmcompress.methods.solvers.hessian import channel_energy, inverse_factor
 from llmcompress.methods.solvers.projection import (
-    Kept,
-    Quantized,
-    Selected,
+    GridPoints,
+    KeptValues,
+    Selection,
     Side,
     bitmap,
     columns,
@@ -60,7 +60,7 @@ class PBLLM(StepConfig):
 
     @field_validator("salient", mode="before")
     @classmethod
-    def _quoted(cls, value: Any) -> Any:
+    def _refuse_time(cls, value: Any) -> Any:
         if isinstance(value, int) and value > 1:
             raise ValueError(f"the number {value}: YAML reads 1:8 as a time, write salient: '1:8'")
         return value
@@ -82,7 +82,7 @@ class PBLLM(StepConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        base, term = split(approx)
+        base, term = base_and_term(approx)
         size = shape(base)
         precise: Weight = Dense(torch.empty(size, dtype=torch.bfloat16, device="meta"))
         if self.salient_bits != 16:
@@ -109,11 +109,11 @@ def pb_llm(layer: Layer, config: PBLLM) -> Layer:
     factor, notes = inverse_factor(layer.inputs, config.damping)
     weights = 1 / factor.diagonal().square() if config.metric == "hessian" else energy.new_ones(width)
     choose, span, index = _selection(config, target, weights)
-    precise: Side = Kept()
+    precise: Side = KeptValues()
     if config.salient_bits != 16:
-        precise = Quantized(GridFormat(2**config.salient_bits), width, energy)
-    binary = Quantized(config.binary(), width, energy)
-    projection = Selected(precise, binary, choose, span, index)
+        precise = GridPoints(GridFormat(2**config.salient_bits), width, energy)
+    binary = GridPoints(config.binary(), width, energy)
+    projection = Selection(precise, binary, choose, span, index)
     return with_base(layer, feedback(target, factor if config.feedback else None, projection), notes)
 
 

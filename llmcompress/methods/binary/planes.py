@@ -23,7 +23,13 @@ from pydantic import Field
 
 from llmcompress.methods.layer import Layer, method
 from llmcompress.methods.solvers.bitplane_fit import PlaneFormat
-from llmcompress.methods.solvers.bitplanes import ColumnConfig, Planes, instead_of_dense, planes_sketch, projected
+from llmcompress.methods.solvers.bitplanes import (
+    ColumnConfig,
+    Planes,
+    instead_of_dense,
+    planes_sketch,
+    quantize_to_planes,
+)
 from llmcompress.weight.nodes import Weight, shape
 
 
@@ -55,10 +61,12 @@ class PlanesConfig(ColumnConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        return instead_of_dense(approx, self.stored(planes_sketch(shape(approx), self.form())))
+        return instead_of_dense(approx, self.with_columns(planes_sketch(shape(approx), self.form())))
 
 
 @method("planes", PlanesConfig, needs={"outer"})
 def planes(layer: Layer, config: PlanesConfig) -> Layer:
     """Binarizes the base in `bits` planes."""
-    return projected(layer, config, lambda energy, _: Planes(config.form(), len(energy), energy), config.columns)
+    return quantize_to_planes(
+        layer, config, lambda energy, _: Planes(config.form(), len(energy), energy), config.columns
+    )

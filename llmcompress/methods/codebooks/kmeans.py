@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from llmcompress.methods.layer import Layer, method
-from llmcompress.methods.solvers.codebooks import CodebookConfig, codebook_sketch, coded
+from llmcompress.methods.solvers.codebooks import CodebookConfig, codebook_sketch, quantize_to_codebooks
 from llmcompress.weight.nodes import Weight
 
 
@@ -33,4 +33,4 @@ class KMeans(CodebookConfig):
 @method("kmeans", KMeans, needs={"outer"}, data_free=True)
 def kmeans(layer: Layer, config: KMeans) -> Layer:
     """Quantizes the base to the points of a codebook."""
-    return coded(layer, config, [2**config.bits], 1, 0, config.feedback)
+    return quantize_to_codebooks(layer, config, [2**config.bits], 1, 0, config.feedback)

@@ -14,10 +14,10 @@ from typing import Literal
 from pydantic import Field
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
+from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, method, with_base
 from llmcompress.methods.solvers.hessian import metric
-from llmcompress.methods.solvers.moves import changed, moved
-from llmcompress.methods.solvers.scales import rescaled
+from llmcompress.methods.solvers.moves import change_vectors, move_codebooks
+from llmcompress.methods.solvers.scales import refit_scales
 from llmcompress.methods.solvers.vectors import books_of
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Weight, Where
@@ -47,13 +47,13 @@ def pv(layer: Layer, config: PV) -> Layer:
     base, target = _coded_base(layer.approx), base_target(layer)
     hessian = metric(layer.inputs, target, config.damping)
     for _ in range(config.steps):
-        base = moved(base, target, lambda books, own, shown: changed(books, own, hessian, shown, SHARE))
-        base = rescaled(base, target, hessian)
+        base = move_codebooks(base, target, lambda books, own, shown: change_vectors(books, own, hessian, shown, SHARE))
+        base = refit_scales(base, target, hessian)
     return with_base(layer, base)
 
 
 def _coded_base(approx: Weight) -> Weight:
-    base = split(approx)[0]
+    base = base_and_term(approx)[0]
     if not books_of(base.outside if isinstance(base, Where) else base):
         raise RecipeError(f"there are no codebooks in {describe(base)}; make them before, as by vq")
     return base

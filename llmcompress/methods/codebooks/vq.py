@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from llmcompress.methods.layer import Layer, method
-from llmcompress.methods.solvers.codebooks import CodebookConfig, codebook_sketch, coded
+from llmcompress.methods.solvers.codebooks import CodebookConfig, codebook_sketch, quantize_to_codebooks
 from llmcompress.weight.nodes import Weight
 
 
@@ -44,4 +44,4 @@ class VQ(CodebookConfig):
 @method("vq", VQ, needs={"outer"}, data_free=True)
 def vq(layer: Layer, config: VQ) -> Layer:
     """Quantizes the base to entries of codebooks, vector by vector, with error feedback."""
-    return coded(layer, config, config.entries, config.length, config.outliers, True)
+    return quantize_to_codebooks(layer, config, config.entries, config.length, config.outliers, True)

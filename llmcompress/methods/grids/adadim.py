@@ -3,7 +3,7 @@
 All other integer methods have groups along the input: consecutive columns of a row. If an input channel is loud, or its
 weights are unlike all others, every group across it pays. Groups along the output, consecutive rows of a column, keep
 the scales of channels apart. Both are quantized with error feedback, as in `gptq`. The one with the smaller output
-error tr(E H E^T) on the calibration inputs is stored: a Grid, or the Transposed of one. The report's `stored` names it.
+error tr(E H E^T) on the calibration inputs is stored: a Grid, or the Transpose of one. The report's `stored` names it.
 
 Differs from the paper: the two finished results are compared, not two roundings to nearest, and a layer is judged by
 its own outputs, not by its block's. A scale along the output is fitted to the column as it is when the loop reaches it.
@@ -19,13 +19,13 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, base_target, join, method, relative_error, split, with_base
+from llmcompress.methods.layer import Layer, base_and_term, base_target, join, method, relative_error, with_base
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.grid import GridConfig, GridFormat, fit_grid, grid_of, grid_sketch, round_to
 from llmcompress.methods.solvers.hessian import channel_energy, inverse_factor
-from llmcompress.methods.solvers.projection import Quantized
+from llmcompress.methods.solvers.projection import GridPoints
 from llmcompress.weight.expression import bits, describe
-from llmcompress.weight.nodes import Dense, Transposed, Weight, shape
+from llmcompress.weight.nodes import Dense, Transpose, Weight, shape
 
 
 class AdaDim(GridConfig):
@@ -42,13 +42,13 @@ class AdaDim(GridConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        base, term = split(approx)
+        base, term = base_and_term(approx)
         if not isinstance(base, Dense):
             raise RecipeError(f"adadim stores every weight, so it does not go after {describe(base)}; drop one")
         (rows, width), form = shape(base), self.grid_format()
         if not takes_the_same((rows, width), form):
             return join(grid_sketch((rows, width), form), term)
-        return join(Transposed(grid_sketch((width, rows), form)), term)
+        return join(Transpose(grid_sketch((width, rows), form)), term)
 
 
 class DownColumns:
@@ -76,11 +76,11 @@ class DownColumns:
         points = [round_to(part, *found, self.form.levels) for part, found in zip(parts, fitted, strict=True)]
         return torch.cat([part.flatten() for part in points])
 
-    def weight(self, values: Tensor) -> Transposed:
+    def weight(self, values: Tensor) -> Transpose:
         """The grid of the transposed matrix."""
         zero = torch.stack(self.zeros) if self.zeros else None
         lying = values.T.contiguous()
-        return Transposed(grid_of(lying, torch.stack(self.scales), zero, self.form.levels, self.group_size))
+        return Transpose(grid_of(lying, torch.stack(self.scales), zero, self.form.levels, self.group_size))
 
 
 @method("adadim", AdaDim, needs={"outer"})
@@ -89,7 +89,7 @@ def adadim(layer: Layer, config: AdaDim) -> Layer:
     config.sketch(layer.approx)
     target, form = base_target(layer), config.grid_format()
     factor, notes = inverse_factor(layer.inputs, config.damping)
-    along_input = Quantized(form, target.shape[1], channel_energy(layer.inputs).float())
+    along_input = GridPoints(form, target.shape[1], channel_energy(layer.inputs).float())
     found = feedback(target, factor, along_input)
     if takes_the_same(shape(found), form):
         other = feedback(target, factor, DownColumns(form, len(target)))

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmcompress.methods.layer import Layer, StepConfig, base_target, join, method, split, with_base
+from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, join, method, with_base
 from llmcompress.methods.solvers.block_formats import SUPERBLOCK, BlockForm, InBlocks, in_blocks_sketch
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.hessian import channel_energy, feedback_factor
@@ -61,7 +61,7 @@ class GGUF(StepConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        base, term = split(approx)
+        base, term = base_and_term(approx)
         return join(in_blocks_sketch(shape(base), FORMS[fitting(self.type, shape(base)[1])]), term)
 
 

@@ -19,7 +19,7 @@ from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.floats import LAYOUTS, FloatLayout, FloatName
 from llmcompress.methods.solvers.grid import GridConfig, GridFormat
 from llmcompress.methods.solvers.hessian import channel_energy, inverse_factor
-from llmcompress.methods.solvers.projection import quantized
+from llmcompress.methods.solvers.projection import points_of_form
 from llmcompress.weight.nodes import Weight
 
 
@@ -81,7 +81,7 @@ def gptq(layer: Layer, config: GPTQ) -> Layer:
     energy = channel_energy(layer.inputs).float()
     order = energy.argsort(descending=True, stable=True) if config.act_order else None
     factor, notes = inverse_factor(layer.inputs, config.damping, order)
-    kept = quantized(config.form(), target.shape[1], energy, order)
+    kept = points_of_form(config.form(), target.shape[1], energy, order)
     return with_base(layer, feedback(target, factor, within_support(layer.approx, kept), order), notes)
 
 

@@ -23,7 +23,7 @@ from llmcompress.methods.grids.rtn import RTN, within_support
 from llmcompress.methods.layer import Layer, StepConfig, base_target, method, with_base
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.grid import GridFormat, fit_grid, reciprocal
-from llmcompress.methods.solvers.projection import Quantized
+from llmcompress.methods.solvers.projection import GridPoints
 from llmcompress.weight.nodes import Weight
 
 ROUNDS = 20  # these three as in the official code
@@ -54,7 +54,7 @@ class HQQ(StepConfig):
         return self.start().sketch(approx)
 
 
-class Proximal(Quantized):
+class Proximal(GridPoints):
     """Grid points; each group's grid is solved for when it is reached."""
 
     def __init__(self, form: GridFormat, width: int, norm: float) -> None:
@@ -66,7 +66,7 @@ class Proximal(Quantized):
         values, counted = current[columns].T.contiguous(), None if shown is None else shown[columns].T
         scale, zero = fit_grid(values, self.form, None, counted)
         if zero is not None:
-            scale, zero = solved(values, scale, zero, self.form.levels, self.norm, counted)
+            scale, zero = fit_to_norm(values, scale, zero, self.form.levels, self.norm, counted)
         self._add(scale, zero)
 
 
@@ -78,7 +78,7 @@ def hqq(layer: Layer, config: HQQ) -> Layer:
     return with_base(layer, feedback(target, None, within_support(layer.approx, kept)))
 
 
-def solved(
+def fit_to_norm(
     weight: Tensor, scale: Tensor, zero: Tensor, levels: int, norm: float, shown: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """A scale float16 `[rows, 1]` and zero uint8 `[rows, 1]` with a lower sum of |w - w_approx|^norm than those given,
@@ -99,12 +99,12 @@ def solved(
         least = torch.where(better, lost, least)
         best = (torch.where(better, scale, best[0]), torch.where(better, zero, best[1]))
         outlier = error.sign() * (size - power / beta).clamp_min_(0)
-        scale, zero = _fitted(scaled - outlier, points + middle, scale, counted, levels)
+        scale, zero = _fit_to_codes(scaled - outlier, points + middle, scale, counted, levels)
         beta *= GROWTH
     return best
 
 
-def _fitted(target: Tensor, codes: Tensor, scale: Tensor, counted: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+def _fit_to_codes(target: Tensor, codes: Tensor, scale: Tensor, counted: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """The zero that brings `codes [rows, columns]` nearest to `target`, which is in steps of `scale`, on average, and
     then the least-squares scale."""
     middle = ((codes - target) * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp_min(1)

@@ -19,7 +19,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmcompress.methods.layer import Layer, StepConfig, base_target, join, method, split, support, with_base
+from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, join, method, support, with_base
 from llmcompress.methods.solvers.floats import LAYOUTS, FloatName, float_sketch, nearest_floats
 from llmcompress.weight.nodes import Minifloat, Weight, Where, Zero, shape
 
@@ -45,7 +45,7 @@ class MXFP(StepConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        base, term = split(approx)
+        base, term = base_and_term(approx)
         return join(in_place_of_kept(base, float_sketch(shape(base), LAYOUTS[self.format])), term)
 
 
@@ -54,7 +54,7 @@ def mxfp(layer: Layer, config: MXFP) -> Layer:
     """Rounds the base to floats of few bits."""
     target, kept = base_target(layer), support(layer.approx)
     floats = nearest_floats(target if kept is None else target * kept, LAYOUTS[config.format])
-    return with_base(layer, in_place_of_kept(split(layer.approx)[0], floats))
+    return with_base(layer, in_place_of_kept(base_and_term(layer.approx)[0], floats))
 
 
 def in_place_of_kept(base: Weight, floats: Minifloat) -> Weight:

@@ -6,11 +6,11 @@ quantization method. A base that was pruned before stays pruned: only what is ke
 
 from typing import Literal
 
-from llmcompress.methods.layer import Layer, base_target, join, method, split, support, with_base
+from llmcompress.methods.layer import Layer, base_and_term, base_target, join, method, support, with_base
 from llmcompress.methods.solvers.feedback import Projection, feedback
 from llmcompress.methods.solvers.floats import FloatLayout
 from llmcompress.methods.solvers.grid import GridConfig, GridFormat
-from llmcompress.methods.solvers.projection import Floats, Pruned, Quantized, Selected, quantized_sketch
+from llmcompress.methods.solvers.projection import FloatPoints, GridPoints, Selection, Zeros, form_sketch
 from llmcompress.weight.nodes import Weight, Where, shape
 
 
@@ -41,22 +41,24 @@ class RTN(GridConfig):
 def rtn(layer: Layer, config: RTN) -> Layer:
     """Rounds to nearest, without feedback."""
     target = base_target(layer)
-    kept = Quantized(config.grid_format(), target.shape[1])
+    kept = GridPoints(config.grid_format(), target.shape[1])
     return with_base(layer, feedback(target, None, within_support(layer.approx, kept)))
 
 
-def within_support(approx: Weight, kept: Quantized | Floats) -> Projection:
-    """`kept`, or zero where an earlier step pruned."""
-    base = split(approx)[0]
+def within_support(approx: Weight, points: GridPoints | FloatPoints) -> Projection:
+    """`points`, or zero where an earlier step pruned."""
+    base = base_and_term(approx)[0]
     keep = support(approx)
     if keep is None or not isinstance(base, Where):
-        return kept
+        return points
     index = base.index
-    return Selected(kept, Pruned(), lambda now, start: keep.T[start : start + len(now)], keep.shape[1], lambda _: index)
+    return Selection(
+        points, Zeros(), lambda now, start: keep.T[start : start + len(now)], keep.shape[1], lambda _: index
+    )
 
 
 def base_sketch(approx: Weight, form: GridFormat | FloatLayout) -> Weight:
     """The base in that form without values, where it is not pruned."""
-    base, term = split(approx)
-    kept = quantized_sketch(shape(base), form)
+    base, term = base_and_term(approx)
+    kept = form_sketch(shape(base), form)
     return join(kept if support(approx) is None else Where(base.index, kept, base.outside), term)  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, StepConfig, method, methods, relative_error, step
 from llmcompress.methods.solvers.low_rank import LowRankConfig
-from llmcompress.weight.nodes import Rotated, Weight
+from llmcompress.weight.nodes import RotatedInputs, Weight
 
 ROTATES = "its base is a rotation; make that a step of its own, before alternate"
 
@@ -50,7 +50,7 @@ class Alternate(StepConfig):
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         base = self.base.sketch(approx)
-        if isinstance(base, Rotated):
+        if isinstance(base, RotatedInputs):
             raise RecipeError(ROTATES)
         return self.low_rank.sketch(base)
 

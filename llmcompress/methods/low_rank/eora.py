@@ -8,7 +8,7 @@ over tokens, not an exponential window over samples.
 from typing import Literal
 
 from llmcompress.methods.layer import Layer, method
-from llmcompress.methods.solvers.hessian import damped, second_moment
+from llmcompress.methods.solvers.hessian import add_damping, second_moment
 from llmcompress.methods.solvers.low_rank import LowRankConfig, compensate
 
 
@@ -22,4 +22,4 @@ class EoRA(LowRankConfig):
 @method("eora", EoRA, needs={"outer"})
 def eora(layer: Layer, config: EoRA) -> Layer:
     """Adds the output-optimal low-rank term for what the base lost."""
-    return compensate(layer, config, damped(second_moment(layer.inputs), config.damping))
+    return compensate(layer, config, add_damping(second_moment(layer.inputs), config.damping))

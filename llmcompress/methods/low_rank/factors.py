@@ -12,7 +12,7 @@ from pydantic import Field
 
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, method
-from llmcompress.methods.solvers.hessian import damped, second_moment
+from llmcompress.methods.solvers.hessian import add_damping, second_moment
 from llmcompress.methods.solvers.low_rank import LowRankConfig, factors, leading_directions
 from llmcompress.weight.nodes import Dense, Weight
 
@@ -34,7 +34,7 @@ class Factors(LowRankConfig):
 def low_rank(layer: Layer, config: Factors) -> Layer:
     """Replaces the matrix by two factors."""
     _check_first(layer.approx)
-    metric = damped(second_moment(layer.inputs), config.damping)
+    metric = add_damping(second_moment(layer.inputs), config.damping)
     target = layer.weight.double()
     directions = leading_directions(target, metric, config.rank_for(layer.approx))
     return replace(layer, approx=factors(target, directions, metric, config.factor_bits))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.layer import Layer, base_target, method, with_base
-from llmcompress.methods.solvers.sparsity import PruneConfig, keep_largest, pruned
+from llmcompress.methods.solvers.sparsity import PruneConfig, keep_largest, prune
 
 
 class DIMAP(PruneConfig):
@@ -34,7 +34,7 @@ def dimap(layer: Layer, config: DIMAP) -> Layer:
     """Keeps the weights with the largest shares: of the whole layer, or of each n:m group."""
     target = base_target(layer)
     shares = shares_of_columns(target)
-    return with_base(layer, pruned(target, keep_largest(shares, config), config))
+    return with_base(layer, prune(target, keep_largest(shares, config), config))
 
 
 def shares_of_columns(weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Minimises |W - W_approx|^2; needs no data. Stores Where(keep, Dense, Zero). The 
 from typing import Literal
 
 from llmcompress.methods.layer import Layer, base_target, method, with_base
-from llmcompress.methods.solvers.sparsity import PruneConfig, keep_largest, pruned
+from llmcompress.methods.solvers.sparsity import PruneConfig, keep_largest, prune
 
 
 class Magnitude(PruneConfig):
@@ -20,4 +20,4 @@ class Magnitude(PruneConfig):
 def magnitude(layer: Layer, config: Magnitude) -> Layer:
     """Keeps the largest |w|: of the whole layer, or of each n:m group."""
     target = base_target(layer)
-    return with_base(layer, pruned(target, keep_largest(target.abs(), config), config))
+    return with_base(layer, prune(target, keep_largest(target.abs(), config), config))

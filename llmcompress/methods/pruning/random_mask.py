@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from llmcompress.methods.layer import Layer, base_target, method, with_base
-from llmcompress.methods.solvers.sparsity import PruneConfig, keep_largest, pruned
+from llmcompress.methods.solvers.sparsity import PruneConfig, keep_largest, prune
 from llmcompress.runtime.seeding import generator
 
 
@@ -25,4 +25,4 @@ def random_mask(layer: Layer, config: RandomMask) -> Layer:
     """Keeps weights by chance: of the whole layer, or of each n:m group."""
     target = base_target(layer)
     scores = torch.rand(target.shape, generator=generator(layer.seed, layer.name, "mask")).to(target.device)
-    return with_base(layer, pruned(target, keep_largest(scores, config), config))
+    return with_base(layer, prune(target, keep_largest(scores, config), config))

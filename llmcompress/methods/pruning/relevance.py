@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmcompress.methods.layer import Layer, base_target, method, with_base
 from llmcompress.methods.solvers.hessian import channel_energy
-from llmcompress.methods.solvers.sparsity import PruneConfig, keep_largest, pruned
+from llmcompress.methods.solvers.sparsity import PruneConfig, keep_largest, prune
 
 
 class Relevance(PruneConfig):
@@ -29,7 +29,7 @@ def relevance(layer: Layer, config: Relevance) -> Layer:
     """Keeps the weights with the largest relevance: of the whole layer, or of each n:m group."""
     target = base_target(layer)
     scores = relevance_of(layer, target)
-    return with_base(layer, pruned(target, keep_largest(scores, config), config))
+    return with_base(layer, prune(target, keep_largest(scores, config), config))
 
 
 def relevance_of(layer: Layer, weight: Tensor) -> Tensor:

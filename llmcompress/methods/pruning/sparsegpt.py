@@ -17,16 +17,16 @@ from llmcompress.methods.solvers.floats import LAYOUTS, FloatLayout, FloatName
 from llmcompress.methods.solvers.grid import GridFormat
 from llmcompress.methods.solvers.hessian import channel_energy, inverse_factor
 from llmcompress.methods.solvers.projection import (
-    Kept,
-    Pruned,
-    Selected,
+    KeptValues,
+    Selection,
     Side,
+    Zeros,
+    form_sketch,
     largest,
     largest_of_each,
-    quantized,
-    quantized_sketch,
+    points_of_form,
 )
-from llmcompress.methods.solvers.sparsity import PruneConfig, check_pattern, kept_of, prune_sketch
+from llmcompress.methods.solvers.sparsity import PruneConfig, check_pattern, kept_count, prune_sketch
 from llmcompress.weight.nodes import Weight, shape
 
 SPAN = 128  # columns over which unstructured sparsity is even
@@ -87,7 +87,7 @@ class SparseGPT(PruneConfig):
             span = self.span(width)
             return [out * min(span, width - start) for start in range(0, width, span)]
 
-        return prune_sketch(approx, self, spans, None if form is None else quantized_sketch(shape(approx), form))
+        return prune_sketch(approx, self, spans, None if form is None else form_sketch(shape(approx), form))
 
 
 @method("sparsegpt", SparseGPT, needs={"outer"})
@@ -103,11 +103,11 @@ def sparsegpt(layer: Layer, config: SparseGPT) -> Layer:
         saliency = current.square() / pivots[start : start + len(current)]
         if structure is not None:
             return largest_of_each(saliency, *structure)
-        return largest(saliency, kept_of(current.numel(), config.sparsity or 0.0))
+        return largest(saliency, kept_count(current.numel(), config.sparsity or 0.0))
 
     if structure is not None:
         check_pattern(*structure, width)
     form = config.form()
-    kept: Side = Kept() if form is None else quantized(form, width, channel_energy(layer.inputs).float())
-    projection = Selected(kept, Pruned(), choose, config.span(width), config.index)
+    kept: Side = KeptValues() if form is None else points_of_form(form, width, channel_energy(layer.inputs).float())
+    projection = Selection(kept, Zeros(), choose, config.span(width), config.index)
     return with_base(layer, feedback(target, factor, projection), notes)

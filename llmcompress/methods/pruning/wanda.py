@@ -8,7 +8,7 @@ from typing import Literal
 
 from llmcompress.methods.layer import Layer, base_target, method, with_base
 from llmcompress.methods.solvers.hessian import channel_energy
-from llmcompress.methods.solvers.sparsity import PruneConfig, keep_largest_of_rows, prune_sketch, pruned
+from llmcompress.methods.solvers.sparsity import PruneConfig, keep_largest_of_rows, prune, prune_sketch
 from llmcompress.weight.nodes import Weight
 
 
@@ -34,4 +34,4 @@ def wanda(layer: Layer, config: Wanda) -> Layer:
     target = base_target(layer)
     norms = channel_energy(layer.inputs).sqrt().float()
     keep = keep_largest_of_rows(target.abs() * norms, config)
-    return with_base(layer, pruned(target, keep, config))
+    return with_base(layer, prune(target, keep, config))

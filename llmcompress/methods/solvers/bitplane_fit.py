@@ -48,19 +48,19 @@ def fit_planes(
     Least squared error, each column weighted by `importance [columns]`; only entries with `shown [rows, columns]`
     count. Raises NumericsError for a scale outside float16.
     """
-    found = []
+    parts = []
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
         counted = torch.ones_like(weight[rows]) if importance is None else importance.expand_as(weight[rows])
         if shown is not None:
             counted = counted * shown[rows]
-        found.append(_fit(weight[rows], form, counted, None if shown is None else shown[rows], importance))
-    scale = torch.cat([one[0] for one in found])
-    zeros = [zero for _, zero in found if zero is not None]
+        parts.append(_fit(weight[rows], form, counted, None if shown is None else shown[rows], importance))
+    scale = torch.cat([scale for scale, _ in parts])
+    zeros = [zero for _, zero in parts if zero is not None]
     return scale, torch.cat(zeros) if zeros else None
 
 
-def lost(weight: Tensor, scale: Tensor, zero: Tensor | None, importance: Tensor | None = None) -> Tensor:
+def squared_error(weight: Tensor, scale: Tensor, zero: Tensor | None, importance: Tensor | None = None) -> Tensor:
     """The squared error `[rows]` that the nearest points leave, each column weighted by `importance`; float64."""
     counted = torch.ones_like(weight) if importance is None else importance.expand_as(weight)
     energy = (weight.double().square() * counted).sum(1)
@@ -86,9 +86,9 @@ def _fit(
     zero: Tensor | None = None
     match form.start:
         case "residual":
-            scale = float16_scale(_residual(weight, form.planes, counted))
+            scale = float16_scale(_residual_scales(weight, form.planes, counted))
         case "split":
-            scale = float16_scale(_split(weight, form.planes, counted))
+            scale = float16_scale(_split_scales(weight, form.planes, counted))
         case "grid":
             step, middle = fit_grid(weight, GridFormat(1 << form.planes, symmetric=False), importance, shown)
             powers = torch.arange(form.planes, device=weight.device)
@@ -97,10 +97,10 @@ def _fit(
                 zero = middle >> powers.to(torch.uint8) & 1
     if form.rounds == 0:
         return scale, zero
-    return _alternated(_SortedRows.of(weight, counted), scale, zero, form.rounds), zero
+    return _alternate(_SortedRows.of(weight, counted), scale, zero, form.rounds), zero
 
 
-def _residual(weight: Tensor, planes: int, counted: Tensor) -> Tensor:
+def _residual_scales(weight: Tensor, planes: int, counted: Tensor) -> Tensor:
     """Twice the mean magnitude of what the planes before left, `[rows, planes]`."""
     total = counted.sum(1, keepdim=True).clamp_min(1e-30)
     left, scales = weight, []
@@ -111,18 +111,18 @@ def _residual(weight: Tensor, planes: int, counted: Tensor) -> Tensor:
     return torch.cat(scales, 1)
 
 
-def _split(weight: Tensor, planes: int, counted: Tensor) -> Tensor:
+def _split_scales(weight: Tensor, planes: int, counted: Tensor) -> Tensor:
     """Scales `[rows, planes]` of two planes with the best points +-a and +-b, and of residual ones after them."""
     if planes == 1:
-        return _residual(weight, 1, counted)
-    first = _SortedRows.of(weight.abs(), counted).split().float()
+        return _residual_scales(weight, 1, counted)
+    first = _SortedRows.of(weight.abs(), counted).split_scales().float()
     left = weight.abs()
     for level in (first / 2).unbind(1):
         left = (left - level[:, None]).abs()
-    return torch.cat([first, _residual(left, planes - 2, counted)], 1) if planes > 2 else first
+    return torch.cat([first, _residual_scales(left, planes - 2, counted)], 1) if planes > 2 else first
 
 
-def _alternated(rows: _SortedRows, scale: Tensor, zero: Tensor | None, rounds: int) -> Tensor:
+def _alternate(rows: _SortedRows, scale: Tensor, zero: Tensor | None, rounds: int) -> Tensor:
     """Least-squares scales and nearest points in turn; a row keeps the best it had."""
     best = rows.loss(point_table(scale, zero))
     for _ in range(rounds):
@@ -189,7 +189,7 @@ class _SortedRows:
         found = scale.double() + torch.linalg.solve(gram + ridge, pull)[:, :, 0]
         return found.abs()
 
-    def split(self) -> Tensor:
+    def split_scales(self) -> Tensor:
         """For sorted magnitudes: the scales `[rows, 2]` of two planes whose points +-a and +-b lose least.
 
         Of all places to split the order in two, each side then at its mean (two means in one dimension, exactly).

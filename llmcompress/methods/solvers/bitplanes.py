@@ -14,15 +14,15 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, base_target, join, split, with_base
+from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, join, with_base
 from llmcompress.methods.solvers.bitplane_fit import PlaneFormat, fit_planes, point_table
-from llmcompress.methods.solvers.column_scales import ColumnScaled
+from llmcompress.methods.solvers.column_scales import ColumnScales
 from llmcompress.methods.solvers.feedback import Projection, feedback
 from llmcompress.methods.solvers.grid import GridFormat, grid_sketch
-from llmcompress.methods.solvers.hessian import channel_energy, damped, inverse_factor, second_moment
-from llmcompress.methods.solvers.scales import added_grids, rescaled
+from llmcompress.methods.solvers.hessian import add_damping, channel_energy, inverse_factor, second_moment
+from llmcompress.methods.solvers.scales import added_grids, refit_scales
 from llmcompress.weight.expression import describe
-from llmcompress.weight.nodes import Dense, Grid, Scaled, Sum, Weight, shape
+from llmcompress.weight.nodes import Dense, Grid, ScaledInputs, Sum, Weight, shape
 
 TURNS = 3  # of scales of rows and factors of columns, fitted to outputs; more gain nothing
 
@@ -41,11 +41,11 @@ class ColumnConfig(PlaneConfig):
 
     columns: bool = Field(False, description="a scale for every input column as well (ARB-RC)")
 
-    def stored(self, planes: Weight) -> Weight:
+    def with_columns(self, planes: Weight) -> Weight:
         """Return the planes to store, without values, for `plan` to count their bits."""
         if not self.columns:
             return planes
-        return Scaled(planes, torch.empty(shape(planes)[1], dtype=torch.float16, device="meta"))
+        return ScaledInputs(planes, torch.empty(shape(planes)[1], dtype=torch.float16, device="meta"))
 
 
 class Planes:
@@ -128,13 +128,13 @@ def planes_sketch(size: tuple[int, int], form: PlaneFormat) -> Weight:
 
 def instead_of_dense(approx: Weight, base: Weight) -> Weight:
     """`base` beside the low-rank term of `approx`. Raises RecipeError where an earlier step made a base."""
-    old, term = split(approx)
+    old, term = base_and_term(approx)
     if not isinstance(old, Dense):
         raise RecipeError(f"binary planes store every weight, so they do not go after {describe(old)}; drop one")
     return join(base, term)
 
 
-def projected(
+def quantize_to_planes(
     layer: Layer, config: PlaneConfig, make: Callable[[Tensor, Tensor], Projection], columns: bool = False
 ) -> Layer:
     """The layer with its base in the planes of a projection: `make(energy, pivots)`, both `[in]`: the channels' energy,
@@ -146,10 +146,10 @@ def projected(
     target = base_target(layer)
     factor, notes = inverse_factor(layer.inputs, config.damping)
     energy, pivots = channel_energy(layer.inputs).float(), factor.diagonal().square()
-    projection = ColumnScaled(make, energy, pivots, config.rounds) if columns else make(energy, pivots)
+    projection = ColumnScales(make, energy, pivots, config.rounds) if columns else make(energy, pivots)
     base = feedback(target, factor if config.feedback else None, projection)
     if config.rounds:
-        hessian = damped(second_moment(layer.inputs), config.damping).float()
+        hessian = add_damping(second_moment(layer.inputs), config.damping).float()
         for _ in range(TURNS if columns else 1):
-            base = rescaled(base, target, hessian)
+            base = refit_scales(base, target, hessian)
     return with_base(layer, base, notes)

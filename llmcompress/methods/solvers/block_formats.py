@@ -67,7 +67,7 @@ def _nearest_of_halves(integers: tuple[int, ...]) -> Tensor:
 
 
 @dataclass
-class Fitted:
+class BlockScales:
     """Scales and offsets of a matrix, a column for each group or superblock."""
 
     scales: list[Tensor] = field(default_factory=list)  # float32 [O, 1], negative where the signs of k are turned
@@ -81,7 +81,7 @@ class InBlocks:
     def __init__(self, form: BlockForm, importance: Tensor | None = None) -> None:
         self.form, self.importance = form, importance
         self.strides: tuple[int, ...] = (form.span, form.group)
-        self.fitted = Fitted()
+        self.fitted = BlockScales()
         self.unit = self.step = torch.zeros(0, 1)  # d and e of the superblock
 
     def begin(self, column: int, current: Tensor) -> None:
@@ -109,19 +109,19 @@ class InBlocks:
         columns = slice(start, start + self.form.group)
         values = current[columns].T
         weights = torch.ones_like(values[:1]) if self.importance is None else self.importance[columns][None]
-        tried = self._tried(values)
+        tried = self._first_guesses(values)
         for _ in range(ROUNDS):
-            found = self._stored(*tried) if exact else tried
+            found = self._round(*tried) if exact else tried
             codes = self.form.nearest((values - found[1]) * inverse(found[0]))
-            tried = self._solved(values, weights, codes)
-        last = self._stored(*tried) if exact else tried
+            tried = self._least_squares(values, weights, codes)
+        last = self._round(*tried) if exact else tried
         scales, offsets = (torch.cat(parts) for parts in zip(found, last, strict=True))
         codes = self.form.nearest((values - offsets) * inverse(scales))
         errors = (codes.mul_(scales).add_(offsets).sub_(values).square_() * weights).sum(2)
         best = errors.argmin(0)[None, :, None]
         return scales.gather(0, best)[0], offsets.gather(0, best)[0]
 
-    def _tried(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _first_guesses(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and offsets to begin with `[S, O, 1]` for `values [O, C]`."""
         shares = values.new_tensor(SHARES)[:, None, None]
         first, last = self.form.integers[0], self.form.integers[-1]
@@ -134,7 +134,7 @@ class InBlocks:
         share = shares.clamp_max(1)
         return (high - low).clamp_min(0) * share / last, (low + high) / 2 - (high - low) / 2 * share
 
-    def _solved(self, values: Tensor, weights: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    def _least_squares(self, values: Tensor, weights: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """The best scales and offsets `[S, O, 1]` for given codes `[S, O, C]`, in closed form."""
 
         def mean(numbers: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class InBlocks:
         scales = (mean((codes - centre) * (values - middle)) / spread.clamp_min(1e-30)).clamp_min(0)
         return scales, middle - scales * centre
 
-    def _stored(self, scales: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def _round(self, scales: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest scales and offsets that the format has."""
         form = self.form
         if form.multiples:

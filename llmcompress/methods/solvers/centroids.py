@@ -16,7 +16,7 @@ ROUNDS = 10  # of k-means; least squares under the Hessian goes on from there
 STEPS = 3  # of conjugate gradients: few, since codes move again and entries are near already
 
 
-def clustered(vectors: Tensor, importance: Tensor, entries: int, random: torch.Generator) -> Tensor:
+def k_means(vectors: Tensor, importance: Tensor, entries: int, random: torch.Generator) -> Tensor:
     """Centroids float32 `[entries, length]` of `vectors [count, length]`, whose squared errors count by `importance`.
 
     k-means++ and then Lloyd's rounds, on a random sample where there are many vectors. Of fewer different vectors than
@@ -44,7 +44,7 @@ def nearest_entries(vectors: Tensor, importance: Tensor, centroids: Tensor) -> T
 
 def _spread_out(vectors: Tensor, importance: Tensor, entries: int, random: torch.Generator) -> Tensor:
     """k-means++: entries are vectors, each drawn by how far it is from those before."""
-    found = vectors.new_zeros(entries, vectors.shape[1])
+    centroids = vectors.new_zeros(entries, vectors.shape[1])
     draws = torch.rand(entries, generator=random, dtype=torch.float64).tolist()
     distance = importance.sum(1)  # of the first, all that counts
     for entry, draw in enumerate(draws):
@@ -52,13 +52,13 @@ def _spread_out(vectors: Tensor, importance: Tensor, entries: int, random: torch
         if float(reach[-1]) <= 0:
             break
         place = min(int(torch.searchsorted(reach, draw * float(reach[-1]), right=True)), len(vectors) - 1)
-        found[entry] = vectors[place]
+        centroids[entry] = vectors[place]
         away = (importance * (vectors - vectors[place]).square()).sum(1)
         distance = away if entry == 0 else torch.minimum(distance, away)
-    return found
+    return centroids
 
 
-def refitted(w: Codebook, target: Tensor, hessian: Tensor, shown: Tensor | None) -> Codebook:
+def refit_entries(w: Codebook, target: Tensor, hessian: Tensor, shown: Tensor | None) -> Codebook:
     """`w` with entries nearer to least squares of tr(E H E^T), all at once, for the codes and scales that it has.
 
     E is `target [out, in]` less what of `w` is `shown`. The normal equations are solved by a few conjugate gradients,
@@ -71,21 +71,21 @@ def refitted(w: Codebook, target: Tensor, hessian: Tensor, shown: Tensor | None)
     def matrix(centroids: Tensor) -> Tensor:
         return centroids[codes].reshape(len(w.codes), -1)[:, : w.width] * scale
 
-    def gathered(slopes: Tensor) -> Tensor:
+    def gather(slopes: Tensor) -> Tensor:
         vectors = torch.nn.functional.pad(slopes * scale, (0, fill)).reshape(-1, length)
         return torch.zeros(entries, length, device=vectors.device).index_add_(0, codes, vectors)
 
     stored = dense(w) if shown is None else dense(w) * shown
     missing = target - stored
-    weight = gathered(hessian.diagonal() * scale.expand_as(target))
+    weight = gather(hessian.diagonal() * scale.expand_as(target))
     weight = torch.where(weight > 0, weight, 1.0)
-    residual = gathered(missing @ hessian)
+    residual = gather(missing @ hessian)
     moved, direction = torch.zeros_like(residual), residual / weight
     energy = (residual * direction).double().sum()
     for _ in range(STEPS):
         if not bool(energy > 0):
             break
-        answer = gathered(matrix(direction) @ hessian)
+        answer = gather(matrix(direction) @ hessian)
         curvature = (direction * answer).double().sum()
         if not bool(curvature > 0):
             break

@@ -14,14 +14,14 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, base_target, join, split, with_base
-from llmcompress.methods.solvers.centroids import clustered, nearest_entries
+from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, join, with_base
+from llmcompress.methods.solvers.centroids import k_means, nearest_entries
 from llmcompress.methods.solvers.feedback import Projection, feedback, few_threads
 from llmcompress.methods.solvers.grid import GridFormat, grid_sketch
 from llmcompress.methods.solvers.hessian import feedback_factor, metric
-from llmcompress.methods.solvers.projection import Quantized, Selected, columns, largest
-from llmcompress.methods.solvers.scales import rescaled
-from llmcompress.methods.solvers.vectors import Vectors, added
+from llmcompress.methods.solvers.projection import GridPoints, Selection, columns, largest
+from llmcompress.methods.solvers.scales import refit_scales
+from llmcompress.methods.solvers.vectors import Vectors, sum_of_books
 from llmcompress.runtime.seeding import generator
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Codebook, Columns, Dense, Weight, Where, shape
@@ -35,7 +35,7 @@ class CodebookConfig(StepConfig):
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
 
 
-def coded(
+def quantize_to_codebooks(
     layer: Layer, config: CodebookConfig, entries: Sequence[int], length: int, outliers: float, fed_back: bool
 ) -> Layer:
     """The layer with its base in codebooks of so many entries each, added up, fitted to outputs at the end; a share
@@ -46,20 +46,22 @@ def coded(
     hessian = metric(layer.inputs, target, config.damping)
     energy = hessian.diagonal()
     cost = energy if factor is None else 1 / factor.diagonal().square()  # of a squared error in a column
-    kept = largest(target.square().sum(0) * cost, outlier_count(target.shape[1], outliers))
+    precise_columns = largest(target.square().sum(0) * cost, outlier_count(target.shape[1], outliers))
     random = generator(config.method, layer.name)
-    books = fitted(target, torch.where(kept, 0.0, cost), entries, length, random)
+    books = fit_codebooks(target, torch.where(precise_columns, 0.0, cost), entries, length, random)
     vectors = Vectors(books, factor, energy)
     projection: Projection = vectors
-    if bool(kept.any()):
-        chosen = kept[:, None].expand(-1, len(target))
-        precise = Quantized(KEPT, len(kept), energy)
-        projection = Selected(precise, vectors, lambda now, start: chosen[start : start + len(now)], len(kept), columns)
+    if bool(precise_columns.any()):
+        chosen = precise_columns[:, None].expand(-1, len(target))
+        precise = GridPoints(KEPT, len(precise_columns), energy)
+        projection = Selection(
+            precise, vectors, lambda now, start: chosen[start : start + len(now)], len(precise_columns), columns
+        )
     base = feedback(target, factor, projection)
-    return with_base(layer, rescaled(base, target, hessian), notes)
+    return with_base(layer, refit_scales(base, target, hessian), notes)
 
 
-def fitted(
+def fit_codebooks(
     target: Tensor, importance: Tensor, entries: Sequence[int], length: int, random: torch.Generator
 ) -> tuple[Codebook, ...]:
     """Codebooks for `target [out, in]`, each fitted to what those before it leave, squared errors counted by the
@@ -79,7 +81,7 @@ def fitted(
             if books:
                 last = books[-1].centroids.float()
                 left = left - last[nearest_entries(left, counts, last)]
-            centroids = clustered(left, counts, number, random).to(torch.float16)
+            centroids = k_means(left, counts, number, random).to(torch.float16)
             books.append(Codebook(codes, centroids, scale, target.shape[1]))
     return tuple(books)
 
@@ -91,14 +93,14 @@ def outlier_count(width: int, share: float) -> int:
 
 def codebook_sketch(approx: Weight, entries: Sequence[int], length: int, outliers: float) -> Weight:
     """Return what `coded` leaves, without values. Raises RecipeError where an earlier step made a base."""
-    base, term = split(approx)
+    base, term = base_and_term(approx)
     if not isinstance(base, Dense):
         raise RecipeError(f"a codebook stores every weight, so it does not go after {describe(base)}; drop one")
     rows, width = shape(base)
     codes = torch.empty(rows, -(-width // length), dtype=torch.uint8, device="meta")
     scale = torch.empty(rows, 1, dtype=torch.float16, device="meta")
     parts = [torch.empty(number, length, dtype=torch.float16, device="meta") for number in entries]
-    books = added([Codebook(codes, centroids, scale, width) for centroids in parts])
+    books = sum_of_books([Codebook(codes, centroids, scale, width) for centroids in parts])
     kept = outlier_count(width, outliers)
     if kept:
         index = Columns(torch.arange(width) < kept)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmcompress.kernels.cpu import grid_columns
 from llmcompress.kernels.grid_block import GridBlock
-from llmcompress.methods.solvers.stream_search import searched_there
+from llmcompress.methods.solvers.stream_search import can_search
 
 
 def round_columns(block: GridBlock, errors: Tensor) -> None:
@@ -14,7 +14,7 @@ def round_columns(block: GridBlock, errors: Tensor) -> None:
     device = block.current.device
     if device.type == "cpu":
         grid_columns.round_columns(block, errors)
-    elif searched_there(device):
+    elif can_search(device):
         from llmcompress.kernels.gpu.grid_columns import round_columns as round_on_gpu
 
         round_on_gpu(block, errors)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from llmcompress.methods.solvers.feedback import Projection
 from llmcompress.weight.expression import dense
-from llmcompress.weight.nodes import Grid, Scaled, Sum, Weight, Where, rebuild, unknown
+from llmcompress.weight.nodes import Grid, ScaledInputs, Sum, Weight, Where, rebuild, unknown
 
 TURNS = 5  # of a column's factor and its nearest points, where these are more than a sign
 
 
-class ColumnScaled:
+class ColumnScales:
     """A `Projection` around another: a factor for every column, times what the other one makes of the rest.
 
     Where a run of columns starts, their factors are those of the best rank-one matrix to the magnitudes there
@@ -58,19 +58,19 @@ class ColumnScaled:
         points = self.inner.project(column, values / factor)
         for _ in range(TURNS):
             energy = points.square().sum()
-            found = torch.where(energy > 0, (values * points).sum() / energy.clamp_min(1e-30), factor)
-            found = found.to(torch.float16)
-            if found == self.columns[column] or not found.isfinite():
+            refit = torch.where(energy > 0, (values * points).sum() / energy.clamp_min(1e-30), factor)
+            refit = refit.to(torch.float16)
+            if refit == self.columns[column] or not refit.isfinite():
                 break
-            self.columns[column] = found
-            if found == 0:
+            self.columns[column] = refit
+            if refit == 0:
                 break
-            points = self.inner.project(column, values / found.float())
+            points = self.inner.project(column, values / refit.float())
         return points * self.columns[column].float()
 
     def weight(self, values: Tensor) -> Weight:
-        """`Scaled`, of what the other projection stores."""
-        return Scaled(self.inner.weight(without(values, self.columns)), self.columns)
+        """`ScaledInputs`, of what the other projection stores."""
+        return ScaledInputs(self.inner.weight(divide_columns(values, self.columns)), self.columns)
 
 
 def rank_one(magnitudes: Tensor, energy: Tensor, rounds: int) -> Tensor:
@@ -88,7 +88,7 @@ def rank_one(magnitudes: Tensor, energy: Tensor, rounds: int) -> Tensor:
     return torch.where(columns > smallest, columns.clamp_max(torch.finfo(torch.float16).max), 1.0)
 
 
-def refactored(w: Scaled, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> Scaled:
+def refit_columns(w: ScaledInputs, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> ScaledInputs:
     """`w` with the factors of columns that least squares gives for `target [out, in]` under `hessian [in, in]`.
 
     `shown` is what of `w` counts. Factors stay positive: a column whose factor would not be has its signs turned
@@ -105,19 +105,19 @@ def refactored(w: Scaled, target: Tensor, hessian: Tensor, shown: Tensor | None 
     change = after.double() - before
     if not bool(change @ gram @ change < 2 * change @ pull):
         return w
-    return Scaled(mirrored(w.inner, after < 0), after.abs())
+    return ScaledInputs(flip_columns(w.inner, after < 0), after.abs())
 
 
-def mirrored(w: Weight, turned: Tensor) -> Weight:
+def flip_columns(w: Weight, turned: Tensor) -> Weight:
     """`w` with the signs of the columns `turned`, bool `[in]`, turned round. Raises TypeError where it cannot be."""
     match w:
         case Grid(codes=codes, zero=None, levels=levels):
             return replace(w, codes=torch.where(turned, levels - 1 - codes, codes))
         case Sum() | Where():
-            return rebuild(w, lambda path, node, shown: mirrored(node, turned))
+            return rebuild(w, lambda path, node, shown: flip_columns(node, turned))
     raise unknown("mirrored", w)
 
 
-def without(values: Tensor, columns: Tensor) -> Tensor:
+def divide_columns(values: Tensor, columns: Tensor) -> Tensor:
     """Values `[out, in]` divided by their columns' factors; 0 where a factor is."""
     return torch.where(columns == 0, 0.0, values / columns.float())

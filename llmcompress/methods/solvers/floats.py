@@ -93,8 +93,8 @@ def fit_scales(
         everywhere = None if importance is None else importance.expand(rows, width).reshape(-1)
         return fit_scales(weight.reshape(1, -1), replace(layout, of_all=False), None, everywhere)
     size = layout.group(width)
-    groups = _grouped(weight, size)  # [rows, groups, size]
-    counted = 1.0 if importance is None else _grouped(importance[None].to(weight.dtype), size)
+    groups = _in_groups(weight, size)  # [rows, groups, size]
+    counted = 1.0 if importance is None else _in_groups(importance[None].to(weight.dtype), size)
     numbers, scales = magnitudes(layout.form, weight.device), magnitudes(layout.scales, weight.device)
     known = scales if factor is None else scales * factor
     clipping = torch.searchsorted(known, groups.abs().amax(2) / numbers[-1], right=True) - 1
@@ -121,7 +121,7 @@ def codes_of(weight: Tensor, form: FloatFormat, steps: Tensor, group_size: int) 
 
     A tie goes to the smaller magnitude.
     """
-    groups, numbers = _grouped(weight, group_size), magnitudes(form, weight.device)
+    groups, numbers = _in_groups(weight, group_size), magnitudes(form, weight.device)
     codes = _places(groups, numbers, steps[..., None])
     signs = float_codes(form) // 2 * ((groups < 0) & (codes > 0))
     return (codes + signs).flatten(1)[:, : weight.shape[1]].to(torch.uint8)
@@ -142,7 +142,7 @@ def magnitudes(form: FloatFormat | ScaleFormat, device: torch.device) -> Tensor:
     return numbers[numbers.isfinite()].to(device)
 
 
-def _grouped(matrix: Tensor, size: int) -> Tensor:
+def _in_groups(matrix: Tensor, size: int) -> Tensor:
     """`matrix [rows, columns]` as `[rows, groups, size]`, filled up with zeros."""
     return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % size)).unflatten(1, (-1, size))
 

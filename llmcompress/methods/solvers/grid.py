@@ -127,7 +127,7 @@ def round_to(weight: Tensor, scale: Tensor, zero: Tensor | None, levels: int) ->
     return codes.sub_(middle).mul_(scale.float())
 
 
-def spread(parameters: Tensor, group_size: int, width: int) -> Tensor:
+def repeat_groups(parameters: Tensor, group_size: int, width: int) -> Tensor:
     """Parameters of groups `[rows, groups]` repeated for every column `[rows, width]`."""
     return parameters.repeat_interleave(group_size, 1)[:, :width]
 
@@ -135,8 +135,8 @@ def spread(parameters: Tensor, group_size: int, width: int) -> Tensor:
 def grid_of(values: Tensor, scale: Tensor, zero: Tensor | None, levels: int, group_size: int) -> Grid:
     """The `Grid` that holds `values [out, in]`, which already lie on it (others go to the nearest point)."""
     width = values.shape[1]
-    middle = centre(None if zero is None else spread(zero, group_size, width), levels)
-    codes = (values * spread(reciprocal(scale), group_size, width)).add_(middle).round_().clamp_(0, levels - 1)
+    middle = centre(None if zero is None else repeat_groups(zero, group_size, width), levels)
+    codes = (values * repeat_groups(reciprocal(scale), group_size, width)).add_(middle).round_().clamp_(0, levels - 1)
     return Grid(codes.to(torch.uint8), scale, zero, levels, group_size)
 
 

@@ -39,7 +39,7 @@ def outer_of(moments: Moments) -> Tensor:
     return moments.outer
 
 
-def damped(hessian: Tensor, damping: float) -> Tensor:
+def add_damping(hessian: Tensor, damping: float) -> Tensor:
     """`hessian` plus `damping` times its mean diagonal, in place."""
     hessian.diagonal().add_((damping * hessian.diagonal().double().mean()).to(hessian.dtype))
     return hessian
@@ -54,13 +54,13 @@ def inverse_factor(moments: Moments, damping: float, order: Tensor | None = None
     def compute() -> tuple[Tensor, tuple[str, ...]]:
         for step in LADDER:
             precision = torch.float32 if damping * step >= FLOAT32 else torch.float64
-            hessian = damped(second_moment(moments, precision), damping * step)
+            hessian = add_damping(second_moment(moments, precision), damping * step)
             # with J the reversal, J H J = L L^T gives U = J inverse(L) J: one factorisation, one triangular inverse
             hessian = hessian.flip(0, 1) if order is None else hessian[order.flip(0)][:, order.flip(0)]
             lower, failed = torch.linalg.cholesky_ex(hessian)
             del hessian  # the largest matrices of a run live here
             if not failed:
-                upper = inverted(lower.float()).flip(0, 1)
+                upper = invert_lower(lower.float()).flip(0, 1)
                 return upper, () if step == 1 else (f"damping raised to {damping * step:g}",)
         raise NumericsError(f"its input statistics cannot be factored even with damping {damping * LADDER[-1]:g}")
 
@@ -68,7 +68,7 @@ def inverse_factor(moments: Moments, damping: float, order: Tensor | None = None
     return moments.memo(key, compute)
 
 
-def inverted(lower: Tensor) -> Tensor:
+def invert_lower(lower: Tensor) -> Tensor:
     """Return the inverse of a lower triangle `[in, in]`, by halves, so that most of it is products."""
     inverse = torch.zeros_like(lower)
     _fill(inverse, lower, 0, len(lower))
@@ -120,7 +120,7 @@ def metric(moments: Moments, target: Tensor, damping: float) -> Tensor:
     """Return the metric of errors in `target [out, in]`, float32 `[in, in]`: the damped H, or I without tokens."""
     if moments.outer is None:
         return torch.eye(target.shape[1], device=target.device)
-    return damped(second_moment(moments, torch.float32), damping)
+    return add_damping(second_moment(moments, torch.float32), damping)
 
 
 def feedback_factor(moments: Moments, damping: float) -> tuple[Tensor | None, tuple[str, ...]]:
@@ -128,7 +128,7 @@ def feedback_factor(moments: Moments, damping: float) -> tuple[Tensor | None, tu
     return (None, ()) if moments.outer is None else inverse_factor(moments, damping)
 
 
-def root(moments: Moments, damping: float) -> Tensor:
+def square_root(moments: Moments, damping: float) -> Tensor:
     """A square root S of the damped second moment, `H = S S^T`, float64 `[in, in]` (lower Cholesky factor)."""
     key = ("root", damping)
-    return moments.memo(key, lambda: torch.linalg.cholesky(damped(second_moment(moments), damping)))
+    return moments.memo(key, lambda: torch.linalg.cholesky(add_damping(second_moment(moments), damping)))

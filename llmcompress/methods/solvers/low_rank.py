@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, join, split
+from llmcompress.methods.layer import Layer, StepConfig, base_and_term, join
 from llmcompress.methods.solvers.grid import GridFormat, fit_grid, grid_of, grid_sketch
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Dense, Grid, LowRank, Weight, shape
@@ -45,7 +45,7 @@ class LowRankConfig(StepConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        base = split(approx)[0]
+        base = base_and_term(approx)[0]
         return join(base, self.term_sketch(base))
 
     def term_sketch(self, base: Weight) -> LowRank:
@@ -68,7 +68,7 @@ def compensate(layer: Layer, config: LowRankConfig, metric: Tensor) -> Layer:
 
     `metric [in, in]` float64 is S S^T. Replaces the term that was there.
     """
-    base = split(layer.approx)[0]
+    base = base_and_term(layer.approx)[0]
     lost = (layer.weight - dense(base)).double()
     directions = leading_directions(lost, metric, config.rank_for(base))
     term = factors(lost, directions, metric, config.factor_bits)

@@ -21,7 +21,7 @@ BLOCK = 64  # columns whose moves are gathered into one product; changes speed, 
 Move = Callable[[Weight, Tensor, Tensor | None], Weight]  # codebooks, their target [out, in], their columns [in]
 
 
-def moved(base: Weight, target: Tensor, move: Move) -> Weight:
+def move_codebooks(base: Weight, target: Tensor, move: Move) -> Weight:
     """`base` with its codebooks moved, whole columns beside them as they are; without any as it is."""
     match base:
         case Where(Columns(inside) as index, kept, outside) if books_of(outside):
@@ -31,7 +31,7 @@ def moved(base: Weight, target: Tensor, move: Move) -> Weight:
     return base
 
 
-def visited(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None) -> Weight:
+def visit_vectors(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None) -> Weight:
     """Codebooks after one visit to every vector, left to right, each moved to its best entry.
 
     `target [out, in]`; `hessian [in, in]`; only columns that are `shown [in]` count.
@@ -54,7 +54,7 @@ def visited(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None) ->
     return vectors.weight(values.T)
 
 
-def changed(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None, share: float) -> Weight:
+def change_vectors(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None, share: float) -> Weight:
     """Codebooks after one step in which at most a `share` of the vectors of a row change, those that gain most.
 
     The gain of each is known with all others as they are. Where all that change together gain nothing, only the best
@@ -62,17 +62,17 @@ def changed(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None, sh
     """
     vectors, values, pull = _start(w, target, hessian, shown)
     count = vectors.codes.shape[2]
-    found, moves = vectors.codes.clone(), torch.zeros_like(values)
+    codes, moves = vectors.codes.clone(), torch.zeros_like(values)
     gains = values.new_zeros(count, values.shape[1])
     with few_threads(values.shape[1]):
         for vector in range(count):
-            places, found[:, :, vector], move = _best(vectors, vector, shown, values, pull, hessian)
+            places, codes[:, :, vector], move = _best(vectors, vector, shown, values, pull, hessian)
             moves[places] = move
             gains[vector] = (move * (2 * pull[places] - hessian[places][:, places] @ move)).sum(0)
     few, best = (_largest(gains, number) & (gains > 0) for number in (math.ceil(share * count), 1))
     together = moves * few.repeat_interleave(vectors.length, 0)[: len(moves)]
     gained = (together * (2 * pull - hessian @ together)).sum(0) > 0
-    vectors.codes = torch.where(torch.where(gained, few, best).T, found, vectors.codes)
+    vectors.codes = torch.where(torch.where(gained, few, best).T, codes, vectors.codes)
     return vectors.weight(values.T)
 
 

@@ -23,7 +23,7 @@ from llmcompress.weight.expression import float_steps
 from llmcompress.weight.nodes import Bitmap, Columns, Dense, Grid, Index, Minifloat, Pattern, Weight, Where, Zero
 
 
-class Kept:
+class KeptValues:
     """Values as they are, stored in `dtype`."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -42,7 +42,7 @@ class Kept:
         return Dense(values.to(self.dtype))
 
 
-class Pruned:
+class Zeros:
     """Zeros."""
 
     strides: tuple[int, ...] = (1,)
@@ -59,7 +59,7 @@ class Pruned:
         return Zero((values.shape[0], values.shape[1]))
 
 
-class Quantized:
+class GridPoints:
     """Grid points; each group of columns is fitted when the loop reaches it.
 
     `importance [in]` weights columns in the fit. With `order`, all groups are fitted at the start on the weights as
@@ -88,9 +88,9 @@ class Quantized:
             self._fit(current, column, shown)
 
     @staticmethod
-    def like(grid: Grid) -> "Quantized":
+    def like(grid: Grid) -> "GridPoints":
         """The points of a grid that is fitted already."""
-        fitted = Quantized(GridFormat(grid.levels, grid.group_size, grid.zero is None), grid.codes.shape[1])
+        fitted = GridPoints(GridFormat(grid.levels, grid.group_size, grid.zero is None), grid.codes.shape[1])
         rows = len(grid.codes)  # of one scale, where they share it
         for group in range(grid.scale.shape[1]):
             part = slice(group, group + 1)
@@ -167,10 +167,10 @@ class Quantized:
         return grid_of(values, torch.cat(self.scales, 1), zero, self.form.levels, self.group_size)
 
 
-class Floats:
+class FloatPoints:
     """Floats of few bits; the scale of each group of columns is fitted when the loop reaches it.
 
-    Arguments as of `Quantized`. A scale of all rows, and the factor of a matrix that has one, come at the first column.
+    Arguments as of `GridPoints`. A scale of all rows and the factor of a matrix are fitted at the first column.
     """
 
     def __init__(
@@ -195,9 +195,9 @@ class Floats:
             self._fit(current[columns] if shown is None else current[columns] * shown[columns], importance)
 
     @staticmethod
-    def like(floats: Minifloat) -> "Floats":
+    def like(floats: Minifloat) -> "FloatPoints":
         """The numbers under scales that are fitted already."""
-        fitted = Floats(FloatLayout(floats.form, floats.scales, floats.group_size), floats.codes.shape[1])
+        fitted = FloatPoints(FloatLayout(floats.form, floats.scales, floats.group_size), floats.codes.shape[1])
         fitted.factor = floats.tensor_scale
         fitted._add(floats.scale, float_steps(floats))
         return fitted
@@ -223,14 +223,14 @@ class Floats:
         return Minifloat(codes, scale, self.factor, self.layout.form, self.layout.scales, self.group_size)
 
 
-def quantized(
+def points_of_form(
     form: GridFormat | FloatLayout, width: int, importance: Tensor | None = None, order: Tensor | None = None
-) -> Quantized | Floats:
-    """The projection to a form; arguments as of `Quantized`."""
-    return (Quantized if isinstance(form, GridFormat) else Floats)(form, width, importance, order)  # type: ignore[arg-type]
+) -> GridPoints | FloatPoints:
+    """The projection to a form; arguments as of `GridPoints`."""
+    return (GridPoints if isinstance(form, GridFormat) else FloatPoints)(form, width, importance, order)  # type: ignore[arg-type]
 
 
-def quantized_sketch(shape: tuple[int, int], form: GridFormat | FloatLayout) -> Weight:
+def form_sketch(shape: tuple[int, int], form: GridFormat | FloatLayout) -> Weight:
     """Return a matrix of that form without values, for `plan` to count its bits."""
     return grid_sketch(shape, form) if isinstance(form, GridFormat) else float_sketch(shape, form)
 
@@ -250,7 +250,7 @@ class Side(Protocol):
         """As in `Projection`."""
 
 
-class Selected:
+class Selection:
     """`inside` where a selection is true, `outside` elsewhere.
 
     The selection `[in, out]` is chosen by `choose(current columns [stride, out], first column)` every `span` columns,

@@ -5,13 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmcompress.methods.solvers.centroids import refitted
-from llmcompress.methods.solvers.column_scales import refactored, without
+from llmcompress.methods.solvers.centroids import refit_entries
+from llmcompress.methods.solvers.column_scales import divide_columns, refit_columns
 from llmcompress.weight.expression import dense
-from llmcompress.weight.nodes import Codebook, Grid, Scaled, Sum, TrellisCoded, Weight, Where
+from llmcompress.weight.nodes import Codebook, Grid, ScaledInputs, Sum, TrellisCodes, Weight, Where
 
 
-def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> Weight:
+def refit_scales(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> Weight:
     """`w` with least-squares scales, a row and group after the other; grids that are added up have theirs together, and
     factors of columns come last. Entries of a codebook follow its scales; codebooks that are added up take turns.
 
@@ -19,8 +19,8 @@ def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = 
     """
     match w:
         case Grid(scale=scale) if scale.shape[1] > 1:
-            return _together((w,), target, hessian, shown)[0]
-        case Grid(scale=scale) | TrellisCoded(scale=scale) | Codebook(scale=scale):
+            return _refit_together((w,), target, hessian, shown)[0]
+        case Grid(scale=scale) | TrellisCodes(scale=scale) | Codebook(scale=scale):
             values = dense(w) if shown is None else dense(w) * shown
             seen = values @ hessian
             energy = (seen * values).sum(1, keepdim=True)
@@ -31,26 +31,26 @@ def rescaled(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = 
             factor = rounded.float() / scale.float().clamp_min(1e-30)
             better = factor * (factor * energy - 2 * gain) < energy - 2 * gain
             found = replace(w, scale=torch.where(better, rounded, scale))
-            return refitted(found, target, hessian, shown) if isinstance(found, Codebook) else found
+            return refit_entries(found, target, hessian, shown) if isinstance(found, Codebook) else found
         case Where(index, inside, outside):
             chosen = index.inside.expand(target.shape)
             if shown is not None:
                 chosen = chosen & shown
             rest = ~chosen if shown is None else shown & ~chosen
-            inside = rescaled(inside, target - dense(outside).to(target.device) * rest, hessian, chosen)
-            outside = rescaled(outside, target - dense(inside).to(target.device) * chosen, hessian, rest)
+            inside = refit_scales(inside, target - dense(outside).to(target.device) * rest, hessian, chosen)
+            outside = refit_scales(outside, target - dense(inside).to(target.device) * chosen, hessian, rest)
             return Where(index, inside, outside)
-        case Scaled(inner, columns):
+        case ScaledInputs(inner, columns):
             factors = columns.float()
-            inner = rescaled(inner, without(target, columns), hessian * torch.outer(factors, factors), shown)
-            return refactored(Scaled(inner, columns), target, hessian, shown)
+            inner = refit_scales(inner, divide_columns(target, columns), hessian * torch.outer(factors, factors), shown)
+            return refit_columns(ScaledInputs(inner, columns), target, hessian, shown)
         case Sum() if added_grids(w):
-            return Sum(_together(added_grids(w), target, hessian, shown))
+            return Sum(_refit_together(added_grids(w), target, hessian, shown))
         case Sum(parts) if all(isinstance(part, Codebook) for part in parts):
             for place in range(len(parts)):
                 others = sum(dense(part) for part in (*parts[:place], *parts[place + 1 :]))
                 rest = target - (others if shown is None else others * shown)
-                parts = (*parts[:place], rescaled(parts[place], rest, hessian, shown), *parts[place + 1 :])
+                parts = (*parts[:place], refit_scales(parts[place], rest, hessian, shown), *parts[place + 1 :])
             return Sum(parts)
         case _:
             return w
@@ -65,12 +65,12 @@ def added_grids(w: Weight) -> tuple[Grid, ...]:
     return grids if len(grids) == len(w.parts) and len(alike) == 1 else ()
 
 
-def _together(grids: tuple[Grid, ...], target: Tensor, hessian: Tensor, shown: Tensor | None) -> tuple[Grid, ...]:
+def _refit_together(grids: tuple[Grid, ...], target: Tensor, hessian: Tensor, shown: Tensor | None) -> tuple[Grid, ...]:
     """Grids added up, with new scales: of each row and group one of every grid, solved for at once, group by group. A
     group whose loss would not fall, by what float16 makes of its scales, keeps those it has."""
     stored = [dense(grid) if shown is None else dense(grid) * shown for grid in grids]
     pulled = (target - sum(stored)) @ hessian
-    found = []
+    refit = []
     for group, start in enumerate(range(0, target.shape[1], grids[0].group_size)):
         part = slice(start, start + grids[0].group_size)
         values, local = torch.stack([each[:, part] for each in stored], 1), hessian[part, part]  # [rows, grids, group]
@@ -85,6 +85,6 @@ def _together(grids: tuple[Grid, ...], target: Tensor, hessian: Tensor, shown: T
         change = (moved[:, None] @ values)[:, 0]  # [rows, group]
         better = ((change @ local) * change).sum(1) < 2 * (change * pulled[:, part]).sum(1)
         pulled -= (change * better[:, None]) @ hessian[part]
-        found.append(torch.where(better[:, None], tried, scale))
-    scales = torch.stack(found, 2).unbind(1)
+        refit.append(torch.where(better[:, None], tried, scale))
+    scales = torch.stack(refit, 2).unbind(1)
     return tuple(replace(grid, scale=scale.contiguous()) for grid, scale in zip(grids, scales, strict=True))

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import StepConfig, join, split
+from llmcompress.methods.layer import StepConfig, base_and_term, join
 from llmcompress.methods.solvers.projection import bitmap, largest
 from llmcompress.methods.solvers.projection import pattern as pattern_index
 from llmcompress.weight.nodes import Bitmap, Dense, Index, Pattern, Weight, Where, Zero, shape
@@ -24,14 +24,14 @@ class PruneConfig(StepConfig):
 
     @field_validator("pattern", mode="before")
     @classmethod
-    def _quoted(cls, value: Any) -> Any:
+    def _refuse_time(cls, value: Any) -> Any:
         if isinstance(value, int):
             raise ValueError(f"the number {value}: YAML reads 2:4 as a time, write pattern: '2:4'")
         return value
 
     @field_validator("pattern")
     @classmethod
-    def _parsed(cls, value: str | None) -> str | None:
+    def _check_pattern(cls, value: str | None) -> str | None:
         if value is not None:
             parse_pattern(value)
         return value
@@ -77,7 +77,7 @@ def keep_largest(scores: Tensor, config: PruneConfig) -> Tensor:
     """Keep bool `[out, in]`: the best `scores [out, in]` of the whole layer, or of every n:m group; exact counts."""
     if config.sparsity is None:
         return keep_largest_of_rows(scores, config)
-    return largest(scores, kept_of(scores.numel(), config.sparsity))
+    return largest(scores, kept_count(scores.numel(), config.sparsity))
 
 
 def keep_largest_of_rows(scores: Tensor, config: PruneConfig) -> Tensor:
@@ -90,7 +90,7 @@ def keep_largest_of_rows(scores: Tensor, config: PruneConfig) -> Tensor:
         kept = structure[0]
     else:
         grouped = scores[:, None, :]
-        kept = kept_of(width, config.sparsity or 0.0)
+        kept = kept_count(width, config.sparsity or 0.0)
     ranked = grouped.argsort(dim=2, descending=True, stable=True)[..., :kept]
     return (
         torch.zeros(grouped.shape, dtype=torch.bool, device=scores.device)
@@ -99,31 +99,31 @@ def keep_largest_of_rows(scores: Tensor, config: PruneConfig) -> Tensor:
     )
 
 
-def pruned(values: Tensor, keep: Tensor, config: PruneConfig) -> Weight:
+def prune(values: Tensor, keep: Tensor, config: PruneConfig) -> Weight:
     """`values [out, in]` in bfloat16 where `keep` is true, zero elsewhere."""
     return Where(config.index(keep), Dense(values.to(torch.bfloat16)), Zero((values.shape[0], values.shape[1])))
 
 
-def kept_of(count: int, sparsity: float) -> int:
+def kept_count(count: int, sparsity: float) -> int:
     """Return how many of `count` weights stay: exact for decimal fractions, so that 0.29 prunes 29 of 100."""
     return count - int(count * sparsity + 1e-9)
 
 
 def prune_sketch(
-    approx: Weight, config: PruneConfig, sets: Callable[[int, int], list[int]], kept: Weight | None = None
+    approx: Weight, config: PruneConfig, sets: Callable[[int, int], list[int]], values: Weight | None = None
 ) -> Weight:
     """Return a pruned base without values, for `plan` to count its bits.
 
-    `sets(out, in)`: the sizes of the sets of weights that are each pruned to the same sparsity. `kept`: how the kept
-    part is stored (bfloat16).
+    `sets(out, in)`: the sizes of the sets of weights that are each pruned to the same sparsity. `values`: the form
+    of the kept part (bfloat16).
     """
-    base, term = split(approx)
+    base, term = base_and_term(approx)
     size = shape(base)
-    inside = Dense(torch.empty(size, dtype=torch.bfloat16, device="meta")) if kept is None else kept
+    inside = Dense(torch.empty(size, dtype=torch.bfloat16, device="meta")) if values is None else values
     structure = config.structure()
     if structure is None:
         keep = torch.zeros(size, dtype=torch.bool)
-        keep.view(-1)[: sum(kept_of(count, config.sparsity or 0.0) for count in sets(*size))] = True
+        keep.view(-1)[: sum(kept_count(count, config.sparsity or 0.0) for count in sets(*size))] = True
         return join(Where(Bitmap(keep), inside, Zero(size)), term)
     check_pattern(*structure, size[1])
     keep = (torch.arange(size[1]) % structure[1] < structure[0]).expand(size)

@@ -16,7 +16,7 @@ ROOM, ROOM_ON_A_GPU = 1 << 26, 1 << 30  # bytes that streams of a launch work in
 OLDEST_GPU = (7, 0)  # compute capability that Triton compiles for
 
 
-def searched_there(device: torch.device) -> bool:
+def can_search(device: torch.device) -> bool:
     """True if a device runs the search itself: the CPU, and NVIDIA GPUs where Triton is installed."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type == "cpu"
@@ -33,10 +33,10 @@ def choose_columns(block: ColumnBlock, numbers: Numbers) -> tuple[Tensor, Tensor
     device = block.current.device
     if device.type == "cpu":
         choose = column_search.choose
-    elif searched_there(device):
+    elif can_search(device):
         from llmcompress.kernels.gpu.column_search import choose
     else:
-        return _elsewhere(block, numbers)
+        return _choose_on_cpu(block, numbers)
     columns, streams = len(block.current), len(block.edges) - 1
     states = torch.empty(columns, block.edges[-1], dtype=torch.int32, device=device)
     errors = torch.empty_like(block.current)
@@ -48,7 +48,7 @@ def choose_columns(block: ColumnBlock, numbers: Numbers) -> tuple[Tensor, Tensor
     return states, errors
 
 
-def _elsewhere(block: ColumnBlock, numbers: Numbers) -> tuple[Tensor, Tensor]:
+def _choose_on_cpu(block: ColumnBlock, numbers: Numbers) -> tuple[Tensor, Tensor]:
     """Choose on the CPU for a device that cannot."""
     moved: dict[str, Any] = {name: each.cpu() for name, each in vars(block).items() if isinstance(each, Tensor)}
     here = replace(block, **moved)

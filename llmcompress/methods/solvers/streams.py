@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmcompress.kernels.column_block import ColumnBlock, Numbers, whole_weights
 from llmcompress.methods.solvers.stream_search import choose_columns
-from llmcompress.weight.nodes import TrellisCoded, shape
+from llmcompress.weight.nodes import TrellisCodes, shape
 from llmcompress.weight.trellis import Trellis, cuts, states, table
 
 
@@ -40,7 +40,7 @@ class TrellisStreams:
         self.numbers = _numbers(trellis, device)
 
     @staticmethod
-    def of(w: TrellisCoded, rows: Tensor | None = None) -> TrellisStreams:
+    def of(w: TrellisCodes, rows: Tensor | None = None) -> TrellisStreams:
         """The columns that were chosen for `w`, to be chosen again."""
         width = shape(w)[1]
         found = TrellisStreams(w.scale, width, w.trellis, w.run, rows)
@@ -67,11 +67,11 @@ class TrellisStreams:
         self.states[part], errors = choose_columns(block, self.numbers)
         return errors
 
-    def weight(self, values: Tensor) -> TrellisCoded:
+    def weight(self, values: Tensor) -> TrellisCodes:
         """The expression for the streams chosen, which are `values [out, in]`."""
         streams = [self.states[:, first:last].reshape(-1) for first, last in pairwise(self.edges)]
         codes = torch.cat(streams).bitwise_and_((1 << self.trellis.bits) - 1).to(torch.uint8)
-        return TrellisCoded(codes.to(values.device), self.scale, self.trellis, self.run)
+        return TrellisCodes(codes.to(values.device), self.scale, self.trellis, self.run)
 
 
 @lru_cache(maxsize=16)

@@ -20,7 +20,7 @@ from llmcompress.weight.trellis import Trellis
 MOST_BITS = 6
 
 
-def nearest(wanted: Tensor, bits: int) -> Tensor:
+def nearest_tiles(wanted: Tensor, bits: int) -> Tensor:
     """Return codes, uint8 `[..., 256]`, for tiles that would like to be `wanted`, float32 alike, step by step."""
     tiles, quarter = wanted.reshape(-1, STEPS), STEPS // 4
     seam = torch.cat([tiles[:, -quarter:], tiles[:, :quarter]], 1)

@@ -52,7 +52,9 @@ class Vectors:
 
     def weight(self, values: Tensor) -> Weight:
         """The expression for the codes as they are now."""
-        return added([replace(book, codes=codes) for book, codes in zip(self.books, self.codes.clone(), strict=True)])
+        return sum_of_books(
+            [replace(book, codes=codes) for book, codes in zip(self.books, self.codes.clone(), strict=True)]
+        )
 
     def places(self, vector: int, shown: Tensor | None = None) -> Tensor:
         """The columns of a vector, those of them that are `shown [in]`."""
@@ -71,7 +73,7 @@ class Vectors:
         """
         entries = [book.centroids.float()[:, places % self.length] for book in self.books]
         points = [each @ root for each in entries]
-        found = torch.zeros_like(self.codes[:, :, 0]) if codes is None else codes.clone()
+        chosen_codes = torch.zeros_like(self.codes[:, :, 0]) if codes is None else codes.clone()
         values = [torch.zeros_like(wanted.T) for _ in entries]
         if codes is not None:
             values = [each[code.long()] * scale for each, code, scale in zip(entries, codes, self.scales, strict=True)]
@@ -82,8 +84,8 @@ class Vectors:
                 left = torch.where(scale > 0, left / scale, 0.0) @ root
                 nearness = torch.addmm(points[book].square().sum(1), left, points[book].T, alpha=2, beta=-1)
                 chosen = nearness.argmax(1)
-                found[book], values[book] = chosen, entries[book][chosen] * scale
-        return found, torch.stack(values).sum(0).T
+                chosen_codes[book], values[book] = chosen, entries[book][chosen] * scale
+        return chosen_codes, torch.stack(values).sum(0).T
 
     def _root(self, places: Tensor) -> Tensor:
         """A for the loop: with feedback inverse(U) of the columns `places`, since e inverse(U) is what is fed back."""
@@ -94,7 +96,7 @@ class Vectors:
         return weights[places].sqrt().diag()
 
 
-def added(books: Sequence[Codebook]) -> Weight:
+def sum_of_books(books: Sequence[Codebook]) -> Weight:
     """Codebooks added up."""
     return books[0] if len(books) == 1 else Sum(tuple(books))
 

@@ -16,14 +16,14 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
+from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, method, with_base
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.solvers.hessian import feedback_factor, metric
-from llmcompress.methods.solvers.tile_search import MOST_BITS, nearest
+from llmcompress.methods.solvers.tile_search import MOST_BITS, nearest_tiles
 from llmcompress.runtime.seeding import generator
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.nodes import Dense, Tiles, Weight, shape
-from llmcompress.weight.tiles import BLOCK, SIDE, STEPS, from_tiles, numbers, states, to_tiles, turned
+from llmcompress.weight.tiles import BLOCK, SIDE, STEPS, from_tiles, numbers, states, to_tiles, turn_blocks
 
 SPREAD = {1: 1.1, 2: 1.0}  # of what is searched, best on a Gaussian; that of the numbers is 1
 WIDE_SPREAD = 0.95  # from 3 bits on
@@ -39,7 +39,7 @@ class EXL3(StepConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        base = split(approx)[0]
+        base = base_and_term(approx)[0]
         if not isinstance(base, Dense):
             raise RecipeError(f"tiles store every weight, so they do not go after {describe(base)}; drop one")
         rows, width = shape(approx)
@@ -58,16 +58,16 @@ def exl3(layer: Layer, config: EXL3) -> Layer:
         raise RecipeError("EXL3 has a rotation of its own; drop the step that rotates")
     target = base_target(layer)
     random = generator("exl3", layer.seed)
-    rows = _factors(target.square().mean(1), random)
+    rows = _random_factors(target.square().mean(1), random)
     even = target / rows.float()[:, None]
     blocks = even.square().reshape(len(even), -1, BLOCK).mean((0, 2)).repeat_interleave(BLOCK)
     spread = SPREAD.get(config.bits, WIDE_SPREAD)
-    columns = _factors(blocks / spread**2, random)
-    turned_weight = turned(turned((even / columns.float()).T.contiguous()).T.contiguous()).T  # [in, out]
-    factor, notes = feedback_factor(_turned(layer.inputs, columns), config.damping)
+    columns = _random_factors(blocks / spread**2, random)
+    turned_weight = turn_blocks(turn_blocks((even / columns.float()).T.contiguous()).T.contiguous()).T  # [in, out]
+    factor, notes = feedback_factor(_turn_moments(layer.inputs, columns), config.damping)
     codes = tiles_with_feedback(turned_weight.contiguous(), factor, config.bits)
     found = Tiles(codes, columns, rows, config.bits)
-    return with_base(layer, _fitted(found, target, metric(layer.inputs, target, config.damping)), notes)
+    return with_base(layer, _fit_outputs(found, target, metric(layer.inputs, target, config.damping)), notes)
 
 
 def tiles_with_feedback(weight: Tensor, factor: Tensor | None, bits: int) -> Tensor:
@@ -79,7 +79,7 @@ def tiles_with_feedback(weight: Tensor, factor: Tensor | None, bits: int) -> Ten
     chosen = []
     for start in range(0, len(current), SIDE):
         part, later = slice(start, start + SIDE), slice(start + SIDE, None)
-        codes = nearest(to_tiles(current[part]), bits)
+        codes = nearest_tiles(to_tiles(current[part]), bits)
         chosen.append(codes)
         if factor is not None:
             error = current[part] - from_tiles(numbers().to(codes.device)[states(codes, bits)])
@@ -88,22 +88,22 @@ def tiles_with_feedback(weight: Tensor, factor: Tensor | None, bits: int) -> Ten
     return torch.cat(chosen)
 
 
-def _factors(energy: Tensor, random: torch.Generator) -> Tensor:
+def _random_factors(energy: Tensor, random: torch.Generator) -> Tensor:
     """Return float16 factors of random sign, the roots of `energy`; 1 where there is none."""
     size = torch.where(energy > 0, energy, 1.0).sqrt().clamp(2.0**-14, torch.finfo(torch.float16).max)
     signs = torch.rand(len(size), generator=random) < 0.5
     return torch.where(signs.to(size.device), size, -size).half()
 
 
-def _turned(moments: Moments, columns: Tensor) -> Moments:
+def _turn_moments(moments: Moments, columns: Tensor) -> Moments:
     """Return the moments of the inputs as tiles see them: under the factors, then turned."""
     if moments.outer is None:
         return moments
-    half = turned(moments.outer * columns.float())
-    return Moments(moments.tokens, outer=turned((half.T * columns.float()).contiguous()))
+    half = turn_blocks(moments.outer * columns.float())
+    return Moments(moments.tokens, outer=turn_blocks((half.T * columns.float()).contiguous()))
 
 
-def _fitted(w: Tiles, target: Tensor, hessian: Tensor) -> Tiles:
+def _fit_outputs(w: Tiles, target: Tensor, hessian: Tensor) -> Tiles:
     """Return tiles with least-squares factors of the outputs."""
     values = dense(w)
     seen = values @ hessian

@@ -1,7 +1,7 @@
 """Trellis-coded quantization (QTIP, arXiv 2406.11235) inside error feedback.
 
 Minimises tr(E H E^T) greedily, column by column as GPTQ does; without data |E|^2, with nothing to feed back. A column
-becomes the nearest stream of a trellis, found by the Viterbi algorithm. Stores `TrellisCoded`: `bits` a weight, and a
+becomes the nearest stream of a trellis, found by the Viterbi algorithm. Stores `TrellisCodes`: `bits` a weight, and a
 float16 scale a row. Made for weights that look Gaussian: rotate first. `refine` chooses every column again.
 
 Differs from the paper: streams run down whole columns instead of through tiles of 16 x 16, so that feedback works
@@ -15,13 +15,13 @@ import torch
 from pydantic import Field
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, base_target, method, split, with_base
+from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, method, with_base
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.hessian import feedback_factor, metric
-from llmcompress.methods.solvers.scales import rescaled
+from llmcompress.methods.solvers.scales import refit_scales
 from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.expression import describe
-from llmcompress.weight.nodes import Dense, TrellisCoded, Weight, shape
+from llmcompress.weight.nodes import Dense, TrellisCodes, Weight, shape
 from llmcompress.weight.trellis import Code, Trellis
 
 
@@ -61,7 +61,7 @@ class TrellisConfig(StepConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        base = split(approx)[0]
+        base = base_and_term(approx)[0]
         if not isinstance(base, Dense):
             raise RecipeError(f"a trellis stores every weight, so it does not go after {describe(base)}; drop one")
         (rows, width), trellis = shape(approx), self.trellis()
@@ -69,7 +69,7 @@ class TrellisConfig(StepConfig):
             raise RecipeError(f"{self.bits:g} bits go two rows at a time, and there are {rows}; ask for whole bits")
         codes = torch.empty(rows // trellis.values * width, dtype=torch.uint8, device="meta")
         scale = torch.empty(rows, 1, dtype=torch.float16, device="meta")
-        return TrellisCoded(codes, scale, trellis, self.run)
+        return TrellisCodes(codes, scale, trellis, self.run)
 
     def rough(self) -> StepConfig:
         """With the shortest memory; see `StepConfig.rough`."""
@@ -87,4 +87,4 @@ def trellis(layer: Layer, config: TrellisConfig) -> Layer:
     scale = spread.clamp_max(torch.finfo(torch.float16).max).to(torch.float16)
     base = feedback(target, factor, TrellisStreams(scale, target.shape[1], kind, config.run, layer.rows))
     hessian = metric(layer.inputs, target, config.damping)
-    return with_base(layer, rescaled(base, target, hessian), notes)
+    return with_base(layer, refit_scales(base, target, hessian), notes)

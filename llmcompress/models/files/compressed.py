@@ -26,7 +26,7 @@ from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Weight
-from llmcompress.weight.sums import added
+from llmcompress.weight.sums import add_to_base
 
 
 class Opened:
@@ -84,7 +84,7 @@ class Opened:
     def expression(self, layer: str) -> Weight:
         """Return the compressed weight of one module. Raises InputError for a payload that its layout cannot read."""
         own = self._decoded(layer)
-        return added(self._decoded(self.ties[layer]), own) if layer in self.ties else own
+        return add_to_base(self._decoded(self.ties[layer]), own) if layer in self.ties else own
 
     def _decoded(self, layer: str) -> Weight:
         layout, payload = self.stored_layouts[layer], self.read(f"{layer}.weight")

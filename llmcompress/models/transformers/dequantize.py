@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from llmcompress.models.dense.experts import Experts, experts_of, fused, unfuse
 from llmcompress.weight import expression
 from llmcompress.weight.modules import (
-    Compressed,
     CompressedEmbedding,
     CompressedLinear,
+    CompressedModule,
     TiedMatrix,
     compressed_modules,
     put,
@@ -63,7 +63,7 @@ def _fused(experts: Experts, plain: nn.Module) -> nn.Module:
     return plain.train(experts.training)
 
 
-def dense_module(module: Compressed, plain: Any, dtype: torch.dtype) -> nn.Module:
+def dense_module(module: CompressedModule, plain: Any, dtype: torch.dtype) -> nn.Module:
     """Return `plain`, a module on meta, with the decoded weight; another size if the model was edited."""
     whole = module.whole() if isinstance(module, CompressedLinear) else module.expression()
     weight = expression.dense(whole).to(dtype)

@@ -28,11 +28,11 @@ from llmcompress.models.files.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.models.files.checkpoint_identity import check_binding, saved_binding
 from llmcompress.models.files.integrity import MENDING, Expected, check, digests
 from llmcompress.models.transformers.dequantize import dequantized, skeleton
-from llmcompress.weight.leading import leading
+from llmcompress.weight.leading import truncate_low_rank
 from llmcompress.weight.modules import (
-    Compressed,
     CompressedEmbedding,
     CompressedLinear,
+    CompressedModule,
     Layout,
     TiedMatrix,
     compressed_modules,
@@ -41,7 +41,7 @@ from llmcompress.weight.modules import (
 )
 from llmcompress.weight.rows import has_rows, row_scale
 from llmcompress.weight.schema import LARGEST
-from llmcompress.weight.tied import add, tie
+from llmcompress.weight.tied import add_module, tie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -220,7 +220,7 @@ def prepare(model: PreTrainedModel, config: LLMCompressConfig) -> None:
     resize(model, config.sizes | {name: list(layout.size) for name, layout in table.items() if name not in bases})
     for name, layout in table.items():
         if name in bases:
-            add(model, name, TiedMatrix(layout, _bytes(layout)))
+            add_module(model, name, TiedMatrix(layout, _bytes(layout)))
         else:
             put(model, name, _empty(name, model.get_submodule(name), layout))
     tie(model, config.ties)
@@ -271,7 +271,7 @@ def cut(model: nn.Module, config: LLMCompressConfig) -> LLMCompressConfig:
     table = config.table()
     for name, layer in modules.items():
         whole = layer.expression() if isinstance(layer, CompressedLinear) else None
-        if whole is not None and (first := leading(whole, rank)) is not whole:
+        if whole is not None and (first := truncate_low_rank(whole, rank)) is not whole:
             smaller = CompressedLinear.of(first, dict(layer.named_parameters()).get("bias"))
             put(model, name, smaller.to(layer.get_parameter("weight").device).requires_grad_(False))
             table[name] = smaller.layout
@@ -335,7 +335,7 @@ def _check_flow(model: PreTrainedModel) -> None:
 def layouts_of(model: nn.Module) -> dict[str, Layout]:
     """Return the layout of every compressed module by name, by each of its names if it has several."""
     modules = model.named_modules(remove_duplicate=False)
-    return {name: module.layout for name, module in modules if isinstance(module, Compressed)}
+    return {name: module.layout for name, module in modules if isinstance(module, CompressedModule)}
 
 
 def separate(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -360,7 +360,7 @@ def _empty(name: str, dense: nn.Module, layout: Layout) -> CompressedLinear | Co
     return CompressedLinear(layout, _bytes(layout), getattr(dense, "bias", None))
 
 
-def _check_payload(name: str, module: Compressed) -> None:
+def _check_payload(name: str, module: CompressedModule) -> None:
     """Raise InputError unless a payload, where it is in memory, can be decoded."""
     payload = module.get_parameter("weight")
     if payload.is_meta:

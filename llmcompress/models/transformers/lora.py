@@ -22,15 +22,15 @@ from llmcompress.errors import InputError, list_names
 from llmcompress.models.transformers.saving import described
 from llmcompress.weight.modules import (
     LIKE,
-    Compressed,
     CompressedEmbedding,
     CompressedLinear,
+    CompressedModule,
     compressed_modules,
-    packed,
+    pack_weight,
     put,
 )
 from llmcompress.weight.nodes import Dense, LowRank
-from llmcompress.weight.sums import plus
+from llmcompress.weight.sums import add_term
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -129,7 +129,7 @@ def _terms(name: str, module: Any, adapters: Sequence[str]) -> list[LowRank]:
     """Return what the adapters of a layer add to its compressed weight; nothing for a dense one."""
     from peft.tuners.lora import LoraLayer
 
-    if not isinstance(module.get_base_layer(), Compressed):
+    if not isinstance(module.get_base_layer(), CompressedModule):
         return []
     if not isinstance(module, LoraLayer):
         raise InputError(f"{name}: only plain LoRA can be folded; keep the adapter beside the model")
@@ -157,7 +157,7 @@ def _folded(module: Any, terms: Sequence[LowRank], adapters: Sequence[str]) -> n
         return layer
     if not terms:
         return layer
-    layout, payload = packed(reduce(plus, terms, layer.expression()))
+    layout, payload = pack_weight(reduce(add_term, terms, layer.expression()))
     if isinstance(layer, CompressedLinear):
         return CompressedLinear(layout, payload, layer.bias)
     return CompressedEmbedding(layout, payload, layer.get_parameter(LIKE).dtype, layer.scale, layer.padding_idx)

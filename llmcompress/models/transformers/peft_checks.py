@@ -16,7 +16,7 @@ from peft.utils import save_and_load
 from torch import nn
 
 from llmcompress.errors import InputError, first_line, is_out_of_memory
-from llmcompress.weight.modules import Compressed, CompressedEmbedding, CompressedLinear, compressed_modules, put
+from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, CompressedModule, compressed_modules, put
 
 FROM_WEIGHTS = ("pissa", "olora", "corda", "loftq")  # beginnings of `init_lora_weights` that factor the dense weight
 UNSUITED = (AttributeError, IndexError, RuntimeError, TypeError)  # of a layer whose weight is no matrix
@@ -28,7 +28,7 @@ def knowing_codes(allowed: Callable[[BaseTuner], None]) -> Callable[[BaseTuner],
     @wraps(allowed)
     def check(tuner: BaseTuner) -> None:
         for name, module in tuner.model.named_modules():
-            if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), Compressed):
+            if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), CompressedModule):
                 raise InputError(
                     f"PEFT cannot merge an adapter into {name}, which is compressed; make plain LoRA part of the model "
                     "by llmcompress.fold, or save the adapter beside it"
@@ -126,7 +126,7 @@ def without_payloads(name_of: Callable[..., str | None]) -> Callable[..., str | 
 
     @wraps(name_of)
     def name(model: nn.Module, layer: nn.Module, is_adapted: bool) -> str | None:
-        is_payload = isinstance(getattr(layer, "base_layer", layer), Compressed)
+        is_payload = isinstance(getattr(layer, "base_layer", layer), CompressedModule)
         return None if is_payload else name_of(model, layer, is_adapted)
 
     return name

@@ -31,7 +31,7 @@ from llmcompress.models.transformers.hf_quantizer import (
     prepare,
     table_entry,
 )
-from llmcompress.weight.modules import Compressed, CompressedEmbedding, CompressedLinear, compressed_modules
+from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, CompressedModule, compressed_modules
 from llmcompress.weight.tied import ties_of
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _described(model: PreTrainedModel, plain: PreTrainedModel) -> LLMCompressCon
     linears = {
         name: list(module.weight.shape)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, Compressed)
+        if isinstance(module, nn.Linear) and not isinstance(module, CompressedModule)
     }
     dense = {name: list(module.weight.shape) for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
     sizes = {
@@ -188,7 +188,7 @@ def _check_tensors(model: nn.Module, plain: nn.Module, tensors: Mapping[str, Ten
         _check_payload(name, module, plain.get_submodule(name), tensors[f"{name}.weight"])
 
 
-def _check_payload(name: str, module: Compressed, plain: nn.Module, payload: Tensor) -> None:
+def _check_payload(name: str, module: CompressedModule, plain: nn.Module, payload: Tensor) -> None:
     try:
         module.layout.check(payload.detach())
     except ValueError as error:

@@ -10,7 +10,7 @@ from torch import nn
 
 from llmcompress.errors import InputError, list_names
 from llmcompress.models.transformers.dequantize import dense_module, skeleton
-from llmcompress.weight.modules import Compressed, CompressedEmbedding, put
+from llmcompress.weight.modules import CompressedEmbedding, CompressedModule, put
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ def ready_to_resize(model: PreTrainedModel, tokens: int | None, multiple: int | 
         module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None
     ]
     both: list[Any] = [module.get_base_layer() if hasattr(module, "get_base_layer") else module for module in outer]
-    if not any(isinstance(module, Compressed) for module in both):
+    if not any(isinstance(module, CompressedModule) for module in both):
         return True
     wanted = _rows(both[0]) if tokens is None else tokens
     if multiple is not None:
@@ -37,7 +37,9 @@ def ready_to_resize(model: PreTrainedModel, tokens: int | None, multiple: int | 
     if {_rows(module) for module in both} == {wanted}:
         return False
     packed = {
-        name: module for name, module in model.named_modules() if isinstance(module, Compressed) and module in both
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, CompressedModule) and module in both
     }
     if any(module.get_parameter("weight").is_meta for module in packed.values()):
         raise InputError("a compressed token table cannot be resized while it is offloaded; load the model in memory")
@@ -61,4 +63,4 @@ def ready_to_resize(model: PreTrainedModel, tokens: int | None, multiple: int | 
 def _rows(module: nn.Module) -> int:
     if isinstance(module, CompressedEmbedding):
         return module.num_embeddings
-    return module.layout.size[0] if isinstance(module, Compressed) else len(module.get_parameter("weight"))
+    return module.layout.size[0] if isinstance(module, CompressedModule) else len(module.get_parameter("weight"))

@@ -47,7 +47,7 @@ from llmcompress.surgery.experts.job import (
 )
 from llmcompress.surgery.experts.mixture import ExpertMixture, ExpertScore, measure_usage
 from llmcompress.surgery.judged_walk import Visit
-from llmcompress.weight.modules import packed
+from llmcompress.weight.modules import pack_weight
 from llmcompress.weight.nodes import Dense
 
 SHARE = 0.25  # of its dense size that a replaced expert takes
@@ -172,5 +172,5 @@ def _replace_and_judge(mixture: ExpertMixture, visit: Visit, chosen: tuple[int, 
         for name in group.names:
             weight = block.weight(name)
             layer = Layer(name, weight, Dense(weight.to(torch.bfloat16)), group.inputs)
-            swap(block, {name: packed(apply_in_runs(layer, (step,)).weight)})
+            swap(block, {name: pack_weight(apply_in_runs(layer, (step,)).weight)})
     return visit.damage(before)

@@ -16,14 +16,14 @@ from llmcompress.weight.nodes import (
     Dense,
     Grid,
     LowRank,
-    Rotated,
-    Scaled,
+    RotatedInputs,
+    ScaledInputs,
     Sum,
-    Transposed,
-    TrellisCoded,
+    Transpose,
+    TrellisCodes,
     Weight,
     children,
-    stored,
+    stored_tensors,
 )
 
 Outside = Literal["code", "edge"]  # start of a latent whose target is in another code's cell: the code, or the edge
@@ -52,25 +52,25 @@ def masters(
         match leaf.node:
             case Dense(values):
                 if kind in trains:
-                    yield leaf.path + "values", kind, _stored(values, leaf.shown).float().clone(), 0
+                    yield leaf.path + "values", kind, _take_stored(values, leaf.shown).float().clone(), 0
             case Grid(scale=scale, levels=levels):
                 if "codes" in trains:
                     yield leaf.path + "codes", "codes", _latents(leaf.node, leaf.target, leaf.shown, outside), levels
                 if "scales" in trains:
                     yield leaf.path + "scale", "scales", scale.flatten().float(), levels
-            case TrellisCoded(scale=scale) | Codebook(scale=scale):
+            case TrellisCodes(scale=scale) | Codebook(scale=scale):
                 if isinstance(leaf.node, Codebook) and kind in trains:
                     yield leaf.path + "centroids", kind, leaf.node.centroids.flatten().float(), 0
                 if "scales" in trains:
                     yield leaf.path + "scale", "scales", scale.flatten().float(), 0
-            case Scaled(columns=columns):
+            case ScaledInputs(columns=columns):
                 if "scales" in trains:
                     yield leaf.path + "columns", "scales", columns.float(), 0
 
 
 def leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, factor: bool) -> Iterator[Leaf]:
     """Yield the leaves below `w`, each with its own part of the target: in its basis, less what is added to it."""
-    if stored(w) and not isinstance(w, Rotated):
+    if stored_tensors(w) and not isinstance(w, RotatedInputs):
         yield Leaf(w, path, shown, target, factor)
     for place, node, here in children(w, shown):
         own = None if target is None else _part_of(target, w, node)
@@ -82,11 +82,11 @@ def _part_of(target: Tensor, w: Weight, child: Weight) -> Tensor | None:
     match w:
         case LowRank():
             return None
-        case Rotated(_, signs, block):
+        case RotatedInputs(_, signs, block):
             return rotate(target, signs, block)
-        case Scaled(inner, columns):  # a column that is stored as zero stays what it is
+        case ScaledInputs(inner, columns):  # a column that is stored as zero stays what it is
             return torch.where(columns == 0, dense(inner).to(target.device), target / columns.float())
-        case Transposed():
+        case Transpose():
             return target.T
         case Sum():
             return target - dense(w).to(target.device) + dense(child).to(target.device)
@@ -100,17 +100,17 @@ def _latents(grid: Grid, target: Tensor | None, shown: Tensor | None, outside: O
     Feedback from its neighbours put a code where its weight is not. Of latents at the edge of their cells, small steps
     turn very many at once.
     """
-    codes, most = _stored(grid.codes, shown).float(), 0.5 - MARGIN
+    codes, most = _take_stored(grid.codes, shown).float(), 0.5 - MARGIN
     if target is None:
         return codes
     steps = dense(replace(grid, codes=torch.ones_like(grid.codes), zero=torch.zeros_like(grid.scale)))
-    away = _stored(torch.where(steps == 0, 0.0, (target - dense(grid)) / steps), shown)  # in code units
+    away = _take_stored(torch.where(steps == 0, 0.0, (target - dense(grid)) / steps), shown)  # in code units
     if outside == "code":
         beyond = ((codes == 0) & (away < 0)) | ((codes == grid.levels - 1) & (away > 0))
         away = torch.where((away.abs() <= most) | beyond, away, 0.0)
     return codes + away.clamp(-most, most)
 
 
-def _stored(leaf: Tensor, shown: Tensor | None) -> Tensor:
+def _take_stored(leaf: Tensor, shown: Tensor | None) -> Tensor:
     """The elements of a leaf that are stored, flat, as `encode` orders them."""
     return leaf.reshape(-1) if shown is None else leaf[shown.expand(leaf.shape)]

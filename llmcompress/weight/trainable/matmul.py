@@ -22,35 +22,35 @@ from llmcompress.weight import expression
 from llmcompress.weight.hadamard import unrotate
 from llmcompress.weight.nodes import (
     Grid,
-    Rotated,
-    Transposed,
-    TrellisCoded,
+    RotatedInputs,
+    Transpose,
+    TrellisCodes,
     Weight,
     Where,
     rebuild,
-    stored,
+    stored_tensors,
     with_fields,
 )
 from llmcompress.weight.trellis import matrix, table
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows(Grid):
+class _ScaledRows(Grid):
     """Codes that do not train, in the basis and dtype of the inputs, and one scale a row, which is stored as `name`."""
 
     name: str
 
 
-def centred(w: Weight, path: str, trained: frozenset[str]) -> Weight:
+def decode_frozen(w: Weight, path: str, trained: frozenset[str]) -> Weight:
     """`w` with the codes of frozen grids as bfloat16, less their zero points: whole and half numbers, held exactly."""
     match w:
         case Grid(scale=scale) if path + "codes" not in trained:
             whole = expression.dense(replace(w, scale=torch.ones_like(scale)))
             return replace(w, codes=whole.bfloat16(), zero=torch.zeros_like(scale))
-        case TrellisCoded(codes, scale, trellis, run):
+        case TrellisCodes(codes, scale, trellis, run):
             numbers = matrix(codes, len(scale), trellis, run).bfloat16()  # which its tables are made for
             return Grid(numbers, scale, torch.zeros_like(scale), len(table(trellis)), numbers.shape[1])
-    return rebuild(w, lambda place, node, _: centred(node, path + place, trained))
+    return rebuild(w, lambda place, node, _: decode_frozen(node, path + place, trained))
 
 
 def by_rows(w: Weight, path: str, dtype: torch.dtype) -> Weight:
@@ -60,30 +60,32 @@ def by_rows(w: Weight, path: str, dtype: torch.dtype) -> Weight:
     """
     match w:
         case Grid(codes, scale, zero, levels, group_size) if codes.dtype == torch.bfloat16 and scale.shape[1] == 1:
-            return _Rows(codes.to(dtype), scale, zero, levels, group_size, path + "scale")
-        case Rotated(Grid() as grid, signs, block):
+            return _ScaledRows(codes.to(dtype), scale, zero, levels, group_size, path + "scale")
+        case RotatedInputs(Grid() as grid, signs, block):
             found = by_rows(grid, path + "inner_", torch.promote_types(dtype, torch.float32))
-            if isinstance(found, _Rows):
+            if isinstance(found, _ScaledRows):
                 return replace(found, codes=unrotate(found.codes, signs, block).to(dtype))
             return w
-        case Where() | Transposed():  # multiplied as a matrix
+        case Where() | Transpose():  # multiplied as a matrix
             return w
     return rebuild(w, lambda place, node, _: by_rows(node, path + place, dtype))
 
 
-def filled(w: Weight, path: str, shown: Tensor | None, numbers: dict[str, Tensor]) -> Weight:
+def insert_numbers(w: Weight, path: str, shown: Tensor | None, numbers: dict[str, Tensor]) -> Weight:
     """`w` with the numbers that train, each flat under its path, in their places."""
-    if isinstance(w, _Rows):
-        return replace(w, scale=_placed(numbers.get(w.name), w.scale, None))
+    if isinstance(w, _ScaledRows):
+        return replace(w, scale=_insert(numbers.get(w.name), w.scale, None))
     own = {
-        part.name: _placed(numbers[path + part.name], part.tensor, shown if part.per == "element" else None)
-        for part in stored(w)
+        part.name: _insert(numbers[path + part.name], part.tensor, shown if part.per == "element" else None)
+        for part in stored_tensors(w)
         if path + part.name in numbers
     }
-    return with_fields(rebuild(w, lambda place, node, here: filled(node, path + place, here, numbers), shown), own)
+    return with_fields(
+        rebuild(w, lambda place, node, here: insert_numbers(node, path + place, here, numbers), shown), own
+    )
 
 
-def _placed(given: Tensor | None, leaf: Tensor, shown: Tensor | None) -> Tensor:
+def _insert(given: Tensor | None, leaf: Tensor, shown: Tensor | None) -> Tensor:
     """A leaf with the elements `given`, flat; without them as it is."""
     if given is None:
         return leaf
@@ -99,13 +101,13 @@ def product(x: Tensor, w: Weight) -> Tensor:
 
 def _leaf_product(x: Tensor, w: Weight) -> Tensor:
     match w:
-        case _Rows(codes, scale):
-            found: Tensor = _Scaled.apply(nn.functional.linear(x, codes), scale[:, 0].expand(len(codes)))
+        case _ScaledRows(codes, scale):
+            found: Tensor = _ScaleColumns.apply(nn.functional.linear(x, codes), scale[:, 0].expand(len(codes)))
             return found
     return expression.by_dense(x, w)
 
 
-class _Scaled(torch.autograd.Function):
+class _ScaleColumns(torch.autograd.Function):
     """Columns of a product `[..., out]` times scales `[out]`, in the product's dtype: the scales are not rounded to it
     on the way forward; gradients are multiplied in it, and summed in float32."""
 

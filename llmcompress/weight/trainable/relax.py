@@ -35,9 +35,9 @@ from llmcompress.weight.modules import CompressedLinear, Multiplying, TiedMatrix
 from llmcompress.weight.nodes import Dense, Weight, Zero, shape
 from llmcompress.weight.packing import pack
 from llmcompress.weight.tied import base_of
-from llmcompress.weight.trainable.latents.form import Form, Formed, ValuesForm, cells
+from llmcompress.weight.trainable.latents.form import Form, TensorForm, ValuesForm, cells
 from llmcompress.weight.trainable.masters import Outside, masters
-from llmcompress.weight.trainable.matmul import by_rows, centred, filled, product
+from llmcompress.weight.trainable.matmul import by_rows, decode_frozen, insert_numbers, product
 from llmcompress.weight.trainable.straight_through import ESTIMATORS, Estimator, straight_cast, straight_codes
 
 KINDS = ("codes", "scales", "values", "factors", "masks")
@@ -66,7 +66,7 @@ class Relaxation:
             raise RecipeError(f"the power {self.power:g} of ReSTE must be at least 1")
 
 
-def relax(w: Weight, relaxation: Relaxation, target: Tensor | None = None) -> Relaxed:
+def relax(w: Weight, relaxation: Relaxation, target: Tensor | None = None) -> RelaxedWeight:
     """The module that trains `w`; until a step, its `freeze` encodes to the same bits as `w`.
 
     `target` `[out, in]`: the dense teacher's weight in the model's own basis. Latents then start where it is, if that
@@ -75,10 +75,10 @@ def relax(w: Weight, relaxation: Relaxation, target: Tensor | None = None) -> Re
     """
     if target is not None and tuple(target.shape) != shape(w):
         raise ValueError(f"the target is {tuple(target.shape)}, the weight {shape(w)}")
-    return Relaxed(w, relaxation, target if "codes" in relaxation.trains else None)
+    return RelaxedWeight(w, relaxation, target if "codes" in relaxation.trains else None)
 
 
-class Relaxed(nn.Module):
+class RelaxedWeight(nn.Module):
     """An expression `[out, in]` with float32 masters; build it by `relax`.
 
     Parameters are flat and have the names of the tensors that `encode` would write, but for latents in another form,
@@ -124,16 +124,16 @@ class Relaxed(nn.Module):
             own |= {f"formed.{name}.{key}": kind for key, kind in form.kinds().items()}
         return own
 
-    def forms(self) -> dict[str, Formed]:
+    def forms(self) -> dict[str, TensorForm]:
         """Return the forms of what is no parameter itself, by the names of what is stored."""
-        return {name: cast(Formed, form) for name, form in self.formed.named_children()}
+        return {name: cast(TensorForm, form) for name, form in self.formed.named_children()}
 
     def weight(self) -> Tensor:
         """The matrix, float32 `[out, in]`, differentiable in what trains."""
         device = next(iter([*self.parameters(), *self.buffers()]), torch.empty(0)).device
         with torch.autocast(device.type, enabled=False):
             numbers = self._live()
-            return expression.dense(filled(self._decoded(numbers), "", None, numbers))
+            return expression.dense(insert_numbers(self._decoded(numbers), "", None, numbers))
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in]` to `[..., out]`, in x's dtype (under autocast in its dtype, as `nn.Linear`)."""
@@ -141,7 +141,7 @@ class Relaxed(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         if self.ready is None or self.ready[0] != dtype:
             self.ready = dtype, by_rows(self._decoded(numbers), "", dtype)
-        return product(x, filled(self.ready[1], "", None, numbers))
+        return product(x, insert_numbers(self.ready[1], "", None, numbers))
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -189,11 +189,11 @@ class Relaxed(nn.Module):
 
         self.ready = None
 
-        def moved(tensor: Tensor) -> Tensor:
+        def move(tensor: Tensor) -> Tensor:
             found = fn(tensor)
             return found if found.dtype == tensor.dtype else tensor.to(found.device)
 
-        return super()._apply(moved, recurse)
+        return super()._apply(move, recurse)
 
     def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
         self.ready = None
@@ -206,11 +206,11 @@ class Relaxed(nn.Module):
     @torch.no_grad()
     def _decoded(self, numbers: dict[str, Tensor]) -> Weight:
         """The expression with its frozen parts decoded."""
-        stored = {name: self.get_buffer(name).view(dtype) for name, dtype in self._frozen()}
+        stored = {name: self.get_buffer(name).view(dtype) for name, dtype in self._frozen_tensors()}
         whole = decode(self.header, stored | {name: found.detach() for name, found in numbers.items()})
-        return centred(whole, "", frozenset(self.levels))
+        return decode_frozen(whole, "", frozenset(self.levels))
 
-    def _frozen(self) -> list[tuple[str, torch.dtype]]:
+    def _frozen_tensors(self) -> list[tuple[str, torch.dtype]]:
         """The stored tensors that do not train."""
         return [(name, dtype) for name, dtype in self.stored_as.items() if name not in self.kind_of]
 
@@ -235,12 +235,12 @@ class Relaxed(nn.Module):
 class RelaxedLinear(nn.Module):
     """Stands in a model for a `CompressedLinear` while it trains. Its bias trains only if it is told to.
 
-    What a linear has in common with others trains by itself, once, as a `RelaxedTied`.
+    What a linear has in common with others trains by itself, once, as a `RelaxedTiedMatrix`.
     """
 
     bias: nn.Parameter | None
 
-    def __init__(self, relaxed: Relaxed, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, relaxed: RelaxedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = relaxed.size
         self.relaxed = relaxed
@@ -269,10 +269,10 @@ class RelaxedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class RelaxedTied(nn.Module):
+class RelaxedTiedMatrix(nn.Module):
     """Stands in a model for a `TiedMatrix` while it trains, for all linears that have it."""
 
-    def __init__(self, relaxed: Relaxed) -> None:
+    def __init__(self, relaxed: RelaxedWeight) -> None:
         super().__init__()
         self.relaxed = relaxed
 
@@ -286,14 +286,14 @@ class RelaxedTied(nn.Module):
         return output
 
 
-RelaxedModule = RelaxedLinear | RelaxedTied
+RelaxedModule = RelaxedLinear | RelaxedTiedMatrix
 
 
 def relaxed_module(layer: Multiplying, relaxation: Relaxation, target: Tensor | None = None) -> RelaxedModule:
     """Return the trainable form of a compressed matrix of a model; `target` as for `relax`."""
     if isinstance(layer, CompressedLinear):
         return RelaxedLinear.of(layer, relaxation, target)
-    return RelaxedTied(relax(layer.expression(), relaxation, target))
+    return RelaxedTiedMatrix(relax(layer.expression(), relaxation, target))
 
 
 def _octets(tensor: Tensor) -> Tensor:

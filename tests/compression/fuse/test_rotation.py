@@ -18,7 +18,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.models.dense.families import FAMILIES
 from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.weight.modules import compressed_linears
-from llmcompress.weight.nodes import Rotated
+from llmcompress.weight.nodes import RotatedInputs
 from tests.tiny import VOCABULARY, save_tiny
 
 FUSIBLE = [name for name, family in FAMILIES.items() if family.producers]
@@ -125,4 +125,4 @@ def test_a_checkpoint_loads_and_computes_like_the_dense_model(tied: bool, tmp_pa
 
 
 def _is_turned(layer: Any) -> bool:
-    return isinstance(layer.expression(), Rotated)
+    return isinstance(layer.expression(), RotatedInputs)

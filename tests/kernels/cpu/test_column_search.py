@@ -108,7 +108,7 @@ def test_room_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(stream_search, "ROOM", 1)
     assert torch.equal(choose_columns(block_of(trellis), numbers_of(trellis))[0], expected)
     elsewhere = block_of(trellis)
-    assert torch.equal(stream_search._elsewhere(elsewhere, numbers_of(trellis))[0], expected)
+    assert torch.equal(stream_search._choose_on_cpu(elsewhere, numbers_of(trellis))[0], expected)
 
 
 def test_weights_are_whole_and_no_row_hides_the_others() -> None:

@@ -12,7 +12,7 @@ from llmcompress.kernels.cpu import build, grid_columns
 from llmcompress.kernels.cpu.instruction_sets import Tier
 from llmcompress.methods.solvers.feedback import BlockProjection, feedback
 from llmcompress.methods.solvers.grid import GridFormat
-from llmcompress.methods.solvers.projection import Quantized
+from llmcompress.methods.solvers.projection import GridPoints
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Weight
 from tests.builders import correlated, seeded
@@ -31,18 +31,18 @@ every_form = pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
 class OneByOne:
     """A projection without its way to take several columns at once."""
 
-    def __init__(self, inner: Quantized) -> None:
+    def __init__(self, inner: GridPoints) -> None:
         self.strides, self.begin, self.project, self.weight = inner.strides, inner.begin, inner.project, inner.weight
 
 
-def given(form: Any) -> tuple[Tensor, Tensor, Quantized, Tensor | None]:
+def given(form: Any) -> tuple[Tensor, Tensor, GridPoints, Tensor | None]:
     rows, columns, group, symmetric, reordered = form
     weight, inputs = torch.randn(rows, columns, generator=seeded(1)), correlated(512, columns)
     hessian = inputs.T @ inputs / 512 + 0.3 * torch.eye(columns)
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian)).T.contiguous()
     order = torch.randperm(columns, generator=seeded(2)) if reordered else None
     importance = torch.rand(columns, generator=seeded(3))
-    return weight, factor, Quantized(GridFormat(16, group, symmetric), columns, importance, order), order
+    return weight, factor, GridPoints(GridFormat(16, group, symmetric), columns, importance, order), order
 
 
 def rounded(form: Any, fed: bool, one_by_one: bool = False) -> Weight:

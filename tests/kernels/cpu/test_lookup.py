@@ -8,16 +8,16 @@ import torch
 from llmcompress.kernels.cpu.lookup import rows_of
 from llmcompress.kernels.cpu.prepare import prepare
 from llmcompress.weight.expression import dense, describe
-from llmcompress.weight.nodes import Rotated, Scaled, Weight
+from llmcompress.weight.nodes import RotatedInputs, ScaledInputs, Weight
 from llmcompress.weight.trellis import Trellis
 from tests.builders import grid, seeded, streams
 
 SIGNS = torch.rand(96, generator=seeded(1)) < 0.5
 TABLES = [
     grid((100, 96), 16, 32, 1, symmetric=True),
-    Rotated(grid((40, 96), 16, 32, 2, symmetric=False), SIGNS, 32),
-    Rotated(streams(Trellis(2, 1, 12), 128, 96, 768), SIGNS, 32),
-    Scaled(grid((33, 50), 256, 1000, 3, symmetric=True), torch.rand(50, generator=seeded(4)).half()),
+    RotatedInputs(grid((40, 96), 16, 32, 2, symmetric=False), SIGNS, 32),
+    RotatedInputs(streams(Trellis(2, 1, 12), 128, 96, 768), SIGNS, 32),
+    ScaledInputs(grid((33, 50), 256, 1000, 3, symmetric=True), torch.rand(50, generator=seeded(4)).half()),
 ]
 
 

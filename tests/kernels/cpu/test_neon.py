@@ -13,7 +13,7 @@ from llmcompress.kernels.cpu import build, launch, matmul
 from llmcompress.kernels.cpu.arguments import Argument
 from llmcompress.kernels.cpu.prepare import prepare
 from llmcompress.weight.expression import dense
-from llmcompress.weight.nodes import Rotated, Weight, shape
+from llmcompress.weight.nodes import RotatedInputs, Weight, shape
 from llmcompress.weight.trellis import Trellis
 from tests.builders import codebook, grid, minifloat, seeded, streams
 from tests.kernels.cpu.emulated import STUBS, Emulated, emulated
@@ -25,7 +25,7 @@ def linear_streams(rows: int, width: int, bits: int, values: int) -> Weight:
 
 
 def turned(w: Weight, block: int) -> Weight:
-    return Rotated(w, torch.rand(shape(w)[1], generator=seeded(7)) < 0.5, block)
+    return RotatedInputs(w, torch.rand(shape(w)[1], generator=seeded(7)) < 0.5, block)
 
 
 FORMS = {

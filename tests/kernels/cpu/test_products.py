@@ -22,10 +22,10 @@ from llmcompress.weight.nodes import (
     Dense,
     Grid,
     LowRank,
-    Rotated,
-    Scaled,
+    RotatedInputs,
+    ScaledInputs,
     Sum,
-    TrellisCoded,
+    TrellisCodes,
     Weight,
     Where,
     Zero,
@@ -43,7 +43,7 @@ def signs(width: int, seed: int = 0) -> Tensor:
     return torch.rand(width, generator=seeded(seed)) < 0.5
 
 
-def linear_streams(rows: int, width: int, bits: int, values: int, memory: int, run: int = 768) -> TrellisCoded:
+def linear_streams(rows: int, width: int, bits: int, values: int, memory: int, run: int = 768) -> TrellisCodes:
     return streams(Trellis(bits, values, memory, "linear"), rows // values, width, run)
 
 
@@ -70,14 +70,14 @@ STREAMS = [
     linear_streams(100, 33, 6, 1, 12),
 ]
 TURNED = [
-    Rotated(STREAMS[0], signs(100), 4),
-    Rotated(grid((64, 256), 16, 64, 10, symmetric=True), signs(256), 256),
-    Rotated(grid((64, 192), 16, 64, 11, symmetric=True), signs(192), 64),
-    Scaled(Rotated(GRIDS[1], signs(192), 64), (torch.rand(192, generator=seeded(1)) + 0.5).half()),
+    RotatedInputs(STREAMS[0], signs(100), 4),
+    RotatedInputs(grid((64, 256), 16, 64, 10, symmetric=True), signs(256), 256),
+    RotatedInputs(grid((64, 192), 16, 64, 11, symmetric=True), signs(192), 64),
+    ScaledInputs(RotatedInputs(GRIDS[1], signs(192), 64), (torch.rand(192, generator=seeded(1)) + 0.5).half()),
     Sum((GRIDS[0], LowRank(Dense(torch.randn(33, 3, generator=seeded(2)).half()), grid((3, 100), 16, 32, 12, True)))),
     LowRank(
         grid((33, 40), 2, 40, 16, symmetric=True),
-        Scaled(grid((40, 100), 2, 100, 17, symmetric=True), (torch.rand(100, generator=seeded(6)) + 0.5).half()),
+        ScaledInputs(grid((40, 100), 2, 100, 17, symmetric=True), (torch.rand(100, generator=seeded(6)) + 0.5).half()),
     ),
     Where(Columns(signs(192)), grid((64, 192), 256, 1000, 13, symmetric=True), grid((64, 192), 2, 64, 14, True)),
     Where(Columns(signs(192)), GRIDS[1], Zero((64, 192))),
@@ -112,11 +112,11 @@ ELEMENTS = [
         Where(some(SIZE, 0.2, 6), grid(SIZE, 8, 32, 3, False), Zero(SIZE)),
         grid(SIZE, 2, 64, 9, symmetric=True),
     ),
-    Rotated(Where(some(SIZE, 0.2, 7), grid(SIZE, 2, 32, 9, True), grid(SIZE, 2, 96, 10, True)), signs(200), 8),
+    RotatedInputs(Where(some(SIZE, 0.2, 7), grid(SIZE, 2, 32, 9, True), grid(SIZE, 2, 96, 10, True)), signs(200), 8),
 ]
 
 
-def table_streams(rows: int, width: int, bits: int, values: int, memory: int, run: int = 768) -> TrellisCoded:
+def table_streams(rows: int, width: int, bits: int, values: int, memory: int, run: int = 768) -> TrellisCodes:
     return streams(Trellis(bits, values, memory), rows // values, width, run)
 
 
@@ -135,8 +135,8 @@ VECTORS = [
     codebook((40, 70), 200, 1, 6),
     codebook((48, 66), 2, 1, 7),
     Sum((codebook((33, 100), 256, 4, 8), codebook((33, 100), 16, 4, 9))),
-    Rotated(Sum((codebook((33, 96), 32, 2, 10), codebook((33, 96), 100, 2, 11))), signs(96), 32),
-    Scaled(codebook((50, 103), 128, 4, 12), (torch.rand(103, generator=seeded(4)) + 0.5).half()),
+    RotatedInputs(Sum((codebook((33, 96), 32, 2, 10), codebook((33, 96), 100, 2, 11))), signs(96), 32),
+    ScaledInputs(codebook((50, 103), 128, 4, 12), (torch.rand(103, generator=seeded(4)) + 0.5).half()),
     Where(Columns(signs(100)), grid((33, 100), 256, 1000, 13, symmetric=True), codebook((33, 100), 16, 4, 14)),
     LowRank(Dense(torch.randn(33, 5, generator=seeded(5)).half()), codebook((5, 100), 16, 4, 15)),
 ]
@@ -145,7 +145,7 @@ FLOATS = [
     minifloat((33, 100), "e2m3", "e8m0", 32, 2),
     minifloat((20, 70), "e2m3", "e8m0", 64, 3),
     minifloat((20, 70), "e2m1", "e8m0", 70, 4),
-    Rotated(minifloat((33, 96), "e2m1", "e8m0", 32, 5), signs(96), 32),
+    RotatedInputs(minifloat((33, 96), "e2m1", "e8m0", 32, 5), signs(96), 32),
     Where(pattern((33, 100), 2, 4, 2), minifloat((33, 100), "e2m1", "e8m0", 32, 6), Zero((33, 100))),
     Where(
         some((33, 100), 0.1, 8),
@@ -229,7 +229,7 @@ def test_inputs_are_prepared_once_for_the_layers_that_share_them(monkeypatch: py
     prepare_inputs = matmul._inputs
     monkeypatch.setattr(matmul, "_inputs", lambda *given: made.append(given) or prepare_inputs(*given))
     turned = signs(192)
-    one, other = (prepare(Rotated(grid((64, 192), 16, 64, seed, True), turned, 64)) for seed in (1, 2))
+    one, other = (prepare(RotatedInputs(grid((64, 192), 16, 64, seed, True), turned, 64)) for seed in (1, 2))
     x = torch.randn(1, 192, generator=seeded(6))
     first, second = matmul.product(one, x, "exact"), matmul.product(other, x, "exact")
     assert len(made) == 1
@@ -319,10 +319,10 @@ def test_few_elements_take_little_more_room_than_on_disk() -> None:
 
 
 def test_what_comes_behind_a_rotation_takes_no_factors() -> None:
-    inner = Scaled(GRIDS[5], torch.ones(100).half())
+    inner = ScaledInputs(GRIDS[5], torch.ones(100).half())
     for w in (
-        Rotated(Sum((inner, inner)), signs(100), 4),
-        Rotated(Where(Columns(signs(100)), inner, inner), signs(100), 4),
+        RotatedInputs(Sum((inner, inner)), signs(100), 4),
+        RotatedInputs(Where(Columns(signs(100)), inner, inner), signs(100), 4),
     ):
         assert prepare(w) is None and not supported(w)
 
@@ -330,4 +330,4 @@ def test_what_comes_behind_a_rotation_takes_no_factors() -> None:
 def test_a_run_that_blocks_do_not_divide_has_no_kernel() -> None:
     w = linear_streams(160, 8, 2, 1, 8, run=80)
     assert form_of(w) is None and packed(w) is None and not supported(w)
-    assert isinstance(w, TrellisCoded | Grid)
+    assert isinstance(w, TrellisCodes | Grid)

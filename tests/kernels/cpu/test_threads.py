@@ -22,7 +22,7 @@ from llmcompress.kernels.cpu.build import loaded
 from llmcompress.kernels.cpu.emit import I8, I64, Function
 from llmcompress.kernels.cpu.instruction_sets import Instructions
 from llmcompress.kernels.cpu.prepare import prepare
-from llmcompress.weight.nodes import Rotated
+from llmcompress.weight.nodes import RotatedInputs
 from llmcompress.weight.trellis import Trellis
 from tests.builders import grid, seeded, streams
 
@@ -52,7 +52,7 @@ def prepared() -> list[Any]:
     signs = torch.rand(512, generator=seeded(1)) < 0.5
     found = [
         prepare(grid((256, 512), 16, 64, 1, symmetric=True)),
-        prepare(Rotated(streams(Trellis(2, 1, 12, "linear"), 256, 512, 768), signs, 512)),
+        prepare(RotatedInputs(streams(Trellis(2, 1, 12, "linear"), 256, 512, 768), signs, 512)),
     ]
     assert all(one.plain.packed.rows * one.plain.packed.columns >= launch.WORTH_THREADS for one in found)
     return [one for one in found if one is not None]

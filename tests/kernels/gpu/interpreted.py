@@ -27,14 +27,14 @@ from llmcompress.kernels.accelerate import plain
 from llmcompress.kernels.gpu.layouts import GpuWeight
 from llmcompress.kernels.gpu.prepare import prepare, product, product_of_many, stacked
 from llmcompress.weight.expression import dense
-from llmcompress.weight.modules import compressed_linears, packed
+from llmcompress.weight.modules import compressed_linears, pack_weight
 from llmcompress.weight.nodes import (
     Bitmap,
     Columns,
     Dense,
     LowRank,
-    Rotated,
-    Scaled,
+    RotatedInputs,
+    ScaledInputs,
     Sum,
     Weight,
     Where,
@@ -157,15 +157,19 @@ def composite_cases() -> Iterator[Case]:
     for width, block in ((96, 32), (64, 64), (40, 8), (24, 1), (20, 2)):
         signs = torch.rand(width, generator=random) < 0.5
         inner = Sum((grid((20, width), 8, 16, 1, True), factored(20, width, 3)))
-        yield Case(f"rotated by {block}", (Rotated(inner, signs, block),), 2)
-        parts = [Rotated(Sum((grid((rows, width), 4, 16, rows, False), factored(rows, width, rank))), signs, block)
-                 for rows, rank in ((20, 2), (5, 3), (35, 1))]  # fmt: skip
+        yield Case(f"rotated by {block}", (RotatedInputs(inner, signs, block),), 2)
+        sums = [
+            Sum((grid((rows, width), 4, 16, rows, False), factored(rows, width, rank)))
+            for rows, rank in ((20, 2), (5, 3), (35, 1))
+        ]
+        parts = [RotatedInputs(inner, signs, block) for inner in sums]
         yield Case(f"three matrices rotated by {block}", tuple(parts), 3)
     columns = factors(48, 1)
-    yield Case("column factors", (Scaled(grid((9, 48), 2, 16, 1, True), columns),))
+    yield Case("column factors", (ScaledInputs(grid((9, 48), 2, 16, 1, True), columns),))
     signs = torch.rand(48, generator=random) < 0.5
     yield Case(
-        "factors and rotation", (Scaled(Rotated(Scaled(grid((9, 48), 2, 16, 1, True), columns), signs, 16), columns),)
+        "factors and rotation",
+        (ScaledInputs(RotatedInputs(ScaledInputs(grid((9, 48), 2, 16, 1, True), columns), signs, 16), columns),),
     )
     planes = tuple(grid((9, 48), 2, 16, seed, True) for seed in range(3))
     yield Case("planes", (Sum((*planes, Zero((9, 48)), factored(9, 48, 4))),), 2)
@@ -248,8 +252,10 @@ def compiled_on(device: str) -> float:
     signs = torch.rand(96, generator=seeded(2)) < 0.5
     partial = Where(inside, grid(size, 256, 96, 1, True), grid(size, 2, 32, 2, True))
     term = LowRank(Dense(torch.randn(20, 2, generator=seeded(3))), Dense(torch.randn(2, 96, generator=seeded(4))))
-    weights = [Rotated(Sum((base, term)), signs, 32) for base in (partial, streams(Trellis(2, 1, 10), 20, 96, 768))]
-    held = [(layout, payload.to(device)) for layout, payload in map(packed, weights)]
+    weights = [
+        RotatedInputs(Sum((base, term)), signs, 32) for base in (partial, streams(Trellis(2, 1, 10), 20, 96, 768))
+    ]
+    held = [(layout, payload.to(device)) for layout, payload in map(pack_weight, weights)]
     assert all(layout.text for layout, _ in held), "known before a compiler asks, as `accelerate` does"
 
     def function(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from llmcompress.kernels.column_block import ColumnBlock
 from llmcompress.kernels.cpu.column_search import choose as choose_here
 from llmcompress.kernels.cpu.grid_columns import round_columns as round_here
 from llmcompress.methods.solvers.feedback import feedback
-from llmcompress.methods.solvers.stream_search import choose_columns, searched_there
+from llmcompress.methods.solvers.stream_search import can_search, choose_columns
 from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.trellis import Trellis
 from tests.builders import seeded
@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.slow,  # kernels interpreted in a process of their own; the search of CPUs is judged in fast tests
     pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which is for Linux"),
 ]
-on_a_gpu = pytest.mark.skipif(not searched_there(torch.device("cuda")), reason="needs a GPU that Triton supports")
+on_a_gpu = pytest.mark.skipif(not can_search(torch.device("cuda")), reason="needs a GPU that Triton supports")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.trellis}-{case.kind}")
 LONG = (0, 768, 1536, 1600)
 

@@ -24,14 +24,14 @@ from llmcompress.kernels.gpu.layouts import PLANES, GridRows, StreamRows
 from llmcompress.kernels.gpu.packing import grid_rows, salient_rows, stream_rows
 from llmcompress.kernels.gpu.prepare import prepare, product, runs_on, stacked
 from llmcompress.kernels.ops import operator
-from llmcompress.weight.modules import packed
+from llmcompress.weight.modules import pack_weight
 from llmcompress.weight.nodes import (
     Bitmap,
     Dense,
     LowRank,
-    Rotated,
+    RotatedInputs,
     Sum,
-    Transposed,
+    Transpose,
     Weight,
     Where,
     Zero,
@@ -125,7 +125,7 @@ def test_a_layout_takes_hardly_more_than_the_codes() -> None:
         Dense(torch.ones(4, 8)),
         Zero((4, 8)),
         codebook((4, 8), 16, 4, 0),
-        Transposed(grid((8, 4), 16, 4, 1, True)),
+        Transpose(grid((8, 4), 16, 4, 1, True)),
         Sum((grid((4, 8), 16, 4, 1, True), codebook((4, 8), 16, 4, 0))),
         LowRank(Dense(torch.ones(4, 2)), Dense(torch.ones(2, 8))),
         Sum((grid((8, 32), 16, 16, 1, True), *TWO.parts[1:], *TWO.parts[1:])),
@@ -145,7 +145,7 @@ def test_only_what_is_alike_goes_below_each_other() -> None:
         grid((4, 32), 16, 8, 1, True),
         grid((4, 32), 16, 16, 1, False),
         streams(Trellis(2, 1, 10), 4, 32, 768),
-        Rotated(grid((4, 32), 16, 16, 1, True), torch.ones(32, dtype=torch.bool), 32),
+        RotatedInputs(grid((4, 32), 16, 16, 1, True), torch.ones(32, dtype=torch.bool), 32),
         Sum((grid((4, 32), 16, 16, 1, True), LowRank(Dense(torch.ones(4, 2)), Dense(torch.ones(2, 32))))),
     ]
     for other in others:
@@ -169,7 +169,7 @@ def test_no_gpu_is_no_place_to_run_on() -> None:
 @pytest.mark.slow
 def test_a_product_can_be_traced_without_a_device() -> None:
     """Tensors without storage stand for those of a GPU, as `torch.compile` has them."""
-    layout, payload = packed(Rotated(TWO, torch.ones(32, dtype=torch.bool), 8))
+    layout, payload = pack_weight(RotatedInputs(TWO, torch.ones(32, dtype=torch.bool), 8))
     with FakeTensorMode():
         held = torch.empty(payload.shape, dtype=torch.uint8, device="cuda")
         x = torch.empty(2, 3, 32, dtype=torch.bfloat16, device="cuda")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import apply, relative_error, split, step, support
+from llmcompress.methods.layer import apply, base_and_term, relative_error, step, support
 from llmcompress.weight.expression import dense
 from tests.builders import compressed, correlated, gaussian, moments
 from tests.methods.conformance.cases import ROTATE, SIZE, Step, assert_sound, calibration, every_step, refusal, spelled
@@ -46,12 +46,12 @@ def test_after_another_step(arguments: Step, before: str) -> None:
         return
     done = apply(given, [step(arguments)])
     assert_sound(done, SIZE, first, arguments)
-    base = dense(split(done.approx)[0])
+    base = dense(base_and_term(done.approx)[0])
     keep = support(given.approx)
     if keep is not None:
         assert int(base[~keep].count_nonzero()) == 0, "pruned weights came back"
     elif before in ("quantized", "partly binary"):
-        assert torch.equal(base, dense(split(given.approx)[0])), "the quantized base was changed"
+        assert torch.equal(base, dense(base_and_term(given.approx)[0])), "the quantized base was changed"
     assert relative_error(gaussian(*SIZE), done.expression(), moments(calibration(SIZE[1]))) <= 1
 
 
@@ -71,7 +71,9 @@ def test_eora_at_the_end_of_any_pipeline_lowers_the_output_error(steps: list[Ste
     eora = {"method": "eora", "rank": 4, "factor_bits": factor_bits}
     before, after = compressed(weight, inputs, *steps), compressed(weight, inputs, *steps, eora)
     assert_sound(after, SIZE, *steps, eora)
-    assert torch.equal(dense(split(after.approx)[0]), dense(split(before.approx)[0])), "the base was changed"
+    assert torch.equal(dense(base_and_term(after.approx)[0]), dense(base_and_term(before.approx)[0])), (
+        "the base was changed"
+    )
     errors = [relative_error(weight, done.expression(), moments(inputs)) for done in (after, before)]
     assert errors[0] < errors[1], errors
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from llmcompress.errors import RecipeError
 from llmcompress.methods.grids.adadim import DownColumns
 from llmcompress.methods.layer import Layer, relative_error, sketch, step
-from llmcompress.methods.refine import descended
+from llmcompress.methods.refine import descend
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.grid import GridFormat
 from llmcompress.methods.solvers.hessian import inverse_factor
-from llmcompress.methods.solvers.projection import Quantized
+from llmcompress.methods.solvers.projection import GridPoints
 from llmcompress.weight.expression import bits, dense, describe
-from llmcompress.weight.nodes import Grid, Transposed
+from llmcompress.weight.nodes import Grid, Transpose
 from llmcompress.weight.rows import check_rows
 from tests.builders import compressed, correlated, gaussian, moments, seeded
 from tests.methods.oracles.slow import fit, nearest, optimal_brain_surgeon
@@ -31,17 +31,17 @@ every_form = pytest.mark.parametrize("form", FORMS, ids=str)
 STEP: dict[str, Any] = {"method": "adadim", "bits": 3, "group_size": 16}
 
 
-def down(weight: Tensor, form: GridFormat, factor: Tensor | None = None) -> Transposed:
+def down(weight: Tensor, form: GridFormat, factor: Tensor | None = None) -> Transpose:
     """`weight [out, in]` on grids along the output."""
     found = feedback(weight, factor, DownColumns(form, len(weight)))
-    assert isinstance(found, Transposed) and isinstance(found.inner, Grid)
+    assert isinstance(found, Transpose) and isinstance(found.inner, Grid)
     return found
 
 
 @every_form
 def test_without_feedback_it_is_the_transpose_of_the_other_axis(form: GridFormat) -> None:
     weight = gaussian(18, 20)
-    lying, plain = down(weight, form).inner, feedback(weight.T.contiguous(), None, Quantized(form, 18))
+    lying, plain = down(weight, form).inner, feedback(weight.T.contiguous(), None, GridPoints(form, 18))
     assert isinstance(lying, Grid) and isinstance(plain, Grid)
     assert torch.equal(lying.codes, plain.codes) and torch.equal(lying.scale, plain.scale)
     assert (lying.zero is None and plain.zero is None) or torch.equal(lying.zero, plain.zero)  # type: ignore[arg-type]
@@ -119,11 +119,11 @@ def test_a_choice_does_not_change_the_bits(size: tuple[int, int]) -> None:
 def test_a_visit_is_the_best_move_of_every_weight_in_turn(form: GridFormat) -> None:
     weight, inputs, hessian, _ = problem(5)
     w = down(weight, form)
-    moved = descended(w, weight, hessian.float())
+    moved = descend(w, weight, hessian.float())
     errors = [weight.double() - dense(each).double() for each in (w, moved)]
     before, after = (float(((error @ hessian) * error).sum()) for error in errors)
     assert after < before
-    assert isinstance(moved, Transposed) and isinstance(moved.inner, Grid) and isinstance(w.inner, Grid)
+    assert isinstance(moved, Transpose) and isinstance(moved.inner, Grid) and isinstance(w.inner, Grid)
     assert torch.equal(moved.inner.scale, w.inner.scale) and bits(moved) == bits(w)
     lying = moved.inner
     values, middle = dense(w).double(), torch.full(lying.scale.shape, (form.levels - 1) / 2)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.binary.binary_low_rank import PULL, BinaryFactors, alternated, balanced, rescaled, signs
+from llmcompress.methods.binary.binary_low_rank import PULL, BinaryFactors, balance, fit_factors, fit_scales, signs
 from llmcompress.methods.layer import Layer, apply, relative_error, sketch, step
 from llmcompress.methods.moments import Moments
 from llmcompress.weight.expression import bits, dense
-from llmcompress.weight.nodes import Dense, Grid, LowRank, Scaled, shape
+from llmcompress.weight.nodes import Dense, Grid, LowRank, ScaledInputs, shape
 from tests.builders import compressed, correlated, gaussian, moments, seeded
 
 SIZE = (40, 56)
@@ -57,7 +57,7 @@ def test_either_a_rank_or_bits(arguments: dict[str, float]) -> None:
 
 def test_what_is_stored_are_two_binary_grids_and_three_vectors_of_scales() -> None:
     found = compressed(gaussian(*SIZE), correlated(300, SIZE[1]), blr(rank=9, iterations=4)).approx
-    assert isinstance(found, LowRank) and isinstance(found.right, Scaled)
+    assert isinstance(found, LowRank) and isinstance(found.right, ScaledInputs)
     left, right = found.left, found.right.inner
     assert isinstance(left, Grid) and isinstance(right, Grid) and left.levels == right.levels == 2
     assert bits(found) == 9 * sum(SIZE) + 16 * (9 + sum(SIZE))
@@ -106,16 +106,16 @@ def slow_alternation(target: Tensor, metric: Tensor, draws: Tensor, iterations: 
 @pytest.mark.parametrize("iterations", [1, 2, 5])
 def test_the_alternation_is_that_of_the_paper_element_by_element(iterations: int) -> None:
     inputs = correlated(300, 14)
-    problem, _, _ = balanced(gaussian(10, 14).double(), (inputs.T @ inputs / 300).double(), None)
+    problem, _, _ = balance(gaussian(10, 14).double(), (inputs.T @ inputs / 300).double(), None)
     draws = torch.randn(5, 14, generator=seeded(3), dtype=torch.float64)
-    found = alternated(problem, draws, iterations)
+    found = fit_factors(problem, draws, iterations)
     torch.testing.assert_close(product(found), slow_alternation(problem.target, problem.metric, draws, iterations))
 
 
 def test_balancing_is_undone_by_the_scales_and_keeps_the_loss() -> None:
     target, inputs, counts = gaussian(*SIZE), correlated(300, SIZE[1]), torch.rand(SIZE[0], generator=seeded(1)) + 0.1
     hessian = inputs.T @ inputs / 300
-    problem, rows, columns = balanced(target, hessian, counts)
+    problem, rows, columns = balance(target, hessian, counts)
     torch.testing.assert_close(problem.target * rows[:, None] * columns, target)
     torch.testing.assert_close(problem.metric.diagonal(), torch.ones(SIZE[1]))
     own = ((target @ hessian) * target).sum(1) * counts
@@ -125,9 +125,9 @@ def test_balancing_is_undone_by_the_scales_and_keeps_the_loss() -> None:
 
 def test_least_squares_for_the_scales_never_loses_and_leaves_nothing_to_the_rows() -> None:
     inputs = correlated(300, SIZE[1])
-    problem, _, _ = balanced(gaussian(*SIZE), inputs.T @ inputs / 300, None)
-    found = alternated(problem, torch.randn(12, SIZE[1], generator=seeded(0)), 4)
-    better = rescaled(problem, found)
+    problem, _, _ = balance(gaussian(*SIZE), inputs.T @ inputs / 300, None)
+    found = fit_factors(problem, torch.randn(12, SIZE[1], generator=seeded(0)), 4)
+    better = fit_scales(problem, found)
     before, after = (loss(problem.target, problem.metric, each) for each in (found, better))
     assert after < 0.999 * before
     values = product(better)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.solvers import centroids as engine
-from llmcompress.methods.solvers.centroids import clustered, refitted
-from llmcompress.methods.solvers.codebooks import fitted
+from llmcompress.methods.solvers.centroids import k_means, refit_entries
+from llmcompress.methods.solvers.codebooks import fit_codebooks
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.hessian import inverse_factor
 from llmcompress.methods.solvers.vectors import Vectors, books_of
@@ -57,7 +57,7 @@ def best_split(values: Tensor, importance: Tensor, entries: int) -> float:
 @pytest.mark.parametrize("entries", [2, 4])
 def test_points_of_single_weights_are_near_the_best_there_are(entries: int) -> None:
     values, importance = torch.randn(40, generator=seeded(0)), torch.rand(40, generator=seeded(1)) + 0.1
-    found = [clustered(values[:, None], importance[:, None], entries, seeded(seed)) for seed in range(8)]
+    found = [k_means(values[:, None], importance[:, None], entries, seeded(seed)) for seed in range(8)]
     costs = [cost(values[:, None], importance[:, None], each) for each in found]
     best = best_split(values, importance, entries)
     assert best * (1 - 1e-6) <= min(costs) <= 1.02 * best
@@ -77,7 +77,7 @@ def test_rounds_are_those_of_lloyd() -> None:
             if own:
                 weight = importance[own].double()
                 centroids[entry] = (weight * vectors[own]).sum(0) / weight.sum(0)
-    found = clustered(vectors, importance, 8, seeded(2))
+    found = k_means(vectors, importance, 8, seeded(2))
     torch.testing.assert_close(found.double(), centroids, rtol=1e-4, atol=1e-5)
     assert cost(vectors, importance, found) <= cost(vectors, importance, start)
 
@@ -85,14 +85,14 @@ def test_rounds_are_those_of_lloyd() -> None:
 def test_as_many_entries_as_vectors_lose_nothing() -> None:
     distinct = torch.randn(6, 4, generator=seeded(0))
     vectors = distinct[torch.arange(60) % 6]
-    found = clustered(vectors, torch.ones(60, 4), 16, seeded(1))
+    found = k_means(vectors, torch.ones(60, 4), 16, seeded(1))
     assert cost(vectors, torch.ones(60, 4), found) < 1e-9
     assert int(found.any(1).sum()) == 6, "what is left over is zero"
 
 
 def test_what_does_not_count_does_not_pull() -> None:
     vectors = torch.tensor([[1.0, 50.0], [3.0, -70.0]])
-    found = clustered(vectors, torch.tensor([[1.0, 0.0], [3.0, 0.0]]), 1, seeded(0))
+    found = k_means(vectors, torch.tensor([[1.0, 0.0], [3.0, 0.0]]), 1, seeded(0))
     assert float(found[0, 0]) == pytest.approx(2.5)
 
 
@@ -101,7 +101,7 @@ def test_how_near_a_gaussian_comes(entries: int, limit: float) -> None:
     """Vectors of four at 1, 1.5 and 2 bits a weight; 1/4, 1/8 and 1/16 are the limits of any code (Shannon)."""
     vectors = torch.randn(16384, 4, generator=seeded(5))
     unseen = torch.randn(4096, 4, generator=seeded(6))
-    found = clustered(vectors, torch.ones_like(vectors), entries, seeded(0))
+    found = k_means(vectors, torch.ones_like(vectors), entries, seeded(0))
     error = cost(unseen, torch.ones_like(unseen), found) / unseen.numel()
     assert entries**-0.5 < error < limit
 
@@ -170,7 +170,7 @@ def test_feedback_by_vectors_is_that_of_the_whole_triangular_block(length: int, 
     weight, inputs = gaussian(6, width), correlated(8 * width, width)
     factor, _ = inverse_factor(moments(inputs), 0.1)
     hessian = damped_moment(inputs, 0.1)
-    [book] = fitted(weight, 1 / factor.diagonal().square(), [12], length, seeded(0))
+    [book] = fit_codebooks(weight, 1 / factor.diagonal().square(), [12], length, seeded(0))
     found = dense(feedback(weight, factor, Vectors([book], factor)))
     torch.testing.assert_close(found.double(), slow_vectors(weight, hessian, book), rtol=1e-4, atol=1e-5)
 
@@ -179,7 +179,7 @@ def test_the_entry_chosen_costs_least_where_other_columns_are_stored_exactly() -
     """Columns of a vector that are stored elsewhere take no error on, whatever the entry."""
     weight, inputs = gaussian(7, 8), correlated(100, 8)
     factor, _ = inverse_factor(moments(inputs), 0.1)
-    [book] = fitted(weight, torch.ones(8), [9], 4, seeded(0))
+    [book] = fit_codebooks(weight, torch.ones(8), [9], 4, seeded(0))
     shown = torch.tensor([True, False, True, True, True, True, True, True])
     vectors = Vectors([book], factor)
     vectors.begin(0, weight.T, shown[:, None].expand(-1, 7))
@@ -200,7 +200,7 @@ def test_without_feedback_every_weight_goes_to_its_nearest_point() -> None:
     weight, inputs = gaussian(12, 30), correlated(400, 30)
     done = compressed(weight, inputs, {"method": "kmeans", "bits": 3, "feedback": False}).approx
     assert isinstance(done, Codebook)
-    books = fitted(weight, damped_moment(inputs, 0).diagonal().float(), [8], 1, seeded(0))
+    books = fit_codebooks(weight, damped_moment(inputs, 0).diagonal().float(), [8], 1, seeded(0))
     found = dense(feedback(weight, None, Vectors(books, None, torch.ones(30))))
     points = books[0].centroids[:, 0].float() * books[0].scale.float()
     expected = points.gather(1, (weight[:, :, None] - points[:, None]).abs().argmin(2))
@@ -227,7 +227,7 @@ def test_entries_reach_the_normal_equations(hidden: bool, monkeypatch: pytest.Mo
     best = torch.linalg.lstsq(design, (weight.double() @ root).flatten()[:, None], driver="gelsd").solution[:, 0]
     least = loss(weight, sum(c * float(b) for c, b in zip(columns, best, strict=True)), hessian)
     monkeypatch.setattr(engine, "STEPS", 200)
-    found = refitted(w, weight, hessian.float(), shown)
+    found = refit_entries(w, weight, hessian.float(), shown)
     assert least <= loss(weight, dense(found) * seen, hessian) <= 1.0001 * least
 
 
@@ -239,7 +239,7 @@ def test_a_few_steps_never_raise_the_loss(steps: int, monkeypatch: pytest.Monkey
     w = codebook((16, 30), 16, 4, 0)
     losses = [loss(weight, dense(w), hessian)]
     for _ in range(4):
-        w = refitted(w, weight, hessian.float(), None)
+        w = refit_entries(w, weight, hessian.float(), None)
         losses.append(loss(weight, dense(w), hessian))
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(losses)) and losses[-1] < losses[0]
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.layer import relative_error
-from llmcompress.methods.refine import descended
+from llmcompress.methods.refine import descend
 from llmcompress.methods.solvers.bitplane_fit import PlaneFormat
 from llmcompress.methods.solvers.bitplanes import Planes
-from llmcompress.methods.solvers.column_scales import ColumnScaled, mirrored, rank_one, refactored
+from llmcompress.methods.solvers.column_scales import ColumnScales, flip_columns, rank_one, refit_columns
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.hessian import inverse_factor
-from llmcompress.methods.solvers.scales import rescaled
+from llmcompress.methods.solvers.scales import refit_scales
 from llmcompress.weight.expression import bits, dense
-from llmcompress.weight.nodes import Columns, Dense, Grid, LowRank, Scaled, Sum, Weight, Where
+from llmcompress.weight.nodes import Columns, Dense, Grid, LowRank, ScaledInputs, Sum, Weight, Where
 from tests.builders import compressed, correlated, gaussian, grid, moments, seeded
 from tests.methods.oracles.slow import damped_moment, optimal_brain_surgeon
 from tests.methods.oracles.test_feedback import DAMPING, WIDTH, assert_same_but_for_ties, problem
@@ -39,11 +39,11 @@ def loss(w: Weight | Tensor, target: Tensor, hessian: Tensor) -> float:
     return float(((error @ hessian) * error).sum())
 
 
-def made(arguments: Step, out: int = 24, width: int = 48) -> tuple[Scaled, Tensor, Tensor]:
+def made(arguments: Step, out: int = 24, width: int = 48) -> tuple[ScaledInputs, Tensor, Tensor]:
     """Return what a method stores, its target, and H."""
     weight, inputs = gaussian(out, width), correlated(16 * width, width)
     w = compressed(weight, inputs, arguments).approx
-    assert isinstance(w, Scaled)
+    assert isinstance(w, ScaledInputs)
     return w, weight, damped_moment(inputs, 0.1)
 
 
@@ -97,7 +97,7 @@ def test_one_plane_is_obs_with_a_factor_fitted_to_every_column(group_size: int) 
     weight, inputs, hessian, energy = problem(5)
     form = PlaneFormat(1, "residual", group_size, 3)
     factor, _ = inverse_factor(moments(inputs), DAMPING)
-    projection = ColumnScaled(
+    projection = ColumnScales(
         lambda energy, _: Planes(form, WIDTH, energy), energy.float(), factor.diagonal().square(), 3
     )
     mine = dense(feedback(weight, factor, projection))
@@ -123,7 +123,7 @@ def test_turns_of_a_factor_and_its_points_do_not_lose() -> None:
     weight = gaussian(40, 12) * torch.arange(1, 13)
     form = PlaneFormat(2, "split", None, 5)
     energy = torch.ones(12)
-    started = ColumnScaled(lambda energy, _: Planes(form, 12, energy), energy, energy, 5)
+    started = ColumnScales(lambda energy, _: Planes(form, 12, energy), energy, energy, 5)
     started.begin(0, weight.T)
     for column, values in enumerate(weight.T):
         factor = started.columns[column].float()
@@ -142,7 +142,7 @@ def test_magnitudes_of_rank_one_are_exact(name: str, fed_back: bool) -> None:
     weight = signs * torch.outer(rows, columns)
     arguments = {"method": name, "columns": True, "feedback": fed_back} | ({"bits": 1} if name == "planes" else {})
     w = compressed(weight, correlated(768, 48), arguments).approx
-    assert isinstance(w, Scaled)
+    assert isinstance(w, ScaledInputs)
     assert relative_error(weight, w) < 1e-6, "float16 alone may come between them"
     if name == "planes":  # of two levels a row, either may go with a factor
         found = w.columns.float() / w.columns.float().mean()
@@ -155,7 +155,7 @@ def test_signs_of_columns_and_of_their_inputs_do_not_matter(arguments: Step) -> 
     flips = torch.where(torch.rand(48, generator=seeded(2)) < 0.5, 1.0, -1.0)
     one = compressed(weight, inputs, arguments).approx
     other = compressed(weight * flips, inputs * flips, arguments).approx
-    assert isinstance(one, Scaled) and isinstance(other, Scaled)
+    assert isinstance(one, ScaledInputs) and isinstance(other, ScaledInputs)
     torch.testing.assert_close(other.columns, one.columns, rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(dense(other) * flips, dense(one), rtol=5e-3, atol=1e-4)
 
@@ -165,8 +165,8 @@ def test_a_dead_column_of_weights_is_stored_as_zero(arguments: Step) -> None:
     weight = gaussian(24, 48)
     weight[:, [0, 17]] = 0
     w = compressed(weight, torch.eye(48) * 3, arguments).approx
-    assert isinstance(w, Scaled) and int(dense(w)[:, [0, 17]].count_nonzero()) == 0
-    assert bool((w.columns >= 0).all()) and bool(dense(descended(w, weight, torch.eye(48))).isfinite().all())
+    assert isinstance(w, ScaledInputs) and int(dense(w)[:, [0, 17]].count_nonzero()) == 0
+    assert bool((w.columns >= 0).all()) and bool(dense(descend(w, weight, torch.eye(48))).isfinite().all())
 
 
 # --- least squares under H -------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_factors_are_least_squares_under_h(arguments: Step) -> None:
     wanted = torch.cat([root @ row for row in weight.double()])
     best = torch.linalg.lstsq(basis, wanted).solution
     expected = float((wanted - basis @ best).square().sum())
-    found = refactored(w, weight, hessian.float())
+    found = refit_columns(w, weight, hessian.float())
     assert expected * (1 - 1e-6) <= loss(found, weight, hessian) <= 1.002 * expected
     torch.testing.assert_close(found.columns.double(), best.abs(), rtol=5e-3, atol=1e-3)
     assert torch.equal(dense(found.inner), torch.where(best < 0, -1.0, 1.0).float() * dense(w.inner))
@@ -193,8 +193,8 @@ def test_no_turn_of_rows_and_columns_loses(arguments: Step) -> None:
     w, weight, hessian = made(arguments | {"rounds": 0})
     before = [loss(w, weight, hessian)]
     for _ in range(6):
-        fitted = rescaled(w, weight, hessian.float())
-        assert isinstance(fitted, Scaled) and bool((fitted.columns >= 0).all())
+        fitted = refit_scales(w, weight, hessian.float())
+        assert isinstance(fitted, ScaledInputs) and bool((fitted.columns >= 0).all())
         before.append(loss(fitted, weight, hessian))
         w = fitted
         assert before[-1] <= before[-2] * (1 + 1e-6)
@@ -204,9 +204,9 @@ def test_no_turn_of_rows_and_columns_loses(arguments: Step) -> None:
 @every_method
 def test_no_visit_loses_and_the_bits_stay(arguments: Step) -> None:
     w, weight, hessian = made(arguments)
-    moved = descended(w, weight, hessian.float())
+    moved = descend(w, weight, hessian.float())
     assert loss(moved, weight, hessian) <= loss(w, weight, hessian) * (1 + 1e-6)
-    assert bits(moved) == bits(w) and isinstance(moved, Scaled) and torch.equal(moved.columns, w.columns)
+    assert bits(moved) == bits(w) and isinstance(moved, ScaledInputs) and torch.equal(moved.columns, w.columns)
 
 
 @every_method
@@ -215,13 +215,13 @@ def test_refine_polishes_rows_columns_and_signs(arguments: Step) -> None:
     hessian = damped_moment(inputs, 0.1)
     plain, polished = (compressed(weight, inputs, arguments, *more) for more in ((), ({"method": "refine"},)))
     assert loss(polished.approx, weight, hessian) < 0.99 * loss(plain.approx, weight, hessian)
-    assert bits(polished.approx) == bits(plain.approx) and isinstance(polished.approx, Scaled)
+    assert bits(polished.approx) == bits(plain.approx) and isinstance(polished.approx, ScaledInputs)
 
 
 def test_negative_factors_turn_signs_round() -> None:
     base = grid((6, 10), 2, 10, 0, symmetric=True)
-    w = Scaled(base, torch.ones(10).half())
-    found = refactored(w, -dense(base), torch.eye(10))
+    w = ScaledInputs(base, torch.ones(10).half())
+    found = refit_columns(w, -dense(base), torch.eye(10))
     assert torch.equal(dense(found), -dense(base)) and bool((found.columns == 1).all())
 
 
@@ -229,11 +229,11 @@ def test_mirrored_turns_columns_of_symmetric_planes_and_refuses_others() -> None
     half = torch.arange(10) % 2 == 0
     plane = grid((6, 10), 2, 4, 0, symmetric=True)
     for w in (plane, Sum((plane, grid((6, 10), 3, 4, 1, True))), Where(Columns(half), plane, plane)):
-        turned = dense(mirrored(w, half))
+        turned = dense(flip_columns(w, half))
         torch.testing.assert_close(turned, torch.where(half, -1.0, 1.0) * dense(w), rtol=0, atol=1e-7)
-        assert bits(mirrored(w, half)) == bits(w)
+        assert bits(flip_columns(w, half)) == bits(w)
     with pytest.raises(TypeError, match="LowRank"):
-        mirrored(LowRank(Dense(torch.ones(6, 1)), Dense(torch.ones(1, 10))), half)
+        flip_columns(LowRank(Dense(torch.ones(6, 1)), Dense(torch.ones(1, 10))), half)
 
 
 # --- the column-group bitmap -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.solvers.hessian import inverse_factor, second_moment
-from llmcompress.methods.solvers.tile_search import nearest
+from llmcompress.methods.solvers.tile_search import nearest_tiles
 from llmcompress.methods.trellises.exl3 import SPREAD, WIDE_SPREAD, tiles_with_feedback
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Tiles
@@ -24,7 +24,7 @@ LIMITS = {1: 0.25, 2: 0.0625, 4: 0.0039}  # of the squared error on a Gaussian: 
 def test_a_tile_that_can_be_met_is_met(size: int) -> None:
     codes = torch.randint(1 << size, (6, STEPS), generator=seeded(size), dtype=torch.uint8)
     wanted = numbers()[states(codes, size)]
-    found = numbers()[states(nearest(wanted, size), size)]
+    found = numbers()[states(nearest_tiles(wanted, size), size)]
     assert torch.equal(found, wanted)
 
 
@@ -32,7 +32,7 @@ def test_a_tile_that_can_be_met_is_met(size: int) -> None:
 @pytest.mark.parametrize("size", LIMITS)
 def test_the_error_on_a_gaussian_is_near_its_limit(size: int) -> None:
     wanted = torch.randn(32, STEPS, generator=seeded(size)) * SPREAD.get(size, WIDE_SPREAD)
-    found = numbers()[states(nearest(wanted, size), size)]
+    found = numbers()[states(nearest_tiles(wanted, size), size)]
     error = float((found - wanted).square().mean() / wanted.square().mean())
     assert LIMITS[size] < error < 1.2 * LIMITS[size]
 
@@ -49,7 +49,7 @@ def test_feedback_moves_later_inputs_to_their_minimum() -> None:
         made = weight[:start].double() - values[:start]
         moved = torch.linalg.solve(hessian[start:, start:], hessian[start:, :start] @ made)
         wanted = (weight[start:].double() + moved)[:16].float()
-        expected = from_tiles(numbers()[states(nearest(to_tiles(wanted), 2), 2)])
+        expected = from_tiles(numbers()[states(nearest_tiles(to_tiles(wanted), 2), 2)])
         differing = (expected != values[start : start + 16]).float().mean()
         assert differing < 0.02, "up to ties that rounding decides"
 

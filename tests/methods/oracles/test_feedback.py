@@ -11,8 +11,8 @@ from torch import Tensor
 from llmcompress.methods.layer import Layer, apply, relative_error, step
 from llmcompress.methods.solvers import feedback as engine
 from llmcompress.methods.solvers.grid import GridFormat
-from llmcompress.methods.solvers.hessian import FLOAT32, damped, inverse_factor, inverted, second_moment
-from llmcompress.methods.solvers.projection import Kept, Pruned, Quantized
+from llmcompress.methods.solvers.hessian import FLOAT32, add_damping, inverse_factor, invert_lower, second_moment
+from llmcompress.methods.solvers.projection import GridPoints, KeptValues, Zeros
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Bitmap, Dense, Grid, Where
 from tests.builders import compressed, correlated, gaussian, layer, moments
@@ -58,7 +58,7 @@ def test_the_factor_is_the_cholesky_factor_of_the_inverse(tokens: int) -> None:
 def test_a_triangle_is_inverted_by_halves(width: int) -> None:
     hessian = damped_moment(correlated(2 * width, width), 0.1)
     lower = torch.linalg.cholesky(hessian)
-    inverse = inverted(lower)
+    inverse = invert_lower(lower)
     assert torch.equal(inverse, inverse.tril())
     torch.testing.assert_close(inverse @ lower, torch.eye(width, dtype=torch.float64))
 
@@ -95,7 +95,7 @@ def test_the_loss_is_the_sum_of_the_fed_back_errors(levels: int, group_size: int
     factor, _ = inverse_factor(moments(inputs), DAMPING)
     seen: list[float] = []
 
-    class Listening(Quantized):
+    class Listening(GridPoints):
         def project_block(self, columns: slice, current: Tensor, shares: Tensor | None) -> Tensor:
             errors = super().project_block(columns, current, shares)
             seen.extend((errors / factor.diagonal()[columns, None]).double().square().sum(1).tolist())
@@ -109,14 +109,14 @@ def test_the_loss_is_the_sum_of_the_fed_back_errors(levels: int, group_size: int
 
 def test_without_a_factor_columns_are_projected_as_they_are() -> None:
     weight = gaussian(5, 9)
-    assert torch.equal(dense(engine.feedback(weight, None, Kept(torch.float32))), weight)
-    assert int(dense(engine.feedback(weight, None, Pruned())).count_nonzero()) == 0
+    assert torch.equal(dense(engine.feedback(weight, None, KeptValues(torch.float32))), weight)
+    assert int(dense(engine.feedback(weight, None, Zeros())).count_nonzero()) == 0
 
 
 def test_what_is_kept_exactly_costs_nothing() -> None:
     weight, inputs, _, _ = problem()
     factor, _ = inverse_factor(moments(inputs), DAMPING)
-    assert torch.equal(dense(engine.feedback(weight, factor, Kept(torch.float32))), weight)
+    assert torch.equal(dense(engine.feedback(weight, factor, KeptValues(torch.float32))), weight)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (4, 6)])
@@ -124,7 +124,7 @@ def test_the_weight_given_is_not_written_to(size: tuple[int, int]) -> None:
     """A single row or column is contiguous both ways, so a transposed view of it is the weight itself."""
     weight = gaussian(*size)
     before = weight.clone()
-    engine.feedback(weight, None, Quantized(GridFormat(4), size[1]))
+    engine.feedback(weight, None, GridPoints(GridFormat(4), size[1]))
     assert torch.equal(weight, before), "feedback wrote its result into the layer's dense weight"
 
 
@@ -346,5 +346,5 @@ def test_salient_entries_are_kept_precisely() -> None:
 def test_the_damped_moment_is_the_one_the_package_uses() -> None:
     inputs = correlated(300, 16)
     torch.testing.assert_close(
-        damped(second_moment(moments(inputs)), 0.3), damped_moment(inputs, 0.3), rtol=1e-5, atol=1e-6
+        add_damping(second_moment(moments(inputs)), 0.3), damped_moment(inputs, 0.3), rtol=1e-5, atol=1e-6
     )

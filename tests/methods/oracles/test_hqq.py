@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.methods.grids.hqq import _fitted, solved
+from llmcompress.methods.grids.hqq import _fit_to_codes, fit_to_norm
 from llmcompress.methods.layer import support
 from llmcompress.methods.solvers.grid import GridFormat, fit_grid
 from llmcompress.weight.expression import bits, dense
@@ -49,7 +49,7 @@ def test_the_solver_meets_what_plain_loops_meet(norm: float, levels: int) -> Non
     weight = gaussian(24, 32)
     scale, zero = fit_grid(weight, GridFormat(levels, symmetric=False))
     assert zero is not None
-    found = solved(weight, scale, zero, levels, norm)
+    found = fit_to_norm(weight, scale, zero, levels, norm)
     middle = found[1].float()
     approx = ((weight / found[0].float() + middle).round().clamp(0, levels - 1) - middle) * found[0].float()
     expected = torch.tensor(
@@ -68,7 +68,7 @@ def test_one_round_moves_the_zero_as_the_official_update_does() -> None:
     left = weight - (codes - zero)
     shrunk = left.sign() * torch.relu(left.abs() - left.abs().pow(norm - 1) / beta)
     official = (codes - (weight - shrunk)).mean(1, keepdim=True)
-    _, moved = _fitted(weight - shrunk, codes, torch.ones(8, 1).half(), torch.ones_like(weight), levels)
+    _, moved = _fit_to_codes(weight - shrunk, codes, torch.ones(8, 1).half(), torch.ones_like(weight), levels)
     assert torch.equal(moved.float(), official.round())
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import relative_error, split
-from llmcompress.methods.solvers.hessian import damped, second_moment
+from llmcompress.methods.layer import base_and_term, relative_error
+from llmcompress.methods.solvers.hessian import add_damping, second_moment
 from llmcompress.methods.solvers.low_rank import leading_directions
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Grid, LowRank
@@ -24,7 +24,7 @@ def problem(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(what a base lost `[out, in]`, H `[in, in]`), float64."""
     weight, inputs = gaussian(*size), correlated(400, size[1])
     lost = (weight - dense(compressed(weight, inputs, RTN).approx)).double()
-    return lost, damped(second_moment(moments(inputs)), 0.01)
+    return lost, add_damping(second_moment(moments(inputs)), 0.01)
 
 
 def loss(lost: Tensor, hessian: Tensor) -> float:
@@ -100,7 +100,7 @@ def test_stored_factors_lose_little_against_the_exact_ones(method: str) -> None:
     metric = {
         "svd": torch.eye(48, dtype=torch.float64),
         "lqer": torch.diag(hessian.diagonal()),
-        "eora": damped(hessian, 0.01),
+        "eora": add_damping(hessian, 0.01),
     }[method]
     directions = leading_directions(lost, metric, 6)
     exact = loss(lost - directions @ (directions.T @ lost), metric)
@@ -127,7 +127,7 @@ def test_full_rank_gives_everything_back(method: str) -> None:
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
 def test_a_share_of_the_bits_is_kept_to(share: float, factor_bits: int) -> None:
     weight, inputs = gaussian(64, 96), correlated(300, 96)
-    base, term = split(
+    base, term = base_and_term(
         compressed(weight, inputs, RTN, {"method": "svd", "share": share, "factor_bits": factor_bits}).approx
     )
     assert term is not None
@@ -139,7 +139,7 @@ def test_a_share_of_the_bits_is_kept_to(share: float, factor_bits: int) -> None:
 
 def test_factors_of_nothing_are_zero() -> None:
     done = compressed(torch.zeros(6, 8), correlated(100, 8), {"method": "eora", "rank": 2}).approx
-    term = split(done)[1]
+    term = base_and_term(done)[1]
     assert isinstance(term, LowRank) and int(dense(term).count_nonzero()) == 0
 
 
@@ -168,7 +168,7 @@ def test_more_rounds_are_never_worse_on_the_calibration_inputs(base: dict[str, A
 def test_a_base_after_a_low_rank_term_approximates_what_the_term_leaves() -> None:
     weight, inputs = gaussian(24, 32), correlated(600, 32)
     done = compressed(weight, inputs, {"method": "svd", "rank": 3, "factor_bits": 16}, RTN)
-    base, term = split(done.approx)
+    base, term = base_and_term(done.approx)
     assert isinstance(base, Grid) and term is not None
     alone = compressed(weight - dense(term), inputs, RTN).approx
     assert torch.equal(dense(base), dense(alone))
@@ -186,7 +186,7 @@ def test_a_dense_matrix_of_low_rank_is_found() -> None:
 def test_two_factors_alone_lose_the_tail_of_the_singular_values(size: tuple[int, int], rank: int) -> None:
     """`low_rank` against a decomposition through Cholesky's root, which it does not take."""
     weight, inputs = gaussian(*size), correlated(400, size[1])
-    hessian = damped(second_moment(moments(inputs)), 0.01)
+    hessian = add_damping(second_moment(moments(inputs)), 0.01)
     tail = float(torch.linalg.svdvals(weight.double() @ torch.linalg.cholesky(hessian)).square()[rank:].sum())
     stored = compressed(weight, inputs, {"method": "low_rank", "rank": rank}).approx
     assert isinstance(stored, LowRank) and bits(stored) == 16 * rank * sum(size)

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import apply, relative_error, step
 from llmcompress.methods.solvers import moves as engine
-from llmcompress.methods.solvers.moves import changed, moved, visited
+from llmcompress.methods.solvers.moves import change_vectors, move_codebooks, visit_vectors
 from llmcompress.methods.solvers.vectors import books_of
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Codebook, Dense, Grid, Sum, Weight, Where
@@ -70,7 +70,7 @@ def slow_visits(book: Codebook, weight: Tensor, hessian: Tensor) -> Tensor:
 def test_one_visit_is_the_best_move_of_every_vector_in_turn(length: int, width: int) -> None:
     weight, hessian = problem(4, width)
     book = codebook((4, width), 7, length, 0)
-    found = visited(book, weight, hessian.float(), None)
+    found = visit_vectors(book, weight, hessian.float(), None)
     torch.testing.assert_close(dense(found).double(), slow_visits(book, weight, hessian), rtol=1e-5, atol=1e-6)
 
 
@@ -78,9 +78,9 @@ def test_one_visit_is_the_best_move_of_every_vector_in_turn(length: int, width: 
 def test_the_block_changes_speed_never_the_result(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = problem(8, 90)
     book = codebook((8, 90), 16, 4, 0)
-    expected = visited(book, weight, hessian.float(), None)
+    expected = visit_vectors(book, weight, hessian.float(), None)
     monkeypatch.setattr(engine, "BLOCK", block)
-    mine = visited(book, weight, hessian.float(), None)
+    mine = visit_vectors(book, weight, hessian.float(), None)
     assert float((dense(mine) - dense(expected)).abs().gt(1e-5).float().mean()) < 0.02, "more than ties differ"
 
 
@@ -125,7 +125,9 @@ def test_few_codes_change_and_no_row_gets_worse(base: dict[str, Any], share: flo
     hessian = damped_moment(inputs, 0.1)
     w = compressed(weight, inputs, base).approx
     for _ in range(4):
-        after = moved(w, weight, lambda own, target, shown: changed(own, target, hessian.float(), shown, share))
+        after = move_codebooks(
+            w, weight, lambda own, target, shown: change_vectors(own, target, hessian.float(), shown, share)
+        )
         one, other = books_in(w), books_in(after)
         vectors = torch.stack([a.codes != b.codes for a, b in zip(one, other, strict=True)]).any(0)
         assert int(vectors.sum(1).max()) <= math.ceil(share * vectors.shape[1])
@@ -140,7 +142,7 @@ def test_it_stops_where_no_single_code_gains() -> None:
     weight, hessian = problem(5, 14)
     w: Weight = codebook((5, 14), 6, 4, 1)
     for _ in range(60):
-        w = changed(w, weight, hessian.float(), None, 0.3)
+        w = change_vectors(w, weight, hessian.float(), None, 0.3)
     assert isinstance(w, Codebook)
     reached = losses(weight, w, hessian)
     for vector, entry in itertools.product(range(4), range(6)):
@@ -153,7 +155,7 @@ def test_it_stops_where_no_single_code_gains() -> None:
 def test_the_vector_that_gains_most_changes_first() -> None:
     weight, hessian = problem(5, 14)
     w = codebook((5, 14), 6, 4, 1)
-    found = changed(w, weight, hessian.float(), None, 0.01)
+    found = change_vectors(w, weight, hessian.float(), None, 0.01)
     best = losses(weight, w, hessian)
     for vector, entry in itertools.product(range(4), range(6)):
         codes = w.codes.clone()
@@ -175,7 +177,7 @@ def test_columns_beside_a_codebook_stay_in_pv_and_move_in_refine() -> None:
 def test_what_has_no_codebooks_is_left_or_refused() -> None:
     weight, hessian = problem(4, 8)
     w = Sum((Dense(weight), Dense(weight)))
-    assert moved(w, weight, lambda *_: Dense(weight)) is w
+    assert move_codebooks(w, weight, lambda *_: Dense(weight)) is w
     assert "there are no codebooks in" in str(refusal(SIZE, PV))
     assert "there are no codebooks in" in str(refusal(SIZE, {"method": "gptq"}, PV))
     with pytest.raises(RecipeError, match="make them before"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.layer import relative_error
-from llmcompress.methods.refine import descended
+from llmcompress.methods.refine import descend
 from llmcompress.methods.solvers.floats import LAYOUTS, FloatLayout, nearest_floats
 from llmcompress.weight.expression import bits, dense, float_steps, float_values
 from llmcompress.weight.nodes import Minifloat, Where, Zero
@@ -181,7 +181,7 @@ def test_a_refined_float_is_the_best_of_all_numbers_of_its_group() -> None:
                 error = weight[row].double() - trial
                 losses.append((float(error @ hessian @ error), float(number)))
             values[row, column] = min(losses)[1]
-    torch.testing.assert_close(dense(descended(w, weight, hessian.float())).double(), values, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dense(descend(w, weight, hessian.float())).double(), values, rtol=1e-5, atol=1e-6)
 
 
 def test_feedback_that_outgrows_the_factor_clips() -> None:

@@ -12,12 +12,12 @@ from torch import Tensor
 from llmcompress.formats.peft import without_term
 from llmcompress.methods.binary.billm import SHARES, BiLLM, salient_columns
 from llmcompress.methods.layer import apply, relative_error, step
-from llmcompress.methods.refine import descended
-from llmcompress.methods.solvers.bitplane_fit import PlaneFormat, fit_planes, lost, point_table
+from llmcompress.methods.refine import descend
+from llmcompress.methods.solvers.bitplane_fit import PlaneFormat, fit_planes, point_table, squared_error
 from llmcompress.methods.solvers.bitplanes import Planes, planes_of
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.hessian import inverse_factor
-from llmcompress.methods.solvers.scales import added_grids, rescaled
+from llmcompress.methods.solvers.scales import added_grids, refit_scales
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Bitmap, Columns, Dense, Grid, LowRank, Sum, Where
@@ -160,7 +160,10 @@ def test_no_round_loses(planes: int, start: Start, size: float) -> None:
 @every_form
 def test_rounds_pay(planes: int, start: Start) -> None:
     weight = gaussian(16, 256)
-    errors = [lost(weight, *fit_planes(weight, PlaneFormat(planes, start, rounds=rounds))).sum() for rounds in (0, 15)]
+    errors = [
+        squared_error(weight, *fit_planes(weight, PlaneFormat(planes, start, rounds=rounds))).sum()
+        for rounds in (0, 15)
+    ]
     exact = planes == 1 or (planes, start) == (2, "split")  # nothing left to gain
     assert errors[1] <= (1.0 if exact else 0.98) * errors[0]
 
@@ -169,7 +172,7 @@ def test_rounds_pay(planes: int, start: Start) -> None:
 def test_the_loss_is_that_of_the_nearest_points(planes: int, start: Start) -> None:
     weight, importance, _ = row_problem(1)
     scale, zero = fit_planes(weight, PlaneFormat(planes, start, rounds=2), importance)
-    for r, found in enumerate(lost(weight, scale, zero, importance)):
+    for r, found in enumerate(squared_error(weight, scale, zero, importance)):
         slow = slow_loss(weight[r].double(), importance.double(), scale[r], None if zero is None else zero[r])
         assert float(found) == pytest.approx(slow, rel=1e-5)
 
@@ -187,14 +190,17 @@ def test_a_split_is_the_best_of_all() -> None:
             assert slow_loss(row, importance.double(), other, None) >= best * (1 - 1e-4)
     again, _ = fit_planes(weight, PlaneFormat(2, "split", rounds=20), importance)
     torch.testing.assert_close(
-        lost(weight, again, None, importance), lost(weight, scale, None, importance), rtol=1e-4, atol=0
+        squared_error(weight, again, None, importance),
+        squared_error(weight, scale, None, importance),
+        rtol=1e-4,
+        atol=0,
     )
 
 
 @pytest.mark.parametrize("planes", GAUSSIAN)
 def test_a_gaussian_loses_what_theory_says(planes: int) -> None:
     weight = torch.randn(64, 2048, generator=seeded(0))
-    left = lost(weight, *fit_planes(weight, PlaneFormat(planes, "split", rounds=15)))
+    left = squared_error(weight, *fit_planes(weight, PlaneFormat(planes, "split", rounds=15)))
     error = float(left.sum() / weight.square().sum())
     least, most = GAUSSIAN[planes]
     assert 0.98 * least <= error <= 1.02 * most
@@ -284,7 +290,7 @@ def test_scales_at_the_end_are_least_squares_under_h(arguments: dict[str, Any]) 
     if isinstance(w, Where):
         w = w.outside  # of all columns
     values = torch.stack([dense(grid) for grid in planes_of(w)]).double()
-    mine = dense(rescaled(w, weight, hessian.float())).double()
+    mine = dense(refit_scales(w, weight, hessian.float())).double()
     for row in range(6):
         root = torch.linalg.cholesky(hessian).T  # H = root^T root
         factors = torch.linalg.lstsq(root @ values[:, row].T, root @ weight[row].double()).solution
@@ -304,7 +310,7 @@ def test_scales_fitted_many_times_are_those_of_all_groups_together(name: str) ->
     before = dense(w)
     parts = added_grids(w) or (w,)
     for _ in range(100):
-        w = rescaled(w, weight, hessian.float())
+        w = refit_scales(w, weight, hessian.float())
     root = torch.linalg.cholesky(hessian).T
     for row in range(6):
         columns = [dense(part)[row] * (torch.arange(32) // 8 == group) for part in parts for group in range(4)]
@@ -323,7 +329,7 @@ def test_fitting_scales_to_outputs_never_loses(group_size: int | None, size: flo
     for arguments in ({"method": "planes"}, {"method": "fdb"}, {"method": "gptq", "bits": 2}):
         w, gained = compressed(weight, inputs, arguments | {"group_size": group_size}).approx, []
         for _ in range(4):
-            after = rescaled(w, weight, hessian.float())
+            after = refit_scales(w, weight, hessian.float())
             errors = [weight.double() - dense(each).double() for each in (w, after)]
             losses = [((error @ hessian) * error).sum(1) for error in errors]
             assert bool((losses[1] <= losses[0] * (1 + 1e-5)).all()), arguments
@@ -345,7 +351,7 @@ def test_one_visit_is_the_best_move_of_every_weight_in_turn() -> None:
         trials[:, column] = points
         errors = weight[row].double() - trials
         values[row, column] = points[((errors @ hessian) * errors).sum(1).argmin()]
-    mine = dense(descended(w, weight, hessian.float()))
+    mine = dense(descend(w, weight, hessian.float()))
     torch.testing.assert_close(mine.double(), values, rtol=1e-5, atol=1e-6)
 
 

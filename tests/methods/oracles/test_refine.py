@@ -10,8 +10,9 @@ from torch import Tensor
 
 from llmcompress.errors import RecipeError
 from llmcompress.methods import refine as engine
-from llmcompress.methods.layer import apply, relative_error, split, step, support
-from llmcompress.methods.refine import descended, rescaled
+from llmcompress.methods.layer import apply, base_and_term, relative_error, step, support
+from llmcompress.methods.refine import descend
+from llmcompress.methods.solvers.scales import refit_scales
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Dense, Grid, Weight, Where
 from tests.builders import compressed, correlated, gaussian, layer, moments
@@ -49,7 +50,7 @@ def test_the_damped_loss_never_rises_and_the_bits_stay(base: dict[str, Any]) -> 
     assert bits(after.approx) == bits(before.approx)
     keep = support(before.approx)
     if keep is not None:
-        assert int(dense(split(after.approx)[0])[~keep].count_nonzero()) == 0, "pruned weights came back"
+        assert int(dense(base_and_term(after.approx)[0])[~keep].count_nonzero()) == 0, "pruned weights came back"
 
 
 @every_base
@@ -89,7 +90,7 @@ def test_one_visit_is_the_best_move_of_every_weight_in_turn() -> None:
     hessian = damped_moment(inputs, 0.1)
     grid = compressed(weight, inputs, {"method": "rtn", "bits": 3}).approx
     assert isinstance(grid, Grid)
-    mine = dense(descended(grid, weight, hessian.float()))
+    mine = dense(descend(grid, weight, hessian.float()))
     torch.testing.assert_close(mine.double(), slow_descent(grid, weight, hessian), rtol=1e-5, atol=1e-6)
 
 
@@ -102,7 +103,7 @@ def test_kept_values_of_a_pruned_matrix_reach_least_squares() -> None:
     wide = Where(pruned.index, Dense(pruned.inside.values.float()), pruned.outside)
     done: Weight = wide
     for _ in range(300):
-        done = descended(done, weight, hessian.float())
+        done = descend(done, weight, hessian.float())
     best = torch.zeros(weight.shape, dtype=torch.float64)
     for row, keep in enumerate(pruned.index.inside):
         best[row, keep] = torch.linalg.solve(hessian[keep][:, keep], (hessian @ weight[row].double())[keep])
@@ -114,7 +115,7 @@ def test_scales_are_least_squares() -> None:
     hessian = damped_moment(inputs, 0.1)
     grid = compressed(weight, inputs, {"method": "rtn", "bits": 1}).approx
     assert isinstance(grid, Grid)
-    best = rescaled(grid, weight, hessian.float())
+    best = refit_scales(grid, weight, hessian.float())
     for factor in (0.99, 1.01):
         other = Grid(grid.codes, (dense_scale(best) * factor).half(), None, 2, grid.group_size)
         assert loss(weight, other, hessian) > loss(weight, best, hessian)

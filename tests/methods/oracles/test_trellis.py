@@ -14,7 +14,7 @@ from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import dense
 from llmcompress.weight.linear_code import SEEDS, index, linear_code
-from llmcompress.weight.nodes import TrellisCoded, shape
+from llmcompress.weight.nodes import TrellisCodes, shape
 from llmcompress.weight.trellis import Trellis, cuts, states, table
 from tests.builders import TRELLISES, compressed, correlated, gaussian, moments, seeded, streams
 from tests.methods.conformance.cases import ROTATE
@@ -25,7 +25,7 @@ SMALL = (Trellis(1, 1, 4), Trellis(2, 1, 4), Trellis(2, 2, 5))
 every_trellis = pytest.mark.parametrize("trellis", TRELLISES, ids=str)
 
 
-def read(w: TrellisCoded) -> Tensor:
+def read(w: TrellisCodes) -> Tensor:
     """`dense` once more, from the bits of the file, one number at a time."""
     trellis, tensors = w.trellis, encode(w)[1]
     stored = "".join(f"{octet:08b}"[::-1] for octet in tensors["codes"].tolist())  # lowest bits first

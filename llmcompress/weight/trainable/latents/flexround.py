@@ -16,11 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmcompress.weight.trainable.latents.form import Cells, Formed
+from llmcompress.weight.trainable.latents.form import Cells, TensorForm
 from llmcompress.weight.trainable.masters import MARGIN
 
 
-class Divided(Formed):
+class DividedWeights(TensorForm):
     """The latents of one grid that start at `start`, flat float32."""
 
     weights: Tensor  # in units of their scales, flat float32
@@ -34,7 +34,7 @@ class Divided(Formed):
         self.levels = cells.levels
         self.register_buffer("weights", start - cells.zero)
         self.register_buffer("zero", cells.zero)
-        self.register_buffer("row", numbers[:0, 0] if cells.shown is None else cells.stored(numbers))
+        self.register_buffer("row", numbers[:0, 0] if cells.shown is None else cells.take_stored(numbers))
         self.elements = nn.Parameter(torch.zeros_like(start))
         self.rows = nn.Parameter(torch.zeros(out, device=start.device))
 

@@ -27,12 +27,12 @@ class Cells:
     levels: int
     zero: Tensor
 
-    def stored(self, matrix: Tensor) -> Tensor:
+    def take_stored(self, matrix: Tensor) -> Tensor:
         """The elements of a matrix `[out, in]` that have a code, flat."""
         return matrix.reshape(-1) if self.shown is None else matrix[self.shown.expand(self.size).to(matrix.device)]
 
 
-class Formed(nn.Module):
+class TensorForm(nn.Module):
     """One stored tensor, flat float32, as its `forward` makes it of its parameters."""
 
     kind = "codes"  # of KINDS, of what is stored
@@ -45,8 +45,8 @@ class Formed(nn.Module):
         """Do what is due after a step of the optimizer, such as bringing latents back into the range of their codes."""
 
 
-Form = Callable[[Tensor, Cells], Formed]  # of where latents start, flat float32, and their cells
-ValuesForm = Callable[[Tensor], Formed]  # of the values of a matrix, flat float32
+Form = Callable[[Tensor, Cells], TensorForm]  # of where latents start, flat float32, and their cells
+ValuesForm = Callable[[Tensor], TensorForm]  # of the values of a matrix, flat float32
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def cells(w: Weight) -> dict[str, Cells]:
 
     The target of a factor's codes is unknown, so their latents stay numbers of their own.
     """
-    found = {}
+    cells_of = {}
     for leaf in leaves(w, "", None, None, False):
         match leaf.node:
             case Grid(codes, scale, zero, levels, group_size) if not leaf.factor:
@@ -64,6 +64,6 @@ def cells(w: Weight) -> dict[str, Cells]:
                 here = Cells(size, leaf.shown, levels, middle)
                 if zero is not None:
                     away = dense(Grid(torch.zeros_like(codes), torch.ones_like(scale), zero, levels, group_size))
-                    here = Cells(size, leaf.shown, levels, here.stored(-away))
-                found[leaf.path + "codes"] = here
-    return found
+                    here = Cells(size, leaf.shown, levels, here.take_stored(-away))
+                cells_of[leaf.path + "codes"] = here
+    return cells_of

@@ -20,10 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmcompress.weight.trainable.latents.form import Cells, Formed
+from llmcompress.weight.trainable.latents.form import Cells, TensorForm
 
 
-class Offsets(Formed):
+class Offsets(TensorForm):
     """The latents of one grid that start at `start`, flat float32; the rank is at most that of the grid's matrix."""
 
     start: Tensor
@@ -39,4 +39,4 @@ class Offsets(Formed):
 
     def forward(self) -> Tensor:
         """The latents, flat float32."""
-        return self.start + self.cells.stored(self.left @ self.right)
+        return self.start + self.cells.take_stored(self.left @ self.right)
