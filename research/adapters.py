@@ -21,7 +21,7 @@ from llmcompress.evaluation.perplexity import text_windows
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import load_model
 from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.reporting.tables import passport_cells
+from llmcompress.reporting.tables import adapter_table
 from llmcompress.runtime.precision import product_dtype, products
 
 DENSE = "smollm2"
@@ -75,8 +75,8 @@ def main() -> None:
     protocol = lc.Protocol(source(idle=True), windows=16, length=LENGTH)
     print("| model | gain, dense | gain | kept | KL | alike | distinct pairs |\n|---|---|---|---|---|---|---|")
     for model in options.models:
-        [row] = lc.passport(model, [options.out], DENSE, protocol).to_json()["adapters"]
-        print(f"| {' | '.join([Path(model).name, *passport_cells(row)[1:]])} |", flush=True)
+        [row] = adapter_table(lc.passport(model, [options.out], DENSE, protocol).to_json()).rows
+        print(f"| {' | '.join([Path(model).name, *row[1:]])} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,7 @@ from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.file_names import DISTILLATION, REPORT
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
-from llmcompress.reporting.html.files import add_generations
-from llmcompress.reporting.html.write import write_page
+from llmcompress.reporting.html.page import add_generations, write_page
 from llmcompress.reporting.report import read
 
 ROOT = Path(__file__).parent.parent

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NO_ENGINE = "GGUF files run in llama.cpp, by the package xllamacpp; run `pip install xllamacpp`"
-SCORES = ("perplexity", "kl", "top1_agreement")  # that are taken over from what `eval --save` kept
+SCORES = ("perplexity", "kl", "top1_agreement")  # copied from the file of `eval --save`
 
 
 @dataclass(frozen=True)
@@ -49,52 +49,52 @@ class Candidate:
     vocabulary: int
     context: int | None
     dtype: str | None = None  # to load it in; None: the model's own
-    scores: dict[str, Any] | None = None  # and the protocol that they hold for
+    scores: dict[str, Any] | None = None  # with their protocol
     notes: tuple[str, ...] = ()
     trust_remote_code: bool = False
 
     @property
     def engine(self) -> str:
-        """The program that runs it."""
+        """The program that runs the model."""
         return "llama.cpp" if self.kind == "gguf" else "transformers"
 
 
-def candidates(
+def find_candidates(
     models: Iterable[str],
-    ggufs: Iterable[Path],
+    ggufs: Sequence[Path],
     protocol: SpeedProtocol,
     against: str | None,
     trust_remote_code: bool = False,
 ) -> list[Candidate]:
-    """Return the models, `against` first unless it is among them, and last the GGUF files.
+    """Return the models, `against` first unless it is among them, then the GGUF files.
 
-    Raises InputError for one that is missing or cannot be read, or has another vocabulary than `against`; RecipeError
-    for one named twice, for a turn longer than a model's context, and for GGUF files without their package.
+    Raises InputError for a model that is missing, unreadable, or of another vocabulary than `against`; RecipeError for
+    a name given twice, a turn longer than a model's context, and GGUF files without their package.
     """
     names = list(models)
     if against is not None and against not in names:
         names.insert(0, against)
-    files = list(ggufs)
-    if files and find_spec("xllamacpp") is None:
+    if ggufs and find_spec("xllamacpp") is None:
         raise RecipeError(NO_ENGINE)
-    given = [*names, *map(str, files)]
+    given = [*names, *map(str, ggufs)]
     if twice := [name for name in given if given.count(name) > 1]:
         raise RecipeError(f"{twice[0]} is named twice; name every model once")
     places = [locate(name, trust_remote_code=trust_remote_code) for name in names]
     if against is not None:
         reference = places[names.index(against)]
         check_vocabularies([reference, *(place for place in places if place is not reference)], predictions=False)
-    found = [_of_folder(place, protocol.dtype) for place in places] + [_of_file(path) for path in files]
-    for one in found:
-        if one.context is not None and protocol.context > one.context:
+    candidates = [describe_folder(place, protocol.dtype) for place in places] + [_describe_gguf(path) for path in ggufs]
+    for model in candidates:
+        if model.context is not None and protocol.context > model.context:
             raise RecipeError(
-                f"{one.name} reads {one.context} tokens at most, not {protocol.context}: a prompt of {protocol.prompt} "
-                f"and {protocol.tokens + 1} more; give a lower --prompt or --tokens"
+                f"{model.name} reads {model.context} tokens at most, not {protocol.context}: a prompt of "
+                f"{protocol.prompt} and {protocol.tokens + 1} more; give a lower --prompt or --tokens"
             )
-    return found
+    return candidates
 
 
-def _of_folder(place: Place, dtype: str) -> Candidate:
+def describe_folder(place: Place, dtype: str) -> Candidate:
+    """Return a model in a folder; `dtype`: to load a dense one in. Raises InputError for one that cannot be read."""
     try:
         entries = read_json(place.folder / "config.json")
     except (OSError, ValueError):
@@ -124,7 +124,7 @@ def _of_folder(place: Place, dtype: str) -> Candidate:
     )
 
 
-def _of_file(path: Path) -> Candidate:
+def _describe_gguf(path: Path) -> Candidate:
     header = read_gguf(path)
     return Candidate(
         name=path.name,
@@ -140,10 +140,9 @@ def _of_file(path: Path) -> Candidate:
 
 
 def token_bytes(skeleton: PreTrainedModel, stored: Mapping[str, Header], dtype: torch.dtype | None) -> int:
-    """Return the bytes of weights that are read for each token: all but the rows of tables that are not looked up.
+    """Return the bytes of weights that are read for each token: everything, but one row only of a table without ties.
 
-    A table that the output head is tied to is read whole. `stored`: headers by the skeleton's names. `dtype`: of floats
-    in memory, None for that on disk.
+    `stored`: headers by the skeleton's names. `dtype`: of floats in memory, None for that on disk.
     """
     sizes = {name: _bytes(header, dtype) for name, header in stored.items()}
     ties = skeleton.all_tied_weights_keys
@@ -160,7 +159,7 @@ def _bytes(header: Header, dtype: torch.dtype | None) -> int:
 
 
 def _scores(folder: Path) -> dict[str, Any] | None:
-    """Return the scores that `eval --save` kept of a compressed model, with their protocol; None where it did not.
+    """Return the scores of a compressed model that `eval --save` wrote, and their protocol; None without them.
 
     Raises InputError for a damaged file.
     """
@@ -169,16 +168,16 @@ def _scores(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         entries = read_json(path)
-        found = {name: entries["compressed"][name] for name in SCORES}
-        rest = {name: value for name, value in entries.items() if name not in ("dense", "compressed", "versions")}
+        scores = {name: entries["compressed"][name] for name in SCORES}
+        protocol = {name: value for name, value in entries.items() if name not in ("dense", "compressed", "versions")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
-    return found | {"protocol": rest}
+    return scores | {"protocol": protocol}
 
 
-def prompt_of(found: Sequence[Candidate], length: int, seed: int) -> list[int]:
-    """Return the tokens of the prompt: `length` numbers that are tokens of every model, drawn from `seed`."""
+def draw_prompt(models: Sequence[Candidate], length: int, seed: int) -> list[int]:
+    """Return `length` random tokens that every model knows."""
     generator = torch.Generator().manual_seed(seed)
-    least = min(one.vocabulary for one in found)
-    drawn: list[int] = torch.randint(least, (length,), generator=generator).tolist()
-    return drawn
+    least = min(model.vocabulary for model in models)
+    tokens: list[int] = torch.randint(least, (length,), generator=generator).tolist()
+    return tokens

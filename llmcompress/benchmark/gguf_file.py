@@ -1,4 +1,6 @@
-"""The header of a GGUF file: sizes of its tensors, vocabulary and context, read without any package.
+"""The header of a GGUF file: sizes of its tensors, vocabulary and context.
+
+The package gguf reads headers too, but keeps every token of the vocabulary as an array: 20 s and 640 MB for Llama 3.
 
 Layout: magic, version, counts of tensors and of entries; the entries; the tensors' names, dimensions, types and places;
 the tensors, each at a multiple of the alignment.
@@ -33,17 +35,12 @@ class GgufFile:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of weights that are read for a token: all but the rows of the token table that are not looked up.
-
-        The table is read whole where there is no output head beside it.
-        """
+        """Bytes of weights that are read for a token: everything, but one row only of a token table beside a head."""
         everything = sum(self.sizes.values())
-        return everything if HEAD not in self.sizes else everything - _others(self.sizes[TABLE], self.vocabulary)
-
-
-def _others(size: int, rows: int) -> int:
-    """Return the bytes of a table without one of its rows."""
-    return size - -(-size // rows)
+        if HEAD not in self.sizes:
+            return everything
+        table = self.sizes[TABLE]
+        return everything - (table - -(-table // self.vocabulary))
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -56,28 +53,28 @@ def read_gguf(path: Path) -> GgufFile:
                 raise InputError(
                     f"{path} is not a GGUF file: it does not begin with the letters GGUF; give one that is"
                 )
-            entries, places, start = _header(file, path)
+            entries, places, start = _read_header(file, path)
     except (struct.error, UnicodeDecodeError, EOFError) as error:
         raise InputError(f"{path} ends or breaks off inside its header; download or write it again") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give another GGUF file") from error
-    if (parts := _number(entries, "split.count") or 1) > 1:
+    if (parts := _positive(entries, "split.count") or 1) > 1:
         raise InputError(f"{path} is one of {parts} parts; merge them into one file first")
     dimensions, _ = places.get(TABLE, ([], 0))
     if len(dimensions) != 2 or min(dimensions) < 1:
         raise InputError(f"{path} holds no token table ({TABLE}), so no language model; give another GGUF file")
     total = path.stat().st_size
-    context = _number(entries, f"{entries.get('general.architecture')}.context_length")
+    context = _positive(entries, f"{entries.get('general.architecture')}.context_length")
     return GgufFile(total, _sizes(places, total - start, path), dimensions[1], context)
 
 
-def _number(entries: dict[str, Any], key: str) -> int | None:
-    """Return an entry that is a positive whole number; None where there is none such."""
-    found = entries.get(key)
-    return found if isinstance(found, int) and found > 0 else None
+def _positive(entries: dict[str, Any], key: str) -> int | None:
+    """Return an entry that is a positive whole number; None for any other, and for none."""
+    value = entries.get(key)
+    return value if isinstance(value, int) and value > 0 else None
 
 
-def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, tuple[list[int], int]], int]:
+def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, tuple[list[int], int]], int]:
     """Return the entries, each tensor's (dimensions, first byte), and the place that those bytes count from."""
     (version,) = _unpack(file, "I")
     if version not in VERSIONS:
@@ -85,31 +82,31 @@ def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, tuple
     tensors, count = _unpack(file, "QQ")
     entries = {}
     for _ in range(count):
-        key = _string(file)
+        key = _read_string(file)
         (kind,) = _unpack(file, "I")
-        entries[key] = _value(file, kind)
+        entries[key] = _read_value(file, kind)
     places = {}
     for _ in range(tensors):
-        name = _string(file)
+        name = _read_string(file)
         (dimensions,) = _unpack(file, "I")
-        sizes = list(_unpack(file, f"{_checked(dimensions)}Q"))
+        sizes = list(_unpack(file, f"{_plausible(dimensions)}Q"))
         _, offset = _unpack(file, "IQ")
         places[name] = (sizes, offset)
-    alignment = _number(entries, "general.alignment") or ALIGNMENT
+    alignment = _positive(entries, "general.alignment") or ALIGNMENT
     return entries, places, -(-file.tell() // alignment) * alignment
 
 
-def _value(file: BinaryIO, kind: int) -> Any:
-    """Return a value; of an array, its length."""
+def _read_value(file: BinaryIO, kind: int) -> Any:
+    """Return a value; of an array, its length. Raises EOFError for unknown kinds."""
     if kind == STRING:
-        return _string(file)
+        return _read_string(file)
     if kind == ARRAY:
         inner, count = _unpack(file, "IQ")
         if inner in VALUES:
-            _exactly(file, _checked(count) * struct.calcsize(VALUES[inner]))
+            _read_bytes(file, count * struct.calcsize(VALUES[inner]))
         elif inner == STRING:
-            for _ in range(_checked(count)):
-                _string(file)
+            for _ in range(_plausible(count)):
+                _read_string(file)
         else:  # arrays of arrays, which nothing writes
             raise EOFError
         return count
@@ -118,33 +115,34 @@ def _value(file: BinaryIO, kind: int) -> Any:
     return _unpack(file, VALUES[kind])[0]
 
 
-def _string(file: BinaryIO) -> str:
+def _read_string(file: BinaryIO) -> str:
     (length,) = _unpack(file, "Q")
-    return _exactly(file, _checked(length)).decode()
+    return _read_bytes(file, length).decode()
 
 
 def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
     form = f"<{form}"
-    return struct.unpack(form, _exactly(file, struct.calcsize(form)))
+    return struct.unpack(form, _read_bytes(file, struct.calcsize(form)))
 
 
-def _exactly(file: BinaryIO, count: int) -> bytes:
-    found = file.read(count)
-    if len(found) < count:
+def _read_bytes(file: BinaryIO, count: int) -> bytes:
+    content = file.read(_plausible(count))
+    if len(content) < count:
         raise EOFError
-    return found
+    return content
 
 
-def _checked(count: int) -> int:
+def _plausible(count: int) -> int:
+    """Return a count. Raises EOFError for one that only damage explains."""
     if count > LONGEST:
         raise EOFError
     return count
 
 
-def _sizes(places: dict[str, tuple[list[int], int]], held: int, path: Path) -> dict[str, int]:
-    """Return the bytes from each tensor to the next one, of the `held` that follow the header."""
+def _sizes(places: dict[str, tuple[list[int], int]], total: int, path: Path) -> dict[str, int]:
+    """Return the bytes from each tensor to the next one, of the `total` that follow the header."""
     order = sorted(places, key=lambda name: places[name][1])
-    stops = [places[name][1] for name in order[1:]] + [held]
+    stops = [places[name][1] for name in order[1:]] + [total]
     sizes = {name: stop - places[name][1] for name, stop in zip(order, stops)}
     if any(size <= 0 for size in sizes.values()):
         raise InputError(f"{path} is shorter than its header says; download or write it again")

@@ -1,7 +1,7 @@
 """Speed and memory of models side by side, for `llmcompress bench`: a process for each, and turns among them.
 
-The models are asked one after the other, round after round, and every other round in the opposite order: what else the
-machine does meanwhile hits all of them alike.
+The models take turns, round after round, in the opposite order every other round. So a disturbance of the machine hits
+all of them alike.
 """
 
 from __future__ import annotations
@@ -10,35 +10,36 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llmcompress.benchmark.bandwidth import buffer_bytes
-from llmcompress.benchmark.candidate import Candidate, candidates, prompt_of
-from llmcompress.benchmark.machine import machine_facts
-from llmcompress.benchmark.plot import check_plots, speed_png
-from llmcompress.benchmark.process import FAST, Worker
+from llmcompress.benchmark.candidate import Candidate, draw_prompt, find_candidates
+from llmcompress.benchmark.machine import buffer_bytes, machine_facts
 from llmcompress.benchmark.protocol import SEED, WARM_UP, SpeedProtocol
-from llmcompress.benchmark.summary import summary
-from llmcompress.benchmark.table import speed_markdown
+from llmcompress.benchmark.summary import speed_markdown, summary
+from llmcompress.benchmark.worker import Worker
 from llmcompress.errors import RecipeError
 from llmcompress.evaluation.scores import Scoring
 from llmcompress.reporting.output_file import check_new_file, write_new_file
+from llmcompress.reporting.plots import check_matplotlib, speed_png
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.json_values import replace_nonfinite
 from llmcompress.runtime.load import busy_note
 
-MEMORY = "memory"  # the engine, and the name, of what reads a buffer
-Ask = Callable[[dict[str, Any]], dict[str, Any]]
+MEMORY = "memory"  # the engine, and the name, of the process that measures the read bandwidth
+FAST = "LLMCOMPRESS_FAST"  # 0: compressed models run without kernels
 
 
 @dataclass(frozen=True)
-class Seat:
-    """A process in its turn. `model`: its number, None for that which reads memory; `ask`: reaches the process."""
+class TurnTaker:
+    """A process with everything loaded. `model`: the model's number, None for the read bandwidth; `threads`: numbers
+    of threads that it has turns with; `ask`: sends it a request and returns the answer; `loading`: its first answer."""
 
     model: int | None
-    threads: tuple[int, ...]  # that it is asked for
-    ask: Ask
+    threads: tuple[int, ...]
+    ask: Callable[[dict[str, Any]], dict[str, Any]]
+    loading: Mapping[str, Any]
 
 
 def bench(
@@ -81,111 +82,101 @@ def bench(
         MemoryLimitError: where memory runs out.
     """
     _check_outputs(table, numbers, plot)
-    found = candidates(map(str, models), ggufs, protocol, against, trust_remote_code)
+    candidates = find_candidates(map(str, models), ggufs, protocol, against, trust_remote_code)
     machine, load = machine_facts(), busy_note()
+    size, short_memory = buffer_bytes(machine["cache_bytes"], machine["available_bytes"])
     with ExitStack() as stack:
-        seats, loaded, size = _seated(stack, found, protocol, machine, progress)
-        turns = list(take_turns(seats, protocol, prompt_of(found, protocol.prompt, SEED), progress))
-        memory = _memory(seats, loaded, len(found))
+        takers = _start_workers(stack, candidates, protocol, size, progress)
+        turns = list(take_turns(takers, protocol, draw_prompt(candidates, protocol.prompt, SEED), progress))
+        memory = _memory(takers, len(candidates))
     result = replace_nonfinite(
         {"command": command, "machine": machine, "versions": _versions(ggufs), "protocol": protocol.to_json()}
-        | summary(found, turns, memory, against, machine["cache_bytes"], size)
+        | summary(candidates, turns, memory, against, machine["cache_bytes"], size)
         | {"turns": turns}
     )
     result["notes"] += [] if load is None else [f"{load}: measure again on a quiet one"]
-    result["notes"] += _notes(found, protocol, machine)
+    result["notes"] += [note for candidate in candidates for note in candidate.notes]
+    result["notes"] += [] if short_memory is None else [short_memory]
+    if (most := max(protocol.threads)) > machine["cores"]:
+        result["notes"].append(f"{most} threads are more than the {machine['cores']} cores that this process may use")
+    _write_outputs(result, table, numbers, plot)
+    return result
+
+
+def _write_outputs(result: dict[str, Any], table: Path | None, numbers: Path | None, plot: Path | None) -> None:
     if table is not None:
         write_new_file(table, speed_markdown(result))
     if numbers is not None:
         write_new_file(numbers, json.dumps(result, indent=2) + "\n")
     if plot is not None:
         write_new_file(plot, speed_png(result))
-    return result
 
 
 def _check_outputs(table: Path | None, numbers: Path | None, plot: Path | None) -> None:
-    """Raise before anything is measured for what could not be written after it."""
+    """Raise for outputs that cannot be written, before anything is measured."""
     if plot is not None:
-        check_plots()
+        check_matplotlib()
     outputs = {"a table": (table, ".md"), "a list of all numbers": (numbers, ".json"), "a plot": (plot, ".png")}
-    for what, (path, kind) in outputs.items():
+    for content, (path, kind) in outputs.items():
         if path is not None:
-            check_new_file(path, (kind,), what)
+            check_new_file(path, (kind,), content)
 
 
-def _seated(
-    stack: ExitStack,
-    found: Sequence[Candidate],
-    protocol: SpeedProtocol,
-    machine: Mapping[str, Any],
-    progress: Scoring | None,
-) -> tuple[list[Seat], dict[Seat, dict[str, Any]], int]:
-    """Return the processes with everything loaded, what each said of that, and the bytes of the buffer that is read.
+def _start_workers(
+    stack: ExitStack, models: Sequence[Candidate], protocol: SpeedProtocol, buffer: int, progress: Scoring | None
+) -> list[TurnTaker]:
+    """Return a process for the read bandwidth, of a buffer of so many bytes, and those of the models, all loaded.
 
     llama.cpp sets its threads as it loads, so a GGUF file has a process for each number of them.
     """
-    size, _ = buffer_bytes(*_room(machine))
     environment = {FAST: "0"} if protocol.plain else {}
-    reader = Seat(None, protocol.threads, stack.enter_context(Worker("the read bandwidth", environment)).ask)
-    loaded = {reader: reader.ask({"ask": "load", "engine": MEMORY, "name": MEMORY, "bytes": size})}
-    for number, one in enumerate(found):
-        each = [(threads,) for threads in protocol.threads] if one.kind == "gguf" else [protocol.threads]
-        for threads in each:
-            seat = Seat(number, threads, stack.enter_context(Worker(one.name, environment)).ask)
-            asked: dict[str, Any] = {"engine": one.engine, "name": one.name, "path": str(one.path), "dtype": one.dtype}
-            asked["trust_remote_code"] = one.trust_remote_code
-            loaded[seat] = seat.ask({"ask": "load", **asked, "context": protocol.context, "threads": threads[0]})
+
+    def start(name: str, model: int | None, threads: tuple[int, ...], request: dict[str, Any]) -> TurnTaker:
+        ask = stack.enter_context(Worker(name, environment)).ask
+        return TurnTaker(model, threads, ask, ask({"ask": "load", **request}))
+
+    memory = {"engine": MEMORY, "name": MEMORY, "bytes": buffer}
+    takers = [start("the read bandwidth", None, protocol.threads, memory)]
+    for number, model in enumerate(models):
+        request: dict[str, Any] = {"engine": model.engine, "name": model.name, "path": str(model.path)}
+        request |= {"dtype": model.dtype, "trust_remote_code": model.trust_remote_code, "context": protocol.context}
+        counts = [(threads,) for threads in protocol.threads] if model.kind == "gguf" else [protocol.threads]
+        takers += [start(model.name, number, threads, request | {"threads": threads[0]}) for threads in counts]
         if progress is not None:
-            progress("model loaded", number + 1, len(found))
-    return list(loaded), loaded, size
+            progress("model loaded", number + 1, len(models))
+    return takers
 
 
 def take_turns(
-    seats: Sequence[Seat], protocol: SpeedProtocol, prompt: Sequence[int], progress: Scoring | None = None
+    takers: Sequence[TurnTaker], protocol: SpeedProtocol, prompt: Sequence[int], progress: Scoring | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield the answers of all seats, round by round and with its number; round 0, a short one, is there to warm up."""
+    """Yield the answers of all processes, round by round, with the round's number; round 0 is a short warm-up."""
     for number in range(protocol.rounds + 1):
-        order = seats if number % 2 else seats[::-1]
+        order = takers if number % 2 else takers[::-1]
         tokens = protocol.tokens if number else WARM_UP
         for threads in protocol.threads:
-            for seat in order:
-                if threads not in seat.threads:
+            for taker in order:
+                if threads not in taker.threads:
                     continue
-                given = seat.ask({"ask": "turn", "threads": threads, "prompt": list(prompt), "tokens": tokens})
-                if given["threads"] != threads:
+                turn = taker.ask({"ask": "turn", "threads": threads, "prompt": list(prompt), "tokens": tokens})
+                if turn["threads"] != threads:
                     raise RecipeError(
-                        f"{threads} threads were asked for, and {given['threads']} computed; give another number"
+                        f"{threads} threads were asked for, and {turn['threads']} computed; give another number"
                     )
-                yield {"round": number, "model": seat.model, **given}
+                yield {"round": number, "model": taker.model, **turn}
         if progress is not None and number:
             progress("round", number, protocol.rounds)
 
 
-def _memory(seats: Sequence[Seat], loaded: Mapping[Seat, dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def _memory(takers: Sequence[TurnTaker], count: int) -> list[dict[str, Any]]:
     """Return for each model what loading and generating took; of several processes, the one with the highest peak."""
-    found: list[dict[str, Any]] = [{}] * count
-    for seat in seats:
-        if seat.model is not None:
-            own = loaded[seat] | seat.ask({"ask": "memory"})
-            found[seat.model] = max(found[seat.model], own, key=lambda one: one.get("peak", 0))
-    return found
-
-
-def _notes(found: Sequence[Candidate], protocol: SpeedProtocol, machine: Mapping[str, Any]) -> list[str]:
-    """Return what to know about the models' places, and about this machine at the moment."""
-    cores, most = machine["cores"], max(protocol.threads)
-    notes = [note for one in found for note in one.notes]
-    notes += filter(None, (buffer_bytes(*_room(machine))[1],))
-    if most > cores:
-        notes.append(f"{most} threads are more than the {cores} cores that this process may use")
-    return notes
-
-
-def _room(machine: Mapping[str, Any]) -> tuple[int | None, int]:
-    return machine["cache_bytes"], machine["available_bytes"]
+    memory: list[dict[str, Any]] = [{}] * count
+    for taker in takers:
+        if taker.model is not None:
+            own = {**taker.loading, **taker.ask({"ask": "memory"})}
+            memory[taker.model] = max(memory[taker.model], own, key=lambda entry: entry.get("peak", 0))
+    return memory
 
 
 def _versions(ggufs: Sequence[Path]) -> dict[str, str]:
-    from importlib import metadata
-
     return versions() | ({"xllamacpp": metadata.version("xllamacpp")} if ggufs else {})

@@ -1,4 +1,4 @@
-"""The protocol of a measurement of speed: stored with the numbers, since they hold for nothing else."""
+"""The protocol of a measurement of speed, which is stored with its numbers."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from llmcompress.errors import RecipeError
 
 DTYPES = ("bfloat16", "float16", "float32")
 SEED = 0  # of the prompt's tokens
-WARM_UP = 2  # tokens of the turn that nobody counts
+WARM_UP = 2  # tokens of the turn that does not count
 
 
 @dataclass(frozen=True)
 class SpeedProtocol:
-    """Work of one turn, and how often each model has one. Raises RecipeError for numbers that cannot be."""
+    """Work of one turn, and the number of turns. Raises RecipeError for numbers that cannot be measured."""
 
     threads: tuple[int, ...]
-    prompt: int = 512  # tokens that are read at once
-    tokens: int = 32  # that are generated after the first one
+    prompt: int = 512  # tokens read at once
+    tokens: int = 32  # generated after the first one
     rounds: int = 5
     dtype: str = "bfloat16"  # of dense models
-    plain: bool = False  # true: without the kernels that compressed models run by
+    plain: bool = False  # True: compressed models run without kernels
 
     def __post_init__(self) -> None:
         if not self.threads or min(self.threads) < 1:
@@ -45,13 +45,13 @@ class SpeedProtocol:
 
 
 def parse_threads(text: str | None, cores: int) -> tuple[int, ...]:
-    """Return the numbers in "1,2", each once; without a text, one thread and all `cores`. Raises RecipeError."""
+    """Return the numbers in "1,2", each once; for None, one thread and all `cores`. Raises RecipeError."""
     if text is None:
         return (1,) if cores == 1 else (1, cores)
     try:
-        found = tuple(dict.fromkeys(int(word) for word in text.split(",")))
+        counts = tuple(dict.fromkeys(int(word) for word in text.split(",")))
     except ValueError as error:
         raise RecipeError(f"threads {text!r} are not whole numbers; give them as in 1,2") from error
-    if min(found) < 1:
+    if min(counts) < 1:
         raise RecipeError(f"threads {text!r} cannot be measured; give 1 or more, as in 1,2")
-    return found
+    return counts

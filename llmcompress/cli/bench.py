@@ -90,10 +90,9 @@ def _command_line() -> str | None:
 
 def speed_view(result: Row, every: bool) -> Iterator[RenderableType]:
     """Yield speeds by threads and model, sizes and memory, and what the numbers mean."""
-    from llmcompress.benchmark.table import size_cells, speed_cells, speed_notes
+    from llmcompress.benchmark.summary import size_table, speed_notes, speed_table
 
-    for headings, rows in (speed_cells(result), size_cells(result)):
-        right = [place for place, heading in enumerate(headings) if heading not in ("model", "engine")]
-        yield build_table(headings, rows, right)
+    for table in (speed_table(result), size_table(result)):
+        yield build_table(table.headings, table.rows, table.numbers)
         yield ""
     yield from speed_notes(result)

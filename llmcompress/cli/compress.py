@@ -15,7 +15,7 @@ from llmcompress.cli.terminal import Terminal
 from llmcompress.errors import RecipeError
 from llmcompress.reporting.formatting import aim, byte_count, duration
 from llmcompress.reporting.quality_limits import GateReport
-from llmcompress.reporting.tables import Row, grouped, number, summarized
+from llmcompress.reporting.tables import Row, group_rows, merge_sentences, number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -96,7 +96,7 @@ def compress(
     except GateError:
         terminal.show(gathered(output), report_view)
         raise
-    terminal.warn(summarized(result.report.warnings))
+    terminal.warn(merge_sentences(result.report.warnings))
     more = {"distillation": result.distillation, "allocation": result.allocation}
     terminal.show(
         result.report.to_json() | {name: part for name, part in more.items() if part is not None}, report_view
@@ -127,7 +127,7 @@ def plan(
 
     built = build_recipe(recipe, settings, None, target_change(bpw, size, kl, sparsity), tune)
     planned = run(model, built, **access)
-    terminal.warn(summarized(planned.warnings))
+    terminal.warn(merge_sentences(planned.warnings))
     terminal.show(planned.to_json(), plan_view)
 
 
@@ -167,7 +167,7 @@ def target_change(bpw: float | None, size: str | None, kl: float | None, sparsit
 def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the planned steps of each layer, and the sizes. Layers that differ only in block number share a line."""
     yield f"plan    {plan['recipe']} on {plan['model']}"
-    groups = grouped(plan["layers"], ("shape", "steps", "bits"), every)
+    groups = group_rows(plan["layers"], ("shape", "steps", "bits"), every)
     cells = [(*_layer_cells(name, rows), f"{rows[0]['bpw']:.3f}", rows[0]["description"]) for name, rows in groups]
     yield build_table(("layers", "", "shape", "steps", "bpw", "stored as"), cells, right=(1, 4))
     if plan["target"] is not None:
@@ -193,7 +193,7 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
 
     yield f"recipe  {report['recipe']} on {report['model']}" + (f" at {report['revision']}" * bool(report["revision"]))
     lines: list[tuple[str, ...]] = []
-    for name, rows in grouped(report["layers"], ("shape", "steps"), every):
+    for name, rows in group_rows(report["layers"], ("shape", "steps"), every):
         fitted = [row["error"] for row in rows]
         unseen = [row["error_heldout"] for row in rows if row["error_heldout"] is not None]
         held_out, worst = (f"{median(unseen):.4f}", f"{max(unseen):.4f}") if unseen else ("", f"{max(fitted):.4f}")

@@ -10,7 +10,7 @@ import typer
 from llmcompress.cli.options import Model, OutOrDryRun, check_output, command
 from llmcompress.cli.tables import build_table, surgery_lines
 from llmcompress.cli.terminal import Terminal
-from llmcompress.reporting.tables import Row, summarized
+from llmcompress.reporting.tables import Row, merge_sentences
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -165,7 +165,7 @@ def replace(
 
 
 def _show(terminal: Terminal, report: ExpertsReport) -> None:
-    terminal.warn(summarized(report.warnings))
+    terminal.warn(merge_sentences(report.warnings))
     terminal.show(report.to_json(), experts_view)
 
 

@@ -27,7 +27,7 @@ from llmcompress.cli.scores import build_protocol
 from llmcompress.cli.tables import build_table
 from llmcompress.cli.terminal import Terminal
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.reporting.tables import Row, frontier_cells
+from llmcompress.reporting.tables import Row, frontier_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -90,6 +90,6 @@ def frontier(
 
 def frontier_view(result: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the table of a frontier: one model at many sizes."""
-    headings, rows, notes = frontier_cells(result)
-    yield build_table(headings, rows, right=range(2, len(headings)))
-    yield from notes
+    table = frontier_table(result)
+    yield build_table(table.headings, table.rows, table.numbers)
+    yield from table.notes

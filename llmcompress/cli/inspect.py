@@ -12,7 +12,7 @@ from llmcompress.cli.compress import report_view
 from llmcompress.cli.options import Checkpoint, command
 from llmcompress.cli.terminal import Terminal
 from llmcompress.models.files import file_names
-from llmcompress.reporting.tables import Row, summarized
+from llmcompress.reporting.tables import Row, merge_sentences
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,7 +28,7 @@ def inspect(terminal: Terminal, folder: Checkpoint) -> None:
     from llmcompress.reporting.report import gathered
 
     values, recipe = gathered(folder), read_recipe(folder / file_names.RECIPE)
-    terminal.warn(summarized(values["warnings"]))
+    terminal.warn(merge_sentences(values["warnings"]))
     if terminal.as_json:
         values["recipe"] = recipe.model_dump(mode="json")
     terminal.show(values, report_view)
@@ -53,8 +53,7 @@ def report(
 
     Example: llmcompress report small -o small.html
     """
-    from llmcompress.reporting.html.files import read_generations
-    from llmcompress.reporting.html.write import write_page
+    from llmcompress.reporting.html.page import read_generations, write_page
 
     texts = None if generations is None else read_generations(generations)
     terminal.show(write_page(folder, output, texts).to_json(), page_view)

@@ -27,14 +27,13 @@ from llmcompress.errors import InputError
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.reporting.formatting import byte_count
 from llmcompress.reporting.tables import (
-    CHANGE_HEADINGS,
     Row,
-    change_cells,
-    comparison_cells,
-    measured,
+    adapter_table,
+    change_table,
+    comparison_table,
     metrics,
     number,
-    passport_cells,
+    with_error,
 )
 
 if TYPE_CHECKING:
@@ -222,18 +221,18 @@ def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the size and the scores of a model."""
     size, bpw, model_bpw = byte_count(scores["bytes"]), number(scores["bpw"]), number(scores["model_bpw"])
     yield f"size    {size} · {bpw} bpw · model_bpw {model_bpw}"
-    perplexity = measured(scores["perplexity"], scores["perplexity_stderr"], 3)
+    perplexity = with_error(scores["perplexity"], scores["perplexity_stderr"], 3)
     sure = f"calibration error {scores['calibration_error']:.4f}"
     yield f"text    perplexity {perplexity} over {scores['tokens']:,} tokens · {sure}"
     if scores["kl"] is not None:
-        kl = measured(scores["kl"], scores["kl_stderr"])
-        agreement = measured(scores["top1_agreement"], scores["top1_agreement_stderr"])
+        kl = with_error(scores["kl"], scores["kl_stderr"])
+        agreement = with_error(scores["top1_agreement"], scores["top1_agreement_stderr"])
         yield f"dense   KL {kl} nats/token · top-1 agreement {agreement}"
     if scores.get("domains"):
         yield _domain_table(scores["domains"])
     if scores["tasks"]:
         cells = [
-            (task, metric, measured(value, error), f"{entry.get('samples', '')}")
+            (task, metric, with_error(value, error), f"{entry.get('samples', '')}")
             for task, entry in scores["tasks"].items()
             for metric, value, error in metrics(entry)
         ]
@@ -245,8 +244,8 @@ def _domain_table(domains: Row) -> Table:
     cells = []
     for name, scores in sorted(domains.items(), key=lambda entry: -(entry[1]["kl"] or 0)):
         pairs = [(scores[key], scores[f"{key}_stderr"]) for key in ("kl", "top1_agreement")]
-        distances = ["" if value is None else measured(value, error) for value, error in pairs]
-        perplexity = measured(scores["perplexity"], scores["perplexity_stderr"], 3)
+        distances = ["" if value is None else with_error(value, error) for value, error in pairs]
+        perplexity = with_error(scores["perplexity"], scores["perplexity_stderr"], 3)
         cells.append((name, perplexity, *distances, f"{scores['calibration_error']:.4f}"))
     headings = ("kind of text", "perplexity", "KL", "top-1 agreement", "calibration error")
     return build_table(headings, cells, right=range(1, len(headings)))
@@ -254,11 +253,11 @@ def _domain_table(domains: Row) -> Table:
 
 def comparison_view(comparison: Row, every: bool) -> Iterator[RenderableType]:
     """Yield models as rows and scores as columns; with `every`, also every difference."""
-    headings, rows, notes = comparison_cells(comparison)
-    yield build_table(headings, rows, right=range(1, len(headings)))
-    yield from notes
+    table, changes = comparison_table(comparison), change_table(comparison)
+    yield build_table(table.headings, table.rows, table.numbers)
+    yield from table.notes
     if every:
-        yield build_table(CHANGE_HEADINGS, change_cells(comparison), right=(2, 3))
+        yield build_table(changes.headings, changes.rows, changes.numbers)
 
 
 def drift_view(result: Row, every: bool) -> Iterator[RenderableType]:
@@ -280,6 +279,6 @@ def drift_view(result: Row, every: bool) -> Iterator[RenderableType]:
 
 def passport_view(result: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the gain of every adapter on both models, the share that is kept, and how alike the two are with it."""
-    headings = ("adapter", "gain, dense", "gain", "kept", "KL", "alike", "distinct pairs")
-    yield build_table(headings, [passport_cells(row) for row in result["adapters"]], right=range(1, 7))
+    table = adapter_table(result)
+    yield build_table(table.headings, table.rows, table.numbers)
     yield "gain    in nats per token; alike: of gains over tokens; distinct pairs: dense, compressed, handed over"

@@ -10,7 +10,7 @@ import typer
 from llmcompress.cli.options import Checkpoint, Model, Out, OutOrDryRun, check_output, command
 from llmcompress.cli.tables import build_table, size_change, surgery_lines
 from llmcompress.cli.terminal import Terminal
-from llmcompress.reporting.tables import Row, summarized
+from llmcompress.reporting.tables import Row, merge_sentences
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -114,7 +114,7 @@ def narrow(
         progress=terminal.progress,
         **access,
     )
-    terminal.warn(summarized(report.warnings))
+    terminal.warn(merge_sentences(report.warnings))
     terminal.show(report.to_json(), narrowed_view)
 
 

@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmcompress.formats.evidence import Evidence
 from llmcompress.models.files.file_names import DISTILLATION_PLOT
-from llmcompress.reporting.markdown import code, fenced, plain
+from llmcompress.reporting.markdown import code, code_block, plain, plain_cell
 from llmcompress.reporting.report import Report
-from llmcompress.reporting.tables import grouped, measured, metrics, passport_cells
+from llmcompress.reporting.tables import (
+    CONTROLS,
+    Table,
+    adapter_table,
+    gain_table,
+    group_rows,
+    loss_sum,
+    metrics,
+    score_rows,
+    size_rows,
+)
 
 LOAD = """\
 ```python
@@ -39,7 +49,6 @@ LICENCE = re.compile(r"[\w.+-]{1,100}")
 
 NO_PLOT = "\nThere is no plot of the layers: matplotlib was not installed where this was published."
 NO_CURVE = "\nThere is no plot of it: matplotlib was not installed where it ran."
-CONTROL_WORDS = {"no_teacher": "without a teacher", "vanilla": "by forward KL alone"}  # of one table's headings
 
 
 @dataclass(frozen=True)
@@ -89,12 +98,11 @@ def card(
         _load(report, name) + "\n",
         *((TRUST,) if report.trust_remote_code else ()),
         "## Size and quality\n",
-        *_table(report, scores),
+        _quality_table(report, scores),
         "\n## What was done\n",
-        "| layers | | shape | stored as | bpw | held-out error |\n|---|---|---|---|---|---|",
-        *_layers(report),
+        _layer_table(report),
         f"\n![Output error and bits per weight of every layer]({plot})" if plot else NO_PLOT,
-        f"\nRecipe:\n\n{fenced(recipe, 'yaml')}\n",
+        f"\nRecipe:\n\n{code_block(recipe, 'yaml')}\n",
         *(() if taught is None else _distillation(taught)),
         *(() if passport is None else _adapters(passport)),
         *(() if proof is None else _evidence(proof)),
@@ -133,70 +141,50 @@ def _eval_results(scores: dict[str, Any] | None) -> Iterator[Any]:
             )
 
 
-def _table(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
-    """Rows: what was counted and measured; columns: dense and compressed."""
-    yield "| | dense | compressed |\n|---|---|---|"
-    yield f"| bytes of weights | {report.dense_bytes:,} | {report.bytes:,} |"
-    yield f"| bits per weight of the decoder's linears | {_bits(report)} | {report.bpw:.3f} |"
-    yield f"| bits per weight of the whole file | {_bits(report)} | {report.model_bpw:.3f} |"
-    if scores is None:
-        return
-    dense, compressed = scores["dense"], scores["compressed"]
-    perplexities = [measured(one["perplexity"], one.get("perplexity_stderr"), 3) for one in (dense, compressed)]
-    yield f"| perplexity ({plain(scores['text'])}) | {' | '.join(perplexities)} |"
-    yield f"| KL to the dense model, nats/token | 0 | {measured(compressed['kl'], compressed.get('kl_stderr'))} |"
-    agreement = measured(compressed["top1_agreement"], compressed.get("top1_agreement_stderr"))
-    yield f"| top-1 agreement with the dense model | 1 | {agreement} |"
-    if "calibration_error" in compressed:  # folders that were scored before it was measured have none
-        sure = [f"{one['calibration_error']:.4f}" for one in (dense, compressed)]
-        yield f"| calibration error: how far confidence is from being right | {' | '.join(sure)} |"
-    for name, one in compressed.get("domains", {}).items():
-        yield f"| KL to the dense model on {plain(name)} | 0 | {measured(one['kl'], one['kl_stderr'])} |"
-    for task, entry in compressed["tasks"].items():
-        for (metric, before, error), (_, after, new_error) in zip(metrics(dense["tasks"][task]), metrics(entry)):
-            yield f"| {plain(task)}: {plain(metric)} | {measured(before, error)} | {measured(after, new_error)} |"
+def _quality_table(report: Report, scores: dict[str, Any] | None) -> str:
+    """Return the table of sizes and scores, dense and compressed."""
+    rows: list[Sequence[str]] = [*size_rows(report)]
+    rows += [] if scores is None else [row[:3] for row in score_rows(scores)]
+    return Table(("", "dense", "compressed"), rows).markdown(plain_cell)
 
 
-def _bits(report: Report) -> str:
-    return f"{report.dense_bytes * 8 / report.parameters:.3g}"
-
-
-def _layers(report: Report) -> Iterator[str]:
-    for name, rows in grouped(report.to_json()["layers"], ("shape", "steps", "stored")):
+def _layer_table(report: Report) -> str:
+    """Return the table of layers; those that differ only in numbers share a row."""
+    cells = []
+    for name, rows in group_rows(report.to_json()["layers"], ("shape", "steps", "stored")):
         errors = [row["error_heldout"] for row in rows if row["error_heldout"] is not None]
         error = f"{sum(errors) / len(errors):.4f}" if errors else ""
         shape, bpw = "x".join(map(str, rows[0]["shape"])), sum(row["bpw"] for row in rows) / len(rows)
-        yield f"| {plain(name)} | {len(rows)} | {shape} | {plain(rows[0]['stored'])} | {bpw:.3f} | {error} |"
+        cells.append((name, str(len(rows)), shape, rows[0]["stored"], f"{bpw:.3f}", error))
+    return Table(("layers", "", "shape", "stored as", "bpw", "held-out error"), cells).markdown(plain_cell)
 
 
 def _distillation(taught: Taught) -> Iterator[str]:
     """Yield the teacher, the text and the gains of a distillation."""
     done = taught.report
     teacher = _linked(_known(done["teacher_id"]))
-    weights = {name: f"{weight:g}" if isinstance(weight, float) else weight for name, weight in done["losses"].items()}
-    losses = " + ".join(plain(name) if weight == "1" else f"{weight} {plain(name)}" for name, weight in weights.items())
     trained = ", ".join(f"{count:,} {kind}" for kind, count in done["trained"].items())
     sizes = [done[f"bytes_{when}"] for when in ("before", "after")]
     grown = "" if sizes[0] == sizes[1] else f" Compressed weights took {sizes[0]:,} bytes before, {sizes[1]:,} after."
-    before, after = done["history"][0], done["history"][-1]
     yield "## Distillation\n"
+    losses, cost = plain(loss_sum(done["losses"])), _cost(done.get("quantized_teacher"))
     yield (
         f"Taught by {teacher} in {done['steps']:,} steps on {done['tokens']:,} tokens of {_sources(done['data'])}. "
-        f"Loss: {losses}. What trained: {trained}.{grown}{_cost(done.get('quantized_teacher'))}\n"
+        f"Loss: {losses}. What trained: {trained}.{grown}{cost}\n"
     )
-    yield from _gains(before, after, done.get("controls", {}))
+    yield gain_table(done).markdown(plain_cell)
+    for name, last in done.get("controls", {}).items():
+        if "failed" in last:
+            yield f"\nThe control {CONTROLS[name]} failed: {plain(last['failed'])}."
     yield f"\n![Held-out KL and perplexity by tokens]({DISTILLATION_PLOT})" if done["plot"] else NO_CURVE
-    yield f"\nRecipe:\n\n{fenced(taught.recipe, 'yaml')}\n"
+    yield f"\nRecipe:\n\n{code_block(taught.recipe, 'yaml')}\n"
 
 
 def _adapters(passport: dict[str, Any]) -> Iterator[str]:
-    """Yield what LoRA adapters of the dense model are worth on this one."""
+    """Yield the worth of LoRA adapters of the dense model on this one."""
     yield "## Adapters of the dense model\n"
     yield f"Gains in nats per token of {plain(passport['protocol']['text'])}.\n"
-    headings = ("adapter", "gain, dense", "gain here", "kept", "KL between both", "alike", "distinct pairs")
-    yield f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|"
-    yield from (f"| {' | '.join(map(plain, passport_cells(row)))} |" for row in passport["adapters"])
-    yield ""
+    yield f"{adapter_table(passport).markdown(plain_cell)}\n"
 
 
 def _evidence(proof: Evidence) -> Iterator[str]:
@@ -205,20 +193,6 @@ def _evidence(proof: Evidence) -> Iterator[str]:
     yield from (f"- {plain(sentence)}." for sentence in proof.found)
     yield from (f"- Not measured: {plain(name)}." for name in proof.missing)
     yield ""
-
-
-def _gains(before: dict[str, Any], after: dict[str, Any], controls: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Yield a table of looks at the held-out text, those of controls among them, and what became of the others."""
-    ended = {CONTROL_WORDS[name]: last for name, last in controls.items() if "failed" not in last}
-    looks = {"before": before, "after": after, **ended}
-    yield f"| on text held out of it | {' | '.join(looks)} | teacher |\n|{'---|' * (len(looks) + 2)}"
-    kls = [f"{look['kl']:.4f}" for look in looks.values()]
-    perplexities = [look["perplexity"] for look in looks.values()] + [after["teacher_perplexity"]]
-    yield f"| KL to the teacher, nats/token | {' | '.join(kls)} | 0 |"
-    yield f"| perplexity | {' | '.join(f'{value:.3f}' for value in perplexities)} |"
-    for name, last in controls.items():
-        if "failed" in last:
-            yield f"\nThe control {CONTROL_WORDS[name]} failed: {plain(last['failed'])}."
 
 
 def _cost(quantized: dict[str, Any] | None) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from llmcompress.errors import RecipeError
 from llmcompress.reporting.report import Report, by_kind
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 MISSING = 'plots need matplotlib; run pip install "llmcompress[report]"'
+UNKNOWN = "lightgray"  # of a model whose quality is not known, or not by the same protocol
 
 
 def layers_png(report: Report) -> bytes:
@@ -60,32 +64,90 @@ def distillation_png(history: Sequence[dict[str, Any]]) -> bytes:
     return png_bytes(figure)
 
 
-def frontier_pictures(found: dict[str, Any]) -> dict[str, bytes]:
+def frontier_pictures(results: dict[str, Any]) -> dict[str, bytes]:
     """{"png", "svg"}: perplexity, and the score in each task, over the size; a line for each recipe, a cross for each
     peer, and a dashed line where the dense model is.
 
-    `found`: what `llmcompress.pipeline.frontier` finds. Raises RecipeError where matplotlib is missing.
+    `results`: what `llmcompress.pipeline.frontier` finds. Raises RecipeError where matplotlib is missing.
     """
     figure = new_figure()
     import matplotlib
     from matplotlib.ticker import LogFormatter
 
-    tasks = [task for task, entry in found["dense"]["tasks"].items() if main_metric(entry) is not None]
+    tasks = [task for task, entry in results["dense"]["tasks"].items() if main_metric(entry) is not None]
     figure.set_size_inches(8, 1.5 + 3.5 * (1 + len(tasks)))
     above, *others = figure.subplots(1 + len(tasks), sharex=True, squeeze=False)[:, 0]
-    _draw_frontier(above, found, lambda one: one["perplexity"], "perplexity", "log")
+    _draw_frontier(above, results, lambda one: one["perplexity"], "perplexity", "log")
     above.yaxis.set_major_formatter(LogFormatter())
     above.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(4, 1)))
     for axes, task in zip(others, tasks, strict=True):
-        label = f"{task}: {main_metric(found['dense']['tasks'][task])}"
-        _draw_frontier(axes, found, partial(_task_score, task=task), label, "linear")
+        label = f"{task}: {main_metric(results['dense']['tasks'][task])}"
+        _draw_frontier(axes, results, partial(_task_score, task=task), label, "linear")
     last = [above, *others][-1]
-    last.set_xlabel("bits per weight of the decoder's linears" if found["axis"] == "bpw" else "weight files, MB")
+    last.set_xlabel("bits per weight of the decoder's linears" if results["axis"] == "bpw" else "weight files, MB")
     above.legend(fontsize="small")
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "frontier"}):
         drawing = BytesIO()
         figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
     return {"png": png_bytes(figure), "svg": drawing.getvalue()}
+
+
+def speed_png(results: dict[str, Any]) -> bytes:
+    """Tokens/s of decoding over bytes on disk, one part for each number of threads; the colour is the perplexity that
+    `eval --save` kept beside a model, grey without one.
+
+    `results`: a result of `bench`. Raises RecipeError where matplotlib is missing.
+    """
+    figure = new_figure()
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogFormatter
+
+    threads = results["protocol"]["threads"]
+    figure.set_size_inches(8, 1 + 3.5 * len(threads))
+    parts = figure.subplots(len(threads), sharex=True, squeeze=False)[:, 0]
+    quality = qualities(results["models"])
+    known = [value for value in quality if value is not None]
+    colours = ScalarMappable(LogNorm(min(known), max(known) * 1.001), "viridis_r") if known else None
+    filled = [
+        UNKNOWN if colours is None or value is None else tuple(colours.to_rgba(np.asarray(value))) for value in quality
+    ]
+    for axes, count in zip(parts, threads, strict=True):
+        _draw_speeds(axes, results["models"], str(count), filled)
+        axes.set_ylabel(f"tokens/s, {count} thread{'s' * (count > 1)}")
+    parts[-1].set_xlabel("weight files, MB")
+    parts[-1].xaxis.set_major_formatter(LogFormatter())  # 200, not 2 times 10 to the 2
+    parts[-1].xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    if colours is not None:
+        bar = figure.colorbar(colours, ax=list(parts), label="perplexity", format=LogFormatter())
+        bar.ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(4, 1)))
+    return png_bytes(figure)
+
+
+def qualities(models: Sequence[dict[str, Any]]) -> list[float | None]:
+    """Return the perplexity of each model; None where it is unknown, or measured by another protocol than the first."""
+    scores = [one["scores"] for one in models]
+    first = next((one["protocol"] for one in scores if one is not None), None)
+    return [None if one is None or one["protocol"] != first else float(one["perplexity"]) for one in scores]
+
+
+def _draw_speeds(axes: Axes, models: Sequence[dict[str, Any]], threads: str, colours: Sequence[Any]) -> None:
+    """Draw one point for each model, with its name, and a line from the lowest to the highest round."""
+    axes.set_xscale("log")
+    axes.grid(alpha=0.3)
+    points = []
+    for one, colour in zip(models, colours, strict=True):
+        speed = one["threads"][threads]["decode"]
+        x, y = one["bytes"] / 1e6, speed["median"]
+        axes.plot([x, x], [speed["lowest"], speed["highest"]], color="gray", linewidth=1, zorder=1)
+        marker = "s" if one["kind"] == "gguf" else "o"
+        axes.scatter([x], [y], color=[colour], edgecolors="black", marker=marker, zorder=2)
+        points.append((x, y, one["model"]))
+    axes.set_ylim(bottom=0)
+    axes.margins(0.15)
+    covered: list[Bbox] = []
+    for x, y, name in points:
+        covered.append(write_name(axes, (x, y), name, covered))
 
 
 def main_metric(entry: dict[str, float]) -> str | None:
@@ -101,19 +163,19 @@ def _task_score(one: dict[str, Any], task: str) -> float | None:
 
 
 def _draw_frontier(
-    axes: Axes, found: dict[str, Any], value: Callable[[dict[str, Any]], float | None], label: str, scale: str
+    axes: Axes, results: dict[str, Any], value: Callable[[dict[str, Any]], float | None], label: str, scale: str
 ) -> None:
     """One quantity of all points: lines by size, peers with their names, the dense model."""
 
     def place(one: dict[str, Any]) -> float:
-        return float(one["bpw"] if found["axis"] == "bpw" else one["bytes"] / 1e6)
+        return float(one["bpw"] if results["axis"] == "bpw" else one["bytes"] / 1e6)
 
-    for series in found["series"]:
+    for series in results["series"]:
         points = sorted((place(one), y) for one in series["points"] if (y := value(one)) is not None)
         axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=series["recipe"])
-    peers = sorted((place(peer), y, peer["name"]) for peer in found["peers"] if (y := value(peer)) is not None)
+    peers = sorted((place(peer), y, peer["name"]) for peer in results["peers"] if (y := value(peer)) is not None)
     crosses = axes.plot([x for x, *_ in peers], [y for _, y, _ in peers], marker="x", linestyle="", color="black")
-    axes.axhline(value(found["dense"]) or 0.0, linestyle="--", color="gray", label="dense")
+    axes.axhline(value(results["dense"]) or 0.0, linestyle="--", color="gray", label="dense")
     _describe(axes, label, scale)
     from matplotlib.transforms import Bbox
 
@@ -145,6 +207,12 @@ def running_count(tokens: Iterable[int]) -> Iterator[int]:
         before += last if count < last else 0
         last = count
         yield before + count
+
+
+def check_matplotlib() -> None:
+    """Raise RecipeError where matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise RecipeError(MISSING)
 
 
 def new_figure() -> Figure:

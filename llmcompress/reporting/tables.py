@@ -1,42 +1,59 @@
-"""Cells of tables and Markdown: comparisons, frontiers and groups of layers, for every page that shows them."""
+"""Tables of results, built once for terminal, Markdown, model card and HTML page; and groups of like layers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
 from llmcompress.reporting.formatting import duration
 from llmcompress.reporting.markdown import cell
 
+if TYPE_CHECKING:
+    from llmcompress.reporting.report import Report
+
 Row = dict[str, Any]
 MARKS = {True: "*", False: "", None: "?"}  # is a difference beyond noise?
-CHANGE_HEADINGS = ("model", "score", "difference", "items", "beyond noise")
+VERDICTS = {True: "yes", False: "no", None: "?"}
+CONTROLS = {"no_teacher": "without a teacher", "vanilla": "by forward KL alone"}  # of a distillation
 
 
-def comparison_markdown(found: Row) -> str:
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. `numbers`: the columns that are flush right; `notes`: sentences below."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Sequence[int] = ()
+    notes: Sequence[str] = ()
+
+    def markdown(self, escape: Callable[[str], str] = cell) -> str:
+        """Return the table in Markdown, without its notes; `escape`: of the cells."""
+        lines = [f"| {' | '.join(map(escape, row))} |" for row in (self.headings, *self.rows)]
+        return "\n".join([lines[0], "|---" * len(self.headings) + "|", *lines[1:]])
+
+
+def comparison_markdown(results: Row) -> str:
     """Return a comparison as Markdown: its two tables, the protocol and the versions."""
-    headings, rows, notes = comparison_cells(found)
-    notes += [
-        f"{name}: " + ", ".join(f"{key} {value}" for key, value in found[name].items() if value not in (None, []))
-        for name in ("protocol", "versions")
-    ]
-    said = [f"- {note.replace('*', chr(92) + '*')}" for note in notes]
-    parts = (*markdown_table(headings, rows), "", *said, "", *markdown_table(CHANGE_HEADINGS, change_cells(found)))
-    return "\n".join(parts) + "\n"
+    table = comparison_table(results)
+    notes = [*table.notes] + [f"{name}: {_settings(results[name])}" for name in ("protocol", "versions")]
+    listed = "\n".join(f"- {note.replace('*', chr(92) + '*')}" for note in notes)
+    return f"{table.markdown()}\n\n{listed}\n\n{change_table(results).markdown()}\n"
 
 
-def comparison_cells(found: Row) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return (headings, one row of cells per model, notes on the marks) of a comparison."""
-    models, first = found["models"], found["models"][0]["model"]
-    columns = [(task, metric) for task, entry in models[0]["tasks"].items() for metric, _, _ in metrics(entry)]
+def comparison_table(results: Row) -> Table:
+    """Return the scores of a comparison, a row for each model, with notes on the marks."""
+    models, first = results["models"], results["models"][0]["model"]
+    columns = _task_columns(models[0])
     kinds = len(models[0].get("domains", {}))
     headings = ["model", "bytes", "bpw", "model_bpw", "ECE", "KL", "top-1 agreement"]
     headings += [f"worst KL of {kinds} kinds"] * bool(kinds) + ["perplexity"]
     scored = len(headings) - 1
     headings += [f"{task}: {metric}" for task, metric in columns]
-    rows = [_comparison_row(row, columns) for row in models]
-    marks = {cell[-1] for row in rows for cell in row[scored:]}
+    rows = [_comparison_row(model, columns) for model in models]
+    marks = {text[-1] for row in rows for text in row[scored:]}
     notes = [
         f"± standard error · KL in nats/token and top-1 agreement are distances from {first}",
         "ECE: expected calibration error, how far a model's confidence is from how often it is right",
@@ -45,105 +62,179 @@ def comparison_cells(found: Row) -> tuple[list[str], list[list[str]], list[str]]
         notes.append(f"* differs from {first} beyond noise: paired, item by item, at 95 %")
     if "?" in marks:
         notes.append("? cannot be told from noise: fewer than two items, or no mean over items")
-    notes += [f"{row['model']}: {warning}" for row in models for warning in row.get("warnings", ())]
-    return headings, rows, notes
+    notes += [f"{model['model']}: {warning}" for model in models for warning in model.get("warnings", ())]
+    return Table(headings, rows, range(1, len(headings)), notes)
 
 
-def _comparison_row(row: Row, columns: Sequence[tuple[str, str]]) -> list[str]:
+def _comparison_row(model: Row, columns: Sequence[tuple[str, str]]) -> list[str]:
     """Return the cells of one model, with its scores in the tasks and metrics of `columns`."""
-    cells = [row["model"], f"{row['bytes']:,}", number(row["bpw"]), number(row["model_bpw"])]
-    cells.append(f"{row['calibration_error']:.4f}")
-    cells += [measured(row[name], row[f"{name}_stderr"]) for name in ("kl", "top1_agreement")]
-    if domains := row.get("domains"):
+    cells = [model["model"], f"{model['bytes']:,}", number(model["bpw"]), number(model["model_bpw"])]
+    cells.append(f"{model['calibration_error']:.4f}")
+    cells += [with_error(model[name], model[f"{name}_stderr"]) for name in ("kl", "top1_agreement")]
+    if domains := model.get("domains"):
         worst = worst_domain(domains)
-        cells.append(f"{measured(domains[worst]['kl'], domains[worst]['kl_stderr'])} {worst}")
-    changes = row["differences"] or {"nll": None, "tasks": {}}
-    scores = [(measured(row["perplexity"], row["perplexity_stderr"], 3), changes["nll"])]
+        cells.append(f"{with_error(domains[worst]['kl'], domains[worst]['kl_stderr'])} {worst}")
+    changes = model["differences"] or {"nll": None, "tasks": {}}
+    scores = [(with_error(model["perplexity"], model["perplexity_stderr"], 3), changes["nll"])]
     for task, metric in columns:
-        [(value, error)] = [(value, error) for name, value, error in metrics(row["tasks"][task]) if name == metric]
-        scores.append((measured(value, error), changes["tasks"].get(task, {}).get(metric)))
-    if row["differences"] is None:  # the reference
+        change = changes["tasks"].get(task, {}).get(metric)
+        scores.append((_task_cell(model["tasks"][task], metric), change))
+    if model["differences"] is None:  # the reference
         return cells + [score for score, _ in scores]
     return cells + [score + MARKS[change and change["beyond_noise"]] for score, change in scores]
 
 
 def worst_domain(domains: dict[str, Row]) -> str:
-    """Return the kind of text on which a model is farthest from the dense one, by KL."""
+    """Return the kind of text with the largest KL to the dense model."""
     return max(domains, key=lambda name: float(domains[name]["kl"]))
 
 
-def change_cells(found: Row) -> Iterator[list[str]]:
-    """Yield the difference of every model from the first in every score, as cells under `CHANGE_HEADINGS`."""
-    for row in found["models"][1:]:
-        changes = {"log perplexity, nats/token": row["differences"]["nll"]}
-        for task, entry in row["differences"]["tasks"].items():
+def change_table(results: Row) -> Table:
+    """Return the difference of every model of a comparison from the first, a row for each score."""
+    rows = []
+    for model in results["models"][1:]:
+        changes = {"log perplexity, nats/token": model["differences"]["nll"]}
+        for task, entry in model["differences"]["tasks"].items():
             changes |= {f"{task}: {metric}": change for metric, change in entry.items()}
         for name, change in changes.items():
-            value = measured(change["value"], change["stderr"])
-            verdict = {True: "yes", False: "no", None: "?"}[change["beyond_noise"]]
-            yield [row["model"], name, value, str(change["items"]), verdict]
+            value, verdict = with_error(change["value"], change["stderr"]), VERDICTS[change["beyond_noise"]]
+            rows.append([model["model"], name, value, str(change["items"]), verdict])
+    return Table(("model", "score", "difference", "items", "beyond noise"), rows, (2, 3))
 
 
-def passport_cells(row: Row) -> list[str]:
-    """Return the cells of one adapter of a passport: gains, the share that is kept, KL, likeness, distinct pairs."""
-    kept = "no gain to keep" if row["kept"] is None else f"{row['kept']:.0%} ± {row['kept_stderr']:.0%}"
-    pairs = ", ".join(f"{row['distinct'][name]:.2f}" for name in ("dense", "compressed", "handed_over"))
-    numbers = (f"{row[key]:.4f}" for key in ("gain_dense", "gain"))
-    return [row["adapter"], *numbers, kept, f"{row['kl']:.4f}", f"{row['alike']:.3f}", pairs]
+def adapter_table(results: Row) -> Table:
+    """Return the adapters of a passport: gains in nats per token on both models, the share that is kept, their KL with
+    the adapter, the correlation of gains over tokens, and distinct pairs of tokens that each writes."""
+    rows = []
+    for row in results["adapters"]:
+        kept = "no gain to keep" if row["kept"] is None else f"{row['kept']:.0%} ± {row['kept_stderr']:.0%}"
+        pairs = ", ".join(f"{row['distinct'][name]:.2f}" for name in ("dense", "compressed", "handed_over"))
+        gains = (f"{row[key]:.4f}" for key in ("gain_dense", "gain"))
+        rows.append([row["adapter"], *gains, kept, f"{row['kl']:.4f}", f"{row['alike']:.3f}", pairs])
+    headings = ("adapter", "gain, dense", "gain here", "kept", "KL between both", "alike", "distinct pairs")
+    return Table(headings, rows, range(1, 7))
 
 
-def frontier_markdown(found: Row) -> str:
+def size_rows(report: Report) -> list[tuple[str, str, str]]:
+    """Return (name, dense, compressed) of bytes and bits per weight."""
+    dense_bits = f"{report.dense_bytes * 8 / report.parameters:.3g}"
+    return [
+        ("bytes of all weight files", f"{report.dense_bytes:,}", f"{report.bytes:,}"),
+        ("bits per weight, compressed linears", dense_bits, f"{report.bpw:.3f}"),
+        ("bits per weight, all files", dense_bits, f"{report.model_bpw:.3f}"),
+    ]
+
+
+def score_rows(scores: Row) -> list[tuple[str, ...]]:
+    """Return (score, dense, compressed, change) of the scores that `eval --save` wrote."""
+    dense, small = scores["dense"], scores["compressed"]
+    perplexities = [with_error(side["perplexity"], side.get("perplexity_stderr"), 3) for side in (dense, small)]
+    agreement = with_error(small["top1_agreement"], small.get("top1_agreement_stderr"))
+    ratio = f"×{small['perplexity'] / dense['perplexity']:.3f}"
+    rows: list[tuple[str, ...]] = [
+        (f"perplexity on {without_folders(scores['text'])}", *perplexities, ratio),
+        ("KL to the dense model, nats/token", "0", with_error(small["kl"], small.get("kl_stderr")), ""),
+        ("top-1 agreement with the dense model", "1", agreement, ""),
+    ]
+    if "calibration_error" in small:  # which older folders lack
+        before, after = dense["calibration_error"], small["calibration_error"]
+        label = "calibration error: how far confidence is from being right"
+        rows.append((label, f"{before:.4f}", f"{after:.4f}", f"{after - before:.4f}"))
+    for name, domain in small.get("domains", {}).items():
+        kl = with_error(domain["kl"], domain["kl_stderr"])
+        rows.append((f"KL to the dense model on {without_folders(name)}", "0", kl, ""))
+    for task, entry in small["tasks"].items():
+        known = {metric: (value, error) for metric, value, error in metrics(dense["tasks"][task])}
+        for metric, value, error in metrics(entry):
+            label, change = f"{without_folders(task)}: {metric}", f"{value - known[metric][0]:+.4f}"
+            rows.append((label, with_error(*known[metric]), with_error(value, error), change))
+    return rows
+
+
+def gain_table(distillation: Row) -> Table:
+    """Return what a distillation gained on held-out text, beside its controls and its teacher."""
+    before, after = distillation["history"][0], distillation["history"][-1]
+    controls = {CONTROLS[name]: last for name, last in distillation.get("controls", {}).items() if "failed" not in last}
+    looks = {"before": before, "after": after, **controls}
+    perplexities = [look["perplexity"] for look in looks.values()] + [after["teacher_perplexity"]]
+    rows = [
+        ("KL to the teacher, nats/token", *(f"{look['kl']:.4f}" for look in looks.values()), "0"),
+        ("perplexity", *(f"{value:.3f}" for value in perplexities)),
+    ]
+    for name in after.get("domains", {}):
+        domains = [look["domains"].get(name) if "domains" in look else None for look in looks.values()]
+        kls = ("" if domain is None else f"{domain['kl']:.4f}" for domain in domains)
+        rows.append((f"KL to the teacher on {without_folders(name)}", *kls, "0"))
+    return Table(("on held-out text", *looks, "teacher"), rows, range(1, len(looks) + 2))
+
+
+def loss_sum(losses: dict[str, float | str]) -> str:
+    """Return the losses of a distillation with their weights, as "forward_kl + 0.5 hidden"."""
+    weights = {name: f"{weight:g}" if isinstance(weight, float) else f"{weight}" for name, weight in losses.items()}
+    return " + ".join(name if weight == "1" else f"{weight} {name}" for name, weight in weights.items())
+
+
+def without_folders(name: str) -> str:
+    """Return a name without the folders of the machine that it was made on."""
+    path = PurePath(name)
+    return path.name if path.is_absolute() or name.startswith((".", "~")) else name
+
+
+def frontier_markdown(results: Row) -> str:
     """Return the table of a frontier as Markdown."""
-    headings, rows, notes = frontier_cells(found)
-    return "\n".join((*markdown_table(headings, rows), "", *(f"- {note}" for note in notes))) + "\n"
+    table = frontier_table(results)
+    notes = "\n".join(f"- {note}" for note in table.notes)
+    return f"{table.markdown()}\n\n{notes}\n"
 
 
-def frontier_cells(found: Row) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return (headings, rows, notes) of a frontier; rows are the dense model, every budget and the peers."""
-    dense = found["dense"]
-    columns = [(task, metric) for task, entry in dense["tasks"].items() for metric, _, _ in metrics(entry)]
+def frontier_table(results: Row) -> Table:
+    """Return a frontier: a row for the dense model, every budget and every peer."""
+    dense = results["dense"]
+    columns = _task_columns(dense)
     headings = ["recipe", "budget", "bpw", "bytes", "model_bpw", "perplexity", "ratio", "gap", "KL", "top-1 agreement"]
     headings += [f"{task}: {metric}" for task, metric in columns]
     headings += ["predicted KL", "measured KL", "seconds"]
     rows = [["dense", "", *_frontier_cells(dense | {"ratio": 1.0, "gap": 0.0}, columns)]]
-    for series in found["series"]:
-        rows += [[series["recipe"], one["budget"], *_frontier_cells(one, columns)] for one in series["points"]]
-    rows += [[one["name"], "peer", *_frontier_cells(one, columns)] for one in found["peers"]]
+    for series in results["series"]:
+        rows += [[series["recipe"], point["budget"], *_frontier_cells(point, columns)] for point in series["points"]]
+    rows += [[peer["name"], "peer", *_frontier_cells(peer, columns)] for peer in results["peers"]]
     notes = [
         "ratio: perplexity over the dense model's, gap: its logarithm; KL in nats/token",
         "predicted KL: the sum of what the chosen options cost; measured KL: of the finished model on the same tokens",
     ]
     notes += [
         f"prices of {series['recipe']}: {duration(series['pricing_seconds'])}, once for all its budgets"
-        for series in found["series"]
+        for series in results["series"]
     ]
-    notes += ["peers: as given, not measured here"] * bool(found["peers"])
-    protocol = ", ".join(f"{key} {value}" for key, value in found["protocol"].items() if value not in (None, []))
-    return headings, rows, [*notes, f"protocol: {protocol}"]
+    notes += ["peers: as given, not measured here"] * bool(results["peers"])
+    notes.append(f"protocol: {_settings(results['protocol'])}")
+    return Table(headings, rows, range(2, len(headings)), notes)
 
 
-def _frontier_cells(one: Row, columns: Sequence[tuple[str, str]]) -> list[str]:
+def _frontier_cells(point: Row, columns: Sequence[tuple[str, str]]) -> list[str]:
     """Return the cells of one point; "?" stands for an unknown number."""
-    size = one.get("bytes")
-    cells = [number(one.get("bpw")), "?" if size is None else f"{size:,}", number(one.get("model_bpw"))]
-    cells += [measured(one["perplexity"], one.get("perplexity_stderr"), 3), number(one["ratio"]), number(one["gap"])]
+    size = point.get("bytes")
+    cells = [number(point.get("bpw")), "?" if size is None else f"{size:,}", number(point.get("model_bpw"))]
+    cells.append(with_error(point["perplexity"], point.get("perplexity_stderr"), 3))
+    cells += [number(point["ratio"]), number(point["gap"])]
     for name in ("kl", "top1_agreement"):
-        cells.append("?" if one.get(name) is None else measured(one[name], one.get(f"{name}_stderr")))
-    for task, metric in columns:
-        cells.append(_task_cell(one["tasks"].get(task, {}), metric))
-    cells += [f"{one[name]:.4f}" if name in one else "" for name in ("predicted_kl", "measured_kl")]
-    return [*cells, f"{one['seconds']:.0f}" if "seconds" in one else ""]
+        cells.append("?" if point.get(name) is None else with_error(point[name], point.get(f"{name}_stderr")))
+    cells += [_task_cell(point["tasks"].get(task, {}), metric) for task, metric in columns]
+    cells += [f"{point[name]:.4f}" if name in point else "" for name in ("predicted_kl", "measured_kl")]
+    return [*cells, f"{point['seconds']:.0f}" if "seconds" in point else ""]
+
+
+def _settings(values: Row) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value not in (None, []))
+
+
+def _task_columns(model: Row) -> list[tuple[str, str]]:
+    """Return (task, metric) of all scores of a model."""
+    return [(task, metric) for task, entry in model["tasks"].items() for metric, _, _ in metrics(entry)]
 
 
 def _task_cell(entry: dict[str, float], metric: str) -> str:
-    return next((measured(value, error) for name, value, error in metrics(entry) if name == metric), "?")
-
-
-def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a table in Markdown."""
-    yield f"| {' | '.join(map(cell, headings))} |"
-    yield "|---" * len(headings) + "|"
-    yield from (f"| {' | '.join(map(cell, row))} |" for row in rows)
+    return next((with_error(value, error) for name, value, error in metrics(entry) if name == metric), "?")
 
 
 def metrics(entry: dict[str, float]) -> Iterator[tuple[str, float, float | None]]:
@@ -154,35 +245,35 @@ def metrics(entry: dict[str, float]) -> Iterator[tuple[str, float, float | None]
             yield metric, value, entry.get(f"{name}_stderr{comma}{kind}")
 
 
-def measured(value: float, error: float | None, digits: int = 4) -> str:
-    """Return a value with its standard error, if it has one, as "3.120 ± 0.045"."""
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-
-def grouped(rows: Sequence[Row], same: Sequence[str], every: bool = False) -> Iterator[tuple[str, list[Row]]]:
+def group_rows(rows: Sequence[Row], same: Sequence[str], every: bool = False) -> Iterator[tuple[str, list[Row]]]:
     """Group rows that agree in `same` and, up to numbers, in name; yield ("layers.*.q_proj", rows) in order.
 
     With `every`, names must agree in full.
     """
     groups: dict[Any, list[Row]] = {}
     for row in rows:
-        name = row["name"] if every else starred(row["name"])
+        name = row["name"] if every else star_numbers(row["name"])
         groups.setdefault((name, *(repr(row[key]) for key in same)), []).append(row)
     for (name, *_), members in groups.items():
         yield (members[0]["name"] if len(members) == 1 else name), members
 
 
-def summarized(sentences: Iterable[str]) -> list[str]:
+def merge_sentences(sentences: Iterable[str]) -> list[str]:
     """Merge sentences that differ only in the block's number into one each, with their count."""
     groups: dict[str, list[str]] = {}
     for sentence in sentences:
-        groups.setdefault(starred(sentence), []).append(sentence)
+        groups.setdefault(star_numbers(sentence), []).append(sentence)
     return [same[0] if len(same) == 1 else f"{text} ({len(same)} times)" for text, same in groups.items()]
 
 
-def starred(name: str) -> str:
+def star_numbers(name: str) -> str:
     """Return the module path with a star for every number."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def with_error(value: float, error: float | None, digits: int = 4) -> str:
+    """Return a value with its standard error, if it has one, as "3.120 ± 0.045"."""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def number(value: float | None) -> str:

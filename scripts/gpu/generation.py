@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import llmcompress as lc
-from llmcompress.benchmark.generation import generate
+from llmcompress.benchmark.runners import generate
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import load_model
 from scripts.gpu.given import Given, peaks, restart_peak

@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 import llmcompress as lc
 import llmcompress.benchmark.candidate
 import llmcompress.benchmark.measure
-import llmcompress.benchmark.plot
 from llmcompress.benchmark.measure import bench
-from llmcompress.benchmark.plot import qualities
 from llmcompress.benchmark.protocol import SpeedProtocol
-from llmcompress.benchmark.table import digits, speed_markdown
+from llmcompress.benchmark.summary import digits, speed_markdown
 from llmcompress.cli.app import app
+from llmcompress.reporting import plots
+from llmcompress.reporting.plots import qualities
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
 
@@ -230,7 +230,7 @@ def test_packages_that_are_missing_are_named_before_anything_runs(
     monkeypatch.setattr(llmcompress.benchmark.candidate, "find_spec", lambda name: None)
     code, _, errors = run("dense", "--gguf", tmp_path / "any.gguf", "--prompt", 8)
     assert code == 2 and "pip install xllamacpp" in errors
-    monkeypatch.setattr(llmcompress.benchmark.plot, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     code, _, errors = run("dense", "--plot", tmp_path / "p.png", "--prompt", 8)
     assert code == 2 and "plots need matplotlib" in errors
 

@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import llmcompress as lc
-from llmcompress.benchmark.bandwidth import LEAST, ReadBuffer, buffer_bytes
-from llmcompress.benchmark.candidate import Candidate, candidates, prompt_of
+from llmcompress.benchmark.candidate import Candidate, draw_prompt, find_candidates
 from llmcompress.benchmark.gguf_file import read_gguf
-from llmcompress.benchmark.machine import last_level_cache
+from llmcompress.benchmark.machine import LEAST, BandwidthMeter, buffer_bytes, last_level_cache
 from llmcompress.benchmark.protocol import SpeedProtocol
-from llmcompress.benchmark.resident import resident_memory, restart_peak
+from llmcompress.benchmark.worker import resident_memory, restart_peak
 from llmcompress.errors import InputError
 from llmcompress.runtime.memory import peak_memory
 from tests.tiny import VOCABULARY, save_tiny
@@ -26,24 +25,24 @@ BLOCK = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 48 * 32 + 2 * 32  # of the tiny Ll
 REST = 2 * BLOCK + 32
 
 
-def looked_at(folder: Path, **changes: object) -> Candidate:
+def find_candidate(folder: Path, **changes: object) -> Candidate:
     """The only model of a measurement."""
-    [found] = candidates([str(folder)], [], SpeedProtocol(**(vars(SHORT) | changes)), None)
+    [found] = find_candidates([str(folder)], [], SpeedProtocol(**(vars(SHORT) | changes)), None)
     return found
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
 def test_a_token_reads_all_but_the_other_rows_of_its_table(dtype: str, width: int, tmp_path: Path) -> None:
-    tied = looked_at(save_tiny("llama", tmp_path / "tied", tie_word_embeddings=True), dtype=dtype)
+    tied = find_candidate(save_tiny("llama", tmp_path / "tied", tie_word_embeddings=True), dtype=dtype)
     assert tied.token_bytes == width * (REST + VOCABULARY * 32)
-    own = looked_at(save_tiny("llama", tmp_path / "own", tie_word_embeddings=False), dtype=dtype)
+    own = find_candidate(save_tiny("llama", tmp_path / "own", tie_word_embeddings=False), dtype=dtype)
     assert own.token_bytes == width * (REST + VOCABULARY * 32 + 32)
     assert (own.kind, own.engine, own.vocabulary, own.context) == ("dense", "transformers", VOCABULARY, 64)
 
 
 def test_positions_are_looked_up_too(tmp_path: Path) -> None:
     """GPT-2: its head is tied to the tokens' table, and it has one of 64 positions."""
-    model = looked_at(save_tiny("gpt2", tmp_path / "gpt2"))
+    model = find_candidate(save_tiny("gpt2", tmp_path / "gpt2"))
     stored = load_file(tmp_path / "gpt2" / "model.safetensors")
     everything = 2 * sum(value.numel() for value in stored.values())
     assert model.token_bytes == everything - 2 * 63 * 32
@@ -60,7 +59,7 @@ def test_compressed_tables_count_as_they_are_stored(tied: bool, tmp_path: Path) 
     sizes = {name: value.numel() * value.element_size() for name, value in stored.items()}
     table = sizes["model.embed_tokens.weight"]
     assert stored["model.embed_tokens.weight"].dtype == torch.uint8
-    found = looked_at(tmp_path / "small")
+    found = find_candidate(tmp_path / "small")
     assert found.token_bytes == sum(sizes.values()) - (0 if tied else table - ceil(table / VOCABULARY))
     assert (found.kind, found.dtype, found.scores) == ("compressed", None, None)
 
@@ -127,11 +126,11 @@ def test_no_header_is_believed_blindly(tmp_path: Path) -> None:
 
 
 def test_prompts_are_tokens_of_every_model(tmp_path: Path) -> None:
-    wide = looked_at(save_tiny("llama", tmp_path / "wide", vocab_size=5000))
-    narrow = looked_at(save_tiny("llama", tmp_path / "narrow"))
-    drawn = prompt_of([wide, narrow], 1000, 0)
+    wide = find_candidate(save_tiny("llama", tmp_path / "wide", vocab_size=5000))
+    narrow = find_candidate(save_tiny("llama", tmp_path / "narrow"))
+    drawn = draw_prompt([wide, narrow], 1000, 0)
     assert len(drawn) == 1000 and set(drawn) < set(range(VOCABULARY)) and len(set(drawn)) > VOCABULARY / 2
-    assert drawn == prompt_of([narrow], 1000, 0) != prompt_of([narrow], 1000, 1)
+    assert drawn == draw_prompt([narrow], 1000, 0) != draw_prompt([narrow], 1000, 1)
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------
@@ -163,7 +162,7 @@ def test_the_buffer_is_larger_than_caches_unless_memory_is_short() -> None:
 
 
 def test_bandwidth_is_that_of_the_fastest_reading() -> None:
-    buffer = ReadBuffer(2**20)
+    buffer = BandwidthMeter(2**20)
     assert buffer.bytes == 2**20 and float(buffer.values.sum()) == 2**18, "written, so that its pages are there"
     seconds = iter([4.0, 2.0, 0.5, 3.0, 1.0, 8.0])
     ticks = iter([tick for wait in seconds for tick in (100.0, 100.0 + wait)])

@@ -14,13 +14,11 @@ from transformers import GenerationConfig
 
 import llmcompress.benchmark.runners
 from llmcompress.benchmark.candidate import Candidate
-from llmcompress.benchmark.generation import generate
-from llmcompress.benchmark.measure import Seat, take_turns
-from llmcompress.benchmark.process import Worker
+from llmcompress.benchmark.measure import TurnTaker, take_turns
 from llmcompress.benchmark.protocol import WARM_UP, SpeedProtocol, parse_threads
-from llmcompress.benchmark.runners import _llama_turn
+from llmcompress.benchmark.runners import generate, llama_times
 from llmcompress.benchmark.summary import NO_PEAK, summary
-from llmcompress.benchmark.worker import answers
+from llmcompress.benchmark.worker import Worker, answers
 from llmcompress.errors import InputError, LLMCompressError, MemoryLimitError, RecipeError
 from tests.tiny import save_tiny, tiny
 
@@ -57,7 +55,7 @@ def test_seconds_are_those_between_the_parts() -> None:
 
 def test_seconds_of_llama_cpp_leave_out_the_first_token() -> None:
     timings = {"prompt_n": 512, "prompt_ms": 8000.0, "predicted_n": 9, "predicted_ms": 400.0}
-    times = _llama_turn({"timings": timings}, 2)
+    times = llama_times(timings, 2)
     assert times.tokens / times.decode == 20.0 and times.prompt / times.prefill == 64.0
     assert (times.threads, times.first_token) == (2, 8.0)
 
@@ -65,23 +63,23 @@ def test_seconds_of_llama_cpp_leave_out_the_first_token() -> None:
 # --- the order ------------------------------------------------------------------------------------------------------
 
 
-def seats(log: list[tuple[str, int, int]], threads: int | None = None) -> list[Seat]:
+def turn_takers(log: list[tuple[str, int, int]], threads: int | None = None) -> list[TurnTaker]:
     """Memory, two models, and a GGUF file with a process for each number of threads; `threads`: all they ever use."""
 
-    def seat(name: str, model: int | None, *counts: int) -> Seat:
+    def taker(name: str, model: int | None, *counts: int) -> TurnTaker:
         def ask(request: dict[str, Any]) -> dict[str, Any]:
             assert request["ask"] == "turn" and request["prompt"] == PROMPT
             log.append((name, request["threads"], request["tokens"]))
             return {"threads": threads or request["threads"]}
 
-        return Seat(model, counts, ask)
+        return TurnTaker(model, counts, ask, {})
 
     return [
-        seat("memory", None, 1, 2),
-        seat("a", 0, 1, 2),
-        seat("b", 1, 1, 2),
-        seat("one", 2, 1),
-        seat("two", 2, 2),
+        taker("memory", None, 1, 2),
+        taker("a", 0, 1, 2),
+        taker("b", 1, 1, 2),
+        taker("one", 2, 1),
+        taker("two", 2, 2),
     ]
 
 
@@ -89,7 +87,7 @@ def test_models_are_asked_in_turn_and_every_other_round_backwards() -> None:
     log: list[tuple[str, int, int]] = []
     done: list[tuple[str, int, int]] = []
     protocol = SpeedProtocol(threads=(1, 2), prompt=7, tokens=20, rounds=2)
-    found = list(take_turns(seats(log), protocol, PROMPT, lambda *given: done.append(given)))
+    found = list(take_turns(turn_takers(log), protocol, PROMPT, lambda *given: done.append(given)))
     forth = [["memory", "a", "b", "one"], ["memory", "a", "b", "two"]]
     back = [names[::-1] for names in forth]
     expected = [
@@ -109,7 +107,7 @@ def test_models_are_asked_in_turn_and_every_other_round_backwards() -> None:
 def test_other_threads_than_asked_for_are_not_passed_over() -> None:
     protocol = SpeedProtocol(threads=(2,), prompt=7)
     with pytest.raises(RecipeError, match="2 threads were asked for, and 1 computed"):
-        list(take_turns(seats([], threads=1), protocol, PROMPT))
+        list(take_turns(turn_takers([], threads=1), protocol, PROMPT))
 
 
 # --- a worker -------------------------------------------------------------------------------------------------------
@@ -153,7 +151,7 @@ def test_an_error_is_the_last_answer(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(size: int) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(llmcompress.benchmark.runners, "ReadBuffer", full)
+    monkeypatch.setattr(llmcompress.benchmark.runners, "BandwidthMeter", full)
     [answer] = answers([{"engine": "memory", "name": "the buffer", "bytes": 1}])
     assert (answer["error"], answer["message"]) == ("MemoryLimitError", "there is not enough memory for the buffer")
 

@@ -32,7 +32,7 @@ from llmcompress.models.files.file_names import REPORT as REPORT_FILE
 from llmcompress.recipe.read import dump, parse_recipe
 from llmcompress.reporting.formatting import duration
 from llmcompress.reporting.report import LayerReport, Report
-from llmcompress.reporting.tables import comparison_markdown, grouped, summarized
+from llmcompress.reporting.tables import comparison_markdown, group_rows, merge_sentences
 from tests.tiny import save_tiny
 
 TEXT = """\
@@ -345,11 +345,11 @@ def test_a_form_is_not_said_of_layers_that_have_another() -> None:
     assert list(table.columns[-1].cells) == ["3-bit row, 1 otherwise", "3-bit row"]
 
 
-def test_summarized_and_grouped() -> None:
-    assert summarized(["a.1.b is odd", "x", "a.2.b is odd"]) == ["a.*.b is odd (2 times)", "x"]
+def test_like_sentences_and_rows_are_merged() -> None:
+    assert merge_sentences(["a.1.b is odd", "x", "a.2.b is odd"]) == ["a.*.b is odd (2 times)", "x"]
     rows = [{"name": "a.1.b", "bits": 1}, {"name": "a.2.b", "bits": 2}, {"name": "a.3.b", "bits": 1}]
-    assert [(name, len(same)) for name, same in grouped(rows, ["bits"])] == [("a.*.b", 2), ("a.2.b", 1)]
-    assert [name for name, _ in grouped(rows, ["bits"], every=True)] == ["a.1.b", "a.2.b", "a.3.b"]
+    assert [(name, len(same)) for name, same in group_rows(rows, ["bits"])] == [("a.*.b", 2), ("a.2.b", 1)]
+    assert [name for name, _ in group_rows(rows, ["bits"], every=True)] == ["a.1.b", "a.2.b", "a.3.b"]
 
 
 @pytest.mark.parametrize(

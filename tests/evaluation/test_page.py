@@ -18,10 +18,10 @@ from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeEr
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import check_manifest, seal
 from llmcompress.reporting.html.charts import curve, heat_map, ticks
-from llmcompress.reporting.html.context import NO_GENERATIONS, NO_LAYERS, NO_SCORES, public
-from llmcompress.reporting.html.files import add_generations, read_generations
-from llmcompress.reporting.html.write import write_page
+from llmcompress.reporting.html.context import NO_GENERATIONS, NO_LAYERS, NO_SCORES
+from llmcompress.reporting.html.page import add_generations, read_generations, write_page
 from llmcompress.reporting.report import LayerReport, Report
+from llmcompress.reporting.tables import without_folders
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
 BLOCKS = 3
@@ -176,7 +176,7 @@ def test_a_page_says_what_the_files_say(tmp_path: Path) -> None:
         "model.layers.2.mlp.up_proj 1 rule 1 of the recipe keeps it dense",
         "lm_head 1 it is in no block, and the recipe has no steps for it",
         "something is odd",
-        "KL to the teacher, nats per token 0.4000 0.1333 0",
+        "KL to the teacher, nats/token 0.4000 0.1333 0",
         "forward_kl + 0.5 hidden",
         "4,000 bytes before, 4,400 after",
         "there was a box.",
@@ -368,5 +368,5 @@ def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
 
 
 def test_names_lose_the_machine() -> None:
-    assert public("/folder/somebody/model") == "model" and public("../model") == "model"
-    assert public("maker/tiny") == "maker/tiny" and public("stdlib") == "stdlib"
+    assert without_folders("/folder/somebody/model") == "model" and without_folders("../model") == "model"
+    assert without_folders("maker/tiny") == "maker/tiny" and without_folders("stdlib") == "stdlib"

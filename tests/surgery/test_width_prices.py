@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
-from llmcompress.benchmark.candidate import _of_folder
+from llmcompress.benchmark.candidate import describe_folder
 from llmcompress.data.calibration import calibration_tokens
 from llmcompress.distillation.run import distill
 from llmcompress.errors import InputError
@@ -169,7 +169,7 @@ def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_a_dense_model_everywhere(slim: Path) -> None:
     source = open_source(locate(slim / "slim"))
     assert source.tensors["model.layers.0.mlp.down_proj.weight"].shape == (32, 24)
-    candidate = _of_folder(locate(slim / "slim"), "bfloat16")
+    candidate = describe_folder(locate(slim / "slim"), "bfloat16")
     assert (candidate.kind, candidate.bytes, candidate.bpw) == ("dense", source.bytes, 32.0)
     protocol = lc.Protocol((slim / "text.txt").read_text(), windows=2, length=32)
     found = lc.score(slim / "slim", protocol, against=str(slim / "dense"))

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from llmcompress.pipeline.frontier.judge import Judge
 from llmcompress.pipeline.frontier.peers import Peer
 from llmcompress.recipe.compression import Recipe
 from llmcompress.reporting import report as reports
-from llmcompress.reporting.plots import MISSING, frontier_pictures, main_metric
+from llmcompress.reporting.plots import check_matplotlib, frontier_pictures, main_metric
 from llmcompress.reporting.tables import frontier_markdown
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.facts import versions
@@ -146,8 +145,7 @@ def sweep(
 
 def _check(recipes: Sequence[Recipe]) -> None:
     """Raise RecipeError if lines cannot be told apart or drawn."""
-    if find_spec("matplotlib") is None:
-        raise RecipeError(MISSING)
+    check_matplotlib()
     names = [recipe.name for recipe in recipes]
     for name in names if len(names) > 1 else ():
         if names.count(name) > 1:

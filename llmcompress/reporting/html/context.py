@@ -1,13 +1,14 @@
-"""Content of a page: plain values for the template, section by section, from the files of a checkpoint."""
+"""The values that the template of a page shows, section by section, from the files of a checkpoint."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from math import prod
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import InputError
@@ -15,13 +16,22 @@ from llmcompress.models.files import file_names
 from llmcompress.models.files.integrity import MENDING
 from llmcompress.reporting.formatting import aim, byte_count, duration
 from llmcompress.reporting.html.charts import Curve, curve
-from llmcompress.reporting.html.files import Files
-from llmcompress.reporting.html.layers import layer_facts
+from llmcompress.reporting.html.layers import layer_context
 from llmcompress.reporting.plots import running_count
+from llmcompress.reporting.quality_limits import GateReport
 from llmcompress.reporting.report import Report
-from llmcompress.reporting.tables import measured, metrics, starred
+from llmcompress.reporting.tables import (
+    Table,
+    gain_table,
+    loss_sum,
+    score_rows,
+    size_rows,
+    star_numbers,
+    without_folders,
+)
 
 Facts = dict[str, Any]
+Generations = Mapping[str, Mapping[str, str]]  # prompt -> model -> its continuation
 HUB_MODEL = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LONGEST_TEXT = 100_000  # characters of a recipe, and of all generations, that a page shows
 NO_SCORES = "Nobody has scored this checkpoint. `llmcompress eval FOLDER --against DENSE --save` does."
@@ -29,13 +39,29 @@ NO_LAYERS = "There is no report of layers: this is a dense student, which keeps 
 NO_GENERATIONS = "No sentences of it are recorded."
 
 
-def page_facts(files: Files) -> Facts:
-    """Return everything the template shows. Raises InputError for a file that llmcompress would not write so."""
-    folder = files.folder
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The content of a checkpoint's files; None for one that is missing."""
+
+    folder: Path
+    report: Report | None
+    scores: Facts | None
+    allocation: Facts | None
+    distillation: Facts | None
+    recipe: str | None
+    distillation_recipe: str | None
+    generations: Generations | None
+
+
+def page_context(files: CheckpointFiles) -> Facts:
+    """Return the variables of the template. Raises InputError for a file that llmcompress would not write so."""
+    folder, report = files.folder, files.report
+    facts: Facts = dict.fromkeys(("sizes", "gates", "layers", "origin"))
     with _as_written(folder / file_names.REPORT):
-        facts: Facts = {"head": _head(files), "sizes": _sizes(files), "origin": _origin(files)}
-        facts["gates"] = _gates(files.report)
-        layers = None if files.report is None else layer_facts(files.report, files.recipe)
+        facts["head"] = _head(files)
+        if report is not None:
+            facts |= {"sizes": _sizes(report), "layers": layer_context(report, files.recipe), "origin": _origin(report)}
+            facts["gates"] = None if report.gates is None else _gates(report.gates)
     with _as_written(folder / file_names.SCORES):
         facts["quality"] = None if files.scores is None else _quality(files.scores)
     with _as_written(folder / file_names.ALLOCATION):
@@ -45,15 +71,11 @@ def page_facts(files: Files) -> Facts:
     with _as_written(folder / file_names.GENERATIONS):
         facts["generations"] = None if files.generations is None else _generations(files.generations)
     recipes = (("Recipe", files.recipe), ("Recipe of the distillation", files.distillation_recipe))
-    facts["recipes"] = [(title, _shortened(text)) for title, text in recipes if text is not None]
+    facts["recipes"] = [(title, _shorten(text)) for title, text in recipes if text is not None]
     facts["tiles"] = _tiles(files, facts)
-    absent = ((facts["quality"], NO_SCORES), (layers, NO_LAYERS), (facts["generations"], NO_GENERATIONS))
-    return facts | {
-        "layers": layers,
-        "no_scores": NO_SCORES,
-        "no_layers": NO_LAYERS,
-        "missing": tuple(sentence for part, sentence in absent if part is None),
-    }
+    sentences = {"quality": NO_SCORES, "layers": NO_LAYERS, "generations": NO_GENERATIONS}
+    missing = tuple(sentence for section, sentence in sentences.items() if facts[section] is None)
+    return facts | {"no_scores": NO_SCORES, "no_layers": NO_LAYERS, "missing": missing}
 
 
 @contextmanager
@@ -67,18 +89,18 @@ def _as_written(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _head(files: Files) -> Facts:
-    """The names above everything."""
+def _head(files: CheckpointFiles) -> Facts:
+    """Return the title and the line below it."""
     report, done = files.report, files.distillation
     if report is None:
         return {"title": files.folder.resolve().name, "lead": "a dense model, distilled by llmcompress"}
     verbs = "compressed and distilled" if done is not None else "compressed"
     lead = f"{verbs} by llmcompress with the recipe {report.recipe}"
-    return {"title": report.base_model or public(report.model), "lead": lead}
+    return {"title": report.base_model or without_folders(report.model), "lead": lead}
 
 
-def _tiles(files: Files, facts: Facts) -> list[tuple[str, str, str]]:
-    """(label, value, note): the numbers that one looks for first."""
+def _tiles(files: CheckpointFiles, facts: Facts) -> list[tuple[str, str, str]]:
+    """Return (label, value, note) of the most important numbers."""
     report, tiles = files.report, []
     if report is not None:
         share = report.dense_bytes / report.bytes
@@ -93,25 +115,17 @@ def _tiles(files: Files, facts: Facts) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _sizes(files: Files) -> Facts | None:
-    """Bytes and bits of dense and compressed weights, and where the bytes are."""
-    report = files.report
-    if report is None:
-        return None
-    dense_bits = f"{report.dense_bytes * 8 / report.parameters:.3g}"
-    rows = [
-        ("bytes of all weight files", f"{report.dense_bytes:,}", f"{report.bytes:,}"),
-        ("bits per weight, compressed linears", dense_bits, f"{report.bpw:.3f}"),
-        ("bits per weight, all files", dense_bits, f"{report.model_bpw:.3f}"),
-    ]
-    return {"rows": rows, "parts": _parts(report), "parameters": f"{report.parameters:,}"}
+def _sizes(report: Report) -> Facts:
+    """Return bytes and bits of dense and compressed weights, and the bytes of each kind of matrix."""
+    table = Table(("", "dense", "this model"), size_rows(report), (1, 2))
+    return {"table": table, "parts": _parts(report), "parameters": f"{report.parameters:,}"}
 
 
 def _parts(report: Report) -> list[tuple[str, int, str, str]]:
-    """(name, layers, size, percent of all bytes) of every kind of matrix, and of the rest."""
+    """Return (name, layers, size, percent of all bytes) of every kind of matrix, and of the rest."""
     kinds: dict[str, list[float]] = {}
     for row in report.layers:
-        kinds.setdefault(starred(row.name), []).append(row.bpw * prod(row.shape) / 8)
+        kinds.setdefault(star_numbers(row.name), []).append(row.bpw * prod(row.shape) / 8)
     sizes = [(name, len(held), sum(held)) for name, held in kinds.items()]
     rest = report.bytes - sum(size for *_, size in sizes)
     if rest > 0:
@@ -120,58 +134,33 @@ def _parts(report: Report) -> list[tuple[str, int, str, str]]:
 
 
 def _quality(scores: Facts) -> Facts:
-    """The scores that `eval --save` kept: rows of (score, dense, compressed, change)."""
+    """Return the scores that `eval --save` wrote, beside those of the dense model."""
     dense, small = scores["dense"], scores["compressed"]
-    ratio = small["perplexity"] / dense["perplexity"]
-    pair = [measured(one["perplexity"], one.get("perplexity_stderr"), 3) for one in (dense, small)]
-    kl = measured(small["kl"], small.get("kl_stderr"))
-    agreement = measured(small["top1_agreement"], small.get("top1_agreement_stderr"))
-    rows = [
-        ("perplexity", *pair, f"×{ratio:.3f}"),
-        ("KL to the dense model, nats per token", "0", kl, ""),
-        ("top-1 agreement with the dense model", "1", agreement, ""),
-    ]
-    if "calibration_error" in small:  # folders that were scored before it was measured have none
-        sure = [one["calibration_error"] for one in (dense, small)]
-        both = [f"{one:.4f}" for one in (*sure, sure[1] - sure[0])]
-        rows.append(("calibration error: how far confidence is from being right", *both))
-    for name, one in small.get("domains", {}).items():
-        far = measured(one["kl"], one["kl_stderr"])
-        rows.append((f"KL to the dense model on {public(name)}", "0", far, ""))
-    for task, entry in small["tasks"].items():
-        before = {metric: (value, error) for metric, value, error in metrics(dense["tasks"][task])}
-        for metric, value, error in metrics(entry):
-            change = value - before[metric][0]
-            rows.append(
-                (f"{public(task)}: {metric}", measured(*before[metric]), measured(value, error), f"{change:+.4f}")
-            )
     tiles = [
-        ("perplexity", f"×{ratio:.2f}", f"{small['perplexity']:.2f}, dense {dense['perplexity']:.2f}"),
+        (
+            "perplexity",
+            f"×{small['perplexity'] / dense['perplexity']:.2f}",
+            f"{small['perplexity']:.2f}, dense {dense['perplexity']:.2f}",
+        ),
         ("KL to dense", f"{small['kl']:.3f}", "nats per token"),
         ("same top token", f"{small['top1_agreement']:.0%}", "as the dense model"),
     ]
-    return {"rows": rows, "tiles": tiles, "protocol": _protocol(scores), "tasks": bool(small["tasks"])}
+    table = Table(("score", "dense", "this model", "change"), score_rows(scores), (1, 2, 3))
+    return {"table": table, "tiles": tiles, "protocol": _protocol(scores), "tasks": bool(small["tasks"])}
 
 
-def _gates(report: Report | None) -> list[tuple[str, str]]:
-    """The quality at the end of the run beside the recipe's limits; nothing where these are switched off."""
-    gates = None if report is None else report.gates
-    if gates is None or gates.unmeasured is not None:
-        return [] if gates is None else [("verdict", gates.sentence())]
-    verdict = "none asked for" if not gates.limits else "held" if gates.held else "missed"
-    names = {"kl": "KL to the dense model, nats per token", "perplexity_ratio": "perplexity over the dense model's"}
-    numbers = [
-        (names[name], f"{value:.4g}" + (f", at most {gates.limits[name]:g}" if name in gates.limits else ""))
-        for name, value in gates.measured.items()
-    ]
-    size = [] if gates.predicted_bytes is None else [("size predicted to hold", f"{gates.predicted_bytes:,} bytes")]
-    return [("verdict", f"{verdict}, {gates.where()}"), *numbers, *size]
+def _gates(gates: GateReport) -> list[tuple[str, str]]:
+    """Return the quality at the end of the run beside the recipe's limits."""
+    rows = [("verdict", gates.sentence())]
+    if gates.predicted_bytes is not None:
+        rows.append(("size predicted to hold", f"{gates.predicted_bytes:,} bytes"))
+    return rows
 
 
 def _protocol(scores: Facts) -> str:
-    """The text and the settings of the scores, in a sentence."""
+    """Return a sentence on the text and the settings of the scores."""
     tokens = scores["compressed"]["tokens"]
-    said = f"Perplexity, KL and agreement on {tokens:,} tokens of {public(scores['text'])}"
+    said = f"Perplexity, KL and agreement on {tokens:,} tokens of {without_folders(scores['text'])}"
     if scores["compressed"]["tasks"]:
         limit = "all items" if scores.get("limit") is None else f"a limit of {scores['limit']} items"
         said += f"; tasks with {limit}, seed {scores.get('seed', 0)}"
@@ -179,38 +168,31 @@ def _protocol(scores: Facts) -> str:
 
 
 def _target(allocation: Facts) -> list[tuple[str, str]]:
-    """The target, and predicted beside measured numbers."""
-    others = allocation.get("baselines", {})  # older folders have none
+    """Return the target, and predicted beside measured numbers."""
+    baselines = allocation.get("baselines", {})  # older folders have none
     return [
         ("target", aim(allocation["target"])),
         ("size", f"predicted {allocation['predicted_bytes']:,}, got {allocation['measured_bytes']:,} bytes"),
         ("KL", f"predicted {allocation['predicted_kl']:.4f}, measured {allocation['measured_kl']:.4f} nats per token"),
-        *((f"KL of a {name} plan of that size", f"predicted {kl:.4f}") for name, kl in others.items()),
+        *((f"KL of a {name} plan of that size", f"predicted {kl:.4f}") for name, kl in baselines.items()),
         ("measured on", f"{allocation['probing_tokens']:,} tokens"),
         ("time to choose", duration(allocation["seconds"])),
     ]
 
 
 def _distillation(done: Facts) -> Facts:
-    """The gains of a distillation on held-out text, its cost, and its curves."""
+    """Return the gains of a distillation on held-out text, its cost, and its curves."""
     history = done["history"]
     before, after = history[0], history[-1]
     teacher = after["teacher_perplexity"]
-    rows = [
-        ("KL to the teacher, nats per token", f"{before['kl']:.4f}", f"{after['kl']:.4f}", "0"),
-        ("perplexity", *(f"{value:.3f}" for value in (before["perplexity"], after["perplexity"], teacher))),
-    ]
-    for name, last in after.get("domains", {}).items():
-        first = before["domains"][name]
-        rows.append((f"KL on {public(name)}", f"{first['kl']:.4f}", f"{last['kl']:.4f}", "0"))
     trained = ", ".join(f"{count:,} {kind}" for kind, count in done["trained"].items() if count)
     sources = [text["source"] for text in done["data"].get("domains", {"": done["data"]}).values()]
     cost = [
-        ("teacher", done["teacher_id"] or public(done["teacher"])),
-        ("text", ", ".join(map(public, sources))),
+        ("teacher", done["teacher_id"] or without_folders(done["teacher"])),
+        ("text", ", ".join(map(without_folders, sources))),
         ("trained", trained),
         ("steps", f"{done['steps']:,} on {done['tokens']:,} tokens in {duration(done['seconds'])}"),
-        ("losses", " + ".join(_weighted(name, weight) for name, weight in done["losses"].items())),
+        ("losses", loss_sum(done["losses"])),
     ]
     if done["bytes_before"] != done["bytes_after"]:
         cost.append(("compressed weights", f"{done['bytes_before']:,} bytes before, {done['bytes_after']:,} after"))
@@ -222,7 +204,7 @@ def _distillation(done: Facts) -> Facts:
         ),
         ("held-out KL", f"{after['kl']:.3f}", f"{before['kl']:.3f} before, nats per token"),
     ]
-    return {"rows": rows, "cost": cost, "tiles": tiles, "curves": _curves(history, teacher)}
+    return {"table": gain_table(done), "cost": cost, "tiles": tiles, "curves": _curves(history, teacher)}
 
 
 def _curves(history: list[Facts], teacher: float) -> list[Curve]:
@@ -235,17 +217,13 @@ def _curves(history: list[Facts], teacher: float) -> list[Curve]:
         curve("KL to the teacher on held-out text, nats per token", points(lambda row: row["kl"]), zero=True),
         curve("perplexity on held-out text", points(lambda row: row["perplexity"]), teacher, zero=False),
     )
-    return [one for one in drawn if one is not None]
+    return [line for line in drawn if line is not None]
 
 
-def _weighted(name: str, weight: float | str) -> str:
-    return name if weight == 1 else f"{weight:g} {name}" if isinstance(weight, float) else f"{weight} {name}"
-
-
-def _generations(found: Any) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(prompt, [(model, continuation)]), as far as a page has room."""
+def _generations(generations: Generations) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return (prompt, [(model, continuation)]), as far as a page has room."""
     shown, room = [], LONGEST_TEXT
-    for prompt, models in found.items():
+    for prompt, models in generations.items():
         room -= len(prompt) + sum(map(len, chain.from_iterable(models.items())))
         if room < 0:
             break
@@ -253,21 +231,18 @@ def _generations(found: Any) -> list[tuple[str, list[tuple[str, str]]]]:
     return shown
 
 
-def _origin(files: Files) -> list[tuple[str, str, str | None]]:
-    """(name, value, address): the base model, the licence, the text, the cost, the versions."""
-    report = files.report
-    if report is None:
-        return []
+def _origin(report: Report) -> list[tuple[str, str, str | None]]:
+    """Return (name, value, address) of base model, licence, text, cost and versions."""
     base = report.base_model
     linked = base is not None and HUB_MODEL.fullmatch(base)
     rows: list[tuple[str, str, str | None]] = [
-        ("base model", base or f"{public(report.model)}, a local checkpoint", base if linked else None),
+        ("base model", base or f"{without_folders(report.model)}, a local checkpoint", base if linked else None),
         ("revision", report.revision or "none given", None),
         ("licence of the base model", report.license or "not stated by the base model", None),
         ("recipe", report.recipe, None),
     ]
     if (text := report.calibration) is not None:
-        value = f"{text['tokens']:,} tokens of {public(text['source'])}, sha256 {text['hash'][:12]}…"
+        value = f"{text['tokens']:,} tokens of {without_folders(text['source'])}, sha256 {text['hash'][:12]}…"
         rows.append(("calibration", value, None))
     else:
         rows.append(("calibration", "none: errors are those of the weights alone", None))
@@ -277,11 +252,5 @@ def _origin(files: Files) -> list[tuple[str, str, str | None]]:
     return rows
 
 
-def public(name: str) -> str:
-    """Return a name without the folders of the machine that it was made on."""
-    path = PurePath(name)
-    return path.name if path.is_absolute() or name.startswith((".", "~")) else name
-
-
-def _shortened(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}\n# ... {len(text) - LONGEST_TEXT:,} more"
