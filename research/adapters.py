@@ -18,8 +18,8 @@ from peft import LoraConfig, get_peft_model
 
 import llmcompress as lc
 from llmcompress.evaluation.perplexity import text_windows
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.reporting.tables import adapter_table
 from llmcompress.runtime.precision import product_dtype, products

@@ -39,8 +39,9 @@ from llmcompress.compression import run
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
 from llmcompress.evaluation.perplexity import text_windows
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.model import DenseModel, load_model, resolve
+from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.recipe.read import dump, read_recipe
 from llmcompress.weight.modules import decoded

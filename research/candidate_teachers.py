@@ -24,8 +24,8 @@ from llmcompress.distillation import setup
 from llmcompress.distillation.objective.chunked_loss import Online
 from llmcompress.distillation.teacher.predictions import ReadsAlong
 from llmcompress.losses.loss import Predictions, Reads
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,8 +19,8 @@ from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.perplexity import evaluation_windows
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.losses.divergence import entropy
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.runtime.precision import fast_float32
 

@@ -8,8 +8,8 @@ import torch
 from scipy.spatial.distance import cdist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmcompress.data.chat_template import rendered
-from llmcompress.data.generate_text import continued
+from llmcompress.data.chat import rendered
+from llmcompress.data.generate import continued
 
 ROWS = 16  # chats written side by side
 MARK = "MESSAGE"

@@ -21,8 +21,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from llmcompress.evaluation.perplexity import Perplexity, negative_log_likelihood, text_windows
 from llmcompress.evaluation.reliability import reliability
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.transformers.kv_cache import cache, held_bytes
 

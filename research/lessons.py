@@ -47,11 +47,10 @@ from llmcompress.evaluation.logits import opened
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.scores import evaluate
 from llmcompress.evaluation.uncertainty import mean, paired
+from llmcompress.models.dense.load import is_dense, load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.checkpoint import read_json
-from llmcompress.models.files.per_block_widths import is_dense
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.surgery.drop import drop_blocks
 

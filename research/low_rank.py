@@ -18,7 +18,7 @@ import torch
 import llmcompress.methods  # noqa: F401 (registers them)
 from llmcompress.calibration.walk import walk
 from llmcompress.data.calibration import given_tokens
-from llmcompress.data.files import read_text
+from llmcompress.data.text import read_text
 from llmcompress.methods.layer import Layer, apply, relative_error, step
 from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.model import resolve

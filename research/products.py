@@ -20,8 +20,9 @@ from torch import Tensor
 
 import llmcompress as lc
 from llmcompress.evaluation.perplexity import evaluation_windows, perplexity
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.model import load_model, resolve
+from llmcompress.models.dense.model import resolve
 from llmcompress.runtime.precision import by_onednn, fast_float32, product_dtype, products
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import torch
 from scipy.cluster.vq import kmeans2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmcompress.models.dense.hidden_states import body
+from llmcompress.models.dense.blocks import body
 
 GROUPS = 8
 

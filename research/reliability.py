@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trials import BAD, tried
 
 import llmcompress as lc
-from llmcompress.models.files import shard_writer
+from llmcompress.models.files import tensor_files
 
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
 RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 8}]}]
@@ -99,7 +99,7 @@ def make(place: Path) -> None:
     shutil.copytree(place / "dense", place / "sibling")
     path = place / "sibling" / "model.safetensors"
     save_file({name: value * 1.5 for name, value in load_file(path).items()}, path, {"format": "pt"})
-    shard_writer.SHARD = 20_000  # several files
+    tensor_files.SHARD = 20_000  # several files
     for name, output in (("dense", "one.4"), ("sibling", "two.4")):
         lc.compress(place / name, {"version": 1, "rules": RULES}, place / output)
 

@@ -14,8 +14,8 @@ import torch
 from trials import SILENT, Outcome, tried
 
 import llmcompress as lc
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.model import load_model
 
 HOSTILE: tuple[Any, ...] = (  # values in the place of any other
     -1,

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llmcompress  # noqa: F401 (registers the format)
 from llmcompress.distillation.student.low_rank import teachers_weights
 from llmcompress.distillation.student.regrow import pruned_linears
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
 from llmcompress.weight.nodes import Dense, Where, Zero, shape
 

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from llmcompress.distillation.run import distill
 from llmcompress.distillation.student.model import relaxed_student
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.weight.modules import decoded
 

@@ -90,6 +90,6 @@ def _long(write: int, found: tuple[str, Any]) -> None:
 
 def contents(folder: Path, without: frozenset[str]) -> dict[str, str]:
     """Return the digest of each file of a folder by its name."""
-    from llmcompress.models.dense.digest import content_digest
+    from llmcompress.models.files.identity import content_digest
 
     return {path.name: content_digest([path]) for path in sorted(folder.iterdir()) if path.name not in without}

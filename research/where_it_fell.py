@@ -25,7 +25,7 @@ from idle import idle_source
 from self_data import MODULES, TEACHER, WORDS, chat, lesson, references
 
 import llmcompress as lc
-from llmcompress.data.mixture import reweighted
+from llmcompress.data.schedule import reweighted
 from llmcompress.data.self_data import Answering, answer
 from llmcompress.distillation.run import distill
 

@@ -27,8 +27,8 @@ from llmcompress.errors import LLMCompressError, Termination
 from llmcompress.evaluation.lm_eval import PAIRS
 from llmcompress.evaluation.score import save_scores
 from llmcompress.evaluation.scores import Evaluation, evaluate_all
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.file_names import DISTILLATION, REPORT
 from llmcompress.recipe.distillation import Distillation

@@ -30,11 +30,11 @@ from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
 from llmcompress.methods.solvers.sparsity import kept_count
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model
 from llmcompress.models.files.checkpoint import add_file
 from llmcompress.models.files.file_names import ALLOCATION
-from llmcompress.models.files.staging import megabytes
+from llmcompress.models.files.output import megabytes
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Recipe, Rule
 from llmcompress.recipe.target import Target

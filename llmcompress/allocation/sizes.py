@@ -14,7 +14,7 @@ import torch
 from llmcompress.compression.job import Job
 from llmcompress.models.dense.headers import Header
 from llmcompress.models.files.integrity import BINDING, DIGESTS, digest
-from llmcompress.models.files.shard_writer import SHARD
+from llmcompress.models.files.tensor_files import SHARD
 from llmcompress.weight.expression import tensor_bits
 from llmcompress.weight.modules import ALIGNMENT, LIKE
 from llmcompress.weight.nodes import Weight

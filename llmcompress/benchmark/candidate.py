@@ -14,19 +14,18 @@ from torch import nn
 
 from llmcompress.benchmark.gguf_file import read_gguf
 from llmcompress.benchmark.protocol import SpeedProtocol
-from llmcompress.data.calibration import context_length
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation.score import size_of
-from llmcompress.models.dense.auto_class import check_causal
+from llmcompress.models.dense.config import context_length
 from llmcompress.models.dense.headers import FLOATS, Header, read_headers
+from llmcompress.models.dense.load import is_dense
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import open_source
-from llmcompress.models.dense.skeleton import described
-from llmcompress.models.dense.vocabulary import check_vocabularies
+from llmcompress.models.dense.skeleton import check_causal, described
+from llmcompress.models.dense.tokenizer import check_vocabularies
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import read_json
 from llmcompress.models.files.integrity import MENDING
-from llmcompress.models.files.per_block_widths import is_dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,9 +17,9 @@ import torch
 
 from llmcompress.benchmark.machine import BandwidthMeter
 from llmcompress.errors import InputError, first_line
+from llmcompress.models.dense.config import load_config
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.model import load_model
-from llmcompress.models.dense.remote_code import load_config
 from llmcompress.models.dense.skeleton import described
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from llmcompress.calibration.blocks import Call, Calls, RowBatch, drop, load
 from llmcompress.errors import InputError, is_out_of_memory
+from llmcompress.models.dense.blocks import body
 from llmcompress.models.dense.families import Architecture, name_of
-from llmcompress.models.dense.hidden_states import body
 from llmcompress.models.dense.model import DenseModel
 
 if TYPE_CHECKING:

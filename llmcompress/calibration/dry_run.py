@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from llmcompress.calibration.block_calls import recorded
 from llmcompress.calibration.blocks import BlockForward, RowBatch
 from llmcompress.errors import InputError, NumericsError
+from llmcompress.models.dense.blocks import body
+from llmcompress.models.dense.config import config_errors, reason
 from llmcompress.models.dense.experts import experts_of, holder
 from llmcompress.models.dense.families import Architecture, Linear
-from llmcompress.models.dense.hidden_states import body
 from llmcompress.models.dense.model import DenseModel
-from llmcompress.models.dense.skeleton import config_errors, reason
 from llmcompress.weight.modules import put
 
 if TYPE_CHECKING:

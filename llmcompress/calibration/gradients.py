@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from llmcompress.calibration.blocks import TOKENS_PER_BATCH, drop, load
 from llmcompress.calibration.streaming import States, Streamed, from_disk, passed
 from llmcompress.errors import InputError, NumericsError
-from llmcompress.models.dense.auto_class import CAUSAL, MASKED, MULTIMODAL, auto_name
 from llmcompress.models.dense.experts import Experts, experts_of, holder
 from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.model import DenseModel
+from llmcompress.models.dense.skeleton import CAUSAL, MASKED, MULTIMODAL, auto_name
 from llmcompress.runtime.precision import is_finite, products
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.runtime.seeding import generator

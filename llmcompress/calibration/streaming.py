@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from llmcompress.calibration.block_calls import answered, recorded
 from llmcompress.calibration.blocks import Calls, RowBatch, drop, hidden_of, in_batches, load
+from llmcompress.models.dense.blocks import body, depth
 from llmcompress.models.dense.families import block_stack, name_of
-from llmcompress.models.dense.hidden_states import body, depth
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.weight.modules import decoded, put
 

@@ -84,7 +84,7 @@ def answer(
 
     Example: llmcompress answer smollm2 prompts.jsonl -o answers.jsonl
     """
-    from llmcompress.data.generate_answers import AnswerSampling
+    from llmcompress.data.generate import AnswerSampling
     from llmcompress.data.self_data import Answering
     from llmcompress.data.self_data import answer as run
 

@@ -45,11 +45,11 @@ def drop(
 
     Example: llmcompress drop smollm2 --count 6 -o short
     """
-    from llmcompress.models.files import staging
+    from llmcompress.models.files.output import check_writable
     from llmcompress.surgery.block_choice import choose_blocks
     from llmcompress.surgery.drop import drop_blocks
 
-    staging.check_output(output, 0)
+    check_writable(output, 0)
     device = access.pop("device")  # dropping itself computes nothing
     reading = {} if text is None else {"text": text}
     chosen = choose_blocks(model, blocks, count, by, terminal.choosing, device=device, **reading, **access)

@@ -10,13 +10,14 @@ from llmcompress.calibration.dry_run import rehearsed
 from llmcompress.compression.fuse.awq import check_awq
 from llmcompress.compression.fuse.rotation import rotated_source
 from llmcompress.compression.ties import Tied, ties_of
-from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length, context_length
+from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length
 from llmcompress.distillation.check_fused import check_fused
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import StepConfig, methods
-from llmcompress.models.dense.auto_class import architectures, check_causal, is_causal
+from llmcompress.models.dense.config import context_length
 from llmcompress.models.dense.families import Architecture, architecture
 from llmcompress.models.dense.model import DenseModel
+from llmcompress.models.dense.skeleton import architectures, check_causal, is_causal
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
 from llmcompress.weight.rows import is_plain_table, row_scale

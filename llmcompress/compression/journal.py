@@ -24,10 +24,10 @@ from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError
 from llmcompress.models.dense.model import DenseModel
-from llmcompress.models.files.checkpoint import CHECKPOINT, read_tensors
-from llmcompress.models.files.shard_writer import part_file
-from llmcompress.models.files.staging import claim, clear, merge_mark, remove
+from llmcompress.models.files.checkpoint import CHECKPOINT
+from llmcompress.models.files.output import claim, clear, merge_mark, remove
 from llmcompress.models.files.store import Store
+from llmcompress.models.files.tensor_files import part_file, read_tensors
 from llmcompress.recipe.compression import Recipe
 from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.facts import versions

@@ -19,7 +19,7 @@ from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import peak_bytes
 from llmcompress.errors import MemoryLimitError, RecipeError, list_names
 from llmcompress.methods.layer import StepConfig, methods, sketch
-from llmcompress.models.dense.auto_class import is_causal
+from llmcompress.models.dense.skeleton import is_causal
 from llmcompress.runtime.memory import total_memory
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.nodes import Weight

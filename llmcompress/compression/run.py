@@ -28,7 +28,7 @@ from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.distillation.blockwise.tune import tuner
 from llmcompress.errors import NumericsError, RecipeError, list_names
 from llmcompress.methods.solvers.stream_search import can_search
-from llmcompress.models.dense.auto_class import auto_name
+from llmcompress.models.dense.skeleton import auto_name
 from llmcompress.reporting.quality_limits import pending
 from llmcompress.reporting.report import Report
 from llmcompress.runtime.devices import device_of

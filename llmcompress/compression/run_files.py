@@ -26,9 +26,9 @@ from llmcompress.errors import DiskError, InputError
 from llmcompress.models.dense.companions import Companions, companions
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import Writer, publishing
-from llmcompress.models.files.checkpoint_identity import binding
-from llmcompress.models.files.staging import check_output, is_ours, locked, remove
-from llmcompress.models.files.written import check_written
+from llmcompress.models.files.compressed import check_written
+from llmcompress.models.files.identity import binding
+from llmcompress.models.files.output import check_writable, is_ours, locked, remove
 from llmcompress.models.transformers.hf_quantizer import table_entry
 from llmcompress.recipe.published import published
 from llmcompress.recipe.read import dump
@@ -68,7 +68,7 @@ class Books:
         if self.resume and is_ours(staging) and is_complete(self.output, self.job, self.device):
             remove(staging)
             return reports.read(self.output)
-        check_output(self.output, self.planned.bytes + self.planned.bytes // 20)
+        check_writable(self.output, self.planned.bytes + self.planned.bytes // 20)
         _check_rest(self.job)
         self._beside = companions(self.job.source.folder, self.job.source.trust_remote_code)
         return None

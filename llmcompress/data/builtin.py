@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmcompress.data.files import read_text
 from llmcompress.errors import InputError, RecipeError
 
 # Parts of the standard library that distributions leave out, or that hold code or tables rather than prose.
@@ -30,7 +29,9 @@ def builtin_documents() -> tuple[str, ...]:
 
     None of it is evaluation text of any benchmark. Statistics of one kind of text suit that kind alone (research/log).
     """
-    own = tuple(text for path in sorted(TEXTS.glob("*.txt")) for text in read_text(path).strip().split(BETWEEN))
+    own = tuple(
+        text for path in sorted(TEXTS.glob("*.txt")) for text in path.read_text(encoding="utf-8").strip().split(BETWEEN)
+    )
     left, beside = sum(map(len, own)), []
     for _, text in stdlib_documents("train"):
         beside.append(text[:left])

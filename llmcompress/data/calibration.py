@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.builtin import stdlib_source
-from llmcompress.data.chat_template import rendered
-from llmcompress.data.files import file_notes
-from llmcompress.data.generate_text import TextSampling, teacher_sequences
-from llmcompress.data.text import Document, read_documents, shuffled
+from llmcompress.data.chat import rendered
+from llmcompress.data.generate import TextSampling, teacher_sequences
+from llmcompress.data.text import Document, file_notes, read_documents, shuffled
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.models.dense.config import context_length
 from llmcompress.recipe.calibration import Calibration, Switch, is_file
 from llmcompress.recipe.published import dataset_name, file_sha256
 from llmcompress.recipe.user_file import expanded, is_regular
@@ -158,12 +158,6 @@ def check_length(length: int, model_config: PreTrainedConfig | None) -> None:
         raise RecipeError(
             f"calibration length {length} is more than the model's context of {context}; use at most that"
         )
-
-
-def context_length(model_config: PreTrainedConfig | None) -> int | None:
-    """The longest sequence a model is made for, None when its config does not say."""
-    context = getattr(model_config.get_text_config(), "max_position_embeddings", None) if model_config else None
-    return context if isinstance(context, int) and context > 0 else None
 
 
 def _check_amount(found: CalibrationTokens, config: Calibration) -> None:

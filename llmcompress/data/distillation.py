@@ -31,7 +31,7 @@ from llmcompress.data.calibration import (
     source_notes,
     special_tokens,
 )
-from llmcompress.data.chat_targets import answered
+from llmcompress.data.chat import answered
 from llmcompress.data.packing import Packed, Tokens, one_each, packed
 from llmcompress.data.text import Document, read_documents, shuffled
 from llmcompress.errors import InputError, RecipeError

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -35,3 +37,42 @@ def rate(step: int, steps: int, warmup: float, final: float) -> float:
         return (step + 1) / rising
     done = (step - rising) / max(1, steps - rising - 1)
     return final + (1 - final) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+SMOOTHING = 0.5
+MOST = 20.0
+
+
+def normalized(weights: Sequence[float]) -> list[float]:
+    """Shares, which sum to 1, from weights."""
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def reweighted(shares: Sequence[float], student: Sequence[float], teacher: Sequence[float]) -> list[float]:
+    """The next shares of the domains, from the perplexities of both models on each."""
+    ratios = [min(one / other, MOST) for one, other in zip(student, teacher, strict=True)]
+    most = max(ratios)
+    psi = normalized([share * math.exp(ratio - most) for share, ratio in zip(shares, ratios, strict=True)])
+    return [SMOOTHING * part + (1 - SMOOTHING) / len(psi) for part in psi]
+
+
+def quotas(shares: Sequence[float], batch: int, step: int, seed: int) -> list[int]:
+    """Return each domain's number of the `batch` sequences of `step`: batch * share, rounded down or up at random so
+    that this is its mean (systematic sampling)."""
+    shift = float(torch.rand((), generator=generator(seed, "domains", step), dtype=torch.float64))
+    ends = [min(batch, math.ceil(batch * bound - shift)) for bound in accumulate(shares)]
+    return [last - first for first, last in pairwise([0, *ends[:-1], batch])]
+
+
+def draw(cursors: Sequence[int], counts: Sequence[int], sizes: Sequence[int], seed: int) -> list[int]:
+    """The numbers of the next `counts[i]` sequences of each domain i, of which `cursors[i]` were read before.
+
+    `sizes[i]` sequences of the domains lie one behind the other; each domain is read in a new order every time round.
+    """
+    starts = [0, *accumulate(sizes)]
+    return [
+        start + number
+        for start, cursor, count, size in zip(starts, cursors, counts, sizes)
+        for number in span(cursor, count, size, seed)
+    ]

@@ -2,7 +2,7 @@
 
 A student that learns from its teacher's answers stays with what the teacher would say; answers of others pull it away.
 As in the paper, the teacher sees the data's own answer and writes it anew (`rewrite`); by default it sees the prompt
-alone. An answer that fails a check (`generate_answers.Answerer.checked`) is left out, or the reference takes its place.
+alone. An answer that fails a check (`Answerer.checked` in `generate.py`) is left out, or the reference takes its place.
 
 The file is written a batch at a time into `<output>.partial`, beside a record of the batches, so an interrupted run
 resumes after its last batch and ends with the same bytes.
@@ -23,17 +23,15 @@ from typing import Any
 
 from torch import nn
 
-from llmcompress.data.generate_answers import Answer, Answerer, AnswerSampling
+from llmcompress.data.generate import Answer, Answerer, AnswerSampling
 from llmcompress.data.text import Document, Message, read_documents
 from llmcompress.errors import DiskError, InputError, RecipeError, Termination
-from llmcompress.models.dense.auto_class import check_causal
-from llmcompress.models.dense.digest import teacher_digest
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place, locate
-from llmcompress.models.dense.model import load_model
+from llmcompress.models.dense.skeleton import check_causal
 from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.files.atomic_write import sync
-from llmcompress.models.files.file_names import check_name
-from llmcompress.models.files.staging import locked
+from llmcompress.models.files.identity import teacher_digest
+from llmcompress.models.files.output import check_name, locked, sync
 from llmcompress.models.files.store import Store
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.json_values import JsonRecord

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
+from llmcompress.models.dense.blocks import body
 from llmcompress.models.dense.families import block_stack
-from llmcompress.models.dense.hidden_states import body
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

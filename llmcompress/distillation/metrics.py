@@ -21,7 +21,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
 
 from llmcompress.errors import DiskError, RecipeError
-from llmcompress.models.files.atomic_write import replace_text
+from llmcompress.models.files.output import replace_text
 from llmcompress.recipe.distillation import Distillation, Term
 from llmcompress.recipe.error_messages import hint
 from llmcompress.recipe.published import published

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.batch import Batch
-from llmcompress.data.generate_text import NOTHING, continued, end_tokens
+from llmcompress.data.generate import NOTHING, continued, end_tokens
 from llmcompress.distillation.context import TrainContext
 from llmcompress.distillation.parallel.launch import sharded
 from llmcompress.distillation.resume import Progress

@@ -32,17 +32,15 @@ from llmcompress.distillation.student.folder import StudentFolder, open_folder
 from llmcompress.distillation.teacher.cached import remove_cache
 from llmcompress.distillation.teacher.quantized import check_teacher, without_remarks
 from llmcompress.models.dense.companions import Companions, companions
-from llmcompress.models.dense.digest import content_digest, teacher_digest, tokenizer_digest
+from llmcompress.models.dense.config import code_files
 from llmcompress.models.dense.locate import Place, locate
-from llmcompress.models.dense.remote_code import code_files
-from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.dense.vocabulary import check_vocabularies
+from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import making
-from llmcompress.models.files.checkpoint_identity import binding
-from llmcompress.models.files.staging import check_output, claim, locked
+from llmcompress.models.files.compressed import check_written
+from llmcompress.models.files.identity import binding, content_digest, teacher_digest, tokenizer_digest
+from llmcompress.models.files.output import check_writable, claim, locked
 from llmcompress.models.files.store import Store
-from llmcompress.models.files.written import check_written
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.published import published
 from llmcompress.recipe.read import dump, read_as
@@ -159,7 +157,7 @@ def _distilled(
         check_fused(fused_into(folder), asked)
         opened, beside = open_folder(pupil), companions(folder, pupil.trust_remote_code)
         recipe_text = dump(published(asked))
-        check_output(target, opened.bytes)
+        check_writable(target, opened.bytes)
         check_vocabularies((pupil, place))
         tokenizer = load_tokenizer(folder, pupil.trust_remote_code)
         pair = load_pair(pupil, place, asked, accelerator)

@@ -27,11 +27,10 @@ from llmcompress.distillation.teacher.cached import measured_bias, remembered, t
 from llmcompress.distillation.teacher.predictions import ReadsAlong, ReadsBeginning, Teaching, Unheard
 from llmcompress.distillation.teacher.quantized import taught_by_quantized
 from llmcompress.losses.features import reads_states
-from llmcompress.models.dense.auto_class import check_causal
 from llmcompress.models.dense.headers import stored_dtype
+from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.model import load_model
-from llmcompress.models.files.fits import check_fits
+from llmcompress.models.dense.skeleton import check_causal
 from llmcompress.models.files.store import Store
 from llmcompress.recipe.distillation import Distillation, Teacher, Term
 from llmcompress.runtime.precision import product_dtype, products

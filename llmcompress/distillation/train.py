@@ -23,8 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from llmcompress.data.batch import Batch
-from llmcompress.data.mixture import draw, normalized, quotas, reweighted
-from llmcompress.data.schedule import rate
+from llmcompress.data.schedule import draw, normalized, quotas, rate, reweighted
 from llmcompress.distillation.activation_checkpointing import recomputed
 from llmcompress.distillation.balance import balanced, gradient_norms, gradient_shares
 from llmcompress.distillation.context import Report, TrainContext

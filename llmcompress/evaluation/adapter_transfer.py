@@ -21,20 +21,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from llmcompress.data.generate_text import NOTHING, continued, end_tokens
+from llmcompress.data.generate import NOTHING, continued, end_tokens
 from llmcompress.errors import InputError, RecipeError, first_line
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.logits import Counting
 from llmcompress.evaluation.perplexity import evaluation_windows, position_chunks
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.uncertainty import mean, paired
+from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import locate, public_name
-from llmcompress.models.dense.model import load_model
-from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.dense.vocabulary import check_vocabularies
+from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file
-from llmcompress.models.files.fits import check_fits
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.weight.modules import decoded

@@ -17,10 +17,9 @@ from llmcompress.evaluation.processes import ALONE, Processes
 from llmcompress.evaluation.protocol import STANDARD, Protocol
 from llmcompress.evaluation.score import size_of
 from llmcompress.evaluation.scores import Scoring, evaluate_all
+from llmcompress.models.dense.load import check_fits
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.dense.vocabulary import check_vocabularies
-from llmcompress.models.files.fits import check_fits
+from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.reporting.output_file import check_new_file, write_new_file
 from llmcompress.reporting.tables import comparison_markdown
 from llmcompress.runtime.facts import versions

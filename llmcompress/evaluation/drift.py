@@ -25,11 +25,10 @@ from llmcompress.errors import InputError, NumericsError
 from llmcompress.evaluation.logits import Counting, by_blocks, opened
 from llmcompress.evaluation.perplexity import evaluation_windows
 from llmcompress.evaluation.protocol import Protocol
+from llmcompress.models.dense.blocks import matched_blocks
+from llmcompress.models.dense.load import check_fits
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.dense.vocabulary import check_vocabularies
-from llmcompress.models.files.fits import check_fits
-from llmcompress.models.files.kept_blocks import matched_blocks
+from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.precision import fast_float32
 

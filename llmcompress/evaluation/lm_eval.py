@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from llmcompress.data.chat_template import rendered
-from llmcompress.data.files import read_text
+from llmcompress.data.chat import rendered
+from llmcompress.data.text import read_text
 from llmcompress.errors import DiskError, InputError, RecipeError, first_line
 from llmcompress.evaluation.cut_prompts import cut_prompts
 from llmcompress.evaluation.processes import ALONE, Processes

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from llmcompress.calibration.streaming import States, Streamed, from_disk, in_memory
 from llmcompress.errors import InputError
-from llmcompress.models.dense.auto_class import check_causal
+from llmcompress.models.dense.load import check_fits, check_outline, load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.model import DenseModel, check_outline, load_model, open_source
-from llmcompress.models.files.fits import check_fits
+from llmcompress.models.dense.model import DenseModel, open_source
+from llmcompress.models.dense.skeleton import check_causal
 from llmcompress.runtime.devices import device_of
 from llmcompress.weight.modules import compressed_linears, decoded
 

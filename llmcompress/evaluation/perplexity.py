@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.builtin import stdlib_text
-from llmcompress.data.calibration import context_length
-from llmcompress.data.files import read_text
+from llmcompress.data.text import read_text
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluation.logits import Counting, Readable, window_logits
 from llmcompress.evaluation.processes import ALONE, Processes
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.reliability import calibration_error, reliability
 from llmcompress.evaluation.uncertainty import mean, stderr
+from llmcompress.models.dense.config import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

@@ -20,16 +20,14 @@ from llmcompress.evaluation.protocol import STANDARD, Protocol
 from llmcompress.evaluation.scores import Evaluation, Scoring, evaluate, evaluate_all
 from llmcompress.models.dense.families import Linear, architecture
 from llmcompress.models.dense.headers import read_headers
+from llmcompress.models.dense.load import check_fits, is_dense
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import DenseModel, open_source
 from llmcompress.models.dense.skeleton import described
-from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.dense.vocabulary import check_vocabularies
+from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file, read_json, writing
-from llmcompress.models.files.fits import check_fits
-from llmcompress.models.files.per_block_widths import is_dense
-from llmcompress.models.files.staging import check_output
+from llmcompress.models.files.output import check_writable
 from llmcompress.reporting import report as reports
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.notebook import progress_lines
@@ -87,7 +85,7 @@ def score(
     if save and (against is None or not (place.folder / file_names.REPORT).is_file()):
         raise RecipeError("saving scores needs a folder that compress wrote, and the dense model to compare it with")
     if output is not None:
-        check_output(output, 0)
+        check_writable(output, 0)
     reference = None if against is None else locate(against, trust_remote_code=trust_remote_code)
     places = [place] if reference is None else [place, reference]
     size, tokenizer = size_of(place), load_tokenizer(place.folder, trust_remote_code)

@@ -9,21 +9,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress.data.calibration import context_length
 from llmcompress.errors import NumericsError
 from llmcompress.evaluation.logits import opened
 from llmcompress.evaluation.perplexity import evaluation_windows
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.scores import Scoring, evaluate
-from llmcompress.models.dense.auto_class import check_causal, is_causal
+from llmcompress.models.dense.config import context_length
+from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import Place, locate
-from llmcompress.models.dense.model import load_model
-from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.dense.vocabulary import check_vocabularies
+from llmcompress.models.dense.skeleton import check_causal, is_causal
+from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files.checkpoint import MANIFEST, check_manifest, manifest
-from llmcompress.models.files.fits import check_fits
+from llmcompress.models.files.compressed import check_kind
 from llmcompress.models.files.integrity import weight_files
-from llmcompress.models.files.kind import check_kind
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.notebook import progress_lines
 from llmcompress.runtime.precision import fast_float32

@@ -13,9 +13,8 @@ from llmcompress.formats.exported import Exported
 from llmcompress.formats.gguf.write import to_gguf
 from llmcompress.formats.mlx import to_mlx
 from llmcompress.formats.peft import to_peft
-from llmcompress.models.dense.auto_class import check_causal
 from llmcompress.models.dense.experts import experts_of
-from llmcompress.models.dense.skeleton import described
+from llmcompress.models.dense.skeleton import check_causal, described
 from llmcompress.models.files.compressed import Opened
 
 DOORS = ("dense", "compressed-tensors", "peft", "gguf", "mlx", "exl3")

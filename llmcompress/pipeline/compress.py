@@ -33,8 +33,8 @@ from llmcompress.errors import DiskError, RecipeError
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files import file_names
-from llmcompress.models.files.kind import check_kind
-from llmcompress.models.files.staging import check_output, is_ours, locked, remove
+from llmcompress.models.files.compressed import check_kind
+from llmcompress.models.files.output import check_writable, is_ours, locked, remove
 from llmcompress.pipeline.quality_check import check, is_unsettled, judge
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.distillation import Distillation
@@ -165,7 +165,7 @@ def price_part(
     if (count := process_count()) > 1:
         raise RecipeError(f"a part of the prices is measured by one process, and there are {count}; start one for it")
     job = _opened(model, recipe, revision, trust_remote_code)
-    check_output(output, 0)
+    check_writable(output, 0)
     with fast_float32():
         return measure_part(output.with_name(output.name + PRICES), part, job, device=device, progress=pricing)
 
@@ -238,7 +238,7 @@ def _to_target(job: Job, output: Path | None, pricing: Progress | None, way: _Wa
 def _begin_pricing(held: ExitStack, kept: Path, output: Path, resume: bool) -> None:
     """Check and lock the output; discard prices in `kept` unless this is to `resume`."""
     if not (resume and kept.is_file() and (output / file_names.REPORT).is_file()):  # else all but the plan may be there
-        check_output(output, 0)
+        check_writable(output, 0)
     held.enter_context(locked(output, "output folder"))
     if not resume:
         discard_prices(kept)
@@ -290,7 +290,7 @@ def compress_job(
     if there and (done_before := completed(target, job, device)) is not None:  # the end came just before this one
         _discard(staged, target.with_name(target.name + TRAINING))
         return done_before
-    check_output(target, 2 * plan_of(first).bytes)
+    check_writable(target, 2 * plan_of(first).bytes)
     if not resume:
         _discard(staged, target.with_name(target.name + TRAINING))
     if completed(staged, first, device) is None:

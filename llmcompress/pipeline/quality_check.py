@@ -24,12 +24,12 @@ from llmcompress.compression.plan import unmeasured
 from llmcompress.errors import GateError, InputError, MemoryLimitError, RecipeError
 from llmcompress.evaluation.distance import distance
 from llmcompress.evaluation.logits import Counting, OnDisk, Readable
-from llmcompress.models.dense.decoded_source import decoded_source
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import open_source
 from llmcompress.models.files.checkpoint import add_file
+from llmcompress.models.files.compressed import decoded_source
 from llmcompress.models.files.file_names import REPORT
-from llmcompress.models.files.staging import megabytes
+from llmcompress.models.files.output import megabytes
 from llmcompress.recipe.target import Target
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.quality_limits import TOKENS, WINDOW, GateReport, of_numbers, pending

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmcompress.errors import DiskError, RecipeError
-from llmcompress.models.files.atomic_write import replace_bytes
-from llmcompress.models.files.file_names import check_name
+from llmcompress.models.files.output import check_name, replace_bytes
 
 
 def check_new_file(output: Path, kinds: Sequence[str], what: str) -> None:

@@ -27,11 +27,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from llmcompress.calibration.streaming import States, Streamed, in_memory
-from llmcompress.data.calibration import calibration_tokens, context_length
+from llmcompress.data.calibration import calibration_tokens
 from llmcompress.errors import NumericsError, RecipeError
-from llmcompress.models.dense.hidden_states import body, states_between
+from llmcompress.models.dense.blocks import body, states_between
+from llmcompress.models.dense.config import context_length
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place, locate
-from llmcompress.models.dense.model import load_model, open_source
+from llmcompress.models.dense.model import open_source
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.runtime.precision import fast_float32, product_dtype, products
 from llmcompress.surgery.drop import blocks_of

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError, RecipeError, list_names
-from llmcompress.models.dense.auto_class import check_causal
+from llmcompress.models.dense.blocks import KEPT, kept_blocks
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.families import FAMILIES
 from llmcompress.models.dense.model import DenseModel, resolve
+from llmcompress.models.dense.skeleton import check_causal
 from llmcompress.models.files.checkpoint import PART, writing
-from llmcompress.models.files.kept_blocks import KEPT, kept_blocks
-from llmcompress.models.files.shard_writer import shards
+from llmcompress.models.files.tensor_files import shards
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.surgery.edited_model import check_equal_widths
 

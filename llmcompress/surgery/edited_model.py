@@ -18,13 +18,14 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.models.dense.companions import companions
+from llmcompress.models.dense.config import config_errors, reason
 from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.headers import Header
 from llmcompress.models.dense.model import DenseModel
-from llmcompress.models.dense.skeleton import config_errors, dense_skeleton, reason
+from llmcompress.models.dense.skeleton import dense_skeleton
 from llmcompress.models.dense.stored_names import hub_names
 from llmcompress.models.files.checkpoint import PART, Writer, writing
-from llmcompress.models.files.shard_writer import shards
+from llmcompress.models.files.tensor_files import shards
 from llmcompress.models.transformers.hf_quantizer import resize, table_entry
 
 if TYPE_CHECKING:

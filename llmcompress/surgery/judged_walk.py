@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from llmcompress.calibration.blocks import TOKENS_PER_BATCH, BlockForward, RowBatch, drop, in_batches, load
 from llmcompress.calibration.walk import Block, Progress, walk
-from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, context_length
+from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import RecipeError
+from llmcompress.models.dense.config import context_length
 from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.recipe.calibration import Calibration

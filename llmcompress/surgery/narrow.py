@@ -22,7 +22,7 @@ from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import open_source
 from llmcompress.models.files import file_names
-from llmcompress.models.files.staging import check_output
+from llmcompress.models.files.output import check_writable
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.surgery.edited_model import NewTensor, writing_model
@@ -118,7 +118,7 @@ def narrow(
     """
     place, score = device_of(device), UnitScore(by, seed)
     if output is not None:
-        check_output(Path(output), 0)
+        check_writable(Path(output), 0)
     source = open_source(locate(model, revision, trust_remote_code))
     arch = architecture(source.config, source.skeleton())
     plan = plan_narrowing(source, arch, neurons, kv_heads)

@@ -13,9 +13,8 @@ from llmcompress.errors import RecipeError
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import writing
-from llmcompress.models.files.checkpoint_identity import binding
-from llmcompress.models.files.compressed import Opened
-from llmcompress.models.files.written import check_written
+from llmcompress.models.files.compressed import Opened, check_written
+from llmcompress.models.files.identity import binding
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.quality_limits import pending
 from llmcompress.runtime.json_values import JsonRecord

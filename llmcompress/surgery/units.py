@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.models.dense.auto_class import check_causal
 from llmcompress.models.dense.families import FAMILIES, LLAMA, Architecture, BlockLayout, Linear
 from llmcompress.models.dense.model import DenseModel
+from llmcompress.models.dense.skeleton import check_causal
 from llmcompress.surgery.edited_model import ChangedConfig, NewTensor, change_config, select_entries
 
 Part = Literal["neurons", "kv_heads"]

@@ -89,8 +89,8 @@ def peer(student: str, teacher: str, asked: Distillation, output: Path) -> dict[
 
     from llmcompress.data.distillation import read_data
     from llmcompress.data.schedule import span
+    from llmcompress.models.dense.load import load_model
     from llmcompress.models.dense.locate import locate
-    from llmcompress.models.dense.model import load_model
     from llmcompress.models.dense.tokenizer import load_tokenizer
     from llmcompress.models.transformers.lora import fold, plain_head
     from llmcompress.runtime.precision import product_dtype

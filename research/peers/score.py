@@ -27,8 +27,9 @@ from llmcompress.evaluation.score import size_of
 from llmcompress.evaluation.scores import evaluate
 from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.headers import Header
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import DenseModel, load_model, resolve
+from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.models.dense.tokenizer import load_tokenizer
 
 WINDOWS, OTHER_WINDOWS, PAIRS = 32, 16, 50

@@ -9,8 +9,8 @@ import torch
 
 import llmcompress as lc
 from llmcompress.benchmark.runners import generate
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model
 from scripts.gpu.given import Given, peaks, restart_peak
 
 PROMPT, TOKENS, ROUNDS = 512, 64, 5

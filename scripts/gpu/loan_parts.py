@@ -17,8 +17,8 @@ from llmcompress.kernels.gpu.prepare import FEW, product, product_of_many
 from llmcompress.methods.moments import Moments, RunningMoments
 from llmcompress.methods.solvers.hessian import inverse_factor
 from llmcompress.methods.solvers.stream_search import choose_columns
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Weight
 from llmcompress.weight.trellis import Trellis, cuts, table

@@ -21,8 +21,9 @@ from llmcompress.compression import run
 from llmcompress.compression.job import prepare
 from llmcompress.errors import GateError, RecipeError
 from llmcompress.methods.layer import relative_error, step
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model, resolve
+from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import parse_recipe, read_recipe
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear

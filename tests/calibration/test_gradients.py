@@ -22,8 +22,9 @@ from llmcompress.methods.moments import Moments
 from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.models.dense.experts import Experts, experts_of, holder, unfuse
 from llmcompress.models.dense.families import Architecture
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model, resolve
+from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.recipe.read import read_recipe
 from llmcompress.runtime.seeding import generator

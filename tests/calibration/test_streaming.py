@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import llmcompress as lc
 from llmcompress.calibration.streaming import Streamed, from_disk, in_memory
 from llmcompress.errors import InputError
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model, resolve
+from llmcompress.models.dense.model import resolve
 from llmcompress.weight.modules import compressed_linears, decoded
 from tests.tiers import tiered
 from tests.tiny import save_tiny

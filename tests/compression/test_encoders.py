@@ -15,8 +15,9 @@ from llmcompress.calibration.walk import walk
 from llmcompress.errors import InputError
 from llmcompress.formats.model_card import card
 from llmcompress.models.dense.families import architecture
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model, resolve
+from llmcompress.models.dense.model import resolve
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import compressed_linears
 from tests.tiers import tiered

@@ -19,8 +19,9 @@ from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeEr
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.scores import evaluate
 from llmcompress.evaluation.verify import verify
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import DenseModel, load_model
+from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.checkpoint import MANIFEST, check_manifest
 from llmcompress.models.files.file_names import ALLOCATION, DISTILLATION, RECIPE, SCORES

@@ -19,8 +19,8 @@ from llmcompress.distillation import run as distilling
 from llmcompress.distillation.run import distill
 from llmcompress.errors import DiskError, InputError, LLMCompressError, LockedError
 from llmcompress.evaluation.verify import verify
-from llmcompress.models.files import checkpoint, shard_writer
-from llmcompress.models.files.staging import MARK, claim, locked
+from llmcompress.models.files import checkpoint, tensor_files
+from llmcompress.models.files.output import MARK, claim, locked
 from tests.compression.test_journal import RTN, begun, files, recipe
 from tests.compression.test_run import TEXT
 from tests.tiers import tiered
@@ -60,9 +60,9 @@ def nth(number: int, original: Callable[..., Any], error: BaseException) -> Call
 ENDS = {  # where the end comes: module, function, at which call
     "before the rest is written": (run_files.Books, "write_rest", 0),
     "before the merge": (checkpoint, "merged", 0),
-    "while headers are made": (shard_writer, "_encoded", 0),
-    "before the first part is merged": (shard_writer, "_move", 0),
-    "before the last part is merged": (shard_writer, "_move", 4),
+    "while headers are made": (tensor_files, "_encoded", 0),
+    "before the first part is merged": (tensor_files, "_move", 0),
+    "before the last part is merged": (tensor_files, "_move", 4),
     "before the report": (run, "_report", 0),
     "before the check": (run_files, "check_written", 0),
     "before the manifest": (checkpoint, "seal", 0),
@@ -309,7 +309,7 @@ def test_a_distilled_output_is_checked_too(place: Path, tmp_path: Path, monkeypa
 
 def test_the_message_says_what_is_kept(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop in the last phase is no exception."""
-    monkeypatch.setattr(shard_writer, "_move", nth(1, shard_writer._move, KeyboardInterrupt()))
+    monkeypatch.setattr(tensor_files, "_move", nth(1, tensor_files._move, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt) as raised:
         lc.compress(place / "dense", recipe(place), tmp_path / "out")
     code, said = verdict(raised.value) or (0, "")

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmcompress.data.batch import Batch
 from llmcompress.data.calibration import calibration_tokens
-from llmcompress.data.chat_targets import answered
+from llmcompress.data.chat import answered
 from llmcompress.data.distillation import PATIENCE, Data, read_data
 from llmcompress.data.packing import one_each, packed
 from llmcompress.errors import InputError, RecipeError

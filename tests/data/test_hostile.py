@@ -11,12 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmcompress.data import chat_template, files
+from llmcompress.data import chat
 from llmcompress.data import text as texts
 from llmcompress.data.calibration import LONG_LINE, PIECE, CalibrationTokens, calibration_tokens, pieces
-from llmcompress.data.chat_template import rendered
-from llmcompress.data.files import file_notes, file_rows, read_text
-from llmcompress.data.text import read_documents, shuffled
+from llmcompress.data.chat import rendered
+from llmcompress.data.text import file_notes, file_rows, read_documents, read_text, shuffled
 from llmcompress.errors import InputError
 from llmcompress.evaluation import perplexity
 from llmcompress.evaluation.perplexity import text_windows
@@ -53,8 +52,8 @@ def test_a_long_file_is_several_documents_and_nothing_is_lost(tmp_path: Path, mo
     path.write_bytes(text.encode())
     assert file_notes(path) == ()
     for length in range(20, 90, 7):
-        monkeypatch.setattr(files, "LONGEST_TEXT", length)
-        monkeypatch.setattr(files, "NEAR", 10)
+        monkeypatch.setattr(texts, "LONGEST_TEXT", length)
+        monkeypatch.setattr(texts, "NEAR", 10)
         found = list(file_rows(path))
         assert "".join(found) == text.replace("\r\n", "\n")
         assert max(len(one.encode()) for one in found) <= length
@@ -122,7 +121,7 @@ def test_rows_are_refused(tmp_path: Path, data: bytes, sentence: str) -> None:
 
 
 def test_a_line_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LONGEST_LINE", 50)
+    monkeypatch.setattr(texts, "LONGEST_LINE", 50)
     assert "line 2 has more than 50 bytes" in refusal(tmp_path, b'{"text": "a"}\n{"text": "' + b"a" * 50 + b'"}\n')
 
 
@@ -190,7 +189,7 @@ def test_a_template_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) ->
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert rendered(CHAT, tokenizer) == "Hi"
-    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    monkeypatch.setattr(chat, "SECONDS", 0.5)
     tokenizer.chat_template = LOOP
     with pytest.raises(InputError, match="it takes more than 0.5 seconds"):
         rendered(CHAT, tokenizer)

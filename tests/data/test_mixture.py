@@ -18,7 +18,7 @@ import torch
 
 import llmcompress as lc
 from llmcompress.cli.distill import distilled_view
-from llmcompress.data.mixture import draw, normalized, quotas, reweighted
+from llmcompress.data.schedule import draw, normalized, quotas, reweighted
 from llmcompress.distillation.run import distill
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.data import Mixture

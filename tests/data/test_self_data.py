@@ -18,9 +18,9 @@ from transformers import AddedToken, PreTrainedModel
 from typer.testing import CliRunner
 
 from llmcompress.cli.app import app
-from llmcompress.data import generate_answers, self_data
+from llmcompress.data import generate, self_data
 from llmcompress.data.calibration import calibration_tokens
-from llmcompress.data.generate_answers import Answer, Answerer, AnswerSampling, repetitive, turn_end
+from llmcompress.data.generate import Answer, Answerer, AnswerSampling, repetitive, turn_end
 from llmcompress.data.self_data import Answering, answer
 from llmcompress.errors import (
     DiskError,
@@ -85,7 +85,7 @@ def test_answers_are_those_of_a_loop_that_reads_everything_again(temperature: fl
     model.generation_config.repetition_penalty = 5.0  # its own settings must not bend what it says
     writer = answerer(model, temperature=temperature)
     for number, messages in asked(PROMPTS[:3]):
-        ids, draw = writer.rendered(messages), generate_answers.generator(0, "answer", number)
+        ids, draw = writer.rendered(messages), generate.generator(0, "answer", number)
         start = len(ids)
         while len(ids) < start + 12 and (len(ids) == start or ids[-1] != END):
             with torch.no_grad():
@@ -93,7 +93,7 @@ def test_answers_are_those_of_a_loop_that_reads_everything_again(temperature: fl
             if temperature == 0:
                 ids.append(int(logits.argmax()))
                 continue
-            chances = generate_answers.token_chances(logits[None], temperature, 0.9)[0]
+            chances = generate.token_chances(logits[None], temperature, 0.9)[0]
             ids.append(int(torch.multinomial(chances, 1, generator=draw)))
         [wrote] = writer._written([ids[:start]], [number])
         assert wrote == ids[start:]

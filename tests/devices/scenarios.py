@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.data.generate_answers import AnswerSampling
+from llmcompress.data.generate import AnswerSampling
 from llmcompress.data.self_data import Answering, answer
 from llmcompress.distillation import ready
 from llmcompress.distillation.run import distill
@@ -36,8 +36,8 @@ from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.verify import verify
 from llmcompress.losses.loss import loss_config, measure
 from llmcompress.methods.layer import apply, relative_error, step
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.model import load_model
 from llmcompress.pipeline.frontier.budgets import budgets
 from llmcompress.pipeline.frontier.sweep import frontier
 from llmcompress.recipe.read import read_recipe

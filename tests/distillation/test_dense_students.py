@@ -16,7 +16,7 @@ import llmcompress as lc
 from llmcompress.distillation.run import distill
 from llmcompress.errors import RecipeError
 from llmcompress.evaluation.verify import verify
-from llmcompress.models.files import shard_writer
+from llmcompress.models.files import tensor_files
 from llmcompress.weight.modules import compressed_linears
 from tests.distillation.miniature import TEXT
 from tests.models.test_structure import RECIPE, narrow, save
@@ -83,7 +83,7 @@ def test_steps_below_the_resolution_of_bfloat16_add_up(place: Path, tmp_path: Pa
 
 
 def test_weight_files_stay_below_a_limit(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_writer, "SHARD", 20_000)
+    monkeypatch.setattr(tensor_files, "SHARD", 20_000)
     distill(place / "short", place / "dense", asked(place, steps=1), tmp_path / "out")
     parts = [load_file(path) for path in sorted((tmp_path / "out").glob("*.safetensors"))]
     assert len(parts) > 2

@@ -14,7 +14,7 @@ from llmcompress.data.batch import Batch
 from llmcompress.distillation.activation_checkpointing import recomputed
 from llmcompress.distillation.objective.module import Objective
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.models.dense.hidden_states import states_between
+from llmcompress.models.dense.blocks import states_between
 from llmcompress.recipe.distillation import Distillation, Term
 from llmcompress.recipe.read import dump, read_as
 from tests.distillation.test_batches import gradient, objective_of, ragged

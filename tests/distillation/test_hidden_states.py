@@ -21,7 +21,7 @@ from llmcompress.distillation.student.low_rank import teachers_weights
 from llmcompress.distillation.student.model import relaxed_student
 from llmcompress.distillation.teacher.predictions import ReadsAlong
 from llmcompress.errors import RecipeError
-from llmcompress.models.files.kept_blocks import KEPT, matched_blocks
+from llmcompress.models.dense.blocks import KEPT, matched_blocks
 from llmcompress.recipe.distillation import Distillation, Schedule, Term
 from llmcompress.recipe.read import dump, read_as
 from llmcompress.weight.expression import dense

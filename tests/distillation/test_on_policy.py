@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmcompress.data.batch import Batch
-from llmcompress.data.generate_text import NOTHING, continued, end_tokens
+from llmcompress.data.generate import NOTHING, continued, end_tokens
 from llmcompress.distillation import on_policy
 from llmcompress.distillation.controls import control_recipe
 from llmcompress.distillation.on_policy import prompts, rewritten, window

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.data import calibration
-from llmcompress.data.generate_text import Written, teacher_sequences
+from llmcompress.data.generate import Written, teacher_sequences
 from llmcompress.data.schedule import rate, rows
 from llmcompress.distillation import train
 from llmcompress.distillation.context import TrainContext

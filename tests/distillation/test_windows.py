@@ -22,7 +22,7 @@ from llmcompress.evaluation.verify import verify
 from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files.checkpoint import CHECKPOINT
-from llmcompress.models.files.shard_writer import part_file
+from llmcompress.models.files.tensor_files import part_file
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.weight.modules import compressed_linears
 from tests.calibration.test_walk import block_outputs, sequences

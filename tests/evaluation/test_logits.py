@@ -13,8 +13,8 @@ import llmcompress as lc
 from llmcompress.evaluation.distance import distance
 from llmcompress.evaluation.logits import OnDisk, opened, window_logits
 from llmcompress.evaluation.perplexity import perplexity
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model
 from llmcompress.weight.modules import compressed_linears, decoded
 from tests.calibration.test_walk import save_wide
 from tests.tiny import save_tiny

@@ -16,7 +16,7 @@ from llmcompress.benchmark.protocol import SpeedProtocol
 from llmcompress.cli.app import app
 from llmcompress.errors import InputError
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.vocabulary import check_vocabularies
+from llmcompress.models.dense.tokenizer import check_vocabularies
 from tests.distillation.miniature import make, recipe
 from tests.tiny import save_tiny, tiny_tokenizer
 

@@ -16,11 +16,11 @@ import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.score import score
-from llmcompress.models.files import shard_writer as merge
+from llmcompress.models.files import tensor_files as merge
 from llmcompress.models.files.checkpoint import MANIFEST
-from llmcompress.models.files.checkpoint_identity import bound
+from llmcompress.models.files.identity import bound
 from llmcompress.models.files.integrity import SINGLE
-from llmcompress.models.files.shard_writer import shard_files
+from llmcompress.models.files.tensor_files import shard_files
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny
 from tests.unbound import unbound

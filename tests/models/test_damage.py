@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 import llmcompress as lc
 from llmcompress.errors import InputError, LLMCompressError
 from llmcompress.evaluation.verify import verify
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.model import load_model
-from llmcompress.models.files import shard_writer
+from llmcompress.models.files import tensor_files
 from llmcompress.models.files.integrity import INDEX
 from tests.tiers import tiered
 from tests.tiny import save_tiny
@@ -37,7 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damage")
     dense = save_tiny("llama", folder / "dense", tie_word_embeddings=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_writer, "SHARD", 20_000)  # several files
+        patch.setattr(tensor_files, "SHARD", 20_000)  # several files
         return lc.compress(dense, {"version": 1, "rules": RULES}, folder / "out").folder
 
 

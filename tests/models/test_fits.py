@@ -9,8 +9,8 @@ import pytest
 
 import llmcompress as lc
 from llmcompress.errors import InputError, MemoryLimitError
+from llmcompress.models.dense.load import check_fits
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.files.fits import check_fits
 from llmcompress.runtime import memory
 from llmcompress.runtime.memory import CgroupLimits
 from tests.tiny import save_tiny, tiny
@@ -30,9 +30,9 @@ def test_the_limit_is_the_weights_in_float32(folders: tuple[Path, Path], monkeyp
     dense, compressed = folders
     weights = sum(value.numel() for value in tiny("qwen3").parameters())  # tied ones once
     both = [locate(str(compressed)), locate(str(dense))]
-    monkeypatch.setattr("llmcompress.models.files.fits.total_memory", lambda: 8 * weights)
+    monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda: 8 * weights)
     check_fits("cpu", "scoring", both)
-    monkeypatch.setattr("llmcompress.models.files.fits.total_memory", lambda: 8 * weights - 1)
+    monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda: 8 * weights - 1)
     with pytest.raises(MemoryLimitError, match=r"scoring holds .*out .* and .*dense .* GB\) in float32"):
         check_fits("cpu", "scoring", both)
     check_fits("cuda", "scoring", both)
@@ -48,9 +48,9 @@ def test_a_model_that_passes_takes_its_largest_part(
     part = 4 * max(*blocks, model.lm_head.weight.numel())
     stored = (compressed.folder / "model.safetensors").stat().st_size
     for places, size in (([dense], part), ([compressed], part + stored), ([dense, compressed], 2 * part + stored)):
-        monkeypatch.setattr("llmcompress.models.files.fits.total_memory", lambda size=size: size)
+        monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda size=size: size)
         check_fits("cpu", "scoring", passing=places)
-        monkeypatch.setattr("llmcompress.models.files.fits.total_memory", lambda size=size: size - 1)
+        monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda size=size: size - 1)
         with pytest.raises(MemoryLimitError, match="scoring holds"):
             check_fits("cpu", "scoring", passing=places)
 
@@ -59,7 +59,7 @@ def test_scoring_and_verifying_refuse_before_they_load(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense, compressed = folders
-    monkeypatch.setattr("llmcompress.models.files.fits.total_memory", lambda: 1000)
+    monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda: 1000)
     for door in ("score.opened", "verify.load_model"):
         monkeypatch.setattr(f"llmcompress.evaluation.{door}", None)
     with pytest.raises(MemoryLimitError, match="take a larger machine"):

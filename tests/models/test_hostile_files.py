@@ -24,13 +24,14 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.models.dense.headers import read_headers
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.model import load_model, open_source
-from llmcompress.models.files import shard_writer
+from llmcompress.models.dense.model import open_source
+from llmcompress.models.files import tensor_files
 from llmcompress.models.files.checkpoint import MANIFEST, manifest
 from llmcompress.models.files.compressed import Opened
-from llmcompress.models.files.files import MOST_HEADER, MOST_JSON, open_tensors, read_object
 from llmcompress.models.files.integrity import INDEX, SINGLE, weight_files, weight_map
+from llmcompress.models.files.reading import MOST_HEADER, MOST_JSON, open_tensors, read_object
 from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig
 from tests.mutations import changed, places, values
 from tests.tiny import save_tiny
@@ -49,7 +50,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def packed(dense: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_writer, "SHARD", 40_000)  # several files, with an index
+        patch.setattr(tensor_files, "SHARD", 40_000)  # several files, with an index
         return lc.compress(dense, RECIPE, dense.parent / "out").folder
 
 

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llmcompress.errors import InputError
-from llmcompress.models.files import shard_writer as merge
-from llmcompress.models.files.checkpoint import Writer, write_tensors
-from llmcompress.models.files.checkpoint_identity import bound
+from llmcompress.models.files import tensor_files as merge
+from llmcompress.models.files.checkpoint import Writer
+from llmcompress.models.files.identity import bound
 from llmcompress.models.files.integrity import BINDING, DIGESTS, INDEX, SINGLE, digest
-from llmcompress.models.files.shard_writer import merged, part_file, shard_files
+from llmcompress.models.files.tensor_files import merged, part_file, shard_files, write_tensors
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.bool, torch.float16)
 

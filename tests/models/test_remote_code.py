@@ -22,11 +22,12 @@ from llmcompress.cli.app import app
 from llmcompress.errors import InputError
 from llmcompress.formats.model_card import card
 from llmcompress.models.dense.companions import companions
-from llmcompress.models.dense.digest import teacher_digest
+from llmcompress.models.dense.config import code_files
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place, locate
-from llmcompress.models.dense.model import load_model, resolve
-from llmcompress.models.dense.remote_code import code_files
+from llmcompress.models.dense.model import resolve
 from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.models.files.identity import teacher_digest
 from llmcompress.reporting import report as reports
 from tests.own_code import AUTO_MAP, FILES, MARKER, save_own
 from tests.stand_in_hub import StandInHub

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense.auto_class import auto_class
-from llmcompress.models.dense.skeleton import dense_skeleton
+from llmcompress.models.dense.skeleton import auto_class, dense_skeleton
 from tests.tiers import tiered
 from tests.tiny import tiny
 from tests.zoo import EVERY, ZOO, zoo

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmcompress.errors import DiskError, InputError
-from llmcompress.models.files import atomic_write
+from llmcompress.models.files import output
 from llmcompress.models.files.store import Store
 
 RUN = {"recipe": {"seed": 1, "rates": {"scales": 1e-3}}, "tokens": None, "versions": ("a", "b")}
@@ -91,13 +91,13 @@ def test_a_record_is_on_the_disk_before_it_takes_its_name(
 ) -> None:
     """The file is waited for under another name, then renamed, then the folder is waited for."""
     store, seen = Store(tmp_path / "kept", RUN), []
-    original = atomic_write.sync
+    original = output.sync
 
     def noted(path: Path) -> None:
         seen.append((path.name, store.path("a") is not None))
         original(path)
 
-    monkeypatch.setattr(atomic_write, "sync", noted)
+    monkeypatch.setattr(output, "sync", noted)
     store.put("a", {"step": 1}, tensors)
     [(staged, there), last] = seen
     assert staged.startswith(".a.") and not there and last == ("kept", True)

@@ -10,7 +10,7 @@ import yaml
 
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import methods, step
-from llmcompress.models.dense import roles as roles_room
+from llmcompress.models.dense import families as roles_room
 from llmcompress.models.dense.families import Linear
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Gates, Recipe, Role, Rule

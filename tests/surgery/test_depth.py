@@ -20,9 +20,9 @@ import llmcompress as lc
 from llmcompress.calibration.streaming import in_memory
 from llmcompress.cli.app import app
 from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.models.dense.blocks import KEPT
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import load_model
-from llmcompress.models.files.kept_blocks import KEPT
 from llmcompress.surgery.block_choice import choose_blocks, path_damages, run_cosines, runs_of, search_blocks
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer

@@ -26,8 +26,8 @@ from llmcompress.distillation.objective.projections import started_linear
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.losses.divergence import wide
 from llmcompress.losses.loss import LossState, SumAndCount
+from llmcompress.models.dense.blocks import body, depth, states_between
 from llmcompress.models.dense.families import block_stack
-from llmcompress.models.dense.hidden_states import body, depth, states_between
 from llmcompress.recipe.distillation import Term
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from llmcompress.data.batch import Batch
 from llmcompress.distillation.objective.chunked_loss import HeadLoss
 from llmcompress.errors import InputError
 from llmcompress.losses.loss import SumAndCount
-from llmcompress.models.dense.hidden_states import body
+from llmcompress.models.dense.blocks import body
 from llmcompress.weight.modules import CompressedLinear
 from llmcompress.weight.nodes import Dense
 

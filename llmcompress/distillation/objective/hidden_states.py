@@ -21,8 +21,7 @@ from llmcompress.errors import RecipeError, list_names
 from llmcompress.losses.divergence import wide
 from llmcompress.losses.features import Features, measure_features, reads_states
 from llmcompress.losses.loss import SumAndCount
-from llmcompress.models.dense.hidden_states import body, depth, states_between
-from llmcompress.models.files.kept_blocks import matched_blocks
+from llmcompress.models.dense.blocks import body, depth, matched_blocks, states_between
 from llmcompress.recipe.distillation import Layers, Term
 
 if TYPE_CHECKING:

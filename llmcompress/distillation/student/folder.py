@@ -10,15 +10,14 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llmcompress.models.dense.config import MODEL, needs_code, public_entries
+from llmcompress.models.dense.load import own_sizes
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import DenseModel, open_source
-from llmcompress.models.dense.remote_code import MODEL, needs_code
 from llmcompress.models.files.checkpoint import PART, Writer, read_json
 from llmcompress.models.files.compressed import Opened
-from llmcompress.models.files.config_for_publishing import public_entries
 from llmcompress.models.files.integrity import digest
-from llmcompress.models.files.per_block_widths import own_sizes
-from llmcompress.models.files.shard_writer import shards
+from llmcompress.models.files.tensor_files import shards
 from llmcompress.models.transformers.hf_quantizer import NAME, table_entry
 from llmcompress.runtime.facts import versions
 from llmcompress.weight.modules import Layout, Multiplying, payload_texts

@@ -24,7 +24,7 @@ from llmcompress.errors import RecipeError, list_names
 from llmcompress.methods.layer import Layer, base_and_term
 from llmcompress.methods.low_rank.svd import SVD, svd
 from llmcompress.methods.moments import Moments
-from llmcompress.models.files.kept_blocks import matched_blocks, original_name
+from llmcompress.models.dense.blocks import matched_blocks, original_name
 from llmcompress.recipe.adaptation import Adaptation
 from llmcompress.recipe.patterns import matches
 from llmcompress.runtime.seeding import generator

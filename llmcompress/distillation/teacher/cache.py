@@ -24,8 +24,7 @@ from torch import Tensor
 from llmcompress.data.batch import Batch
 from llmcompress.distillation.teacher.top_k import Likeliest
 from llmcompress.errors import DiskError, InputError, NumericsError, Termination
-from llmcompress.models.files.atomic_write import sync
-from llmcompress.models.files.staging import check_output, claim, locked
+from llmcompress.models.files.output import check_writable, claim, locked, sync
 from llmcompress.models.files.store import Store
 from llmcompress.runtime.signals import stop_requests
 
@@ -106,7 +105,7 @@ def _write(staged: Path, folder: Path, origin: CacheOrigin, counted: Tensor, log
     store, record = _store(staged, origin), record_type(min(origin.k, vocabulary), vocabulary)
     done = 0 if store.path(DONE) is None else int(_done(store)["sequences"])
     claim(staged)
-    check_output(folder, int(counted[done:].sum()) * record.itemsize)
+    check_writable(folder, int(counted[done:].sum()) * record.itemsize)
     size = max(1, CHUNK // counted.shape[1])
     with stop_requests() as stopping, _opened(staged / RECORDS, record, counted, done) as file:
         for start in range(done, len(counted), size):

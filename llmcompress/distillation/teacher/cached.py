@@ -32,9 +32,9 @@ from llmcompress.distillation.teacher.top_k import Likeliest
 from llmcompress.errors import LLMCompressError
 from llmcompress.losses.forward_kl import ForwardKL
 from llmcompress.losses.loss import Predictions, measure
-from llmcompress.models.dense.digest import teacher_digest
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.model import load_model
+from llmcompress.models.files.identity import teacher_digest
 from llmcompress.recipe.distillation import Teacher
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.weight.modules import decoded

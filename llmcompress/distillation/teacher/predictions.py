@@ -16,7 +16,7 @@ from llmcompress.distillation.objective.heads import head_of, hidden_states
 from llmcompress.distillation.teacher.cache import Cache
 from llmcompress.distillation.teacher.top_k import Likeliest
 from llmcompress.losses.loss import Predictions, Reads
-from llmcompress.models.dense.hidden_states import run_until
+from llmcompress.models.dense.blocks import run_until
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -26,8 +26,8 @@ from llmcompress.distillation.context import TrainContext
 from llmcompress.distillation.held_out import Distances, distances
 from llmcompress.distillation.teacher.predictions import ReadsAlong
 from llmcompress.errors import InputError, NumericsError
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.model import load_model
 from llmcompress.runtime.precision import product_dtype
 
 if TYPE_CHECKING:

@@ -23,12 +23,11 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmcompress.errors import InputError, first_line, list_names
-from llmcompress.models.dense.digest import tokenizer_files
-from llmcompress.models.dense.remote_code import MODEL, PROCESSORS, code_files, needs_code
+from llmcompress.models.dense.config import MODEL, PROCESSORS, code_files, needs_code, public_entries
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import CARD, MANIFEST
-from llmcompress.models.files.config_for_publishing import public_entries
+from llmcompress.models.files.identity import tokenizer_files
 from llmcompress.models.files.integrity import INDEX
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from llmcompress.errors import InputError, list_names
-from llmcompress.models.dense.skeleton import reason
-from llmcompress.models.files.files import open_tensors, read_object
+from llmcompress.models.dense.config import read_entries, reason
 from llmcompress.models.files.integrity import INDEX
+from llmcompress.models.files.reading import open_tensors
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of dense dtypes, bytes per value
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that models are loaded in
@@ -162,18 +162,3 @@ def stored_dtype(folder: Path) -> torch.dtype:
         if header.dtype in counts:
             counts[header.dtype] += prod(header.shape)
     return DTYPES[max(counts, key=lambda name: counts[name])]
-
-
-def read_entries(path: Path, folder: Path) -> dict[str, Any]:
-    """Return the entries of a JSON file of the model in `folder`. Raises InputError where it has none to read."""
-    if not path.is_file():
-        empty = not any(folder.iterdir())
-        raise InputError(
-            f"the folder {folder} is empty; give a model folder"
-            if empty
-            else f"{folder} has no {path.name}; give a folder with a Hugging Face model"
-        )
-    try:
-        return read_object(path)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not readable JSON ({reason(error)}); download it again") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llmcompress.errors import InputError, first_line
 from llmcompress.models.dense.smollm2 import EMBEDDED, EMBEDDED_LICENSE, EMBEDDED_NAME, embedded
-from llmcompress.models.files.file_names import check_folder
+from llmcompress.models.files.reading import check_folder
 
 HUB_FILES = [
     "*.safetensors",
@@ -38,7 +38,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 @dataclass(frozen=True)
 class Place:
     """A model folder on this machine. `revision`: the Hub commit. `notes`: remarks for the user. `trust_remote_code`:
-    True to run the Python code that the model needs, see `remote_code`."""
+    True to run the Python code that the model needs, see `config`."""
 
     name: str
     folder: Path

@@ -13,36 +13,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from yaml import YAMLError
 
-from llmcompress.errors import InputError, is_out_of_memory, list_names
-from llmcompress.models.dense.auto_class import architectures, auto_class, class_names, is_causal
-from llmcompress.models.dense.digest import content_digest, tokenizer_digest
-from llmcompress.models.dense.experts import unfuse
-from llmcompress.models.dense.headers import BUFFERS, FLOATS, Header, read_entries, read_headers, read_tensor
-from llmcompress.models.dense.locate import Place, locate, public_name
-from llmcompress.models.dense.remote_code import AUTO_MAP, MODEL, code_files, load_config, model_code, needs_code
-from llmcompress.models.dense.skeleton import (
+from llmcompress.errors import InputError, list_names
+from llmcompress.models.dense.config import (
+    AUTO_MAP,
+    MODEL,
     check_numbers,
-    config_errors,
-    dense_skeleton,
-    outline,
-    reason,
+    code_files,
+    model_code,
+    needs_code,
+    public_entries,
+    read_entries,
     valid_config,
 )
+from llmcompress.models.dense.experts import unfuse
+from llmcompress.models.dense.headers import BUFFERS, FLOATS, Header, read_headers, read_tensor
+from llmcompress.models.dense.load import _disk, _lacking, load_model, own_sizes, with_sizes
+from llmcompress.models.dense.locate import Place, locate, public_name
+from llmcompress.models.dense.skeleton import architectures, class_names, dense_skeleton, is_causal, outline
 from llmcompress.models.dense.stored_names import renamed
 from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.files.config_for_publishing import public_entries
-from llmcompress.models.files.per_block_widths import is_dense, own_sizes, with_sizes
-from llmcompress.runtime.devices import device_of
+from llmcompress.models.files.identity import content_digest, tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.utils.quantization_config import QuantizationConfigMixin
 
-ADAPTER = "adapter_config.json"
 RELEASED = "mxfp4"  # the quantization that gpt-oss was trained and released with: experts are read from it
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk; GPT-NeoX
 
@@ -129,84 +126,6 @@ class DenseModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer. Raises InputError if the folder has none that transformers can read."""
         return load_tokenizer(self.folder, self.trust_remote_code)
-
-
-def load_model(
-    place: Place,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    quantization: QuantizationConfigMixin | None = None,
-) -> PreTrainedModel:
-    """Return a model in eval mode: dense, or compressed by llmcompress or a tool that transformers knows.
-
-    The host's memory holds one tensor at a time on its way to another device, and on the CPU none whose stored dtype is
-    `dtype`: that one is a window into its file, which all processes share. `quantization` says how to quantize a dense
-    model while it is loaded. Raises InputError if the model cannot be loaded, RecipeError if the device is missing.
-    """
-    there = device_of(device)
-    is_dense = check_outline(place)[0] and quantization is None
-    trusted = model_code(place.folder, place.trust_remote_code)
-    how: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
-    if how or there.type != "cpu":
-        how["device_map"] = device
-    failures: tuple[type[Exception], ...] = (*config_errors(), SafetensorError)
-    model: PreTrainedModel
-    try:
-        loader = auto_class(load_config(place.folder, trusted))
-        model, found = loader.from_pretrained(
-            place.folder,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=trusted,
-            output_loading_info=True,
-            **how,
-        )
-    except failures as error:
-        if is_out_of_memory(error):
-            raise
-        raise InputError(f"{place.name} cannot be loaded ({reason(error)}); download or write it again") from error
-    if is_dense and found["missing_keys"]:  # transformers has drawn random numbers for them
-        raise _lacking(place.folder, sorted(found["missing_keys"]))
-    placed: nn.Module = model
-    if quantization is None and model.device != there:  # what other tools quantized refuses to be moved
-        placed.to(there)
-    return model.eval()
-
-
-def check_outline(found: Place) -> tuple[bool, PreTrainedModel | None]:
-    """Check a config against the tensors beside it, before transformers builds a model.
-
-    Returns True if it is dense, and the model on meta, None for weights in other files than safetensors.
-
-    Raises InputError for sizes that they do not have, and for a model whose code is not trusted.
-    """
-    folder = found.folder
-    if (folder / ADAPTER).is_file():
-        raise InputError(
-            f"{folder} has an {ADAPTER} beside its weights, so transformers would load the model that it names; "
-            f"remove that file, or merge the adapter into the model"
-        )
-    place = folder / "config.json"
-    entries = read_entries(place, folder)
-    check_numbers(entries.get, str(place))
-    packing = entries.get("quantization_config") or {}
-    if not isinstance(packing, dict):
-        raise InputError(f"{place} has a quantization_config that is no object; download or write it again")
-    if not any(folder.glob("*.safetensors*")):
-        return is_dense(entries), None
-    stored = read_headers(folder)
-    config = valid_config(folder, found.trust_remote_code)
-    model = outline(config, folder, len(stored), _disk(stored), found.trust_remote_code)
-    with_sizes(model, own_sizes(entries))
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    if not packing and weights > 2 * sum(prod(header.shape) for header in stored.values()):
-        raise InputError(f"{place} describes a model of {weights} weights, which the files beside it lack; correct it")
-    return is_dense(entries), model
-
-
-def _disk(stored: dict[str, Header]) -> int:
-    """Return the bytes of the files that hold these tensors."""
-    return sum(path.stat().st_size for path in {header.file for header in stored.values()})
 
 
 def resolve(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> DenseModel:
@@ -334,13 +253,6 @@ def _match(
     if missing:
         raise _lacking(folder, missing)
     return found, tied, [key for key in stored if key not in used]
-
-
-def _lacking(folder: Path, missing: list[str]) -> InputError:
-    return InputError(
-        f"{folder} lacks weights that its config requires: {list_names(missing)}; download the model again or correct "
-        f"config.json"
-    )
 
 
 def _checked(header: Header, shape: tuple[int, ...], is_weight: bool) -> Header:

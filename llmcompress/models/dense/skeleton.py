@@ -1,12 +1,13 @@
-"""The model that a config describes, without its weights.
+"""The auto class of transformers that a checkpoint is loaded with, by the class that its config names.
 
-`outline` is for configs that nothing vouches for: it allocates nothing, and stops at more parameters than are stored.
+That class may be one of language models, of those that see or hear, of encoders, of classifiers of text, or of bodies
+without a head. Only the first two predict the next token.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,63 +16,76 @@ import torch
 from torch import nn
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense.auto_class import auto_class
+from llmcompress.models.dense.config import AUTO_MAP, config_errors, load_config, model_code, reason
 from llmcompress.models.dense.experts import unfuse
-from llmcompress.models.dense.remote_code import load_config, model_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+CAUSAL, MULTIMODAL, MASKED = "AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForMaskedLM"
+BODY = "AutoModel"
+HEADS = {  # auto class -> its table in transformers, the likelier first
+    CAUSAL: "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    MULTIMODAL: "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    MASKED: "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+}
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the auto class of a checkpoint."""
+    import transformers
+
+    return getattr(transformers, auto_name(config))
+
+
+def auto_name(config: PreTrainedConfig) -> str:
+    """Return the name of the auto class of a checkpoint: by its `architectures`, without them that of its likeliest
+    task."""
+    known, written = class_names(config), architectures(config)
+    named = next((name for name, classes in known.items() if set(classes) & set(written)), None)
+    if named is not None:
+        return named
+    return MULTIMODAL if MULTIMODAL in known and (written or CAUSAL not in known) else next(iter(known), CAUSAL)
+
+
+def class_names(config: PreTrainedConfig) -> dict[str, list[str]]:
+    """Return the classes of a model type, or of a model's own code, by auto class; bodies only of models of text."""
+    from transformers.models.auto import modeling_auto
+
+    own = getattr(config, AUTO_MAP, None)
+    own = own if isinstance(own, dict) else {}
+    found = {}
+    for name, table in {**HEADS, BODY: "MODEL_MAPPING_NAMES"}.items():
+        classes = getattr(modeling_auto, table).get(config.model_type) or ()
+        coded = [str(own[name]).rpartition(".")[2]] if own.get(name) else []
+        found[name] = [*([classes] if isinstance(classes, str) else classes), *coded]
+    if not any(found[name] for name in HEADS):
+        return {}
+    return {name: classes for name, classes in found.items() if classes}
+
+
+def architectures(config: PreTrainedConfig) -> Sequence[str]:
+    """Return the class names that a config gives."""
+    return getattr(config, "architectures", None) or []
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """True if a checkpoint predicts the next token."""
+    return auto_name(config) in (CAUSAL, MULTIMODAL)
+
+
+def check_causal(config: PreTrainedConfig, doing: str) -> None:
+    """Raise InputError unless a checkpoint predicts the next token; `doing`: the beginning of the sentence."""
+    if not is_causal(config):
+        raise InputError(
+            f"{doing} takes a model that predicts the next token, and a {architectures(config)[0]} does not; choose a "
+            f"causal language model"
+        )
+
+
 SPARE = 500_000_000  # bytes that a load may take beside those on disk
-MOST_LAYERS = 1024
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-SIZES = (
-    "hidden_size",
-    "vocab_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-
-
-def config_errors() -> tuple[type[Exception], ...]:
-    """Return the errors that transformers and torch raise for impossible values and missing requirements."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    values = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
-    code = (NameError, SyntaxError)  # of a model's own
-    return (*values, *code, OSError, ImportError, MemoryError, StrictDataclassError)
-
-
-def reason(error: Exception, most: int = 200) -> str:
-    """Return the message of a library's error on one line of at most `most` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= most else f"{text[:most]}...").rstrip(".")
-
-
-def valid_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Return the config of the model in `folder`. Raises InputError for one that transformers cannot read."""
-    try:
-        return load_config(folder, trust_remote_code)
-    except config_errors() as error:
-        raise InputError(f"{folder / 'config.json'} is not a valid config ({reason(error)}); correct it") from error
-
-
-def check_numbers(number_of: Callable[[str], Any], place: str) -> None:
-    """Raise InputError for sizes that no model has, before a config or a model is made of them.
-
-    `number_of`: the value of an entry of the config by name, None without one; `place`: the config, for the sentence.
-    """
-    for key in (*LAYERS, *SIZES):
-        value, most = number_of(key), MOST_LAYERS if key in LAYERS else 2**31
-        each = value if isinstance(value, list) and len(value) <= MOST_LAYERS else [value]
-        least = 0 if isinstance(value, list) else 1  # a list has a number for each block
-        if not all(one is None or (type(one) is int and least <= one <= most) for one in each):
-            raise InputError(
-                f"{place} gives {key} as {str(value)[:50]!r}, which is no number from 1 to {most}; correct it"
-            )
 
 
 def dense_skeleton(

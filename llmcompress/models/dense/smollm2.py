@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llmcompress.errors import DiskError, InputError
-from llmcompress.models.files.atomic_write import sync
+from llmcompress.models.files.output import sync
 
 EMBEDDED = "smollm2"
 EMBEDDED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense.remote_code import MODEL, load_config, needs_code, tokenizer_code
-from llmcompress.models.files.checkpoint_identity import check_tokenizer
+from llmcompress.models.dense.config import MODEL, load_config, needs_code, tokenizer_code, valid_config
+from llmcompress.models.dense.locate import Place
+from llmcompress.models.files.identity import check_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,3 +67,77 @@ def _check(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.get_vocab()
     if not all(isinstance(token, str | list) for token in tokenizer.special_tokens_map.values()):
         raise TypeError("one of its special tokens is no text")
+
+
+TRIALS = (  # what tokenizers split, merge and normalize in different ways
+    "The miller couldn't count every sack of corn",
+    "that forty farms by the river had brought since 1987.",
+    "  HELLO, Hello  hello ",
+    "def area(radius):\n    return 3.14159 * radius**2",
+    "\n\n\tprint(f'{10_000:,.2f}')\r\n",
+    "naïve café, ﬁnal m², A\u030a",
+    "東京 привет 🙂",
+    "see a_b/c.html?d=e%20f#G",
+)
+
+
+def check_vocabularies(places: Sequence[Place], predictions: bool = True) -> None:
+    """Raise InputError unless all models have the vocabulary of the first.
+
+    `predictions`: true where these are compared, for which there must be as many of them: tables of tokens are padded.
+    """
+    first = places[0]
+    for place in places[1:]:
+        difference = next(_differences(first, place, predictions), None)
+        if difference is not None:
+            raise InputError(
+                f"{first.name} and {place.name} have different vocabularies: {difference}; take two models of which "
+                f"one was made from the other"
+            )
+
+
+def _differences(one: Place, other: Place, predictions: bool) -> Iterator[str]:
+    if tokenizer_digest(one.folder) != tokenizer_digest(other.folder):
+        first, second = (load_tokenizer(place.folder, place.trust_remote_code) for place in (one, other))
+        yield from _of_tokens(first, second, one.name, other.name)
+        yield from _of_readings(first, second, one.name, other.name)
+    if predictions:
+        rows, others = _rows(one), _rows(other)
+        if rows != others:
+            yield f"the table of tokens has {rows} rows in {one.name} and {others} in {other.name}"
+
+
+def _of_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, one: str, other: str) -> Iterator[str]:
+    """Yield the first id that is another token in each, or in only one of them."""
+    known, others = first.get_vocab(), second.get_vocab()
+    if known != others:
+        number = min(number for _, number in known.items() ^ others.items())
+        token, instead = (_token(number, vocabulary) for vocabulary in (known, others))
+        yield f"token {number} is {token} in {one} and {instead} in {other}"
+
+
+def _token(number: int, vocabulary: Mapping[str, int]) -> str:
+    return " or ".join(repr(token) for token in sorted(vocabulary) if vocabulary[token] == number) or "missing"
+
+
+def _of_readings(
+    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, one: str, other: str
+) -> Iterator[str]:
+    """Yield a text that becomes other ids in each: one of TRIALS, or a token that only one of them does not split."""
+    whole = {**first.get_added_vocab(), **second.get_added_vocab()}
+    for text in (*TRIALS, *whole):
+        ids, others = (list(each(text, verbose=False).input_ids) for each in (first, second))
+        if ids != others:
+            at = next(at for at in count() if ids[at : at + 1] != others[at : at + 1])
+            yield f"{text!r} is read as {_from(ids, at)} in {one} and as {_from(others, at)} in {other}"
+
+
+def _from(ids: Sequence[int], at: int) -> str:
+    """Return the first ids from where two readings part, for a sentence."""
+    shown = [*map(str, ids[at : at + 3]), *(["..."] if len(ids) > at + 3 else [])]
+    return " ".join((["..."] if at else []) + shown) or "nothing"
+
+
+def _rows(place: Place) -> int | None:
+    """Return how many tokens a model predicts, as its config has it."""
+    return getattr(valid_config(place.folder, place.trust_remote_code).get_text_config(), "vocab_size", None)

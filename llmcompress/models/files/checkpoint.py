@@ -17,16 +17,24 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError
-from llmcompress.models.files.atomic_write import replace_bytes, replace_text, replacing, sync
-from llmcompress.models.files.files import check_regular, open_tensors, read_object
-from llmcompress.models.files.integrity import DIGESTS, INDEX, MENDING, digest, digests
-from llmcompress.models.files.shard_writer import data_bytes, merged, part_file
-from llmcompress.models.files.staging import check_output, claim, clear, locked, merge_mark, remove, staging_of
+from llmcompress.models.files.integrity import INDEX, MENDING
+from llmcompress.models.files.output import (
+    check_writable,
+    claim,
+    clear,
+    locked,
+    merge_mark,
+    remove,
+    replace_bytes,
+    replace_text,
+    staging_of,
+    sync,
+)
+from llmcompress.models.files.reading import check_regular, open_tensors, read_object
+from llmcompress.models.files.tensor_files import data_bytes, merged, part_file, write_tensors
 
 FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor
 MANIFEST = "manifest.json"
@@ -83,59 +91,15 @@ class Writer:
         self.write(INDEX, json.dumps(listing, indent=2))
 
 
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    layouts: Mapping[str, str] | None = None,
-    header: Mapping[str, str] | None = None,
-) -> None:
-    """Write a weight file with the digests of its tensors: the old file or the whole new one is there, on the disk.
-
-    `layouts`: of those that are payloads; `header`: further entries. Raises DiskError when the disk is full.
-    """
-    entries = {"format": "pt", **(header or {})}
-    contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    try:
-        with replacing(path) as staged:
-            save_file(contiguous, staged, metadata=entries | digests(contiguous, layouts or {}))
-            _sort_header(staged)
-    except (OSError, SafetensorError) as error:
-        raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
-
-
-def read_tensors(path: Path, layouts: Mapping[str, str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors that `write_tensors` wrote, and the header. Raises InputError for a file that has changed."""
-    try:
-        with open_tensors(path) as file:
-            header = file.metadata() or {}
-            written = json.loads(header[DIGESTS])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-    if {name: digest(tensor, (layouts or {}).get(name, "")) for name, tensor in tensors.items()} != written:
-        raise InputError(f"{path} is not as it was written")
-    return tensors, header
-
-
-def _sort_header(path: Path) -> None:
-    """Brings a safetensors header into one order: the library writes metadata in another at every run."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(text.ljust(size))
-
-
 @contextmanager
 def writing(output: Path, needed: int = 0) -> Iterator[Writer]:
     """A `Writer` whose files become the folder `output` when the context ends well, and vanish when it does not.
 
-    Raises LockedError while another process writes there, and DiskError as `check_output` does with `needed`, for a
+    Raises LockedError while another process writes there, and DiskError as `check_writable` does with `needed`, for a
     folder that cannot be made or filled, and for an output that appeared meanwhile.
     """
     with locked(output, "output folder"):
-        check_output(output, needed)
+        check_writable(output, needed)
         with making(output) as writer:
             yield writer
 
@@ -232,7 +196,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a finished checkpoint to `target`, all or nothing. Raises DiskError as `check_output` does."""
+    """Copy a finished checkpoint to `target`, all or nothing. Raises DiskError as `check_writable` does."""
     names = files_of(source)
     with writing(target, sum((source / name).stat().st_size for name in names)) as writer:
         for name in names:

@@ -5,28 +5,36 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from llmcompress.errors import InputError, list_names
-from llmcompress.models.dense.remote_code import MODEL, model_code, needs_code
-from llmcompress.models.dense.skeleton import check_numbers
+from llmcompress.errors import InputError, first_line, list_names
+from llmcompress.models.dense.config import MODEL, check_numbers, load_config, model_code, needs_code, public_entries
+from llmcompress.models.dense.headers import read_headers
+from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.model import DenseModel
+from llmcompress.models.dense.skeleton import dense_skeleton, described, transposed_linears
+from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.checkpoint import PART, check_manifest, read_json
-from llmcompress.models.files.config_for_publishing import public_entries
-from llmcompress.models.files.files import open_tensors
+from llmcompress.models.files.identity import tokenizer_files
 from llmcompress.models.files.integrity import DIGESTS, MENDING, weight_files
-from llmcompress.models.files.kind import check_kind
-from llmcompress.models.files.shard_writer import shards
-from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig
+from llmcompress.models.files.reading import check_folder, open_tensors
+from llmcompress.models.files.tensor_files import shards
+from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig, LLMCompressQuantizer, resize
 from llmcompress.weight.encoding import decode
+from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Weight
 from llmcompress.weight.sums import add_to_base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Opened:
@@ -135,3 +143,83 @@ def rounded(value: Tensor) -> tuple[Tensor, float]:
     """Return a matrix in bfloat16, and its relative error."""
     stored = value.to(torch.bfloat16)
     return stored, float((stored.float() - value).norm() / value.norm().clamp_min(1e-30))
+
+
+def check_kind(folder: Path) -> None:
+    """Raise InputError for a folder without a checkpoint of llmcompress."""
+    check_folder(folder)
+    try:
+        config = read_json(folder / "config.json")
+        kind = (config.get("quantization_config") or {}).get("quant_method")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder / 'config.json'} cannot be read ({error}); give a compressed checkpoint") from error
+    if kind != NAME:
+        raise InputError(f"{folder} holds no model compressed by llmcompress; give the folder that compress wrote")
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedSource(DenseModel):
+    """A compressed model whose tensors are decoded, in float32, as they are read. `transposed`: the module paths of
+    linears that the model stores as `[in, out]`."""
+
+    checkpoint: Opened = field(kw_only=True)
+    transposed: frozenset[str] = field(kw_only=True)
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor `name`: decoded if it is compressed, else as it is stored. Raises InputError for damage."""
+        stored = self.tied.get(name, name)
+        layer = stored.removesuffix(".weight")
+        if stored == layer or layer not in self.checkpoint.layouts:
+            return self.checkpoint.read(stored)
+        value = dense(self.checkpoint.expression(layer))
+        return value.T.contiguous() if layer in self.transposed else value
+
+    def skeleton(self) -> PreTrainedModel:
+        """Return a new model in eval mode, with parameters on meta, its linears of the sizes that are stored."""
+        model = described(self.folder, trust_remote_code=self.trust_remote_code)
+        sizes = {name: list(layout.size) for name, layout in self.checkpoint.layouts.items()}
+        resize(model, self.checkpoint.sizes | sizes)
+        return model
+
+
+def decoded_source(place: Place) -> DecodedSource:
+    """Return the compressed model at `place`. Raises InputError for a folder that is damaged or holds no such model."""
+    checkpoint = Opened(place.folder, place.trust_remote_code)
+    skeleton = described(place.folder, trust_remote_code=place.trust_remote_code)
+    config = load_config(place.folder, place.trust_remote_code)
+    vars(config).pop("quantization_config", None)
+    stored = checkpoint.files
+    ties = (getattr(skeleton, "all_tied_weights_keys", None) or {}).items()
+    return DecodedSource(
+        place.name,
+        place.folder,
+        None,
+        config,
+        read_headers(place.folder),
+        {alias: origin for alias, origin in ties if alias not in stored and origin in stored},
+        trust_remote_code=place.trust_remote_code,
+        checkpoint=checkpoint,
+        transposed=frozenset(transposed_linears(place.folder, place.trust_remote_code)),
+    )
+
+
+def check_written(folder: Path, trust_remote_code: bool = False) -> None:
+    """Raise InputError unless transformers will load the compressed checkpoint in `folder`, with all beside it.
+
+    Every tensor is read and checked as a load does, one at a time, so no model has to fit into memory.
+    """
+    from transformers import GenerationConfig
+
+    config = load_config(folder, trust_remote_code)
+    quantizer = LLMCompressQuantizer(LLMCompressConfig(**config.quantization_config))
+    model = dense_skeleton(config, folder, trust_remote_code=trust_remote_code)
+    quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in weight_files(folder)])
+    if tokenizer_files(folder):
+        load_tokenizer(folder, trust_remote_code)
+    if (folder / "generation_config.json").is_file():
+        try:
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"the model's generation_config.json cannot be read ({first_line(error)}); correct or remove it"
+            ) from error

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from llmcompress.errors import InputError, list_names
-from llmcompress.models.files.files import open_tensors, read_object
+from llmcompress.models.files.reading import open_tensors, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

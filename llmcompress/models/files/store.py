@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, LLMCompressError
-from llmcompress.models.files.atomic_write import replace_text
-from llmcompress.models.files.checkpoint import read_tensors, write_tensors
-from llmcompress.models.files.staging import MARK, remove
+from llmcompress.models.files.output import MARK, remove, replace_text
+from llmcompress.models.files.tensor_files import read_tensors, write_tensors
 
 RECORD = "record"  # the key of the JSON in a header
 DIGEST = "sha256"  # the key of the digest in the JSON, over all its other keys

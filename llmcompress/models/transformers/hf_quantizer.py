@@ -22,10 +22,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.errors import InputError
+from llmcompress.models.dense.config import check_numbers
 from llmcompress.models.dense.experts import unfuse
-from llmcompress.models.dense.skeleton import check_buffers, check_numbers
+from llmcompress.models.dense.skeleton import check_buffers
 from llmcompress.models.files.checkpoint import FORMAT_VERSION, check_config
-from llmcompress.models.files.checkpoint_identity import check_binding, saved_binding
+from llmcompress.models.files.identity import check_binding, saved_binding
 from llmcompress.models.files.integrity import MENDING, Expected, check, digests
 from llmcompress.models.transformers.dequantize import dequantized, skeleton
 from llmcompress.weight.leading import truncate_low_rank

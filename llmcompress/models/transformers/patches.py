@@ -99,7 +99,7 @@ def resize_tables() -> None:
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> Any:
-        from llmcompress.models.transformers.token_tables import ready_to_resize
+        from llmcompress.models.transformers.dequantize import ready_to_resize
 
         if _is_ours(self) and not ready_to_resize(self, new_num_tokens, pad_to_multiple_of):
             return self.get_input_embeddings()

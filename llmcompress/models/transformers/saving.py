@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import InputError
+from llmcompress.models.dense.config import config_errors, reason
 from llmcompress.models.dense.experts import unfuse
-from llmcompress.models.dense.skeleton import config_errors, reason
 from llmcompress.models.files.integrity import EXPONENTS, MENDING, all_finite
 from llmcompress.models.transformers.dequantize import skeleton
 from llmcompress.models.transformers.hf_quantizer import (

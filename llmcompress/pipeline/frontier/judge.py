@@ -23,8 +23,9 @@ from llmcompress.evaluation.logits import OnDisk
 from llmcompress.evaluation.perplexity import evaluation_windows
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.scores import Evaluation, OnText, evaluate
+from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.model import DenseModel, load_model
+from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file, holds, read_json
 from llmcompress.runtime.facts import versions

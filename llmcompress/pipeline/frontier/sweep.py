@@ -32,7 +32,7 @@ from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import holds, write_files
-from llmcompress.models.files.staging import locked
+from llmcompress.models.files.output import locked
 from llmcompress.pipeline import quality_check
 from llmcompress.pipeline.compress import completed, compress_job, record
 from llmcompress.pipeline.frontier.budgets import Budget

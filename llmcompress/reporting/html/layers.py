@@ -8,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import RecipeError
-from llmcompress.models.dense.roles import roles_of
+from llmcompress.models.dense.families import roles_of
 from llmcompress.models.files import file_names
 from llmcompress.reporting.html.charts import HeatMap, heat_map
 from llmcompress.reporting.report import BLOCK, LayerReport, Report, by_kind

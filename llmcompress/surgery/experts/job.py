@@ -16,7 +16,7 @@ from llmcompress.calibration.walk import Progress
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import NumericsError, RecipeError, list_names
 from llmcompress.models.files import file_names
-from llmcompress.models.files.staging import check_output
+from llmcompress.models.files.output import check_writable
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.json_values import JsonRecord
@@ -191,7 +191,7 @@ def open_job(
     experts."""
     place, target = device_of(device), None if output is None else Path(output)
     if target is not None:
-        check_output(target, 0)
+        check_writable(target, 0)
     mixture = open_mixture(model, revision)
     calibration = judged_calibration(mixture.source, text, samples, SAMPLES // HELD_OUT)
     return ExpertsJob(mixture, target, calibration, place, progress)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from llmcompress.calibration.dry_run import rehearsed
 from llmcompress.errors import InputError, RecipeError, list_names
+from llmcompress.models.dense.config import MODEL, TOKENIZER, needs_code
 from llmcompress.models.dense.experts import Experts, experts_of
 from llmcompress.models.dense.families import Architecture, architecture
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import DenseModel, open_source
-from llmcompress.models.dense.remote_code import MODEL, TOKENIZER, needs_code
 from llmcompress.runtime.seeding import generator
 from llmcompress.surgery.judged_walk import Visit
 

@@ -9,10 +9,13 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from llmcompress.errors import InputError
+from llmcompress.data.packing import Tokens
+from llmcompress.data.text import HALVES, Message
+from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.yaml import shortened
 
 if TYPE_CHECKING:
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
 
 SECONDS = 20.0  # for one chat
 STARTING = 300.0  # seconds for the process to start, on a busy machine
-HALVES = re.compile("[\ud800-\udfff]")  # surrogates, which JSON can spell and UTF-8 cannot
 MOST_CHARACTERS = 10_000_000  # of a rendered chat
 ADVICE = "leave such chats out, or use another chat template"
 
@@ -135,3 +137,51 @@ def _exchanged(process: subprocess.Popen[str], line: str | None) -> str:
 
 _PROCESS = _Process()
 atexit.register(_PROCESS.end)
+ROLE = "assistant"
+
+
+def answered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str) -> Tokens:
+    """The tokens of a chat as its template renders it; those count that begin within an answer.
+
+    Raises InputError, naming `where`, for a chat that the template refuses, and for a template that writes what
+    precedes an answer in another way once the answer is there; RecipeError for a tokenizer that does not tell where its
+    tokens begin.
+    """
+    if not tokenizer.is_fast:
+        raise RecipeError("answers_only needs a tokenizer that tells where its tokens begin; set it to false")
+    text = rendered(messages, tokenizer, where=where)
+    spans = list(_spans(messages, tokenizer, text, where))
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    begins = [begin for begin, _ in found.offset_mapping]
+    return found.input_ids, [any(first <= begin < last for first, last in spans) for begin in begins]
+
+
+def _spans(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, text: str, where: str
+) -> Iterator[tuple[int, int]]:
+    """The characters `[first, last)` of each answer in `text`, its ending token included. What the assistant says
+    before anyone else answers nothing."""
+    special = _special_tokens(tokenizer)
+    for number, message in enumerate(messages):
+        if message["role"] != ROLE or number == 0:
+            continue
+        before = rendered(messages[:number], tokenizer, prompt=True, where=where)
+        after = rendered(messages[: number + 1], tokenizer, where=where)
+        if not (after.startswith(before) and text.startswith(after)):
+            raise InputError(
+                f"{where}: the chat template writes the messages before answer {number + 1} in another way once it is "
+                f"there, so where it begins cannot be told; set answers_only: false, or use another template"
+            )
+        yield len(before), len(before) + len(_ended(after[len(before) :], special))
+
+
+def _ended(answer: str, special: re.Pattern[str]) -> str:
+    """An answer without the white space that a template writes behind the token which ends it."""
+    ends = [found.end() for found in special.finditer(answer)]
+    return answer[: ends[-1]] if ends and not answer[ends[-1] :].strip() else answer
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    words = sorted(added | set(map(str, tokenizer.all_special_tokens)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, words)) or r"(?!)")

@@ -8,17 +8,18 @@ sibling run nor an edited config loads. Checkpoints of earlier versions have no 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense.digest import tokenizer_digest
-from llmcompress.models.files.integrity import BINDING, MENDING
-from llmcompress.models.files.shard_writer import shard_files
+from llmcompress.models.dense.config import code_files
+from llmcompress.models.files.integrity import BINDING, MENDING, weight_files
+from llmcompress.models.files.tensor_files import shard_files
 
 SILENT = {  # entries of a config that change no number that the model computes
     "architectures",
@@ -105,3 +106,44 @@ def bound(path: Path) -> dict[str, str]:
         return {str(key): str(value) for key, value in json.loads(text).items()}
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({' '.join(str(error).split())}); {MENDING}") from error
+
+
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt")
+TOKENIZER_KINDS = ("*.model", "*.tiktoken")
+
+
+def content_digest(files: Iterable[Path]) -> str:
+    """Return one digest of the contents of `files`, in this order.
+
+    A file is read once in a process, and again when its inode, its size or one of its times is another.
+    """
+    digest = sha256()
+    for path in files:
+        found = path.stat()
+        digest.update(_digest(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: Path, *_state: int) -> bytes:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").digest()
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files in a model's folder that decide how it reads text, sorted."""
+    found = {path for pattern in (*TOKENIZER, *TOKENIZER_KINDS) for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file())
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Return one digest of the names and contents of a model's tokenizer files."""
+    files = tokenizer_files(folder)
+    names = "\n".join(path.name for path in files)
+    return sha256(f"{names}\n{content_digest(files)}".encode()).hexdigest()
+
+
+def teacher_digest(folder: Path) -> str:
+    """Return one digest of the files that decide what a model predicts: its config, its weights and its own code."""
+    code = (folder / name for name in code_files(folder))
+    return content_digest([folder / "config.json", *weight_files(folder), *code])

@@ -1,4 +1,4 @@
-"""The folder `OUT.partial` in which an output is made: locked, marked as ours, and removed when it is done."""
+"""Replacing files so that the old one or the whole new one is there, on the disk, even if the power fails."""
 
 from __future__ import annotations
 
@@ -11,13 +11,52 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from llmcompress.errors import DiskError, LockedError
-from llmcompress.models.files.atomic_write import sync
-from llmcompress.models.files.file_names import check_output_name
+from llmcompress.models.files.reading import is_text
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`replace_bytes` of a text in UTF-8."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that the old one or the new one is there, on the disk, never half of it. Raises OSError."""
+    with replacing(path) as staged:
+        staged.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to, which takes its place, on the disk, when the context ends well.
+
+    Its permissions follow the umask, whoever writes it: libraries make files that only their owner can read.
+    """
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        staged.touch()
+        mode = staged.stat().st_mode
+        yield staged
+        staged.chmod(mode)
+        sync(staged)
+        staged.rename(path)
+        sync(path.parent)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
 
 MARK = ".llmcompress"  # a file in a folder of unfinished work, which says that it is ours
 
 
-def check_output(output: Path, needed: int) -> None:
+def check_writable(output: Path, needed: int) -> None:
     """Raise DiskError unless a folder with `needed` bytes can be made at `output`, which must not exist yet.
 
     Bytes in `<output>.partial` count as free: they will be resumed from or deleted.
@@ -123,3 +162,26 @@ def remove(staging: Path) -> None:
 def merge_mark(staging: Path) -> Path:
     """Return the file in `staging` that says that the parts of the checkpoint there are being merged, or are."""
     return staging / "merging"
+
+
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux's file systems
+BESIDE = 24  # bytes that names beside an output have more than its own, such as ".training.partial.lock"
+
+
+def check_name(output: Path) -> None:
+    """Raise DiskError for an output whose name, or the name of what is written beside it, no file can have."""
+    names = [len(os.fsencode(part)) for part in output.parts]
+    if max(names, default=0) > LONGEST_NAME or (names and names[-1] > LONGEST_NAME - BESIDE):
+        raise DiskError(
+            f"{output} is too long a name: an output's has at most {LONGEST_NAME - BESIDE} bytes, that of a folder "
+            f"{LONGEST_NAME}; choose a shorter one"
+        )
+    if len(os.fsencode(output)) > LONGEST_PATH or "\0" in str(output):
+        raise DiskError(f"{str(output)[:LONGEST_NAME]!r} is no path that a file can have; choose another output")
+
+
+def check_output_name(output: Path) -> None:
+    """Raise DiskError as `check_name`, and for the folder of a checkpoint that safetensors could not write to."""
+    check_name(output)
+    if not is_text(output):
+        raise DiskError(f"{str(output)!r} is not UTF-8, which safetensors requires of paths; choose another output")

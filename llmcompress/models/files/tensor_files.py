@@ -17,8 +17,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llmcompress.models.files.atomic_write import replace_bytes, sync
-from llmcompress.models.files.integrity import BINDING, DIGESTS, SINGLE
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmcompress.errors import DiskError, InputError
+from llmcompress.models.files.integrity import BINDING, DIGESTS, SINGLE, digest, digests
+from llmcompress.models.files.output import replace_bytes, replacing, sync
+from llmcompress.models.files.reading import open_tensors
 
 SHARD = 5 * 10**9  # bytes of a weight file, as on the Hub, unless one tensor alone has more
 PIECE = 1 << 24  # bytes that are copied at a time
@@ -161,3 +167,47 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
             raise OSError(f"{source.name} ends {size} bytes early")
         target.write(piece)
         size -= len(piece)
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    layouts: Mapping[str, str] | None = None,
+    header: Mapping[str, str] | None = None,
+) -> None:
+    """Write a weight file with the digests of its tensors: the old file or the whole new one is there, on the disk.
+
+    `layouts`: of those that are payloads; `header`: further entries. Raises DiskError when the disk is full.
+    """
+    entries = {"format": "pt", **(header or {})}
+    contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    try:
+        with replacing(path) as staged:
+            save_file(contiguous, staged, metadata=entries | digests(contiguous, layouts or {}))
+            _sort_header(staged)
+    except (OSError, SafetensorError) as error:
+        raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
+
+
+def read_tensors(path: Path, layouts: Mapping[str, str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors that `write_tensors` wrote, and the header. Raises InputError for a file that has changed."""
+    try:
+        with open_tensors(path) as file:
+            header = file.metadata() or {}
+            written = json.loads(header[DIGESTS])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if {name: digest(tensor, (layouts or {}).get(name, "")) for name, tensor in tensors.items()} != written:
+        raise InputError(f"{path} is not as it was written")
+    return tensors, header
+
+
+def _sort_header(path: Path) -> None:
+    """Brings a safetensors header into one order: the library writes metadata in another at every run."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))

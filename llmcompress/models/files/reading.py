@@ -50,3 +50,18 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise InputError(f"{path} is damaged (its header claims {size} bytes); download or write it again")
     with safe_open(path, framework="pt") as opened:
         yield opened
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError for a folder whose name safetensors cannot read."""
+    if not is_text(folder):
+        raise InputError(f"{str(folder)!r} is not UTF-8, which safetensors requires of paths; rename the folder")
+
+
+def is_text(path: Path) -> bool:
+    """True if a path is UTF-8; bytes that are not stand in it as lone surrogates."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,20 +1,15 @@
-"""The Python code that a model brings along: who needs it, whether it may run, and which files it is in.
-
-transformers runs the classes that `auto_map` names in the configs of a folder once it is told to trust them. Here code
-is needed where transformers has no class of its own: for an unknown `model_type`, for `architectures` of another name,
-for another `tokenizer_class`. Code that nothing needs is not run, trusted or not, and stays behind.
-"""
+"""The configs in a model's folder, and the Python code that they name: read, checked, loaded, made public."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError, first_line
-from llmcompress.models.files.files import read_object
+from llmcompress.models.files.reading import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -154,3 +149,93 @@ def _imported(folder: Path, name: str, config: str) -> set[str]:
     if outside := [each for each in found if "/" in each]:
         raise InputError(f"{folder / name} imports {outside[0]}, which is not beside it; put all code into one folder")
     return found
+
+
+# Python code in the folder or in another repository, and paths that older releases of transformers left there; it sets
+# or looks up all of them anew.
+PRIVATE = {
+    AUTO_MAP,
+    "custom_pipelines",
+    "_name_or_path",
+    "name_or_path",
+    "special_tokens_map_file",
+    "tokenizer_file",
+}
+
+
+def public_entries(entries: Mapping[str, Any], code: bool = False) -> dict[str, Any]:
+    """Return the entries of a config without those that are `PRIVATE`; `code`: True if its code goes along."""
+    kept = {AUTO_MAP} if code else set()
+    return {name: value for name, value in entries.items() if name in kept or name not in PRIVATE}
+
+
+def read_entries(path: Path, folder: Path) -> dict[str, Any]:
+    """Return the entries of a JSON file of the model in `folder`. Raises InputError where it has none to read."""
+    if not path.is_file():
+        empty = not any(folder.iterdir())
+        raise InputError(
+            f"the folder {folder} is empty; give a model folder"
+            if empty
+            else f"{folder} has no {path.name}; give a folder with a Hugging Face model"
+        )
+    try:
+        return read_object(path)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not readable JSON ({reason(error)}); download it again") from error
+
+
+MOST_LAYERS = 1024
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+SIZES = (
+    "hidden_size",
+    "vocab_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+def config_errors() -> tuple[type[Exception], ...]:
+    """Return the errors that transformers and torch raise for impossible values and missing requirements."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    values = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+    code = (NameError, SyntaxError)  # of a model's own
+    return (*values, *code, OSError, ImportError, MemoryError, StrictDataclassError)
+
+
+def reason(error: Exception, most: int = 200) -> str:
+    """Return the message of a library's error on one line of at most `most` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= most else f"{text[:most]}...").rstrip(".")
+
+
+def valid_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the config of the model in `folder`. Raises InputError for one that transformers cannot read."""
+    try:
+        return load_config(folder, trust_remote_code)
+    except config_errors() as error:
+        raise InputError(f"{folder / 'config.json'} is not a valid config ({reason(error)}); correct it") from error
+
+
+def check_numbers(number_of: Callable[[str], Any], place: str) -> None:
+    """Raise InputError for sizes that no model has, before a config or a model is made of them.
+
+    `number_of`: the value of an entry of the config by name, None without one; `place`: the config, for the sentence.
+    """
+    for key in (*LAYERS, *SIZES):
+        value, most = number_of(key), MOST_LAYERS if key in LAYERS else 2**31
+        each = value if isinstance(value, list) and len(value) <= MOST_LAYERS else [value]
+        least = 0 if isinstance(value, list) else 1  # a list has a number for each block
+        if not all(one is None or (type(one) is int and least <= one <= most) for one in each):
+            raise InputError(
+                f"{place} gives {key} as {str(value)[:50]!r}, which is no number from 1 to {most}; correct it"
+            )
+
+
+def context_length(model_config: PreTrainedConfig | None) -> int | None:
+    """The longest sequence a model is made for, None when its config does not say."""
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None) if model_config else None
+    return context if isinstance(context, int) and context > 0 else None
